@@ -1,0 +1,51 @@
+"""The exceptions that xtuner raises for faults a user can cure.
+
+    XTunerError
+    ├── ConfigError       a settings file or an override is wrong
+    ├── DataError         a data file or a row in it is wrong
+    ├── ModelError        a model, tokenizer, template or adapter cannot be used
+    ├── CheckpointError   a checkpoint is missing, damaged or belongs to another run
+    └── LaunchError       devices, processes or disk space do not allow the run
+
+Every message says where, what was seen, what is allowed and what to do. The command line prints
+it without a traceback (``--debug`` shows one) and exits with code 2.
+"""
+
+from collections.abc import Sequence
+
+
+class XTunerError(Exception):
+    """Base of every error that a user can cure; the command line exits with 2 on it."""
+
+
+class ConfigError(XTunerError):
+    """A settings file, an override or a combination of settings is wrong."""
+
+
+class DataError(XTunerError):
+    """A data source, a row or a field of a row is wrong."""
+
+
+class ModelError(XTunerError):
+    """A model, tokenizer, chat template or adapter cannot be used."""
+
+
+class CheckpointError(XTunerError):
+    """A checkpoint is missing, damaged, or does not belong to this run."""
+
+
+class LaunchError(XTunerError):
+    """The devices, processes or disk space at hand do not allow the run."""
+
+
+def listed(headline: str, problems: Sequence[str]) -> str:
+    """Join several problems under one headline, so that all are reported at once."""
+    return "\n".join([headline, *(f"  {problem}" for problem in problems)])
+
+
+def did_you_mean(word: str, allowed: Sequence[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the allowed word closest to `word`, else an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,63 @@
+"""What a checkpoint says of itself: the file ``run.yaml`` beside the weights.
+
+Written by the engine with every checkpoint and read by chat, convert and resume, so that base model,
+adapter and template cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from xtuner.errors import CheckpointError
+
+FILE_NAME = "run.yaml"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The facts of the run that wrote a checkpoint.
+
+    Attributes:
+        kind: 'adapter' (needs `base_model`) or 'model' (complete).
+        base_model: the model the run started from; a folder is given as an absolute path.
+        prompt_template: name of the template, 'auto' for the tokenizer's own.
+        system: the default system message.
+        step, epoch: optimizer steps done, epochs gone through (a fraction).
+        settings: all settings of the run, resolved.
+        versions: library name to version.
+    """
+
+    kind: Literal["adapter", "model"]
+    base_model: str
+    prompt_template: str = "auto"
+    system: str = ""
+    step: int = 0
+    epoch: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder/run.yaml``."""
+        text = yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        (folder / FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> RunInfo | None:
+        """Read ``folder/run.yaml``; None where there is none.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except (yaml.YAMLError, TypeError) as error:
+            raise CheckpointError(f"{path}: is not a run file of xtuner: {error}") from error

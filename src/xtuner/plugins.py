@@ -1,0 +1,88 @@
+"""Find the parts that users add by adding a file.
+
+A plug-in folder is a package such as `xtuner.data.formats`; the public name of a plug-in is the name of
+its file. A user's own part is named ``"my_file.py:object"``. Listing names imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from xtuner.errors import ConfigError, did_you_mean
+
+
+def names(package: str) -> list[str]:
+    """Names of the plug-ins in `package`, sorted, from file names alone.
+
+    ``base.py`` and files that begin with an underscore are not plug-ins.
+    """
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, f"{package} is not a package"
+    files = (p for folder in spec.submodule_search_locations for p in Path(folder).glob("*.py"))
+    return sorted(p.stem for p in files if not p.stem.startswith("_") and p.stem != "base")
+
+
+def is_user_path(name: str) -> bool:
+    """Whether `name` names a user's object: ``"my_file.py:object"``."""
+    path, _, attribute = name.rpartition(":")
+    return path.endswith(".py") and attribute.isidentifier()
+
+
+def load(package: str, name: str, *, setting: str) -> ModuleType:
+    """Import plug-in `name` of `package`.
+
+    Args:
+        package: the plug-in folder as a dotted name.
+        name: the file name without ``.py``.
+        setting: the setting that `name` was given to, for the message.
+
+    Raises:
+        ConfigError: there is no such plug-in.
+    """
+    allowed = names(package)
+    if name not in allowed:
+        raise ConfigError(
+            f"{setting} = {name!r}: must be one of {', '.join(allowed)}, "
+            f"or 'my_file.py:object'{did_you_mean(name, allowed)}"
+        )
+    return importlib.import_module(f"{package}.{name}")
+
+
+def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> Any:
+    """Load ``"my_file.py:object"``; a relative path is looked up in `folder`, then in the working directory.
+
+    Raises:
+        ConfigError: the file is missing, fails to import, or lacks the object.
+    """
+    file, _, attribute = name.rpartition(":")
+    bases = ([folder] if folder else []) + [Path.cwd()]
+    candidates = [base / Path(file).expanduser() for base in bases]
+    path = next((c.resolve() for c in candidates if c.is_file()), None)
+    if path is None:
+        looked = ", ".join(str(c) for c in dict.fromkeys(candidates))
+        raise ConfigError(f"{setting} = {name!r}: there is no file {file!r} (looked for {looked})")
+    module_name = f"xtuner_user_{path.stem}_{abs(hash(str(path)))}"
+    if module_name in sys.modules:
+        module = sys.modules[module_name]
+    else:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ConfigError(f"{setting} = {name!r}: importing {path} failed: {error!r}") from error
+    if not hasattr(module, attribute):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise ConfigError(
+            f"{setting} = {name!r}: {path} has no {attribute!r}; it has {', '.join(public) or 'nothing public'}"
+            f"{did_you_mean(attribute, public)}"
+        )
+    return getattr(module, attribute)

@@ -1,0 +1,177 @@
+"""The values that travel between the parts of xtuner, and the protocols of the training loop.
+
+    row (dict) ──format──► Conversation | Text ──template──► Encoded ──pack──► Sample list ──collate──► Batch ──loss──► LossOutput
+
+Nothing here imports torch at run time: ``xtuner list-cfg`` must answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a token that the loss leaves out (the value of torch's `cross_entropy`)."""
+
+Role = Literal["system", "user", "assistant", "tool"]
+Row = Mapping[str, Any]
+"""One row of a data file, as read."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    `loss` overrides what is supervised: None means the default (assistant turns are, others are not),
+    False leaves an assistant turn out.
+    """
+
+    role: Role
+    content: str
+    loss: bool | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the tokens of this turn enter the loss."""
+        return self.role == "assistant" and self.loss is not False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn in the form that `tokenizer.apply_chat_template` takes."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = [dict(call) for call in self.tool_calls]
+        if self.name is not None:
+            turn["name"] = self.name
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order and the JSON schemas of the tools that the assistant may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text for continued pretraining: every token but the first is supervised."""
+
+    text: str
+
+
+Record = Conversation | Text
+"""What a dataset format makes of a row."""
+
+
+class Encoded(NamedTuple):
+    """Token ids and, aligned with them, whether each token is a target of the loss."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+@dataclass(frozen=True)
+class RowRef:
+    """Where a row came from: `source` is a path or hub name, `line` counts from 1."""
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source} line {self.line}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, and where it came from."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    row: RowRef
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-step's samples, laid end to end in a single row without padding.
+
+    Attributes:
+        input_ids: int64 ``[1, N]``.
+        labels: int64 ``[1, N]``, aligned with `input_ids` (not shifted); IGNORE_INDEX where there is no
+            loss. The first token of every sample is ignored: nothing of its own sample predicts it.
+        position_ids: int64 ``[1, N]``, counting from 0 in every sample.
+        cu_seqlens: int32 ``[S + 1]``, on the CPU: where each of the S samples begins, then N.
+        rows: where each sample came from, for messages about it.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    rows: tuple[RowRef, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in the batch."""
+        return int(self.input_ids.shape[-1])
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of tokens that the loss sums over."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy to `device`; `cu_seqlens` stays on the CPU, where it steers the attention."""
+        move = [t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.position_ids)]
+        return Batch(*move, cu_seqlens=self.cu_seqlens, rows=self.rows)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """`loss` is the *sum* over the supervised tokens (scalar, float32); the trainer divides it, once."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Algorithm(Protocol):
+    """What is optimised. The trainer knows this protocol and no algorithm by name."""
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Lay samples into one batch."""
+        ...
+
+    def loss(self, model: Any, batch: Batch) -> LossOutput:
+        """Return the loss summed over the supervised tokens of `batch`."""
+        ...
+
+
+class Hook(Protocol):
+    """Something that watches a run. Every method is optional to override in `engine.hooks.base.BaseHook`."""
+
+    def on_start(self, run: Any) -> None:
+        """Called once before the first step."""
+        ...
+
+    def on_step(self, run: Any) -> None:
+        """Called after every optimizer step."""
+        ...
+
+    def on_end(self, run: Any) -> None:
+        """Called after the last step of a run that was not interrupted."""
+        ...
+
+    def close(self) -> None:
+        """Called always, also after an error."""
+        ...
