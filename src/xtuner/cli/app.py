@@ -1,0 +1,127 @@
+"""The `xtuner` command: finds the commands, and turns errors into messages and exit codes.
+
+Every other file of this folder is a command. It has a function `command` (its docstring is the
+help) or a `typer.Typer` named `app` with commands of its own. The file's name with ``-`` for ``_``
+is the command's name, unless the file sets ``NAME``. All of them are imported to print the help, so
+what is heavy is imported inside the function.
+
+Exit codes: 0 done, 1 an unexpected fault, 2 something the user can cure, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from xtuner import __version__, plugins
+from xtuner.errors import XTunerError
+
+_PACKAGE = "xtuner.cli"
+_OVERRIDE_FLAGS = ("--set", "--cfg-options")
+_EPILOG = "Start with `xtuner list-cfg`, and `xtuner COMMAND --help` for any of them."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: what follows the program's name; None takes `sys.argv`.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = os.environ.get("XTUNER_DEBUG", "") not in ("", "0") or "--debug" in given
+    given = expand_overrides([argument for argument in given if argument != "--debug"])
+    try:
+        build_app()(given or ["--help"], prog_name="xtuner")
+    except XTunerError as error:
+        if debug:
+            raise
+        sys.stdout.flush()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return _flushed(stop.code)
+    return _flushed(0)
+
+
+def build_app() -> typer.Typer:
+    """Make the application from the files of this folder."""
+    app = typer.Typer(
+        name="xtuner",
+        help="Fine-tune language models from one settings file.",
+        epilog=_EPILOG,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        pretty_exceptions_show_locals=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_global_options)
+    for file in plugins.names(_PACKAGE):
+        if file == "app":
+            continue
+        module = importlib.import_module(f"{_PACKAGE}.{file}")
+        name = getattr(module, "NAME", file.replace("_", "-"))
+        if hasattr(module, "command"):
+            app.command(name)(module.command)
+        else:
+            app.add_typer(module.app, name=name)
+    return app
+
+
+def expand_overrides(arguments: Sequence[str]) -> list[str]:
+    """Repeat the flag in ``--set a=1 b=2``, the form that users of mmengine know."""
+    expanded: list[str] = []
+    flag = ""
+    for argument in arguments:
+        if flag and re.match(r"[A-Za-z_]\w*=", argument):
+            if expanded[-1] != flag:
+                expanded.append(flag)
+            expanded.append(argument)
+            continue
+        flag = argument if argument in _OVERRIDE_FLAGS else ""
+        expanded.append(argument)
+    return expanded
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"xtuner {__version__}")
+        raise typer.Exit
+
+
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error; works in any place."),
+    ] = False,
+) -> None:
+    """Fine-tune language models from one settings file."""
+
+
+def _flushed(code: str | int | None) -> int:
+    """Flush what was printed and return `code` as a number; a reader may have left early."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
