@@ -5,7 +5,8 @@
     ├── DataError         a data file or a row in it is wrong
     ├── ModelError        a model, tokenizer, template or adapter cannot be used
     ├── CheckpointError   a checkpoint is missing, damaged or belongs to another run
-    └── LaunchError       devices, processes or disk space do not allow the run
+    ├── LaunchError       devices, processes or disk space do not allow the run
+    └── TrainingError     the run cannot go on: its loss or its gradients are not finite
 
 Every message says where, what was seen, what is allowed and what to do. The command line prints
 it without a traceback (``--debug`` shows one) and exits with code 2.
@@ -36,6 +37,10 @@ class CheckpointError(XTunerError):
 
 class LaunchError(XTunerError):
     """The devices, processes or disk space at hand do not allow the run."""
+
+
+class TrainingError(XTunerError):
+    """The run cannot go on: a loss or a gradient is not finite."""
 
 
 def listed(headline: str, problems: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The values that travel between the parts of xtuner, and the protocols of the training loop.
+"""The values that travel between the parts of xtuner, and the protocol of an algorithm.
 
     row (dict) ──format──► Conversation | Text ──template──► Encoded ──pack──► Sample list ──collate──► Batch ──loss──► LossOutput
 
@@ -131,6 +131,20 @@ class Batch:
         """Number of tokens that the loss sums over."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    def split(self) -> list[Batch]:
+        """One batch a sample."""
+        ends = self.cu_seqlens.tolist()
+        return [
+            Batch(
+                input_ids=self.input_ids[:, start:end],
+                labels=self.labels[:, start:end],
+                position_ids=self.position_ids[:, start:end],
+                cu_seqlens=self.cu_seqlens[i : i + 2] - start,
+                rows=self.rows[i : i + 1],
+            )
+            for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False))
+        ]
+
     def to(self, device: torch.device | str) -> Batch:
         """Copy to `device`; `cu_seqlens` stays on the CPU, where it steers the attention."""
         move = [t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.position_ids)]
@@ -156,22 +170,3 @@ class Algorithm(Protocol):
         """Return the loss summed over the supervised tokens of `batch`."""
         ...
 
-
-class Hook(Protocol):
-    """Something that watches a run. Every method is optional to override in `engine.hooks.base.BaseHook`."""
-
-    def on_start(self, run: Any) -> None:
-        """Called once before the first step."""
-        ...
-
-    def on_step(self, run: Any) -> None:
-        """Called after every optimizer step."""
-        ...
-
-    def on_end(self, run: Any) -> None:
-        """Called after the last step of a run that was not interrupted."""
-        ...
-
-    def close(self) -> None:
-        """Called always, also after an error."""
-        ...

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("XTUNER_DEBUG", "") not in ("", "0") or "--debug" in given
     given = expand_overrides([argument for argument in given if argument != "--debug"])
+    given = complete_resume(given)
     try:
         build_app()(given or ["--help"], prog_name="xtuner")
     except XTunerError as error:
@@ -89,6 +90,17 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
         flag = argument if argument in _OVERRIDE_FLAGS else ""
         expanded.append(argument)
     return expanded
+
+
+def complete_resume(arguments: Sequence[str]) -> list[str]:
+    """Give a bare ``--resume`` its meaning, ``--resume last``; it takes a word only if that names an iter_N."""
+    completed: list[str] = []
+    for position, argument in enumerate(arguments):
+        completed.append(argument)
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if argument == "--resume" and not re.search(r"(^|/)(iter_\d+(\.pth)?|last)/?$", following):
+            completed.append("last")
+    return completed
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,14 +1,15 @@
 """Every setting: its name, type, default, range and meaning.
 
-`Settings` is flat and frozen. The five bases are the five parts of a settings file, in order; the string
-under each field is what ``xtuner explain KEY`` prints and what the reference page is made of. Values are
-checked one by one by pydantic and together by `check_combinations`, so that every problem is reported at
-once. Nothing derived is stored: see the properties of `Settings`.
+`Settings` is flat and frozen. The five bases are the five parts of a settings file, in order; the
+string under each field is what ``xtuner explain KEY`` prints and what the reference page is made
+of. Values are checked one by one by pydantic and together by `check_combinations`, so that every
+problem is reported at once. Nothing derived is stored: see the properties of `Settings`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -18,12 +19,13 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _one_as_tuple(value: Any) -> Any:
+def one_as_tuple(value: Any) -> Any:
+    """Let one text stand for a list of one."""
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-OneOrMore = Annotated[tuple[str, ...], BeforeValidator(_one_as_tuple)]
+OneOrMore = Annotated[tuple[str, ...], BeforeValidator(one_as_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 Betas = Annotated[
     tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
@@ -38,82 +40,92 @@ class Part(BaseModel):
     """One part of a settings file."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
 class ModelPart(Part):
-    """PART 1  Model and method"""
+    """PART 1 Model and method"""
 
     pretrained_model_name_or_path: str
     """The model to start from: a folder in Hugging Face format or a name on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose authors you trust."""
     algorithm: str = "sft"
-    """What is trained: 'sft' (instruction tuning: only what the assistant says is learnt), 'pretrain'
-    (every token is learnt), or your own as 'my_file.py:MyAlgorithm'."""
+    """What is trained: 'sft' (instruction tuning: only what the assistant says is learnt),
+    'pretrain' (every token is learnt), or your own as 'my_file.py:MyAlgorithm'."""
     tuning: Literal["full", "lora", "qlora"] = "qlora"
-    """Which weights are trained: 'full' (all), 'lora' (small adapters beside frozen weights), 'qlora'
-    (adapters beside frozen weights held in 4 bits: the least memory)."""
+    """Which weights are trained: 'full' (all), 'lora' (small adapters beside frozen weights),
+    'qlora' (adapters beside frozen weights held in 4 bits: the least memory)."""
     lora_r: Positive = 64
     """Rank of the adapters: higher learns more and takes more memory."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16
     """Scale of the adapters: their output is multiplied by lora_alpha / lora_r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapters' inputs set to zero in training. The QLoRA paper used 0.1 for 7B and 13B models
-    and 0.05 above; 0 is fastest."""
+    """Share of the adapters' inputs set to zero in training. The QLoRA paper used 0.1 for 7B and
+    13B models and 0.05 above; 0 is fastest."""
     lora_target_modules: OneOrMore = ("all-linear",)
-    """Which layers get adapters: 'all-linear' (all linear layers but the output head), or names such as
-    ['q_proj', 'v_proj']."""
+    """Which layers get adapters: 'all-linear' (all linear layers but the output head), or names
+    such as ['q_proj', 'v_proj']."""
     lora_modules_to_save: Strings = ()
     """Layers that are trained in full beside the adapters, such as ['embed_tokens', 'lm_head']."""
     quantization: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
     """How frozen weights are held: 'auto' is 'nf4' with tuning = 'qlora' and 'none' otherwise."""
     double_quant: bool = True
     """Quantise the scales of 4-bit weights as well; saves about 0.4 bits a weight."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of the computation: 'auto' is bfloat16 where the hardware has it, else float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number type of the computation: 'auto' is bfloat16 where the hardware has it, else
+    float32."""
     attn_implementation: str = "auto"
     """'auto' is xtuner's attention, which keeps packed samples apart; 'sdpa', 'eager' and
     'flash_attention_2' select transformers' own."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. 'auto' is on for a
-    GPU and off for a CPU."""
+    """Recompute activations in the backward pass: less memory, about a third more time. 'auto' is
+    on for a GPU and off for a CPU."""
 
 
 class DataPart(Part):
-    """PART 2  Data"""
+    """PART 2 Data"""
 
     data_path: OneOrMore
-    """A json, jsonl, csv, parquet or txt file, a folder of them, a name on the hub, or a list of these."""
+    """A json, jsonl, csv, parquet or txt file, a folder of them, a name on the hub, or a list of
+    these."""
     dataset_format: OneOrMore = ("auto",)
-    """How rows are read; 'auto' decides by the columns and says what it chose. One for all sources or a list,
-    one a source. `xtuner list-dataset-format` shows all; your own is 'my_format.py:to_messages'."""
+    """How rows are read; 'auto' decides by the columns and says what it chose. One for all sources
+    or a list, one a source. `xtuner list-dataset-format` shows all; your own is
+    'my_format.py:to_messages'."""
     dataset_split: str = "train"
     """Which split of a data set on the hub."""
     data_repeats: Floats | None = None
-    """How many times each source is used in an epoch: 2 is twice, 0.5 a random half (the same half each
-    epoch). One number a source."""
+    """How many times each source is used in an epoch: 2 is twice, 0.5 a random half (the same half
+    each epoch). One number a source."""
     data_weights: Floats | None = None
-    """Shares of the sources in the mix, one number a source: rows are repeated or left out so that an epoch
-    has as many rows as all sources together. Excludes data_repeats."""
+    """Shares of the sources in the mix, one number a source: rows are repeated or left out so that
+    an epoch has as many rows as all sources together. Excludes data_repeats."""
     max_dataset_length: Positive | None = None
     """Use at most this many rows, chosen at random by `seed`."""
     validation_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of the rows set aside to measure the loss on; measured when the evaluation questions are asked."""
+    """Share of the rows set aside to measure the loss on; measured when the evaluation questions
+    are asked."""
     prompt_template: str = "auto"
-    """How messages become one text: 'auto' is the tokenizer's own chat template, which is right for every chat
-    model; named ones serve base models. `xtuner explain prompt_template` lists them."""
+    """How messages become one text: 'auto' is the tokenizer's own chat template, which is right for
+    every chat model; named ones serve base models. `xtuner explain prompt_template` lists them."""
     SYSTEM: str = ""
     """System message for conversations that have none of their own."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Most tokens in one sample, and the length of a pack."""
     pack_to_max_length: bool = True
-    """Fill rows of max_length tokens with several samples that cannot see each other: faster, same result."""
+    """Fill rows of max_length tokens with several samples that cannot see each other: faster, same
+    result."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
-    """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop' leaves it out,
-    'error' stops, 'split' makes several of it (pretrain only). 'auto' is 'split' for pretrain, else
-    'truncate'. Every row cut or lost is counted and reported."""
+    """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
+    leaves it out, 'error' stops, 'split' makes several of it (pretrain only). 'auto' is 'split' for
+    pretrain, else 'truncate'. Every row cut or lost is counted and reported."""
     shuffle: bool = True
     """Draw the samples of each epoch in random order, fixed by `seed`."""
     dataloader_num_workers: Count = 0
@@ -123,13 +135,13 @@ class DataPart(Part):
 
 
 class OptimPart(Part):
-    """PART 3  Schedule and optimizer"""
+    """PART 3 Schedule and optimizer"""
 
     batch_size: Positive = 1
     """Samples (or packs) a device works on at once."""
     accumulative_counts: Positive = 16
-    """Batches whose gradients are added up before a step. Effective batch = batch_size * accumulative_counts *
-    number of processes."""
+    """Batches whose gradients are added up before a step. Effective batch = batch_size *
+    accumulative_counts * number of processes."""
     sequence_parallel_size: Positive = 1
     """Number of devices that share one sequence. Only 1 works in this version."""
     max_epochs: Positive = 3
@@ -137,8 +149,8 @@ class OptimPart(Part):
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, even within an epoch. None: max_epochs decides."""
     optim_type: str = "AdamW"
-    """An optimizer of torch.optim by name ('AdamW', 'SGD', ...), or one of bitsandbytes: 'AdamW8bit', 'PagedAdamW',
-    'PagedAdamW32bit', 'PagedAdamW8bit', 'Lion8bit', ..."""
+    """An optimizer of torch.optim by name ('AdamW', 'SGD', ...), or one of bitsandbytes:
+    'AdamW8bit', 'PagedAdamW', 'PagedAdamW32bit', 'PagedAdamW8bit', 'Lion8bit', ..."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
     """Highest learning rate, reached after the warm-up."""
     betas: Betas = (0.9, 0.999)
@@ -150,13 +162,14 @@ class OptimPart(Part):
     warmup_ratio: Fraction = 0.03
     """Share of all steps in which the learning rate rises linearly from near 0."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What the learning rate does after the warm-up: fall along a cosine to 0, along a line to 0, or stay."""
+    """What the learning rate does after the warm-up: fall along a cosine to 0, along a line to 0,
+    or stay."""
     seed: Count = 42
     """Fixes the order of the data, the adapters' first values and dropout: same seed, same run."""
 
 
 class EvaluationPart(Part):
-    """PART 4  Sample answers"""
+    """PART 4 Sample answers"""
 
     evaluation_inputs: OneOrMore = ()
     """Questions asked before, during and after training; the answers are shown and kept."""
@@ -167,7 +180,7 @@ class EvaluationPart(Part):
 
 
 class RuntimePart(Part):
-    """PART 5  Runtime"""
+    """PART 5 Runtime"""
 
     save_steps: Positive = 500
     """Save a checkpoint every so many steps; the end is always saved."""
@@ -183,6 +196,8 @@ class RuntimePart(Part):
     """CPU threads of the computation; None is one a physical core given to this process."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    custom_hooks: Strings = ()
+    """Your own watchers of the run, each as 'my_file.py:MyHook'."""
 
 
 PARTS: tuple[type[Part], ...] = (ModelPart, DataPart, OptimPart, EvaluationPart, RuntimePart)
@@ -216,29 +231,89 @@ def field_parts() -> dict[str, type[Part]]:
     return {name: part for part in PARTS for name in part.model_fields}
 
 
+Check = Callable[["Settings"], Iterator[tuple[str, str]]]
+
+
 def check_combinations(settings: Settings) -> Iterator[tuple[str, str]]:
     """Yield (setting, problem) for every combination that cannot work."""
-    s = settings
+    for check in CHECKS:
+        yield from check(settings)
+
+
+def _check_quantization(s: Settings) -> Iterator[tuple[str, str]]:
     if s.tuning == "full" and s.effective_quantization != "none":
-        yield "quantization", "quantised weights cannot be trained in full; set tuning = 'qlora' or quantization = 'none'"
+        yield (
+            "quantization",
+            "quantised weights cannot be trained in full; "
+            "set tuning = 'qlora' or quantization = 'none'",
+        )
     if s.tuning == "lora" and s.effective_quantization != "none":
-        yield "quantization", "adapters beside quantised weights are tuning = 'qlora'; or set quantization = 'none'"
+        yield (
+            "quantization",
+            "adapters beside quantised weights are tuning = 'qlora'; or set quantization = 'none'",
+        )
     if s.tuning == "qlora" and s.quantization == "none":
-        yield "quantization", "tuning = 'qlora' needs quantised weights; set tuning = 'lora' or quantization = 'auto'"
+        yield (
+            "quantization",
+            "tuning = 'qlora' needs quantised weights; "
+            "set tuning = 'lora' or quantization = 'auto'",
+        )
+
+
+def _check_sequence_parallel(s: Settings) -> Iterator[tuple[str, str]]:
     if s.sequence_parallel_size != 1:
-        yield "sequence_parallel_size", "sharing a sequence between devices does not work in this version; set it to 1"
-    if s.data_repeats is not None and s.data_weights is not None:
-        yield "data_weights", "excludes data_repeats; keep one of the two"
-    sources = len(s.data_path)
-    for name in ("data_repeats", "data_weights"):
-        values = getattr(s, name)
-        if values is not None and len(values) != sources:
-            yield name, f"has {len(values)} numbers for {sources} sources in data_path; give one each"
-        if values is not None and (any(v < 0 for v in values) or not any(values)):
-            yield name, "numbers must be 0 or more, and one of them above 0"
-    if len(s.dataset_format) not in (1, sources):
-        yield "dataset_format", f"has {len(s.dataset_format)} formats for {sources} sources in data_path; give one, or one each"
-    if s.overlong == "split" and s.algorithm == "sft":
-        yield "overlong", "'split' would part a question from its answer; it is for algorithm = 'pretrain'"
+        yield (
+            "sequence_parallel_size",
+            "sharing a sequence between devices does not work in this version; set it to 1",
+        )
+
+
+def _check_data_path(s: Settings) -> Iterator[tuple[str, str]]:
     if not s.data_path or not all(s.data_path):
         yield "data_path", "names no data"
+
+
+def _check_dataset_format(s: Settings) -> Iterator[tuple[str, str]]:
+    formats, sources = len(s.dataset_format), len(s.data_path)
+    if formats not in (1, sources):
+        yield (
+            "dataset_format",
+            f"has {formats} formats for {sources} sources in data_path; give one, or one each",
+        )
+
+
+def _check_one_mix(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.data_repeats is not None and s.data_weights is not None:
+        yield "data_weights", "excludes data_repeats; keep one of the two"
+
+
+def _check_shares(name: str, s: Settings) -> Iterator[tuple[str, str]]:
+    values: tuple[float, ...] | None = getattr(s, name)
+    if values is None:
+        return
+    sources = len(s.data_path)
+    if len(values) != sources:
+        yield name, f"has {len(values)} numbers for {sources} sources in data_path; give one each"
+    if any(v < 0 for v in values) or not any(values):
+        yield name, "numbers must be 0 or more, and one of them above 0"
+
+
+def _check_overlong(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.overlong == "split" and s.algorithm == "sft":
+        yield (
+            "overlong",
+            "'split' would part a question from its answer; it is for algorithm = 'pretrain'",
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    _check_quantization,
+    _check_sequence_parallel,
+    _check_data_path,
+    _check_dataset_format,
+    _check_one_mix,
+    partial(_check_shares, "data_repeats"),
+    partial(_check_shares, "data_weights"),
+    _check_overlong,
+)
+"""What `check_combinations` runs; each can be run alone when other settings are wrong."""

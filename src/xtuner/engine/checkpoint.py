@@ -1,0 +1,170 @@
+"""Checkpoints that are there whole or not at all, and what an exact resume needs.
+
+    work_dir/iter_N/      weights in Hugging Face format, tokenizer, run.yaml: usable at once
+             training_state.pt   step and optimizer state: only for resuming
+    work_dir/last_checkpoint     the name of the newest
+
+Everything is written into a hidden folder, flushed to the disk and renamed; the oldest checkpoint is
+deleted only after the new one stands. A process killed at any moment leaves whole checkpoints and at most
+one hidden folder, which the next save removes. Data order and dropout are functions of (seed, step), so
+step and optimizer state are all that a resume needs beside the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.errors import CheckpointError, LaunchError
+
+STATE_FILE = "training_state.pt"
+LAST_FILE = "last_checkpoint"
+_NAME = re.compile(r"iter_(\d+)$")
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoints of one work dir.
+
+    Attributes:
+        work_dir: where the ``iter_N`` folders are.
+        limit: how many are kept; -1 keeps all.
+    """
+
+    work_dir: Path
+    limit: int = -1
+
+    def all(self) -> list[Path]:
+        """Whole checkpoints, oldest step first."""
+        found = (p for p in self.work_dir.glob("iter_*") if _NAME.fullmatch(p.name) and p.is_dir())
+        return sorted(found, key=step_of)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Write checkpoint ``iter_<step>`` through `write`, which fills an empty folder.
+
+        Raises:
+            LaunchError: the disk is full; earlier checkpoints are untouched.
+        """
+        target = self.work_dir / f"iter_{step}"
+        for leftover in self.work_dir.glob(".iter_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft = self.work_dir / f".iter_{step}.writing"
+        draft.mkdir(parents=True)
+        try:
+            write(draft)
+            _flush_tree(draft)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            free = shutil.disk_usage(self.work_dir).free / 2**20
+            raise LaunchError(
+                f"cannot write checkpoint {target}: {error} ({free:,.0f} MiB free). "
+                "Earlier checkpoints are untouched; make room and go on with --resume."
+            ) from error
+        if target.exists():  # the same step again: set the old one aside until the new one stands
+            aside = self.work_dir / f".iter_{step}.old"
+            os.rename(target, aside)
+            os.rename(draft, target)
+            shutil.rmtree(aside)
+        else:
+            os.rename(draft, target)
+        self._point_at(target)
+        _flush(self.work_dir)
+        self._prune(keep=target)
+        return target
+
+    def _point_at(self, target: Path) -> None:
+        draft = self.work_dir / f".{LAST_FILE}.writing"
+        draft.write_text(target.name + "\n", encoding="utf-8")
+        _flush(draft)
+        os.replace(draft, self.work_dir / LAST_FILE)
+
+    def _prune(self, keep: Path) -> None:
+        if self.limit < 0:
+            return
+        old = [p for p in self.all() if p != keep]
+        for path in old[: max(0, len(old) + 1 - self.limit)]:
+            hidden = path.with_name(f".{path.name}.old")
+            os.rename(path, hidden)  # so that a kill while deleting leaves no half checkpoint
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def find(self, which: str | None = None) -> Path:
+        """The checkpoint named `which` ('iter_N', a path, or None for the newest).
+
+        Raises:
+            CheckpointError: there is none, or it cannot be resumed from.
+        """
+        there = self.all()
+        if which is None:
+            if not there:
+                raise CheckpointError(f"{self.work_dir}: holds no checkpoint to resume from; start without --resume")
+            return there[-1]
+        name = Path(which).name.removesuffix(".pth")
+        path = Path(which) if Path(which).is_dir() else self.work_dir / name
+        if not (path / STATE_FILE).is_file():
+            names = ", ".join(p.name for p in there) or "none"
+            raise CheckpointError(f"cannot resume from {path}: it lacks {STATE_FILE}. In {self.work_dir}: {names}")
+        return path
+
+
+def step_of(path: Path) -> int:
+    """The step of ``iter_N``."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def save_state(folder: Path, *, step: int, optimizer: Any, identity: Mapping[str, Any]) -> None:
+    """Write what resuming needs beside the weights.
+
+    Args:
+        folder: the checkpoint.
+        step: optimizer steps done.
+        optimizer: its state is kept.
+        identity: plain values that the resumed run must share (see `load_state`).
+    """
+    state = {"step": step, "optimizer": optimizer.state_dict(), "identity": dict(identity)}
+    torch.save(state, folder / STATE_FILE)
+
+
+def load_state(
+    folder: Path, *, optimizer: Any, identity: Mapping[str, Any]
+) -> tuple[int, list[str]]:
+    """Restore the optimizer; return the step and what differs from the run that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: the file is damaged or belongs to other trainable weights.
+    """
+    file = folder / STATE_FILE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        step, before = int(state["step"]), dict(state["identity"])
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"{file}: cannot be resumed from: {error}; try an earlier checkpoint") from error
+    changed = [
+        f"{key}: {before.get(key)!r} then, {value!r} now"
+        for key, value in identity.items()
+        if before.get(key) != value
+    ]
+    return step, changed
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

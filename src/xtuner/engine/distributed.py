@@ -1,0 +1,89 @@
+"""The processes that train together: who this one is, and sums over all of them.
+
+Gradients are summed by us, once a step, in float32: unlike DistributedDataParallel this allows ranks with
+different numbers of batches, parameters without a gradient, and one exact divisor over all ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+BUCKET_NUMBERS = 16 * 2**20
+"""Gradients are summed in buckets of about this many numbers (64 MB of float32)."""
+
+
+class Processes:
+    """This process among those that train together.
+
+    Args:
+        device: 'cpu' or 'cuda', as chosen; with several GPUs each process takes its own.
+    """
+
+    def __init__(self, device: str):
+        self._state = PartialState(cpu=device == "cpu")
+        self.rank: int = self._state.process_index
+        self.world_size: int = self._state.num_processes
+        self.device: torch.device = self._state.device if self.world_size > 1 else torch.device(device)
+        if self.world_size > 1:
+            _die_with_parent()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the terminal."""
+        return self.rank == 0
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Sum each number over all processes, in float64."""
+        if self.world_size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()  # type: ignore[no-any-return]
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace every gradient by its sum over all processes; a missing one counts as zero."""
+        if self.world_size == 1:
+            return
+        bucket: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            if sum(g.numel() for g in bucket) >= BUCKET_NUMBERS:
+                _sum_bucket(bucket)
+                bucket = []
+        if bucket:
+            _sum_bucket(bucket)
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self._state.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _sum_bucket(gradients: list[Tensor]) -> None:
+    flat = torch.cat([g.reshape(-1).float() for g in gradients])
+    dist.all_reduce(flat)
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
+
+
+def _die_with_parent() -> None:
+    """Have Linux stop this process when its launcher dies, which torchrun's workers would survive."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,0 +1,74 @@
+"""What a hook sees and may override."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from xtuner.config.schema import Settings
+
+
+@dataclass
+class Run:
+    """The state of a run that hooks may read.
+
+    Attributes:
+        settings: of the run.
+        work_dir: where checkpoints go.
+        log_dir: the time-stamped folder of this start.
+        console: the terminal; print through it, so that the progress bar stays whole.
+        answer: asks the model a question and returns its answer.
+        validate: mean loss on the validation split, or None without one.
+        step: optimizer steps done.
+        total_steps: at which the run ends.
+        start_step: at which it started (not 0 after a resume).
+        epoch: how often the data was gone through, a fraction.
+        scalars: the numbers of the last step; a hook may add to them in `on_step`.
+    """
+
+    settings: Settings
+    work_dir: Path
+    log_dir: Path
+    console: Console
+    answer: Callable[[str], str]
+    validate: Callable[[], float] | None
+    total_steps: int
+    start_step: int = 0
+    step: int = 0
+    epoch: float = 0.0
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+class BaseHook:
+    """A hook that does nothing; override what you need.
+
+    Hooks run in the main process only. Those with a lower `order` run first.
+    """
+
+    order = 50
+
+    def wanted(self, run: Run) -> bool:
+        """Whether the settings of this run ask for the hook."""
+        return True
+
+    def on_start(self, run: Run) -> None:
+        """Called once before the first step."""
+
+    def on_step(self, run: Run) -> None:
+        """Called after every optimizer step, when `run.scalars` holds its numbers."""
+
+    def on_end(self, run: Run) -> None:
+        """Called after the last step of a run that was not interrupted."""
+
+    def close(self) -> None:
+        """Called always at the end, also after an error or an interruption."""
+
+
+def numbers(scalars: Mapping[str, float], keys: Sequence[str]) -> str:
+    """``key value`` pairs for a log line, leaving out keys that are missing."""
+    styles: dict[str, Any] = {"lr": ".3g", "loss": ".4f", "grad_norm": ".3f", "val_loss": ".4f"}
+    return "  ".join(f"{k} {scalars[k]:{styles.get(k, ',.0f')}}" for k in keys if k in scalars)

@@ -1,0 +1,52 @@
+"""Ask the evaluation questions before, during and after training; show and keep the answers."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+
+from xtuner.engine.hooks.base import BaseHook, Run
+
+
+class Hook(BaseHook):
+    """Writes ``eval_outputs_iter_N.txt`` and measures the validation loss."""
+
+    order = 10
+
+    def __init__(self) -> None:
+        self._done_at = -1
+
+    def wanted(self, run: Run) -> bool:
+        """With questions or with a validation split."""
+        return bool(run.settings.evaluation_inputs) or run.validate is not None
+
+    def on_start(self, run: Run) -> None:
+        """Ask the model as it is before the first step."""
+        if run.step == 0:
+            self._evaluate(run, "before training")
+
+    def on_step(self, run: Run) -> None:
+        """Ask every `evaluation_freq` steps."""
+        if run.step % run.settings.evaluation_freq == 0 and run.step < run.total_steps:
+            self._evaluate(run, f"after step {run.step}")
+
+    def on_end(self, run: Run) -> None:
+        """Ask the finished model."""
+        self._evaluate(run, f"after training (step {run.step})")
+
+    def _evaluate(self, run: Run, when: str) -> None:
+        if self._done_at == run.step:
+            return
+        self._done_at = run.step
+        if run.validate is not None:
+            run.scalars["val_loss"] = run.validate()
+            run.console.print(f"Validation loss {when}: {run.scalars['val_loss']:.4f}")
+        if not run.settings.evaluation_inputs:
+            return
+        run.console.print(f"\n[bold]Sample answers {when}[/bold]")
+        lines = [f"Sample answers {when}", ""]
+        for question in run.settings.evaluation_inputs:
+            answer = run.answer(question)
+            run.console.print(f"  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] {escape(answer)}\n")
+            lines += [f"Q: {question}", f"A: {answer}", ""]
+        file = run.log_dir / f"eval_outputs_iter_{run.step}.txt"
+        file.write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,59 @@
+"""What the terminal shows while training: a bar, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from xtuner.engine.hooks.base import BaseHook, Run, numbers
+
+SHOWN = ("loss", "lr", "tokens_per_second")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Hook(BaseHook):
+    """A progress bar with loss, learning rate, speed and the time left."""
+
+    order = 40
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+
+    def on_start(self, run: Run) -> None:
+        """Draw the bar."""
+        if not run.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("Training"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=run.console,
+        )
+        self._task = self._bar.add_task("", total=run.total_steps, completed=run.step, shown="")
+        self._bar.start()
+
+    def on_step(self, run: Run) -> None:
+        """Advance the bar, or print a line now and then."""
+        shown = numbers(run.scalars, SHOWN).replace("tokens_per_second", "tokens/s")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=run.step, shown=shown)
+        elif run.step in (1, run.total_steps) or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            run.console.print(f"step {run.step}/{run.total_steps}  epoch {run.epoch:.2f}  {shown}")
+
+    def on_end(self, run: Run) -> None:
+        """Leave the full bar standing before other hooks print."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,42 @@
+"""TensorBoard events beside the other logs; skipped with a note where tensorboard is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from xtuner.engine.hooks.base import BaseHook, Run
+
+
+class Hook(BaseHook):
+    """Writes every step's numbers under ``train/``."""
+
+    order = 60
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+
+    def wanted(self, run: Run) -> bool:
+        """With `tensorboard = True` and the package installed."""
+        if not run.settings.tensorboard:
+            return False
+        if importlib.util.find_spec("tensorboard") is None:
+            run.console.print("No TensorBoard events: pip install 'xtuner[tensorboard]' for them.")
+            return False
+        return True
+
+    def on_start(self, run: Run) -> None:
+        """Open the event file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.log_dir / "tensorboard"))
+
+    def on_step(self, run: Run) -> None:
+        """Write the step's numbers."""
+        for name, value in run.scalars.items():
+            self._writer.add_scalar(f"train/{name}", value, run.step)
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()

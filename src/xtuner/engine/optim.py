@@ -1,0 +1,114 @@
+"""The optimizer, by name, and the learning rate of each step, as a pure function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from xtuner.errors import ConfigError, did_you_mean
+
+
+def make_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    device: str,
+) -> torch.optim.Optimizer:
+    """Make optimizer `name` for the trainable parameters of `model`.
+
+    Biases and norms (parameters of one dimension) get no weight decay.
+
+    Raises:
+        ConfigError: neither torch.optim nor bitsandbytes has it, or it does not run on `device`.
+    """
+    kind = _optimizer_class(name, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {"lr": lr}
+    accepted = kind.__init__.__code__.co_varnames[: kind.__init__.__code__.co_argcount]
+    if "betas" in accepted:
+        options["betas"] = betas
+    try:
+        return kind([g for g in groups if g["params"]], **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim_type = {name!r}: cannot be used here: {error}") from error
+
+
+def _optimizer_class(name: str, device: str) -> Any:
+    known = {
+        n: c
+        for n, c in vars(torch.optim).items()
+        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n not in ("Optimizer", "LBFGS", "SparseAdam")
+    }
+    if name in known:
+        return known[name]
+    import bitsandbytes.optim
+
+    quantised = {
+        n: c for n, c in vars(bitsandbytes.optim).items()
+        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
+    }
+    if name not in quantised:
+        allowed = sorted({*known, *quantised})
+        raise ConfigError(
+            f"optim_type = {name!r}: there is no such optimizer{did_you_mean(name, allowed)}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+    return quantised[unpaged(name) if device == "cpu" else name]
+
+
+def unpaged(name: str) -> str:
+    """The optimizer that takes the place of a paged one on a CPU, which has nothing to page to.
+
+    A paged optimizer keeps its state in memory that moves between GPU and CPU; its arithmetic is the same.
+    """
+    return name.removeprefix("Paged")
+
+
+def learning_rate(
+    step: int,
+    *,
+    total_steps: int,
+    peak: float,
+    warmup_ratio: float,
+    schedule: Literal["cosine", "linear", "constant"],
+) -> float:
+    """Learning rate of optimizer step `step` (from 0).
+
+    It rises linearly over the first ``warmup_ratio * total_steps`` steps, reaches `peak`, and then follows
+    ``peak * (1 + cos(pi t)) / 2``, ``peak * (1 - t)`` or stays, with t the share of the remaining steps done.
+    """
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    t = (step - warmup) / max(1, total_steps - warmup)
+    return peak * (1 + math.cos(math.pi * t)) / 2 if schedule == "cosine" else peak * (1 - t)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained, in a fixed order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
+    """Scale gradients down to `max_norm` (None: leave them) and return their norm before that."""
+    limit = math.inf if max_norm is None else max_norm
+    return float(nn.utils.clip_grad_norm_(list(parameters), limit))

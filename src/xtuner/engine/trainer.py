@@ -1,0 +1,228 @@
+"""The training loop, the only one: every algorithm, tuning and kind of device goes through `Trainer.fit`.
+
+One optimizer step takes one group of micro-batches. With N the number of supervised tokens in the group
+over all processes, each micro-batch's *summed* loss is divided by N and backpropagated, gradients are
+summed over the processes, clipped and applied. So 1 batch of 8, 8 batches of 1 and uneven last groups give
+one gradient. The random state of every micro-step is a function of (seed, step, micro-step, rank), so a
+resumed run draws what the straight run drew.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from xtuner.config.schema import Settings
+from xtuner.engine import optim
+from xtuner.engine.distributed import Processes
+from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.errors import TrainingError
+from xtuner.types import Algorithm, Batch
+
+
+class Groups(Protocol):
+    """What the trainer needs of a data loader."""
+
+    steps_per_epoch: int
+
+    def groups(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each optimizer step."""
+        ...
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; the last finished step is saved."""
+
+
+class Trainer:
+    """Runs optimizer steps from `run.step` to `run.total_steps`.
+
+    Args:
+        model: given to the algorithm; its parameters with `requires_grad` are trained.
+        algorithm: collates and computes summed losses.
+        loader: gives each step's micro-batches.
+        optimizer: made for the parameters of `model`.
+        processes: this process and the others.
+        run: the state that hooks see.
+        hooks: of the main process.
+        save: writes a checkpoint of the current step.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        algorithm: Algorithm,
+        loader: Groups,
+        optimizer: torch.optim.Optimizer,
+        processes: Processes,
+        run: Run,
+        hooks: Sequence[BaseHook],
+        save: Callable[[Run], None],
+    ):
+        self.model, self.algorithm, self.loader = model, algorithm, loader
+        self.optimizer, self.processes, self.run = optimizer, processes, run
+        self.hooks, self.save = sorted(hooks, key=lambda hook: hook.order), save
+        self.parameters = optim.trainable(model)
+        self.settings: Settings = run.settings
+        self._saved_at = -1
+        self._stop = False
+
+    def fit(self) -> None:
+        """Train to the end, or to an interruption.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
+            TrainingError: a loss or gradient is not finite; the last good step is saved.
+        """
+        run = self.run
+        with ExitStack() as stack:
+            for hook in self.hooks:
+                stack.callback(hook.close)
+            stack.enter_context(self._stop_on_signals())
+            self._call("on_start")
+            self.model.train()
+            for group in self.loader.groups(run.step, run.total_steps):
+                try:
+                    self._step(group)
+                except Interrupted:
+                    self._save_once()
+                    raise Interrupted(f"Stopped at step {run.step}; it is saved.") from None
+                except TrainingError:
+                    self._save_once()
+                    raise
+                self._call("on_step")
+                if run.step % self.settings.save_steps == 0 or run.step == run.total_steps:
+                    self._save_once()
+            self._call("on_end")
+
+    def _step(self, group: list[Batch]) -> None:
+        """One optimizer step; on an exception the weights are those of the step before."""
+        started = time.perf_counter()
+        run, settings = self.run, self.settings
+        counts = [sum(b.num_supervised for b in group), sum(b.num_tokens for b in group)]
+        supervised, tokens, stops = self.processes.sum([*counts, float(self._stop)])
+        if stops:
+            raise Interrupted
+        lr = optim.learning_rate(
+            run.step,
+            total_steps=run.total_steps,
+            peak=settings.lr,
+            warmup_ratio=settings.warmup_ratio,
+            schedule=settings.lr_schedule,
+        )
+        optim.set_learning_rate(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._accumulate(group, supervised)
+        self.processes.sum_gradients(self.parameters)
+        norm = optim.clip_gradients(self.parameters, settings.max_norm)
+        (loss,) = self.processes.sum([loss])
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(self._not_finite(group, loss, norm))
+        self.optimizer.step()
+        run.step += 1
+        run.epoch = run.step / self.loader.steps_per_epoch
+        seconds = time.perf_counter() - started
+        run.scalars = {
+            "lr": lr,
+            "loss": loss,
+            "grad_norm": norm,
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens": supervised,
+            "seconds": seconds,
+            "memory_mb": memory_mb(self.processes.device),
+        }
+
+    def _accumulate(self, group: list[Batch], supervised: float) -> float:
+        """Backpropagate every micro-batch; return this process's share of the mean loss."""
+        total: Tensor | float = 0.0
+        for index, batch in enumerate(group):
+            if self._stop and self.processes.world_size == 1:
+                self.optimizer.zero_grad(set_to_none=True)
+                raise Interrupted
+            torch.manual_seed(_micro_seed(self.settings.seed, self.run.step, index, self.processes.rank))
+            output = self.algorithm.loss(self.model, batch.to(self.processes.device))
+            loss = output.loss / max(supervised, 1.0)
+            loss.backward()
+            total = total + loss.detach()
+        return float(total)
+
+    def _not_finite(self, group: list[Batch], loss: float, norm: float) -> str:
+        """Name the rows whose own loss is not finite, or else all rows of the step."""
+        singles = [sample for batch in group for sample in batch.split()]
+        with torch.no_grad():
+            bad = [
+                str(sample.rows[0])
+                for sample in singles
+                if sample.rows and not torch.isfinite(
+                    self.algorithm.loss(self.model, sample.to(self.processes.device)).loss
+                )
+            ]
+        rows = bad or [str(row) for batch in group for row in batch.rows]
+        what = "these rows have a loss that is not finite" if bad else "the step was made of these rows"
+        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+        return (
+            f"step {self.run.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the step was not taken; "
+            f"{what}: {'; '.join(rows[:10])}{more}.\n  Look at the rows with `xtuner log-dataset`, lower lr, or set "
+            "dtype = 'float32'; the step before is saved, go on with --resume."
+        )
+
+    def _save_once(self) -> None:
+        if self._saved_at != self.run.step and self.run.step != self.run.start_step:
+            self._saved_at = self.run.step
+            self.save(self.run)
+
+    def _call(self, event: str) -> None:
+        if self.processes.is_main:
+            for hook in self.hooks:
+                getattr(hook, event)(self.run)
+        self.processes.wait()
+        self.model.train()
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """Ask for a stop on the first Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _micro_seed(seed: int, step: int, index: int, rank: int) -> int:
+    """A seed of its own for every micro-step: splitmix64 over the four counters."""
+    state = seed
+    for number in (step, index, rank):
+        state = (state * 0x9E3779B97F4A7C15 + number + 1) & (2**64 - 1)
+        state ^= state >> 30
+        state = (state * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state ^= state >> 27
+    return state
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory of the GPU, or the memory the process holds now on a CPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20

@@ -1,0 +1,136 @@
+"""Attention over samples that lie end to end in one row and cannot see each other.
+
+Registered in transformers' attention interface as ``xtuner``; it takes the borders of the samples
+(`cu_seq_lens_q`) instead of a mask. There is one call a sample, so no work is spent on pairs of tokens of
+different samples (four fifths of a packed row of 1,024 at 200 tokens a sample). A call without borders is
+an error, never a leaking mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from xtuner.errors import ModelError
+
+NAME = "xtuner"
+
+
+def sample_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention within one sample.
+
+    Args:
+        query: ``[1, heads, T, head_dim]``.
+        key: ``[1, kv_heads, T, head_dim]``; query head h reads kv head ``h // (heads / kv_heads)``.
+        value: as `key`.
+        scaling: factor of the scores.
+        dropout: share of attention weights set to zero.
+        window: a token sees itself and the ``window - 1`` tokens before it.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+
+    Returns:
+        ``[1, heads, T, head_dim]``.
+    """
+    length = query.shape[-2]
+    grouped = query.shape[1] != key.shape[1]
+    windowed = window is not None and length > window
+    if softcap is None:
+        mask = _window_mask(length, window, query.device) if windowed else None
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scaling / softcap))
+    scores = scores.masked_fill(~_window_mask(length, window, query.device), -math.inf)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: `query` ``[1, heads, N, head_dim]`` to ``[1, N, heads, head_dim]``.
+
+    Raises:
+        ModelError: the borders of the samples are missing, or the layer asks for what is not built here.
+    """
+    borders = kwargs.get("cu_seq_lens_q")
+    if borders is None or attention_mask is not None or query.shape[0] != 1:
+        raise ModelError(
+            "xtuner's attention needs one row and the borders of its samples, and got none: "
+            "set attn_implementation = 'sdpa' for this model"
+        )
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown or not getattr(module, "is_causal", True):
+        raise ModelError(
+            f"this model's attention ({type(module).__name__}) uses {', '.join(unknown) or 'no causal order'}, "
+            "which xtuner's attention lacks: set attn_implementation = 'eager'"
+        )
+    ends = borders.tolist()
+    outputs = [
+        sample_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            dropout=dropout,
+            window=kwargs.get("sliding_window"),
+            softcap=kwargs.get("softcap"),
+        ).transpose(1, 2)
+        for start, end in zip(ends, ends[1:], strict=False)
+    ]
+    return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask that transformers builds for `packed_attention`: none, the borders take its place."""
+
+
+def register() -> str:
+    """Make the name ``xtuner`` known to transformers and return it."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    return NAME
+
+
+def training_implementation(model: PreTrainedModel, wanted: str) -> str:
+    """The attention to train `model` with: xtuner's for 'auto', where the model takes it.
+
+    Raises:
+        ModelError: the model cannot keep packed samples apart with any attention known here.
+    """
+    if wanted != "auto":
+        return wanted
+    if not model._supports_attention_backend:  # upstream's flag for the attention interface
+        raise ModelError(
+            f"{type(model).__name__} does not use transformers' attention interface, so samples in one row could "
+            "see each other: set pack_to_max_length = False, batch_size = 1 and attn_implementation = 'eager'"
+        )
+    return register()

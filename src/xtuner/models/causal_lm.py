@@ -1,0 +1,149 @@
+"""A causal language model as the algorithms see it: packed rows in, summed losses out.
+
+`PackedCausalLM` wraps a transformers (or PEFT) model. It calls the decoder without a cache and without a
+mask, with the borders of the samples, and multiplies only supervised positions with the output head.
+`verify` shows on a few random tokens, with the loaded weights, that samples in one row cannot see each
+other and that hidden states times head are the model's logits: whatever architecture is loaded, a wrong
+shortcut stops the run instead of training it silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.errors import ModelError
+from xtuner.models import attention
+from xtuner.models.loss import cross_entropy_of_logits, summed_cross_entropy
+from xtuner.types import IGNORE_INDEX, Batch
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float64: 1e-6}
+"""Largest difference `verify` accepts, relative to the largest value, by number type."""
+
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Configuration fields by which architectures change logits after the head; small logits hide a soft cap."""
+
+
+class PackedCausalLM(nn.Module):
+    """Wraps `model` (a causal language model of transformers, or a PeftModel around one).
+
+    Args:
+        model: the model; it stays reachable as `.model`.
+        autocast: compute in this type although trained weights are float32; None computes in the weights' type.
+    """
+
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.plain_logits = False
+
+    @property
+    def causal(self) -> Any:
+        """The transformers model inside a PEFT wrapper, or the model itself."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Last hidden states ``[1, N, H]`` of a packed batch."""
+        return self.causal.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+
+    def supervised_loss(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropy over the supervised tokens of `batch`, a float32 scalar with gradients."""
+        labels = batch.labels[0, 1:]
+        positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        targets = labels[positions]
+        with torch.autocast(
+            self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
+            head = self.causal.get_output_embeddings()
+            if not self.plain_logits and type(head) is nn.Linear and head.bias is None:
+                hidden = self.hidden_states(batch)[0, positions]
+                return summed_cross_entropy(hidden, head.weight, targets)
+            return cross_entropy_of_logits(self._logits(batch, positions), targets)
+
+    def _logits(self, batch: Batch, positions: Tensor) -> Tensor:
+        return self.causal(**self._inputs(batch), logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+        implementation = self.causal.config._attn_implementation
+        if implementation == attention.NAME or "flash" in implementation:
+            borders = batch.cu_seqlens
+            longest = int((borders[1:] - borders[:-1]).max())
+            if implementation != attention.NAME:
+                borders = borders.to(batch.input_ids.device)
+            inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        return inputs
+
+    @torch.no_grad()
+    def verify(self) -> str | None:
+        """Check isolation of packed samples and the shortcut from hidden states to logits.
+
+        Returns:
+            A note when the shortcut does not hold for this architecture and full logits are used instead.
+
+        Raises:
+            ModelError: samples in one row see each other.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.autocast(
+                self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+            ):
+                return self._verify()
+        finally:
+            self.model.train(was_training)
+
+    def _verify(self) -> str | None:
+        packed = self._probe((5, 7))
+        parts = [self._probe((5,)), self._probe((7,), offset=5)]
+        together = self.hidden_states(packed)
+        apart = torch.cat([self.hidden_states(part) for part in parts], dim=1)
+        if not _close(together, apart):
+            raise ModelError(
+                f"{type(self.causal).__name__} with attention '{self.causal.config._attn_implementation}': a sample's "
+                "result changes with its neighbours in the row, so packing would train on leaked text. Set "
+                "attn_implementation = 'eager'; if that does not help, this architecture cannot be trained here."
+            )
+        head, config = self.causal.get_output_embeddings(), self.causal.config
+        if type(head) is not nn.Linear:
+            self.plain_logits = True
+            return None
+        changes = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
+        everything = torch.arange(packed.num_tokens, device=self.device)
+        if changes or not _close(head(together)[0], self._logits(packed, everything)):
+            self.plain_logits = True
+            return (
+                f"{type(self.causal).__name__} changes its logits after the output head: "
+                "the loss is computed from whole logits, which takes more memory"
+            )
+        return None
+
+    def _probe(self, lengths: tuple[int, ...], offset: int = 0) -> Batch:
+        total = sum(lengths)
+        vocabulary = self.causal.get_input_embeddings().weight.shape[0]
+        ids = (torch.arange(offset, offset + total) * 7919 + 13) % min(vocabulary, 32000)
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        batch = Batch(ids[None], ids[None].clone(), positions[None], borders)
+        return batch.to(self.device)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    a, b = a.float(), b.float()
+    low = torch.is_autocast_enabled(a.device.type)
+    limit = max(TOLERANCE[a.dtype], TOLERANCE[torch.bfloat16] if low else 0)
+    return bool((a - b).abs().max() <= limit * b.abs().max().clamp(min=1e-6))

@@ -1,0 +1,193 @@
+"""Load a tokenizer or a model: from a folder or the hub, in a number type, quantised or not.
+
+    name ──families──► Auto classes know it ──from_pretrained──► checked: nothing missing ──► model
+
+transformers gives weights that a checkpoint lacks random values and only warns; here that is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from xtuner import plugins
+from xtuner.errors import LaunchError, ModelError, listed
+from xtuner.models import fetch
+from xtuner.models.quantize import Quantization, protect_from_repacking, quantization_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> str:
+    """Return 'cuda' or 'cpu'.
+
+    Raises:
+        LaunchError: 'cuda' was asked for and there is no usable GPU.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LaunchError(
+            "device = 'cuda': torch sees no GPU; set device = 'cpu', or install a CUDA build of torch"
+        )
+    return name
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.backends.cpu.get_cpu_capability()
+    return features.startswith("AVX512") and _cpu_flag("avx512_bf16")
+
+
+def _cpu_flag(flag: str) -> bool:
+    try:
+        return f" {flag} " in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The torch type for `name`; 'auto' is bfloat16 where `device` has it in hardware, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return DTYPES[name]
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of the model at `path` (a folder, a hub name, or a name that was fetched).
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    place = _located(path)
+    with _readable_errors(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    quantization: Quantization = "none",
+    double_quant: bool = True,
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """Load the causal language model at `path` (a folder, a hub name, or a name that was fetched).
+
+    Args:
+        path: where the model is.
+        dtype: of the weights that are not quantised, and of the computation.
+        device: 'cpu' or 'cuda'.
+        quantization: how linear layers are held.
+        double_quant: quantise the scales of 4-bit weights as well.
+        trust_remote_code: run Python code that lies beside the weights.
+        attn_implementation: a name of transformers' attention interface.
+
+    Raises:
+        ModelError: the model is not there, cannot be read, or lacks weights.
+    """
+    place = _located(path)
+    _register_family(place)
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        options["quantization_config"] = quantization_config(
+            quantization, double_quant=double_quant, compute_dtype=dtype
+        )
+        options["device_map"] = {"": device}
+    with _readable_errors(path, "model"), quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **options,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            listed(
+                f"{path}: {len(missing)} weights are missing from the checkpoint and would be random",
+                [*missing[:8], *(["..."] if len(missing) > 8 else [])],
+            )
+        )
+    protect_from_repacking(model)
+    return model if quantization != "none" else model.to(device)
+
+
+def _located(path: str | Path) -> str:
+    """A folder as it is; a hub name's fetched copy where there is one."""
+    if Path(path).is_dir():
+        return str(path)
+    fetched = fetch.cached(str(path))
+    return str(fetched) if fetched else str(path)
+
+
+def read_config(place: str) -> dict[str, Any]:
+    """The model's ``config.json`` as a dict; empty where it cannot be had."""
+    file: str | Path | None = Path(place) / "config.json"
+    if not Path(place).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download(place, "config.json")
+        except Exception:  # every failure shows again, with its reason, when the model is loaded
+            return {}
+    try:
+        return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _register_family(place: str) -> None:
+    """Teach transformers the architecture of `place` if one of our families serves it."""
+    model_type = read_config(place).get("model_type")
+    package = "xtuner.models.families"
+    for name in plugins.names(package):
+        family = importlib.import_module(f"{package}.{name}")
+        if model_type in family.MODEL_TYPES:
+            family.register()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and notes about loading off the terminal; errors still show."""
+    logger = transformers.logging
+    level, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
+    logger.set_verbosity(logging.ERROR)
+    logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.set_verbosity(level)
+        if bars:
+            logger.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _readable_errors(path: str | Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
+        cures = "give a folder that holds config.json and *.safetensors, a name on the hub, or fetch it once with `xtuner fetch`"
+        raise ModelError(
+            f"cannot load the {what} {str(path)!r} ({where}): {first}\n  Cure: {cures}."
+        ) from error

@@ -1,0 +1,89 @@
+"""The summed cross-entropy of supervised tokens, from hidden states, without ever holding all logits.
+
+A full logits matrix of 1,024 tokens and 49,152 words takes 200 MB in float32, and most rows of it belong to
+tokens that are not supervised. Here only supervised positions are multiplied with the output head, some at
+a time, and the gradients of the hidden states (and of the head, when it is trained) are computed in the
+same pass, so that no logits are kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LOGITS_BYTES = 64 * 2**20
+"""Room for one chunk of float32 logits."""
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """How many positions are multiplied with the head at once."""
+    return max(16, LOGITS_BYTES // (4 * vocabulary))
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """``sum_i -log softmax(h_i W^T)[t_i]``; gradients ``(softmax - onehot) W`` and ``(softmax - onehot)^T h``."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum the loss and keep the finished gradients: hidden ``[S, H]``, weight ``[V, H]``, targets ``[S]``."""
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        head = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        step = chunk_rows(weight.shape[0])
+        for start in range(0, len(targets), step):
+            part = slice(start, start + step)
+            rows, wanted = hidden[part].to(dtype), targets[part, None]
+            logits = (rows @ head.T).float()
+            shift = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += (shift - logits.gather(1, wanted)).sum()
+            if not (need_hidden or need_weight):
+                continue
+            error = logits.sub_(shift).exp_()
+            error.scatter_add_(1, wanted, error.new_full(wanted.shape, -1.0))
+            error = error.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = error @ head
+            if grad_weight is not None:
+                grad_weight += error.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Scale the gradients that the forward pass finished."""
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of ``-log p(target)`` over positions, for an output head without bias.
+
+    Args:
+        hidden: ``[S, H]``, last hidden states of the supervised positions.
+        weight: ``[V, H]``, the head; gets a gradient if it requires one.
+        targets: int64 ``[S]``.
+
+    Returns:
+        A float32 scalar. Products are taken in autocast's type where autocast is on, else in that of `hidden`.
+    """
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return _SummedCrossEntropy.apply(hidden, weight, targets, dtype)  # type: ignore[no-any-return]
+
+
+def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same sum from logits ``[S, V]``: the plain formula, for heads that are not a single matrix."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,0 +1,24 @@
+"""Write a model or an adapter in Hugging Face format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from xtuner.models.load import quiet_transformers
+
+
+def save_model(model: Any, folder: Path, *, max_shard_size: str = "2GB") -> None:
+    """Write `model` (or, for a PeftModel, its adapter alone) into `folder` as safetensors."""
+    with quiet_transformers():
+        if hasattr(model, "get_base_model"):
+            # "auto" would look the base model up to see whether its vocabulary grew; ours never does.
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, all blanks
+        else:
+            model.save_pretrained(str(folder), max_shard_size=max_shard_size)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of `folder` that hold weights."""
+    return sorted(folder.glob("*.safetensors"))

@@ -1,0 +1,374 @@
+"""The composition root: the one module that knows every part and puts them together.
+
+    train:      settings ─► model ─► template ─► data ─► loader ─► Trainer ─► checkpoints
+    open_chat:  a model, an adapter or a checkpoint ─► template ─► Session
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from xtuner import __version__, plugins
+from xtuner.chat.generate import GenerationOptions, generation_mode, stream
+from xtuner.config.load import LoadedSettings
+from xtuner.config.render import render_all
+from xtuner.config.schema import Settings
+from xtuner.data.build import TrainingData, build
+from xtuner.data.loader import Loader
+from xtuner.data.pack import PackedDataset
+from xtuner.engine import checkpoint as checkpoints
+from xtuner.engine import optim
+from xtuner.engine.checkpoint import CheckpointStore
+from xtuner.engine.distributed import Processes
+from xtuner.engine.forecast import check_disk, forecast
+from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.trainer import Trainer
+from xtuner.errors import CheckpointError, ConfigError
+from xtuner.models import adapters
+from xtuner.models.attention import training_implementation
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_dtype
+from xtuner.models.runinfo import RunInfo
+from xtuner.models.save import save_model
+from xtuner.templates import load as load_template
+from xtuner.types import Algorithm, Message
+
+SHAPING_SETTINGS = (
+    "pretrained_model_name_or_path", "algorithm", "tuning", "lora_r", "lora_target_modules",
+    "lora_modules_to_save", "effective_quantization", "optim_type",
+)  # fmt: skip
+"""Settings by which trainable weights and optimizer state are made: a resume cannot change them."""
+
+ORDERING_SETTINGS = (
+    "data_path", "data_repeats", "data_weights", "max_dataset_length", "validation_ratio", "SYSTEM",
+    "prompt_template", "max_length", "pack_to_max_length", "effective_overlong", "shuffle", "batch_size",
+    "accumulative_counts", "max_epochs", "max_steps", "lr", "betas", "weight_decay", "max_norm", "warmup_ratio",
+    "lr_schedule", "lora_alpha", "lora_dropout", "dtype", "seed",
+)  # fmt: skip
+"""Settings that a resume may change, but then the run is no longer the straight one."""
+
+
+@dataclass(frozen=True)
+class WorkPlace:
+    """Where a run writes: its work dir, and in it the time-stamped folder of this start."""
+
+    work_dir: Path
+    log_dir: Path
+
+    @classmethod
+    def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> WorkPlace:
+        """Make the folders.
+
+        Raises:
+            CheckpointError: checkpoints of an earlier run are there and neither flag says what to do.
+        """
+        there = CheckpointStore(work_dir).all()
+        if there and overwrite:
+            for path in there:
+                shutil.rmtree(path)
+        elif there and not resuming:
+            raise CheckpointError(
+                f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on with it, "
+                "--work-dir DIR to train elsewhere, or --overwrite to delete it and begin anew."
+            )
+        log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
+        for number in range(1, 1000):
+            with contextlib.suppress(FileExistsError):
+                log_dir.mkdir(parents=True)
+                break
+            log_dir = log_dir.with_name(f"{log_dir.name.split('-')[0]}-{number}")
+        return cls(work_dir, log_dir)
+
+
+def train(
+    loaded: LoadedSettings,
+    *,
+    work_dir: Path | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Train as `loaded` says and return the work dir.
+
+    Args:
+        loaded: checked settings with their name.
+        work_dir: overrides the setting.
+        resume: 'last' or the name of a checkpoint in the work dir; None starts anew.
+        overwrite: delete the checkpoints of an earlier run in the work dir.
+
+    Raises:
+        XTunerError: a fault that the user can cure.
+        Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
+    """
+    settings = loaded.settings
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    processes = Processes(pick_device(settings.device))
+    try:
+        return _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+    finally:
+        processes.close()
+
+
+class _TrainingRun:
+    """The parts of one training run, made in the order in which they need each other."""
+
+    def __init__(self, loaded: LoadedSettings, processes: Processes, work_dir: Path | None):
+        self.loaded, self.settings, self.processes = loaded, loaded.settings, processes
+        self.console = Console(quiet=not processes.is_main, highlight=False)
+        folder = work_dir or Path(self.settings.work_dir or Path("work_dirs") / loaded.name)
+        self.work_dir = folder.expanduser()
+        self.device = processes.device.type
+        self.dtype = resolve_dtype(self.settings.dtype, self.device)
+        self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
+
+    def train(self, resume: str | None, overwrite: bool) -> Path:
+        """Make everything, then run the loop."""
+        settings, console = self.settings, self.console
+        source = self.store.find(None if resume == "last" else resume) if resume else None
+        self.tokenizer = load_tokenizer(
+            settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
+        )
+        self.template = load_template(
+            settings.prompt_template, self.tokenizer, system=settings.SYSTEM
+        )
+        place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
+        data = self._build_data(place)
+        loader = self._loader(data.train, algorithm := _load_algorithm(self.loaded))
+        total = loader.steps_per_epoch * settings.max_epochs
+        total = min(total, settings.max_steps or total)
+        model, recompute = self._make_model(source)
+        self._tell(data, loader, model, total, recompute)
+        optimizer = optim.make_optimizer(
+            settings.optim_type, model, lr=settings.lr, betas=settings.betas,
+            weight_decay=settings.weight_decay, device=self.device,
+        )  # fmt: skip
+        run = Run(
+            settings=settings, work_dir=self.work_dir, log_dir=place.log_dir, console=console,
+            answer=lambda question: self._answer(model, question), total_steps=total,
+            validate=self._validation(model, data.validation, algorithm),
+        )  # fmt: skip
+        self.identity = self._identity(data)
+        if source is not None:
+            self._resume(source, optimizer, run)
+        if run.step >= total:
+            console.print(f"Nothing to do: {source} is at step {run.step} of {total}.")
+            return self.work_dir
+        self.model, self.optimizer = model, optimizer
+        trainer = Trainer(
+            model=model, algorithm=algorithm, loader=loader, optimizer=optimizer, processes=self.processes,
+            run=run, hooks=_make_hooks(self.loaded, run) if self.processes.is_main else [], save=self._save,
+        )  # fmt: skip
+        trainer.fit()
+        console.print(f"Done. The result is in {self.store.find()}")
+        return self.work_dir
+
+    def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
+        """The main process makes the folders and writes the settings; the others look nothing up there."""
+        if not self.processes.is_main:
+            return WorkPlace(self.work_dir, self.work_dir)
+        place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
+        text = render_all(self.settings, title=f"All settings of {self.loaded.name}, as resolved")
+        (self.work_dir / f"{self.loaded.name}.py").write_text(text, encoding="utf-8")
+        return place
+
+    def _build_data(self, place: WorkPlace) -> TrainingData:
+        """Encode in the main process first; the others then find everything in the cache."""
+        def once() -> TrainingData:
+            return build(
+                self.settings, template=self.template, tokenizer=self.tokenizer, folder=self.loaded.folder,
+                report_dir=place.log_dir if self.processes.is_main else None, quiet=not self.processes.is_main,
+            )  # fmt: skip
+
+        if not self.processes.is_main:
+            self.processes.wait()
+        data = once()
+        if self.processes.is_main:
+            self.processes.wait()
+        return data
+
+    def _loader(self, dataset: PackedDataset, algorithm: Algorithm) -> Loader:
+        s = self.settings
+        return Loader(
+            dataset, collate=algorithm.collate, batch_size=s.batch_size,
+            accumulative_counts=s.accumulative_counts, seed=s.seed, shuffle=s.shuffle, rank=self.processes.rank,
+            world_size=self.processes.world_size, num_workers=s.dataloader_num_workers,
+        )  # fmt: skip
+
+    def _make_model(self, source: Path | None) -> tuple[PackedCausalLM, bool]:
+        """Load the model, or the fully trained weights of `source`; add adapters; verify its shortcuts."""
+        s = self.settings
+        full = not s.uses_adapter
+        place = source if full and source is not None else s.pretrained_model_name_or_path
+        base = load_model(
+            place,
+            dtype=torch.float32 if full else self.dtype,
+            device=str(self.processes.device),
+            quantization=s.effective_quantization,
+            double_quant=s.double_quant,
+            trust_remote_code=s.trust_remote_code,
+        )
+        base.set_attn_implementation(training_implementation(base, s.attn_implementation))
+        recompute = self.device == "cuda" if s.gradient_checkpointing == "auto" else s.gradient_checkpointing
+        if recompute:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        model: Any = base
+        if s.uses_adapter:
+            model = adapters.add_adapter(
+                base, r=s.lora_r, alpha=s.lora_alpha, dropout=s.lora_dropout,
+                target_modules=s.lora_target_modules, modules_to_save=s.lora_modules_to_save, seed=s.seed,
+            )  # fmt: skip
+            if source is not None:
+                adapters.load_adapter_weights(model, source)
+        mixed = self.dtype != torch.float32 and (full or bool(s.lora_modules_to_save))
+        wrapped = PackedCausalLM(model, autocast=self.dtype if mixed else None)
+        if note := wrapped.verify():
+            self.console.print(f"Note: {note}.")
+        return wrapped, recompute
+
+    def _tell(
+        self, data: TrainingData, loader: Loader, model: PackedCausalLM, total: int, recompute: bool
+    ) -> None:
+        """Say in a few lines what will be done."""
+        s, console, expected = self.settings, self.console, forecast(model.model, self.settings, recompute=recompute)
+        held = "" if s.effective_quantization == "none" else f" on {s.effective_quantization} weights"
+        console.print(f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}{held}")
+        console.print(
+            f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.processes.world_size} "
+            f"process(es), {torch.get_num_threads()} CPU threads, attention '{model.causal.config._attn_implementation}'"
+        )
+        for line in (*expected.lines(), *data.report.lines()):
+            console.print(line)
+        console.print(
+            f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} x "
+            f"{s.accumulative_counts} x {self.processes.world_size} {'packs' if s.pack_to_max_length else 'samples'}"
+        )
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        console.print(check_disk(self.work_dir, expected, limit=s.save_total_limit))
+        if optim.unpaged(s.optim_type) != s.optim_type and self.device == "cpu":
+            console.print(f"Note: a CPU has nothing to page to: {optim.unpaged(s.optim_type)} takes the place of {s.optim_type}.")
+        console.print(f"Results      {self.work_dir}\n")
+
+    def _answer(self, model: PackedCausalLM, question: str) -> str:
+        options = GenerationOptions(max_new_tokens=self.settings.evaluation_max_new_tokens)
+        messages = [Message("user", question)]
+        with torch.autocast(self.device, dtype=model.autocast, enabled=model.autocast is not None):
+            pieces = stream(
+                model.model, self.tokenizer, template=self.template, messages=messages, options=options
+            )
+            return "".join(pieces)
+
+    def _validation(
+        self, model: PackedCausalLM, dataset: PackedDataset | None, algorithm: Algorithm
+    ) -> Any:
+        """A function that returns the mean loss a supervised token over the validation split."""
+        if dataset is None:
+            return None
+        device = self.processes.device
+
+        def measure() -> float:
+            model.eval()
+            total = count = 0.0
+            with torch.no_grad():
+                for index in range(len(dataset)):
+                    batch = algorithm.collate(dataset[index])
+                    total += float(algorithm.loss(model, batch.to(device)).loss)
+                    count += batch.num_supervised
+            model.train()
+            return total / max(1.0, count)
+
+        return measure
+
+    def _identity(self, data: TrainingData) -> dict[str, Any]:
+        """What a resumed run must share with the run that wrote the checkpoint."""
+        values = {name: getattr(self.settings, name) for name in (*SHAPING_SETTINGS, *ORDERING_SETTINGS)}
+        packed = data.train
+        return {
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+            "dataset": [len(packed), packed.num_samples, packed.num_tokens, packed.num_supervised],
+            "num_processes": self.processes.world_size,
+        }
+
+    def _resume(self, source: Path, optimizer: torch.optim.Optimizer, run: Run) -> None:
+        info = RunInfo.read(source)
+        if info is not None:
+            before = info.settings
+            wrong = [
+                f"{name}: {before[name]!r} then, {getattr(self.settings, name)!r} now"
+                for name in SHAPING_SETTINGS
+                if name in before and _plain(before[name]) != _plain(getattr(self.settings, name))
+            ]
+            if wrong:
+                raise CheckpointError(f"cannot resume from {source}: its weights were made by other settings: {'; '.join(wrong)}")
+        run.step, changed = checkpoints.load_state(source, optimizer=optimizer, identity=self.identity)
+        run.start_step = run.step
+        self.console.print(f"Resuming from {source} at step {run.step}.")
+        if changed:
+            self.console.print("Note: what changed since makes this run differ from a straight one: " + "; ".join(changed))
+
+    def _save(self, run: Run) -> None:
+        if self.processes.is_main:
+            path = self.store.save(run.step, lambda folder: self._write_checkpoint(folder, run))
+            self.console.print(f"Saved {path}")
+        self.processes.wait()
+
+    def _write_checkpoint(self, folder: Path, run: Run) -> None:
+        base = self.settings.pretrained_model_name_or_path
+        save_model(self.model.model, folder)
+        self.tokenizer.save_pretrained(str(folder))
+        RunInfo(
+            kind="adapter" if self.settings.uses_adapter else "model",
+            base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
+            prompt_template=self.settings.prompt_template,
+            system=self.settings.SYSTEM,
+            step=run.step,
+            epoch=round(run.epoch, 6),
+            settings=self.settings.model_dump(mode="json"),
+            versions=_versions(),
+        ).write(folder)
+        checkpoints.save_state(folder, step=run.step, optimizer=self.optimizer, identity=self.identity)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _load_algorithm(loaded: LoadedSettings) -> Algorithm:
+    name = loaded.settings.algorithm
+    if plugins.is_user_path(name):
+        return plugins.load_user_object(name, setting="algorithm", folder=loaded.folder)()  # type: ignore[no-any-return]
+    return plugins.load("xtuner.algorithms", name, setting="algorithm").Algorithm()  # type: ignore[no-any-return]
+
+
+def _make_hooks(loaded: LoadedSettings, run: Run) -> list[BaseHook]:
+    """Every hook of the folder and of the user's that wants this run."""
+    package = "xtuner.engine.hooks"
+    classes = [importlib.import_module(f"{package}.{name}").Hook for name in plugins.names(package)]
+    classes += [
+        plugins.load_user_object(name, setting="custom_hooks", folder=loaded.folder)
+        for name in loaded.settings.custom_hooks
+    ]
+    for kind in classes:
+        if not (inspect.isclass(kind) and issubclass(kind, BaseHook)):
+            raise ConfigError(f"custom_hooks: {kind!r} is not a subclass of xtuner.engine.hooks.base.BaseHook")
+    return [hook for hook in (kind() for kind in classes) if hook.wanted(run)]
+
+
+def _versions() -> dict[str, str]:
+    found = {"xtuner": __version__}
+    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
