@@ -78,7 +78,9 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise ConfigError(f"{setting} = {name!r}: importing {path} failed: {error!r}") from error
+            raise ConfigError(
+                f"{setting} = {name!r}: importing {path} failed: {error!r}"
+            ) from error
     if not hasattr(module, attribute):
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The composition root: the one module that knows every part and puts them together.
 
-    train:      settings ─► model ─► template ─► data ─► loader ─► Trainer ─► checkpoints
-    open_chat:  a model, an adapter or a checkpoint ─► template ─► Session
+train:      settings ─► model ─► template ─► data ─► loader ─► Trainer ─► checkpoints
+open_chat:  a model, an adapter or a checkpoint ─► template ─► Session
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ class _TrainingRun:
 
     def _build_data(self, place: WorkPlace) -> TrainingData:
         """Encode in the main process first; the others then find everything in the cache."""
+
         def once() -> TrainingData:
             return build(
                 self.settings, template=self.template, tokenizer=self.tokenizer, folder=self.loaded.folder,
@@ -220,7 +221,11 @@ class _TrainingRun:
             trust_remote_code=s.trust_remote_code,
         )
         base.set_attn_implementation(training_implementation(base, s.attn_implementation))
-        recompute = self.device == "cuda" if s.gradient_checkpointing == "auto" else s.gradient_checkpointing
+        recompute = (
+            self.device == "cuda"
+            if s.gradient_checkpointing == "auto"
+            else s.gradient_checkpointing
+        )
         if recompute:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
@@ -242,9 +247,17 @@ class _TrainingRun:
         self, data: TrainingData, loader: Loader, model: PackedCausalLM, total: int, recompute: bool
     ) -> None:
         """Say in a few lines what will be done."""
-        s, console, expected = self.settings, self.console, forecast(model.model, self.settings, recompute=recompute)
-        held = "" if s.effective_quantization == "none" else f" on {s.effective_quantization} weights"
-        console.print(f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}{held}")
+        s, console, expected = (
+            self.settings,
+            self.console,
+            forecast(model.model, self.settings, recompute=recompute),
+        )
+        held = (
+            "" if s.effective_quantization == "none" else f" on {s.effective_quantization} weights"
+        )
+        console.print(
+            f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}{held}"
+        )
         console.print(
             f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.processes.world_size} "
             f"process(es), {torch.get_num_threads()} CPU threads, attention '{model.causal.config._attn_implementation}'"
@@ -258,7 +271,9 @@ class _TrainingRun:
         self.work_dir.mkdir(parents=True, exist_ok=True)
         console.print(check_disk(self.work_dir, expected, limit=s.save_total_limit))
         if optim.unpaged(s.optim_type) != s.optim_type and self.device == "cpu":
-            console.print(f"Note: a CPU has nothing to page to: {optim.unpaged(s.optim_type)} takes the place of {s.optim_type}.")
+            console.print(
+                f"Note: a CPU has nothing to page to: {optim.unpaged(s.optim_type)} takes the place of {s.optim_type}."
+            )
         console.print(f"Results      {self.work_dir}\n")
 
     def _answer(self, model: PackedCausalLM, question: str) -> str:
@@ -266,7 +281,11 @@ class _TrainingRun:
         messages = [Message("user", question)]
         with torch.autocast(self.device, dtype=model.autocast, enabled=model.autocast is not None):
             pieces = stream(
-                model.model, self.tokenizer, template=self.template, messages=messages, options=options
+                model.model,
+                self.tokenizer,
+                template=self.template,
+                messages=messages,
+                options=options,
             )
             return "".join(pieces)
 
@@ -293,7 +312,9 @@ class _TrainingRun:
 
     def _identity(self, data: TrainingData) -> dict[str, Any]:
         """What a resumed run must share with the run that wrote the checkpoint."""
-        values = {name: getattr(self.settings, name) for name in (*SHAPING_SETTINGS, *ORDERING_SETTINGS)}
+        values = {
+            name: getattr(self.settings, name) for name in (*SHAPING_SETTINGS, *ORDERING_SETTINGS)
+        }
         packed = data.train
         return {
             **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
@@ -311,12 +332,19 @@ class _TrainingRun:
                 if name in before and _plain(before[name]) != _plain(getattr(self.settings, name))
             ]
             if wrong:
-                raise CheckpointError(f"cannot resume from {source}: its weights were made by other settings: {'; '.join(wrong)}")
-        run.step, changed = checkpoints.load_state(source, optimizer=optimizer, identity=self.identity)
+                raise CheckpointError(
+                    f"cannot resume from {source}: its weights were made by other settings: {'; '.join(wrong)}"
+                )
+        run.step, changed = checkpoints.load_state(
+            source, optimizer=optimizer, identity=self.identity
+        )
         run.start_step = run.step
         self.console.print(f"Resuming from {source} at step {run.step}.")
         if changed:
-            self.console.print("Note: what changed since makes this run differ from a straight one: " + "; ".join(changed))
+            self.console.print(
+                "Note: what changed since makes this run differ from a straight one: "
+                + "; ".join(changed)
+            )
 
     def _save(self, run: Run) -> None:
         if self.processes.is_main:
@@ -338,7 +366,9 @@ class _TrainingRun:
             settings=self.settings.model_dump(mode="json"),
             versions=_versions(),
         ).write(folder)
-        checkpoints.save_state(folder, step=run.step, optimizer=self.optimizer, identity=self.identity)
+        checkpoints.save_state(
+            folder, step=run.step, optimizer=self.optimizer, identity=self.identity
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -362,7 +392,9 @@ def _make_hooks(loaded: LoadedSettings, run: Run) -> list[BaseHook]:
     ]
     for kind in classes:
         if not (inspect.isclass(kind) and issubclass(kind, BaseHook)):
-            raise ConfigError(f"custom_hooks: {kind!r} is not a subclass of xtuner.engine.hooks.base.BaseHook")
+            raise ConfigError(
+                f"custom_hooks: {kind!r} is not a subclass of xtuner.engine.hooks.base.BaseHook"
+            )
     return [hook for hook in (kind() for kind in classes) if hook.wanted(run)]
 
 

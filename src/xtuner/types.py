@@ -147,7 +147,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to `device`; `cu_seqlens` stays on the CPU, where it steers the attention."""
-        move = [t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.position_ids)]
+        move = [
+            t.to(device, non_blocking=True)
+            for t in (self.input_ids, self.labels, self.position_ids)
+        ]
         return Batch(*move, cu_seqlens=self.cu_seqlens, rows=self.rows)
 
 
@@ -169,4 +172,3 @@ class Algorithm(Protocol):
     def loss(self, model: Any, batch: Batch) -> LossOutput:
         """Return the loss summed over the supervised tokens of `batch`."""
         ...
-

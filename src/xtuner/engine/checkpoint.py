@@ -103,13 +103,17 @@ class CheckpointStore:
         there = self.all()
         if which is None:
             if not there:
-                raise CheckpointError(f"{self.work_dir}: holds no checkpoint to resume from; start without --resume")
+                raise CheckpointError(
+                    f"{self.work_dir}: holds no checkpoint to resume from; start without --resume"
+                )
             return there[-1]
         name = Path(which).name.removesuffix(".pth")
         path = Path(which) if Path(which).is_dir() else self.work_dir / name
         if not (path / STATE_FILE).is_file():
             names = ", ".join(p.name for p in there) or "none"
-            raise CheckpointError(f"cannot resume from {path}: it lacks {STATE_FILE}. In {self.work_dir}: {names}")
+            raise CheckpointError(
+                f"cannot resume from {path}: it lacks {STATE_FILE}. In {self.work_dir}: {names}"
+            )
         return path
 
 
@@ -146,7 +150,9 @@ def load_state(
         optimizer.load_state_dict(state["optimizer"])
         step, before = int(state["step"]), dict(state["identity"])
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{file}: cannot be resumed from: {error}; try an earlier checkpoint") from error
+        raise CheckpointError(
+            f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"
+        ) from error
     changed = [
         f"{key}: {before.get(key)!r} then, {value!r} now"
         for key, value in identity.items()

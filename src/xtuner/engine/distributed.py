@@ -31,7 +31,9 @@ class Processes:
         self._state = PartialState(cpu=device == "cpu")
         self.rank: int = self._state.process_index
         self.world_size: int = self._state.num_processes
-        self.device: torch.device = self._state.device if self.world_size > 1 else torch.device(device)
+        self.device: torch.device = (
+            self._state.device if self.world_size > 1 else torch.device(device)
+        )
         if self.world_size > 1:
             _die_with_parent()
 

@@ -48,14 +48,17 @@ def _optimizer_class(name: str, device: str) -> Any:
     known = {
         n: c
         for n, c in vars(torch.optim).items()
-        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n not in ("Optimizer", "LBFGS", "SparseAdam")
+        if isinstance(c, type)
+        and issubclass(c, torch.optim.Optimizer)
+        and n not in ("Optimizer", "LBFGS", "SparseAdam")
     }
     if name in known:
         return known[name]
     import bitsandbytes.optim
 
     quantised = {
-        n: c for n, c in vars(bitsandbytes.optim).items()
+        n: c
+        for n, c in vars(bitsandbytes.optim).items()
         if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
     }
     if name not in quantised:

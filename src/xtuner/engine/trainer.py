@@ -151,7 +151,9 @@ class Trainer:
             if self._stop and self.processes.world_size == 1:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Interrupted
-            torch.manual_seed(_micro_seed(self.settings.seed, self.run.step, index, self.processes.rank))
+            torch.manual_seed(
+                _micro_seed(self.settings.seed, self.run.step, index, self.processes.rank)
+            )
             output = self.algorithm.loss(self.model, batch.to(self.processes.device))
             loss = output.loss / max(supervised, 1.0)
             loss.backward()
@@ -165,12 +167,17 @@ class Trainer:
             bad = [
                 str(sample.rows[0])
                 for sample in singles
-                if sample.rows and not torch.isfinite(
+                if sample.rows
+                and not torch.isfinite(
                     self.algorithm.loss(self.model, sample.to(self.processes.device)).loss
                 )
             ]
         rows = bad or [str(row) for batch in group for row in batch.rows]
-        what = "these rows have a loss that is not finite" if bad else "the step was made of these rows"
+        what = (
+            "these rows have a loss that is not finite"
+            if bad
+            else "the step was made of these rows"
+        )
         more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
         return (
             f"step {self.run.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the step was not taken; "

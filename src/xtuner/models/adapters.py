@@ -86,9 +86,15 @@ def add_adapter(
     )
     config._register_custom_module(_layer_classes())
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    wrong = [n for n in (*(() if whole else target_modules), *modules_to_save) if n.rpartition(".")[2] not in known]
+    wrong = [
+        n
+        for n in (*(() if whole else target_modules), *modules_to_save)
+        if n.rpartition(".")[2] not in known
+    ]
     if wrong:
-        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        linear = {
+            n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
+        }
         raise ModelError(
             f"lora_target_modules, lora_modules_to_save: the model has no layer {', '.join(map(repr, wrong))}; "
             f"its linear layers are {', '.join(sorted(linear))}"
@@ -112,8 +118,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
 
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        found = ", ".join(sorted(p.name for p in folder.glob("*"))) if folder.is_dir() else "no such folder"
-        raise ModelError(f"{folder}: is not an adapter: it lacks adapter_config.json (found: {found or 'nothing'})")
+        found = (
+            ", ".join(sorted(p.name for p in folder.glob("*")))
+            if folder.is_dir()
+            else "no such folder"
+        )
+        raise ModelError(
+            f"{folder}: is not an adapter: it lacks adapter_config.json (found: {found or 'nothing'})"
+        )
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, OSError) as error:

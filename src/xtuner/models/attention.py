@@ -51,7 +51,14 @@ def sample_attention(
     if softcap is None:
         mask = _window_mask(length, window, query.device) if windowed else None
         return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            query,
+            key,
+            value,
+            mask,
+            dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
         )
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

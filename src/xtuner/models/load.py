@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,11 @@ from xtuner import plugins
 from xtuner.errors import LaunchError, ModelError, listed
 from xtuner.models import fetch
 from xtuner.models.quantize import Quantization, protect_from_repacking, quantization_config
+
+# PEFT 0.21 reads a property that transformers 5.23 renamed; the note is for its authors, not for users.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+# bitsandbytes looks for an optional kernel package when it is imported, and reports its absence as a failure.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -27,7 +27,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """``sum_i -log softmax(h_i W^T)[t_i]``; gradients ``(softmax - onehot) W`` and ``(softmax - onehot)^T h``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """Sum the loss and keep the finished gradients: hidden ``[S, H]``, weight ``[V, H]``, targets ``[S]``."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         head = weight.to(dtype)

@@ -46,7 +46,9 @@ class Hook(BaseHook):
         lines = [f"Sample answers {when}", ""]
         for question in run.settings.evaluation_inputs:
             answer = run.answer(question)
-            run.console.print(f"  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] {escape(answer)}\n")
+            run.console.print(
+                f"  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] {escape(answer)}\n"
+            )
             lines += [f"Q: {question}", f"A: {answer}", ""]
         file = run.log_dir / f"eval_outputs_iter_{run.step}.txt"
         file.write_text("\n".join(lines), encoding="utf-8")

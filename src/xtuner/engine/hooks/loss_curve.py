@@ -54,7 +54,9 @@ def draw(file: Path, losses: list[tuple[int, float]], validation: list[tuple[int
     axes.plot(steps, values, color="#9bb7d4", linewidth=1, label="loss of each step")
     axes.plot(steps, smooth, color="#1f4e79", linewidth=2, label="running mean")
     if validation:
-        axes.plot(*zip(*validation, strict=True), color="#c0504d", marker="o", label="validation loss")
+        axes.plot(
+            *zip(*validation, strict=True), color="#c0504d", marker="o", label="validation loss"
+        )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss a supervised token (nats)")
     axes.set_ylim(bottom=0)

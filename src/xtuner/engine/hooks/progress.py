@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import time
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from xtuner.engine.hooks.base import BaseHook, Run, numbers
 
@@ -44,7 +51,10 @@ class Hook(BaseHook):
         shown = numbers(run.scalars, SHOWN).replace("tokens_per_second", "tokens/s")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=run.step, shown=shown)
-        elif run.step in (1, run.total_steps) or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+        elif (
+            run.step in (1, run.total_steps)
+            or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES
+        ):
             self._last_line = time.monotonic()
             run.console.print(f"step {run.step}/{run.total_steps}  epoch {run.epoch:.2f}  {shown}")
 

@@ -1,0 +1,119 @@
+"""Our LoRA forward pass against PEFT's, on plain and on quantised weights."""
+
+import pytest
+import torch
+
+from xtuner.errors import ModelError
+from xtuner.models.adapters import add_adapter, count_parameters, load_adapter_weights
+from xtuner.models.load import load_model
+from xtuner.models.save import save_model
+from xtuner.testing.tiny import tiny_model
+
+IDS = torch.arange(5, 45)[None]
+
+
+def adapted(model, **options):
+    model = add_adapter(model, **{"r": 4, "alpha": 8, "seed": 3, **options})
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first: give every adapter something to do
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    logits = model(input_ids=IDS, use_cache=False).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:])
+    loss.backward()
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def with_peft_forward(monkeypatch):
+    from xtuner.models import adapters
+
+    monkeypatch.setattr(adapters, "_layer_classes", dict)
+
+
+def test_equals_peft_in_float32(monkeypatch):
+    ours = loss_and_gradients(adapted(tiny_model()))
+    with_peft_forward(monkeypatch)
+    theirs = loss_and_gradients(adapted(tiny_model()))
+    assert abs(ours[0] - theirs[0]) < 1e-6
+    assert ours[1].keys() == theirs[1].keys()
+    assert all((ours[1][n] - theirs[1][n]).abs().max() < 1e-6 for n in ours[1])
+
+
+def test_bfloat16_weights_get_float32_adapters_and_close_gradients():
+    exact = loss_and_gradients(adapted(tiny_model()))[1]
+    model = adapted(tiny_model().bfloat16())
+    rough = loss_and_gradients(model)[1]
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    for name, gradient in rough.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact[name]).norm() < 0.05 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_quantised_gradients_equal_those_of_the_dequantised_model(quantization, tmp_path):
+    """Also after a forward pass in evaluation mode, which repacked 4-bit weights (facts, trap 2)."""
+    tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
+    base = load_model(tmp_path, dtype=torch.float32, quantization=quantization)
+    base.eval()
+    with torch.no_grad():
+        before = base(input_ids=IDS, use_cache=False).logits
+    quantised = adapted(base).train()
+    reference = load_model(tmp_path, dtype=torch.float32, quantization=quantization).dequantize()
+    reference.eval()
+    with torch.no_grad():
+        plain = reference(input_ids=IDS, use_cache=False).logits
+    tolerance = 1e-4 if quantization != "int8" else 2e-2  # int8 rounds activations as well
+    assert (before - plain).abs().max() < tolerance * plain.abs().max()
+    found = loss_and_gradients(quantised)[1]
+    expected = loss_and_gradients(adapted(reference).train())[1]
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= (tolerance * 10) * expected[
+            name
+        ].norm() + 1e-7, name
+
+
+def test_the_seed_fixes_the_adapters_and_spares_the_global_state():
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    first = dict(add_adapter(tiny_model(), r=4, alpha=8, seed=1).named_parameters())
+    assert torch.equal(torch.rand(3), wanted)
+    second = dict(add_adapter(tiny_model(), r=4, alpha=8, seed=1).named_parameters())
+    other = dict(add_adapter(tiny_model(), r=4, alpha=8, seed=2).named_parameters())
+    name = next(n for n in first if "lora_A" in n)
+    assert torch.equal(first[name], second[name]) and not torch.equal(first[name], other[name])
+
+
+def test_saved_and_loaded_bit_for_bit(tmp_path):
+    model = adapted(tiny_model().bfloat16())
+    save_model(model, tmp_path)
+    fresh = add_adapter(tiny_model().bfloat16(), r=4, alpha=8, seed=9)
+    load_adapter_weights(fresh, tmp_path)
+    before, after = dict(model.named_parameters()), dict(fresh.named_parameters())
+    assert all(
+        torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before
+    )
+
+
+def test_all_linear_leaves_the_head_out():
+    names = [n for n, p in adapted(tiny_model()).named_parameters() if p.requires_grad]
+    assert len(names) == 2 * 7 * 2 and not any("lm_head" in n for n in names)
+
+
+def test_an_unknown_layer_is_named():
+    with pytest.raises(ModelError, match=r"'qproj'.*q_proj"):
+        add_adapter(tiny_model(), r=4, alpha=8, target_modules=["qproj"])
+
+
+def test_count_of_quantised_weights_is_that_of_the_unpacked(tmp_path):
+    tiny_model(hidden_size=64, head_dim=16).save_pretrained(tmp_path)
+    plain = count_parameters(load_model(tmp_path, dtype=torch.float32))[1]
+    packed = count_parameters(load_model(tmp_path, dtype=torch.float32, quantization="nf4"))[1]
+    assert plain == packed

@@ -1,0 +1,140 @@
+"""Packed rows against one sample at a time, and what `verify` refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from xtuner.errors import ModelError
+from xtuner.models import attention
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.testing.tiny import tiny_model
+from xtuner.types import IGNORE_INDEX, Batch
+
+LENGTHS = (9, 4, 12)
+ARCHITECTURES = {
+    "llama": {},
+    "qwen3": {},
+    "qwen2": {},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4},
+    "phi3": {},
+    "mixtral": {},
+    "cohere": {},
+}
+
+
+def packed_batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(LENGTHS)
+    ids = torch.randint(5, 261, (1, total), generator=generator)
+    labels = torch.where(torch.rand(1, total, generator=generator) < 0.6, ids, IGNORE_INDEX)
+    borders = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    labels[0, borders[:-1].long()] = IGNORE_INDEX
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    return Batch(ids, labels, positions, borders)
+
+
+def plain_loss(model, batch):
+    """Each sample by itself through transformers, logits held whole."""
+    total = 0.0
+    for sample in batch.split():
+        logits = model(input_ids=sample.input_ids, use_cache=False).logits[0, :-1].float()
+        labels = sample.labels[0, 1:]
+        total = total + F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("implementation", [attention.NAME, "sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_equals_one_by_one(architecture, implementation):
+    if architecture == "gemma2" and implementation == "sdpa":
+        pytest.skip("transformers' sdpa has no soft cap")
+    model = tiny_model(architecture, **ARCHITECTURES[architecture])
+    batch = packed_batch()
+    model.set_attn_implementation("eager")
+    expected_loss = plain_loss(model, batch)
+    expected = gradients(model, expected_loss)
+    attention.register()
+    model.set_attn_implementation(implementation)
+    packed = PackedCausalLM(model)
+    packed.verify()
+    loss = packed.supervised_loss(batch)
+    assert abs(loss.item() - expected_loss.item()) < 1e-5 * expected_loss.item()
+    found = gradients(model, loss)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        scale = expected[name].abs().max().clamp(min=1e-3)
+        assert (gradient - expected[name]).abs().max() < 1e-4 * scale, name
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model = tiny_model()
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    packed = PackedCausalLM(model.train())
+    straight = gradients(model, packed.supervised_loss(packed_batch()))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed = gradients(model, packed.supervised_loss(packed_batch()))
+    assert all(torch.equal(straight[name], recomputed[name]) for name in straight)
+
+
+def test_split_gives_the_parts_back():
+    batch = packed_batch()
+    parts = batch.split()
+    assert [part.num_tokens for part in parts] == list(LENGTHS)
+    assert torch.equal(torch.cat([p.input_ids for p in parts], 1), batch.input_ids)
+    assert sum(part.num_supervised for part in parts) == batch.num_supervised
+    assert all(part.cu_seqlens.tolist() == [0, part.num_tokens] for part in parts)
+
+
+def test_a_leaking_attention_is_refused():
+    def leaking(module, query, key, value, attention_mask, **kwargs):
+        kwargs["cu_seq_lens_q"] = torch.tensor([0, query.shape[2]])
+        return attention.packed_attention(module, query, key, value, None, **kwargs)
+
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("leaking", leaking)
+    AttentionMaskInterface.register("leaking", lambda *a, **k: None)
+    model = tiny_model()
+    model.set_attn_implementation("leaking")
+    with pytest.raises(ModelError, match="neighbours"):
+        PackedCausalLM(model).verify()
+
+
+def test_attention_without_borders_is_an_error():
+    model = tiny_model()
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(ModelError, match="borders"):
+        model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+
+
+def test_a_soft_cap_on_logits_is_not_lost():
+    model = tiny_model("gemma2", final_logit_softcapping=0.05)
+    packed = PackedCausalLM(model)
+    model.set_attn_implementation("eager")
+    assert "changes its logits" in packed.verify()
+    batch = packed_batch()
+    batch = replace(batch, labels=batch.labels)
+    assert abs(packed.supervised_loss(batch).item() - plain_loss(model, batch).item()) < 1e-3
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
+    model = tiny_model()
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    exact = PackedCausalLM(model).supervised_loss(packed_batch())
+    rough = PackedCausalLM(model, autocast=torch.bfloat16).supervised_loss(packed_batch())
+    assert exact.item() != rough.item()
+    assert abs(rough.item() - exact.item()) < 0.01 * exact.item()
+    assert all(g.dtype == torch.float32 for g in gradients(model, rough).values())
