@@ -50,7 +50,7 @@ class Part(BaseModel):
 
 
 class ModelPart(Part):
-    """PART 1 Model and method"""
+    """PART 1  Model and method"""
 
     pretrained_model_name_or_path: str
     """The model to start from: a folder in Hugging Face format or a name on the hub."""
@@ -90,7 +90,7 @@ class ModelPart(Part):
 
 
 class DataPart(Part):
-    """PART 2 Data"""
+    """PART 2  Data"""
 
     data_path: OneOrMore
     """A json, jsonl, csv, parquet or txt file, a folder of them, a name on the hub, or a list of
@@ -135,7 +135,7 @@ class DataPart(Part):
 
 
 class OptimPart(Part):
-    """PART 3 Schedule and optimizer"""
+    """PART 3  Schedule and optimizer"""
 
     batch_size: Positive = 1
     """Samples (or packs) a device works on at once."""
@@ -169,7 +169,7 @@ class OptimPart(Part):
 
 
 class EvaluationPart(Part):
-    """PART 4 Sample answers"""
+    """PART 4  Sample answers"""
 
     evaluation_inputs: OneOrMore = ()
     """Questions asked before, during and after training; the answers are shown and kept."""
@@ -180,7 +180,7 @@ class EvaluationPart(Part):
 
 
 class RuntimePart(Part):
-    """PART 5 Runtime"""
+    """PART 5  Runtime"""
 
     save_steps: Positive = 500
     """Save a checkpoint every so many steps; the end is always saved."""
@@ -278,7 +278,7 @@ def _check_dataset_format(s: Settings) -> Iterator[tuple[str, str]]:
     if formats not in (1, sources):
         yield (
             "dataset_format",
-            f"has {formats} formats for {sources} sources in data_path; give one, or one each",
+            f"has {formats} entries, but data_path has {sources}; give one, or one a source",
         )
 
 
@@ -293,7 +293,7 @@ def _check_shares(name: str, s: Settings) -> Iterator[tuple[str, str]]:
         return
     sources = len(s.data_path)
     if len(values) != sources:
-        yield name, f"has {len(values)} numbers for {sources} sources in data_path; give one each"
+        yield name, f"has {len(values)} entries, but data_path has {sources}; give one a source"
     if any(v < 0 for v in values) or not any(values):
         yield name, "numbers must be 0 or more, and one of them above 0"
 

@@ -1,0 +1,163 @@
+"""Check the entries of a settings file against the schema and put every fault in plain words."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from xtuner import plugins
+from xtuner.config.describe import allowed, choices
+from xtuner.config.entries import OVERRIDE, Entry, Problem, Reading, spoken_constant
+from xtuner.config.schema import CHECKS, Settings, field_parts
+from xtuner.errors import did_you_mean
+
+_TABLES = Path(__file__).parent / "tables"
+_PLUGIN_FOLDERS = {"algorithm": "xtuner.algorithms", "dataset_format": "xtuner.data.formats"}
+"""Settings whose values are names of plug-ins."""
+_TUNINGS = choices("tuning")
+_PLACEHOLDERS: dict[str, Any] = {
+    name: "-" for name, field in Settings.model_fields.items() if field.is_required()
+}
+
+
+def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
+    """Check what was read.
+
+    Returns:
+        The settings, and the problems found here. The settings are None where there are problems
+        here or in `reading`.
+    """
+    known = {name: e for name, e in reading.entries.items() if name in Settings.model_fields}
+    problems = [
+        entry.problem(name, _unknown(name))
+        for name, entry in reading.entries.items()
+        if name not in known
+    ]
+    faulty = _faulty_fields({name: entry.value for name, entry in known.items()})
+    for name in faulty:
+        if name in known:
+            problems.append(known[name].problem(name, _wrong_value(name, known[name].value)))
+        elif name not in reading.broken:
+            problems.append(Problem(name, f"is missing; {_purpose(name)}"))
+    valid = {n: e.value for n, e in known.items() if n not in faulty and n not in reading.broken}
+    settings = Settings.model_validate({**_PLACEHOLDERS, **valid})
+    unusable = faulty | reading.broken
+    for name, message in [*_wrong_names(settings, unusable), *_clashes(settings, unusable)]:
+        entry = known.get(name)
+        problems.append(entry.problem(name, message) if entry else Problem(name, message))
+    complete = not problems and not reading.problems
+    return (settings if complete else None), problems
+
+
+def accepts(name: str, value: Any) -> bool:
+    """Whether setting `name` takes `value`, seen alone."""
+    return name not in _faulty_fields({name: value})
+
+
+def unknown_override(name: str, text: str) -> Problem | None:
+    """The problem of ``--set name=text`` where there is no such setting."""
+    if name in Settings.model_fields:
+        return None
+    return Entry(text, OVERRIDE).problem(name, _unknown(name))
+
+
+def _faulty_fields(values: Mapping[str, Any]) -> set[str]:
+    """Names of settings that are missing or have a value which the schema refuses."""
+    try:
+        Settings.model_validate(dict(values))
+    except ValidationError as error:
+        return {str(e["loc"][0]) for e in error.errors(include_url=False, include_context=False)}
+    return set()
+
+
+def _unknown(name: str) -> str:
+    """Say what to write in place of a name that is no setting."""
+    cure = _renamed().get(name)
+    if cure:
+        return cure
+    known = list(field_parts())
+    same = {k.lower(): k for k in known}.get(name.lower())
+    guess = f"; did you mean '{same}'?" if same else did_you_mean(name, known)
+    return f"unknown setting{guess or '; `xtuner explain` lists all'}"
+
+
+@functools.cache
+def _renamed() -> dict[str, str]:
+    table: dict[str, dict[str, str]] = tomllib.loads((_TABLES / "renamed.toml").read_text("utf-8"))
+    return table["renamed"]
+
+
+def _wrong_value(name: str, value: Any) -> str:
+    message = f"must be {allowed(name)}"
+    if not isinstance(value, str):
+        return message
+    if choices(name):
+        algorithms = plugins.names(_PLUGIN_FOLDERS["algorithm"])
+        if name == "tuning" and value in algorithms:
+            return f"{value!r} is a value of 'algorithm'; 'tuning' {message}"
+        return message + did_you_mean(value, choices(name))
+    for unquote in (int, float, spoken_constant):
+        try:
+            if accepts(name, unquote(value)):
+                return f"{message}; write it without quotes"
+        except ValueError:
+            continue
+    return message
+
+
+def _purpose(name: str) -> str:
+    return f"set it: {Settings.model_fields[name].description}"
+
+
+def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield a problem for every setting that names a plug-in which does not exist."""
+    for setting, package in _PLUGIN_FOLDERS.items():
+        if setting in unusable:
+            continue
+        given = getattr(settings, setting)
+        known = plugins.names(package)
+        words = ["auto", *known] if setting == "dataset_format" else known
+        for value in [given] if isinstance(given, str) else given:
+            if setting == "algorithm" and value in _TUNINGS:
+                yield setting, f"{value!r} is a value of 'tuning'; set tuning = {value!r}"
+            elif value not in words and not plugins.is_user_path(value):
+                yield (
+                    setting,
+                    f"{value!r} must be one of {', '.join(words)}, "
+                    f"or 'my_file.py:function'{did_you_mean(value, words)}",
+                )
+
+
+def _clashes(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the problems of combinations; a rule that reads an unusable setting is left out."""
+    readable = cast(Settings, _Readable(settings, unusable))
+    for rule in CHECKS:
+        try:
+            yield from rule(readable)
+        except _UnusableError:
+            continue
+
+
+class _UnusableError(Exception):
+    pass
+
+
+class _Readable:
+    """Settings that refuse to show the settings which have a problem of their own."""
+
+    def __init__(self, settings: Settings, unusable: set[str]) -> None:
+        self._settings = settings
+        self._unusable = unusable
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._unusable:
+            raise _UnusableError
+        derived = getattr(Settings, name, None)
+        if isinstance(derived, property) and derived.fget:
+            return derived.fget(self)
+        return getattr(self._settings, name)

@@ -1,0 +1,93 @@
+"""Say in plain words what values a setting takes.
+
+The words come from the type annotations of the schema alone, so that messages, ``xtuner explain``
+and the reference page cannot disagree with what is checked.
+"""
+
+from __future__ import annotations
+
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+from xtuner.config.schema import Settings, one_as_tuple
+
+_WORDS = {str: "text", int: "a whole number", float: "a number"}
+
+
+def allowed(name: str) -> str:
+    """The values that setting `name` takes, as in "a whole number, 1 or more, or None"."""
+    field = Settings.model_fields[name]
+    return _describe(field.annotation, list(field.metadata))
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The fixed words that setting `name` takes; empty where it is open."""
+    return tuple(_literals(Settings.model_fields[name].annotation))
+
+
+def _literals(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [value for value in get_args(annotation) if isinstance(value, str)]
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return [value for part in get_args(annotation) for value in _literals(part)]
+    return []
+
+
+def _describe(annotation: Any, metadata: list[Any]) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _describe(arguments[0], [*arguments[1:], *metadata])
+    if origin is Literal:
+        return _either([repr(value) for value in arguments])
+    if origin in (Union, UnionType):
+        return _union(arguments)
+    if origin is tuple:
+        return _sequence(arguments, metadata)
+    if annotation is bool:
+        return "True or False"
+    return _WORDS[annotation] + _bounds(metadata)
+
+
+def _union(members: tuple[Any, ...]) -> str:
+    words = [_describe(member, []) for member in members if member is not NoneType]
+    if NoneType in members:
+        words.append("None")
+    return ", or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _sequence(items: tuple[Any, ...], metadata: list[Any]) -> str:
+    if Ellipsis not in items:
+        return f"{_count(len(items))}, each {_describe(items[0], [])}"
+    words = _describe(items[0], []).removeprefix("a ") + "s"
+    one = any(isinstance(m, BeforeValidator) and m.func is one_as_tuple for m in metadata)
+    return f"text or a list of {words}" if one else f"a list of {words}"
+
+
+def _count(number: int) -> str:
+    return {2: "two numbers"}.get(number, f"{number} numbers")
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+
+
+def _bounds(metadata: list[Any]) -> str:
+    limits: dict[str, Any] = {}
+    for item in metadata:
+        for part in item.metadata if isinstance(item, FieldInfo) else [item]:
+            for kind in ("ge", "gt", "le", "lt"):
+                if getattr(part, kind, None) is not None:
+                    limits[kind] = getattr(part, kind)
+    match limits:
+        case {"ge": low, "le": high}:
+            return f" from {low} to {high}"
+        case {"ge": low, "lt": high}:
+            return f" from {low} to below {high}"
+        case {"ge": low}:
+            return f", {low} or more"
+        case {"gt": low}:
+            return f" above {low}"
+    return ""

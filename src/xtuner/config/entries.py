@@ -1,0 +1,99 @@
+"""What a settings file says, before it is checked, and how its faults are reported.
+
+Both readers (`python_reader`, `yaml_reader`) turn a text into `Reading`: every setting with its
+line, every fault found on the way. `check` adds its own faults, and `report` lists all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from xtuner.errors import listed
+
+OVERRIDE = 0
+"""The line of an entry that was given on the command line."""
+BUILT_IN = -1
+"""The line of an entry that comes from the tables of the built-in settings."""
+_SHOWN = 56
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting as given: its value and the line it stands in (or OVERRIDE, or BUILT_IN)."""
+
+    value: Any
+    line: int
+
+    def problem(self, name: str, message: str) -> Problem:
+        """Make a problem of this entry, which is called `name`."""
+        if self.line == OVERRIDE:
+            return Problem(f"--set {name}={_plain(self.value)}", message)
+        return Problem(f"{name} = {self.value!r}", message, line=max(self.line, 0))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fault: the line (0: none), what stands there, and what is wrong with it."""
+
+    what: str
+    message: str
+    line: int = 0
+
+    def sort_key(self) -> tuple[bool, int]:
+        """Order by line; what has none comes last."""
+        return (not self.line, self.line)
+
+
+@dataclass
+class Reading:
+    """What a reader found.
+
+    Attributes:
+        entries: the settings by name.
+        broken: names that were given a value which could not be read; its problem is listed.
+        problems: all faults.
+    """
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def report(name: str, problems: Iterable[Problem]) -> str:
+    """Write all problems of the settings `name`, one a line and aligned."""
+    ordered = sorted(problems, key=Problem.sort_key)
+    width = max(len(str(p.line)) for p in ordered)
+    labels = [_label(p, width) for p in ordered]
+    column = max(len(label) for label in labels)
+    lines = [f"{label:<{column}}   {p.message}" for label, p in zip(labels, ordered, strict=True)]
+    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    return listed(f"{count} in {name}", lines)
+
+
+def shortened(text: str) -> str:
+    """Cut `text` so that a message stays readable."""
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def spoken_constant(text: str) -> bool | None:
+    """Read the words for True, False and None that are usual in shells and YAML.
+
+    Raises:
+        ValueError: `text` is none of them.
+    """
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+def _label(problem: Problem, width: int) -> str:
+    what = shortened(problem.what)
+    return f"line {problem.line:<{width}}  {what}" if problem.line else what
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)

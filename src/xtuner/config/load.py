@@ -1,0 +1,102 @@
+"""Load settings: a file or a built-in name, with overrides, checked and frozen.
+
+    config.py | config.yaml | built-in name ──read──► entries ◄── --set ──check──► Settings
+
+Whatever is wrong is reported at once, in one `ConfigError`, with the line of each fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xtuner.config import catalog, python_reader, yaml_reader
+from xtuner.config import overrides as override_reader
+from xtuner.config.check import check
+from xtuner.config.entries import BUILT_IN, OVERRIDE, Entry, Reading, report
+from xtuner.config.schema import Settings
+from xtuner.errors import ConfigError
+
+_READERS = {".py": python_reader.read, ".yaml": yaml_reader.read, ".yml": yaml_reader.read}
+_MAX_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class LoadedSettings:
+    """Settings and where they came from.
+
+    Attributes:
+        name: the file's name without its ending, or the built-in name.
+        folder: the folder of the file; the working directory for a built-in.
+        path: the file; None for a built-in.
+    """
+
+    settings: Settings
+    name: str
+    folder: Path
+    path: Path | None
+
+
+def load_settings(config: str | Path, *, overrides: Sequence[str] = ()) -> LoadedSettings:
+    """Load the settings file or the built-in settings called `config`.
+
+    Args:
+        config: a file ending in .py, .yaml or .yml, or a name that `xtuner list-cfg` shows.
+        overrides: texts ``"name=value"`` that take the place of what `config` says.
+
+    Raises:
+        ConfigError: there is no such file or name, or there are problems in it; all are listed.
+    """
+    values, problems = override_reader.read(overrides)
+    path = _file(config)
+    if path is None:
+        name = str(config)
+        composed = catalog.compose(name)
+        reading = Reading({key: Entry(value, BUILT_IN) for key, value in composed.items()})
+    else:
+        name = path.stem
+        reading = _READERS[path.suffix.lower()](_text(path), overrides=values)
+    _add_overrides(reading, values)
+    settings, faults = check(reading)
+    faults = [*reading.problems, *faults, *problems]
+    if settings is None or faults:
+        raise ConfigError(report(str(path or name), faults))
+    folder = path.resolve().parent if path else Path.cwd()
+    return LoadedSettings(settings, name, folder, path)
+
+
+def _add_overrides(reading: Reading, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        reading.entries[name] = Entry(value, OVERRIDE)
+        reading.broken.discard(name)
+
+
+def _file(config: str | Path) -> Path | None:
+    """The file that `config` means, or None for a built-in name."""
+    path = Path(config).expanduser()
+    known_ending = path.suffix.lower() in _READERS
+    if path.is_dir() and not catalog.is_name(str(config)):
+        raise ConfigError(f"{config}: is a folder; give the settings file in it")
+    if path.is_file() and not known_ending:
+        raise ConfigError(f"{config}: a settings file ends in .py, .yaml or .yml")
+    if known_ending and not path.is_file():
+        raise ConfigError(
+            f"{config}: there is no such file (looked in {Path.cwd()}); "
+            "`xtuner copy-cfg NAME FOLDER` makes one"
+        )
+    return path if known_ending else None
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ConfigError(f"{path}: is too large for a settings file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
