@@ -49,7 +49,8 @@ def listed(headline: str, problems: Sequence[str]) -> str:
 
 
 def did_you_mean(word: str, allowed: Sequence[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the allowed word closest to `word`, else an empty string."""
+    """Return ``"; did you mean 'x'?"`` for the allowed word closest to `word`, else an empty
+    string."""
     import difflib
 
     close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)

@@ -1,7 +1,7 @@
 """Find the parts that users add by adding a file.
 
-A plug-in folder is a package such as `xtuner.data.formats`; the public name of a plug-in is the name of
-its file. A user's own part is named ``"my_file.py:object"``. Listing names imports nothing.
+A plug-in folder is a package such as `xtuner.data.formats`; the public name of a plug-in is the
+name of its file. A user's own part is named ``"my_file.py:object"``. Listing names imports nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def load(package: str, name: str, *, setting: str) -> ModuleType:
 
 
 def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> Any:
-    """Load ``"my_file.py:object"``; a relative path is looked up in `folder`, then in the working directory.
+    """Load ``"my_file.py:object"``; a relative path is looked up in `folder`, then in the working
+    directory.
 
     Raises:
         ConfigError: the file is missing, fails to import, or lacks the object.
@@ -84,7 +85,8 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
     if not hasattr(module, attribute):
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ConfigError(
-            f"{setting} = {name!r}: {path} has no {attribute!r}; it has {', '.join(public) or 'nothing public'}"
+            f"{setting} = {name!r}: {path} has no {attribute!r}; it has "
+            f"{', '.join(public) or 'nothing public'}"
             f"{did_you_mean(attribute, public)}"
         )
     return getattr(module, attribute)

@@ -12,7 +12,6 @@ import importlib.metadata
 import inspect
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ import torch
 from rich.console import Console
 
 from xtuner import __version__, plugins
-from xtuner.chat.generate import GenerationOptions, generation_mode, stream
+from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
 from xtuner.config.render import render_all
-from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.loader import Loader
 from xtuner.data.pack import PackedDataset
@@ -45,18 +43,18 @@ from xtuner.models.save import save_model
 from xtuner.templates import load as load_template
 from xtuner.types import Algorithm, Message
 
-SHAPING_SETTINGS = (
-    "pretrained_model_name_or_path", "algorithm", "tuning", "lora_r", "lora_target_modules",
-    "lora_modules_to_save", "effective_quantization", "optim_type",
-)  # fmt: skip
-"""Settings by which trainable weights and optimizer state are made: a resume cannot change them."""
+SHAPING_SETTINGS = tuple(
+    "pretrained_model_name_or_path algorithm tuning lora_r lora_target_modules "
+    "lora_modules_to_save effective_quantization optim_type".split()
+)
+"""Settings by which trained weights and optimizer state are made: a resume cannot change them."""
 
-ORDERING_SETTINGS = (
-    "data_path", "data_repeats", "data_weights", "max_dataset_length", "validation_ratio", "SYSTEM",
-    "prompt_template", "max_length", "pack_to_max_length", "effective_overlong", "shuffle", "batch_size",
-    "accumulative_counts", "max_epochs", "max_steps", "lr", "betas", "weight_decay", "max_norm", "warmup_ratio",
-    "lr_schedule", "lora_alpha", "lora_dropout", "dtype", "seed",
-)  # fmt: skip
+ORDERING_SETTINGS = tuple(
+    "data_path data_repeats data_weights max_dataset_length validation_ratio SYSTEM "
+    "prompt_template max_length pack_to_max_length effective_overlong shuffle batch_size "
+    "accumulative_counts max_epochs max_steps lr betas weight_decay max_norm warmup_ratio "
+    "lr_schedule lora_alpha lora_dropout dtype seed".split()
+)
 """Settings that a resume may change, but then the run is no longer the straight one."""
 
 
@@ -72,7 +70,8 @@ class WorkPlace:
         """Make the folders.
 
         Raises:
-            CheckpointError: checkpoints of an earlier run are there and neither flag says what to do.
+            CheckpointError: checkpoints of an earlier run are there and neither flag says what to
+                do.
         """
         there = CheckpointStore(work_dir).all()
         if there and overwrite:
@@ -80,7 +79,7 @@ class WorkPlace:
                 shutil.rmtree(path)
         elif there and not resuming:
             raise CheckpointError(
-                f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on with it, "
+                f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on, "
                 "--work-dir DIR to train elsewhere, or --overwrite to delete it and begin anew."
             )
         log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
@@ -151,14 +150,22 @@ class _TrainingRun:
         model, recompute = self._make_model(source)
         self._tell(data, loader, model, total, recompute)
         optimizer = optim.make_optimizer(
-            settings.optim_type, model, lr=settings.lr, betas=settings.betas,
-            weight_decay=settings.weight_decay, device=self.device,
-        )  # fmt: skip
+            settings.optim_type,
+            model,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            device=self.device,
+        )
         run = Run(
-            settings=settings, work_dir=self.work_dir, log_dir=place.log_dir, console=console,
-            answer=lambda question: self._answer(model, question), total_steps=total,
+            settings=settings,
+            work_dir=self.work_dir,
+            log_dir=place.log_dir,
+            console=console,
+            answer=lambda question: self._answer(model, question),
+            total_steps=total,
             validate=self._validation(model, data.validation, algorithm),
-        )  # fmt: skip
+        )
         self.identity = self._identity(data)
         if source is not None:
             self._resume(source, optimizer, run)
@@ -167,15 +174,22 @@ class _TrainingRun:
             return self.work_dir
         self.model, self.optimizer = model, optimizer
         trainer = Trainer(
-            model=model, algorithm=algorithm, loader=loader, optimizer=optimizer, processes=self.processes,
-            run=run, hooks=_make_hooks(self.loaded, run) if self.processes.is_main else [], save=self._save,
-        )  # fmt: skip
+            model=model,
+            algorithm=algorithm,
+            loader=loader,
+            optimizer=optimizer,
+            processes=self.processes,
+            run=run,
+            hooks=_make_hooks(self.loaded, run) if self.processes.is_main else [],
+            save=self._save,
+        )
         trainer.fit()
         console.print(f"Done. The result is in {self.store.find()}")
         return self.work_dir
 
     def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
-        """The main process makes the folders and writes the settings; the others look nothing up there."""
+        """The main process makes the folders and writes the settings; the others look nothing up
+        there."""
         if not self.processes.is_main:
             return WorkPlace(self.work_dir, self.work_dir)
         place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
@@ -188,9 +202,13 @@ class _TrainingRun:
 
         def once() -> TrainingData:
             return build(
-                self.settings, template=self.template, tokenizer=self.tokenizer, folder=self.loaded.folder,
-                report_dir=place.log_dir if self.processes.is_main else None, quiet=not self.processes.is_main,
-            )  # fmt: skip
+                self.settings,
+                template=self.template,
+                tokenizer=self.tokenizer,
+                folder=self.loaded.folder,
+                report_dir=place.log_dir if self.processes.is_main else None,
+                quiet=not self.processes.is_main,
+            )
 
         if not self.processes.is_main:
             self.processes.wait()
@@ -202,13 +220,20 @@ class _TrainingRun:
     def _loader(self, dataset: PackedDataset, algorithm: Algorithm) -> Loader:
         s = self.settings
         return Loader(
-            dataset, collate=algorithm.collate, batch_size=s.batch_size,
-            accumulative_counts=s.accumulative_counts, seed=s.seed, shuffle=s.shuffle, rank=self.processes.rank,
-            world_size=self.processes.world_size, num_workers=s.dataloader_num_workers,
-        )  # fmt: skip
+            dataset,
+            collate=algorithm.collate,
+            batch_size=s.batch_size,
+            accumulative_counts=s.accumulative_counts,
+            seed=s.seed,
+            shuffle=s.shuffle,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            num_workers=s.dataloader_num_workers,
+        )
 
     def _make_model(self, source: Path | None) -> tuple[PackedCausalLM, bool]:
-        """Load the model, or the fully trained weights of `source`; add adapters; verify its shortcuts."""
+        """Load the model, or the fully trained weights of `source`; add adapters; verify its
+        shortcuts."""
         s = self.settings
         full = not s.uses_adapter
         place = source if full and source is not None else s.pretrained_model_name_or_path
@@ -232,9 +257,14 @@ class _TrainingRun:
         model: Any = base
         if s.uses_adapter:
             model = adapters.add_adapter(
-                base, r=s.lora_r, alpha=s.lora_alpha, dropout=s.lora_dropout,
-                target_modules=s.lora_target_modules, modules_to_save=s.lora_modules_to_save, seed=s.seed,
-            )  # fmt: skip
+                base,
+                r=s.lora_r,
+                alpha=s.lora_alpha,
+                dropout=s.lora_dropout,
+                target_modules=s.lora_target_modules,
+                modules_to_save=s.lora_modules_to_save,
+                seed=s.seed,
+            )
             if source is not None:
                 adapters.load_adapter_weights(model, source)
         mixed = self.dtype != torch.float32 and (full or bool(s.lora_modules_to_save))
@@ -259,20 +289,25 @@ class _TrainingRun:
             f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}{held}"
         )
         console.print(
-            f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.processes.world_size} "
-            f"process(es), {torch.get_num_threads()} CPU threads, attention '{model.causal.config._attn_implementation}'"
+            f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, "
+            f"{self.processes.world_size} "
+            f"process(es), {torch.get_num_threads()} CPU threads, attention "
+            f"'{model.causal.config._attn_implementation}'"
         )
         for line in (*expected.lines(), *data.report.lines()):
             console.print(line)
         console.print(
-            f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} x "
-            f"{s.accumulative_counts} x {self.processes.world_size} {'packs' if s.pack_to_max_length else 'samples'}"
+            f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of "
+            f"{s.batch_size} x "
+            f"{s.accumulative_counts} x {self.processes.world_size} "
+            f"{'packs' if s.pack_to_max_length else 'samples'}"
         )
         self.work_dir.mkdir(parents=True, exist_ok=True)
         console.print(check_disk(self.work_dir, expected, limit=s.save_total_limit))
         if optim.unpaged(s.optim_type) != s.optim_type and self.device == "cpu":
             console.print(
-                f"Note: a CPU has nothing to page to: {optim.unpaged(s.optim_type)} takes the place of {s.optim_type}."
+                f"Note: a CPU has nothing to page to: {optim.unpaged(s.optim_type)} takes the "
+                f"place of {s.optim_type}."
             )
         console.print(f"Results      {self.work_dir}\n")
 
@@ -333,7 +368,8 @@ class _TrainingRun:
             ]
             if wrong:
                 raise CheckpointError(
-                    f"cannot resume from {source}: its weights were made by other settings: {'; '.join(wrong)}"
+                    f"cannot resume from {source}: its weights were made by other settings: "
+                    f"{'; '.join(wrong)}"
                 )
         run.step, changed = checkpoints.load_state(
             source, optimizer=optimizer, identity=self.identity

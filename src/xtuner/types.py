@@ -1,12 +1,14 @@
 """The values that travel between the parts of xtuner, and the protocol of an algorithm.
 
-    row (dict) ──format──► Conversation | Text ──template──► Encoded ──pack──► Sample list ──collate──► Batch ──loss──► LossOutput
+    row (dict) ──format──► Conversation | Text ──template──► Encoded ──pack──► Sample list
+    ──collate──► Batch ──loss──► LossOutput
 
 Nothing here imports torch at run time: ``xtuner list-cfg`` must answer at once.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -28,8 +30,8 @@ Row = Mapping[str, Any]
 class Message:
     """One turn of a conversation.
 
-    `loss` overrides what is supervised: None means the default (assistant turns are, others are not),
-    False leaves an assistant turn out.
+    `loss` overrides what is supervised: None means the default (assistant turns are, others are
+    not), False leaves an assistant turn out.
     """
 
     role: Role
@@ -95,7 +97,8 @@ class RowRef:
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, and where it came from."""
+    """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, and where it came
+    from."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
@@ -108,7 +111,8 @@ class Batch:
 
     Attributes:
         input_ids: int64 ``[1, N]``.
-        labels: int64 ``[1, N]``, aligned with `input_ids` (not shifted); IGNORE_INDEX where there is no
+        labels: int64 ``[1, N]``, aligned with `input_ids` (not shifted); IGNORE_INDEX where there
+            is no
             loss. The first token of every sample is ignored: nothing of its own sample predicts it.
         position_ids: int64 ``[1, N]``, counting from 0 in every sample.
         cu_seqlens: int32 ``[S + 1]``, on the CPU: where each of the S samples begins, then N.
@@ -142,7 +146,7 @@ class Batch:
                 cu_seqlens=self.cu_seqlens[i : i + 2] - start,
                 rows=self.rows[i : i + 1],
             )
-            for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False))
+            for i, (start, end) in enumerate(itertools.pairwise(ends))
         ]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -156,7 +160,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`loss` is the *sum* over the supervised tokens (scalar, float32); the trainer divides it, once."""
+    """`loss` is the *sum* over the supervised tokens (scalar, float32); the trainer divides it,
+    once."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)

@@ -4,10 +4,10 @@
              training_state.pt   step and optimizer state: only for resuming
     work_dir/last_checkpoint     the name of the newest
 
-Everything is written into a hidden folder, flushed to the disk and renamed; the oldest checkpoint is
-deleted only after the new one stands. A process killed at any moment leaves whole checkpoints and at most
-one hidden folder, which the next save removes. Data order and dropout are functions of (seed, step), so
-step and optimizer state are all that a resume needs beside the weights.
+Everything is written into a hidden folder, flushed to the disk and renamed; the oldest checkpoint
+is deleted only after the new one stands. A process killed at any moment leaves whole checkpoints
+and at most one hidden folder, which the next save removes. Data order and dropout are functions of
+(seed, step), so step and optimizer state are all that a resume needs beside the weights.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def save_state(folder: Path, *, step: int, optimizer: Any, identity: Mapping[str
 def load_state(
     folder: Path, *, optimizer: Any, identity: Mapping[str, Any]
 ) -> tuple[int, list[str]]:
-    """Restore the optimizer; return the step and what differs from the run that wrote the checkpoint.
+    """Restore the optimizer; return the step and what differs from the run that wrote the
+    checkpoint.
 
     Raises:
         CheckpointError: the file is damaged or belongs to other trainable weights.

@@ -1,7 +1,8 @@
 """The processes that train together: who this one is, and sums over all of them.
 
-Gradients are summed by us, once a step, in float32: unlike DistributedDataParallel this allows ranks with
-different numbers of batches, parameters without a gradient, and one exact divisor over all ranks.
+Gradients are summed by us, once a step, in float32: unlike DistributedDataParallel this allows
+ranks with different numbers of batches, parameters without a gradient, and one exact divisor over
+all ranks.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def _sum_bucket(gradients: list[Tensor]) -> None:
 
 
 def _die_with_parent() -> None:
-    """Have Linux stop this process when its launcher dies, which torchrun's workers would survive."""
+    """Have Linux stop this process when its launcher dies, which torchrun's workers would
+    survive."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

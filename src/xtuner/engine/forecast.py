@@ -37,16 +37,18 @@ class Forecast:
         share = 100 * self.trainable / max(1, self.parameters)
         yield f"Parameters   {self.trainable:,} of {self.parameters:,} are trained ({share:.2f} %)"
         yield (
-            f"Memory       about {self.memory / MB:,.0f} MiB (weights {self.weights / MB:,.0f}, gradients and optimizer "
-            f"{self.training_state / MB:,.0f}, activations {self.activations / MB:,.0f}) beside the libraries"
+            f"Memory       about {self.memory / MB:,.0f} MiB (weights {self.weights / MB:,.0f}, "
+            "gradients and optimizer "
+            f"{self.training_state / MB:,.0f}, activations {self.activations / MB:,.0f}) beside "
+            "the libraries"
         )
 
 
 def forecast(model: Any, settings: Settings, *, recompute: bool) -> Forecast:
     """Estimate memory and checkpoint size for `model` (transformers or PEFT), from its shapes.
 
-    Activations follow from the widths of the layers: what each linear layer, norm and product keeps for the
-    backward pass, or one hidden state a layer when activations are recomputed.
+    Activations follow from the widths of the layers: what each linear layer, norm and product keeps
+    for the backward pass, or one hidden state a layer when activations are recomputed.
     """
     trainable, parameters = count_parameters(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -78,9 +80,11 @@ def check_disk(work_dir: Path, expected: Forecast, *, limit: int) -> str:
     size = expected.checkpoint
     if size > free:
         raise LaunchError(
-            f"a checkpoint takes about {size / MB:,.0f} MiB and {work_dir} has {free / MB:,.0f} MiB free: "
+            f"a checkpoint takes about {size / MB:,.0f} MiB and {work_dir} has {free / MB:,.0f} "
+            "MiB free: "
             "make room, or choose another place with --work-dir"
         )
     at_once = 2 if limit < 0 else limit + 1
-    line = f"Checkpoints  about {size / MB:,.0f} MiB each, {'all' if limit < 0 else limit} kept; {free / MB:,.0f} MiB free"
+    kept = "all" if limit < 0 else limit
+    line = f"Checkpoints  about {size / MB:,.0f} MiB each, {kept} kept; {free / MB:,.0f} MiB free"
     return line + ("; this may not be enough for all of them" if size * at_once > free else "")

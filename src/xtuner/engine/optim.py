@@ -39,9 +39,10 @@ def make_optimizer(
     if "betas" in accepted:
         options["betas"] = betas
     try:
-        return kind([g for g in groups if g["params"]], **options)
+        optimizer: torch.optim.Optimizer = kind([g for g in groups if g["params"]], **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim_type = {name!r}: cannot be used here: {error}") from error
+    return optimizer
 
 
 def _optimizer_class(name: str, device: str) -> Any:
@@ -73,7 +74,8 @@ def _optimizer_class(name: str, device: str) -> Any:
 def unpaged(name: str) -> str:
     """The optimizer that takes the place of a paged one on a CPU, which has nothing to page to.
 
-    A paged optimizer keeps its state in memory that moves between GPU and CPU; its arithmetic is the same.
+    A paged optimizer keeps its state in memory that moves between GPU and CPU; its arithmetic is
+    the same.
     """
     return name.removeprefix("Paged")
 
@@ -88,8 +90,9 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step `step` (from 0).
 
-    It rises linearly over the first ``warmup_ratio * total_steps`` steps, reaches `peak`, and then follows
-    ``peak * (1 + cos(pi t)) / 2``, ``peak * (1 - t)`` or stays, with t the share of the remaining steps done.
+    It rises linearly over the first ``warmup_ratio * total_steps`` steps, reaches `peak`, and then
+    follows ``peak * (1 + cos(pi t)) / 2``, ``peak * (1 - t)`` or stays, with t the share of the
+    remaining steps done.
     """
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:

@@ -1,10 +1,11 @@
-"""The training loop, the only one: every algorithm, tuning and kind of device goes through `Trainer.fit`.
+"""The training loop, the only one: every algorithm, tuning and kind of device goes through
+`Trainer.fit`.
 
-One optimizer step takes one group of micro-batches. With N the number of supervised tokens in the group
-over all processes, each micro-batch's *summed* loss is divided by N and backpropagated, gradients are
-summed over the processes, clipped and applied. So 1 batch of 8, 8 batches of 1 and uneven last groups give
-one gradient. The random state of every micro-step is a function of (seed, step, micro-step, rank), so a
-resumed run draws what the straight run drew.
+One optimizer step takes one group of micro-batches. With N the number of supervised tokens in the
+group over all processes, each micro-batch's *summed* loss is divided by N and backpropagated,
+gradients are summed over the processes, clipped and applied. So 1 batch of 8, 8 batches of 1 and
+uneven last groups give one gradient. The random state of every micro-step is a function of (seed,
+step, micro-step, rank), so a resumed run draws what the straight run drew.
 """
 
 from __future__ import annotations
@@ -180,8 +181,10 @@ class Trainer:
         )
         more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
         return (
-            f"step {self.run.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the step was not taken; "
-            f"{what}: {'; '.join(rows[:10])}{more}.\n  Look at the rows with `xtuner log-dataset`, lower lr, or set "
+            f"step {self.run.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the "
+            "step was not taken; "
+            f"{what}: {'; '.join(rows[:10])}{more}.\n  Look at the rows with `xtuner "
+            "log-dataset`, lower lr, or set "
             "dtype = 'float32'; the step before is saved, go on with --resume."
         )
 

@@ -1,0 +1,1 @@
+"""Load, adapt, quantise and save models; attention and loss over packed rows."""

@@ -1,8 +1,8 @@
 """LoRA adapters (arXiv:2106.09685): ``y = W x + (alpha / r) B A x`` with W frozen and A, B trained.
 
-PEFT makes, names and saves the adapters. Their forward pass is ours: PEFT multiplies in the adapters'
-float32 and casts every activation to it and back; here A and B are stored and optimised in float32 and
-multiplied in the type of the activations.
+PEFT makes, names and saves the adapters. Their forward pass is ours: PEFT multiplies in the
+adapters' float32 and casts every activation to it and back; here A and B are stored and optimised
+in float32 and multiplied in the type of the activations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class _ActivationTypeForward:
     """The forward pass of a LoRA layer in the number type of its input."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return ``W x + scaling * B A dropout(x)``; cases other than one plain adapter are PEFT's."""
+        """Return ``W x + scaling * B A dropout(x)``; cases other than one plain adapter are
+        PEFT's."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or self.lora_variant or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
@@ -96,7 +97,8 @@ def add_adapter(
             n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
         }
         raise ModelError(
-            f"lora_target_modules, lora_modules_to_save: the model has no layer {', '.join(map(repr, wrong))}; "
+            "lora_target_modules, lora_modules_to_save: the model has no layer "
+            f"{', '.join(map(repr, wrong))}; "
             f"its linear layers are {', '.join(sorted(linear))}"
         )
     with torch.random.fork_rng():
@@ -124,14 +126,16 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
             else "no such folder"
         )
         raise ModelError(
-            f"{folder}: is not an adapter: it lacks adapter_config.json (found: {found or 'nothing'})"
+            f"{folder}: is not an adapter: it lacks adapter_config.json (found: "
+            f"{found or 'nothing'})"
         )
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(
-            f"{folder}: the adapter does not fit the model {getattr(model, 'name_or_path', '')!r}: {first}"
+            f"{folder}: the adapter does not fit the model "
+            f"{getattr(model, 'name_or_path', '')!r}: {first}"
         ) from error
 
 

@@ -1,13 +1,14 @@
 """Attention over samples that lie end to end in one row and cannot see each other.
 
 Registered in transformers' attention interface as ``xtuner``; it takes the borders of the samples
-(`cu_seq_lens_q`) instead of a mask. There is one call a sample, so no work is spent on pairs of tokens of
-different samples (four fifths of a packed row of 1,024 at 200 tokens a sample). A call without borders is
-an error, never a leaking mask.
+(`cu_seq_lens_q`) instead of a mask. There is one call a sample, so no work is spent on pairs of
+tokens of different samples (four fifths of a packed row of 1,024 at 200 tokens a sample). A call
+without borders is an error, never a leaking mask.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -83,10 +84,12 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: `query` ``[1, heads, N, head_dim]`` to ``[1, N, heads, head_dim]``.
+    """transformers' attention function: `query` ``[1, heads, N, head_dim]`` to ``[1, N, heads,
+    head_dim]``.
 
     Raises:
-        ModelError: the borders of the samples are missing, or the layer asks for what is not built here.
+        ModelError: the borders of the samples are missing, or the layer asks for what is not built
+            here.
     """
     borders = kwargs.get("cu_seq_lens_q")
     if borders is None or attention_mask is not None or query.shape[0] != 1:
@@ -97,7 +100,8 @@ def packed_attention(
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise ModelError(
-            f"this model's attention ({type(module).__name__}) uses {', '.join(unknown) or 'no causal order'}, "
+            f"this model's attention ({type(module).__name__}) uses "
+            f"{', '.join(unknown) or 'no causal order'}, "
             "which xtuner's attention lacks: set attn_implementation = 'eager'"
         )
     ends = borders.tolist()
@@ -111,13 +115,14 @@ def packed_attention(
             window=kwargs.get("sliding_window"),
             softcap=kwargs.get("softcap"),
         ).transpose(1, 2)
-        for start, end in zip(ends, ends[1:], strict=False)
+        for start, end in itertools.pairwise(ends)
     ]
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask that transformers builds for `packed_attention`: none, the borders take its place."""
+    """The mask that transformers builds for `packed_attention`: none, the borders take its
+    place."""
 
 
 def register() -> str:
@@ -137,7 +142,9 @@ def training_implementation(model: PreTrainedModel, wanted: str) -> str:
         return wanted
     if not model._supports_attention_backend:  # upstream's flag for the attention interface
         raise ModelError(
-            f"{type(model).__name__} does not use transformers' attention interface, so samples in one row could "
-            "see each other: set pack_to_max_length = False, batch_size = 1 and attn_implementation = 'eager'"
+            f"{type(model).__name__} does not use transformers' attention interface, so samples "
+            "in one row could "
+            "see each other: set pack_to_max_length = False, batch_size = 1 and "
+            "attn_implementation = 'eager'"
         )
     return register()

@@ -1,10 +1,10 @@
 """A causal language model as the algorithms see it: packed rows in, summed losses out.
 
-`PackedCausalLM` wraps a transformers (or PEFT) model. It calls the decoder without a cache and without a
-mask, with the borders of the samples, and multiplies only supervised positions with the output head.
-`verify` shows on a few random tokens, with the loaded weights, that samples in one row cannot see each
-other and that hidden states times head are the model's logits: whatever architecture is loaded, a wrong
-shortcut stops the run instead of training it silently.
+`PackedCausalLM` wraps a transformers (or PEFT) model. It calls the decoder without a cache and
+without a mask, with the borders of the samples, and multiplies only supervised positions with the
+output head. `verify` shows on a few random tokens, with the loaded weights, that samples in one row
+cannot see each other and that hidden states times head are the model's logits: whatever
+architecture is loaded, a wrong shortcut stops the run instead of training it silently.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, tor
 """Largest difference `verify` accepts, relative to the largest value, by number type."""
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Configuration fields by which architectures change logits after the head; small logits hide a soft cap."""
+"""Configuration fields by which architectures change logits after the head; small logits hide a
+soft cap."""
 
 
 class PackedCausalLM(nn.Module):
@@ -31,7 +32,8 @@ class PackedCausalLM(nn.Module):
 
     Args:
         model: the model; it stays reachable as `.model`.
-        autocast: compute in this type although trained weights are float32; None computes in the weights' type.
+        autocast: compute in this type although trained weights are float32; None computes in the
+            weights' type.
     """
 
     def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None):
@@ -43,7 +45,8 @@ class PackedCausalLM(nn.Module):
     @property
     def causal(self) -> Any:
         """The transformers model inside a PEFT wrapper, or the model itself."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner = getattr(self.model, "get_base_model", None)
+        return inner() if callable(inner) else self.model
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +58,8 @@ class PackedCausalLM(nn.Module):
         return self.causal.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
     def supervised_loss(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropy over the supervised tokens of `batch`, a float32 scalar with gradients."""
+        """Sum of the cross-entropy over the supervised tokens of `batch`, a float32 scalar with
+        gradients."""
         labels = batch.labels[0, 1:]
         positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
         targets = labels[positions]
@@ -92,7 +96,8 @@ class PackedCausalLM(nn.Module):
         """Check isolation of packed samples and the shortcut from hidden states to logits.
 
         Returns:
-            A note when the shortcut does not hold for this architecture and full logits are used instead.
+            A note when the shortcut does not hold for this architecture and full logits are used
+            instead.
 
         Raises:
             ModelError: samples in one row see each other.
@@ -114,9 +119,12 @@ class PackedCausalLM(nn.Module):
         apart = torch.cat([self.hidden_states(part) for part in parts], dim=1)
         if not _close(together, apart):
             raise ModelError(
-                f"{type(self.causal).__name__} with attention '{self.causal.config._attn_implementation}': a sample's "
-                "result changes with its neighbours in the row, so packing would train on leaked text. Set "
-                "attn_implementation = 'eager'; if that does not help, this architecture cannot be trained here."
+                f"{type(self.causal).__name__} with attention "
+                f"'{self.causal.config._attn_implementation}': a sample's "
+                "result changes with its neighbours in the row, so packing would train on leaked "
+                "text. Set "
+                "attn_implementation = 'eager'; if that does not help, this architecture cannot "
+                "be trained here."
             )
         head, config = self.causal.get_output_embeddings(), self.causal.config
         if type(head) is not nn.Linear:

@@ -2,7 +2,8 @@
 
     name ──families──► Auto classes know it ──from_pretrained──► checked: nothing missing ──► model
 
-transformers gives weights that a checkpoint lacks random values and only warns; here that is an error.
+transformers gives weights that a checkpoint lacks random values and only warns; here that is an
+error.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from xtuner.errors import LaunchError, ModelError, listed
 from xtuner.models import fetch
 from xtuner.models.quantize import Quantization, protect_from_repacking, quantization_config
 
-# PEFT 0.21 reads a property that transformers 5.23 renamed; the note is for its authors, not for users.
+# PEFT 0.21 reads a property that transformers 5.23 renamed; the note is for its authors, not for
+# users.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-# bitsandbytes looks for an optional kernel package when it is imported, and reports its absence as a failure.
+# bitsandbytes looks for an optional kernel package when it is imported, and reports its absence as
+# a failure.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +46,8 @@ def pick_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise LaunchError(
-            "device = 'cuda': torch sees no GPU; set device = 'cpu', or install a CUDA build of torch"
+            "device = 'cuda': torch sees no GPU; set device = 'cpu', or install a CUDA build of "
+            "torch"
         )
     return name
 
@@ -51,7 +55,7 @@ def pick_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> str:
 def has_fast_bfloat16(device: str) -> bool:
     """Whether `device` multiplies bfloat16 matrices in hardware."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     features = torch.backends.cpu.get_cpu_capability()
     return features.startswith("AVX512") and _cpu_flag("avx512_bf16")
 
@@ -64,7 +68,8 @@ def _cpu_flag(flag: str) -> bool:
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The torch type for `name`; 'auto' is bfloat16 where `device` has it in hardware, else float32."""
+    """The torch type for `name`; 'auto' is bfloat16 where `device` has it in hardware, else
+    float32."""
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     return DTYPES[name]
@@ -129,7 +134,8 @@ def load_model(
     if missing:
         raise ModelError(
             listed(
-                f"{path}: {len(missing)} weights are missing from the checkpoint and would be random",
+                f"{path}: {len(missing)} weights are missing from the checkpoint and would be "
+                "random",
                 [*missing[:8], *(["..."] if len(missing) > 8 else [])],
             )
         )
@@ -173,7 +179,8 @@ def _register_family(place: str) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and notes about loading off the terminal; errors still show."""
+    """Keep transformers' progress bars and notes about loading off the terminal; errors still
+    show."""
     logger = transformers.logging
     level, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
     logger.set_verbosity(logging.ERROR)
@@ -193,7 +200,10 @@ def _readable_errors(path: str | Path, what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
-        cures = "give a folder that holds config.json and *.safetensors, a name on the hub, or fetch it once with `xtuner fetch`"
+        cures = (
+            "give a folder that holds config.json and *.safetensors, a name on the hub, "
+            "or fetch it once with `xtuner fetch`"
+        )
         raise ModelError(
             f"cannot load the {what} {str(path)!r} ({where}): {first}\n  Cure: {cures}."
         ) from error

@@ -1,9 +1,10 @@
-"""The summed cross-entropy of supervised tokens, from hidden states, without ever holding all logits.
+"""The summed cross-entropy of supervised tokens, from hidden states, without ever holding all
+logits.
 
-A full logits matrix of 1,024 tokens and 49,152 words takes 200 MB in float32, and most rows of it belong to
-tokens that are not supervised. Here only supervised positions are multiplied with the output head, some at
-a time, and the gradients of the hidden states (and of the head, when it is trained) are computed in the
-same pass, so that no logits are kept for the backward pass.
+A full logits matrix of 1,024 tokens and 49,152 words takes 200 MB in float32, and most rows of it
+belong to tokens that are not supervised. Here only supervised positions are multiplied with the
+output head, some at a time, and the gradients of the hidden states (and of the head, when it is
+trained) are computed in the same pass, so that no logits are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """``sum_i -log softmax(h_i W^T)[t_i]``; gradients ``(softmax - onehot) W`` and ``(softmax - onehot)^T h``."""
+    """``sum_i -log softmax(h_i W^T)[t_i]``; gradients ``(softmax - onehot) W`` and ``(softmax -
+    onehot)^T h``."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Sum the loss and keep the finished gradients: hidden ``[S, H]``, weight ``[V, H]``, targets ``[S]``."""
+        """Sum the loss and keep the finished gradients: hidden ``[S, H]``, weight ``[V, H]``,
+        targets ``[S]``."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -77,15 +80,18 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         targets: int64 ``[S]``.
 
     Returns:
-        A float32 scalar. Products are taken in autocast's type where autocast is on, else in that of `hidden`.
+        A float32 scalar. Products are taken in autocast's type where autocast is on, else in that
+        of `hidden`.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _SummedCrossEntropy.apply(hidden, weight, targets, dtype)  # type: ignore[no-any-return]
+        total: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
+        return total
 
 
 def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same sum from logits ``[S, V]``: the plain formula, for heads that are not a single matrix."""
+    """The same sum from logits ``[S, V]``: the plain formula, for heads that are not a single
+    matrix."""
     return F.cross_entropy(logits.float(), targets, reduction="sum")

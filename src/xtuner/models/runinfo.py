@@ -1,7 +1,7 @@
 """What a checkpoint says of itself: the file ``run.yaml`` beside the weights.
 
-Written by the engine with every checkpoint and read by chat, convert and resume, so that base model,
-adapter and template cannot disagree.
+Written by the engine with every checkpoint and read by chat, convert and resume, so that base
+model, adapter and template cannot disagree.
 """
 
 from __future__ import annotations

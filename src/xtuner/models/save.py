@@ -12,7 +12,8 @@ def save_model(model: Any, folder: Path, *, max_shard_size: str = "2GB") -> None
     """Write `model` (or, for a PeftModel, its adapter alone) into `folder` as safetensors."""
     with quiet_transformers():
         if hasattr(model, "get_base_model"):
-            # "auto" would look the base model up to see whether its vocabulary grew; ours never does.
+            # "auto" would look the base model up to see whether its vocabulary grew; ours never
+            # does.
             model.save_pretrained(str(folder), save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, all blanks
         else:

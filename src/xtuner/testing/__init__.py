@@ -1,0 +1,1 @@
+"""Tiny models and tokenizers for tests, ours and yours."""

@@ -22,8 +22,8 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 def tiny_tokenizer(*, chat_template: str | None = CHATML_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 261 tokens: every byte, and the special tokens of ChatML.
 
-    Every text survives encode and decode. ``eos_token`` is ``<|im_end|>`` and ``bos_token`` ``<s>``, which is
-    not added to texts by itself.
+    Every text survives encode and decode. ``eos_token`` is ``<|im_end|>`` and ``bos_token``
+    ``<s>``, which is not added to texts by itself.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -45,10 +45,12 @@ def tiny_tokenizer(*, chat_template: str | None = CHATML_TEMPLATE) -> PreTrained
 
 
 def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A causal language model of `model_type` with two layers of width 32 and random float32 weights.
+    """A causal language model of `model_type` with two layers of width 32 and random float32
+    weights.
 
     Args:
-        model_type: a model type that transformers knows ('llama', 'qwen3', 'gemma2', 'mistral', ...).
+        model_type: a model type that transformers knows ('llama', 'qwen3', 'gemma2', 'mistral',
+            ...).
         seed: fixes the weights; the caller's random state is left as it was.
         overrides: fields of the model's configuration.
     """
@@ -79,7 +81,8 @@ def tiny_model_folder(
     chat_template: str | None = CHATML_TEMPLATE,
     **options: Any,
 ) -> Path:
-    """Write `tiny_model` and `tiny_tokenizer` into `folder` in Hugging Face format and return it."""
+    """Write `tiny_model` and `tiny_tokenizer` into `folder` in Hugging Face format and return
+    it."""
     folder = Path(folder)
     tiny_model(model_type, **options).save_pretrained(folder)
     tiny_tokenizer(chat_template=chat_template).save_pretrained(folder)

@@ -33,12 +33,14 @@ class Hook(BaseHook):
         if run.step % run.settings.logging_steps == 0 or run.step == run.total_steps:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             log.write(
-                f"{now}  step {run.step}/{run.total_steps}  epoch {run.epoch:.2f}  {numbers(run.scalars, SHOWN)}\n"
+                f"{now}  step {run.step}/{run.total_steps}  epoch {run.epoch:.2f}  "
+                f"{numbers(run.scalars, SHOWN)}\n"
             )
             log.flush()
 
     def on_end(self, run: Run) -> None:
-        """Write the validation loss of the finished model, which was measured after the last step's line."""
+        """Write the validation loss of the finished model, which was measured after the last step's
+        line."""
         if "val_loss" in run.scalars:
             line = {
                 "step": run.step,

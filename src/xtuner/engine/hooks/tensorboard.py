@@ -1,4 +1,5 @@
-"""TensorBoard events beside the other logs; skipped with a note where tensorboard is not installed."""
+"""TensorBoard events beside the other logs; skipped with a note where tensorboard is not
+installed."""
 
 from __future__ import annotations
 
