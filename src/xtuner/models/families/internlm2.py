@@ -1,0 +1,144 @@
+"""InternLM2 and 2.5, natively: Llama with other names and one fused, grouped `wqkv`.
+
+    checkpoint (wqkv, wo, ...) ──rename, split──► LlamaForCausalLM ──fuse, rename──► the same again
+
+The checkpoints name Python code of 2024 that loads under transformers 5 with wrong rotary buffers
+(https://github.com/huggingface/transformers/issues/48892), so that code is never run. Saving gives
+the original layout bit for bit; ``save_pretrained(save_original_format=False)`` gives Llama's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ConversionOps,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+MODEL_TYPES = ("internlm2",)
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_RENAMINGS = {
+    "tok_embeddings": "embed_tokens",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    r"^output\.": r"lm_head\.",
+}
+
+
+class InternLM2Config(LlamaConfig):
+    """Llama's configuration, read and written with InternLM2's names (`bias`, `rope_scaling`)."""
+
+    model_type = "internlm2"
+    attention_bias: bool = True
+
+    def __post_init__(self, bias: bool | None = None, **kwargs: Any) -> None:
+        """Take `bias` for `attention_bias`; the rest is Llama's."""
+        if bias is not None:
+            self.attention_bias = bias
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as other software reads InternLM2's config.json."""
+        values: dict[str, Any] = super().to_dict()
+        values["bias"] = values.pop("attention_bias")
+        rope = dict(values.pop("rope_parameters", None) or {})
+        values["rope_theta"] = rope.pop("rope_theta", self.default_theta)
+        kind = rope.pop("rope_type", "default")
+        rope.pop("type", None)
+        values["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+        # Code named without its repository would have to lie beside the weights, where it is not.
+        remote = {k: v for k, v in (values.pop("auto_map", None) or {}).items() if "--" in str(v)}
+        return {**values, "auto_map": remote} if remote else values
+
+
+class InternLM2ForCausalLM(LlamaForCausalLM):
+    """Llama under the name that InternLM2's checkpoints carry."""
+
+    config_class = InternLM2Config
+    config: InternLM2Config
+
+
+class SplitGroups(ConversionOps):
+    """Split a fused `wqkv` (weight or bias) into q, k and v.
+
+    With g = heads / kv_heads, axis 0 of `wqkv` counts ``[kv_heads, g + 2, head_dim]``: for each kv
+    head its g query heads, then one key and one value head.
+    """
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return the tensors of the three targets, each ``[heads * head_dim, ...]``."""
+        config = kwargs["config"]
+        (fused,) = (_single(value) for value in input_dict.values())
+        groups = config.num_attention_heads // config.num_key_value_heads
+        parts = fused.unflatten(0, (config.num_key_value_heads, groups + 2, config.head_dim))
+        split = parts[:, :groups], parts[:, groups : groups + 1], parts[:, groups + 1 :]
+        return {
+            name: part.flatten(0, 2).contiguous()
+            for name, part in zip(target_patterns, split, strict=True)
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What saving does."""
+        return FuseGroups()
+
+
+class FuseGroups(ConversionOps):
+    """Fuse q, k and v into `wqkv`: the inverse of `SplitGroups`."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return the one fused tensor."""
+        config = kwargs["config"]
+        parts = [
+            _single(input_dict[name]).unflatten(
+                0, (config.num_key_value_heads, -1, config.head_dim)
+            )
+            for name in source_patterns
+        ]
+        return {target_patterns[0]: torch.cat(parts, dim=1).flatten(0, 2).contiguous()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What loading does."""
+        return SplitGroups()
+
+
+def _single(value: Any) -> Tensor:
+    tensor: Tensor = value[0] if isinstance(value, list) else value
+    return tensor
+
+
+def register() -> None:
+    """Teach transformers' Auto classes InternLM2. May be called again."""
+    AutoConfig.register("internlm2", InternLM2Config, exist_ok=True)
+    AutoModelForCausalLM.register(InternLM2Config, InternLM2ForCausalLM, exist_ok=True)
+    renamings = [WeightRenaming(old, new) for old, new in _RENAMINGS.items()]
+    fused = WeightConverter(
+        source_patterns="attention.wqkv", target_patterns=list(_QKV), operations=[SplitGroups()]
+    )
+    register_checkpoint_conversion_mapping("internlm2", [*renamings, fused], overwrite=True)
