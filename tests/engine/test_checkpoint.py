@@ -1,0 +1,115 @@
+"""Checkpoints stand whole or not at all."""
+
+import errno
+
+import pytest
+import torch
+
+from xtuner.engine import checkpoint
+from xtuner.engine.checkpoint import CheckpointStore, load_state, save_state
+from xtuner.errors import CheckpointError, LaunchError
+
+
+def write_text(folder):
+    (folder / "weights").write_text("w")
+    (folder / checkpoint.STATE_FILE).write_text("s")
+
+
+def test_the_newest_is_found_and_the_oldest_deleted(tmp_path):
+    store = CheckpointStore(tmp_path, limit=2)
+    for step in (5, 10, 100):
+        store.save(step, write_text)
+    assert [p.name for p in store.all()] == ["iter_10", "iter_100"]
+    assert store.find().name == "iter_100"
+    assert (tmp_path / "last_checkpoint").read_text().strip() == "iter_100"
+    assert store.find("iter_10.pth").name == "iter_10"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_limit_of_one_keeps_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, limit=1)
+    store.save(1, write_text)
+    store.save(2, write_text)
+    assert [p.name for p in store.all()] == ["iter_2"]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path, limit=1)
+    store.save(1, write_text)
+
+    def full(folder):
+        write_text(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(LaunchError, match=r"No space left.*\n?.*--resume"):
+        store.save(2, full)
+    assert [p.name for p in store.all()] == ["iter_1"]
+    assert not list(tmp_path.glob(".iter*"))
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(1, write_text)
+    half = tmp_path / ".iter_2.writing"
+    half.mkdir()
+    (half / "weights").write_text("half")
+    assert store.find().name == "iter_1"
+    store.save(3, write_text)
+    assert not half.exists()
+
+
+def test_the_same_step_again_replaces_the_folder(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(1, write_text)
+    store.save(1, lambda folder: (folder / checkpoint.STATE_FILE).write_text("new"))
+    assert (tmp_path / "iter_1" / checkpoint.STATE_FILE).read_text() == "new"
+    assert not (tmp_path / "iter_1" / "weights").exists()
+
+
+def test_nothing_to_resume_from_says_what_is_there(tmp_path):
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        store.find()
+    store.save(4, write_text)
+    with pytest.raises(CheckpointError, match="iter_4"):
+        store.find("iter_9")
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor", "AdamW8bit", "PagedAdamW32bit"])
+def test_optimizer_state_comes_back_bit_for_bit(tmp_path, name):
+    from xtuner.engine.optim import make_optimizer
+
+    def trained(steps, optimizer=None, model=None):
+        if model is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = torch.nn.Linear(80, 80)
+            optimizer = make_optimizer(
+                name, model, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, device="cpu"
+            )
+        for step in steps:
+            model.zero_grad()
+            inputs = torch.sin(torch.arange(80.0) * (step + 1))[None]
+            (model(inputs) ** 2).sum().backward()
+            optimizer.step()
+        return model, optimizer
+
+    straight, _ = trained(range(6))
+    model, optimizer = trained(range(3))
+    save_state(tmp_path, step=3, optimizer=optimizer, identity={"seed": 1, "lr": 0.5})
+    _, fresh = trained([])
+    fresh_model = torch.nn.Linear(80, 80)
+    fresh_model.load_state_dict(model.state_dict())
+    fresh = make_optimizer(
+        name, fresh_model, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, device="cpu"
+    )
+    step, changed = load_state(tmp_path, optimizer=fresh, identity={"seed": 1, "lr": 0.25})
+    assert step == 3 and changed == ["lr: 0.5 then, 0.25 now"]
+    resumed, _ = trained(range(3, 6), fresh, fresh_model)
+    assert torch.equal(resumed.weight, straight.weight)
+
+
+def test_a_damaged_state_is_a_clear_error(tmp_path):
+    (tmp_path / checkpoint.STATE_FILE).write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="earlier checkpoint"):
+        load_state(tmp_path, optimizer=torch.optim.SGD([torch.zeros(1)]), identity={})

@@ -1,0 +1,59 @@
+"""Optimizers by name and the learning rate of each step."""
+
+import pytest
+import torch
+
+from xtuner.engine.optim import learning_rate, make_optimizer
+from xtuner.errors import ConfigError
+
+
+def rates(schedule, steps=100, warmup=0.1):
+    options = {"total_steps": steps, "peak": 1.0, "warmup_ratio": warmup, "schedule": schedule}
+    return [learning_rate(step, **options) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_it_rises_then_follows_the_schedule(schedule):
+    values = rates(schedule)
+    assert values[0] > 0 and values[:10] == sorted(values[:10]) and values[10] == 1.0
+    after = values[10:]
+    assert after == sorted(after, reverse=True)
+    assert after[-1] == 1.0 if schedule == "constant" else after[-1] < 0.02
+    middle = values[10 + 45]
+    assert middle == {"cosine": pytest.approx(0.5), "linear": 0.5, "constant": 1.0}[schedule]
+
+
+def test_cosine_equals_torch():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    for value in rates("cosine", warmup=0.0):
+        assert value == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def make(name, **options):
+    model = torch.nn.Linear(4, 4)
+    chosen = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.3, "device": "cpu", **options}
+    return make_optimizer(name, model, **chosen)
+
+
+def test_biases_are_not_decayed_and_betas_arrive():
+    optimizer = make("AdamW")
+    decays = {p.ndim: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays == {2: 0.3, 1: 0.0}
+    assert all(g["betas"] == (0.8, 0.9) for g in optimizer.param_groups)
+
+
+def test_an_optimizer_without_betas_is_made():
+    assert isinstance(make("SGD"), torch.optim.SGD)
+
+
+def test_a_paged_optimizer_steps_on_a_cpu_as_its_unpaged_kind():
+    assert type(make("PagedAdamW8bit")).__name__ == "AdamW8bit"
+
+
+def test_a_wrong_name_gets_a_suggestion():
+    with pytest.raises(ConfigError, match="did you mean 'AdamW'"):
+        make("AdmW")

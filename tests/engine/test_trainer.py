@@ -1,0 +1,229 @@
+"""The loop against the plain formula: whatever the grouping, one gradient; and what stops a run."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch.nn import functional as F
+
+from xtuner.algorithms.sft import Algorithm
+from xtuner.config.schema import Settings
+from xtuner.engine.distributed import Processes
+from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.trainer import Interrupted, Trainer
+from xtuner.errors import TrainingError
+from xtuner.models import attention
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.testing.tiny import tiny_model
+from xtuner.types import RowRef, Sample
+
+
+def make_samples(count=8, seed=0):
+    generator = np.random.default_rng(seed)
+    samples = []
+    for line in range(1, count + 1):
+        length = int(generator.integers(4, 30))
+        mask = generator.random(length) < 0.5
+        mask[-1] = True
+        ids = generator.integers(5, 261, length)
+        samples.append(Sample(ids.astype(np.int64), mask, RowRef("rows.jsonl", line)))
+    return samples
+
+
+class FixedGroups:
+    """Gives the same groups of micro-batches in every epoch."""
+
+    def __init__(self, groups):
+        self._groups = groups
+        self.steps_per_epoch = len(groups)
+
+    def groups(self, start_step, stop_step):
+        for step in range(start_step, stop_step):
+            yield [Algorithm().collate(part) for part in self._groups[step % len(self._groups)]]
+
+
+def make_trainer(tmp_path, groups, *, steps=1, hooks=(), model=None, save=None, **settings):
+    attention.register()
+    model = model or tiny_model()
+    model.set_attn_implementation(attention.NAME)
+    packed = PackedCausalLM(model)
+    chosen = {"pretrained_model_name_or_path": "m", "data_path": "d", "max_norm": None, "lr": 1.0}
+    chosen |= {"warmup_ratio": 0.0, "lr_schedule": "constant", **settings}
+    run = Run(
+        settings=Settings(**chosen),
+        work_dir=tmp_path,
+        log_dir=tmp_path,
+        console=Console(quiet=True),
+        answer=lambda question: "",
+        validate=None,
+        total_steps=steps,
+    )
+    return Trainer(
+        model=packed,
+        algorithm=Algorithm(),
+        loader=FixedGroups(groups),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        processes=Processes("cpu"),
+        run=run,
+        hooks=hooks,
+        save=save or (lambda run: None),
+    )
+
+
+def weights_after_one_step(tmp_path, groups):
+    trainer = make_trainer(tmp_path, groups)
+    trainer.fit()
+    return {n: p.detach().clone() for n, p in trainer.model.model.named_parameters()}
+
+
+def test_first_step_equals_plain_transformers(tmp_path):
+    """With SGD and lr 1 the change of the weights is the gradient of the mean over all tokens."""
+    samples = make_samples()
+    model = tiny_model()
+    total, count = 0.0, 0
+    for sample in samples:
+        ids = torch.from_numpy(sample.input_ids)[None]
+        labels = torch.where(torch.from_numpy(sample.loss_mask), ids[0], -100)[1:]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        total = total + F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        count += int((labels != -100).sum())
+    (total / count).backward()
+    seen = []
+
+    class Watch(BaseHook):
+        def on_step(self, run):
+            seen.append(dict(run.scalars))
+
+    trainer = make_trainer(tmp_path, [[samples]], hooks=[Watch()])
+    before = {n: p.detach().clone() for n, p in trainer.model.model.named_parameters()}
+    trainer.fit()
+    assert seen[0]["supervised_tokens"] == count
+    assert abs(seen[0]["loss"] - (total / count).item()) < 1e-5
+    gradients = dict(model.named_parameters())
+    norm = math.sqrt(sum(float(p.grad.norm()) ** 2 for p in model.parameters()))
+    assert abs(seen[0]["grad_norm"] - norm) < 1e-4 * norm
+    for name, after in trainer.model.model.named_parameters():
+        change = before[name] - after.detach()
+        assert (change - gradients[name].grad).abs().max() < 1e-5, name
+
+
+def test_every_grouping_gives_one_gradient(tmp_path):
+    samples = make_samples(8)
+    groupings = {
+        "1 x 8": [[samples]],
+        "8 x 1": [[[s] for s in samples]],
+        "3 + 4 + 1": [[samples[:3], samples[3:7], samples[7:]]],
+    }
+    results = {name: weights_after_one_step(tmp_path, g) for name, g in groupings.items()}
+    reference = results.pop("1 x 8")
+    for name, weights in results.items():
+        worst = max(float((weights[n] - reference[n]).abs().max()) for n in reference)
+        assert worst < 1e-6, (name, worst)
+
+
+def test_a_loss_that_is_not_finite_names_its_row_and_keeps_the_weights(tmp_path):
+    samples = make_samples(3)
+
+    class Exploding(Algorithm):
+        def loss(self, model, batch):
+            output = super().loss(model, batch)
+            lines = {row.line for row in batch.rows}
+            return type(output)(output.loss * (math.inf if 2 in lines else 1.0))
+
+    saved = []
+    trainer = make_trainer(
+        tmp_path, [[samples[:1]], [samples]], steps=2, save=lambda run: saved.append(run.step)
+    )
+    trainer.algorithm = Exploding()
+    with pytest.raises(TrainingError) as caught:
+        trainer.fit()
+    assert "rows.jsonl line 2" in str(caught.value) and "line 1" not in str(caught.value)
+    assert saved == [1] and trainer.run.step == 1
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_sigterm_saves_the_last_finished_step_and_hooks_are_closed(tmp_path):
+    events, saved = [], []
+
+    class Killer(BaseHook):
+        def on_step(self, run):
+            if run.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_end(self, run):
+            events.append("end")
+
+        def close(self):
+            events.append("close")
+
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(
+        tmp_path,
+        [[make_samples(2)]],
+        steps=9,
+        hooks=[Killer()],
+        save=lambda run: saved.append(run.step),
+    )
+    with pytest.raises(Interrupted, match="step 2"):
+        trainer.fit()
+    assert (saved, events) == ([2], ["close"])
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_hooks_close_after_an_error_in_one_of_them(tmp_path):
+    closed = []
+
+    class Broken(BaseHook):
+        def on_step(self, run):
+            raise RuntimeError("broken")
+
+        def close(self):
+            closed.append(True)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        make_trainer(tmp_path, [[make_samples(2)]], hooks=[Broken()]).fit()
+    assert closed == [True]
+
+
+def test_the_folder_of_hooks_writes_what_it_promises(tmp_path):
+    import importlib
+
+    from xtuner import plugins
+
+    package = "xtuner.engine.hooks"
+    hooks = [importlib.import_module(f"{package}.{n}").Hook() for n in plugins.names(package)]
+    assert all(isinstance(hook, BaseHook) for hook in hooks)
+    trainer = make_trainer(
+        tmp_path,
+        [[make_samples(2)], [make_samples(3)]],
+        steps=4,
+        lr=0.1,
+        evaluation_inputs=["Who are you?"],
+        evaluation_freq=2,
+    )
+    trainer.run.answer = lambda question: "A tiny model."
+    trainer.run.validate = lambda: 1.25
+    trainer.hooks = sorted((h for h in hooks if h.wanted(trainer.run)), key=lambda h: h.order)
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
+    wanted = {"lr", "loss", "grad_norm", "tokens_per_second", "supervised_tokens", "memory_mb"}
+    assert wanted <= lines[0].keys() and lines[1]["val_loss"] == 1.25
+    assert lines[1]["epoch"] == 1.0
+    for step in (0, 2, 4):
+        assert "A tiny model." in (tmp_path / f"eval_outputs_iter_{step}.txt").read_text()
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "step 4/4" in (tmp_path / f"{tmp_path.name}.log").read_text()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_micro_seeds_do_not_collide():
+    from xtuner.engine.trainer import _micro_seed
+
+    seeds = {_micro_seed(42, s, i, r) for s in range(50) for i in range(20) for r in range(4)}
+    assert len(seeds) == 50 * 20 * 4
