@@ -1,0 +1,56 @@
+# make quickstart          teach a small chat model who it is (NAME="Ada" chooses the name)
+# make quickstart-overfit  the same without ordinary conversations: see it forget
+# make venv                .venv with the xtuner command in it
+# make test | test-slow    the test suite | the tests that take long
+# make check               what CI runs: format, lint, types, import layers, tests
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NAME ?= Ada
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: venv dev quickstart quickstart-overfit test test-slow check format docs clean
+
+venv: .venv/.installed
+dev: .venv/.dev
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xtuner needs Python 3.11 or newer, and $(PYTHON) is %d.%d; run: make PYTHON=/path/to/python3.11 ..." % sys.version_info[:2])'
+	@echo "Setting up .venv (once, about a minute with a warm package cache)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[all]"
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+quickstart: venv
+	@PYTHON=$(BIN)/python bash examples/quickstart/run.sh "$(NAME)"
+
+quickstart-overfit: venv
+	@PYTHON=$(BIN)/python bash examples/quickstart/overfit.sh "$(NAME)"
+
+test: dev
+	$(BIN)/python -m pytest
+
+test-slow: dev
+	$(BIN)/python -m pytest -m slow
+
+check: dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: dev
+	$(BIN)/python -m xtuner.config.explain > docs/settings.md
+
+clean:
+	rm -rf .venv build dist quickstart .pytest_cache .mypy_cache .ruff_cache
