@@ -1,1 +1,135 @@
-"""Dataset formats: one file a format, its name is the value of the setting `dataset_format`."""
+"""Dataset formats: one file a format, its name is the value of the setting `dataset_format`.
+
+A file exposes ``FORMAT``, a `Format`; nothing else has to be edited to add one. Files whose names begin
+with an underscore hold what several formats share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from xtuner import plugins
+from xtuner.data.formats.base import Format, RowError
+from xtuner.errors import DataError
+from xtuner.types import Row
+
+__all__ = ["AUTO", "Format", "RowError", "load", "load_all", "names", "resolve"]
+
+AUTO = "auto"
+"""The name that stands for: decide by the columns."""
+
+_SETTING = "dataset_format"
+_ADVICE = (
+    "`xtuner list-dataset-format` shows what each format expects; "
+    f"your own is {_SETTING} = 'my_format.py:to_messages'."
+)
+
+
+def names() -> list[str]:
+    """Names of the formats, sorted; 'auto' is not among them."""
+    return plugins.names(__name__)
+
+
+def load(name: str) -> Format:
+    """Load a format by name.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    found: Format = plugins.load(__name__, name, setting=_SETTING).FORMAT
+    return found
+
+
+def load_all() -> list[Format]:
+    """Every format, sorted by name."""
+    return [load(name) for name in names()]
+
+
+def resolve(
+    name: str, *, columns: Collection[str], folder: Path | None = None, sample: Row | None = None
+) -> Format:
+    """Find the format of a data file.
+
+    Args:
+        name: a format, 'auto', or ``"my_format.py:to_messages"``.
+        columns: the columns of the file.
+        folder: where a relative path of a user's file is looked up first.
+        sample: a row of the file. It lets 'auto' tell apart formats that have the same columns, such as
+            plain text and the dialogues of `oasst1`.
+
+    Raises:
+        ConfigError: there is no such format.
+        DataError: the columns do not fit the format, or 'auto' finds none that they fit.
+    """
+    if plugins.is_user_path(name):
+        from xtuner.data.formats import _own
+
+        return _own.load(name, setting=_SETTING, folder=folder)
+    if name == AUTO:
+        return _pick(columns, sample)
+    format = load(name)
+    if format.missing(columns):
+        raise DataError(_misfit(format, columns, sample))
+    return format
+
+
+def _pick(columns: Collection[str], sample: Row | None) -> Format:
+    """Choose among the formats that fit: the most columns used, then the priority, then the row."""
+    best = _best(columns)
+    if not best:
+        raise DataError(
+            f"no format fits: found {_quoted(columns)}.\n  {_nearest(columns)}\n  {_ADVICE}"
+        )
+    readers = [format for format in best if sample is not None and _reads(format, sample)]
+    by_columns = [format for format in best if not format.by_row]
+    return (readers or by_columns or best)[0]
+
+
+def _best(columns: Collection[str]) -> list[Format]:
+    """The formats that fit and use the most columns, the preferred ones first."""
+    fitting = [format for format in load_all() if not format.missing(columns)]
+    most = max((format.num_used(columns) for format in fitting), default=0)
+    best = [format for format in fitting if format.num_used(columns) == most]
+    return sorted(best, key=lambda format: -format.priority)
+
+
+def _reads(format: Format, row: Row) -> bool:
+    try:
+        format.convert(row)
+    except RowError:
+        return False
+    return True
+
+
+def _misfit(format: Format, columns: Collection[str], sample: Row | None) -> str:
+    seen = f"format {format.name!r} expects {_quoted(format.columns)}, found {_quoted(columns)}."
+    if not _best(columns):
+        return f"{seen}\n  {_nearest(columns)}\n  {_ADVICE}"
+    fits = _pick(columns, sample).name
+    return f"{seen}\n  These keys fit format {fits!r}: set {_SETTING} = {fits!r}."
+
+
+def _nearest(columns: Collection[str]) -> str:
+    """Say which formats come closest, and what they lack."""
+
+    def share(format: Format) -> float:
+        return 1 - len(format.missing(columns)) / len(format.columns)
+
+    near = sorted((f for f in load_all() if share(f) > 0), key=lambda f: (-share(f), -f.priority))
+    # Without a column in common, likeness of the letters finds a slip such as 'mesages'.
+    near = near or [f for f in load_all() if any(_alike(c, columns) for c in f.columns)]
+    if not near:
+        return "No format has any of these columns."
+    lacks = (f"{f.name!r} (lacks {_quoted(f.missing(columns))})" for f in near[:3])
+    return f"Nearest: {', '.join(lacks)}."
+
+
+def _alike(column: str, columns: Collection[str]) -> bool:
+    import difflib
+
+    return bool(difflib.get_close_matches(column, list(columns), n=1, cutoff=0.75))
+
+
+def _quoted(columns: Collection[str]) -> str:
+    return ", ".join(repr(str(column)) for column in columns) or "no columns"

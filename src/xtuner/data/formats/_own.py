@@ -1,0 +1,63 @@
+"""A format of the user's own: a function in a file of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from xtuner import plugins
+from xtuner.data.formats.base import Format, RowError, conversation
+from xtuner.data.formats.openai import read_messages
+from xtuner.errors import ConfigError
+from xtuner.types import Conversation, Message, Record, Row, Text
+
+_RETURNS = (
+    "it must return a list of messages such as {'role': 'user', 'content': 'Hi'}, "
+    "or a text, or a Conversation or Text of xtuner.types"
+)
+
+
+def load(name: str, *, setting: str, folder: Path | None) -> Format:
+    """Make a format of the function that `name` names.
+
+    Raises:
+        ConfigError: it cannot be loaded or called.
+    """
+    function = plugins.load_user_object(name, setting=setting, folder=folder)
+    if not callable(function):
+        raise ConfigError(
+            f"{setting} = {name!r}: is {type(function).__name__}; it must be a function of one row"
+        )
+    return Format(
+        name=name,
+        description="Your own.",
+        columns=(),
+        example={},
+        convert=partial(_convert, function, name.rpartition(":")[2]),
+    )
+
+
+def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
+    try:
+        made = function(row)
+    except RowError:
+        raise
+    except Exception as error:  # one bad row must be named, not end the run with a traceback
+        raise RowError("", f"{name} raised {type(error).__name__}: {error}") from error
+    if isinstance(made, Conversation):
+        return conversation(made.messages, tools=made.tools, column=name)
+    if isinstance(made, str):
+        made = Text(made)
+    if isinstance(made, Text):
+        if not made.text.strip():
+            raise RowError("", f"{name} returned an empty text", "remove the row")
+        return made
+    if not isinstance(made, list | tuple):
+        raise RowError("", f"{name} returned {type(made).__name__}", _RETURNS)
+    if not made:
+        raise RowError("", f"{name} returned an empty list", "remove the row")
+    if all(isinstance(message, Message) for message in made):
+        return conversation(made, column=name)
+    return conversation(read_messages(made, column=name), column=name)

@@ -1,0 +1,166 @@
+"""What a dataset format is, and the readers of fields that formats share.
+
+A format turns one row of a data file into a `Conversation` or a `Text`. It never changes what a row
+says: texts keep their characters and their white space. What it cannot read raises `RowError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xtuner.errors import DataError
+from xtuner.types import Conversation, Message, Record, Row
+
+_FILL_IN = "fill it in or remove the row"
+
+
+class RowError(DataError):
+    """A row cannot be read.
+
+    Attributes:
+        field: the part of the row at fault, such as ``messages[1].role``; empty for the whole row.
+        problem: what is wrong with it.
+        cure: what to do about it; may be empty.
+    """
+
+    def __init__(self, field: str, problem: str, cure: str = "") -> None:
+        # All three are arguments of the base class, so that the error survives pickling.
+        super().__init__(field, problem, cure)
+        self.field = field
+        self.problem = problem
+        self.cure = cure
+
+    def __str__(self) -> str:
+        where = f"{self.field}: " if self.field else ""
+        return f"{where}{self.problem}{f'; {self.cure}' if self.cure else ''}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of a data set are laid out.
+
+    Attributes:
+        name: the value of the setting `dataset_format`.
+        description: one line.
+        columns: the columns that every row must have.
+        example: a row.
+        convert: reads a row; raises `RowError`.
+        optional: the columns that are read where they are there.
+        aliases: other names under which a column of `columns` is accepted.
+        priority: 'auto' prefers the higher one among formats that use as many of the columns.
+        by_row: its columns do not tell it from another format, so 'auto' must see a row to pick it.
+    """
+
+    name: str
+    description: str
+    columns: tuple[str, ...]
+    example: Row
+    convert: Callable[[Row], Record]
+    optional: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 0
+    by_row: bool = False
+
+    def missing(self, columns: Collection[str]) -> list[str]:
+        """The required columns that are not among `columns`."""
+        return [c for c in self.columns if c not in columns and self.aliases.get(c) not in columns]
+
+    def num_used(self, columns: Collection[str]) -> int:
+        """How many of `columns` the format reads."""
+        return len({*self.columns, *self.optional, *self.aliases.values()} & {*columns})
+
+
+def kind(value: object) -> str:
+    """What `value` is, in the words of JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = ((str, "text"), (int | float, "a number"), (Mapping, "an object"), (list, "a list"))
+    return next((words for type_, words in kinds if isinstance(value, type_)), type(value).__name__)
+
+
+def text(row: Row, column: str, *, within: str = "") -> str:
+    """Read a text that must be there and hold more than white space.
+
+    Args:
+        row: the row, or an object in it.
+        column: its key.
+        within: where `row` is, such as ``messages[1].``, for the message.
+    """
+    if column not in row:
+        raise RowError(within + column, "is missing", _FILL_IN)
+    value = row[column]
+    if value is None:
+        raise RowError(within + column, "is null", _FILL_IN)
+    if not isinstance(value, str):
+        raise RowError(within + column, f"is {kind(value)}", "it must be text")
+    if not value.strip():
+        raise RowError(within + column, "is empty", _FILL_IN)
+    return value
+
+
+def optional_text(row: Row, column: str, *, within: str = "") -> str:
+    """Read a text that may be missing, null or empty: then it is ``""``."""
+    value = row.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError(within + column, f"is {kind(value)}", "it must be text")
+    return value
+
+
+def items(row: Row, column: str, *, within: str = "") -> Sequence[Any]:
+    """Read a list that must be there and hold something."""
+    if column not in row:
+        raise RowError(within + column, "is missing", _FILL_IN)
+    value = row[column]
+    if not isinstance(value, list | tuple):
+        raise RowError(within + column, f"is {kind(value)}", "it must be a list")
+    if not value:
+        raise RowError(within + column, "is an empty list", _FILL_IN)
+    return value
+
+
+def objects(values: Sequence[Any], *, within: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Pair each object of a list with where it is, such as ``messages[1].``."""
+    for i, value in enumerate(values):
+        if not isinstance(value, Mapping):
+            raise RowError(f"{within}[{i}]", f"is {kind(value)}", "it must be an object")
+    return [(f"{within}[{i}].", value) for i, value in enumerate(values)]
+
+
+def parse_json(value: str, *, where: str) -> Any:
+    """Read JSON that is stored as text."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(where, "is not valid JSON", "write it as JSON") from error
+
+
+def joined(*parts: str) -> str:
+    """Put the parts that are not empty on lines of their own."""
+    return "\n".join(part for part in parts if part.strip())
+
+
+def exchange(question: str, answer: str, *, system: str = "") -> Conversation:
+    """Make a conversation of one question and one answer."""
+    turns = (Message("user", question), Message("assistant", answer))
+    return Conversation((*system_turn(system), *turns))
+
+
+def system_turn(system: str) -> tuple[Message, ...]:
+    """The turn that opens a conversation, or none where `system` is empty."""
+    return (Message("system", system),) if system.strip() else ()
+
+
+def conversation(
+    messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), column: str
+) -> Conversation:
+    """Make a conversation, which must hold something to learn."""
+    if not any(message.role == "assistant" for message in messages):
+        raise RowError(column, "has no turn of the assistant", "add one or remove the row")
+    return Conversation(tuple(messages), tuple(tools))

@@ -1,0 +1,19 @@
+"""Plain text for continued pretraining."""
+
+from xtuner.data.formats.base import Format, text
+from xtuner.types import Row, Text
+
+
+def convert(row: Row) -> Text:
+    """Take the text as it is."""
+    return Text(text(row, "text"))
+
+
+FORMAT = Format(
+    name="pretrain",
+    description="Plain text; every token of it is learnt.",
+    columns=("text",),
+    example={"text": "The Moon is the Earth's only natural satellite."},
+    convert=convert,
+    priority=-20,
+)
