@@ -1,0 +1,21 @@
+"""`xtuner fetch`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A model of the catalog (smollm2_135m_instruct) or of the hub (org/model)."
+        ),
+    ],
+) -> None:
+    """Fetch a model once and print its folder."""
+    from xtuner.models.fetch import fetch
+
+    typer.echo(str(fetch(name)))
