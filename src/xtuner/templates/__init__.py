@@ -1,0 +1,68 @@
+"""Templates: how messages become token ids, what of them is learnt, and how a prompt looks.
+
+'auto' is the tokenizer's own chat template; the named ones are the rows of `table.py`; your own is
+a `Spec` named ``"my_templates.py:MINE"``. Listing names imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xtuner import plugins
+from xtuner.errors import ConfigError, did_you_mean, listed
+from xtuner.templates.spec import Spec
+from xtuner.templates.table import NAMED
+
+if TYPE_CHECKING:
+    from xtuner.templates.base import Template
+
+SETTING = "prompt_template"
+
+
+def names() -> list[str]:
+    """The names that the setting `prompt_template` can have, 'auto' first."""
+    return ["auto", *sorted(NAMED)]
+
+
+def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = None) -> Template:
+    """Make the template that `prompt_template` names, for a tokenizer.
+
+    Args:
+        name: 'auto', a named template, or the user's own as ``"my_templates.py:MINE"`` (a `Spec`).
+        tokenizer: a tokenizer of transformers.
+        system: the system message of conversations that have none.
+        folder: where to look for the user's file before the working directory.
+
+    Raises:
+        ConfigError: there is no such template, or the user's object is not a sound `Spec`.
+        ModelError: the template cannot work with this tokenizer.
+    """
+    if name == "auto":
+        from xtuner.templates.auto import ChatTemplate
+
+        return ChatTemplate(tokenizer, system=system)
+    from xtuner.templates.named import NamedTemplate
+
+    if plugins.is_user_path(name):
+        spec = _user_spec(name, folder)
+    elif name in NAMED:
+        spec = NAMED[name]
+    else:
+        raise ConfigError(
+            f"{SETTING} = {name!r}: must be one of {', '.join(names())}, "
+            f"or 'my_templates.py:object'{did_you_mean(name, names())}"
+        )
+    return NamedTemplate(name, tokenizer, spec=spec, system=system)
+
+
+def _user_spec(name: str, folder: Path | None) -> Spec:
+    spec = plugins.load_user_object(name, setting=SETTING, folder=folder)
+    if not isinstance(spec, Spec):
+        raise ConfigError(
+            f"{SETTING} = {name!r}: is of type {type(spec).__name__}; "
+            "it must be a Spec (from xtuner.templates.spec import Spec)"
+        )
+    if problems := list(spec.problems()):
+        raise ConfigError(listed(f"{SETTING} = {name!r}: {len(problems)} problems", problems))
+    return spec

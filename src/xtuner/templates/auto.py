@@ -1,0 +1,274 @@
+"""The template 'auto': the tokenizer's own chat template.
+
+Which characters the assistant wrote is found without knowing the template. For its turn i the text
+of ``messages[:i]`` with the generation prompt, and the text of ``messages[:i + 1]`` up to the stop
+token, must both be beginnings of the whole text; the turn is what lies between. So the mask begins
+exactly where a chat begins to generate and ends with the token that ends an answer. If a template
+marks the assistant's part with ``{% generation %}``, the marks bound the turn instead.
+
+Some templates rewrite earlier turns (Qwen3 drops their thoughts). A turn that training would show
+otherwise than a chat does is left out of the loss, with a warning; if none is left, it is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import Any
+
+from xtuner.errors import DataError, ModelError
+from xtuner.templates.base import Rendered, Template, Turn, hash_of
+from xtuner.templates.table import NAMED
+from xtuner.types import Message
+
+Tools = Sequence[Mapping[str, Any]]
+
+_PROBE = "xtuner"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_FURTHER_ENDS = ("<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+_DATE = "26 Jul 2024"
+"""The date that templates of Llama 3 show when told none; fixed, so that a run can be repeated."""
+
+
+class ChatTemplate(Template):
+    """Renders with `tokenizer.apply_chat_template` and finds the assistant's turns in the text."""
+
+    def __init__(self, tokenizer: Any, *, system: str = "") -> None:
+        if not tokenizer.chat_template:
+            raise ModelError(
+                "prompt_template = 'auto': the tokenizer has no chat template, as base models' "
+                "have none. Set prompt_template = 'default', or one that fits: "
+                + ", ".join(sorted(NAMED))
+            )
+        super().__init__("auto", tokenizer, system=system)
+        self._tokenizer = tokenizer
+        self._added = [
+            t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()
+        ]
+        self._tools_shown: bool | None = None
+        self._marked: dict[str, bool] = {}
+        self._variables = {"date_string": _DATE} if "date_string" in self._source(()) else {}
+        self._has_system_turn = self._shows_system()
+        self._stop = self._find_stop()
+        self.stop_words = (self._stop,) if self._stop else ()
+        ends = [t for t in _FURTHER_ENDS if t in self._source(()) and t in self._added]
+        self.stop_token_ids = self._token_ids((tokenizer.eos_token or "", self._stop, *ends))
+
+    def render(
+        self, messages: Sequence[Message], *, tools: Tools = (), prompt: bool = False
+    ) -> Rendered:
+        """See `Template.render`."""
+        turns = self._as_turns(messages)
+        dicts = [turn for turn, _ in turns]
+        text, marks = self._text(dicts, tools, prompt=prompt)
+        if tools:
+            self._check_tools(dicts, tools, text, prompt=prompt)
+        spoken = [i for i, turn in enumerate(dicts) if turn["role"] == "assistant"]
+        bounds = marks if len(marks) == len(spoken) else [None] * len(spoken)
+        found: list[Turn] = []
+        inexact = 0
+        for index, mark in zip(spoken, bounds, strict=True):
+            message = turns[index][1]
+            supervised = message is not None and message.supervised
+            span = self._span(text, dicts, index, tools, mark=mark, prompt=prompt)
+            if span is not None:
+                found.append(Turn(*span, supervised))
+            elif supervised and any(turn["role"] == "user" for turn in dicts[:index]):
+                inexact += 1
+        if inexact and not prompt:
+            self._report_inexact(left=sum(turn.supervised for turn in found))
+        return Rendered(text, found)
+
+    def fingerprint(self) -> str:
+        """See `Template.fingerprint`."""
+        source = self._tokenizer.chat_template
+        shows_today = "strftime_now" in str(source) and not self._variables
+        today = date.today().isoformat() if shows_today else ""
+        return hash_of("auto", source, self._tokenizer.special_tokens_map, self.system, today)
+
+    def _span(
+        self,
+        text: str,
+        dicts: list[dict[str, Any]],
+        index: int,
+        tools: Tools,
+        *,
+        mark: tuple[int, int] | None,
+        prompt: bool,
+    ) -> tuple[int, int] | None:
+        """Where turn `index` begins and ends in `text`; None if a chat would show it otherwise."""
+        try:
+            before = self._text(dicts[:index], tools, prompt=True)[0]
+        except DataError:
+            before = None  # nobody has asked yet, and the template wants somebody to
+        start = len(before) if before is not None and text.startswith(before) else None
+        if mark is not None:
+            if start is None or not mark[0] <= start <= mark[1]:
+                start = mark[0]
+            turn = self._marked_turn(text, mark)
+        elif start is None:
+            return None
+        elif index + 1 == len(dicts) and not prompt:
+            turn = text
+        else:
+            turn = self._text(dicts[: index + 1], tools)[0]
+        end = self._end_of(turn, start)
+        if text[:end] != turn[:end]:
+            return None
+        self._check_calls(dicts[index], text[start:end])
+        return start, end
+
+    def _marked_turn(self, text: str, mark: tuple[int, int]) -> str:
+        """`text` up to the end of a marked turn; a stop right behind the mark belongs to it."""
+        end = mark[1]
+        if self._stop and self._stop not in text[mark[0] : end]:
+            gap = len(text) - end - len(text[end:].lstrip())
+            if text.startswith(self._stop, end + gap):
+                end += gap + len(self._stop)
+        return text[:end]
+
+    def _end_of(self, turn: str, start: int) -> int:
+        """The end of the stop in `turn`, which ends with an answer that begins at `start`."""
+        at = turn.rfind(self._stop, start) if self._stop else -1
+        if at >= 0:
+            return at + len(self._stop)
+        return start + len(turn[start:].rstrip())
+
+    def _text(
+        self, dicts: list[dict[str, Any]], tools: Tools = (), *, prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the characters that ``{% generation %}`` marks in it.
+
+        `apply_chat_template` gives the marks as tokens only, so its renderer is called directly.
+        """
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        source = self._source(tools)
+        try:
+            texts, marks = render_jinja_template(
+                [dicts],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=source,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=self._is_marked(source),
+                **self._tokenizer.special_tokens_map,
+                **self._variables,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(
+                f"the tokenizer's chat template is broken (line {error.lineno}: {error.message}); "
+                "name another, such as prompt_template = 'chatml'"
+            ) from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            roles = ", ".join(turn["role"] for turn in dicts) or "none"
+            raise DataError(
+                f"the model's chat template does not take these messages (roles: {roles}): {error}"
+            ) from error
+        return texts[0], [(a, b) for a, b in marks[0]] if marks else []
+
+    def _source(self, tools: Tools) -> str:
+        """The template's text; some tokenizers have another one for tools."""
+        try:
+            return str(self._tokenizer.get_chat_template(tools=[dict(t) for t in tools] or None))
+        except ValueError as error:
+            raise ModelError(f"prompt_template = 'auto': {error}") from error
+
+    def _is_marked(self, source: str) -> bool:
+        if source not in self._marked:
+            self._marked[source] = _GENERATION.search(source) is not None
+        return self._marked[source]
+
+    def _as_turns(self, messages: Sequence[Message]) -> list[tuple[dict[str, Any], Message | None]]:
+        """The messages in the template's form, the system message where the template takes it."""
+        turns: list[tuple[dict[str, Any], Message | None]] = [(m.as_dict(), m) for m in messages]
+        first = turns[0][0] if turns else None
+        if self.system and first is not None and first["role"] != "system":
+            turns.insert(0, ({"role": "system", "content": self.system}, None))
+        if self._has_system_turn or not turns or turns[0][0]["role"] != "system":
+            return turns
+        system = turns[0][0]["content"]
+        for index, (turn, message) in enumerate(turns[1:], start=1):
+            if turn["role"] == "user":
+                asked = {
+                    **turn,
+                    "content": f"{system}\n\n{turn['content']}" if system else turn["content"],
+                }
+                return [*turns[1:index], (asked, message), *turns[index + 1 :]]
+        raise DataError(
+            "the model's chat template has no place for a system message without a user turn"
+        )
+
+    def _shows_system(self) -> bool:
+        """Whether the template writes system messages; Gemma's refuses them, and some drop them."""
+        user = {"role": "user", "content": "Hello"}
+        try:
+            return _PROBE in self._text([{"role": "system", "content": _PROBE}, user])[0]
+        except DataError:
+            return False
+
+    def _find_stop(self) -> str:
+        """What the template writes behind an answer: its first added token, else its text."""
+        dicts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            tail = self._text(dicts)[0].rpartition(_PROBE)[2]
+        except DataError:
+            return str(self._tokenizer.eos_token or "")
+        places = [(at, token) for token in self._added if (at := tail.find(token)) >= 0]
+        if places:
+            return str(min(places, key=lambda place: (place[0], -len(place[1])))[1])
+        if not tail.strip():
+            self._say_once(
+                "the model's chat template writes nothing behind an answer, so training cannot "
+                "teach the model to stop; set prompt_template to a named template"
+                f"{self._fitting()}"
+            )
+        return tail.strip()
+
+    def _check_tools(
+        self, dicts: list[dict[str, Any]], tools: Tools, text: str, *, prompt: bool
+    ) -> None:
+        if self._tools_shown is None:
+            self._tools_shown = text != self._text(dicts, prompt=prompt)[0]
+        if not self._tools_shown:
+            self._say_once(
+                "the model's chat template does not show tools to the model: the 'tools' of the "
+                "data are without effect; use a model whose template knows tools"
+            )
+
+    def _check_calls(self, turn: Mapping[str, Any], spoken: str) -> None:
+        for call in turn.get("tool_calls", ()):
+            name = str(call.get("function", call).get("name", ""))
+            if name not in spoken:
+                raise DataError(
+                    "the model's chat template does not write the assistant's call of tool "
+                    f"'{name}'; use a model whose template knows tools, or write the call into "
+                    "the content"
+                )
+
+    def _report_inexact(self, *, left: int) -> None:
+        if not left:
+            raise ModelError(
+                "the model's chat template shows the assistant's answers otherwise in training "
+                "than it asks for them in chat (reasoning models' templates rewrite turns), so "
+                "the loss cannot be put on them exactly. Use a named template"
+                f"{self._fitting()}, or a chat template that marks the answers with "
+                "{% generation %}."
+            )
+        self._say_once(
+            "the model's chat template rewrites earlier turns, so of conversations with several "
+            "turns only those that a chat shows alike are learnt. To learn all, use a named "
+            f"template{self._fitting()}, or a chat template that marks the answers with "
+            "{% generation %}."
+        )
+
+    def _fitting(self) -> str:
+        """Named templates whose tokens all occur in this model's own template."""
+        source = self._source(())
+        fits = [
+            name
+            for name, spec in NAMED.items()
+            if spec.tokens and all(t in source for t in spec.tokens)
+        ]
+        return f" that fits, such as '{fits[0]}'" if fits else ""

@@ -1,0 +1,140 @@
+"""What a template is: the one object that lays out conversations for training and prompts for chat.
+
+A subclass renders messages to one text and says which characters of it the assistant wrote
+(`Rendered`); ids, mask and prompts follow here, the same way for all, so that the prompt of a chat
+is always an exact prefix of what training saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from xtuner.templates.tokens import Tokens, tokens_of
+from xtuner.types import Conversation, Encoded, Message
+
+VERSION = 1
+"""Part of every fingerprint; raised whenever the ids or masks of any template change."""
+
+logger = logging.getLogger("xtuner.templates")
+
+
+class Turn(NamedTuple):
+    """What the assistant says in one turn, stop included: characters ``[start, end)``."""
+
+    start: int
+    end: int
+    supervised: bool
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation or prompt, and the assistant's turns in it, in order."""
+
+    text: str
+    turns: list[Turn]
+
+
+class Template(ABC):
+    """Turns messages into token ids, a loss mask and prompts.
+
+    Attributes:
+        name: the value of the setting `prompt_template`.
+        system: the system message of conversations that have none; may be empty.
+        stop_words: texts at which an answer ends.
+        stop_token_ids: token ids at which an answer ends; the tokenizer's end token is among them.
+    """
+
+    name: str
+    system: str
+    stop_words: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+
+    def __init__(self, name: str, tokenizer: Any, *, system: str = "") -> None:
+        self.name = name
+        self.system = system
+        self._tokens: Tokens = tokens_of(tokenizer)
+        self._said: set[str] = set()
+
+    @abstractmethod
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        prompt: bool = False,
+    ) -> Rendered:
+        """Lay messages out as text.
+
+        Args:
+            messages: the conversation.
+            tools: JSON schemas of the tools that the assistant may call.
+            prompt: end with what opens the assistant's next turn.
+
+        Raises:
+            DataError: the template has no place for these messages.
+            ModelError: the template cannot show exactly what the assistant says.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when the rendering could; part of the key of the data cache."""
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Token ids of the whole conversation and which of them the loss counts.
+
+        The stop token of a supervised turn is supervised; what follows it, such as a line break,
+        is not.
+
+        Raises:
+            DataError, ModelError: as `render`.
+        """
+        if not conversation.messages:
+            return Encoded([], [])
+        rendered = self.render(conversation.messages, tools=conversation.tools)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for index, segment in enumerate(self._segments(rendered)):
+            turn = rendered.turns[index // 2] if index % 2 else None
+            ids += segment
+            mask += [turn is not None and turn.supervised] * len(segment)
+        return Encoded(ids, mask)
+
+    def prompt_ids(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Token ids that end where the assistant is to speak.
+
+        They are a prefix of the ids of the completed conversation.
+
+        Raises:
+            DataError, ModelError: as `render`.
+        """
+        return [
+            i
+            for segment in self._segments(self.render(messages, tools=tools, prompt=True))
+            for i in segment
+        ]
+
+    def _segments(self, rendered: Rendered) -> list[list[int]]:
+        cuts = [place for turn in rendered.turns for place in (turn.start, turn.end)]
+        return self._tokens.segments(rendered.text, cuts)
+
+    def _token_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Ids of those `texts` that are one token."""
+        segments = [self._tokens.segments(text, ())[0] for text in texts if text]
+        return tuple(dict.fromkeys(ids[0] for ids in segments if len(ids) == 1))
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
+
+
+def hash_of(*parts: Any) -> str:
+    """Hash values that JSON can hold."""
+    text = json.dumps([VERSION, *parts], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

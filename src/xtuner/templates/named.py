@@ -1,0 +1,118 @@
+"""Templates made from a `Spec`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from xtuner.errors import DataError, ModelError
+from xtuner.templates.base import Rendered, Template, Turn, hash_of
+from xtuner.templates.spec import Spec, fill
+from xtuner.types import Message
+
+_PIECES = ("start", "system", "system_in_user", "user", "assistant", "answer", "after", "stop")
+
+
+class NamedTemplate(Template):
+    """Lays out a conversation from the pieces of a `Spec`; contents keep their spaces."""
+
+    def __init__(self, name: str, tokenizer: Any, *, spec: Spec, system: str = "") -> None:
+        super().__init__(name, tokenizer, system=system or spec.default_system)
+        self._spec = _with_tokens(name, spec, tokenizer)
+        stops = (self._spec.stop, *spec.stop_words)
+        self.stop_words = tuple(dict.fromkeys(stops))
+        self.stop_token_ids = self._token_ids((tokenizer.eos_token or "", *stops))
+        self._warn_of_missing_tokens()
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        prompt: bool = False,
+    ) -> Rendered:
+        """See `Template.render`."""
+        spec = self._spec
+        if tools:
+            self._say_once(f"template '{self.name}' does not show tools to the model; {_USE_AUTO}")
+        messages = self._with_system(messages)
+        text = spec.start
+        turns: list[Turn] = []
+        system, rounds, closed = "", 0, False
+        for index, message in enumerate(messages):
+            self._check(message, index)
+            if message.role == "assistant":
+                start = len(text) + len(spec.assistant)
+                answer = fill(spec.answer, {"content": message.content})
+                turns.append(Turn(start, start + len(answer), message.supervised))
+                text += spec.assistant + answer + spec.after
+                closed = True
+                continue
+            if message.role == "system" and spec.system_in_user:
+                system = message.content
+                continue
+            if message.role == "system":
+                piece, values = spec.system, {"content": message.content}
+            else:
+                rounds += 1
+                piece = spec.system_in_user if system else spec.user
+                values = {"content": message.content, "system": system, "round": str(rounds)}
+                system = ""
+            if spec.stop_opens_next and closed and piece.startswith(spec.stop):
+                piece = piece[len(spec.stop) :]
+            text += fill(piece, values)
+            closed = False
+        if system:
+            raise DataError(
+                f"template '{self.name}' has no place for a system message without a user turn"
+            )
+        return Rendered(text + spec.assistant if prompt else text, turns)
+
+    def fingerprint(self) -> str:
+        """See `Template.fingerprint`."""
+        return hash_of("named", asdict(self._spec), self.system)
+
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if self.system and not (messages and messages[0].role == "system"):
+            return [Message("system", self.system), *messages]
+        return messages
+
+    def _check(self, message: Message, index: int) -> None:
+        if message.role == "tool" or message.tool_calls:
+            raise DataError(
+                f"template '{self.name}' has no place for tool calls and results; {_USE_AUTO}"
+            )
+        if message.role == "system" and index and self._spec.system_in_user:
+            raise DataError(
+                f"template '{self.name}' has a place for a system message at the start only"
+            )
+
+    def _warn_of_missing_tokens(self) -> None:
+        tokens = dict.fromkeys((*self._spec.tokens, self._spec.stop))
+        spelt = [token for token in tokens if len(self._token_ids((token,))) != 1]
+        if spelt:
+            self._say_once(
+                f"template '{self.name}': {', '.join(spelt)} are not tokens of this model and "
+                "are spelt out as text. That works, but takes more tokens; "
+                "prompt_template = 'default' needs none."
+            )
+
+
+_USE_AUTO = (
+    "use prompt_template = 'auto' with a model whose own chat template shows them, "
+    "or take them out of the data"
+)
+
+
+def _with_tokens(name: str, spec: Spec, tokenizer: Any) -> Spec:
+    """Put the tokenizer's first and end token into the pieces."""
+    pieces = {piece: getattr(spec, piece) for piece in _PIECES}
+    if any("{eos}" in text for text in pieces.values()) and not tokenizer.eos_token:
+        raise ModelError(
+            f"template '{name}' ends answers with the tokenizer's end token, and this tokenizer "
+            'has none: add "eos_token" to its tokenizer_config.json'
+        )
+    values = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
+    filled: dict[str, Any] = {piece: fill(text, values) for piece, text in pieces.items()}
+    return replace(spec, **filled)

@@ -1,0 +1,89 @@
+"""A named template as data: the pieces of text that stand around what each side says.
+
+Yours is an object of this class, named ``prompt_template = "my_templates.py:MINE"``:
+
+    MINE = Spec(user="Q: {content}\\n", assistant="A:", answer=" {content}{eos}", after="\\n")
+
+reads ``Q: hello\\nA: hi</s>\\nQ: …``, of which `` hi</s>`` is learnt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+_PLACE = re.compile(r"\{(content|system|round|bos|eos)\}")
+_ALLOWED = {
+    "start": {"bos", "eos"},
+    "system": {"bos", "eos", "content"},
+    "user": {"bos", "eos", "content", "round"},
+    "system_in_user": {"bos", "eos", "content", "system"},
+    "assistant": {"bos", "eos"},
+    "answer": {"bos", "eos", "content"},
+    "after": {"bos", "eos"},
+    "stop": {"bos", "eos"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The pieces of a template. ``{bos}`` and ``{eos}`` are the tokenizer's first and end token.
+
+    Attributes:
+        user: a user's turn, with ``{content}``; ``{round}`` counts user turns from 1.
+        assistant: opens the assistant's turn; every prompt ends with it.
+        answer: what the assistant says, with ``{content}`` and the stop; all of it is supervised.
+        stop: what ends an answer; stands in `answer` behind ``{content}``.
+        after: what follows an answer and is not supervised, such as a line break.
+        start: written once at the beginning.
+        system: a system message, with ``{content}``.
+        system_in_user: for models without a system turn: how the system message, ``{system}``, and
+            the first user message, ``{content}``, become one. Excludes `system`.
+        default_system: the system message that the model was trained with, if it always had one.
+        stop_words: further texts at which generation ends.
+        tokens: texts that must each be one token to work as the model's authors meant.
+        stop_opens_next: the stop is also the first token of the user's turn and is written once.
+    """
+
+    user: str
+    assistant: str
+    answer: str = "{content}{eos}"
+    stop: str = "{eos}"
+    after: str = ""
+    start: str = ""
+    system: str = ""
+    system_in_user: str = ""
+    default_system: str = ""
+    stop_words: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    stop_opens_next: bool = False
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the pieces, one sentence each."""
+        for piece, allowed in _ALLOWED.items():
+            for place in _PLACE.findall(getattr(self, piece)):
+                if place not in allowed:
+                    yield f"{piece}: has no {{{place}}}; it knows {_braced(allowed)}"
+        needed = {"user": "content", "answer": "content", "system": "content"}
+        for piece, place in needed.items():
+            text = getattr(self, piece)
+            if (text or piece != "system") and f"{{{place}}}" not in text:
+                yield f"{piece}: needs {{{place}}}, where the words go; it is {text!r}"
+        if not self.stop or self.stop not in self.answer.partition("{content}")[2]:
+            yield f"answer: needs the stop {self.stop!r} behind {{content}}; it is {self.answer!r}"
+        if bool(self.system) == bool(self.system_in_user):
+            yield "system, system_in_user: give one of the two; a system message needs a place"
+        if self.system_in_user and "{system}" not in self.system_in_user:
+            yield "system_in_user: needs {system} and {content}"
+        if self.stop_opens_next and not self.user.startswith(self.stop):
+            yield "stop_opens_next: user must begin with the stop"
+
+
+def fill(piece: str, values: Mapping[str, str]) -> str:
+    """Put `values` into the places of `piece`, once: braces within a value stay as they are."""
+    return _PLACE.sub(lambda match: values.get(match[1], match[0]), piece)
+
+
+def _braced(names: set[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in sorted(names))

@@ -1,0 +1,188 @@
+"""The tokenizer's own chat template."""
+
+import logging
+import pickle
+
+import pytest
+from template_makers import (
+    CHATML,
+    GEMMA,
+    LLAMA3,
+    MARKED,
+    MARKED_CONTENT,
+    REWRITES,
+    THINKS,
+    TOOLS,
+    byte_tokenizer,
+)
+
+from xtuner.errors import DataError, ModelError
+from xtuner.templates import load
+from xtuner.types import Conversation, Message
+
+ASK, TELL = Message("user", "Hi"), Message("assistant", "Hello")
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+CALL = Message(
+    "assistant",
+    "",
+    tool_calls=({"type": "function", "function": {"name": "weather", "arguments": {}}},),
+)
+
+
+def auto(source, **options):
+    tokenizer = byte_tokenizer(chat_template=source, eos="<|im_end|>")
+    return load("auto", tokenizer, **options), tokenizer
+
+
+def learnt(template, tokenizer, *messages, tools=()):
+    ids, mask = template.encode(Conversation(tuple(messages), tools))
+    return tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
+
+
+def test_exact_ids_of_one_turn():
+    template, tokenizer = auto(CHATML)
+    ids, mask = template.encode(Conversation((ASK, TELL)))
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert mask == [False] * (len(ids) - 7) + [True] * 6 + [False]
+
+
+def test_rewritten_earlier_turns_are_not_learnt_and_it_says_so_once(caplog):
+    template, tokenizer = auto(REWRITES)
+    last = "<think>\n\n</think>\n\nHello<|im_end|>"
+    assert learnt(template, tokenizer, ASK, TELL) == last
+    assert not caplog.records
+    for _ in range(2):
+        earlier = Message("assistant", "Yes")
+        assert learnt(template, tokenizer, ASK, earlier, ASK, TELL) == last
+    assert [r.message.startswith("the model's chat template rewrites") for r in caplog.records] == [
+        True
+    ]
+    assert "'chatml'" in caplog.text
+
+
+def test_prompt_that_training_cannot_show_is_an_error():
+    template, _ = auto(THINKS)
+    with pytest.raises(ModelError, match="Use a named template that fits, such as 'chatml'"):
+        template.encode(Conversation((ASK, TELL)))
+    assert template.encode(Conversation((ASK,))).loss_mask.count(True) == 0
+
+
+@pytest.mark.parametrize("source", [MARKED, MARKED_CONTENT])
+def test_marks_give_the_turns_from_after_the_prompt_to_the_stop(source):
+    template, tokenizer = auto(source)
+    said = learnt(template, tokenizer, ASK, TELL, ASK, Message("assistant", "No", False), ASK, TELL)
+    assert said == "Hello<|im_end|>" * 2
+
+
+def test_marks_serve_where_earlier_turns_are_rewritten():
+    source = REWRITES.replace(
+        "<think>\\n\\n</think>\\n\\n' + m.content + '<|im_end|>\\n' }}",
+        "<think>\\n\\n</think>\\n\\n' }}{% generation %}"
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}",
+    )
+    assert "generation %}" in source
+    source = source.replace(
+        "{% else %}",
+        "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+        "{% else %}",
+    )
+    template, tokenizer = auto(source)
+    said = learnt(template, tokenizer, ASK, Message("assistant", "Yes"), ASK, TELL)
+    assert said.startswith("Yes<|im_end|>")
+    assert said.endswith("Hello<|im_end|>")
+
+
+def test_system_message_is_folded_where_the_template_refuses_it():
+    template, _ = auto(GEMMA, system="Be kind.")
+    text = template.render((ASK, TELL)).text
+    assert text.startswith("<s><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>")
+    with pytest.raises(DataError, match="no place for a system message without a user turn"):
+        template.render((Message("system", "x"), TELL))
+
+
+def test_template_that_refuses_roles_is_a_data_error():
+    template, _ = auto(GEMMA)
+    with pytest.raises(DataError, match=r"roles: user, user\): must alternate"):
+        template.encode(Conversation((ASK, ASK)))
+
+
+def test_broken_or_missing_template_is_a_model_error():
+    with pytest.raises(ModelError, match=r"is broken \(line 1"):
+        auto("{% for m in messages %}")
+    with pytest.raises(ModelError, match=r"has no chat template, .* prompt_template = 'default'"):
+        auto(None)
+
+
+def test_tools_and_calls_are_shown_and_calls_learnt():
+    template, tokenizer = auto(TOOLS)
+    result = Message("tool", "sunny")
+    said = learnt(template, tokenizer, ASK, CALL, result, TELL, tools=(TOOL,))
+    assert said == (
+        '<tool_call>{"name": "weather", "arguments": {}}</tool_call><|im_end|>Hello<|im_end|>'
+    )
+    assert '"name": "weather"' in tokenizer.decode(template.prompt_ids((ASK,), tools=(TOOL,)))
+
+
+def test_template_without_tools_says_so(caplog):
+    template, _ = auto(CHATML)
+    for _ in range(2):
+        template.encode(Conversation((ASK, TELL), (TOOL,)))
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    assert "does not show tools" in caplog.text
+    with pytest.raises(DataError, match="does not write the assistant's call of tool 'weather'"):
+        template.encode(Conversation((ASK, CALL)))
+
+
+def test_turn_that_ends_with_another_stop():
+    source = LLAMA3.replace(
+        "m.content | trim + '<|eot_id|>'",
+        "m.content + ('<|eom_id|>' if m.content == 'call' else '<|eot_id|>')",
+    )
+    template, tokenizer = auto(source)
+    assert learnt(template, tokenizer, ASK, Message("assistant", "call")) == "call<|eom_id|>"
+    ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>", "<|eom_id|>"])
+    assert set(ids) == set(template.stop_token_ids)
+
+
+def test_answer_without_a_stop_is_learnt_bare_with_a_warning(caplog):
+    source = CHATML.replace("<|im_end|>", "")
+    template, tokenizer = auto(source)
+    assert learnt(template, tokenizer, ASK, TELL) == "Hello"
+    assert "cannot teach the model to stop" in caplog.text
+
+
+def test_answer_that_contains_the_stop():
+    template, tokenizer = auto(CHATML)
+    odd = Message("assistant", "It ends with <|im_end|>, see?")
+    assert learnt(template, tokenizer, ASK, odd, ASK) == "It ends with <|im_end|>, see?<|im_end|>"
+
+
+def test_assistant_who_speaks_first_is_learnt_where_the_template_allows_it():
+    template, tokenizer = auto(CHATML)
+    assert learnt(template, tokenizer, TELL, ASK, TELL) == "Hello<|im_end|>" * 2
+    template, tokenizer = auto(
+        "{% set first = messages[0].role %}" + CHATML.replace("{% if add", "{% if first and add")
+    )
+    assert learnt(template, tokenizer, TELL, ASK, TELL).endswith("Hello<|im_end|>")
+
+
+def test_todays_date_is_fixed():
+    today = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    template, _ = auto(today + CHATML)
+    assert template.render((ASK,)).text.startswith("26 Jul 2024")
+
+
+def test_fingerprint_follows_what_changes_the_text():
+    prints = {auto(CHATML)[0].fingerprint(), auto(LLAMA3)[0].fingerprint()}
+    prints.add(auto(CHATML, system="Be kind.")[0].fingerprint())
+    assert len(prints) == 3
+    assert auto(CHATML)[0].fingerprint() in prints
+
+
+def test_goes_to_another_process():
+    template, _ = auto(CHATML, system="Be kind.")
+    copy = pickle.loads(pickle.dumps(template))
+    assert copy.encode(Conversation((ASK, TELL))) == template.encode(Conversation((ASK, TELL)))
+    assert copy.fingerprint() == template.fingerprint()
