@@ -1,7 +1,7 @@
 """Dataset formats: one file a format, its name is the value of the setting `dataset_format`.
 
-A file exposes ``FORMAT``, a `Format`; nothing else has to be edited to add one. Files whose names begin
-with an underscore hold what several formats share.
+A file exposes ``FORMAT``, a `Format`; nothing else has to be edited to add one. Files whose names
+begin with an underscore hold what several formats share.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def resolve(
         name: a format, 'auto', or ``"my_format.py:to_messages"``.
         columns: the columns of the file.
         folder: where a relative path of a user's file is looked up first.
-        sample: a row of the file. It lets 'auto' tell apart formats that have the same columns, such as
-            plain text and the dialogues of `oasst1`.
+        sample: a row of the file. It lets 'auto' tell apart formats that have the same columns,
+            such as plain text and the dialogues of `oasst1`.
 
     Raises:
         ConfigError: there is no such format.

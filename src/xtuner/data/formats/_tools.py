@@ -10,15 +10,15 @@ from xtuner.types import Row
 
 
 def read_tools(row: Row, column: str = "tools") -> tuple[Mapping[str, Any], ...]:
-    """Read the schemas of the tools: a list, or JSON text that holds one; none where it is empty."""
+    """Read the schemas of the tools: a list, or JSON text that holds one; it may be empty."""
     return tuple(schema for _, schema in objects(_listed(row.get(column), column), within=column))
 
 
 def read_calls(value: Any, *, where: str) -> tuple[Mapping[str, Any], ...]:
     """Read calls: a list or one object, or JSON text that holds one of these.
 
-    Each call is brought into the form ``{"type": "function", "function": {"name", "arguments"}}``, with
-    an object for the arguments, since templates print text in quotes.
+    Each call is brought into the form ``{"type": "function", "function": {"name", "arguments"}}``,
+    with an object for the arguments, since templates print text in quotes.
     """
     if isinstance(value, str) and value.strip():
         value = parse_json(value, where=where)

@@ -161,6 +161,9 @@ def conversation(
     messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), column: str
 ) -> Conversation:
     """Make a conversation, which must hold something to learn."""
-    if not any(message.role == "assistant" for message in messages):
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
         raise RowError(column, "has no turn of the assistant", "add one or remove the row")
+    if not all(answer.content.strip() or answer.tool_calls for answer in answers):
+        raise RowError(column, "has an empty turn of the assistant", _FILL_IN)
     return Conversation(tuple(messages), tuple(tools))

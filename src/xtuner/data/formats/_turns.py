@@ -1,0 +1,42 @@
+"""Turns with ``from`` and ``value``, which `sharegpt` and `msagent` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xtuner.data.formats._tools import read_calls
+from xtuner.data.formats.base import RowError, objects, optional_text, text
+from xtuner.types import Message, Role
+
+_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+def read_turns(turns: Sequence[Any], *, column: str) -> list[Message]:
+    """Read turns; `column` is what the errors call the list."""
+    return [_turn(turn, place) for place, turn in objects(turns, within=column)]
+
+
+def _turn(turn: Mapping[str, Any], place: str) -> Message:
+    if "from" not in turn and "role" in turn:
+        cure = "rename the column to 'messages' and set dataset_format = 'openai'"
+        raise RowError(f"{place}from", "is missing, there is 'role' in its place", cure)
+    name = text(turn, "from", within=place)
+    role = _ROLES.get(name)
+    if role is None:
+        raise RowError(f"{place}from", f"is {name!r}", f"it must be one of {', '.join(_ROLES)}")
+    if name == "function_call":
+        value = text(turn, "value", within=place)
+        return Message(role, "", tool_calls=read_calls(value, where=f"{place}value"))
+    # A tool may answer nothing, and an empty system prompt is a choice.
+    may_be_empty = role in ("system", "tool") and turn.get("value") is not None
+    return Message(role, (optional_text if may_be_empty else text)(turn, "value", within=place))

@@ -1,0 +1,33 @@
+"""Dialogues as one text with role markers (timdettmers/openassistant-guanaco)."""
+
+import re
+
+from xtuner.data.formats.base import Format, RowError, conversation, text
+from xtuner.types import Conversation, Message, Role, Row
+
+_MARKER = re.compile(r"(?<!#)### (Human|Assistant):")
+_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+
+
+def convert(row: Row) -> Conversation:
+    """Cut the text at its markers; the white space beside a marker belongs to it."""
+    before, *pieces = _MARKER.split(text(row, "text"))
+    if before.strip() or not pieces:
+        cure = "for plain text set dataset_format = 'pretrain'"
+        raise RowError("text", "does not begin with '### Human:'", cure)
+    messages = []
+    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
+        if not said.strip():
+            raise RowError("text", f"has nothing after '### {speaker}:'", "remove the row")
+        messages.append(Message(_ROLES[speaker], said.strip()))
+    return conversation(messages, column="text")
+
+
+FORMAT = Format(
+    name="oasst1",
+    description="A dialogue in one text, with ### Human: and ### Assistant: before the turns.",
+    columns=("text",),
+    example={"text": "### Human: Are cats pets?### Assistant: Yes."},
+    convert=convert,
+    by_row=True,
+)
