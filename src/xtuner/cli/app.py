@@ -93,7 +93,7 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def complete_resume(arguments: Sequence[str]) -> list[str]:
-    """Give a bare ``--resume`` its meaning, ``--resume last``; it takes a word only if that names an iter_N."""
+    """Let ``--resume`` alone mean ``--resume last``; the next word is its value if it is iter_N."""
     completed: list[str] = []
     for position, argument in enumerate(arguments):
         completed.append(argument)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,8 +18,11 @@ from xtuner.config.schema import CHECKS, Settings, field_parts
 from xtuner.errors import did_you_mean
 
 _TABLES = Path(__file__).parent / "tables"
-_PLUGIN_FOLDERS = {"algorithm": "xtuner.algorithms", "dataset_format": "xtuner.data.formats"}
-"""Settings whose values are names of plug-ins."""
+_ALGORITHMS = "xtuner.algorithms"
+_FORMATS = "xtuner.data.formats"
+_TEMPLATES = "xtuner.templates"
+_FEW = 8
+"""So many allowed words are listed in a message; of more, `xtuner explain` shows the list."""
 _TUNINGS = choices("tuning")
 _PLACEHOLDERS: dict[str, Any] = {
     name: "-" for name, field in Settings.model_fields.items() if field.is_required()
@@ -34,7 +38,7 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
     """
     known = {name: e for name, e in reading.entries.items() if name in Settings.model_fields}
     problems = [
-        entry.problem(name, _unknown(name))
+        entry.problem(name, unknown_setting(name))
         for name, entry in reading.entries.items()
         if name not in known
     ]
@@ -63,7 +67,7 @@ def unknown_override(name: str, text: str) -> Problem | None:
     """The problem of ``--set name=text`` where there is no such setting."""
     if name in Settings.model_fields:
         return None
-    return Entry(text, OVERRIDE).problem(name, _unknown(name))
+    return Entry(text, OVERRIDE).problem(name, unknown_setting(name))
 
 
 def _faulty_fields(values: Mapping[str, Any]) -> set[str]:
@@ -75,7 +79,7 @@ def _faulty_fields(values: Mapping[str, Any]) -> set[str]:
     return set()
 
 
-def _unknown(name: str) -> str:
+def unknown_setting(name: str) -> str:
     """Say what to write in place of a name that is no setting."""
     cure = _renamed().get(name)
     if cure:
@@ -97,7 +101,7 @@ def _wrong_value(name: str, value: Any) -> str:
     if not isinstance(value, str):
         return message
     if choices(name):
-        algorithms = plugins.names(_PLUGIN_FOLDERS["algorithm"])
+        algorithms = plugins.names(_ALGORITHMS)
         if name == "tuning" and value in algorithms:
             return f"{value!r} is a value of 'algorithm'; 'tuning' {message}"
         return message + did_you_mean(value, choices(name))
@@ -114,23 +118,40 @@ def _purpose(name: str) -> str:
     return f"set it: {Settings.model_fields[name].description}"
 
 
+def named_parts(name: str) -> list[str]:
+    """The names of parts of xtuner that setting `name` takes; empty where it takes none."""
+    match name:
+        case "algorithm":
+            return plugins.names(_ALGORITHMS)
+        case "dataset_format":
+            return ["auto", *plugins.names(_FORMATS)]
+        case "prompt_template":
+            # The templates are above this layer: they are asked for their names, not known here.
+            words: list[str] = importlib.import_module(_TEMPLATES).names()
+            return words
+    return []
+
+
 def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield a problem for every setting that names a plug-in which does not exist."""
-    for setting, package in _PLUGIN_FOLDERS.items():
-        if setting in unusable:
-            continue
+    """Yield a problem for every setting that names a part which does not exist."""
+    for setting in {"algorithm", "dataset_format", "prompt_template"} - unusable:
         given = getattr(settings, setting)
-        known = plugins.names(package)
-        words = ["auto", *known] if setting == "dataset_format" else known
+        known = named_parts(setting)
         for value in [given] if isinstance(given, str) else given:
             if setting == "algorithm" and value in _TUNINGS:
                 yield setting, f"{value!r} is a value of 'tuning'; set tuning = {value!r}"
-            elif value not in words and not plugins.is_user_path(value):
-                yield (
-                    setting,
-                    f"{value!r} must be one of {', '.join(words)}, "
-                    f"or 'my_file.py:function'{did_you_mean(value, words)}",
-                )
+            elif value not in known and not plugins.is_user_path(value):
+                yield setting, _wrong_name(setting, value, known)
+
+
+def _wrong_name(setting: str, value: str, known: list[str]) -> str:
+    guess = did_you_mean(value, known)
+    if len(known) > _FEW:
+        return (
+            f"there is no {value!r}{guess or f'; `xtuner explain {setting}` lists what there is'}"
+        )
+    words = ", ".join(repr(word) for word in known)
+    return f"must be one of {words}, or your own 'my_file.py:object'{guess}"
 
 
 def _clashes(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,42 @@
+"""`xtuner copy-cfg`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    name: Annotated[str, typer.Argument(help="A name that `xtuner list-cfg` shows.")],
+    folder: Annotated[Path, typer.Argument(help="Where the file goes; made if it is missing.")],
+) -> None:
+    """Write built-in settings into FOLDER/NAME_copy.py, to be changed and trained."""
+    import shlex
+    import textwrap
+
+    from xtuner.config import catalog
+    from xtuner.config.render import render
+    from xtuner.errors import ConfigError
+
+    values = catalog.compose(name)
+    path = folder / f"{name}_copy.py"
+    train = f"xtuner train {shlex.quote(str(path))}"
+    lines = [f"{name}: change what you like, then run", "", f"    {train}", ""]
+    lines += textwrap.wrap(catalog.note(name), width=100)
+    lines += ["`xtuner explain` lists all settings; those that are not here have their defaults."]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(render(values, title="\n".join(lines)))
+    except FileExistsError as error:
+        if not path.exists():
+            raise ConfigError(f"{folder}: is a file; give a folder") from error
+        raise ConfigError(
+            f"{path}: exists already, and may hold changes of yours; delete it, rename it, "
+            "or give another folder"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    typer.echo(f"Wrote {path}\nChange it to your needs, then run:\n  {train}")
