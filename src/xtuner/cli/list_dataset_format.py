@@ -34,31 +34,35 @@ def describe(format: Format) -> str:
     return "\n".join([*lines, *(f"{_INDENT}{line}" for line in fold(format.example))])
 
 
-def fold(value: Any, *, width: int = _WIDTH - len(_INDENT)) -> list[str]:
-    """Print `value` as JSON: what fits stays on one line, the rest goes a step to the right."""
+def fold(value: Any, *, width: int = _WIDTH - len(_INDENT), key: str = "") -> list[str]:
+    """Print `value` as JSON: what fits stays on one line, the rest goes a step to the right.
+
+    Args:
+        value: what to print.
+        width: columns there are, of the terminal.
+        key: the key that `value` has, printed before it.
+    """
     import json
 
-    line = json.dumps(value, ensure_ascii=False)
-    # One column is left for the comma that may follow, and a wide character takes two.
+    before = f"{json.dumps(key, ensure_ascii=False)}: " if key else ""
+    line = before + json.dumps(value, ensure_ascii=False)
+    # One column is left for the comma that may follow.
     if _columns(line) < width or not value or not isinstance(value, list | Mapping):
         return [line]
     inner = width - len(_INDENT)
     if isinstance(value, Mapping):
         opening, closing = "{", "}"
-        parts = [_under(key, fold(v, width=inner - len(key) - 4)) for key, v in value.items()]
+        parts = [fold(v, width=inner, key=k) for k, v in value.items()]
     else:
         opening, closing = "[", "]"
         parts = [fold(v, width=inner) for v in value]
     for part in parts[:-1]:
         part[-1] += ","
-    return [opening, *(f"{_INDENT}{line}" for part in parts for line in part), closing]
-
-
-def _under(key: str, lines: list[str]) -> list[str]:
-    return [f'"{key}": {lines[0]}', *lines[1:]]
+    return [before + opening, *(_INDENT + line for part in parts for line in part), closing]
 
 
 def _columns(line: str) -> int:
+    """Columns of the terminal that `line` takes; a wide character takes two."""
     from unicodedata import east_asian_width
 
     return sum(2 if east_asian_width(c) in "WF" else 1 for c in line)

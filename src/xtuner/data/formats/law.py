@@ -11,7 +11,7 @@ def convert(row: Row) -> Conversation:
 
 
 def _references(row: Row) -> list[str]:
-    if not row.get("reference"):
+    if row.get("reference") in (None, "", []):
         return []
     paragraphs = list(items(row, "reference"))
     for i, paragraph in enumerate(paragraphs):

@@ -52,8 +52,13 @@ FORMAT = Format(
     description="Turns as text (JSON or Python) or a list; results of tools are split off.",
     columns=("conversations",),
     example={
-        "conversations": "[{'from': 'user', 'value': 'What is 2 + 3?'}, {'from': 'assistant', "
-        "'value': 'add(2, 3)<|startofexec|>5<|endofexec|>It is 5.'}]"
+        "conversations": [
+            {"from": "user", "value": "What is 2 + 3?"},
+            {
+                "from": "assistant",
+                "value": "add(2, 3)<|startofexec|>5<|endofexec|>It is 5.",
+            },
+        ]
     },
     convert=convert,
     priority=-1,

@@ -73,7 +73,7 @@ def _loss(turn: Mapping[str, Any], role: Role, place: str) -> bool | None:
 
 FORMAT = Format(
     name="openai",
-    description="Messages with roles; `loss`: false leaves a turn out; tools and calls are kept.",
+    description='Messages with roles, tools and calls; "loss": false leaves a turn out.',
     columns=("messages",),
     example={
         "messages": [

@@ -41,7 +41,7 @@ def _listed(value: str, column: str) -> Any:
 
 FORMAT = Format(
     name="sharegpt",
-    description="Turns of human, gpt, function_call and observation; `conversation` is read too.",
+    description="Turns of human, gpt, function_call, observation; reads `conversation` too.",
     columns=("conversations",),
     example={
         "conversations": [

@@ -1,0 +1,263 @@
+"""Contract of every format in the folder, and what each one reads out of a row."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+
+from xtuner.data import formats
+from xtuner.data.formats import Format, RowError
+from xtuner.types import Conversation, Message, Text
+
+EVERY = formats.load_all()
+READ_OTHERWISE_BY_AUTO = {"msagent": "sharegpt"}
+"""Formats whose columns are those of another that 'auto' prefers; their results differ."""
+
+MAY_BE_EMPTY = ("reference", "system_prompt", "meta_instruction")
+"""Columns that tell a format, but may hold nothing."""
+EMPTY = (None, "", "  ", [])
+
+
+def by_name(format: Format) -> str:
+    return format.name
+
+
+def turns(record):
+    return [(message.role, message.content) for message in record.messages]
+
+
+def read(name, **row):
+    return formats.load(name).convert(row)
+
+
+@pytest.mark.parametrize("format", EVERY, ids=by_name)
+def test_example_converts_with_its_columns(format):
+    before = copy.deepcopy(format.example)
+    record = format.convert(format.example)
+    assert format.example == before
+    assert set(format.columns) <= set(format.example)
+    assert set(format.example) <= {*format.columns, *format.optional}
+    assert "\n" not in format.description and len(format.description) < 79
+    if isinstance(record, Conversation):
+        assert any(message.supervised and message.content for message in record.messages)
+        assert all("<|" not in message.content for message in record.messages)
+    else:
+        assert record == Text(format.example["text"])
+
+
+@pytest.mark.parametrize("format", EVERY, ids=by_name)
+def test_auto_reads_the_example_identically(format):
+    picked = formats.resolve("auto", columns=tuple(format.example), sample=format.example)
+    if format.name in READ_OTHERWISE_BY_AUTO:
+        assert picked.name == READ_OTHERWISE_BY_AUTO[format.name]
+    else:
+        assert picked.convert(format.example) == format.convert(format.example)
+
+
+@pytest.mark.parametrize("format", EVERY, ids=by_name)
+@pytest.mark.parametrize("value", ["missing", None, "", "  ", 7, [], {}, [None], {"turn_1": 3}])
+def test_bad_required_column_is_named(format, value):
+    for column in format.columns:
+        row = {**format.example, column: value}
+        if value == "missing":
+            del row[column]
+        if column in MAY_BE_EMPTY and value in ("missing", *EMPTY):
+            continue
+        with pytest.raises(RowError) as caught:
+            format.convert(row)
+        assert caught.value.field.startswith(column)
+        assert caught.value.problem and caught.value.cure
+
+
+@pytest.mark.parametrize("format", EVERY, ids=by_name)
+@pytest.mark.parametrize("value", [None, ""])
+def test_optional_column_may_be_empty(format, value):
+    bare = {k: v for k, v in format.example.items() if k in format.columns}
+    for column in format.optional:
+        assert format.convert({**bare, column: value}) == format.convert(bare)
+
+
+def test_column_that_tells_a_format_may_be_empty():
+    for value in EMPTY[:3]:
+        record = read("openorca", system_prompt=value, question="q", response="a")
+        assert turns(record) == [("user", "q"), ("assistant", "a")]
+    for value in (None, "", []):
+        record = read("law", reference=value, question="q", answer="a")
+        assert turns(record) == [("user", "q"), ("assistant", "a")]
+
+
+def test_texts_keep_white_space_and_unicode():
+    said = "  def f():\n\treturn '你好 🙂'\u00a0\n"
+    assert turns(read("io", input=said, output=said)) == [("user", said), ("assistant", said)]
+    assert read("pretrain", text=said) == Text(said)
+
+
+def test_openai_loss_names_and_roles():
+    record = read(
+        "openai",
+        messages=[
+            {"role": "developer", "content": ""},
+            {"role": "user", "content": "a", "loss": False, "name": None},
+            {"role": "assistant", "content": "b", "loss": False},
+            {"role": "user", "content": "c", "name": "Ann"},
+            {"role": "assistant", "content": "d", "weight": 0},
+            {"role": "assistant", "content": "e", "weight": 1},
+        ],
+    )
+    assert [m.role for m in record.messages][:3] == ["system", "user", "assistant"]
+    assert [m.supervised for m in record.messages] == [False] * 5 + [True]
+    assert record.messages[3].name == "Ann"
+
+
+def test_openai_calls_and_tools_from_json_text_equal_those_from_objects():
+    def row(arguments, tools):
+        call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+        return {
+            "messages": [
+                {"role": "user", "content": "2 + 3?"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "", "tool_call_id": "c1"},
+                {"role": "assistant", "content": "5"},
+            ],
+            "tools": tools,
+        }
+
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    record = read("openai", **row({"a": 2}, [tool]))
+    assert record == read("openai", **row('{"a": 2}', '[{"type": "function", "function": '
+                                           '{"name": "add", "parameters": {}}}]'))  # fmt: skip
+    assert record.tools == (tool,)
+    function = {"name": "add", "arguments": {"a": 2}}
+    assert record.messages[1].tool_calls == (
+        {"type": "function", "id": "c1", "function": function},
+    )
+    assert record.messages[1].content == ""
+    assert record.messages[2].tool_call_id == "c1"
+
+
+@pytest.mark.parametrize(
+    ("turn", "field"),
+    [
+        ({"role": "bot", "content": "a"}, "messages[1].role"),
+        ({"role": ["user"], "content": "a"}, "messages[1].role"),
+        ({"content": "a"}, "messages[1].role"),
+        ({"role": "assistant", "content": " "}, "messages[1].content"),
+        ({"role": "assistant", "content": None}, "messages[1].content"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "messages[1].content"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content"),
+        ({"role": "assistant", "content": "a", "loss": "no"}, "messages[1].loss"),
+        ({"role": "assistant", "content": "a", "loss": []}, "messages[1].loss"),
+        ({"role": "user", "content": "a", "loss": True}, "messages[1].loss"),
+        ({"role": "assistant", "tool_calls": "{x"}, "messages[1].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{}]}, "messages[1].tool_calls[0].name"),
+        ("hello", "messages[1]"),
+        ({"role": "user", "content": "a"}, "messages"),
+    ],
+)
+def test_openai_names_the_bad_part(turn, field):
+    with pytest.raises(RowError) as caught:
+        read("openai", messages=[{"role": "user", "content": "q"}, turn])
+    assert caught.value.field == field
+
+
+def test_sharegpt_functions_system_and_misspelling():
+    said = [
+        {"from": "human", "value": "2 + 3?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+        {"from": "observation", "value": "5"},
+        {"from": "gpt", "value": "5"},
+    ]
+    record = read("sharegpt", conversation=said, system="Be brief.", tools='[{"name": "add"}]')
+    assert [m.role for m in record.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert record.messages[2].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 2}}
+    assert record.tools == ({"name": "add"},)
+    with pytest.raises(RowError, match=r"conversations\[0\].from: is 'alien'"):
+        read("sharegpt", conversations=[{"from": "alien", "value": "x"}])
+    with pytest.raises(RowError, match="'messages'"):
+        read("sharegpt", conversations=[{"role": "user", "content": "x"}])
+    with pytest.raises(RowError, match="keep one"):
+        read("sharegpt", conversations=[{"from": "system", "value": "x"}, *said], system="y")
+
+
+def test_alpaca_history_comes_between_system_and_question():
+    record = read("alpaca", instruction="Name it", input="a lemon", output="Lemon",
+                  system="S", history=[["q", "a"]])  # fmt: skip
+    assert turns(record) == [
+        ("system", "S"), ("user", "q"), ("assistant", "a"),
+        ("user", "Name it\na lemon"), ("assistant", "Lemon"),
+    ]  # fmt: skip
+    with pytest.raises(RowError) as caught:
+        read("alpaca", instruction="i", output="o", history=[["q"]])
+    assert caught.value.field == "history[0]"
+
+
+def test_xtuner_takes_system_from_the_first_exchange_only():
+    exchange = {"input": "a", "output": "b"}
+    first = {"system": "S", **exchange}
+    assert len(read("xtuner", conversation=[first, exchange]).messages) == 5
+    with pytest.raises(RowError) as caught:
+        read("xtuner", conversation=[exchange, first])
+    assert caught.value.field == "conversation[1].system"
+
+
+def test_oasst1_cuts_at_markers_only():
+    said = "### Human: Use a ### heading, or #### Human: so\n### Assistant: OK.\n### Human: Bye"
+    assert turns(read("oasst1", text=said)) == [
+        ("user", "Use a ### heading, or #### Human: so"), ("assistant", "OK."), ("user", "Bye"),
+    ]  # fmt: skip
+    for bad in (
+        "Once upon a time",
+        "Hi ### Human: a### Assistant: b",
+        "### Human: a### Assistant:",
+    ):
+        with pytest.raises(RowError):
+            read("oasst1", text=bad)
+
+
+def test_moss_orders_turns_by_number_and_keeps_results_out_of_the_answers():
+    chat = {
+        f"turn_{n}": {"Human": f"<|Human|>: q{n}<eoh>\n", "MOSS": f"<|MOSS|>: a{n}<eom>\n"}
+        for n in (1, 10, 2)
+    }
+    chat["turn_3"] = None
+    chat["turn_2"] |= {"Commands": '<|Commands|>: Search("x")<eoc>\n',
+                       "Tool Responses": "<|Results|>:\nfound<eor>\n"}  # fmt: skip
+    assert turns(read("moss", meta_instruction="M", chat=chat)) == [
+        ("system", "M"), ("user", "q1"), ("assistant", "a1"),
+        ("user", "q2"), ("assistant", 'Search("x")'), ("tool", "found"), ("assistant", "a2"),
+        ("user", "q10"), ("assistant", "a10"),
+    ]  # fmt: skip
+
+
+def test_msagent_reads_text_as_json_and_as_python_and_splits_results():
+    import json
+
+    example = formats.load("msagent").example
+    record = formats.load("msagent").convert(example)
+    assert turns(record) == [
+        ("user", "What is 2 + 3?"), ("assistant", "add(2, 3)"),
+        ("tool", "5"), ("assistant", "It is 5."),
+    ]  # fmt: skip
+    for stored in (json.dumps, repr):
+        assert read("msagent", conversations=stored(example["conversations"])) == record
+    with pytest.raises(RowError):
+        read("msagent", conversations="__import__('os').getcwd()")
+
+
+def test_law_shows_the_paragraphs_before_the_question():
+    record = read("law", question="Q", reference=["A", "B"], answer="C")
+    assert turns(record) == [("user", "A\nB\nQ"), ("assistant", "C")]
+
+
+def test_folder_needs_no_heavy_library():
+    code = (
+        "import sys; from xtuner.data import formats; formats.load_all();"
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_messages_are_of_the_shared_type():
+    assert read("io", input="a", output="b").messages[0] == Message("user", "a")
