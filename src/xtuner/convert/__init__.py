@@ -1,0 +1,1 @@
+"""Turn checkpoints into models that other tools read."""

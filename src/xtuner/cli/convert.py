@@ -1,0 +1,130 @@
+"""`xtuner convert pth_to_hf | merge | split`."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Turn checkpoints into models that other tools read.", no_args_is_help=True)
+
+Size = Annotated[
+    str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 2GB or 500MB.")
+]
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    """Number types of a merged model."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@app.command("pth_to_hf")
+def pth_to_hf(
+    config: Annotated[
+        str, typer.Argument(help="The settings of the run: a file or a built-in name.")
+    ],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="work_dirs/.../iter_N (also as iter_N.pth), or a work dir: its newest."
+        ),
+    ],
+    save_dir: Annotated[Path, typer.Argument(help="A new folder for the result.")],
+    fp32: Annotated[bool, typer.Option("--fp32", help="Keep float32 instead of 16 bits.")] = False,
+    max_shard_size: Size = "2GB",
+) -> None:
+    """Write a checkpoint as a PEFT adapter or, if all weights were trained, as a model.
+
+    Tokenizer and run.yaml are kept, so that chat and merge know base model and template; what only
+    resuming needs is left out.
+    """
+    from xtuner.config.load import load_settings
+
+    base = load_settings(config).settings.pretrained_model_name_or_path
+
+    from xtuner.convert.to_hf import same_base, to_hf
+
+    info = to_hf(checkpoint, save_dir, fp32=fp32, max_shard_size=max_shard_size)
+    if info is not None and not same_base(info.base_model, base):
+        typer.echo(
+            f"Warning: {config} names the model {base}, but the checkpoint was trained on "
+            f"{info.base_model}, which chat and merge go by.",
+            err=True,
+        )
+    typer.echo(f"Written to {save_dir}.")
+    if (save_dir / "adapter_config.json").is_file():
+        model = info.base_model if info is not None else base
+        merged = save_dir.with_name(f"{save_dir.absolute().name}_merged")
+        _next("xtuner", "convert", "merge", model, str(save_dir), str(merged))
+    else:
+        _next("xtuner", "chat", str(save_dir))
+
+
+@app.command("merge")
+def merge(
+    llm: Annotated[
+        str, typer.Argument(help="The base model: a folder, or a name as for training.")
+    ],
+    adapter: Annotated[Path, typer.Argument(help="An adapter: from pth_to_hf, or an iter_N.")],
+    save_dir: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
+    max_shard_size: Size = "2GB",
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number type of the result; auto is the base model's.")
+    ] = Dtype.auto,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Merge an adapter into its base model, and compare the result with the two.
+
+    The base model is read unquantised, also for an adapter trained with QLoRA: merging into 4-bit
+    weights would round them anew. Works file by file, so that little memory is needed to merge; the
+    comparison at the end loads the model.
+    """
+    from xtuner.convert.merge import merge as run
+
+    report = run(
+        llm, adapter, save_dir, max_shard_size=max_shard_size, device=device.value,
+        dtype=dtype.value, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    typer.echo(f"Written to {save_dir}, merged {report.how}.")
+    if report.max_difference is not None and report.relative is not None:
+        typer.echo(
+            f"Largest difference of a logit to base + adapter: {report.max_difference:.3g} "
+            f"({report.relative:.3%} of the largest logit)."
+        )
+    _next("xtuner", "chat", str(save_dir))
+
+
+@app.command("split")
+def split(
+    src: Annotated[Path, typer.Argument(help="A model folder.")],
+    dst: Annotated[Path, typer.Argument(help="A new folder.")],
+    max_shard_size: Size = "2GB",
+) -> None:
+    """Write a model again with weight files of another size; every tensor stays the same."""
+    from xtuner.convert.split import split as run
+
+    run(src, dst, max_shard_size=max_shard_size)
+    typer.echo(f"Written to {dst}; every tensor was read back and is the same.")
+    _next("xtuner", "chat", str(dst))
+
+
+def _next(*words: str) -> None:
+    typer.echo(f"Next:\n  {shlex.join(words)}")

@@ -1,0 +1,124 @@
+"""Compare a merged model with its base model and adapter: the logits of a short text."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from xtuner.errors import ModelError
+from xtuner.models.adapters import load_adapter
+from xtuner.models.load import load_model, load_tokenizer, quiet_transformers
+
+_TEXT = "Question: Who are you, and what is the capital of France?\nAnswer: 我是一个小助手。Paris."
+
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""Largest difference accepted, relative to the largest logit, by the type of the merged weights.
+
+Rounding a weight to bfloat16 changes it by up to 2⁻⁹ (0.2 %), to float16 by 2⁻¹²; through tens of
+layers this reaches a percent or two of the largest logit.
+"""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest differences of logits.
+
+    Attributes:
+        of_merged: merged against base + adapter.
+        of_adapter: base against base + adapter: what the adapter does.
+        largest: the largest logit of base + adapter.
+    """
+
+    of_merged: float
+    of_adapter: float
+    largest: float
+
+    @property
+    def relative(self) -> float:
+        """`of_merged` as a share of the largest logit; infinite where logits are not finite."""
+        share = self.of_merged / max(self.largest, 1e-12)
+        return share if share == share else float("inf")
+
+
+def load_plain(llm: str, *, dtype: torch.dtype, device: str, trust_remote_code: bool) -> Any:
+    """Load `llm` with plain weights; one that is stored quantised is dequantised."""
+    model = load_model(llm, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if getattr(model, "is_quantized", False):
+        with quiet_transformers():
+            model = model.dequantize().to(dtype)
+        # transformers 5.23 would revert the reading of packed weights when saving, and cannot.
+        model._weight_conversions = None
+    return model.eval()
+
+
+@torch.no_grad()
+def compare(
+    llm: str,
+    adapter: Path,
+    merged: Path,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool = False,
+) -> Difference:
+    """Compute the logits of base + adapter, of the base alone and of `merged`, in this order.
+
+    Args:
+        llm: the base model.
+        adapter: the adapter's folder.
+        merged: the merged model's folder.
+        dtype: of weights and computation, of all three alike.
+        device: 'cpu' or 'cuda'.
+        trust_remote_code: run Python code that lies beside the weights.
+    """
+    options: dict[str, Any] = {
+        "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code
+    }  # fmt: skip
+    base = load_plain(llm, **options)
+    ids = _probe(merged, base.get_input_embeddings().weight.shape[0], trust_remote_code).to(device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*tie"
+        )  # PEFT on tied embeddings; merge parts them
+        model = load_adapter(base, adapter).eval()
+    wanted = _logits(model, ids)
+    with model.disable_adapter():
+        without = _logits(model, ids)
+    del base, model
+    gc.collect()
+    found = _logits(load_plain(str(merged), **options), ids)
+    return Difference(
+        of_merged=float((found - wanted).abs().max()),
+        of_adapter=float((without - wanted).abs().max()),
+        largest=float(wanted.abs().max()),
+    )
+
+
+def fitting_dtype(num_parameters: int, dtype: torch.dtype, *, device: str) -> torch.dtype | None:
+    """float32 if a model of that size fits into memory, else `dtype` if that does, else None."""
+    free = psutil.virtual_memory().available
+    if device == "cuda":
+        free = min(free, torch.cuda.mem_get_info()[0])
+    fits = (t for t in (torch.float32, dtype) if 1.2 * num_parameters * t.itemsize < free)
+    return next(fits, None)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits[0].float().cpu()  # type: ignore[no-any-return]
+
+
+def _probe(folder: Path, vocabulary: int, trust_remote_code: bool) -> Tensor:
+    """Token ids ``[1, T]`` of the text; of no text where there is no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        ids = torch.tensor(tokenizer(_TEXT)["input_ids"])
+    except ModelError:
+        ids = torch.arange(40) * 7919 + 13
+    return (ids % vocabulary)[None]

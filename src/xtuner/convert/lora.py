@@ -1,0 +1,196 @@
+"""What a LoRA adapter changes in each tensor of its base model's files.
+
+    lora_A, lora_B ──► W + scaling · B A     modules_to_save ──► the saved tensor
+
+This is computed from the tensors' names, without a model. Whatever is not understood for certain
+raises `NeedsModel`, and PEFT merges it in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtuner.convert.weights import Stored, Weights
+from xtuner.errors import ModelError
+
+_UNDERSTOOD = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
+    "rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform", "layers_pattern",
+    "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type",
+    "auto_mapping", "peft_version", "init_lora_weights",
+}  # fmt: skip
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base model's weights as they are."""
+
+_PREFIX = "base_model.model."
+_LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
+HEAD = "lm_head.weight"
+
+
+class NeedsModel(Exception):
+    """The adapter cannot be merged file by file; the text says why."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one tensor changes.
+
+    Attributes:
+        source: the tensor of the base model that it starts from.
+        replacement: the tensor of the adapter that takes its place, if any.
+        down, up: names of A ``[r, in]`` and B ``[out, r]`` in the adapter.
+        scaling: factor of ``B A``.
+        transposed: the weight is an embedding: ``(B A)`` is added transposed.
+    """
+
+    source: str
+    replacement: str = ""
+    down: str = ""
+    up: str = ""
+    scaling: float = 1.0
+    transposed: bool = False
+
+    def apply(self, base: Weights, adapter: Weights, *, device: str) -> Tensor:
+        """The changed tensor, computed in float32; the caller casts it."""
+        if self.replacement:
+            return adapter[self.replacement]
+        weight = base[self.source]
+        if not self.down:
+            return weight
+        down, up = (adapter[name].to(device, torch.float32) for name in (self.down, self.up))
+        delta = up @ down
+        return weight.to(device, torch.float32).add_(
+            delta.T if self.transposed else delta, alpha=self.scaling
+        )
+
+    def shape(self, adapter: Weights) -> tuple[int, ...] | None:
+        """The shape that the adapter expects of the weight; None where it says nothing."""
+        if self.replacement:
+            return adapter.stored[self.replacement].shape
+        if not self.down:
+            return None
+        rows, columns = adapter.stored[self.up].shape[0], adapter.stored[self.down].shape[1]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's ``adapter_config.json``.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: is not an adapter: adapter_config.json cannot be read ({error}); "
+            "give an iter_N folder or the result of `xtuner convert pth_to_hf`"
+        ) from error
+
+
+def changes(
+    adapter: Weights,
+    config: Mapping[str, Any],
+    base: Mapping[str, Stored],
+    base_config: Mapping[str, Any],
+) -> dict[str, Change]:
+    """The change of each tensor that `adapter` touches, by name.
+
+    Where the output head shares the input embedding and the adapter changes one of them, both are
+    named.
+
+    Args:
+        adapter: its tensors.
+        config: its adapter_config.json.
+        base: what the base model's files hold.
+        base_config: the base model's config.json.
+
+    Raises:
+        NeedsModel: the adapter or the base model is of a kind that this module does not know.
+        ModelError: the adapter belongs to another model.
+    """
+    _check_kind(config, base_config)
+    found = {HEAD: Change(embedding)} if (embedding := _tied(adapter, base, base_config)) else {}
+    for name in adapter.stored:
+        inner = name.removeprefix(_PREFIX)
+        lora = _LORA.fullmatch(inner)
+        if lora and lora[3] == "B":
+            continue  # comes with its A
+        target = f"{lora[1]}.weight" if lora else inner
+        source = found[HEAD].source if target == HEAD and HEAD in found else target
+        if source not in base or not base[source].dtype.is_floating_point:
+            raise NeedsModel(f"the base model's files hold no plain tensor {source}")
+        found[target] = (
+            _low_rank(name, lora, source, adapter, config) if lora else Change(source, name)
+        )
+    _check_shapes(found, adapter, base)
+    return found
+
+
+def _check_kind(config: Mapping[str, Any], base_config: Mapping[str, Any]) -> None:
+    from peft import LoraConfig
+
+    if config.get("peft_type") != "LORA":
+        raise NeedsModel(f"the adapter is of type {config.get('peft_type')}")
+    if "quantization_config" in base_config:
+        raise NeedsModel("the base model is stored quantised")
+    defaults = LoraConfig().to_dict()
+    for name, value in config.items():
+        plain = name in _UNDERSTOOD or value in (None, False, [], {}, defaults.get(name))
+        if not plain or (name == "init_lora_weights" and value not in _PLAIN_STARTS):
+            raise NeedsModel(f"the adapter has {name} = {value!r}")
+
+
+def _tied(adapter: Weights, base: Mapping[str, Stored], config: Mapping[str, Any]) -> str | None:
+    """The embedding that the head shares, if the adapter changes either; so the two must part."""
+    embeddings = [name for name in base if name.endswith("embed_tokens.weight")]
+    touched = any(re.search(r"(embed_tokens|lm_head)\.", name) for name in adapter.stored)
+    tied = HEAD not in base or config.get("tie_word_embeddings", False)
+    if not (touched and tied):
+        return None
+    if len(embeddings) != 1:
+        raise NeedsModel(
+            "the adapter changes an output head that the base model's files do not hold"
+        )
+    return embeddings[0]
+
+
+def _low_rank(
+    name: str, lora: re.Match[str], source: str, adapter: Weights, config: Mapping[str, Any]
+) -> Change:
+    from peft.utils.other import get_pattern_key
+
+    head, _, tail = name.rpartition("_A")
+    up = f"{head}_B{tail}"
+    if up not in adapter.stored:
+        raise ModelError(f"the adapter holds {name} but not {up}: it is damaged")
+    shapes = adapter.stored[name].shape, adapter.stored[up].shape
+    if any(len(shape) != 2 for shape in shapes):
+        raise NeedsModel(f"{name} is not a matrix")
+    rank = shapes[0][0]
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(alphas.keys(), lora[1]), config["lora_alpha"])
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Change(source, "", name, up, scaling, transposed=bool(lora[2]))
+
+
+def _check_shapes(
+    found: Mapping[str, Change], adapter: Weights, base: Mapping[str, Stored]
+) -> None:
+    for target, change in found.items():
+        wanted, there = change.shape(adapter), base[change.source].shape
+        if wanted is not None and wanted != there:
+            raise ModelError(
+                f"the adapter does not fit the base model: {target} is {list(there)}, "
+                f"the adapter is for {list(wanted)}; give the model it was trained on"
+            )

@@ -1,0 +1,110 @@
+"""Turn a checkpoint of a run into a folder to keep: a PEFT adapter, or a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from xtuner.convert.output import copy_others, new_folder
+from xtuner.convert.weights import (
+    Weights,
+    cast_plan,
+    parse_size,
+    total_bytes,
+    write_config,
+    write_shards,
+)
+from xtuner.errors import CheckpointError
+from xtuner.models import fetch
+from xtuner.models.load import DTYPES
+from xtuner.models.runinfo import RunInfo
+
+_LEFT_OUT = ("training_state.pt", "*.safetensors", "*.safetensors.index.json", "*.bin")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means.
+
+    Args:
+        path: an ``iter_N``, an ``iter_N.pth`` as in scripts of earlier versions, or a work dir,
+            whose newest checkpoint is taken.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    path = path.expanduser()
+    folder = path.with_suffix("") if path.suffix == ".pth" else path
+    pointer = folder / "last_checkpoint"
+    if pointer.is_file():
+        folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
+    if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return folder
+    if path.is_file():
+        raise CheckpointError(
+            f"{path}: is one file, as earlier versions of xtuner wrote them; "
+            "this version reads folders iter_N, which hold the weights in Hugging Face format"
+        )
+    place = folder if folder.is_dir() else folder.parent
+    found = ", ".join(sorted(str(p) for p in place.glob("iter_*") if p.is_dir())) or "none"
+    raise CheckpointError(f"{folder}: is no checkpoint; checkpoints in {place}: {found}")
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names (folders, hub names, names that were fetched) mean the same model."""
+    return _place(one) == _place(other)
+
+
+def _place(name: str) -> str:
+    folder = Path(name).expanduser()
+    found = folder if folder.is_dir() else fetch.cached(name)
+    return str(found.resolve()) if found else name
+
+
+def to_hf(
+    checkpoint: Path,
+    save_dir: Path,
+    *,
+    fp32: bool = False,
+    max_shard_size: str = "2GB",
+    tell: Callable[[str], None] = print,
+) -> RunInfo | None:
+    """Write `checkpoint` to `save_dir` without what only resuming needs.
+
+    An adapter stays an adapter, in the number type that the run computed in (bfloat16 for 'auto');
+    a model is written in bfloat16, one shard at a time.
+
+    Args:
+        checkpoint: see `find_checkpoint`.
+        save_dir: a new folder.
+        fp32: keep float32.
+        max_shard_size: of a model, such as '2GB'.
+        tell: gets lines of progress.
+
+    Returns:
+        What the checkpoint says of its run.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+        LaunchError: `save_dir` is taken, or the disk is too full.
+    """
+    max_bytes = parse_size(max_shard_size)
+    source = find_checkpoint(checkpoint)
+    info = RunInfo.read(source)
+    is_adapter = (source / "adapter_config.json").is_file()
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    if is_adapter and not fp32 and info is not None:
+        dtype = DTYPES.get(str(info.settings.get("dtype")), dtype)
+    weights = Weights.of_adapter(source) if is_adapter else Weights.of_model(source)
+    plan = cast_plan(weights.stored, dtype)
+    with new_folder(save_dir, num_bytes=total_bytes(plan)) as draft:
+        if is_adapter:
+            tensors = {name: weights[name].to(planned.dtype) for name, planned in plan.items()}
+            save_file(tensors, str(draft / "adapter_model.safetensors"), metadata={"format": "pt"})
+        else:
+            write_shards(draft, plan, weights.__getitem__, max_bytes=max_bytes, tell=tell)
+            write_config(source, draft, dtype=dtype)
+        copy_others(source, draft, skip=_LEFT_OUT)
+    return info

@@ -1,0 +1,107 @@
+"""Checkpoints become folders without what only resuming needs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoint_maker import write_adapter
+
+from xtuner.convert import output
+from xtuner.convert.to_hf import find_checkpoint, to_hf
+from xtuner.convert.weights import Weights
+from xtuner.errors import CheckpointError, LaunchError
+from xtuner.models.adapters import load_adapter
+from xtuner.models.load import load_model
+from xtuner.models.runinfo import RunInfo
+
+
+def convert(*arguments, **options):
+    return to_hf(*arguments, tell=str, **options)
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_an_adapter_stays_one(fp32, adapter, tiny_model_path, tmp_path):
+    info = convert(adapter, tmp_path / "hf", fp32=fp32)
+    assert info == RunInfo.read(tmp_path / "hf") == RunInfo.read(adapter)
+    before, after = Weights.of_adapter(adapter), Weights.of_adapter(tmp_path / "hf")
+    kind = torch.float32 if fp32 else torch.bfloat16
+    assert set(before.stored) == set(after.stored)
+    assert all(torch.equal(before[name].to(kind), after[name]) for name in before.stored)
+    assert all(stored.dtype == kind for stored in after.stored.values())
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert {"adapter_config.json", "tokenizer.json", "run.yaml"} <= names
+    assert "training_state.pt" not in names
+    load_adapter(load_model(tiny_model_path, dtype=torch.float32), tmp_path / "hf")
+
+
+def test_an_adapter_of_a_float32_run_stays_float32(tiny_model_path, tmp_path):
+    source = write_adapter(tmp_path / "iter_1", tiny_model_path, settings={"dtype": "float32"})
+    convert(source, tmp_path / "hf")
+    stored = Weights.of_adapter(tmp_path / "hf").stored
+    assert {s.dtype for s in stored.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_a_model_is_written_in_shards(fp32, full_checkpoint, tmp_path):
+    convert(full_checkpoint, tmp_path / "hf", fp32=fp32, max_shard_size="30KB")
+    kind = torch.float32 if fp32 else torch.bfloat16
+    before, after = Weights.of_model(full_checkpoint), Weights.of_model(tmp_path / "hf")
+    assert len(after.files) > 1 and set(before.stored) == set(after.stored)
+    assert all(torch.equal(before[name].to(kind), after[name]) for name in before.stored)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["dtype"] == str(kind).removeprefix("torch.")
+    assert not (tmp_path / "hf" / "training_state.pt").exists()
+    assert load_model(tmp_path / "hf", dtype=kind).dtype == kind
+
+
+def test_old_names_and_work_dirs_find_the_checkpoint(adapter):
+    work_dir = adapter.parent
+    assert find_checkpoint(work_dir / "iter_7.pth") == adapter
+    (work_dir / "last_checkpoint").write_text("iter_7\n")
+    assert find_checkpoint(work_dir) == adapter
+
+
+def test_a_missing_checkpoint_names_those_there(adapter):
+    with pytest.raises(CheckpointError, match=r"iter_8: is no checkpoint.*iter_7"):
+        find_checkpoint(adapter.parent / "iter_8.pth")
+
+
+def test_a_file_of_an_earlier_version_is_explained(tmp_path):
+    (tmp_path / "iter_5.pth").write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match="is one file"):
+        find_checkpoint(tmp_path / "iter_5.pth")
+
+
+def test_a_taken_folder_is_refused_and_untouched(adapter, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(LaunchError, match="holds files already; give another folder"):
+        convert(adapter, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_is_taken_and_a_killed_draft_replaced(adapter, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / ".hf.writing").mkdir()
+    (tmp_path / ".hf.writing" / "half").write_text("half")
+    convert(adapter, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert not (tmp_path / "hf" / "half").exists()
+
+
+def test_a_failure_while_writing_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(output.shutil, "copyfile", full_disk)
+    with pytest.raises(LaunchError, match="No space left"):
+        convert(adapter, tmp_path / "new" / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_full_a_disk_is_found_before(full_checkpoint, tmp_path, monkeypatch):
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: nearly_full)
+    with pytest.raises(LaunchError, match="make room"):
+        convert(full_checkpoint, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
