@@ -125,6 +125,14 @@ def test_tools_and_calls_are_shown_and_calls_learnt():
     assert '"name": "weather"' in tokenizer.decode(template.prompt_ids((ASK,), tools=(TOOL,)))
 
 
+def test_tokenizer_with_a_template_of_its_own_for_tools():
+    template, tokenizer = auto({"default": CHATML, "tool_use": TOOLS})
+    assert learnt(template, tokenizer, ASK, TELL) == "Hello<|im_end|>"
+    assert "weather" in learnt(template, tokenizer, ASK, CALL, tools=(TOOL,))
+    with pytest.raises(ModelError, match="multiple chat templates with no default"):
+        auto({"one": CHATML, "two": TOOLS})
+
+
 def test_template_without_tools_says_so(caplog):
     template, _ = auto(CHATML)
     for _ in range(2):
@@ -151,6 +159,26 @@ def test_answer_without_a_stop_is_learnt_bare_with_a_warning(caplog):
     template, tokenizer = auto(source)
     assert learnt(template, tokenizer, ASK, TELL) == "Hello"
     assert "cannot teach the model to stop" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        (
+            "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}"
+            "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+            "glm4",
+        ),
+        (
+            "{% for m in messages %}{{ ('<｜User｜>' if m.role == 'user' else '<｜Assistant｜>') "
+            "+ m.content }}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}",
+            "deepseek_r1",
+        ),
+    ],
+)
+def test_the_cure_names_the_template_of_the_models_family(source, named, caplog):
+    auto(source)
+    assert f"such as '{named}'" in caplog.text
 
 
 def test_answer_that_contains_the_stop():

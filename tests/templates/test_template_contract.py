@@ -1,13 +1,13 @@
 """What every template must keep, whatever the tokenizer merges."""
 
 import pytest
-from template_makers import EXACT, byte_tokenizer, merging_tokenizer, space_tokenizer
+from template_makers import EXACT, merging_tokenizer, space_tokenizer
 
 from xtuner.templates import load
 from xtuner.templates.table import NAMED
 from xtuner.types import Conversation, Message
 
-TOKENIZERS = {"bytes": byte_tokenizer, "merging": merging_tokenizer, "space": space_tokenizer}
+TOKENIZERS = {"merging": merging_tokenizer, "space": space_tokenizer}
 VERBATIM = {name for name, spec in NAMED.items() if spec.answer == "{content}" + spec.stop}
 CASES = [f"auto-{name}" for name in EXACT] + sorted(NAMED)
 
@@ -105,17 +105,16 @@ def test_prompt_is_a_prefix_of_the_whole(make, case, messages):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ids_are_the_text(make, case, messages, make_tokenizer):
-    if make_tokenizer is space_tokenizer:
-        pytest.skip("its decoder does not give the text back")
+def test_ids_are_the_text(make, make_tokenizer, case, messages):
     template, tokenizer = make(case)
     rendered = template.render(messages)
-    assert (
-        tokenizer.decode(template.encode(Conversation(tuple(messages))).input_ids) == rendered.text
-    )
-    for turn, message in zip(
-        rendered.turns, [m for m in messages if m.role == "assistant"], strict=True
-    ):
+    decoded = tokenizer.decode(template.encode(Conversation(tuple(messages))).input_ids)
+    if make_tokenizer is space_tokenizer:  # it puts a space before texts that was not there
+        assert decoded.replace(" ", "") == rendered.text.replace(" ", "")
+    else:
+        assert decoded == rendered.text
+    spoken = [m for m in messages if m.role == "assistant"]
+    for turn, message in zip(rendered.turns, spoken, strict=True):
         assert message.content.strip() in rendered.text[turn.start : turn.end]
         assert turn.supervised is message.supervised
 

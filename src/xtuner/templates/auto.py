@@ -264,11 +264,13 @@ class ChatTemplate(Template):
         )
 
     def _fitting(self) -> str:
-        """Named templates whose tokens all occur in this model's own template."""
-        source = self._source(())
-        fits = [
-            name
-            for name, spec in NAMED.items()
-            if spec.tokens and all(t in source for t in spec.tokens)
-        ]
-        return f" that fits, such as '{fits[0]}'" if fits else ""
+        """The named template whose tokens all occur in what this one writes."""
+        turns = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
+        try:
+            written = self._text(turns, prompt=True)[0]
+        except DataError:
+            written = self._source(())
+        fits = {name: spec.tokens for name, spec in NAMED.items() if spec.tokens}
+        fits = {n: tokens for n, tokens in fits.items() if all(t in written for t in tokens)}
+        best = max(fits, key=lambda name: len("".join(fits[name])), default="")
+        return f" that fits, such as '{best}'" if best else ""

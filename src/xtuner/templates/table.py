@@ -80,7 +80,7 @@ NAMED: dict[str, Spec] = {
         stop="<|user|>",
         stop_words=("<|observation|>",),
         stop_opens_next=True,
-        tokens=("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>"),
+        tokens=("[gMASK]", "sop", "<|user|>", "<|assistant|>"),
     ),
     "chatml": _CHATML,
     "cohere_chat": Spec(
@@ -132,7 +132,7 @@ NAMED: dict[str, Spec] = {
         stop="<|user|>",
         stop_words=("<|observation|>", "<|endoftext|>"),
         stop_opens_next=True,
-        tokens=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"),
+        tokens=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"),
     ),
     "internlm_chat": Spec(
         start="{bos}",
