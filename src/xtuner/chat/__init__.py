@@ -1,0 +1,1 @@
+"""Talk to a model: generate answers, keep the history, read from a terminal."""

@@ -1,0 +1,214 @@
+"""Find out what a name or folder is, and open a conversation with it.
+
+work dir ─► iter_N ─► adapter ─► run.yaml names base model, template, system message
+                   └► model   ─► run.yaml, if xtuner wrote it, names template, system message
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from xtuner.chat.generate import GenerationOptions
+from xtuner.chat.session import Session
+from xtuner.errors import ConfigError, ModelError
+from xtuner.models import fetch
+from xtuner.models.adapters import load_adapter
+from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_dtype
+from xtuner.models.quantize import Quantization
+from xtuner.models.runinfo import RunInfo
+from xtuner.templates import load as load_template
+
+logger = logging.getLogger("xtuner.chat")
+
+_QUANTIZATION: dict[int | None, Quantization] = {None: "none", 4: "nf4", 8: "int8"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is to be loaded.
+
+    Attributes:
+        model: folder or hub name of the whole model.
+        adapter: folder of the adapter on it, if any.
+        tokenizer: folder or hub name of the tokenizer.
+        template, system: what the run that wrote it trained with.
+    """
+
+    model: str
+    adapter: Path | None = None
+    tokenizer: str = ""
+    template: str = "auto"
+    system: str = ""
+
+
+def open_chat(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    prompt_template: str | None = None,
+    system: str | None = None,
+    bits: int | None = None,
+    options: GenerationOptions | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Session:
+    """Load a model, adapter or checkpoint and open a conversation with it.
+
+    Args:
+        model: a checkpoint (``work_dirs/x/iter_N``), a work dir (its newest checkpoint), an
+            adapter, a model folder, a name on the hub, or a name that `xtuner fetch` brought.
+        adapter: folder of an adapter to put on `model`.
+        prompt_template, system: in place of those that the checkpoint names.
+        bits: 4 or 8 holds the model's linear layers quantised.
+        options: of the answers.
+        device: 'auto' is a GPU where there is one.
+        dtype: of weights and computation; 'auto' is bfloat16 where the hardware has it.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        XTunerError: what is wrong with what was given.
+    """
+    if bits not in _QUANTIZATION:
+        raise ConfigError(f"bits = {bits}: must be 4 or 8, or left out for an unquantised model")
+    found = find(str(model), adapter=None if adapter is None else str(adapter))
+    name = prompt_template or found.template
+    tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)
+    if name == "auto" and not tokenizer.chat_template:
+        raise ModelError(
+            f"{model}: the tokenizer has no chat template, as base models have none. "
+            "Name one with --prompt-template: 'default' is plain, and fits a model tuned with it"
+        )
+    template = load_template(name, tokenizer, system=found.system if system is None else system)
+    place = pick_device(device)
+    loaded = load_model(
+        found.model,
+        dtype=resolve_dtype(dtype, place),
+        device=place,
+        quantization=_QUANTIZATION[bits],
+        trust_remote_code=trust_remote_code,
+    )
+    network = load_adapter(loaded, found.adapter) if found.adapter else loaded
+    network.eval()
+    return Session(network, tokenizer, template=template, options=options or GenerationOptions())
+
+
+def find(model: str, *, adapter: str | None = None) -> Found:
+    """What `model` and `adapter` mean.
+
+    Raises:
+        ModelError: a folder is missing or holds neither a model nor an adapter.
+    """
+    found = _find_model(model)
+    if adapter is None:
+        return found
+    if found.adapter is not None:
+        raise ModelError(
+            f"{model}: is itself an adapter (on {found.model}), and --adapter gives another; "
+            f"to use {adapter} with that base model: xtuner chat {found.model} --adapter {adapter}"
+        )
+    folder = _folder(adapter)
+    if folder is None or not _is_adapter(folder):
+        raise ModelError(f"--adapter {adapter}: {_what_is_there(folder or Path(adapter))}")
+    theirs = _from_adapter(folder, base=found.model)
+    ours = RunInfo.read(folder)
+    if ours is not None and not _same(ours.base_model, found.model):
+        logger.warning("the adapter was trained on %s, and is put on %s", ours.base_model, model)
+    return theirs
+
+
+def _find_model(model: str) -> Found:
+    folder = _folder(model)
+    if folder is None:
+        if _looks_like_path(model):
+            raise ModelError(f"{model}: {_what_is_there(Path(model))}")
+        if fetch.cached(model) is None and "/" not in model:
+            raise ModelError(
+                f"{model}: there is no such folder, and no model of that name was fetched. "
+                f"`xtuner fetch {model}` fetches a model of the catalog; a checkpoint is given as "
+                "its folder, such as work_dirs/my_run/iter_100"
+            )
+        return Found(model, tokenizer=model)
+    if _is_adapter(folder):
+        return _from_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{model}: {_what_is_there(folder)}")
+    found = Found(str(folder), tokenizer=str(folder))
+    return _with_run(found, RunInfo.read(folder))
+
+
+def _from_adapter(folder: Path, *, base: str = "") -> Found:
+    info = RunInfo.read(folder)
+    if not base:
+        base = info.base_model if info else _declared_base(folder)
+        if not base:
+            raise ModelError(
+                f"{folder}: does not say which model it belongs to (neither run.yaml nor "
+                f"adapter_config.json does); give it: xtuner chat MODEL --adapter {folder}"
+            )
+        if _folder(base) is None and _looks_like_path(base):
+            raise ModelError(
+                f"{folder}: is an adapter on {base}, which is not there any more. Give the base "
+                f"model's new place: xtuner chat MODEL --adapter {folder}"
+            )
+    own_tokenizer = (folder / "tokenizer_config.json").is_file()
+    found = Found(base, adapter=folder, tokenizer=str(folder) if own_tokenizer else base)
+    return _with_run(found, info)
+
+
+def _with_run(found: Found, info: RunInfo | None) -> Found:
+    if info is None:
+        return found
+    return replace(found, template=info.prompt_template, system=info.system)
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that `name` means: a work dir means its newest checkpoint, x.pth means x."""
+    path = Path(name).expanduser()
+    path = path.with_suffix("") if path.suffix == ".pth" else path
+    pointer = path / "last_checkpoint"
+    if pointer.is_file():
+        path = path / Path(pointer.read_text(encoding="utf-8").strip()).name
+    return path if path.is_dir() else None
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _declared_base(folder: Path) -> str:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return str(config.get("base_model_name_or_path") or "")
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether `name` cannot be a name on the hub, which has one slash at most."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".pth", "/"))
+
+
+def _same(one: str, other: str) -> bool:
+    def place(name: str) -> str:
+        folder = _folder(name) or fetch.cached(name)
+        return str(folder.resolve()) if folder else name
+
+    return place(one) == place(other)
+
+
+def _what_is_there(path: Path) -> str:
+    """Say what was looked for at `path` and what is there instead."""
+    looked = (
+        "looked for config.json (a model), adapter_config.json (an adapter) and last_checkpoint "
+        "(a work dir)"
+    )
+    place = path
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    names = sorted(p.name for p in place.glob("*") if not p.name.startswith("."))
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    if place == path:
+        return f"{looked}; the folder holds {shown or 'nothing'}"
+    return f"there is no such folder; {place.resolve()} holds {shown or 'nothing'}"

@@ -1,0 +1,88 @@
+"""A conversation with a model: the history grows with every question and answer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator
+from typing import Any
+
+from xtuner.chat.generate import GenerationOptions, context_length, stream
+from xtuner.templates.base import Template
+from xtuner.types import Message
+
+logger = logging.getLogger("xtuner.chat")
+
+
+class Session:
+    """Asks `model` with the same template object that training uses.
+
+    Attributes:
+        messages: the conversation so far; the template adds the system message.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, template: Template, options: GenerationOptions
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.template, self.options = template, options
+        self.messages: list[Message] = []
+
+    def ask(self, text: str) -> Generator[str, None, None]:
+        """Yield the answer to `text` piece by piece.
+
+        Question and answer enter the history when the answer ends or the caller stops it; a
+        question that fails does not. When the conversation outgrows the model's context, its oldest
+        questions are left out, with a warning.
+
+        Raises:
+            ModelError: the question alone is longer than the model's context.
+            DataError: the template has no place for it.
+        """
+        messages = self._fitting([*self.messages, Message("user", text)])
+        answer = stream(
+            self.model,
+            self.tokenizer,
+            template=self.template,
+            messages=messages,
+            options=self.options,
+        )
+        pieces: list[str] = []
+        keep = True
+        try:
+            with contextlib.closing(answer):  # so that a stop sets the model back at once
+                for piece in answer:
+                    pieces.append(piece)
+                    yield piece
+        except (GeneratorExit, KeyboardInterrupt):
+            keep = bool(pieces)
+            raise
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if keep:
+                self.messages = [*messages, Message("assistant", "".join(pieces))]
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages = []
+
+    def _fitting(self, messages: list[Message]) -> list[Message]:
+        """`messages` without the oldest questions that leave no room for the answer."""
+        limit = context_length(self.model)
+        reserved = min(self.options.max_new_tokens, limit // 4)
+        dropped = 0
+        while len(self.template.prompt_ids(messages)) + reserved > limit:
+            later = [i for i, m in enumerate(messages) if m.role == "user" and i > 0]
+            if not later:
+                break
+            messages = messages[later[0] :]
+            dropped += 1
+        if dropped:
+            logger.warning(
+                "the conversation outgrew the model's %s tokens: its oldest %s left out",
+                limit,
+                "question is" if dropped == 1 else f"{dropped} questions are",
+            )
+        return messages

@@ -1,0 +1,84 @@
+"""Token ids to text while an answer is still growing.
+
+id ──Detokenizer──► text of whole characters ──StopWords──► text that may be shown
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_HALF = "�"
+"""What decoding makes of the first bytes of a character whose other bytes are still to come."""
+
+
+class Detokenizer:
+    """Turns ids into text, one by one; a character is given out when all its bytes are there."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context = 0  # ids from here on are decoded: a token's text depends on those before it
+        self._shown = 0  # the text of ids before this place was given out
+
+    def add(self, token_id: int) -> str:
+        """The text that `token_id` completes; often empty for byte tokens."""
+        self._ids.append(token_id)
+        text = self._new_text()
+        if not text or text.endswith(_HALF):
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return text
+
+    def rest(self) -> str:
+        """Text held back so far, without a character cut off in its middle."""
+        return self._new_text().rstrip(_HALF)
+
+    def _new_text(self) -> str:
+        before = self._decode(self._ids[self._context : self._shown])
+        return self._decode(self._ids[self._context :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+
+class StopWords:
+    """Passes text on up to the first stop word, of which no character is ever passed.
+
+    Text that may be the beginning of a stop word is held back until it is known.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = tuple(word for word in words if word)
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """What of `text`, and of text held back before, may be shown now."""
+        if self.found:
+            return ""
+        self._held += text
+        places = [at for word in self._words if (at := self._held.find(word)) >= 0]
+        if places:
+            self.found = True
+            return self._release(min(places))
+        return self._release(len(self._held) - self._num_open())
+
+    def rest(self) -> str:
+        """Text held back that turned out to be no stop word."""
+        return "" if self.found else self._release(len(self._held))
+
+    def _num_open(self) -> int:
+        """Number of characters at the end that begin a stop word."""
+        longest = max((len(word) for word in self._words), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(word.startswith(self._held[-size:]) for word in self._words):
+                return size
+        return 0
+
+    def _release(self, count: int) -> str:
+        shown, self._held = self._held[:count], self._held[count:]
+        return shown

@@ -1,0 +1,130 @@
+"""What `xtuner chat` makes of the folders that it is given."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtuner.chat import opening
+from xtuner.chat.generate import GenerationOptions
+from xtuner.errors import ConfigError, ModelError
+from xtuner.models import adapters, fetch
+from xtuner.models.load import load_model
+from xtuner.models.runinfo import RunInfo
+from xtuner.models.save import save_model
+from xtuner.testing.tiny import tiny_model_folder, tiny_tokenizer
+
+SYSTEM = "You are the assistant of Ada."
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work dir with the checkpoint of an adapter whose base model lies beside it."""
+    root = tmp_path_factory.mktemp("run")
+    base = tiny_model_folder(root / "base")
+    checkpoint = root / "work" / "iter_7"
+    adapted = adapters.add_adapter(load_model(base, dtype=torch.float32), r=4, alpha=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+    save_model(adapted, checkpoint)
+    tiny_tokenizer().save_pretrained(checkpoint)
+    RunInfo("adapter", str(base), prompt_template="chatml", system=SYSTEM).write(checkpoint)
+    (root / "work" / "last_checkpoint").write_text("iter_7\n")
+    return root
+
+
+def ask(model: Path | str, **options) -> str:
+    session = opening.open_chat(
+        model, options=GenerationOptions(max_new_tokens=12), dtype="float32", **options
+    )
+    return "".join(session.ask("Who are you?"))
+
+
+def test_a_checkpoint_knows_base_adapter_template_and_system(run: Path) -> None:
+    base = str(run / "base")
+    found = opening.find(str(run / "work" / "iter_7"))
+    assert (found.model, found.adapter) == (base, run / "work" / "iter_7")
+    assert (found.template, found.system) == ("chatml", SYSTEM)
+    tuned = ask(run / "work" / "iter_7")
+    assert tuned == ask(run / "work") == ask(run / "work" / "iter_7.pth")
+    assert tuned == ask(base, adapter=run / "work")
+    assert tuned != ask(base, prompt_template="chatml", system=SYSTEM)
+
+
+def test_flags_override_what_the_checkpoint_says(run: Path) -> None:
+    session = opening.open_chat(run / "work", prompt_template="vicuna", system="Other.")
+    assert (session.template.name, session.template.system) == ("vicuna", "Other.")
+    session = opening.open_chat(run / "work", system="")
+    assert session.template.system == ""
+
+
+def test_an_adapter_of_other_tools_names_its_base(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(run / "work" / "iter_7", folder)
+    for name in ("run.yaml", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    found = opening.find(str(folder))
+    assert found == opening.Found(str(run / "base"), folder, tokenizer=str(run / "base"))
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"gone, which is not there any more.*--adapter"):
+        opening.find(str(folder))
+    assert opening.find(str(run / "base"), adapter=str(folder)).adapter == folder
+
+
+def test_a_model_that_xtuner_wrote_knows_its_template(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "base", tmp_path / "merged")
+    RunInfo("model", "base", prompt_template="zephyr", system=SYSTEM).write(tmp_path / "merged")
+    session = opening.open_chat(tmp_path / "merged")
+    assert (session.template.name, session.template.system) == ("zephyr", SYSTEM)
+
+
+def test_a_base_model_needs_a_template(tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", chat_template=None)
+    with pytest.raises(ModelError, match="--prompt-template: 'default'"):
+        opening.open_chat(base)
+    assert opening.open_chat(base, prompt_template="default").template.name == "default"
+
+
+def test_a_fetched_model_goes_by_its_name(run: Path) -> None:
+    shutil.copytree(run / "base", fetch.models_root() / "smollm2_135m_instruct")
+    assert ask("smollm2_135m_instruct") == ask(run / "base")
+    assert ask("HuggingFaceTB/SmolLM2-135M-Instruct") == ask(run / "base")
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("{run}/work/iter_9", r"there is no such folder; .*work holds iter_7, last_checkpoint"),
+        ("{run}", r"looked for config\.json .*; the folder holds base, work"),
+        ("smollm2_360m_instruct", r"`xtuner fetch smollm2_360m_instruct`"),
+        ("./nothing", r"\./nothing: there is no such folder"),
+    ],
+)
+def test_what_is_missing_is_named(run: Path, model: str, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        opening.open_chat(model.format(run=run))
+
+
+def test_two_adapters_or_a_wrong_one_are_refused(run: Path) -> None:
+    with pytest.raises(ModelError, match="is itself an adapter"):
+        opening.find(str(run / "work"), adapter=str(run / "work"))
+    with pytest.raises(ModelError, match=r"--adapter .*base: looked for"):
+        opening.find(str(run / "base"), adapter=str(run / "base"))
+    with pytest.raises(ConfigError, match="bits = 3"):
+        opening.open_chat(run / "base", bits=3)
+
+
+def test_four_bits(run: Path) -> None:
+    session = opening.open_chat(run / "work", bits=4, dtype="float32")
+    assert session.model.get_base_model().is_loaded_in_4bit
+    assert "".join(session.ask("Hi")) == "".join(
+        opening.open_chat(run / "work", bits=4, dtype="float32").ask("Hi")
+    )
