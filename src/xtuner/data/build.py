@@ -1,0 +1,160 @@
+"""Make the packs of a run out of its settings, and account for every row on the way.
+
+sources ─prepare─► files + formats ─encode─► rows on disk (cached) ─overlong─► samples
+        ─mix─► rows of an epoch ─set aside─► training | validation ─pack─► PackedDataset
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xtuner.config.schema import Settings
+from xtuner.data import order
+from xtuner.data.account import Encoded, duplicate_notes, num_duplicates, refuse_unusable
+from xtuner.data.encoding import Encoding
+from xtuner.data.mix import mixed_rows, set_aside
+from xtuner.data.order import Ints
+from xtuner.data.overlong import fit
+from xtuner.data.pack import PackedDataset, pack
+from xtuner.data.prepare import prepare
+from xtuner.data.report import DataReport, PartReport
+from xtuner.data.samples import SampleTable, samples_of
+from xtuner.errors import DataError
+from xtuner.templates.base import Template
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The packs to train on, those to measure the loss on, and the account of all rows."""
+
+    train: PackedDataset
+    validation: PackedDataset | None
+    report: DataReport
+
+
+def build(
+    settings: Settings,
+    *,
+    template: Template,
+    tokenizer: Any,
+    folder: Path,
+    report_dir: Path | None = None,
+    quiet: bool = False,
+) -> TrainingData:
+    """Make the data of a run.
+
+    Args:
+        settings: the part about data, `algorithm` and `seed` count.
+        template: lays out conversations.
+        tokenizer: of the model that is trained.
+        folder: where relative paths are looked up first: that of the settings file.
+        report_dir: where data_report.json is written; None writes none.
+        quiet: show no progress.
+
+    Raises:
+        DataError: a source cannot be read, or there is nothing to learn in it.
+        ConfigError: there is no format of that name.
+    """
+    sources = prepare(settings, folder=folder)
+    encoding = Encoding(
+        settings, template=template, tokenizer=tokenizer, folder=folder, quiet=quiet
+    )
+    stores = [encoding.store(source) for source in sources]
+    policy, longest = settings.effective_overlong, settings.max_length
+    encoded = [
+        Encoded(source, store, fit(store, source=i, max_length=longest, policy=policy))
+        for i, (source, store) in enumerate(zip(sources, stores, strict=True))
+    ]
+    refuse_unusable(encoded, settings)
+    data = _Assembly(settings, encoded).data()
+    if report_dir is not None:
+        data.report.write(report_dir)
+    return data
+
+
+class _Assembly:
+    """Choose rows among all usable ones, which are numbered through all sources, and pack them."""
+
+    def __init__(self, settings: Settings, encoded: Sequence[Encoded]) -> None:
+        self._settings = settings
+        self._encoded = encoded
+        self._samples = SampleTable.joined([each.fitted.samples for each in encoded])
+        self._borders = self._samples.row_borders()
+        self._source_of_row = self._samples.source[self._borders[:-1]]
+
+    def data(self) -> TrainingData:
+        """Mix, set aside, pack and report."""
+        learnt, aside = self._chosen_rows()
+        train = self._packed(learnt)
+        validation = self._packed(aside) if len(aside) else None
+        return TrainingData(train, validation, self._report(train, validation, learnt, aside))
+
+    def _chosen_rows(self) -> tuple[Ints, Ints]:
+        s = self._settings
+        rows = mixed_rows(
+            self._rows_a_source(np.arange(len(self._source_of_row))),
+            repeats=s.data_repeats,
+            weights=s.data_weights,
+            limit=s.max_dataset_length,
+            seed=s.seed,
+        )
+        learnt, aside = set_aside(rows, ratio=s.validation_ratio, seed=s.seed)
+        if not len(learnt):
+            raise DataError(
+                f"no row is left to train on: the mix has {len(np.unique(rows))} rows and "
+                f"validation_ratio is {s.validation_ratio}; add data, or change the mix"
+            )
+        return learnt, aside
+
+    def _rows_a_source(self, rows: Ints) -> list[int]:
+        counts: list[int] = np.bincount(
+            self._source_of_row[rows], minlength=len(self._encoded)
+        ).tolist()
+        return counts
+
+    def _packed(self, rows: Ints) -> PackedDataset:
+        """Lay the samples of `rows` out in packs, or each in one of its own."""
+        s = self._settings
+        own = self._samples.take(samples_of(rows, self._borders))
+        numbers = np.arange(len(own), dtype=np.int64)
+        members, borders = numbers, np.arange(len(own) + 1, dtype=np.int64)
+        if s.pack_to_max_length:
+            taken = order.permutation(len(own), "pack", s.seed) if s.shuffle else numbers
+            members, borders = pack(own.length, s.max_length, order=taken)
+        stores = [each.store for each in self._encoded]
+        return PackedDataset(stores, samples=own.take(members), borders=borders)
+
+    def _report(
+        self, train: PackedDataset, validation: PackedDataset | None, learnt: Ints, aside: Ints
+    ) -> DataReport:
+        s = self._settings
+        learnt = np.unique(learnt)
+        used = self._rows_a_source(np.concatenate([learnt, aside]))
+        hashes = self._hashes()
+        return DataReport(
+            sources=tuple(
+                each.report(s, rows_used=count)
+                for each, count in zip(self._encoded, used, strict=True)
+            ),
+            train=PartReport.of(train, s.max_length),
+            validation=None if validation is None else PartReport.of(validation, s.max_length),
+            max_length=s.max_length,
+            packed=s.pack_to_max_length,
+            duplicates=num_duplicates(hashes[learnt], hashes[aside]),
+            notes=tuple(duplicate_notes(hashes[learnt], hashes[aside])),
+        )
+
+    def _hashes(self) -> Any:
+        """The hash of each usable row's tokens."""
+        rows = self._samples.row[self._borders[:-1]]
+        return np.concatenate(
+            [
+                each.store.hashes[rows[self._source_of_row == number]]
+                for number, each in enumerate(self._encoded)
+            ]
+        )

@@ -1,0 +1,96 @@
+"""Encode the sources of a run, each into one store of the cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from xtuner.config.schema import Settings
+from xtuner.data import cache
+from xtuner.data.encode import Encoder, Task, chunked, encode_all
+from xtuner.data.prepare import PreparedSource
+from xtuner.data.progress import progress_bar
+from xtuner.data.store import EncodedChunk, RowStore, StoreWriter
+from xtuner.templates.base import Template
+
+_MOST_PROCESSES = 8
+_SMALL = 2_000_000
+"""Sources of fewer bytes are encoded in this process: that takes less time than starting others."""
+
+
+class Encoding:
+    """How the rows of every source of a run are encoded.
+
+    Args:
+        settings: `algorithm` and `dataset_num_proc` count.
+        template: lays out conversations.
+        tokenizer: of the model that is trained.
+        folder: where relative paths are looked up first.
+        quiet: show no progress.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        template: Template,
+        tokenizer: Any,
+        folder: Path,
+        quiet: bool = False,
+    ) -> None:
+        self._template, self._tokenizer, self._folder = template, tokenizer, folder
+        self._every_token = settings.algorithm == "pretrain"
+        self._processes = settings.dataset_num_proc
+        self._quiet = quiet
+
+    def store(self, source: PreparedSource) -> RowStore:
+        """The encoded rows of `source`, from the cache if they are there."""
+
+        def make(writer: StoreWriter) -> None:
+            for chunk in self.chunks(source):
+                writer.append(chunk)
+
+        names = [file.name for file in source.files]
+        return cache.load_or_make(self._key(source), file_names=names, make=make)
+
+    def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
+        """Encode all rows of `source` now, with a progress bar."""
+        encoder = Encoder(source.formats, self._template, self._tokenizer, self._every_token)
+        read = rows = 0
+
+        def followed() -> Iterator[Task]:
+            nonlocal read
+            for task in source.tasks():
+                read = task.row.end
+                yield task
+
+        encoded = encode_all(encoder, chunked(followed()), processes=self._num_processes(source))
+        bar = progress_bar(source.name, total=source.size, quiet=self._quiet)
+        with bar as show, closing(encoded):
+            for chunk in encoded:
+                rows += len(chunk.lengths) + len(chunk.faults)
+                show(read, rows)
+                yield chunk
+
+    def _num_processes(self, source: PreparedSource) -> int:
+        if self._processes is not None:
+            return self._processes
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return 1 if source.size < _SMALL else min(cores, _MOST_PROCESSES)
+
+    def _key(self, source: PreparedSource) -> str:
+        names = [format.name for format in source.formats]
+        return cache.key_of(
+            {
+                "template": self._template.fingerprint(),
+                "tokenizer": cache.tokenizer_identity(self._tokenizer),
+                "every_token": self._every_token,
+                "files": [file.digest() for file in source.files],
+                "formats": names,
+                "rules": [cache.rules_of(name, folder=self._folder) for name in sorted({*names})],
+            }
+        )

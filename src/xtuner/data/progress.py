@@ -1,0 +1,43 @@
+"""A progress bar on stderr for the encoding of a source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN = 0.2
+
+
+@contextmanager
+def progress_bar(name: str, *, total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows (extent read, rows done); silent unless stderr is a terminal.
+
+    It is drawn when that function is called: a thread of its own would be in the way of forking.
+    """
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda read, rows: None
+        return
+    columns = (
+        TextColumn("Encoding {task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task(name, total=total, rows=0)
+        drawn = 0.0
+
+        def show(read: int, rows: int) -> None:
+            nonlocal drawn
+            bar.update(task, completed=read, rows=rows)
+            if time.monotonic() - drawn > _SECONDS_BETWEEN:
+                bar.refresh()
+                drawn = time.monotonic()
+
+        yield show

@@ -1,0 +1,53 @@
+"""Which tokens of which row each sample is: index arrays only, the tokens stay on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from xtuner.data.order import Ints
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """One entry a sample, every array ``[S]``.
+
+    Attributes:
+        source: number of the source.
+        row: number of the row among the encoded rows of its source.
+        start, length: the tokens of the row that make the sample.
+        supervised: tokens of the sample that the loss sums over.
+    """
+
+    source: Ints
+    row: Ints
+    start: Ints
+    length: Ints
+    supervised: Ints
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def take(self, which: Ints) -> SampleTable:
+        """The samples `which`, in that order."""
+        return SampleTable(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    @classmethod
+    def joined(cls, tables: list[SampleTable]) -> SampleTable:
+        """All samples of `tables`, one table after the other."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(t, name) for t in tables]) for name in names))
+
+    def row_borders(self) -> Ints:
+        """Where the samples of each row begin, then S; ``[U + 1]``. A row's stand together."""
+        new_row = (np.diff(self.row) != 0) | (np.diff(self.source) != 0)
+        ends = [len(self)] if len(self) else []
+        return np.concatenate([[0], np.flatnonzero(new_row) + 1, ends]).astype(np.int64)
+
+
+def samples_of(rows: Ints, borders: Ints) -> Ints:
+    """The sample numbers of `rows`, row by row; `borders` is that of `SampleTable.row_borders`."""
+    counts = borders[rows + 1] - borders[rows]
+    firsts = np.repeat(borders[rows] - (np.cumsum(counts) - counts), counts)
+    return firsts + np.arange(counts.sum(), dtype=np.int64)

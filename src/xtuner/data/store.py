@@ -1,0 +1,280 @@
+"""Encoded rows on disk: .npy arrays that are mapped, not read, and a JSON of the rows that failed.
+
+token_ids.npy int32 [T]   mask.npy bool [T]         all rows, end to end
+offsets.npy int64 [R+1]                          where each row begins, then T
+lines.npy int32 [R]    files.npy int32 [R]       the row's line in its file, the file's number
+supervised.npy int32 [R]  hashes.npy uint64 [R]  tokens in the loss, hash of the tokens
+about.json                                       counts, and the rows that failed, by reason
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from xtuner.data.rows import Fault
+from xtuner.types import RowRef
+
+ABOUT = "about.json"
+_MOST_REASONS = 100
+KEPT_FAULTS = 20
+"""How many rows of each reason are kept with their line; all are counted."""
+
+_ARRAYS: dict[str, Any] = {
+    "token_ids": np.dtype("<i4"),
+    "mask": np.dtype("?"),
+    "offsets": np.dtype("<i8"),
+    "lines": np.dtype("<i4"),
+    "files": np.dtype("<i4"),
+    "supervised": np.dtype("<i4"),
+    "hashes": np.dtype("<u8"),
+}
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that failed: the number of its file, its line, and why."""
+
+    file: int
+    line: int
+    fault: Fault
+
+
+@dataclass
+class FaultGroup:
+    """All rows that failed for one reason: in words that hold for all, and the first of them."""
+
+    what: str
+    count: int = 0
+    first: list[BadRow] = field(default_factory=list)
+
+    def add(self, row: BadRow) -> None:
+        """Count `row`; its fault differs from the others in quoted words and list numbers only."""
+        self.count += 1
+        if len(self.first) < KEPT_FAULTS:
+            self.first.append(row)
+        mine, its = _OF_A_ROW.split(self.what), _OF_A_ROW.split(row.fault.words)
+        if len(mine) == len(its):
+            self.what = "".join(a if a == b else _blank(a) for a, b in zip(mine, its, strict=True))
+
+
+_OF_A_ROW = re.compile(r"('[^']*'|\[\d*\])")
+
+
+def _blank(part: str) -> str:
+    return "[]" if part.startswith("[") else "'...'"
+
+
+@dataclass
+class EncodedChunk:
+    """What some rows became: arrays as on disk, lengths for offsets, and the rows that failed."""
+
+    token_ids: npt.NDArray[np.int32]
+    mask: npt.NDArray[np.bool_]
+    lengths: npt.NDArray[np.int64]
+    lines: npt.NDArray[np.int32]
+    files: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.int32]
+    hashes: npt.NDArray[np.uint64]
+    faults: list[BadRow]
+
+
+class StoreWriter:
+    """Write the arrays of a `RowStore`, chunk by chunk, in bounded memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._columns = {
+            name: _Column(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()
+        }
+        self._columns["offsets"].append(np.zeros(1))
+        self._end = 0
+        self._rows_read = 0
+        self._faults: dict[str, FaultGroup] = {}
+
+    def append(self, chunk: EncodedChunk) -> None:
+        """Add the rows of `chunk`."""
+        offsets = self._end + np.cumsum(chunk.lengths)
+        for name, column in self._columns.items():
+            column.append(offsets if name == "offsets" else getattr(chunk, name))
+        self._end += len(chunk.token_ids)
+        self._rows_read += len(chunk.lengths) + len(chunk.faults)
+        for row in chunk.faults:
+            key = _OF_A_ROW.sub("?", row.fault.words)
+            if key not in self._faults and len(self._faults) >= _MOST_REASONS:
+                key = "has a fault of yet another kind"
+                self._faults.setdefault(key, FaultGroup(key))
+            self._faults.setdefault(key, FaultGroup(row.fault.words)).add(row)
+
+    def finish(self, **facts: Any) -> None:
+        """Complete the arrays and write about.json, which makes the store valid."""
+        sizes = {name: column.close() for name, column in self._columns.items()}
+        faults = sorted(self._faults.values(), key=lambda group: -group.count)
+        about = {
+            "sizes": sizes,
+            "rows_read": self._rows_read,
+            "faults": [asdict(group) for group in faults],
+            **facts,
+        }
+        (self._folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+
+    def abort(self) -> None:
+        """Close the files of a store that is given up."""
+        for column in self._columns.values():
+            column.close()
+
+
+class _Column:
+    """A one-dimensional .npy file that grows; the header has room for the final length."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
+        self._length = 0
+        self._file: BinaryIO = path.open("wb")
+        self._write_header()
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
+        self._length += len(values)
+
+    def close(self) -> int:
+        """Write the final header; return the length."""
+        if not self._file.closed:
+            self._file.seek(0)
+            self._write_header()
+            self._file.close()
+        return self._length
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class RowStore:
+    """The encoded rows of one source, read from `folder` when they are asked for.
+
+    Args:
+        folder: a folder that `StoreWriter` finished.
+        key: what the store is known by in the cache.
+        file_names: the names of the source's files, for messages.
+
+    Raises:
+        ValueError: the folder is incomplete or damaged.
+    """
+
+    def __init__(self, folder: Path, *, key: str, file_names: Sequence[str]) -> None:
+        self.folder = folder
+        self.key = key
+        self._file_names = tuple(file_names)
+        self._open()
+        self._check()
+
+    def _open(self) -> None:
+        try:
+            self.about: dict[str, Any] = json.loads(
+                (self.folder / ABOUT).read_text(encoding="utf-8")
+            )
+            arrays = {name: _mapped(self.folder / f"{name}.npy") for name in _ARRAYS}
+        except OSError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+        self._tokens, self._mask, self.offsets = (
+            arrays["token_ids"],
+            arrays["mask"],
+            arrays["offsets"],
+        )
+        self.lines, self.files = arrays["lines"], arrays["files"]
+        self.supervised, self.hashes = arrays["supervised"], arrays["hashes"]
+        self._arrays = arrays
+
+    def _check(self) -> None:
+        sizes = {name: len(array) for name, array in self._arrays.items()}
+        rows = sizes["lines"]
+        consistent = (
+            sizes == self.about.get("sizes")
+            and all(self._arrays[name].dtype == dtype for name, dtype in _ARRAYS.items())
+            and sizes["token_ids"] == sizes["mask"] == self.offsets[-1]
+            and sizes["offsets"] == rows + 1
+            and {sizes[name] for name in ("files", "supervised", "hashes")} == {rows}
+            and bool(np.all(np.diff(self.offsets) > 0))
+        )
+        if not consistent:
+            raise ValueError(f"{self.folder}: the arrays do not fit together")
+
+    def __getstate__(self) -> tuple[Path, str, tuple[str, ...]]:
+        return self.folder, self.key, self._file_names
+
+    def __setstate__(self, state: tuple[Path, str, tuple[str, ...]]) -> None:
+        self.folder, self.key, self._file_names = state
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row ``[R]``."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of the source, those that failed among them."""
+        return int(self.about["rows_read"])
+
+    @property
+    def faults(self) -> list[FaultGroup]:
+        """The rows that failed, by reason, the most frequent first."""
+        return [
+            FaultGroup(
+                group["what"],
+                group["count"],
+                [BadRow(r["file"], r["line"], Fault(**r["fault"])) for r in group["first"]],
+            )
+            for group in self.about["faults"]
+        ]
+
+    def tokens(
+        self, row: int, start: int, length: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """`length` token ids from `start` on of one row, and their loss mask."""
+        first = int(self.offsets[row]) + start
+        return (
+            self._tokens[first : first + length].astype(np.int64),
+            np.array(self._mask[first : first + length]),
+        )
+
+    def length(self, row: int) -> int:
+        """Tokens of one row."""
+        return int(self.offsets[row + 1] - self.offsets[row])
+
+    def count_supervised(self, row: int, start: int, length: int) -> int:
+        """How many of `length` tokens from `start` on the loss has; the first never counts."""
+        first = int(self.offsets[row]) + start
+        return int(np.count_nonzero(self._mask[first + 1 : first + length]))
+
+    def ref(self, row: int) -> RowRef:
+        """Where a row came from."""
+        return RowRef(self._file_names[self.files[row]], int(self.lines[row]))
+
+    def file_name(self, number: int) -> str:
+        """The name of file `number` of the source."""
+        return self._file_names[number]
+
+
+def _mapped(path: Path) -> npt.NDArray[Any]:
+    # numpy cannot map an array of length 0
+    mode: Literal["r"] | None = None if _is_empty(path) else "r"
+    array: npt.NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
+    return array
+
+
+def _is_empty(path: Path) -> bool:
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        return bool(np.lib.format.read_array_header_1_0(file)[0] == (0,))
