@@ -140,8 +140,7 @@ def _unknown(name: str) -> str:
 
 def _close_names(name: str) -> list[str]:
     """Built-in names like `name`, found part by part: there are too many to compare them whole."""
-    epochs = re.search(r"_e([1-9]\d{0,3})$", name)
-    rest = name[: epochs.start()] if epochs else name
+    rest, _, epochs = name.rpartition("_e") if re.search(r"_e\d*$", name) else (name, "", "")
     for recipe in _recipes():
         model, found, data = rest.partition(f"_{recipe}_")
         if not found:
@@ -149,6 +148,6 @@ def _close_names(name: str) -> list[str]:
         close = [model] if model in _models() else difflib.get_close_matches(model, _models(), n=2)
         data_sets = difflib.get_close_matches(data, _data_names(), n=1, cutoff=0.5) or ["custom"]
         row = _data_names()[data_sets[0]]
-        number = epochs[1] if epochs else _data_sets()[row].get("epochs", _DEFAULT_EPOCHS)
+        number = epochs.lstrip("0") or _data_sets()[row].get("epochs", _DEFAULT_EPOCHS)
         return [f"{model}_{recipe}_{row}_e{number}" for model in close]
     return [n for n in names() if n.startswith(f"{rest}_")][:2]

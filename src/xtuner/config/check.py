@@ -115,7 +115,7 @@ def _wrong_value(name: str, value: Any) -> str:
 
 
 def _purpose(name: str) -> str:
-    return f"set it: {Settings.model_fields[name].description}"
+    return f"set it: {' '.join((Settings.model_fields[name].description or '').split())}"
 
 
 def named_parts(name: str) -> list[str]:

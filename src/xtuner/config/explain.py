@@ -74,7 +74,8 @@ def page() -> str:
 
 
 def _title(part: type[Part]) -> str:
-    return " ".join(str(part.__doc__).split()).capitalize()
+    number, text = str(part.__doc__).split("  ")
+    return f"{number.capitalize()}: {text}"
 
 
 def _meaning(name: str) -> str:

@@ -1,0 +1,148 @@
+"""The shell of the command line: exit codes, messages, and how fast it answers."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from xtuner import __version__, plugins
+from xtuner.cli import app
+from xtuner.errors import DataError
+
+COMMAND = [sys.executable, "-m", "xtuner.cli.app"]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make `xtuner list-cfg` raise what the test wants."""
+    from xtuner.config import catalog
+
+    def failing(error):
+        def names(pattern):
+            raise error
+
+        monkeypatch.setattr(catalog, "names", names)
+
+    return failing
+
+
+def test_every_file_of_the_folder_is_a_command_with_help(capsys):
+    assert app.main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for file in plugins.names("xtuner.cli"):
+        if file != "app":
+            name = file.replace("_", "-")
+            assert f"  {name} " in overview
+            assert app.main([name, "--help"]) == 0
+
+
+def test_without_arguments_it_shows_the_help(capsys):
+    assert app.main([]) == 0
+    assert "list-cfg" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert app.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"xtuner {__version__}\n"
+
+
+def test_an_unknown_command_is_answered_with_a_close_one(capsys):
+    assert app.main(["list-cgf"]) == 2
+    assert "list-cfg" in capsys.readouterr().err
+
+
+def test_a_curable_error_is_a_message_and_exit_code_2(failing, capsys):
+    failing(DataError("a.jsonl line 3: no 'messages'"))
+    assert app.main(["list-cfg"]) == 2
+    assert capsys.readouterr().err == "DataError: a.jsonl line 3: no 'messages'\n"
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "list-cfg"], ["list-cfg", "--debug"]])
+def test_debug_shows_the_traceback(failing, arguments):
+    failing(DataError("x"))
+    with pytest.raises(DataError):
+        app.main(arguments)
+
+
+def test_debug_by_environment(failing, monkeypatch):
+    failing(DataError("x"))
+    monkeypatch.setenv("XTUNER_DEBUG", "1")
+    with pytest.raises(DataError):
+        app.main(["list-cfg"])
+
+
+def test_a_fault_of_ours_is_not_hidden(failing):
+    failing(ZeroDivisionError("x"))
+    with pytest.raises(ZeroDivisionError):
+        app.main(["list-cfg"])
+
+
+def test_an_interrupt_exits_with_130(failing):
+    failing(KeyboardInterrupt())
+    assert app.main(["list-cfg"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("given", "expanded"),
+    [
+        (["train", "a.py", "--set", "lr=1"], ["train", "a.py", "--set", "lr=1"]),
+        (
+            ["train", "a.py", "--cfg-options", "lr=1", "seed=2", "--resume", "iter_3"],
+            "train a.py --cfg-options lr=1 --cfg-options seed=2 --resume iter_3".split(),
+        ),
+        (["train", "--set", "lr=1", "a.py"], ["train", "--set", "lr=1", "a.py"]),
+        (["chat", "--ask", "a=1", "b=2"], ["chat", "--ask", "a=1", "b=2"]),
+    ],
+)
+def test_one_flag_may_carry_several_overrides(given, expanded):
+    assert app.expand_overrides(given) == expanded
+
+
+@pytest.mark.parametrize(
+    ("given", "completed"),
+    [
+        (["train", "a.py", "--resume"], ["train", "a.py", "--resume", "last"]),
+        (["train", "--resume", "a.py"], ["train", "--resume", "last", "a.py"]),
+        (["train", "a.py", "--resume", "iter_5"], ["train", "a.py", "--resume", "iter_5"]),
+    ],
+)
+def test_resume_alone_means_the_last_checkpoint(given, completed):
+    assert app.complete_resume(given) == completed
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    reader = f"{' '.join(COMMAND)} list-cfg | head -n 1"
+    done = subprocess.run(reader, shell=True, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1
+    assert "Error" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list-cfg"], ["copy-cfg", "nonsense", "."], ["train", "wrong.py"]]
+)
+def test_answers_at_once_without_torch(arguments, tmp_path):
+    (tmp_path / "wrong.py").write_text("lrr = 3\nprompt_template = 'x'\n")
+    show = (
+        "import sys; from xtuner.cli.app import main; code = main(sys.argv[1:]); "
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules]); sys.exit(code)"
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", show, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "COVERAGE_PROCESS_START": ""},
+        )
+        times.append(time.perf_counter() - start)
+        assert done.stdout.splitlines()[-1] == "[]"
+        assert done.returncode == (0 if len(arguments) == 1 else 2)
+        if times[-1] < 0.5:
+            break
+    assert min(times) < 0.5

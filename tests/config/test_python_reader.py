@@ -1,0 +1,156 @@
+"""The reader of Python settings files: what it understands, what it refuses, what it survives."""
+
+import time
+
+import pytest
+
+from xtuner.config import python_reader
+
+
+def values(text, **overrides):
+    reading = python_reader.read(text, overrides=overrides)
+    assert not reading.problems, reading.problems
+    return {name: entry.value for name, entry in reading.entries.items()}
+
+
+def only_problem(text):
+    reading = python_reader.read(text)
+    assert len(reading.problems) == 1, reading.problems
+    return reading.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("2e-4", 2e-4),
+        ("-3", -3),
+        ("(0.9, 0.999)", (0.9, 0.999)),
+        ("['a', 'b']", ["a", "b"]),
+        ("2 * 3 + 4 // 3 - 2 ** 3 % 5 / 2", 2 * 3 + 4 // 3 - 2**3 % 5 / 2),
+        ("'a' 'b' + 'c'", "abc"),
+        ("'-' * 3", "---"),
+        ("[1] * 2 + [3]", [1, 1, 3]),
+        ("f'{1 + 1:03d}-{\"x\"!r:>5}'", "002-  'x'"),
+        ("', '.join(['a', 'b'])", "a, b"),
+        ("1 if 2 > 1 >= 1 else 0", 1),
+        ("not (1 in [2] or None is None) and True", False),
+        ("{'a': [1, 2]}['a'][-1]", 2),
+        ("'abcdef'[1:-1]", "bcde"),
+        ("None or 'x'", "x"),
+    ],
+)
+def test_expressions_mean_what_python_means(expression, expected):
+    assert values(f"x = {expression}") == {"x": expected}
+
+
+def test_reads_statements_with_lines_and_hides_helpers():
+    text = '''"""A docstring."""
+_base = 512  # a helper
+lr: float = 2e-4
+if _base > 100:
+    max_length = _base * 2
+elif undefined_name:
+    max_length = 3
+else:
+    pass
+a = b = 1
+'''
+    reading = python_reader.read(text)
+    assert not reading.problems
+    assert {name: (e.value, e.line) for name, e in reading.entries.items()} == {
+        "lr": (2e-4, 3),
+        "max_length": (1024, 5),
+        "a": (1, 10),
+        "b": (1, 10),
+    }
+
+
+def test_an_override_is_in_place_before_anything_is_computed_from_it():
+    text = "batch_size = 4\naccumulative_counts = 32 // batch_size"
+    assert values(text, batch_size=2) == {"batch_size": 2, "accumulative_counts": 16}
+
+
+@pytest.mark.parametrize(
+    ("statement", "cure"),
+    [
+        ("import os", "my_file.py:function"),
+        ("from torch.optim import AdamW", "my_file.py:function"),
+        ("def f(): pass", "my_file.py:function"),
+        ("x = lambda: 1", "my_file.py:function"),
+        ("x = open('secret')", "read, not executed"),
+        ("x = __import__('os').system('true')", "read, not executed"),
+        ("x = (1).__class__", "read, not executed"),
+        ("for i in [1]: pass", "write the values out"),
+        ("x = [i for i in [1]]", "write the values out"),
+        ("x += 1", "in full"),
+        ("a, b = 1, 2", "one name at a time"),
+        ("x = true", "write True"),
+        ("x = AdamW", "a text needs quotes"),
+        ("x = 1 / 0", "divides by zero"),
+        ("x = 'a' + 1", "cannot combine a text and a number"),
+        ("x = 'a' * 'b'", "cannot combine"),
+        ("x = [1][3]", "no item 3"),
+        ("x = -'a'", "a text"),
+        ("x = (-8) ** 0.5", "not a real number"),
+        ("x = b'1'", "cannot be bytes"),
+        ("x = {1, 2}", "write a list"),
+        ("lr", "write name = value"),
+        ("x = = 1", "is not Python"),
+    ],
+)
+def test_anything_else_is_a_problem_with_its_line_and_a_cure(statement, cure):
+    problem = only_problem(f"\n\n{statement}\n")
+    assert problem.line == 3
+    assert cure in problem.message
+    assert problem.what == statement
+
+
+def test_reports_every_fault_once():
+    text = "_n = open('x')\nlr = _n\nmax_length = _n + 1\nseed = missing"
+    reading = python_reader.read(text)
+    assert [p.line for p in reading.problems] == [1, 4]
+    assert {"lr", "max_length", "seed"} <= reading.broken
+    assert not reading.entries
+
+
+def test_a_misspelt_name_is_recognised():
+    assert "did you mean '_length'" in only_problem("_length = 3\nx = _lenght").message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = 10**10**9",
+        "x = 9 ** 99999999",
+        "x = 'a' * 10**10",
+        "x = [0] * 10**9",
+        "x = 10**8 * ['a']",
+        "a = [0] * 900\nb = [a] * 900\nc = [b] * 900",
+        "x = f'{1:999999999}'",
+        'x = f\'{"a":{"9" * 9}}\'',
+        "x = '%99999999d' % 1",
+        "x = " + "(" * 5000,
+        "x = " + "not " * 5000 + "1",
+        "x = " + "1 + " * 20000 + "1",
+        "x = " + "9" * 5000,
+        "x = '\0'",
+        "\n".join(f"x{i} = 'a' * 99000" for i in range(2000)),
+    ],
+)
+def test_a_hostile_file_is_refused_at_once(text):
+    start = time.perf_counter()
+    assert python_reader.read(text).problems
+    assert time.perf_counter() - start < 2
+
+
+def test_a_settings_file_of_the_old_kind_gets_one_helpful_message():
+    text = (
+        "from mmengine.config import read_base\n"
+        "from torch.optim import AdamW\n"
+        "with read_base():\n    from .base import *\n"
+        "lr = 1e-4\nmodel = dict(type=AdamW)\n"
+    )
+    problem = only_problem(text)
+    assert problem.line == 1
+    assert "xtuner copy-cfg" in problem.message
+    assert "lr" in problem.message

@@ -1,0 +1,44 @@
+"""The reader of YAML settings files."""
+
+import pytest
+
+from xtuner.config import yaml_reader
+
+
+def test_reads_values_and_lines():
+    reading = yaml_reader.read(
+        "# comment\nlr: 1e-4\nmax_steps: None\nbetas: [0.9, 0.999]\ndata_path:\n  - a\n  - b\n"
+    )
+    assert not reading.problems
+    assert {name: (e.value, e.line) for name, e in reading.entries.items()} == {
+        "lr": (1e-4, 2),
+        "max_steps": (None, 3),
+        "betas": ([0.9, 0.999], 4),
+        "data_path": (["a", "b"], 5),
+    }
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E+3", "-2e5", "2.e-4", "3.5e2"])
+def test_exponents_are_numbers(number):
+    assert yaml_reader.read(f"lr: {number}").entries["lr"].value == float(number)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("lr: 1\nseed: 2\nlr: 3", 3, "set already in line 1"),
+        ("lr: 1\n  seed: 2", 2, "not YAML"),
+        ("lr: &a 1\nseed: *a", 2, "aliases"),
+        ("lr: !!python/object/apply:os.system ['true']", 1, "cannot be read"),
+        ("- a\n- b", 0, "key: value"),
+        ("x: " + "[" * 3000, 0, "nested too deeply"),
+    ],
+)
+def test_faults_have_their_line(text, line, message):
+    (problem,) = yaml_reader.read(text).problems
+    assert problem.line == line
+    assert message in problem.message
+
+
+def test_an_empty_file_sets_nothing():
+    assert yaml_reader.read("# nothing\n").entries == {}
