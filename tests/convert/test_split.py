@@ -37,6 +37,8 @@ def test_same_bits_in_more_files(kind, tmp_path):
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert (tmp_path / "out" / "inner" / "notes.txt").read_text() == "kept"
     assert not list((tmp_path / "out").glob("*.bin"))
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert modes == {(tmp_path / "out").stat().st_mode & 0o666}
 
 
 def test_transformers_reads_the_shards_and_back_to_one_file(tiny_model_path, tmp_path):

@@ -101,7 +101,10 @@ def _check_disk(target: Path, num_bytes: int) -> None:
 
 
 def _flush_tree(folder: Path) -> None:
+    readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)  # safetensors lets nobody but the owner read its files
         _flush(path)
     _flush(folder)
 
