@@ -43,7 +43,7 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
         if name not in known
     ]
     faulty = _faulty_fields({name: entry.value for name, entry in known.items()})
-    for name in faulty:
+    for name in filter(faulty.__contains__, field_parts()):
         if name in known:
             problems.append(known[name].problem(name, _wrong_value(name, known[name].value)))
         elif name not in reading.broken:
@@ -134,7 +134,9 @@ def named_parts(name: str) -> list[str]:
 
 def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
     """Yield a problem for every setting that names a part which does not exist."""
-    for setting in {"algorithm", "dataset_format", "prompt_template"} - unusable:
+    for setting in ("algorithm", "dataset_format", "prompt_template"):
+        if setting in unusable:
+            continue
         given = getattr(settings, setting)
         known = named_parts(setting)
         for value in [given] if isinstance(given, str) else given:
