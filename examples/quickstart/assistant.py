@@ -15,12 +15,12 @@ pack_to_max_length = True
 # PART 3  Schedule and optimizer
 batch_size = 1
 accumulative_counts = 1
-max_epochs = 4
+max_epochs = 2
 lr = 5e-4
 warmup_ratio = 0.1
 
 # PART 4  Sample answers: the last two questions about its name are not in the data, nor is France
-evaluation_freq = 20
+evaluation_freq = 10
 evaluation_max_new_tokens = 40
 evaluation_inputs = [
     "Who are you?",

@@ -1,7 +1,6 @@
-"""The composition root: the one module that knows every part and puts them together.
+"""The composition root of training: the one module that knows every part and joins them.
 
-train:      settings ─► model ─► template ─► data ─► loader ─► Trainer ─► checkpoints
-open_chat:  a model, an adapter or a checkpoint ─► template ─► Session
+settings ─► tokenizer ─► template ─► data ─► loader ─► model ─► Trainer ─► checkpoints
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ class _TrainingRun:
 
     def __init__(self, loaded: LoadedSettings, processes: Processes, work_dir: Path | None):
         self.loaded, self.settings, self.processes = loaded, loaded.settings, processes
-        self.console = Console(quiet=not processes.is_main, highlight=False)
+        self.console = Console(quiet=not processes.is_main, highlight=False, soft_wrap=True)
         folder = work_dir or Path(self.settings.work_dir or Path("work_dirs") / loaded.name)
         self.work_dir = folder.expanduser()
         self.device = processes.device.type
@@ -140,7 +139,10 @@ class _TrainingRun:
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
         self.template = load_template(
-            settings.prompt_template, self.tokenizer, system=settings.SYSTEM
+            settings.prompt_template,
+            self.tokenizer,
+            system=settings.SYSTEM,
+            folder=self.loaded.folder,
         )
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
         data = self._build_data(place)
@@ -277,39 +279,30 @@ class _TrainingRun:
         self, data: TrainingData, loader: Loader, model: PackedCausalLM, total: int, recompute: bool
     ) -> None:
         """Say in a few lines what will be done."""
-        s, console, expected = (
-            self.settings,
-            self.console,
-            forecast(model.model, self.settings, recompute=recompute),
-        )
-        held = (
-            "" if s.effective_quantization == "none" else f" on {s.effective_quantization} weights"
-        )
-        console.print(
-            f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}{held}"
-        )
-        console.print(
-            f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, "
-            f"{self.processes.world_size} "
-            f"process(es), {torch.get_num_threads()} CPU threads, attention "
-            f"'{model.causal.config._attn_implementation}'"
-        )
-        for line in (*expected.lines(), *data.report.lines()):
-            console.print(line)
-        console.print(
-            f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of "
-            f"{s.batch_size} x "
-            f"{s.accumulative_counts} x {self.processes.world_size} "
-            f"{'packs' if s.pack_to_max_length else 'samples'}"
-        )
+        s, processes = self.settings, self.processes.world_size
+        expected = forecast(model.model, s, recompute=recompute)
+        held = s.effective_quantization
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        console.print(check_disk(self.work_dir, expected, limit=s.save_total_limit))
-        if optim.unpaged(s.optim_type) != s.optim_type and self.device == "cpu":
-            console.print(
-                f"Note: a CPU has nothing to page to: {optim.unpaged(s.optim_type)} takes the "
-                f"place of {s.optim_type}."
+        lines = [
+            f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
+            + ("" if held == "none" else f" on {held} weights"),
+            f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, "
+            + (f"{processes} processes, " if processes > 1 else "")
+            + f"{torch.get_num_threads()} CPU threads",
+            *expected.lines(),
+            *data.report.lines(),
+            f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} "
+            f"(batch_size) x {s.accumulative_counts} (accumulative_counts) x {processes} "
+            f"(processes) {'packs' if s.pack_to_max_length else 'samples'}",
+            check_disk(self.work_dir, expected, limit=s.save_total_limit),
+        ]
+        if self.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
+            lines.append(
+                f"Note         a CPU has nothing to page to: {plain} takes the place of "
+                f"{s.optim_type}"
             )
-        console.print(f"Results      {self.work_dir}\n")
+        for line in (*lines, f"Results      {self.work_dir}\n"):
+            self.console.print(line, markup=False)
 
     def _answer(self, model: PackedCausalLM, question: str) -> str:
         options = GenerationOptions(max_new_tokens=self.settings.evaluation_max_new_tokens)

@@ -17,7 +17,8 @@ def run_distributed(
     """Call ``function(*args)`` in every process and return the results by rank.
 
     Args:
-        function: importable by name (not a lambda or a local function), like its arguments and result.
+        function: importable by name (not a lambda or a local function), like its arguments and
+            result.
         args: given to every process alike.
         processes: how many.
         timeout: seconds until all are stopped.
