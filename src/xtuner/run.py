@@ -44,13 +44,13 @@ from xtuner.types import Algorithm, Message
 
 SHAPING_SETTINGS = tuple(
     "pretrained_model_name_or_path algorithm tuning lora_r lora_target_modules "
-    "lora_modules_to_save effective_quantization optim_type".split()
+    "lora_modules_to_save quantization optim_type".split()
 )
 """Settings by which trained weights and optimizer state are made: a resume cannot change them."""
 
 ORDERING_SETTINGS = tuple(
     "data_path data_repeats data_weights max_dataset_length validation_ratio SYSTEM "
-    "prompt_template max_length pack_to_max_length effective_overlong shuffle batch_size "
+    "prompt_template max_length pack_to_max_length overlong shuffle batch_size "
     "accumulative_counts max_epochs max_steps lr betas weight_decay max_norm warmup_ratio "
     "lr_schedule lora_alpha lora_dropout dtype seed".split()
 )
@@ -134,7 +134,7 @@ class _TrainingRun:
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""
         settings, console = self.settings, self.console
-        source = self.store.find(None if resume == "last" else resume) if resume else None
+        source = self._resumable(resume) if resume else None
         self.tokenizer = load_tokenizer(
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
@@ -170,7 +170,7 @@ class _TrainingRun:
         )
         self.identity = self._identity(data)
         if source is not None:
-            self._resume(source, optimizer, run)
+            self._restore(source, optimizer, run)
         if run.step >= total:
             console.print(f"Nothing to do: {source} is at step {run.step} of {total}.")
             return self.work_dir
@@ -350,20 +350,26 @@ class _TrainingRun:
             "num_processes": self.processes.world_size,
         }
 
-    def _resume(self, source: Path, optimizer: torch.optim.Optimizer, run: Run) -> None:
+    def _resumable(self, resume: str) -> Path:
+        """Find the checkpoint and refuse one whose weights were made by other settings."""
+        source = self.store.find(None if resume == "last" else resume)
         info = RunInfo.read(source)
-        if info is not None:
-            before = info.settings
-            wrong = [
-                f"{name}: {before[name]!r} then, {getattr(self.settings, name)!r} now"
-                for name in SHAPING_SETTINGS
-                if name in before and _plain(before[name]) != _plain(getattr(self.settings, name))
-            ]
-            if wrong:
-                raise CheckpointError(
-                    f"cannot resume from {source}: its weights were made by other settings: "
-                    f"{'; '.join(wrong)}"
-                )
+        before = dict(info.settings) if info else {}
+        wrong = [
+            f"{name}: {before[name]!r} then, {now!r} now"
+            for name in SHAPING_SETTINGS
+            if name in before
+            and _plain(before[name]) != (now := _plain(getattr(self.settings, name)))
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"cannot resume from {source}: its weights were made by other settings: "
+                f"{'; '.join(wrong)}. Set them back, or train anew with --work-dir DIR"
+            )
+        return source
+
+    def _restore(self, source: Path, optimizer: torch.optim.Optimizer, run: Run) -> None:
+        """Bring back the optimizer and the step."""
         run.step, changed = checkpoints.load_state(
             source, optimizer=optimizer, identity=self.identity
         )
@@ -372,7 +378,8 @@ class _TrainingRun:
         if changed:
             self.console.print(
                 "Note: what changed since makes this run differ from a straight one: "
-                + "; ".join(changed)
+                + "; ".join(changed),
+                markup=False,
             )
 
     def _save(self, run: Run) -> None:

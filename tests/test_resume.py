@@ -1,0 +1,141 @@
+"""A run that was killed and resumed gives the losses of the straight run, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from xtuner.cli.app import main
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"{i} " * (i % 7 + 1)},
+                  {"role": "assistant", "content": f"It is {i}." * (i % 3 + 1)}]}
+    for i in range(60)
+]  # fmt: skip
+DYING_HOOK = """
+import os, signal
+from xtuner.engine.hooks.base import BaseHook
+
+class Die(BaseHook):
+    order = 99  # after the logs
+
+    def on_step(self, run):
+        if run.step == 7 and run.start_step == 0:
+            how = os.environ["HOW_TO_DIE"]
+            if how == "error":
+                raise RuntimeError("died on purpose")
+            os.kill(os.getpid(), getattr(signal, how))
+"""
+SETTINGS = """
+pretrained_model_name_or_path = {model!r}
+data_path = 'rows.jsonl'
+tuning = {tuning!r}
+lora_r = 4
+lora_dropout = 0.1
+max_length = 128
+accumulative_counts = 2
+max_epochs = 2
+lr = 1e-3
+save_steps = 5
+evaluation_inputs = ['1 ']
+evaluation_freq = 4
+evaluation_max_new_tokens = 4
+validation_ratio = 0.1
+tensorboard = False
+num_threads = 1
+custom_hooks = [{hook!r}] if {dies} else []
+"""
+
+
+def prepare(folder, model, tuning, *, dies):
+    folder.mkdir()
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "die.py").write_text(DYING_HOOK, encoding="utf-8")
+    config = folder / "config.py"
+    config.write_text(
+        SETTINGS.format(model=str(model), tuning=tuning, hook="die.py:Die", dies=dies)
+    )
+    return config
+
+
+def losses(work_dir):
+    """Step to (loss, gradient norm, validation loss) over all starts of the run; later starts win."""
+    found = {}
+    for file in sorted(work_dir.glob("*/scalars.jsonl")):
+        for line in file.read_text().splitlines():
+            values = json.loads(line)
+            if "loss" in values:
+                kept = (values["loss"], values["grad_norm"], values.get("val_loss"))
+                found[values["step"]] = kept
+    return found
+
+
+@pytest.mark.parametrize("tuning", ["lora", "qlora", "full"])
+def test_resumed_equals_straight(tuning, tmp_path, tiny_model_path, monkeypatch):
+    monkeypatch.setenv("HOW_TO_DIE", "error")
+    straight = prepare(tmp_path / "straight", tiny_model_path, tuning, dies=False)
+    monkeypatch.chdir(straight.parent)
+    assert main(["train", "config.py", "--work-dir", "w"]) == 0
+    broken = prepare(tmp_path / "broken", tiny_model_path, tuning, dies=True)
+    monkeypatch.chdir(broken.parent)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        main(["train", "config.py", "--work-dir", "w"])
+    assert main(["train", "config.py", "--work-dir", "w", "--resume"]) == 0
+    expected, found = losses(straight.parent / "w"), losses(broken.parent / "w")
+    assert len(expected) > 10 and found == expected
+    last = (straight.parent / "w" / "last_checkpoint").read_text().strip()
+    name = "model.safetensors" if tuning == "full" else "adapter_model.safetensors"
+    one, other = (p.parent / "w" / last / name for p in (straight, broken))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def run_cli(folder, *arguments, **environment):
+    command = [sys.executable, "-m", "xtuner.cli.app", "train", "config.py", "--work-dir", "w"]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_kill_9_and_resume(tmp_path, tiny_model_path, monkeypatch):
+    straight = prepare(tmp_path / "straight", tiny_model_path, "lora", dies=False)
+    monkeypatch.chdir(straight.parent)
+    assert main(["train", "config.py", "--work-dir", "w"]) == 0
+    config = prepare(tmp_path / "killed", tiny_model_path, "lora", dies=True)
+    killed = run_cli(config.parent, HOW_TO_DIE="SIGKILL")
+    assert killed.returncode == -signal.SIGKILL
+    assert (config.parent / "w" / "last_checkpoint").read_text().strip() == "iter_5"
+    resumed = run_cli(config.parent, "--resume", "iter_5")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming from w/iter_5 at step 5" in resumed.stdout
+    assert losses(config.parent / "w") == losses(straight.parent / "w")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_model_path):
+    config = prepare(tmp_path / "stopped", tiny_model_path, "lora", dies=True)
+    stopped = run_cli(config.parent, HOW_TO_DIE="SIGTERM")
+    assert stopped.returncode == 130
+    assert "xtuner train config.py --work-dir w --resume" in stopped.stderr
+    assert (config.parent / "w" / "last_checkpoint").read_text().strip() == "iter_7"
+
+
+def test_settings_that_shape_the_weights_cannot_change(
+    tmp_path, tiny_model_path, monkeypatch, capsys
+):
+    config = prepare(tmp_path / "changed", tiny_model_path, "lora", dies=False)
+    monkeypatch.chdir(config.parent)
+    assert main(["train", "config.py", "--set", "max_steps=5"]) == 0
+    assert main(["train", "config.py", "--resume", "--set", "lora_r=8"]) == 2
+    assert "lora_r: 4 then, 8 now" in capsys.readouterr().err
+    assert main(["train", "config.py", "--resume", "--set", "max_steps=7"]) == 0
+    assert "max_steps: 5 then, 7 now" in capsys.readouterr().out
+    assert main(["train", "config.py", "--resume", "--set", "max_steps=7"]) == 0
+    assert "Nothing to do" in capsys.readouterr().out
