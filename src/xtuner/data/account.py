@@ -40,10 +40,7 @@ class Encoded:
             for group in self.store.faults
         ]
         if len(self.fitted.lost):
-            what = f"has more than max_length = {settings.max_length:,} tokens"
-            if settings.effective_overlong == "truncate":
-                what = f"has no supervised token within max_length = {settings.max_length:,}"
-            groups.append(self._group(what, self.fitted.lost))
+            groups.append(self._group(overlong_fault(settings), self.fitted.lost))
         return groups
 
     def changed(self, settings: Settings) -> list[RowGroup]:
@@ -77,6 +74,15 @@ class Encoded:
 
     def _place(self, file: int, number: int, fault: str = "") -> Place:
         return Place(self.source.files[file].name, self.source.files[file].unit, number, fault)
+
+
+def overlong_fault(settings: Settings) -> str:
+    """Why the setting `overlong` loses a row."""
+    if settings.effective_overlong == "truncate":
+        return (
+            f"has no supervised token within max_length = {settings.max_length:,}; raise max_length"
+        )
+    return f"has more than max_length = {settings.max_length:,} tokens; raise max_length"
 
 
 def refuse_unusable(encoded: Sequence[Encoded], settings: Settings) -> None:

@@ -54,7 +54,7 @@ class RawRow(NamedTuple):
 def parse(raw: bytes) -> Row | Fault:
     """Read one line of JSON."""
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").rstrip()
     except UnicodeDecodeError as error:
         return Fault(NOT_UTF8, detail=f"byte {error.start + 1} of the line")
     try:

@@ -60,12 +60,17 @@ class FaultGroup:
         self.count += 1
         if len(self.first) < KEPT_FAULTS:
             self.first.append(row)
-        mine, its = _OF_A_ROW.split(self.what), _OF_A_ROW.split(row.fault.words)
-        if len(mine) == len(its):
-            self.what = "".join(a if a == b else _blank(a) for a, b in zip(mine, its, strict=True))
+        if _outline(self.what) == _outline(row.fault.words):
+            parts = zip(*map(_OF_A_ROW.split, (self.what, row.fault.words)), strict=True)
+            self.what = "".join(a if a == b else _blank(a) for a, b in parts)
 
 
 _OF_A_ROW = re.compile(r"('[^']*'|\[\d*\])")
+
+
+def _outline(words: str) -> str:
+    """What the words of rows with the same fault have in common."""
+    return _OF_A_ROW.sub("?", words)
 
 
 def _blank(part: str) -> str:
@@ -107,7 +112,7 @@ class StoreWriter:
         self._end += len(chunk.token_ids)
         self._rows_read += len(chunk.lengths) + len(chunk.faults)
         for row in chunk.faults:
-            key = _OF_A_ROW.sub("?", row.fault.words)
+            key = _outline(row.fault.words)
             if key not in self._faults and len(self._faults) >= _MOST_REASONS:
                 key = "has a fault of yet another kind"
                 self._faults.setdefault(key, FaultGroup(key))

@@ -23,20 +23,20 @@ def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int
     """
     csv.field_size_limit(_LARGEST_CELL)
     # undecodable bytes become surrogates here, so that a bad cell costs its row only
-    text = io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline="")
-    table = csv.reader(text, delimiter=delimiter, strict=True)
-    header = _header(table, name)
-    while header:
-        line = table.line_num + 1
-        try:
-            cells = next(table)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, _broken(error)
-            continue
-        if cells:
-            yield line, _row(header, cells)
+    with io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline="") as text:
+        table = csv.reader(text, delimiter=delimiter, strict=True)
+        header = _header(table, name)
+        while header:
+            line = table.line_num + 1
+            try:
+                cells = next(table)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, _broken(error)
+                continue
+            if cells:
+                yield line, _row(header, cells)
 
 
 def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row, float]]:

@@ -1,0 +1,94 @@
+"""`xtuner log-dataset`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xtuner.data.pack import PackedDataset
+
+
+class Show(StrEnum):
+    """What to show of each sample."""
+
+    text = "text"
+    masked_text = "masked_text"
+    input_ids = "input_ids"
+    labels = "labels"
+    all = "all"
+
+
+_KINDS = tuple(kind for kind in Show if kind is not Show.all)
+
+
+def command(
+    config: Annotated[
+        str, typer.Argument(help="A settings file, or the name of a built-in config.")
+    ],
+    show: Annotated[
+        Show,
+        typer.Option(
+            help="The text; the text with what is not learnt left out; the ids; the labels of the "
+            "loss; or all of these."
+        ),
+    ] = Show.text,
+    num: Annotated[int, typer.Option("-n", "--num", min=1, help="How many packs to show.")] = 1,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Show the data as the model will see it: what is learnt is green, or between « and »."""
+    from rich.console import Console
+    from rich.rule import Rule
+
+    from xtuner.config.load import load_settings
+    from xtuner.data.build import build
+    from xtuner.models.load import load_tokenizer
+    from xtuner.templates import load as load_template
+
+    loaded = load_settings(config, overrides=overrides or ())
+    settings = loaded.settings
+    tokenizer = load_tokenizer(
+        settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
+    )
+    template = load_template(
+        settings.prompt_template, tokenizer, system=settings.SYSTEM, folder=loaded.folder
+    )
+    data = build(settings, template=template, tokenizer=tokenizer, folder=loaded.folder)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    for number in range(min(num, len(data.train))):
+        _print_pack(console, data.train, number, show, tokenizer)
+    console.print(Rule(characters="═", style="none"))
+    for line in data.report.lines():
+        console.print(line)
+
+
+def _print_pack(
+    console: Console, packs: PackedDataset, number: int, show: Show, tokenizer: Any
+) -> None:
+    from rich.rule import Rule
+
+    from xtuner.data.picture import draw
+
+    samples = packs[number]
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    title = f"pack {number + 1:,} of {len(packs):,}: {tokens:,} tokens"
+    console.print(Rule(title, characters="═", style="none"))
+    for index, sample in enumerate(samples, 1):
+        supervised = int(sample.loss_mask[1:].sum())
+        counts = f"{len(sample.input_ids):,} tokens, {supervised:,} supervised"
+        title = f"sample {index} of {len(samples)} · {sample.row} · {counts}"
+        console.print(Rule(title, align="left", style="none"))
+        for what in _KINDS if show is Show.all else [show]:
+            if show is Show.all:
+                console.print(f"{what.value}:")
+            marks = not console.is_terminal
+            console.print(draw(sample, what.value, tokenizer=tokenizer, marks=marks))

@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from xtuner.cli.app import main
+
+
+def chat(question, answer):
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+@pytest.fixture
+def check(tmp_path, tiny_model_path, capsys):
+    config = tmp_path / "my_run.py"
+    config.write_text(
+        f"pretrained_model_name_or_path = {str(tiny_model_path)!r}\n"
+        "data_path = 'd.jsonl'\n"
+        "max_length = 64\n"
+    )
+
+    def run(lines, *arguments):
+        text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in lines)
+        (tmp_path / "d.jsonl").write_text(text)
+        code = main(["check-custom-dataset", str(config), *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err
+
+    return run
+
+
+def test_good_data_passes(check):
+    code, out, _ = check([chat("Hi", "Hello"), chat("Hi", "You")])
+    assert code == 0
+    assert out[0] == "Data         d.jsonl: 2 rows, format openai (auto)"
+    assert out[-1] == "No bad row."
+
+
+def test_every_bad_row_is_named_with_field_and_cure(check):
+    bad = chat("Hi", "x")
+    bad["messages"][1]["role"] = "bot"
+    rows = [chat("Hi", "Hello"), bad, '{"messages": [}', chat("long " * 20, "x"), chat("", "x")]
+    code, out, _ = check(rows)
+    assert code == 2
+    assert out[:4] == [
+        "d.jsonl line 2  messages[1].role: is 'bot'; it must be system, user, assistant or tool",
+        "d.jsonl line 3  is not valid JSON (column 15: Expecting value)",
+        "d.jsonl line 5  messages[0].content: is empty; fill it in or remove the row",
+        "d.jsonl line 4  has no supervised token within max_length = 64; raise max_length",
+    ]
+    assert out[4] == "Data         d.jsonl: 5 rows, format openai (auto)"
+    assert out[-1] == "4 bad rows."
+
+
+def test_many_bad_rows_are_cut_on_the_screen_but_not_in_the_file(check, tmp_path):
+    rows = [chat("Hi", "Hello")] + [chat("", "x")] * 70
+    code, out, _ = check(rows)
+    assert code == 2
+    assert sum(line.startswith("d.jsonl line") for line in out) == 50
+    assert "and 20 more; --out FILE writes all of them" in out
+    code, out, _ = check(rows, "--out", tmp_path / "bad.txt")
+    assert f"and 20 more, all in {tmp_path / 'bad.txt'}" in out
+    written = (tmp_path / "bad.txt").read_text().splitlines()
+    assert [line.split()[2] for line in written] == [str(n) for n in range(2, 72)]
+
+
+def test_data_of_bad_rows_only_is_listed_too(check):
+    code, out, err = check([chat("", "x")] * 2)
+    assert (code, err) == (2, "")
+    assert out[-1] == "2 bad rows."
+
+
+def test_a_file_that_cannot_be_written_is_told(check, tmp_path):
+    code, _, err = check([chat("Hi", "Hello")], "--out", tmp_path / "no" / "bad.txt")
+    assert code == 2
+    assert err.startswith("DataError: --out")

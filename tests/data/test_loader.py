@@ -1,0 +1,107 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from data_makers import build_data, chats, write_jsonl
+
+from xtuner.data.collate import lay_out
+from xtuner.data.loader import Loader
+from xtuner.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XTUNER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        path = write_jsonl(tmp_path_factory.mktemp("data") / "d.jsonl", chats(90))
+        return build_data(path, max_length=256).train
+
+
+def loader(dataset, **changes):
+    options = {"batch_size": 2, "accumulative_counts": 3, "seed": 7, "shuffle": True}
+    return Loader(dataset, collate=lay_out, **{**options, **changes})
+
+
+def plain(groups):
+    """Groups as nested lists, to compare them."""
+    return [[batch.input_ids.tolist() for batch in group] for group in groups]
+
+
+def rows(group):
+    return [row.line for batch in group for row in batch.rows]
+
+
+def test_an_epoch_has_every_sample_once(dataset):
+    one = loader(dataset)
+    for epoch in range(2):
+        first = epoch * one.steps_per_epoch
+        seen = [line for g in one.groups(first, first + one.steps_per_epoch) for line in rows(g)]
+        assert sorted(seen) == list(range(1, 91))
+
+
+def test_the_last_group_may_be_smaller(dataset):
+    one = loader(dataset, accumulative_counts=4)
+    assert len(dataset) % 8 not in (0, 7)
+    groups = list(one.groups(0, one.steps_per_epoch + 1))
+    sizes = [len(group) for group in groups]
+    left = len(dataset) % 8
+    assert sizes == [4] * (one.steps_per_epoch - 1) + [-(-left // 2)] + [4]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_step_does_not_depend_on_where_the_loader_began(dataset, num_workers):
+    straight = plain(loader(dataset).groups(0, 9))
+    assert loader(dataset).steps_per_epoch < 9
+    resumed = plain(loader(dataset, num_workers=num_workers).groups(5, 9))
+    assert resumed == straight[5:]
+
+
+def test_epochs_differ_and_seeds_differ(dataset):
+    n = loader(dataset).steps_per_epoch
+    first = plain(loader(dataset).groups(0, n))
+    assert first != plain(loader(dataset).groups(n, 2 * n))
+    assert first != plain(loader(dataset, seed=8).groups(0, n))
+
+
+def test_without_shuffling_the_packs_keep_their_order(dataset):
+    one = loader(dataset, shuffle=False)
+    n = one.steps_per_epoch
+    in_order = [s.row.line for i in range(len(dataset)) for s in dataset[i]]
+    for first in (0, n):
+        assert [x for g in one.groups(first, first + n) for x in rows(g)] == in_order
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_share_the_group_of_one(dataset, world_size):
+    alone = loader(dataset, accumulative_counts=world_size, batch_size=2)
+    ranks = [
+        loader(dataset, accumulative_counts=1, batch_size=2, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    assert {one.steps_per_epoch for one in ranks} == {alone.steps_per_epoch}
+    steps = alone.steps_per_epoch + 2
+    shares = [plain(one.groups(0, steps)) for one in ranks]
+    for step, group in enumerate(plain(alone.groups(0, steps))):
+        together = [batch for share in shares for batch in share[step]]
+        assert sorted(together) == sorted(group)
+
+
+def test_a_share_may_be_empty(dataset):
+    ranks = len(dataset) + 2
+    last = loader(dataset, batch_size=1, accumulative_counts=1, rank=ranks - 1, world_size=ranks)
+    assert list(last.groups(0, 2)) == [[], []]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_global_random_states_are_left_alone(dataset, num_workers):
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    list(loader(dataset, num_workers=num_workers).groups(0, 3))
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_an_empty_data_set_is_refused(dataset):
+    with pytest.raises(DataError, match="nothing to load"):
+        Loader([], collate=lay_out, batch_size=1, accumulative_counts=1, seed=0, shuffle=True)
