@@ -1,7 +1,7 @@
 """The course's first exercise, word for word but for paths and sizes, through the command line.
 
-10,000 rows of one introduction, `copy-cfg`, five edits, `train`, `convert pth_to_hf`, `convert merge`, `chat`: on a
-tiny model and 400 rows. It learns the sentence by heart, which is what the exercise shows.
+10,000 rows of one introduction, `copy-cfg`, a few edits, `train`, `convert pth_to_hf`, `convert
+merge`, `chat`: on a tiny model and 400 rows. It learns the sentence by heart, as in the exercise.
 """
 
 import json

@@ -63,7 +63,7 @@ def prepare(folder, model, tuning, *, dies):
 
 
 def losses(work_dir):
-    """Step to (loss, gradient norm, validation loss) over all starts of the run; later starts win."""
+    """Step to (loss, gradient norm, validation loss) over all starts; later starts win."""
     found = {}
     for file in sorted(work_dir.glob("*/scalars.jsonl")):
         for line in file.read_text().splitlines():

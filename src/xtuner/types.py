@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -151,11 +151,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to `device`; `cu_seqlens` stays on the CPU, where it steers the attention."""
-        move = [
-            t.to(device, non_blocking=True)
-            for t in (self.input_ids, self.labels, self.position_ids)
-        ]
-        return Batch(*move, cu_seqlens=self.cu_seqlens, rows=self.rows)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True)

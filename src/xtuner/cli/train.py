@@ -14,21 +14,30 @@ import typer
 
 
 def command(
-    config: Annotated[str, typer.Argument(help="A settings file, or the name of a built-in config.")],
+    config: Annotated[
+        str, typer.Argument(help="A settings file, or the name of a built-in config.")
+    ],
     work_dir: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[iter_N]", help="Go on from the newest checkpoint of the work dir, or from this one."),
+        typer.Option(
+            metavar="[iter_N]",
+            help="Go on from the newest checkpoint of the work dir, or from this one.",
+        ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete checkpoints of an earlier run in the work dir.")
+        bool,
+        typer.Option("--overwrite", help="Delete checkpoints of an earlier run in the work dir."),
     ] = False,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."),
+        typer.Option(
+            "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
+        ),
     ] = None,
     nproc: Annotated[
-        int, typer.Option(envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one a GPU.")
+        int,
+        typer.Option(envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one a GPU."),
     ] = 1,
 ) -> None:
     """Fine-tune a model as a settings file says."""
@@ -55,7 +64,13 @@ def command(
 
 def _respawn(processes: int) -> int:
     """Run this very command in several processes under torchrun; its exit code is ours."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     child = subprocess.Popen([*launcher, "-m", "xtuner.cli.app", *sys.argv[1:]])
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:

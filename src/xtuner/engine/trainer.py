@@ -34,7 +34,10 @@ from xtuner.types import Algorithm, Batch
 class Groups(Protocol):
     """What the trainer needs of a data loader."""
 
-    steps_per_epoch: int
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        ...
 
     def groups(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each optimizer step."""
