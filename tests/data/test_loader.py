@@ -72,6 +72,13 @@ def test_without_shuffling_the_packs_keep_their_order(dataset):
         assert [x for g in one.groups(first, first + n) for x in rows(g)] == in_order
 
 
+def test_the_counts_of_the_batches_are_those_of_the_packs(dataset):
+    one = loader(dataset)
+    batches = [batch for group in one.groups(0, one.steps_per_epoch) for batch in group]
+    assert sum(batch.num_tokens for batch in batches) == dataset.num_tokens
+    assert sum(batch.num_supervised for batch in batches) == dataset.num_supervised
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_ranks_share_the_group_of_one(dataset, world_size):
     alone = loader(dataset, accumulative_counts=world_size, batch_size=2)

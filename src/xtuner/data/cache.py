@@ -11,8 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def _make(folder: Path, make: Callable[[StoreWriter], None], *, alone: bool) -> 
     if alone:
         for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
             shutil.rmtree(left_over, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
+    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()
     writer = StoreWriter(temporary)
     try:
         make(writer)

@@ -23,7 +23,7 @@ def progress_bar(name: str, *, total: int, quiet: bool) -> Iterator[Callable[[in
         yield lambda read, rows: None
         return
     columns = (
-        TextColumn("Encoding {task.description}"),
+        TextColumn("Encoding {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rows]:,} rows"),

@@ -118,7 +118,7 @@ class StoreWriter:
                 self._faults.setdefault(key, FaultGroup(key))
             self._faults.setdefault(key, FaultGroup(row.fault.words)).add(row)
 
-    def finish(self, **facts: Any) -> None:
+    def finish(self) -> None:
         """Complete the arrays and write about.json, which makes the store valid."""
         sizes = {name: column.close() for name, column in self._columns.items()}
         faults = sorted(self._faults.values(), key=lambda group: -group.count)
@@ -126,7 +126,6 @@ class StoreWriter:
             "sizes": sizes,
             "rows_read": self._rows_read,
             "faults": [asdict(group) for group in faults],
-            **facts,
         }
         (self._folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
@@ -266,10 +265,6 @@ class RowStore:
     def ref(self, row: int) -> RowRef:
         """Where a row came from."""
         return RowRef(self._file_names[self.files[row]], int(self.lines[row]))
-
-    def file_name(self, number: int) -> str:
-        """The name of file `number` of the source."""
-        return self._file_names[number]
 
 
 def _mapped(path: Path) -> npt.NDArray[Any]:
