@@ -101,8 +101,9 @@ def introductions(name):
 def own_answers(model_dir, questions, max_new_tokens=80, batch_size=16):
     """The model's greedy answers; one that did not end by itself is cut at its last sentence."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
     for start in range(0, len(questions), batch_size):

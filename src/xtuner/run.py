@@ -343,10 +343,9 @@ class _TrainingRun:
         values = {
             name: getattr(self.settings, name) for name in (*SHAPING_SETTINGS, *ORDERING_SETTINGS)
         }
-        packed = data.train
         return {
             **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
-            "dataset": [len(packed), packed.num_samples, packed.num_tokens, packed.num_supervised],
+            "dataset": data.train.fingerprint(),
             "num_processes": self.processes.world_size,
         }
 

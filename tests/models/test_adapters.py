@@ -58,7 +58,8 @@ def test_bfloat16_weights_get_float32_adapters_and_close_gradients():
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_quantised_gradients_equal_those_of_the_dequantised_model(quantization, tmp_path):
-    """Also after a forward pass in evaluation mode, which repacked 4-bit weights (facts, trap 2)."""
+    """Also after a forward pass in evaluation mode, which repacked 4-bit weights (facts, trap
+    2)."""
     tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
     base = load_model(tmp_path, dtype=torch.float32, quantization=quantization)
     base.eval()

@@ -20,7 +20,7 @@ import torch
 
 from xtuner.convert import compare, lora
 from xtuner.convert.output import copy_others, new_folder
-from xtuner.convert.to_hf import same_base
+from xtuner.convert.to_hf import find_checkpoint, same_base
 from xtuner.convert.weights import (
     Planned,
     Weights,
@@ -81,7 +81,7 @@ def merge(
 
     Args:
         llm: the base model: a folder, a name that was fetched, or a hub name.
-        adapter: a PEFT adapter.
+        adapter: a PEFT adapter: a folder of its own, an ``iter_N``, or a work dir.
         save_dir: a new folder.
         max_shard_size: of the files, such as '2GB'.
         device: where it is computed.
@@ -95,7 +95,7 @@ def merge(
     """
     job = _Merge(
         llm=str(llm),
-        adapter=adapter,
+        adapter=find_checkpoint(adapter),
         max_bytes=parse_size(max_shard_size),
         device=pick_device(device),
         wanted_dtype=DTYPES.get(dtype),

@@ -78,9 +78,7 @@ class Encoder:
             encoded = (
                 self._text(record) if isinstance(record, Text) else self.template.encode(record)
             )
-        except (
-            Exception
-        ) as error:  # a template is code of a model's author: one row must not end the run
+        except Exception as error:  # a template is its author's code: one row must not end the run
             return Fault(_one_line(error))
         if self.every_token:
             encoded = Encoded(encoded.input_ids, [False] + [True] * (len(encoded.input_ids) - 1))

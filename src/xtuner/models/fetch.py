@@ -90,6 +90,23 @@ def cached(name: str) -> Path | None:
     return target if _whole(target) else None
 
 
+def unreachable(name: str) -> str | None:
+    """Why hub name `name` cannot be loaded now; None if it can, or an earlier download is there."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if not _HUB_NAME.fullmatch(name):
+        return "it is not of the form owner/name"
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and no earlier download is there"
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # httpx, requests or the hub's own errors, by version
+        return _first_line(error)
+    return None
+
+
 def models_root() -> Path:
     """The folder that holds the fetched models, one folder each."""
     cache = os.environ.get("XTUNER_CACHE")

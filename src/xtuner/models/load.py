@@ -97,7 +97,7 @@ def load_model(
     quantization: Quantization = "none",
     double_quant: bool = True,
     trust_remote_code: bool = False,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Load the causal language model at `path` (a folder, a hub name, or a name that was fetched).
 
@@ -108,7 +108,8 @@ def load_model(
         quantization: how linear layers are held.
         double_quant: quantise the scales of 4-bit weights as well.
         trust_remote_code: run Python code that lies beside the weights.
-        attn_implementation: a name of transformers' attention interface.
+        attn_implementation: a name of transformers' attention interface; None lets transformers
+            choose what the architecture can do.
 
     Raises:
         ModelError: the model is not there, cannot be read, or lacks weights.
@@ -144,11 +145,24 @@ def load_model(
 
 
 def _located(path: str | Path) -> str:
-    """A folder as it is; a hub name's fetched copy where there is one."""
+    """A folder as it is; a hub name's fetched copy where there is one; else the hub name.
+
+    Raises:
+        ModelError: `path` is none of these and the hub does not answer. Asked once, with a short
+            time limit: transformers itself would try for most of a minute.
+    """
+    name = str(path)
     if Path(path).is_dir():
-        return str(path)
-    fetched = fetch.cached(str(path))
-    return str(fetched) if fetched else str(path)
+        return name
+    if fetched := fetch.cached(name):
+        return str(fetched)
+    if problem := fetch.unreachable(name):
+        raise ModelError(
+            f"{name}: there is no such folder, `xtuner fetch` has not brought it, and as a name on "
+            f"the hub it cannot be had: {problem}.\n  Cure: give a folder that holds config.json "
+            "and *.safetensors, or check the name and the network"
+        )
+    return name
 
 
 def read_config(place: str) -> dict[str, Any]:
