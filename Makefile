@@ -19,11 +19,11 @@ dev: .venv/.dev
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xtuner needs Python 3.11 or newer, and $(PYTHON) is %d.%d; run: make PYTHON=/path/to/python3.11 ..." % sys.version_info[:2])'
 	@echo "Setting up .venv (once, about a minute with a warm package cache)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[all]"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[all]"
 	@touch $@
 
 .venv/.dev: .venv/.installed
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[dev]"
 	@touch $@
 
 quickstart: venv
