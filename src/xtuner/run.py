@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from xtuner import __version__, plugins
+from xtuner import __version__, plugins, templates
 from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
 from xtuner.config.render import render_all
@@ -39,7 +39,6 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_dtype
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.save import save_model
-from xtuner.templates import load as load_template
 from xtuner.types import Algorithm, Message
 
 SHAPING_SETTINGS = tuple(
@@ -138,12 +137,7 @@ class _TrainingRun:
         self.tokenizer = load_tokenizer(
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
-        self.template = load_template(
-            settings.prompt_template,
-            self.tokenizer,
-            system=settings.SYSTEM,
-            folder=self.loaded.folder,
-        )
+        self.template = templates.of_run(settings, self.tokenizer, folder=self.loaded.folder)
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
         data = self._build_data(place)
         loader = self._loader(data.train, algorithm := _load_algorithm(self.loaded))
@@ -394,7 +388,7 @@ class _TrainingRun:
         RunInfo(
             kind="adapter" if self.settings.uses_adapter else "model",
             base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
-            prompt_template=self.settings.prompt_template,
+            prompt_template=self.template.name,
             system=self.settings.SYSTEM,
             step=run.step,
             epoch=round(run.epoch, 6),

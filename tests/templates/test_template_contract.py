@@ -9,7 +9,7 @@ from xtuner.types import Conversation, Message
 
 TOKENIZERS = {"merging": merging_tokenizer, "space": space_tokenizer}
 VERBATIM = {name for name, spec in NAMED.items() if spec.answer == "{content}" + spec.stop}
-CASES = [f"auto-{name}" for name in EXACT] + sorted(NAMED)
+CASES = [f"auto-{name}" for name in EXACT] + ["plain", *sorted(NAMED)]
 
 
 def user(text):

@@ -37,16 +37,14 @@ def command(
     from xtuner.data.picture import visible
     from xtuner.errors import DataError
     from xtuner.models.load import load_tokenizer
-    from xtuner.templates import load as load_template
+    from xtuner.templates import of_run
 
     loaded = load_settings(config, overrides=overrides or ())
     settings = loaded.settings
     tokenizer = load_tokenizer(
         settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
     )
-    template = load_template(
-        settings.prompt_template, tokenizer, system=settings.SYSTEM, folder=loaded.folder
-    )
+    template = of_run(settings, tokenizer, folder=loaded.folder)
     count = 0
     with _written_to(out) as write:
         for row in bad_rows(settings, template=template, tokenizer=tokenizer, folder=loaded.folder):

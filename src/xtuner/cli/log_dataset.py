@@ -52,16 +52,14 @@ def command(
     from xtuner.config.load import load_settings
     from xtuner.data.build import build
     from xtuner.models.load import load_tokenizer
-    from xtuner.templates import load as load_template
+    from xtuner.templates import of_run
 
     loaded = load_settings(config, overrides=overrides or ())
     settings = loaded.settings
     tokenizer = load_tokenizer(
         settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
     )
-    template = load_template(
-        settings.prompt_template, tokenizer, system=settings.SYSTEM, folder=loaded.folder
-    )
+    template = of_run(settings, tokenizer, folder=loaded.folder)
     data = build(settings, template=template, tokenizer=tokenizer, folder=loaded.folder)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number in range(min(num, len(data.train))):

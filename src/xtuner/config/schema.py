@@ -114,7 +114,8 @@ class DataPart(Part):
     are asked."""
     prompt_template: str = "auto"
     """How messages become one text: 'auto' is the tokenizer's own chat template, which is right for
-    every chat model; named ones serve base models. `xtuner explain prompt_template` lists them."""
+    every chat model; named ones serve base models; 'plain' adds nothing, and is what 'auto' means
+    when a model without a chat template is pretrained. Your own is 'my_templates.py:MINE'."""
     SYSTEM: str = ""
     """System message for conversations that have none of their own."""
     max_length: Annotated[int, Field(ge=8)] = 2048

@@ -1,6 +1,6 @@
 """Templates: how messages become token ids, what of them is learnt, and how a prompt looks.
 
-'auto' is the tokenizer's own chat template; the named ones are the rows of `table.py`; your own is
+'auto' is the tokenizer's own chat template, 'plain' none at all; the named ones are the rows of `table.py`; your own is
 a `Spec` named ``"my_templates.py:MINE"``. Listing names imports neither torch nor transformers.
 """
 
@@ -15,21 +15,37 @@ from xtuner.templates.spec import Spec
 from xtuner.templates.table import NAMED
 
 if TYPE_CHECKING:
+    from xtuner.config.schema import Settings
     from xtuner.templates.base import Template
 
 SETTING = "prompt_template"
 
 
 def names() -> list[str]:
-    """The names that the setting `prompt_template` can have, 'auto' first."""
-    return ["auto", *sorted(NAMED)]
+    """The names that the setting `prompt_template` can have, 'auto' and 'plain' first."""
+    return ["auto", "plain", *sorted(NAMED)]
+
+
+def of_run(settings: Settings, tokenizer: Any, *, folder: Path | None = None) -> Template:
+    """The template that a run uses, which its checkpoints name.
+
+    It is the one that the settings name; 'auto' for pretraining a model without a chat template is
+    'plain', for such a model continues texts and takes no questions.
+
+    Raises:
+        ConfigError, ModelError: as `load`.
+    """
+    name = settings.prompt_template
+    if name == "auto" and settings.algorithm == "pretrain" and not tokenizer.chat_template:
+        name = "plain"
+    return load(name, tokenizer, system=settings.SYSTEM, folder=folder)
 
 
 def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = None) -> Template:
     """Make the template that `prompt_template` names, for a tokenizer.
 
     Args:
-        name: 'auto', a named template, or the user's own as ``"my_templates.py:MINE"`` (a `Spec`).
+        name: 'auto', 'plain', a named template, or the user's own as ``"my_templates.py:MINE"`` (a `Spec`).
         tokenizer: a tokenizer of transformers.
         system: the system message of conversations that have none.
         folder: where to look for the user's file before the working directory.
@@ -42,6 +58,10 @@ def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = N
         from xtuner.templates.auto import ChatTemplate
 
         return ChatTemplate(tokenizer, system=system)
+    if name == "plain":
+        from xtuner.templates.plain import PlainText
+
+        return PlainText(tokenizer, system=system)
     from xtuner.templates.named import NamedTemplate
 
     if plugins.is_user_path(name):

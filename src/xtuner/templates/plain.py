@@ -1,0 +1,52 @@
+"""No template at all: a prompt is a text that the model continues, as in pretraining."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xtuner.templates.base import Rendered, Template, Turn, hash_of
+from xtuner.types import Message
+
+
+class PlainText(Template):
+    """Messages follow each other without markers; an answer ends with the end-of-text token.
+
+    The begin-of-text token stands first if the tokenizer puts one before texts by itself, which is
+    what pretraining on plain text does as well.
+    """
+
+    def __init__(self, tokenizer: Any, *, system: str = "") -> None:
+        super().__init__("plain", tokenizer, system=system)
+        self._end: str = tokenizer.eos_token or ""
+        bos = tokenizer.bos_token_id
+        adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self._begin: str = tokenizer.bos_token if adds else ""
+        self.stop_words = (self._end,) if self._end else ()
+        self.stop_token_ids = self._token_ids([self._end])
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        prompt: bool = False,
+    ) -> Rendered:
+        """Join the messages; every assistant turn ends with the end-of-text token and a line."""
+        text, turns = self._begin, []
+        if self.system and messages[0].role != "system":
+            text += self.system + "\n"
+        for message in messages:
+            start = len(text)
+            text += message.content
+            if message.role == "assistant":
+                text += self._end
+                turns.append(Turn(start, len(text), message.supervised))
+                text += "\n"
+            elif message.role == "system":
+                text += "\n"
+        return Rendered(text, turns)
+
+    def fingerprint(self) -> str:
+        """A hash over what stands around the messages."""
+        return hash_of("plain", self._begin, self._end, self.system)
