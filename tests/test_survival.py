@@ -1,0 +1,48 @@
+"""A run that is killed again and again, at any moment, also while it saves, ends as the straight one."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_resume import losses, prepare, run_cli
+
+pytestmark = pytest.mark.slow
+
+
+def start(folder, *arguments):
+    command = [sys.executable, "-m", "xtuner.cli.app", "train", "config.py", "--work-dir", "w"]
+    quiet = subprocess.DEVNULL
+    every_step = ["--set", "save_steps=1", "--set", "custom_hooks=[]"]
+    return subprocess.Popen(
+        [*command, *every_step, *arguments], cwd=folder, stdout=quiet, stderr=quiet
+    )
+
+
+def test_a_dozen_kills(tmp_path, tiny_model_path):
+    straight = prepare(tmp_path / "straight", tiny_model_path, "lora", dies=False).parent
+    assert run_cli(straight, "--set", "save_steps=1").returncode == 0
+    folder = prepare(tmp_path / "killed", tiny_model_path, "lora", dies=False).parent
+    work_dir, moments, kills = folder / "w", random.Random(0), 0
+    while kills < 12:
+        saved = (work_dir / "last_checkpoint").exists()
+        before = len(list(work_dir.glob("*/scalars.jsonl")))
+        child = start(folder, *(["--resume"] if saved else ["--overwrite"]))
+        deadline = time.monotonic() + 60
+        while len(list(work_dir.glob("*/scalars.jsonl"))) == before and child.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.0, 1.0))
+        if child.poll() is not None:
+            break  # it came to its end between two kills
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        kills += 1
+    assert kills >= 3
+    finished = run_cli(folder, "--set", "save_steps=1", "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert losses(work_dir) == losses(straight / "w")
+    assert not [p for p in work_dir.glob(".iter_*") if p.name.endswith(".writing")]
