@@ -104,7 +104,20 @@ def test_a_second_run_into_the_same_place_asks_first(workshop, monkeypatch, caps
     assert main(["train", config, "--work-dir", "train"]) == 2
     message = capsys.readouterr().err
     assert all(cure in message for cure in ("--resume", "--work-dir", "--overwrite"))
+    broken = ["train", config, "--work-dir", "train", "--overwrite", "--set", "data_path=typo"]
+    assert main(broken) == 2
     assert (workshop / "train" / "iter_60").is_dir()
+
+
+def test_the_settings_file_survives_a_work_dir_beside_it(workshop, monkeypatch, tmp_path):
+    source = workshop / "smollm2_135m_instruct_qlora_alpaca_e3_copy.py"
+    config = tmp_path / "mine.py"
+    config.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    before = config.read_bytes()
+    monkeypatch.chdir(workshop)
+    arguments = ["--work-dir", str(tmp_path), "--set", "max_steps=1"]
+    assert main(["train", str(config), *arguments]) == 0
+    assert config.read_bytes() == before and (tmp_path / "mine_resolved.py").is_file()
 
 
 def test_a_checkpoint_moved_elsewhere_still_chats(workshop, monkeypatch, capsys, tmp_path):

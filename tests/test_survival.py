@@ -1,4 +1,4 @@
-"""A run that is killed again and again, at any moment, also while it saves, ends as the straight one."""
+"""A run that is killed again and again, also while it saves, ends as the straight one."""
 
 import os
 import random

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import inspect
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +71,7 @@ class WorkPlace:
                 do.
         """
         there = CheckpointStore(work_dir).all()
-        if there and overwrite:
-            for path in there:
-                shutil.rmtree(path)
-        elif there and not resuming:
+        if there and not resuming and not overwrite:
             raise CheckpointError(
                 f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on, "
                 "--work-dir DIR to train elsewhere, or --overwrite to delete it and begin anew."
@@ -179,6 +175,8 @@ class _TrainingRun:
             hooks=_make_hooks(self.loaded, run) if self.processes.is_main else [],
             save=self._save,
         )
+        if overwrite and source is None and self.processes.is_main:
+            self.store.clear()  # only now, when everything else has worked
         trainer.fit()
         console.print(f"Done. The result is in {self.store.find()}")
         return self.work_dir
@@ -190,7 +188,10 @@ class _TrainingRun:
             return WorkPlace(self.work_dir, self.work_dir)
         place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
         text = render_all(self.settings, title=f"All settings of {self.loaded.name}, as resolved")
-        (self.work_dir / f"{self.loaded.name}.py").write_text(text, encoding="utf-8")
+        file = self.work_dir / f"{self.loaded.name}.py"
+        if self.loaded.path is not None and file.resolve() == self.loaded.path.resolve():
+            file = file.with_stem(f"{file.stem}_resolved")  # the user's own file stays as it is
+        file.write_text(text, encoding="utf-8")
         return place
 
     def _build_data(self, place: WorkPlace) -> TrainingData:

@@ -90,9 +90,13 @@ class CheckpointStore:
             return
         old = [p for p in self.all() if p != keep]
         for path in old[: max(0, len(old) + 1 - self.limit)]:
-            hidden = path.with_name(f".{path.name}.old")
-            os.rename(path, hidden)  # so that a kill while deleting leaves no half checkpoint
-            shutil.rmtree(hidden, ignore_errors=True)
+            _remove(path)
+
+    def clear(self) -> None:
+        """Delete all checkpoints."""
+        (self.work_dir / LAST_FILE).unlink(missing_ok=True)
+        for path in self.all():
+            _remove(path)
 
     def find(self, which: str | None = None) -> Path:
         """The checkpoint named `which` ('iter_N', a path, or None for the newest).
@@ -115,6 +119,13 @@ class CheckpointStore:
                 f"cannot resume from {path}: it lacks {STATE_FILE}. In {self.work_dir}: {names}"
             )
         return path
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, hidden first: a kill in between leaves no half one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def step_of(path: Path) -> int:

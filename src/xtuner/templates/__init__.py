@@ -1,7 +1,8 @@
 """Templates: how messages become token ids, what of them is learnt, and how a prompt looks.
 
-'auto' is the tokenizer's own chat template, 'plain' none at all; the named ones are the rows of `table.py`; your own is
-a `Spec` named ``"my_templates.py:MINE"``. Listing names imports neither torch nor transformers.
+'auto' is the tokenizer's own chat template, 'plain' none at all; the named ones are the rows of
+`table.py`; your own is a `Spec` named ``"my_templates.py:MINE"``. Listing names imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = N
     """Make the template that `prompt_template` names, for a tokenizer.
 
     Args:
-        name: 'auto', 'plain', a named template, or the user's own as ``"my_templates.py:MINE"`` (a `Spec`).
+        name: 'auto', 'plain', a named template, or the user's own as ``"my_templates.py:MINE"`` (a
+            `Spec`).
         tokenizer: a tokenizer of transformers.
         system: the system message of conversations that have none.
         folder: where to look for the user's file before the working directory.
