@@ -21,6 +21,7 @@ from xtuner import __version__, plugins, templates
 from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
 from xtuner.config.render import render_all
+from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.loader import Loader
 from xtuner.data.pack import PackedDataset
@@ -42,7 +43,7 @@ from xtuner.types import Algorithm, Message
 
 SHAPING_SETTINGS = tuple(
     "pretrained_model_name_or_path algorithm tuning lora_r lora_target_modules "
-    "lora_modules_to_save quantization optim_type".split()
+    "lora_modules_to_save quantization double_quant optim_type".split()
 )
 """Settings by which trained weights and optimizer state are made: a resume cannot change them."""
 
@@ -70,7 +71,9 @@ class WorkPlace:
             CheckpointError: checkpoints of an earlier run are there and neither flag says what to
                 do.
         """
-        there = CheckpointStore(work_dir).all()
+        store = CheckpointStore(work_dir)
+        store.tidy()
+        there = store.all()
         if there and not resuming and not overwrite:
             raise CheckpointError(
                 f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on, "
@@ -162,7 +165,9 @@ class _TrainingRun:
         if source is not None:
             self._restore(source, optimizer, run)
         if run.step >= total:
-            console.print(f"Nothing to do: {source} is at step {run.step} of {total}.")
+            console.print(
+                f"Nothing to do: {source} is at step {run.step} of {total}.", markup=False
+            )
             return self.work_dir
         self.model, self.optimizer = model, optimizer
         trainer = Trainer(
@@ -175,10 +180,10 @@ class _TrainingRun:
             hooks=_make_hooks(self.loaded, run) if self.processes.is_main else [],
             save=self._save,
         )
-        if overwrite and source is None and self.processes.is_main:
-            self.store.clear()  # only now, when everything else has worked
+        if overwrite and self.processes.is_main:
+            self._clear()
         trainer.fit()
-        console.print(f"Done. The result is in {self.store.find()}")
+        console.print(f"Done. The result is in {self.store.find()}", markup=False)
         return self.work_dir
 
     def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
@@ -187,12 +192,29 @@ class _TrainingRun:
         if not self.processes.is_main:
             return WorkPlace(self.work_dir, self.work_dir)
         place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
-        text = render_all(self.settings, title=f"All settings of {self.loaded.name}, as resolved")
+        text = render_all(
+            self._with_whole_paths(), title=f"All settings of {self.loaded.name}, as resolved"
+        )
         file = self.work_dir / f"{self.loaded.name}.py"
         if self.loaded.path is not None and file.resolve() == self.loaded.path.resolve():
             file = file.with_stem(f"{file.stem}_resolved")  # the user's own file stays as it is
         file.write_text(text, encoding="utf-8")
         return place
+
+    def _with_whole_paths(self) -> Settings:
+        """The settings with paths that hold wherever the file that shows them lies."""
+
+        def whole(name: str) -> str:
+            places = (base / Path(name).expanduser() for base in (self.loaded.folder, Path.cwd()))
+            return next((str(place.resolve()) for place in places if place.exists()), name)
+
+        s = self.settings
+        return s.model_copy(
+            update={
+                "pretrained_model_name_or_path": whole(s.pretrained_model_name_or_path),
+                "data_path": tuple(whole(path) for path in s.data_path),
+            }
+        )
 
     def _build_data(self, place: WorkPlace) -> TrainingData:
         """Encode in the main process first; the others then find everything in the cache."""
@@ -226,6 +248,7 @@ class _TrainingRun:
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             num_workers=s.dataloader_num_workers,
+            pin_memory=self.device == "cuda",
         )
 
     def _make_model(self, source: Path | None) -> tuple[PackedCausalLM, bool]:
@@ -249,7 +272,7 @@ class _TrainingRun:
             else s.gradient_checkpointing
         )
         if recompute:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.activation_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         model: Any = base
         if s.uses_adapter:
@@ -291,6 +314,8 @@ class _TrainingRun:
             f"(processes) {'packs' if s.pack_to_max_length else 'samples'}",
             check_disk(self.work_dir, expected, limit=s.save_total_limit),
         ]
+        if idle := s.without_effect():
+            lines.append(f"Note         without effect here: {', '.join(idle)}")
         if self.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
             lines.append(
                 f"Note         a CPU has nothing to page to: {plain} takes the place of "
@@ -333,6 +358,16 @@ class _TrainingRun:
 
         return measure
 
+    def _clear(self) -> None:
+        """Delete the checkpoints of an earlier run, now that everything else has worked."""
+        base = Path(self.settings.pretrained_model_name_or_path).resolve()
+        if any(base.is_relative_to(path.resolve()) for path in self.store.all()):
+            raise CheckpointError(
+                f"--overwrite would delete {base}, the model that this run starts from: "
+                "train elsewhere with --work-dir DIR"
+            )
+        self.store.clear()
+
     def _identity(self, data: TrainingData) -> dict[str, Any]:
         """What a resumed run must share with the run that wrote the checkpoint."""
         values = {
@@ -368,7 +403,7 @@ class _TrainingRun:
             source, optimizer=optimizer, identity=self.identity
         )
         run.start_step = run.step
-        self.console.print(f"Resuming from {source} at step {run.step}.")
+        self.console.print(f"Resuming from {source} at step {run.step}.", markup=False)
         if changed:
             self.console.print(
                 "Note: what changed since makes this run differ from a straight one: "
@@ -379,7 +414,7 @@ class _TrainingRun:
     def _save(self, run: Run) -> None:
         if self.processes.is_main:
             path = self.store.save(run.step, lambda folder: self._write_checkpoint(folder, run))
-            self.console.print(f"Saved {path}")
+            self.console.print(f"Saved {path}", markup=False)
         self.processes.wait()
 
     def _write_checkpoint(self, folder: Path, run: Run) -> None:

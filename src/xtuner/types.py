@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -165,7 +165,6 @@ class LossOutput:
     once."""
 
     loss: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Algorithm(Protocol):

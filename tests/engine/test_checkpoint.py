@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from xtuner.engine import checkpoint
 from xtuner.engine.checkpoint import CheckpointStore, load_state, save_state
@@ -33,13 +34,22 @@ def test_a_limit_of_one_keeps_the_newest(tmp_path):
     assert [p.name for p in store.all()] == ["iter_2"]
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device"),
+        RuntimeError("file write failed: No space left on device"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, fault):
     store = CheckpointStore(tmp_path, limit=1)
     store.save(1, write_text)
 
     def full(folder):
         write_text(folder)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise fault
 
     with pytest.raises(LaunchError, match=r"No space left.*\n?.*--resume"):
         store.save(2, full)

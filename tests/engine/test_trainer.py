@@ -211,10 +211,10 @@ def test_the_folder_of_hooks_writes_what_it_promises(tmp_path):
     trainer.hooks = sorted((h for h in hooks if h.wanted(trainer.run)), key=lambda h: h.order)
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
     wanted = {"lr", "loss", "grad_norm", "tokens_per_second", "supervised_tokens", "memory_mb"}
-    assert wanted <= lines[0].keys() and lines[1]["val_loss"] == 1.25
-    assert lines[1]["epoch"] == 1.0
+    assert wanted <= lines[1].keys() and lines[2]["val_loss"] == 1.25
+    assert lines[2]["epoch"] == 1.0
     for step in (0, 2, 4):
         assert "A tiny model." in (tmp_path / f"eval_outputs_iter_{step}.txt").read_text()
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")

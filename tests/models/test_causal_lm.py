@@ -82,7 +82,7 @@ def test_recomputed_activations_give_the_same_gradients():
     model.set_attn_implementation(attention.NAME)
     packed = PackedCausalLM(model.train())
     straight = gradients(model, packed.supervised_loss(packed_batch()))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     recomputed = gradients(model, packed.supervised_loss(packed_batch()))
     assert all(torch.equal(straight[name], recomputed[name]) for name in straight)
 

@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 an unexpected fault, 2 something the user can cure, 130 in
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -24,6 +25,7 @@ from xtuner.errors import XTunerError
 
 _PACKAGE = "xtuner.cli"
 _OVERRIDE_FLAGS = ("--set", "--cfg-options")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _EPILOG = "Start with `xtuner list-cfg`, and `xtuner COMMAND --help` for any of them."
 
 
@@ -44,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stdout.flush()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if debug or error.errno not in _NO_ROOM:
+            raise
+        print(f"cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -44,8 +42,12 @@ def command(
     from xtuner.config.load import load_settings
 
     loaded = load_settings(config, overrides=overrides or ())
-    if nproc > 1 and "LOCAL_RANK" not in os.environ:
-        raise typer.Exit(_respawn(nproc))
+    if resume and overwrite:
+        raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
+    if nproc > 1 and "RANK" not in os.environ:
+        from xtuner.engine.launch import launch
+
+        raise typer.Exit(launch([sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]], nproc))
 
     from xtuner.engine.trainer import Interrupted
     from xtuner.run import train
@@ -53,31 +55,9 @@ def command(
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
     except Interrupted as stopped:
-        place = f" --work-dir {shlex.quote(str(work_dir))}" if work_dir else ""
-        sets = "".join(f" --set {shlex.quote(o)}" for o in overrides or ())
-        print(
-            f"\n{stopped} Go on with:\n  xtuner train {shlex.quote(config)}{place}{sets} --resume",
-            file=sys.stderr,
-        )
+        again = ["xtuner", "train", config, *(["--work-dir", str(work_dir)] if work_dir else [])]
+        again += [word for override in overrides or () for word in ("--set", override)]
+        again += ["--nproc", str(nproc)] if nproc > 1 else []
+        again += ["--resume"] if stopped.can_resume else []
+        print(f"\n{stopped} Go on with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _respawn(processes: int) -> int:
-    """Run this very command in several processes under torchrun; its exit code is ours."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-    ]
-    child = subprocess.Popen([*launcher, "-m", "xtuner.cli.app", *sys.argv[1:]])
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    try:
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:
-                continue  # the terminal sent Ctrl-C to the workers as well: wait for them to save
-    finally:
-        signal.signal(signal.SIGTERM, before)

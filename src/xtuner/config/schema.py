@@ -226,6 +226,17 @@ class Settings(ModelPart, DataPart, OptimPart, EvaluationPart, RuntimePart):
             return "split" if self.algorithm == "pretrain" else "truncate"
         return self.overlong
 
+    def without_effect(self) -> list[str]:
+        """Settings that were given and that the others leave without effect."""
+        idle: list[str] = []
+        if not self.uses_adapter:
+            idle += [name for name in ModelPart.model_fields if name.startswith("lora_")]
+        if self.effective_quantization not in ("nf4", "fp4"):
+            idle.append("double_quant")
+        if not self.evaluation_inputs:
+            idle.append("evaluation_max_new_tokens")
+        return [name for name in idle if name in self.model_fields_set]
+
 
 def field_parts() -> dict[str, type[Part]]:
     """The part that each setting belongs to, in the order of a settings file."""

@@ -37,6 +37,7 @@ class Loader:
         shuffle: False keeps the order of the packs in every epoch.
         rank, world_size: this process and the number of processes.
         num_workers: processes that build batches ahead; 0 builds them when they are asked for.
+        pin_memory: keep batches where a GPU copies them from fastest.
 
     Raises:
         DataError: `dataset` is empty.
@@ -54,6 +55,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         if len(dataset) == 0:
             raise DataError("the data set is empty: there is nothing to load")
@@ -64,6 +66,7 @@ class Loader:
         self._seed, self._shuffle = seed, shuffle
         self._rank, self._world_size = rank, world_size
         self._num_workers = num_workers
+        self._pin = pin_memory
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
     @property
@@ -89,9 +92,8 @@ class Loader:
             if not self._num_workers
             else self._ahead(wanted)
         )
-        pin = torch.cuda.is_available()
         for batch in made:
-            yield _pinned(batch) if pin else batch
+            yield _pinned(batch) if self._pin else batch
 
     def _ahead(self, wanted: Iterator[list[int]]) -> Iterator[Batch]:
         loader: DataLoader[Batch] = DataLoader(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from xtuner.errors import CheckpointError, LaunchError
 
@@ -53,15 +54,17 @@ class CheckpointStore:
             LaunchError: the disk is full; earlier checkpoints are untouched.
         """
         target = self.work_dir / f"iter_{step}"
-        for leftover in self.work_dir.glob(".iter_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self.tidy()
         draft = self.work_dir / f".iter_{step}.writing"
         draft.mkdir(parents=True)
         try:
             write(draft)
             _flush_tree(draft)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
+            # torch reports a full disk as RuntimeError, safetensors as an error of its own
+            if not isinstance(error, OSError | RuntimeError | SafetensorError):
+                raise
             free = shutil.disk_usage(self.work_dir).free / 2**20
             raise LaunchError(
                 f"cannot write checkpoint {target}: {error} ({free:,.0f} MiB free). "
@@ -78,6 +81,11 @@ class CheckpointStore:
         _flush(self.work_dir)
         self._prune(keep=target)
         return target
+
+    def tidy(self) -> None:
+        """Remove what a killed save or deletion left behind."""
+        for leftover in self.work_dir.glob(".iter_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _point_at(self, target: Path) -> None:
         draft = self.work_dir / f".{LAST_FILE}.writing"
@@ -110,7 +118,9 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"{self.work_dir}: holds no checkpoint to resume from; start without --resume"
                 )
-            return there[-1]
+            pointer = self.work_dir / LAST_FILE
+            newest = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+            return next((path for path in there if path.name == newest), there[-1])
         name = Path(which).name.removesuffix(".pth")
         path = Path(which) if Path(which).is_dir() else self.work_dir / name
         if not (path / STATE_FILE).is_file():

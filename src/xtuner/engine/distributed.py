@@ -8,9 +8,11 @@ all ranks.
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,9 @@ class Processes:
     """
 
     def __init__(self, device: str):
-        self._state = PartialState(cpu=device == "cpu")
+        # The others wait while the main process encodes the data, saves or answers questions.
+        patience = {"timeout": timedelta(days=1)} if "RANK" in os.environ else {}
+        self._state = PartialState(cpu=device == "cpu", **patience)
         self.rank: int = self._state.process_index
         self.world_size: int = self._state.num_processes
         self.device: torch.device = (
@@ -50,6 +54,14 @@ class Processes:
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()  # type: ignore[no-any-return]
+
+    def gather(self, words: list[str]) -> list[str]:
+        """The words of all processes, in the order of ranks."""
+        if self.world_size == 1:
+            return words
+        found: list[list[str]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(found, words)
+        return [word for part in found for word in part]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum over all processes; a missing one counts as zero."""

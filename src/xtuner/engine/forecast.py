@@ -53,8 +53,9 @@ def forecast(model: Any, settings: Settings, *, recompute: bool) -> Forecast:
     trainable, parameters = count_parameters(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     bytes_each = 2 if "8bit" in settings.optim_type else 8
-    config = model.config
-    width, layers = config.hidden_size, config.num_hidden_layers
+    config = model.config.get_text_config()
+    width = getattr(config, "hidden_size", 0)
+    layers = getattr(config, "num_hidden_layers", 0)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     tokens = settings.batch_size * settings.max_length
     element = 2 if settings.dtype != "float32" else 4

@@ -45,7 +45,11 @@ class Groups(Protocol):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; the last finished step is saved."""
+    """The run was asked to stop; `can_resume` tells whether there is a checkpoint to go on from."""
+
+    def __init__(self, message: str = "", *, can_resume: bool = False) -> None:
+        super().__init__(message)
+        self.can_resume = can_resume
 
 
 class Trainer:
@@ -92,7 +96,7 @@ class Trainer:
         run = self.run
         with ExitStack() as stack:
             for hook in self.hooks:
-                stack.callback(hook.close)
+                stack.callback(self._close, hook)
             stack.enter_context(self._stop_on_signals())
             self._call("on_start")
             self.model.train()
@@ -101,7 +105,10 @@ class Trainer:
                     self._step(group)
                 except Interrupted:
                     self._save_once()
-                    raise Interrupted(f"Stopped at step {run.step}; it is saved.") from None
+                    if run.step == 0:
+                        raise Interrupted("Stopped before the first step.") from None
+                    message = f"Stopped at step {run.step}; it is saved."
+                    raise Interrupted(message, can_resume=True) from None
                 except TrainingError:
                     self._save_once()
                     raise
@@ -165,7 +172,7 @@ class Trainer:
         return float(total)
 
     def _not_finite(self, group: list[Batch], loss: float, norm: float) -> str:
-        """Name the rows whose own loss is not finite, or else all rows of the step."""
+        """Name the rows, of any process, whose own loss is not finite; or else all of the step."""
         singles = [sample for batch in group for sample in batch.split()]
         with torch.no_grad():
             bad = [
@@ -176,20 +183,29 @@ class Trainer:
                     self.algorithm.loss(self.model, sample.to(self.processes.device)).loss
                 )
             ]
-        rows = bad or [str(row) for batch in group for row in batch.rows]
+        bad = self.processes.gather(bad)
+        rows = bad or self.processes.gather([str(r) for batch in group for r in batch.rows])
         what = (
             "these rows have a loss that is not finite"
             if bad
             else "the step was made of these rows"
         )
         more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+        cure = "the step before is saved, go on with --resume" if self.run.step else "begin anew"
         return (
-            f"step {self.run.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the "
-            "step was not taken; "
-            f"{what}: {'; '.join(rows[:10])}{more}.\n  Look at the rows with `xtuner "
-            "log-dataset`, lower lr, or set "
-            "dtype = 'float32'; the step before is saved, go on with --resume."
+            f"step {self.run.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the step "
+            f"was not taken; {what}: {'; '.join(rows[:10])}{more}.\n  Look at the rows with "
+            f"`xtuner log-dataset`, lower lr, or set dtype = 'float32'; {cure}."
         )
+
+    def _close(self, hook: BaseHook) -> None:
+        """Close a hook; a fault in it must hide neither the end of the run nor its error."""
+        try:
+            hook.close()
+        except Exception as error:
+            self.run.console.print(
+                f"Note: {type(hook).__module__} could not finish: {error}", markup=False
+            )
 
     def _save_once(self) -> None:
         if self._saved_at != self.run.step and self.run.step != self.run.start_step:

@@ -33,6 +33,9 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 # a failure.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+# With 8-bit weights it tells at every layer and step that inputs are cast.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -83,6 +83,8 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         A float32 scalar. Products are taken in autocast's type where autocast is on, else in that
         of `hidden`.
     """
+    if not torch.is_grad_enabled():  # inside a Function all inputs still seem to need gradients
+        hidden, weight = hidden.detach(), weight.detach()
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype

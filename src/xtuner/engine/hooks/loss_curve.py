@@ -20,6 +20,7 @@ class Hook(BaseHook):
     def on_start(self, run: Run) -> None:
         """Note where the picture goes."""
         self._file = run.log_dir / "loss_curve.png"
+        self.on_end(run)
 
     def on_step(self, run: Run) -> None:
         """Keep the loss."""
@@ -28,7 +29,8 @@ class Hook(BaseHook):
             self._validation.append((run.step, run.scalars["val_loss"]))
 
     def on_end(self, run: Run) -> None:
-        """Keep the validation loss of the finished model."""
+        """Keep a validation loss measured after the last step (or, from `on_start`, before the
+        first)."""
         if "val_loss" in run.scalars:
             self._validation.append((run.step, run.scalars["val_loss"]))
 

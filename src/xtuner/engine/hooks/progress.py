@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 10.0
 class Hook(BaseHook):
     """A progress bar with loss, learning rate, speed and the time left."""
 
-    order = 40
+    order = 5  # first, so that at the end the bar stands still before others print
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

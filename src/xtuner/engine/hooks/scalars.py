@@ -24,6 +24,8 @@ class Hook(BaseHook):
         for name in ("scalars.jsonl", f"{run.log_dir.name}.log"):
             self._files.append((run.log_dir / name).open("a", encoding="utf-8"))
 
+        self._write_validation(run)
+
     def on_step(self, run: Run) -> None:
         """Write and flush, so that a killed run keeps its numbers."""
         scalars, log = self._files
@@ -39,8 +41,11 @@ class Hook(BaseHook):
             log.flush()
 
     def on_end(self, run: Run) -> None:
-        """Write the validation loss of the finished model, which was measured after the last step's
-        line."""
+        """Write the validation loss of the finished model."""
+        self._write_validation(run)
+
+    def _write_validation(self, run: Run) -> None:
+        """Write a validation loss that was measured before the first or after the last step."""
         if "val_loss" in run.scalars:
             line = {
                 "step": run.step,

@@ -32,6 +32,13 @@ class Hook(BaseHook):
 
         self._writer = SummaryWriter(str(run.log_dir / "tensorboard"))
 
+        self.on_step(run)
+
+    def on_end(self, run: Run) -> None:
+        """Write the validation loss of the finished model."""
+        if "val_loss" in run.scalars:
+            self._writer.add_scalar("train/val_loss", run.scalars["val_loss"], run.step)
+
     def on_step(self, run: Run) -> None:
         """Write the step's numbers."""
         for name, value in run.scalars.items():

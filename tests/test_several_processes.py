@@ -1,0 +1,57 @@
+"""`xtuner train --nproc 2`: the same losses as one process, and the exit codes of one process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from test_resume import losses, prepare
+
+pytestmark = pytest.mark.distributed
+
+
+def train(folder, *arguments, **environment):
+    command = [sys.executable, "-m", "xtuner.cli.app", "train", "config.py", *arguments]
+    return subprocess.run(
+        [*command, "--set", "lora_dropout=0.0", "--set", "dtype=float32"],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, tiny_model_path):
+    folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=False).parent
+    one = train(folder, "--work-dir", "one", "--set", "max_steps=4")
+    two = train(
+        folder,
+        *("--work-dir", "two", "--set", "max_steps=4", "--nproc", "2"),
+        *("--set", "accumulative_counts=1"),
+    )
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert two.stdout.count("Results") == 1  # the main process alone speaks
+    expected, found = losses(folder / "one"), losses(folder / "two")
+    assert len(expected) == 4 and found.keys() == expected.keys()
+    for step, values in expected.items():
+        assert found[step][0] == pytest.approx(values[0], abs=1e-5)
+
+
+def test_a_fault_of_the_user_exits_with_2_and_one_message(tmp_path, tiny_model_path):
+    folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=False).parent
+    failed = train(folder, "--nproc=2", "--set", "data_path=missing.jsonl")
+    assert failed.returncode == 2
+    assert failed.stderr.count("missing.jsonl") >= 1 and "Traceback" not in failed.stderr
+
+
+def test_sigterm_saves_and_exits_with_130(tmp_path, tiny_model_path):
+    folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=True).parent
+    stopped = train(
+        folder,
+        *("--work-dir", "w", "--nproc", "2", "--set", "accumulative_counts=1"),
+        HOW_TO_DIE="SIGTERM",
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    assert "--nproc 2 --resume" in stopped.stderr
+    assert (folder / "w" / "last_checkpoint").read_text().strip() == "iter_7"
