@@ -8,9 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import inspect
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,6 @@ from rich.console import Console
 from xtuner import __version__, plugins, templates
 from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
-from xtuner.config.render import render_all
-from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.loader import Loader
 from xtuner.data.pack import PackedDataset
@@ -30,9 +25,10 @@ from xtuner.engine import optim
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.distributed import Processes
 from xtuner.engine.forecast import check_disk, forecast
-from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.trainer import Trainer
-from xtuner.errors import CheckpointError, ConfigError
+from xtuner.engine.workplace import WorkPlace
+from xtuner.errors import CheckpointError
 from xtuner.models import adapters
 from xtuner.models.attention import training_implementation
 from xtuner.models.causal_lm import PackedCausalLM
@@ -54,38 +50,6 @@ ORDERING_SETTINGS = tuple(
     "lr_schedule lora_alpha lora_dropout dtype seed".split()
 )
 """Settings that a resume may change, but then the run is no longer the straight one."""
-
-
-@dataclass(frozen=True)
-class WorkPlace:
-    """Where a run writes: its work dir, and in it the time-stamped folder of this start."""
-
-    work_dir: Path
-    log_dir: Path
-
-    @classmethod
-    def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> WorkPlace:
-        """Make the folders.
-
-        Raises:
-            CheckpointError: checkpoints of an earlier run are there and neither flag says what to
-                do.
-        """
-        store = CheckpointStore(work_dir)
-        store.tidy()
-        there = store.all()
-        if there and not resuming and not overwrite:
-            raise CheckpointError(
-                f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on, "
-                "--work-dir DIR to train elsewhere, or --overwrite to delete it and begin anew."
-            )
-        log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
-        for number in range(1, 1000):
-            with contextlib.suppress(FileExistsError):
-                log_dir.mkdir(parents=True)
-                break
-            log_dir = log_dir.with_name(f"{log_dir.name.split('-')[0]}-{number}")
-        return cls(work_dir, log_dir)
 
 
 def train(
@@ -177,7 +141,11 @@ class _TrainingRun:
             optimizer=optimizer,
             processes=self.processes,
             run=run,
-            hooks=_make_hooks(self.loaded, run) if self.processes.is_main else [],
+            hooks=(
+                make_hooks(run, custom=settings.custom_hooks, folder=self.loaded.folder)
+                if self.processes.is_main
+                else []
+            ),
             save=self._save,
         )
         if overwrite and self.processes.is_main:
@@ -187,34 +155,12 @@ class _TrainingRun:
         return self.work_dir
 
     def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
-        """The main process makes the folders and writes the settings; the others look nothing up
-        there."""
+        """The main process makes the folders; the others look nothing up there."""
         if not self.processes.is_main:
             return WorkPlace(self.work_dir, self.work_dir)
         place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
-        text = render_all(
-            self._with_whole_paths(), title=f"All settings of {self.loaded.name}, as resolved"
-        )
-        file = self.work_dir / f"{self.loaded.name}.py"
-        if self.loaded.path is not None and file.resolve() == self.loaded.path.resolve():
-            file = file.with_stem(f"{file.stem}_resolved")  # the user's own file stays as it is
-        file.write_text(text, encoding="utf-8")
+        place.keep_settings(self.loaded)
         return place
-
-    def _with_whole_paths(self) -> Settings:
-        """The settings with paths that hold wherever the file that shows them lies."""
-
-        def whole(name: str) -> str:
-            places = (base / Path(name).expanduser() for base in (self.loaded.folder, Path.cwd()))
-            return next((str(place.resolve()) for place in places if place.exists()), name)
-
-        s = self.settings
-        return s.model_copy(
-            update={
-                "pretrained_model_name_or_path": whole(s.pretrained_model_name_or_path),
-                "data_path": tuple(whole(path) for path in s.data_path),
-            }
-        )
 
     def _build_data(self, place: WorkPlace) -> TrainingData:
         """Encode in the main process first; the others then find everything in the cache."""
@@ -445,22 +391,6 @@ def _load_algorithm(loaded: LoadedSettings) -> Algorithm:
     if plugins.is_user_path(name):
         return plugins.load_user_object(name, setting="algorithm", folder=loaded.folder)()  # type: ignore[no-any-return]
     return plugins.load("xtuner.algorithms", name, setting="algorithm").Algorithm()  # type: ignore[no-any-return]
-
-
-def _make_hooks(loaded: LoadedSettings, run: Run) -> list[BaseHook]:
-    """Every hook of the folder and of the user's that wants this run."""
-    package = "xtuner.engine.hooks"
-    classes = [importlib.import_module(f"{package}.{name}").Hook for name in plugins.names(package)]
-    classes += [
-        plugins.load_user_object(name, setting="custom_hooks", folder=loaded.folder)
-        for name in loaded.settings.custom_hooks
-    ]
-    for kind in classes:
-        if not (inspect.isclass(kind) and issubclass(kind, BaseHook)):
-            raise ConfigError(
-                f"custom_hooks: {kind!r} is not a subclass of xtuner.engine.hooks.base.BaseHook"
-            )
-    return [hook for hook in (kind() for kind in classes) if hook.wanted(run)]
 
 
 def _versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from xtuner.errors import LaunchError
+from xtuner.models.save import flush, flush_tree
 
 _SPARE = 64 * 2**20
 """Bytes of the disk that stay free beside the weights: tokenizer, configuration, and some air."""
@@ -41,11 +42,11 @@ def new_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
         draft.mkdir()
         yield draft
-        _flush_tree(draft)
+        flush_tree(draft)
         if target.exists():
             target.rmdir()
         os.rename(draft, target)
-        _flush(target.parent)
+        flush(target.parent)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
         for path in parents:
@@ -98,20 +99,3 @@ def _check_disk(target: Path, num_bytes: int) -> None:
             f"{target}: needs {(num_bytes + _SPARE) / 1e9:,.2f} GB of disk, "
             f"{free / 1e9:,.2f} GB are free; make room, or give a folder on another disk"
         )
-
-
-def _flush_tree(folder: Path) -> None:
-    readable = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(readable)  # safetensors lets nobody but the owner read its files
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

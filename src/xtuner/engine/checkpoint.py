@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from xtuner.errors import CheckpointError, LaunchError
+from xtuner.models.save import flush, flush_tree
 
 STATE_FILE = "training_state.pt"
 LAST_FILE = "last_checkpoint"
@@ -59,7 +60,7 @@ class CheckpointStore:
         draft.mkdir(parents=True)
         try:
             write(draft)
-            _flush_tree(draft)
+            flush_tree(draft)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             # torch reports a full disk as RuntimeError, safetensors as an error of its own
@@ -78,7 +79,7 @@ class CheckpointStore:
         else:
             os.rename(draft, target)
         self._point_at(target)
-        _flush(self.work_dir)
+        flush(self.work_dir)
         self._prune(keep=target)
         return target
 
@@ -90,7 +91,7 @@ class CheckpointStore:
     def _point_at(self, target: Path) -> None:
         draft = self.work_dir / f".{LAST_FILE}.writing"
         draft.write_text(target.name + "\n", encoding="utf-8")
-        _flush(draft)
+        flush(draft)
         os.replace(draft, self.work_dir / LAST_FILE)
 
     def _prune(self, keep: Path) -> None:
@@ -181,18 +182,3 @@ def load_state(
         if before.get(key) != value
     ]
     return step, changed
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,8 @@
-"""Write a model or an adapter in Hugging Face format."""
+"""Write a model or an adapter in Hugging Face format, and make sure that it is on the disk."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,22 @@ def save_model(model: Any, folder: Path, *, max_shard_size: str = "2GB") -> None
 def weight_files(folder: Path) -> list[Path]:
     """The files of `folder` that hold weights."""
     return sorted(folder.glob("*.safetensors"))
+
+
+def flush_tree(folder: Path) -> None:
+    """Have the disk hold every file of `folder`, and let all who read the folder read them."""
+    readable = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)  # safetensors lets nobody but the owner read its files
+        flush(path)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold one file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from xtuner import plugins
 from xtuner.config.schema import Settings
+from xtuner.errors import ConfigError
 
 
 @dataclass
@@ -66,6 +70,29 @@ class BaseHook:
 
     def close(self) -> None:
         """Called always at the end, also after an error or an interruption."""
+
+
+def make_hooks(run: Run, *, custom: Sequence[str], folder: Path) -> list[BaseHook]:
+    """Make every hook of this package, and the user's, that wants this run.
+
+    Args:
+        run: the run they will watch.
+        custom: the setting `custom_hooks`.
+        folder: where relative paths in `custom` are looked up first.
+
+    Raises:
+        ConfigError: a custom hook cannot be loaded or is no hook.
+    """
+    package = "xtuner.engine.hooks"
+    classes = [importlib.import_module(f"{package}.{name}").Hook for name in plugins.names(package)]
+    for name in custom:
+        kind = plugins.load_user_object(name, setting="custom_hooks", folder=folder)
+        if not (inspect.isclass(kind) and issubclass(kind, BaseHook)):
+            raise ConfigError(
+                f"custom_hooks: {name!r} is not a subclass of xtuner.engine.hooks.base.BaseHook"
+            )
+        classes.append(kind)
+    return [hook for hook in (kind() for kind in classes) if hook.wanted(run)]
 
 
 def numbers(scalars: Mapping[str, float], keys: Sequence[str]) -> str:

@@ -1,0 +1,73 @@
+"""Where a run writes: its work dir, what stays of earlier runs there, and the settings as used."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner.config.load import LoadedSettings
+from xtuner.config.render import render_all
+from xtuner.engine.checkpoint import CheckpointStore
+from xtuner.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class WorkPlace:
+    """Where a run writes: its work dir, and in it the time-stamped folder of this start."""
+
+    work_dir: Path
+    log_dir: Path
+
+    @classmethod
+    def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> WorkPlace:
+        """Make the folders.
+
+        Raises:
+            CheckpointError: checkpoints of an earlier run are there and neither flag says what to
+                do.
+        """
+        store = CheckpointStore(work_dir)
+        store.tidy()
+        there = store.all()
+        if there and not resuming and not overwrite:
+            raise CheckpointError(
+                f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on, "
+                "--work-dir DIR to train elsewhere, or --overwrite to delete it and begin anew."
+            )
+        log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
+        for number in range(1, 1000):
+            with contextlib.suppress(FileExistsError):
+                log_dir.mkdir(parents=True)
+                break
+            log_dir = log_dir.with_name(f"{log_dir.name.split('-')[0]}-{number}")
+        return cls(work_dir, log_dir)
+
+    def keep_settings(self, loaded: LoadedSettings) -> None:
+        """Write all settings, as resolved, to ``<name>.py`` in the work dir.
+
+        Paths are written whole, so that the file holds wherever it is read from. The user's own
+        file is never written to, also when it lies in the work dir.
+        """
+        settings = loaded.settings.model_copy(
+            update={
+                "pretrained_model_name_or_path": _whole(
+                    loaded.settings.pretrained_model_name_or_path, loaded.folder
+                ),
+                "data_path": tuple(
+                    _whole(path, loaded.folder) for path in loaded.settings.data_path
+                ),
+            }
+        )
+        file = self.work_dir / f"{loaded.name}.py"
+        if loaded.path is not None and file.resolve() == loaded.path.resolve():
+            file = file.with_stem(f"{file.stem}_resolved")
+        text = render_all(settings, title=f"All settings of {loaded.name}, as resolved")
+        file.write_text(text, encoding="utf-8")
+
+
+def _whole(name: str, folder: Path) -> str:
+    """The absolute path of what `name` means here, or `name` if nothing of that name is here."""
+    places = (base / Path(name).expanduser() for base in (folder, Path.cwd()))
+    return next((str(place.resolve()) for place in places if place.exists()), name)
