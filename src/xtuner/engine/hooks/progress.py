@@ -16,6 +16,7 @@ from rich.progress import (
 from xtuner.engine.hooks.base import BaseHook, Run, numbers
 
 SHOWN = ("loss", "lr", "tokens_per_second")
+IN_BAR = ("loss", "tokens_per_second")  # the bar must fit into 80 columns
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -35,7 +36,7 @@ class Hook(BaseHook):
             return
         self._bar = Progress(
             TextColumn("Training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("<"),
@@ -48,15 +49,16 @@ class Hook(BaseHook):
 
     def on_step(self, run: Run) -> None:
         """Advance the bar, or print a line now and then."""
-        shown = numbers(run.scalars, SHOWN).replace("tokens_per_second", "tokens/s")
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=run.step, shown=shown)
+            self._bar.update(self._task, completed=run.step, shown=_words(run, IN_BAR))
         elif (
             run.step in (1, run.total_steps)
             or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES
         ):
             self._last_line = time.monotonic()
-            run.console.print(f"step {run.step}/{run.total_steps}  epoch {run.epoch:.2f}  {shown}")
+            run.console.print(
+                f"step {run.step}/{run.total_steps}  epoch {run.epoch:.2f}  {_words(run, SHOWN)}"
+            )
 
     def on_end(self, run: Run) -> None:
         """Leave the full bar standing before other hooks print."""
@@ -67,3 +69,7 @@ class Hook(BaseHook):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _words(run: Run, keys: tuple[str, ...]) -> str:
+    return numbers(run.scalars, keys).replace("tokens_per_second", "tokens/s")
