@@ -18,13 +18,13 @@ from xtuner.errors import ConfigError, ModelError
 from xtuner.models import fetch
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_dtype
-from xtuner.models.quantize import Quantization
+from xtuner.models.quantize import Quantization, Rounding
 from xtuner.models.runinfo import RunInfo
 from xtuner.templates import load as load_template
 
 logger = logging.getLogger("xtuner.chat")
 
-_QUANTIZATION: dict[int | None, Quantization] = {None: "none", 4: "nf4", 8: "int8"}
+_QUANTIZATION: dict[int, Quantization] = {4: "nf4", 8: "int8", 16: "none"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Found:
         adapter: folder of the adapter on it, if any.
         tokenizer: folder or hub name of the tokenizer.
         template, system: what the run that wrote it trained with.
+        quantization: how the run held the base model that an adapter was trained beside.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Found:
     tokenizer: str = ""
     template: str = "auto"
     system: str = ""
+    quantization: Quantization = "none"
 
 
 def open_chat(
@@ -64,7 +66,8 @@ def open_chat(
             adapter, a model folder, a name on the hub, or a name that `xtuner fetch` brought.
         adapter: folder of an adapter to put on `model`.
         prompt_template, system: in place of those that the checkpoint names.
-        bits: 4 or 8 holds the model's linear layers quantised.
+        bits: 4 or 8 holds the model's linear layers quantised, 16 does not; None holds them as
+            the run did that trained the adapter.
         options: of the answers.
         device: 'auto' is a GPU where there is one.
         dtype: of weights and computation; 'auto' is bfloat16 where the hardware has it.
@@ -73,8 +76,8 @@ def open_chat(
     Raises:
         XTunerError: what is wrong with what was given.
     """
-    if bits not in _QUANTIZATION:
-        raise ConfigError(f"bits = {bits}: must be 4 or 8, or left out for an unquantised model")
+    if bits is not None and bits not in _QUANTIZATION:
+        raise ConfigError(f"bits = {bits}: must be 4, 8 or 16 (unquantised), or left out")
     found = find(str(model), adapter=None if adapter is None else str(adapter))
     name = prompt_template or found.template
     tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)
@@ -89,7 +92,7 @@ def open_chat(
         found.model,
         dtype=resolve_dtype(dtype, place),
         device=place,
-        quantization=_QUANTIZATION[bits],
+        quantization=found.quantization if bits is None else _QUANTIZATION[bits],
         trust_remote_code=trust_remote_code,
     )
     network = load_adapter(loaded, found.adapter) if found.adapter else loaded
@@ -163,7 +166,13 @@ def _from_adapter(folder: Path, *, base: str = "") -> Found:
 def _with_run(found: Found, info: RunInfo | None) -> Found:
     if info is None:
         return found
-    return replace(found, template=info.prompt_template, system=info.system)
+    rounding = Rounding.of_run(info.settings) if info.kind == "adapter" else None
+    return replace(
+        found,
+        template=info.prompt_template,
+        system=info.system,
+        quantization=rounding.quant_type if rounding else "none",
+    )
 
 
 def _folder(name: str) -> Path | None:

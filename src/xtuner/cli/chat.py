@@ -43,7 +43,11 @@ def command(
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="S", help="The system message.")] = None,
     bits: Annotated[
-        int | None, typer.Option(metavar="4|8", help="Hold the model in 4 or 8 bits a weight.")
+        int | None,
+        typer.Option(
+            metavar="4|8|16",
+            help="Bits a weight; left out: as in the training of the adapter, else 16.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 512,
     temperature: Annotated[

@@ -15,6 +15,7 @@ from torch import Tensor
 from xtuner.errors import ModelError
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, quiet_transformers
+from xtuner.models.quantize import Rounding
 
 _TEXT = "Question: Who are you, and what is the capital of France?\nAnswer: 我是一个小助手。Paris."
 
@@ -67,6 +68,7 @@ def compare(
     dtype: torch.dtype,
     device: str,
     trust_remote_code: bool = False,
+    rounding: Rounding | None = None,
 ) -> Difference:
     """Compute the logits of base + adapter, of the base alone and of `merged`, in this order.
 
@@ -77,11 +79,14 @@ def compare(
         dtype: of weights and computation, of all three alike.
         device: 'cpu' or 'cuda'.
         trust_remote_code: run Python code that lies beside the weights.
+        rounding: what quantisation did to the base's weights in training.
     """
     options: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code
     }  # fmt: skip
     base = load_plain(llm, **options)
+    if rounding:
+        rounding.apply(base)
     ids = _probe(merged, base.get_input_embeddings().weight.shape[0], trust_remote_code).to(device)
     with warnings.catch_warnings():
         warnings.filterwarnings(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ class NeedsModel(Exception):
     """The adapter cannot be merged file by file; the text says why."""
 
 
+class HasTensors(Protocol):
+    """Tensors by name."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        ...
+
+
 @dataclass(frozen=True)
 class Change:
     """How one tensor changes.
@@ -59,7 +67,7 @@ class Change:
     scaling: float = 1.0
     transposed: bool = False
 
-    def apply(self, base: Weights, adapter: Weights, *, device: str) -> Tensor:
+    def apply(self, base: HasTensors, adapter: Weights, *, device: str) -> Tensor:
         """The changed tensor, computed in float32; the caller casts it."""
         if self.replacement:
             return adapter[self.replacement]

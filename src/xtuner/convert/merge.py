@@ -3,7 +3,7 @@
     base files ──tensor by tensor, + scaling · B A──► shards ──reload──► same logits as
          └─ what only a model understands: PEFT, in memory ──┘           base + adapter?
 
-The base is read unquantised, even if the adapter was trained on a quantised one: merging into 4-bit
+The base is not quantised, even if the adapter was trained on a quantised one: merging into 4-bit
 weights would round them anew, which costs far more than the difference between the two bases.
 """
 
@@ -13,6 +13,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from xtuner.errors import ModelError
 from xtuner.models import fetch
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import DTYPES, load_tokenizer, pick_device, read_config
+from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.save import save_model
 
@@ -121,6 +123,12 @@ class _Merge:
         folder = Path(self.llm).expanduser()
         return folder if folder.is_dir() else fetch.cached(self.llm)
 
+    @cached_property
+    def rounding(self) -> Rounding | None:
+        """What quantisation did to the weights that the adapter was trained beside."""
+        info = RunInfo.read(self.adapter)
+        return Rounding.of_run(info.settings) if info else None
+
     @property
     def place(self) -> str:
         """What the base model is loaded from."""
@@ -131,6 +139,11 @@ class _Merge:
         config = lora.read_adapter_config(self.adapter)
         weights = Weights.of_adapter(self.adapter)
         info = self._run_info()
+        if self.rounding:
+            self.tell(
+                f"The adapter was trained beside {self.rounding.quant_type} weights: they are "
+                "dequantised, and it is merged into them."
+            )
         how: Literal["by shard", "in memory"] = "by shard"
         try:
             base, plan, changes = self._plan(weights, config)
@@ -190,9 +203,10 @@ class _Merge:
     ) -> None:  # fmt: skip
         def read(name: str) -> torch.Tensor:
             if name in changes:
-                return changes[name].apply(base, adapter, device=self.device)
-            return base[name]
+                return changes[name].apply(seen, adapter, device=self.device)
+            return seen[name]
 
+        seen = _Rounded(base, self.rounding, self.place) if self.rounding else base
         write_shards(draft, plan, read, max_bytes=self.max_bytes, tell=self.tell)
         assert self.folder is not None
         write_config(self.folder, draft, dtype=_main_dtype(plan), untie=lora.HEAD in changes)
@@ -202,6 +216,8 @@ class _Merge:
             self.place, dtype=self._memory_dtype(), device=self.device,
             trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
+        if self.rounding:
+            self.rounding.apply(model)
         if not config.get("ensure_weight_tying"):
             _part_tied(model, Weights.of_adapter(self.adapter))
         with warnings.catch_warnings():
@@ -253,7 +269,7 @@ class _Merge:
         self.tell("Reading the result again and comparing it with base + adapter ...")
         found = compare.compare(
             self.place, self.adapter, draft, dtype=computed, device=self.device,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.trust_remote_code, rounding=self.rounding,
         )  # fmt: skip
         # In a short type, rounding of the computation comes on top of rounding of the weights.
         bound = compare.BOUNDS.get(stored, 1e-4) * (1 if computed == torch.float32 else 2)
@@ -280,6 +296,23 @@ class _Merge:
                 "--dtype float32 keeps it."
             )
         return found
+
+
+class _Rounded:
+    """The weights of a model as a run on 4-bit weights saw them, tensor by tensor."""
+
+    def __init__(self, base: Weights, rounding: Rounding, place: str) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self._base, self._rounding = base, rounding
+        with torch.device("meta"):
+            self._names = rounding.names(
+                AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
+            )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._base[name]
+        return self._rounding(weight) if name in self._names else weight
 
 
 def _main_dtype(plan: dict[str, Planned]) -> torch.dtype:

@@ -6,10 +6,12 @@ of its block of 64, and 32/(64·256) for the scale of 256 scales.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 
@@ -45,3 +47,56 @@ def protect_from_repacking(model: nn.Module) -> None:
 def is_quantized(model: nn.Module) -> bool:
     """Whether `model` holds bitsandbytes weights."""
     return bool(getattr(model, "is_quantized", False))
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What 4-bit quantisation leaves of a weight: quantised and dequantised again.
+
+    An adapter trained beside quantised weights has learnt to correct *these* numbers, not those of
+    the checkpoint.
+    """
+
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of_run(cls, settings: Mapping[str, Any]) -> Rounding | None:
+        """The rounding of the run with these settings; None if its weights were not in 4 bits."""
+        kind: Any = settings.get("quantization", "auto")
+        kind = "nf4" if kind == "auto" and settings.get("tuning") == "qlora" else kind
+        if kind not in ("nf4", "fp4"):
+            return None
+        dtype = torch.float32 if settings.get("dtype") == "float32" else torch.bfloat16
+        return cls(kind, bool(settings.get("double_quant", True)), dtype)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Round one weight matrix; its type stays."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        packed, state = quantize_4bit(
+            weight.to(self.dtype).contiguous(),
+            blocksize=64,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+        )
+        rounded: Tensor = dequantize_4bit(packed, state).to(weight.dtype)
+        return rounded
+
+    def names(self, model: Any) -> frozenset[str]:
+        """Names of the weights that are quantised: of all linear layers but the output head."""
+        head = model.get_output_embeddings()
+        return frozenset(
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        )
+
+    @torch.no_grad()
+    def apply(self, model: Any) -> None:
+        """Round the weights of a plain model in place."""
+        names = self.names(model)
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.copy_(self(parameter))
