@@ -8,6 +8,7 @@ in float32 and multiplied in the type of the activations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
+from xtuner.models.low_rank import low_rank_linear
 
 
 class _ActivationTypeForward:
@@ -28,10 +30,22 @@ class _ActivationTypeForward:
         if self.disable_adapters or self.merged or len(active) != 1 or self.lora_variant or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         (name,) = active
-        down = self.lora_A[name].weight.to(x.dtype)
-        up = self.lora_B[name].weight.to(x.dtype)
-        inner = F.linear(self.lora_dropout[name](x), down)
-        return self.base_layer(x) + F.linear(inner, up * self.scaling[name])  # type: ignore[no-any-return]
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        drop = self.lora_dropout[name]
+        dropout = drop.p if self.training and isinstance(drop, nn.Dropout) else 0.0
+        base = self.base_layer
+        if type(base) in _fused_layers() and torch.is_grad_enabled():
+            return low_rank_linear(x, base, down, up, scaling=self.scaling[name], dropout=dropout)
+        inner = F.linear(F.dropout(x, dropout), down.to(x.dtype))
+        return base(x) + F.linear(inner, (up * self.scaling[name]).to(x.dtype))  # type: ignore[no-any-return]
+
+
+@cache
+def _fused_layers() -> tuple[type[nn.Module], ...]:
+    """Layers whose product with the input `low_rank_linear` can take itself."""
+    import bitsandbytes as bnb
+
+    return (nn.Linear, bnb.nn.Linear4bit)
 
 
 def _layer_classes() -> dict[type[nn.Module], type[nn.Module]]:
