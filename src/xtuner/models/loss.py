@@ -40,17 +40,19 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
         step = chunk_rows(weight.shape[0])
+        wide = torch.promote_types(dtype, torch.float32)
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             rows, wanted = hidden[part].to(dtype), targets[part, None]
-            logits = (rows @ head.T).float()
-            shift = torch.logsumexp(logits, dim=-1, keepdim=True)
+            logits = rows @ head.T
+            shares = torch.softmax(logits, -1, dtype=wide)
+            # log sum exp = largest logit - log of its share, which never underflows
+            shift = logits.amax(-1, keepdim=True).to(wide) - shares.amax(-1, keepdim=True).log()
             total += (shift - logits.gather(1, wanted)).sum()
             if not (need_hidden or need_weight):
                 continue
-            error = logits.sub_(shift).exp_()
-            error.scatter_add_(1, wanted, error.new_full(wanted.shape, -1.0))
-            error = error.to(dtype)
+            shares.scatter_add_(1, wanted, shares.new_full(wanted.shape, -1.0))
+            error = shares.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = error @ head
             if grad_weight is not None:
