@@ -30,7 +30,7 @@ from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.workplace import WorkPlace
 from xtuner.errors import CheckpointError
-from xtuner.models import adapters
+from xtuner.models import adapters, fused_layers
 from xtuner.models.attention import training_implementation
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_dtype
@@ -221,6 +221,7 @@ class _TrainingRun:
             trust_remote_code=s.trust_remote_code,
         )
         base.set_attn_implementation(training_implementation(base, s.attn_implementation))
+        fused_layers.install(base)
         recompute = (
             self.device == "cuda"
             if s.gradient_checkpointing == "auto"

@@ -1,0 +1,154 @@
+"""Norms and gated feed-forward layers with few operations and little kept for the backward pass.
+
+`install` puts them in the places of a model's own, where they hold the same weights under the same
+names, and only where both give the same numbers on random input: whatever the architecture, a layer
+that computes something else stays as it is.
+
+    RMS norm (arXiv:1910.07467, equation 4)   y = w * x r,  r = 1 / sqrt(mean(x^2) + eps)
+                                              dx = r g - x r^3 mean(g x),  g = w dy
+    SwiGLU (arXiv:2002.05202, equation 6)     y = W_d (silu(W_g x) * W_u x)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed: Tensor = (x * scale).to(x.dtype) * weight
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        inner = grad * weight
+        mean = (inner * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
+        grad_x = (inner * scale).addcmul_(x, scale.pow(3) * mean, value=-1).to(x.dtype)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            products = (x * scale).to(x.dtype) * grad
+            grad_weight = products.flatten(0, -2).sum(0, dtype=scale.dtype).to(weight.dtype)
+        return grad_x, grad_weight, None
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension; squares are summed in
+    float32."""
+
+    def __init__(self, weight: nn.Parameter, eps: float):
+        super().__init__()
+        self.weight = weight
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[..., H]``."""
+        return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SiluProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        grad_up = F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+
+
+class GatedMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``; the product is computed again in the backward pass instead
+    of kept."""
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., H]`` to ``[..., H]``."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        inner: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
+        if not inner.requires_grad:
+            return self.down_proj(inner)  # type: ignore[no-any-return]
+        place, parts = inner.data_ptr(), (gate.detach(), up.detach())
+
+        def pack(kept: Tensor) -> Any:
+            same = kept.data_ptr() == place and kept.numel() == inner_size
+            return kept.shape if same and kept.dtype == parts[0].dtype else kept
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            return F.silu(parts[0]).mul_(parts[1]).view(kept)
+
+        inner_size = inner.numel()
+        with saved_tensors_hooks(pack, unpack):
+            return self.down_proj(inner)  # type: ignore[no-any-return]
+
+
+def install(model: nn.Module) -> int:
+    """Put our layers in the places of those of `model` that compute the same; return how many."""
+    installed = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            ours = _norm_like(child) or _mlp_like(child)
+            if ours is not None:
+                setattr(parent, name, ours)
+                installed += 1
+    return installed
+
+
+def _norm_like(layer: nn.Module) -> nn.Module | None:
+    weight, eps = getattr(layer, "weight", None), getattr(layer, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float):
+        return None
+    if isinstance(layer, RMSNorm) or len(list(layer.parameters())) > 1:
+        return None
+    ours = RMSNorm(weight, eps)
+    probe = _probe(weight.shape[0], weight)
+    return ours if _same(layer, ours, probe) else None
+
+
+def _mlp_like(layer: nn.Module) -> nn.Module | None:
+    children = dict(layer.named_children())
+    act = children.pop("act_fn", None)
+    if set(children) != {"gate_proj", "up_proj", "down_proj"} or isinstance(layer, GatedMLP):
+        return None
+    if act is None or type(act).__name__ not in ("SiLU", "SiLUActivation"):
+        return None
+    first: Any = children["gate_proj"]
+    if not isinstance(first, nn.Linear):
+        return None
+    ours = GatedMLP(**children)
+    probe = _probe(first.in_features, next(layer.parameters()))
+    return ours if _same(layer, ours, probe) else None
+
+
+def _probe(width: int, like: Tensor) -> Tensor:
+    """Four rows of fixed numbers of a size that real activations have."""
+    dtype = like.dtype if like.is_floating_point() else torch.bfloat16
+    count = torch.arange(4 * width, dtype=torch.float32)
+    return (torch.sin(count * 12.9898) * 3).view(1, 4, width).to(like.device, dtype)
+
+
+@torch.no_grad()
+def _same(theirs: nn.Module, ours: nn.Module, probe: Tensor) -> bool:
+    wanted, got = theirs(probe), ours(probe)
+    limit = {torch.float64: 1e-9, torch.float32: 1e-5}.get(probe.dtype, 1e-2)
+    if not isinstance(wanted, Tensor) or wanted.shape != got.shape or wanted.dtype != got.dtype:
+        return False
+    difference = (wanted.double() - got.double()).abs().max()
+    return bool(difference <= limit * wanted.double().abs().max())
