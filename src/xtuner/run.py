@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
 from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
-from xtuner.data.loader import Loader
+from xtuner.data.loader import Collate, Loader
 from xtuner.data.pack import PackedDataset
 from xtuner.engine import checkpoint as checkpoints
 from xtuner.engine import optim
@@ -33,9 +34,11 @@ from xtuner.errors import CheckpointError
 from xtuner.models import adapters, fused_layers
 from xtuner.models.attention import training_implementation
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.llava_parts import LLM, LLM_ADAPTER
 from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_dtype
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.save import save_model
+from xtuner.run_vision import RunVision
 from xtuner.types import Algorithm, Message
 
 FEW_STEPS = 12
@@ -43,7 +46,8 @@ FEW_STEPS = 12
 
 SHAPING_SETTINGS = tuple(
     "pretrained_model_name_or_path algorithm tuning lora_r lora_target_modules "
-    "lora_modules_to_save quantization double_quant optim_type".split()
+    "lora_modules_to_save quantization double_quant optim_type visual_encoder_name_or_path "
+    "freeze_llm freeze_visual_encoder visual_encoder_lora_r visual_select_layer".split()
 )
 """Settings by which trained weights and optimizer state are made: a resume cannot change them."""
 
@@ -51,7 +55,8 @@ ORDERING_SETTINGS = tuple(
     "data_path data_repeats data_weights max_dataset_length validation_ratio SYSTEM "
     "prompt_template max_length pack_to_max_length overlong shuffle batch_size "
     "accumulative_counts max_epochs max_steps lr betas weight_decay max_norm warmup_ratio "
-    "lr_schedule lora_alpha lora_dropout dtype seed".split()
+    "lr_schedule lora_alpha lora_dropout dtype seed visual_encoder_lora_alpha "
+    "visual_encoder_lora_dropout image_folder pad_image_to_square group_by_modality".split()
 )
 """Settings that a resume may change, but then the run is no longer the straight one."""
 
@@ -96,6 +101,7 @@ class _TrainingRun:
         self.device = processes.device.type
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
+        self.vision: RunVision | None = None
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""
@@ -104,6 +110,10 @@ class _TrainingRun:
         self.tokenizer = load_tokenizer(
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
+        if settings.sees:
+            self.vision = RunVision.of(
+                settings, self.tokenizer, folder=self.loaded.folder, dtype=self.dtype
+            )
         self.template = templates.of_run(settings, self.tokenizer, folder=self.loaded.folder)
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
         data = self._build_data(place)
@@ -125,7 +135,7 @@ class _TrainingRun:
             work_dir=self.work_dir,
             log_dir=place.log_dir,
             console=console,
-            answer=lambda question: self._answer(model, question),
+            answer=lambda question, *images: self._answer(model, question, images),
             total_steps=total,
             validate=self._validation(model, data.validation, algorithm),
         )
@@ -176,12 +186,13 @@ class _TrainingRun:
 
         def once() -> TrainingData:
             return build(
-                self.settings,
+                self._whole_settings,
                 template=self.template,
                 tokenizer=self.tokenizer,
                 folder=self.loaded.folder,
                 report_dir=place.log_dir if self.processes.is_main else None,
                 quiet=not self.processes.is_main,
+                sight=self.vision.sight if self.vision else None,
             )
 
         if not self.processes.is_main:
@@ -195,7 +206,7 @@ class _TrainingRun:
         s = self.settings
         return Loader(
             dataset,
-            collate=algorithm.collate,
+            collate=self._collate(algorithm),
             batch_size=s.batch_size,
             accumulative_counts=s.accumulative_counts,
             seed=s.seed,
@@ -204,14 +215,25 @@ class _TrainingRun:
             world_size=self.processes.world_size,
             num_workers=s.dataloader_num_workers,
             pin_memory=self.device == "cuda",
+            grouped=s.sees and s.group_by_modality and s.shuffle,
         )
+
+    def _collate(self, algorithm: Algorithm) -> Collate:
+        return self.vision.collate(algorithm) if self.vision else algorithm.collate
+
+    @property
+    def _whole_settings(self) -> Settings:
+        """The settings with the tokens of a picture in max_length."""
+        return self.vision.whole(self.settings) if self.vision else self.settings
 
     def _make_model(self, source: Path | None) -> tuple[PackedCausalLM, bool]:
         """Load the model, or the fully trained weights of `source`; add adapters; verify its
         shortcuts."""
         s = self.settings
-        full = not s.uses_adapter
-        place = source if full and source is not None else s.pretrained_model_name_or_path
+        full = s.llm_training == "full"
+        place: str | Path = s.pretrained_model_name_or_path
+        if full and source is not None:
+            place = source / LLM if s.sees else source
         base = load_model(
             place,
             dtype=torch.float32 if full else self.dtype,
@@ -242,7 +264,16 @@ class _TrainingRun:
                 seed=s.seed,
             )
             if source is not None:
-                adapters.load_adapter_weights(model, source)
+                place = source / LLM_ADAPTER if s.sees else source
+                adapters.load_adapter_weights(model, place)
+        if self.vision:
+            wrapped: PackedCausalLM = self.vision.join(
+                model, dtype=self.dtype, device=str(self.processes.device), source=source
+            )
+            if recompute and s.visual_encoder_training != "frozen":
+                self.vision.recompute()
+            wrapped.verify()
+            return wrapped, recompute
         mixed = self.dtype != torch.float32 and (full or bool(s.lora_modules_to_save))
         wrapped = PackedCausalLM(model, autocast=self.dtype if mixed else None)
         if note := wrapped.verify():
@@ -254,7 +285,7 @@ class _TrainingRun:
     ) -> None:
         """Say in a few lines what will be done."""
         s, processes = self.settings, self.processes.world_size
-        expected = forecast(model.model, s, recompute=recompute)
+        expected = forecast(model.model, self._whole_settings, recompute=recompute)
         held = s.effective_quantization
         self.work_dir.mkdir(parents=True, exist_ok=True)
         lines = [
@@ -263,6 +294,7 @@ class _TrainingRun:
             f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             + (f"{processes} processes, " if processes > 1 else "")
             + f"{torch.get_num_threads()} CPU thread(s)",
+            *(self.vision.lines(s) if self.vision else ()),
             *expected.lines(),
             *data.report.lines(),
             f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} "
@@ -281,9 +313,11 @@ class _TrainingRun:
         for line in (*lines, f"Results      {self.work_dir}\n"):
             self.console.print(line, markup=False)
 
-    def _answer(self, model: PackedCausalLM, question: str) -> str:
+    def _answer(self, model: PackedCausalLM, question: str, images: Sequence[str] = ()) -> str:
         options = GenerationOptions(max_new_tokens=self.settings.evaluation_max_new_tokens)
-        messages = [Message("user", question)]
+        messages = [
+            self.vision.question(question, images) if self.vision else Message("user", question)
+        ]
         with torch.autocast(self.device, dtype=model.autocast, enabled=model.autocast is not None):
             pieces = stream(
                 model.model,
@@ -291,6 +325,7 @@ class _TrainingRun:
                 template=self.template,
                 messages=messages,
                 options=options,
+                vision=self.vision.shown if self.vision else None,
             )
             return "".join(pieces)
 
@@ -307,7 +342,7 @@ class _TrainingRun:
             total = count = 0.0
             with torch.no_grad():
                 for index in range(len(dataset)):
-                    batch = algorithm.collate(dataset[index])
+                    batch = self._collate(algorithm)(dataset[index])
                     total += float(algorithm.loss(model, batch.to(device)).loss)
                     count += batch.num_supervised
             model.train()
@@ -376,10 +411,13 @@ class _TrainingRun:
 
     def _write_checkpoint(self, folder: Path, run: Run) -> None:
         base = self.settings.pretrained_model_name_or_path
-        save_model(self.model.model, folder)
+        if self.vision:
+            self.vision.save(folder)
+        else:
+            save_model(self.model.model, folder)
         self.tokenizer.save_pretrained(str(folder))
         RunInfo(
-            kind="adapter" if self.settings.uses_adapter else "model",
+            kind="llava" if self.vision else "adapter" if self.settings.uses_adapter else "model",
             base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
             prompt_template=self.template.name,
             system=self.settings.SYSTEM,
@@ -387,6 +425,7 @@ class _TrainingRun:
             epoch=round(run.epoch, 6),
             settings=self.settings.model_dump(mode="json"),
             versions=_versions(),
+            visual_encoder=self.vision.encoder if self.vision else "",
         ).write(folder)
         checkpoints.save_state(
             folder, step=run.step, optimizer=self.optimizer, identity=self.identity

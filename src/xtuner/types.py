@@ -9,7 +9,7 @@ Nothing here imports torch at run time: ``xtuner list-cfg`` must answer at once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 """Label of a token that the loss leaves out (the value of torch's `cross_entropy`)."""
 
+IMAGE = "<image>"
+"""Where a picture stands in the text of a message; one token, which becomes one per patch."""
+
 Role = Literal["system", "user", "assistant", "tool"]
 Row = Mapping[str, Any]
 """One row of a data file, as read."""
@@ -31,7 +34,8 @@ class Message:
     """One turn of a conversation.
 
     `loss` overrides what is supervised: None means the default (assistant turns are, others are
-    not), False leaves an assistant turn out.
+    not), False leaves an assistant turn out. `images` names the pictures of the turn, one for each
+    ``<image>`` in `content`, in this order.
     """
 
     role: Role
@@ -40,6 +44,7 @@ class Message:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
+    images: tuple[str, ...] = ()
 
     @property
     def supervised(self) -> bool:
@@ -64,6 +69,11 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The pictures of all messages, in order."""
+        return tuple(name for message in self.messages for name in message.images)
 
 
 @dataclass(frozen=True)
@@ -97,12 +107,58 @@ class RowRef:
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, and where it came
-    from."""
+    """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, where it came from,
+    and the pictures whose places are among the tokens."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     row: RowRef
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The P pictures of a batch, in the order of their places among the tokens.
+
+    Attributes:
+        pixel_values: float32 ``[M, 3, H, W]``, those that have to go through the visual encoder.
+        places: bool ``[1, N]``, true at the tokens that stand for patches.
+        counts: number of pictures of each sample.
+        features: for each of the P pictures what the visual encoder made of it ``[T, H]``, or None
+            where it is the next of `pixel_values`.
+        keys: for each picture a hash of its content, where features are kept; else empty.
+    """
+
+    pixel_values: Tensor
+    places: Tensor
+    counts: tuple[int, ...]
+    features: tuple[Tensor | None, ...]
+    keys: tuple[str, ...] = ()
+
+    def of_sample(self, index: int, start: int, stop: int) -> Pictures | None:
+        """Those of one sample, whose tokens are ``[start, stop)``; None if it has none."""
+        first = sum(self.counts[:index])
+        last = first + self.counts[index]
+        if first == last:
+            return None
+        begin = sum(f is None for f in self.features[:first])
+        end = begin + sum(f is None for f in self.features[first:last])
+        return Pictures(
+            pixel_values=self.pixel_values[begin:end],
+            places=self.places[:, start:stop],
+            counts=(self.counts[index],),
+            features=self.features[first:last],
+            keys=self.keys[first:last],
+        )
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Pictures:
+        """The same with `move` called on every tensor."""
+        return replace(
+            self,
+            pixel_values=move(self.pixel_values),
+            places=move(self.places),
+            features=tuple(None if f is None else move(f) for f in self.features),
+        )
 
 
 @dataclass(frozen=True)
@@ -117,6 +173,7 @@ class Batch:
         position_ids: int64 ``[1, N]``, counting from 0 in every sample.
         cu_seqlens: int32 ``[S + 1]``, on the CPU: where each of the S samples begins, then N.
         rows: where each sample came from, for messages about it.
+        pictures: None for a batch of text.
     """
 
     input_ids: Tensor
@@ -124,6 +181,7 @@ class Batch:
     position_ids: Tensor
     cu_seqlens: Tensor
     rows: tuple[RowRef, ...] = ()
+    pictures: Pictures | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -145,17 +203,23 @@ class Batch:
                 position_ids=self.position_ids[:, start:end],
                 cu_seqlens=self.cu_seqlens[i : i + 2] - start,
                 rows=self.rows[i : i + 1],
+                pictures=self.pictures.of_sample(i, start, end) if self.pictures else None,
             )
             for i, (start, end) in enumerate(itertools.pairwise(ends))
         ]
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to `device`; `cu_seqlens` stays on the CPU, where it steers the attention."""
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with `move` called on every tensor but `cu_seqlens`."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            position_ids=move(self.position_ids),
+            pictures=self.pictures.moved(move) if self.pictures else None,
         )
 
 

@@ -11,7 +11,7 @@ and nothing else; greedy answers are those of `model.generate(do_sample=False)`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from xtuner.chat.text import Detokenizer, StopWords
+from xtuner.chat.vision import Vision
 from xtuner.errors import ConfigError, ModelError, listed
 from xtuner.models import attention
+from xtuner.models.llava import decoder_of
 from xtuner.templates.base import Template
 from xtuner.types import Message
 
@@ -84,16 +86,19 @@ def stream(
     template: Template,
     messages: Sequence[Message],
     options: GenerationOptions,
+    vision: Vision | None = None,
 ) -> Generator[str, None, None]:
     """Yield the assistant's answer to `messages`, piece by piece.
 
     `model` may be in training: it is set to evaluation while the answer grows and then back.
+    `vision` shows it the pictures of the messages.
 
     Raises:
         ModelError: the messages fill the model's context.
         DataError: the template has no place for these messages.
     """
     prompt = template.prompt_ids(messages)
+    prompt = vision.widened(prompt) if vision else prompt
     limit = context_length(model)
     room = limit - len(prompt)
     if room < 1:
@@ -105,7 +110,8 @@ def stream(
     words = StopWords([*template.stop_words, *options.stop_words])
     text = Detokenizer(tokenizer)
     with generation_mode(model):
-        ids = _token_ids(model, prompt, options)
+        first = vision.inputs(prompt, messages) if vision else {}
+        ids = _token_ids(model, prompt, options, first)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
                 break
@@ -130,7 +136,7 @@ def generation_mode(model: Any) -> Iterator[None]:
     Dropout and gradient checkpointing rest, as both belong to training mode; and xtuner's attention
     for packed rows, which knows no cache, gives way to one that does.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = decoder_of(model)
     training = [module for module in model.modules() if module.training]
     before = base.config._attn_implementation
     model.eval()
@@ -145,22 +151,30 @@ def generation_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _token_ids(model: Any, prompt: list[int], options: GenerationOptions) -> Iterator[int]:
-    """Yield the ids that follow `prompt`, without end."""
-    device = model.get_input_embeddings().weight.device
+def _token_ids(
+    model: Any, prompt: list[int], options: GenerationOptions, first: Mapping[str, Any]
+) -> Iterator[int]:
+    """Yield the ids that follow `prompt`, without end; `first` stands for a prompt with
+    pictures."""
+    embedding = model.get_input_embeddings().weight
+    device = embedding.device
     choose = _chooser(options, device)
-    seen = torch.tensor([prompt], device=device)
+    # The token of a picture may lie beyond the vocabulary, and is no word that was said.
+    said = [i for i in prompt if i < embedding.shape[0]] if first else prompt
+    seen = torch.tensor([said], device=device)
     step, cache = seen, None
+    inputs: dict[str, Any] = dict(first) or {"input_ids": step}
     extra = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
     while True:
         # Grad mode belongs to the thread: it must not stay off while the caller has the piece.
         with torch.no_grad():
-            output = model(input_ids=step, past_key_values=cache, use_cache=True, **extra)
+            output = model(**inputs, past_key_values=cache, use_cache=True, **extra)
             chosen = choose(seen, output.logits[:, -1].float())
         yield int(chosen)
         seen = torch.cat([seen, chosen[:, None]], dim=1)
         cache = output.past_key_values
         step = seen if cache is None else chosen[:, None]
+        inputs = {"input_ids": step}
 
 
 def _takes(model: Any, argument: str) -> bool:

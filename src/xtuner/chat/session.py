@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from xtuner.chat.generate import GenerationOptions, context_length, stream
+from xtuner.chat.vision import Vision, question
+from xtuner.errors import DataError
 from xtuner.templates.base import Template
 from xtuner.types import Message
 
@@ -22,14 +24,21 @@ class Session:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, template: Template, options: GenerationOptions
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        template: Template,
+        options: GenerationOptions,
+        vision: Vision | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.template, self.options = template, options
+        self.vision = vision
         self.messages: list[Message] = []
 
-    def ask(self, text: str) -> Generator[str, None, None]:
-        """Yield the answer to `text` piece by piece.
+    def ask(self, text: str, images: Sequence[str] = ()) -> Generator[str, None, None]:
+        """Yield the answer to `text`, which may be about pictures, piece by piece.
 
         Question and answer enter the history when the answer ends or the caller stops it; a
         question that fails does not. When the conversation outgrows the model's context, its oldest
@@ -37,15 +46,19 @@ class Session:
 
         Raises:
             ModelError: the question alone is longer than the model's context.
-            DataError: the template has no place for it.
+            DataError: the template has no place for it, or a picture cannot be shown.
         """
-        messages = self._fitting([*self.messages, Message("user", text)])
+        asked = question(text, images) if self.vision else Message("user", text)
+        if images and self.vision is None:
+            raise DataError("this model has no eyes: images need a LLaVA model")
+        messages = self._fitting([*self.messages, asked])
         answer = stream(
             self.model,
             self.tokenizer,
             template=self.template,
             messages=messages,
             options=self.options,
+            vision=self.vision,
         )
         pieces: list[str] = []
         keep = True
@@ -73,7 +86,7 @@ class Session:
         limit = context_length(self.model)
         reserved = min(self.options.max_new_tokens, limit // 4)
         dropped = 0
-        while len(self.template.prompt_ids(messages)) + reserved > limit:
+        while self._length(messages) + reserved > limit:
             later = [i for i, m in enumerate(messages) if m.role == "user" and i > 0]
             if not later:
                 break
@@ -86,3 +99,7 @@ class Session:
                 "question is" if dropped == 1 else f"{dropped} questions are",
             )
         return messages
+
+    def _length(self, messages: list[Message]) -> int:
+        ids = self.template.prompt_ids(messages)
+        return len(self.vision.widened(ids) if self.vision else ids)

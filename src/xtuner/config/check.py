@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from xtuner import plugins
 from xtuner.config.describe import allowed, choices
 from xtuner.config.entries import OVERRIDE, Entry, Problem, Reading, spoken_constant
-from xtuner.config.schema import CHECKS, Settings, field_parts
+from xtuner.config.schema import ALIASES, CHECKS, Settings, field_parts
 from xtuner.errors import did_you_mean
 
 _TABLES = Path(__file__).parent / "tables"
@@ -36,8 +36,9 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
         The settings, and the problems found here. The settings are None where there are problems
         here or in `reading`.
     """
+    problems = _resolve_aliases(reading)
     known = {name: e for name, e in reading.entries.items() if name in Settings.model_fields}
-    problems = [
+    problems += [
         entry.problem(name, unknown_setting(name))
         for name, entry in reading.entries.items()
         if name not in known
@@ -58,6 +59,26 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
     return (settings if complete else None), problems
 
 
+def _resolve_aliases(reading: Reading) -> list[Problem]:
+    """Put what is written under another name under its own; return a problem for each given twice.
+
+    An override takes the place of what the file says under either name.
+    """
+    problems = []
+    for alias, name in ALIASES.items():
+        if alias in reading.broken:
+            reading.broken = {*reading.broken - {alias}, name}
+        entry = reading.entries.pop(alias, None)
+        if entry is None:
+            continue
+        other = reading.entries.get(name)
+        if other is not None and OVERRIDE not in (entry.line, other.line):
+            problems.append(entry.problem(alias, f"is {name}, which is given as well; keep one"))
+        if other is None or entry.line == OVERRIDE:
+            reading.entries[name] = entry
+    return problems
+
+
 def accepts(name: str, value: Any) -> bool:
     """Whether setting `name` takes `value`, seen alone."""
     return name not in _faulty_fields({name: value})
@@ -65,7 +86,7 @@ def accepts(name: str, value: Any) -> bool:
 
 def unknown_override(name: str, text: str) -> Problem | None:
     """The problem of ``--set name=text`` where there is no such setting."""
-    if name in Settings.model_fields:
+    if name in Settings.model_fields or name in ALIASES:
         return None
     return Entry(text, OVERRIDE).problem(name, unknown_setting(name))
 

@@ -10,7 +10,7 @@ import textwrap
 from xtuner.config.check import named_parts, unknown_setting
 from xtuner.config.describe import allowed
 from xtuner.config.render import literal
-from xtuner.config.schema import PARTS, Part, Settings, field_parts
+from xtuner.config.schema import ALIASES, PARTS, Part, Settings, field_parts
 from xtuner.errors import ConfigError
 
 _WIDTH = 100
@@ -31,6 +31,7 @@ def explain(name: str) -> str:
         ConfigError: there is no such setting.
     """
     parts = field_parts()
+    name = ALIASES.get(name, name)
     if name not in parts:
         raise ConfigError(f"{name}: {unknown_setting(name)}")
     words = named_parts(name)

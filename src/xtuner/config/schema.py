@@ -1,6 +1,6 @@
 """Every setting: its name, type, default, range and meaning.
 
-`Settings` is flat and frozen. The five bases are the five parts of a settings file, in order; the
+`Settings` is flat and frozen. Its bases are the parts of a settings file, in order; the
 string under each field is what ``xtuner explain KEY`` prints and what the reference page is made
 of. Values are checked one by one by pydantic and together by `check_combinations`, so that every
 problem is reported at once. Nothing derived is stored: see the properties of `Settings`.
@@ -53,7 +53,8 @@ class ModelPart(Part):
     """PART 1  Model and method"""
 
     pretrained_model_name_or_path: str
-    """The model to start from: a folder in Hugging Face format or a name on the hub."""
+    """The model to start from: a folder in Hugging Face format or a name on the hub. May also be
+    written llm_name_or_path."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose authors you trust."""
     algorithm: str = "sft"
@@ -89,6 +90,45 @@ class ModelPart(Part):
     on for a GPU and off for a CPU."""
 
 
+class VisionPart(Part):
+    """PART 1b  Pictures (LLaVA)"""
+
+    visual_encoder_name_or_path: str | None = None
+    """Gives the model eyes: a CLIP or SigLIP model, as a folder or a name on the hub. A projector
+    of two layers joins it to the language model, and is trained."""
+    pretrained_pth: str | None = None
+    """The projector to start from: a checkpoint of a pretraining of the projector (iter_N, or what
+    `xtuner convert pth_to_hf` made of it). None starts with a random one."""
+    freeze_llm: bool = False
+    """Do not train the language model's weights. With tuning = 'full' it is then left as it is;
+    adapters are trained beside frozen weights anyway."""
+    freeze_visual_encoder: bool = True
+    """Do not train the visual encoder's weights; adapters may still be trained beside them."""
+    visual_encoder_lora_r: Positive | None = None
+    """Rank of adapters beside the visual encoder's linear layers; None makes none."""
+    visual_encoder_lora_alpha: Annotated[float, Field(gt=0)] = 16
+    """Scale of the visual encoder's adapters: alpha / r."""
+    visual_encoder_lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of the visual encoder's adapters set to zero in training."""
+    visual_select_layer: int = -2
+    """The layer of the visual encoder whose output is used: -2 is the last but one."""
+    data_root: str | None = None
+    """A folder in which relative data_path, image_folder and evaluation_images are looked up
+    first."""
+    image_folder: str | None = None
+    """The folder that names of pictures in the data are relative to; none may lie outside it. None
+    is data_root, else the folder of the settings file."""
+    pad_image_to_square: bool = True
+    """Fill pictures up to a square with the mean colour; False cuts the middle out of long ones."""
+    group_by_modality: bool = True
+    """Put samples with pictures and without in batches of their own, and those of like length
+    together (the latter matters without packing)."""
+    cache_visual_features: bool = False
+    """Keep what a frozen visual encoder makes of each picture on disk (in $XTUNER_CACHE or
+    ~/.cache/xtuner), found again by the picture's content: later epochs skip the encoder. A picture
+    of CLIP ViT-L/14-336 takes 1.2 MB."""
+
+
 class DataPart(Part):
     """PART 2  Data"""
 
@@ -119,7 +159,8 @@ class DataPart(Part):
     SYSTEM: str = ""
     """System message for conversations that have none of their own."""
     max_length: Annotated[int, Field(ge=8)] = 2048
-    """Most tokens in one sample, and the length of a pack."""
+    """Most tokens in one sample, and the length of a pack. With a visual encoder, the tokens of one
+    picture come on top: 1472 and the 576 of CLIP ViT-L/14-336 make 2048."""
     pack_to_max_length: bool = True
     """Fill rows of max_length tokens with several samples that cannot see each other: faster, same
     result."""
@@ -174,6 +215,8 @@ class EvaluationPart(Part):
 
     evaluation_inputs: OneOrMore = ()
     """Questions asked before, during and after training; the answers are shown and kept."""
+    evaluation_images: OneOrMore = ()
+    """Pictures that the questions are about: one for all questions, or one a question."""
     evaluation_freq: Positive = 500
     """Ask them every so many steps."""
     evaluation_max_new_tokens: Positive = 100
@@ -201,16 +244,42 @@ class RuntimePart(Part):
     """Your own watchers of the run, each as 'my_file.py:MyHook'."""
 
 
-PARTS: tuple[type[Part], ...] = (ModelPart, DataPart, OptimPart, EvaluationPart, RuntimePart)
+PARTS: tuple[type[Part], ...] = (
+    ModelPart,
+    VisionPart,
+    DataPart,
+    OptimPart,
+    EvaluationPart,
+    RuntimePart,
+)
 
 
-class Settings(ModelPart, DataPart, OptimPart, EvaluationPart, RuntimePart):
+class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, RuntimePart):
     """All settings of one run, checked and frozen."""
 
     @property
     def uses_adapter(self) -> bool:
         """Whether adapters are trained, rather than all weights."""
         return self.tuning != "full"
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model has a visual encoder."""
+        return self.visual_encoder_name_or_path is not None
+
+    @property
+    def llm_training(self) -> Literal["frozen", "adapter", "full"]:
+        """What of the language model is trained."""
+        if self.uses_adapter:
+            return "adapter"
+        return "frozen" if self.sees and self.freeze_llm else "full"
+
+    @property
+    def visual_encoder_training(self) -> Literal["frozen", "adapter", "full"]:
+        """What of the visual encoder is trained."""
+        if self.visual_encoder_lora_r is not None:
+            return "adapter"
+        return "frozen" if self.freeze_visual_encoder else "full"
 
     @property
     def effective_quantization(self) -> Literal["none", "nf4", "fp4", "int8"]:
@@ -234,8 +303,18 @@ class Settings(ModelPart, DataPart, OptimPart, EvaluationPart, RuntimePart):
         if self.effective_quantization not in ("nf4", "fp4"):
             idle.append("double_quant")
         if not self.evaluation_inputs:
-            idle.append("evaluation_max_new_tokens")
+            idle += ["evaluation_max_new_tokens", "evaluation_images"]
+        if not self.sees:
+            shared = ("visual_encoder_name_or_path", "data_root")
+            idle += [name for name in VisionPart.model_fields if name not in shared]
+            idle.append("evaluation_images")
+        elif self.visual_encoder_lora_r is None:
+            idle += ["visual_encoder_lora_alpha", "visual_encoder_lora_dropout"]
         return [name for name in idle if name in self.model_fields_set]
+
+
+ALIASES = {"llm_name_or_path": "pretrained_model_name_or_path"}
+"""Other names that settings may be written under."""
 
 
 def field_parts() -> dict[str, type[Part]]:
@@ -253,7 +332,7 @@ def check_combinations(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _check_quantization(s: Settings) -> Iterator[tuple[str, str]]:
-    if s.tuning == "full" and s.effective_quantization != "none":
+    if s.llm_training == "full" and s.effective_quantization != "none":
         yield (
             "quantization",
             "quantised weights cannot be trained in full; "
@@ -269,6 +348,50 @@ def _check_quantization(s: Settings) -> Iterator[tuple[str, str]]:
             "quantization",
             "tuning = 'qlora' needs quantised weights; "
             "set tuning = 'lora' or quantization = 'auto'",
+        )
+
+
+def _check_vision(s: Settings) -> Iterator[tuple[str, str]]:
+    if not s.sees:
+        if s.freeze_llm:
+            yield (
+                "freeze_llm",
+                "nothing would be trained; it is for runs with visual_encoder_name_or_path",
+            )
+        return
+    if s.algorithm == "pretrain":
+        yield (
+            "algorithm",
+            "'pretrain' is for plain text; to train the projector alone, set algorithm = 'sft' and "
+            "freeze_llm = True",
+        )
+    if s.visual_encoder_lora_r is not None and not s.freeze_visual_encoder:
+        yield (
+            "visual_encoder_lora_r",
+            "adapters are trained beside frozen weights; set freeze_visual_encoder = True, or "
+            "visual_encoder_lora_r = None",
+        )
+    if s.cache_visual_features and s.visual_encoder_training != "frozen":
+        yield (
+            "cache_visual_features",
+            "the visual encoder is trained, so its features change; set it to False",
+        )
+
+
+def _check_evaluation_images(s: Settings) -> Iterator[tuple[str, str]]:
+    images, questions = len(s.evaluation_images), len(s.evaluation_inputs)
+    if images > 1 and images != questions:
+        yield (
+            "evaluation_images",
+            f"has {images} entries for {questions} evaluation_inputs; give one, or one a question",
+        )
+
+
+def _check_lora_modules_to_save(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.sees and s.lora_modules_to_save:
+        yield (
+            "lora_modules_to_save",
+            "does not work beside a visual encoder; leave it out",
         )
 
 
@@ -320,6 +443,9 @@ def _check_overlong(s: Settings) -> Iterator[tuple[str, str]]:
 
 CHECKS: tuple[Check, ...] = (
     _check_quantization,
+    _check_vision,
+    _check_evaluation_images,
+    _check_lora_modules_to_save,
     _check_sequence_parallel,
     _check_data_path,
     _check_dataset_format,

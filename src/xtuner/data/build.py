@@ -24,6 +24,7 @@ from xtuner.data.pack import PackedDataset, pack
 from xtuner.data.prepare import prepare
 from xtuner.data.report import DataReport, PartReport
 from xtuner.data.samples import SampleTable, samples_of
+from xtuner.data.sight import Sight
 from xtuner.errors import DataError
 from xtuner.templates.base import Template
 
@@ -45,6 +46,7 @@ def build(
     folder: Path,
     report_dir: Path | None = None,
     quiet: bool = False,
+    sight: Sight | None = None,
 ) -> TrainingData:
     """Make the data of a run.
 
@@ -55,6 +57,7 @@ def build(
         folder: where relative paths are looked up first: that of the settings file.
         report_dir: where data_report.json is written; None writes none.
         quiet: show no progress.
+        sight: how pictures are laid out; None for a model without a visual encoder.
 
     Raises:
         DataError: a source cannot be read, or there is nothing to learn in it.
@@ -62,7 +65,7 @@ def build(
     """
     sources = prepare(settings, folder=folder)
     encoding = Encoding(
-        settings, template=template, tokenizer=tokenizer, folder=folder, quiet=quiet
+        settings, template=template, tokenizer=tokenizer, folder=folder, quiet=quiet, sight=sight
     )
     stores = [encoding.store(source) for source in sources]
     policy, longest = settings.effective_overlong, settings.max_length
@@ -125,9 +128,19 @@ class _Assembly:
         members, borders = numbers, np.arange(len(own) + 1, dtype=np.int64)
         if s.pack_to_max_length:
             taken = order.permutation(len(own), "pack", s.seed) if s.shuffle else numbers
-            members, borders = pack(own.length, s.max_length, order=taken)
+            members, borders = self._packed_by_kind(own, taken)
         stores = [each.store for each in self._encoded]
         return PackedDataset(stores, samples=own.take(members), borders=borders)
+
+    def _packed_by_kind(self, own: SampleTable, taken: Ints) -> tuple[Ints, Ints]:
+        """Pack in order; with pictures in some samples, these and the others each by themselves."""
+        s = self._settings
+        seeing = own.has_images([each.store for each in self._encoded])[taken]
+        if not s.shuffle or seeing.all() or not seeing.any():
+            return pack(own.length, s.max_length, order=taken)
+        parts = [pack(own.length, s.max_length, order=taken[seeing == kind]) for kind in (1, 0)]
+        (first, ends), (second, more) = parts
+        return np.concatenate([first, second]), np.concatenate([ends, more[1:] + len(first)])
 
     def _report(
         self, train: PackedDataset, validation: PackedDataset | None, learnt: Ints, aside: Ints

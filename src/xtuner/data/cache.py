@@ -23,7 +23,7 @@ from xtuner.data import formats
 from xtuner.data.store import RowStore, StoreWriter
 from xtuner.errors import DataError
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Raise it when stores of older versions must not be used any more."""
 
 
@@ -39,9 +39,13 @@ def key_of(facts: Mapping[str, Any]) -> str:
 
 
 def load_or_make(
-    key: str, *, file_names: Sequence[str], make: Callable[[StoreWriter], None]
+    key: str,
+    *,
+    file_names: Sequence[str],
+    make: Callable[[StoreWriter], None],
+    usable: Callable[[RowStore], bool] = lambda store: True,
 ) -> RowStore:
-    """Open the store `key`, or have `make` write it.
+    """Open the store `key`, or have `make` write it where there is none, or none `usable`.
 
     Raises:
         DataError: the cache folder cannot be written to.
@@ -51,6 +55,9 @@ def load_or_make(
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{key}.lock") as alone:
             store = _opened(root / key, key, file_names)
+            if store is not None and not usable(store):
+                shutil.rmtree(root / key)
+                store = None
             if store is None:
                 _make(root / key, make, alone=alone)
                 store = RowStore(root / key, key=key, file_names=file_names)

@@ -11,6 +11,7 @@ from xtuner.data.account import Encoded, overlong_fault
 from xtuner.data.encoding import Encoding
 from xtuner.data.overlong import fit
 from xtuner.data.prepare import prepare
+from xtuner.data.sight import Sight
 from xtuner.templates.base import Template
 
 
@@ -21,6 +22,7 @@ def bad_rows(
     tokenizer: Any,
     folder: Path,
     quiet: bool = False,
+    sight: Sight | None = None,
 ) -> Iterator[str]:
     """Yield a line for each row that cannot be used: where it is, the field, what is wrong.
 
@@ -31,7 +33,7 @@ def bad_rows(
         ConfigError: there is no format of that name.
     """
     encoding = Encoding(
-        settings, template=template, tokenizer=tokenizer, folder=folder, quiet=quiet
+        settings, template=template, tokenizer=tokenizer, folder=folder, quiet=quiet, sight=sight
     )
     for number, source in enumerate(prepare(settings, folder=folder)):
         store = encoding.store(source)

@@ -27,16 +27,18 @@ import numpy.typing as npt
 
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.rows import Fault, RawRow, parse
-from xtuner.data.store import BadRow, EncodedChunk
+from xtuner.data.sight import Sight
+from xtuner.data.store import BadRow, EncodedChunk, packed_names
 from xtuner.errors import DataError, XTunerError
 from xtuner.templates.base import Template
-from xtuner.types import Encoded, Record, Row, Text
+from xtuner.types import Conversation, Encoded, Record, Row, Text
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 1 << 20
 PIECE = 200_000
 """Most characters that the tokenizer is given at once: it needs some 200 bytes for each."""
 
+_NO_EYES = "are there, and the model has no eyes; set visual_encoder_name_or_path"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -56,12 +58,14 @@ class Encoder:
         template: lays out conversations.
         tokenizer: encodes plain text.
         every_token: supervise all tokens of conversations too (pretraining).
+        sight: how pictures are laid out; None where the model has no visual encoder.
     """
 
     formats: Sequence[Format]
     template: Template
     tokenizer: Any
     every_token: bool = False
+    sight: Sight | None = None
 
     def record(self, task: Task) -> Record | Fault:
         """Read one row."""
@@ -71,9 +75,22 @@ class Encoder:
 
     def encode(self, task: Task) -> Encoded | Fault:
         """Encode one row; whatever is wrong with it is returned, not raised."""
+        return self.encode_with_images(task)[0]
+
+    def encode_with_images(self, task: Task) -> tuple[Encoded | Fault, tuple[str, ...]]:
+        """Encode one row; its pictures are checked, and named beside it."""
         record = self.record(task)
         if isinstance(record, Fault):
-            return record
+            return record, ()
+        images = record.images if isinstance(record, Conversation) else ()
+        if images and self.sight is None:
+            return Fault(_NO_EYES, "images"), ()
+        encoded = self._encode(record)
+        if self.sight is None or isinstance(encoded, Fault):
+            return encoded, images
+        return self.sight.laid_out(encoded, images), images
+
+    def _encode(self, record: Record) -> Encoded | Fault:
         try:
             encoded = (
                 self._text(record) if isinstance(record, Text) else self.template.encode(record)
@@ -133,21 +150,28 @@ def _one_line(error: Exception) -> str:
 
 def encode_chunk(encoder: Encoder, tasks: Sequence[Task]) -> EncodedChunk:
     """Encode some rows."""
-    done = [(task, encoder.encode(task)) for task in tasks]
+    done = [(task, *encoder.encode_with_images(task)) for task in tasks]
     good = [
-        (task, np.array(e.input_ids, np.int32), np.array(e.loss_mask, np.bool_))
-        for task, e in done
+        (
+            task,
+            np.array(e.input_ids, np.int32),
+            np.array(e.loss_mask, np.bool_),
+            packed_names(names),
+        )
+        for task, e, names in done
         if not isinstance(e, Fault)
     ]
     return EncodedChunk(
-        token_ids=np.concatenate([np.zeros(0, np.int32), *(ids for _, ids, _ in good)]),
-        mask=np.concatenate([np.zeros(0, np.bool_), *(mask for _, _, mask in good)]),
-        lengths=np.array([len(ids) for _, ids, _ in good], np.int64),
-        lines=np.array([task.row.line for task, _, _ in good], np.int32),
-        files=np.array([task.file for task, _, _ in good], np.int32),
-        supervised=np.array([mask[1:].sum() for _, _, mask in good], np.int32),
-        hashes=np.array([_hash(ids, mask) for _, ids, mask in good], np.uint64),
-        faults=[BadRow(task.file, task.row.line, e) for task, e in done if isinstance(e, Fault)],
+        token_ids=np.concatenate([np.zeros(0, np.int32), *(ids for _, ids, _, _ in good)]),
+        mask=np.concatenate([np.zeros(0, np.bool_), *(mask for _, _, mask, _ in good)]),
+        lengths=np.array([len(ids) for _, ids, _, _ in good], np.int64),
+        lines=np.array([task.row.line for task, *_ in good], np.int32),
+        files=np.array([task.file for task, *_ in good], np.int32),
+        supervised=np.array([mask[1:].sum() for _, _, mask, _ in good], np.int32),
+        hashes=np.array([_hash(ids, mask, names) for _, ids, mask, names in good], np.uint64),
+        image_names=np.concatenate([np.zeros(0, np.uint8), *(names for *_, names in good)]),
+        image_lengths=np.array([len(names) for *_, names in good], np.int64),
+        faults=[BadRow(task.file, task.row.line, e) for task, e, _ in done if isinstance(e, Fault)],
     )
 
 
@@ -235,7 +259,10 @@ def _serial_tokenizers() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _hash(ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]) -> int:
+def _hash(
+    ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], names: npt.NDArray[np.uint8]
+) -> int:
     digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
     digest.update(mask.tobytes())
+    digest.update(names.tobytes())
     return int.from_bytes(digest.digest(), "little")

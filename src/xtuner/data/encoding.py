@@ -13,6 +13,7 @@ from xtuner.data import cache
 from xtuner.data.encode import Encoder, Task, chunked, encode_all
 from xtuner.data.prepare import PreparedSource
 from xtuner.data.progress import progress_bar
+from xtuner.data.sight import Sight
 from xtuner.data.store import EncodedChunk, RowStore, StoreWriter
 from xtuner.templates.base import Template
 
@@ -30,6 +31,7 @@ class Encoding:
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first.
         quiet: show no progress.
+        sight: how pictures are laid out; None for a model without a visual encoder.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Encoding:
         tokenizer: Any,
         folder: Path,
         quiet: bool = False,
+        sight: Sight | None = None,
     ) -> None:
+        self._sight = sight
         self._template, self._tokenizer, self._folder = template, tokenizer, folder
         self._every_token = settings.algorithm == "pretrain"
         self._processes = settings.dataset_num_proc
@@ -54,11 +58,22 @@ class Encoding:
                 writer.append(chunk)
 
         names = [file.name for file in source.files]
-        return cache.load_or_make(self._key(source), file_names=names, make=make)
+        return cache.load_or_make(
+            self._key(source), file_names=names, make=make, usable=self._usable
+        )
+
+    def _usable(self, store: RowStore) -> bool:
+        """Whether what is kept still holds: a picture that was missing may be there now."""
+        if self._sight is None:
+            return True
+        bad = (row.fault.field for group in store.faults for row in group.first)
+        return not any(self._sight.is_cured(field) for field in bad)
 
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
         """Encode all rows of `source` now, with a progress bar."""
-        encoder = Encoder(source.formats, self._template, self._tokenizer, self._every_token)
+        encoder = Encoder(
+            source.formats, self._template, self._tokenizer, self._every_token, self._sight
+        )
         read = rows = 0
 
         def followed() -> Iterator[Task]:
@@ -86,6 +101,7 @@ class Encoding:
         names = [format.name for format in source.formats]
         return cache.key_of(
             {
+                **(self._sight.facts() if self._sight else {}),
                 "template": self._template.fingerprint(),
                 "tokenizer": cache.tokenizer_identity(self._tokenizer),
                 "every_token": self._every_token,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -38,6 +37,7 @@ class Loader:
         rank, world_size: this process and the number of processes.
         num_workers: processes that build batches ahead; 0 builds them when they are asked for.
         pin_memory: keep batches where a GPU copies them from fastest.
+        grouped: put packs of one modality and of like length together in a micro-batch.
 
     Raises:
         DataError: `dataset` is empty.
@@ -56,6 +56,7 @@ class Loader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        grouped: bool = False,
     ) -> None:
         if len(dataset) == 0:
             raise DataError("the data set is empty: there is nothing to load")
@@ -64,6 +65,7 @@ class Loader:
         self._batch_size = batch_size
         self._packs_a_step = batch_size * accumulative_counts * world_size
         self._seed, self._shuffle = seed, shuffle
+        self._kinds = (dataset.has_images, dataset.lengths) if grouped else None
         self._rank, self._world_size = rank, world_size
         self._num_workers = num_workers
         self._pin = pin_memory
@@ -93,7 +95,7 @@ class Loader:
             else self._ahead(wanted)
         )
         for batch in made:
-            yield _pinned(batch) if self._pin else batch
+            yield batch.moved(lambda tensor: tensor.pin_memory()) if self._pin else batch
 
     def _ahead(self, wanted: Iterator[list[int]]) -> Iterator[Batch]:
         loader: DataLoader[Batch] = DataLoader(
@@ -121,7 +123,13 @@ class Loader:
     def _make_epoch_order(self, epoch: int) -> order.Ints:
         if not self._shuffle:
             return np.arange(self._num_packs, dtype=np.int64)
-        return order.permutation(self._num_packs, "epoch", self._seed, epoch)
+        drawn = order.permutation(self._num_packs, "epoch", self._seed, epoch)
+        if self._kinds is None or self._batch_size == 1:
+            return drawn
+        kinds, lengths = self._kinds
+        return order.grouped(
+            drawn, kinds, lengths, size=self._batch_size, key=("groups", self._seed, epoch)
+        )
 
 
 class _MicroBatches(Dataset[Batch]):
@@ -142,12 +150,3 @@ def _as_is(batch: Batch) -> Batch:
 def _ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; the training decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _pinned(batch: Batch) -> Batch:
-    return replace(
-        batch,
-        input_ids=batch.input_ids.pin_memory(),
-        labels=batch.labels.pin_memory(),
-        position_ids=batch.position_ids.pin_memory(),
-    )

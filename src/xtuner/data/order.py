@@ -28,6 +28,43 @@ def subset(n: int, k: int, *key: int | str) -> Ints:
     return np.sort(permutation(n, *key)[:k])
 
 
+WINDOW = 64
+"""So many micro-batches are sorted by length together: enough for like lengths, few enough that
+an epoch stays in random order."""
+
+
+def grouped(
+    drawn: Ints,
+    kinds: npt.NDArray[np.bool_],
+    lengths: Ints,
+    *,
+    size: int,
+    key: tuple[int | str, ...],
+) -> Ints:
+    """`drawn` put together so that each `size` in a row are of one kind and of like length.
+
+    What is left over of a kind, less than `size`, stands at the end, where it can meet the rest
+    of the other kind.
+
+    Args:
+        drawn: numbers in random order.
+        kinds, lengths: of every number.
+        size: of a group.
+        key: of the random order of the groups.
+    """
+    groups, rest = [], []
+    for kind in (True, False):
+        same = drawn[kinds[drawn] == kind]
+        whole = len(same) // size * size
+        rest.append(same[whole:])
+        for start in range(0, whole, WINDOW * size):
+            window = same[start : min(start + WINDOW * size, whole)]
+            by_length = window[np.argsort(lengths[window], kind="stable")]
+            groups += list(by_length.reshape(-1, size))
+    mixed = [groups[i] for i in permutation(len(groups), *key)]
+    return np.concatenate([*mixed, *rest])
+
+
 def _noise(n: int, key: tuple[int | str, ...]) -> npt.NDArray[np.uint64]:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     with np.errstate(over="ignore"):

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from xtuner.data.order import Ints
 from xtuner.data.samples import SampleTable
@@ -135,6 +136,16 @@ class PackedDataset:
         """Tokens that the loss sums over, in all packs."""
         return int(self._samples.supervised.sum())
 
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each pack ``[P]``."""
+        return np.add.reduceat(self._samples.length, self._borders[:-1])
+
+    @property
+    def has_images(self) -> npt.NDArray[np.bool_]:
+        """Whether each pack begins with a sample that has pictures ``[P]``."""
+        return self._samples.has_images(self._stores)[self._borders[:-1]]
+
     def fingerprint(self) -> str:
         """A hash of all tokens and their order: equal exactly where the packs are."""
         digest = hashlib.sha256()
@@ -151,4 +162,5 @@ class PackedDataset:
         ids, mask = store.tokens(
             int(table.row[index]), int(table.start[index]), int(table.length[index])
         )
-        return Sample(ids, mask, store.ref(int(table.row[index])))
+        row = int(table.row[index])
+        return Sample(ids, mask, store.ref(row), store.images(row))

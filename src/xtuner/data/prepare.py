@@ -12,7 +12,7 @@ from xtuner.data import formats
 from xtuner.data.encode import Task
 from xtuner.data.formats.base import Format
 from xtuner.data.rows import Fault, parse
-from xtuner.data.sources import RowFile, Source, find
+from xtuner.data.sources import RowFile, Source, below, find
 from xtuner.errors import DataError, listed
 
 _ROWS_LOOKED_AT = 100
@@ -63,6 +63,7 @@ def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
     prepared, problems = [], []
     for entry, format_name in entries:
         try:
+            entry = below(entry, settings.data_root, folder)
             source = find(entry, folder=folder, split=settings.dataset_split)
             prepared.append(_prepared(source, format_name, folder))
         except DataError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 
 from xtuner.data.order import Ints
+from xtuner.data.store import RowStore
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,14 @@ class SampleTable:
     def take(self, which: Ints) -> SampleTable:
         """The samples `which`, in that order."""
         return SampleTable(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def has_images(self, stores: Sequence[RowStore]) -> npt.NDArray[np.bool_]:
+        """Whether the row of each sample has pictures ``[S]``."""
+        found = np.zeros(len(self), dtype=np.bool_)
+        for number, store in enumerate(stores):
+            of_store = self.source == number
+            found[of_store] = store.has_images[self.row[of_store]]
+        return found
 
     @classmethod
     def joined(cls, tables: list[SampleTable]) -> SampleTable:

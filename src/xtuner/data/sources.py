@@ -76,6 +76,14 @@ def find(entry: str, *, folder: Path, split: str = "train") -> Source:
     return Source(entry, (LocalFile(path, entry),))
 
 
+def below(name: str, root: str | None, folder: Path) -> str:
+    """`name` below `root` (the setting `data_root`) if it is there, else `name` as it is."""
+    if root is None or Path(name).expanduser().is_absolute():
+        return name
+    places = (folder / Path(root).expanduser() / name, Path(root).expanduser() / name)
+    return next((str(place) for place in places if place.exists()), name)
+
+
 def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
     found = False
     for place, folders, files in os.walk(folder):

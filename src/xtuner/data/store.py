@@ -4,6 +4,7 @@ token_ids.npy int32 [T]   mask.npy bool [T]         all rows, end to end
 offsets.npy int64 [R+1]                          where each row begins, then T
 lines.npy int32 [R]    files.npy int32 [R]       the row's line in its file, the file's number
 supervised.npy int32 [R]  hashes.npy uint64 [R]  tokens in the loss, hash of the tokens
+image_names.npy uint8 [B]  image_ends.npy int64 [R]  names of pictures as JSON; where a row's end
 about.json                                       counts, and the rows that failed, by reason
 """
 
@@ -35,6 +36,8 @@ _ARRAYS: dict[str, Any] = {
     "files": np.dtype("<i4"),
     "supervised": np.dtype("<i4"),
     "hashes": np.dtype("<u8"),
+    "image_names": np.dtype("<u1"),
+    "image_ends": np.dtype("<i8"),
 }
 
 
@@ -88,7 +91,15 @@ class EncodedChunk:
     files: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.int32]
     hashes: npt.NDArray[np.uint64]
+    image_names: npt.NDArray[np.uint8]
+    image_lengths: npt.NDArray[np.int64]
     faults: list[BadRow]
+
+
+def packed_names(names: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """Names of pictures as bytes; none for no names."""
+    text = json.dumps(list(names), ensure_ascii=False) if names else ""
+    return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
 class StoreWriter:
@@ -100,16 +111,20 @@ class StoreWriter:
             name: _Column(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()
         }
         self._columns["offsets"].append(np.zeros(1))
-        self._end = 0
+        self._end = self._names_end = 0
         self._rows_read = 0
         self._faults: dict[str, FaultGroup] = {}
 
     def append(self, chunk: EncodedChunk) -> None:
         """Add the rows of `chunk`."""
-        offsets = self._end + np.cumsum(chunk.lengths)
+        made = {
+            "offsets": self._end + np.cumsum(chunk.lengths),
+            "image_ends": self._names_end + np.cumsum(chunk.image_lengths),
+        }
         for name, column in self._columns.items():
-            column.append(offsets if name == "offsets" else getattr(chunk, name))
+            column.append(made[name] if name in made else getattr(chunk, name))
         self._end += len(chunk.token_ids)
+        self._names_end += len(chunk.image_names)
         self._rows_read += len(chunk.lengths) + len(chunk.faults)
         for row in chunk.faults:
             key = _outline(row.fault.words)
@@ -195,6 +210,7 @@ class RowStore:
         )
         self.lines, self.files = arrays["lines"], arrays["files"]
         self.supervised, self.hashes = arrays["supervised"], arrays["hashes"]
+        self._image_names, self._image_ends = arrays["image_names"], arrays["image_ends"]
         self._arrays = arrays
 
     def _check(self) -> None:
@@ -205,7 +221,8 @@ class RowStore:
             and all(self._arrays[name].dtype == dtype for name, dtype in _ARRAYS.items())
             and sizes["token_ids"] == sizes["mask"] == self.offsets[-1]
             and sizes["offsets"] == rows + 1
-            and {sizes[name] for name in ("files", "supervised", "hashes")} == {rows}
+            and {sizes[name] for name in ("files", "supervised", "hashes", "image_ends")} == {rows}
+            and sizes["image_names"] == (int(self._image_ends[-1]) if rows else 0)
             and bool(np.all(np.diff(self.offsets) > 0))
         )
         if not consistent:
@@ -261,6 +278,17 @@ class RowStore:
         """How many of `length` tokens from `start` on the loss has; the first never counts."""
         first = int(self.offsets[row]) + start
         return int(np.count_nonzero(self._mask[first + 1 : first + length]))
+
+    def images(self, row: int) -> tuple[str, ...]:
+        """Names of the pictures of one row."""
+        start = int(self._image_ends[row - 1]) if row else 0
+        packed = self._image_names[start : int(self._image_ends[row])].tobytes()
+        return tuple(json.loads(packed)) if packed else ()
+
+    @property
+    def has_images(self) -> npt.NDArray[np.bool_]:
+        """Whether each row has pictures ``[R]``."""
+        return np.diff(self._image_ends, prepend=0) > 0
 
     def ref(self, row: int) -> RowRef:
         """Where a row came from."""

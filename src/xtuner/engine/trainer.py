@@ -167,7 +167,8 @@ class Trainer:
             )
             output = self.algorithm.loss(self.model, batch.to(self.processes.device))
             loss = output.loss / max(supervised, 1.0)
-            loss.backward()
+            if loss.requires_grad:  # text does not reach a projector that alone is trained
+                loss.backward()
             total = total + loss.detach()
         return float(total)
 

@@ -55,6 +55,11 @@ class WorkPlace:
                 "pretrained_model_name_or_path": _whole(
                     loaded.settings.pretrained_model_name_or_path, loaded.folder
                 ),
+                **{
+                    name: _whole(path, loaded.folder)
+                    for name in ("visual_encoder_name_or_path", "pretrained_pth", "data_root")
+                    if (path := getattr(loaded.settings, name)) is not None
+                },
                 "data_path": tuple(
                     _whole(path, loaded.folder) for path in loaded.settings.data_path
                 ),

@@ -73,6 +73,7 @@ def add_adapter(
     target_modules: Sequence[str] = ("all-linear",),
     modules_to_save: Sequence[str] = (),
     seed: int = 0,
+    task_type: str | None = "CAUSAL_LM",
 ) -> Any:
     """Freeze `model` and put fresh adapters beside its linear layers.
 
@@ -84,6 +85,7 @@ def add_adapter(
         target_modules: names of layers, or 'all-linear' (all but the output head).
         modules_to_save: names of layers trained in full.
         seed: fixes the first values of A (B begins at zero); the global random state is kept.
+        task_type: PEFT's word for what the model does; None for a visual encoder.
 
     Raises:
         ModelError: a name fits no layer.
@@ -97,7 +99,7 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules="all-linear" if whole else list(target_modules),
         modules_to_save=list(modules_to_save) or None,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
     config._register_custom_module(_layer_classes())
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}

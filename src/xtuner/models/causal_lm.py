@@ -81,7 +81,7 @@ class PackedCausalLM(nn.Module):
             "position_ids": batch.position_ids,
             "use_cache": False,
         }
-        implementation = self.causal.config._attn_implementation
+        implementation = self.causal.config.get_text_config()._attn_implementation
         if implementation == attention.NAME or "flash" in implementation:
             borders = batch.cu_seqlens
             longest = int((borders[1:] - borders[:-1]).max())

@@ -84,8 +84,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    place = _located(path)
-    with _readable_errors(path, "tokenizer"):
+    place = located(path)
+    with readable_errors(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
@@ -117,7 +117,7 @@ def load_model(
     Raises:
         ModelError: the model is not there, cannot be read, or lacks weights.
     """
-    place = _located(path)
+    place = located(path)
     _register_family(place)
     options: dict[str, Any] = {}
     if quantization != "none":
@@ -125,7 +125,7 @@ def load_model(
             quantization, double_quant=double_quant, compute_dtype=dtype
         )
         options["device_map"] = {"": device}
-    with _readable_errors(path, "model"), quiet_transformers():
+    with readable_errors(path, "model"), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=dtype,
@@ -147,7 +147,7 @@ def load_model(
     return model if quantization != "none" else model.to(device)
 
 
-def _located(path: str | Path) -> str:
+def located(path: str | Path) -> str:
     """A folder as it is; a hub name's fetched copy where there is one; else the hub name.
 
     Raises:
@@ -211,7 +211,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _readable_errors(path: str | Path, what: str) -> Iterator[None]:
+def readable_errors(path: str | Path, what: str) -> Iterator[None]:
+    """Raise what goes wrong in loading `what` from `path` as a ModelError in plain words."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:

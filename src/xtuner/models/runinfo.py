@@ -23,16 +23,18 @@ class RunInfo:
     """The facts of the run that wrote a checkpoint.
 
     Attributes:
-        kind: 'adapter' (needs `base_model`) or 'model' (complete).
+        kind: 'adapter' (needs `base_model`), 'model' (complete), or 'llava' (the trained parts of
+            a LLaVA model; needs `base_model` and `visual_encoder`).
         base_model: the model the run started from; a folder is given as an absolute path.
         prompt_template: name of the template, 'auto' for the tokenizer's own.
         system: the default system message.
         step, epoch: optimizer steps done, epochs gone through (a fraction).
         settings: all settings of the run, resolved.
         versions: library name to version.
+        visual_encoder: of a 'llava', the encoder the run started from.
     """
 
-    kind: Literal["adapter", "model"]
+    kind: Literal["adapter", "model", "llava"]
     base_model: str
     prompt_template: str = "auto"
     system: str = ""
@@ -40,6 +42,7 @@ class RunInfo:
     epoch: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    visual_encoder: str = ""
 
     def write(self, folder: Path) -> None:
         """Write ``folder/run.yaml``."""

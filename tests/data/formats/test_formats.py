@@ -145,7 +145,12 @@ def test_openai_calls_and_tools_from_json_text_equal_those_from_objects():
         ({"role": "assistant", "content": " "}, "messages[1].content"),
         ({"role": "assistant", "content": None}, "messages[1].content"),
         ({"role": "assistant", "content": None, "tool_calls": []}, "messages[1].content"),
-        ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content[0].text"),
+        ({"role": "user", "content": [{"type": "audio"}]}, "messages[1].content[0].type"),
+        (
+            {"role": "user", "content": [{"type": "image", "path": 3}]},
+            "messages[1].content[0].path",
+        ),
         ({"role": "assistant", "content": "a", "loss": "no"}, "messages[1].loss"),
         ({"role": "assistant", "content": "a", "loss": []}, "messages[1].loss"),
         ({"role": "user", "content": "a", "loss": True}, "messages[1].loss"),
@@ -261,3 +266,61 @@ def test_folder_needs_no_heavy_library():
 
 def test_messages_are_of_the_shared_type():
     assert read("io", input="a", output="b").messages[0] == Message("user", "a")
+
+
+def test_llava_gives_each_place_its_picture():
+    turns_ = [
+        {"from": "human", "value": "<image>\n<image>\nWhich is older?"},
+        {"from": "gpt", "value": "The first."},
+        {"from": "human", "value": "And this? <image>"},
+        {"from": "gpt", "value": "Younger."},
+    ]
+    record = read("llava", image=["a.png", "b.png", "c.png"], conversations=turns_)
+    assert [m.images for m in record.messages] == [("a.png", "b.png"), (), ("c.png",), ()]
+    assert record.images == ("a.png", "b.png", "c.png")
+    assert record.messages[0].content == "<image>\n<image>\nWhich is older?"
+    assert read("llava", image="a.png", conversation=turns_[2:]).images == ("a.png",)
+    assert read("llava", conversations=[turns_[1] | {"from": "human"}, turns_[1]]).images == ()
+
+
+@pytest.mark.parametrize(
+    ("image", "value", "words"),
+    [
+        (["a", "b"], "<image> Hi", "has 1 place <image> for 2 images"),
+        ("a", "Hi", "has 0 places <image> for 1 image"),
+        ("a", "<image><image>", "has 2 places <image> for 1 image"),
+        (7, "<image>", "is a number"),
+        ([7], "<image>", "is a number"),
+    ],
+)
+def test_llava_names_places_and_pictures_that_disagree(image, value, words):
+    rows = [{"from": "human", "value": value}, {"from": "gpt", "value": "x"}]
+    with pytest.raises(RowError, match=words):
+        read("llava", image=image, conversations=rows)
+
+
+def test_llava_refuses_a_picture_in_an_answer():
+    rows = [{"from": "human", "value": "Draw"}, {"from": "gpt", "value": "<image>"}]
+    with pytest.raises(RowError, match="in a turn of the assistant"):
+        read("llava", image="a.png", conversations=rows)
+
+
+def test_openai_reads_pictures_in_all_their_forms():
+    answer = {"role": "assistant", "content": "Two cats."}
+
+    def images(content, **row):
+        record = read("openai", messages=[{"role": "user", "content": content}, answer], **row)
+        return record.messages[0].content, record.images
+
+    ask = {"type": "text", "text": "What is it?"}
+    wanted = "<image>\nWhat is it?", ("a.png",)
+    assert images([{"type": "image_url", "image_url": {"url": "a.png"}}, ask]) == wanted
+    assert images([{"type": "image", "image": "a.png"}, ask]) == wanted
+    assert images([{"type": "image"}, ask], images=["a.png"]) == wanted
+    assert images("<image>\nWhat is it?", images="a.png") == wanted
+    both = [{"type": "image"}, {"type": "image", "path": "b.png"}, ask]
+    assert images(both, images=["a.png"])[1] == ("a.png", "b.png")
+    assert images("An <image> tag of HTML") == ("An <image> tag of HTML", ())
+    for content, row in (([{"type": "image"}, ask], {}), ("Hi", {"images": ["a.png"]})):
+        with pytest.raises(RowError, match=r"for [01] image"):
+            images(content, **row)

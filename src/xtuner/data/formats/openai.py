@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xtuner.data.formats._images import read_names, read_parts, share_out
 from xtuner.data.formats._tools import read_calls, read_tools
 from xtuner.data.formats.base import (
     Format,
@@ -15,7 +16,7 @@ from xtuner.data.formats.base import (
     optional_text,
     text,
 )
-from xtuner.types import Conversation, Message, Role, Row
+from xtuner.types import IMAGE, Conversation, Message, Role, Row
 
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -28,8 +29,13 @@ _ROLES: Mapping[str, Role] = {
 
 
 def convert(row: Row) -> Conversation:
-    """Read the messages and the tools."""
-    messages = read_messages(items(row, "messages"))
+    """Read the messages, the tools and the names of pictures."""
+    turns = items(row, "messages")
+    messages = read_messages(turns)
+    named = [name for turn in turns for name in _named(turn)]
+    names = _filled(named, read_names(row, "images"))
+    if names or any(name is None for name in named):
+        messages = share_out(messages, names, column="messages")
     return conversation(messages, tools=read_tools(row), column="messages")
 
 
@@ -46,6 +52,9 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
     calls = read_calls(turn.get("tool_calls"), where=f"{place}tool_calls")
     if calls and role != "assistant":
         raise RowError(f"{place}tool_calls", f"is in a turn of {name!r}", "only assistants call")
+    if isinstance(turn.get("content"), list):
+        content, _ = read_parts(turn["content"], where=f"{place}content")
+        turn = {**turn, "content": content}
     # A tool may answer nothing, a call needs no words, and an empty system prompt is a choice.
     may_be_empty = bool(calls) or (role in ("system", "tool") and turn.get("content") is not None)
     return Message(
@@ -56,6 +65,22 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
         name=optional_text(turn, "name", within=place) or None,
         tool_call_id=optional_text(turn, "tool_call_id", within=place) or None,
     )
+
+
+def _named(turn: Mapping[str, Any]) -> list[str | None]:
+    """The pictures of a turn: their names, None for a part that has none, "" for a place in text,
+    which without pictures in the row is but a word."""
+    content = turn.get("content")
+    if isinstance(content, list):
+        return list(read_parts(content, where="content")[1])
+    return [""] * content.count(IMAGE) if isinstance(content, str) else []
+
+
+def _filled(named: Sequence[str | None], rest: Sequence[str]) -> list[str]:
+    """The names of all pictures in order: those of the turns, the others from `rest`."""
+    waiting = list(rest)
+    names = [name or (waiting.pop(0) if waiting else "") for name in named]
+    return [name for name in names if name] + waiting
 
 
 def _loss(turn: Mapping[str, Any], role: Role, place: str) -> bool | None:
@@ -83,6 +108,6 @@ FORMAT = Format(
         ]
     },
     convert=convert,
-    optional=("tools",),
+    optional=("tools", "images"),
     priority=10,
 )

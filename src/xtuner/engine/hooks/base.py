@@ -25,7 +25,8 @@ class Run:
         work_dir: where checkpoints go.
         log_dir: the time-stamped folder of this start.
         console: the terminal; print through it, so that the progress bar stays whole.
-        answer: asks the model a question and returns its answer.
+        answer: asks the model a question, and about a picture if one is named, and returns its
+            answer.
         validate: mean loss on the validation split, or None without one.
         step: optimizer steps done.
         total_steps: at which the run ends.
@@ -38,7 +39,7 @@ class Run:
     work_dir: Path
     log_dir: Path
     console: Console
-    answer: Callable[[str], str]
+    answer: Callable[..., str]
     validate: Callable[[], float] | None
     total_steps: int
     start_step: int = 0

@@ -44,11 +44,15 @@ class Hook(BaseHook):
             return
         run.console.print(f"\n[bold]Sample answers {when}[/bold]")
         lines = [f"Sample answers {when}", ""]
-        for question in run.settings.evaluation_inputs:
-            answer = run.answer(question)
+        settings = run.settings
+        images = settings.evaluation_images or ("",)
+        images = images * (len(settings.evaluation_inputs) if len(images) == 1 else 1)
+        for question, image in zip(settings.evaluation_inputs, images, strict=True):
+            answer = run.answer(question, image) if image else run.answer(question)
+            shown = f"  [magenta]Image[/magenta] {escape(image)}\n" if image else ""
             run.console.print(
-                f"  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] {escape(answer)}\n"
+                f"{shown}  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] {escape(answer)}\n"
             )
-            lines += [f"Q: {question}", f"A: {answer}", ""]
+            lines += [*([f"Image: {image}"] if image else []), f"Q: {question}", f"A: {answer}", ""]
         file = run.log_dir / f"eval_outputs_iter_{run.step}.txt"
         file.write_text("\n".join(lines), encoding="utf-8")

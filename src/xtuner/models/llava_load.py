@@ -1,0 +1,197 @@
+"""Load a LLaVA model to talk with: from parts beside its language model, or from one whole folder.
+
+language model + llm_adapter/ ─┐
+visual encoder + ..._adapter/ ─┼─assemble─► LlavaForConditionalGeneration + how to see with it
+projector/ ────────────────────┘
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from xtuner.errors import ModelError
+from xtuner.models import llava_parts as parts_of
+from xtuner.models.adapters import load_adapter
+from xtuner.models.llava import Eyes, assemble
+from xtuner.models.load import load_model, quiet_transformers, readable_errors
+from xtuner.models.quantize import Quantization, Rounding
+from xtuner.models.runinfo import RunInfo
+from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, num_image_tokens
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """A model that sees.
+
+    Attributes:
+        model: a `LlavaForConditionalGeneration`, in evaluation.
+        eyes: of the model.
+        pixels: makes a decoded picture ``[3, H, W]``.
+        image_token_id: the token ``<image>``.
+        tokens_each: how many of it stand for a picture.
+    """
+
+    model: Any
+    eyes: Eyes
+    pixels: Callable[[Any], np.ndarray]
+    image_token_id: int
+    tokens_each: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of a LLaVA model are.
+
+    Attributes:
+        llm: the language model that a run started from.
+        parts: the folder of what was trained.
+        visual_encoder: the encoder that a run started from; empty where the parts hold their own.
+        select_layer: of the encoder, whose output is used.
+        pad_to_square: how pictures are prepared.
+    """
+
+    llm: str
+    parts: Path
+    visual_encoder: str = ""
+    select_layer: int = -2
+    pad_to_square: bool = True
+
+    @classmethod
+    def of(cls, parts: Path, *, llm: str = "", visual_encoder: str = "") -> Sources:
+        """What the folder `parts` says of itself; `llm` and `visual_encoder` take precedence.
+
+        Raises:
+            ModelError: one of the two is not known.
+        """
+        info = RunInfo.read(parts)
+        said = dict(info.settings) if info else {}
+        whole = parts / "config.json"
+        own_llm = parts / parts_of.LLM
+        llm = llm or (info.base_model if info else "")
+        llm = str(own_llm) if own_llm.is_dir() else str(parts) if whole.is_file() else llm
+        own = parts / parts_of.ENCODER
+        encoder = visual_encoder or (info.visual_encoder if info else "")
+        encoder = str(own) if own.is_dir() else encoder
+        if not llm or not encoder:
+            lacks = "--visual-encoder" if llm else "the language model"
+            raise ModelError(
+                f"{parts}: does not say which language model and visual encoder it was trained "
+                f"with ({lacks} is missing); give them: "
+                f"xtuner chat LLM --visual-encoder CLIP --llava {parts}"
+            )
+        return cls(
+            llm,
+            parts,
+            encoder,
+            int(said.get("visual_select_layer", -2)),
+            bool(said.get("pad_image_to_square", True)),
+        )
+
+
+def load_llava(
+    sources: Sources,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    quantization: Quantization = "none",
+    rounding: Rounding | None = None,
+    trust_remote_code: bool = False,
+    merged: bool = False,
+) -> Seeing:
+    """Load the parts and put them together.
+
+    Args:
+        sources: where they are.
+        tokenizer: gets the token ``<image>``.
+        dtype: of weights and computation.
+        device: 'cpu' or 'cuda'.
+        quantization: how the language model is held.
+        rounding: round the language model's weights as a run on 4-bit weights saw them.
+        trust_remote_code: run Python code that lies beside the language model.
+        merged: merge the adapters into the weights.
+
+    Raises:
+        ModelError: a part is missing or does not fit the others.
+    """
+    folder = sources.parts
+    llm: Any = load_model(
+        sources.llm, dtype=dtype, device=device, quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if rounding:
+        rounding.apply(llm)
+    if (folder / parts_of.LLM_ADAPTER).is_dir():
+        llm = _base_of(load_adapter(llm, folder / parts_of.LLM_ADAPTER), merged)
+    encoder: Any = load_visual_encoder(sources.visual_encoder, dtype=dtype, device=device)
+    if (folder / parts_of.ENCODER_ADAPTER).is_dir():
+        with fitting_encoder_adapter(folder / parts_of.ENCODER_ADAPTER) as place:
+            encoder = _base_of(load_adapter(encoder, place), merged)
+    token_id = add_image_token(tokenizer)
+    model = assemble(llm, encoder, image_token_id=token_id, select_layer=sources.select_layer)
+    parts_of.load_projector(model, folder)
+    model.model.multi_modal_projector.to(dtype)
+    return Seeing(
+        model.eval(),
+        Eyes(model),
+        Processor(sources.visual_encoder, sources.pad_to_square),
+        token_id,
+        num_image_tokens(encoder.config),
+    )
+
+
+def load_whole(folder: Path, *, dtype: torch.dtype, device: str) -> Seeing:
+    """Load the folder of a whole `LlavaForConditionalGeneration`.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import LlavaForConditionalGeneration
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    with readable_errors(folder, "LLaVA model"), quiet_transformers():
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
+        processor = LlavaImageProcessorPil.from_pretrained(folder)
+
+    def pixels(image: Any) -> np.ndarray:
+        values = processor(images=image, return_tensors="np")["pixel_values"]
+        return np.asarray(values[0], dtype=np.float32)
+
+    tokens = num_image_tokens(model.config.vision_config)
+    return Seeing(model.eval(), Eyes(model), pixels, model.config.image_token_index, tokens)
+
+
+def _base_of(adapted: Any, merged: bool) -> Any:
+    return adapted.merge_and_unload() if merged else adapted.get_base_model()
+
+
+@contextlib.contextmanager
+def fitting_encoder_adapter(folder: Path) -> Iterator[Path]:
+    """`folder`, or a copy with the names of today: encoders had a level ``vision_model`` before.
+
+    PEFT would leave such an adapter unloaded with only a warning.
+    """
+    file = folder / _ADAPTER_FILE
+    found = load_file(str(file)) if file.is_file() else {}
+    if not any(".vision_model." in name for name in found):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        renamed = {name.replace(".vision_model.", ".", 1): t for name, t in found.items()}
+        save_file(renamed, str(Path(place) / _ADAPTER_FILE), metadata={"format": "pt"})
+        config = (folder / "adapter_config.json").read_text(encoding="utf-8")
+        # Targets may be spelt out with the old level in them.
+        config = config.replace("vision_model.", "")
+        (Path(place) / "adapter_config.json").write_text(config, encoding="utf-8")
+        yield Path(place)

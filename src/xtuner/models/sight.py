@@ -1,0 +1,175 @@
+"""The eyes of a language model: a visual encoder, and how its pictures are prepared.
+
+picture ──processor──► pixels [3, H, W] ──encoder, layer -2, without CLS──► features [T, C]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xtuner.errors import ModelError, listed
+from xtuner.models.load import located, quiet_transformers, read_config, readable_errors
+from xtuner.models.save import weight_files
+from xtuner.types import IMAGE
+
+Strategy = Literal["default", "full"]
+"""transformers' words: 'default' drops the first feature, CLS; 'full' keeps all."""
+
+_CLIP = ("clip", "clip_vision_model")
+_SIGLIP = ("siglip", "siglip_vision_model")
+_MEANS = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+def load_visual_encoder(
+    path: str | Path, *, dtype: torch.dtype, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load the vision part of the CLIP or SigLIP model at `path` (a folder or a hub name).
+
+    Raises:
+        ModelError: it is not there, is of another kind, or lacks weights.
+    """
+    from transformers import CLIPVisionModel, SiglipVisionModel
+
+    place = located(path)
+    kind = read_config(place).get("model_type")
+    if kind not in (*_CLIP, *_SIGLIP):
+        raise ModelError(
+            f"visual_encoder_name_or_path = {str(path)!r}: is of type {kind!r}; it must be one of "
+            f"{', '.join((*_CLIP, *_SIGLIP))}"
+        )
+    loader = CLIPVisionModel if kind in _CLIP else SiglipVisionModel
+    with readable_errors(path, "visual encoder"), quiet_transformers():
+        model, info = loader.from_pretrained(place, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        headline = f"{path}: {len(missing)} weights of the visual encoder are missing"
+        raise ModelError(listed(headline, missing[:8]))
+    return model.to(device)  # type: ignore[no-any-return]
+
+
+def strategy_of(vision_config: Any) -> Strategy:
+    """'default' where the encoder puts CLS before the patches, else 'full'."""
+    return "default" if vision_config.model_type in _CLIP else "full"
+
+
+def num_image_tokens(vision_config: Any) -> int:
+    """Tokens that a picture takes: one a patch."""
+    return int(vision_config.image_size // vision_config.patch_size) ** 2
+
+
+def select(hidden_states: Any, layer: int, strategy: str) -> Tensor:
+    """The features ``[P, T, C]`` out of all hidden states of the encoder."""
+    chosen: Tensor = hidden_states[layer]
+    return chosen[:, 1:] if strategy == "default" else chosen
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Makes pixels of decoded pictures.
+
+    Attributes:
+        encoder: folder or hub name of the visual encoder, for its ``preprocessor_config.json``.
+        pad_to_square: fill pictures up to a square instead of cutting their long sides off.
+    """
+
+    encoder: str
+    pad_to_square: bool = True
+
+    @cached_property
+    def upstream(self) -> Any:
+        """transformers' processor that does the work, and that other tools will load."""
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+        config = vision_config(self.encoder)
+        side = int(config["image_size"])
+        own = self._own_file()
+        clip = config["model_type"] in _CLIP
+        mean, std = _MEANS["clip" if clip else "siglip"]
+        square = {"height": side, "width": side}
+        return LlavaImageProcessorPil(
+            do_pad=self.pad_to_square,
+            size={"shortest_edge": side} if clip else square,
+            do_center_crop=clip,
+            crop_size=square,
+            resample=own.get("resample", 3),
+            rescale_factor=own.get("rescale_factor", 1 / 255),
+            image_mean=list(own.get("image_mean") or mean),
+            image_std=list(own.get("image_std") or std),
+        )
+
+    def __call__(self, image: Any) -> np.ndarray:
+        """Pixels ``[3, H, W]`` in float32 of a decoded RGB picture."""
+        values = self.upstream(images=image, return_tensors="np")["pixel_values"]
+        return np.asarray(values[0], dtype=np.float32)
+
+    def _own_file(self) -> dict[str, Any]:
+        """What the encoder says of the preparation of its pictures; empty where it says nothing."""
+        place = Path(located(self.encoder))
+        file: Path | str = place / PROCESSOR_FILE
+        if not place.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            try:
+                file = hf_hub_download(str(place), PROCESSOR_FILE)
+            except Exception:  # the defaults of CLIP and SigLIP serve all their checkpoints
+                return {}
+        try:
+            return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file}: cannot be read: {error}") from error
+
+
+def vision_config(path: str) -> dict[str, Any]:
+    """What config.json says of the vision part of the encoder at `path`, with all defaults.
+
+    Raises:
+        ModelError: it cannot be read, or is neither CLIP nor SigLIP.
+    """
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    values = read_config(located(path))
+    kind = values.get("model_type")
+    if kind not in (*_CLIP, *_SIGLIP):
+        found = f"is of type {kind!r}" if values else "has no config.json that can be read"
+        raise ModelError(
+            f"visual_encoder_name_or_path = {path!r}: {found}; it must be a model of type "
+            f"{' or '.join((*_CLIP, *_SIGLIP))}"
+        )
+    own = values.get("vision_config", values)
+    config: Any = (CLIPVisionConfig if kind in _CLIP else SiglipVisionConfig)(**own)
+    return {**config.to_dict(), "model_type": config.model_type}
+
+
+def weights_identity(path: str) -> str:
+    """A hash of the weights of the encoder at `path`, or its name where they are not here."""
+    files = weight_files(Path(located(path)))
+    digest = hashlib.sha256(path.encode() if not files else b"")
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def add_image_token(tokenizer: Any) -> int:
+    """Make ``<image>`` one token of `tokenizer` and return its id."""
+    if IMAGE not in tokenizer.get_vocab():
+        from tokenizers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+    return int(tokenizer.convert_tokens_to_ids(IMAGE))

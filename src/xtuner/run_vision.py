@@ -1,0 +1,153 @@
+"""What a run with a visual encoder has besides: the parts that `xtuner.run` joins for pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.chat.vision import Vision, question
+from xtuner.config.schema import Settings
+from xtuner.data.feature_store import FeatureStore
+from xtuner.data.loader import Collate
+from xtuner.data.sight import PictureCollate, Sight, picture_folder
+from xtuner.data.sources import below
+from xtuner.errors import ModelError
+from xtuner.models.llava_load import Seeing
+from xtuner.models.llava_parts import Parts, make
+from xtuner.models.sight import Processor, add_image_token, vision_config, weights_identity
+from xtuner.types import Algorithm, Message
+
+
+@dataclass
+class RunVision:
+    """The eyes of a run.
+
+    Attributes:
+        settings: of the run.
+        folder: of the settings file.
+        sight: what the data part knows of the eyes.
+        processor: makes pixels.
+        features: where features are kept; None where they are computed each time.
+        parts: the model, after `join`.
+        shown: shows pictures in sample answers, after `join`.
+    """
+
+    settings: Settings
+    folder: Path
+    sight: Sight
+    processor: Processor
+    features: FeatureStore | None = None
+    parts: Parts = field(init=False)
+    shown: Vision = field(init=False)
+
+    @classmethod
+    def of(
+        cls, settings: Settings, tokenizer: Any, *, folder: Path, dtype: torch.dtype
+    ) -> RunVision:
+        """Read what the visual encoder says of itself; `tokenizer` gets the token ``<image>``.
+
+        Raises:
+            ModelError, DataError: the encoder or the folder of the pictures is not there.
+        """
+        name = settings.visual_encoder_name_or_path or ""
+        config = vision_config(name)
+        tokens = (config["image_size"] // config["patch_size"]) ** 2
+        pictures = picture_folder(
+            settings.image_folder, data_root=settings.data_root, folder=folder
+        )
+        sight = Sight(pictures, add_image_token(tokenizer), tokens)
+        processor = Processor(name, settings.pad_image_to_square)
+        features = None
+        if settings.cache_visual_features:
+            features = FeatureStore.of(
+                {
+                    "encoder": weights_identity(name),
+                    "layer": settings.visual_select_layer,
+                    "processor": processor.upstream.to_dict(),
+                    "dtype": str(dtype),
+                }
+            )
+        return cls(settings, folder, sight, processor, features)
+
+    @property
+    def encoder(self) -> str:
+        """The visual encoder, as a checkpoint names it."""
+        name = self.settings.visual_encoder_name_or_path or ""
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+    def whole(self, settings: Settings) -> Settings:
+        """`settings` with the tokens of one picture in max_length."""
+        return settings.model_copy(
+            update={"max_length": settings.max_length + self.sight.tokens_each}
+        )
+
+    def collate(self, algorithm: Algorithm) -> Collate:
+        """Batches with pixels."""
+        kept = self.features.read if self.features else None
+        return PictureCollate(algorithm.collate, self.sight, self.processor, kept)
+
+    def join(self, llm: Any, *, dtype: torch.dtype, device: str, source: Path | None) -> Any:
+        """Put the visual encoder and the projector before `llm`; see `llava_parts.make`.
+
+        Raises:
+            ModelError: they do not fit together.
+            DataError: a picture of evaluation_images cannot be opened.
+        """
+        self.parts = make(
+            self.settings,
+            llm,
+            image_token_id=self.sight.token_id,
+            dtype=dtype,
+            device=device,
+            source=source,
+            projector=self._projector(),
+            keep=self.features.write if self.features else None,
+        )
+        eyes, sight = self.parts.packed.eyes, self.sight
+        self.shown = Vision(
+            Seeing(self.parts.llava, eyes, self.processor, sight.token_id, sight.tokens_each)
+        )
+        self.shown.check([self._picture(name) for name in self.settings.evaluation_images])
+        return self.parts.packed
+
+    def recompute(self) -> None:
+        """Recompute the visual encoder's activations in the backward pass, too."""
+        tower = self.parts.llava.model.vision_tower
+        tower.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def question(self, text: str, images: Sequence[str]) -> Message:
+        """A question of the settings about pictures of the settings."""
+        return question(text, [self._picture(name) for name in images])
+
+    def save(self, folder: Path) -> None:
+        """Write the parts that are trained."""
+        self.parts.save(folder)
+
+    def lines(self, settings: Settings) -> Iterator[str]:
+        """What is trained, for the terminal."""
+        sight = self.sight
+        yield (
+            f"Pictures     {settings.visual_encoder_name_or_path}: {sight.tokens_each} tokens "
+            f"each, on top of max_length: {settings.max_length + sight.tokens_each:,} in all"
+        )
+        for number, line in enumerate(self.parts.table()):
+            yield f"{'' if number else 'Trained':13}{line}"
+
+    def _picture(self, name: str) -> str:
+        """Where a picture of the settings is."""
+        found = below(name, self.settings.data_root, self.folder)
+        places = (Path(found), self.folder / found, self.sight.folder.root / found)
+        return next((str(place) for place in places if place.is_file()), name)
+
+    def _projector(self) -> Path | None:
+        name = self.settings.pretrained_pth
+        if name is None:
+            return None
+        for place in (self.folder / Path(name).expanduser(), Path(name).expanduser()):
+            if place.exists() or (place.suffix == ".pth" and place.with_suffix("").is_dir()):
+                return place
+        raise ModelError(f"pretrained_pth = {name!r}: there is no such folder")
