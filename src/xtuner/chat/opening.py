@@ -10,16 +10,26 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from xtuner.chat.generate import GenerationOptions
 from xtuner.chat.session import Session
+from xtuner.chat.vision import Vision
 from xtuner.errors import ConfigError, ModelError
 from xtuner.models import fetch
 from xtuner.models.adapters import load_adapter
-from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_dtype
+from xtuner.models.llava_load import Sources, load_llava, load_whole
+from xtuner.models.llava_parts import is_llava_folder
+from xtuner.models.load import (
+    load_model,
+    load_tokenizer,
+    pick_device,
+    read_config,
+    resolve_dtype,
+)
 from xtuner.models.quantize import Quantization, Rounding
 from xtuner.models.runinfo import RunInfo
+from xtuner.models.sight import add_image_token
 from xtuner.templates import load as load_template
 
 logger = logging.getLogger("xtuner.chat")
@@ -37,6 +47,7 @@ class Found:
         tokenizer: folder or hub name of the tokenizer.
         template, system: what the run that wrote it trained with.
         quantization: how the run held the base model that an adapter was trained beside.
+        llava: where the parts of a LLaVA model are; or "whole", where `model` is one.
     """
 
     model: str
@@ -45,6 +56,7 @@ class Found:
     template: str = "auto"
     system: str = ""
     quantization: Quantization = "none"
+    llava: Sources | Literal["whole"] | None = None
 
 
 def open_chat(
@@ -58,6 +70,8 @@ def open_chat(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    visual_encoder: str | None = None,
+    llava: str | Path | None = None,
 ) -> Session:
     """Load a model, adapter or checkpoint and open a conversation with it.
 
@@ -72,6 +86,8 @@ def open_chat(
         device: 'auto' is a GPU where there is one.
         dtype: of weights and computation; 'auto' is bfloat16 where the hardware has it.
         trust_remote_code: run Python code that comes with the model.
+        visual_encoder: of a LLaVA model, in place of the one that its parts name.
+        llava: folder of the parts of a LLaVA model that was trained on `model`.
 
     Raises:
         XTunerError: what is wrong with what was given.
@@ -79,6 +95,8 @@ def open_chat(
     if bits is not None and bits not in _QUANTIZATION:
         raise ConfigError(f"bits = {bits}: must be 4, 8 or 16 (unquantised), or left out")
     found = find(str(model), adapter=None if adapter is None else str(adapter))
+    if llava is not None or visual_encoder is not None:
+        found = with_parts(found, None if llava is None else str(llava), visual_encoder or "")
     name = prompt_template or found.template
     tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)
     if name == "auto" and not tokenizer.chat_template:
@@ -86,18 +104,28 @@ def open_chat(
             f"{model}: the tokenizer has no chat template, as base models have none. "
             "Name one with --prompt-template: 'default' is plain, and fits a model tuned with it"
         )
+    if found.llava:
+        add_image_token(tokenizer)  # before the template looks at the tokens
     template = load_template(name, tokenizer, system=found.system if system is None else system)
     place = pick_device(device)
-    loaded = load_model(
-        found.model,
-        dtype=resolve_dtype(dtype, place),
-        device=place,
-        quantization=found.quantization if bits is None else _QUANTIZATION[bits],
-        trust_remote_code=trust_remote_code,
-    )
+    how: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), "device": place}
+    held = found.quantization if bits is None else _QUANTIZATION[bits]
+    options = options or GenerationOptions()
+    if found.llava == "whole":
+        seeing = load_whole(Path(found.model), **how)
+        return Session(
+            seeing.model, tokenizer, template=template, options=options, vision=Vision(seeing)
+        )
+    how |= {"quantization": held, "trust_remote_code": trust_remote_code}
+    if found.llava:
+        seeing = load_llava(found.llava, tokenizer, **how)
+        return Session(
+            seeing.model, tokenizer, template=template, options=options, vision=Vision(seeing)
+        )
+    loaded = load_model(found.model, **how)
     network = load_adapter(loaded, found.adapter) if found.adapter else loaded
     network.eval()
-    return Session(network, tokenizer, template=template, options=options or GenerationOptions())
+    return Session(network, tokenizer, template=template, options=options)
 
 
 def find(model: str, *, adapter: str | None = None) -> Found:
@@ -136,11 +164,43 @@ def _find_model(model: str) -> Found:
                 "its folder, such as work_dirs/my_run/iter_100"
             )
         return Found(model, tokenizer=model)
+    if is_llava_folder(folder):
+        return _from_parts(folder)
     if _is_adapter(folder):
         return _from_adapter(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{model}: {_what_is_there(folder)}")
-    found = Found(str(folder), tokenizer=str(folder))
+    whole: Literal["whole"] | None = (
+        "whole" if read_config(str(folder)).get("model_type") == "llava" else None
+    )
+    found = Found(str(folder), tokenizer=str(folder), llava=whole)
+    return _with_run(found, RunInfo.read(folder))
+
+
+def with_parts(found: Found, llava: str | None, visual_encoder: str) -> Found:
+    """`found` as the language model of the LLaVA model whose parts are in `llava`.
+
+    Raises:
+        ModelError: the parts are not there.
+    """
+    if llava is None:
+        if not isinstance(found.llava, Sources):
+            raise ModelError(
+                "--visual-encoder needs --llava DIR, the folder of a projector trained with it"
+            )
+        return replace(found, llava=replace(found.llava, visual_encoder=visual_encoder))
+    folder = _folder(llava)
+    if folder is None or not is_llava_folder(folder):
+        there = _what_is_there(folder or Path(llava))
+        raise ModelError(f"--llava {llava}: holds no parts of a LLaVA model (projector/): {there}")
+    return _from_parts(folder, llm=found.model, visual_encoder=visual_encoder)
+
+
+def _from_parts(folder: Path, *, llm: str = "", visual_encoder: str = "") -> Found:
+    sources = Sources.of(folder, llm=llm, visual_encoder=visual_encoder)
+    own_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = str(folder) if own_tokenizer else sources.llm
+    found = Found(sources.llm, tokenizer=tokenizer, llava=sources)
     return _with_run(found, RunInfo.read(folder))
 
 
@@ -166,7 +226,7 @@ def _from_adapter(folder: Path, *, base: str = "") -> Found:
 def _with_run(found: Found, info: RunInfo | None) -> Found:
     if info is None:
         return found
-    rounding = Rounding.of_run(info.settings) if info.kind == "adapter" else None
+    rounding = Rounding.of_run(info.settings) if info.kind in ("adapter", "llava") else None
     return replace(
         found,
         template=info.prompt_template,

@@ -1,19 +1,20 @@
 """A conversation over lines of text: a terminal, or a pipe.
 
 An empty line ends a question, so that a question may have several lines. A line EXIT leaves, a line
-RESET forgets the conversation. Answers go to `out`, everything else to `notes`.
+RESET forgets the conversation, a line IMAGE PATH shows a picture with the next question. Answers go to `out`, everything else to `notes`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TextIO
 
 from xtuner.chat.session import Session
+from xtuner.errors import DataError
 
-EXIT, RESET = "EXIT", "RESET"
+EXIT, RESET, IMAGE = "EXIT", "RESET", "IMAGE "
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Terminal:
         notes: gets prompts and notes.
         interactive: a person is there: show prompts.
         streaming: show an answer while it grows.
+        images: pictures shown with the first question of every conversation.
+        waiting: pictures to show with the next question.
     """
 
     read_line: Callable[[str], str]
@@ -33,9 +36,14 @@ class Terminal:
     notes: TextIO
     interactive: bool = False
     streaming: bool = True
+    images: tuple[str, ...] = ()
+    waiting: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.waiting.extend(self.images)
 
     @classmethod
-    def standard(cls, *, streaming: bool = True) -> Terminal:
+    def standard(cls, *, streaming: bool = True, images: tuple[str, ...] = ()) -> Terminal:
         """The terminal or the pipe that this process was started with."""
         interactive = sys.stdin.isatty()
         if interactive:
@@ -44,11 +52,12 @@ class Terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  gives input() a history and editing keys
         read = input if interactive else _read_from_pipe
-        return cls(read, sys.stdout, sys.stderr, interactive, streaming)
+        return cls(read, sys.stdout, sys.stderr, interactive, streaming, images)
 
     def answer(self, session: Session, question: str) -> None:
         """Ask and show the answer; Ctrl-C stops it and passes on."""
-        pieces = session.ask(question)
+        shown, self.waiting[:] = tuple(self.waiting), ()
+        pieces = session.ask(question, shown) if shown else session.ask(question)
         try:
             if self.streaming:
                 for piece in pieces:
@@ -65,7 +74,9 @@ class Terminal:
         """Ask one question after the other in one conversation, which RESET begins anew."""
         for question in questions:
             if question.strip() == RESET:
-                session.reset()
+                self._reset(session)
+            elif question.startswith(IMAGE):
+                self.waiting.append(question.removeprefix(IMAGE).strip())
             else:
                 self.answer(session, question)
 
@@ -74,14 +85,33 @@ class Terminal:
         self._note("An empty line sends; EXIT leaves, RESET forgets, Ctrl-C stops an answer.\n")
         while (question := self._question()) is not None:
             if question == RESET:
-                session.reset()
+                self._reset(session)
                 self._note("(forgotten)\n")
+                continue
+            if question.startswith(IMAGE):
+                self._show_next(session, question.removeprefix(IMAGE).strip())
                 continue
             try:
                 self.answer(session, question)
             except KeyboardInterrupt:
                 self._note("(stopped)")
             self._note("")
+
+    def _reset(self, session: Session) -> None:
+        session.reset()
+        self.waiting[:] = self.images
+
+    def _show_next(self, session: Session, name: str) -> None:
+        """Keep a picture for the next question if it can be shown."""
+        try:
+            if session.vision is None:
+                raise DataError("this model has no eyes: images need a LLaVA model")
+            session.vision.check([name])
+        except DataError as error:
+            print(f"({error})", file=self.notes, flush=True)
+            return
+        self.waiting.append(name)
+        self._note(f"(image {len(self.waiting)} for the next question)\n")
 
     def _question(self) -> str | None:
         """The next question, RESET, or None to leave."""
@@ -98,6 +128,8 @@ class Terminal:
                 return None
             if not lines and line.strip() == RESET:
                 return RESET
+            if not lines and line.startswith(IMAGE):
+                return line
             if line.strip():
                 lines.append(line)
             elif lines:

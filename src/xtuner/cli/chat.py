@@ -42,6 +42,22 @@ def command(
         typer.Option(metavar="T", help="How messages become a prompt, as in a settings file."),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="S", help="The system message.")] = None,
+    visual_encoder: Annotated[
+        str | None,
+        typer.Option(metavar="CLIP", help="The visual encoder of a LLaVA model, with --llava."),
+    ] = None,
+    llava: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Parts of a LLaVA model whose language model is MODEL."),
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PICTURE",
+            help="Show this picture with the first question; repeatable. In a conversation, a line "
+            "IMAGE PATH shows one with the next question.",
+        ),
+    ] = None,
     bits: Annotated[
         int | None,
         typer.Option(
@@ -77,7 +93,7 @@ def command(
         typer.Option(
             metavar="TEXT",
             help="Print the answer to this and leave. Repeatable: the turns of one conversation; "
-            "RESET begins another.",
+            "RESET begins another, 'IMAGE PATH' shows a picture with the next.",
         ),
     ] = None,
     device: Annotated[
@@ -121,8 +137,10 @@ def command(
         device=device.value,
         dtype=dtype.value,
         trust_remote_code=trust_remote_code,
+        visual_encoder=visual_encoder,
+        llava=llava,
     )
-    terminal = Terminal.standard(streaming=not no_streamer)
+    terminal = Terminal.standard(streaming=not no_streamer, images=tuple(image or ()))
     if ask:
         terminal.ask_all(session, ask)
     else:

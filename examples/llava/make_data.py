@@ -1,0 +1,127 @@
+"""Pictures of one to three handwritten digits in colours, their captions and questions about them.
+
+    python make_data.py --out quickstart-llava
+
+The digits are scikit-learn's bundled ones, 1,797 that people wrote by hand. A quarter of them is
+held out: no picture of the training shows them, of the visual encoder's training neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIDE = 48
+COLOURS = {"red": (255, 60, 50), "green": (50, 230, 60), "blue": (80, 110, 255), "yellow": (250, 240, 60)}  # fmt: skip
+PLACES = {1: ("in the middle",), 2: ("on the left", "on the right"),
+          3: ("on the left", "in the middle", "on the right")}  # fmt: skip
+CENTRES = {"on the left": 9, "in the middle": 24, "on the right": 39}
+NUMBERS = ("no", "one", "two", "three")
+Scene = list[tuple[int, str, str]]
+"""(digit, colour, place) of each digit from left to right."""
+
+
+def digits(held_out: bool) -> dict[int, np.ndarray]:
+    """8 x 8 pictures from 0 to 1 by digit, of the training or of the held-out part."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    chosen = order[: len(order) // 4] if held_out else order[len(order) // 4 :]
+    return {d: data.images[chosen][data.target[chosen] == d] / 16 for d in range(10)}
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """Choose what is on a picture; its digits differ, so that a digit names one of them."""
+    places = PLACES[rng.choice((1, 2, 3))]
+    chosen = rng.sample(range(10), len(places))
+    return [(d, rng.choice(list(COLOURS)), place) for d, place in zip(chosen, places, strict=True)]
+
+
+def draw_picture(scene: Scene, images: dict[int, np.ndarray], rng: random.Random) -> np.ndarray:
+    """Draw a scene ``[SIDE, SIDE, 3]`` with a sample of every digit, somewhat moved and sized."""
+    canvas = np.full((SIDE, SIDE, 3), rng.randint(0, 40), dtype=np.float32)
+    for digit, colour, place in scene:
+        size = rng.randint(15, 18)
+        sample = images[digit][rng.randrange(len(images[digit]))]
+        shape = Image.fromarray((sample * 255).astype(np.uint8)).resize((size, size), Image.BICUBIC)
+        alpha = np.asarray(shape, dtype=np.float32)[..., None] / 255
+        left = min(max(CENTRES[place] - size // 2 + rng.randint(-1, 1), 0), SIDE - size)
+        top = rng.randint(6, SIDE - size - 6)
+        part = canvas[top : top + size, left : left + size]
+        part[:] = part * (1 - alpha) + np.array(COLOURS[colour], dtype=np.float32) * alpha
+    return canvas.clip(0, 255).astype(np.uint8)
+
+
+def caption(scene: Scene) -> str:
+    """One sentence about a scene."""
+    parts = [f"a {colour} {digit} {place}" for digit, colour, place in scene]
+    text = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
+    """(kind, question, answer): how many, which digit is where, what colour it is."""
+    found = [("count", "How many digits are there?", f"{NUMBERS[len(scene)].capitalize()}.")]
+    for digit, colour, place in scene:
+        found.append(("digit", f"Which digit is {place}?", f"{digit}."))
+        asked = rng.choice((f"What colour is the {digit}?", f"What colour is the digit {place}?"))
+        found.append(("colour", asked, f"{colour.capitalize()}."))
+    rng.shuffle(found)
+    return found
+
+
+def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """A conversation in LLaVA's form; the picture stands before the first question."""
+    rows = []
+    for number, (question, answer) in enumerate(pairs):
+        rows.append({"from": "human", "value": ("" if number else "<image>\n") + question})
+        rows.append({"from": "gpt", "value": answer})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("quickstart-llava"))
+    parser.add_argument("--pretrain", type=int, default=1200)
+    parser.add_argument("--finetune", type=int, default=1300)
+    parser.add_argument("--test", type=int, default=200)
+    options = parser.parse_args()
+    folder = options.out / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def make(part: str, count: int, held_out: bool) -> list[tuple[str, Scene, random.Random]]:
+        images, made = digits(held_out), []
+        for number in range(count):
+            rng = random.Random(f"{part} {number}")
+            scene = draw_scene(rng)
+            name = f"{part}_{number:05d}.png"
+            Image.fromarray(draw_picture(scene, images, rng)).save(folder / name)
+            made.append((name, scene, rng))
+        return made
+
+    pretrain = [
+        {"id": name, "image": name, "conversations": turns([("Describe the picture.", caption(s))])}
+        for name, s, _ in make("pretrain", options.pretrain, held_out=False)
+    ]
+    finetune = [
+        {"id": name, "image": name, "conversations": turns([qa[1:] for qa in questions(s, rng)[:5]])}
+        for name, s, rng in make("finetune", options.finetune, held_out=False)
+    ]
+    test = [
+        {"image": name, "kind": kind, "question": question, "answer": answer, "caption": caption(s)}
+        for name, s, rng in make("test", options.test, held_out=True)
+        for kind, question, answer in questions(s, rng)[:1]
+    ]
+    for name, rows in (("pretrain", pretrain), ("finetune", finetune), ("test", test)):
+        (options.out / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        print(f"{name}: {len(rows):,} rows")
+
+
+if __name__ == "__main__":
+    main()

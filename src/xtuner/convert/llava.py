@@ -1,0 +1,199 @@
+"""Turn the checkpoint of a LLaVA run into its parts, or into one whole model that others read.
+
+    iter_N ──copy, without what resuming needs──► projector/ llm_adapter/ visual_encoder_adapter/
+           └─load, merge, assemble──► LlavaForConditionalGeneration + processor + chat template
+
+A whole model needs a row of the embedding for ``<image>``. Where the language model has none, it
+gets the mean of all rows, whose logit is the mean of all others and so never the largest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from xtuner import templates
+from xtuner.convert.output import copy_others, new_folder
+from xtuner.errors import ModelError
+from xtuner.models import llava_parts as parts_of
+from xtuner.models.llava import portable_config
+from xtuner.models.llava_load import Seeing, Sources, load_llava
+from xtuner.models.load import DTYPES, load_tokenizer, pick_device, quiet_transformers
+from xtuner.models.quantize import Rounding
+from xtuner.models.runinfo import RunInfo
+from xtuner.models.save import weight_files
+from xtuner.models.sight import add_image_token, strategy_of
+from xtuner.templates.jinja import as_jinja
+from xtuner.types import IMAGE
+
+SaveFormat = Literal["xtuner", "huggingface"]
+Tell = Callable[[str], None]
+
+_LEFT_OUT = ("training_state.pt", "*.safetensors", "*.bin")
+
+
+def find_parts(path: Path) -> Path | None:
+    """The folder of parts that `path` means (an iter_N, iter_N.pth or work dir), if it is one."""
+    path = path.expanduser()
+    folder = path.with_suffix("") if path.suffix == ".pth" else path
+    pointer = folder / "last_checkpoint"
+    if pointer.is_file():
+        folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
+    return folder if parts_of.is_llava_folder(folder) else None
+
+
+def write_parts(source: Path, save_dir: Path, *, fp32: bool = False) -> RunInfo | None:
+    """Write the parts in `source` to `save_dir`, in 16 bits unless `fp32`.
+
+    Raises:
+        LaunchError: `save_dir` is taken, or the disk is too full.
+    """
+    info = RunInfo.read(source)
+    dtype = _stored_type(info, fp32)
+    files = [file for folder in (source, *source.iterdir()) if folder.is_dir()
+             for file in weight_files(folder)]  # fmt: skip
+    with new_folder(save_dir, num_bytes=sum(file.stat().st_size for file in files)) as draft:
+        for file in files:
+            place = draft / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in load_file(str(file)).items()
+            }
+            save_file(tensors, str(place), metadata={"format": "pt"})
+        copy_others(source, draft, skip=_LEFT_OUT)
+    return info
+
+
+def write_whole(
+    source: Path,
+    save_dir: Path,
+    *,
+    llm: str = "",
+    visual_encoder: str = "",
+    prompt_template: str | None = None,
+    fp32: bool = False,
+    max_shard_size: str = "2GB",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    tell: Tell = print,
+) -> RunInfo | None:
+    """Write the model whose parts are in `source` as one LlavaForConditionalGeneration.
+
+    Args:
+        source: a folder of parts, of ours or of xtuner 0.1.
+        save_dir: a new folder.
+        llm, visual_encoder: needed where `source` does not name them.
+        prompt_template: in place of the one that `source` names.
+        fp32: keep float32 instead of 16 bits.
+        max_shard_size: of the files, such as '2GB'.
+        device: where it is computed.
+        tell: gets lines of progress.
+
+    Raises:
+        ModelError: a part is missing or does not fit.
+        LaunchError: `save_dir` is taken, or the disk is too full.
+    """
+    info = RunInfo.read(source)
+    sources = Sources.of(source, llm=llm, visual_encoder=visual_encoder)
+    own = (source / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(source if own else sources.llm)
+    add_image_token(tokenizer)
+    name = prompt_template or (info.prompt_template if info else "auto")
+    system = info.system if info else ""
+    template = templates.load(name, tokenizer, system=system)
+    rounding = Rounding.of_run(info.settings) if info else None
+    if rounding:
+        tell(f"The adapter was trained beside {rounding.quant_type} weights: they are dequantised.")
+    tell("Loading the parts, and merging adapters ...")
+    dtype = _stored_type(info, fp32)
+    seeing = load_llava(
+        sources, tokenizer, dtype=torch.float32, device=pick_device(device),
+        rounding=rounding, merged=True,
+    )  # fmt: skip
+    model = _self_contained(seeing).to(dtype)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    with new_folder(save_dir, num_bytes=size) as draft:
+        with quiet_transformers():
+            model.save_pretrained(str(draft), max_shard_size=max_shard_size)
+        _save_processor(seeing, tokenizer, as_jinja(template, tokenizer), draft)
+        if info is not None:
+            replace(info, kind="model").write(draft)
+    return info
+
+
+def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:
+    if fp32:
+        return torch.float32
+    return DTYPES.get(str(info.settings.get("dtype")) if info else "", torch.bfloat16)
+
+
+def _self_contained(seeing: Seeing) -> Any:
+    """The model with a configuration that plain transformers reads, and a row for ``<image>``."""
+    model = seeing.model
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    tied = head.weight is embedding.weight
+    rows = seeing.image_token_id + 1
+    text = portable_config(_Holder(model))
+    if embedding.weight.shape[0] < rows:
+        grown = _with_mean_rows(embedding.weight, rows)
+        embedding.weight = nn.Parameter(grown, requires_grad=False)
+        embedding.num_embeddings = rows
+        head.weight = embedding.weight if tied else nn.Parameter(
+            _with_mean_rows(head.weight, rows), requires_grad=False
+        )  # fmt: skip
+        head.out_features = rows
+        text.vocab_size = rows
+    config = model.config
+    config.text_config = text
+    config.tie_word_embeddings = tied
+    model.model.language_model.config = text
+    return model
+
+
+class _Holder:
+    """What `portable_config` asks of a language model."""
+
+    def __new__(cls, model: Any) -> Any:
+        return _TEXT_KINDS.get(model.config.get_text_config().model_type, _plain)(model)
+
+
+def _with_mean_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    mean = weight.detach().float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight.detach(), mean.expand(rows - weight.shape[0], -1)])
+
+
+def _save_processor(seeing: Seeing, tokenizer: Any, chat_template: str, folder: Path) -> None:
+    """Write tokenizer, preparation of pictures and chat template as one LlavaProcessor."""
+    from transformers import LlavaProcessor
+
+    vision = seeing.model.config.vision_config
+    upstream = getattr(seeing.pixels, "upstream", None)
+    if upstream is None:
+        raise ModelError("this model has no preparation of pictures that can be saved")
+    tokenizer.chat_template = chat_template
+    processor = LlavaProcessor(
+        image_processor=upstream,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=strategy_of(vision),
+        chat_template=chat_template,
+        image_token=IMAGE,
+        num_additional_image_tokens=int(strategy_of(vision) == "default"),
+    )
+    with quiet_transformers():
+        processor.save_pretrained(str(folder))
+        upstream.save_pretrained(str(folder))
+    (folder / "chat_template.json").unlink(missing_ok=True)
+
+
+def describe(folder: Path) -> str:
+    """The parts in `folder`, for the terminal."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    return json.dumps(names)[1:-1].replace('"', "")
