@@ -22,7 +22,7 @@ from xtuner.data.build import TrainingData, build
 from xtuner.data.loader import Loader
 from xtuner.data.pack import PackedDataset
 from xtuner.engine import checkpoint as checkpoints
-from xtuner.engine import optim
+from xtuner.engine import host, optim
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.distributed import Processes
 from xtuner.engine.forecast import check_disk, forecast
@@ -76,8 +76,6 @@ def train(
         Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
     """
     settings = loaded.settings
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
     processes = Processes(pick_device(settings.device))
     try:
         return _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
@@ -96,6 +94,11 @@ class _TrainingRun:
         self.device = processes.device.type
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
+        if self.device == "cpu":
+            host.keep_freed_memory()
+        self.threads = host.choose_threads(
+            self.settings.num_threads, self.dtype, processes.world_size
+        )
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""
@@ -262,7 +265,7 @@ class _TrainingRun:
             + ("" if held == "none" else f" on {held} weights"),
             f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             + (f"{processes} processes, " if processes > 1 else "")
-            + f"{torch.get_num_threads()} CPU thread(s)",
+            + self.threads,
             *expected.lines(),
             *data.report.lines(),
             f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} "

@@ -100,9 +100,14 @@ class Trainer:
             stack.enter_context(self._stop_on_signals())
             self._call("on_start")
             self.model.train()
-            for group in self.loader.groups(run.step, run.total_steps):
+            groups = self.loader.groups(run.step, run.total_steps)
+            while True:
+                started = time.perf_counter()
+                group = next(groups, None)
+                if group is None:
+                    break
                 try:
-                    self._step(group)
+                    self._step(group, started)
                 except Interrupted:
                     self._save_once()
                     if run.step == 0:
@@ -117,9 +122,12 @@ class Trainer:
                     self._save_once()
             self._call("on_end")
 
-    def _step(self, group: list[Batch]) -> None:
-        """One optimizer step; on an exception the weights are those of the step before."""
-        started = time.perf_counter()
+    def _step(self, group: list[Batch], started: float) -> None:
+        """One optimizer step; on an exception the weights are those of the step before.
+
+        `started` is when the data were asked for.
+        """
+        data_seconds = time.perf_counter() - started
         run, settings = self.run, self.settings
         counts = [sum(b.num_supervised for b in group), sum(b.num_tokens for b in group)]
         supervised, tokens, stops = self.processes.sum([*counts, float(self._stop)])
@@ -152,6 +160,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "supervised_tokens": supervised,
             "seconds": seconds,
+            "data_seconds": data_seconds,
             "memory_mb": memory_mb(self.processes.device),
         }
 
