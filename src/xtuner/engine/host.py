@@ -39,9 +39,8 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
     if wanted is not None:
         torch.set_num_threads(wanted)
         return f"{wanted} CPU thread(s), as set"
-    cores = max(1, torch.get_num_threads() // processes)
-    if processes > 1:  # all would measure at once, and each other
-        torch.set_num_threads(cores)
+    cores = torch.get_num_threads()
+    if processes > 1:  # the launcher has shared the cores out; all would measure at once
         return f"{cores} CPU thread(s) a process"
     rates = {count: matmul_rate(count, dtype) for count in {cores, max(1, cores // 2)}}
     best = max(rates, key=lambda count: (rates[count], -count))
