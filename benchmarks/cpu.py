@@ -117,7 +117,7 @@ def run_xtuner(
     }
     config.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
     work = place / "work"
-    command = [sys.executable, "-m", "xtuner", "train", str(config)]
+    command = [sys.executable, "-m", "xtuner.cli.app", "train", str(config)]
     _, peak = run([*command, "--work-dir", str(work), "--overwrite"], place)
     newest = max(work.glob("*/scalars.jsonl"), key=lambda file: file.stat().st_mtime)
     return [json.loads(line) for line in newest.read_text().splitlines()], peak
