@@ -25,7 +25,7 @@ from xtuner.engine import checkpoint as checkpoints
 from xtuner.engine import host, optim
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.distributed import Processes
-from xtuner.engine.forecast import check_disk, forecast
+from xtuner.engine.forecast import MemoryPlan, check_disk, plan_memory
 from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.workplace import WorkPlace
@@ -83,6 +83,27 @@ def train(
         processes.close()
 
 
+def dry_run(loaded: LoadedSettings, *, memory: int | None = None) -> bool:
+    """Print what training would take, without reading weights or data; whether it fits.
+
+    Args:
+        loaded: checked settings with their name.
+        memory: bytes to plan for; None takes what is free on the device.
+    """
+    settings = loaded.settings
+    device = pick_device(settings.device)
+    plan = plan_memory(settings, device, memory=memory)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in _lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
+        console.print(line, markup=False)
+    console.print(
+        f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB; rows of "
+        f"{settings.max_length:,} tokens, {settings.batch_size} at once. Nothing was trained.",
+        markup=False,
+    )
+    return plan.fits
+
+
 class _TrainingRun:
     """The parts of one training run, made in the order in which they need each other."""
 
@@ -113,8 +134,9 @@ class _TrainingRun:
         loader = self._loader(data.train, algorithm := _load_algorithm(self.loaded))
         total = loader.steps_per_epoch * settings.max_epochs
         total = min(total, settings.max_steps or total)
-        model, recompute = self._make_model(source)
-        self._tell(data, loader, model, total, recompute)
+        self.plan = plan_memory(settings, self.device)
+        self._tell(data, loader, total)
+        model = self._make_model(source)
         optimizer = optim.make_optimizer(
             settings.optim_type,
             model,
@@ -156,6 +178,7 @@ class _TrainingRun:
                 else []
             ),
             save=self._save,
+            memory_advice=lambda: "\n".join(self.plan.cures()),
         )
         if overwrite and self.processes.is_main:
             self._clear()
@@ -209,7 +232,7 @@ class _TrainingRun:
             pin_memory=self.device == "cuda",
         )
 
-    def _make_model(self, source: Path | None) -> tuple[PackedCausalLM, bool]:
+    def _make_model(self, source: Path | None) -> PackedCausalLM:
         """Load the model, or the fully trained weights of `source`; add adapters; verify its
         shortcuts."""
         s = self.settings
@@ -225,12 +248,7 @@ class _TrainingRun:
         )
         base.set_attn_implementation(training_implementation(base, s.attn_implementation))
         fused_layers.install(base)
-        recompute = (
-            self.device == "cuda"
-            if s.gradient_checkpointing == "auto"
-            else s.gradient_checkpointing
-        )
-        if recompute:
+        if self.plan.forecast.recompute:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         model: Any = base
@@ -250,28 +268,20 @@ class _TrainingRun:
         wrapped = PackedCausalLM(model, autocast=self.dtype if mixed else None)
         if note := wrapped.verify():
             self.console.print(f"Note: {note}.")
-        return wrapped, recompute
+        return wrapped
 
-    def _tell(
-        self, data: TrainingData, loader: Loader, model: PackedCausalLM, total: int, recompute: bool
-    ) -> None:
+    def _tell(self, data: TrainingData, loader: Loader, total: int) -> None:
         """Say in a few lines what will be done."""
         s, processes = self.settings, self.processes.world_size
-        expected = forecast(model.model, s, recompute=recompute)
-        held = s.effective_quantization
         self.work_dir.mkdir(parents=True, exist_ok=True)
         lines = [
-            f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
-            + ("" if held == "none" else f" on {held} weights"),
-            f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, "
-            + (f"{processes} processes, " if processes > 1 else "")
-            + self.threads,
-            *expected.lines(),
+            *_lines_of_model(s, self.plan, self.dtype),
+            f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{self.threads}",
             *data.report.lines(),
             f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} "
             f"(batch_size) x {s.accumulative_counts} (accumulative_counts) x {processes} "
             f"(processes) {'packs' if s.pack_to_max_length else 'samples'}",
-            check_disk(self.work_dir, expected, limit=s.save_total_limit),
+            check_disk(self.work_dir, self.plan.forecast.checkpoint, limit=s.save_total_limit),
         ]
         lines += [f"Note         {note}" for note in _notes_on_steps(s, total)]
         if idle := s.without_effect():
@@ -394,6 +404,17 @@ class _TrainingRun:
         checkpoints.save_state(
             folder, step=run.step, optimizer=self.optimizer, identity=self.identity
         )
+
+
+def _lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:
+    """What is trained, on what, and the memory that it takes."""
+    held = s.effective_quantization
+    return [
+        f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
+        + ("" if held == "none" else f" on {held} weights"),
+        f"Device       {plan.device}, {str(dtype).removeprefix('torch.')}",
+        *plan.lines(),
+    ]
 
 
 def _notes_on_steps(s: Settings, total: int) -> list[str]:
