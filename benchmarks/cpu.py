@@ -1,6 +1,7 @@
 """xtuner beside its peers on two cores: tokens a second, peak memory, share of the machine's rate.
 
-    python benchmarks/cpu.py [--data ROWS.json] [--model DIR] [--rounds 2] [--steps 8] [--only lora ...]
+    python benchmarks/cpu.py [--data ROWS.json] [--model DIR] [--rounds 2] [--steps 8]
+        [--only lora ...]
 
 Every figure of xtuner comes from the real `xtuner train`, logging on, read from its scalars.jsonl.
 Peers run in environments of their own (`make bench` makes them). Within a round xtuner runs before
@@ -185,10 +186,10 @@ def compare(name: str, options: argparse.Namespace, place: Path) -> list[str]:
         )
     print(
         f"{name}: the machine multiplies {rate / 1e9:.0f} GFLOP/s (bfloat16, 2,048 x 2,048, median "
-        f"of {len(machine)}); a token needs {work.total / 1e6:.0f} MFLOP (matrices "
-        f"{work.body / 1e6:.0f}, attention {work.attention / 1e6:.0f}, head {work.head / 1e6:.0f}): "
-        f"xtuner reaches {100 * share:.0f} % of it; it waits {100 * statistics.median(waits):.2f} % "
-        "of a step for data"
+        f"of {len(machine)}); a token needs {work.total / 1e6:.0f} MFLOP "
+        f"(matrices {work.body / 1e6:.0f}, attention {work.attention / 1e6:.0f}, "
+        f"head {work.head / 1e6:.0f}): xtuner reaches {100 * share:.0f} % of it; "
+        f"it waits {100 * statistics.median(waits):.2f} % of a step for data"
     )
     return lines
 

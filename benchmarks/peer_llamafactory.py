@@ -9,6 +9,7 @@ torch's CPU wheels; for text an empty module of that name serves.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import shutil
@@ -41,14 +42,14 @@ def main() -> None:
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
-        marks: list[tuple[float, int]] = []
+    marks: list[tuple[float, int]] = []
 
+    class Clock(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.marks.append((time.perf_counter(), 0))
+            marks.append((time.perf_counter(), 0))
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.marks.append((time.perf_counter(), int(state.num_input_tokens_seen)))
+            marks.append((time.perf_counter(), int(state.num_input_tokens_seen)))
 
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(options.rows, Path(folder) / "rows.json")
@@ -84,8 +85,7 @@ def main() -> None:
             },
             callbacks=[Clock()],
         )
-    marks = Clock.marks
-    rates = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(marks, marks[1:], strict=False)]
+    rates = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"tokens_per_second": rates, "peak_mb": peak}))
 

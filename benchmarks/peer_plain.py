@@ -1,4 +1,4 @@
-"""A plain loop of transformers, peft and bitsandbytes: QLoRA as the libraries' own examples write it.
+"""A plain loop of transformers, peft and bitsandbytes: QLoRA as their own examples write it.
 
     python benchmarks/peer_plain.py MODEL ROWS.json [--steps 6] [--max-length 1024]
 

@@ -1,7 +1,8 @@
 """TRL's SFTTrainer on the benchmark's work: one JSON line last, ``{"tokens_per_second": [...]}``.
 
     python benchmarks/peer_trl.py MODEL ROWS.json [--steps 6] [--tuning lora|full] [--default-dtype]
-        [--four-bit] [--max-length 1024] [--checkpointing] [--attention kernels-community/flash-attn2]
+        [--four-bit] [--max-length 1024] [--checkpointing] [--liger]
+        [--attention kernels-community/flash-attn2]
 
 Packed rows, logging every step. By default weights are bfloat16, the fastest choice on a CPU;
 `--default-dtype` is what a user gets who chooses nothing: float32 weights and bfloat16 autocast.
