@@ -2,6 +2,7 @@
 # make quickstart-overfit  the same without ordinary conversations: see it forget
 # make venv                .venv with the xtuner command in it
 # make test | test-slow    the test suite | the tests that take long
+# make bench               xtuner beside its peers on this CPU (DATA=rows.json chooses the data)
 # make check               what CI runs: format, lint, types, import layers, tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +11,10 @@ NAME ?= Ada
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv dev quickstart quickstart-overfit test test-slow check format docs clean
+BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
+BENCH_DATA := $(if $(DATA),--data "$(DATA)")
+
+.PHONY: bench venv dev quickstart quickstart-overfit test test-slow check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -31,6 +35,23 @@ quickstart: venv
 
 quickstart-overfit: venv
 	@PYTHON=$(BIN)/python bash examples/quickstart/overfit.sh "$(NAME)"
+
+# Peers get environments of their own, with the versions that docs/benchmarks.md names.
+$(BENCH)/trl/.installed:
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq torch==2.13.0 transformers==5.23.0 trl==1.16.0 peft datasets
+	@touch $@
+
+$(BENCH)/llamafactory/.installed:
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq torch==2.13.0 llamafactory==0.9.5
+	@$(@D)/bin/python -m pip uninstall -qqy torchaudio torchvision
+	@touch $@
+
+bench: dev $(BENCH)/trl/.installed $(BENCH)/llamafactory/.installed
+	@$(BIN)/xtuner fetch smollm2_135m_instruct
+	@$(BIN)/python benchmarks/cpu.py $(BENCH_DATA)
+	@$(BIN)/python benchmarks/memory.py $(BENCH_DATA)
 
 test: dev
 	$(BIN)/python -m pytest

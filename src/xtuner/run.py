@@ -23,10 +23,10 @@ from xtuner.data.build import TrainingData, build
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.pack import PackedDataset
 from xtuner.engine import checkpoint as checkpoints
-from xtuner.engine import optim
+from xtuner.engine import host, optim
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.distributed import Processes
-from xtuner.engine.forecast import check_disk, forecast
+from xtuner.engine.forecast import MemoryPlan, check_disk, plan_memory
 from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.workplace import WorkPlace
@@ -81,13 +81,32 @@ def train(
         Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
     """
     settings = loaded.settings
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
     processes = Processes(pick_device(settings.device))
     try:
         return _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     finally:
         processes.close()
+
+
+def dry_run(loaded: LoadedSettings, *, memory: int | None = None) -> bool:
+    """Print what training would take, without reading weights or data; whether it fits.
+
+    Args:
+        loaded: checked settings with their name.
+        memory: bytes to plan for; None takes what is free on the device.
+    """
+    settings = loaded.settings
+    device = pick_device(settings.device)
+    plan = plan_memory(settings, device, memory=memory)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in _lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
+        console.print(line, markup=False)
+    console.print(
+        f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB; rows of "
+        f"{settings.max_length:,} tokens, {settings.batch_size} at once. Nothing was trained.",
+        markup=False,
+    )
+    return plan.fits
 
 
 class _TrainingRun:
@@ -102,6 +121,11 @@ class _TrainingRun:
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
         self.vision: RunVision | None = None
+        if self.device == "cpu":
+            host.keep_freed_memory()
+        self.threads = host.choose_threads(
+            self.settings.num_threads, self.dtype, processes.world_size
+        )
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""
@@ -120,8 +144,9 @@ class _TrainingRun:
         loader = self._loader(data.train, algorithm := _load_algorithm(self.loaded))
         total = loader.steps_per_epoch * settings.max_epochs
         total = min(total, settings.max_steps or total)
-        model, recompute = self._make_model(source)
-        self._tell(data, loader, model, total, recompute)
+        self.plan = plan_memory(self._whole_settings, self.device)
+        self._tell(data, loader, total)
+        model = self._make_model(source)
         optimizer = optim.make_optimizer(
             settings.optim_type,
             model,
@@ -163,6 +188,7 @@ class _TrainingRun:
                 else []
             ),
             save=self._save,
+            memory_advice=lambda: "\n".join(self.plan.cures()),
         )
         if overwrite and self.processes.is_main:
             self._clear()
@@ -226,7 +252,7 @@ class _TrainingRun:
         """The settings with the tokens of a picture in max_length."""
         return self.vision.whole(self.settings) if self.vision else self.settings
 
-    def _make_model(self, source: Path | None) -> tuple[PackedCausalLM, bool]:
+    def _make_model(self, source: Path | None) -> PackedCausalLM:
         """Load the model, or the fully trained weights of `source`; add adapters; verify its
         shortcuts."""
         s = self.settings
@@ -244,12 +270,7 @@ class _TrainingRun:
         )
         base.set_attn_implementation(training_implementation(base, s.attn_implementation))
         fused_layers.install(base)
-        recompute = (
-            self.device == "cuda"
-            if s.gradient_checkpointing == "auto"
-            else s.gradient_checkpointing
-        )
-        if recompute:
+        if self.plan.forecast.recompute:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         model: Any = base
@@ -270,37 +291,29 @@ class _TrainingRun:
             wrapped: PackedCausalLM = self.vision.join(
                 model, dtype=self.dtype, device=str(self.processes.device), source=source
             )
-            if recompute and s.visual_encoder_training != "frozen":
+            if self.plan.forecast.recompute and s.visual_encoder_training != "frozen":
                 self.vision.recompute()
             wrapped.verify()
-            return wrapped, recompute
+            return wrapped
         mixed = self.dtype != torch.float32 and (full or bool(s.lora_modules_to_save))
         wrapped = PackedCausalLM(model, autocast=self.dtype if mixed else None)
         if note := wrapped.verify():
             self.console.print(f"Note: {note}.")
-        return wrapped, recompute
+        return wrapped
 
-    def _tell(
-        self, data: TrainingData, loader: Loader, model: PackedCausalLM, total: int, recompute: bool
-    ) -> None:
+    def _tell(self, data: TrainingData, loader: Loader, total: int) -> None:
         """Say in a few lines what will be done."""
         s, processes = self.settings, self.processes.world_size
-        expected = forecast(model.model, self._whole_settings, recompute=recompute)
-        held = s.effective_quantization
         self.work_dir.mkdir(parents=True, exist_ok=True)
         lines = [
-            f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
-            + ("" if held == "none" else f" on {held} weights"),
-            f"Device       {self.device}, {str(self.dtype).removeprefix('torch.')}, "
-            + (f"{processes} processes, " if processes > 1 else "")
-            + f"{torch.get_num_threads()} CPU thread(s)",
+            *_lines_of_model(s, self.plan, self.dtype),
             *(self.vision.lines(s) if self.vision else ()),
-            *expected.lines(),
+            f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{self.threads}",
             *data.report.lines(),
             f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} "
             f"(batch_size) x {s.accumulative_counts} (accumulative_counts) x {processes} "
             f"(processes) {'packs' if s.pack_to_max_length else 'samples'}",
-            check_disk(self.work_dir, expected, limit=s.save_total_limit),
+            check_disk(self.work_dir, self.plan.forecast.checkpoint, limit=s.save_total_limit),
         ]
         lines += [f"Note         {note}" for note in _notes_on_steps(s, total)]
         if idle := s.without_effect():
@@ -430,6 +443,17 @@ class _TrainingRun:
         checkpoints.save_state(
             folder, step=run.step, optimizer=self.optimizer, identity=self.identity
         )
+
+
+def _lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:
+    """What is trained, on what, and the memory that it takes."""
+    held = s.effective_quantization
+    return [
+        f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
+        + ("" if held == "none" else f" on {held} weights"),
+        f"Device       {plan.device}, {str(dtype).removeprefix('torch.')}",
+        *plan.lines(),
+    ]
 
 
 def _notes_on_steps(s: Settings, total: int) -> list[str]:

@@ -227,3 +227,33 @@ def test_micro_seeds_do_not_collide():
 
     seeds = {_micro_seed(42, s, i, r) for s in range(50) for i in range(20) for r in range(4)}
     assert len(seeds) == 50 * 20 * 4
+
+
+def test_out_of_memory_saves_the_last_whole_step_and_says_what_to_change(tmp_path, monkeypatch):
+    saved = []
+    trainer = make_trainer(
+        tmp_path, [[make_samples()]], steps=3, save=lambda run: saved.append(run.step)
+    )
+    trainer.memory_advice = lambda: "batch_size = 1"
+    loss = trainer.algorithm.loss
+
+    def fail_at_step_2(model, batch):
+        if trainer.run.step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(model, batch)
+
+    monkeypatch.setattr(trainer.algorithm, "loss", fail_at_step_2)
+    with pytest.raises(TrainingError, match=r"step 2: out of memory.*--resume.*batch_size = 1"):
+        trainer.fit()
+    assert saved == [1]
+
+
+def test_other_faults_of_torch_are_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, [[make_samples()]])
+
+    def fail(model, batch):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(trainer.algorithm, "loss", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        trainer.fit()

@@ -37,11 +37,26 @@ def command(
         int,
         typer.Option(envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one a GPU."),
     ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what memory the run takes, and if it fits.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="With --dry-run: plan for a device of 8GB, say."),
+    ] = None,
 ) -> None:
     """Fine-tune a model as a settings file says."""
     from xtuner.config.load import load_settings
 
     loaded = load_settings(config, overrides=overrides or ())
+    if memory and not dry_run:
+        raise typer.BadParameter("--memory goes with --dry-run")
+    if dry_run:
+        from xtuner import run
+        from xtuner.engine.forecast import parse_memory
+
+        fits = run.dry_run(loaded, memory=None if memory is None else parse_memory(memory))
+        raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
     if nproc > 1 and "RANK" not in os.environ:

@@ -86,8 +86,8 @@ class ModelPart(Part):
     """'auto' is xtuner's attention, which keeps packed samples apart; 'sdpa', 'eager' and
     'flash_attention_2' select transformers' own."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. 'auto' is
-    on for a GPU and off for a CPU."""
+    """Recompute activations in the backward pass: less memory, about a third more time. 'auto' does
+    it only where the forecast says that the run would not fit otherwise."""
 
 
 class VisionPart(Part):

@@ -1,89 +1,269 @@
-"""What a run will take, told before it starts: memory, disk, steps."""
+"""What a run will take, told before it starts, and what to change when it is too much.
+
+settings ──footprint──► weights + optimizer + one step at max_length ──► fits? ──► cheapest cures
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from xtuner.config.schema import Settings
-from xtuner.errors import LaunchError
-from xtuner.models.adapters import count_parameters
-from xtuner.models.loss import LOGITS_BYTES
+from xtuner.errors import ConfigError, LaunchError
+from xtuner.models.footprint import Footprint, measure
+from xtuner.models.load import resolve_dtype
 
 MB = 2**20
+
+LIBRARIES = 780 * MB
+"""What this process holds beside tensors on a CPU once everything is imported and has run once."""
+
+ALLOCATOR = {"cpu": 1.15, "cuda": 1.05}
+"""Memory that allocators hold for the memory that is asked of them; the figure for a CPU was
+measured (`benchmarks/memory.py`), that for a GPU was not."""
+
+ROOM = 0.9
+"""Share of the free memory that a run may plan to use."""
+
+TYPICAL_SAMPLE = 512
+"""Length of the samples in packed rows for which attention is forecast."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Sizes in bytes."""
+    """What one process will need, in bytes.
 
-    weights: int
-    training_state: int
-    activations: int
+    Attributes:
+        footprint: of the model and one step.
+        optimizer: state of the optimizer.
+        device: 'cpu' or 'cuda'.
+        recompute: whether activations are recomputed.
+        checkpoint: size of one on disk.
+    """
+
+    footprint: Footprint
+    optimizer: int
+    device: str
+    recompute: bool
     checkpoint: int
-    trainable: int
-    parameters: int
 
     @property
-    def memory(self) -> int:
-        """Expected peak, without what the libraries themselves hold."""
-        return self.weights + self.training_state + self.activations + LOGITS_BYTES * 2
+    def peak(self) -> int:
+        """Highest memory of the run."""
+        held = self.footprint.weights + self.optimizer + self.footprint.step
+        return self.libraries + int(held * ALLOCATOR[self.device])
+
+    @property
+    def libraries(self) -> int:
+        """What the process itself holds; a GPU's memory holds nothing of it."""
+        return LIBRARIES if self.device == "cpu" else 0
 
     def lines(self) -> Iterator[str]:
         """Two lines for the terminal."""
-        share = 100 * self.trainable / max(1, self.parameters)
-        yield f"Parameters   {self.trainable:,} of {self.parameters:,} are trained ({share:.2f} %)"
+        parts = self.footprint
+        share = 100 * parts.trainable / max(1, parts.parameters)
         yield (
-            f"Memory       about {self.memory / MB:,.0f} MiB (weights {self.weights / MB:,.0f}, "
-            "gradients and optimizer "
-            f"{self.training_state / MB:,.0f}, activations {self.activations / MB:,.0f}) beside "
-            "the libraries"
+            f"Parameters   {parts.trainable:,} of {parts.parameters:,} are trained ({share:.2f} %)"
+        )
+        step = "recomputed activations" if self.recompute else "activations"
+        rest = f", libraries {self.libraries / MB:,.0f}" if self.libraries else ""
+        yield (
+            f"Memory       {self.peak / MB:,.0f} MiB at the peak "
+            f"(weights {parts.weights / MB:,.0f}, optimizer {self.optimizer / MB:,.0f}, "
+            f"{step} and gradients {parts.step / MB:,.0f}{rest})"
         )
 
 
-def forecast(model: Any, settings: Settings, *, recompute: bool) -> Forecast:
-    """Estimate memory and checkpoint size for `model` (transformers or PEFT), from its shapes.
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A forecast beside the memory that is there."""
 
-    Activations follow from the widths of the layers: what each linear layer, norm and product keeps
-    for the backward pass, or one hidden state a layer when activations are recomputed.
+    settings: Settings
+    device: str
+    memory: int
+    forecast: Forecast
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the usual room."""
+        return self.forecast.peak <= self.memory
+
+    def lines(self) -> Iterator[str]:
+        """The forecast and, where it does not fit, what to change."""
+        yield from self.forecast.lines()
+        if not self.fits:
+            yield f"             more than the {self.memory / MB:,.0f} MiB there are"
+            yield from self.cures()
+
+    def cures(self) -> Iterator[str]:
+        """The cheapest changes that lower the peak, each on top of those before, until it fits."""
+        settings, last, fits = self.settings, self.forecast.peak, False
+        yield "Cheapest changes, each on top of those before:"
+        for changes in _cures(self.settings, recompute=self.forecast.recompute):
+            tried = settings.model_copy(update=changes)
+            peak = forecast(tried, self.device, recompute=_recomputes(tried, self.forecast)).peak
+            if peak > 0.98 * last:
+                continue
+            settings, last, fits = tried, peak, peak <= self.memory
+            setting = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
+            yield f"  {setting}: {peak / MB:,.0f} MiB{', fits' if fits else ''}"
+            if fits:
+                return
+        yield "  a smaller model: nothing above is enough"
+
+
+def plan_memory(settings: Settings, device: str, *, memory: int | None = None) -> MemoryPlan:
+    """Forecast a run on `device`, with recomputation where 'auto' needs it.
+
+    Args:
+        settings: of the run.
+        device: 'cpu' or 'cuda'.
+        memory: bytes to plan for; None takes nine tenths of what is free on `device`.
+
+    Raises:
+        ModelError: the model's configuration cannot be had.
     """
-    trainable, parameters = count_parameters(model)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    bytes_each = 2 if "8bit" in settings.optim_type else 8
-    config = model.config.get_text_config()
-    width = getattr(config, "hidden_size", 0)
-    layers = getattr(config, "num_hidden_layers", 0)
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    tokens = settings.batch_size * settings.max_length
-    element = 2 if settings.dtype != "float32" else 4
-    kept = (16 * width + 5 * inner) * element
-    activations = tokens * (layers * width * element + kept if recompute else layers * kept)
+    room = int(ROOM * free_memory(device)) if memory is None else memory
+    wanted = settings.gradient_checkpointing
+    expected = forecast(settings, device, recompute=wanted is True)
+    if wanted == "auto" and expected.peak > room:
+        expected = forecast(settings, device, recompute=True)
+    return MemoryPlan(settings, device, room, expected)
+
+
+def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
+    """Forecast the peak of one process at `max_length`.
+
+    Raises:
+        ModelError: the model's configuration cannot be had.
+    """
+    found = _footprint(settings, device, recompute)
+    moments = _bytes_of_moments(settings.optim_type)
     return Forecast(
-        weights=weights,
-        training_state=trainable * (4 + bytes_each),
-        activations=activations,
-        checkpoint=trainable * (4 + bytes_each),
-        trainable=trainable,
-        parameters=parameters,
+        footprint=found,
+        optimizer=int(found.trainable * moments),
+        device=device,
+        recompute=recompute,
+        checkpoint=int(found.trainable * (4 + moments)),
     )
 
 
-def check_disk(work_dir: Path, expected: Forecast, *, limit: int) -> str:
+@functools.lru_cache(maxsize=16)
+def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
+    dtype, full = resolve_dtype(settings.dtype, device), not settings.uses_adapter
+    mixed = dtype != torch.float32 and (full or bool(settings.lora_modules_to_save))
+    lora: dict[str, Any] = {
+        "r": settings.lora_r,
+        "alpha": settings.lora_alpha,
+        "dropout": settings.lora_dropout,
+        "target_modules": settings.lora_target_modules,
+        "modules_to_save": settings.lora_modules_to_save,
+    }
+    longest = settings.max_length
+    if settings.pack_to_max_length:
+        longest = min(longest, TYPICAL_SAMPLE)
+    total = settings.batch_size * settings.max_length
+    lengths = (longest,) * (total // longest) + ((total % longest,) if total % longest else ())
+    return measure(
+        settings.pretrained_model_name_or_path,
+        tokens=lengths,
+        dtype=torch.float32 if full else dtype,
+        quantization=settings.effective_quantization,
+        double_quant=settings.double_quant,
+        lora=None if full else lora,
+        recompute=recompute,
+        flash=device == "cuda" and dtype != torch.float32,
+        autocast=dtype if mixed else None,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _bytes_of_moments(optim_type: str) -> float:
+    """Bytes of optimizer state a trained number."""
+    name = optim_type.lower()
+    moments = 0 if name in ("sgd", "adafactor") else 1 if "lion" in name else 2
+    return moments * (1.03 if "8bit" in name else 4)
+
+
+def _recomputes(settings: Settings, before: Forecast) -> bool:
+    wanted = settings.gradient_checkpointing
+    return before.recompute if wanted == "auto" else wanted
+
+
+def _cures(settings: Settings, *, recompute: bool) -> Iterator[Mapping[str, Any]]:
+    """Changes in the order of what they cost: time first, then detail, then what is learnt."""
+    if settings.batch_size > 1:
+        counts = settings.accumulative_counts * settings.batch_size
+        yield {"batch_size": 1, "accumulative_counts": counts}
+    if not recompute:
+        yield {"gradient_checkpointing": True}
+    if "8bit" not in settings.optim_type:
+        yield {"optim_type": "PagedAdamW8bit"}
+    if settings.effective_quantization == "none":
+        if settings.tuning == "full":
+            yield {"tuning": "lora"}
+        yield {"tuning": "qlora"}
+    length = settings.max_length
+    while length > 512:
+        length //= 2
+        yield {"max_length": length}
+    if settings.lora_r > 16:
+        yield {"lora_r": 16}
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process could still take on `device`."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    free = int(psutil.virtual_memory().available) + int(psutil.Process().memory_info().rss)
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            free = min(free, int(Path(file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as '8GB', '7.5 GiB' or '6000MB'; GB and MB count in powers of two, as
+    GPUs are sold.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])i?B?\s*", text, re.IGNORECASE)
+    if match is None or not math.isfinite(size := float(match[1])) or size <= 0:
+        raise ConfigError(f"--memory {text!r}: is no size; give one such as 8GB, 7.5GB or 6000MB")
+    return int(size * (2**30 if match[2].upper() == "G" else 2**20))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is the allocator's, of a GPU or a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
+
+
+def check_disk(work_dir: Path, size: int, *, limit: int) -> str:
     """Compare the size of a checkpoint with the free disk; return a line about it.
 
     Raises:
         LaunchError: not even one checkpoint fits.
     """
     free = shutil.disk_usage(work_dir).free
-    size = expected.checkpoint
     if size > free:
         raise LaunchError(
             f"a checkpoint takes about {size / MB:,.0f} MiB and {work_dir} has {free / MB:,.0f} "
-            "MiB free: "
-            "make room, or choose another place with --work-dir"
+            "MiB free: make room, or choose another place with --work-dir"
         )
     at_once = 2 if limit < 0 else limit + 1
     kept = "all" if limit < 0 else limit

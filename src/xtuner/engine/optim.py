@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -35,9 +36,11 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     options: dict[str, Any] = {"lr": lr}
-    accepted = kind.__init__.__code__.co_varnames[: kind.__init__.__code__.co_argcount]
+    accepted = inspect.signature(kind).parameters
     if "betas" in accepted:
         options["betas"] = betas
+    if "fused" in accepted:
+        options["fused"] = True
     try:
         optimizer: torch.optim.Optimizer = kind([g for g in groups if g["params"]], **options)
     except (TypeError, ValueError) as error:

@@ -26,6 +26,7 @@ from torch import Tensor
 from xtuner.config.schema import Settings
 from xtuner.engine import optim
 from xtuner.engine.distributed import Processes
+from xtuner.engine.forecast import is_out_of_memory
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.errors import TrainingError
 from xtuner.types import Algorithm, Batch
@@ -64,6 +65,7 @@ class Trainer:
         run: the state that hooks see.
         hooks: of the main process.
         save: writes a checkpoint of the current step.
+        memory_advice: what to change when memory runs out.
     """
 
     def __init__(
@@ -77,14 +79,17 @@ class Trainer:
         run: Run,
         hooks: Sequence[BaseHook],
         save: Callable[[Run], None],
+        memory_advice: Callable[[], str] = lambda: "",
     ):
         self.model, self.algorithm, self.loader = model, algorithm, loader
         self.optimizer, self.processes, self.run = optimizer, processes, run
         self.hooks, self.save = sorted(hooks, key=lambda hook: hook.order), save
         self.parameters = optim.trainable(model)
         self.settings: Settings = run.settings
+        self.memory_advice = memory_advice
         self._saved_at = -1
         self._stop = False
+        self._weights_are_whole = True
 
     def fit(self) -> None:
         """Train to the end, or to an interruption.
@@ -100,9 +105,14 @@ class Trainer:
             stack.enter_context(self._stop_on_signals())
             self._call("on_start")
             self.model.train()
-            for group in self.loader.groups(run.step, run.total_steps):
+            groups = self.loader.groups(run.step, run.total_steps)
+            while True:
+                started = time.perf_counter()
+                group = next(groups, None)
+                if group is None:
+                    break
                 try:
-                    self._step(group)
+                    self._step(group, started)
                 except Interrupted:
                     self._save_once()
                     if run.step == 0:
@@ -112,14 +122,21 @@ class Trainer:
                 except TrainingError:
                     self._save_once()
                     raise
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise self._out_of_memory(group) from error
                 self._call("on_step")
                 if run.step % self.settings.save_steps == 0 or run.step == run.total_steps:
                     self._save_once()
             self._call("on_end")
 
-    def _step(self, group: list[Batch]) -> None:
-        """One optimizer step; on an exception the weights are those of the step before."""
-        started = time.perf_counter()
+    def _step(self, group: list[Batch], started: float) -> None:
+        """One optimizer step; on an exception the weights are those of the step before.
+
+        `started` is when the data were asked for.
+        """
+        data_seconds = time.perf_counter() - started
         run, settings = self.run, self.settings
         counts = [sum(b.num_supervised for b in group), sum(b.num_tokens for b in group)]
         supervised, tokens, stops = self.processes.sum([*counts, float(self._stop)])
@@ -141,7 +158,9 @@ class Trainer:
         if not math.isfinite(norm) or not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(self._not_finite(group, loss, norm))
+        self._weights_are_whole = False
         self.optimizer.step()
+        self._weights_are_whole = True
         run.step += 1
         run.epoch = run.step / self.loader.steps_per_epoch
         seconds = time.perf_counter() - started
@@ -152,6 +171,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "supervised_tokens": supervised,
             "seconds": seconds,
+            "data_seconds": data_seconds,
             "memory_mb": memory_mb(self.processes.device),
         }
 
@@ -171,6 +191,18 @@ class Trainer:
                 loss.backward()
             total = total + loss.detach()
         return float(total)
+
+    def _out_of_memory(self, group: list[Batch]) -> TrainingError:
+        """Save the last whole step and say what to change."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._weights_are_whole:
+            self._save_once()
+        longest = max(batch.num_tokens for batch in group)
+        return TrainingError(
+            f"step {self.run.step + 1}: out of memory, with {longest:,} tokens at once. "
+            + ("Checkpoints are whole; go on with --resume. " if self.run.step else "")
+            + self.memory_advice()
+        )
 
     def _not_finite(self, group: list[Batch], loss: float, norm: float) -> str:
         """Name the rows, of any process, whose own loss is not finite; or else all of the step."""

@@ -106,7 +106,9 @@ def _make_blocks(
     layout: Layout, heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Blocks]:
     padded = (*layout.borders, layout.total)  # the padding is a sample that nobody sees
-    start_of = torch.repeat_interleave(torch.tensor(padded[:-1]), torch.tensor(padded).diff())
+    start_of = torch.repeat_interleave(
+        torch.tensor(padded[:-1]), torch.tensor(padded).diff(), output_size=layout.total
+    )
     for first, width, starts in layout.shapes:
         at_once = max(1, SCORES // (heads * BLOCK * width))
         for i in range(0, len(starts), at_once):

@@ -83,10 +83,10 @@ class GatedMLP(nn.Module):
         inner: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
         if not inner.requires_grad:
             return self.down_proj(inner)  # type: ignore[no-any-return]
-        place, parts = inner.data_ptr(), (gate.detach(), up.detach())
+        place, parts = inner.untyped_storage()._cdata, (gate.detach(), up.detach())
 
         def pack(kept: Tensor) -> Any:
-            same = kept.data_ptr() == place and kept.numel() == inner_size
+            same = kept.untyped_storage()._cdata == place and kept.numel() == inner_size
             return kept.shape if same and kept.dtype == parts[0].dtype else kept
 
         def unpack(kept: Any) -> Tensor:
@@ -99,30 +99,33 @@ class GatedMLP(nn.Module):
             return self.down_proj(inner)  # type: ignore[no-any-return]
 
 
-def install(model: nn.Module) -> int:
-    """Put our layers in the places of those of `model` that compute the same; return how many."""
+def install(model: nn.Module, *, check: bool = True) -> int:
+    """Put our layers in the places of those of `model` that compute the same; return how many.
+
+    `check` off takes layers that look alike without comparing numbers, for tensors that have none.
+    """
     installed = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            ours = _norm_like(child) or _mlp_like(child)
+            ours = _norm_like(child, check) or _mlp_like(child, check)
             if ours is not None:
                 setattr(parent, name, ours)
                 installed += 1
     return installed
 
 
-def _norm_like(layer: nn.Module) -> nn.Module | None:
+def _norm_like(layer: nn.Module, check: bool) -> nn.Module | None:
     weight, eps = getattr(layer, "weight", None), getattr(layer, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float):
         return None
     if isinstance(layer, RMSNorm) or len(list(layer.parameters())) > 1:
         return None
     ours = RMSNorm(weight, eps)
-    probe = _probe(weight.shape[0], weight)
-    return ours if _same(layer, ours, probe) else None
+    alike = not check or _same(layer, ours, _probe(weight.shape[0], weight))
+    return ours if alike else None
 
 
-def _mlp_like(layer: nn.Module) -> nn.Module | None:
+def _mlp_like(layer: nn.Module, check: bool) -> nn.Module | None:
     children = dict(layer.named_children())
     act = children.pop("act_fn", None)
     if set(children) != {"gate_proj", "up_proj", "down_proj"} or isinstance(layer, GatedMLP):
@@ -133,8 +136,8 @@ def _mlp_like(layer: nn.Module) -> nn.Module | None:
     if not isinstance(first, nn.Linear):
         return None
     ours = GatedMLP(**children)
-    probe = _probe(first.in_features, next(layer.parameters()))
-    return ours if _same(layer, ours, probe) else None
+    alike = not check or _same(layer, ours, _probe(first.in_features, next(layer.parameters())))
+    return ours if alike else None
 
 
 def _probe(width: int, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from xtuner import plugins
 from xtuner.errors import LaunchError, ModelError, listed
@@ -145,6 +145,18 @@ def load_model(
         )
     protect_from_repacking(model)
     return model if quantization != "none" else model.to(device)
+
+
+def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' configuration of the model at `path`, without its weights.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    place = located(path)
+    _register_family(place)
+    with _readable_errors(path, "model"):
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 
 def located(path: str | Path) -> str:

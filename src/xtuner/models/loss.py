@@ -24,6 +24,20 @@ def chunk_rows(vocabulary: int) -> int:
     return max(16, LOGITS_BYTES // (4 * vocabulary))
 
 
+_kept_workspace: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+def _workspace(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory; on a CPU the same each time, since fresh pages cost more than the
+    arithmetic on them (a GPU's allocator keeps its memory itself)."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    kept = _kept_workspace.get((name, dtype))
+    if kept is None or len(kept) < size:
+        kept = _kept_workspace[name, dtype] = torch.empty(size, dtype=dtype)
+    return kept[:size]
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """``sum_i -log softmax(h_i W^T)[t_i]``; gradients ``(softmax - onehot) W`` and ``(softmax -
     onehot)^T h``."""
@@ -39,20 +53,23 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        step = chunk_rows(weight.shape[0])
+        step = min(chunk_rows(weight.shape[0]), len(targets))
         wide = torch.promote_types(dtype, torch.float32)
-        for start in range(0, len(targets), step):
+        size = step * len(head)
+        all_logits = _workspace("logits", size, dtype, hidden.device).view(step, len(head))
+        all_shares = _workspace("shares", size, wide, hidden.device).view(step, len(head))
+        for start in range(0, len(targets), step or 1):
             part = slice(start, start + step)
             rows, wanted = hidden[part].to(dtype), targets[part, None]
-            logits = rows @ head.T
-            shares = torch.softmax(logits, -1, dtype=wide)
+            logits = torch.matmul(rows, head.T, out=all_logits[: len(rows)])
+            shares = torch.softmax(logits, -1, dtype=wide, out=all_shares[: len(rows)])
             # log sum exp = largest logit - log of its share, which never underflows
             shift = logits.amax(-1, keepdim=True).to(wide) - shares.amax(-1, keepdim=True).log()
             total += (shift - logits.gather(1, wanted)).sum()
             if not (need_hidden or need_weight):
                 continue
             shares.scatter_add_(1, wanted, shares.new_full(wanted.shape, -1.0))
-            error = shares.to(dtype)
+            error = logits.copy_(shares)
             if grad_hidden is not None:
                 grad_hidden[part] = error @ head
             if grad_weight is not None:

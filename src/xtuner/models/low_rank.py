@@ -47,33 +47,34 @@ class _LowRankLinear(torch.autograd.Function):
         bias: Any = layer.bias
         out = F.linear(rows, frozen_weight(layer, dtype), None if bias is None else bias.to(dtype))
         dropped, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        inner = dropped @ down.to(dtype).T
-        out.addmm_(inner, (up * scaling).to(dtype).T)
-        ctx.save_for_backward(rows, mask, inner, down, up)
-        ctx.options = layer, scaling, dropout, x.shape
+        small_down, small_up = down.to(dtype), (up * scaling).to(dtype)
+        inner = dropped @ small_down.T
+        out.addmm_(inner, small_up.T)
+        ctx.save_for_backward(rows, mask, inner, small_down, small_up)
+        ctx.options = layer, scaling, dropout, x.shape, down.dtype, up.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, mask, inner, down, up = ctx.saved_tensors
-        layer, scaling, dropout, shape = ctx.options
+        layer, scaling, dropout, shape, down_dtype, up_dtype = ctx.options
         grad, dtype = grad.flatten(0, -2), rows.dtype
         kept = 1 / (1 - dropout) if dropout < 1 else 0.0
-        grad_inner = grad @ (up * scaling).to(dtype)
+        grad_inner = grad @ up
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ frozen_weight(layer, dtype)
             if mask is None:
-                grad_x.addmm_(grad_inner, down.to(dtype))
+                grad_x.addmm_(grad_inner, down)
             else:
-                through = grad_inner @ down.to(dtype)
+                through = grad_inner @ down
                 grad_x += torch.ops.aten.native_dropout_backward(through, mask, kept)
             grad_x = grad_x.view(shape)
         if ctx.needs_input_grad[2]:
             dropped = rows if mask is None else rows * mask * kept
-            grad_down = (grad_inner.T @ dropped).to(down.dtype)
+            grad_down = (grad_inner.T @ dropped).to(down_dtype)
         if ctx.needs_input_grad[3]:
-            grad_up = (grad.T @ inner).to(up.dtype) * scaling
+            grad_up = (grad.T @ inner).to(up_dtype).mul_(scaling)
         return grad_x, None, grad_down, grad_up, None, None
 
 

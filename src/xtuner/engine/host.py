@@ -1,0 +1,61 @@
+"""Settings of the process for computing on a CPU: how memory is kept and how many threads work.
+
+Both are worth more than most kernels. glibc hands large tensors back to the system as soon as they
+are freed, and the next step pays for every page again (0.2-0.5 s of a step of 3 s were page
+faults). And more threads than the machine has real cores, or than a container may use, make matrix
+products slower; which count is best is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEEP_BELOW = 2**30
+"""Freed memory up to this size stays with the process."""
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc reuse freed tensors instead of returning them; False where it is not glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(M_MMAP_THRESHOLD, KEEP_BELOW) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return False
+
+
+def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -> str:
+    """Set torch's CPU threads and return a line that says why so many.
+
+    Args:
+        wanted: the user's choice; None tries torch's number (one a core) and half of it, and
+            takes the faster.
+        dtype: number type of the matrix products that are tried.
+        processes: processes that share the machine.
+    """
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+        return f"{wanted} CPU thread(s), as set"
+    cores = torch.get_num_threads()
+    if processes > 1:  # the launcher has shared the cores out; all would measure at once
+        return f"{cores} CPU thread(s) a process"
+    rates = {count: matmul_rate(count, dtype) for count in {cores, max(1, cores // 2)}}
+    best = max(rates, key=lambda count: (rates[count], -count))
+    torch.set_num_threads(best)
+    tried = ", ".join(f"{rates[n] / 1e9:,.0f} GFLOP/s with {n}" for n in sorted(rates))
+    return f"{best} CPU thread(s) ({tried})"
+
+
+def matmul_rate(threads: int, dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
+    """Best rate of a square matrix product with `threads` threads, in operations a second."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2, size, size).to(dtype)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

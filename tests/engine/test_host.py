@@ -1,0 +1,30 @@
+"""Threads of the process."""
+
+import pytest
+import torch
+
+from xtuner.engine import host
+
+
+@pytest.fixture(autouse=True)
+def same_threads_after():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_faster_count_is_taken_and_both_are_told(monkeypatch):
+    torch.set_num_threads(2)
+    monkeypatch.setattr(host, "matmul_rate", lambda threads, dtype: {1: 5e9, 2: 3e9}[threads])
+    line = host.choose_threads(None, torch.float32)
+    assert torch.get_num_threads() == 1
+    assert "1 CPU thread" in line and "5 GFLOP/s with 1" in line and "3 GFLOP/s with 2" in line
+
+
+def test_a_setting_is_obeyed():
+    assert "as set" in host.choose_threads(3, torch.float32)
+    assert torch.get_num_threads() == 3
+
+
+def test_the_rate_is_a_rate():
+    assert 1e8 < host.matmul_rate(1, torch.float32, size=128) < 1e14

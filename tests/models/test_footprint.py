@@ -1,0 +1,96 @@
+"""The memory of a step, found on shapes alone, against the same step on real tensors."""
+
+import itertools
+
+import pytest
+import torch
+
+from xtuner.models import adapters, attention, footprint, fused_layers
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.load import load_model
+from xtuner.testing.tiny import tiny_model_folder
+from xtuner.types import Batch
+
+LENGTHS = (300, 150, 70)
+LORA = {"r": 8, "alpha": 16, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model_folder(
+        tmp_path_factory.mktemp("model"), num_hidden_layers=7, hidden_size=64, intermediate_size=128
+    )
+
+
+def real_peak(folder, *, lora, recompute, dtype, autocast):
+    attention.register()
+    model = load_model(folder, dtype=dtype, attn_implementation=attention.NAME)
+    fused_layers.install(model)
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    if lora:
+        model = adapters.add_adapter(model, **lora)
+    model.train()
+    ids = torch.arange(sum(LENGTHS))[None] % 200
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    borders = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    batch = Batch(ids, ids.clone(), positions, borders)
+    with footprint._caches_apart():
+        counter = footprint._LiveBytes()
+        with counter:
+            PackedCausalLM(model, autocast=autocast).supervised_loss(batch).backward()
+    return max(counter.history), model
+
+
+@pytest.mark.parametrize(
+    ("lora", "recompute", "dtype", "autocast"),
+    [
+        (LORA, False, torch.bfloat16, None),
+        (LORA, True, torch.bfloat16, None),
+        (None, False, torch.float32, None),
+        (None, True, torch.float32, torch.bfloat16),
+    ],
+    ids=["lora", "lora recomputed", "full", "full recomputed, autocast"],
+)
+def test_equals_the_real_step(folder, lora, recompute, dtype, autocast):
+    found = footprint.measure(
+        str(folder), tokens=LENGTHS, dtype=dtype, lora=lora, recompute=recompute, autocast=autocast
+    )
+    peak, model = real_peak(folder, lora=lora, recompute=recompute, dtype=dtype, autocast=autocast)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert found.trainable == sum(p.numel() for p in trained)
+    assert found.gradients == sum(p.numel() * p.element_size() for p in trained)
+    assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert abs(found.step - peak) < 0.05 * peak
+
+
+def test_few_layers_tell_of_all(folder, monkeypatch):
+    def measured():
+        return footprint.measure(str(folder), tokens=LENGTHS, dtype=torch.bfloat16, lora=LORA)
+
+    quick = measured()
+    monkeypatch.setattr(footprint, "FEW_LAYERS", (7, 8))
+    whole = measured()
+    assert quick.weights == whole.weights and quick.parameters == whole.parameters
+    assert abs(quick.step - whole.step) < 0.01 * whole.step
+
+
+def test_quantised_weights_take_what_they_take(folder):
+    found = footprint.measure(
+        str(folder), tokens=(64,), dtype=torch.bfloat16, quantization="nf4", lora=LORA
+    )
+    model = load_model(folder, dtype=torch.bfloat16, quantization="nf4")
+    real = 0
+    for name, tensor in model.state_dict().items():
+        real += 0 if "quant_map" in name or "quant_state" in name else tensor.nbytes
+    adapter = found.gradients
+    assert abs(found.weights - adapter - real) < 0.05 * real
+
+
+def test_nothing_without_values_stays_in_a_cache(folder):
+    footprint.measure(str(folder), tokens=(64,), dtype=torch.bfloat16, lora=LORA)
+    from xtuner.models.block_attention import block_attention
+
+    x = torch.randn(64, 2, 8)
+    assert float(block_attention(x, x, x, (0, 64), scale=1.0).sum()) != 0
