@@ -1,5 +1,5 @@
-# Stage 2: teach it to answer questions about pictures. The projector of stage 1 goes on learning, and
-# adapters are trained beside the language model's weights; the visual encoder stays as it is.
+# Stage 2: teach it to answer questions about pictures. The projector of stage 1 goes on learning,
+# and adapters are trained beside the language model's weights; the visual encoder stays as it is.
 
 # PART 1  Model and method
 llm_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -17,7 +17,12 @@ import numpy as np
 from PIL import Image
 
 SIDE = 48
-COLOURS = {"red": (255, 60, 50), "green": (50, 230, 60), "blue": (80, 110, 255), "yellow": (250, 240, 60)}  # fmt: skip
+COLOURS = {
+    "red": (255, 60, 50),
+    "green": (50, 230, 60),
+    "blue": (80, 110, 255),
+    "yellow": (250, 240, 60),
+}
 PLACES = {1: ("in the middle",), 2: ("on the left", "on the right"),
           3: ("on the left", "in the middle", "on the right")}  # fmt: skip
 CENTRES = {"on the left": 9, "in the middle": 24, "on the right": 39}
@@ -110,7 +115,11 @@ def main() -> None:
         for name, s, _ in make("pretrain", options.pretrain, held_out=False)
     ]
     finetune = [
-        {"id": name, "image": name, "conversations": turns([qa[1:] for qa in questions(s, rng)[:5]])}
+        {
+            "id": name,
+            "image": name,
+            "conversations": turns([qa[1:] for qa in questions(s, rng)[:5]]),
+        }
         for name, s, rng in make("finetune", options.finetune, held_out=False)
     ]
     test = [

@@ -294,6 +294,8 @@ class _TrainingRun:
             if self.plan.forecast.recompute and s.visual_encoder_training != "frozen":
                 self.vision.recompute()
             wrapped.verify()
+            for line in self.vision.trained():
+                self.console.print(line, markup=False)
             return wrapped
         mixed = self.dtype != torch.float32 and (full or bool(s.lora_modules_to_save))
         wrapped = PackedCausalLM(model, autocast=self.dtype if mixed else None)
@@ -307,7 +309,7 @@ class _TrainingRun:
         self.work_dir.mkdir(parents=True, exist_ok=True)
         lines = [
             *_lines_of_model(s, self.plan, self.dtype),
-            *(self.vision.lines(s) if self.vision else ()),
+            *([self.vision.line()] if self.vision else ()),
             f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{self.threads}",
             *data.report.lines(),
             f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} "

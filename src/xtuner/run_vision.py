@@ -127,13 +127,16 @@ class RunVision:
         """Write the parts that are trained."""
         self.parts.save(folder)
 
-    def lines(self, settings: Settings) -> Iterator[str]:
-        """What is trained, for the terminal."""
-        sight = self.sight
-        yield (
-            f"Pictures     {settings.visual_encoder_name_or_path}: {sight.tokens_each} tokens "
-            f"each, on top of max_length: {settings.max_length + sight.tokens_each:,} in all"
+    def line(self) -> str:
+        """What a picture takes, for the terminal."""
+        s, tokens = self.settings, self.sight.tokens_each
+        return (
+            f"Pictures     {s.visual_encoder_name_or_path}: {tokens} tokens each, on top of "
+            f"max_length: {s.max_length + tokens:,} in all"
         )
+
+    def trained(self) -> Iterator[str]:
+        """What of each part is trained, for the terminal; after `join`."""
         for number, line in enumerate(self.parts.table()):
             yield f"{'' if number else 'Trained':13}{line}"
 

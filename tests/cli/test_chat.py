@@ -106,6 +106,7 @@ def test_every_flag_arrives(
     assert app.main(["chat", "m", *flags.split()]) == 0
     assert capsys.readouterr().out == "HEY\n"
     expected = {"adapter": Path("a"), "prompt_template": "t", "system": "s", "bits": 4}
+    expected |= {"visual_encoder": None, "llava": None}
     expected |= {"device": "cpu", "dtype": "float16", "trust_remote_code": True}
     options = GenerationOptions(9, 0.5, 3, 0.8, 1.1, 7, ("x", "y"))
     assert seen == [("m", options, expected)]

@@ -1,7 +1,8 @@
 """A conversation over lines of text: a terminal, or a pipe.
 
 An empty line ends a question, so that a question may have several lines. A line EXIT leaves, a line
-RESET forgets the conversation, a line IMAGE PATH shows a picture with the next question. Answers go to `out`, everything else to `notes`.
+RESET forgets the conversation, a line IMAGE PATH shows a picture with the next question. Answers
+go to `out`, everything else to `notes`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,14 @@ from __future__ import annotations
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from xtuner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xtuner.config.schema import Settings
 
 app = typer.Typer(help="Turn checkpoints into models that other tools read.", no_args_is_help=True)
 
@@ -22,6 +27,13 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class SaveFormat(StrEnum):
+    """Of a LLaVA model."""
+
+    xtuner = "xtuner"
+    huggingface = "huggingface"
 
 
 class Dtype(StrEnum):
@@ -47,6 +59,12 @@ def pth_to_hf(
     save_dir: Annotated[Path, typer.Argument(help="A new folder for the result.")],
     fp32: Annotated[bool, typer.Option("--fp32", help="Keep float32 instead of 16 bits.")] = False,
     max_shard_size: Size = "2GB",
+    save_format: Annotated[
+        SaveFormat,
+        typer.Option(
+            help="Of a LLaVA model: its trained parts, or one model that transformers reads."
+        ),
+    ] = SaveFormat.xtuner,
 ) -> None:
     """Write a checkpoint as a PEFT adapter or, if all weights were trained, as a model.
 
@@ -55,10 +73,18 @@ def pth_to_hf(
     """
     from xtuner.config.load import load_settings
 
-    base = load_settings(config).settings.pretrained_model_name_or_path
+    settings = load_settings(config).settings
+    base = settings.pretrained_model_name_or_path
 
-    from xtuner.convert.to_hf import same_base, to_hf
+    from xtuner.convert.to_hf import find_checkpoint, same_base, to_hf
+    from xtuner.models.llava_parts import is_llava_folder
 
+    source = find_checkpoint(checkpoint)
+    if is_llava_folder(source):
+        _write_llava(settings, source, save_dir, save_format, fp32, max_shard_size)
+        return
+    if save_format is not SaveFormat.xtuner:
+        raise ConfigError(f"--save-format {save_format}: {source} is no LLaVA model (no projector)")
     info = to_hf(checkpoint, save_dir, fp32=fp32, max_shard_size=max_shard_size)
     if info is not None and not same_base(info.base_model, base):
         typer.echo(
@@ -73,6 +99,29 @@ def pth_to_hf(
         _next("xtuner", "convert", "merge", model, str(save_dir), str(merged))
     else:
         _next("xtuner", "chat", str(save_dir))
+
+
+def _write_llava(
+    settings: Settings,
+    source: Path,
+    save_dir: Path,
+    save_format: SaveFormat,
+    fp32: bool,
+    max_shard_size: str,
+) -> None:
+    from xtuner.convert import llava
+
+    llm = settings.pretrained_model_name_or_path
+    encoder = settings.visual_encoder_name_or_path or ""
+    if save_format is SaveFormat.xtuner:
+        llava.write_parts(source, save_dir, fp32=fp32)
+    else:
+        llava.write_whole(
+            source, save_dir, llm=llm, visual_encoder=encoder, fp32=fp32,
+            max_shard_size=max_shard_size, tell=typer.echo,
+        )  # fmt: skip
+    typer.echo(f"Written to {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
+    _next("xtuner", "chat", str(save_dir), "--image", "PICTURE")
 
 
 @app.command("merge")
@@ -90,6 +139,9 @@ def merge(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
+    is_clip: Annotated[
+        bool, typer.Option("--is-clip", help="The model is a visual encoder, CLIP or SigLIP.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base model, and compare the result with the two.
 
@@ -97,6 +149,13 @@ def merge(
     weights would round them anew. Works file by file, so that little memory is needed to merge; the
     comparison at the end loads the model.
     """
+    if is_clip:
+        from xtuner.convert.llava import merge_encoder
+
+        whole = dtype is Dtype.float32
+        difference = merge_encoder(llm, adapter, save_dir, fp32=whole, device=device.value)
+        typer.echo(f"Written to {save_dir}. Largest difference before rounding: {difference:.1e}.")
+        return
     from xtuner.convert.merge import merge as run
 
     report = run(

@@ -9,7 +9,6 @@ gets the mean of all rows, whose logit is the mean of all others and so never th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,30 +22,20 @@ from xtuner import templates
 from xtuner.convert.output import copy_others, new_folder
 from xtuner.errors import ModelError
 from xtuner.models import llava_parts as parts_of
+from xtuner.models.adapters import load_adapter
 from xtuner.models.llava import portable_config
-from xtuner.models.llava_load import Seeing, Sources, load_llava
+from xtuner.models.llava_load import Seeing, Sources, fitting_encoder_adapter, load_llava
 from xtuner.models.load import DTYPES, load_tokenizer, pick_device, quiet_transformers
 from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.save import weight_files
-from xtuner.models.sight import add_image_token, strategy_of
+from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, strategy_of
 from xtuner.templates.jinja import as_jinja
 from xtuner.types import IMAGE
 
-SaveFormat = Literal["xtuner", "huggingface"]
 Tell = Callable[[str], None]
 
 _LEFT_OUT = ("training_state.pt", "*.safetensors", "*.bin")
-
-
-def find_parts(path: Path) -> Path | None:
-    """The folder of parts that `path` means (an iter_N, iter_N.pth or work dir), if it is one."""
-    path = path.expanduser()
-    folder = path.with_suffix("") if path.suffix == ".pth" else path
-    pointer = folder / "last_checkpoint"
-    if pointer.is_file():
-        folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
-    return folder if parts_of.is_llava_folder(folder) else None
 
 
 def write_parts(source: Path, save_dir: Path, *, fp32: bool = False) -> RunInfo | None:
@@ -57,8 +46,8 @@ def write_parts(source: Path, save_dir: Path, *, fp32: bool = False) -> RunInfo 
     """
     info = RunInfo.read(source)
     dtype = _stored_type(info, fp32)
-    files = [file for folder in (source, *source.iterdir()) if folder.is_dir()
-             for file in weight_files(folder)]  # fmt: skip
+    folders = (source, *(path for path in source.iterdir() if path.is_dir()))
+    files = [file for folder in folders for file in weight_files(folder)]
     with new_folder(save_dir, num_bytes=sum(file.stat().st_size for file in files)) as draft:
         for file in files:
             place = draft / file.relative_to(source)
@@ -140,7 +129,7 @@ def _self_contained(seeing: Seeing) -> Any:
     embedding, head = model.get_input_embeddings(), model.lm_head
     tied = head.weight is embedding.weight
     rows = seeing.image_token_id + 1
-    text = portable_config(_Holder(model))
+    text = portable_config(model.model.language_model)
     if embedding.weight.shape[0] < rows:
         grown = _with_mean_rows(embedding.weight, rows)
         embedding.weight = nn.Parameter(grown, requires_grad=False)
@@ -155,13 +144,6 @@ def _self_contained(seeing: Seeing) -> Any:
     config.tie_word_embeddings = tied
     model.model.language_model.config = text
     return model
-
-
-class _Holder:
-    """What `portable_config` asks of a language model."""
-
-    def __new__(cls, model: Any) -> Any:
-        return _TEXT_KINDS.get(model.config.get_text_config().model_type, _plain)(model)
 
 
 def _with_mean_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -193,7 +175,55 @@ def _save_processor(seeing: Seeing, tokenizer: Any, chat_template: str, folder: 
     (folder / "chat_template.json").unlink(missing_ok=True)
 
 
-def describe(folder: Path) -> str:
-    """The parts in `folder`, for the terminal."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    return json.dumps(names)[1:-1].replace('"', "")
+def merge_encoder(
+    visual_encoder: str,
+    adapter: Path,
+    save_dir: Path,
+    *,
+    fp32: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> float:
+    """Merge the adapter of a visual encoder into it, and write the encoder as one model.
+
+    Args:
+        visual_encoder: CLIP or SigLIP, folder or hub name.
+        adapter: a PEFT adapter, or a folder of parts that has one.
+        save_dir: a new folder.
+        fp32: keep float32 instead of 16 bits.
+        device: where it is computed.
+
+    Returns:
+        The largest difference between what adapter and merged weights, in float32, make of noise,
+        as a share of the largest number.
+
+    Raises:
+        ModelError: `adapter` is none, or does not fit.
+        LaunchError: `save_dir` is taken, or the disk is too full.
+    """
+    inner = adapter / parts_of.ENCODER_ADAPTER
+    folder = inner if inner.is_dir() else adapter
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{adapter}: is no adapter of a visual encoder (no adapter_config.json); "
+            f"give a folder {parts_of.ENCODER_ADAPTER}/"
+        )
+    encoder: Any = load_visual_encoder(
+        visual_encoder, dtype=torch.float32, device=pick_device(device)
+    )
+    with fitting_encoder_adapter(folder) as place:
+        adapted: Any = load_adapter(encoder, place).eval()
+    size = encoder.config.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, size, size, generator=generator).to(encoder.device)
+    with torch.no_grad():
+        before = adapted(pixel_values=pixels).last_hidden_state
+        merged = adapted.merge_and_unload()
+        after = merged(pixel_values=pixels).last_hidden_state
+    difference = float((before - after).abs().max() / before.abs().max())
+    merged = merged if fp32 else merged.to(torch.bfloat16)
+    size = sum(p.numel() * p.element_size() for p in merged.parameters())
+    with new_folder(save_dir, num_bytes=size) as draft:
+        with quiet_transformers():
+            merged.save_pretrained(str(draft))
+        Processor(visual_encoder, True).upstream.save_pretrained(str(draft))
+    return difference

@@ -19,9 +19,11 @@ from xtuner.convert.weights import (
 )
 from xtuner.errors import CheckpointError
 from xtuner.models import fetch
+from xtuner.models.llava_parts import PROJECTOR
 from xtuner.models.load import DTYPES
 from xtuner.models.runinfo import RunInfo
 
+_MARKS = ("adapter_config.json", "config.json")
 _LEFT_OUT = ("training_state.pt", "*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
@@ -40,7 +42,7 @@ def find_checkpoint(path: Path) -> Path:
     pointer = folder / "last_checkpoint"
     if pointer.is_file():
         folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
-    if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+    if any((folder / name).exists() for name in (*_MARKS, PROJECTOR)):
         return folder
     if path.is_file():
         raise CheckpointError(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaModel, LlavaConfig, PreTrainedModel
 from transformers import LlavaForConditionalGeneration as Llava
 
 from xtuner.errors import ModelError
@@ -25,11 +25,11 @@ from xtuner.models.sight import num_image_tokens, select, strategy_of
 from xtuner.types import Batch, Pictures
 
 
-def portable_config(llm: PreTrainedModel) -> Any:
-    """The language model's configuration as plain transformers reads it: families of ours that are
-    Llama under another name become Llama."""
-    config = llm.config
-    ours = isinstance(llm, LlamaForCausalLM) and type(config) is not LlamaConfig
+def portable_config(decoder: Any) -> Any:
+    """The configuration of a language model's layers as plain transformers reads it: families of
+    ours that are Llama under another name become Llama."""
+    config = decoder.config
+    ours = isinstance(decoder, LlamaModel) and type(config) is not LlamaConfig
     if not (ours and isinstance(config, LlamaConfig)):
         return copy.deepcopy(config)
     values = LlamaConfig.to_dict(config)
@@ -60,7 +60,7 @@ def assemble(
         )
     config = LlavaConfig(
         vision_config=visual_encoder.config,
-        text_config=portable_config(llm),
+        text_config=portable_config(llm.base_model),
         image_token_index=image_token_id,
         image_seq_length=num_image_tokens(visual_encoder.config),
         vision_feature_layer=select_layer,

@@ -155,7 +155,7 @@ def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     place = located(path)
     _register_family(place)
-    with _readable_errors(path, "model"):
+    with readable_errors(path, "model"):
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 

@@ -25,6 +25,11 @@ class NamedTemplate(Template):
         self.stop_token_ids = self._token_ids((tokenizer.eos_token or "", *stops))
         self._warn_of_missing_tokens()
 
+    @property
+    def spec(self) -> Spec:
+        """The pieces, with the tokenizer's tokens in them."""
+        return self._spec
+
     def render(
         self,
         messages: Sequence[Message],

@@ -25,6 +25,11 @@ class PlainText(Template):
         self.stop_words = (self._end,) if self._end else ()
         self.stop_token_ids = self._token_ids([self._end])
 
+    @property
+    def markers(self) -> tuple[str, str]:
+        """What stands before everything and behind each answer."""
+        return self._begin, self._end
+
     def render(
         self,
         messages: Sequence[Message],

@@ -1,0 +1,142 @@
+"""The second exercise of the course through the command line, on tiny models: a projector, then
+adapters on both sides, then conversion and a chat about a picture."""
+
+import json
+
+import pytest
+import torch
+
+from xtuner.chat.generate import GenerationOptions
+from xtuner.chat.opening import open_chat
+from xtuner.cli.app import main
+from xtuner.testing.tiny import tiny_model_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+
+SHARED = """
+llm_name_or_path = "model"
+visual_encoder_name_or_path = "clip"
+data_path = "data.json"
+image_folder = "images"
+prompt_template = "chatml"
+max_length = 96
+accumulative_counts = 1
+save_steps = 4
+evaluation_freq = 4
+evaluation_inputs = ["Which number is this?"]
+evaluation_images = "images/0.png"
+evaluation_max_new_tokens = 4
+lr = 1e-2
+dtype = "float32"
+"""
+PRETRAIN = SHARED + 'tuning = "full"\nfreeze_llm = True\nmax_steps = 4\nmax_epochs = 9\n'
+FINETUNE = SHARED + (
+    'tuning = "lora"\nlora_r = 4\nvisual_encoder_lora_r = 2\npretrained_pth = "pretrain/iter_4"\n'
+    "max_steps = 8\nmax_epochs = 9\n"
+)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XTUNER_CACHE", str(folder / "cache"))
+        tiny_model_folder(folder / "model", initializer_range=0.2)
+        tiny_visual_encoder_folder(folder / "clip", initializer_range=0.5)
+        tiny_llava_data(folder / "data.json", folder / "images", count=12)
+        for name, text in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
+            (folder / f"{name}.py").write_text(text, encoding="utf-8")
+            assert main(["train", f"{name}.py", "--work-dir", name]) == 0
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def inside(workshop, monkeypatch):
+    monkeypatch.chdir(workshop)
+
+
+def answer(place, picture="images/5.png", **options):
+    options.setdefault("dtype", "float32")
+    session = open_chat(
+        str(place), options=GenerationOptions(max_new_tokens=8, temperature=0), **options
+    )
+    return "".join(session.ask("Which number is this?", [picture]))
+
+
+def names(folder):
+    return {p.name for p in folder.iterdir()}
+
+
+def test_a_checkpoint_holds_what_was_trained(workshop):
+    first, second = workshop / "pretrain" / "iter_4", workshop / "finetune" / "iter_8"
+    assert {"projector", "run.yaml"} <= names(first)
+    assert not {"llm_adapter", "llm", "visual_encoder"} & names(first)
+    assert {"projector", "llm_adapter", "visual_encoder_adapter"} <= names(second)
+    weights = [p for p in first.rglob("*.safetensors")]
+    assert [p.parent.name for p in weights] == ["projector"]
+    (log_dir,) = [p for p in (workshop / "finetune").iterdir() if p.name[0].isdigit()]
+    assert (log_dir / "eval_outputs_iter_8.txt").is_file()
+
+
+def test_a_resumed_run_ends_as_the_straight_one(workshop):
+    (workshop / "resumed.py").write_text(FINETUNE, encoding="utf-8")
+    assert main(["train", "resumed.py", "--work-dir", "resumed"]) == 0
+    assert main(["train", "resumed.py", "--work-dir", "resumed", "--resume", "iter_4"]) == 0
+    for file in ("projector/model.safetensors", "llm_adapter/adapter_model.safetensors"):
+        one, two = (workshop / w / "iter_8" / file for w in ("finetune", "resumed"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_whole_model_answers_the_same_in_plain_transformers(workshop):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from xtuner.data.pictures import open_picture
+
+    checkpoint, whole = "finetune/iter_8.pth", workshop / "whole"
+    command = ["convert", "pth_to_hf", "finetune.py", checkpoint, "whole", "--fp32"]
+    assert main([*command, "--save-format", "huggingface"]) == 0
+    wanted = answer("finetune/iter_8")
+    assert answer(whole) == wanted
+    model = LlavaForConditionalGeneration.from_pretrained(whole, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(whole)
+    parts = [{"type": "image"}, {"type": "text", "text": "Which number is this?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
+    inputs = processor(images=open_picture("images/5.png"), text=text, return_tensors="pt")
+    found = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    ids = found[0, inputs["input_ids"].shape[1] :]
+    assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == wanted.strip()
+
+
+def test_parts_are_kept_as_parts(workshop):
+    assert main(["convert", "pth_to_hf", "finetune.py", "finetune", "parts", "--fp32"]) == 0
+    assert {"projector", "llm_adapter", "visual_encoder_adapter"} <= names(workshop / "parts")
+    assert not (workshop / "parts" / "training_state.pt").exists()
+    assert answer("parts") == answer("finetune")
+    assert answer("model", visual_encoder="clip", llava="parts") == answer("finetune")
+
+
+def test_an_encoder_is_merged_alone(workshop):
+    command = ["convert", "merge", "clip", "finetune/iter_8/visual_encoder_adapter", "merged_clip"]
+    assert main([*command, "--is-clip", "--dtype", "float32"]) == 0
+    config = json.loads((workshop / "merged_clip" / "config.json").read_text())
+    assert config["model_type"] == "clip_vision_model"
+    from transformers import CLIPVisionModel
+
+    before, after = (
+        CLIPVisionModel.from_pretrained(workshop / name).state_dict()
+        for name in ("clip", "merged_clip")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("layers.0." in n or "layers.1." in n for n in changed)
+
+
+def test_one_conversation_with_pictures_and_without(workshop, capsys):
+    command = ["chat", "finetune", "--dtype", "float32", "--max-new-tokens", "3"]
+    asked = ["--image", "images/1.png", "--ask", "Which number is this?", "--ask", "Sure?"]
+    assert main([*command, *asked]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert main([*command, "--ask", "Hello?"]) == 0
+    assert main([*command, "--image", "nowhere.png", "--ask", "What?"]) == 2
+    assert "nowhere.png" in capsys.readouterr().err
