@@ -72,7 +72,7 @@ def test_a_checkpoint_holds_what_was_trained(workshop):
     assert {"projector", "run.yaml"} <= names(first)
     assert not {"llm_adapter", "llm", "visual_encoder"} & names(first)
     assert {"projector", "llm_adapter", "visual_encoder_adapter"} <= names(second)
-    weights = [p for p in first.rglob("*.safetensors")]
+    weights = list(first.rglob("*.safetensors"))
     assert [p.parent.name for p in weights] == ["projector"]
     (log_dir,) = [p for p in (workshop / "finetune").iterdir() if p.name[0].isdigit()]
     assert (log_dir / "eval_outputs_iter_8.txt").is_file()

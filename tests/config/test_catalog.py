@@ -43,6 +43,23 @@ def test_a_name_means_its_parts():
     assert catalog.compose("llama2_7b_full_alpaca_e1")["prompt_template"] == "default"
 
 
+def test_names_with_pictures():
+    start, end = "llava_internlm2_chat_1_8b", "clip_vit_large_p14_336"
+    pretrain, finetune = (
+        f"{start}_{end}_e1_gpu8_pretrain",
+        f"{start}_qlora_{end}_lora_e1_gpu8_finetune",
+    )
+    assert {pretrain, finetune} <= set(NAMES)
+    first, second = load_settings(pretrain).settings, load_settings(finetune).settings
+    assert (first.llm_training, first.visual_encoder_training) == ("frozen", "frozen")
+    assert (second.llm_training, second.visual_encoder_training) == ("adapter", "adapter")
+    assert (second.lora_r, second.lora_alpha, second.lora_dropout) == (512, 256, 0.05)
+    assert first.max_length == 2048 - 576 and second.pretrained_pth == f"./work_dirs/{pretrain}"
+    assert "llava_data" in catalog.note(pretrain)
+    with pytest.raises(ConfigError, match=f"did you mean {pretrain}"):
+        catalog.compose(pretrain.replace("vit", "vti"))
+
+
 def test_other_names_of_a_data_set_work():
     openorca = catalog.compose("llama2_7b_qlora_openorca_e1")
     assert openorca == catalog.compose("llama2_7b_qlora_open_orca_e1")

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xtuner.config import catalog_llava
 from xtuner.errors import ConfigError
 
 _TABLES = Path(__file__).parent / "tables"
@@ -35,7 +36,8 @@ def names(pattern: str = "") -> list[str]:
             of a data set are found as well.
     """
     matches = _matcher(pattern.lower())
-    return [
+    seeing = [name for name in catalog_llava.names(_chat_models()) if matches(name)]
+    return seeing + [
         f"{model}_{recipe}_{data}_e{epochs}"
         for model, model_row in _models().items()
         for recipe in _recipes()
@@ -51,7 +53,7 @@ def names(pattern: str = "") -> list[str]:
 
 def is_name(name: str) -> bool:
     """Whether `name` is a built-in name, with any number of epochs."""
-    return _split(name) is not None
+    return _split(name) is not None or catalog_llava.split(name, _chat_models()) is not None
 
 
 def compose(name: str) -> dict[str, Any]:
@@ -60,6 +62,8 @@ def compose(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such name; the message has those closest to it.
     """
+    if sees := catalog_llava.split(name, _chat_models()):
+        return catalog_llava.compose(sees, _of_model(sees.model))
     parts = _split(name)
     if parts is None:
         raise ConfigError(_unknown(name))
@@ -67,11 +71,11 @@ def compose(name: str) -> dict[str, Any]:
     model_row, data_row = _models()[model], _data_sets()[data]
     if data_row.get("models", model_row["kind"]) != model_row["kind"]:
         raise ConfigError(f"{name}: '{data}' is for base models, and {model} is a chat model")
+    own = _of_model(model)
     return {
-        "pretrained_model_name_or_path": model_row["path"],
-        **_table("models")["kinds"][model_row["kind"]],
+        **own,
         **_recipes()[recipe],
-        **{key: value for key, value in model_row.items() if key not in ("path", "kind")},
+        **own,
         **{key: value for key, value in data_row.items() if key not in _ROW_KEYS},
         "max_epochs": epochs,
     }
@@ -79,8 +83,23 @@ def compose(name: str) -> dict[str, Any]:
 
 def note(name: str) -> str:
     """What has to be done by hand before the built-in `name` can be trained; often nothing."""
+    if sees := catalog_llava.split(name, _chat_models()):
+        return catalog_llava.note(sees)
     parts = _split(name)
     return _data_sets()[parts[2]].get("note", "") if parts else ""
+
+
+def _of_model(model: str) -> dict[str, Any]:
+    row = _models()[model]
+    return {
+        "pretrained_model_name_or_path": row["path"],
+        **_table("models")["kinds"][row["kind"]],
+        **{key: value for key, value in row.items() if key not in ("path", "kind")},
+    }
+
+
+def _chat_models() -> list[str]:
+    return [name for name, row in _models().items() if row["kind"] == "chat"]
 
 
 @functools.cache
@@ -140,6 +159,8 @@ def _unknown(name: str) -> str:
 
 def _close_names(name: str) -> list[str]:
     """Built-in names like `name`, found part by part: there are too many to compare them whole."""
+    if name.startswith("llava_"):
+        return difflib.get_close_matches(name, catalog_llava.names(_chat_models()), n=2)
     rest, _, epochs = name.rpartition("_e") if re.search(r"_e\d*$", name) else (name, "", "")
     for recipe in _recipes():
         model, found, data = rest.partition(f"_{recipe}_")
