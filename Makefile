@@ -1,4 +1,5 @@
 # make quickstart          teach a small chat model who it is (NAME="Ada" chooses the name)
+# make quickstart-llava    give it eyes, and ask about pictures (15 minutes on two cores)
 # make quickstart-overfit  the same without ordinary conversations: see it forget
 # make venv                .venv with the xtuner command in it
 # make test | test-slow    the test suite | the tests that take long
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
 BENCH_DATA := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: bench venv dev quickstart quickstart-overfit test test-slow check format docs clean
+.PHONY: bench venv dev quickstart quickstart-overfit quickstart-llava test test-slow check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -35,6 +36,9 @@ quickstart: venv
 
 quickstart-overfit: venv
 	@PYTHON=$(BIN)/python bash examples/quickstart/overfit.sh "$(NAME)"
+
+quickstart-llava: venv
+	@PYTHON=$(BIN)/python bash examples/llava/run.sh
 
 # Peers get environments of their own, with the versions that docs/benchmarks.md names.
 $(BENCH)/trl/.installed:
@@ -74,4 +78,4 @@ docs: dev
 	$(BIN)/python -m xtuner.config.explain > docs/settings.md
 
 clean:
-	rm -rf .venv build dist quickstart .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist quickstart quickstart-llava .pytest_cache .mypy_cache .ruff_cache
