@@ -38,6 +38,7 @@ quickstart-overfit: venv
 	@PYTHON=$(BIN)/python bash examples/quickstart/overfit.sh "$(NAME)"
 
 quickstart-llava: venv
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[examples]"
 	@PYTHON=$(BIN)/python bash examples/llava/run.sh
 
 # Peers get environments of their own, with the versions that docs/benchmarks.md names.

@@ -89,9 +89,8 @@ def main() -> None:
         ("after fine-tuning, no picture", folder / "finetune", rows, False),
         ("after fine-tuning", folder / "finetune", rows, True),
     )
-    print(
-        f"{'':<34}{''.join(f'{kind:>8}' for kind in KINDS)}{'overall':>9}{'captions':>10}{'asked':>8}"
-    )
+    heads = "".join(f"{kind:>8}" for kind in KINDS)
+    print(f"{'':<34}{heads}{'overall':>9}{'captions':>10}{'asked':>8}")
     results, answers = {}, []
     for name, place, asked, seeing in stages:
         how = GenerationOptions(max_new_tokens=20, temperature=0)
