@@ -144,7 +144,7 @@ class _TrainingRun:
         loader = self._loader(data.train, algorithm := _load_algorithm(self.loaded))
         total = loader.steps_per_epoch * settings.max_epochs
         total = min(total, settings.max_steps or total)
-        self.plan = plan_memory(self._whole_settings, self.device)
+        self.plan = plan_memory(settings, self.device)
         self._tell(data, loader, total)
         model = self._make_model(source)
         optimizer = optim.make_optimizer(

@@ -37,7 +37,7 @@ def real_peak(folder, *, lora, recompute, dtype, autocast):
     borders = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
     batch = Batch(ids, ids.clone(), positions, borders)
     with footprint._caches_apart():
-        counter = footprint._LiveBytes()
+        counter = footprint.LiveBytes()
         with counter:
             PackedCausalLM(model, autocast=autocast).supervised_loss(batch).backward()
     return max(counter.history), model

@@ -20,6 +20,7 @@ import torch
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, LaunchError
 from xtuner.models.footprint import Footprint, measure
+from xtuner.models.footprint_vision import measure_eyes, tokens_each
 from xtuner.models.load import resolve_dtype
 
 MB = 2**20
@@ -159,7 +160,7 @@ def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
 
 @functools.lru_cache(maxsize=16)
 def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
-    dtype, full = resolve_dtype(settings.dtype, device), not settings.uses_adapter
+    dtype, full = resolve_dtype(settings.dtype, device), settings.llm_training == "full"
     mixed = dtype != torch.float32 and (full or bool(settings.lora_modules_to_save))
     lora: dict[str, Any] = {
         "r": settings.lora_r,
@@ -168,23 +169,31 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
         "target_modules": settings.lora_target_modules,
         "modules_to_save": settings.lora_modules_to_save,
     }
-    longest = settings.max_length
+    picture = tokens_each(settings.visual_encoder_name_or_path or "") if settings.sees else 0
+    whole = settings.max_length + picture
+    longest = whole
     if settings.pack_to_max_length:
-        longest = min(longest, TYPICAL_SAMPLE)
-    total = settings.batch_size * settings.max_length
+        longest = min(longest, TYPICAL_SAMPLE + picture)
+    total = settings.batch_size * whole
     lengths = (longest,) * (total // longest) + ((total % longest,) if total % longest else ())
-    return measure(
+    found = measure(
         settings.pretrained_model_name_or_path,
         tokens=lengths,
         dtype=torch.float32 if full else dtype,
         quantization=settings.effective_quantization,
         double_quant=settings.double_quant,
-        lora=None if full else lora,
+        lora=lora if settings.uses_adapter else None,
+        frozen=settings.llm_training == "frozen",
+        sees=settings.sees,
         recompute=recompute,
         flash=device == "cuda" and dtype != torch.float32,
         autocast=dtype if mixed else None,
         trust_remote_code=settings.trust_remote_code,
     )
+    if not settings.sees:
+        return found
+    eyes = measure_eyes(settings, pictures=len(lengths), width=found.width, dtype=dtype)
+    return eyes.beside(found)
 
 
 def _bytes_of_moments(optim_type: str) -> float:

@@ -41,6 +41,7 @@ class Footprint:
         gradients: of all trained weights; part of `step`.
         trainable: trained numbers.
         parameters: all numbers.
+        width: of the hidden states.
     """
 
     weights: int
@@ -48,6 +49,7 @@ class Footprint:
     gradients: int
     trainable: int
     parameters: int
+    width: int = 0
 
 
 def measure(
@@ -58,6 +60,8 @@ def measure(
     quantization: Quantization = "none",
     double_quant: bool = True,
     lora: dict[str, Any] | None = None,
+    frozen: bool = False,
+    sees: bool = False,
     recompute: bool = False,
     flash: bool = False,
     autocast: torch.dtype | None = None,
@@ -71,7 +75,10 @@ def measure(
         dtype: of the frozen weights, or of all in full fine-tuning.
         quantization: how frozen linear layers are held.
         double_quant: whether their scales are quantised as well.
-        lora: arguments of `adapters.add_adapter`; None trains all weights.
+        lora: arguments of `adapters.add_adapter`; None trains all weights, unless they are
+            `frozen`.
+        frozen: train nothing of it.
+        sees: the input embeddings get gradients, as those of a projector before it do.
         recompute: recompute activations in the backward pass.
         flash: attention keeps what flash attention on a GPU keeps, not what a CPU keeps.
         autocast: type of the products when it is not that of the weights.
@@ -89,8 +96,11 @@ def measure(
         model.set_attn_implementation(implementation)
         fused_layers.install(model, check=False)
         saved, workspace = _quantised_size(model, quantization, double_quant)
+        if frozen:
+            model.requires_grad_(False)
         if recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        if recompute or sees:
             model.enable_input_require_grads()
         if lora is not None:
             model = adapters.add_adapter(model, **lora)
@@ -107,7 +117,8 @@ def measure(
         less, more = (some(count) for count in FEW_LAYERS)
         found = less.line_through(more, at=layers)
     weights, gradients, trainable, parameters, *peaks = map(round, found.values)
-    return Footprint(weights, max(peaks), gradients, trainable, parameters)
+    width = config.get_text_config().hidden_size
+    return Footprint(weights, max(peaks), gradients, trainable, parameters, width)
 
 
 FEW_LAYERS = (2, 4)
@@ -146,7 +157,7 @@ def _build(config: Any, count: int | None, dtype: torch.dtype, trust: bool) -> A
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
 
 
-def _pretend_cpu(model: nn.Module) -> None:
+def pretend_cpu(model: nn.Module) -> None:
     """Put tensors that claim to lie on a CPU in the places of meta tensors; shared ones stay so."""
     made: dict[int, Tensor] = {}
 
@@ -190,13 +201,13 @@ def _peaks_of_step(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with _caches_apart(), FakeTensorMode(allow_non_fake_inputs=True):
-        _pretend_cpu(model)
+        pretend_cpu(model)
         total = sum(tokens)
         ids = torch.zeros(1, total, dtype=torch.int64)
         borders = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = causal.get_output_embeddings()
-        counter = _LiveBytes()
+        counter = LiveBytes()
         with counter, torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             hidden = causal.base_model(
                 input_ids=ids,
@@ -235,7 +246,7 @@ class _Lengths:
         return len(self._ends)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all living storages made while it is on, after every operation."""
 
     def __init__(self) -> None:

@@ -138,7 +138,7 @@ def make(
         for part in used_layers(encoder, settings.visual_select_layer):
             part.requires_grad_(True)
     elif training == "adapter":
-        encoder = _with_adapter(encoder, settings)
+        encoder = with_adapter(encoder, settings)
     if source is not None:
         load_projector(llava, source)
         if training == "adapter":
@@ -159,7 +159,8 @@ def used_layers(encoder: Any, select_layer: int) -> list[nn.Module]:
     return [part for part in (*before, *encoder.encoder.layers[:count]) if part is not None]
 
 
-def _with_adapter(encoder: Any, settings: Settings) -> Any:
+def with_adapter(encoder: Any, settings: Settings) -> Any:
+    """The encoder with adapters beside the linear layers that are used."""
     names = {id(module): name for name, module in encoder.named_modules()}
     targets = [
         names[id(module)]
