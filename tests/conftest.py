@@ -8,10 +8,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Where the CPU kernels lie, so that they are compiled once for all tests."""
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def own_cache(tmp_path_factory, monkeypatch, compiled):
     """Keep encoded data sets and fetched models out of the user's cache."""
-    monkeypatch.setenv("XTUNER_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "kernels").symlink_to(compiled, target_is_directory=True)
+    monkeypatch.setenv("XTUNER_CACHE", str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.workplace import WorkPlace
 from xtuner.errors import CheckpointError
-from xtuner.models import adapters, fused_layers
+from xtuner.models import adapters, cpu_kernels, fused_attention, fused_layers
 from xtuner.models.attention import training_implementation
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.llava_parts import LLM, LLM_ADAPTER
@@ -126,6 +126,8 @@ class _TrainingRun:
         self.threads = host.choose_threads(
             self.settings.num_threads, self.dtype, processes.world_size
         )
+        if self.device == "cpu":
+            self.threads += f"; {cpu_kernels.state()}"
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""
@@ -270,6 +272,7 @@ class _TrainingRun:
         )
         base.set_attn_implementation(training_implementation(base, s.attn_implementation))
         fused_layers.install(base)
+        fused_attention.install(base)
         if self.plan.forecast.recompute:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
-from xtuner.models import attention
+from xtuner.models import attention, cpu_kernels, fused_attention, fused_layers
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.testing.tiny import tiny_model
 from xtuner.types import IGNORE_INDEX, Batch
@@ -53,7 +53,11 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("implementation", [attention.NAME, "sdpa", "eager"])
+CHANGED = {"llama": 2, "qwen2": 2, "qwen3": 2, "mistral": 2, "mixtral": 2, "gemma3_text": 2}
+"""Attention layers that are rotated, laid out and multiplied in one operation on a CPU."""
+
+
+@pytest.mark.parametrize("implementation", [attention.NAME, "sdpa", "eager", "fused"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_equals_one_by_one(architecture, implementation):
     if architecture == "gemma2" and implementation == "sdpa":
@@ -64,7 +68,12 @@ def test_packed_equals_one_by_one(architecture, implementation):
     expected_loss = plain_loss(model, batch)
     expected = gradients(model, expected_loss)
     attention.register()
-    model.set_attn_implementation(implementation)
+    fused = implementation == "fused"
+    model.set_attn_implementation(attention.NAME if fused else implementation)
+    if fused:
+        fused_layers.install(model)
+        changed = fused_attention.install(model)
+        assert changed == (CHANGED.get(architecture, 0) if cpu_kernels._library()[0] else 0)
     packed = PackedCausalLM(model)
     packed.verify()
     loss = packed.supervised_loss(batch)
@@ -74,6 +83,25 @@ def test_packed_equals_one_by_one(architecture, implementation):
     for name, gradient in found.items():
         scale = expected[name].abs().max().clamp(min=1e-3)
         assert (gradient - expected[name]).abs().max() < 1e-4 * scale, name
+
+
+def test_fused_attention_leaves_cache_masks_and_dropout_to_the_model():
+    model = tiny_model(attention_dropout=0.5)
+    model.set_attn_implementation(attention.register())
+    batch = packed_batch()
+    ids = batch.input_ids[:, :9]
+    with torch.no_grad():
+        wanted = tiny_model().eval()(input_ids=ids).logits
+        fused_attention.install(model)
+        model.train()
+        torch.manual_seed(0)
+        first = model.base_model(**PackedCausalLM(model)._inputs(batch)).last_hidden_state
+        second = model.base_model(**PackedCausalLM(model)._inputs(batch)).last_hidden_state
+        assert not torch.equal(first, second)  # dropout is the model's own
+        model.set_attn_implementation("sdpa")
+        assert torch.allclose(model.eval()(input_ids=ids).logits, wanted, atol=1e-5)
+        grown = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert grown.shape == (1, 13)
 
 
 def test_recomputed_activations_give_the_same_gradients():

@@ -161,6 +161,22 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
     return seen if window is None else seen.triu(1 - window)
 
 
+class Watch:
+    """Collects the options with which layers call `packed_attention`, while it is entered."""
+
+    active: Watch | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Watch:
+        Watch.active = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Watch.active = None
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -178,6 +194,8 @@ def packed_attention(
         ModelError: the borders of the samples are missing, or the layer asks for what is not built
             here.
     """
+    if Watch.active is not None:
+        Watch.active.calls.append({**kwargs, "scaling": scaling, "dropout": dropout})
     borders = kwargs.get("cu_seq_lens_q")
     if borders is None or attention_mask is not None or query.shape[0] != 1:
         raise ModelError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-from xtuner.models import adapters, block_attention, fused_layers, loss
+from xtuner.models import adapters, block_attention, fused_attention, fused_layers, loss
 from xtuner.models.attention import training_implementation
+from xtuner.models.cpu_kernels import shapes_only
 from xtuner.models.load import located_config, quiet_transformers
 from xtuner.models.quantize import Quantization
 
@@ -95,6 +96,8 @@ def measure(
         implementation = KEPT_BY_FLASH if flash else training_implementation(model, "auto")
         model.set_attn_implementation(implementation)
         fused_layers.install(model, check=False)
+        if not flash:
+            fused_attention.install(model, check=False)
         saved, workspace = _quantised_size(model, quantization, double_quant)
         if frozen:
             model.requires_grad_(False)
@@ -106,7 +109,8 @@ def measure(
             model = adapters.add_adapter(model, **lora)
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-        peaks = [peak + workspace for peak in _peaks_of_step(model.train(), tokens, autocast)]
+        with nullcontext() if flash else shapes_only():
+            peaks = [peak + workspace for peak in _peaks_of_step(model.train(), tokens, autocast)]
         weights = sum(size for size, _ in held) - saved
         gradients = sum(size for size, trained in held if trained)
         return _Counts([weights, gradients, trainable, parameters, *peaks])
@@ -312,7 +316,12 @@ AttentionMaskInterface.register(KEPT_BY_FLASH, lambda *args, **kwargs: None)
 @contextmanager
 def _caches_apart() -> Iterator[None]:
     """Let no tensor without values stay in a cache that a real step reads."""
-    caches = (block_attention.layout_of, block_attention._shared_blocks)
+    caches = (
+        block_attention.layout_of,
+        block_attention._shared_blocks,
+        block_attention._places,
+        fused_attention.rotation_of,
+    )
     kept = dict(loss._kept_workspace)
 
     def clear() -> None:

@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from xtuner.models.cpu_kernels import kernels_for
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        kernels = kernels_for(x, weight)
+        if kernels is not None:
+            y, scale = kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return y
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -32,9 +39,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
-        inner = grad * weight
-        mean = (inner * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
-        grad_x = (inner * scale).addcmul_(x, scale.pow(3) * mean, value=-1).to(x.dtype)
+        kernels = kernels_for(grad, x, weight)
+        if kernels is not None:
+            grad_x = kernels.rms_norm_backward(grad, x, weight, scale)
+        else:
+            inner = grad * weight
+            mean = (inner * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
+            grad_x = (inner * scale).addcmul_(x, scale.pow(3) * mean, value=-1).to(x.dtype)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             products = (x * scale).to(x.dtype) * grad
@@ -56,15 +67,23 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    kernels = kernels_for(gate, up)
+    return F.silu(gate).mul_(up) if kernels is None else kernels.silu_product(gate, up)
+
+
 class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _silu_product(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
+        kernels = kernels_for(grad, gate, up)
+        if kernels is not None:
+            return kernels.silu_product_backward(grad, gate, up)
         grad_up = F.silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), grad_up
 
@@ -92,7 +111,7 @@ class GatedMLP(nn.Module):
         def unpack(kept: Any) -> Tensor:
             if isinstance(kept, Tensor):
                 return kept
-            return F.silu(parts[0]).mul_(parts[1]).view(kept)
+            return _silu_product(*parts).view(kept)
 
         inner_size = inner.numel()
         with saved_tensors_hooks(pack, unpack):

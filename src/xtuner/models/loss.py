@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtuner.models.cpu_kernels import kernels_for
+
 LOGITS_BYTES = 64 * 2**20
 """Room for one chunk of float32 logits."""
 
@@ -38,6 +40,23 @@ def _workspace(name: str, size: int, dtype: torch.dtype, device: torch.device) -
     return kept[:size]
 
 
+def _with_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
+    """Summed loss of ``logits [S, V]``, in float32; with `gradient` the logits become theirs."""
+    kernels = kernels_for(logits)
+    if kernels is not None:
+        return kernels.cross_entropy(logits, targets.contiguous(), gradient).sum()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    shares = _workspace("shares", logits.numel(), wide, logits.device).view_as(logits)
+    torch.softmax(logits, -1, dtype=wide, out=shares)
+    # log sum exp = largest logit - log of its share, which never underflows
+    shift = logits.amax(-1, keepdim=True).to(wide) - shares.amax(-1, keepdim=True).log()
+    total = (shift - logits.gather(1, targets)).sum()
+    if gradient:
+        shares.scatter_add_(1, targets, shares.new_full(targets.shape, -1.0))
+        logits.copy_(shares)
+    return total
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """``sum_i -log softmax(h_i W^T)[t_i]``; gradients ``(softmax - onehot) W`` and ``(softmax -
     onehot)^T h``."""
@@ -54,22 +73,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
         step = min(chunk_rows(weight.shape[0]), len(targets))
-        wide = torch.promote_types(dtype, torch.float32)
         size = step * len(head)
         all_logits = _workspace("logits", size, dtype, hidden.device).view(step, len(head))
-        all_shares = _workspace("shares", size, wide, hidden.device).view(step, len(head))
         for start in range(0, len(targets), step or 1):
             part = slice(start, start + step)
             rows, wanted = hidden[part].to(dtype), targets[part, None]
-            logits = torch.matmul(rows, head.T, out=all_logits[: len(rows)])
-            shares = torch.softmax(logits, -1, dtype=wide, out=all_shares[: len(rows)])
-            # log sum exp = largest logit - log of its share, which never underflows
-            shift = logits.amax(-1, keepdim=True).to(wide) - shares.amax(-1, keepdim=True).log()
-            total += (shift - logits.gather(1, wanted)).sum()
+            error = torch.matmul(rows, head.T, out=all_logits[: len(rows)])
+            total += _with_gradient(error, wanted, gradient=need_hidden or need_weight)
             if not (need_hidden or need_weight):
                 continue
-            shares.scatter_add_(1, wanted, shares.new_full(wanted.shape, -1.0))
-            error = logits.copy_(shares)
             if grad_hidden is not None:
                 grad_hidden[part] = error @ head
             if grad_weight is not None:

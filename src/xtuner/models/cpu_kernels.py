@@ -1,0 +1,219 @@
+"""The element-wise parts of a step as compiled loops for CPUs; see ``cpu_kernels.c`` for formulas.
+
+The C file is compiled once a machine, in about a second, with the system's own compiler (``cc``),
+and kept in ``~/.cache/xtuner/kernels``. Where there is no compiler, or XTUNER_COMPILE is 0, every
+caller does the same with torch. It shares torch's threads, and takes bfloat16 and float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = (
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-shared", "-fPIC"),
+)
+TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+NUMBER, REAL, FLAG = ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+class Kernels:
+    """The compiled functions for one number type; tensors must be contiguous where not said."""
+
+    def __init__(self, library: ctypes.CDLL | None, suffix: str):
+        self._library, self._suffix = library, suffix
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if self._library is None:  # tensors without values
+            return
+        function = getattr(self._library, f"{name}_{self._suffix}")
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+        function(*values, FLAG(torch.get_num_threads()))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """``[..., H]`` normalised, and the factor of each row in float32."""
+        y, width = torch.empty_like(x), x.shape[-1]
+        scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        rows = NUMBER(scale.numel())
+        self._call("rms_norm", x, weight, y, scale, rows, NUMBER(width), REAL(eps))
+        return y, scale
+
+    def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """Gradient of `x`."""
+        out, size = torch.empty_like(x), (NUMBER(scale.numel()), NUMBER(x.shape[-1]))
+        self._call("rms_norm_backward", grad, x, weight, scale, out, *size)
+        return out
+
+    def silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``silu(gate) * up``."""
+        out = torch.empty_like(gate)
+        self._call("silu_product", gate, up, out, NUMBER(gate.numel()))
+        return out
+
+    def silu_product_backward(
+        self, grad: Tensor, gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `gate` and `up`."""
+        outs = torch.empty_like(gate), torch.empty_like(up)
+        self._call("silu_product_backward", grad, gate, up, *outs, NUMBER(gate.numel()))
+        return outs
+
+    def softmax_within(self, scores: Tensor, within: tuple[Tensor, Tensor], scale: float) -> Tensor:
+        """Softmax of ``scale * scores`` over the keys that each query sees, in place.
+
+        Args:
+            scores: ``[n, kv_heads, group * b, w]``.
+            within: first key, and last key + 1, of each query; int32 ``[n, b]``.
+            scale: factor of the scores.
+        """
+        self._call("softmax_within", scores, *within, *_score_sizes(scores, within), REAL(scale))
+        return scores
+
+    def softmax_within_backward(
+        self, grad: Tensor, weights: Tensor, within: tuple[Tensor, Tensor], scale: float
+    ) -> Tensor:
+        """Gradient of the scores, in the place of `grad`, the gradient of the weights."""
+        sizes = _score_sizes(grad, within)
+        self._call("softmax_within_backward", grad, weights, *within, *sizes, REAL(scale))
+        return grad
+
+    def rotate_out(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, out: Tensor, place: Tensor,
+        head_stride: int,
+    ) -> Tensor:  # fmt: skip
+        """Put each head of `x` to ``out.flatten()[place[token] + head * head_stride:]``, rotated.
+
+        Args:
+            x: ``[N, heads, D]``, the last two dimensions contiguous.
+            rotation: cosines and sines, float32 ``[N, D]``, or None.
+            out: where to.
+            place: int64 ``[N]``.
+            head_stride: numbers from one head to the next.
+        """
+        cos, sin = rotation or (None, None)
+        sizes = [NUMBER(n) for n in (*x.shape, x.stride(0), head_stride)]
+        self._call("rotate_out", x, cos, sin, out, place, *sizes)
+        return out
+
+    def rotate_back(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, out: Tensor, place: Tensor,
+        head_stride: int,
+    ) -> Tensor:  # fmt: skip
+        """Take a gradient back the way of `rotate_out`, from `x` into ``out [N, heads, D]``."""
+        cos, sin = rotation or (None, None)
+        sizes = [NUMBER(n) for n in (*out.shape, out.stride(0), head_stride)]
+        self._call("rotate_back", x, cos, sin, out, place, *sizes)
+        return out
+
+    def add_windows(self, part: Tensor, total: Tensor, starts: Tensor, tile: int) -> None:
+        """Add ``part [n, heads, w, D]`` to ``total [heads, N, D]`` (float32) from ``starts [n]``
+        on; all are multiples of `tile`."""
+        blocks, heads, keys, width = part.shape
+        sizes = [NUMBER(n) for n in (blocks, heads, keys, total.shape[1], width, tile)]
+        self._call("add_windows", part, total, starts, *sizes)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        """Loss of each row in float32; with `gradient` the logits become their own gradient."""
+        rows, words = logits.shape
+        loss = logits.new_empty(rows, dtype=torch.float32)
+        sizes = NUMBER(rows), NUMBER(words), FLAG(gradient)
+        self._call("cross_entropy", logits, targets, loss, *sizes)
+        return loss
+
+
+def _score_sizes(scores: Tensor, within: tuple[Tensor, Tensor]) -> list[Any]:
+    blocks, kv_heads, rows, keys = scores.shape
+    queries = within[0].shape[1]
+    return [NUMBER(n) for n in (blocks, kv_heads * rows // queries, queries, keys)]
+
+
+_shapes_only = False
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let tensors without values pass through, as real ones would; nothing is computed."""
+    global _shapes_only
+    before, _shapes_only = _shapes_only, True
+    try:
+        yield
+    finally:
+        _shapes_only = before
+
+
+def kernels_for(*tensors: Tensor) -> Kernels | None:
+    """The compiled functions for tensors of one type that lie in a CPU's memory, or None."""
+    dtype = tensors[0].dtype
+    if dtype not in TYPES or not all(_fits(tensor, dtype) for tensor in tensors):
+        return None
+    library, _ = _library()
+    return None if library is None else _kernels(dtype, _shapes_only)
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    real = type(tensor) in (Tensor, torch.nn.Parameter) or _shapes_only
+    return real and tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous()
+
+
+@cache
+def _kernels(dtype: torch.dtype, shapes_alone: bool) -> Kernels:
+    return Kernels(None if shapes_alone else _library()[0], TYPES[dtype])
+
+
+def state() -> str:
+    """What a run says about them."""
+    return _library()[1]
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("XTUNER_COMPILE") == "0":
+        return None, "compiled CPU kernels are off (XTUNER_COMPILE = 0)"
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return None, "no C compiler (cc): training takes up to a third longer than with one"
+    try:
+        return ctypes.CDLL(str(_compiled(compiler))), "compiled CPU kernels"
+    except subprocess.CalledProcessError as error:
+        reason = next(iter(error.stderr.strip().splitlines()), "no reason given")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    return None, f"CPU kernels could not be compiled ({reason}): torch does their work, slower"
+
+
+def _cpu_flags() -> str:
+    """What instructions this CPU knows; machines may share a home folder."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return platform.processor()
+
+
+def _compiled(compiler: str) -> Path:
+    """The library for this machine, compiled if it is not there yet."""
+    known = "\n".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu_flags()))
+    home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
+    path = home / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / "kernels.so"
+            command = [compiler, *FLAGS, str(SOURCE), "-lm", "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            made.replace(path)
+    return path

@@ -1,0 +1,176 @@
+"""Attention layers of a CPU with rotation, blocks and softmax in one operation.
+
+transformers rotates queries and keys in a dozen passes over memory, and then lays them out anew for
+the attention function. A layer changed by `install` takes the projections' outputs straight to
+`block_attention`, which rotates while it lays them out. Weights, names and everything else of the
+layer stay; so does its own forward pass, which is used wherever ours does not apply (with a cache,
+a mask or dropout, on a GPU, without a compiler). Only layers that give the same numbers on random
+input are changed.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.models import attention
+from xtuner.models.block_attention import Rotation, block_attention
+from xtuner.models.cpu_kernels import kernels_for
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+NORMS = {"q_norm", "k_norm"}
+
+
+class _RotaryBlockAttention:
+    """The forward pass of a rotary attention layer over packed rows."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map ``[1, N, H]`` to ``[1, N, H]``."""
+        borders, width = kwargs.get("cu_seq_lens_q"), self.head_dim
+        fits = (
+            borders is not None
+            and position_embeddings is not None
+            and attention_mask is None
+            and past_key_values is None
+            and hidden_states.shape[0] == 1
+            and position_embeddings[0].shape[-1] == width
+            and not (self.training and self.attention_dropout)
+            and self.config._attn_implementation == attention.NAME
+        )
+        if not fits or kernels_for(hidden_states) is None:
+            return super().forward(  # type: ignore[misc, no-any-return]
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        q, k, v = (
+            layer(hidden_states)[0].view(hidden_states.shape[1], -1, width)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        scale, window = self._attention_options
+        out = block_attention(
+            q,
+            k,
+            v,
+            tuple(borders.tolist()),  # type: ignore[union-attr]
+            scale=scale,
+            window=window,
+            rotation=rotation_of(*position_embeddings),  # type: ignore[misc]
+        )
+        return self.o_proj(out.flatten(1)[None]), None
+
+
+@lru_cache(maxsize=2)
+def rotation_of(cos: Tensor, sin: Tensor) -> Rotation:
+    """What transformers calls position embeddings, ``[1, N, D]``; all layers share the result."""
+    return cos[0].float().contiguous(), sin[0].float().contiguous()
+
+
+@cache
+def _changed(layer: type) -> type:
+    return type(layer.__name__, (_RotaryBlockAttention, layer), {"__module__": layer.__module__})
+
+
+def install(model: nn.Module, *, check: bool = True) -> int:
+    """Change the attention layers of `model` for which ours computes the same; return how many.
+
+    `check` off changes layers that look alike without comparing numbers, for tensors that have
+    none.
+    """
+    changed = 0
+    for layer in list(model.modules()):
+        if not _looks_alike(layer):
+            continue
+        first: Any = layer.q_proj
+        like = first.weight
+        real = not like.is_meta
+        if real and (like.device.type != "cpu" or kernels_for(_probe(layer)) is None):
+            continue
+        if check:
+            changed += _change_if_same(layer)
+        else:
+            general = getattr(layer.config, "sliding_window", None)
+            scale: Any = layer.scaling
+            _change(layer, scale, getattr(layer, "sliding_window", general))
+            changed += 1
+    return changed
+
+
+def _looks_alike(layer: Any) -> bool:
+    names = {name for name, _ in layer.named_children()}
+    return (
+        PROJECTIONS <= names <= PROJECTIONS | NORMS
+        and len(names & NORMS) in (0, 2)
+        and isinstance(getattr(layer, "head_dim", None), int)
+        and isinstance(getattr(layer, "scaling", None), float)
+        and isinstance(getattr(layer, "attention_dropout", None), float)
+        and getattr(layer, "is_causal", False) is True
+        and not isinstance(layer, _RotaryBlockAttention)
+    )
+
+
+def _probe(layer: Any) -> Tensor:
+    """Twelve rows of fixed numbers, as large as normed activations are."""
+    width, weight = layer.q_proj.in_features, layer.q_proj.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    count = torch.arange(12 * width, dtype=torch.float32)
+    return torch.sin(count * 12.9898).view(1, 12, width).to(dtype)
+
+
+def _change(layer: Any, scale: float, window: int | None) -> None:
+    kind: Any = type(layer)
+    layer.__class__ = _changed(kind)
+    layer._attention_options = scale, window
+
+
+@torch.no_grad()
+def _change_if_same(layer: Any) -> bool:
+    hidden = _probe(layer)
+    angles = torch.arange(12 * layer.head_dim // 2, dtype=torch.float32).view(1, 12, -1)
+    angles = torch.cat([angles, angles], -1)
+    inputs: dict[str, Any] = {
+        "position_embeddings": (angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)),
+        "attention_mask": None,
+        "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32),
+    }
+    was_training = layer.training
+    layer.eval()
+    before = type(layer)
+    try:
+        with attention.Watch() as watch:
+            wanted = layer(hidden, **inputs)[0]
+        (call,) = watch.calls
+        unknown = [name for name in ("softcap", "s_aux", "position_bias") if call.get(name)]
+        if not unknown:
+            scale = layer.head_dim**-0.5 if call["scaling"] is None else call["scaling"]
+            _change(layer, scale, call.get("sliding_window"))
+            if _close(layer(hidden, **inputs)[0], wanted):
+                return True
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        pass  # called in another way than layers that we know
+    finally:
+        layer.train(was_training)
+    layer.__class__ = before
+    return False
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """In 16 bits the two round at different places, by a few percent; a rotation that is not ours
+    changes everything."""
+    limit = 1e-5 if ours.dtype == torch.float32 else 0.1
+    ours, theirs = ours.float(), theirs.float()
+    return bool((ours - theirs).norm() <= limit * theirs.norm())
