@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
 BENCH_DATA := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: bench venv dev quickstart quickstart-overfit quickstart-llava test test-slow check format docs clean
+.PHONY: bench bench-gpu venv dev quickstart quickstart-overfit quickstart-llava test test-slow check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -57,6 +57,11 @@ bench: dev $(BENCH)/trl/.installed $(BENCH)/llamafactory/.installed
 	@$(BIN)/xtuner fetch smollm2_135m_instruct
 	@$(BIN)/python benchmarks/cpu.py $(BENCH_DATA)
 	@$(BIN)/python benchmarks/memory.py $(BENCH_DATA)
+
+# On a machine with an NVIDIA GPU. Weights are random, so nothing is downloaded.
+bench-gpu: dev $(BENCH)/trl/.installed
+	@$(BENCH)/trl/bin/python -m pip install -qq bitsandbytes kernels liger-kernel
+	@$(BIN)/python benchmarks/gpu.py
 
 test: dev
 	$(BIN)/python -m pytest

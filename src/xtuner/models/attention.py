@@ -14,6 +14,7 @@ never a leaking mask. Which kernel does the work:
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 import math
 from functools import cache
@@ -90,7 +91,10 @@ def flash_kernel(device: torch.device, dtype: torch.dtype, width: int, value_wid
     if importlib.util.find_spec("flash_attn") is not None:
         return _flash_attn_package
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        return _torch_varlen
+        from torch.nn.attention.varlen import varlen_attn
+
+        if {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+            return _torch_varlen
     return None
 
 
