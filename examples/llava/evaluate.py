@@ -83,10 +83,11 @@ def main() -> None:
     folder = options.folder
     rows: list[Row] = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     images = folder / "images"
+    half = len(rows) // 2
     stages = (
         ("before: the language model alone", options.llm, rows[: options.quick], False),
         ("after pretraining", folder / "pretrain", rows[: options.quick], True),
-        ("after fine-tuning, no picture", folder / "finetune", rows, False),
+        ("after fine-tuning, no picture", folder / "finetune", rows[:half], False),
         ("after fine-tuning", folder / "finetune", rows, True),
     )
     heads = "".join(f"{kind:>8}" for kind in KINDS)

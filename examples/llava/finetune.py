@@ -4,7 +4,7 @@
 # PART 1  Model and method
 llm_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
 tuning = "lora"  # 135M parameters fit anywhere: no need for 4 bits
-lora_r = 64
+lora_r = 32
 lora_alpha = 64
 
 # PART 1b  Pictures

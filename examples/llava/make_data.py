@@ -12,11 +12,13 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 SIDE = 48
+SIZES = (12, 13, 14)
 COLOURS = {
     "red": (255, 60, 50),
     "green": (50, 230, 60),
@@ -25,20 +27,27 @@ COLOURS = {
 }
 PLACES = {1: ("in the middle",), 2: ("on the left", "on the right"),
           3: ("on the left", "in the middle", "on the right")}  # fmt: skip
-CENTRES = {"on the left": 9, "in the middle": 24, "on the right": 39}
+CENTRES = {"on the left": 8, "in the middle": 24, "on the right": 40}
 NUMBERS = ("no", "one", "two", "three")
+REQUESTS = ("", "", "Describe the picture.", "What do you see?", "What is in the picture?")
+"""What a caption answers; mostly nothing, so that the picture alone calls for it."""
 Scene = list[tuple[int, str, str]]
 """(digit, colour, place) of each digit from left to right."""
 
 
-def digits(held_out: bool) -> dict[int, np.ndarray]:
-    """8 x 8 pictures from 0 to 1 by digit, of the training or of the held-out part."""
+def digits(held_out: bool) -> dict[int, list[list[np.ndarray]]]:
+    """Pictures from 0 to 1 by digit, of the training or of the held-out part, in all `SIZES`."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     chosen = order[: len(order) // 4] if held_out else order[len(order) // 4 :]
-    return {d: data.images[chosen][data.target[chosen] == d] / 16 for d in range(10)}
+    found: dict[int, list[list[np.ndarray]]] = {d: [] for d in range(10)}
+    for picture, digit in zip(data.images[chosen], data.target[chosen], strict=True):
+        drawn = Image.fromarray((picture * 255 / 16).astype(np.uint8))
+        sized = [drawn.resize((size, size), Image.Resampling.BICUBIC) for size in SIZES]
+        found[int(digit)].append([np.asarray(x, dtype=np.float32)[..., None] / 255 for x in sized])
+    return found
 
 
 def draw_scene(rng: random.Random) -> Scene:
@@ -48,16 +57,14 @@ def draw_scene(rng: random.Random) -> Scene:
     return [(d, rng.choice(list(COLOURS)), place) for d, place in zip(chosen, places, strict=True)]
 
 
-def draw_picture(scene: Scene, images: dict[int, np.ndarray], rng: random.Random) -> np.ndarray:
+def draw_picture(scene: Scene, images: dict[int, Any], rng: random.Random) -> np.ndarray:
     """Draw a scene ``[SIDE, SIDE, 3]`` with a sample of every digit, somewhat moved and sized."""
     canvas = np.full((SIDE, SIDE, 3), rng.randint(0, 40), dtype=np.float32)
     for digit, colour, place in scene:
-        size = rng.randint(15, 18)
-        sample = images[digit][rng.randrange(len(images[digit]))]
-        shape = Image.fromarray((sample * 255).astype(np.uint8)).resize((size, size), Image.BICUBIC)
-        alpha = np.asarray(shape, dtype=np.float32)[..., None] / 255
-        left = min(max(CENTRES[place] - size // 2 + rng.randint(-1, 1), 0), SIDE - size)
-        top = rng.randint(6, SIDE - size - 6)
+        alpha = rng.choice(rng.choice(images[digit]))
+        size = len(alpha)
+        left = CENTRES[place] - size // 2 + rng.randint(-1, 1)
+        top = SIDE // 2 - size // 2 + rng.randint(-1, 1)
         part = canvas[top : top + size, left : left + size]
         part[:] = part * (1 - alpha) + np.array(COLOURS[colour], dtype=np.float32) * alpha
     return canvas.clip(0, 255).astype(np.uint8)
@@ -93,8 +100,8 @@ def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("quickstart-llava"))
-    parser.add_argument("--pretrain", type=int, default=1200)
-    parser.add_argument("--finetune", type=int, default=1300)
+    parser.add_argument("--pretrain", type=int, default=2400)
+    parser.add_argument("--finetune", type=int, default=1400)
     parser.add_argument("--test", type=int, default=200)
     options = parser.parse_args()
     folder = options.out / "images"
@@ -111,8 +118,8 @@ def main() -> None:
         return made
 
     pretrain = [
-        {"id": name, "image": name, "conversations": turns([("Describe the picture.", caption(s))])}
-        for name, s, _ in make("pretrain", options.pretrain, held_out=False)
+        {"id": name, "image": name, "conversations": turns([(rng.choice(REQUESTS), caption(s))])}
+        for name, s, rng in make("pretrain", options.pretrain, held_out=False)
     ]
     finetune = [
         {
