@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from xtuner.chat.generate import GenerationOptions
 from xtuner.chat.opening import open_chat
@@ -109,12 +110,54 @@ def test_the_whole_model_answers_the_same_in_plain_transformers(workshop):
     assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == wanted.strip()
 
 
+def test_a_run_on_four_bits_becomes_a_whole_model_that_answers_the_same(workshop):
+    text = FINETUNE.replace('"lora"', '"qlora"')
+    (workshop / "four.py").write_text(text, encoding="utf-8")
+    assert main(["train", "four.py", "--work-dir", "four"]) == 0
+    command = ["convert", "pth_to_hf", "four.py", "four", "four_whole", "--fp32"]
+    assert main([*command, "--save-format", "huggingface"]) == 0
+    assert answer("four_whole") == answer("four")
+
+
 def test_parts_are_kept_as_parts(workshop):
     assert main(["convert", "pth_to_hf", "finetune.py", "finetune", "parts", "--fp32"]) == 0
     assert {"projector", "llm_adapter", "visual_encoder_adapter"} <= names(workshop / "parts")
     assert not (workshop / "parts" / "training_state.pt").exists()
     assert answer("parts") == answer("finetune")
     assert answer("model", visual_encoder="clip", llava="parts") == answer("finetune")
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, pickled):
+    """Its projector was a plain list of layers, and encoders had a level ``vision_model``."""
+    ours, old = workshop / "finetune" / "iter_8", tmp_path / "old"
+    renames = {
+        "projector/model.safetensors": {"linear_1": "model.0", "linear_2": "model.2"},
+        "llm_adapter/adapter_model.safetensors": {},
+        "visual_encoder_adapter/adapter_model.safetensors": {
+            "base_model.model.": "base_model.model.vision_model."
+        },
+    }
+    for name, pairs in renames.items():
+        tensors = load_file(str(ours / name))
+        for new, former in pairs.items():
+            tensors = {key.replace(new, former, 1): t for key, t in tensors.items()}
+        place = old / name
+        place.parent.mkdir(parents=True)
+        config = ours / place.parent.name / "adapter_config.json"
+        if config.is_file():
+            text = config.read_text()
+            if "visual" in name:
+                text = text.replace('"encoder.', '"vision_model.encoder.')
+                assert "vision_model.encoder." in text
+            (place.parent / "adapter_config.json").write_text(text)
+        if pickled:
+            torch.save(tensors, place.with_suffix(".bin"))
+        else:
+            save_file(tensors, str(place))
+    assert answer("model", visual_encoder="clip", llava=old) == answer("finetune")
+    (old / "visual_encoder_adapter").rename(tmp_path / "away")
+    assert answer("model", visual_encoder="clip", llava=old) != answer("finetune")
 
 
 def test_an_encoder_is_merged_alone(workshop):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from xtuner.errors import ModelError
 from xtuner.models import llava_parts as parts_of
@@ -182,8 +182,9 @@ def fitting_encoder_adapter(folder: Path) -> Iterator[Path]:
 
     PEFT would leave such an adapter unloaded with only a warning.
     """
-    file = folder / _ADAPTER_FILE
-    found = load_file(str(file)) if file.is_file() else {}
+    files = [folder / name for name in (_ADAPTER_FILE, "adapter_model.bin")]
+    file = next((file for file in files if file.is_file()), None)
+    found = parts_of.tensors_of(file) if file else {}
     if not any(".vision_model." in name for name in found):
         yield folder
         return

@@ -233,7 +233,7 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     files = sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
     found: dict[str, Tensor] = {}
     for file in files:
-        found |= {_projector_name(n): t for n, t in _tensors(file).items() if _projector_name(n)}
+        found |= {_projector_name(n): t for n, t in tensors_of(file).items() if _projector_name(n)}
     if not found:
         there = ", ".join(sorted(p.name for p in place.glob("*"))[:8]) if place.is_dir() else ""
         raise ModelError(
@@ -252,7 +252,12 @@ def _projector_name(name: str) -> str:
     return name if re.fullmatch(r"linear_[12]\.(weight|bias)", name) else ""
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def tensors_of(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of one that torch pickled.
+
+    Raises:
+        ModelError: it is damaged, or holds more than plain weights.
+    """
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(str(file)))
