@@ -5,9 +5,6 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from xtuner import __version__, plugins, templates
+from xtuner import plugins, templates
 from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
 from xtuner.config.schema import Settings
@@ -26,39 +23,21 @@ from xtuner.engine import checkpoint as checkpoints
 from xtuner.engine import host, optim
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.distributed import Processes
-from xtuner.engine.forecast import MemoryPlan, check_disk, plan_memory
+from xtuner.engine.forecast import plan_memory
 from xtuner.engine.hooks.base import Run, make_hooks
+from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.workplace import WorkPlace
 from xtuner.errors import CheckpointError
-from xtuner.models import adapters, cpu_kernels, fused_attention, fused_layers
-from xtuner.models.attention import training_implementation
+from xtuner.models import cpu_kernels
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.llava_parts import LLM, LLM_ADAPTER
-from xtuner.models.load import load_model, load_tokenizer, pick_device, resolve_dtype
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.load import load_tokenizer, pick_device, resolve_dtype
+from xtuner.models.runinfo import RunInfo, installed_versions
 from xtuner.models.save import save_model
+from xtuner.models.trainable import make_trainable
+from xtuner.run_lines import lines_of_model, opening_lines
 from xtuner.run_vision import RunVision
 from xtuner.types import Algorithm, Message
-
-FEW_STEPS = 12
-"""Below this number of optimizer steps a fine-tune learns hardly anything."""
-
-SHAPING_SETTINGS = tuple(
-    "pretrained_model_name_or_path algorithm tuning lora_r lora_target_modules "
-    "lora_modules_to_save quantization double_quant optim_type visual_encoder_name_or_path "
-    "freeze_llm freeze_visual_encoder visual_encoder_lora_r visual_select_layer".split()
-)
-"""Settings by which trained weights and optimizer state are made: a resume cannot change them."""
-
-ORDERING_SETTINGS = tuple(
-    "data_path data_repeats data_weights max_dataset_length validation_ratio SYSTEM "
-    "prompt_template max_length pack_to_max_length overlong shuffle batch_size "
-    "accumulative_counts max_epochs max_steps lr betas weight_decay max_norm warmup_ratio "
-    "lr_schedule lora_alpha lora_dropout dtype seed visual_encoder_lora_alpha "
-    "visual_encoder_lora_dropout image_folder pad_image_to_square group_by_modality".split()
-)
-"""Settings that a resume may change, but then the run is no longer the straight one."""
 
 
 def train(
@@ -99,7 +78,7 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None) -> bool:
     device = pick_device(settings.device)
     plan = plan_memory(settings, device, memory=memory)
     console = Console(highlight=False, soft_wrap=True)
-    for line in _lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
+    for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
         console.print(line, markup=False)
     console.print(
         f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB; rows of "
@@ -166,7 +145,9 @@ class _TrainingRun:
             total_steps=total,
             validate=self._validation(model, data.validation, algorithm),
         )
-        self.identity = self._identity(data)
+        self.identity = identity_of(
+            settings, data.train.fingerprint(), processes=self.processes.world_size
+        )
         if source is not None:
             self._restore(source, optimizer, run)
         if run.step >= total:
@@ -255,80 +236,42 @@ class _TrainingRun:
         return self.vision.whole(self.settings) if self.vision else self.settings
 
     def _make_model(self, source: Path | None) -> PackedCausalLM:
-        """Load the model, or the fully trained weights of `source`; add adapters; verify its
-        shortcuts."""
-        s = self.settings
-        full = s.llm_training == "full"
-        place: str | Path = s.pretrained_model_name_or_path
-        if full and source is not None:
-            place = source / LLM if s.sees else source
-        base = load_model(
-            place,
-            dtype=torch.float32 if full else self.dtype,
-            device=str(self.processes.device),
-            quantization=s.effective_quantization,
-            double_quant=s.double_quant,
-            trust_remote_code=s.trust_remote_code,
+        """Load and prepare the model, going on from `source`; verify its shortcuts."""
+        s, device = self.settings, str(self.processes.device)
+        recompute = self.plan.forecast.recompute
+        llm = make_trainable(s, dtype=self.dtype, device=device, recompute=recompute, source=source)
+        mixed = self.dtype != torch.float32 and (
+            s.llm_training == "full" or bool(s.lora_modules_to_save)
         )
-        base.set_attn_implementation(training_implementation(base, s.attn_implementation))
-        fused_layers.install(base)
-        fused_attention.install(base)
-        if self.plan.forecast.recompute:
-            base.activation_checkpointing_enable({"use_reentrant": False})
-            base.enable_input_require_grads()
-        model: Any = base
-        if s.uses_adapter:
-            model = adapters.add_adapter(
-                base,
-                r=s.lora_r,
-                alpha=s.lora_alpha,
-                dropout=s.lora_dropout,
-                target_modules=s.lora_target_modules,
-                modules_to_save=s.lora_modules_to_save,
-                seed=s.seed,
-            )
-            if source is not None:
-                place = source / LLM_ADAPTER if s.sees else source
-                adapters.load_adapter_weights(model, place)
         if self.vision:
             wrapped: PackedCausalLM = self.vision.join(
-                model, dtype=self.dtype, device=str(self.processes.device), source=source
+                llm, dtype=self.dtype, device=device, source=source
             )
-            if self.plan.forecast.recompute and s.visual_encoder_training != "frozen":
+            if recompute and s.visual_encoder_training != "frozen":
                 self.vision.recompute()
-            wrapped.verify()
-            for line in self.vision.trained():
-                self.console.print(line, markup=False)
-            return wrapped
-        mixed = self.dtype != torch.float32 and (full or bool(s.lora_modules_to_save))
-        wrapped = PackedCausalLM(model, autocast=self.dtype if mixed else None)
+        else:
+            wrapped = PackedCausalLM(llm, autocast=self.dtype if mixed else None)
         if note := wrapped.verify():
             self.console.print(f"Note: {note}.")
+        for line in self.vision.trained() if self.vision else ():
+            self.console.print(line, markup=False)
         return wrapped
 
     def _tell(self, data: TrainingData, loader: Loader, total: int) -> None:
         """Say in a few lines what will be done."""
-        s, processes = self.settings, self.processes.world_size
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        lines = [
-            *_lines_of_model(s, self.plan, self.dtype),
-            *([self.vision.line()] if self.vision else ()),
-            f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{self.threads}",
-            *data.report.lines(),
-            f"Steps        {total:,} ({loader.steps_per_epoch:,} an epoch), each of {s.batch_size} "
-            f"(batch_size) x {s.accumulative_counts} (accumulative_counts) x {processes} "
-            f"(processes) {'packs' if s.pack_to_max_length else 'samples'}",
-            check_disk(self.work_dir, self.plan.forecast.checkpoint, limit=s.save_total_limit),
-        ]
-        lines += [f"Note         {note}" for note in _notes_on_steps(s, total)]
-        if idle := s.without_effect():
-            lines.append(f"Note         without effect here: {', '.join(idle)}")
-        if self.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
-            lines.append(
-                f"Note         a CPU has nothing to page to: {plain} takes the place of "
-                f"{s.optim_type}"
-            )
-        for line in (*lines, f"Results      {self.work_dir}\n"):
+        lines = opening_lines(
+            self.settings,
+            self.plan,
+            dtype=self.dtype,
+            threads=self.threads,
+            processes=self.processes.world_size,
+            steps=(total, loader.steps_per_epoch),
+            data=data.report.lines(),
+            pictures=self.vision.line() if self.vision else None,
+            work_dir=self.work_dir,
+        )
+        for line in lines:
             self.console.print(line, markup=False)
 
     def _answer(self, model: PackedCausalLM, question: str, images: Sequence[str] = ()) -> str:
@@ -378,33 +321,9 @@ class _TrainingRun:
             )
         self.store.clear()
 
-    def _identity(self, data: TrainingData) -> dict[str, Any]:
-        """What a resumed run must share with the run that wrote the checkpoint."""
-        values = {
-            name: getattr(self.settings, name) for name in (*SHAPING_SETTINGS, *ORDERING_SETTINGS)
-        }
-        return {
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
-            "dataset": data.train.fingerprint(),
-            "num_processes": self.processes.world_size,
-        }
-
     def _resumable(self, resume: str) -> Path:
-        """Find the checkpoint and refuse one whose weights were made by other settings."""
         source = self.store.find(None if resume == "last" else resume)
-        info = RunInfo.read(source)
-        before = dict(info.settings) if info else {}
-        wrong = [
-            f"{name}: {before[name]!r} then, {now!r} now"
-            for name in SHAPING_SETTINGS
-            if name in before
-            and _plain(before[name]) != (now := _plain(getattr(self.settings, name)))
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"cannot resume from {source}: its weights were made by other settings: "
-                f"{'; '.join(wrong)}. Set them back, or train anew with --work-dir DIR"
-            )
+        check_shape(source, self.settings)
         return source
 
     def _restore(self, source: Path, optimizer: torch.optim.Optimizer, run: Run) -> None:
@@ -442,7 +361,7 @@ class _TrainingRun:
             step=run.step,
             epoch=round(run.epoch, 6),
             settings=self.settings.model_dump(mode="json"),
-            versions=_versions(),
+            versions=installed_versions(),
             visual_encoder=self.vision.encoder if self.vision else "",
         ).write(folder)
         checkpoints.save_state(
@@ -450,48 +369,8 @@ class _TrainingRun:
         )
 
 
-def _lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:
-    """What is trained, on what, and the memory that it takes."""
-    held = s.effective_quantization
-    return [
-        f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
-        + ("" if held == "none" else f" on {held} weights"),
-        f"Device       {plan.device}, {str(dtype).removeprefix('torch.')}",
-        *plan.lines(),
-    ]
-
-
-def _notes_on_steps(s: Settings, total: int) -> list[str]:
-    """What a beginner should know of the number of steps before the run, not after it."""
-    notes = []
-    if s.max_steps and s.max_steps > total:
-        notes.append(
-            f"max_steps = {s.max_steps} is not reached: max_epochs = {s.max_epochs} ends the run "
-            f"at step {total}; raise max_epochs"
-        )
-    if total < FEW_STEPS and (s.max_steps is None or total < s.max_steps):
-        cure = "set accumulative_counts = 1, or " if s.accumulative_counts > 1 else ""
-        notes.append(
-            f"only {total} steps: with so little data hardly anything is learnt; "
-            f"{cure}raise max_epochs"
-        )
-    return notes
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _load_algorithm(loaded: LoadedSettings) -> Algorithm:
     name = loaded.settings.algorithm
     if plugins.is_user_path(name):
         return plugins.load_user_object(name, setting="algorithm", folder=loaded.folder)()  # type: ignore[no-any-return]
     return plugins.load("xtuner.algorithms", name, setting="algorithm").Algorithm()  # type: ignore[no-any-return]
-
-
-def _versions() -> dict[str, str]:
-    found = {"xtuner": __version__}
-    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found

@@ -6,6 +6,8 @@ model, adapter and template cannot disagree.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from xtuner import __version__
 from xtuner.errors import CheckpointError
 
 FILE_NAME = "run.yaml"
@@ -64,3 +67,12 @@ class RunInfo:
             return cls(**values)
         except (yaml.YAMLError, TypeError) as error:
             raise CheckpointError(f"{path}: is not a run file of xtuner: {error}") from error
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of xtuner and of the libraries that make a run's numbers."""
+    found = {"xtuner": __version__}
+    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
