@@ -1,11 +1,14 @@
 """Layers with hand-written gradients against the plain formulas, and where they may be put."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from xtuner.models import fused_layers
+from xtuner.models import fused_layers, liger
 from xtuner.models.fused_layers import GatedMLP, RMSNorm
 
 
@@ -92,3 +95,54 @@ def test_only_layers_that_compute_the_same_are_replaced():
     for name, layer in model.items():
         assert torch.allclose(layer(x), before[name], rtol=1e-5, atol=1e-6)
     assert fused_layers.install(model) == 0
+
+
+class Stand:
+    """A package `liger_kernel` whose two functions are torch's, times a factor."""
+
+    def __init__(self, factor=1.0):
+        def norm(x, weight, eps, *options):
+            assert options == (0.0, "llama", False)
+            return factor * F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+        self.calls = []
+        made = {
+            "rms_norm": ("LigerRMSNormFunction", norm),
+            "swiglu": ("LigerSiLUMulFunction", lambda gate, up: F.silu(gate) * up),
+        }
+        self.modules = {"liger_kernel": types.ModuleType("liger_kernel")}
+        self.modules["liger_kernel.ops"] = types.ModuleType("liger_kernel.ops")
+        for name, (kind, function) in made.items():
+            module = types.ModuleType(f"liger_kernel.ops.{name}")
+            setattr(module, kind, types.SimpleNamespace(apply=self.counted(name, function)))
+            self.modules[module.__name__] = module
+
+    def counted(self, name, function):
+        def call(*arguments):
+            self.calls.append(name)
+            return function(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1], ids=["right", "wrong"])
+def test_kernels_of_liger_are_used_only_where_they_are_right(monkeypatch, factor):
+    """No GPU here: a CPU takes its place, and torch that of the kernels."""
+    stand = Stand(factor)
+    for name, module in stand.modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    found = liger._checked.__wrapped__(torch.device("cpu"))
+    assert (found is not None) == (factor == 1.0)
+    monkeypatch.setattr(fused_layers, "liger_for", lambda x: found)
+    gate, up, down = gated(torch.float32)
+    x = torch.randn(2, 6, 12)
+    stand.calls.clear()
+    assert torch.allclose(GatedMLP(gate, up, down)(x), down(F.silu(gate(x)) * up(x)), atol=1e-5)
+    RMSNorm(nn.Parameter(torch.ones(12)), 1e-5)(x)
+    assert stand.calls == (["swiglu", "rms_norm"] if found else [])
+
+
+def test_without_liger_or_a_gpu_there_are_no_kernels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
+    assert liger._checked.__wrapped__(torch.device("cpu")) is None
+    assert liger.liger_for(torch.zeros(2)) is None

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from xtuner.models.cpu_kernels import kernels_for
+from xtuner.models.liger import liger_for
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -64,6 +65,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[..., H]``."""
+        if (liger := liger_for(x)) is not None:
+            return liger.rms_norm(x, self.weight, self.variance_epsilon)
         return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -99,6 +102,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., H]`` to ``[..., H]``."""
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if (liger := liger_for(gate)) is not None:
+            return self.down_proj(liger.silu_product(gate, up))  # type: ignore[no-any-return]
         inner: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
         if not inner.requires_grad:
             return self.down_proj(inner)  # type: ignore[no-any-return]
