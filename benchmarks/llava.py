@@ -28,21 +28,22 @@ BATCH = 4
 WARM = 2
 
 
-def make_encoder(folder: Path) -> None:
-    """Write a CLIP ViT-B/16 with random weights and its processor."""
+BASE_16 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+           "num_attention_heads": 12, "image_size": 224, "patch_size": 16}  # fmt: skip
+LARGE_14_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                "num_attention_heads": 16, "image_size": 336, "patch_size": 14}  # fmt: skip
+
+
+def make_encoder(folder: Path, shape: dict) -> None:
+    """Write a CLIP vision encoder with random weights and its processor."""
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        image_size=224,
-        patch_size=16,
-    )
-    CLIPVisionModel(config).to(torch.bfloat16).save_pretrained(folder)
-    CLIPImageProcessorPil().save_pretrained(folder)
+    side = shape["image_size"]
+    CLIPVisionModel(CLIPVisionConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    ).save_pretrained(folder)
 
 
 def make_rows(folder: Path, count: int) -> list[dict]:
@@ -134,8 +135,6 @@ def ours(options: argparse.Namespace, folder: Path, cached: bool) -> list[float]
     steps_an_epoch = -(-options.rows // BATCH)
     options.data, options.steps = folder / "rows.json", steps_an_epoch * (2 if cached else 1)
     settings = {
-        "pretrained_model_name_or_path": None,
-        "llm_name_or_path": str(options.model),
         "visual_encoder_name_or_path": str(folder / "clip"),
         "image_folder": str(folder / "images"),
         "tuning": "lora",
@@ -161,7 +160,7 @@ def main() -> None:
     found: dict[str, list[float]] = {"plain": [], "xtuner": [], "xtuner, cached features": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_encoder(folder / "clip")
+        make_encoder(folder / "clip", BASE_16)
         made = make_rows(folder, options.rows)
         for _ in range(options.rounds):
             found["plain"] += plain(options, folder, made)[WARM:]

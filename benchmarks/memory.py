@@ -1,4 +1,4 @@
-"""Forecast of the peak memory beside what the real run took, for nine settings.
+"""Forecast of the peak memory beside what the real run took, for twelve settings.
 
     python benchmarks/memory.py [--data ROWS.json] [--model DIR] [--steps 5]
 
@@ -13,8 +13,17 @@ import tempfile
 from pathlib import Path
 
 from cpu import COMMON, HOME, run_xtuner
+from llava import LARGE_14_336, make_encoder, make_rows
 from rows import rows
 
+PICTURES = {
+    "visual_encoder_name_or_path": "clip",
+    "data_path": "rows.json",
+    "image_folder": "images",
+    "max_length": 448,
+    "pack_to_max_length": False,
+}
+"""A picture of 576 tokens and up to 448 of text; folders are made by `make_pictures`."""
 CASES: dict[str, dict] = {
     "LoRA r=64, 1,024 tokens": {},
     "LoRA r=64, 4 x 512 tokens": {"max_length": 512, "batch_size": 4},
@@ -33,12 +42,30 @@ CASES: dict[str, dict] = {
         "max_length": 2048,
     },
     "all weights, 1,024 tokens": {"tuning": "full"},
+    "LLaVA, CLIP ViT-L/14-336: projector": {
+        **PICTURES,
+        "tuning": "full",
+        "freeze_llm": True,
+    },
+    "LLaVA, CLIP ViT-L/14-336: LoRA r=64 on both": {
+        **PICTURES,
+        "visual_encoder_lora_r": 64,
+    },
     "all weights, 2 x 1,024 tokens, recomputed": {
         "tuning": "full",
         "batch_size": 2,
         "gradient_checkpointing": True,
     },
 }
+
+
+def make_pictures(place: Path) -> dict[str, str]:
+    """Make an encoder, pictures and rows in `place`; return the settings that name them."""
+    if not (place / "images").exists():
+        make_encoder(place / "clip", LARGE_14_336)
+        make_rows(place, 12)
+    names = ("visual_encoder_name_or_path", "data_path", "image_folder")
+    return {name: str(place / PICTURES[name]) for name in names}
 
 
 def main() -> None:
@@ -55,6 +82,7 @@ def main() -> None:
     print("| settings | forecast MiB | measured MiB | forecast / measured |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
+        (place / "llava").mkdir()
         if options.data is None:
             options.data = place / "rows.json"
             options.data.write_text(json.dumps(rows(999)))
@@ -62,16 +90,18 @@ def main() -> None:
         for name, changes in CASES.items():
             if options.case and options.case not in name:
                 continue
-            values = {**COMMON, "tuning": "lora", **changes}
-            settings = Settings(
-                **values,
-                pretrained_model_name_or_path=str(options.model),
-                data_path=str(options.data),
-            )
+            named = {
+                "pretrained_model_name_or_path": str(options.model),
+                "data_path": str(options.data),
+            }
+            if "visual_encoder_name_or_path" in changes:
+                named |= make_pictures(place / "llava")
+            values = {**COMMON, "tuning": "lora", **changes, **named}
+            settings = Settings(**values)
             expected = forecast(
                 settings, "cpu", recompute=settings.gradient_checkpointing is True
             ).peak
-            _, peak = run_xtuner({"tuning": "lora", **changes}, place, options)
+            _, peak = run_xtuner(values, place, options)
             expected /= 2**20
             print(f"| {name} | {expected:,.0f} | {peak:,.0f} | {expected / peak:.2f} |", flush=True)
 
