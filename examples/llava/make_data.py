@@ -100,8 +100,8 @@ def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("quickstart-llava"))
-    parser.add_argument("--pretrain", type=int, default=2400)
-    parser.add_argument("--finetune", type=int, default=1400)
+    parser.add_argument("--pretrain", type=int, default=2000)
+    parser.add_argument("--finetune", type=int, default=1200)
     parser.add_argument("--test", type=int, default=200)
     options = parser.parse_args()
     folder = options.out / "images"

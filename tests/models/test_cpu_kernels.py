@@ -156,6 +156,14 @@ def test_without_a_compiler_torch_does_the_work_and_the_run_says_so(forgotten, m
     assert "no C compiler" in cpu_kernels.state()
 
 
+def test_a_second_openmp_runtime_is_not_brought_in(forgotten, monkeypatch):
+    assert len(cpu_kernels._openmp_runtimes()) >= 1  # torch's
+    answers = [{"/torch/libgomp.so.1"}, {"/torch/libgomp.so.1", "/usr/lib/libomp.so"}]
+    monkeypatch.setattr(cpu_kernels, "_openmp_runtimes", lambda: answers.pop(0))
+    assert kernels_for(torch.zeros(2)) is None
+    assert "/usr/lib/libomp.so" in cpu_kernels.state()
+
+
 def test_a_failing_compiler_is_named_and_not_fatal(forgotten, monkeypatch, tmp_path):
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path))
     compiler = tmp_path / "cc"

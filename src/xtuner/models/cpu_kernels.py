@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -188,12 +189,27 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "no C compiler (cc): training takes up to a third longer than with one"
     try:
-        return ctypes.CDLL(str(_compiled(compiler))), "compiled CPU kernels"
+        before = _openmp_runtimes()
+        library = ctypes.CDLL(str(_compiled(compiler)))
+        if second := _openmp_runtimes() - before:
+            return None, (
+                f"CPU kernels are not used: beside torch's OpenMP they would need {min(second)}, "
+                "and the threads of two hinder each other; torch does their work, slower"
+            )
+        return library, "compiled CPU kernels"
     except subprocess.CalledProcessError as error:
         reason = next(iter(error.stderr.strip().splitlines()), "no reason given")
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
     return None, f"CPU kernels could not be compiled ({reason}): torch does their work, slower"
+
+
+def _openmp_runtimes() -> set[str]:
+    """Files of the OpenMP runtimes that this process holds, where the system tells."""
+    with contextlib.suppress(OSError):
+        paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        return {path for path in paths if re.search(r"/lib(gomp|iomp5?|omp)[^/]*\.so", path)}
+    return set()
 
 
 def _cpu_flags() -> str:
