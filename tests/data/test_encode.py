@@ -179,7 +179,8 @@ def test_the_environment_is_as_before(monkeypatch):
 
 
 SLOW_RUN = """
-    import os, time
+    import os, signal, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     from xtuner.data.encode import Encoder, Task, encode_all
     from xtuner.data.formats import load
     from xtuner.data.rows import RawRow
