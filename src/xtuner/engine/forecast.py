@@ -25,10 +25,10 @@ from xtuner.models.load import resolve_dtype
 
 MB = 2**20
 
-LIBRARIES = 780 * MB
+LIBRARIES = 740 * MB
 """What this process holds beside tensors on a CPU once everything is imported and has run once."""
 
-ALLOCATOR = {"cpu": 1.15, "cuda": 1.05}
+ALLOCATOR = {"cpu": 1.05, "cuda": 1.05}
 """Memory that allocators hold for the memory that is asked of them; the figure for a CPU was
 measured (`benchmarks/memory.py`), that for a GPU was not."""
 
