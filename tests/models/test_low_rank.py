@@ -1,11 +1,11 @@
-"""A linear layer with LoRA as one operation against the plain formula."""
+"""Linear layers with LoRA as one operation against the plain formula."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from xtuner.models.low_rank import low_rank_linear
+from xtuner.models.low_rank import Adapted, low_rank_linears
 
 
 def problem(dtype, bias=True):
@@ -15,6 +15,10 @@ def problem(dtype, bias=True):
     down = torch.randn(4, 24, dtype=dtype, requires_grad=True)
     up = torch.randn(40, 4, dtype=dtype, requires_grad=True)
     return layer, x, down, up
+
+
+def low_rank_linear(x, layer, down, up, *, scaling, dropout=0.0):
+    return low_rank_linears(x, [Adapted(layer, down, up, scaling, dropout)])[0]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -30,6 +34,35 @@ def test_values_and_gradients_equal_the_formula(bias, dropout):
     pull = torch.randn_like(plain)
     grads = torch.autograd.grad(ours, (x, down, up), pull)
     for got, exact in zip(grads, torch.autograd.grad(plain, (x, down, up), pull), strict=True):
+        assert (got - exact).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("input_needs_gradient", [True, False])
+def test_layers_with_one_input_together_equal_the_formula(dropout, input_needs_gradient):
+    torch.manual_seed(6)
+    shapes = [(40, 4, 1.7), (24, 2, 0.5), (8, 4, 3.0)]  # out, rank, scaling
+    parts = []
+    for out, rank, scaling in shapes:
+        layer = nn.Linear(24, out, dtype=torch.float64).requires_grad_(False)
+        down = torch.randn(rank, 24, dtype=torch.float64, requires_grad=True)
+        up = torch.randn(out, rank, dtype=torch.float64, requires_grad=True)
+        parts.append(Adapted(layer, down, up, scaling, dropout))
+    x = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=input_needs_gradient)
+    torch.manual_seed(9)
+    ours = low_rank_linears(x, parts)
+    torch.manual_seed(9)
+    plain = []
+    for part in parts:
+        dropped = F.dropout(x.flatten(0, -2), dropout).view_as(x)
+        plain.append(part.layer(x) + dropped @ part.down.T @ part.up.T * part.scaling)
+    trained = [t for part in parts for t in (part.down, part.up)] + [x] * input_needs_gradient
+    pulls = [torch.randn_like(out) for out in plain[:2]]  # nobody uses the third
+    for got, exact in zip(ours, plain, strict=True):
+        assert (got - exact).abs().max() < 1e-12
+    grads = torch.autograd.grad(ours[:2], trained, pulls, materialize_grads=True)
+    wanted = torch.autograd.grad(plain[:2], trained, pulls, materialize_grads=True)
+    for got, exact in zip(grads, wanted, strict=True):
         assert (got - exact).abs().max() < 1e-12
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
-from xtuner.models.low_rank import low_rank_linear
+from xtuner.models.low_rank import Adapted, low_rank_linears
 
 
 class _ActivationTypeForward:
@@ -26,23 +26,44 @@ class _ActivationTypeForward:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``W x + scaling * B A dropout(x)``; cases other than one plain adapter are
         PEFT's."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(active) != 1 or self.lora_variant or kwargs:
+        adapted = None if kwargs else self.adapted()
+        if adapted is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        if type(adapted.layer) in _fused_layers() and torch.is_grad_enabled():
+            return low_rank_linears(x, (adapted,))[0]
+        inner = F.linear(F.dropout(x, adapted.dropout), adapted.down.to(x.dtype))
+        up = (adapted.up * adapted.scaling).to(x.dtype)
+        return self.base_layer(x) + F.linear(inner, up)  # type: ignore[no-any-return]
+
+    def adapted(self: Any) -> Adapted | None:
+        """The layer with its adapter, if that is one plain adapter."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1 or self.lora_variant:
+            return None
         (name,) = active
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         drop = self.lora_dropout[name]
         dropout = drop.p if self.training and isinstance(drop, nn.Dropout) else 0.0
-        base = self.base_layer
-        if type(base) in _fused_layers() and torch.is_grad_enabled():
-            return low_rank_linear(x, base, down, up, scaling=self.scaling[name], dropout=dropout)
-        inner = F.linear(F.dropout(x, dropout), down.to(x.dtype))
-        return base(x) + F.linear(inner, (up * self.scaling[name]).to(x.dtype))  # type: ignore[no-any-return]
+        return Adapted(self.base_layer, down, up, self.scaling[name], dropout)
+
+
+def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Outputs of linear layers that take the same `x`, adapters included; in one operation where
+    that can be."""
+    if torch.is_grad_enabled():
+        parts = [
+            layer.adapted() if isinstance(layer, _ActivationTypeForward) else None
+            for layer in layers
+        ]
+        whole = [part for part in parts if part and type(part.layer) in _fused_layers()]
+        if len(whole) == len(layers):
+            return low_rank_linears(x, whole)
+    return tuple(layer(x) for layer in layers)
 
 
 @cache
 def _fused_layers() -> tuple[type[nn.Module], ...]:
-    """Layers whose product with the input `low_rank_linear` can take itself."""
+    """Layers whose product with the input `low_rank_linears` can take itself."""
     import bitsandbytes as bnb
 
     return (nn.Linear, bnb.nn.Linear4bit)

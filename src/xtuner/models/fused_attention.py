@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.models import attention
+from xtuner.models.adapters import project
 from xtuner.models.block_attention import Rotation, block_attention
 from xtuner.models.cpu_kernels import kernels_for
 
@@ -55,10 +56,8 @@ class _RotaryBlockAttention:
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        q, k, v = (
-            layer(hidden_states)[0].view(hidden_states.shape[1], -1, width)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x[0].view(hidden_states.shape[1], -1, width) for x in projected)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         scale, window = self._attention_options

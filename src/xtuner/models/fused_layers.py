@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from xtuner.models.adapters import project
 from xtuner.models.cpu_kernels import kernels_for
 from xtuner.models.liger import liger_for
 
@@ -101,7 +102,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., H]`` to ``[..., H]``."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, (self.gate_proj, self.up_proj))
         if (liger := liger_for(gate)) is not None:
             return self.down_proj(liger.silu_product(gate, up))  # type: ignore[no-any-return]
         inner: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]

@@ -1,16 +1,19 @@
-"""A frozen linear layer and its LoRA adapter as one operation (arXiv:2106.09685, equation 3).
+"""Frozen linear layers and their LoRA adapters as one operation (arXiv:2106.09685, equation 3).
 
-    forward    h = drop(x) A^T,           y = x W^T + b + h (s B)^T
-    backward   dh = dy (s B),             dx = dy W + drop'(dh A)
-               dB = s dy^T h,             dA = dh^T drop(x)
+    forward    h = s drop(x) A^T,         y = x W^T + b + h B^T
+    backward   dh = s dy B,               dx = dy W + drop'(dh A)
+               dB = dy^T h,               dA = dh^T drop(x)
 
 Written out, it adds the adapter inside the matrix product, gives W no gradient, multiplies in the
 type of the activations although A and B are stored in float32, and keeps no copy of a quantised W:
-its values are made anew in the backward pass.
+its values are made anew in the backward pass. Layers that take the same x (queries, keys and
+values; gate and up) go together: one product with all their A, and one sum of their dx.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,68 +34,105 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-class _LowRankLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        layer: nn.Module,
-        down: Tensor,
-        up: Tensor,
-        scaling: float,
-        dropout: float,
-    ) -> Tensor:
-        """x ``[..., in]``, down = A ``[r, in]``, up = B ``[out, r]`` to ``[..., out]``."""
-        rows, dtype = x.flatten(0, -2), x.dtype
-        bias: Any = layer.bias
-        out = F.linear(rows, frozen_weight(layer, dtype), None if bias is None else bias.to(dtype))
-        dropped, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        small_down, small_up = down.to(dtype), (up * scaling).to(dtype)
-        inner = dropped @ small_down.T
-        out.addmm_(inner, small_up.T)
-        ctx.save_for_backward(rows, mask, inner, small_down, small_up)
-        ctx.options = layer, scaling, dropout, x.shape, down.dtype, up.dtype
-        return out.view(*x.shape[:-1], -1)
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen linear layer with one adapter.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, mask, inner, down, up = ctx.saved_tensors
-        layer, scaling, dropout, shape, down_dtype, up_dtype = ctx.options
-        grad, dtype = grad.flatten(0, -2), rows.dtype
-        kept = 1 / (1 - dropout) if dropout < 1 else 0.0
-        grad_inner = grad @ up
-        grad_x = grad_down = grad_up = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ frozen_weight(layer, dtype)
-            if mask is None:
-                grad_x.addmm_(grad_inner, down)
-            else:
-                through = grad_inner @ down
-                grad_x += torch.ops.aten.native_dropout_backward(through, mask, kept)
-            grad_x = grad_x.view(shape)
-        if ctx.needs_input_grad[2]:
-            dropped = rows if mask is None else rows * mask * kept
-            grad_down = (grad_inner.T @ dropped).to(down_dtype)
-        if ctx.needs_input_grad[3]:
-            grad_up = (grad.T @ inner).to(up_dtype).mul_(scaling)
-        return grad_x, None, grad_down, grad_up, None, None
-
-
-def low_rank_linear(
-    x: Tensor, layer: nn.Module, down: Tensor, up: Tensor, *, scaling: float, dropout: float = 0.0
-) -> Tensor:
-    """Return ``layer(x) + scaling * B A drop(x)`` for a frozen linear `layer`.
-
-    Args:
-        x: ``[..., in]``; under autocast it is taken in autocast's type.
+    Attributes:
         layer: an `nn.Linear`, or bitsandbytes' `Linear4bit`; gets no gradient.
         down: A, ``[r, in]``, in any type.
         up: B, ``[out, r]``.
-        scaling: ``alpha / r``.
+        scaling: s, ``alpha / r``.
         dropout: share of the adapter's inputs set to zero.
+    """
+
+    layer: nn.Module
+    down: Tensor
+    up: Tensor
+    scaling: float
+    dropout: float = 0.0
+
+
+class _LowRankLinears(torch.autograd.Function):
+    """x ``[..., in]`` to ``[..., out]`` of each part.
+
+    The A of all parts stand one below the other and are multiplied at once. With dropout each part
+    draws inputs of its own, and they stay apart.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parts: Sequence[Adapted], *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`adapters`: the A of all parts and then their B, named for autograd to see."""
+        rows, dtype = x.flatten(0, -2), x.dtype
+        downs, ups = ([a.to(dtype) for a in half] for half in _halves(adapters))
+        masks = []
+        if any(part.dropout for part in parts):
+            dropped = [torch.native_dropout(rows, part.dropout, True) for part in parts]
+            inners = [some @ down.T for (some, _), down in zip(dropped, downs, strict=True)]
+            masks = [mask for _, mask in dropped]
+        else:
+            inners = list((rows @ torch.cat(downs).T).split([len(down) for down in downs], dim=1))
+        outs = []
+        for i, (part, up) in enumerate(zip(parts, ups, strict=True)):
+            bias: Any = part.layer.bias
+            bias = None if bias is None else bias.to(dtype)
+            out = F.linear(rows, frozen_weight(part.layer, dtype), bias)
+            inners[i] = inners[i] * part.scaling
+            outs.append(out.addmm_(inners[i], up.T))
+        ctx.save_for_backward(rows, *inners, *downs, *ups, *masks)
+        ctx.parts, ctx.shape, ctx.types = parts, x.shape, [a.dtype for a in adapters]
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """Gradients of x, of all A and of all B."""
+        count = len(ctx.parts)
+        rows, *saved = ctx.saved_tensors
+        inners, downs, ups = (saved[i * count : (i + 1) * count] for i in range(3))
+        masks = saved[3 * count :]
+        grad_x = None
+        grad_inners, grad_ups = [], []
+        for part, grad, inner, up in zip(ctx.parts, grads, inners, ups, strict=True):
+            pull = grad.flatten(0, -2)
+            if ctx.needs_input_grad[0]:
+                weight = frozen_weight(part.layer, rows.dtype)
+                grad_x = pull @ weight if grad_x is None else grad_x.addmm_(pull, weight)
+            grad_inners.append((pull @ up).mul_(part.scaling))
+            grad_ups.append(pull.T @ inner)
+        if masks:
+            grad_downs = []
+            for part, g, down, mask in zip(ctx.parts, grad_inners, downs, masks, strict=True):
+                kept = 1 / (1 - part.dropout) if part.dropout < 1 else 0.0
+                grad_downs.append(g.T @ (rows * mask * kept))
+                if grad_x is not None:
+                    grad_x += torch.ops.aten.native_dropout_backward(g @ down, mask, kept)
+        else:
+            grad_inner = torch.cat(grad_inners, dim=1)
+            grad_downs = list((grad_inner.T @ rows).split([len(down) for down in downs]))
+            if grad_x is not None:
+                grad_x.addmm_(grad_inner, torch.cat(downs))
+        grad_adapters = zip((*grad_downs, *grad_ups), ctx.types, strict=True)
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, *(grad.to(dtype) for grad, dtype in grad_adapters)
+
+
+def _halves(adapters: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :]
+
+
+def low_rank_linears(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """Return ``layer(x) + scaling * B A drop(x)`` of each part.
+
+    Args:
+        x: ``[..., in]``; under autocast it is taken in autocast's type.
+        parts: layers that all take `x`.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    out: Tensor = _LowRankLinear.apply(x, layer, down, up, scaling, dropout)  # type: ignore[no-untyped-call]
-    return out
+    adapters = (*(part.down for part in parts), *(part.up for part in parts))
+    outs: tuple[Tensor, ...] = _LowRankLinears.apply(x, parts, *adapters)  # type: ignore[no-untyped-call]
+    return outs
