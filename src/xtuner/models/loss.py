@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from xtuner.models.cpu_kernels import kernels_for
 
 LOGITS_BYTES = 64 * 2**20
-"""Room for one chunk of float32 logits."""
+"""Room for the logits of the positions that are multiplied with the head at once."""
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """How many positions are multiplied with the head at once."""
-    return max(16, LOGITS_BYTES // (4 * vocabulary))
+def chunk_rows(positions: int, vocabulary: int, bytes_each: int) -> int:
+    """How many positions are multiplied with the head at once: equal parts, as few as have room."""
+    room = max(16, LOGITS_BYTES // (bytes_each * vocabulary))
+    return -(-positions // -(-positions // room)) if positions else 0
 
 
 _kept_workspace: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -72,9 +73,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        step = min(chunk_rows(weight.shape[0]), len(targets))
-        size = step * len(head)
-        all_logits = _workspace("logits", size, dtype, hidden.device).view(step, len(head))
+        size = torch.finfo(dtype).bits // 8
+        beside = 0 if kernels_for(hidden.new_empty(0, dtype=dtype)) else 4  # float32 shares
+        step = chunk_rows(len(targets), len(head), size + beside)
+        all_logits = _workspace("logits", step * len(head), dtype, hidden.device)
+        all_logits = all_logits.view(step, len(head))
         for start in range(0, len(targets), step or 1):
             part = slice(start, start + step)
             rows, wanted = hidden[part].to(dtype), targets[part, None]
