@@ -9,10 +9,12 @@ architecture is loaded, a wrong shortcut stops the run instead of training it si
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from xtuner.errors import ModelError
 from xtuner.models import attention
@@ -25,6 +27,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, tor
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration fields by which architectures change logits after the head; small logits hide a
 soft cap."""
+
+
+LONG_ROW = 512
+"""Tokens from which on a row is filled up to a multiple of 64; shorter ones to one of 16."""
 
 
 class PackedCausalLM(nn.Module):
@@ -60,6 +66,7 @@ class PackedCausalLM(nn.Module):
     def supervised_loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over the supervised tokens of `batch`, a float32 scalar with
         gradients."""
+        batch = _filled(batch)
         labels = batch.labels[0, 1:]
         positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
         targets = labels[positions]
@@ -148,6 +155,37 @@ class PackedCausalLM(nn.Module):
         borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         batch = Batch(ids[None], ids[None].clone(), positions[None], borders)
         return batch.to(self.device)
+
+
+def missing_to_round(count: int) -> int:
+    """Tokens by which a row of `count` is filled up."""
+    return -count % (64 if count >= LONG_ROW else 16)
+
+
+def _filled(batch: Batch) -> Batch:
+    """`batch` with one more sample, without loss, where N is not a round number.
+
+    Every new N costs the matrix library compilations, and a crooked one some percent of each
+    product; so packs that are nearly full are all of one size.
+    """
+    count = batch.num_tokens
+    missing = missing_to_round(count)
+    if not missing:
+        return batch
+    positions = F.pad(batch.position_ids, (0, missing))
+    positions[0, count:] = torch.arange(missing, device=positions.device)
+    pictures = batch.pictures and replace(
+        batch.pictures,
+        places=F.pad(batch.pictures.places, (0, missing)),
+        counts=(*batch.pictures.counts, 0),
+    )
+    return Batch(
+        input_ids=F.pad(batch.input_ids, (0, missing)),
+        labels=F.pad(batch.labels, (0, missing), value=IGNORE_INDEX),
+        position_ids=positions,
+        cu_seqlens=F.pad(batch.cu_seqlens, (0, 1), value=count + missing),
+        pictures=pictures,
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from xtuner.models import adapters, block_attention, fused_attention, fused_layers, loss
 from xtuner.models.attention import training_implementation
+from xtuner.models.causal_lm import missing_to_round
 from xtuner.models.cpu_kernels import shapes_only
 from xtuner.models.load import located_config, quiet_transformers
 from xtuner.models.quantize import Quantization
@@ -206,8 +207,10 @@ def _peaks_of_step(
 
     with _caches_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         pretend_cpu(model)
-        total = sum(tokens)
-        ids = torch.zeros(1, total, dtype=torch.int64)
+        supervised = sum(tokens)
+        if missing := missing_to_round(supervised):
+            tokens = (*tokens, missing)
+        ids = torch.zeros(1, sum(tokens), dtype=torch.int64)
         borders = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = causal.get_output_embeddings()
@@ -222,7 +225,9 @@ def _peaks_of_step(
                 max_length_q=max(tokens),
                 max_length_k=max(tokens),
             ).last_hidden_state
-            value = loss.summed_cross_entropy(hidden[0], head.weight, ids[0])
+            value = loss.summed_cross_entropy(
+                hidden[0, :supervised], head.weight, ids[0, :supervised]
+            )
             del hidden
         forward = len(counter.history)
         with counter:
