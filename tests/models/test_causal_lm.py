@@ -85,6 +85,25 @@ def test_packed_equals_one_by_one(architecture, implementation):
         assert (gradient - expected[name]).abs().max() < 1e-4 * scale, name
 
 
+def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path():
+    """Under autocast a norm with float32 weights gives float32 while values are bfloat16."""
+    batch, found = packed_batch(), []
+    for fused in (False, True):
+        model = tiny_model("qwen3")
+        model.set_attn_implementation(attention.register())
+        if fused:
+            changed = fused_attention.install(model)
+            assert changed == (2 if cpu_kernels._library()[0] else 0)
+        packed = PackedCausalLM(model, autocast=torch.bfloat16)
+        packed.verify()
+        loss = packed.supervised_loss(batch)
+        found.append((loss.item(), gradients(model, loss)))
+    (wanted, exact), (got, ours) = found
+    assert abs(got - wanted) < 1e-3 * wanted
+    for name, gradient in ours.items():
+        assert (gradient - exact[name]).norm() < 0.02 * exact[name].norm().clamp(min=1e-2), name
+
+
 def test_fused_attention_leaves_cache_masks_and_dropout_to_the_model():
     model = tiny_model(attention_dropout=0.5)
     model.set_attn_implementation(attention.register())
