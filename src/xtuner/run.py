@@ -26,7 +26,7 @@ from xtuner.engine.distributed import Processes
 from xtuner.engine.forecast import plan_memory
 from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.resume import check_shape, identity_of
-from xtuner.engine.trainer import Trainer
+from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.workplace import WorkPlace
 from xtuner.errors import CheckpointError
 from xtuner.models import cpu_kernels
@@ -62,9 +62,14 @@ def train(
     settings = loaded.settings
     processes = Processes(pick_device(settings.device))
     try:
-        return _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
-    finally:
+        path = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+    except Interrupted:
         processes.close()
+        raise
+    # After a fault the others may be in the middle of a sum, where leaving would wait for them or
+    # reach them before this process has told why.
+    processes.close()
+    return path
 
 
 def dry_run(loaded: LoadedSettings, *, memory: int | None = None) -> bool:

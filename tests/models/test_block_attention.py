@@ -121,5 +121,5 @@ def test_tensors_of_two_types_are_refused_not_read_beyond_their_end(odd):
     """The compiled loops know one type; a bfloat16 row read as float32 is half as long."""
     inputs = [x.detach().bfloat16() for x in row((0, 90))]
     inputs[odd] = inputs[odd].float()
-    with pytest.raises(RuntimeError, match="dtype|scalar type"):
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
         block_attention(*inputs, (0, 90), scale=1.0)

@@ -255,13 +255,6 @@ def parse_memory(text: str) -> int:
     return int(size * (2**30 if match[2].upper() == "G" else 2**20))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is the allocator's, of a GPU or a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )
-
-
 def check_disk(work_dir: Path, size: int, *, limit: int) -> str:
     """Compare the size of a checkpoint with the free disk; return a line about it.
 
