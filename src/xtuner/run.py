@@ -5,7 +5,7 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.workplace import WorkPlace
 from xtuner.errors import CheckpointError
-from xtuner.models import cpu_kernels
+from xtuner.models import cpu_kernels, liger
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_tokenizer, pick_device, resolve_dtype
 from xtuner.models.runinfo import RunInfo, installed_versions
@@ -105,13 +105,16 @@ class _TrainingRun:
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
         self.vision: RunVision | None = None
-        if self.device == "cpu":
+        self.means = list(self._means())
+
+    def _means(self) -> Iterator[str]:
+        """Get threads and kernels ready, and say which."""
+        on_cpu, threads = self.device == "cpu", self.settings.num_threads
+        if on_cpu:
             host.keep_freed_memory()
-        self.threads = host.choose_threads(
-            self.settings.num_threads, self.dtype, processes.world_size
-        )
-        if self.device == "cpu":
-            self.threads += f"; {cpu_kernels.state()}"
+        if on_cpu or threads:  # a GPU's run does not wait for products on the CPU to be measured
+            yield host.choose_threads(threads, self.dtype, self.processes.world_size)
+        yield cpu_kernels.state() if on_cpu else liger.state(self.processes.device)
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""
@@ -269,7 +272,7 @@ class _TrainingRun:
             self.settings,
             self.plan,
             dtype=self.dtype,
-            threads=self.threads,
+            means="; ".join(self.means),
             processes=self.processes.world_size,
             steps=(total, loader.steps_per_epoch),
             data=data.report.lines(),
