@@ -79,6 +79,15 @@ def test_cross_entropy_of_flat_and_of_sharp_logits(dtype, scale):
     assert (grad.double() - exact).abs().max() <= 2 * LIMITS[dtype] * exact.abs().max()
 
 
+@pytest.mark.parametrize("target", [-1, 4])
+def test_a_target_outside_the_vocabulary_is_an_error_and_nothing_is_written(dtype, target):
+    memory = torch.zeros(32, dtype=dtype)
+    logits = memory[8:16].view(2, 4)
+    with pytest.raises(IndexError, match=f"target {target} .* 4 words"):
+        kernels_for(logits).cross_entropy(logits, torch.tensor([[1], [target]]), True)
+    assert not memory.any()
+
+
 def rotated(x, cos, sin):
     a, b = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]

@@ -129,8 +129,17 @@ class Kernels:
         self._call("add_windows", part, total, starts, *sizes)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-        """Loss of each row in float32; with `gradient` the logits become their own gradient."""
+        """Loss of each row in float32; with `gradient` the logits become their own gradient.
+
+        Raises:
+            IndexError: a target is no word; the loop would write beyond the row.
+        """
         rows, words = logits.shape
+        if self._library is not None and rows:
+            least, most = (int(x) for x in torch.aminmax(targets))
+            if least < 0 or most >= words:
+                wrong = least if least < 0 else most
+                raise IndexError(f"target {wrong} is not among the model's {words} words")
         loss = logits.new_empty(rows, dtype=torch.float32)
         sizes = NUMBER(rows), NUMBER(words), FLAG(gradient)
         self._call("cross_entropy", logits, targets, loss, *sizes)
