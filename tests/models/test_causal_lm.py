@@ -1,5 +1,6 @@
 """Packed rows against one sample at a time, and what `verify` refuses."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -132,6 +133,27 @@ def test_recomputed_activations_give_the_same_gradients():
     model.activation_checkpointing_enable({"use_reentrant": False})
     recomputed = gradients(model, packed.supervised_loss(packed_batch()))
     assert all(torch.equal(straight[name], recomputed[name]) for name in straight)
+
+
+def test_a_step_reads_no_value_back_from_the_device(monkeypatch):
+    """On a GPU the CPU would wait for it; a device without values, where reading is an error, takes
+    its place."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    model = tiny_model().to("meta")
+    model.set_attn_implementation(attention.register())
+    batch = packed_batch().to("meta")
+    with pytest.warns(UserWarning, match="sample by sample"):
+        PackedCausalLM(model.train()).supervised_loss(batch).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_labels_that_were_changed_after_the_move_count():
+    batch = packed_batch().to("cpu")
+    changed = replace(batch, labels=batch.labels.clone())
+    changed.labels[0, 3:] = -100
+    assert batch.predicting.tolist() == packed_batch().predicting.tolist()
+    assert changed.predicting.tolist() == [i for i in batch.predicting.tolist() if i < 2]
 
 
 def test_split_gives_the_parts_back():

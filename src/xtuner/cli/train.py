@@ -59,6 +59,8 @@ def command(
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
+    if loaded.settings.device != "cpu":
+        _let_gpu_memory_grow()
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.engine.launch import launch
 
@@ -76,3 +78,14 @@ def command(
         again += ["--resume"] if stopped.can_resume else []
         print(f"\n{stopped} Go on with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _let_gpu_memory_grow() -> None:
+    """Let torch's allocator extend what it holds, since rows differ in length at every step.
+
+    To be called before torch is imported; what the user has set stays. torch 2.8 does not know the
+    name yet.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"

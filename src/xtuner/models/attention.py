@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from xtuner.errors import ModelError
 from xtuner.models.block_attention import block_attention
@@ -280,15 +280,13 @@ def _tell_once(why: str) -> None:
     )
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask that transformers builds for `packed_attention`: none, the borders take its
-    place."""
-
-
 def register() -> str:
-    """Make the name ``xtuner`` known to transformers and return it."""
+    """Make the name ``xtuner`` known to transformers and return it.
+
+    It gets no function for masks: transformers then builds none, and does not look for borders of
+    samples in the positions either, for which a GPU would have to be waited for at every step.
+    """
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
     return NAME
 
 
