@@ -72,21 +72,27 @@ def train(
     return path
 
 
-def dry_run(loaded: LoadedSettings, *, memory: int | None = None) -> bool:
+def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int = 1) -> bool:
     """Print what training would take, without reading weights or data; whether it fits.
 
     Args:
         loaded: checked settings with their name.
         memory: bytes to plan for; None takes what is free on the device.
+        processes: how many would train; those on a CPU share `memory`.
+
+    Raises:
+        XTunerError: the model cannot be found, or nobody says how much memory a GPU has that is
+            not here.
     """
     settings = loaded.settings
-    device = pick_device(settings.device)
-    plan = plan_memory(settings, device, memory=memory)
+    device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
+    plan = plan_memory(settings, device, memory=memory, processes=processes)
     console = Console(highlight=False, soft_wrap=True)
     for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
         console.print(line, markup=False)
     console.print(
-        f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB; rows of "
+        f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
+        f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "
         f"{settings.max_length:,} tokens, {settings.batch_size} at once. Nothing was trained.",
         markup=False,
     )
@@ -133,7 +139,7 @@ class _TrainingRun:
         loader = self._loader(data.train, algorithm := _load_algorithm(self.loaded))
         total = loader.steps_per_epoch * settings.max_epochs
         total = min(total, settings.max_steps or total)
-        self.plan = plan_memory(settings, self.device)
+        self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
         self._tell(data, loader, total)
         model = self._make_model(source)
         optimizer = optim.make_optimizer(

@@ -44,10 +44,19 @@ def command(
         str | None,
         typer.Option(metavar="SIZE", help="With --dry-run: plan for a device of 8GB, say."),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[cpu|cuda]",
+            help="As --set device=...; with --dry-run --memory SIZE also a GPU that is not here.",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as a settings file says."""
     from xtuner.config.load import load_settings
 
+    if device is not None:
+        overrides = [*(overrides or ()), f"device={device}"]
     loaded = load_settings(config, overrides=overrides or ())
     if memory and not dry_run:
         raise typer.BadParameter("--memory goes with --dry-run")
@@ -55,7 +64,8 @@ def command(
         from xtuner import run
         from xtuner.engine.forecast import parse_memory
 
-        fits = run.dry_run(loaded, memory=None if memory is None else parse_memory(memory))
+        stated = None if memory is None else parse_memory(memory)
+        fits = run.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
