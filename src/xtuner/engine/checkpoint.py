@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from xtuner.engine.optim import load_optimizer
 from xtuner.engine.out_of_memory import is_out_of_memory
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models.save import flush, flush_tree
@@ -177,7 +178,7 @@ def load_state(
     file = folder / STATE_FILE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         step, before = int(state["step"]), dict(state["identity"])
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(
