@@ -124,8 +124,8 @@ def run_xtuner(
     return [json.loads(line) for line in newest.read_text().splitlines()], peak
 
 
-def work_of(options: argparse.Namespace, lora: bool) -> Work:
-    """Count the operations of this data set and model."""
+def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
+    """Count the operations of this data set and model; `changes` are settings beside COMMON."""
     from transformers import AutoConfig
 
     from xtuner import templates
@@ -134,8 +134,7 @@ def work_of(options: argparse.Namespace, lora: bool) -> Work:
     from xtuner.models.load import load_tokenizer
 
     settings = Settings(
-        **COMMON,
-        tuning="lora",
+        **{**COMMON, "tuning": "lora", **changes},
         pretrained_model_name_or_path=str(options.model),
         data_path=str(options.data),
     )

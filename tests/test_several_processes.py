@@ -55,3 +55,33 @@ def test_sigterm_saves_and_exits_with_130(tmp_path, tiny_model_path):
     assert stopped.returncode == 130, stopped.stderr
     assert "--nproc 2 --resume" in stopped.stderr
     assert (folder / "w" / "last_checkpoint").read_text().strip() == "iter_7"
+
+
+SHORT_OF_MEMORY = """
+import os, torch
+from xtuner.algorithms.sft import Algorithm
+
+class Short(Algorithm):
+    calls = 0
+
+    def loss(self, model, batch):
+        self.calls += 1
+        if self.calls > 20 and os.environ.get("RANK") == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().loss(model, batch)
+"""
+
+
+def test_one_process_out_of_memory_ends_all_and_says_why(tmp_path, tiny_model_path):
+    """The others are in the middle of a sum, so nobody can save: they must not wait a day."""
+    folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=False).parent
+    (folder / "short.py").write_text(SHORT_OF_MEMORY, encoding="utf-8")
+    ended = train(
+        folder,
+        *("--work-dir", "w", "--nproc", "2", "--set", "algorithm=short.py:Short"),
+        *("--set", "accumulative_counts=1", "--set", "validation_ratio=0.0"),
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "out of memory" in ended.stderr and "another process" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert (folder / "w" / "last_checkpoint").is_file()

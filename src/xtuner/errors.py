@@ -6,7 +6,7 @@
     ├── ModelError        a model, tokenizer, template or adapter cannot be used
     ├── CheckpointError   a checkpoint is missing, damaged or belongs to another run
     ├── LaunchError       devices, processes or disk space do not allow the run
-    └── TrainingError     the run cannot go on: its loss or its gradients are not finite
+    └── TrainingError     the run cannot go on: a loss that is not finite, or no memory left
 
 Every message says where, what was seen, what is allowed and what to do. The command line prints
 it without a traceback (``--debug`` shows one) and exits with code 2.
@@ -40,7 +40,7 @@ class LaunchError(XTunerError):
 
 
 class TrainingError(XTunerError):
-    """The run cannot go on: a loss or a gradient is not finite."""
+    """The run cannot go on: a loss or a gradient is not finite, or memory ran out."""
 
 
 def listed(headline: str, problems: Sequence[str]) -> str:

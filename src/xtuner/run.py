@@ -5,7 +5,7 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from xtuner.engine.distributed import Processes
 from xtuner.engine.forecast import plan_memory
 from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.resume import check_shape, identity_of
-from xtuner.engine.trainer import Trainer
+from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.workplace import WorkPlace
 from xtuner.errors import CheckpointError
-from xtuner.models import cpu_kernels
+from xtuner.models import cpu_kernels, liger
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_tokenizer, pick_device, resolve_dtype
 from xtuner.models.runinfo import RunInfo, installed_versions
@@ -62,26 +62,37 @@ def train(
     settings = loaded.settings
     processes = Processes(pick_device(settings.device))
     try:
-        return _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
-    finally:
+        path = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+    except Interrupted:
         processes.close()
+        raise
+    # After a fault the others may be in the middle of a sum, where leaving would wait for them or
+    # reach them before this process has told why.
+    processes.close()
+    return path
 
 
-def dry_run(loaded: LoadedSettings, *, memory: int | None = None) -> bool:
+def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int = 1) -> bool:
     """Print what training would take, without reading weights or data; whether it fits.
 
     Args:
         loaded: checked settings with their name.
         memory: bytes to plan for; None takes what is free on the device.
+        processes: how many would train; those on a CPU share `memory`.
+
+    Raises:
+        XTunerError: the model cannot be found, or nobody says how much memory a GPU has that is
+            not here.
     """
     settings = loaded.settings
-    device = pick_device(settings.device)
-    plan = plan_memory(settings, device, memory=memory)
+    device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
+    plan = plan_memory(settings, device, memory=memory, processes=processes)
     console = Console(highlight=False, soft_wrap=True)
     for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
         console.print(line, markup=False)
     console.print(
-        f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB; rows of "
+        f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
+        f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "
         f"{settings.max_length:,} tokens, {settings.batch_size} at once. Nothing was trained.",
         markup=False,
     )
@@ -100,13 +111,16 @@ class _TrainingRun:
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
         self.vision: RunVision | None = None
-        if self.device == "cpu":
+        self.means = list(self._means())
+
+    def _means(self) -> Iterator[str]:
+        """Get threads and kernels ready, and say which."""
+        on_cpu, threads = self.device == "cpu", self.settings.num_threads
+        if on_cpu:
             host.keep_freed_memory()
-        self.threads = host.choose_threads(
-            self.settings.num_threads, self.dtype, processes.world_size
-        )
-        if self.device == "cpu":
-            self.threads += f"; {cpu_kernels.state()}"
+        if on_cpu or threads:  # a GPU's run does not wait for products on the CPU to be measured
+            yield host.choose_threads(threads, self.dtype, self.processes.world_size)
+        yield cpu_kernels.state() if on_cpu else liger.state(self.processes.device)
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""
@@ -125,7 +139,7 @@ class _TrainingRun:
         loader = self._loader(data.train, algorithm := _load_algorithm(self.loaded))
         total = loader.steps_per_epoch * settings.max_epochs
         total = min(total, settings.max_steps or total)
-        self.plan = plan_memory(settings, self.device)
+        self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
         self._tell(data, loader, total)
         model = self._make_model(source)
         optimizer = optim.make_optimizer(
@@ -264,7 +278,7 @@ class _TrainingRun:
             self.settings,
             self.plan,
             dtype=self.dtype,
-            threads=self.threads,
+            means="; ".join(self.means),
             processes=self.processes.world_size,
             steps=(total, loader.steps_per_epoch),
             data=data.report.lines(),

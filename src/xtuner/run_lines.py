@@ -20,7 +20,7 @@ def opening_lines(
     plan: MemoryPlan,
     *,
     dtype: torch.dtype,
-    threads: str,
+    means: str,
     processes: int,
     steps: tuple[int, int],
     data: Iterable[str],
@@ -33,7 +33,7 @@ def opening_lines(
         s: settings of the run.
         plan: its memory.
         dtype: of the computation.
-        threads: what is said of CPU threads and kernels.
+        means: what is said of threads and kernels.
         processes: how many take part.
         steps: of the run, and of an epoch.
         data: lines about the rows.
@@ -43,7 +43,7 @@ def opening_lines(
     yield from lines_of_model(s, plan, dtype)
     if pictures:
         yield pictures
-    yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{threads}"
+    yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{means}"
     yield from data
     total, an_epoch = steps
     yield (

@@ -174,6 +174,7 @@ class Batch:
         cu_seqlens: int32 ``[S + 1]``, on the CPU: where each of the S samples begins, then N.
         rows: where each sample came from, for messages about it.
         pictures: None for a batch of text.
+        found: labels, and what `predicting` has found in them.
     """
 
     input_ids: Tensor
@@ -182,6 +183,7 @@ class Batch:
     cu_seqlens: Tensor
     rows: tuple[RowRef, ...] = ()
     pictures: Pictures | None = None
+    found: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -192,6 +194,13 @@ class Batch:
     def num_supervised(self) -> int:
         """Number of tokens that the loss sums over."""
         return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def predicting(self) -> Tensor:
+        """Positions whose next token is supervised, int64 ``[S]``."""
+        if self.found is not None and self.found[0] is self.labels:
+            return self.found[1]
+        return (self.labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0]
 
     def split(self) -> list[Batch]:
         """One batch a sample."""
@@ -209,8 +218,16 @@ class Batch:
         ]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to `device`; `cu_seqlens` stays on the CPU, where it steers the attention."""
-        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy to `device`; `cu_seqlens` stays on the CPU, where it steers the attention.
+
+        What is to be predicted is found before: a GPU would have to be waited for.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        moved, predicting = self.moved(move), move(self.predicting)
+        return replace(moved, found=(moved.labels, predicting))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """The same with `move` called on every tensor but `cu_seqlens`."""

@@ -57,6 +57,24 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, fault):
     assert not list(tmp_path.glob(".iter*"))
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_lack_of_memory_is_not_taken_for_a_full_disk(tmp_path, fault):
+    def short(folder):
+        raise fault
+
+    with pytest.raises(LaunchError, match="not enough memory") as told:
+        CheckpointStore(tmp_path).save(2, short)
+    assert "make room" not in str(told.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path):
     store = CheckpointStore(tmp_path)
     store.save(1, write_text)

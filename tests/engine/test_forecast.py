@@ -1,7 +1,9 @@
 """What is told before a run: whether it fits, and what to change."""
 
 import pytest
+import torch
 
+from xtuner.cli.app import main
 from xtuner.config.schema import Settings
 from xtuner.engine import forecast as module
 from xtuner.engine.forecast import forecast, parse_memory, plan_memory
@@ -71,3 +73,48 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(ConfigError, match="8GB"):
         parse_memory(text)
+
+
+def test_paged_optimizer_state_is_no_memory_of_torch_on_a_gpu(folder):
+    paged = forecast(settings(folder, optim_type="PagedAdamW32bit"), "cuda", recompute=True)
+    plain = forecast(settings(folder, optim_type="AdamW"), "cuda", recompute=True)
+    assert plain.peak - paged.peak == pytest.approx(
+        plain.optimizer * module.ALLOCATOR["cuda"], abs=2
+    )
+    assert "may move to the CPU" in list(paged.lines())[1]
+    on_cpu = forecast(settings(folder, optim_type="PagedAdamW32bit"), "cpu", recompute=True)
+    assert "move" not in list(on_cpu.lines())[1] and not on_cpu.paged
+
+
+def test_cures_are_settings_that_a_run_takes(folder):
+    """tuning = 'qlora' alone would be refused beside quantization = 'none'."""
+    chosen = settings(folder, quantization="none", batch_size=1)
+    plan = plan_memory(chosen, "cuda", memory=MB)
+    named = [line for line in plan.cures() if "qlora" in line]
+    assert named and "quantization = 'auto'" in named[0]
+    frozen = settings(folder, tuning="lora", quantization="none", lora_modules_to_save=["lm_head"])
+    assert any("'auto'" in line for line in plan_memory(frozen, "cuda", memory=MB).cures())
+
+
+def test_processes_share_the_memory_of_a_cpu_and_not_of_gpus(folder):
+    def room(device):
+        return plan_memory(settings(folder), device, memory=2**33, processes=4).memory
+
+    assert (room("cpu"), room("cuda")) == (2**31, 2**33)
+    alone, shared = module.free_memory("cpu"), module.free_memory("cpu", 2)
+    assert shared >= alone - 100 * MB  # what the others hold already is theirs to take
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here_can_be_planned_for(folder, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(
+        f"pretrained_model_name_or_path = {str(folder)!r}\ndata_path = 'd'\ntuning = 'lora'\n"
+    )
+    dry = ["train", str(tmp_path / "c.py"), "--dry-run", "--device", "cuda"]
+    assert main([*dry, "--memory", "8GB"]) == 0
+    said = capsys.readouterr().out
+    assert "cuda, bfloat16" in said and "Fits in 8,192 MiB" in said
+    assert main([*dry, "--memory", "8GB", "--nproc", "2"]) == 0
+    assert "Fits in 8,192 MiB for each of 2" in capsys.readouterr().out
+    assert main(dry) == 2
+    assert "--memory 8GB" in capsys.readouterr().err

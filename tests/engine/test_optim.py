@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xtuner.engine.optim import learning_rate, make_optimizer
+from xtuner.engine.optim import learning_rate, load_optimizer, make_optimizer
 from xtuner.errors import ConfigError
 
 
@@ -57,3 +57,45 @@ def test_a_paged_optimizer_steps_on_a_cpu_as_its_unpaged_kind():
 def test_a_wrong_name_gets_a_suggestion():
     with pytest.raises(ConfigError, match="did you mean 'AdamW'"):
         make("AdmW")
+
+
+class PagedLike:
+    """What bitsandbytes' paged optimizers do with state, without a GPU."""
+
+    is_paged = True
+
+    def __init__(self, parameters):
+        self.parameters, self.state = parameters, {}
+
+    def load_state_dict(self, state, move_to_device=True):
+        assert not move_to_device  # all of it at once would not fit
+        for parameter, values in zip(self.parameters, state["state"].values(), strict=True):
+            self.state[parameter] = dict(values)
+
+    def get_state_buffer(self, parameter, dtype):
+        buffer = torch.zeros(parameter.shape, dtype=dtype)
+        if parameter.numel() >= 1e5:
+            buffer.is_paged = True
+        return buffer
+
+
+def test_loaded_state_is_paged_again(monkeypatch):
+    synchronised = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronised.append(True))
+    large, small = (torch.empty(n, 500, device="meta") for n in (300, 3))
+    state = {
+        i: {
+            "step": 7,
+            "state1": torch.rand(n, 500),
+            "state2": torch.ones(n, 500, dtype=torch.uint8),
+        }
+        for i, n in enumerate((300, 3))
+    }
+    optimizer = PagedLike([large, small])
+    load_optimizer(optimizer, {"state": state})
+    assert synchronised == [True]
+    for name in ("state1", "state2"):
+        assert optimizer.state[large][name].is_paged
+        assert torch.equal(optimizer.state[large][name], state[0][name])
+        assert optimizer.state[small][name] is state[1][name]
+    assert optimizer.state[large]["step"] == 7

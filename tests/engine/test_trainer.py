@@ -1,11 +1,16 @@
 """The loop against the plain formula: whatever the grouping, one gradient; and what stops a run."""
 
+import errno
 import json
 import math
 import os
+import resource
 import signal
+import sys
+import weakref
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -15,10 +20,12 @@ from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
 from xtuner.engine.distributed import Processes
 from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.out_of_memory import is_out_of_memory
 from xtuner.engine.trainer import Interrupted, Trainer
-from xtuner.errors import TrainingError
+from xtuner.errors import LaunchError, TrainingError
 from xtuner.models import attention
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.testing.distributed import run_distributed
 from xtuner.testing.tiny import tiny_model
 from xtuner.types import RowRef, Sample
 
@@ -257,3 +264,83 @@ def test_other_faults_of_torch_are_not_taken_for_a_lack_of_memory(tmp_path, monk
     monkeypatch.setattr(trainer.algorithm, "loss", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         trainer.fit()
+
+
+def allocated_until_refused():
+    """In a process of its own: what torch raises where the system gives no more memory."""
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28,) * 2)
+    kept = []
+    try:
+        while True:
+            kept.append(torch.zeros(2**20))
+    except RuntimeError as error:
+        del kept
+        return str(error), is_out_of_memory(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_the_allocator_of_a_cpu_is_understood_when_it_refuses():
+    ((words, understood),) = run_distributed(allocated_until_refused, processes=1)
+    assert understood, words
+
+
+@pytest.mark.parametrize(
+    ("error", "understood"),
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+    ids=str,
+)
+def test_what_is_a_lack_of_memory(error, understood):
+    assert is_out_of_memory(error) == understood
+
+
+class Watched(torch.Tensor):
+    """A tensor that can be watched."""
+
+
+def test_the_tensors_of_a_step_are_gone_when_the_last_whole_step_is_saved(tmp_path):
+    alive, seen = [], []
+    trainer = make_trainer(
+        tmp_path,
+        [[make_samples()]],
+        steps=3,
+        save=lambda run: seen.append([watch() for watch in alive]),
+    )
+    loss = trainer.algorithm.loss
+
+    def fail_at_step_2(model, batch):
+        activations = torch.zeros(2**20).as_subclass(Watched)
+        if trainer.run.step == 1:
+            alive.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(model, batch)
+
+    trainer.algorithm.loss = fail_at_step_2
+    with pytest.raises(TrainingError, match="out of memory"):
+        trainer.fit()
+    assert seen == [[None]]
+
+
+def test_a_save_that_lacks_memory_too_says_so(tmp_path):
+    def save(run):
+        raise LaunchError("cannot write checkpoint iter_1: there is not enough memory for it.")
+
+    trainer = make_trainer(tmp_path, [[make_samples()]], steps=3, save=save)
+    loss = trainer.algorithm.loss
+
+    def fail_at_step_2(model, batch):
+        if trainer.run.step == 1:
+            raise MemoryError
+        return loss(model, batch)
+
+    trainer.algorithm.loss = fail_at_step_2
+    with pytest.raises(
+        TrainingError, match=r"step 2: out of memory.*The last step is lost"
+    ) as told:
+        trainer.fit()
+    assert "--resume" not in str(told.value)

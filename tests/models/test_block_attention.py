@@ -114,3 +114,12 @@ def test_hardly_any_work_between_samples():
     """Six samples in a row of 1,024: a third of the pairs of a causal row, at most."""
     layout = layout_of((0, 260, 350, 590, 740, 920, 1024), None)
     assert layout.pairs < 1024 * 1024 / 4
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_tensors_of_two_types_are_refused_not_read_beyond_their_end(odd):
+    """The compiled loops know one type; a bfloat16 row read as float32 is half as long."""
+    inputs = [x.detach().bfloat16() for x in row((0, 90))]
+    inputs[odd] = inputs[odd].float()
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
+        block_attention(*inputs, (0, 90), scale=1.0)

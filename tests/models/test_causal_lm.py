@@ -1,5 +1,6 @@
 """Packed rows against one sample at a time, and what `verify` refuses."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,25 @@ def test_packed_equals_one_by_one(architecture, implementation):
         assert (gradient - expected[name]).abs().max() < 1e-4 * scale, name
 
 
+def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path():
+    """Under autocast a norm with float32 weights gives float32 while values are bfloat16."""
+    batch, found = packed_batch(), []
+    for fused in (False, True):
+        model = tiny_model("qwen3")
+        model.set_attn_implementation(attention.register())
+        if fused:
+            changed = fused_attention.install(model)
+            assert changed == (2 if cpu_kernels._library()[0] else 0)
+        packed = PackedCausalLM(model, autocast=torch.bfloat16)
+        packed.verify()
+        loss = packed.supervised_loss(batch)
+        found.append((loss.item(), gradients(model, loss)))
+    (wanted, exact), (got, ours) = found
+    assert abs(got - wanted) < 1e-3 * wanted
+    for name, gradient in ours.items():
+        assert (gradient - exact[name]).norm() < 0.02 * exact[name].norm().clamp(min=1e-2), name
+
+
 def test_fused_attention_leaves_cache_masks_and_dropout_to_the_model():
     model = tiny_model(attention_dropout=0.5)
     model.set_attn_implementation(attention.register())
@@ -113,6 +133,27 @@ def test_recomputed_activations_give_the_same_gradients():
     model.activation_checkpointing_enable({"use_reentrant": False})
     recomputed = gradients(model, packed.supervised_loss(packed_batch()))
     assert all(torch.equal(straight[name], recomputed[name]) for name in straight)
+
+
+def test_a_step_reads_no_value_back_from_the_device(monkeypatch):
+    """On a GPU the CPU would wait for it; a device without values, where reading is an error, takes
+    its place."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    model = tiny_model().to("meta")
+    model.set_attn_implementation(attention.register())
+    batch = packed_batch().to("meta")
+    with pytest.warns(UserWarning, match="sample by sample"):
+        PackedCausalLM(model.train()).supervised_loss(batch).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_labels_that_were_changed_after_the_move_count():
+    batch = packed_batch().to("cpu")
+    changed = replace(batch, labels=batch.labels.clone())
+    changed.labels[0, 3:] = -100
+    assert batch.predicting.tolist() == packed_batch().predicting.tolist()
+    assert changed.predicting.tolist() == [i for i in batch.predicting.tolist() if i < 2]
 
 
 def test_split_gives_the_parts_back():

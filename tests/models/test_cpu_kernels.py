@@ -1,6 +1,8 @@
 """The compiled loops against the plain formulas, and what happens without a compiler."""
 
 import itertools
+import os
+import shutil
 
 import pytest
 import torch
@@ -23,6 +25,12 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(params=LIMITS, ids=str)
 def dtype(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Rounding to bfloat16 comes close to the limits: the same numbers each time."""
+    torch.manual_seed(0)
 
 
 def numbers(*shape, dtype, seed=0, scale=1.0):
@@ -77,6 +85,15 @@ def test_cross_entropy_of_flat_and_of_sharp_logits(dtype, scale):
     error = rounded.double().softmax(-1) - F.one_hot(targets, 300)
     exact = error @ head.detach().double()
     assert (grad.double() - exact).abs().max() <= 2 * LIMITS[dtype] * exact.abs().max()
+
+
+@pytest.mark.parametrize("target", [-1, 4])
+def test_a_target_outside_the_vocabulary_is_an_error_and_nothing_is_written(dtype, target):
+    memory = torch.zeros(32, dtype=dtype)
+    logits = memory[8:16].view(2, 4)
+    with pytest.raises(IndexError, match=f"target {target} .* 4 words"):
+        kernels_for(logits).cross_entropy(logits, torch.tensor([[1], [target]]), True)
+    assert not memory.any()
 
 
 def rotated(x, cos, sin):
@@ -173,3 +190,32 @@ def test_a_failing_compiler_is_named_and_not_fatal(forgotten, monkeypatch, tmp_p
     assert kernels_for(torch.zeros(2)) is None
     assert "cannot find -lgomp" in cpu_kernels.state()
     assert not list((tmp_path / "kernels").iterdir())
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "owner"])
+def test_a_library_that_others_could_have_written_is_not_run(
+    forgotten, monkeypatch, tmp_path, what
+):
+    monkeypatch.setenv("XTUNER_CACHE", str(tmp_path))
+    assert kernels_for(torch.zeros(2)) is not None
+    (library,) = (tmp_path / "kernels").glob("*.so")
+    assert not (library.stat().st_mode | library.parent.stat().st_mode) & 0o022
+    cpu_kernels._library.cache_clear()
+    if what == "owner":
+        if os.getuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(library, 12345, -1)
+    else:
+        {"folder": library.parent, "file": library}[what].chmod(0o770)
+    assert kernels_for(torch.zeros(2)) is None
+    assert "others can write" in cpu_kernels.state() and "XTUNER_CACHE" in cpu_kernels.state()
+
+
+def test_another_version_of_the_compiler_compiles_anew(forgotten, monkeypatch, tmp_path):
+    monkeypatch.setenv("XTUNER_CACHE", str(tmp_path))
+    compiler = tmp_path / "cc"
+    for note in ("one", "another"):
+        compiler.write_text(f'#!/bin/sh\n# {note}\nexec {shutil.which("cc")} "$@"\n')
+        compiler.chmod(0o755)
+        cpu_kernels._compiled(str(compiler))
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == 2

@@ -94,3 +94,18 @@ def test_nothing_without_values_stays_in_a_cache(folder):
 
     x = torch.randn(64, 2, 8)
     assert float(block_attention(x, x, x, (0, 64), scale=1.0).sum()) != 0
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "olmo2", "exaone4"])
+@pytest.mark.parametrize("flash", [False, True], ids=["cpu", "gpu"])
+def test_norms_of_queries_and_keys_whatever_they_span(tmp_path, architecture, flash):
+    """Qwen3 norms each head, OLMo2 all heads at once; under autocast both give float32."""
+    folder = tiny_model_folder(tmp_path, architecture)
+    found = footprint.measure(
+        str(folder),
+        tokens=(64, 64),
+        dtype=torch.float32,
+        autocast=torch.bfloat16,
+        flash=flash,
+    )
+    assert found.step > found.gradients > 0

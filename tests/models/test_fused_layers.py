@@ -1,5 +1,6 @@
 """Layers with hand-written gradients against the plain formulas, and where they may be put."""
 
+import importlib.machinery
 import sys
 import types
 
@@ -8,8 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from xtuner.models import fused_layers, liger
+from xtuner.models import attention, fused_layers, liger
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.footprint import LiveBytes
 from xtuner.models.fused_layers import GatedMLP, RMSNorm
+from xtuner.testing.tiny import tiny_model
 
 
 def test_rms_norm_equals_the_formula():
@@ -45,6 +49,33 @@ def test_gated_mlp_equals_the_formula_although_it_keeps_no_product(frozen):
     grads = torch.autograd.grad(ours, inputs, pull)
     for got, exact in zip(grads, torch.autograd.grad(plain, inputs, pull), strict=True):
         assert (got - exact).abs().max() < 1e-12
+
+
+def kept_and_gradients(layers):
+    """Bytes alive after the forward pass of a recomputing model, and its gradients."""
+    model = tiny_model(num_hidden_layers=layers, intermediate_size=1024)
+    model.set_attn_implementation(attention.register())
+    assert fused_layers.install(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    packed, counter = PackedCausalLM(model.train()), LiveBytes()
+    with counter:
+        loss = packed.supervised_loss(packed._probe((200, 56)))
+    kept = counter.live
+    loss.backward()
+    return kept, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_recomputation_frees_the_mlp_too():
+    """What stays of a layer is its input, [N, H]; gate and up are 32 times as wide here."""
+    kept_and_gradients(2)  # fills the caches that all runs share
+    (few, _), (more, recomputed) = kept_and_gradients(2), kept_and_gradients(6)
+    assert 1.0 <= (more - few) / 4 / (256 * 32 * 4) < 1.5
+    plain = tiny_model(num_hidden_layers=6, intermediate_size=1024).train()
+    plain.set_attn_implementation(attention.register())
+    packed = PackedCausalLM(plain)
+    packed.supervised_loss(packed._probe((200, 56))).backward()
+    for name, p in plain.named_parameters():
+        assert (recomputed[name] - p.grad).abs().max() < 1e-4 * p.grad.abs().max(), name
 
 
 class Block(nn.Module):
@@ -111,6 +142,7 @@ class Stand:
             "swiglu": ("LigerSiLUMulFunction", lambda gate, up: F.silu(gate) * up),
         }
         self.modules = {"liger_kernel": types.ModuleType("liger_kernel")}
+        self.modules["liger_kernel"].__spec__ = importlib.machinery.ModuleSpec("liger_kernel", None)
         self.modules["liger_kernel.ops"] = types.ModuleType("liger_kernel.ops")
         for name, (kind, function) in made.items():
             module = types.ModuleType(f"liger_kernel.ops.{name}")
@@ -131,8 +163,12 @@ def test_kernels_of_liger_are_used_only_where_they_are_right(monkeypatch, factor
     stand = Stand(factor)
     for name, module in stand.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    found = liger._checked.__wrapped__(torch.device("cpu"))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # as a check of layers asks
+        found, said = liger._checked.__wrapped__(torch.device("cpu"))
     assert (found is not None) == (factor == 1.0)
+    assert said == (
+        "liger's kernels" if found else "liger's kernels are not used (wrong numbers on this card)"
+    )
     monkeypatch.setattr(fused_layers, "liger_for", lambda x: found)
     gate, up, down = gated(torch.float32)
     x = torch.randn(2, 6, 12)
@@ -142,7 +178,46 @@ def test_kernels_of_liger_are_used_only_where_they_are_right(monkeypatch, factor
     assert stand.calls == (["swiglu", "rms_norm"] if found else [])
 
 
+class Overwriting(torch.autograd.Function):
+    """As liger's: the gradients take the places of the inputs."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = (x.detach() for x in ctx.saved_tensors)
+        grad_up = F.silu(gate) * grad
+        gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return gate, up.copy_(grad_up)
+
+
+def test_the_product_is_not_kept_beside_kernels_that_overwrite_their_inputs(monkeypatch):
+    gate, up, down = gated(torch.float64)
+    x = torch.randn(2, 6, 12, dtype=torch.float64, requires_grad=True)
+    plain = down(F.silu(gate(x)) * up(x))
+    wanted = torch.autograd.grad(plain.square().sum(), (x, gate.weight, down.weight))
+    stand = types.SimpleNamespace(silu_product=Overwriting.apply)
+    monkeypatch.setattr(fused_layers, "liger_for", lambda x: stand)
+    counter = LiveBytes()
+    with counter:
+        ours = GatedMLP(gate, up, down)(x)
+    assert counter.live == (20 + 20 + 12) * 12 * 8  # gate, up and the result; no product
+    got = torch.autograd.grad(ours.square().sum(), (x, gate.weight, down.weight))
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
 def test_without_liger_or_a_gpu_there_are_no_kernels(monkeypatch):
+    stand = Stand()
+    for name, module in stand.modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
-    assert liger._checked.__wrapped__(torch.device("cpu")) is None
+    found, said = liger._checked.__wrapped__(torch.device("cpu"))
+    assert found is None and said.startswith("liger's kernels are not used (ModuleNotFoundError: ")
+    monkeypatch.delitem(sys.modules, "liger_kernel")
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'xtuner[gpu]'" in liger._checked.__wrapped__(torch.device("cpu"))[1]
     assert liger.liger_for(torch.zeros(2)) is None

@@ -44,10 +44,19 @@ def command(
         str | None,
         typer.Option(metavar="SIZE", help="With --dry-run: plan for a device of 8GB, say."),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[cpu|cuda]",
+            help="As --set device=...; with --dry-run --memory SIZE also a GPU that is not here.",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as a settings file says."""
     from xtuner.config.load import load_settings
 
+    if device is not None:
+        overrides = [*(overrides or ()), f"device={device}"]
     loaded = load_settings(config, overrides=overrides or ())
     if memory and not dry_run:
         raise typer.BadParameter("--memory goes with --dry-run")
@@ -55,10 +64,13 @@ def command(
         from xtuner import run
         from xtuner.engine.forecast import parse_memory
 
-        fits = run.dry_run(loaded, memory=None if memory is None else parse_memory(memory))
+        stated = None if memory is None else parse_memory(memory)
+        fits = run.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
+    if loaded.settings.device != "cpu":
+        _let_gpu_memory_grow()
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.engine.launch import launch
 
@@ -76,3 +88,14 @@ def command(
         again += ["--resume"] if stopped.can_resume else []
         print(f"\n{stopped} Go on with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _let_gpu_memory_grow() -> None:
+    """Let torch's allocator extend what it holds, since rows differ in length at every step.
+
+    To be called before torch is imported; what the user has set stays. torch 2.8 does not know the
+    name yet.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from xtuner.engine.optim import load_optimizer
+from xtuner.engine.out_of_memory import is_out_of_memory
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models.save import flush, flush_tree
 
@@ -52,7 +54,7 @@ class CheckpointStore:
         """Write checkpoint ``iter_<step>`` through `write`, which fills an empty folder.
 
         Raises:
-            LaunchError: the disk is full; earlier checkpoints are untouched.
+            LaunchError: the disk is full, or memory is; earlier checkpoints are untouched.
         """
         target = self.work_dir / f"iter_{step}"
         self.tidy()
@@ -64,8 +66,14 @@ class CheckpointStore:
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             # torch reports a full disk as RuntimeError, safetensors as an error of its own
-            if not isinstance(error, OSError | RuntimeError | SafetensorError):
+            if not isinstance(error, OSError | RuntimeError | SafetensorError | MemoryError):
                 raise
+            if is_out_of_memory(error):
+                raise LaunchError(
+                    f"cannot write checkpoint {target}: there is not enough memory for it. Earlier "
+                    "checkpoints are untouched; end other programs or lower the settings that take "
+                    "memory (`xtuner train --dry-run` names them), and go on with --resume."
+                ) from error
             free = shutil.disk_usage(self.work_dir).free / 2**20
             raise LaunchError(
                 f"cannot write checkpoint {target}: {error} ({free:,.0f} MiB free). "
@@ -170,7 +178,7 @@ def load_state(
     file = folder / STATE_FILE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         step, before = int(state["step"]), dict(state["identity"])
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(

@@ -11,13 +11,17 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+
+from xtuner.engine.out_of_memory import is_out_of_memory
+from xtuner.errors import LaunchError
 
 BUCKET_NUMBERS = 16 * 2**20
 """Gradients are summed in buckets of about this many numbers (64 MB of float32)."""
@@ -52,7 +56,8 @@ class Processes:
         if self.world_size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        with _all_there():
+            dist.all_reduce(total)
         return total.tolist()  # type: ignore[no-any-return]
 
     def gather(self, words: list[str]) -> list[str]:
@@ -60,7 +65,8 @@ class Processes:
         if self.world_size == 1:
             return words
         found: list[list[str]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(found, words)
+        with _all_there():
+            dist.all_gather_object(found, words)
         return [word for part in found for word in part]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -80,17 +86,34 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        self._state.wait_for_everyone()
+        with _all_there():
+            self._state.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, at the end of a run that all of them have come to."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """Say in plain words that another process is gone; its own message tells why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LaunchError(
+            f"another process of this run ended, so this one cannot go on ({first}); look for its "
+            "message. Earlier checkpoints are untouched; go on with --resume"
+        ) from error
+
+
 def _sum_bucket(gradients: list[Tensor]) -> None:
     flat = torch.cat([g.reshape(-1).float() for g in gradients])
-    dist.all_reduce(flat)
+    with _all_there():
+        dist.all_reduce(flat)
     start = 0
     for gradient in gradients:
         gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))

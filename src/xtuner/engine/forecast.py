@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import torch
 
-from xtuner.config.schema import Settings
+from xtuner.config.schema import Settings, check_combinations
+from xtuner.engine import optim
 from xtuner.errors import ConfigError, LaunchError
 from xtuner.models.footprint import Footprint, measure
 from xtuner.models.footprint_vision import measure_eyes, tokens_each
@@ -46,6 +47,8 @@ class Forecast:
     Attributes:
         footprint: of the model and one step.
         optimizer: state of the optimizer.
+        paged: that state lies in memory which a GPU's driver moves to the CPU when it must, and of
+            which torch's allocator knows nothing.
         device: 'cpu' or 'cuda'.
         recompute: whether activations are recomputed.
         checkpoint: size of one on disk.
@@ -56,11 +59,13 @@ class Forecast:
     device: str
     recompute: bool
     checkpoint: int
+    paged: bool = False
 
     @property
     def peak(self) -> int:
-        """Highest memory of the run."""
-        held = self.footprint.weights + self.optimizer + self.footprint.step
+        """Highest memory of the run; without what may move to the CPU."""
+        held = self.footprint.weights + self.footprint.step
+        held += 0 if self.paged else self.optimizer
         return self.libraries + int(held * ALLOCATOR[self.device])
 
     @property
@@ -77,10 +82,13 @@ class Forecast:
         )
         step = "recomputed activations" if self.recompute else "activations"
         rest = f", libraries {self.libraries / MB:,.0f}" if self.libraries else ""
+        optimizer = f"optimizer {self.optimizer / MB:,.0f}"
+        inside = "" if self.paged else f"{optimizer}, "
         yield (
             f"Memory       {self.peak / MB:,.0f} MiB at the peak "
-            f"(weights {parts.weights / MB:,.0f}, optimizer {self.optimizer / MB:,.0f}, "
+            f"(weights {parts.weights / MB:,.0f}, {inside}"
             f"{step} and gradients {parts.step / MB:,.0f}{rest})"
+            + (f"; {optimizer} more, paged: may move to the CPU" if self.paged else "")
         )
 
 
@@ -102,7 +110,7 @@ class MemoryPlan:
         """The forecast and, where it does not fit, what to change."""
         yield from self.forecast.lines()
         if not self.fits:
-            yield f"             more than the {self.memory / MB:,.0f} MiB there are"
+            yield f"             more than the {self.memory / MB:,.0f} MiB there are for it"
             yield from self.cures()
 
     def cures(self) -> Iterator[str]:
@@ -111,6 +119,8 @@ class MemoryPlan:
         yield "Cheapest changes, each on top of those before:"
         for changes in _cures(self.settings, recompute=self.forecast.recompute):
             tried = settings.model_copy(update=changes)
+            if next(check_combinations(tried), None):
+                continue  # a run would refuse it
             peak = forecast(tried, self.device, recompute=_recomputes(tried, self.forecast)).peak
             if peak > 0.98 * last:
                 continue
@@ -122,18 +132,24 @@ class MemoryPlan:
         yield "  a smaller model: nothing above is enough"
 
 
-def plan_memory(settings: Settings, device: str, *, memory: int | None = None) -> MemoryPlan:
+def plan_memory(
+    settings: Settings, device: str, *, memory: int | None = None, processes: int = 1
+) -> MemoryPlan:
     """Forecast a run on `device`, with recomputation where 'auto' needs it.
 
     Args:
         settings: of the run.
         device: 'cpu' or 'cuda'.
         memory: bytes to plan for; None takes nine tenths of what is free on `device`.
+        processes: how many train; on a CPU they share its memory, of GPUs each has its own.
 
     Raises:
         ModelError: the model's configuration cannot be had.
+        LaunchError: `memory` is None and there is no such device.
     """
-    room = int(ROOM * free_memory(device)) if memory is None else memory
+    sharing = processes if device == "cpu" else 1
+    room = int(ROOM * free_memory(device, sharing)) if memory is None else memory
+    room //= sharing
     wanted = settings.gradient_checkpointing
     expected = forecast(settings, device, recompute=wanted is True)
     if wanted == "auto" and expected.peak > room:
@@ -149,7 +165,9 @@ def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
     """
     found = _footprint(settings, device, recompute)
     moments = _bytes_of_moments(settings.optim_type)
+    paged = device == "cuda" and optim.unpaged(settings.optim_type) != settings.optim_type
     return Forecast(
+        paged=paged,
         footprint=found,
         optimizer=int(found.trainable * moments),
         device=device,
@@ -220,7 +238,8 @@ def _cures(settings: Settings, *, recompute: bool) -> Iterator[Mapping[str, Any]
     if settings.effective_quantization == "none":
         if settings.tuning == "full":
             yield {"tuning": "lora"}
-        yield {"tuning": "qlora"}
+        quantised = {"quantization": "auto"} if settings.quantization == "none" else {}
+        yield {"tuning": "qlora", **quantised}
     length = settings.max_length
     while length > 512:
         length //= 2
@@ -229,11 +248,18 @@ def _cures(settings: Settings, *, recompute: bool) -> Iterator[Mapping[str, Any]
         yield {"lora_r": 16}
 
 
-def free_memory(device: str) -> int:
-    """Bytes that this process could still take on `device`."""
+def free_memory(device: str, processes: int = 1) -> int:
+    """Bytes that `processes` like this one could take on `device`, with what they hold already.
+
+    Raises:
+        LaunchError: there is no GPU.
+    """
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise LaunchError("there is no GPU here: say how much memory it has, as --memory 8GB")
         return int(torch.cuda.mem_get_info()[0])
-    free = int(psutil.virtual_memory().available) + int(psutil.Process().memory_info().rss)
+    held = int(psutil.Process().memory_info().rss)
+    free = int(psutil.virtual_memory().available) + processes * held
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             free = min(free, int(Path(file).read_text()))
@@ -253,13 +279,6 @@ def parse_memory(text: str) -> int:
     if match is None or not math.isfinite(size := float(match[1])) or size <= 0:
         raise ConfigError(f"--memory {text!r}: is no size; give one such as 8GB, 7.5GB or 6000MB")
     return int(size * (2**30 if match[2].upper() == "G" else 2**20))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is the allocator's, of a GPU or a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )
 
 
 def check_disk(work_dir: Path, size: int, *, limit: int) -> str:

@@ -16,6 +16,9 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
 GRACE_SECONDS = 15.0
 """How long the others may go on after one process failed: the main one has a message to print."""
 
@@ -23,8 +26,8 @@ GRACE_SECONDS = 15.0
 def launch(command: Sequence[str], processes: int) -> int:
     """Run `command` in `processes` processes and return the exit code of the run.
 
-    It is the main process's unless that is 0 or a signal of ours; then the first failed one's,
-    whose messages are shown.
+    It is the main process's unless that is 0 or a signal of ours; then the first failed one's. What
+    another than the main process said is shown where it failed first.
     """
     environment = {
         **os.environ,
@@ -68,26 +71,32 @@ def launch(command: Sequence[str], processes: int) -> int:
 
 
 def _wait(children: list[subprocess.Popen[bytes]], logs: list[IO[bytes]]) -> int:
-    failed: int | None = None
+    failed: list[int] = []
     deadline = float("inf")
     while any(child.poll() is None for child in children):
-        if failed is None:
-            failed = next((r for r, c in enumerate(children) if c.poll() not in (None, 0)), None)
-            if failed is not None:
+        if not failed:
+            failed = [r for r, c in enumerate(children) if c.poll() not in (None, 0)]
+            if failed:
                 deadline = time.monotonic() + GRACE_SECONDS
-        if time.monotonic() > deadline or (failed == 0):
+        if time.monotonic() > deadline or 0 in failed:
             for child in children:
                 child.kill()
         time.sleep(0.05)
     codes = [child.returncode for child in children]
-    if codes[0] > 0 or not any(codes):
+    failed = failed or [r for r, code in enumerate(codes) if code]
+    for rank in failed:  # who failed first knows why, whatever the others say then
+        if rank and codes[rank] != INTERRUPTED:
+            _show(rank, logs[rank])
+    if codes[0] > 0 or not failed:
         return codes[0]
-    rank = failed or next(r for r, code in enumerate(codes) if code)
-    if rank:
-        logs[rank].seek(0)
-        text = logs[rank].read().decode(errors="replace")[-4000:]
-        print(f"Process {rank} failed:\n{text}", file=sys.stderr)
-    return codes[rank] if codes[rank] > 0 else 128 - codes[rank]
+    code = codes[failed[0]]
+    return code if code > 0 else 128 - code
+
+
+def _show(rank: int, log: IO[bytes]) -> None:
+    log.seek(0)
+    text = log.read().decode(errors="replace")[-4000:]
+    print(f"Process {rank} failed:\n{text}", file=sys.stderr)
 
 
 def _free_port() -> int:

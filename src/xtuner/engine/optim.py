@@ -83,6 +83,31 @@ def unpaged(name: str) -> str:
     return name.removeprefix("Paged")
 
 
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what `state_dict` gave; paged state goes into memory that can be paged again.
+
+    bitsandbytes would move it to the GPU, where it would stay (0.50 makes such memory only for new
+    state).
+    """
+    if not getattr(optimizer, "is_paged", False):
+        optimizer.load_state_dict(state)
+        return
+    optimizer.load_state_dict(state, move_to_device=False)  # the first step moves what is not paged
+    places = []
+    for parameter, values in optimizer.state.items():
+        for name in ("state1", "state2"):
+            value = values.get(name)
+            if isinstance(value, torch.Tensor) and parameter.device.type != "cpu":
+                place = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                if getattr(place, "is_paged", False) and place.shape == value.shape:
+                    places.append((place, value))
+                    values[name] = place
+    if places:
+        torch.cuda.synchronize()  # new memory is being filled with zeros by the GPU
+    for place, value in places:
+        place.copy_(value)
+
+
 def learning_rate(
     step: int,
     *,

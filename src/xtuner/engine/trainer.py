@@ -14,6 +14,7 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -26,9 +27,9 @@ from torch import Tensor
 from xtuner.config.schema import Settings
 from xtuner.engine import optim
 from xtuner.engine.distributed import Processes
-from xtuner.engine.forecast import is_out_of_memory
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.errors import TrainingError
+from xtuner.engine.out_of_memory import is_out_of_memory
+from xtuner.errors import LaunchError, TrainingError
 from xtuner.types import Algorithm, Batch
 
 
@@ -96,7 +97,8 @@ class Trainer:
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
-            TrainingError: a loss or gradient is not finite; the last good step is saved.
+            TrainingError: a loss or gradient is not finite, or memory ran out; the last good step
+                is saved, unless memory ran out in one of several processes.
         """
         run = self.run
         with ExitStack() as stack:
@@ -125,6 +127,7 @@ class Trainer:
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
+                    traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
                     raise self._out_of_memory(group) from error
                 self._call("on_step")
                 if run.step % self.settings.save_steps == 0 or run.step == run.total_steps:
@@ -193,14 +196,26 @@ class Trainer:
         return float(total)
 
     def _out_of_memory(self, group: list[Batch]) -> TrainingError:
-        """Save the last whole step and say what to change."""
+        """Save the last whole step and say what to change.
+
+        One of several processes saves nothing: the others are in the middle of the step and would
+        not come. It ends, and the launcher ends them.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        if self._weights_are_whole:
-            self._save_once()
-        longest = max(batch.num_tokens for batch in group)
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+        alone, note = self.processes.world_size == 1, ""
+        if alone and self._weights_are_whole:
+            try:
+                self._save_once()
+            except LaunchError as error:
+                note = f"The last step is lost: {error} "
+        elif not alone:
+            note = f"Process {self.processes.rank} ran out, and the run ends without a save. "
+        longest, saved = max(b.num_tokens for b in group), max(self._saved_at, self.run.start_step)
         return TrainingError(
-            f"step {self.run.step + 1}: out of memory, with {longest:,} tokens at once. "
-            + ("Checkpoints are whole; go on with --resume. " if self.run.step else "")
+            f"step {self.run.step + 1}: out of memory, with {longest:,} tokens at once. {note}"
+            + ("Checkpoints are whole; go on with --resume. " if saved > 0 else "")
             + self.memory_advice()
         )
 
@@ -242,8 +257,8 @@ class Trainer:
 
     def _save_once(self) -> None:
         if self._saved_at != self.run.step and self.run.step != self.run.start_step:
-            self._saved_at = self.run.step
             self.save(self.run)
+            self._saved_at = self.run.step
 
     def _call(self, event: str) -> None:
         if self.processes.is_main:

@@ -17,13 +17,14 @@ import importlib.util
 import inspect
 import itertools
 import math
+import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from xtuner.errors import ModelError
 from xtuner.models.block_attention import block_attention
@@ -78,24 +79,51 @@ def sample_attention(
     return F.dropout(weights, dropout) @ value
 
 
-@cache
 def flash_kernel(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> Any:
     """Flash attention over cumulative lengths, or None where `device` has none for these tensors.
 
     The kernel takes ``(query [N, heads, D], key, value, borders on the device, longest sample,
     scale, window)``.
     """
-    fits = dtype in (torch.bfloat16, torch.float16) and width == value_width and width <= 256
-    if device.type != "cuda" or not fits or torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    if importlib.util.find_spec("flash_attn") is not None:
-        return _flash_attn_package
+    return _choice(device, dtype, width, value_width)[0]
+
+
+@cache
+def _choice(
+    device: torch.device, dtype: torch.dtype, width: int, value_width: int
+) -> tuple[Any, str]:
+    """The kernel, or None and why."""
+    if device.type != "cuda":
+        return None, f"a {device.type} has none"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None, "this GPU is older than Ampere"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None, f"it takes 16 bits and not {str(dtype).removeprefix('torch.')}"
+    if width != value_width or width > 256:
+        return None, f"it does not take heads of {width} and values of {value_width} numbers"
+    if _flash_attn_function() is not None:
+        return _flash_attn_package, ""
+    if width % 8:
+        return None, f"torch's takes heads of a multiple of 8 numbers, not of {width}"
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         from torch.nn.attention.varlen import varlen_attn
 
         if {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-            return _torch_varlen
-    return None
+            return _torch_varlen, ""
+    return None, "this torch has none and the package flash-attn is not installed"
+
+
+@cache
+def _flash_attn_function() -> Any:
+    """That of the package flash-attn, or None. A folder of that name, or a build for another
+    torch, is found like a package but cannot be imported."""
+    try:
+        from flash_attn import (  # type: ignore[import-not-found, unused-ignore]
+            flash_attn_varlen_func,
+        )
+    except (ImportError, OSError):
+        return None
+    return flash_attn_varlen_func
 
 
 def _torch_varlen(
@@ -133,10 +161,8 @@ def _flash_attn_package(
     scale: float,
     window: int | None,
 ) -> Any:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
-
     back = -1 if window is None else window - 1
-    return flash_attn_varlen_func(
+    return _flash_attn_function()(
         query,
         key,
         value,
@@ -218,16 +244,20 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    slow = "flash attention has no dropout" if dropout else "flash attention has no soft cap"
     if not dropout and softcap is None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
         if query.device.type == "cpu":
             ends = tuple(borders.tolist())
             return block_attention(q, k, v, ends, scale=scaling, window=window)[None], None
-        kernel = flash_kernel(query.device, query.dtype, query.shape[-1], value.shape[-1])
+        kernel, why = _choice(query.device, query.dtype, query.shape[-1], value.shape[-1])
+        slow = f"flash attention cannot be used: {why}"
         if kernel is not None:
             longest = kwargs.get("max_length_q") or int(borders.diff().max())
             on_device = _on_device(borders, query.device)
             return kernel(q, k, v, on_device, longest, scaling, window)[None], None
+    if query.device.type != "cpu":
+        _tell_once(slow)
     outputs = [
         sample_attention(
             query[:, :, start:end],
@@ -243,15 +273,20 @@ def packed_attention(
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask that transformers builds for `packed_attention`: none, the borders take its
-    place."""
+@cache
+def _tell_once(why: str) -> None:
+    warnings.warn(
+        f"attention goes sample by sample, slower and with more memory: {why}", stacklevel=2
+    )
 
 
 def register() -> str:
-    """Make the name ``xtuner`` known to transformers and return it."""
+    """Make the name ``xtuner`` known to transformers and return it.
+
+    It gets no function for masks: transformers then builds none, and does not look for borders of
+    samples in the positions either, for which a GPU would have to be waited for at every step.
+    """
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
     return NAME
 
 

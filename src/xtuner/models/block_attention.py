@@ -172,7 +172,7 @@ class _BlockAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
-        kernels = kernels_for(query.new_empty(0)) if layout.widest <= 2**16 else None
+        kernels = _kernels_for(query, key, value) if layout.widest <= 2**16 else None
         q = _in_blocks(query, layout, rotation, kernels).view(
             -1, kv_heads, BLOCK * heads // kv_heads, query.shape[2]
         )
@@ -216,6 +216,11 @@ class _BlockAttention(torch.autograd.Function):
         grad_key = _from_heads(grad_k.to(k.dtype), total, rotation, kernels)
         grad_value = _from_heads(grad_v.to(v.dtype), total, None, kernels)
         return grad_query, grad_key, grad_value, None, None, None
+
+
+def _kernels_for(*tensors: Tensor) -> Kernels | None:
+    """The kernels for these rows, of any strides; none where their types differ."""
+    return kernels_for(*(x.new_empty(0) for x in tensors))
 
 
 def _weights(q: Tensor, k: Tensor, blocks: Blocks, scale: float, kernels: Kernels | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from xtuner.errors import ModelError
 from xtuner.models import attention
 from xtuner.models.loss import cross_entropy_of_logits, summed_cross_entropy
-from xtuner.types import IGNORE_INDEX, Batch
+from xtuner.types import Batch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float64: 1e-6}
 """Largest difference `verify` accepts, relative to the largest value, by number type."""
@@ -66,10 +66,9 @@ class PackedCausalLM(nn.Module):
     def supervised_loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over the supervised tokens of `batch`, a float32 scalar with
         gradients."""
+        positions = batch.predicting
+        targets = batch.labels[0, 1:][positions]
         batch = _filled(batch)
-        labels = batch.labels[0, 1:]
-        positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        targets = labels[positions]
         with torch.autocast(
             self.device.type, dtype=self.autocast, enabled=self.autocast is not None
         ):

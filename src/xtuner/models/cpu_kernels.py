@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -129,8 +130,17 @@ class Kernels:
         self._call("add_windows", part, total, starts, *sizes)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-        """Loss of each row in float32; with `gradient` the logits become their own gradient."""
+        """Loss of each row in float32; with `gradient` the logits become their own gradient.
+
+        Raises:
+            IndexError: a target is no word; the loop would write beyond the row.
+        """
         rows, words = logits.shape
+        if self._library is not None and rows:
+            least, most = (int(x) for x in torch.aminmax(targets))
+            if least < 0 or most >= words:
+                wrong = least if least < 0 else most
+                raise IndexError(f"target {wrong} is not among the model's {words} words")
         loss = logits.new_empty(rows, dtype=torch.float32)
         sizes = NUMBER(rows), NUMBER(words), FLAG(gradient)
         self._call("cross_entropy", logits, targets, loss, *sizes)
@@ -199,6 +209,8 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         return library, "compiled CPU kernels"
     except subprocess.CalledProcessError as error:
         reason = next(iter(error.stderr.strip().splitlines()), "no reason given")
+    except PermissionError as error:
+        return None, f"CPU kernels are not used ({error}): torch does their work, slower"
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
     return None, f"CPU kernels could not be compiled ({reason}): torch does their work, slower"
@@ -221,15 +233,36 @@ def _cpu_flags() -> str:
 
 
 def _compiled(compiler: str) -> Path:
-    """The library for this machine, compiled if it is not there yet."""
-    known = "\n".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu_flags()))
+    """The library for this machine and compiler, compiled if it is not there yet.
+
+    Raises:
+        PermissionError: others could have put it there.
+    """
+    tool = Path(compiler).resolve()
+    version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"
+    known = "\n".join((SOURCE.read_text(), version, *FLAGS, platform.machine(), _cpu_flags()))
     home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
     path = home / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _refuse_others(path.parent)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / "kernels.so"
             command = [compiler, *FLAGS, str(SOURCE), "-lm", "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            made.chmod(0o700)
             made.replace(path)
+    _refuse_others(path)
     return path
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise where somebody beside this user and root could have written what is run from here."""
+    if os.name != "posix":
+        return
+    found = path.stat()
+    if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"others can write {path}, and what is in it would be run; delete it, or choose "
+            "another folder with XTUNER_CACHE"
+        )

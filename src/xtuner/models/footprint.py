@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from xtuner.models import adapters, block_attention, fused_attention, fused_layers, loss
 from xtuner.models.attention import training_implementation
@@ -315,7 +315,6 @@ def _flash_footprint(
 
 
 AttentionInterface.register(KEPT_BY_FLASH, _flash_footprint)
-AttentionMaskInterface.register(KEPT_BY_FLASH, lambda *args, **kwargs: None)
 
 
 @contextmanager

@@ -59,7 +59,8 @@ class _RotaryBlockAttention:
         projected = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (x[0].view(hidden_states.shape[1], -1, width) for x in projected)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+            # under autocast a norm with a float32 weight gives float32, and v is in 16 bits
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         scale, window = self._attention_options
         out = block_attention(
             q,
@@ -115,11 +116,18 @@ def _looks_alike(layer: Any) -> bool:
         PROJECTIONS <= names <= PROJECTIONS | NORMS
         and len(names & NORMS) in (0, 2)
         and isinstance(getattr(layer, "head_dim", None), int)
+        and all(_is_of_a_head(getattr(layer, name), layer.head_dim) for name in names & NORMS)
         and isinstance(getattr(layer, "scaling", None), float)
         and isinstance(getattr(layer, "attention_dropout", None), float)
         and getattr(layer, "is_causal", False) is True
         and not isinstance(layer, _RotaryBlockAttention)
     )
+
+
+def _is_of_a_head(norm: nn.Module, width: int) -> bool:
+    """Whether `norm` takes each head by itself, as Qwen3's; OLMo2's takes all heads at once."""
+    weight = getattr(norm, "weight", None)
+    return isinstance(weight, Tensor) and weight.shape[-1] == width
 
 
 def _probe(layer: Any) -> Tensor:

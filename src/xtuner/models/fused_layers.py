@@ -92,9 +92,17 @@ class _SiluProduct(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), grad_up
 
 
+def _others_keep() -> bool:
+    """Whether hooks of somebody else, as those of recomputation, hold what is kept for gradients.
+
+    torch asks only the innermost hooks: ours inside them would keep gate and up of every layer.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class GatedMLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``; the product is computed again in the backward pass instead
-    of kept."""
+    of kept, unless the whole layer is."""
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module):
         super().__init__()
@@ -103,10 +111,11 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., H]`` to ``[..., H]``."""
         gate, up = project(x, (self.gate_proj, self.up_proj))
-        if (liger := liger_for(gate)) is not None:
-            return self.down_proj(liger.silu_product(gate, up))  # type: ignore[no-any-return]
-        inner: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
-        if not inner.requires_grad:
+        liger = liger_for(gate)
+        product = _SiluProduct.apply if liger is None else liger.silu_product
+        again = _silu_product if liger is None else liger.silu_product
+        inner: Tensor = product(gate, up)  # type: ignore[no-untyped-call]
+        if not inner.requires_grad or _others_keep():
             return self.down_proj(inner)  # type: ignore[no-any-return]
         place, parts = inner.untyped_storage()._cdata, (gate.detach(), up.detach())
 
@@ -117,7 +126,7 @@ class GatedMLP(nn.Module):
         def unpack(kept: Any) -> Tensor:
             if isinstance(kept, Tensor):
                 return kept
-            return _silu_product(*parts).view(kept)
+            return again(*parts).view(kept)  # down_proj's gradient comes before that of the product
 
         inner_size = inner.numel()
         with saved_tensors_hooks(pack, unpack):

@@ -6,6 +6,7 @@ or give something else on this card are not used.
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 from typing import Any
 
@@ -41,17 +42,31 @@ class Liger:
 
 def liger_for(x: Tensor) -> Liger | None:
     """The kernels for `x`, or None where it is not on a GPU or they do not work."""
-    return _checked(x.device) if x.device.type == "cuda" else None
+    return _checked(x.device)[0] if x.device.type == "cuda" else None
+
+
+def state(device: torch.device) -> str:
+    """What a run on a GPU says about them."""
+    return _checked(device)[1]
 
 
 @cache
-def _checked(device: torch.device) -> Liger | None:
+def _checked(device: torch.device) -> tuple[Liger | None, str]:
+    """The kernels, or None, and what is said of them."""
+    unused = "liger's kernels are not used"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None, "liger's kernels are not installed (pip install 'xtuner[gpu]')"
     try:
         found = Liger()
-        right = _norm_is_right(found, device) and _gate_is_right(found, device)
-    except Exception:  # a missing package, a compiler error of Triton, another signature
-        return None
-    return found if right else None
+        # The first to ask may have gradients off, or autocast on, as a check of layers has.
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            norm, gate = _norm_is_right(found, device), _gate_is_right(found, device)
+    except Exception as error:  # an incomplete package, a compiler error of Triton, a new signature
+        first = next(iter(str(error).splitlines()), "")
+        return None, f"{unused} ({type(error).__name__}: {first})"
+    if not (norm and gate):
+        return None, f"{unused} (wrong numbers on this card)"
+    return found, "liger's kernels"
 
 
 def _numbers(device: torch.device, shift: float) -> Tensor:

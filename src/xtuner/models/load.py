@@ -56,9 +56,12 @@ def pick_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> str:
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware."""
+    """Whether `device` multiplies bfloat16 matrices in hardware; a GPU that is not here (a forecast
+    is made for one) is taken to."""
     if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return not torch.cuda.is_available() or bool(
+            torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     features = torch.backends.cpu.get_cpu_capability()
     return features.startswith("AVX512") and _cpu_flag("avx512_bf16")
 
