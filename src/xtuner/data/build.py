@@ -146,7 +146,7 @@ class _Assembly:
         self, train: PackedDataset, validation: PackedDataset | None, learnt: Ints, aside: Ints
     ) -> DataReport:
         s = self._settings
-        learnt = np.unique(learnt)
+        learnt = np.flatnonzero(np.bincount(learnt))  # once each
         used = self._rows_a_source(np.concatenate([learnt, aside]))
         hashes = self._hashes()
         return DataReport(
