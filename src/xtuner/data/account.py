@@ -27,7 +27,7 @@ class Encoded:
 
     def place(self, row: int) -> Place:
         """Where an encoded row came from."""
-        return self._place(int(self.store.files[row]), int(self.store.lines[row]))
+        return self._place(*self.store.place(row))
 
     def lost(self, settings: Settings) -> list[RowGroup]:
         """The rows that cannot be used, by reason."""
