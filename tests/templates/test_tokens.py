@@ -5,6 +5,7 @@ import random
 import pytest
 from template_makers import byte_tokenizer, merging_tokenizer, space_tokenizer
 
+from xtuner.templates import tokens as tokens_module
 from xtuner.templates.tokens import OffsetTokens, PrefixTokens
 
 TOKENIZERS = {
@@ -45,6 +46,21 @@ def test_offsets_and_prefixes_agree(tokenizer):
     fast, slow = OffsetTokens(tokenizer), PrefixTokens(tokenizer)
     for text, cuts in samples(300):
         assert fast.segments(text, cuts) == slow.segments(text, cuts), (text, cuts)
+
+
+def test_looking_single_tokens_up_finds_what_all_offsets_say(tokenizer, monkeypatch):
+    tokens = OffsetTokens(tokenizer)
+    looked_up, answers = tokens_module._plain_places, []
+
+    def watched(*args):
+        answers.append(looked_up(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(tokens_module, "_plain_places", watched)
+    quick = [tokens.segments(text, cuts) for text, cuts in samples(300)]
+    assert sum(answer is not None for answer in answers) > 60
+    monkeypatch.setattr(tokens_module, "_plain_places", lambda *args: None)
+    assert quick == [tokens.segments(text, cuts) for text, cuts in samples(300)]
 
 
 def test_segments_before_a_cut_depend_on_the_text_before_it(tokenizer):

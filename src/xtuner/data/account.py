@@ -27,7 +27,7 @@ class Encoded:
 
     def place(self, row: int) -> Place:
         """Where an encoded row came from."""
-        return self._place(int(self.store.files[row]), int(self.store.lines[row]))
+        return self._place(*self.store.place(row))
 
     def lost(self, settings: Settings) -> list[RowGroup]:
         """The rows that cannot be used, by reason."""
@@ -134,7 +134,7 @@ def duplicate_notes(learnt: npt.NDArray[np.uint64], aside: npt.NDArray[np.uint64
     if duplicates := num_duplicates(learnt, aside):
         total = len(learnt) + len(aside)
         notes.append(f"{duplicates:,} of {total:,} rows are the same as an earlier one")
-    if shared := int(np.isin(aside, learnt).sum()):
+    if shared := _num_shared(learnt, aside):
         notes.append(
             f"{shared:,} of the {len(aside):,} validation rows have a duplicate in the training: "
             "their loss says little"
@@ -144,5 +144,12 @@ def duplicate_notes(learnt: npt.NDArray[np.uint64], aside: npt.NDArray[np.uint64
 
 def num_duplicates(*hashes: npt.NDArray[np.uint64]) -> int:
     """How many rows have the hash of another one before them."""
-    together = np.concatenate(hashes)
-    return len(together) - len(np.unique(together))
+    # numpy's `unique` takes twenty times as long: it fills a hash table
+    in_order = np.sort(np.concatenate(hashes))
+    return int(np.count_nonzero(in_order[1:] == in_order[:-1]))
+
+
+def _num_shared(learnt: npt.NDArray[np.uint64], aside: npt.NDArray[np.uint64]) -> int:
+    """How many of the hashes `aside` are among those `learnt`."""
+    in_order = np.sort(learnt)
+    return int(np.sum(np.searchsorted(in_order, aside, "right") > np.searchsorted(in_order, aside)))

@@ -20,7 +20,8 @@ from xtuner.data.encoding import Encoding
 from xtuner.data.mix import mixed_rows, set_aside
 from xtuner.data.order import Ints
 from xtuner.data.overlong import fit
-from xtuner.data.pack import PackedDataset, pack
+from xtuner.data.pack import PackedDataset
+from xtuner.data.plans import planned
 from xtuner.data.prepare import prepare
 from xtuner.data.report import DataReport, PartReport
 from xtuner.data.samples import SampleTable, samples_of
@@ -137,8 +138,8 @@ class _Assembly:
         s = self._settings
         seeing = own.has_images([each.store for each in self._encoded])[taken]
         if not s.shuffle or seeing.all() or not seeing.any():
-            return pack(own.length, s.max_length, order=taken)
-        parts = [pack(own.length, s.max_length, order=taken[seeing == kind]) for kind in (1, 0)]
+            return planned(own.length, s.max_length, order=taken)
+        parts = [planned(own.length, s.max_length, order=taken[seeing == kind]) for kind in (1, 0)]
         (first, ends), (second, more) = parts
         return np.concatenate([first, second]), np.concatenate([ends, more[1:] + len(first)])
 
@@ -146,7 +147,7 @@ class _Assembly:
         self, train: PackedDataset, validation: PackedDataset | None, learnt: Ints, aside: Ints
     ) -> DataReport:
         s = self._settings
-        learnt = np.unique(learnt)
+        learnt = np.flatnonzero(np.bincount(learnt))  # once each
         used = self._rows_a_source(np.concatenate([learnt, aside]))
         hashes = self._hashes()
         return DataReport(

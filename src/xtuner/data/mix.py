@@ -57,9 +57,11 @@ def set_aside(rows: Ints, *, ratio: float, seed: int) -> tuple[Ints, Ints]:
 
     All repeats of a row are on the same side.
     """
-    different = np.unique(rows)
+    different = np.flatnonzero(np.bincount(rows))
     count = round(len(different) * ratio)
     if ratio and not count and len(different) > 1:
         count = 1
     aside = different[order.subset(len(different), count, "validation", seed)]
-    return rows[~np.isin(rows, aside)], aside
+    is_aside = np.zeros(different[-1] + 1 if len(different) else 0, dtype=np.bool_)
+    is_aside[aside] = True
+    return rows[~is_aside[rows]], aside

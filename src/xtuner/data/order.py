@@ -25,6 +25,8 @@ def permutation(n: int, *key: int | str) -> Ints:
 
 def subset(n: int, k: int, *key: int | str) -> Ints:
     """`k` of the numbers 0 to n - 1, ascending; they depend on `n`, `k` and `key` alone."""
+    if not k:
+        return np.zeros(0, dtype=np.int64)
     return np.sort(permutation(n, *key)[:k])
 
 

@@ -37,18 +37,17 @@ def fit(store: RowStore, *, source: int, max_length: int, policy: Policy) -> Fit
     """
     lengths = store.lengths
     overlong = np.flatnonzero(lengths > max_length)
-    supervised = np.asarray(store.supervised, dtype=np.int64)
-    rows = np.arange(len(store), dtype=np.int64)
-    keep = lengths <= max_length
-    starts = np.zeros_like(rows)
-    whole = SampleTable(np.full_like(rows, source), rows, starts, lengths, supervised).take(
-        np.flatnonzero(keep)
+    rows = np.arange(len(store), dtype=np.int32)
+    whole = SampleTable(
+        np.full_like(rows, source), rows, np.zeros_like(rows), lengths, store.supervised
     )
+    if len(overlong):
+        whole = whole.take(np.flatnonzero(lengths <= max_length))
     if policy in ("drop", "error") or not len(overlong):
         return Fitted(whole, overlong, overlong)
     cut = [_pieces(store, int(row), max_length, policy) for row in overlong]
-    table = np.array([piece for pieces in cut for piece in pieces], dtype=np.int64).reshape(-1, 4)
-    parts = SampleTable(np.full(len(table), source, dtype=np.int64), *table.T)
+    table = np.array([piece for pieces in cut for piece in pieces], dtype=np.int32).reshape(-1, 4)
+    parts = SampleTable(np.full(len(table), source, dtype=np.int32), *table.T)
     samples = SampleTable.joined([whole, parts])
     by_row = np.lexsort((samples.start, samples.row))
     lost = np.array(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.data.order import Ints
-from xtuner.data.samples import SampleTable
+from xtuner.data.samples import Ints32, SampleTable
 from xtuner.data.store import RowStore
 from xtuner.types import Sample
 
@@ -23,7 +23,7 @@ LOOK_AHEAD = 1_000
 """Number of coming samples that may jump the queue to fill a pack."""
 
 
-def pack(lengths: Ints, capacity: int, *, order: Ints) -> tuple[Ints, Ints]:
+def pack(lengths: Ints | Ints32, capacity: int, *, order: Ints) -> tuple[Ints, Ints]:
     """Spread samples over packs.
 
     Args:
@@ -129,17 +129,17 @@ class PackedDataset:
     @property
     def num_tokens(self) -> int:
         """Tokens in all packs."""
-        return int(self._samples.length.sum())
+        return int(self._samples.length.sum(dtype=np.int64))
 
     @property
     def num_supervised(self) -> int:
         """Tokens that the loss sums over, in all packs."""
-        return int(self._samples.supervised.sum())
+        return int(self._samples.supervised.sum(dtype=np.int64))
 
     @property
     def lengths(self) -> Ints:
         """Tokens of each pack ``[P]``."""
-        return np.add.reduceat(self._samples.length, self._borders[:-1])
+        return np.add.reduceat(self._samples.length, self._borders[:-1], dtype=np.int64)
 
     @property
     def has_images(self) -> npt.NDArray[np.bool_]:
@@ -153,7 +153,7 @@ class PackedDataset:
             digest.update(store.key.encode())
         table = self._samples
         for array in (table.source, table.row, table.start, table.length, self._borders):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()
 
     def _sample(self, index: int) -> Sample:

@@ -77,17 +77,17 @@ class LocalFile:
                 yield from self._text_rows(stream)
 
     def _text_rows(self, stream: _Stream) -> Iterator[RawRow]:
-        data, size = stream.data, self.size
+        data = stream.data
         if self._kind == ".txt":
             if (raw := data.read()).removeprefix(_BOM).strip():
-                yield RawRow(1, _document(raw), size)
+                yield RawRow(1, _document(raw), self.size)
         elif self._kind in (".csv", ".tsv"):
             delimiter = "\t" if self._kind == ".tsv" else ","
             for line, row in csv_rows(data, name=self.name, delimiter=delimiter):
                 yield RawRow(line, row, stream.position())
         elif self.unit == "row":
-            for number, (row, share) in enumerate(array_rows(data.read(), name=self.name), 1):
-                yield RawRow(number, row, int(size * share))
+            for number, row in enumerate(array_rows(data, name=self.name), 1):
+                yield RawRow(number, row, stream.position())
         else:
             yield from self._line_rows(stream)
 
@@ -99,7 +99,7 @@ class LocalFile:
                 continue
             if first and self._kind == ".json" and isinstance(parse(text), Fault):
                 with self._open() as whole:
-                    refuse_single_object(whole.data.read(), name=self.name)
+                    refuse_single_object(whole.data, name=self.name)
             first = False
             yield RawRow(line, text, stream.position())
 

@@ -11,10 +11,12 @@ import numpy.typing as npt
 from xtuner.data.order import Ints
 from xtuner.data.store import RowStore
 
+Ints32 = npt.NDArray[np.int32]
+
 
 @dataclass(frozen=True)
 class SampleTable:
-    """One entry a sample, every array ``[S]``.
+    """One entry a sample, every array ``[S]``. All of it stays in memory: 20 bytes a sample.
 
     Attributes:
         source: number of the source.
@@ -23,11 +25,11 @@ class SampleTable:
         supervised: tokens of the sample that the loss sums over.
     """
 
-    source: Ints
-    row: Ints
-    start: Ints
-    length: Ints
-    supervised: Ints
+    source: Ints32
+    row: Ints32
+    start: Ints32
+    length: Ints32
+    supervised: Ints32
 
     def __len__(self) -> int:
         return len(self.row)
@@ -47,6 +49,8 @@ class SampleTable:
     @classmethod
     def joined(cls, tables: list[SampleTable]) -> SampleTable:
         """All samples of `tables`, one table after the other."""
+        if len(tables) == 1:
+            return tables[0]
         names = [field.name for field in fields(cls)]
         return cls(*(np.concatenate([getattr(t, name) for t in tables]) for name in names))
 

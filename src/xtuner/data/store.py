@@ -1,4 +1,4 @@
-"""Encoded rows on disk: .npy arrays that are mapped, not read, and a JSON of the rows that failed.
+"""Encoded rows on disk: .npy arrays that are read where needed, and a JSON of the rows that failed.
 
 token_ids.npy int32 [T]   mask.npy bool [T]         all rows, end to end
 offsets.npy int64 [R+1]                          where each row begins, then T
@@ -15,11 +15,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.data.columns import Column, ColumnWriter
 from xtuner.data.rows import Fault
 from xtuner.types import RowRef
 
@@ -108,7 +109,7 @@ class StoreWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._columns = {
-            name: _Column(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()
+            name: ColumnWriter(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()
         }
         self._columns["offsets"].append(np.zeros(1))
         self._end = self._names_end = 0
@@ -150,32 +151,6 @@ class StoreWriter:
             column.close()
 
 
-class _Column:
-    """A one-dimensional .npy file that grows; the header has room for the final length."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._dtype = dtype
-        self._length = 0
-        self._file: BinaryIO = path.open("wb")
-        self._write_header()
-
-    def append(self, values: npt.NDArray[Any]) -> None:
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
-        self._length += len(values)
-
-    def close(self) -> int:
-        """Write the final header; return the length."""
-        if not self._file.closed:
-            self._file.seek(0)
-            self._write_header()
-            self._file.close()
-        return self._length
-
-    def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
 class RowStore:
     """The encoded rows of one source, read from `folder` when they are asked for.
 
@@ -200,33 +175,29 @@ class RowStore:
             self.about: dict[str, Any] = json.loads(
                 (self.folder / ABOUT).read_text(encoding="utf-8")
             )
-            arrays = {name: _mapped(self.folder / f"{name}.npy") for name in _ARRAYS}
         except OSError as error:
             raise ValueError(f"{self.folder}: {error}") from error
-        self._tokens, self._mask, self.offsets = (
-            arrays["token_ids"],
-            arrays["mask"],
-            arrays["offsets"],
-        )
-        self.lines, self.files = arrays["lines"], arrays["files"]
-        self.supervised, self.hashes = arrays["supervised"], arrays["hashes"]
-        self._image_names, self._image_ends = arrays["image_names"], arrays["image_ends"]
-        self._arrays = arrays
+        self._columns = {
+            name: Column(self.folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()
+        }
 
     def _check(self) -> None:
-        sizes = {name: len(array) for name, array in self._arrays.items()}
+        sizes = {name: len(column) for name, column in self._columns.items()}
         rows = sizes["lines"]
+        offsets = self._columns["offsets"].read()
         consistent = (
             sizes == self.about.get("sizes")
-            and all(self._arrays[name].dtype == dtype for name, dtype in _ARRAYS.items())
-            and sizes["token_ids"] == sizes["mask"] == self.offsets[-1]
             and sizes["offsets"] == rows + 1
+            and sizes["token_ids"] == sizes["mask"] == offsets[-1]
             and {sizes[name] for name in ("files", "supervised", "hashes", "image_ends")} == {rows}
-            and sizes["image_names"] == (int(self._image_ends[-1]) if rows else 0)
-            and bool(np.all(np.diff(self.offsets) > 0))
+            and sizes["image_names"] == (self._value("image_ends", rows - 1) if rows else 0)
+            and bool(np.all(offsets[1:] > offsets[:-1]))
         )
         if not consistent:
             raise ValueError(f"{self.folder}: the arrays do not fit together")
+
+    def _value(self, name: str, row: int) -> int:
+        return int(self._columns[name].read(row, 1)[0])
 
     def __getstate__(self) -> tuple[Path, str, tuple[str, ...]]:
         return self.folder, self.key, self._file_names
@@ -236,12 +207,22 @@ class RowStore:
         self._open()
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self._columns["lines"])
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
+    def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each row ``[R]``."""
-        return np.diff(self.offsets)
+        return np.diff(self._columns["offsets"].read()).astype(np.int32)
+
+    @property
+    def supervised(self) -> npt.NDArray[np.int32]:
+        """Tokens of each row that the loss sums over ``[R]``."""
+        return self._columns["supervised"].read()
+
+    @property
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """A hash of each row's tokens and pictures ``[R]``."""
+        return self._columns["hashes"].read()
 
     @property
     def rows_read(self) -> int:
@@ -264,45 +245,42 @@ class RowStore:
         self, row: int, start: int, length: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """`length` token ids from `start` on of one row, and their loss mask."""
-        first = int(self.offsets[row]) + start
+        first = self._value("offsets", row) + start
         return (
-            self._tokens[first : first + length].astype(np.int64),
-            np.array(self._mask[first : first + length]),
+            self._columns["token_ids"].read(first, length).astype(np.int64),
+            self._columns["mask"].read(first, length).copy(),
         )
 
     def length(self, row: int) -> int:
         """Tokens of one row."""
-        return int(self.offsets[row + 1] - self.offsets[row])
+        start, end = self._columns["offsets"].read(row, 2).tolist()
+        return int(end - start)
 
     def count_supervised(self, row: int, start: int, length: int) -> int:
         """How many of `length` tokens from `start` on the loss has; the first never counts."""
-        first = int(self.offsets[row]) + start
-        return int(np.count_nonzero(self._mask[first + 1 : first + length]))
+        first = self._value("offsets", row) + start
+        return int(np.count_nonzero(self._columns["mask"].read(first + 1, length - 1)))
 
     def images(self, row: int) -> tuple[str, ...]:
         """Names of the pictures of one row."""
-        start = int(self._image_ends[row - 1]) if row else 0
-        packed = self._image_names[start : int(self._image_ends[row])].tobytes()
-        return tuple(json.loads(packed)) if packed else ()
+        if not len(self._columns["image_names"]):
+            return ()
+        start = self._value("image_ends", row - 1) if row else 0
+        packed = self._columns["image_names"].read(start, self._value("image_ends", row) - start)
+        return tuple(json.loads(packed.tobytes())) if len(packed) else ()
 
     @property
     def has_images(self) -> npt.NDArray[np.bool_]:
         """Whether each row has pictures ``[R]``."""
-        return np.diff(self._image_ends, prepend=0) > 0
+        if not len(self._columns["image_names"]):
+            return np.zeros(len(self), dtype=np.bool_)
+        return np.diff(self._columns["image_ends"].read(), prepend=0) > 0
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of the file that a row is from, and its line there."""
+        return self._value("files", row), self._value("lines", row)
 
     def ref(self, row: int) -> RowRef:
         """Where a row came from."""
-        return RowRef(self._file_names[self.files[row]], int(self.lines[row]))
-
-
-def _mapped(path: Path) -> npt.NDArray[Any]:
-    # numpy cannot map an array of length 0
-    mode: Literal["r"] | None = None if _is_empty(path) else "r"
-    array: npt.NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
-    return array
-
-
-def _is_empty(path: Path) -> bool:
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        return bool(np.lib.format.read_array_header_1_0(file)[0] == (0,))
+        file, line = self.place(row)
+        return RowRef(self._file_names[file], line)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from xtuner.errors import ModelError
 from xtuner.models import attention
 from xtuner.models.loss import cross_entropy_of_logits, summed_cross_entropy
-from xtuner.types import Batch
+from xtuner.types import IGNORE_INDEX, Batch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float64: 1e-6}
 """Largest difference `verify` accepts, relative to the largest value, by number type."""
