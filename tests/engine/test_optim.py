@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from xtuner.engine.optim import learning_rate, load_optimizer, make_optimizer
+from xtuner.engine.optim import clip_gradients, learning_rate, load_optimizer, make_optimizer
 from xtuner.errors import ConfigError
 
 
@@ -99,3 +100,19 @@ def test_loaded_state_is_paged_again(monkeypatch):
         assert torch.equal(optimizer.state[large][name], state[0][name])
         assert optimizer.state[small][name] is state[1][name]
     assert optimizer.state[large]["step"] == 7
+
+
+def test_gradients_are_clipped_as_torch_does_and_left_alone_below_the_limit():
+    def parameters():
+        generator = torch.Generator().manual_seed(4)
+        made = [nn.Parameter(torch.zeros(n)) for n in (3, 5, 7)]
+        for p in made[:2]:  # the third has no gradient
+            p.grad = torch.randn(p.shape, generator=generator)
+        return made
+
+    for limit in (0.5, 1e6, None):
+        ours, theirs = parameters(), parameters()
+        norm = clip_gradients(ours, limit)
+        expected = nn.utils.clip_grad_norm_(theirs, float("inf") if limit is None else limit)
+        assert norm == expected.item()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours[:2], theirs[:2], strict=True))

@@ -144,5 +144,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
     """Scale gradients down to `max_norm` (None: leave them) and return their norm before that."""
-    limit = math.inf if max_norm is None else max_norm
-    return float(nn.utils.clip_grad_norm_(list(parameters), limit))
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None and norm > max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)

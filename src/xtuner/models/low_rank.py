@@ -1,8 +1,8 @@
 """Frozen linear layers and their LoRA adapters as one operation (arXiv:2106.09685, equation 3).
 
-    forward    h = s drop(x) A^T,         y = x W^T + b + h B^T
-    backward   dh = s dy B,               dx = dy W + drop'(dh A)
-               dB = dy^T h,               dA = dh^T drop(x)
+    forward    h = drop(x) (s A)^T,       y = x W^T + b + h B^T
+    backward   dh = dy B,                 dx = dy W + drop'(dh s A)
+               dB = dy^T h,               dA = s dh^T drop(x)
 
 Written out, it adds the adapter inside the matrix product, gives W no gradient, multiplies in the
 type of the activations although A and B are stored in float32, and keeps no copy of a quantised W:
@@ -65,62 +65,65 @@ class _LowRankLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, parts: Sequence[Adapted], *adapters: Tensor
     ) -> tuple[Tensor, ...]:
         """`adapters`: the A of all parts and then their B, named for autograd to see."""
-        rows, dtype = x.flatten(0, -2), x.dtype
-        downs, ups = ([a.to(dtype) for a in half] for half in _halves(adapters))
+        rows, dtype, count = x.flatten(0, -2), x.dtype, len(parts)
+        scaled = rows.new_empty(sum(len(part.down) for part in parts), rows.shape[1])
+        downs = scaled.split([len(part.down) for part in parts])
+        for down, given, part in zip(downs, adapters, parts, strict=False):
+            torch.mul(given, part.scaling, out=down)
+        ups = [up.to(dtype) for up in adapters[count:]]
         masks = []
         if any(part.dropout for part in parts):
             dropped = [torch.native_dropout(rows, part.dropout, True) for part in parts]
             inners = [some @ down.T for (some, _), down in zip(dropped, downs, strict=True)]
             masks = [mask for _, mask in dropped]
         else:
-            inners = list((rows @ torch.cat(downs).T).split([len(down) for down in downs], dim=1))
+            inners = list((rows @ scaled.T).split([len(down) for down in downs], dim=1))
         outs = []
-        for i, (part, up) in enumerate(zip(parts, ups, strict=True)):
+        for part, inner, up in zip(parts, inners, ups, strict=True):
             bias: Any = part.layer.bias
             bias = None if bias is None else bias.to(dtype)
             out = F.linear(rows, frozen_weight(part.layer, dtype), bias)
-            inners[i] = inners[i] * part.scaling
-            outs.append(out.addmm_(inners[i], up.T))
-        ctx.save_for_backward(rows, *inners, *downs, *ups, *masks)
+            outs.append(out.addmm_(inner, up.T))
+        ctx.save_for_backward(rows, scaled, *inners, *ups, *masks)
         ctx.parts, ctx.shape, ctx.types = parts, x.shape, [a.dtype for a in adapters]
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Gradients of x, of all A and of all B."""
-        count = len(ctx.parts)
-        rows, *saved = ctx.saved_tensors
-        inners, downs, ups = (saved[i * count : (i + 1) * count] for i in range(3))
-        masks = saved[3 * count :]
+        parts, types, count = ctx.parts, ctx.types, len(ctx.parts)
+        rows, scaled, *saved = ctx.saved_tensors
+        inners, ups, masks = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        ranks = [len(part.down) for part in parts]
         grad_x = None
         grad_inners, grad_ups = [], []
-        for part, grad, inner, up in zip(ctx.parts, grads, inners, ups, strict=True):
+        for part, grad, inner, up in zip(parts, grads, inners, ups, strict=True):
             pull = grad.flatten(0, -2)
             if ctx.needs_input_grad[0]:
                 weight = frozen_weight(part.layer, rows.dtype)
                 grad_x = pull @ weight if grad_x is None else grad_x.addmm_(pull, weight)
-            grad_inners.append((pull @ up).mul_(part.scaling))
+            grad_inners.append(pull @ up)
             grad_ups.append(pull.T @ inner)
         if masks:
             grad_downs = []
-            for part, g, down, mask in zip(ctx.parts, grad_inners, downs, masks, strict=True):
+            downs = scaled.split(ranks)
+            for part, g, down, mask in zip(parts, grad_inners, downs, masks, strict=True):
                 kept = 1 / (1 - part.dropout) if part.dropout < 1 else 0.0
                 grad_downs.append(g.T @ (rows * mask * kept))
                 if grad_x is not None:
                     grad_x += torch.ops.aten.native_dropout_backward(g @ down, mask, kept)
         else:
-            grad_inner = torch.cat(grad_inners, dim=1)
-            grad_downs = list((grad_inner.T @ rows).split([len(down) for down in downs]))
+            grad_inner = torch.cat(grad_inners, dim=1) if count > 1 else grad_inners[0]
+            grad_downs = list((grad_inner.T @ rows).split(ranks))
             if grad_x is not None:
-                grad_x.addmm_(grad_inner, torch.cat(downs))
-        grad_adapters = zip((*grad_downs, *grad_ups), ctx.types, strict=True)
+                grad_x.addmm_(grad_inner, scaled)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, *(grad.to(dtype) for grad, dtype in grad_adapters)
-
-
-def _halves(adapters: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :]
+        return (
+            *(grad_x, None),
+            *(g.to(t).mul_(p.scaling) for g, t, p in zip(grad_downs, types, parts, strict=False)),
+            *(g.to(t) for g, t in zip(grad_ups, types[count:], strict=True)),
+        )
 
 
 def low_rank_linears(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:
