@@ -51,6 +51,19 @@ def test_gated_mlp_equals_the_formula_although_it_keeps_no_product(frozen):
         assert (got - exact).abs().max() < 1e-12
 
 
+def test_the_gradient_of_the_product_takes_two_places_beside_its_inputs():
+    gate, up = (torch.randn(64, 64, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    product = fused_layers._SiluProduct.apply(gate, up)
+    pull, counter = torch.ones_like(product), LiveBytes()
+    with counter:
+        grads = torch.autograd.grad(product, (gate, up), pull)
+    assert max(counter.history) == 2 * 64 * 64 * 8
+    for got, exact in zip(
+        grads, torch.autograd.grad(F.silu(gate) * up, (gate, up), pull), strict=True
+    ):
+        assert (got - exact).abs().max() < 1e-12
+
+
 def kept_and_gradients(layers):
     """Bytes alive after the forward pass of a recomputing model, and its gradients."""
     model = tiny_model(num_hidden_layers=layers, intermediate_size=1024)

@@ -111,7 +111,9 @@ def measure(
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         with nullcontext() if flash else shapes_only():
-            peaks = [peak + workspace for peak in _peaks_of_step(model.train(), tokens, autocast)]
+            peaks = [
+                peak + workspace for peak in _peaks_of_step(model.train(), tokens, autocast, flash)
+            ]
         weights = sum(size for size, _ in held) - saved
         gradients = sum(size for size, trained in held if trained)
         return _Counts([weights, gradients, trainable, parameters, *peaks])
@@ -197,7 +199,7 @@ def _quantised_size(
 
 
 def _peaks_of_step(
-    model: Any, tokens: tuple[int, ...], autocast: torch.dtype | None
+    model: Any, tokens: tuple[int, ...], autocast: torch.dtype | None, on_gpu: bool
 ) -> tuple[int, int, int]:
     """Peaks of the forward pass with the loss, and of both halves of the backward pass.
 
@@ -229,6 +231,8 @@ def _peaks_of_step(
                 hidden[0, :supervised], head.weight, ids[0, :supervised]
             )
             del hidden
+            if on_gpu:  # only on a CPU does the loss keep its workspace
+                loss._kept_workspace.clear()
         forward = len(counter.history)
         with counter:
             value.backward()

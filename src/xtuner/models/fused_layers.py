@@ -88,8 +88,8 @@ class _SiluProduct(torch.autograd.Function):
         kernels = kernels_for(grad, gate, up)
         if kernels is not None:
             return kernels.silu_product_backward(grad, gate, up)
-        grad_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+        grad_up, grad_gate = F.silu(gate).mul_(grad), grad * up
+        return torch.ops.aten.silu_backward(grad_gate, gate, grad_input=grad_gate), grad_up
 
 
 def _others_keep() -> bool:
