@@ -28,7 +28,7 @@ from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.workplace import WorkPlace
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models import cpu_kernels, liger
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_tokenizer, pick_device, resolve_dtype
@@ -81,8 +81,8 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
         processes: how many would train; those on a CPU share `memory`.
 
     Raises:
-        XTunerError: the model cannot be found, or nobody says how much memory a GPU has that is
-            not here.
+        XTunerError: the model cannot be found, the forecast failed, or nobody says how much memory
+            a GPU has that is not here.
     """
     settings = loaded.settings
     device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
@@ -90,6 +90,8 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     console = Console(highlight=False, soft_wrap=True)
     for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
         console.print(line, markup=False)
+    if plan.forecast.failure:
+        raise LaunchError("nothing can be said of the memory of this run; training may work")
     console.print(
         f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
         f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "
