@@ -15,7 +15,6 @@ from rich.console import Console
 from xtuner import plugins, templates
 from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
-from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.pack import PackedDataset
@@ -211,7 +210,7 @@ class _TrainingRun:
 
         def once() -> TrainingData:
             return build(
-                self._whole_settings,
+                self.settings,
                 template=self.template,
                 tokenizer=self.tokenizer,
                 folder=self.loaded.folder,
@@ -245,11 +244,6 @@ class _TrainingRun:
 
     def _collate(self, algorithm: Algorithm) -> Collate:
         return self.vision.collate(algorithm) if self.vision else algorithm.collate
-
-    @property
-    def _whole_settings(self) -> Settings:
-        """The settings with the tokens of a picture in max_length."""
-        return self.vision.whole(self.settings) if self.vision else self.settings
 
     def _make_model(self, source: Path | None) -> PackedCausalLM:
         """Load and prepare the model, going on from `source`; verify its shortcuts."""

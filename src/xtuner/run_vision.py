@@ -22,6 +22,27 @@ from xtuner.models.sight import Processor, add_image_token, vision_config, weigh
 from xtuner.types import Algorithm, Message
 
 
+def sight_of(settings: Settings, tokenizer: Any, *, folder: Path) -> Sight | None:
+    """What the data part needs to know of the eyes of a run; None if it has none.
+
+    Args:
+        settings: of the run.
+        tokenizer: gets the token ``<image>`` where there are eyes.
+        folder: of the settings file.
+
+    Raises:
+        ModelError, DataError: the encoder or the folder of the pictures is not there.
+    """
+    return _sight(settings, tokenizer, folder) if settings.sees else None
+
+
+def _sight(settings: Settings, tokenizer: Any, folder: Path) -> Sight:
+    config = vision_config(settings.visual_encoder_name_or_path or "")
+    tokens = (config["image_size"] // config["patch_size"]) ** 2
+    pictures = picture_folder(settings.image_folder, data_root=settings.data_root, folder=folder)
+    return Sight(pictures, add_image_token(tokenizer), tokens)
+
+
 @dataclass
 class RunVision:
     """The eyes of a run.
@@ -54,12 +75,7 @@ class RunVision:
             ModelError, DataError: the encoder or the folder of the pictures is not there.
         """
         name = settings.visual_encoder_name_or_path or ""
-        config = vision_config(name)
-        tokens = (config["image_size"] // config["patch_size"]) ** 2
-        pictures = picture_folder(
-            settings.image_folder, data_root=settings.data_root, folder=folder
-        )
-        sight = Sight(pictures, add_image_token(tokenizer), tokens)
+        sight = _sight(settings, tokenizer, folder)
         processor = Processor(name, settings.pad_image_to_square)
         features = None
         if settings.cache_visual_features:
@@ -78,12 +94,6 @@ class RunVision:
         """The visual encoder, as a checkpoint names it."""
         name = self.settings.visual_encoder_name_or_path or ""
         return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-    def whole(self, settings: Settings) -> Settings:
-        """`settings` with the tokens of one picture in max_length."""
-        return settings.model_copy(
-            update={"max_length": settings.max_length + self.sight.tokens_each}
-        )
 
     def collate(self, algorithm: Algorithm) -> Collate:
         """Batches with pixels."""

@@ -30,8 +30,8 @@ class Encoding:
         template: lays out conversations.
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first.
-        quiet: show no progress.
         sight: how pictures are laid out; None for a model without a visual encoder.
+        quiet: show no progress.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Encoding:
         template: Template,
         tokenizer: Any,
         folder: Path,
+        sight: Sight | None,
         quiet: bool = False,
-        sight: Sight | None = None,
     ) -> None:
         self._sight = sight
         self._template, self._tokenizer, self._folder = template, tokenizer, folder

@@ -78,6 +78,20 @@ class Sight:
             mask += [supervised and token_id != self.token_id] * times
         return Encoded(ids, mask)
 
+    def whole(self, sample: Sample) -> Sample:
+        """`sample` without the picture that max_length cut in two, if one: it is the end of it."""
+        if not sample.images:
+            return sample
+        tokens = int((sample.input_ids == self.token_id).sum())
+        whole, rest = divmod(tokens, self.tokens_each)
+        end = len(sample.input_ids) - rest
+        return replace(
+            sample,
+            input_ids=sample.input_ids[:end],
+            loss_mask=sample.loss_mask[:end],
+            images=sample.images[:whole],
+        )
+
     def facts(self) -> dict[str, Any]:
         """What encoded rows depend on."""
         root = str(self.folder.root.resolve())
@@ -107,7 +121,7 @@ class PictureCollate:
         Raises:
             DataError: a picture cannot be read any more; names the row and the file.
         """
-        whole = [self._with_whole_pictures(sample) for sample in samples]
+        whole = [self.sight.whole(sample) for sample in samples]
         batch = self.collate(whole)
         if not any(sample.images for sample in whole):
             return batch
@@ -121,20 +135,6 @@ class PictureCollate:
             keys=tuple(key for key, _, _ in found if key),
         )
         return replace(batch, pictures=pictures)
-
-    def _with_whole_pictures(self, sample: Sample) -> Sample:
-        """Without the picture that max_length cut in two, if one: it is the end of the sample."""
-        if not sample.images:
-            return sample
-        tokens = int((sample.input_ids == self.sight.token_id).sum())
-        whole, rest = divmod(tokens, self.sight.tokens_each)
-        end = len(sample.input_ids) - rest
-        return replace(
-            sample,
-            input_ids=sample.input_ids[:end],
-            loss_mask=sample.loss_mask[:end],
-            images=sample.images[:whole],
-        )
 
     def _read(self, sample: Sample, name: str) -> tuple[str, np.ndarray | None, Tensor | None]:
         """The picture's key, and its pixels or its features."""

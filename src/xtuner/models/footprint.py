@@ -172,7 +172,7 @@ def _fix_rotation(model: nn.Module) -> None:
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         if isinstance(kind, str):
-            module.rope_type = "default"
+            module.rope_type = "default"  # type: ignore[assignment]
         elif isinstance(kind, dict):  # one for each type of layers
             module.rope_type = dict.fromkeys(kind, "default")  # type: ignore[assignment]
 
