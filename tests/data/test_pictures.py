@@ -93,6 +93,39 @@ def test_a_bomb_is_refused_before_it_is_decoded(folder, side):
     assert side * side > pictures.MAX_PIXELS
 
 
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (9_000, 200), (5_000, 10)])
+def test_a_line_that_would_become_a_huge_square_is_refused(folder, size):
+    Image.new("1", size).save(folder.root / "line.png")
+    assert (folder.root / "line.png").stat().st_size < 2_000
+    with pytest.raises(PictureError, match=r"more than (8,000 on a side|100 times)"):
+        folder.check("line.png")
+    with pytest.raises(PictureError):
+        folder.load("line.png")
+
+
+def with_exif(body):
+    """A PNG with a chunk eXIf of `body`."""
+    raw = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(raw, "PNG")
+    whole = b"eXIf" + body
+    chunk = struct.pack(">I", len(body)) + whole + struct.pack(">I", zlib.crc32(whole))
+    return raw.getvalue().replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+
+
+def test_a_picture_that_cannot_be_turned_upright_does_not_pass_the_check(folder):
+    (folder.root / "exif.png").write_bytes(with_exif(b"no TIFF header"))
+    for use in (folder.check, folder.load):
+        with pytest.raises(PictureError, match="'exif.png' is damaged"):
+            use("exif.png")
+
+
+def test_grey_in_16_bits_keeps_its_shades(folder):
+    shades = np.array([[0, 0x40FF, 0x8000, 0xFFFF]], np.uint16)
+    Image.fromarray(shades).save(folder.root / "grey.png")
+    folder.check("grey.png")
+    assert np.asarray(folder.load("grey.png"))[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
+
+
 def test_pictures_stand_upright(tmp_path):
     image = Image.new("RGB", (4, 2))
     exif = image.getexif()
