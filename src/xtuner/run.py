@@ -131,9 +131,7 @@ class _TrainingRun:
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
         if settings.sees:
-            self.vision = RunVision.of(
-                settings, self.tokenizer, folder=self.loaded.folder, dtype=self.dtype
-            )
+            self.vision = RunVision.of(settings, self.tokenizer, folder=self.loaded.folder)
         self.template = templates.of_run(settings, self.tokenizer, folder=self.loaded.folder)
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
         data = self._build_data(place)

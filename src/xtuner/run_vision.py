@@ -18,7 +18,7 @@ from xtuner.data.sources import below
 from xtuner.errors import ModelError
 from xtuner.models.llava_load import Seeing
 from xtuner.models.llava_parts import Parts, make
-from xtuner.models.sight import Processor, add_image_token, vision_config, weights_identity
+from xtuner.models.sight import Processor, add_image_token, identity_of, vision_config
 from xtuner.types import Algorithm, Message
 
 
@@ -66,9 +66,7 @@ class RunVision:
     shown: Vision = field(init=False)
 
     @classmethod
-    def of(
-        cls, settings: Settings, tokenizer: Any, *, folder: Path, dtype: torch.dtype
-    ) -> RunVision:
+    def of(cls, settings: Settings, tokenizer: Any, *, folder: Path) -> RunVision:
         """Read what the visual encoder says of itself; `tokenizer` gets the token ``<image>``.
 
         Raises:
@@ -77,16 +75,7 @@ class RunVision:
         name = settings.visual_encoder_name_or_path or ""
         sight = _sight(settings, tokenizer, folder)
         processor = Processor(name, settings.pad_image_to_square)
-        features = None
-        if settings.cache_visual_features:
-            features = FeatureStore.of(
-                {
-                    "encoder": weights_identity(name),
-                    "layer": settings.visual_select_layer,
-                    "processor": processor.upstream.to_dict(),
-                    "dtype": str(dtype),
-                }
-            )
+        features = FeatureStore() if settings.cache_visual_features else None
         return cls(settings, folder, sight, processor, features)
 
     @property
@@ -117,6 +106,16 @@ class RunVision:
             projector=self._projector(),
             keep=self.features.write if self.features else None,
         )
+        if self.features:
+            encoder, tokens = self.parts.encoder, self.sight.tokens_each
+            self.features.open(
+                {
+                    "encoder": identity_of(encoder),
+                    "layer": self.settings.visual_select_layer,
+                    "processor": self.processor.upstream.to_dict(),
+                },
+                shape=(tokens, encoder.config.hidden_size),
+            )
         eyes, sight = self.parts.packed.eyes, self.sight
         self.shown = Vision(
             Seeing(self.parts.llava, eyes, self.processor, sight.token_id, sight.tokens_each)

@@ -115,7 +115,7 @@ def with_exif(body):
 def test_a_picture_that_cannot_be_turned_upright_does_not_pass_the_check(folder):
     (folder.root / "exif.png").write_bytes(with_exif(b"no TIFF header"))
     for use in (folder.check, folder.load):
-        with pytest.raises(PictureError, match="'exif.png' is damaged"):
+        with pytest.raises(PictureError, match=r"'exif\.png' is damaged"):
             use("exif.png")
 
 
