@@ -57,9 +57,12 @@ class Encoding:
             for chunk in self.chunks(source):
                 writer.append(chunk)
 
-        names = [file.name for file in source.files]
         return cache.load_or_make(
-            self._key(source), file_names=names, make=make, usable=self._usable
+            self._key(source),
+            file_names=[file.name for file in source.files],
+            units=[file.unit for file in source.files],
+            make=make,
+            usable=self._usable,
         )
 
     def _usable(self, store: RowStore) -> bool:

@@ -147,8 +147,7 @@ class PictureCollate:
             return key, self.pixels(decode(io.BytesIO(raw), name)), None
         except (PictureError, OSError) as error:
             raise DataError(
-                f"{sample.row}: {error}. It was sound when the data was prepared: restore the "
-                "file, and go on with --resume"
+                f"{sample.row}: {error}. It was sound when the data was prepared: restore the file"
             ) from error
 
 

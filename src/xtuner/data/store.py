@@ -158,15 +158,19 @@ class RowStore:
         folder: a folder that `StoreWriter` finished.
         key: what the store is known by in the cache.
         file_names: the names of the source's files, for messages.
+        units: what the numbers of their rows count; lines if it is left out.
 
     Raises:
         ValueError: the folder is incomplete or damaged.
     """
 
-    def __init__(self, folder: Path, *, key: str, file_names: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, *, key: str, file_names: Sequence[str], units: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.key = key
         self._file_names = tuple(file_names)
+        self._units = tuple(units) or ("line",) * len(self._file_names)
         self._open()
         self._check()
 
@@ -199,11 +203,11 @@ class RowStore:
     def _value(self, name: str, row: int) -> int:
         return int(self._columns[name].read(row, 1)[0])
 
-    def __getstate__(self) -> tuple[Path, str, tuple[str, ...]]:
-        return self.folder, self.key, self._file_names
+    def __getstate__(self) -> tuple[Path, str, tuple[str, ...], tuple[str, ...]]:
+        return self.folder, self.key, self._file_names, self._units
 
-    def __setstate__(self, state: tuple[Path, str, tuple[str, ...]]) -> None:
-        self.folder, self.key, self._file_names = state
+    def __setstate__(self, state: tuple[Path, str, tuple[str, ...], tuple[str, ...]]) -> None:
+        self.folder, self.key, self._file_names, self._units = state
         self._open()
 
     def __len__(self) -> int:
@@ -283,4 +287,4 @@ class RowStore:
     def ref(self, row: int) -> RowRef:
         """Where a row came from."""
         file, line = self.place(row)
-        return RowRef(self._file_names[file], line)
+        return RowRef(self._file_names[file], line, self._units[file])
