@@ -69,8 +69,10 @@ class Encoding:
         """Whether what is kept still holds: a picture that was missing may be there now."""
         if self._sight is None:
             return True
-        bad = (row.fault.field for group in store.faults for row in group.first)
-        return not any(self._sight.is_cured(field) for field in bad)
+        try:
+            return not any(self._sight.is_sound(name) for name in store.bad_files())
+        except (OSError, ValueError):
+            return False
 
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
         """Encode all rows of `source` now, with a progress bar."""

@@ -7,7 +7,6 @@ a batch is put together, in the processes that load data: never more than those 
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ from xtuner.data.rows import Fault
 from xtuner.errors import DataError
 from xtuner.types import IMAGE, Batch, Encoded, Pictures, Sample
 
-_FIELD = "image "
 Collate = Callable[[Sequence[Sample]], Batch]
 
 
@@ -53,18 +51,17 @@ class Sight:
             try:
                 self.folder.check(name)
             except PictureError as error:
-                return Fault(error.problem, _field(name))
+                return Fault(error.problem, f"image {name!r}", file=name)
             except OSError as error:
-                return Fault(f"cannot be read: {error.strerror or error}", _field(name))
+                problem = f"cannot be read: {error.strerror or error}"
+                return Fault(problem, f"image {name!r}", file=name)
         return self.widened(encoded)
 
-    def is_cured(self, field: str) -> bool:
-        """Whether the picture that a fault's `field` names can be used now."""
-        if not field.startswith(_FIELD):
-            return False
+    def is_sound(self, name: str) -> bool:
+        """Whether a picture can be used."""
         try:
-            self.folder.check(ast.literal_eval(field.removeprefix(_FIELD)))
-        except (PictureError, OSError, ValueError, SyntaxError):
+            self.folder.check(name)
+        except (PictureError, OSError):
             return False
         return True
 
@@ -149,10 +146,6 @@ class PictureCollate:
             raise DataError(
                 f"{sample.row}: {error}. It was sound when the data was prepared: restore the file"
             ) from error
-
-
-def _field(name: str) -> str:
-    return f"{_FIELD}{name!r}"
 
 
 def picture_folder(
