@@ -54,8 +54,8 @@ class PictureFolder:
     def find(self, name: str) -> Path:
         """The file of picture `name`.
 
-        Links of folders are followed, for large data sets often lie elsewhere; a link of a single
-        file may not lead out.
+        The folder itself may be a link, for large data sets often lie elsewhere; a link in it may
+        not lead out.
 
         Raises:
             PictureError: it lies outside the folder, or is not there.
@@ -68,10 +68,13 @@ class PictureFolder:
         path = os.path.normpath(os.path.join(root, name))
         if not _within(path, root):
             raise PictureError(name, f"lies outside image_folder ({root}), which is refused")
-        if os.path.islink(path):
-            target = os.path.realpath(path)
-            if not _within(target, os.path.realpath(root)):
-                raise PictureError(name, f"is a link that leads out of image_folder ({root})")
+        target = os.path.realpath(path)
+        if not _within(target, os.path.realpath(root)):
+            raise PictureError(
+                name,
+                f"is reached by a link that leads out of image_folder ({root}), which is refused; "
+                f"set image_folder to the real folder (the picture is {target!r})",
+            )
         if not os.path.isfile(path):
             what = "is a folder" if os.path.isdir(path) else "is not there"
             raise PictureError(name, f"{what} (image_folder is {root})")
