@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xtuner.cli.app import main
-from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_pictures, tiny_visual_encoder_folder
 
 SPOILER = """
 from pathlib import Path
@@ -99,3 +99,56 @@ def test_a_picture_of_one_process_that_goes_bad_stops_all_and_loses_no_step(work
     assert "data.json row 6: image '5.png' is damaged" in ended.stderr
     assert "step 2 is saved" in ended.stderr and "Traceback" not in ended.stderr
     assert (workshop / "w" / "last_checkpoint").read_text().strip() == "iter_2"
+
+
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def write(rows):
+    Path("data.json").write_text(json.dumps(rows))
+
+
+def said(capsys):
+    out = capsys.readouterr()
+    return out.out + out.err
+
+
+@pytest.mark.parametrize("name", ["auto", "sharegpt", "llava"])
+def test_rows_of_text_may_come_first(workshop, capsys, name):
+    text = [{"conversations": turns(f"Say {i}", f"{i}.")} for i in range(120)]
+    seen = [{"image": "1.png", "conversations": turns(f"<image>{i}?", "Yes.")} for i in range(9)]
+    write(text + seen)
+    command = ["check-custom-dataset", "run.py", "--set", f"dataset_format='{name}'"]
+    assert main(command) == 0, said(capsys)
+    assert "No bad row." in said(capsys)
+
+
+def test_a_projector_alone_needs_pictures(workshop, capsys):
+    write([{"conversations": turns(f"Say {i}", f"{i}.")} for i in range(12)])
+    assert train() == 2
+    assert "not one row has a picture, and the language model is frozen" in said(capsys)
+    adapters = ("tuning='lora'", "freeze_llm=False", "lora_r=4", "max_steps=1")
+    assert train(*adapters, place="lora") == 0
+    assert "Note: not one row has a picture" in said(capsys)
+
+
+def test_a_misspelt_key_is_read_and_told(workshop, capsys):
+    rows = json.loads(Path("data.json").read_text())
+    write([{**row, "conversation": row.pop("conversations")} for row in rows])
+    assert main(["check-custom-dataset", "run.py"]) == 0
+    told = said(capsys)
+    assert "Note: data.json: the key 'conversation' is read as 'conversations'" in told
+
+
+@pytest.mark.parametrize("mended", [3, 27])
+def test_any_picture_that_is_mended_is_found(workshop, capsys, mended):
+    """More rows are bad than a report keeps."""
+    write([{"image": f"new{i}.png", "conversations": turns("<image>?", "Y.")} for i in range(30)])
+    command = ["check-custom-dataset", "run.py"]
+    assert main(command) == 2
+    assert "30 bad rows" in said(capsys)
+    tiny_pictures("more", 1)
+    Path("more/0.png").rename(f"images/new{mended}.png")
+    assert train("max_epochs=1") == 0
+    assert "29 rows lost" in said(capsys)

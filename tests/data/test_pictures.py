@@ -51,16 +51,22 @@ def test_what_is_not_in_the_folder_is_refused(folder, name, words):
     assert name in str(caught.value)
 
 
-def test_links_of_folders_are_followed_and_links_of_files_only_within(folder, tmp_path):
+def test_links_may_not_lead_out_unless_the_folder_itself_is_one(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (3, 3)).save(tmp_path / "elsewhere" / "x.png")
     (folder.root / "coco").symlink_to(tmp_path / "elsewhere")
     (folder.root / "same.png").symlink_to(folder.root / "a.png")
     (folder.root / "out.png").symlink_to(tmp_path / "outside.png")
-    folder.check("coco/x.png")
+    (folder.root / "also").symlink_to(folder.root / "sub")
     folder.check("same.png")
-    with pytest.raises(PictureError, match="link that leads out"):
-        folder.check("out.png")
+    folder.check("also/a.webp")
+    for name in ("out.png", "coco/x.png"):
+        with pytest.raises(
+            PictureError, match=r"link that leads out.*set image_folder to the real"
+        ):
+            folder.check(name)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    PictureFolder(tmp_path / "link").check("x.png")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "sub/a.webp"])

@@ -166,8 +166,24 @@ class _Assembly:
             max_length=self._longest,
             packed=s.pack_to_max_length,
             duplicates=num_duplicates(hashes[learnt], hashes[aside]),
-            notes=tuple(duplicate_notes(hashes[learnt], hashes[aside])),
+            notes=(
+                *(note for each in self._encoded for note in each.source.notes),
+                *duplicate_notes(hashes[learnt], hashes[aside]),
+                *self._notes_on_pictures(train),
+            ),
         )
+
+    def _notes_on_pictures(self, train: PackedDataset) -> list[str]:
+        """Notes on rows without pictures; an error where only pictures could teach anything."""
+        s = self._settings
+        if not s.sees or train.any_images:
+            return []
+        if s.llm_training == "frozen":
+            raise DataError(
+                "not one row has a picture, and the language model is frozen: nothing would be "
+                "learnt. Give rows with pictures, or train the language model (tuning = 'qlora')"
+            )
+        return ["not one row has a picture: projector and visual encoder learn nothing"]
 
     def _hashes(self) -> Any:
         """The hash of each usable row's tokens."""
