@@ -41,7 +41,9 @@ def reference(options: argparse.Namespace, length: int, tuning: str) -> list[flo
     )
     tokenizer = load_tokenizer(str(options.model))
     template = templates.of_run(settings, tokenizer, folder=Path.cwd())
-    data = build(settings, template=template, tokenizer=tokenizer, folder=Path.cwd(), quiet=True)
+    data = build(
+        settings, template=template, tokenizer=tokenizer, folder=Path.cwd(), quiet=True, sight=None
+    )
     loader = Loader(
         data.train,
         collate=Algorithm().collate,

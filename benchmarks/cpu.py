@@ -140,7 +140,9 @@ def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
     )
     tokenizer = load_tokenizer(str(options.model))
     template = templates.of_run(settings, tokenizer, folder=Path.cwd())
-    data = build(settings, template=template, tokenizer=tokenizer, folder=Path.cwd(), quiet=True)
+    data = build(
+        settings, template=template, tokenizer=tokenizer, folder=Path.cwd(), quiet=True, sight=None
+    )
     packs = [data.train[i] for i in range(len(data.train))]
     config = AutoConfig.from_pretrained(options.model)
     return needed(

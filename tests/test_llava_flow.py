@@ -1,6 +1,7 @@
 """The second exercise of the course through the command line, on tiny models: a projector, then
 adapters on both sides, then conversion and a chat about a picture."""
 
+import io
 import json
 
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from xtuner.chat.generate import GenerationOptions
 from xtuner.chat.opening import open_chat
 from xtuner.cli.app import main
+from xtuner.errors import DataError
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+from xtuner.types import Message
 
 SHARED = """
 llm_name_or_path = "model"
@@ -183,3 +186,32 @@ def test_one_conversation_with_pictures_and_without(workshop, capsys):
     assert main([*command, "--ask", "Hello?"]) == 0
     assert main([*command, "--image", "nowhere.png", "--ask", "What?"]) == 2
     assert "nowhere.png" in capsys.readouterr().err
+
+
+def test_a_typed_place_without_a_picture_ends_no_conversation(workshop, capsys, monkeypatch):
+    lines = "What is <image>?\n\nIMAGE images/1.png\nToo <image> many <image>?\n\nWhich?\n\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["chat", "finetune", "--dtype", "float32", "--max-new-tokens", "3"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("write it once for each") == 2
+    assert told.out.strip() and "Traceback" not in told.err
+
+
+def test_a_place_in_the_system_message_is_refused(workshop, capsys):
+    command = ["chat", "finetune", "--dtype", "float32", "--ask", "Hi"]
+    assert main([*command, "--system", "You see <image>."]) == 2
+    assert "the system message has <image> in it" in capsys.readouterr().err
+    assert main(["train", "finetune.py", "--set", "SYSTEM='You see <image>.'"]) == 2
+    assert "pictures belong to the questions" in capsys.readouterr().err
+
+
+def test_a_place_in_an_answer_is_no_place_for_a_picture(workshop, monkeypatch):
+    options = GenerationOptions(max_new_tokens=2, temperature=0)
+    session = open_chat("finetune", options=options, dtype="float32")
+    with monkeypatch.context() as patch:
+        patch.setattr("xtuner.chat.session.stream", lambda *a, **b: (p for p in ("An <im", "age>")))
+        assert "".join(session.ask("Hi")) == "An <image>"
+    assert "".join(session.ask("And?")) is not None
+    assert len(session.messages) == 4
+    with pytest.raises(DataError, match="no picture"):
+        session.vision.inputs([261], [Message("user", "<image>")])

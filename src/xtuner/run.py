@@ -15,7 +15,6 @@ from rich.console import Console
 from xtuner import plugins, templates
 from xtuner.chat.generate import GenerationOptions, stream
 from xtuner.config.load import LoadedSettings
-from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.pack import PackedDataset
@@ -28,7 +27,7 @@ from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.workplace import WorkPlace
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models import cpu_kernels, liger
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_tokenizer, pick_device, resolve_dtype
@@ -81,8 +80,8 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
         processes: how many would train; those on a CPU share `memory`.
 
     Raises:
-        XTunerError: the model cannot be found, or nobody says how much memory a GPU has that is
-            not here.
+        XTunerError: the model cannot be found, the forecast failed, or nobody says how much memory
+            a GPU has that is not here.
     """
     settings = loaded.settings
     device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
@@ -90,6 +89,8 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     console = Console(highlight=False, soft_wrap=True)
     for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
         console.print(line, markup=False)
+    if plan.forecast.failure:
+        raise LaunchError("nothing can be said of the memory of this run; training may work")
     console.print(
         f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
         f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "
@@ -130,9 +131,7 @@ class _TrainingRun:
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
         if settings.sees:
-            self.vision = RunVision.of(
-                settings, self.tokenizer, folder=self.loaded.folder, dtype=self.dtype
-            )
+            self.vision = RunVision.of(settings, self.tokenizer, folder=self.loaded.folder)
         self.template = templates.of_run(settings, self.tokenizer, folder=self.loaded.folder)
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
         data = self._build_data(place)
@@ -209,7 +208,7 @@ class _TrainingRun:
 
         def once() -> TrainingData:
             return build(
-                self._whole_settings,
+                self.settings,
                 template=self.template,
                 tokenizer=self.tokenizer,
                 folder=self.loaded.folder,
@@ -243,11 +242,6 @@ class _TrainingRun:
 
     def _collate(self, algorithm: Algorithm) -> Collate:
         return self.vision.collate(algorithm) if self.vision else algorithm.collate
-
-    @property
-    def _whole_settings(self) -> Settings:
-        """The settings with the tokens of a picture in max_length."""
-        return self.vision.whole(self.settings) if self.vision else self.settings
 
     def _make_model(self, source: Path | None) -> PackedCausalLM:
         """Load and prepare the model, going on from `source`; verify its shortcuts."""

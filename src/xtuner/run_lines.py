@@ -51,7 +51,8 @@ def opening_lines(
         f"{s.accumulative_counts} (accumulative_counts) x {processes} (processes) "
         f"{'packs' if s.pack_to_max_length else 'samples'}"
     )
-    yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
+    if not plan.forecast.failure:
+        yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
     notes = _notes_on_steps(s, total)
     if idle := s.without_effect():
         notes.append(f"without effect here: {', '.join(idle)}")

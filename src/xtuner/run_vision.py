@@ -18,8 +18,29 @@ from xtuner.data.sources import below
 from xtuner.errors import ModelError
 from xtuner.models.llava_load import Seeing
 from xtuner.models.llava_parts import Parts, make
-from xtuner.models.sight import Processor, add_image_token, vision_config, weights_identity
+from xtuner.models.sight import Processor, add_image_token, identity_of, vision_config
 from xtuner.types import Algorithm, Message
+
+
+def sight_of(settings: Settings, tokenizer: Any, *, folder: Path) -> Sight | None:
+    """What the data part needs to know of the eyes of a run; None if it has none.
+
+    Args:
+        settings: of the run.
+        tokenizer: gets the token ``<image>`` where there are eyes.
+        folder: of the settings file.
+
+    Raises:
+        ModelError, DataError: the encoder or the folder of the pictures is not there.
+    """
+    return _sight(settings, tokenizer, folder) if settings.sees else None
+
+
+def _sight(settings: Settings, tokenizer: Any, folder: Path) -> Sight:
+    config = vision_config(settings.visual_encoder_name_or_path or "")
+    tokens = (config["image_size"] // config["patch_size"]) ** 2
+    pictures = picture_folder(settings.image_folder, data_root=settings.data_root, folder=folder)
+    return Sight(pictures, add_image_token(tokenizer), tokens)
 
 
 @dataclass
@@ -45,32 +66,16 @@ class RunVision:
     shown: Vision = field(init=False)
 
     @classmethod
-    def of(
-        cls, settings: Settings, tokenizer: Any, *, folder: Path, dtype: torch.dtype
-    ) -> RunVision:
+    def of(cls, settings: Settings, tokenizer: Any, *, folder: Path) -> RunVision:
         """Read what the visual encoder says of itself; `tokenizer` gets the token ``<image>``.
 
         Raises:
             ModelError, DataError: the encoder or the folder of the pictures is not there.
         """
         name = settings.visual_encoder_name_or_path or ""
-        config = vision_config(name)
-        tokens = (config["image_size"] // config["patch_size"]) ** 2
-        pictures = picture_folder(
-            settings.image_folder, data_root=settings.data_root, folder=folder
-        )
-        sight = Sight(pictures, add_image_token(tokenizer), tokens)
+        sight = _sight(settings, tokenizer, folder)
         processor = Processor(name, settings.pad_image_to_square)
-        features = None
-        if settings.cache_visual_features:
-            features = FeatureStore.of(
-                {
-                    "encoder": weights_identity(name),
-                    "layer": settings.visual_select_layer,
-                    "processor": processor.upstream.to_dict(),
-                    "dtype": str(dtype),
-                }
-            )
+        features = FeatureStore() if settings.cache_visual_features else None
         return cls(settings, folder, sight, processor, features)
 
     @property
@@ -78,12 +83,6 @@ class RunVision:
         """The visual encoder, as a checkpoint names it."""
         name = self.settings.visual_encoder_name_or_path or ""
         return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-    def whole(self, settings: Settings) -> Settings:
-        """`settings` with the tokens of one picture in max_length."""
-        return settings.model_copy(
-            update={"max_length": settings.max_length + self.sight.tokens_each}
-        )
 
     def collate(self, algorithm: Algorithm) -> Collate:
         """Batches with pixels."""
@@ -107,6 +106,16 @@ class RunVision:
             projector=self._projector(),
             keep=self.features.write if self.features else None,
         )
+        if self.features:
+            encoder, tokens = self.parts.encoder, self.sight.tokens_each
+            self.features.open(
+                {
+                    "encoder": identity_of(encoder),
+                    "layer": self.settings.visual_select_layer,
+                    "processor": self.processor.upstream.to_dict(),
+                },
+                shape=(tokens, encoder.config.hidden_size),
+            )
         eyes, sight = self.parts.packed.eyes, self.sight
         self.shown = Vision(
             Seeing(self.parts.llava, eyes, self.processor, sight.token_id, sight.tokens_each)

@@ -96,13 +96,15 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class RowRef:
-    """Where a row came from: `source` is a path or hub name, `line` counts from 1."""
+    """Where a row came from: `source` is a path or hub name, `line` counts from 1; `unit` says
+    what it counts, 'line' or 'row'."""
 
     source: str
     line: int
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"{self.source} line {self.line}"
+        return f"{self.source} {self.unit} {self.line}"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def settings(*paths, **changes):
     )
 
 
-def build_data(*paths, folder=Path("/"), report_dir=None, own_template=None, **changes):
+def build_data(*paths, folder=Path("/"), report_dir=None, own_template=None, sight=None, **changes):
     """Build from `paths` with the tiny tokenizer and its ChatML template."""
     return build(
         settings(*paths, **changes),
@@ -59,6 +59,7 @@ def build_data(*paths, folder=Path("/"), report_dir=None, own_template=None, **c
         folder=folder,
         report_dir=report_dir,
         quiet=True,
+        sight=sight,
     )
 
 

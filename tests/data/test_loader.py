@@ -1,13 +1,21 @@
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
-from data_makers import build_data, chats, write_jsonl
+from data_makers import build_data, chats, settings, write_jsonl
 
+from xtuner import templates
+from xtuner.data.build import build
 from xtuner.data.collate import lay_out
 from xtuner.data.loader import Loader
+from xtuner.data.pictures import PictureFolder
+from xtuner.data.sight import PictureCollate, Sight
 from xtuner.errors import DataError
+from xtuner.models.sight import add_image_token
+from xtuner.testing.tiny import tiny_tokenizer
+from xtuner.testing.vision import tiny_pictures
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +120,32 @@ def test_global_random_states_are_left_alone(dataset, num_workers):
 def test_an_empty_data_set_is_refused(dataset):
     with pytest.raises(DataError, match="nothing to load"):
         Loader([], collate=lay_out, batch_size=1, accumulative_counts=1, seed=0, shuffle=True)
+
+
+def test_pictures_are_decoded_in_the_processes_that_load_data(tmp_path):
+    names = tiny_pictures(tmp_path, 4)
+    rows = [
+        {"image": name, "conversations": [{"from": "human", "value": "<image>What?"},
+                                          {"from": "gpt", "value": name}]}
+        for name in names
+    ]  # fmt: skip
+    own = tiny_tokenizer()
+    sight = Sight(PictureFolder(tmp_path), add_image_token(own), 1)
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    data = build(
+        settings(path), template=templates.load("auto", own), tokenizer=own, folder=tmp_path,
+        quiet=True, sight=sight,
+    )  # fmt: skip
+
+    def process_number(image):
+        return np.full((3, 1, 1), os.getpid(), np.float32)
+
+    collate = PictureCollate(lay_out, sight, process_number)
+    for workers, elsewhere in ((0, False), (1, True)):
+        one = Loader(
+            data.train, collate=collate, batch_size=1, accumulative_counts=1, seed=1, shuffle=True,
+            num_workers=workers,
+        )  # fmt: skip
+        (batch,) = next(one.groups(0, 1))
+        pids = {int(pid) for pid in batch.pictures.pixel_values.flatten().tolist()}
+        assert (os.getpid() not in pids) is elsewhere

@@ -51,16 +51,22 @@ def test_what_is_not_in_the_folder_is_refused(folder, name, words):
     assert name in str(caught.value)
 
 
-def test_links_of_folders_are_followed_and_links_of_files_only_within(folder, tmp_path):
+def test_links_may_not_lead_out_unless_the_folder_itself_is_one(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (3, 3)).save(tmp_path / "elsewhere" / "x.png")
     (folder.root / "coco").symlink_to(tmp_path / "elsewhere")
     (folder.root / "same.png").symlink_to(folder.root / "a.png")
     (folder.root / "out.png").symlink_to(tmp_path / "outside.png")
-    folder.check("coco/x.png")
+    (folder.root / "also").symlink_to(folder.root / "sub")
     folder.check("same.png")
-    with pytest.raises(PictureError, match="link that leads out"):
-        folder.check("out.png")
+    folder.check("also/a.webp")
+    for name in ("out.png", "coco/x.png"):
+        with pytest.raises(
+            PictureError, match=r"link that leads out.*set image_folder to the real"
+        ):
+            folder.check(name)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    PictureFolder(tmp_path / "link").check("x.png")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "sub/a.webp"])
@@ -91,6 +97,39 @@ def test_a_bomb_is_refused_before_it_is_decoded(folder, side):
     with pytest.raises(PictureError, match="more than 64,000,000"):
         folder.check("bomb.png")
     assert side * side > pictures.MAX_PIXELS
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (9_000, 200), (5_000, 10)])
+def test_a_line_that_would_become_a_huge_square_is_refused(folder, size):
+    Image.new("1", size).save(folder.root / "line.png")
+    assert (folder.root / "line.png").stat().st_size < 2_000
+    with pytest.raises(PictureError, match=r"more than (8,000 on a side|100 times)"):
+        folder.check("line.png")
+    with pytest.raises(PictureError):
+        folder.load("line.png")
+
+
+def with_exif(body):
+    """A PNG with a chunk eXIf of `body`."""
+    raw = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(raw, "PNG")
+    whole = b"eXIf" + body
+    chunk = struct.pack(">I", len(body)) + whole + struct.pack(">I", zlib.crc32(whole))
+    return raw.getvalue().replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+
+
+def test_a_picture_that_cannot_be_turned_upright_does_not_pass_the_check(folder):
+    (folder.root / "exif.png").write_bytes(with_exif(b"no TIFF header"))
+    for use in (folder.check, folder.load):
+        with pytest.raises(PictureError, match=r"'exif\.png' is damaged"):
+            use("exif.png")
+
+
+def test_grey_in_16_bits_keeps_its_shades(folder):
+    shades = np.array([[0, 0x40FF, 0x8000, 0xFFFF]], np.uint16)
+    Image.fromarray(shades).save(folder.root / "grey.png")
+    folder.check("grey.png")
+    assert np.asarray(folder.load("grey.png"))[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
 
 
 def test_pictures_stand_upright(tmp_path):

@@ -118,3 +118,25 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(folder, tmp_path, capsys):
     assert "Fits in 8,192 MiB for each of 2" in capsys.readouterr().out
     assert main(dry) == 2
     assert "--memory 8GB" in capsys.readouterr().err
+
+
+def test_a_fault_in_the_forecast_stops_no_training(folder, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise RuntimeError("aten._local_scalar_dense\nmore")
+
+    monkeypatch.setattr(module, "measure", fail)
+    module._footprint.cache_clear()
+    chosen = settings(folder, seed=77)
+    with pytest.raises(RuntimeError):  # our own tests fail on it
+        plan_memory(chosen, "cpu", memory=MB)
+    monkeypatch.delenv("XTUNER_STRICT")
+    plan = plan_memory(chosen, "cpu", memory=MB)
+    assert plan.fits and not plan.forecast.recompute
+    (line,) = plan.lines()
+    assert "forecast failed: RuntimeError: aten._local_scalar_dense" in line
+    assert "batch_size" in "".join(plan.cures())
+    (tmp_path / "c.py").write_text(
+        f"pretrained_model_name_or_path = {str(folder)!r}\ndata_path = 'd'\nseed = 78\n"
+    )
+    assert main(["train", str(tmp_path / "c.py"), "--dry-run", "--device", "cpu"]) == 2
+    assert "not forecast" in capsys.readouterr().out

@@ -123,3 +123,45 @@ def test_the_workspace_of_the_loss_does_not_stay_on_a_gpu(tmp_path):
 
     # 1,024 rows of 2,048 more logits in 16 and 32 bits are 12 MiB; a layer's backward takes more
     assert abs(peak(2309) - peak(261)) < 2**18
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}),
+        ("llama", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}),
+        (
+            "phi3",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ],
+    ids=["dynamic", "linear", "longrope"],
+)
+def test_rotations_that_depend_on_lengths_need_no_values(tmp_path, architecture, rope):
+    """InternLM2, the course's own model, has the type 'dynamic'."""
+    plain, scaled = (
+        footprint.measure(
+            str(tiny_model_folder(tmp_path / name, architecture, rope_parameters=parameters)),
+            tokens=(64, 64),
+            dtype=torch.float32,
+            lora={"r": 4, "alpha": 8} if architecture == "llama" else None,
+        )
+        for name, parameters in (("plain", {"rope_type": "default", "rope_theta": 1e4}),
+                                 ("scaled", rope))
+    )  # fmt: skip
+    assert scaled == plain
+
+
+def test_internlm2_as_the_course_has_it(tmp_path):
+    from xtuner.models.families import internlm2
+
+    internlm2.register()
+    scaling = {"type": "dynamic", "factor": 2.0}
+    folder = tiny_model_folder(tmp_path, "internlm2", rope_scaling=scaling)
+    assert footprint.measure(str(folder), tokens=(64, 64), dtype=torch.float32).step > 0

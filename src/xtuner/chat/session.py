@@ -8,10 +8,10 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from xtuner.chat.generate import GenerationOptions, context_length, stream
-from xtuner.chat.vision import Vision, question
+from xtuner.chat.vision import Vision, question, without_places
 from xtuner.errors import DataError
 from xtuner.templates.base import Template
-from xtuner.types import Message
+from xtuner.types import IMAGE, Message
 
 logger = logging.getLogger("xtuner.chat")
 
@@ -35,6 +35,8 @@ class Session:
         self.model, self.tokenizer = model, tokenizer
         self.template, self.options = template, options
         self.vision = vision
+        if vision and IMAGE in template.system:
+            raise DataError(f"the system message has {IMAGE} in it: pictures belong to questions")
         self.messages: list[Message] = []
 
     def ask(self, text: str, images: Sequence[str] = ()) -> Generator[str, None, None]:
@@ -75,7 +77,9 @@ class Session:
             raise
         finally:
             if keep:
-                self.messages = [*messages, Message("assistant", "".join(pieces))]
+                said = "".join(pieces)
+                said = without_places(said) if self.vision else said
+                self.messages = [*messages, Message("assistant", said)]
 
     def reset(self) -> None:
         """Forget the conversation."""

@@ -92,10 +92,14 @@ class Terminal:
             if question.startswith(IMAGE):
                 self._show_next(session, question.removeprefix(IMAGE).strip())
                 continue
+            waiting = list(self.waiting)
             try:
                 self.answer(session, question)
             except KeyboardInterrupt:
                 self._note("(stopped)")
+            except DataError as error:  # of this question alone
+                self.waiting[:] = waiting
+                print(f"({error})", file=self.notes, flush=True)
             self._note("")
 
     def _reset(self, session: Session) -> None:

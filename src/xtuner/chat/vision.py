@@ -33,10 +33,12 @@ class Vision:
         """The model's inputs for the prompt of widened `ids`; empty where it has no picture.
 
         Raises:
-            DataError: a picture cannot be opened.
+            DataError: a picture cannot be opened, or a place has none.
         """
         names = [name for message in messages for name in message.images]
         if not names:
+            if self._seeing.image_token_id in ids:
+                raise DataError(f"the conversation has {IMAGE} in its text and no picture")
             return {}
         model = self._seeing.eyes.llava
         device = model.get_input_embeddings().weight.device
@@ -85,3 +87,8 @@ def question(text: str, images: Sequence[str] = ()) -> Message:
         )
     before = "" if places else f"{IMAGE}\n" * len(images)
     return Message("user", before + text, images=tuple(images))
+
+
+def without_places(text: str) -> str:
+    """`text` of an answer with each ``<image>`` in it made plain words: no picture stands there."""
+    return text.replace(IMAGE, IMAGE.replace("<", "< "))

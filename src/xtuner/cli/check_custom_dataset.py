@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +37,7 @@ def command(
     from xtuner.data.picture import visible
     from xtuner.errors import DataError
     from xtuner.models.load import load_tokenizer
+    from xtuner.run_vision import sight_of
     from xtuner.templates import of_run
 
     loaded = load_settings(config, overrides=overrides or ())
@@ -44,10 +45,13 @@ def command(
     tokenizer = load_tokenizer(
         settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
     )
+    sight = sight_of(settings, tokenizer, folder=loaded.folder)
     template = of_run(settings, tokenizer, folder=loaded.folder)
+    given: Any = {"template": template, "tokenizer": tokenizer, "folder": loaded.folder}
+    given["sight"] = sight
     count = 0
     with _written_to(out) as write:
-        for row in bad_rows(settings, template=template, tokenizer=tokenizer, folder=loaded.folder):
+        for row in bad_rows(settings, **given):
             count += 1
             if count <= _SHOWN:
                 typer.echo(visible(row))
@@ -56,7 +60,7 @@ def command(
         rest = f"and {count - _SHOWN:,} more"
         typer.echo(f"{rest}, all in {out}" if out else f"{rest}; --out FILE writes all of them")
     try:
-        data = build(settings, template=template, tokenizer=tokenizer, folder=loaded.folder)
+        data = build(settings, **given)
     except DataError:
         if not count:
             raise

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from xtuner.data.pack import PackedDataset
+    from xtuner.data.sight import Sight
 
 
 class Show(StrEnum):
@@ -52,6 +53,7 @@ def command(
     from xtuner.config.load import load_settings
     from xtuner.data.build import build
     from xtuner.models.load import load_tokenizer
+    from xtuner.run_vision import sight_of
     from xtuner.templates import of_run
 
     loaded = load_settings(config, overrides=overrides or ())
@@ -59,24 +61,32 @@ def command(
     tokenizer = load_tokenizer(
         settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
     )
+    sight = sight_of(settings, tokenizer, folder=loaded.folder)
     template = of_run(settings, tokenizer, folder=loaded.folder)
-    data = build(settings, template=template, tokenizer=tokenizer, folder=loaded.folder)
+    data = build(
+        settings, template=template, tokenizer=tokenizer, folder=loaded.folder, sight=sight
+    )
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number in range(min(num, len(data.train))):
-        _print_pack(console, data.train, number, show, tokenizer)
+        _print_pack(console, data.train, number, show, tokenizer, sight)
     console.print(Rule(characters="═", style="none"))
     for line in data.report.lines():
         console.print(line)
 
 
 def _print_pack(
-    console: Console, packs: PackedDataset, number: int, show: Show, tokenizer: Any
+    console: Console,
+    packs: PackedDataset,
+    number: int,
+    show: Show,
+    tokenizer: Any,
+    sight: Sight | None,
 ) -> None:
     from rich.rule import Rule
 
     from xtuner.data.picture import draw
 
-    samples = packs[number]
+    samples = [sight.whole(sample) if sight else sample for sample in packs[number]]
     tokens = sum(len(sample.input_ids) for sample in samples)
     title = f"pack {number + 1:,} of {len(packs):,}: {tokens:,} tokens"
     console.print(Rule(title, characters="═", style="none"))
@@ -89,4 +99,4 @@ def _print_pack(
             if show is Show.all:
                 console.print(f"{what.value}:")
             marks = not console.is_terminal
-            console.print(draw(sample, what.value, tokenizer=tokenizer, marks=marks))
+            console.print(draw(sample, what.value, tokenizer=tokenizer, marks=marks, sight=sight))

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from xtuner.types import IMAGE
+
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
@@ -359,6 +361,8 @@ def _check_vision(s: Settings) -> Iterator[tuple[str, str]]:
                 "nothing would be trained; it is for runs with visual_encoder_name_or_path",
             )
         return
+    if IMAGE in s.SYSTEM:
+        yield "SYSTEM", f"has {IMAGE} in it; pictures belong to the questions in the data"
     if s.algorithm == "pretrain":
         yield (
             "algorithm",

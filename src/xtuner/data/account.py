@@ -18,12 +18,36 @@ from xtuner.errors import DataError, listed
 
 
 @dataclass(frozen=True)
+class Room:
+    """How long a sample may be: max_length and, where the model sees, the tokens of a picture."""
+
+    max_length: int
+    picture: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a sample."""
+        return self.max_length + self.picture
+
+    def __str__(self) -> str:
+        return self.in_tokens if self.picture else f"max_length = {self.max_length:,}"
+
+    @property
+    def in_tokens(self) -> str:
+        """The sum in words."""
+        more = f" and the {self.picture:,} of a picture" if self.picture else ""
+        return f"max_length = {self.max_length:,} tokens{more}"
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """One source on its way: its files, their encoded rows, and the samples made of them."""
+    """One source on its way: its files, their encoded rows, and the samples of at most `room`
+    tokens made of them."""
 
     source: PreparedSource
     store: RowStore
     fitted: Fitted
+    room: Room
 
     def place(self, row: int) -> Place:
         """Where an encoded row came from."""
@@ -40,7 +64,7 @@ class Encoded:
             for group in self.store.faults
         ]
         if len(self.fitted.lost):
-            groups.append(self._group(overlong_fault(settings), self.fitted.lost))
+            groups.append(self._group(overlong_fault(settings, self.room), self.fitted.lost))
         return groups
 
     def changed(self, settings: Settings) -> list[RowGroup]:
@@ -50,7 +74,8 @@ class Encoded:
             return []
         split = settings.effective_overlong == "split"
         what = "split into pieces of at most" if split else "cut to"
-        return [self._group(f"{what} {settings.max_length:,} tokens", rows)]
+        sum_of = f" ({self.room})" if self.room.picture else ""
+        return [self._group(f"{what} {self.room.tokens:,} tokens{sum_of}", rows)]
 
     def report(self, settings: Settings, *, rows_used: int) -> SourceReport:
         """The account of the source."""
@@ -76,13 +101,11 @@ class Encoded:
         return Place(self.source.files[file].name, self.source.files[file].unit, number, fault)
 
 
-def overlong_fault(settings: Settings) -> str:
+def overlong_fault(settings: Settings, room: Room) -> str:
     """Why the setting `overlong` loses a row."""
     if settings.effective_overlong == "truncate":
-        return (
-            f"has no supervised token within max_length = {settings.max_length:,}; raise max_length"
-        )
-    return f"has more than max_length = {settings.max_length:,} tokens; raise max_length"
+        return f"has no supervised token within {room}; raise max_length"
+    return f"has more than {room.in_tokens}; raise max_length"
 
 
 def refuse_unusable(encoded: Sequence[Encoded], settings: Settings) -> None:
@@ -92,7 +115,7 @@ def refuse_unusable(encoded: Sequence[Encoded], settings: Settings) -> None:
         DataError: with the most frequent reasons and the first rows of each.
     """
     if settings.effective_overlong == "error":
-        _refuse_overlong(encoded, settings.max_length)
+        _refuse_overlong(encoded)
     problems = [
         _nothing_usable(each.source.name, each.store.rows_read, each.lost(settings))
         for each in encoded
@@ -102,7 +125,7 @@ def refuse_unusable(encoded: Sequence[Encoded], settings: Settings) -> None:
         raise DataError("\n".join(problems))
 
 
-def _refuse_overlong(encoded: Sequence[Encoded], max_length: int) -> None:
+def _refuse_overlong(encoded: Sequence[Encoded]) -> None:
     found = [
         (each.store.length(row), each.place(row))
         for each in encoded
@@ -113,7 +136,7 @@ def _refuse_overlong(encoded: Sequence[Encoded], max_length: int) -> None:
     first = [f"{place}: {length:,} tokens" for length, place in found[:10]]
     more = [f"and {len(found) - 10:,} more"] if len(found) > 10 else []
     headline = (
-        f"{len(found):,} rows have more than max_length = {max_length:,} tokens, the longest "
+        f"{len(found):,} rows have more than {encoded[0].room.in_tokens}, the longest "
         f"{max(length for length, _ in found):,}. Raise max_length, or set overlong = 'truncate' "
         "or 'drop':"
     )

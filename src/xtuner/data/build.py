@@ -15,7 +15,7 @@ import numpy as np
 
 from xtuner.config.schema import Settings
 from xtuner.data import order
-from xtuner.data.account import Encoded, duplicate_notes, num_duplicates, refuse_unusable
+from xtuner.data.account import Encoded, Room, duplicate_notes, num_duplicates, refuse_unusable
 from xtuner.data.encoding import Encoding
 from xtuner.data.mix import mixed_rows, set_aside
 from xtuner.data.order import Ints
@@ -45,9 +45,9 @@ def build(
     template: Template,
     tokenizer: Any,
     folder: Path,
+    sight: Sight | None,
     report_dir: Path | None = None,
     quiet: bool = False,
-    sight: Sight | None = None,
 ) -> TrainingData:
     """Make the data of a run.
 
@@ -56,9 +56,10 @@ def build(
         template: lays out conversations.
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first: that of the settings file.
+        sight: how pictures are laid out; None for a model without a visual encoder. Every caller
+            says it, for a model that sees reads the same rows as another.
         report_dir: where data_report.json is written; None writes none.
         quiet: show no progress.
-        sight: how pictures are laid out; None for a model without a visual encoder.
 
     Raises:
         DataError: a source cannot be read, or there is nothing to learn in it.
@@ -69,23 +70,28 @@ def build(
         settings, template=template, tokenizer=tokenizer, folder=folder, quiet=quiet, sight=sight
     )
     stores = [encoding.store(source) for source in sources]
-    policy, longest = settings.effective_overlong, settings.max_length
+    policy, room = settings.effective_overlong, room_of(settings, sight)
     encoded = [
-        Encoded(source, store, fit(store, source=i, max_length=longest, policy=policy))
+        Encoded(source, store, fit(store, source=i, max_length=room.tokens, policy=policy), room)
         for i, (source, store) in enumerate(zip(sources, stores, strict=True))
     ]
     refuse_unusable(encoded, settings)
-    data = _Assembly(settings, encoded).data()
+    data = _Assembly(settings, encoded, room).data()
     if report_dir is not None:
         data.report.write(report_dir)
     return data
 
 
+def room_of(settings: Settings, sight: Sight | None) -> Room:
+    """How long a sample of the run may be."""
+    return Room(settings.max_length, sight.tokens_each if sight else 0)
+
+
 class _Assembly:
     """Choose rows among all usable ones, which are numbered through all sources, and pack them."""
 
-    def __init__(self, settings: Settings, encoded: Sequence[Encoded]) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, encoded: Sequence[Encoded], room: Room) -> None:
+        self._settings, self._longest = settings, room.tokens
         self._encoded = encoded
         self._samples = SampleTable.joined([each.fitted.samples for each in encoded])
         self._borders = self._samples.row_borders()
@@ -138,8 +144,8 @@ class _Assembly:
         s = self._settings
         seeing = own.has_images([each.store for each in self._encoded])[taken]
         if not s.shuffle or seeing.all() or not seeing.any():
-            return planned(own.length, s.max_length, order=taken)
-        parts = [planned(own.length, s.max_length, order=taken[seeing == kind]) for kind in (1, 0)]
+            return planned(own.length, self._longest, order=taken)
+        parts = [planned(own.length, self._longest, order=taken[seeing == kind]) for kind in (1, 0)]
         (first, ends), (second, more) = parts
         return np.concatenate([first, second]), np.concatenate([ends, more[1:] + len(first)])
 
@@ -155,13 +161,29 @@ class _Assembly:
                 each.report(s, rows_used=count)
                 for each, count in zip(self._encoded, used, strict=True)
             ),
-            train=PartReport.of(train, s.max_length),
-            validation=None if validation is None else PartReport.of(validation, s.max_length),
-            max_length=s.max_length,
+            train=PartReport.of(train, self._longest),
+            validation=None if validation is None else PartReport.of(validation, self._longest),
+            max_length=self._longest,
             packed=s.pack_to_max_length,
             duplicates=num_duplicates(hashes[learnt], hashes[aside]),
-            notes=tuple(duplicate_notes(hashes[learnt], hashes[aside])),
+            notes=(
+                *(note for each in self._encoded for note in each.source.notes),
+                *duplicate_notes(hashes[learnt], hashes[aside]),
+                *self._notes_on_pictures(train),
+            ),
         )
+
+    def _notes_on_pictures(self, train: PackedDataset) -> list[str]:
+        """Notes on rows without pictures; an error where only pictures could teach anything."""
+        s = self._settings
+        if not s.sees or train.any_images:
+            return []
+        if s.llm_training == "frozen":
+            raise DataError(
+                "not one row has a picture, and the language model is frozen: nothing would be "
+                "learnt. Give rows with pictures, or train the language model (tuning = 'qlora')"
+            )
+        return ["not one row has a picture: projector and visual encoder learn nothing"]
 
     def _hashes(self) -> Any:
         """The hash of each usable row's tokens."""

@@ -23,7 +23,7 @@ from xtuner.data import formats
 from xtuner.data.store import RowStore, StoreWriter
 from xtuner.errors import DataError
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Raise it when stores of older versions must not be used any more."""
 
 
@@ -42,6 +42,7 @@ def load_or_make(
     key: str,
     *,
     file_names: Sequence[str],
+    units: Sequence[str] = (),
     make: Callable[[StoreWriter], None],
     usable: Callable[[RowStore], bool] = lambda store: True,
 ) -> RowStore:
@@ -54,13 +55,13 @@ def load_or_make(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{key}.lock") as alone:
-            store = _opened(root / key, key, file_names)
+            store = _opened(root / key, key, file_names, units)
             if store is not None and not usable(store):
                 shutil.rmtree(root / key)
                 store = None
             if store is None:
                 _make(root / key, make, alone=alone)
-                store = RowStore(root / key, key=key, file_names=file_names)
+                store = RowStore(root / key, key=key, file_names=file_names, units=units)
             return store
     except OSError as error:
         raise DataError(
@@ -95,11 +96,13 @@ def rules_of(name: str, *, folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _opened(folder: Path, key: str, file_names: Sequence[str]) -> RowStore | None:
+def _opened(
+    folder: Path, key: str, file_names: Sequence[str], units: Sequence[str]
+) -> RowStore | None:
     if not folder.exists():
         return None
     try:
-        return RowStore(folder, key=key, file_names=file_names)
+        return RowStore(folder, key=key, file_names=file_names, units=units)
     except ValueError:
         shutil.rmtree(folder)
         return None

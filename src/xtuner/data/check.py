@@ -8,6 +8,7 @@ from typing import Any
 
 from xtuner.config.schema import Settings
 from xtuner.data.account import Encoded, overlong_fault
+from xtuner.data.build import room_of
 from xtuner.data.encoding import Encoding
 from xtuner.data.overlong import fit
 from xtuner.data.prepare import prepare
@@ -21,8 +22,8 @@ def bad_rows(
     template: Template,
     tokenizer: Any,
     folder: Path,
+    sight: Sight | None,
     quiet: bool = False,
-    sight: Sight | None = None,
 ) -> Iterator[str]:
     """Yield a line for each row that cannot be used: where it is, the field, what is wrong.
 
@@ -41,8 +42,8 @@ def bad_rows(
             for chunk in encoding.chunks(source):
                 for row in chunk.faults:
                     yield f"{source.place(row.file, row.line)}  {' '.join(str(row.fault).split())}"
-        policy, longest = settings.effective_overlong, settings.max_length
-        fitted = fit(store, source=number, max_length=longest, policy=policy)
-        encoded = Encoded(source, store, fitted)
+        policy, room = settings.effective_overlong, room_of(settings, sight)
+        fitted = fit(store, source=number, max_length=room.tokens, policy=policy)
+        encoded = Encoded(source, store, fitted, room)
         for row_number in fitted.lost.tolist():
-            yield f"{encoded.place(row_number)}  {overlong_fault(settings)}"
+            yield f"{encoded.place(row_number)}  {overlong_fault(settings, room)}"

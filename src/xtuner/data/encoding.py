@@ -30,8 +30,8 @@ class Encoding:
         template: lays out conversations.
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first.
-        quiet: show no progress.
         sight: how pictures are laid out; None for a model without a visual encoder.
+        quiet: show no progress.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Encoding:
         template: Template,
         tokenizer: Any,
         folder: Path,
+        sight: Sight | None,
         quiet: bool = False,
-        sight: Sight | None = None,
     ) -> None:
         self._sight = sight
         self._template, self._tokenizer, self._folder = template, tokenizer, folder
@@ -57,17 +57,22 @@ class Encoding:
             for chunk in self.chunks(source):
                 writer.append(chunk)
 
-        names = [file.name for file in source.files]
         return cache.load_or_make(
-            self._key(source), file_names=names, make=make, usable=self._usable
+            self._key(source),
+            file_names=[file.name for file in source.files],
+            units=[file.unit for file in source.files],
+            make=make,
+            usable=self._usable,
         )
 
     def _usable(self, store: RowStore) -> bool:
         """Whether what is kept still holds: a picture that was missing may be there now."""
         if self._sight is None:
             return True
-        bad = (row.fault.field for group in store.faults for row in group.first)
-        return not any(self._sight.is_cured(field) for field in bad)
+        try:
+            return not any(self._sight.is_sound(name) for name in store.bad_files())
+        except (OSError, ValueError):
+            return False
 
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
         """Encode all rows of `source` now, with a progress bar."""

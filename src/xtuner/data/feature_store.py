@@ -2,8 +2,9 @@
 
 <cache>/features/<hash of encoder and preparation>/<first two letters>/<hash of content>.npy
 
-A file is written under another name and renamed, so it is whole or not there. bfloat16, which numpy
-lacks, is kept as its bits.
+What the encoder is, is known when it is loaded: before that nothing is found or kept. A file is
+written under another name and renamed, so it is whole or not there. bfloat16, which numpy lacks, is
+kept as its bits.
 """
 
 from __future__ import annotations
@@ -24,31 +25,48 @@ from torch import Tensor
 from xtuner.data.cache import cache_root
 
 
-@dataclass(frozen=True)
+@dataclass
 class FeatureStore:
-    """The features that one visual encoder made of pictures prepared in one way."""
+    """The features that one visual encoder made of pictures prepared in one way.
 
-    folder: Path
+    Attributes:
+        folder: where they are; None before `open`.
+        shape: of the features of one picture ``[T, C]``.
+    """
 
-    @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> FeatureStore:
-        """The store for everything that features depend on besides the picture."""
+    folder: Path | None = None
+    shape: tuple[int, ...] = ()
+
+    def open(self, facts: Mapping[str, Any], *, shape: tuple[int, ...]) -> None:
+        """Find the place for everything that features depend on besides the picture.
+
+        Args:
+            facts: of the encoder, its weights and the preparation of pictures.
+            shape: of the features of one picture.
+        """
         text = json.dumps(dict(facts), sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return cls(cache_root().parent / "features" / name)
+        self.folder, self.shape = cache_root().parent / "features" / name, shape
 
     def read(self, key: str) -> Tensor | None:
-        """The features ``[T, C]`` of the picture with this hash; None where they are not kept."""
+        """The features ``[T, C]`` of the picture with this hash; None where they are not kept, or
+        what is there is damaged."""
+        if self.folder is None:
+            return None
         try:
-            values = np.load(self._file(key), allow_pickle=False)
+            values = np.load(self._file(self.folder, key), allow_pickle=False)
         except (OSError, ValueError, EOFError):
+            return None
+        if values.shape != self.shape or values.dtype not in (np.float32, np.int16):
             return None
         tensor = torch.from_numpy(values)
         return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
     def write(self, key: str, features: Tensor) -> None:
         """Keep features; a full disk costs time later, not the run."""
-        file = self._file(key)
+        if self.folder is None:
+            return
+        file = self._file(self.folder, key)
         values = features.detach().cpu().contiguous()
         values = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
         draft = file.with_name(f".{file.stem}.{os.getpid()}.npy")
@@ -57,5 +75,6 @@ class FeatureStore:
             np.save(draft, values.numpy(), allow_pickle=False)
             os.replace(draft, file)
 
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.npy"
+    @staticmethod
+    def _file(folder: Path, key: str) -> Path:
+        return folder / key[:2] / f"{key}.npy"

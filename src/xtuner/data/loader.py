@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from xtuner.data import order
 from xtuner.data.pack import PackedDataset
-from xtuner.errors import DataError
+from xtuner.errors import DataError, XTunerError
 from xtuner.types import Batch, Sample
 
 Collate = Callable[[Sequence[Sample]], Batch]
@@ -98,8 +98,8 @@ class Loader:
             yield batch.moved(lambda tensor: tensor.pin_memory()) if self._pin else batch
 
     def _ahead(self, wanted: Iterator[list[int]]) -> Iterator[Batch]:
-        loader: DataLoader[Batch] = DataLoader(
-            self._micro_batches,
+        loader: DataLoader[Batch | XTunerError] = DataLoader(
+            _FaultsAsItems(self._micro_batches),
             sampler=wanted,  # type: ignore[arg-type]  # an item of ours is the list of a micro-batch's packs
             batch_size=None,
             num_workers=self._num_workers,
@@ -108,7 +108,10 @@ class Loader:
             # a generator of its own: without one, torch would draw from the global random state
             generator=torch.Generator(),
         )
-        yield from loader
+        for made in loader:
+            if isinstance(made, XTunerError):
+                raise made
+            yield made
 
     def _share(self, step: int) -> list[list[int]]:
         """The packs of each micro-batch that this rank works on in `step`."""
@@ -143,8 +146,21 @@ class _MicroBatches(Dataset[Batch]):
         return self._collate([sample for pack in packs for sample in self._dataset[pack]])
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+class _FaultsAsItems(Dataset[Batch | XTunerError]):
+    """Hands the faults of rows on as items: torch would raise them with a worker's traceback."""
+
+    def __init__(self, micro_batches: _MicroBatches) -> None:
+        self._micro_batches = micro_batches
+
+    def __getitem__(self, packs: list[int]) -> Batch | XTunerError:
+        try:
+            return self._micro_batches[packs]
+        except XTunerError as error:
+            return error
+
+
+def _as_is(item: Batch | XTunerError) -> Batch | XTunerError:
+    return item
 
 
 def _ignore_interrupt(worker: int) -> None:

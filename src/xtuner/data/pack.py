@@ -146,6 +146,11 @@ class PackedDataset:
         """Whether each pack begins with a sample that has pictures ``[P]``."""
         return self._samples.has_images(self._stores)[self._borders[:-1]]
 
+    @property
+    def any_images(self) -> bool:
+        """Whether any sample has pictures."""
+        return bool(self._samples.has_images(self._stores).any())
+
     def fingerprint(self) -> str:
         """A hash of all tokens and their order: equal exactly where the packs are."""
         digest = hashlib.sha256()

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from rich.text import Text
 
 from xtuner.data.collate import lay_out
-from xtuner.types import IGNORE_INDEX, Sample
+from xtuner.data.sight import Sight
+from xtuner.types import IGNORE_INDEX, IMAGE, Sample
 
 _SUPERVISED = "bold green"
 _UNSUPERVISED = "dim"
+_PICTURE = "cyan"
+_NUMBERS = ("input_ids", "labels")
 
 
-def draw(sample: Sample, show: str, *, tokenizer: Any, marks: bool) -> Text:
+def draw(
+    sample: Sample, show: str, *, tokenizer: Any, marks: bool, sight: Sight | None = None
+) -> Text:
     """Draw one sample.
 
     Args:
@@ -24,23 +29,29 @@ def draw(sample: Sample, show: str, *, tokenizer: Any, marks: bool) -> Text:
             'labels' as the loss gets them.
         tokenizer: turns ids back into text.
         marks: put supervised text and ids between « and », for where there are no colours.
+        sight: of the model that sees the sample; the place of a picture is then named, once.
     """
-    picture = Text()
-    for supervised, start, stop in _spans(sample):
+    picture, names = Text(), iter(sample.images)
+    for supervised, start, stop in _spans(sample, sight):
+        if sight and sample.images and sample.input_ids[start] == sight.token_id:
+            for name in islice(names, (stop - start) // sight.tokens_each):
+                place = visible(f"[{IMAGE} {name}: {sight.tokens_each} tokens]")
+                picture.append(place + (" " if show in _NUMBERS else ""), style=_PICTURE)
+            continue
         if show == "masked_text" and not supervised:
             unit = "token" if stop - start == 1 else "tokens"
             picture.append(f"[… {stop - start} {unit} …]", style=_UNSUPERVISED)
             continue
         if show == "labels" and not supervised:
             words = " ".join([str(IGNORE_INDEX)] * (stop - start))
-        elif show in ("input_ids", "labels"):
+        elif show in _NUMBERS:
             words = " ".join(map(str, sample.input_ids[start:stop].tolist()))
         else:
             words = visible(_text(sample, start, stop, tokenizer))
         if supervised and marks:
             words = f"«{words}»"
         picture.append(words, style=_SUPERVISED if supervised else _UNSUPERVISED)
-        if show in ("input_ids", "labels"):
+        if show in _NUMBERS:
             picture.append(" ")
     picture.rstrip()
     return picture
@@ -58,11 +69,14 @@ def _picture_of(control: str) -> str:
     return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else "\ufffd"
 
 
-def _spans(sample: Sample) -> Iterator[tuple[bool, int, int]]:
-    """(supervised, start, stop) of each run of tokens that are, or are not, in the loss."""
-    labels = lay_out([sample]).labels[0]
+def _spans(sample: Sample, sight: Sight | None) -> Iterator[tuple[bool, int, int]]:
+    """(supervised, start, stop) of each run of tokens that are, or are not, in the loss; places of
+    pictures are runs of their own."""
+    labels = lay_out([sample]).labels[0].numpy()
+    seen = sample.input_ids == sight.token_id if sight and sample.images else labels > labels.max()
     start = 0
-    for supervised, run in groupby((labels != IGNORE_INDEX).tolist()):
+    kinds = zip((labels != IGNORE_INDEX).tolist(), seen.tolist(), strict=True)
+    for (supervised, _), run in groupby(kinds):
         stop = start + len(list(run))
         yield supervised, start, stop
         start = stop

@@ -2,11 +2,13 @@
 
 A name in a data file is taken relative to the folder and must not lead out of it, so that a data
 set from a stranger cannot have private pictures read. Only a few formats are opened, and nothing
-is decoded that has more than `MAX_PIXELS`: 20 kB of PNG can hold half a gigabyte.
+is decoded that has more than `MAX_PIXELS`, or would have when it is filled up to a square: 20 kB of
+PNG can hold half a gigabyte, and 254 bytes a line that becomes a square of ten.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 64_000_000
 """Most pixels of a picture; decoded they take 192 MB."""
+MAX_SIDE = math.isqrt(MAX_PIXELS)
+"""Longest side: filled up to a square the picture has at most `MAX_PIXELS`."""
+MAX_RATIO = 100
+"""Longest side over shortest: scaled until the shortest fits an encoder of 336 x 336, the picture
+has at most 11 million pixels."""
 
 
 class PictureError(DataError):
@@ -47,8 +54,8 @@ class PictureFolder:
     def find(self, name: str) -> Path:
         """The file of picture `name`.
 
-        Links of folders are followed, for large data sets often lie elsewhere; a link of a single
-        file may not lead out.
+        The folder itself may be a link, for large data sets often lie elsewhere; a link in it may
+        not lead out.
 
         Raises:
             PictureError: it lies outside the folder, or is not there.
@@ -61,10 +68,13 @@ class PictureFolder:
         path = os.path.normpath(os.path.join(root, name))
         if not _within(path, root):
             raise PictureError(name, f"lies outside image_folder ({root}), which is refused")
-        if os.path.islink(path):
-            target = os.path.realpath(path)
-            if not _within(target, os.path.realpath(root)):
-                raise PictureError(name, f"is a link that leads out of image_folder ({root})")
+        target = os.path.realpath(path)
+        if not _within(target, os.path.realpath(root)):
+            raise PictureError(
+                name,
+                f"is reached by a link that leads out of image_folder ({root}), which is refused; "
+                f"set image_folder to the real folder (the picture is {target!r})",
+            )
         if not os.path.isfile(path):
             what = "is a folder" if os.path.isdir(path) else "is not there"
             raise PictureError(name, f"{what} (image_folder is {root})")
@@ -77,7 +87,7 @@ class PictureFolder:
             PictureError: it cannot be found or decoded.
         """
         with self.find(name).open("rb") as file:
-            _decode(file, name, small=True)
+            decode(file, name, small=True)
 
     def load(self, name: str) -> Image.Image:
         """Decode picture `name`; see `decode`."""
@@ -85,15 +95,36 @@ class PictureFolder:
             return decode(file, name)
 
 
-def decode(file: BinaryIO, name: str) -> Image.Image:
+def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
     """Decode a picture to RGB, upright as its EXIF data say.
+
+    Args:
+        file: of a picture.
+        name: what the errors call it.
+        small: as small as its format allows: enough to know that it is sound.
 
     Raises:
         PictureError: the file is no picture of a known format, is damaged or too large.
     """
-    from PIL import ImageOps
+    from PIL import Image, UnidentifiedImageError
 
-    return ImageOps.exif_transpose(_decode(file, name)).convert("RGB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own cap only warns; ours follows
+            image = Image.open(file, formats=FORMATS)
+            _refuse_large(image.size, name)
+            if small:
+                image.draft("RGB", (1, 1))  # JPEG can be read to its end at an eighth of the work
+            return _upright_rgb(image)
+    except PictureError:
+        raise
+    except UnidentifiedImageError as error:
+        raise PictureError(name, f"is no picture in {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
+        raise PictureError(name, problem) from error
+    except Exception as error:  # decoders raise many kinds for a damaged file
+        raise PictureError(name, f"is damaged: {' '.join(str(error).split())}") from error
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -109,32 +140,28 @@ def open_picture(path: str | Path) -> Image.Image:
         raise PictureError(str(path), f"cannot be opened: {error.strerror or error}") from error
 
 
-def _decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+def _refuse_large(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    longest, shortest = max(size), max(1, min(size))
+    if width * height > MAX_PIXELS:
+        limit = f"pixels, more than {MAX_PIXELS:,}"
+    elif longest > MAX_SIDE:
+        limit = f"pixels: more than {MAX_SIDE:,} on a side"
+    elif longest > MAX_RATIO * shortest:
+        limit = f"pixels: one side is more than {MAX_RATIO} times the other"
+    else:
+        return
+    cure = "cut it to a better shape" if "times" in limit else "make it smaller"
+    raise PictureError(name, f"has {width:,} x {height:,} {limit}; {cure}")
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own cap only warns; ours follows
-            image = Image.open(file, formats=FORMATS)
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise PictureError(
-                    name,
-                    f"has {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}; make it smaller",
-                )
-            if small:
-                image.draft("RGB", (1, 1))  # JPEG can be read to its end at an eighth of the work
-            image.load()
-    except PictureError:
-        raise
-    except UnidentifiedImageError as error:
-        raise PictureError(name, f"is no picture in {', '.join(FORMATS)}") from error
-    except Image.DecompressionBombError as error:
-        problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
-        raise PictureError(name, problem) from error
-    except Exception as error:  # decoders raise many kinds for a damaged file
-        raise PictureError(name, f"is damaged: {' '.join(str(error).split())}") from error
-    return image
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # grey in 16 bits, of which Pillow would keep the lower 8
+        upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    return upright.convert("RGB")
 
 
 def _within(path: str, root: str) -> bool:

@@ -26,12 +26,14 @@ class PreparedSource:
         name: the entry of `data_path`.
         asked_format: what `dataset_format` says for it.
         files, formats: aligned.
+        notes: what the user may want to know of how rows are read.
     """
 
     name: str
     asked_format: str
     files: tuple[RowFile, ...]
     formats: tuple[Format, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -76,31 +78,43 @@ def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
 
 
 def _prepared(source: Source, format_name: str, folder: Path) -> PreparedSource:
-    files, found = [], []
+    files, found, notes = [], [], dict[str, None]()
     for file in source.files:
         seen = [_row(task.value) for task in itertools.islice(file.rows(), _ROWS_LOOKED_AT)]
         if not seen:
             continue
         files.append(file)
-        found.append(_format(file, format_name, seen, folder))
+        columns = _columns(seen)
+        found.append(_format(file, format_name, columns, seen, folder))
+        for column, alias in found[-1].aliases.items():
+            if alias in columns:
+                notes[f"{source.name}: the key {alias!r} is read as {column!r}, its right name"] = (
+                    None
+                )
     if not files:
         raise DataError(f"{source.name}: holds no rows")
-    return PreparedSource(source.name, format_name, tuple(files), tuple(found))
+    return PreparedSource(source.name, format_name, tuple(files), tuple(found), tuple(notes))
 
 
 def _row(value: object) -> object:
     return parse(value) if isinstance(value, bytes) else value
 
 
-def _format(file: RowFile, name: str, seen: list[object], folder: Path) -> Format:
-    """Resolve the format by the columns of the rows `seen`; some rows may lack some."""
+def _columns(seen: list[object]) -> tuple[str, ...]:
+    """The columns of all rows `seen`; some rows may lack some."""
+    return tuple(dict.fromkeys(column for row in seen if isinstance(row, dict) for column in row))
+
+
+def _format(
+    file: RowFile, name: str, columns: tuple[str, ...], seen: list[object], folder: Path
+) -> Format:
+    """Resolve the format by the `columns` of the rows `seen`."""
     rows = [row for row in seen if isinstance(row, dict)]
     if not rows:
         fault = next(row for row in seen if isinstance(row, Fault))
         raise DataError(
             f"{file.name}: none of the first {len(seen)} rows can be read: each {fault}"
         )
-    columns = tuple(dict.fromkeys(column for row in rows for column in row))
     try:
         return formats.resolve(name, columns=columns, folder=folder, sample=rows[0])
     except DataError as error:

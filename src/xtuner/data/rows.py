@@ -22,11 +22,13 @@ class Fault:
         reason: what is wrong and how to cure it, in the same words for all rows with this fault.
         field: the part of the row at fault, such as ``messages[1].role``; empty for the whole row.
         detail: what concerns this row only.
+        file: a file beside the data that is at fault; once it is mended the row is sound.
     """
 
     reason: str
     field: str = ""
     detail: str = ""
+    file: str = ""
 
     @property
     def words(self) -> str:

@@ -7,7 +7,6 @@ a batch is put together, in the processes that load data: never more than those 
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ from xtuner.data.rows import Fault
 from xtuner.errors import DataError
 from xtuner.types import IMAGE, Batch, Encoded, Pictures, Sample
 
-_FIELD = "image "
 Collate = Callable[[Sequence[Sample]], Batch]
 
 
@@ -53,18 +51,17 @@ class Sight:
             try:
                 self.folder.check(name)
             except PictureError as error:
-                return Fault(error.problem, _field(name))
+                return Fault(error.problem, f"image {name!r}", file=name)
             except OSError as error:
-                return Fault(f"cannot be read: {error.strerror or error}", _field(name))
+                problem = f"cannot be read: {error.strerror or error}"
+                return Fault(problem, f"image {name!r}", file=name)
         return self.widened(encoded)
 
-    def is_cured(self, field: str) -> bool:
-        """Whether the picture that a fault's `field` names can be used now."""
-        if not field.startswith(_FIELD):
-            return False
+    def is_sound(self, name: str) -> bool:
+        """Whether a picture can be used."""
         try:
-            self.folder.check(ast.literal_eval(field.removeprefix(_FIELD)))
-        except (PictureError, OSError, ValueError, SyntaxError):
+            self.folder.check(name)
+        except (PictureError, OSError):
             return False
         return True
 
@@ -77,6 +74,20 @@ class Sight:
             ids += [token_id] * times
             mask += [supervised and token_id != self.token_id] * times
         return Encoded(ids, mask)
+
+    def whole(self, sample: Sample) -> Sample:
+        """`sample` without the picture that max_length cut in two, if one: it is the end of it."""
+        if not sample.images:
+            return sample
+        tokens = int((sample.input_ids == self.token_id).sum())
+        whole, rest = divmod(tokens, self.tokens_each)
+        end = len(sample.input_ids) - rest
+        return replace(
+            sample,
+            input_ids=sample.input_ids[:end],
+            loss_mask=sample.loss_mask[:end],
+            images=sample.images[:whole],
+        )
 
     def facts(self) -> dict[str, Any]:
         """What encoded rows depend on."""
@@ -107,7 +118,7 @@ class PictureCollate:
         Raises:
             DataError: a picture cannot be read any more; names the row and the file.
         """
-        whole = [self._with_whole_pictures(sample) for sample in samples]
+        whole = [self.sight.whole(sample) for sample in samples]
         batch = self.collate(whole)
         if not any(sample.images for sample in whole):
             return batch
@@ -122,20 +133,6 @@ class PictureCollate:
         )
         return replace(batch, pictures=pictures)
 
-    def _with_whole_pictures(self, sample: Sample) -> Sample:
-        """Without the picture that max_length cut in two, if one: it is the end of the sample."""
-        if not sample.images:
-            return sample
-        tokens = int((sample.input_ids == self.sight.token_id).sum())
-        whole, rest = divmod(tokens, self.sight.tokens_each)
-        end = len(sample.input_ids) - rest
-        return replace(
-            sample,
-            input_ids=sample.input_ids[:end],
-            loss_mask=sample.loss_mask[:end],
-            images=sample.images[:whole],
-        )
-
     def _read(self, sample: Sample, name: str) -> tuple[str, np.ndarray | None, Tensor | None]:
         """The picture's key, and its pixels or its features."""
         try:
@@ -147,13 +144,8 @@ class PictureCollate:
             return key, self.pixels(decode(io.BytesIO(raw), name)), None
         except (PictureError, OSError) as error:
             raise DataError(
-                f"{sample.row}: {error}. It was sound when the data was prepared: restore the "
-                "file, and go on with --resume"
+                f"{sample.row}: {error}. It was sound when the data was prepared: restore the file"
             ) from error
-
-
-def _field(name: str) -> str:
-    return f"{_FIELD}{name!r}"
 
 
 def picture_folder(

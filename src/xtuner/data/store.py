@@ -6,13 +6,14 @@ lines.npy int32 [R]    files.npy int32 [R]       the row's line in its file, the
 supervised.npy int32 [R]  hashes.npy uint64 [R]  tokens in the loss, hash of the tokens
 image_names.npy uint8 [B]  image_ends.npy int64 [R]  names of pictures as JSON; where a row's end
 about.json                                       counts, and the rows that failed, by reason
+bad_files.jsonl                                  names of files beside the data that are at fault
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from xtuner.data.rows import Fault
 from xtuner.types import RowRef
 
 ABOUT = "about.json"
+BAD_FILES = "bad_files.jsonl"
 _MOST_REASONS = 100
 KEPT_FAULTS = 20
 """How many rows of each reason are kept with their line; all are counted."""
@@ -115,6 +117,7 @@ class StoreWriter:
         self._end = self._names_end = 0
         self._rows_read = 0
         self._faults: dict[str, FaultGroup] = {}
+        self._bad_files = (folder / BAD_FILES).open("w", encoding="utf-8")
 
     def append(self, chunk: EncodedChunk) -> None:
         """Add the rows of `chunk`."""
@@ -128,6 +131,8 @@ class StoreWriter:
         self._names_end += len(chunk.image_names)
         self._rows_read += len(chunk.lengths) + len(chunk.faults)
         for row in chunk.faults:
+            if row.fault.file:
+                self._bad_files.write(json.dumps(row.fault.file) + "\n")
             key = _outline(row.fault.words)
             if key not in self._faults and len(self._faults) >= _MOST_REASONS:
                 key = "has a fault of yet another kind"
@@ -136,6 +141,7 @@ class StoreWriter:
 
     def finish(self) -> None:
         """Complete the arrays and write about.json, which makes the store valid."""
+        self._bad_files.close()
         sizes = {name: column.close() for name, column in self._columns.items()}
         faults = sorted(self._faults.values(), key=lambda group: -group.count)
         about = {
@@ -147,6 +153,7 @@ class StoreWriter:
 
     def abort(self) -> None:
         """Close the files of a store that is given up."""
+        self._bad_files.close()
         for column in self._columns.values():
             column.close()
 
@@ -158,15 +165,19 @@ class RowStore:
         folder: a folder that `StoreWriter` finished.
         key: what the store is known by in the cache.
         file_names: the names of the source's files, for messages.
+        units: what the numbers of their rows count; lines if it is left out.
 
     Raises:
         ValueError: the folder is incomplete or damaged.
     """
 
-    def __init__(self, folder: Path, *, key: str, file_names: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, *, key: str, file_names: Sequence[str], units: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.key = key
         self._file_names = tuple(file_names)
+        self._units = tuple(units) or ("line",) * len(self._file_names)
         self._open()
         self._check()
 
@@ -199,11 +210,11 @@ class RowStore:
     def _value(self, name: str, row: int) -> int:
         return int(self._columns[name].read(row, 1)[0])
 
-    def __getstate__(self) -> tuple[Path, str, tuple[str, ...]]:
-        return self.folder, self.key, self._file_names
+    def __getstate__(self) -> tuple[Path, str, tuple[str, ...], tuple[str, ...]]:
+        return self.folder, self.key, self._file_names, self._units
 
-    def __setstate__(self, state: tuple[Path, str, tuple[str, ...]]) -> None:
-        self.folder, self.key, self._file_names = state
+    def __setstate__(self, state: tuple[Path, str, tuple[str, ...], tuple[str, ...]]) -> None:
+        self.folder, self.key, self._file_names, self._units = state
         self._open()
 
     def __len__(self) -> int:
@@ -240,6 +251,12 @@ class RowStore:
             )
             for group in self.about["faults"]
         ]
+
+    def bad_files(self) -> Iterator[str]:
+        """Names of the files beside the data by whose fault rows failed: all of them, in order."""
+        with (self.folder / BAD_FILES).open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
 
     def tokens(
         self, row: int, start: int, length: int
@@ -283,4 +300,4 @@ class RowStore:
     def ref(self, row: int) -> RowRef:
         """Where a row came from."""
         file, line = self.place(row)
-        return RowRef(self._file_names[file], line)
+        return RowRef(self._file_names[file], line, self._units[file])

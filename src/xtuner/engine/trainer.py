@@ -29,7 +29,7 @@ from xtuner.engine import optim
 from xtuner.engine.distributed import Processes
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.out_of_memory import is_out_of_memory
-from xtuner.errors import LaunchError, TrainingError
+from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
 from xtuner.types import Algorithm, Batch
 
 
@@ -99,6 +99,7 @@ class Trainer:
             Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
             TrainingError: a loss or gradient is not finite, or memory ran out; the last good step
                 is saved, unless memory ran out in one of several processes.
+            DataError: a row of the next step cannot be read any more; the last good step is saved.
         """
         run = self.run
         with ExitStack() as stack:
@@ -110,17 +111,20 @@ class Trainer:
             groups = self.loader.groups(run.step, run.total_steps)
             while True:
                 started = time.perf_counter()
-                group = next(groups, None)
+                group, fault = self._next(groups)
                 if group is None:
                     break
                 try:
-                    self._step(group, started)
+                    self._step(group, started, fault)
                 except Interrupted:
                     self._save_once()
                     if run.step == 0:
                         raise Interrupted("Stopped before the first step.") from None
                     message = f"Stopped at step {run.step}; it is saved."
                     raise Interrupted(message, can_resume=True) from None
+                except DataError as error:
+                    self._save_once()
+                    raise DataError(f"{error}; {self._how_to_go_on()}") from fault
                 except TrainingError:
                     self._save_once()
                     raise
@@ -134,15 +138,36 @@ class Trainer:
                     self._save_once()
             self._call("on_end")
 
-    def _step(self, group: list[Batch], started: float) -> None:
+    def _next(self, groups: Iterator[list[Batch]]) -> tuple[list[Batch] | None, XTunerError | None]:
+        """The next group, None at the end; an empty one and why, where it cannot be read."""
+        try:
+            return next(groups, None), None
+        except XTunerError as error:
+            return [], error
+        except Exception:
+            if self.processes.world_size == 1:
+                self._save_once()
+            raise
+
+    def _how_to_go_on(self) -> str:
+        saved = max(self._saved_at, self.run.start_step)
+        return f"step {saved} is saved, go on with --resume" if saved > 0 else "then begin anew"
+
+    def _step(self, group: list[Batch], started: float, fault: XTunerError | None = None) -> None:
         """One optimizer step; on an exception the weights are those of the step before.
 
-        `started` is when the data were asked for.
+        Args:
+            group: micro-batches of this process.
+            started: when the data were asked for.
+            fault: why this process has no data; all processes then stop together.
         """
         data_seconds = time.perf_counter() - started
         run, settings = self.run, self.settings
         counts = [sum(b.num_supervised for b in group), sum(b.num_tokens for b in group)]
-        supervised, tokens, stops = self.processes.sum([*counts, float(self._stop)])
+        signs = [float(self._stop), float(fault is not None)]
+        supervised, tokens, stops, faults = self.processes.sum([*counts, *signs])
+        if faults:
+            raise DataError("; ".join(self.processes.gather([str(fault)] if fault else [])))
         if stops:
             raise Interrupted
         lr = optim.learning_rate(

@@ -96,6 +96,7 @@ def measure(
         model = _build(config, count, dtype, trust_remote_code)
         implementation = KEPT_BY_FLASH if flash else training_implementation(model, "auto")
         model.set_attn_implementation(implementation)
+        _fix_rotation(model)
         fused_layers.install(model, check=False)
         if not flash:
             fused_attention.install(model, check=False)
@@ -162,6 +163,20 @@ def _build(config: Any, count: int | None, dtype: torch.dtype, trust: bool) -> A
         text.num_hidden_layers = count
     with torch.device("meta"), quiet_transformers():
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+
+
+def _fix_rotation(model: nn.Module) -> None:
+    """Let no frequencies of rotary embeddings depend on how long the longest sample is.
+
+    transformers' `dynamic_rope_update` reads the positions for types such as 'dynamic', and here
+    tensors have no values. Frequencies take the same memory whatever they are.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.rope_type = "default"  # type: ignore[assignment]
+        elif isinstance(kind, dict):  # one for each type of layers
+            module.rope_type = dict.fromkeys(kind, "default")  # type: ignore[assignment]
 
 
 def pretend_cpu(model: nn.Module) -> None:

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from xtuner.errors import ModelError, listed
 from xtuner.models.load import located, quiet_transformers, read_config, readable_errors
-from xtuner.models.save import weight_files
 from xtuner.types import IMAGE
 
 Strategy = Literal["default", "full"]
@@ -156,13 +155,17 @@ def vision_config(path: str) -> dict[str, Any]:
     return {**config.to_dict(), "model_type": config.model_type}
 
 
-def weights_identity(path: str) -> str:
-    """A hash of the weights of the encoder at `path`, or its name where they are not here."""
-    files = weight_files(Path(located(path)))
-    digest = hashlib.sha256(path.encode() if not files else b"")
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+def identity_of(encoder: PreTrainedModel) -> str:
+    """A hash of all that the features of the loaded `encoder` depend on besides the picture: its
+    weights, their number type, and its configuration; not where it came from."""
+    values = encoder.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures"):
+        values.pop(name, None)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 

@@ -1,9 +1,10 @@
-"""Turns of ``from`` and ``value``, with calls of functions and their results."""
+"""Turns of ``from`` and ``value``, with calls of functions and their results, and with pictures."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from xtuner.data.formats._images import read_names, share_out
 from xtuner.data.formats._tools import read_tools
 from xtuner.data.formats._turns import read_turns
 from xtuner.data.formats.base import (
@@ -19,7 +20,11 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Read the turns, and the system prompt and tools that may stand beside them."""
+    """Read the turns, and the system prompt, tools and pictures that may stand beside them.
+
+    Pictures are not among the columns by which 'auto' knows the format, for `llava` is; but where
+    rows of text come first, a later one may still have them.
+    """
     column = "conversation" if row.get("conversations") is None and "conversation" in row else ""
     column = column or "conversations"
     if isinstance(row.get(column), str):  # a csv file holds lists as JSON text
@@ -28,6 +33,8 @@ def convert(row: Row) -> Conversation:
     system = system_turn(optional_text(row, "system"))
     if system and turns[0].role == "system":
         raise RowError("system", f"is there, and {column} begin with another", "keep one of them")
+    if names := read_names(row, "image"):
+        turns = share_out(turns, names, column=column)
     return conversation([*system, *turns], tools=read_tools(row), column=column)
 
 

@@ -1,0 +1,154 @@
+"""What can befall a run with pictures: a picture that goes bad, rows without any, settings that do
+not fit; on tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xtuner.cli.app import main
+from xtuner.testing.vision import tiny_llava_data, tiny_pictures, tiny_visual_encoder_folder
+
+SPOILER = """
+from pathlib import Path
+from xtuner.engine.hooks.base import BaseHook
+
+class Spoil(BaseHook):
+    def on_start(self, run):
+        name = Path("spoilt").read_text()
+        Path("images", name).write_bytes(Path("images", name).read_bytes()[:-30])
+"""
+SETTINGS = """
+llm_name_or_path = {model!r}
+visual_encoder_name_or_path = "clip"
+data_path = "data.json"
+image_folder = "images"
+prompt_template = "chatml"
+max_length = 96
+accumulative_counts = 1
+max_epochs = 1
+dtype = "float32"
+lr = 1e-2
+tuning = "full"
+freeze_llm = True
+pack_to_max_length = False
+shuffle = False
+group_by_modality = False
+tensorboard = False
+num_threads = 1
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path, tiny_model_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_visual_encoder_folder(tmp_path / "clip", initializer_range=0.5)
+    tiny_llava_data(tmp_path / "data.json", tmp_path / "images", count=8)
+    (tmp_path / "run.py").write_text(SETTINGS.format(model=str(tiny_model_path)))
+    (tmp_path / "spoil.py").write_text(SPOILER)
+    return tmp_path
+
+
+def train(*settings, place="w"):
+    words = [word for setting in settings for word in ("--set", setting)]
+    return main(["train", "run.py", "--work-dir", place, *words])
+
+
+def scalars(place="w"):
+    (file,) = Path(place).glob("*/scalars.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_goes_bad_loses_no_step(workshop, capsys, workers):
+    (workshop / "spoilt").write_text("5.png")
+    spoil = "custom_hooks=['spoil.py:Spoil']"
+    assert train(spoil, f"dataloader_num_workers={workers}") == 2
+    told = capsys.readouterr().err
+    assert "data.json row 6: image '5.png' is damaged" in told
+    assert told.strip().endswith("restore the file; step 5 is saved, go on with --resume")
+    assert "Traceback" not in told
+    assert (workshop / "w" / "last_checkpoint").read_text().strip() == "iter_5"
+
+
+def test_nobody_is_told_to_resume_what_was_not_saved(workshop, capsys):
+    (workshop / "spoilt").write_text("0.png")
+    assert train("custom_hooks=['spoil.py:Spoil']") == 2
+    told = capsys.readouterr().err
+    assert "data.json row 1: image '0.png'" in told and "--resume" not in told
+    assert not list((workshop / "w").glob("iter_*"))
+
+
+def launched(*settings, place):
+    words = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "xtuner.cli.app", "train", "run.py", "--nproc", "2"]
+    return subprocess.run(
+        [*command, "--work-dir", place, *words],
+        env=dict(os.environ), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_a_picture_of_one_process_that_goes_bad_stops_all_and_loses_no_step(workshop):
+    (workshop / "spoilt").write_text("5.png")  # of the second process, in step 3
+    ended = launched("custom_hooks=['spoil.py:Spoil']", place="w")
+    assert ended.returncode == 2, ended.stderr
+    assert "data.json row 6: image '5.png' is damaged" in ended.stderr
+    assert "step 2 is saved" in ended.stderr and "Traceback" not in ended.stderr
+    assert (workshop / "w" / "last_checkpoint").read_text().strip() == "iter_2"
+
+
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def write(rows):
+    Path("data.json").write_text(json.dumps(rows))
+
+
+def said(capsys):
+    out = capsys.readouterr()
+    return out.out + out.err
+
+
+@pytest.mark.parametrize("name", ["auto", "sharegpt", "llava"])
+def test_rows_of_text_may_come_first(workshop, capsys, name):
+    text = [{"conversations": turns(f"Say {i}", f"{i}.")} for i in range(120)]
+    seen = [{"image": "1.png", "conversations": turns(f"<image>{i}?", "Yes.")} for i in range(9)]
+    write(text + seen)
+    command = ["check-custom-dataset", "run.py", "--set", f"dataset_format='{name}'"]
+    assert main(command) == 0, said(capsys)
+    assert "No bad row." in said(capsys)
+
+
+def test_a_projector_alone_needs_pictures(workshop, capsys):
+    write([{"conversations": turns(f"Say {i}", f"{i}.")} for i in range(12)])
+    assert train() == 2
+    assert "not one row has a picture, and the language model is frozen" in said(capsys)
+    adapters = ("tuning='lora'", "freeze_llm=False", "lora_r=4", "max_steps=1")
+    assert train(*adapters, place="lora") == 0
+    assert "Note: not one row has a picture" in said(capsys)
+
+
+def test_a_misspelt_key_is_read_and_told(workshop, capsys):
+    rows = json.loads(Path("data.json").read_text())
+    write([{**row, "conversation": row.pop("conversations")} for row in rows])
+    assert main(["check-custom-dataset", "run.py"]) == 0
+    told = said(capsys)
+    assert "Note: data.json: the key 'conversation' is read as 'conversations'" in told
+
+
+@pytest.mark.parametrize("mended", [3, 27])
+def test_any_picture_that_is_mended_is_found(workshop, capsys, mended):
+    """More rows are bad than a report keeps."""
+    write([{"image": f"new{i}.png", "conversations": turns("<image>?", "Y.")} for i in range(30)])
+    command = ["check-custom-dataset", "run.py"]
+    assert main(command) == 2
+    assert "30 bad rows" in said(capsys)
+    tiny_pictures("more", 1)
+    Path("more/0.png").rename(f"images/new{mended}.png")
+    assert train("max_epochs=1") == 0
+    assert "29 rows lost" in said(capsys)
