@@ -127,10 +127,9 @@ def test_parts_are_kept_as_parts(workshop):
     assert answer("model", visual_encoder="clip", llava="parts") == answer("finetune")
 
 
-@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
-def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, pickled):
-    """Its projector was a plain list of layers, and encoders had a level ``vision_model``."""
-    ours, old = workshop / "finetune" / "iter_8", tmp_path / "old"
+def write_old_parts(old, ours, *, pickled):
+    """The parts in `ours` as xtuner 0.1 wrote them: its projector was a plain list of layers, and
+    encoders had a level ``vision_model``."""
     renames = {
         "projector/model.safetensors": {"linear_1": "model.0", "linear_2": "model.2"},
         "llm_adapter/adapter_model.safetensors": {},
@@ -152,12 +151,31 @@ def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, pickled):
                 assert "vision_model.encoder." in text
             (place.parent / "adapter_config.json").write_text(text)
         if pickled:
-            torch.save(tensors, place.with_suffix(".bin"))
+            stem = "pytorch_model" if place.stem == "model" else place.stem
+            torch.save(tensors, place.with_name(f"{stem}.bin"))
         else:
             save_file(tensors, str(place))
+    return old
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, pickled):
+    old = write_old_parts(tmp_path / "old", workshop / "finetune" / "iter_8", pickled=pickled)
+    parts = tmp_path / "parts"
     assert answer("model", visual_encoder="clip", llava=old) == answer("finetune")
+    assert main(["convert", "pth_to_hf", "finetune.py", str(old), str(parts), "--fp32"]) == 0
+    assert not list(parts.rglob("*.bin")) and len(list(parts.rglob("*.safetensors"))) == 3
+    assert answer("model", visual_encoder="clip", llava=parts) == answer("finetune")
     (old / "visual_encoder_adapter").rename(tmp_path / "away")
     assert answer("model", visual_encoder="clip", llava=old) != answer("finetune")
+
+
+def test_a_part_without_its_weights_is_named(workshop, tmp_path, capsys):
+    old = write_old_parts(tmp_path / "old", workshop / "finetune" / "iter_8", pickled=True)
+    (old / "llm_adapter" / "adapter_model.bin").unlink()
+    assert main(["convert", "pth_to_hf", "finetune.py", str(old), str(tmp_path / "parts")]) == 2
+    assert "llm_adapter: lacks adapter_model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
 
 
 def test_an_encoder_is_merged_alone(workshop):

@@ -114,7 +114,7 @@ def _write_llava(
     llm = settings.pretrained_model_name_or_path
     encoder = settings.visual_encoder_name_or_path or ""
     if save_format is SaveFormat.xtuner:
-        llava.write_parts(source, save_dir, fp32=fp32)
+        llava.write_parts(source, save_dir, fp32=fp32, max_shard_size=max_shard_size)
     else:
         llava.write_whole(
             source, save_dir, llm=llm, visual_encoder=encoder, fp32=fp32,

@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xtuner import templates
 from xtuner.convert.output import copy_others, new_folder
+from xtuner.convert.to_hf import LEFT_OUT, write_adapter
+from xtuner.convert.weights import (
+    Weights,
+    cast_plan,
+    parse_size,
+    total_bytes,
+    write_config,
+    write_shards,
+)
 from xtuner.errors import ModelError
 from xtuner.models import llava_parts as parts_of
 from xtuner.models.adapters import load_adapter
@@ -28,37 +36,55 @@ from xtuner.models.llava_load import Seeing, Sources, fitting_encoder_adapter, l
 from xtuner.models.load import DTYPES, load_tokenizer, pick_device, quiet_transformers
 from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
-from xtuner.models.save import weight_files
 from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, strategy_of
 from xtuner.templates.jinja import as_jinja
 from xtuner.types import IMAGE
 
 Tell = Callable[[str], None]
 
-_LEFT_OUT = ("training_state.pt", "*.safetensors", "*.bin")
 
-
-def write_parts(source: Path, save_dir: Path, *, fp32: bool = False) -> RunInfo | None:
-    """Write the parts in `source` to `save_dir`, in 16 bits unless `fp32`.
+def write_parts(
+    source: Path,
+    save_dir: Path,
+    *,
+    fp32: bool = False,
+    max_shard_size: str = "2GB",
+    tell: Tell = lambda line: None,
+) -> RunInfo | None:
+    """Write the parts in `source` to `save_dir` as safetensors, in 16 bits unless `fp32`.
 
     Raises:
+        ModelError: a part lacks its weights, or they are damaged.
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
+    max_bytes = parse_size(max_shard_size)
     info = RunInfo.read(source)
     dtype = _stored_type(info, fp32)
-    folders = (source, *(path for path in source.iterdir() if path.is_dir()))
-    files = [file for folder in folders for file in weight_files(folder)]
-    with new_folder(save_dir, num_bytes=sum(file.stat().st_size for file in files)) as draft:
-        for file in files:
-            place = draft / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in load_file(str(file)).items()
-            }
-            save_file(tensors, str(place), metadata={"format": "pt"})
-        copy_others(source, draft, skip=_LEFT_OUT)
+    folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
+    held = {folder: weights for folder in folders if (weights := _weights_in(folder))}
+    plans = {folder: cast_plan(weights.stored, dtype) for folder, weights in held.items()}
+    with new_folder(save_dir, num_bytes=sum(map(total_bytes, plans.values()))) as draft:
+        for folder, plan in plans.items():
+            weights, place = held[folder], draft / folder.relative_to(source)
+            place.mkdir(exist_ok=True)
+            if (folder / "adapter_config.json").is_file():
+                write_adapter(place, plan, weights)
+                continue
+            write_shards(place, plan, weights.__getitem__, max_bytes=max_bytes, tell=tell)
+            if folder.name != parts_of.PROJECTOR:
+                write_config(folder, place, dtype=dtype)
+        copy_others(source, draft, skip=LEFT_OUT)
     return info
+
+
+def _weights_in(folder: Path) -> Weights | None:
+    """The weights of an adapter, a model or a projector, pickled ones too; None for other
+    folders."""
+    if (folder / "adapter_config.json").is_file():
+        return Weights.of_adapter(folder)
+    if folder.name == parts_of.PROJECTOR or (folder / "config.json").is_file():
+        return Weights.of_model(folder)
+    return None
 
 
 def write_whole(

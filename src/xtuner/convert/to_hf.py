@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from xtuner.convert.output import copy_others, new_folder
 from xtuner.convert.weights import (
+    Planned,
     Weights,
     cast_plan,
     parse_size,
@@ -24,7 +25,10 @@ from xtuner.models.load import DTYPES
 from xtuner.models.runinfo import RunInfo
 
 _MARKS = ("adapter_config.json", "config.json")
-_LEFT_OUT = ("training_state.pt", "*.safetensors", "*.safetensors.index.json", "*.bin")
+LEFT_OUT = (
+    "training_state.pt", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"
+)  # fmt: skip
+"""What only resuming needs, and what is written anew."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -103,10 +107,15 @@ def to_hf(
     plan = cast_plan(weights.stored, dtype)
     with new_folder(save_dir, num_bytes=total_bytes(plan)) as draft:
         if is_adapter:
-            tensors = {name: weights[name].to(planned.dtype) for name, planned in plan.items()}
-            save_file(tensors, str(draft / "adapter_model.safetensors"), metadata={"format": "pt"})
+            write_adapter(draft, plan, weights)
         else:
             write_shards(draft, plan, weights.__getitem__, max_bytes=max_bytes, tell=tell)
             write_config(source, draft, dtype=dtype)
-        copy_others(source, draft, skip=_LEFT_OUT)
+        copy_others(source, draft, skip=LEFT_OUT)
     return info
+
+
+def write_adapter(folder: Path, plan: Mapping[str, Planned], weights: Weights) -> None:
+    """Write the tensors of an adapter as `plan` says into one file in `folder`."""
+    tensors = {name: weights[name].to(planned.dtype) for name, planned in plan.items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
