@@ -37,8 +37,9 @@ from xtuner.models.load import DTYPES, load_tokenizer, pick_device, quiet_transf
 from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, strategy_of
+from xtuner.templates.base import Template
 from xtuner.templates.jinja import as_jinja
-from xtuner.types import IMAGE
+from xtuner.types import IMAGE, Message
 
 Tell = Callable[[str], None]
 
@@ -133,11 +134,13 @@ def write_whole(
         rounding=rounding, merged=True,
     )  # fmt: skip
     model = _self_contained(seeing).to(dtype)
+    _stop_as_in_chat(model, tokenizer, template, tell)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             model.save_pretrained(str(draft), max_shard_size=max_shard_size)
         _save_processor(seeing, tokenizer, as_jinja(template, tokenizer), draft)
+        _compare_prompts(draft, seeing, template, tell)
         if info is not None:
             replace(info, kind="model").write(draft)
     return info
@@ -172,6 +175,27 @@ def _self_contained(seeing: Seeing) -> Any:
     return model
 
 
+def _stop_as_in_chat(model: Any, tokenizer: Any, template: Template, tell: Tell) -> None:
+    """Have ``generate`` end an answer where our chat does."""
+    declared = model.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    ends = dict.fromkeys(i for i in (*template.stop_token_ids, *declared) if i is not None)
+    model.generation_config.eos_token_id = list(ends)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    words = [w for w in template.stop_words[:1] if len(_ids(tokenizer, w)) != 1]
+    if words:
+        tell(
+            f"Note: answers also end at the text {' or '.join(map(repr, words))}, which is no "
+            f"token: in plain transformers, model.generate(..., stop_strings={words!r}, "
+            "tokenizer=processor.tokenizer)."
+        )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _with_mean_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     mean = weight.detach().float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight.detach(), mean.expand(rows - weight.shape[0], -1)])
@@ -186,6 +210,7 @@ def _save_processor(seeing: Seeing, tokenizer: Any, chat_template: str, folder: 
     if upstream is None:
         raise ModelError("this model has no preparation of pictures that can be saved")
     tokenizer.chat_template = chat_template
+    _add_nothing(tokenizer)
     processor = LlavaProcessor(
         image_processor=upstream,
         tokenizer=tokenizer,
@@ -199,6 +224,39 @@ def _save_processor(seeing: Seeing, tokenizer: Any, chat_template: str, folder: 
         processor.save_pretrained(str(folder))
         upstream.save_pretrained(str(folder))
     (folder / "chat_template.json").unlink(missing_ok=True)
+
+
+def _add_nothing(tokenizer: Any) -> None:
+    """Keep `tokenizer` from adding BOS and EOS to texts: the chat template writes what it wants,
+    and ``processor(text=...)`` would add them once more, or where training had none."""
+    for name in ("add_bos_token", "add_eos_token"):
+        if getattr(tokenizer, name, False):
+            setattr(tokenizer, name, False)
+    if tokenizer.is_fast and list(tokenizer("a")["input_ids"]) != _ids(tokenizer, "a"):
+        tokenizer.backend_tokenizer.post_processor = None
+
+
+def _compare_prompts(folder: Path, seeing: Seeing, template: Template, tell: Tell) -> None:
+    """Read the processor again, and warn if it makes other tokens of a question than our chat."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    with quiet_transformers():
+        processor = AutoProcessor.from_pretrained(str(folder))
+    asked = "What is it?"
+    ids = template.prompt_ids([Message("user", f"{IMAGE}\n{asked}")])
+    token, times = seeing.image_token_id, seeing.tokens_each
+    wanted = [i for i in ids for _ in range(times if i == token else 1)]
+    parts = [{"type": "image"}, {"type": "text", "text": asked}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+    )
+    found = processor(text=text, images=Image.new("RGB", (32, 32)))["input_ids"][0]
+    if list(found) != wanted:
+        tell(
+            f"Warning: the processor of plain transformers makes {len(found)} tokens of a question "
+            f"that xtuner chat shows as {len(wanted)}, or other ones: its answers may differ."
+        )
 
 
 def merge_encoder(
