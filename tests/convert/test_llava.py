@@ -4,9 +4,11 @@ import pytest
 import torch
 from parts_maker import answer, write_parts_of
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
 from xtuner.convert.llava import write_whole
 from xtuner.data.pictures import open_picture
+from xtuner.errors import ModelError
 from xtuner.testing.tiny import CHATML_TEMPLATE, tiny_model, tiny_tokenizer
 from xtuner.testing.vision import tiny_pictures, tiny_visual_encoder_folder
 
@@ -107,6 +109,20 @@ def test_a_tokenizer_that_adds_bos_gives_the_ids_of_our_chat(
         found = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(ids) :]
         text_found = processor.tokenizer.decode(found, skip_special_tokens=True)
         assert text_found.rstrip("\ufffd") == wanted  # half a character, cut off by the limit
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path, encoder):
+    """transformers' LLaVA has a head without one, and would read the rest without a word."""
+    llm = llm_folder(tmp_path / "llm", model_type="phi")
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
+    write_whole(parts, tmp_path / "zero")  # a bias of zeros is none
+    plain(tmp_path / "zero")
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    model.lm_head.bias.data[70] = 1.0
+    model.save_pretrained(llm)
+    with pytest.raises(ModelError, match="bias"):
+        write_whole(parts, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
 
 
 def test_a_processor_that_makes_other_tokens_is_told(tmp_path, encoder, monkeypatch):

@@ -153,9 +153,20 @@ def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:
 
 
 def _self_contained(seeing: Seeing) -> Any:
-    """The model with a configuration that plain transformers reads, and a row for ``<image>``."""
+    """The model with a configuration that plain transformers reads, and a row for ``<image>``.
+
+    Raises:
+        ModelError: it has weights that LLaVA has no place for.
+    """
     model = seeing.model
     embedding, head = model.get_input_embeddings(), model.lm_head
+    if head.bias is not None and head.bias.any():
+        raise ModelError(
+            "the output head of this language model has a bias, which a "
+            "LlavaForConditionalGeneration cannot hold: it would answer otherwise. Keep the parts: "
+            "--save-format xtuner"
+        )
+    head.bias = None
     tied = head.weight is embedding.weight
     rows = seeing.image_token_id + 1
     text = portable_config(model.model.language_model)
