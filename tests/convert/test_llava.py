@@ -6,6 +6,7 @@ from parts_maker import answer, write_parts_of
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+from xtuner.cli.app import main
 from xtuner.convert.llava import write_whole
 from xtuner.data.pictures import open_picture
 from xtuner.errors import ModelError
@@ -133,3 +134,37 @@ def test_a_processor_that_makes_other_tokens_is_told(tmp_path, encoder, monkeypa
     write_whole(parts, tmp_path / "whole", tell=said.append)
     (line,) = [line for line in said if "Warning" in line]
     assert "plain transformers" in line
+
+
+SETTINGS = """
+llm_name_or_path = {llm!r}
+visual_encoder_name_or_path = {encoder!r}
+data_path = "data.json"
+image_folder = "."
+tuning = "full"
+freeze_llm = True
+"""
+
+
+def convert(folder, parts, *, llm, encoder):
+    (folder / "config.py").write_text(SETTINGS.format(llm=str(llm), encoder=str(encoder)))
+    command = ["convert", "pth_to_hf", str(folder / "config.py"), str(parts), str(folder / "whole")]
+    return main([*command, "--fp32", "--save-format", "huggingface"])
+
+
+def test_the_checkpoint_knows_its_models_better_than_the_settings(tmp_path, encoder, capsys):
+    llm, other = llm_folder(tmp_path / "llm"), llm_folder(tmp_path / "other", seed=7)
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
+    assert convert(tmp_path, parts, llm=other, encoder="clip") == 0  # from another folder
+    err = capsys.readouterr().err
+    assert f"the language model {other}, but the checkpoint was trained on {llm}" in err
+    picture = str(tmp_path / tiny_pictures(tmp_path, 1)[0])
+    assert answer(tmp_path / "whole", QUESTION, picture) == answer(parts, QUESTION, picture)
+
+
+def test_models_that_moved_are_taken_from_the_settings(tmp_path, encoder, capsys):
+    llm = llm_folder(tmp_path / "llm")
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
+    moved = llm.rename(tmp_path / "moved")
+    assert convert(tmp_path, parts, llm=moved, encoder=encoder) == 0
+    assert f"not there any more: {moved} is taken" in capsys.readouterr().err

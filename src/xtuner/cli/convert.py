@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -110,15 +111,21 @@ def _write_llava(
     max_shard_size: str,
 ) -> None:
     from xtuner.convert import llava
+    from xtuner.models.runinfo import RunInfo
 
-    llm = settings.pretrained_model_name_or_path
-    encoder = settings.visual_encoder_name_or_path or ""
+    llm, encoder = llava.models_of(
+        RunInfo.read(source),
+        llm=settings.pretrained_model_name_or_path,
+        visual_encoder=settings.visual_encoder_name_or_path or "",
+        tell=functools.partial(typer.echo, err=True),
+    )
     if save_format is SaveFormat.xtuner:
         llava.write_parts(source, save_dir, fp32=fp32, max_shard_size=max_shard_size)
     else:
         llava.write_whole(
             source, save_dir, llm=llm, visual_encoder=encoder, fp32=fp32,
-            max_shard_size=max_shard_size, tell=typer.echo,
+            max_shard_size=max_shard_size, trust_remote_code=settings.trust_remote_code,
+            tell=typer.echo,
         )  # fmt: skip
     typer.echo(f"Written to {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
     _next("xtuner", "chat", str(save_dir), "--image", "PICTURE")

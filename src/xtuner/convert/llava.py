@@ -19,7 +19,7 @@ from torch import nn
 
 from xtuner import templates
 from xtuner.convert.output import copy_others, new_folder
-from xtuner.convert.to_hf import LEFT_OUT, write_adapter
+from xtuner.convert.to_hf import LEFT_OUT, same_base, write_adapter
 from xtuner.convert.weights import (
     Weights,
     cast_plan,
@@ -88,6 +88,38 @@ def _weights_in(folder: Path) -> Weights | None:
     return None
 
 
+def models_of(
+    info: RunInfo | None, *, llm: str, visual_encoder: str, tell: Tell
+) -> tuple[str, str]:
+    """Language model and visual encoder of a run: those that it was trained on.
+
+    Args:
+        info: what its checkpoint says.
+        llm, visual_encoder: what a settings file says; taken where the checkpoint says nothing, or
+            names a folder that is gone.
+        tell: gets a warning where the two differ.
+    """
+    if info is None:
+        return llm, visual_encoder
+    return (
+        _trained_on("language model", info.base_model, llm, tell),
+        _trained_on("visual encoder", info.visual_encoder, visual_encoder, tell),
+    )
+
+
+def _trained_on(what: str, trained: str, given: str, tell: Tell) -> str:
+    if not trained or not given or same_base(trained, given):
+        return trained or given
+    differ = (
+        f"Warning: the settings name the {what} {given}, but the checkpoint was trained on {trained}"
+    )
+    if Path(trained).is_absolute() and not Path(trained).is_dir():
+        tell(f"{differ}, which is not there any more: {given} is taken.")
+        return given
+    tell(f"{differ}, which is taken.")
+    return trained
+
+
 def write_whole(
     source: Path,
     save_dir: Path,
@@ -98,6 +130,7 @@ def write_whole(
     fp32: bool = False,
     max_shard_size: str = "2GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    trust_remote_code: bool = False,
     tell: Tell = print,
 ) -> RunInfo | None:
     """Write the model whose parts are in `source` as one LlavaForConditionalGeneration.
@@ -105,11 +138,12 @@ def write_whole(
     Args:
         source: a folder of parts, of ours or of xtuner 0.1.
         save_dir: a new folder.
-        llm, visual_encoder: needed where `source` does not name them.
+        llm, visual_encoder: in place of those that `source` names.
         prompt_template: in place of the one that `source` names.
         fp32: keep float32 instead of 16 bits.
         max_shard_size: of the files, such as '2GB'.
         device: where it is computed.
+        trust_remote_code: run Python code that lies beside the language model.
         tell: gets lines of progress.
 
     Raises:
@@ -119,7 +153,9 @@ def write_whole(
     info = RunInfo.read(source)
     sources = Sources.of(source, llm=llm, visual_encoder=visual_encoder)
     own = (source / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(source if own else sources.llm)
+    tokenizer = load_tokenizer(
+        source if own else sources.llm, trust_remote_code=trust_remote_code
+    )  # fmt: skip
     add_image_token(tokenizer)
     name = prompt_template or (info.prompt_template if info else "auto")
     system = info.system if info else ""
@@ -131,7 +167,7 @@ def write_whole(
     dtype = _stored_type(info, fp32)
     seeing = load_llava(
         sources, tokenizer, dtype=torch.float32, device=pick_device(device),
-        rounding=rounding, merged=True,
+        rounding=rounding, trust_remote_code=trust_remote_code, merged=True,
     )  # fmt: skip
     model = _self_contained(seeing).to(dtype)
     _stop_as_in_chat(model, tokenizer, template, tell)
