@@ -34,6 +34,7 @@ from xtuner.convert.weights import (
 from xtuner.errors import ModelError
 from xtuner.models import fetch
 from xtuner.models.adapters import load_adapter
+from xtuner.models.llava_parts import LLM_ADAPTER, run_of
 from xtuner.models.load import DTYPES, load_tokenizer, pick_device, read_config
 from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
@@ -83,7 +84,8 @@ def merge(
 
     Args:
         llm: the base model: a folder, a name that was fetched, or a hub name.
-        adapter: a PEFT adapter: a folder of its own, an ``iter_N``, or a work dir.
+        adapter: a PEFT adapter: a folder of its own, an ``iter_N``, or a work dir; of a LLaVA run,
+            the adapter of the language model.
         save_dir: a new folder.
         max_shard_size: of the files, such as '2GB'.
         device: where it is computed.
@@ -95,9 +97,10 @@ def merge(
         ModelError: the adapter does not fit, or the result differs from base + adapter.
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
+    place = find_checkpoint(adapter)
     job = _Merge(
         llm=str(llm),
-        adapter=find_checkpoint(adapter),
+        adapter=place / LLM_ADAPTER if (place / LLM_ADAPTER).is_dir() else place,
         max_bytes=parse_size(max_shard_size),
         device=pick_device(device),
         wanted_dtype=DTYPES.get(dtype),
@@ -126,7 +129,7 @@ class _Merge:
     @cached_property
     def rounding(self) -> Rounding | None:
         """What quantisation did to the weights that the adapter was trained beside."""
-        info = RunInfo.read(self.adapter)
+        info = run_of(self.adapter)
         return Rounding.of_run(info.settings) if info else None
 
     @property
@@ -164,7 +167,7 @@ class _Merge:
 
     def _run_info(self) -> RunInfo:
         base = str(self.folder.resolve()) if self.folder and Path(self.llm).is_dir() else self.llm
-        info = RunInfo.read(self.adapter)
+        info = run_of(self.adapter)
         if info is None:
             return RunInfo(kind="model", base_model=base)
         if not same_base(info.base_model, self.llm):
@@ -172,7 +175,7 @@ class _Merge:
                 f"Warning: {self.adapter} was trained on {info.base_model}, "
                 f"and is merged into {self.llm}."
             )
-        return replace(info, kind="model", base_model=base)
+        return replace(info, kind="model", base_model=base, visual_encoder="")
 
     def _plan(
         self, adapter: Weights, config: dict[str, Any]

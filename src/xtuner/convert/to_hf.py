@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +22,7 @@ from xtuner.convert.weights import (
 )
 from xtuner.errors import CheckpointError
 from xtuner.models import fetch
-from xtuner.models.llava_parts import PROJECTOR
+from xtuner.models.llava_parts import LLM, LLM_ADAPTER, PROJECTOR, run_of
 from xtuner.models.load import DTYPES
 from xtuner.models.runinfo import RunInfo
 
@@ -98,7 +100,7 @@ def to_hf(
     """
     max_bytes = parse_size(max_shard_size)
     source = find_checkpoint(checkpoint)
-    info = RunInfo.read(source)
+    info = run_of(source)
     is_adapter = (source / "adapter_config.json").is_file()
     dtype = torch.float32 if fp32 else torch.bfloat16
     if is_adapter and not fp32 and info is not None:
@@ -112,6 +114,9 @@ def to_hf(
             write_shards(draft, plan, weights.__getitem__, max_bytes=max_bytes, tell=tell)
             write_config(source, draft, dtype=dtype)
         copy_others(source, draft, skip=LEFT_OUT)
+        if info is not None and source.name in (LLM, LLM_ADAPTER):  # of a LLaVA model: now alone
+            kind: Any = "adapter" if is_adapter else "model"
+            replace(info, kind=kind, visual_encoder="").write(draft)
     return info
 
 

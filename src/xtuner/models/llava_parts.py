@@ -26,6 +26,7 @@ from xtuner.config.schema import Settings
 from xtuner.errors import ModelError
 from xtuner.models import adapters
 from xtuner.models.llava import Eyes, Keep, PackedVisionLM, assemble
+from xtuner.models.runinfo import RunInfo
 from xtuner.models.save import save_model
 from xtuner.models.sight import Processor, load_visual_encoder
 
@@ -39,6 +40,13 @@ _WHOLE = re.compile(r"^(model\.)?multi_modal_projector\.")
 def is_llava_folder(folder: Path) -> bool:
     """Whether `folder` holds the parts of a LLaVA model."""
     return (folder / PROJECTOR).is_dir()
+
+
+def run_of(folder: Path) -> RunInfo | None:
+    """The run that wrote `folder`: what its run.yaml says, or that of the LLaVA model it is a part
+    of."""
+    info = RunInfo.read(folder)
+    return RunInfo.read(folder.parent) if info is None and is_llava_folder(folder.parent) else info
 
 
 @dataclass
