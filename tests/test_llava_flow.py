@@ -193,6 +193,27 @@ def test_an_encoder_is_merged_alone(workshop):
     assert changed and all("layers.0." in n or "layers.1." in n for n in changed)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "given", "written"),
+    [
+        ("float16", "finetune", "float16"),
+        ("bfloat16", "finetune/iter_8", "bfloat16"),
+        ("auto", "finetune/iter_8.pth", "float32"),
+    ],
+)
+def test_an_encoder_is_merged_in_the_type_asked_for(workshop, tmp_path, dtype, given, written):
+    command = ["convert", "merge", "clip", given, str(tmp_path / "merged"), "--is-clip"]
+    assert main([*command, "--dtype", dtype]) == 0
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {str(t.dtype) for t in tensors.values() if t.is_floating_point()} == {f"torch.{written}"}
+
+
+def test_no_adapter_of_an_encoder_is_named(workshop, tmp_path, capsys):
+    command = ["convert", "merge", "clip", "pretrain", str(tmp_path / "merged"), "--is-clip"]
+    assert main(command) == 2
+    assert "is no adapter of a visual encoder" in capsys.readouterr().err
+
+
 def test_one_conversation_with_pictures_and_without(workshop, capsys):
     command = ["chat", "finetune", "--dtype", "float32", "--max-new-tokens", "3"]
     asked = ["--image", "images/1.png", "--ask", "Which number is this?", "--ask", "Sure?"]

@@ -136,7 +136,9 @@ def merge(
     llm: Annotated[
         str, typer.Argument(help="The base model: a folder, or a name as for training.")
     ],
-    adapter: Annotated[Path, typer.Argument(help="An adapter: from pth_to_hf, or an iter_N.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="An adapter: from pth_to_hf, an iter_N, or a work dir.")
+    ],
     save_dir: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
     max_shard_size: Size = "2GB",
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
@@ -159,8 +161,9 @@ def merge(
     if is_clip:
         from xtuner.convert.llava import merge_encoder
 
-        whole = dtype is Dtype.float32
-        difference = merge_encoder(llm, adapter, save_dir, fp32=whole, device=device.value)
+        difference = merge_encoder(
+            llm, adapter, save_dir, dtype=dtype.value, device=device.value
+        )
         typer.echo(f"Written to {save_dir}. Largest difference before rounding: {difference:.1e}.")
         return
     from xtuner.convert.merge import merge as run

@@ -9,6 +9,7 @@ gets the mean of all rows, whose logit is the mean of all others and so never th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,21 +20,29 @@ from torch import nn
 
 from xtuner import templates
 from xtuner.convert.output import copy_others, new_folder
-from xtuner.convert.to_hf import LEFT_OUT, same_base, write_adapter
+from xtuner.convert.to_hf import LEFT_OUT, find_checkpoint, same_base, write_adapter
 from xtuner.convert.weights import (
     Weights,
     cast_plan,
+    main_dtype,
     parse_size,
     total_bytes,
     write_config,
     write_shards,
 )
-from xtuner.errors import ModelError
+from xtuner.errors import CheckpointError, ModelError
 from xtuner.models import llava_parts as parts_of
 from xtuner.models.adapters import load_adapter
 from xtuner.models.llava import portable_config
 from xtuner.models.llava_load import Seeing, Sources, fitting_encoder_adapter, load_llava
-from xtuner.models.load import DTYPES, load_tokenizer, pick_device, quiet_transformers
+from xtuner.models.load import (
+    DTYPES,
+    load_tokenizer,
+    located,
+    pick_device,
+    quiet_transformers,
+    read_config,
+)
 from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, strategy_of
@@ -311,16 +320,16 @@ def merge_encoder(
     adapter: Path,
     save_dir: Path,
     *,
-    fp32: bool = False,
+    dtype: str = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> float:
     """Merge the adapter of a visual encoder into it, and write the encoder as one model.
 
     Args:
         visual_encoder: CLIP or SigLIP, folder or hub name.
-        adapter: a PEFT adapter, or a folder of parts that has one.
+        adapter: a PEFT adapter, or a folder of parts, an ``iter_N`` or a work dir that has one.
         save_dir: a new folder.
-        fp32: keep float32 instead of 16 bits.
+        dtype: of the result; 'auto' is that of the encoder's files.
         device: where it is computed.
 
     Returns:
@@ -331,13 +340,7 @@ def merge_encoder(
         ModelError: `adapter` is none, or does not fit.
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
-    inner = adapter / parts_of.ENCODER_ADAPTER
-    folder = inner if inner.is_dir() else adapter
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{adapter}: is no adapter of a visual encoder (no adapter_config.json); "
-            f"give a folder {parts_of.ENCODER_ADAPTER}/"
-        )
+    folder = _encoder_adapter(adapter)
     encoder: Any = load_visual_encoder(
         visual_encoder, dtype=torch.float32, device=pick_device(device)
     )
@@ -351,10 +354,32 @@ def merge_encoder(
         merged = adapted.merge_and_unload()
         after = merged(pixel_values=pixels).last_hidden_state
     difference = float((before - after).abs().max() / before.abs().max())
-    merged = merged if fp32 else merged.to(torch.bfloat16)
+    merged = merged.to(DTYPES.get(dtype) or _dtype_of(located(visual_encoder)))
     size = sum(p.numel() * p.element_size() for p in merged.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             merged.save_pretrained(str(draft))
         Processor(visual_encoder, True).upstream.save_pretrained(str(draft))
     return difference
+
+
+def _encoder_adapter(given: Path) -> Path:
+    """The folder of the adapter that `given` means."""
+    if (given / "adapter_config.json").is_file():
+        return given
+    with contextlib.suppress(CheckpointError):
+        folder = find_checkpoint(given)
+        if (folder / parts_of.ENCODER_ADAPTER).is_dir():
+            return folder / parts_of.ENCODER_ADAPTER
+    raise ModelError(
+        f"{given}: is no adapter of a visual encoder (no adapter_config.json), nor does it hold "
+        f"one; give a folder {parts_of.ENCODER_ADAPTER}/, or the iter_N or work dir around it"
+    )
+
+
+def _dtype_of(place: str) -> torch.dtype:
+    """The type of the weights of the model at `place`; what config.json says of a hub's."""
+    if Path(place).is_dir():
+        return main_dtype(cast_plan(Weights.of_model(Path(place)).stored, None))
+    config = read_config(place)
+    return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)

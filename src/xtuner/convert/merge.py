@@ -26,6 +26,7 @@ from xtuner.convert.weights import (
     Planned,
     Weights,
     cast_plan,
+    main_dtype,
     parse_size,
     total_bytes,
     write_config,
@@ -212,7 +213,7 @@ class _Merge:
         seen = _Rounded(base, self.rounding, self.place) if self.rounding else base
         write_shards(draft, plan, read, max_bytes=self.max_bytes, tell=self.tell)
         assert self.folder is not None
-        write_config(self.folder, draft, dtype=_main_dtype(plan), untie=lora.HEAD in changes)
+        write_config(self.folder, draft, dtype=main_dtype(plan), untie=lora.HEAD in changes)
 
     def _merge_in_memory(self, draft: Path, config: dict[str, Any]) -> None:
         model = compare.load_plain(
@@ -261,7 +262,7 @@ class _Merge:
             ModelError: they differ.
         """
         plan = cast_plan(Weights.of_model(draft).stored, None)
-        stored = _main_dtype(plan)
+        stored = main_dtype(plan)
         parameters = sum(p.num_bytes // p.dtype.itemsize for p in plan.values())
         computed = compare.fitting_dtype(parameters, stored, device=self.device)
         if computed is None:
@@ -316,15 +317,6 @@ class _Rounded:
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self._base[name]
         return self._rounding(weight) if name in self._names else weight
-
-
-def _main_dtype(plan: dict[str, Planned]) -> torch.dtype:
-    """The floating-point type that holds most of the weights."""
-    sizes: dict[torch.dtype, int] = {}
-    for planned in plan.values():
-        if planned.dtype.is_floating_point:
-            sizes[planned.dtype] = sizes.get(planned.dtype, 0) + planned.num_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def _part_tied(model: Any, adapter: Weights) -> None:
