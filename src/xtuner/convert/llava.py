@@ -34,7 +34,7 @@ from xtuner.errors import CheckpointError, ModelError
 from xtuner.models import llava_parts as parts_of
 from xtuner.models.adapters import load_adapter
 from xtuner.models.llava import portable_config
-from xtuner.models.llava_load import Seeing, Sources, fitting_encoder_adapter, load_llava
+from xtuner.models.llava_load import Seeing, Sources, load_llava
 from xtuner.models.load import (
     DTYPES,
     load_tokenizer,
@@ -43,6 +43,7 @@ from xtuner.models.load import (
     quiet_transformers,
     read_config,
 )
+from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, strategy_of
