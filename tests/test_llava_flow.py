@@ -2,6 +2,8 @@
 adapters on both sides, then conversion and a chat about a picture."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,14 @@ def answer(place, picture="images/5.png", **options):
     return "".join(session.ask("Which number is this?", [picture]))
 
 
+def answering(name):
+    """The fine-tuned model as one whole, made once."""
+    if not (place := Path(name)).exists():
+        command = ["convert", "pth_to_hf", "finetune.py", "finetune/iter_8.pth", name, "--fp32"]
+        assert main([*command, "--save-format", "huggingface"]) == 0
+    return place
+
+
 def names(folder):
     return {p.name for p in folder.iterdir()}
 
@@ -93,9 +103,7 @@ def test_the_whole_model_answers_the_same_in_plain_transformers(workshop):
 
     from xtuner.data.pictures import open_picture
 
-    checkpoint, whole = "finetune/iter_8.pth", workshop / "whole"
-    command = ["convert", "pth_to_hf", "finetune.py", checkpoint, "whole", "--fp32"]
-    assert main([*command, "--save-format", "huggingface"]) == 0
+    whole = answering("whole")
     wanted = answer("finetune/iter_8")
     assert answer(whole) == wanted
     model = LlavaForConditionalGeneration.from_pretrained(whole, dtype=torch.float32).eval()
@@ -212,6 +220,44 @@ def test_no_adapter_of_an_encoder_is_named(workshop, tmp_path, capsys):
     command = ["convert", "merge", "clip", "pretrain", str(tmp_path / "merged"), "--is-clip"]
     assert main(command) == 2
     assert "is no adapter of a visual encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "part", ["projector/model", "llm_adapter/adapter_model", "visual_encoder_adapter/adapter_model"]
+)
+def test_a_damaged_part_is_named(workshop, tmp_path, capsys, part):
+    parts = tmp_path / "parts"
+    shutil.copytree("finetune/iter_8", parts)
+    file = parts / f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    merged, whole = str(tmp_path / "merged"), str(tmp_path / "whole")
+    to_hf = ["convert", "pth_to_hf", "finetune.py", str(parts), whole]
+    commands = [
+        ["chat", str(parts), "--ask", "Hello?"],
+        to_hf,
+        [*to_hf, "--save-format", "huggingface"],
+    ]
+    if "llm" in part:
+        commands += [["convert", "merge", "model", str(file.parent), merged]]
+    if "visual" in part:
+        commands += [["convert", "merge", "clip", str(file.parent), merged, "--is-clip"]]
+    for command in commands:
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert str(file.parent) in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["clip", "model", "whole"])
+def test_a_damaged_model_is_named(workshop, tmp_path, capsys, name):
+    shutil.copytree(answering("whole") if name == "whole" else name, tmp_path / name)
+    file = tmp_path / name / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    llm, encoder = (str(tmp_path / n if n == name else n) for n in ("model", "clip"))
+    command = ["chat", llm, "--visual-encoder", encoder, "--llava", "finetune/iter_8"]
+    command = ["chat", str(tmp_path / "whole")] if name == "whole" else command
+    assert main([*command, "--ask", "Hello?"]) == 2
+    err = capsys.readouterr().err
+    assert str(tmp_path / name) in err and "Traceback" not in err
 
 
 def test_one_conversation_with_pictures_and_without(workshop, capsys):
