@@ -2,6 +2,7 @@
 adapters on both sides, then conversion and a chat about a picture."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -164,6 +165,31 @@ def write_old_parts(old, ours, *, pickled):
         else:
             save_file(tensors, str(place))
     return old
+
+
+def test_the_two_stages_as_the_documentation_has_them(workshop, tmp_path, monkeypatch, capsys):
+    """copy-cfg, train, copy-cfg, train: the second finds the work dir of the first."""
+    document = (Path(__file__).parents[1] / "docs" / "llava.md").read_text(encoding="utf-8")
+    block = document.split("## The two stages")[1].split("\n\n")[1]
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert [words[0] for words in commands] == ["copy-cfg", "train"] * 2
+    monkeypatch.chdir(tmp_path)
+    ours = {
+        "pretrained_model_name_or_path": workshop / "model",
+        "visual_encoder_name_or_path": workshop / "clip",
+        "data_root": workshop, "data_path": "data.json", "image_folder": "images",
+        "prompt_template": "chatml", "max_steps": 1, "batch_size": 2, "lora_r": 4,
+        "evaluation_inputs": "[]",
+    }  # fmt: skip
+    sets = [word for name, value in ours.items() for word in ("--set", f"{name}={value}")]
+    for words in commands:
+        assert main([*words, *(sets if words[0] == "train" else [])]) == 0, capsys.readouterr().err
+    (first, second) = sorted(Path("work_dirs").iterdir(), key=lambda p: "finetune" in p.name)
+    assert (first / "last_checkpoint").exists() and (second / "last_checkpoint").exists()
+    capsys.readouterr()
+    away = first.rename(Path("work_dirs/first_stage"))
+    assert main([*commands[-1], *sets, "--work-dir", "again"]) == 2
+    assert f"these have a projector: '{away}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])

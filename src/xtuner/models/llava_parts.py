@@ -252,6 +252,16 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def projectors_beside(place: Path) -> list[str]:
+    """Folders beside `place`, which is not there, whose newest checkpoint has a projector."""
+    pointers = sorted(place.parent.glob("*/last_checkpoint"))
+    return [
+        str(pointer.parent)
+        for pointer in pointers
+        if is_llava_folder(pointer.parent / pointer.read_text(encoding="utf-8").strip())
+    ]
+
+
 def _projector_name(name: str) -> str:
     """The name without what stands before it in a whole model; empty for other tensors."""
     name = _WHOLE.sub("", name)
