@@ -3,6 +3,9 @@ adapters on both sides, then conversion and a chat about a picture."""
 
 import io
 import json
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +70,14 @@ def answer(place, picture="images/5.png", **options):
     return "".join(session.ask("Which number is this?", [picture]))
 
 
+def answering(name):
+    """The fine-tuned model as one whole, made once."""
+    if not (place := Path(name)).exists():
+        command = ["convert", "pth_to_hf", "finetune.py", "finetune/iter_8.pth", name, "--fp32"]
+        assert main([*command, "--save-format", "huggingface"]) == 0
+    return place
+
+
 def names(folder):
     return {p.name for p in folder.iterdir()}
 
@@ -96,9 +107,7 @@ def test_the_whole_model_answers_the_same_in_plain_transformers(workshop):
 
     from xtuner.data.pictures import open_picture
 
-    checkpoint, whole = "finetune/iter_8.pth", workshop / "whole"
-    command = ["convert", "pth_to_hf", "finetune.py", checkpoint, "whole", "--fp32"]
-    assert main([*command, "--save-format", "huggingface"]) == 0
+    whole = answering("whole")
     wanted = answer("finetune/iter_8")
     assert answer(whole) == wanted
     model = LlavaForConditionalGeneration.from_pretrained(whole, dtype=torch.float32).eval()
@@ -130,10 +139,9 @@ def test_parts_are_kept_as_parts(workshop):
     assert answer("model", visual_encoder="clip", llava="parts") == answer("finetune")
 
 
-@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
-def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, pickled):
-    """Its projector was a plain list of layers, and encoders had a level ``vision_model``."""
-    ours, old = workshop / "finetune" / "iter_8", tmp_path / "old"
+def write_old_parts(old, ours, *, pickled):
+    """The parts in `ours` as xtuner 0.1 wrote them: its projector was a plain list of layers, and
+    encoders had a level ``vision_model``."""
     renames = {
         "projector/model.safetensors": {"linear_1": "model.0", "linear_2": "model.2"},
         "llm_adapter/adapter_model.safetensors": {},
@@ -155,12 +163,56 @@ def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, pickled):
                 assert "vision_model.encoder." in text
             (place.parent / "adapter_config.json").write_text(text)
         if pickled:
-            torch.save(tensors, place.with_suffix(".bin"))
+            stem = "pytorch_model" if place.stem == "model" else place.stem
+            torch.save(tensors, place.with_name(f"{stem}.bin"))
         else:
             save_file(tensors, str(place))
+    return old
+
+
+def test_the_two_stages_as_the_documentation_has_them(workshop, tmp_path, monkeypatch, capsys):
+    """copy-cfg, train, copy-cfg, train: the second finds the work dir of the first."""
+    document = (Path(__file__).parents[1] / "docs" / "llava.md").read_text(encoding="utf-8")
+    block = document.split("## The two stages")[1].split("\n\n")[1]
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert [words[0] for words in commands] == ["copy-cfg", "train"] * 2
+    monkeypatch.chdir(tmp_path)
+    ours = {
+        "pretrained_model_name_or_path": workshop / "model",
+        "visual_encoder_name_or_path": workshop / "clip",
+        "data_root": workshop, "data_path": "data.json", "image_folder": "images",
+        "prompt_template": "chatml", "max_steps": 1, "batch_size": 2, "lora_r": 4,
+        "evaluation_inputs": "[]",
+    }  # fmt: skip
+    sets = [word for name, value in ours.items() for word in ("--set", f"{name}={value}")]
+    for words in commands:
+        assert main([*words, *(sets if words[0] == "train" else [])]) == 0, capsys.readouterr().err
+    (first, second) = sorted(Path("work_dirs").iterdir(), key=lambda p: "finetune" in p.name)
+    assert (first / "last_checkpoint").exists() and (second / "last_checkpoint").exists()
+    capsys.readouterr()
+    away = first.rename(Path("work_dirs/first_stage"))
+    assert main([*commands[-1], *sets, "--work-dir", "again"]) == 2
+    assert f"these have a projector: '{away}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, pickled):
+    old = write_old_parts(tmp_path / "old", workshop / "finetune" / "iter_8", pickled=pickled)
+    parts = tmp_path / "parts"
     assert answer("model", visual_encoder="clip", llava=old) == answer("finetune")
+    assert main(["convert", "pth_to_hf", "finetune.py", str(old), str(parts), "--fp32"]) == 0
+    assert not list(parts.rglob("*.bin")) and len(list(parts.rglob("*.safetensors"))) == 3
+    assert answer("model", visual_encoder="clip", llava=parts) == answer("finetune")
     (old / "visual_encoder_adapter").rename(tmp_path / "away")
     assert answer("model", visual_encoder="clip", llava=old) != answer("finetune")
+
+
+def test_a_part_without_its_weights_is_named(workshop, tmp_path, capsys):
+    old = write_old_parts(tmp_path / "old", workshop / "finetune" / "iter_8", pickled=True)
+    (old / "llm_adapter" / "adapter_model.bin").unlink()
+    assert main(["convert", "pth_to_hf", "finetune.py", str(old), str(tmp_path / "parts")]) == 2
+    assert "llm_adapter: lacks adapter_model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
 
 
 def test_an_encoder_is_merged_alone(workshop):
@@ -176,6 +228,65 @@ def test_an_encoder_is_merged_alone(workshop):
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("layers.0." in n or "layers.1." in n for n in changed)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "written"),
+    [
+        ("float16", "finetune", "float16"),
+        ("bfloat16", "finetune/iter_8", "bfloat16"),
+        ("auto", "finetune/iter_8.pth", "float32"),
+    ],
+)
+def test_an_encoder_is_merged_in_the_type_asked_for(workshop, tmp_path, dtype, given, written):
+    command = ["convert", "merge", "clip", given, str(tmp_path / "merged"), "--is-clip"]
+    assert main([*command, "--dtype", dtype]) == 0
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {str(t.dtype) for t in tensors.values() if t.is_floating_point()} == {f"torch.{written}"}
+
+
+def test_no_adapter_of_an_encoder_is_named(workshop, tmp_path, capsys):
+    command = ["convert", "merge", "clip", "pretrain", str(tmp_path / "merged"), "--is-clip"]
+    assert main(command) == 2
+    assert "is no adapter of a visual encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "part", ["projector/model", "llm_adapter/adapter_model", "visual_encoder_adapter/adapter_model"]
+)
+def test_a_damaged_part_is_named(workshop, tmp_path, capsys, part):
+    parts = tmp_path / "parts"
+    shutil.copytree("finetune/iter_8", parts)
+    file = parts / f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    merged, whole = str(tmp_path / "merged"), str(tmp_path / "whole")
+    to_hf = ["convert", "pth_to_hf", "finetune.py", str(parts), whole]
+    commands = [
+        ["chat", str(parts), "--ask", "Hello?"],
+        to_hf,
+        [*to_hf, "--save-format", "huggingface"],
+    ]
+    if "llm" in part:
+        commands += [["convert", "merge", "model", str(file.parent), merged]]
+    if "visual" in part:
+        commands += [["convert", "merge", "clip", str(file.parent), merged, "--is-clip"]]
+    for command in commands:
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert str(file.parent) in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["clip", "model", "whole"])
+def test_a_damaged_model_is_named(workshop, tmp_path, capsys, name):
+    shutil.copytree(answering("whole") if name == "whole" else name, tmp_path / name)
+    file = tmp_path / name / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    llm, encoder = (str(tmp_path / n if n == name else n) for n in ("model", "clip"))
+    command = ["chat", llm, "--visual-encoder", encoder, "--llava", "finetune/iter_8"]
+    command = ["chat", str(tmp_path / "whole")] if name == "whole" else command
+    assert main([*command, "--ask", "Hello?"]) == 2
+    err = capsys.readouterr().err
+    assert str(tmp_path / name) in err and "Traceback" not in err
 
 
 def test_one_conversation_with_pictures_and_without(workshop, capsys):

@@ -17,7 +17,7 @@ from xtuner.data.sight import PictureCollate, Sight, picture_folder
 from xtuner.data.sources import below
 from xtuner.errors import ModelError
 from xtuner.models.llava_load import Seeing
-from xtuner.models.llava_parts import Parts, make
+from xtuner.models.llava_parts import Parts, make, projectors_beside
 from xtuner.models.sight import Processor, add_image_token, identity_of, vision_config
 from xtuner.types import Algorithm, Message
 
@@ -162,4 +162,6 @@ class RunVision:
         for place in (self.folder / Path(name).expanduser(), Path(name).expanduser()):
             if place.exists() or (place.suffix == ".pth" and place.with_suffix("").is_dir()):
                 return place
-        raise ModelError(f"pretrained_pth = {name!r}: there is no such folder")
+        others = ", ".join(map(repr, projectors_beside(Path(name).expanduser())))
+        hint = f"; these have a projector: {others}" if others else ""
+        raise ModelError(f"pretrained_pth = {name!r}: there is no such folder{hint}")

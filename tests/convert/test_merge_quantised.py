@@ -13,8 +13,12 @@ from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 IDS = torch.arange(5, 60)[None]
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_merged_equals_quantised_base_and_adapter(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("nf4", "adapter"), ("fp4", "adapter"), ("nf4", "parts/llm_adapter"), ("nf4", "parts")],
+)
+def test_merged_equals_quantised_base_and_adapter(tmp_path, kind, given):
+    """Also where it is a part of a LLaVA model, whose run.yaml lies one level up."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     base = tmp_path / "base"
     tiny_model(**sizes, initializer_range=0.2).save_pretrained(base)
@@ -23,11 +27,15 @@ def test_merged_equals_quantised_base_and_adapter(tmp_path, kind):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-    adapter = tmp_path / "adapter"
+    run = tmp_path / given.split("/")[0]
+    adapter = run / "llm_adapter" if given.startswith("parts") else run
     save_model(adapted, adapter)
+    if adapter != run:
+        (run / "projector").mkdir()
     settings = {"tuning": "qlora", "quantization": kind, "dtype": "float32", "double_quant": True}
-    RunInfo(kind="adapter", base_model=str(base), settings=settings).write(adapter)
-    report = merge(base, adapter, tmp_path / "merged", dtype="float32", tell=lambda line: None)
+    RunInfo(kind="adapter", base_model=str(base), settings=settings).write(run)
+    out = tmp_path / "merged"
+    report = merge(base, tmp_path / given, out, dtype="float32", tell=lambda line: None)
     assert report.how == "by shard" and report.relative < 1e-4
 
     def logits(model):

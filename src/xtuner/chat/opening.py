@@ -19,7 +19,7 @@ from xtuner.errors import ConfigError, ModelError
 from xtuner.models import fetch
 from xtuner.models.adapters import load_adapter
 from xtuner.models.llava_load import Sources, load_llava, load_whole
-from xtuner.models.llava_parts import is_llava_folder
+from xtuner.models.llava_parts import is_llava_folder, run_of
 from xtuner.models.load import (
     load_model,
     load_tokenizer,
@@ -146,7 +146,7 @@ def find(model: str, *, adapter: str | None = None) -> Found:
     if folder is None or not _is_adapter(folder):
         raise ModelError(f"--adapter {adapter}: {_what_is_there(folder or Path(adapter))}")
     theirs = _from_adapter(folder, base=found.model)
-    ours = RunInfo.read(folder)
+    ours = run_of(folder)
     if ours is not None and not _same(ours.base_model, found.model):
         logger.warning("the adapter was trained on %s, and is put on %s", ours.base_model, model)
     return theirs
@@ -205,7 +205,7 @@ def _from_parts(folder: Path, *, llm: str = "", visual_encoder: str = "") -> Fou
 
 
 def _from_adapter(folder: Path, *, base: str = "") -> Found:
-    info = RunInfo.read(folder)
+    info = run_of(folder)
     if not base:
         base = info.base_model if info else _declared_base(folder)
         if not base:

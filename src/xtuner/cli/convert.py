@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -110,15 +111,21 @@ def _write_llava(
     max_shard_size: str,
 ) -> None:
     from xtuner.convert import llava
+    from xtuner.models.runinfo import RunInfo
 
-    llm = settings.pretrained_model_name_or_path
-    encoder = settings.visual_encoder_name_or_path or ""
+    llm, encoder = llava.models_of(
+        RunInfo.read(source),
+        llm=settings.pretrained_model_name_or_path,
+        visual_encoder=settings.visual_encoder_name_or_path or "",
+        tell=functools.partial(typer.echo, err=True),
+    )
     if save_format is SaveFormat.xtuner:
-        llava.write_parts(source, save_dir, fp32=fp32)
+        llava.write_parts(source, save_dir, fp32=fp32, max_shard_size=max_shard_size)
     else:
         llava.write_whole(
             source, save_dir, llm=llm, visual_encoder=encoder, fp32=fp32,
-            max_shard_size=max_shard_size, tell=typer.echo,
+            max_shard_size=max_shard_size, trust_remote_code=settings.trust_remote_code,
+            tell=typer.echo,
         )  # fmt: skip
     typer.echo(f"Written to {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
     _next("xtuner", "chat", str(save_dir), "--image", "PICTURE")
@@ -129,7 +136,9 @@ def merge(
     llm: Annotated[
         str, typer.Argument(help="The base model: a folder, or a name as for training.")
     ],
-    adapter: Annotated[Path, typer.Argument(help="An adapter: from pth_to_hf, or an iter_N.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="An adapter: from pth_to_hf, an iter_N, or a work dir.")
+    ],
     save_dir: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
     max_shard_size: Size = "2GB",
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
@@ -152,8 +161,7 @@ def merge(
     if is_clip:
         from xtuner.convert.llava import merge_encoder
 
-        whole = dtype is Dtype.float32
-        difference = merge_encoder(llm, adapter, save_dir, fp32=whole, device=device.value)
+        difference = merge_encoder(llm, adapter, save_dir, dtype=dtype.value, device=device.value)
         typer.echo(f"Written to {save_dir}. Largest difference before rounding: {difference:.1e}.")
         return
     from xtuner.convert.merge import merge as run

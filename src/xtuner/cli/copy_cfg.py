@@ -20,8 +20,9 @@ def command(
     from xtuner.config.render import render
     from xtuner.errors import ConfigError
 
-    values = catalog.compose(name)
-    path = folder / f"{name}_copy.py"
+    suffix = "_copy"
+    values = catalog.compose(name, suffix=suffix)
+    path = folder / f"{name}{suffix}.py"
     train = f"xtuner train {shlex.quote(str(path))}"
     lines = [f"{name}: change what you like, then run", "", f"    {train}", ""]
     lines += textwrap.wrap(catalog.note(name), width=100, break_on_hyphens=False)

@@ -56,14 +56,19 @@ def is_name(name: str) -> bool:
     return _split(name) is not None or catalog_llava.split(name, _chat_models()) is not None
 
 
-def compose(name: str) -> dict[str, Any]:
+def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
     """Return the settings that the built-in `name` stands for; what is absent has its default.
+
+    Args:
+        name: as `names` lists them, with any number of epochs.
+        suffix: what the files have behind their names where the settings are copied into files;
+            one stage of two finds the work dir of the other by it.
 
     Raises:
         ConfigError: there is no such name; the message has those closest to it.
     """
     if sees := catalog_llava.split(name, _chat_models()):
-        return catalog_llava.compose(sees, _of_model(sees.model))
+        return catalog_llava.compose(sees, _of_model(sees.model), suffix=suffix)
     parts = _split(name)
     if parts is None:
         raise ConfigError(_unknown(name))

@@ -56,8 +56,9 @@ def split(name: str, models: list[str]) -> Name | None:
     return None
 
 
-def compose(name: Name, model: dict[str, Any]) -> dict[str, Any]:
-    """The settings that `name` stands for; `model` are those of the language model."""
+def compose(name: Name, model: dict[str, Any], *, suffix: str = "") -> dict[str, Any]:
+    """The settings that `name` stands for; `model` are those of the language model. `suffix` is
+    what the settings file of the first stage has behind its name, and so its work dir."""
     encoder, stage = table()["encoders"][name.encoder], table()["stages"][name.stage]
     values = {
         **model,
@@ -72,7 +73,7 @@ def compose(name: Name, model: dict[str, Any]) -> dict[str, Any]:
         before = first["name"].format(
             model=name.model, encoder=name.encoder, epochs=first["epochs"]
         )
-        values["pretrained_pth"] = f"./work_dirs/{before}"
+        values["pretrained_pth"] = f"./work_dirs/{before}{suffix}"
     return values
 
 

@@ -9,56 +9,126 @@ gets the mean of all rows, whose logit is the mean of all others and so never th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xtuner import templates
 from xtuner.convert.output import copy_others, new_folder
-from xtuner.errors import ModelError
+from xtuner.convert.to_hf import LEFT_OUT, find_checkpoint, same_base, write_adapter
+from xtuner.convert.weights import (
+    Weights,
+    cast_plan,
+    main_dtype,
+    parse_size,
+    total_bytes,
+    write_config,
+    write_shards,
+)
+from xtuner.errors import CheckpointError, ModelError
 from xtuner.models import llava_parts as parts_of
 from xtuner.models.adapters import load_adapter
 from xtuner.models.llava import portable_config
-from xtuner.models.llava_load import Seeing, Sources, fitting_encoder_adapter, load_llava
-from xtuner.models.load import DTYPES, load_tokenizer, pick_device, quiet_transformers
+from xtuner.models.llava_load import Seeing, Sources, load_llava
+from xtuner.models.load import (
+    DTYPES,
+    load_tokenizer,
+    located,
+    pick_device,
+    quiet_transformers,
+    read_config,
+)
+from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
-from xtuner.models.save import weight_files
 from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, strategy_of
+from xtuner.templates.base import Template
 from xtuner.templates.jinja import as_jinja
-from xtuner.types import IMAGE
+from xtuner.types import IMAGE, Message
 
 Tell = Callable[[str], None]
 
-_LEFT_OUT = ("training_state.pt", "*.safetensors", "*.bin")
 
-
-def write_parts(source: Path, save_dir: Path, *, fp32: bool = False) -> RunInfo | None:
-    """Write the parts in `source` to `save_dir`, in 16 bits unless `fp32`.
+def write_parts(
+    source: Path,
+    save_dir: Path,
+    *,
+    fp32: bool = False,
+    max_shard_size: str = "2GB",
+    tell: Tell = lambda line: None,
+) -> RunInfo | None:
+    """Write the parts in `source` to `save_dir` as safetensors, in 16 bits unless `fp32`.
 
     Raises:
+        ModelError: a part lacks its weights, or they are damaged.
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
+    max_bytes = parse_size(max_shard_size)
     info = RunInfo.read(source)
     dtype = _stored_type(info, fp32)
-    folders = (source, *(path for path in source.iterdir() if path.is_dir()))
-    files = [file for folder in folders for file in weight_files(folder)]
-    with new_folder(save_dir, num_bytes=sum(file.stat().st_size for file in files)) as draft:
-        for file in files:
-            place = draft / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in load_file(str(file)).items()
-            }
-            save_file(tensors, str(place), metadata={"format": "pt"})
-        copy_others(source, draft, skip=_LEFT_OUT)
+    folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
+    held = {folder: weights for folder in folders if (weights := _weights_in(folder))}
+    plans = {folder: cast_plan(weights.stored, dtype) for folder, weights in held.items()}
+    with new_folder(save_dir, num_bytes=sum(map(total_bytes, plans.values()))) as draft:
+        for folder, plan in plans.items():
+            weights, place = held[folder], draft / folder.relative_to(source)
+            place.mkdir(exist_ok=True)
+            if (folder / "adapter_config.json").is_file():
+                write_adapter(place, plan, weights)
+                continue
+            write_shards(place, plan, weights.__getitem__, max_bytes=max_bytes, tell=tell)
+            if folder.name != parts_of.PROJECTOR:
+                write_config(folder, place, dtype=dtype)
+        copy_others(source, draft, skip=LEFT_OUT)
     return info
+
+
+def _weights_in(folder: Path) -> Weights | None:
+    """The weights of an adapter, a model or a projector, pickled ones too; None for other
+    folders."""
+    if (folder / "adapter_config.json").is_file():
+        return Weights.of_adapter(folder)
+    if folder.name == parts_of.PROJECTOR or (folder / "config.json").is_file():
+        return Weights.of_model(folder)
+    return None
+
+
+def models_of(
+    info: RunInfo | None, *, llm: str, visual_encoder: str, tell: Tell
+) -> tuple[str, str]:
+    """Language model and visual encoder of a run: those that it was trained on.
+
+    Args:
+        info: what its checkpoint says.
+        llm, visual_encoder: what a settings file says; taken where the checkpoint says nothing, or
+            names a folder that is gone.
+        tell: gets a warning where the two differ.
+    """
+    if info is None:
+        return llm, visual_encoder
+    return (
+        _trained_on("language model", info.base_model, llm, tell),
+        _trained_on("visual encoder", info.visual_encoder, visual_encoder, tell),
+    )
+
+
+def _trained_on(what: str, trained: str, given: str, tell: Tell) -> str:
+    if not trained or not given or same_base(trained, given):
+        return trained or given
+    differ = (
+        f"Warning: the settings name the {what} {given}, but the checkpoint was trained on "
+        f"{trained}"
+    )
+    if Path(trained).is_absolute() and not Path(trained).is_dir():
+        tell(f"{differ}, which is not there any more: {given} is taken.")
+        return given
+    tell(f"{differ}, which is taken.")
+    return trained
 
 
 def write_whole(
@@ -71,6 +141,7 @@ def write_whole(
     fp32: bool = False,
     max_shard_size: str = "2GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    trust_remote_code: bool = False,
     tell: Tell = print,
 ) -> RunInfo | None:
     """Write the model whose parts are in `source` as one LlavaForConditionalGeneration.
@@ -78,11 +149,12 @@ def write_whole(
     Args:
         source: a folder of parts, of ours or of xtuner 0.1.
         save_dir: a new folder.
-        llm, visual_encoder: needed where `source` does not name them.
+        llm, visual_encoder: in place of those that `source` names.
         prompt_template: in place of the one that `source` names.
         fp32: keep float32 instead of 16 bits.
         max_shard_size: of the files, such as '2GB'.
         device: where it is computed.
+        trust_remote_code: run Python code that lies beside the language model.
         tell: gets lines of progress.
 
     Raises:
@@ -92,7 +164,9 @@ def write_whole(
     info = RunInfo.read(source)
     sources = Sources.of(source, llm=llm, visual_encoder=visual_encoder)
     own = (source / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(source if own else sources.llm)
+    tokenizer = load_tokenizer(
+        source if own else sources.llm, trust_remote_code=trust_remote_code
+    )  # fmt: skip
     add_image_token(tokenizer)
     name = prompt_template or (info.prompt_template if info else "auto")
     system = info.system if info else ""
@@ -104,14 +178,16 @@ def write_whole(
     dtype = _stored_type(info, fp32)
     seeing = load_llava(
         sources, tokenizer, dtype=torch.float32, device=pick_device(device),
-        rounding=rounding, merged=True,
+        rounding=rounding, trust_remote_code=trust_remote_code, merged=True,
     )  # fmt: skip
     model = _self_contained(seeing).to(dtype)
+    _stop_as_in_chat(model, tokenizer, template, tell)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             model.save_pretrained(str(draft), max_shard_size=max_shard_size)
         _save_processor(seeing, tokenizer, as_jinja(template, tokenizer), draft)
+        _compare_prompts(draft, seeing, template, tell)
         if info is not None:
             replace(info, kind="model").write(draft)
     return info
@@ -124,9 +200,20 @@ def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:
 
 
 def _self_contained(seeing: Seeing) -> Any:
-    """The model with a configuration that plain transformers reads, and a row for ``<image>``."""
+    """The model with a configuration that plain transformers reads, and a row for ``<image>``.
+
+    Raises:
+        ModelError: it has weights that LLaVA has no place for.
+    """
     model = seeing.model
     embedding, head = model.get_input_embeddings(), model.lm_head
+    if head.bias is not None and head.bias.any():
+        raise ModelError(
+            "the output head of this language model has a bias, which a "
+            "LlavaForConditionalGeneration cannot hold: it would answer otherwise. Keep the parts: "
+            "--save-format xtuner"
+        )
+    head.bias = None
     tied = head.weight is embedding.weight
     rows = seeing.image_token_id + 1
     text = portable_config(model.model.language_model)
@@ -146,6 +233,27 @@ def _self_contained(seeing: Seeing) -> Any:
     return model
 
 
+def _stop_as_in_chat(model: Any, tokenizer: Any, template: Template, tell: Tell) -> None:
+    """Have ``generate`` end an answer where our chat does."""
+    declared = model.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    ends = dict.fromkeys(i for i in (*template.stop_token_ids, *declared) if i is not None)
+    model.generation_config.eos_token_id = list(ends)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    words = [w for w in template.stop_words[:1] if len(_ids(tokenizer, w)) != 1]
+    if words:
+        tell(
+            f"Note: answers also end at the text {' or '.join(map(repr, words))}, which is no "
+            f"token: in plain transformers, model.generate(..., stop_strings={words!r}, "
+            "tokenizer=processor.tokenizer)."
+        )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _with_mean_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     mean = weight.detach().float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight.detach(), mean.expand(rows - weight.shape[0], -1)])
@@ -160,6 +268,7 @@ def _save_processor(seeing: Seeing, tokenizer: Any, chat_template: str, folder: 
     if upstream is None:
         raise ModelError("this model has no preparation of pictures that can be saved")
     tokenizer.chat_template = chat_template
+    _add_nothing(tokenizer)
     processor = LlavaProcessor(
         image_processor=upstream,
         tokenizer=tokenizer,
@@ -175,21 +284,54 @@ def _save_processor(seeing: Seeing, tokenizer: Any, chat_template: str, folder: 
     (folder / "chat_template.json").unlink(missing_ok=True)
 
 
+def _add_nothing(tokenizer: Any) -> None:
+    """Keep `tokenizer` from adding BOS and EOS to texts: the chat template writes what it wants,
+    and ``processor(text=...)`` would add them once more, or where training had none."""
+    for name in ("add_bos_token", "add_eos_token"):
+        if getattr(tokenizer, name, False):
+            setattr(tokenizer, name, False)
+    if tokenizer.is_fast and list(tokenizer("a")["input_ids"]) != _ids(tokenizer, "a"):
+        tokenizer.backend_tokenizer.post_processor = None
+
+
+def _compare_prompts(folder: Path, seeing: Seeing, template: Template, tell: Tell) -> None:
+    """Read the processor again, and warn if it makes other tokens of a question than our chat."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    with quiet_transformers():
+        processor = AutoProcessor.from_pretrained(str(folder))
+    asked = "What is it?"
+    ids = template.prompt_ids([Message("user", f"{IMAGE}\n{asked}")])
+    token, times = seeing.image_token_id, seeing.tokens_each
+    wanted = [i for i in ids for _ in range(times if i == token else 1)]
+    parts = [{"type": "image"}, {"type": "text", "text": asked}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+    )
+    found = processor(text=text, images=Image.new("RGB", (32, 32)))["input_ids"][0]
+    if list(found) != wanted:
+        tell(
+            f"Warning: the processor of plain transformers makes {len(found)} tokens of a question "
+            f"that xtuner chat shows as {len(wanted)}, or other ones: its answers may differ."
+        )
+
+
 def merge_encoder(
     visual_encoder: str,
     adapter: Path,
     save_dir: Path,
     *,
-    fp32: bool = False,
+    dtype: str = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> float:
     """Merge the adapter of a visual encoder into it, and write the encoder as one model.
 
     Args:
         visual_encoder: CLIP or SigLIP, folder or hub name.
-        adapter: a PEFT adapter, or a folder of parts that has one.
+        adapter: a PEFT adapter, or a folder of parts, an ``iter_N`` or a work dir that has one.
         save_dir: a new folder.
-        fp32: keep float32 instead of 16 bits.
+        dtype: of the result; 'auto' is that of the encoder's files.
         device: where it is computed.
 
     Returns:
@@ -200,13 +342,7 @@ def merge_encoder(
         ModelError: `adapter` is none, or does not fit.
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
-    inner = adapter / parts_of.ENCODER_ADAPTER
-    folder = inner if inner.is_dir() else adapter
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{adapter}: is no adapter of a visual encoder (no adapter_config.json); "
-            f"give a folder {parts_of.ENCODER_ADAPTER}/"
-        )
+    folder = _encoder_adapter(adapter)
     encoder: Any = load_visual_encoder(
         visual_encoder, dtype=torch.float32, device=pick_device(device)
     )
@@ -220,10 +356,32 @@ def merge_encoder(
         merged = adapted.merge_and_unload()
         after = merged(pixel_values=pixels).last_hidden_state
     difference = float((before - after).abs().max() / before.abs().max())
-    merged = merged if fp32 else merged.to(torch.bfloat16)
+    merged = merged.to(DTYPES.get(dtype) or _dtype_of(located(visual_encoder)))
     size = sum(p.numel() * p.element_size() for p in merged.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             merged.save_pretrained(str(draft))
         Processor(visual_encoder, True).upstream.save_pretrained(str(draft))
     return difference
+
+
+def _encoder_adapter(given: Path) -> Path:
+    """The folder of the adapter that `given` means."""
+    if (given / "adapter_config.json").is_file():
+        return given
+    with contextlib.suppress(CheckpointError):
+        folder = find_checkpoint(given)
+        if (folder / parts_of.ENCODER_ADAPTER).is_dir():
+            return folder / parts_of.ENCODER_ADAPTER
+    raise ModelError(
+        f"{given}: is no adapter of a visual encoder (no adapter_config.json), nor does it hold "
+        f"one; give a folder {parts_of.ENCODER_ADAPTER}/, or the iter_N or work dir around it"
+    )
+
+
+def _dtype_of(place: str) -> torch.dtype:
+    """The type of the weights of the model at `place`; what config.json says of a hub's."""
+    if Path(place).is_dir():
+        return main_dtype(cast_plan(Weights.of_model(Path(place)).stored, None))
+    config = read_config(place)
+    return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)

@@ -26,6 +26,7 @@ from xtuner.convert.weights import (
     Planned,
     Weights,
     cast_plan,
+    main_dtype,
     parse_size,
     total_bytes,
     write_config,
@@ -34,6 +35,7 @@ from xtuner.convert.weights import (
 from xtuner.errors import ModelError
 from xtuner.models import fetch
 from xtuner.models.adapters import load_adapter
+from xtuner.models.llava_parts import LLM_ADAPTER, run_of
 from xtuner.models.load import DTYPES, load_tokenizer, pick_device, read_config
 from xtuner.models.quantize import Rounding
 from xtuner.models.runinfo import RunInfo
@@ -83,7 +85,8 @@ def merge(
 
     Args:
         llm: the base model: a folder, a name that was fetched, or a hub name.
-        adapter: a PEFT adapter: a folder of its own, an ``iter_N``, or a work dir.
+        adapter: a PEFT adapter: a folder of its own, an ``iter_N``, or a work dir; of a LLaVA run,
+            the adapter of the language model.
         save_dir: a new folder.
         max_shard_size: of the files, such as '2GB'.
         device: where it is computed.
@@ -95,9 +98,10 @@ def merge(
         ModelError: the adapter does not fit, or the result differs from base + adapter.
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
+    place = find_checkpoint(adapter)
     job = _Merge(
         llm=str(llm),
-        adapter=find_checkpoint(adapter),
+        adapter=place / LLM_ADAPTER if (place / LLM_ADAPTER).is_dir() else place,
         max_bytes=parse_size(max_shard_size),
         device=pick_device(device),
         wanted_dtype=DTYPES.get(dtype),
@@ -126,7 +130,7 @@ class _Merge:
     @cached_property
     def rounding(self) -> Rounding | None:
         """What quantisation did to the weights that the adapter was trained beside."""
-        info = RunInfo.read(self.adapter)
+        info = run_of(self.adapter)
         return Rounding.of_run(info.settings) if info else None
 
     @property
@@ -164,7 +168,7 @@ class _Merge:
 
     def _run_info(self) -> RunInfo:
         base = str(self.folder.resolve()) if self.folder and Path(self.llm).is_dir() else self.llm
-        info = RunInfo.read(self.adapter)
+        info = run_of(self.adapter)
         if info is None:
             return RunInfo(kind="model", base_model=base)
         if not same_base(info.base_model, self.llm):
@@ -172,7 +176,7 @@ class _Merge:
                 f"Warning: {self.adapter} was trained on {info.base_model}, "
                 f"and is merged into {self.llm}."
             )
-        return replace(info, kind="model", base_model=base)
+        return replace(info, kind="model", base_model=base, visual_encoder="")
 
     def _plan(
         self, adapter: Weights, config: dict[str, Any]
@@ -209,7 +213,7 @@ class _Merge:
         seen = _Rounded(base, self.rounding, self.place) if self.rounding else base
         write_shards(draft, plan, read, max_bytes=self.max_bytes, tell=self.tell)
         assert self.folder is not None
-        write_config(self.folder, draft, dtype=_main_dtype(plan), untie=lora.HEAD in changes)
+        write_config(self.folder, draft, dtype=main_dtype(plan), untie=lora.HEAD in changes)
 
     def _merge_in_memory(self, draft: Path, config: dict[str, Any]) -> None:
         model = compare.load_plain(
@@ -258,7 +262,7 @@ class _Merge:
             ModelError: they differ.
         """
         plan = cast_plan(Weights.of_model(draft).stored, None)
-        stored = _main_dtype(plan)
+        stored = main_dtype(plan)
         parameters = sum(p.num_bytes // p.dtype.itemsize for p in plan.values())
         computed = compare.fitting_dtype(parameters, stored, device=self.device)
         if computed is None:
@@ -313,15 +317,6 @@ class _Rounded:
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self._base[name]
         return self._rounding(weight) if name in self._names else weight
-
-
-def _main_dtype(plan: dict[str, Planned]) -> torch.dtype:
-    """The floating-point type that holds most of the weights."""
-    sizes: dict[torch.dtype, int] = {}
-    for planned in plan.values():
-        if planned.dtype.is_floating_point:
-            sizes[planned.dtype] = sizes.get(planned.dtype, 0) + planned.num_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def _part_tied(model: Any, adapter: Weights) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from xtuner.convert.output import copy_others, new_folder
 from xtuner.convert.weights import (
+    Planned,
     Weights,
     cast_plan,
     parse_size,
@@ -19,12 +22,15 @@ from xtuner.convert.weights import (
 )
 from xtuner.errors import CheckpointError
 from xtuner.models import fetch
-from xtuner.models.llava_parts import PROJECTOR
+from xtuner.models.llava_parts import LLM, LLM_ADAPTER, PROJECTOR, run_of
 from xtuner.models.load import DTYPES
 from xtuner.models.runinfo import RunInfo
 
 _MARKS = ("adapter_config.json", "config.json")
-_LEFT_OUT = ("training_state.pt", "*.safetensors", "*.safetensors.index.json", "*.bin")
+LEFT_OUT = (
+    "training_state.pt", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"
+)  # fmt: skip
+"""What only resuming needs, and what is written anew."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -94,7 +100,7 @@ def to_hf(
     """
     max_bytes = parse_size(max_shard_size)
     source = find_checkpoint(checkpoint)
-    info = RunInfo.read(source)
+    info = run_of(source)
     is_adapter = (source / "adapter_config.json").is_file()
     dtype = torch.float32 if fp32 else torch.bfloat16
     if is_adapter and not fp32 and info is not None:
@@ -103,10 +109,18 @@ def to_hf(
     plan = cast_plan(weights.stored, dtype)
     with new_folder(save_dir, num_bytes=total_bytes(plan)) as draft:
         if is_adapter:
-            tensors = {name: weights[name].to(planned.dtype) for name, planned in plan.items()}
-            save_file(tensors, str(draft / "adapter_model.safetensors"), metadata={"format": "pt"})
+            write_adapter(draft, plan, weights)
         else:
             write_shards(draft, plan, weights.__getitem__, max_bytes=max_bytes, tell=tell)
             write_config(source, draft, dtype=dtype)
-        copy_others(source, draft, skip=_LEFT_OUT)
+        copy_others(source, draft, skip=LEFT_OUT)
+        if info is not None and source.name in (LLM, LLM_ADAPTER):  # of a LLaVA model: now alone
+            kind: Any = "adapter" if is_adapter else "model"
+            replace(info, kind=kind, visual_encoder="").write(draft)
     return info
+
+
+def write_adapter(folder: Path, plan: Mapping[str, Planned], weights: Weights) -> None:
+    """Write the tensors of an adapter as `plan` says into one file in `folder`."""
+    tensors = {name: weights[name].to(planned.dtype) for name, planned in plan.items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})

@@ -189,6 +189,15 @@ def total_bytes(plan: Mapping[str, Planned]) -> int:
     return sum(planned.num_bytes for planned in plan.values())
 
 
+def main_dtype(plan: Mapping[str, Planned]) -> torch.dtype:
+    """The floating-point type that holds most of the weights."""
+    sizes: dict[torch.dtype, int] = {}
+    for planned in plan.values():
+        if planned.dtype.is_floating_point:
+            sizes[planned.dtype] = sizes.get(planned.dtype, 0) + planned.num_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
 def write_shards(
     folder: Path,
     plan: Mapping[str, Planned],

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
 from xtuner.models.low_rank import Adapted, low_rank_linears
+from xtuner.models.old_adapters import fitting_llm_adapter
+from xtuner.models.stored import tensors_of
 
 
 class _ActivationTypeForward:
@@ -167,7 +170,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
             f"{found or 'nothing'})"
         )
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with fitting_llm_adapter(model, folder) as place:
+            return PeftModel.from_pretrained(model, str(place), is_trainable=trainable)
+    except SafetensorError as error:
+        raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(
@@ -183,12 +189,11 @@ def load_adapter_weights(adapted: Any, folder: Path) -> None:
         ModelError: names or shapes differ from those of `adapted`.
     """
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(f"{folder}: lacks adapter_model.safetensors")
-    saved = load_file(str(file))
+    saved = tensors_of(file)
     try:
         result = set_peft_model_state_dict(adapted, saved)
     except RuntimeError as error:

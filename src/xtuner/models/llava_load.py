@@ -7,27 +7,23 @@ projector/ ────────────────────┘
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from xtuner.errors import ModelError
 from xtuner.models import llava_parts as parts_of
 from xtuner.models.adapters import load_adapter
 from xtuner.models.llava import Eyes, assemble
 from xtuner.models.load import load_model, quiet_transformers, readable_errors
+from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import Quantization, Rounding
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, num_image_tokens
-
-_ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -174,25 +170,3 @@ def load_whole(folder: Path, *, dtype: torch.dtype, device: str) -> Seeing:
 
 def _base_of(adapted: Any, merged: bool) -> Any:
     return adapted.merge_and_unload() if merged else adapted.get_base_model()
-
-
-@contextlib.contextmanager
-def fitting_encoder_adapter(folder: Path) -> Iterator[Path]:
-    """`folder`, or a copy with the names of today: encoders had a level ``vision_model`` before.
-
-    PEFT would leave such an adapter unloaded with only a warning.
-    """
-    files = [folder / name for name in (_ADAPTER_FILE, "adapter_model.bin")]
-    file = next((file for file in files if file.is_file()), None)
-    found = parts_of.tensors_of(file) if file else {}
-    if not any(".vision_model." in name for name in found):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as place:
-        renamed = {name.replace(".vision_model.", ".", 1): t for name, t in found.items()}
-        save_file(renamed, str(Path(place) / _ADAPTER_FILE), metadata={"format": "pt"})
-        config = (folder / "adapter_config.json").read_text(encoding="utf-8")
-        # Targets may be spelt out with the old level in them.
-        config = config.replace("vision_model.", "")
-        (Path(place) / "adapter_config.json").write_text(config, encoding="utf-8")
-        yield Path(place)

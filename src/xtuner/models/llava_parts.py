@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xtuner.config.schema import Settings
 from xtuner.errors import ModelError
 from xtuner.models import adapters
 from xtuner.models.llava import Eyes, Keep, PackedVisionLM, assemble
+from xtuner.models.runinfo import RunInfo
 from xtuner.models.save import save_model
 from xtuner.models.sight import Processor, load_visual_encoder
+from xtuner.models.stored import tensors_of
 
 PROJECTOR, LLM, ENCODER = "projector", "llm", "visual_encoder"
 LLM_ADAPTER, ENCODER_ADAPTER = "llm_adapter", "visual_encoder_adapter"
@@ -39,6 +41,13 @@ _WHOLE = re.compile(r"^(model\.)?multi_modal_projector\.")
 def is_llava_folder(folder: Path) -> bool:
     """Whether `folder` holds the parts of a LLaVA model."""
     return (folder / PROJECTOR).is_dir()
+
+
+def run_of(folder: Path) -> RunInfo | None:
+    """The run that wrote `folder`: what its run.yaml says, or that of the LLaVA model it is a part
+    of."""
+    info = RunInfo.read(folder)
+    return RunInfo.read(folder.parent) if info is None and is_llava_folder(folder.parent) else info
 
 
 @dataclass
@@ -233,7 +242,7 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     files = sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
     found: dict[str, Tensor] = {}
     for file in files:
-        found |= {_projector_name(n): t for n, t in tensors_of(file).items() if _projector_name(n)}
+        found |= {_projector_name(n): t for n, t in tensors_of(file, _projector_name).items()}
     if not found:
         there = ", ".join(sorted(p.name for p in place.glob("*"))[:8]) if place.is_dir() else ""
         raise ModelError(
@@ -243,6 +252,16 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def projectors_beside(place: Path) -> list[str]:
+    """Folders beside `place`, which is not there, whose newest checkpoint has a projector."""
+    pointers = sorted(place.parent.glob("*/last_checkpoint"))
+    return [
+        str(pointer.parent)
+        for pointer in pointers
+        if is_llava_folder(pointer.parent / pointer.read_text(encoding="utf-8").strip())
+    ]
+
+
 def _projector_name(name: str) -> str:
     """The name without what stands before it in a whole model; empty for other tensors."""
     name = _WHOLE.sub("", name)
@@ -250,18 +269,3 @@ def _projector_name(name: str) -> str:
         if name.startswith(old):
             return name.replace(old, new, 1)
     return name if re.fullmatch(r"linear_[12]\.(weight|bias)", name) else ""
-
-
-def tensors_of(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of one that torch pickled.
-
-    Raises:
-        ModelError: it is damaged, or holds more than plain weights.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            return dict(load_file(str(file)))
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # both raise many kinds for a damaged file
-        first = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ModelError(f"{file}: cannot be read as plain weights: {first}") from error

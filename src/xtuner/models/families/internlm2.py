@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 MODEL_TYPES = ("internlm2",)
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _RENAMINGS = {
     "tok_embeddings": "embed_tokens",
     "attention.wo": "self_attn.o_proj",
@@ -139,6 +139,6 @@ def register() -> None:
     AutoModelForCausalLM.register(InternLM2Config, InternLM2ForCausalLM, exist_ok=True)
     renamings = [WeightRenaming(old, new) for old, new in _RENAMINGS.items()]
     fused = WeightConverter(
-        source_patterns="attention.wqkv", target_patterns=list(_QKV), operations=[SplitGroups()]
+        source_patterns="attention.wqkv", target_patterns=list(QKV), operations=[SplitGroups()]
     )
     register_checkpoint_conversion_mapping("internlm2", [*renamings, fused], overwrite=True)

@@ -1,0 +1,59 @@
+"""Read the tensors of one file of weights, safetensors or pickled, with a message if it is
+damaged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from xtuner.errors import ModelError
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def adapter_file(folder: Path) -> Path | None:
+    """The weights of the PEFT adapter in `folder`; None where there are none."""
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+
+
+def tensors_of(
+    file: Path, wanted: Callable[[str], object] = lambda name: True
+) -> dict[str, Tensor]:
+    """The tensors of `file` with `wanted` names; of safetensors nothing else is read.
+
+    Raises:
+        ModelError: it is damaged, or holds more than plain weights.
+    """
+    with _readable(file):
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt") as opened:
+                names = [name for name in opened.keys() if wanted(name)]  # noqa: SIM118
+                return {name: opened.get_tensor(name) for name in names}
+        found = dict(torch.load(file, map_location="cpu", weights_only=True))
+        return {name: tensor for name, tensor in found.items() if wanted(name)}
+
+
+def names_of(file: Path) -> list[str]:
+    """The names of the tensors of `file`.
+
+    Raises:
+        ModelError: as `tensors_of`.
+    """
+    if file.suffix != ".safetensors":
+        return list(tensors_of(file))
+    with _readable(file), safe_open(str(file), framework="pt") as opened:
+        return list(opened.keys())
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # both libraries raise many kinds for a damaged file
+        first = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ModelError(f"{file}: cannot be read as plain weights: {first}") from error

@@ -1,0 +1,170 @@
+"""One whole LLaVA model from parts, as plain transformers sees it."""
+
+import pytest
+import torch
+from parts_maker import answer, write_parts_of
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
+
+from xtuner.cli.app import main
+from xtuner.convert.llava import write_whole
+from xtuner.data.pictures import open_picture
+from xtuner.errors import ModelError
+from xtuner.testing.tiny import CHATML_TEMPLATE, tiny_model, tiny_tokenizer
+from xtuner.testing.vision import tiny_pictures, tiny_visual_encoder_folder
+
+STOP = 4  # <|im_end|>
+QUESTION = "Which number is this?"
+
+
+def llm_folder(folder, *, eos="</s>", adds_bos=False, chat_template=CHATML_TEMPLATE, **options):
+    """A language model whose tokenizer has the end token `eos`, and may put BOS before texts."""
+    model = tiny_model(initializer_range=0.2, **options)
+    tokenizer = tiny_tokenizer(chat_template=chat_template)
+    tokenizer.eos_token = eos
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+        )
+        assert tokenizer("a")["input_ids"][0] == 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    return tiny_visual_encoder_folder(tmp_path / "clip", initializer_range=0.5)
+
+
+def plain(folder):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def asked(picture):
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "image", "path": picture}, {"type": "text", "text": QUESTION}],
+        }
+    ]
+
+
+def test_plain_transformers_stops_where_our_chat_does(tmp_path, encoder):
+    llm = llm_folder(tmp_path / "llm")
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
+    write_whole(parts, tmp_path / "whole", fp32=True)
+    model, processor = plain(tmp_path / "whole")
+    (picture,) = tiny_pictures(tmp_path, 1)
+    inputs = processor(
+        images=open_picture(str(tmp_path / picture)),
+        text=processor.apply_chat_template(asked(picture), add_generation_prompt=True),
+        return_tensors="pt",
+    )
+    size = inputs["input_ids"].shape[1]
+
+    def stop_third(ids, scores):
+        wanted = STOP if ids.shape[1] == size + 2 else 70
+        return torch.full_like(scores, -9.0).index_fill(1, torch.tensor([wanted]), 9.0)
+
+    found = model.generate(
+        **inputs, max_new_tokens=8, do_sample=False, logits_processor=[stop_third]
+    )
+    assert found[0, size:].tolist() == [70, 70, STOP]
+    assert set(model.generation_config.eos_token_id) == {2, STOP}
+
+
+WITH_BOS = "{{ bos_token }}" + CHATML_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "chat_template"), [("chatml", CHATML_TEMPLATE), ("auto", WITH_BOS)]
+)
+def test_a_tokenizer_that_adds_bos_gives_the_ids_of_our_chat(
+    tmp_path, encoder, template, chat_template
+):
+    llm = llm_folder(tmp_path / "llm", adds_bos=True, chat_template=chat_template)
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template=template)
+    said = []
+    write_whole(parts, tmp_path / "whole", fp32=True, tell=said.append)
+    assert not [line for line in said if "Warning" in line]
+    picture = str(tmp_path / tiny_pictures(tmp_path, 1)[0])
+    wanted = answer(parts, QUESTION, picture)
+    assert answer(tmp_path / "whole", QUESTION, picture) == wanted
+    model, processor = plain(tmp_path / "whole")
+    text = processor.apply_chat_template(asked(picture), add_generation_prompt=True)
+    two_ways = (
+        processor(images=open_picture(picture), text=text, return_tensors="pt"),
+        processor.apply_chat_template(
+            asked(picture), add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        ),
+    )  # fmt: skip
+    for inputs in two_ways:
+        ids = inputs["input_ids"][0].tolist()
+        assert ids.count(1) == (template == "auto")
+        found = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        text_found = processor.tokenizer.decode(found, skip_special_tokens=True)
+        assert text_found.rstrip("\ufffd") == wanted  # half a character, cut off by the limit
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path, encoder):
+    """transformers' LLaVA has a head without one, and would read the rest without a word."""
+    llm = llm_folder(tmp_path / "llm", model_type="phi")
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
+    write_whole(parts, tmp_path / "zero")  # a bias of zeros is none
+    plain(tmp_path / "zero")
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    model.lm_head.bias.data[70] = 1.0
+    model.save_pretrained(llm)
+    with pytest.raises(ModelError, match="bias"):
+        write_whole(parts, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+def test_a_processor_that_makes_other_tokens_is_told(tmp_path, encoder, monkeypatch):
+    llm = llm_folder(tmp_path / "llm", adds_bos=True)
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
+    monkeypatch.setattr("xtuner.convert.llava._add_nothing", lambda tokenizer: None)
+    said = []
+    write_whole(parts, tmp_path / "whole", tell=said.append)
+    (line,) = [line for line in said if "Warning" in line]
+    assert "plain transformers" in line
+
+
+SETTINGS = """
+llm_name_or_path = {llm!r}
+visual_encoder_name_or_path = {encoder!r}
+data_path = "data.json"
+image_folder = "."
+tuning = "full"
+freeze_llm = True
+"""
+
+
+def convert(folder, parts, *, llm, encoder):
+    (folder / "config.py").write_text(SETTINGS.format(llm=str(llm), encoder=str(encoder)))
+    command = ["convert", "pth_to_hf", str(folder / "config.py"), str(parts), str(folder / "whole")]
+    return main([*command, "--fp32", "--save-format", "huggingface"])
+
+
+def test_the_checkpoint_knows_its_models_better_than_the_settings(tmp_path, encoder, capsys):
+    llm, other = llm_folder(tmp_path / "llm"), llm_folder(tmp_path / "other", seed=7)
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
+    assert convert(tmp_path, parts, llm=other, encoder="clip") == 0  # from another folder
+    err = capsys.readouterr().err
+    assert f"the language model {other}, but the checkpoint was trained on {llm}" in err
+    picture = str(tmp_path / tiny_pictures(tmp_path, 1)[0])
+    assert answer(tmp_path / "whole", QUESTION, picture) == answer(parts, QUESTION, picture)
+
+
+def test_models_that_moved_are_taken_from_the_settings(tmp_path, encoder, capsys):
+    llm = llm_folder(tmp_path / "llm")
+    parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
+    moved = llm.rename(tmp_path / "moved")
+    assert convert(tmp_path, parts, llm=moved, encoder=encoder) == 0
+    assert f"not there any more: {moved} is taken" in capsys.readouterr().err
