@@ -152,3 +152,24 @@ def test_any_picture_that_is_mended_is_found(workshop, capsys, mended):
     Path("more/0.png").rename(f"images/new{mended}.png")
     assert train("max_epochs=1") == 0
     assert "29 rows lost" in said(capsys)
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one_also_in_steps_of_text(workshop):
+    """A step of text reaches no weight of a projector that alone is trained; nor, in the second
+    half of another, one of the processes."""
+    picture = [True, True, False, False, True, False, False, True, True, True]
+    write(
+        [
+            {"image": f"{i % 8}.png", "conversations": turns(f"<image>{i}?", f"It is {i}.")}
+            if seen
+            else {"conversations": turns(f"{i}?", f"It is {i}.")}
+            for i, seen in enumerate(picture)
+        ]
+    )
+    assert train("accumulative_counts=2", place="one") == 0
+    ended = launched(place="two")
+    assert ended.returncode == 0, ended.stderr
+    one, two = ([line.get("loss") for line in scalars(place)] for place in ("one", "two"))
+    assert len([loss for loss in one if loss]) == 5
+    assert one == pytest.approx(two, abs=1e-5)
