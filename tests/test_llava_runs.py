@@ -173,3 +173,30 @@ def test_two_processes_equal_one_also_in_steps_of_text(workshop):
     one, two = ([line.get("loss") for line in scalars(place)] for place in ("one", "two"))
     assert len([loss for loss in one if loss]) == 5
     assert one == pytest.approx(two, abs=1e-5)
+
+
+def test_a_resume_needs_no_projector_to_start_from(workshop, capsys):
+    assert train("max_steps=2", place="first") == 0
+    start = ("max_steps=2", "pretrained_pth='first'")
+    assert train(*start) == 0
+    Path("first").rename("gone")
+    words = [word for setting in start for word in ("--set", setting)]
+    again = ["train", "run.py", "--work-dir", "w", *words, "--set", "max_steps=3", "--resume"]
+    assert main(again) == 0, said(capsys)
+    assert (workshop / "w" / "last_checkpoint").read_text().strip() == "iter_3"
+    assert train(*start, place="anew") == 2
+    assert "pretrained_pth = 'first'" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        (["shuffle=False", "batch_size=2"], True),
+        (["shuffle=True", "batch_size=1"], True),
+        (["shuffle=True", "batch_size=2"], False),
+        (["shuffle=True", "batch_size=1", "pack_to_max_length=True"], False),
+    ],
+)
+def test_grouping_that_does_nothing_is_told(workshop, capsys, changes, idle):
+    assert train(*changes, "max_steps=1", "group_by_modality=True") == 0
+    assert ("without effect here: group_by_modality" in said(capsys)) is idle
