@@ -152,3 +152,51 @@ def test_any_picture_that_is_mended_is_found(workshop, capsys, mended):
     Path("more/0.png").rename(f"images/new{mended}.png")
     assert train("max_epochs=1") == 0
     assert "29 rows lost" in said(capsys)
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one_also_in_steps_of_text(workshop):
+    """A step of text reaches no weight of a projector that alone is trained; nor, in the second
+    half of another, one of the processes."""
+    picture = [True, True, False, False, True, False, False, True, True, True]
+    write(
+        [
+            {"image": f"{i % 8}.png", "conversations": turns(f"<image>{i}?", f"It is {i}.")}
+            if seen
+            else {"conversations": turns(f"{i}?", f"It is {i}.")}
+            for i, seen in enumerate(picture)
+        ]
+    )
+    assert train("accumulative_counts=2", place="one") == 0
+    ended = launched(place="two")
+    assert ended.returncode == 0, ended.stderr
+    one, two = ([line.get("loss") for line in scalars(place)] for place in ("one", "two"))
+    assert len([loss for loss in one if loss]) == 5
+    assert one == pytest.approx(two, abs=1e-5)
+
+
+def test_a_resume_needs_no_projector_to_start_from(workshop, capsys):
+    assert train("max_steps=2", place="first") == 0
+    start = ("max_steps=2", "pretrained_pth='first'")
+    assert train(*start) == 0
+    Path("first").rename("gone")
+    words = [word for setting in start for word in ("--set", setting)]
+    again = ["train", "run.py", "--work-dir", "w", *words, "--set", "max_steps=3", "--resume"]
+    assert main(again) == 0, said(capsys)
+    assert (workshop / "w" / "last_checkpoint").read_text().strip() == "iter_3"
+    assert train(*start, place="anew") == 2
+    assert "pretrained_pth = 'first'" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        (["shuffle=False", "batch_size=2"], True),
+        (["shuffle=True", "batch_size=1"], True),
+        (["shuffle=True", "batch_size=2"], False),
+        (["shuffle=True", "batch_size=1", "pack_to_max_length=True"], False),
+    ],
+)
+def test_grouping_that_does_nothing_is_told(workshop, capsys, changes, idle):
+    assert train(*changes, "max_steps=1", "group_by_modality=True") == 0
+    assert ("without effect here: group_by_modality" in said(capsys)) is idle

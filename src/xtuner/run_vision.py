@@ -103,7 +103,7 @@ class RunVision:
             dtype=dtype,
             device=device,
             source=source,
-            projector=self._projector(),
+            projector=None if source else self._projector(),
             keep=self.features.write if self.features else None,
         )
         if self.features:

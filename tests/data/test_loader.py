@@ -1,3 +1,4 @@
+import itertools
 import os
 import random
 
@@ -149,3 +150,59 @@ def test_pictures_are_decoded_in_the_processes_that_load_data(tmp_path):
         (batch,) = next(one.groups(0, 1))
         pids = {int(pid) for pid in batch.pictures.pixel_values.flatten().tolist()}
         assert (os.getpid() not in pids) is elsewhere
+
+
+class Kinds:
+    """A data set of which only kinds and lengths count."""
+
+    def __init__(self, count):
+        drawn = np.random.default_rng(3)
+        self.has_images = drawn.random(count) < 0.4
+        self.lengths = drawn.integers(10, 1000, count)
+
+    def __len__(self):
+        return len(self.lengths)
+
+
+def epoch_of(data, **changes):
+    options = {"batch_size": 8, "accumulative_counts": 1, "seed": 7, "shuffle": True}
+    one = Loader(data, collate=lay_out, **{**options, **changes})
+    return [packs for step in range(one.steps_per_epoch) for packs in one._share(step)]
+
+
+def test_batches_are_of_one_modality_and_of_like_length():
+    data = Kinds(1003)
+    batches = epoch_of(data, grouped=True)
+    assert sorted(pack for batch in batches for pack in batch) == list(range(1003))
+    mixed = [batch for batch in batches if len({*data.has_images[batch].tolist()}) > 1]
+    assert len(mixed) <= 1  # where what is left over of both kinds meets
+
+    def spread(batches):
+        return np.mean([np.ptp(data.lengths[batch]) for batch in batches])
+
+    assert spread(batches) < spread(epoch_of(data)) / 5
+    kinds = [bool(data.has_images[batch[0]]) for batch in batches]
+    assert sum(a != b for a, b in itertools.pairwise(kinds)) > 10  # and they alternate at random
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_packs_are_of_one_modality_if_they_are_grouped(tmp_path, grouped):
+    names = tiny_pictures(tmp_path, 3)
+    rows = [
+        {**({"image": names[i % 3]} if i % 2 else {}),
+         "conversations": [{"from": "human", "value": "<image>What?" if i % 2 else "What?"},
+                           {"from": "gpt", "value": "x" * (i % 11 + 1)}]}
+        for i in range(40)
+    ]  # fmt: skip
+    own = tiny_tokenizer()
+    sight = Sight(PictureFolder(tmp_path), add_image_token(own), 4)
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    chosen = settings(
+        path, visual_encoder_name_or_path="-", max_length=160, group_by_modality=grouped
+    )
+    data = build(
+        chosen, template=templates.load("auto", own), tokenizer=own, folder=tmp_path, quiet=True,
+        sight=sight,
+    ).train  # fmt: skip
+    kinds = [{bool(sample.images) for sample in data[i]} for i in range(len(data))]
+    assert all(len(kind) == 1 for kind in kinds) is grouped

@@ -123,8 +123,8 @@ class VisionPart(Part):
     pad_image_to_square: bool = True
     """Fill pictures up to a square with the mean colour; False cuts the middle out of long ones."""
     group_by_modality: bool = True
-    """Put samples with pictures and without in batches of their own, and those of like length
-    together (the latter matters without packing)."""
+    """Put samples with pictures and without in packs or batches of their own and, without packing,
+    those of like length together. Needs shuffle, and without packing a batch_size above 1."""
     cache_visual_features: bool = False
     """Keep what a frozen visual encoder makes of each picture on disk (in $XTUNER_CACHE or
     ~/.cache/xtuner), found again by the picture's content: later epochs skip the encoder. A picture
@@ -312,6 +312,8 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
             idle.append("evaluation_images")
         elif self.visual_encoder_lora_r is None:
             idle += ["visual_encoder_lora_alpha", "visual_encoder_lora_dropout"]
+        if self.sees and not (self.shuffle and (self.pack_to_max_length or self.batch_size > 1)):
+            idle.append("group_by_modality")
         return [name for name in idle if name in self.model_fields_set]
 
 

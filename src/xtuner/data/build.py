@@ -140,10 +140,13 @@ class _Assembly:
         return PackedDataset(stores, samples=own.take(members), borders=borders)
 
     def _packed_by_kind(self, own: SampleTable, taken: Ints) -> tuple[Ints, Ints]:
-        """Pack in order; with pictures in some samples, these and the others each by themselves."""
+        """Pack in order; with group_by_modality samples with pictures and the others each by
+        themselves."""
         s = self._settings
+        if not (s.shuffle and s.group_by_modality):
+            return planned(own.length, self._longest, order=taken)
         seeing = own.has_images([each.store for each in self._encoded])[taken]
-        if not s.shuffle or seeing.all() or not seeing.any():
+        if seeing.all() or not seeing.any():
             return planned(own.length, self._longest, order=taken)
         parts = [planned(own.length, self._longest, order=taken[seeing == kind]) for kind in (1, 0)]
         (first, ends), (second, more) = parts

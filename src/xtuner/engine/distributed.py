@@ -70,11 +70,19 @@ class Processes:
         return [word for part in found for word in part]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over all processes; a missing one counts as zero."""
+        """Replace every gradient by its sum over all processes; a missing one counts as zero.
+
+        One that all processes lack stays missing, as in a single process: for an optimizer with
+        moments a gradient of zeros is another thing.
+        """
         if self.world_size == 1:
             return
+        whole = list(parameters)
+        there = self.sum([float(parameter.grad is not None) for parameter in whole])
         bucket: list[Tensor] = []
-        for parameter in parameters:
+        for parameter, count in zip(whole, there, strict=True):
+            if not count:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             bucket.append(parameter.grad)
