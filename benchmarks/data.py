@@ -63,7 +63,9 @@ def measure(file: Path, model: Path) -> None:
     template.fingerprint()
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
     before, began = memory("VmRSS"), time.perf_counter()
-    data = build(settings, template=template, tokenizer=tokenizer, folder=file.parent, quiet=True)
+    data = build(
+        settings, template=template, tokenizer=tokenizer, folder=file.parent, quiet=True, sight=None
+    )
     seconds, peak = time.perf_counter() - began, memory("VmHWM") - before
     loader = Loader(
         data.train,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from xtuner.chat.generate import GenerationOptions
 from xtuner.chat.opening import open_chat
 from xtuner.cli.app import main
-from xtuner.errors import DataError
+from xtuner.errors import ConfigError, DataError, XTunerError
+from xtuner.models.llava import Eyes
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
 from xtuner.types import Message
@@ -326,3 +327,87 @@ def test_a_place_in_an_answer_is_no_place_for_a_picture(workshop, monkeypatch):
     assert len(session.messages) == 4
     with pytest.raises(DataError, match="no picture"):
         session.vision.inputs([261], [Message("user", "<image>")])
+
+
+ADAPTER = "finetune/iter_8/llm_adapter"
+
+
+def test_an_adapter_is_put_on_the_language_model_of_a_llava(workshop, tmp_path):
+    """--adapter keeps the eyes, on a work dir and with --llava alike."""
+    joined = tmp_path / "joined"
+    shutil.copytree("pretrain/iter_4", joined)
+    shutil.copytree(ADAPTER, joined / "llm_adapter")
+    wanted = answer(joined)
+    assert wanted != answer("pretrain")
+    assert answer("pretrain", adapter=ADAPTER) == wanted
+    assert answer("model", llava="pretrain", visual_encoder="clip", adapter=ADAPTER) == wanted
+    assert answer(ADAPTER, llava="pretrain") == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("finetune", {"adapter": ADAPTER}, "second adapter"),
+        ("whole", {"adapter": ADAPTER}, "whole LLaVA model"),
+        ("whole", {"llava": "pretrain"}, "itself a LLaVA model"),
+        ("finetune", {"llava": "pretrain"}, "itself a LLaVA model"),
+        ("whole", {"visual_encoder": "clip"}, "needs --llava"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(workshop, model, options, message):
+    answering("whole")
+    with pytest.raises(XTunerError, match=message):
+        answer(model, **options)
+
+
+def test_parts_that_were_trained_are_not_replaced_in_silence(workshop, tmp_path, caplog):
+    parts = tmp_path / "parts"
+    shutil.copytree("pretrain/iter_4", parts)
+    shutil.copytree("clip", parts / "visual_encoder")
+    with pytest.raises(ConfigError, match="leave --visual-encoder out"):
+        answer(parts, visual_encoder="clip")
+    shutil.copytree("model", parts / "llm")
+    assert answer(parts) == answer("pretrain") and not caplog.records
+    other = tiny_model_folder(tmp_path / "other", seed=5)
+    assert answer(other, llava=parts) == answer("pretrain")
+    assert f"takes the place of {other}" in caplog.text
+
+
+def test_parts_that_were_not_trained_together_are_told(workshop, tmp_path, caplog):
+    answer("model", llava="pretrain", visual_encoder="clip")
+    assert not caplog.records
+    siglip = tiny_visual_encoder_folder(tmp_path / "siglip", "siglip")
+    other = tiny_model_folder(tmp_path / "other", seed=5)
+    answer("pretrain", visual_encoder=siglip)
+    assert f"trained with the visual encoder {workshop / 'clip'}" in caplog.text
+    caplog.clear()
+    answer(other, llava="pretrain")
+    assert f"trained with the language model {workshop / 'model'}" in caplog.text
+
+
+def test_a_whole_model_is_held_in_four_bits(workshop):
+    session = open_chat(
+        answering("whole"), bits=4, dtype="float32", options=GenerationOptions(max_new_tokens=3)
+    )
+    kinds = {name: type(m).__name__ for name, m in session.model.named_modules()}
+    quantised = {name for name, kind in kinds.items() if kind == "Linear4bit"}
+    assert len(quantised) == 14 and all("language_model" in name for name in quantised)
+    "".join(session.ask("Which number is this?", ["images/5.png"]))
+
+
+def test_the_encoder_looks_at_a_picture_once_a_conversation(workshop, monkeypatch):
+    looked = []
+    features = Eyes.features
+
+    def counted(self, pixels):
+        looked.append(len(pixels))
+        return features(self, pixels)
+
+    monkeypatch.setattr(Eyes, "features", counted)
+    session = open_chat(
+        "finetune", dtype="float32", options=GenerationOptions(max_new_tokens=2, temperature=0)
+    )
+    "".join(session.ask("Which number is this?", ["images/1.png"]))
+    "".join(session.ask("And that?", ["images/2.png"]))
+    "".join(session.ask("Sure?"))
+    assert looked == [1, 1]

@@ -1,10 +1,13 @@
 """LLaVA: parity with transformers, isolation in packs, and where gradients go."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from xtuner.config import catalog
 from xtuner.config.schema import Settings
 from xtuner.data.collate import lay_out
 from xtuner.data.pictures import PictureFolder
@@ -115,6 +118,39 @@ def test_text_does_not_touch_the_visual_encoder(collate):
 def test_a_language_model_that_changes_its_logits_is_refused():
     with pytest.raises(ModelError, match="final_logit_softcapping"):
         llava.assemble(tiny_model("gemma2"), tiny_visual_encoder(), image_token_id=IMAGE_ID)
+
+
+FAMILIES = {
+    "smollm2_|internlm2_|internlm3_|llama|yi_|deepseek_r1_distill_llama_": "llama",
+    "qwen1_5_|qwen2_|deepseek_r1_distill_qwen_": "qwen2",
+    "qwen3_": "qwen3",
+    "mistral_": "mistral",
+    "mixtral_": "mixtral",
+    "gemma2_": "gemma2",
+    "gemma3_": "gemma3_text",
+    "phi3_": "phi3",
+    "deepseek_v2_": "deepseek_v2",
+    "glm4_": "glm",
+}
+"""What the chat models of the catalog are, by the beginnings of their names."""
+
+
+def test_the_catalog_offers_eyes_to_the_models_that_can_have_them():
+    chat = {n.removesuffix("_lora_custom_e3") for n in catalog.names("*_lora_custom_e3")
+            if catalog.compose(n)["prompt_template"] == "auto"}  # fmt: skip
+    offered = {n for n in chat if catalog.names(f"llava_{n}_clip_vit_large_p14_336_e1_*")}
+    able = set()
+    for start, model_type in FAMILIES.items():
+        names = {n for n in chat if re.match(start, n)}
+        assert names
+        chat -= names
+        try:
+            llava.assemble(tiny_model(model_type), tiny_visual_encoder(), image_token_id=IMAGE_ID)
+        except ModelError:
+            continue
+        able |= names
+    assert not chat, "give a new family a row above"
+    assert offered == able
 
 
 CASES = {

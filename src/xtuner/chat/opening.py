@@ -18,8 +18,8 @@ from xtuner.chat.vision import Vision
 from xtuner.errors import ConfigError, ModelError
 from xtuner.models import fetch
 from xtuner.models.adapters import load_adapter
-from xtuner.models.llava_load import Sources, load_llava, load_whole
-from xtuner.models.llava_parts import is_llava_folder, run_of
+from xtuner.models.llava_load import Seeing, Sources, load_llava, load_whole
+from xtuner.models.llava_parts import LLM, is_llava_folder, run_of
 from xtuner.models.load import (
     load_model,
     load_tokenizer,
@@ -31,6 +31,7 @@ from xtuner.models.quantize import Quantization, Rounding
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.sight import add_image_token
 from xtuner.templates import load as load_template
+from xtuner.templates.base import Template
 
 logger = logging.getLogger("xtuner.chat")
 
@@ -94,9 +95,12 @@ def open_chat(
     """
     if bits is not None and bits not in _QUANTIZATION:
         raise ConfigError(f"bits = {bits}: must be 4, 8 or 16 (unquantised), or left out")
-    found = find(str(model), adapter=None if adapter is None else str(adapter))
-    if llava is not None or visual_encoder is not None:
-        found = with_parts(found, None if llava is None else str(llava), visual_encoder or "")
+    found = find(
+        str(model),
+        adapter=None if adapter is None else str(adapter),
+        llava=None if llava is None else str(llava),
+        visual_encoder=visual_encoder or "",
+    )
     name = prompt_template or found.template
     tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)
     if name == "auto" and not tokenizer.chat_template:
@@ -112,31 +116,48 @@ def open_chat(
     held = found.quantization if bits is None else _QUANTIZATION[bits]
     options = options or GenerationOptions()
     if found.llava == "whole":
-        seeing = load_whole(Path(found.model), **how)
-        return Session(
-            seeing.model, tokenizer, template=template, options=options, vision=Vision(seeing)
-        )
+        seeing = load_whole(Path(found.model), quantization=held, **how)
+        return _seeing_session(seeing, tokenizer, template, options)
     how |= {"quantization": held, "trust_remote_code": trust_remote_code}
     if found.llava:
         seeing = load_llava(found.llava, tokenizer, **how)
-        return Session(
-            seeing.model, tokenizer, template=template, options=options, vision=Vision(seeing)
-        )
+        return _seeing_session(seeing, tokenizer, template, options)
     loaded = load_model(found.model, **how)
     network = load_adapter(loaded, found.adapter) if found.adapter else loaded
     network.eval()
     return Session(network, tokenizer, template=template, options=options)
 
 
-def find(model: str, *, adapter: str | None = None) -> Found:
-    """What `model` and `adapter` mean.
+def _seeing_session(
+    seeing: Seeing, tokenizer: Any, template: Template, options: GenerationOptions
+) -> Session:
+    vision = Vision(seeing, keep_features=True)
+    return Session(seeing.model, tokenizer, template=template, options=options, vision=vision)
+
+
+def find(
+    model: str,
+    *,
+    adapter: str | None = None,
+    llava: str | None = None,
+    visual_encoder: str = "",
+) -> Found:
+    """What `model` means, with `adapter` on it and as a part of `llava`; see `open_chat`.
 
     Raises:
         ModelError: a folder is missing or holds neither a model nor an adapter.
+        ConfigError: what is given does not go together.
     """
     found = _find_model(model)
+    if llava is not None or visual_encoder:
+        found = with_parts(found, llava, visual_encoder)
     if adapter is None:
         return found
+    if found.llava == "whole":
+        raise ConfigError(
+            f"--adapter {adapter}: {model} is a whole LLaVA model, which takes none; put it on the "
+            "parts: xtuner chat WORK_DIR --adapter DIR"
+        )
     if found.adapter is not None:
         raise ModelError(
             f"{model}: is itself an adapter (on {found.model}), and --adapter gives another; "
@@ -149,7 +170,25 @@ def find(model: str, *, adapter: str | None = None) -> Found:
     ours = run_of(folder)
     if ours is not None and not _same(ours.base_model, found.model):
         logger.warning("the adapter was trained on %s, and is put on %s", ours.base_model, model)
-    return theirs
+    return _with_adapter(found, theirs) if found.llava else theirs
+
+
+def _with_adapter(seeing: Found, adapter: Found) -> Found:
+    """`seeing`, parts of a LLaVA model, with the adapter of `adapter` on its language model.
+
+    Raises:
+        ConfigError: the parts have one.
+    """
+    assert isinstance(seeing.llava, Sources)
+    if seeing.llava.llm_adapter is not None:
+        raise ConfigError(
+            f"{adapter.adapter}: is a second adapter of the language model: "
+            f"{seeing.llava.llm_adapter} is there already, and only one can be used"
+        )
+    held = adapter.quantization if seeing.quantization == "none" else seeing.quantization
+    return replace(
+        seeing, llava=replace(seeing.llava, llm_adapter=adapter.adapter), quantization=held
+    )
 
 
 def _find_model(model: str) -> Found:
@@ -182,18 +221,47 @@ def with_parts(found: Found, llava: str | None, visual_encoder: str) -> Found:
 
     Raises:
         ModelError: the parts are not there.
+        ConfigError: `found` has parts of its own, or one part is given twice.
     """
     if llava is None:
         if not isinstance(found.llava, Sources):
             raise ModelError(
                 "--visual-encoder needs --llava DIR, the folder of a projector trained with it"
             )
-        return replace(found, llava=replace(found.llava, visual_encoder=visual_encoder))
-    folder = _folder(llava)
-    if folder is None or not is_llava_folder(folder):
-        there = _what_is_there(folder or Path(llava))
-        raise ModelError(f"--llava {llava}: holds no parts of a LLaVA model (projector/): {there}")
-    return _from_parts(folder, llm=found.model, visual_encoder=visual_encoder)
+        folder = found.llava.parts
+    else:
+        place = _folder(llava)
+        if place is None or not is_llava_folder(place):
+            there = _what_is_there(place or Path(llava))
+            raise ModelError(
+                f"--llava {llava}: holds no parts of a LLaVA model (projector/): {there}"
+            )
+        folder = place
+        if found.llava == "whole" or (found.llava and found.llava.parts != folder):
+            raise ConfigError(
+                f"--llava {llava}: MODEL is itself a LLaVA model; give the language model that "
+                "the parts were trained with, or leave --llava out"
+            )
+    parts = _from_parts(folder, llm=found.model, visual_encoder=visual_encoder)
+    _warn_of_others(folder, found.model, visual_encoder)
+    return _with_adapter(parts, found) if found.adapter else parts
+
+
+def _warn_of_others(folder: Path, llm: str, visual_encoder: str) -> None:
+    """Warn of parts that were not trained together."""
+    info = RunInfo.read(folder)
+    if info is None:
+        return
+    llm = "" if (folder / LLM).is_dir() else llm  # Sources.of has told
+    for what, trained, given in (
+        ("language model", info.base_model, llm),
+        ("visual encoder", info.visual_encoder, visual_encoder),
+    ):
+        if trained and given and not _same(trained, given):
+            logger.warning(
+                "the projector was trained with the %s %s, and is used with %s",
+                what, trained, given,
+            )  # fmt: skip
 
 
 def _from_parts(folder: Path, *, llm: str = "", visual_encoder: str = "") -> Found:

@@ -18,11 +18,15 @@ class Vision:
 
     Args:
         seeing: the model's eyes.
+        keep_features: the encoder looks at a picture once, and not again with every question of a
+            conversation; not for a model in training, whose encoder changes.
     """
 
-    def __init__(self, seeing: Seeing) -> None:
+    def __init__(self, seeing: Seeing, *, keep_features: bool = False) -> None:
         self._seeing = seeing
+        self._keeps_features = keep_features
         self._pixels: dict[str, torch.Tensor] = {}
+        self._features: dict[str, torch.Tensor] = {}
 
     def widened(self, ids: Sequence[int]) -> list[int]:
         """`ids` with each ``<image>`` made as long as a picture."""
@@ -49,13 +53,13 @@ class Vision:
                 f"the template shows {int(places.sum()) // self._seeing.tokens_each} of "
                 f"{len(names)} pictures to the model; name another with --prompt-template"
             )
-        pictures = Pictures(
-            pixel_values=torch.stack([self._picture(name) for name in names]).to(device),
-            places=places,
-            counts=(len(names),),
-            features=(None,) * len(names),
-        )
         with torch.no_grad():
+            pictures = Pictures(
+                pixel_values=torch.empty(0),
+                places=places,
+                counts=(len(names),),
+                features=tuple(self._seen(name, device) for name in names),
+            )
             return {"inputs_embeds": self._seeing.eyes.embed(tokens, pictures)}
 
     def check(self, names: Sequence[str]) -> None:
@@ -66,6 +70,14 @@ class Vision:
         """
         for name in names:
             self._picture(name)
+
+    def _seen(self, name: str, device: torch.device) -> torch.Tensor:
+        """The features of one picture."""
+        if (found := self._features.get(name)) is None:
+            (found,) = self._seeing.eyes.features(self._picture(name)[None].to(device))
+            if self._keeps_features:
+                self._features[name] = found
+        return found
 
     def _picture(self, name: str) -> torch.Tensor:
         if name not in self._pixels:

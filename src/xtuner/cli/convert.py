@@ -111,10 +111,9 @@ def _write_llava(
     max_shard_size: str,
 ) -> None:
     from xtuner.convert import llava
-    from xtuner.models.runinfo import RunInfo
 
     llm, encoder = llava.models_of(
-        RunInfo.read(source),
+        source,
         llm=settings.pretrained_model_name_or_path,
         visual_encoder=settings.visual_encoder_name_or_path or "",
         tell=functools.partial(typer.echo, err=True),

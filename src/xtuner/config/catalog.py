@@ -36,7 +36,7 @@ def names(pattern: str = "") -> list[str]:
             of a data set are found as well.
     """
     matches = _matcher(pattern.lower())
-    seeing = [name for name in catalog_llava.names(_chat_models()) if matches(name)]
+    seeing = [name for name in catalog_llava.names(_seeing_models()) if matches(name)]
     return seeing + [
         f"{model}_{recipe}_{data}_e{epochs}"
         for model, model_row in _models().items()
@@ -53,7 +53,7 @@ def names(pattern: str = "") -> list[str]:
 
 def is_name(name: str) -> bool:
     """Whether `name` is a built-in name, with any number of epochs."""
-    return _split(name) is not None or catalog_llava.split(name, _chat_models()) is not None
+    return _split(name) is not None or catalog_llava.split(name, _seeing_models()) is not None
 
 
 def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
@@ -67,7 +67,7 @@ def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
     Raises:
         ConfigError: there is no such name; the message has those closest to it.
     """
-    if sees := catalog_llava.split(name, _chat_models()):
+    if sees := catalog_llava.split(name, _seeing_models()):
         return catalog_llava.compose(sees, _of_model(sees.model), suffix=suffix)
     parts = _split(name)
     if parts is None:
@@ -88,7 +88,7 @@ def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
 
 def note(name: str) -> str:
     """What has to be done by hand before the built-in `name` can be trained; often nothing."""
-    if sees := catalog_llava.split(name, _chat_models()):
+    if sees := catalog_llava.split(name, _seeing_models()):
         return catalog_llava.note(sees)
     parts = _split(name)
     return _data_sets()[parts[2]].get("note", "") if parts else ""
@@ -99,12 +99,14 @@ def _of_model(model: str) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": row["path"],
         **_table("models")["kinds"][row["kind"]],
-        **{key: value for key, value in row.items() if key not in ("path", "kind")},
+        **{key: value for key, value in row.items() if key not in ("path", "kind", "eyes")},
     }
 
 
-def _chat_models() -> list[str]:
-    return [name for name, row in _models().items() if row["kind"] == "chat"]
+def _seeing_models() -> list[str]:
+    """The chat models that LLaVA can hold."""
+    rows = _models().items()
+    return [name for name, row in rows if row["kind"] == "chat" and row.get("eyes", True)]
 
 
 @functools.cache
@@ -165,7 +167,7 @@ def _unknown(name: str) -> str:
 def _close_names(name: str) -> list[str]:
     """Built-in names like `name`, found part by part: there are too many to compare them whole."""
     if name.startswith("llava_"):
-        return difflib.get_close_matches(name, catalog_llava.names(_chat_models()), n=2)
+        return difflib.get_close_matches(name, catalog_llava.names(_seeing_models()), n=2)
     rest, _, epochs = name.rpartition("_e") if re.search(r"_e\d*$", name) else (name, "", "")
     for recipe in _recipes():
         model, found, data = rest.partition(f"_{recipe}_")

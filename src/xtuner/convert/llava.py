@@ -98,17 +98,19 @@ def _weights_in(folder: Path) -> Weights | None:
     return None
 
 
-def models_of(
-    info: RunInfo | None, *, llm: str, visual_encoder: str, tell: Tell
-) -> tuple[str, str]:
-    """Language model and visual encoder of a run: those that it was trained on.
+def models_of(source: Path, *, llm: str, visual_encoder: str, tell: Tell) -> tuple[str, str]:
+    """Language model and visual encoder that a run was trained on; empty where it trained them, so
+    that `source` holds them.
 
     Args:
-        info: what its checkpoint says.
+        source: its checkpoint.
         llm, visual_encoder: what a settings file says; taken where the checkpoint says nothing, or
             names a folder that is gone.
         tell: gets a warning where the two differ.
     """
+    info = RunInfo.read(source)
+    llm = "" if any((source / n).exists() for n in (parts_of.LLM, "config.json")) else llm
+    visual_encoder = "" if (source / parts_of.ENCODER).is_dir() else visual_encoder
     if info is None:
         return llm, visual_encoder
     return (
@@ -119,7 +121,7 @@ def models_of(
 
 def _trained_on(what: str, trained: str, given: str, tell: Tell) -> str:
     if not trained or not given or same_base(trained, given):
-        return trained or given
+        return given and (trained or given)
     differ = (
         f"Warning: the settings name the {what} {given}, but the checkpoint was trained on "
         f"{trained}"

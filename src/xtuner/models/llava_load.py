@@ -7,6 +7,7 @@ projector/ ────────────────────┘
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from xtuner.errors import ModelError
+from xtuner.errors import ConfigError, ModelError
 from xtuner.models import llava_parts as parts_of
 from xtuner.models.adapters import load_adapter
 from xtuner.models.llava import Eyes, assemble
 from xtuner.models.load import load_model, quiet_transformers, readable_errors
 from xtuner.models.old_adapters import fitting_encoder_adapter
-from xtuner.models.quantize import Quantization, Rounding
+from xtuner.models.quantize import (
+    Quantization,
+    Rounding,
+    protect_from_repacking,
+    quantization_config,
+)
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, num_image_tokens
+
+logger = logging.getLogger("xtuner.chat")
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Sources:
         visual_encoder: the encoder that a run started from; empty where the parts hold their own.
         select_layer: of the encoder, whose output is used.
         pad_to_square: how pictures are prepared.
+        llm_adapter: the folder of an adapter of the language model, if there is one.
     """
 
     llm: str
@@ -62,23 +71,43 @@ class Sources:
     visual_encoder: str = ""
     select_layer: int = -2
     pad_to_square: bool = True
+    llm_adapter: Path | None = None
 
     @classmethod
     def of(cls, parts: Path, *, llm: str = "", visual_encoder: str = "") -> Sources:
-        """What the folder `parts` says of itself; `llm` and `visual_encoder` take precedence.
+        """What the folder `parts` says of itself.
+
+        Args:
+            parts: the folder.
+            llm: in place of the language model that `parts` names; one that was trained and lies
+                in `parts` is taken nevertheless, with a warning.
+            visual_encoder: in place of the encoder that `parts` names.
 
         Raises:
             ModelError: one of the two is not known.
+            ConfigError: `visual_encoder` is given, and `parts` holds one that was trained.
         """
         info = RunInfo.read(parts)
         said = dict(info.settings) if info else {}
-        whole = parts / "config.json"
         own_llm = parts / parts_of.LLM
+        own_llm = parts if not own_llm.is_dir() and (parts / "config.json").is_file() else own_llm
+        if own_llm.is_dir():
+            if llm and Path(llm).expanduser().resolve() not in (own_llm.resolve(), parts.resolve()):
+                logger.warning(
+                    "%s is the language model that was trained, and takes the place of %s",
+                    own_llm, llm,
+                )  # fmt: skip
+            llm = str(own_llm)
+        own_encoder = parts / parts_of.ENCODER
+        if own_encoder.is_dir():
+            if visual_encoder and Path(visual_encoder).resolve() != own_encoder.resolve():
+                raise ConfigError(
+                    f"--visual-encoder {visual_encoder}: {parts} holds an encoder that was trained "
+                    f"with the projector ({parts_of.ENCODER}/); leave --visual-encoder out"
+                )
+            visual_encoder = str(own_encoder)
         llm = llm or (info.base_model if info else "")
-        llm = str(own_llm) if own_llm.is_dir() else str(parts) if whole.is_file() else llm
-        own = parts / parts_of.ENCODER
         encoder = visual_encoder or (info.visual_encoder if info else "")
-        encoder = str(own) if own.is_dir() else encoder
         if not llm or not encoder:
             lacks = "--visual-encoder" if llm else "the language model"
             raise ModelError(
@@ -86,12 +115,14 @@ class Sources:
                 f"with ({lacks} is missing); give them: "
                 f"xtuner chat LLM --visual-encoder CLIP --llava {parts}"
             )
+        adapter = parts / parts_of.LLM_ADAPTER
         return cls(
             llm,
             parts,
             encoder,
             int(said.get("visual_select_layer", -2)),
             bool(said.get("pad_image_to_square", True)),
+            adapter if adapter.is_dir() else None,
         )
 
 
@@ -128,8 +159,8 @@ def load_llava(
     )  # fmt: skip
     if rounding:
         rounding.apply(llm)
-    if (folder / parts_of.LLM_ADAPTER).is_dir():
-        llm = _base_of(load_adapter(llm, folder / parts_of.LLM_ADAPTER), merged)
+    if sources.llm_adapter is not None:
+        llm = _base_of(load_adapter(llm, sources.llm_adapter), merged)
     encoder: Any = load_visual_encoder(sources.visual_encoder, dtype=dtype, device=device)
     if (folder / parts_of.ENCODER_ADAPTER).is_dir():
         with fitting_encoder_adapter(folder / parts_of.ENCODER_ADAPTER) as place:
@@ -147,8 +178,16 @@ def load_llava(
     )
 
 
-def load_whole(folder: Path, *, dtype: torch.dtype, device: str) -> Seeing:
+def load_whole(
+    folder: Path, *, dtype: torch.dtype, device: str, quantization: Quantization = "none"
+) -> Seeing:
     """Load the folder of a whole `LlavaForConditionalGeneration`.
+
+    Args:
+        folder: of the model.
+        dtype: of weights and computation.
+        device: 'cpu' or 'cuda'.
+        quantization: how the language model is held.
 
     Raises:
         ModelError: it cannot be read.
@@ -156,9 +195,18 @@ def load_whole(folder: Path, *, dtype: torch.dtype, device: str) -> Seeing:
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        how = quantization_config(quantization, double_quant=True, compute_dtype=dtype)
+        how.llm_int8_skip_modules = [
+            "model.vision_tower", "model.multi_modal_projector", "lm_head"
+        ]  # fmt: skip
+        options = {"quantization_config": how, "device_map": {"": device}}
     with readable_errors(folder, "LLaVA model"), quiet_transformers():
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
         processor = LlavaImageProcessorPil.from_pretrained(folder)
+    protect_from_repacking(model)
+    model = model if options else model.to(device)
 
     def pixels(image: Any) -> np.ndarray:
         values = processor(images=image, return_tensors="np")["pixel_values"]
