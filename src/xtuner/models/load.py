@@ -15,10 +15,12 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from xtuner import plugins
@@ -230,7 +232,12 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
     """Raise what goes wrong in loading `what` from `path` as a ModelError in plain words."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        *(OSError, ValueError, KeyError, ImportError),
+        *(SafetensorError, UnpicklingError, EOFError, RuntimeError),  # of damaged files
+    ) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
         cures = (
