@@ -200,3 +200,59 @@ def test_a_resume_needs_no_projector_to_start_from(workshop, capsys):
 def test_grouping_that_does_nothing_is_told(workshop, capsys, changes, idle):
     assert train(*changes, "max_steps=1", "group_by_modality=True") == 0
     assert ("without effect here: group_by_modality" in said(capsys)) is idle
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["visual_select_layer=-9"], "has 3 layers, so it must be from -4 to 3"),
+        (["visual_select_layer=4"], "has 3 layers, so it must be from -4 to 3"),
+        (["visual_select_layer=0", "visual_encoder_lora_r=2"], "no layer of the visual encoder is"),
+        (
+            ["visual_select_layer=-4", "visual_encoder_lora_r=2"],
+            "no layer of the visual encoder is",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["train", "dry run"])
+def test_a_layer_that_is_not_there_is_refused(workshop, capsys, settings, words, dry):
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    assert main(["train", "run.py", "--work-dir", "w", *arguments, *dry]) == 2
+    assert words in said(capsys)
+
+
+def test_layer_0_can_be_used_without_adapters(workshop):
+    assert train("visual_select_layer=0", "max_steps=1") == 0
+
+
+@pytest.mark.parametrize("damage", ["cut off", "nothing", "no weights", "pickle"])
+def test_a_damaged_encoder_is_named(workshop, capsys, damage):
+    file = Path("clip/model.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(
+        {"cut off": whole[:-99], "nothing": b"", "no weights": b"x" * 999, "pickle": b""}[damage]
+    )
+    if damage == "pickle":
+        file.unlink()
+        Path("clip/pytorch_model.bin").write_bytes(whole[:500])
+    assert train("max_steps=1") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("ModelError: cannot load the visual encoder 'clip'"), told
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]", "must be a JSON object"),
+        ("{", "cannot be read"),
+        ('{"image_mean": [0.5, 0.5]}', "image_mean is [0.5, 0.5] and must be three numbers"),
+        ('{"image_std": [0, 1, 1]}', "image_std is [0, 1, 1] and must be three positive"),
+        ('{"resample": "bicubic"}', "resample is 'bicubic' and must be a number from 0 to 5"),
+        ('{"rescale_factor": "1/255"}', "rescale_factor is '1/255' and must be a positive number"),
+    ],
+)
+def test_an_odd_preparation_of_pictures_is_named(workshop, capsys, text, words):
+    Path("clip/preprocessor_config.json").write_text(text)
+    assert train("max_steps=1") == 2
+    told = said(capsys)
+    assert "preprocessor_config.json" in told and words in told

@@ -94,7 +94,8 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     console.print(
         f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
         f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "
-        f"{settings.max_length:,} tokens, {settings.batch_size} at once. Nothing was trained.",
+        f"{settings.max_length:,} tokens{' and those of a picture' if settings.sees else ''}, "
+        f"{settings.batch_size} at once. Nothing was trained.",
         markup=False,
     )
     return plan.fits

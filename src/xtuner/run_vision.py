@@ -18,7 +18,7 @@ from xtuner.data.sources import below
 from xtuner.errors import ModelError
 from xtuner.models.llava_load import Seeing
 from xtuner.models.llava_parts import Parts, make, projectors_beside
-from xtuner.models.sight import Processor, add_image_token, identity_of, vision_config
+from xtuner.models.sight import Processor, add_image_token, check_layer, identity_of, vision_config
 from xtuner.types import Algorithm, Message
 
 
@@ -70,11 +70,18 @@ class RunVision:
         """Read what the visual encoder says of itself; `tokenizer` gets the token ``<image>``.
 
         Raises:
-            ModelError, DataError: the encoder or the folder of the pictures is not there.
+            ModelError: the encoder is not there, or what it says of itself does not serve.
+            DataError: the folder of the pictures is not there.
         """
         name = settings.visual_encoder_name_or_path or ""
         sight = _sight(settings, tokenizer, folder)
+        check_layer(
+            settings.visual_select_layer,
+            layers=vision_config(name)["num_hidden_layers"],
+            adapters=settings.visual_encoder_training == "adapter",
+        )
         processor = Processor(name, settings.pad_image_to_square)
+        processor.upstream  # noqa: B018  what is wrong with it is told before the data is read
         features = FeatureStore() if settings.cache_visual_features else None
         return cls(settings, folder, sight, processor, features)
 

@@ -22,7 +22,7 @@ from xtuner.engine.distributed import Processes
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.out_of_memory import is_out_of_memory
 from xtuner.engine.trainer import Interrupted, Trainer
-from xtuner.errors import LaunchError, TrainingError
+from xtuner.errors import DataError, LaunchError, TrainingError
 from xtuner.models import attention
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.testing.distributed import run_distributed
@@ -344,3 +344,22 @@ def test_a_save_that_lacks_memory_too_says_so(tmp_path):
     ) as told:
         trainer.fit()
     assert "--resume" not in str(told.value)
+
+
+def test_a_bad_row_that_the_loss_is_measured_on_loses_no_step(tmp_path):
+    class Measure(BaseHook):
+        def on_step(self, run):
+            if run.step == 2:
+                raise DataError("rows.jsonl line 3: image 'a.png' is damaged")
+
+    saved = []
+    trainer = make_trainer(
+        tmp_path,
+        [[make_samples()]],
+        steps=5,
+        hooks=[Measure()],
+        save=lambda run: saved.append(run.step),
+    )
+    with pytest.raises(DataError, match=r"line 3: image 'a.png'.*step 2 is saved.*--resume"):
+        trainer.fit()
+    assert saved == [2]

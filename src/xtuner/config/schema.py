@@ -161,8 +161,8 @@ class DataPart(Part):
     SYSTEM: str = ""
     """System message for conversations that have none of their own."""
     max_length: Annotated[int, Field(ge=8)] = 2048
-    """Most tokens in one sample, and the length of a pack. With a visual encoder, the tokens of one
-    picture come on top: 1472 and the 576 of CLIP ViT-L/14-336 make 2048."""
+    """Most tokens in one sample, and the length of a pack. With a visual encoder the tokens of one
+    picture come on top, in every sample: 1472 and the 576 of CLIP ViT-L/14-336 make 2048."""
     pack_to_max_length: bool = True
     """Fill rows of max_length tokens with several samples that cannot see each other: faster, same
     result."""

@@ -123,8 +123,7 @@ class Trainer:
                     message = f"Stopped at step {run.step}; it is saved."
                     raise Interrupted(message, can_resume=True) from None
                 except DataError as error:
-                    self._save_once()
-                    raise DataError(f"{error}; {self._how_to_go_on()}") from fault
+                    raise self._without_data(error) from fault
                 except TrainingError:
                     self._save_once()
                     raise
@@ -133,7 +132,10 @@ class Trainer:
                         raise
                     traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
                     raise self._out_of_memory(group) from error
-                self._call("on_step")
+                try:
+                    self._call("on_step")
+                except DataError as error:  # of a row that the loss is measured on
+                    raise self._without_data(error) from error
                 if run.step % self.settings.save_steps == 0 or run.step == run.total_steps:
                     self._save_once()
             self._call("on_end")
@@ -149,9 +151,12 @@ class Trainer:
                 self._save_once()
             raise
 
-    def _how_to_go_on(self) -> str:
+    def _without_data(self, error: DataError) -> DataError:
+        """Save the last whole step; say what is wrong with the data and how to go on."""
+        self._save_once()
         saved = max(self._saved_at, self.run.start_step)
-        return f"step {saved} is saved, go on with --resume" if saved > 0 else "then begin anew"
+        cure = f"step {saved} is saved, go on with --resume" if saved > 0 else "then begin anew"
+        return DataError(f"{error}; {cure}")
 
     def _step(self, group: list[Batch], started: float, fault: XTunerError | None = None) -> None:
         """One optimizer step; on an exception the weights are those of the step before.

@@ -17,7 +17,7 @@ from xtuner.models import adapters
 from xtuner.models.footprint import Footprint, LiveBytes, pretend_cpu
 from xtuner.models.llava_parts import used_layers, with_adapter
 from xtuner.models.load import quiet_transformers
-from xtuner.models.sight import select, vision_config
+from xtuner.models.sight import check_layer, select, vision_config
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,18 @@ def measure_eyes(
         dtype: of the computation, and of frozen weights.
 
     Raises:
-        ModelError: the encoder's configuration cannot be had.
+        ModelError: the encoder's configuration cannot be had, or has no such layer.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     assert settings.visual_encoder_name_or_path is not None
     config = vision_config(settings.visual_encoder_name_or_path)
     training = settings.visual_encoder_training
+    check_layer(
+        settings.visual_select_layer,
+        layers=config["num_hidden_layers"],
+        adapters=training == "adapter",
+    )
     stored = torch.float32 if training == "full" else dtype
     encoder = _build(config, stored)
     encoder.requires_grad_(False)

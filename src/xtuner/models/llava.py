@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 from xtuner.errors import ModelError
 from xtuner.models.causal_lm import LOGIT_CHANGES, PackedCausalLM
-from xtuner.models.sight import num_image_tokens, select, strategy_of
+from xtuner.models.sight import check_layer, num_image_tokens, select, strategy_of
 from xtuner.types import Batch, Pictures
 
 
@@ -52,12 +52,7 @@ def assemble(
     Raises:
         ModelError: LLaVA cannot hold this language model, or the layer does not exist.
     """
-    layers = visual_encoder.config.num_hidden_layers
-    if not -layers - 1 <= select_layer <= layers:
-        raise ModelError(
-            f"visual_select_layer = {select_layer}: the visual encoder has {layers} layers, so it "
-            f"must be from {-layers - 1} to {layers}"
-        )
+    check_layer(select_layer, layers=visual_encoder.config.num_hidden_layers)
     config = LlavaConfig(
         vision_config=visual_encoder.config,
         text_config=portable_config(llm.base_model),

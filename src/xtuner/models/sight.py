@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,29 @@ def load_visual_encoder(
     return model.to(device)  # type: ignore[no-any-return]
 
 
+def check_layer(layer: int, *, layers: int, adapters: bool = False) -> None:
+    """Refuse a `visual_select_layer` that an encoder of so many `layers` does not have.
+
+    Args:
+        layer: whose output is used; 0 is before the first.
+        layers: of the encoder.
+        adapters: whether layers before it get some.
+
+    Raises:
+        ModelError: there is no such layer, or none before it for adapters.
+    """
+    if not -layers - 1 <= layer <= layers:
+        raise ModelError(
+            f"visual_select_layer = {layer}: the visual encoder has {layers} layers, so it must be "
+            f"from {-layers - 1} to {layers}"
+        )
+    if adapters and layer in (0, -layers - 1):
+        raise ModelError(
+            f"visual_select_layer = {layer}: no layer of the visual encoder is used, so none can "
+            "have adapters; set visual_encoder_lora_r = None, or choose a layer behind"
+        )
+
+
 def strategy_of(vision_config: Any) -> Strategy:
     """'default' where the encoder puts CLS before the patches, else 'full'."""
     return "default" if vision_config.model_type in _CLIP else "full"
@@ -104,8 +128,8 @@ class Processor:
             size={"shortest_edge": side} if clip else square,
             do_center_crop=clip,
             crop_size=square,
-            resample=own.get("resample", 3),
-            rescale_factor=own.get("rescale_factor", 1 / 255),
+            resample=3 if own.get("resample") is None else own["resample"],
+            rescale_factor=own.get("rescale_factor") or 1 / 255,
             image_mean=list(own.get("image_mean") or mean),
             image_std=list(own.get("image_std") or std),
         )
@@ -127,11 +151,43 @@ class Processor:
             except Exception:  # the defaults of CLIP and SigLIP serve all their checkpoints
                 return {}
         try:
-            return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+            values = json.loads(Path(file).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"{file}: cannot be read: {error}") from error
+        _check_preparation(values, str(file))
+        return dict(values)
+
+
+def _check_preparation(values: Any, file: str) -> None:
+    """Refuse what a processor could not work with.
+
+    Raises:
+        ModelError: names the entry.
+    """
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: must be a JSON object")
+
+    def positive(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+    def three(value: Any, *, zero: bool) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == 3
+            and all(positive(x) or (zero and x == 0 and x is not False) for x in value)
+        )
+
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "resample": (lambda v: type(v) is int and 0 <= v <= 5, "a number from 0 to 5"),
+        "rescale_factor": (positive, "a positive number"),
+        "image_mean": (lambda v: three(v, zero=True), "three numbers, none below 0"),
+        "image_std": (lambda v: three(v, zero=False), "three positive numbers"),
+    }
+    for name, (fits, allowed) in rules.items():
+        if values.get(name) is not None and not fits(values[name]):
+            raise ModelError(f"{file}: {name} is {values[name]!r} and must be {allowed}")
 
 
 def vision_config(path: str) -> dict[str, Any]:
