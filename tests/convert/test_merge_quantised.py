@@ -34,7 +34,9 @@ def test_merged_equals_quantised_base_and_adapter(tmp_path, kind, given):
         (run / "projector").mkdir()
     settings = {"tuning": "qlora", "quantization": kind, "dtype": "float32", "double_quant": True}
     RunInfo(kind="adapter", base_model=str(base), settings=settings).write(run)
-    report = merge(base, tmp_path / given, tmp_path / "merged", dtype="float32", tell=lambda line: None)
+    report = merge(
+        base, tmp_path / given, tmp_path / "merged", dtype="float32", tell=lambda line: None
+    )
     assert report.how == "by shard" and report.relative < 1e-4
 
     def logits(model):

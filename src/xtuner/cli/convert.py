@@ -160,9 +160,7 @@ def merge(
     if is_clip:
         from xtuner.convert.llava import merge_encoder
 
-        difference = merge_encoder(
-            llm, adapter, save_dir, dtype=dtype.value, device=device.value
-        )
+        difference = merge_encoder(llm, adapter, save_dir, dtype=dtype.value, device=device.value)
         typer.echo(f"Written to {save_dir}. Largest difference before rounding: {difference:.1e}.")
         return
     from xtuner.convert.merge import merge as run

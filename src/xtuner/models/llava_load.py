@@ -31,7 +31,6 @@ from xtuner.models.quantize import (
 from xtuner.models.runinfo import RunInfo
 from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, num_image_tokens
 
-
 logger = logging.getLogger("xtuner.chat")
 
 
