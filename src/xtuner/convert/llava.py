@@ -122,14 +122,11 @@ def models_of(source: Path, *, llm: str, visual_encoder: str, tell: Tell) -> tup
 def _trained_on(what: str, trained: str, given: str, tell: Tell) -> str:
     if not trained or not given or same_base(trained, given):
         return given and (trained or given)
-    differ = (
-        f"Warning: the settings name the {what} {given}, but the checkpoint was trained on "
-        f"{trained}"
-    )
+    told = f"the settings name the {what} {given}, but the checkpoint was trained on {trained}"
     if Path(trained).is_absolute() and not Path(trained).is_dir():
-        tell(f"{differ}, which is not there any more: {given} is taken.")
+        tell(f"Warning: {told}, which is not there any more: {given} is taken.")
         return given
-    tell(f"{differ}, which is taken.")
+    tell(f"Warning: {told}, which is taken.")
     return trained
 
 

@@ -232,16 +232,12 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
     """Raise what goes wrong in loading `what` from `path` as a ModelError in plain words."""
     try:
         yield
-<<<<<<< HEAD
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-=======
     except torch.OutOfMemoryError:
         raise
     except (
         *(OSError, ValueError, KeyError, ImportError),
         *(SafetensorError, UnpicklingError, EOFError, RuntimeError),  # of damaged files
     ) as error:
->>>>>>> lv-train
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
         cures = (
