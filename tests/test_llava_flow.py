@@ -205,11 +205,12 @@ def test_the_two_stages_as_the_documentation_has_them(workshop, tmp_path, monkey
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
-def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, pickled):
+def test_parts_of_xtuner_0_1_answer_the_same(workshop, tmp_path, capsys, pickled):
     old = write_old_parts(tmp_path / "old", workshop / "finetune" / "iter_8", pickled=pickled)
     parts = tmp_path / "parts"
     assert answer("model", visual_encoder="clip", llava=old) == answer("finetune")
     assert main(["convert", "pth_to_hf", "finetune.py", str(old), str(parts), "--fp32"]) == 0
+    assert f"xtuner chat model --visual-encoder clip --llava {parts} " in capsys.readouterr().out
     assert not list(parts.rglob("*.bin")) and len(list(parts.rglob("*.safetensors"))) == 3
     assert answer("model", visual_encoder="clip", llava=parts) == answer("finetune")
     (old / "visual_encoder_adapter").rename(tmp_path / "away")

@@ -105,3 +105,14 @@ def test_too_full_a_disk_is_found_before(full_checkpoint, tmp_path, monkeypatch)
     with pytest.raises(LaunchError, match="make room"):
         convert(full_checkpoint, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_adapter_of_a_llava_alone_knows_its_run(tmp_path, adapter):
+    """Its run.yaml lies one level up, and is written beside what becomes of it."""
+    parts = tmp_path / "parts"
+    shutil.copytree(adapter, parts / "llm_adapter")
+    (parts / "projector").mkdir()
+    (parts / "llm_adapter" / "run.yaml").rename(parts / "run.yaml")
+    convert(parts / "llm_adapter", tmp_path / "alone")
+    info, wanted = RunInfo.read(tmp_path / "alone"), RunInfo.read(adapter)
+    assert info == wanted and info.kind == "adapter"

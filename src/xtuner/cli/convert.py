@@ -127,7 +127,9 @@ def _write_llava(
             tell=typer.echo,
         )  # fmt: skip
     typer.echo(f"Written to {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
-    _next("xtuner", "chat", str(save_dir), "--image", "PICTURE")
+    alone = save_format is SaveFormat.huggingface or (save_dir / "run.yaml").is_file()
+    parts = () if alone else ("--visual-encoder", encoder, "--llava", str(save_dir))
+    _next("xtuner", "chat", str(save_dir) if alone else llm, *parts, "--image", "PICTURE")
 
 
 @app.command("merge")
