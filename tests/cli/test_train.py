@@ -13,9 +13,16 @@ NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 @pytest.mark.skipif(sys.platform != "linux", reason="only there")
 @pytest.mark.parametrize("given", [None, *NAMES])
 def test_the_memory_of_a_gpu_may_grow_unless_the_user_says_how(monkeypatch, given):
-    kept = {name: value for name, value in os.environ.items() if name not in NAMES}
-    environment = {**kept, **({given: "max_split_size_mb:64"} if given else {})}
+    own = {given: "max_split_size_mb:64"} if given else {}
+    environment = dict(own)
     monkeypatch.setattr(os, "environ", environment)
-    train._let_gpu_memory_grow()
-    added = {} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    assert environment == {**kept, **added, **({given: "max_split_size_mb:64"} if given else {})}
+    train._set_up_memory("auto")
+    found = {name: value for name, value in environment.items() if name in NAMES}
+    assert found == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_the_matrix_library_keeps_few_shapes_unless_the_user_says_how_many(monkeypatch):
+    environment = {"LRU_CACHE_CAPACITY": "9"}
+    monkeypatch.setattr(os, "environ", environment)
+    train._set_up_memory("cpu")
+    assert environment == {"LRU_CACHE_CAPACITY": "9", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}

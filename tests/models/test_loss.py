@@ -52,3 +52,14 @@ def test_without_gradients_nothing_is_kept():
         abs(value.item() - F.cross_entropy(hidden @ weight.T, targets, reduction="sum").item())
         < 1e-3
     )
+
+
+def test_few_numbers_of_rows_come_up():
+    """Each keeps compiled code in memory, for as long as a run goes on."""
+    steps = {loss.chunk_rows(count, 49152, 2) for count in range(1, 3000)}
+    assert len(steps) < 30
+    for count in (1, 17, 300, 682, 700, 2999):
+        step = loss.chunk_rows(count, 49152, 2)
+        parts = -(-count // step)
+        assert count <= parts * step < 1.2 * count + 16
+        assert step * 49152 * 2 <= 1.1 * loss.LOGITS_BYTES

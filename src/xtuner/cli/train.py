@@ -69,8 +69,7 @@ def command(
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
-    if loaded.settings.device != "cpu":
-        _let_gpu_memory_grow()
+    _set_up_memory(loaded.settings.device)
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.engine.launch import launch
 
@@ -90,12 +89,17 @@ def command(
         raise typer.Exit(130) from None
 
 
-def _let_gpu_memory_grow() -> None:
-    """Let torch's allocator extend what it holds, since rows differ in length at every step.
+def _set_up_memory(device: str) -> None:
+    """Let a GPU's memory grow in place, and keep the matrix library of a CPU from growing.
 
-    To be called before torch is imported; what the user has set stays. torch 2.8 does not know the
-    name yet.
+    Rows differ in length at every step. A GPU's allocator then extends what it holds; oneDNN keeps
+    compiled code for the last 1,024 shapes it has seen, two thirds of a MiB each (a step needs some
+    hundred). To be called before torch is imported; what the user has set stays. torch 2.8 does not
+    know the first name yet.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    if sys.platform == "linux" and not any(name in os.environ for name in names):
+    here = device != "cpu" and sys.platform == "linux"
+    if here and not any(name in os.environ for name in names):
         os.environ[names[0]] = "expandable_segments:True"
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "256")

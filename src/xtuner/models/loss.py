@@ -22,9 +22,15 @@ LOGITS_BYTES = 64 * 2**20
 
 
 def chunk_rows(positions: int, vocabulary: int, bytes_each: int) -> int:
-    """How many positions are multiplied with the head at once: equal parts, as few as have room."""
+    """How many positions are multiplied with the head at once: equal parts, as few as have room.
+
+    Multiples of 16, and of 64 where they are many: for each number of rows a matrix library keeps
+    half a MiB of code.
+    """
     room = max(16, LOGITS_BYTES // (bytes_each * vocabulary))
-    return -(-positions // -(-positions // room)) if positions else 0
+    parts = -(-positions // room) or 1
+    step = 64 if positions > 256 * parts else 16
+    return -(-positions // (parts * step)) * step
 
 
 _kept_workspace: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -78,15 +84,19 @@ class _SummedCrossEntropy(torch.autograd.Function):
         step = chunk_rows(len(targets), len(head), size + beside)
         all_logits = _workspace("logits", step * len(head), dtype, hidden.device)
         all_logits = all_logits.view(step, len(head))
+        rows = hidden.new_zeros(step, hidden.shape[1], dtype=dtype)
         for start in range(0, len(targets), step or 1):
             part = slice(start, start + step)
-            rows, wanted = hidden[part].to(dtype), targets[part, None]
-            error = torch.matmul(rows, head.T, out=all_logits[: len(rows)])
-            total += _with_gradient(error, wanted, gradient=need_hidden or need_weight)
+            wanted = targets[part, None]
+            count = len(wanted)
+            rows[:count] = hidden[part]
+            rows[count:] = 0  # of these rows nothing is used
+            error = torch.matmul(rows, head.T, out=all_logits)
+            total += _with_gradient(error[:count], wanted, gradient=need_hidden or need_weight)
             if not (need_hidden or need_weight):
                 continue
             if grad_hidden is not None:
-                grad_hidden[part] = error @ head
+                grad_hidden[part] = (error @ head)[:count]
             if grad_weight is not None:
                 grad_weight += error.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
