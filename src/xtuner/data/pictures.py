@@ -8,7 +8,6 @@ PNG can hold half a gigabyte, and 254 bytes a line that becomes a square of ten.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 64_000_000
 """Most pixels of a picture; decoded they take 192 MB."""
-MAX_SIDE = math.isqrt(MAX_PIXELS)
-"""Longest side: filled up to a square the picture has at most `MAX_PIXELS`."""
+MAX_SIDE = 10_000
+"""Longest side: filled up to a square the picture takes 300 MB. Cameras of 60 megapixels have
+9,500."""
 MAX_RATIO = 100
 """Longest side over shortest: scaled until the shortest fits an encoder of 336 x 336, the picture
 has at most 11 million pixels."""
