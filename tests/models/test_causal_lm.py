@@ -86,11 +86,12 @@ def test_packed_equals_one_by_one(architecture, implementation):
         assert (gradient - expected[name]).abs().max() < 1e-4 * scale, name
 
 
-def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path():
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path(head_dim):
     """Under autocast a norm with float32 weights gives float32 while values are bfloat16."""
     batch, found = packed_batch(), []
     for fused in (False, True):
-        model = tiny_model("qwen3")
+        model = tiny_model("qwen3", head_dim=head_dim)
         model.set_attn_implementation(attention.register())
         if fused:
             changed = fused_attention.install(model)

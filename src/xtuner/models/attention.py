@@ -7,7 +7,7 @@ never a leaking mask. Which kernel does the work:
 
 - a GPU, in 16 bits: flash attention over cumulative lengths, torch's own (`varlen_attn`) or that of
   the flash-attn package;
-- a CPU: `block_attention`;
+- a CPU: `cpu_attention`;
 - else, and with dropout or a soft cap of the scores: one call of torch's attention a sample.
 """
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from xtuner.errors import ModelError
-from xtuner.models.block_attention import block_attention
+from xtuner.models.cpu_attention import cpu_attention
 
 NAME = "xtuner"
 
@@ -249,7 +249,7 @@ def packed_attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
         if query.device.type == "cpu":
             ends = tuple(borders.tolist())
-            return block_attention(q, k, v, ends, scale=scaling, window=window)[None], None
+            return cpu_attention(q, k, v, ends, scale=scaling, window=window)[None], None
         kernel, why = _choice(query.device, query.dtype, query.shape[-1], value.shape[-1])
         slow = f"flash attention cannot be used: {why}"
         if kernel is not None:

@@ -54,6 +54,10 @@ static inline float exponential(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+#ifdef __AVX512BF16__
+#include "cpu_attention.c"
+#endif
+
 #define NAME(function) function##_bfloat16
 #define NUM uint16_t
 #define LOAD(x) from_bits((uint32_t)(x) << 16)

@@ -1,8 +1,9 @@
-"""The element-wise parts of a step as compiled loops for CPUs; see ``cpu_kernels.c`` for formulas.
+"""The element-wise parts of a step, and attention, as compiled loops for CPUs.
 
-The C file is compiled once a machine, in about a second, with the system's own compiler (``cc``),
-and kept in ``~/.cache/xtuner/kernels``. Where there is no compiler, or XTUNER_COMPILE is 0, every
-caller does the same with torch. It shares torch's threads, and takes bfloat16 and float32.
+See ``cpu_kernels.c`` and ``cpu_attention.c`` for formulas. They are compiled once a machine, in two
+seconds, with the system's own compiler (``cc``), and kept in ``~/.cache/xtuner/kernels``. Where
+there is no compiler, or XTUNER_COMPILE is 0, every caller does the same with torch. They share
+torch's threads, and take bfloat16 and float32; attention takes bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -26,6 +28,8 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
+PARTS = (SOURCE, SOURCE.with_name("cpu_attention.c"))
+"""The file to compile, and what it includes."""
 FLAGS = (
     *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp", "-shared", "-fPIC"),
@@ -34,18 +38,50 @@ TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 NUMBER, REAL, FLAG = ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
+class _Packed(ctypes.Structure):
+    """`Packed` of cpu_attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cosine", "sine")),
+        *((name, ctypes.POINTER(ctypes.c_int32)) for name in ("start", "length")),
+        *((name, NUMBER) for name in ("samples", "tokens", "heads", "kv_heads", "width")),
+        *((name, NUMBER) for name in ("q_row", "k_row", "v_row", "window")),
+        ("scale", REAL),
+    )
+
+
+class Rows:
+    """Which tokens of a packed row see each other.
+
+    Args:
+        borders: where each sample begins, then the number of tokens.
+        window: a token sees itself and the ``window - 1`` tokens before it in its sample.
+        scale: factor of the scores.
+    """
+
+    def __init__(self, borders: tuple[int, ...], window: int | None, scale: float):
+        # the longest first: at the end threads wait for the last one
+        samples = sorted(
+            ((end - start, start) for start, end in itertools.pairwise(borders)), reverse=True
+        )
+        numbers = ctypes.c_int32 * len(samples)
+        self.lengths = numbers(*(length for length, _ in samples))
+        self.starts = numbers(*(start for _, start in samples))
+        self.window, self.scale = window, scale
+
+
 class Kernels:
     """The compiled functions for one number type; tensors must be contiguous where not said."""
 
     def __init__(self, library: ctypes.CDLL | None, suffix: str):
         self._library, self._suffix = library, suffix
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, name: str, *arguments: Any) -> int:
         if self._library is None:  # tensors without values
-            return
+            return 0
         function = getattr(self._library, f"{name}_{self._suffix}")
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
-        function(*values, FLAG(torch.get_num_threads()))
+        return int(function(*values, FLAG(torch.get_num_threads())))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """``[..., H]`` normalised, and the factor of each row in float32."""
@@ -129,6 +165,57 @@ class Kernels:
         sizes = [NUMBER(n) for n in (blocks, heads, keys, total.shape[1], width, tile)]
         self._call("add_windows", part, total, starts, *sizes)
 
+    def attends(self, width: int) -> bool:
+        """Whether `attention` is there for heads of `width`."""
+        whole_vectors = width % 32 == 0 and width <= 256
+        return self._suffix == "bfloat16" and whole_vectors and _has_attention()
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """Output ``[N, heads, D]``, and the logarithms of the softmax's sums, ``[heads, N]``.
+
+        Args:
+            q: ``[N, heads, D]``; its tokens any distance apart, as those of `k` and `v`.
+            k: ``[N, kv_heads, D]``.
+            v: ``[N, kv_heads, D]``.
+            rotation: cosines and sines, float32 ``[N, D]``, or None.
+            rows: who sees whom.
+
+        Raises:
+            MemoryError: there is no room for the packs of a sample's keys and values.
+        """
+        out, logs = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        if self._call("attention", self._packed(q, k, v, rotation, rows), out, logs):
+            raise MemoryError("attention has no room to lay out a sample")
+        return out, logs
+
+    def attention_backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None,
+        rows: Rows, out: Tensor, logs: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of `q`, `k` and `v`; `grad` and `out` are contiguous."""
+        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        parts = q.new_empty(2, q.shape[1], q.shape[0], q.shape[2], dtype=torch.float32)
+        packed = self._packed(q, k, v, rotation, rows)
+        if self._call("attention_backward", packed, out, logs, grad, *grads, parts):
+            raise MemoryError("attention has no room to lay out a sample")
+        return grads
+
+    def _packed(
+        self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
+    ) -> Any:
+        if self._library is None:
+            return None
+        tensors = (q, k, v, *(rotation or ()))
+        places = [tensor.data_ptr() for tensor in tensors] + [None] * (5 - len(tensors))
+        sizes = (len(rows.starts), *q.shape[:2], k.shape[1], q.shape[2])
+        strides = [tensor.stride(0) for tensor in (q, k, v)]
+        window = rows.window or q.shape[0]
+        return ctypes.byref(
+            _Packed(*places, rows.starts, rows.lengths, *sizes, *strides, window, rows.scale)
+        )
+
     def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         """Loss of each row in float32; with `gradient` the logits become their own gradient.
 
@@ -192,6 +279,17 @@ def state() -> str:
 
 
 @cache
+def _has_attention() -> bool:
+    """Whether the compiler and the CPU know products of bfloat16 vectors.
+
+    A CPU with units for whole tiles (AMX) is left to the matrix library, which uses them.
+    """
+    library, _ = _library()
+    here = library is not None and hasattr(library, "attention_bfloat16")
+    return here and "amx_bf16" not in _cpu_flags()
+
+
+@cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("XTUNER_COMPILE") == "0":
         return None, "compiled CPU kernels are off (XTUNER_COMPILE = 0)"
@@ -240,7 +338,8 @@ def _compiled(compiler: str) -> Path:
     """
     tool = Path(compiler).resolve()
     version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"
-    known = "\n".join((SOURCE.read_text(), version, *FLAGS, platform.machine(), _cpu_flags()))
+    texts = [part.read_text() for part in PARTS]
+    known = "\n".join((*texts, version, *FLAGS, platform.machine(), _cpu_flags()))
     home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
     path = home / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,8 +1,8 @@
-"""Attention layers of a CPU with rotation, blocks and softmax in one operation.
+"""Attention layers of a CPU with rotation and attention in one operation.
 
 transformers rotates queries and keys in a dozen passes over memory, and then lays them out anew for
 the attention function. A layer changed by `install` takes the projections' outputs straight to
-`block_attention`, which rotates while it lays them out. Weights, names and everything else of the
+`cpu_attention`, which rotates while it lays them out. Weights, names and everything else of the
 layer stay; so does its own forward pass, which is used wherever ours does not apply (with a cache,
 a mask or dropout, on a GPU, without a compiler). Only layers that give the same numbers on random
 input are changed.
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from xtuner.models import attention
 from xtuner.models.adapters import project
-from xtuner.models.block_attention import Rotation, block_attention
+from xtuner.models.block_attention import Rotation
+from xtuner.models.cpu_attention import cpu_attention
 from xtuner.models.cpu_kernels import kernels_for
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -62,7 +63,7 @@ class _RotaryBlockAttention:
             # under autocast a norm with a float32 weight gives float32, and v is in 16 bits
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         scale, window = self._attention_options
-        out = block_attention(
+        out = cpu_attention(
             q,
             k,
             v,

@@ -1,0 +1,452 @@
+/* Causal attention of packed samples for CPUs that multiply bfloat16 (AVX512-BF16).
+ *
+ * A part of cpu_kernels.c, which includes it. Each sample and head is a task of one thread; scores
+ * stay in its first-level cache, and only the logarithm of each softmax's sum is kept for the way
+ * back (arXiv:2205.14135, algorithms 1 and 4; arXiv:2307.08691, section 3.1). Only pairs of a query
+ * and a key that see each other are multiplied, to within 16 of the diagonal.
+ *
+ *     forward    S = s Q K^T,  P = softmax(S),  O = P V,  L = log sum exp S
+ *     backward   P = exp(S - L),  dV = P^T dO,  dP = dO V^T,  dS = s P * (dP - rowsum(dO * O)),
+ *                dQ = dS K,  dK = dS^T Q
+ *
+ * One product serves all: `ROWS_A` rows of pairs, each broadcast, times vectors of pairs. It takes
+ * two neighbours of the inner dimension at once, so one operand must have its pairs side by side
+ * ("paired"). The way back works on transposed scores, where a query is a lane and L a vector.
+ */
+
+#include <immintrin.h>
+#include <stdlib.h>
+
+#define ROWS_A 6    /* 6 x 4 accumulators, 4 vectors and 1 broadcast fill 29 of 32 registers */
+#define LANES_B 64  /* columns of a block: four vectors of 16 */
+#define KEYS 480    /* keys at once; a multiple of 6, 16 and 2 */
+#define INLINE static inline __attribute__((always_inline))
+
+#define LANE _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+
+typedef uint16_t bf16;
+
+/* c[6, 16 nv] (+)= a[6, 2 pairs] b, where b[p] holds columns of the inner numbers 2p and 2p + 1. */
+INLINE void product_nv(const int nv, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
+                       int64_t pairs, float *c, int64_t c_row, int add) {
+    __m512 sum[ROWS_A][4];
+    for (int r = 0; r < ROWS_A; r++)
+        for (int j = 0; j < nv; j++)
+            sum[r][j] = add ? _mm512_loadu_ps(c + r * c_row + 16 * j) : _mm512_setzero_ps();
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512bh column[4];
+        for (int j = 0; j < nv; j++)
+            column[j] = (__m512bh)_mm512_loadu_si512(b + p * b_pair + 32 * j);
+        for (int r = 0; r < ROWS_A; r++) {
+            int32_t pair;
+            memcpy(&pair, a + r * a_row + 2 * p, 4);
+            __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+            for (int j = 0; j < nv; j++) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], row, column[j]);
+        }
+    }
+    for (int r = 0; r < ROWS_A; r++)
+        for (int j = 0; j < nv; j++) _mm512_storeu_ps(c + r * c_row + 16 * j, sum[r][j]);
+}
+
+static void product(int64_t columns, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
+                    int64_t pairs, float *c, int64_t c_row, int add) {
+    for (; columns >= 64; columns -= 64, b += 128, c += 64)
+        product_nv(4, a, a_row, b, b_pair, pairs, c, c_row, add);
+    if (columns > 32) product_nv(3, a, a_row, b, b_pair, pairs, c, c_row, add);
+    else if (columns > 16) product_nv(2, a, a_row, b, b_pair, pairs, c, c_row, add);
+    else if (columns > 0) product_nv(1, a, a_row, b, b_pair, pairs, c, c_row, add);
+}
+
+/* e^x for x <= 88, 0 far below; as `exponential`, for 16 at once. */
+INLINE __m512 exponentials(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* in this order NaN stays NaN */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* A 16 x 16 matrix of 32-bit numbers, on its side. */
+INLINE void transpose(__m512i row[16]) {
+    __m512i x[16];
+    for (int i = 0; i < 16; i += 2) {
+        x[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+        x[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            row[i + 2 * j] = _mm512_unpacklo_epi64(x[i + j], x[i + 2 + j]);
+            row[i + 2 * j + 1] = _mm512_unpackhi_epi64(x[i + j], x[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            x[8 * j + i] = _mm512_shuffle_i32x4(row[8 * j + i], row[8 * j + 4 + i], 0x88);
+            x[8 * j + 4 + i] = _mm512_shuffle_i32x4(row[8 * j + i], row[8 * j + 4 + i], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        row[i] = _mm512_shuffle_i32x4(x[i], x[8 + i], 0x88);
+        row[8 + i] = _mm512_shuffle_i32x4(x[i], x[8 + i], 0xdd);
+    }
+}
+
+/* x [rows, width] to out [rows / 64, width / 2, 64, 2]: pairs of columns, a row in each lane. */
+static void pair_columns(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
+    for (int64_t i = 0; i < rows; i += 16)
+        for (int64_t p = 0; p < width / 2; p += 16) {
+            bf16 *to = out + (i / LANES_B * (width / 2) + p) * 2 * LANES_B + i % LANES_B * 2;
+            __m512i block[16];
+            for (int j = 0; j < 16; j++)
+                block[j] = _mm512_loadu_si512(x + (i + j) * width + 2 * p);
+            transpose(block);
+            for (int j = 0; j < 16; j++) _mm512_storeu_si512(to + j * 2 * LANES_B, block[j]);
+        }
+}
+
+/* x [rows, width] to out [rows / 2, width, 2]: pairs of rows. */
+static void pair_rows(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
+    /* the first 16 columns of both, in turn; 32 added to an index takes from `odd` */
+    const __m512i lower = _mm512_or_si512(
+        LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(32)), 16));
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    for (int64_t i = 0; i < rows; i += 2)
+        for (int64_t j = 0; j < width; j += 32) {
+            __m512i even = _mm512_loadu_si512(x + i * width + j);
+            __m512i odd = _mm512_loadu_si512(x + (i + 1) * width + j);
+            bf16 *to = out + i * width + 2 * j;
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, lower, odd));
+            _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, upper, odd));
+        }
+}
+
+/* What `pair_columns` made of x [rows, width], as x^T [width, rows]. */
+static void transpose_paired(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
+    bf16 order[32];
+    for (int i = 0; i < 32; i++) order[i] = (bf16)(i < 16 ? 2 * i : 2 * i - 31);
+    const __m512i apart = _mm512_loadu_si512(order);
+    for (int64_t i = 0; i < rows; i += 16)
+        for (int64_t p = 0; p < width / 2; p++) {
+            const bf16 *from = x + (i / LANES_B * (width / 2) + p) * 2 * LANES_B + i % LANES_B * 2;
+            __m512i both = _mm512_permutexvar_epi16(apart, _mm512_loadu_si512(from));
+            bf16 *to = out + 2 * p * rows + i;
+            _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(both));
+            _mm256_storeu_si256((__m256i *)(to + rows), _mm512_extracti64x4_epi64(both, 1));
+        }
+}
+
+/* A row turned by its rotary position (arXiv:2104.09864, equation 34), or as it is. */
+static void turn(const bf16 *x, const float *c, const float *s, bf16 *out, int64_t width) {
+    if (!c) {
+        memcpy(out, x, width * sizeof(bf16));
+        return;
+    }
+    int64_t half = width / 2;
+    LANES for (int64_t d = 0; d < half; d++) {
+        float a = from_bits((uint32_t)x[d] << 16), b = from_bits((uint32_t)x[d + half] << 16);
+        out[d] = to_bfloat16(a * c[d] - b * s[d]);
+        out[d + half] = to_bfloat16(b * c[d + half] + a * s[d + half]);
+    }
+}
+
+/* The way back of a gradient in float32. */
+static void turn_back(const float *x, const float *c, const float *s, bf16 *out, int64_t width) {
+    if (!c) {
+        LANES for (int64_t d = 0; d < width; d++) out[d] = to_bfloat16(x[d]);
+        return;
+    }
+    int64_t half = width / 2;
+    LANES for (int64_t d = 0; d < half; d++) {
+        float a = x[d], b = x[d + half];
+        out[d] = to_bfloat16(a * c[d] + b * s[d + half]);
+        out[d + half] = to_bfloat16(b * c[d + half] - a * s[d]);
+    }
+}
+
+/* Rows of one head, turned, and rows of zeros up to `padded`. */
+static void gather(const bf16 *x, int64_t stride, const float *cosine, const float *sine,
+                   int64_t rows, int64_t padded, int64_t width, bf16 *out) {
+    for (int64_t i = 0; i < rows; i++)
+        turn(x + i * stride, cosine ? cosine + i * width : 0, cosine ? sine + i * width : 0,
+             out + i * width, width);
+    memset(out + rows * width, 0, (padded - rows) * width * sizeof(bf16));
+}
+
+static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+static void *take(char **free_space, int64_t bytes) {
+    char *taken = *free_space;
+    *free_space += round_up(bytes, 64);
+    return taken;
+}
+
+/* Packed samples and what both directions know of them. q [tokens, heads, width] with rows of
+ * q_row, k and v with kv_heads alike; cosine and sine [tokens, width] or NULL; sample i has
+ * length[i] tokens from start[i] on; a query sees `window` tokens, itself included. */
+typedef struct {
+    const bf16 *q, *k, *v;
+    const float *cosine, *sine;
+    const int32_t *start, *length;
+    int64_t samples, tokens, heads, kv_heads, width, q_row, k_row, v_row, window;
+    float scale;
+} Packed;
+
+static const float *at(const float *angles, int64_t token, int64_t width) {
+    return angles ? angles + token * width : 0;
+}
+
+static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, float *lse,
+                         char *space) {
+    const int64_t width = x->width, start = x->start[sample], length = x->length[sample];
+    const int64_t padded = round_up(length, 3 * LANES_B), kv = h / (x->heads / x->kv_heads);
+    bf16 *q = take(&space, padded * width * 2), *keys = take(&space, padded * width * 2);
+    bf16 *values = take(&space, padded * width * 2), *rows = take(&space, padded * width * 2);
+    float *scores = take(&space, ROWS_A * KEYS * 4), *sums = take(&space, ROWS_A * width * 4);
+    bf16 *weights = take(&space, ROWS_A * KEYS * 2);
+    const float *c = at(x->cosine, start, width), *s = at(x->sine, start, width);
+    gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, rows);
+    pair_columns(rows, padded, width, keys);
+    gather(x->v + start * x->v_row + kv * width, x->v_row, 0, 0, length, padded, width, rows);
+    pair_rows(rows, padded, width, values);
+    gather(x->q + start * x->q_row + h * width, x->q_row, c, s, length, padded, width, q);
+    const __m512 scale = _mm512_set1_ps(x->scale);
+    for (int64_t i = 0; i < length; i += ROWS_A) {
+        int64_t last = i + ROWS_A < length ? i + ROWS_A : length;
+        int64_t first = i - x->window + 1 > 0 ? (i - x->window + 1) / LANES_B * LANES_B : 0;
+        float top[ROWS_A], total[ROWS_A];
+        for (int r = 0; r < ROWS_A; r++) top[r] = -INFINITY, total[r] = 0.0f;
+        for (int64_t from = first; from < last;) {
+            /* a block of keys ends at a multiple of 64, so that the next one begins there */
+            int64_t end = from + KEYS / LANES_B * LANES_B;
+            end = end < last ? end : last;
+            int64_t count = round_up(end - from, 16);
+            for (int64_t k = 0; k < count; k += LANES_B)
+                product(count - k < LANES_B ? count - k : LANES_B, q + i * width, width,
+                        keys + (from + k) / LANES_B * LANES_B * width, 2 * LANES_B, width / 2,
+                        scores + k, KEYS, 0);
+            for (int r = 0; r < ROWS_A; r++) {
+                int64_t until = i + r + 1, since = until - x->window;
+                float *row = scores + r * KEYS;
+                __m512 highest = _mm512_set1_ps(-INFINITY);
+                for (int64_t k = 0; k < count; k += 16) {
+                    __m512i key = _mm512_add_epi32(LANE, _mm512_set1_epi32((int)(from + k)));
+                    __mmask16 seen =
+                        _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32((int)until)) &
+                        _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32((int)(since > 0 ? since : 0)));
+                    __m512 score = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, scale,
+                                                      _mm512_loadu_ps(row + k));
+                    _mm512_storeu_ps(row + k, score);
+                    highest = _mm512_max_ps(highest, score);
+                }
+                float high = _mm512_reduce_max_ps(highest);
+                high = high > top[r] ? high : top[r];
+                float before = top[r] == high ? 1.0f : exponential(top[r] - high);
+                __m512 shift = _mm512_set1_ps(high), sum = _mm512_setzero_ps();
+                for (int64_t k = 0; k < count; k += 16) {
+                    __m512 e = exponentials(_mm512_sub_ps(_mm512_loadu_ps(row + k), shift));
+                    sum = _mm512_add_ps(sum, e);
+                    _mm256_storeu_si256((__m256i *)(weights + r * KEYS + k),
+                                        (__m256i)_mm512_cvtneps_pbh(e));
+                }
+                total[r] = total[r] * before + _mm512_reduce_add_ps(sum);
+                top[r] = high;
+                if (from > first && before != 1.0f)
+                    LANES for (int64_t d = 0; d < width; d++) sums[r * width + d] *= before;
+            }
+            product(width, weights, KEYS, values + from * width, 2 * width, count / 2, sums, width,
+                    from > first);
+            from = end;
+        }
+        for (int64_t r = 0; i + r < last; r++) {
+            bf16 *to = out + (start + i + r) * x->heads * width + h * width;
+            float share = 1.0f / total[r];
+            LANES for (int64_t d = 0; d < width; d++) to[d] = to_bfloat16(sums[r * width + d] * share);
+            lse[h * x->tokens + start + i + r] = top[r] + logf(total[r]);
+        }
+    }
+}
+
+/* dq [tokens, heads, width]; dk and dv are sums of this query head, [tokens, width] each. */
+static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16 *out,
+                          const float *lse, const bf16 *grad, bf16 *dq, float *dk, float *dv,
+                          char *space) {
+    const int64_t width = x->width, start = x->start[sample], length = x->length[sample];
+    const int64_t padded = round_up(length, 3 * LANES_B), kv = h / (x->heads / x->kv_heads);
+    const int64_t size = padded * width * 2, row = x->heads * width;
+    const float *c = at(x->cosine, start, width), *s = at(x->sine, start, width);
+    bf16 *q = take(&space, size), *q_columns = take(&space, size), *q_rows = take(&space, size);
+    bf16 *g = take(&space, size), *g_columns = take(&space, size), *g_rows = take(&space, size);
+    bf16 *k = take(&space, size), *k_turned = take(&space, size + ROWS_A * padded * 2);
+    bf16 *v = take(&space, size);
+    float *keys_sum = take(&space, 2 * size), *values_sum = take(&space, 2 * size);
+    float *logs = take(&space, padded * 4), *means = take(&space, padded * 4);
+    float *scores = take(&space, ROWS_A * LANES_B * 4), *pulls = take(&space, ROWS_A * LANES_B * 4);
+    bf16 *weights = take(&space, KEYS * LANES_B * 2), *errors = take(&space, KEYS * LANES_B * 2);
+    bf16 *paired = take(&space, KEYS * LANES_B * 2);
+    float *dq_turned = take(&space, (width + ROWS_A) * LANES_B * 4);
+    float *dq_rows = take(&space, LANES_B * width * 4);
+
+    gather(x->q + start * x->q_row + h * width, x->q_row, c, s, length, padded, width, q);
+    gather(grad + start * row + h * width, row, 0, 0, length, padded, width, g);
+    gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, k);
+    gather(x->v + start * x->v_row + kv * width, x->v_row, 0, 0, length, padded, width, v);
+    pair_columns(k, padded, width, q_columns); /* a place to pass through */
+    memset(k_turned + width * padded, 0, ROWS_A * padded * 2);
+    transpose_paired(q_columns, padded, width, k_turned);
+    pair_columns(q, padded, width, q_columns);
+    pair_rows(q, padded, width, q_rows);
+    pair_columns(g, padded, width, g_columns);
+    pair_rows(g, padded, width, g_rows);
+    memset(keys_sum, 0, 2 * size);
+    memset(values_sum, 0, 2 * size);
+    for (int64_t i = 0; i < padded; i++) {
+        const bf16 *o = out + (start + i) * row + h * width;
+        float sum = 0.0f;
+        if (i < length) {
+            SUM for (int64_t d = 0; d < width; d++)
+                sum += from_bits((uint32_t)o[d] << 16) * from_bits((uint32_t)g[i * width + d] << 16);
+        }
+        means[i] = sum;
+        logs[i] = i < length ? lse[h * x->tokens + start + i] : INFINITY; /* weights of 0 */
+    }
+
+    const __m512 scale = _mm512_set1_ps(x->scale);
+    const __m512i woven = _mm512_or_si512(
+        LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(16)), 16));
+    for (int64_t i = 0; i < length; i += LANES_B) {
+        int64_t lanes = round_up(length - i < LANES_B ? length - i : LANES_B, 16);
+        int64_t end = i + LANES_B < length ? i + LANES_B : length;
+        int64_t first = i - x->window + 1 > 0 ? (i - x->window + 1) / ROWS_A * ROWS_A : 0;
+        memset(dq_turned, 0, (width + ROWS_A) * LANES_B * 4);
+        for (int64_t from = first; from < end; from += KEYS) {
+            int64_t count = round_up((end < from + KEYS ? end : from + KEYS) - from, ROWS_A);
+            for (int64_t j = 0; j < count; j += ROWS_A) {
+                /* queries before all of these keys do not see them; 16 at once */
+                int64_t skipped = from + j > i ? (from + j - i) / 16 * 16 : 0;
+                bf16 *p_rows = weights + j * LANES_B, *e_rows = errors + j * LANES_B;
+                product(lanes - skipped, k + (from + j) * width, width,
+                        q_columns + i * width + 2 * skipped, 2 * LANES_B, width / 2,
+                        scores + skipped, LANES_B, 0);
+                product(lanes - skipped, v + (from + j) * width, width,
+                        g_columns + i * width + 2 * skipped, 2 * LANES_B, width / 2,
+                        pulls + skipped, LANES_B, 0);
+                for (int r = 0; r < ROWS_A; r += 2)
+                    for (int64_t l = 0; l < lanes; l += 16) {
+                        __m256i error[2];
+                        for (int both = 0; both < 2; both++) {
+                            int64_t at_row = (r + both) * LANES_B + l;
+                            error[both] = _mm256_setzero_si256();
+                            if (l < skipped) continue;
+                            __m512i query = _mm512_add_epi32(LANE, _mm512_set1_epi32((int)(i + l)));
+                            int64_t key = from + j + r + both, reach = key + x->window;
+                            __mmask16 seen =
+                                _mm512_cmpge_epi32_mask(query, _mm512_set1_epi32((int)key)) &
+                                _mm512_cmplt_epi32_mask(
+                                    query, _mm512_set1_epi32((int)(reach < INT32_MAX ? reach : INT32_MAX)));
+                            __m512 p = exponentials(_mm512_fmsub_ps(
+                                scale, _mm512_loadu_ps(scores + at_row), _mm512_loadu_ps(logs + i + l)));
+                            p = _mm512_maskz_mov_ps(seen, p);
+                            __m512 e = _mm512_sub_ps(_mm512_loadu_ps(pulls + at_row),
+                                                     _mm512_loadu_ps(means + i + l));
+                            e = _mm512_mul_ps(_mm512_mul_ps(p, e), scale);
+                            error[both] = (__m256i)_mm512_cvtneps_pbh(e);
+                            _mm256_storeu_si256((__m256i *)(p_rows + at_row),
+                                                (__m256i)_mm512_cvtneps_pbh(p));
+                            _mm256_storeu_si256((__m256i *)(e_rows + at_row), error[both]);
+                        }
+                        __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(error[0]), error[1], 1);
+                        _mm512_storeu_si512(paired + (j + r) * LANES_B + 2 * l,
+                                            _mm512_permutexvar_epi16(woven, two));
+                    }
+                int64_t pairs = (lanes - skipped) / 2, where = (i + skipped) * width;
+                product(width, p_rows + skipped, LANES_B, g_rows + where, 2 * width, pairs,
+                        values_sum + (from + j) * width, width, 1);
+                product(width, e_rows + skipped, LANES_B, q_rows + where, 2 * width, pairs,
+                        keys_sum + (from + j) * width, width, 1);
+            }
+            for (int64_t d = 0; d < width; d += ROWS_A)
+                product(lanes, k_turned + d * padded + from, padded, paired, 2 * LANES_B, count / 2,
+                        dq_turned + d * LANES_B, LANES_B, 1);
+        }
+        for (int64_t l = 0; l < lanes; l += 16)
+            for (int64_t d = 0; d < width; d += 16) {
+                __m512i block[16];
+                for (int r = 0; r < 16; r++)
+                    block[r] = _mm512_loadu_si512(dq_turned + (d + r) * LANES_B + l);
+                transpose(block);
+                for (int r = 0; r < 16; r++)
+                    _mm512_storeu_si512(dq_rows + (l + r) * width + d, block[r]);
+            }
+        for (int64_t t = i; t < end; t++)
+            turn_back(dq_rows + (t - i) * width, c ? c + t * width : 0, c ? s + t * width : 0,
+                      dq + (start + t) * row + h * width, width);
+    }
+    memcpy(dk + start * width, keys_sum, length * width * 4);
+    memcpy(dv + start * width, values_sum, length * width * 4);
+}
+
+static int64_t room(const Packed *x, int64_t matrices) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < x->samples; i++) longest = x->length[i] > longest ? x->length[i] : longest;
+    int64_t padded = round_up(longest, 3 * LANES_B);
+    return matrices * (padded * x->width * 2 + 64) + (4 * ROWS_A + 16) * padded + 2 * KEYS * 1024 +
+           (x->width + ROWS_A) * LANES_B * 16;
+}
+
+/* out [tokens, heads, width] and lse [heads, tokens]; 1 where memory runs out. */
+int attention_bfloat16(const Packed *x, bf16 *out, float *lse, int threads) {
+    int failed = 0;
+    int64_t size = round_up(room(x, 4), 64);
+    _Pragma("omp parallel num_threads(threads) reduction(| : failed)")
+    {
+        char *space = aligned_alloc(64, size);
+        failed = !space;
+        _Pragma("omp for collapse(2) schedule(dynamic)")
+        for (int64_t i = 0; i < x->samples; i++)
+            for (int64_t h = 0; h < x->heads; h++)
+                if (space) forward_head(x, i, h, out, lse, space);
+        free(space);
+    }
+    return failed;
+}
+
+/* dq [tokens, heads, width], dk and dv [tokens, kv_heads, width]; parts [2, heads, tokens, width]
+ * hold the gradients of keys and values of each query head, which are added in a fixed order. */
+int attention_backward_bfloat16(const Packed *x, const bf16 *out, const float *lse, const bf16 *grad,
+                                bf16 *dq, bf16 *dk, bf16 *dv, float *parts, int threads) {
+    int failed = 0;
+    int64_t size = round_up(room(x, 13), 64), each = x->tokens * x->width;
+    float *k_parts = parts, *v_parts = parts + x->heads * each;
+    _Pragma("omp parallel num_threads(threads) reduction(| : failed)")
+    {
+        char *space = aligned_alloc(64, size);
+        failed = !space;
+        _Pragma("omp for collapse(2) schedule(dynamic)")
+        for (int64_t i = 0; i < x->samples; i++)
+            for (int64_t h = 0; h < x->heads; h++)
+                if (space)
+                    backward_head(x, i, h, out, lse, grad, dq, k_parts + h * each,
+                                  v_parts + h * each, space);
+        free(space);
+    }
+    if (failed) return 1;
+    int64_t width = x->width, group = x->heads / x->kv_heads;
+    ROWS for (int64_t t = 0; t < x->tokens; t++)
+    for (int64_t h = 0; h < x->kv_heads; h++) {
+        float *k_sum = k_parts + h * group * each + t * width;
+        float *v_sum = v_parts + h * group * each + t * width;
+        for (int64_t i = 1; i < group; i++) {
+            LANES for (int64_t d = 0; d < width; d++) k_sum[d] += k_sum[i * each + d];
+            LANES for (int64_t d = 0; d < width; d++) v_sum[d] += v_sum[i * each + d];
+        }
+        bf16 *to = dk + (t * x->kv_heads + h) * width;
+        turn_back(k_sum, at(x->cosine, t, width), at(x->sine, t, width), to, width);
+        turn_back(v_sum, 0, 0, dv + (t * x->kv_heads + h) * width, width);
+    }
+    return 0;
+}
