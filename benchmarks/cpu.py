@@ -40,23 +40,26 @@ COMMON = {
     "lora_alpha": 16,
     "lora_dropout": 0.0,
 }
-WORKS: dict[str, tuple[dict, list[tuple[str, str, list[str], float]]]] = {
+HEADER = """| work | program | tokens/s | xtuner is faster by | goal | peak MiB | xtuner's share |
+|---|---|---|---|---|---|---|"""
+WORKS: dict[str, tuple[dict, list[tuple[str, str, list[str], str]]]] = {
     # settings of xtuner; peers: name, environment, script and options, goal
     "lora": (
         {"tuning": "lora"},
         [
-            ("TRL, bfloat16 weights", "trl", ["peer_trl.py"], 2.5),
-            ("TRL, default types", "trl", ["peer_trl.py", "--default-dtype"], 4.0),
-            ("LLaMA-Factory", "llamafactory", ["peer_llamafactory.py"], 2.0),
+            ("TRL, bfloat16 weights", "trl", ["peer_trl.py"], "2.5"),
+            ("TRL, default types", "trl", ["peer_trl.py", "--default-dtype"], "4.0"),
+            ("TRL, as it comes", "trl", ["peer_trl.py", "--default-dtype", "--checkpointing"], ""),
+            ("LLaMA-Factory", "llamafactory", ["peer_llamafactory.py"], "2.0"),
         ],
     ),
     "qlora": (
         {"tuning": "qlora"},
-        [("transformers + peft + bitsandbytes", "own", ["peer_plain.py"], 1.5)],
+        [("transformers + peft + bitsandbytes", "own", ["peer_plain.py"], "1.5")],
     ),
     "full": (
         {"tuning": "full"},
-        [("TRL, full fine-tuning", "trl", ["peer_trl.py", "--tuning", "full"], 1.5)],
+        [("TRL, full fine-tuning", "trl", ["peer_trl.py", "--tuning", "full"], "1.5")],
     ),
 }
 
@@ -210,12 +213,10 @@ def main() -> None:
             options.data = place / "rows.json"
             options.data.write_text(json.dumps(rows(999)))
         options.data, options.model = options.data.resolve(), options.model.resolve()
-        lines = [line for name in options.only for line in compare(name, options, place)]
-    print(
-        "\n| work | program | tokens/s | xtuner is faster by | goal | peak MiB | xtuner's share |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    print("\n".join(lines))
+        lines = [HEADER]
+        for name in options.only:
+            lines += compare(name, options, place)
+            print("\n".join(["", *lines, ""]), flush=True)
 
 
 if __name__ == "__main__":
