@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import time
 
+import psutil
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -59,3 +60,10 @@ def matmul_rate(threads: int, dtype: torch.dtype, *, size: int = 1024, repeats: 
         a @ b
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory of the GPU, or the memory the process holds now on a CPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20

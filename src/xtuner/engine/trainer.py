@@ -11,24 +11,22 @@ step, micro-step, rank), so a resumed run draws what the straight run drew.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from contextlib import ExitStack
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
 from xtuner.config.schema import Settings
-from xtuner.engine import optim
+from xtuner.engine import faults, optim
 from xtuner.engine.distributed import Processes
 from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.host import memory_mb
 from xtuner.engine.out_of_memory import is_out_of_memory
+from xtuner.engine.signals import StopRequest
 from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
 from xtuner.types import Algorithm, Batch
 
@@ -89,7 +87,7 @@ class Trainer:
         self.settings: Settings = run.settings
         self.memory_advice = memory_advice
         self._saved_at = -1
-        self._stop = False
+        self._stop = StopRequest()
         self._weights_are_whole = True
 
     def fit(self) -> None:
@@ -105,7 +103,7 @@ class Trainer:
         with ExitStack() as stack:
             for hook in self.hooks:
                 stack.callback(self._close, hook)
-            stack.enter_context(self._stop_on_signals())
+            stack.enter_context(self._stop.on_signals())
             self._call("on_start")
             self.model.train()
             groups = self.loader.groups(run.step, run.total_steps)
@@ -169,7 +167,7 @@ class Trainer:
         data_seconds = time.perf_counter() - started
         run, settings = self.run, self.settings
         counts = [sum(b.num_supervised for b in group), sum(b.num_tokens for b in group)]
-        signs = [float(self._stop), float(fault is not None)]
+        signs = [float(self._stop.made), float(fault is not None)]
         supervised, tokens, stops, faults = self.processes.sum([*counts, *signs])
         if faults:
             raise DataError("; ".join(self.processes.gather([str(fault)] if fault else [])))
@@ -212,7 +210,7 @@ class Trainer:
         """Backpropagate every micro-batch; return this process's share of the mean loss."""
         total: Tensor | float = 0.0
         for index, batch in enumerate(group):
-            if self._stop and self.processes.world_size == 1:
+            if self._stop.made and self.processes.world_size == 1:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Interrupted
             torch.manual_seed(
@@ -242,12 +240,14 @@ class Trainer:
                 note = f"The last step is lost: {error} "
         elif not alone:
             note = f"Process {self.processes.rank} ran out, and the run ends without a save. "
-        longest, saved = max(b.num_tokens for b in group), max(self._saved_at, self.run.start_step)
-        return TrainingError(
-            f"step {self.run.step + 1}: out of memory, with {longest:,} tokens at once. {note}"
-            + ("Checkpoints are whole; go on with --resume. " if saved > 0 else "")
-            + self.memory_advice()
+        text = faults.out_of_memory(
+            self.run.step + 1,
+            tokens=max(batch.num_tokens for batch in group),
+            note=note,
+            saved=max(self._saved_at, self.run.start_step) > 0,
+            advice=self.memory_advice(),
         )
+        return TrainingError(text)
 
     def _not_finite(self, group: list[Batch], loss: float, norm: float) -> str:
         """Name the rows, of any process, whose own loss is not finite; or else all of the step."""
@@ -263,18 +263,7 @@ class Trainer:
             ]
         bad = self.processes.gather(bad)
         rows = bad or self.processes.gather([str(r) for batch in group for r in batch.rows])
-        what = (
-            "these rows have a loss that is not finite"
-            if bad
-            else "the step was made of these rows"
-        )
-        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
-        cure = "the step before is saved, go on with --resume" if self.run.step else "begin anew"
-        return (
-            f"step {self.run.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the step "
-            f"was not taken; {what}: {'; '.join(rows[:10])}{more}.\n  Look at the rows with "
-            f"`xtuner log-dataset`, lower lr, or set dtype = 'float32'; {cure}."
-        )
+        return faults.not_finite(self.run.step, loss=loss, norm=norm, rows=rows, certain=bool(bad))
 
     def _close(self, hook: BaseHook) -> None:
         """Close a hook; a fault in it must hide neither the end of the run nor its error."""
@@ -297,25 +286,6 @@ class Trainer:
         self.processes.wait()
         self.model.train()
 
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """Ask for a stop on the first Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._stop and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 def _micro_seed(seed: int, step: int, index: int, rank: int) -> int:
     """A seed of its own for every micro-step: splitmix64 over the four counters."""
@@ -326,10 +296,3 @@ def _micro_seed(seed: int, step: int, index: int, rank: int) -> int:
         state = (state * 0xBF58476D1CE4E5B9) & (2**64 - 1)
         state ^= state >> 27
     return state
-
-
-def memory_mb(device: torch.device) -> float:
-    """Peak memory of the GPU, or the memory the process holds now on a CPU, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**20
-    return float(psutil.Process().memory_info().rss) / 2**20

@@ -1,0 +1,39 @@
+"""What is said about a step that could not be taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def not_finite(step: int, *, loss: float, norm: float, rows: Sequence[str], certain: bool) -> str:
+    """A loss or gradient is no number.
+
+    Args:
+        step: the last whole step.
+        loss: of the step that was not taken.
+        norm: of its gradients.
+        rows: where its data come from.
+        certain: `rows` are those whose own loss is not finite, and not all of the step.
+    """
+    which = "these rows have a loss that is not finite" if certain else "it was made of these rows"
+    more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+    cure = "the step before is saved, go on with --resume" if step else "begin anew"
+    return (
+        f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, so the step was not "
+        f"taken; {which}: {'; '.join(rows[:10])}{more}.\n  Look at the rows with "
+        f"`xtuner log-dataset`, lower lr, or set dtype = 'float32'; {cure}."
+    )
+
+
+def out_of_memory(step: int, *, tokens: int, note: str, saved: bool, advice: str) -> str:
+    """Memory ran out.
+
+    Args:
+        step: the one that was not taken.
+        tokens: of the longest row in it.
+        note: what was lost.
+        saved: whether there is a checkpoint to go on from.
+        advice: what to change.
+    """
+    resume = "Checkpoints are whole; go on with --resume. " if saved else ""
+    return f"step {step}: out of memory, with {tokens:,} tokens at once. {note}{resume}{advice}"
