@@ -124,10 +124,3 @@ def test_other_heads_and_types_go_in_blocks():
     q, v = torch.randn(2, 40, 2, 32).bfloat16().requires_grad_()
     narrow = v[..., :16]
     assert cpu_attention(q, q, narrow, (0, 40), scale=0.2).shape == narrow.shape
-
-
-def test_no_room_is_out_of_memory_and_not_a_crash(monkeypatch):
-    x = torch.randn(40, 2, 32).bfloat16().requires_grad_()
-    monkeypatch.setattr(cpu_kernels.Kernels, "_call", lambda *_: 1)  # what a failed malloc gives
-    with pytest.raises(MemoryError, match="no room"):
-        cpu_attention(x, x, x, (0, 40), scale=0.2)

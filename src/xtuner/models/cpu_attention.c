@@ -15,7 +15,7 @@
  */
 
 #include <immintrin.h>
-#include <stdlib.h>
+#include <omp.h>
 
 #define ROWS_A 6    /* 6 x 4 accumulators, 4 vectors and 1 broadcast fill 29 of 32 registers */
 #define LANES_B 64  /* columns of a block: four vectors of 16 */
@@ -390,51 +390,34 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
     memcpy(dv + start * width, values_sum, length * width * 4);
 }
 
-static int64_t room(const Packed *x, int64_t matrices) {
-    int64_t longest = 0;
-    for (int64_t i = 0; i < x->samples; i++) longest = x->length[i] > longest ? x->length[i] : longest;
-    int64_t padded = round_up(longest, 3 * LANES_B);
-    return matrices * (padded * x->width * 2 + 64) + (4 * ROWS_A + 16) * padded + 2 * KEYS * 1024 +
-           (x->width + ROWS_A) * LANES_B * 16;
+/* Bytes that one thread needs for samples of up to `longest` tokens. */
+int64_t attention_room_bfloat16(int64_t longest, int64_t width, int backward) {
+    int64_t padded = round_up(longest, 3 * LANES_B), matrices = backward ? 13 : 4;
+    return round_up(matrices * (padded * width * 2 + 64) + 40 * padded + 2 * KEYS * 1024 +
+                        (width + ROWS_A) * LANES_B * 16, 64);
 }
 
-/* out [tokens, heads, width] and lse [heads, tokens]; 1 where memory runs out. */
-int attention_bfloat16(const Packed *x, bf16 *out, float *lse, int threads) {
-    int failed = 0;
-    int64_t size = round_up(room(x, 4), 64);
-    _Pragma("omp parallel num_threads(threads) reduction(| : failed)")
-    {
-        char *space = aligned_alloc(64, size);
-        failed = !space;
-        _Pragma("omp for collapse(2) schedule(dynamic)")
-        for (int64_t i = 0; i < x->samples; i++)
-            for (int64_t h = 0; h < x->heads; h++)
-                if (space) forward_head(x, i, h, out, lse, space);
-        free(space);
-    }
-    return failed;
+/* out [tokens, heads, width] and lse [heads, tokens]; each thread has `room` bytes of `space`. */
+void attention_bfloat16(const Packed *x, bf16 *out, float *lse, char *space, int64_t room,
+                        int threads) {
+    _Pragma("omp parallel for collapse(2) schedule(dynamic) num_threads(threads)")
+    for (int64_t i = 0; i < x->samples; i++)
+        for (int64_t h = 0; h < x->heads; h++)
+            forward_head(x, i, h, out, lse, space + room * omp_get_thread_num());
 }
 
 /* dq [tokens, heads, width], dk and dv [tokens, kv_heads, width]; parts [2, heads, tokens, width]
  * hold the gradients of keys and values of each query head, which are added in a fixed order. */
-int attention_backward_bfloat16(const Packed *x, const bf16 *out, const float *lse, const bf16 *grad,
-                                bf16 *dq, bf16 *dk, bf16 *dv, float *parts, int threads) {
-    int failed = 0;
-    int64_t size = round_up(room(x, 13), 64), each = x->tokens * x->width;
+void attention_backward_bfloat16(const Packed *x, const bf16 *out, const float *lse,
+                                 const bf16 *grad, bf16 *dq, bf16 *dk, bf16 *dv, float *parts,
+                                 char *space, int64_t room, int threads) {
+    int64_t each = x->tokens * x->width;
     float *k_parts = parts, *v_parts = parts + x->heads * each;
-    _Pragma("omp parallel num_threads(threads) reduction(| : failed)")
-    {
-        char *space = aligned_alloc(64, size);
-        failed = !space;
-        _Pragma("omp for collapse(2) schedule(dynamic)")
-        for (int64_t i = 0; i < x->samples; i++)
-            for (int64_t h = 0; h < x->heads; h++)
-                if (space)
-                    backward_head(x, i, h, out, lse, grad, dq, k_parts + h * each,
-                                  v_parts + h * each, space);
-        free(space);
-    }
-    if (failed) return 1;
+    _Pragma("omp parallel for collapse(2) schedule(dynamic) num_threads(threads)")
+    for (int64_t i = 0; i < x->samples; i++)
+        for (int64_t h = 0; h < x->heads; h++)
+            backward_head(x, i, h, out, lse, grad, dq, k_parts + h * each, v_parts + h * each,
+                          space + room * omp_get_thread_num());
     int64_t width = x->width, group = x->heads / x->kv_heads;
     ROWS for (int64_t t = 0; t < x->tokens; t++)
     for (int64_t h = 0; h < x->kv_heads; h++) {
@@ -448,5 +431,4 @@ int attention_backward_bfloat16(const Packed *x, const bf16 *out, const float *l
         turn_back(k_sum, at(x->cosine, t, width), at(x->sine, t, width), to, width);
         turn_back(v_sum, 0, 0, dv + (t * x->kv_heads + h) * width, width);
     }
-    return 0;
 }

@@ -67,6 +67,7 @@ class Rows:
         numbers = ctypes.c_int32 * len(samples)
         self.lengths = numbers(*(length for length, _ in samples))
         self.starts = numbers(*(start for _, start in samples))
+        self.longest = samples[0][0]
         self.window, self.scale = window, scale
 
 
@@ -76,12 +77,12 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL | None, suffix: str):
         self._library, self._suffix = library, suffix
 
-    def _call(self, name: str, *arguments: Any) -> int:
+    def _call(self, name: str, *arguments: Any) -> None:
         if self._library is None:  # tensors without values
-            return 0
+            return
         function = getattr(self._library, f"{name}_{self._suffix}")
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
-        return int(function(*values, FLAG(torch.get_num_threads())))
+        function(*values, FLAG(torch.get_num_threads()))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """``[..., H]`` normalised, and the factor of each row in float32."""
@@ -181,13 +182,10 @@ class Kernels:
             v: ``[N, kv_heads, D]``.
             rotation: cosines and sines, float32 ``[N, D]``, or None.
             rows: who sees whom.
-
-        Raises:
-            MemoryError: there is no room for the packs of a sample's keys and values.
         """
         out, logs = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-        if self._call("attention", self._packed(q, k, v, rotation, rows), out, logs):
-            raise MemoryError("attention has no room to lay out a sample")
+        space, room = self._space(q, rows, backward=False)
+        self._call("attention", self._packed(q, k, v, rotation, rows), out, logs, space, room)
         return out, logs
 
     def attention_backward(
@@ -198,9 +196,17 @@ class Kernels:
         grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         parts = q.new_empty(2, q.shape[1], q.shape[0], q.shape[2], dtype=torch.float32)
         packed = self._packed(q, k, v, rotation, rows)
-        if self._call("attention_backward", packed, out, logs, grad, *grads, parts):
-            raise MemoryError("attention has no room to lay out a sample")
+        space, room = self._space(q, rows, backward=True)
+        self._call("attention_backward", packed, out, logs, grad, *grads, parts, space, room)
         return grads
+
+    def _space(self, q: Tensor, rows: Rows, *, backward: bool) -> tuple[Tensor, Any]:
+        """Working memory of all threads, and the bytes of each."""
+        library: Any = _library()[0]
+        measure = library.attention_room_bfloat16
+        measure.restype = NUMBER
+        room = measure(NUMBER(rows.longest), NUMBER(q.shape[2]), FLAG(backward))
+        return q.new_empty(torch.get_num_threads(), room, dtype=torch.uint8), NUMBER(room)
 
     def _packed(
         self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
