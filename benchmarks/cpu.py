@@ -1,7 +1,7 @@
 """xtuner beside its peers on two cores: tokens a second, peak memory, share of the machine's rate.
 
     python benchmarks/cpu.py [--data ROWS.json] [--model DIR] [--rounds 2] [--steps 8]
-        [--only lora ...]
+        [--only lora ...] [--peers TRL ...]
 
 Every figure of xtuner comes from the real `xtuner train`, logging on, read from its scalars.jsonl.
 Peers run in environments of their own (`make bench` makes them). Within a round xtuner runs before
@@ -165,6 +165,7 @@ def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
 def compare(name: str, options: argparse.Namespace, place: Path) -> list[str]:
     """Run one work against its peers; return lines of a table."""
     settings, peers = WORKS[name]
+    peers = [p for p in peers if any(word in p[0] for word in options.peers)]
     ours, theirs = Result(), {peer: Result() for peer, *_ in peers}
     machine, waits = [], []
     for _ in range(options.rounds):
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS))
+    parser.add_argument("--peers", nargs="+", default=[""], help="words of their names")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
