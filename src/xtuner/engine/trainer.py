@@ -168,8 +168,8 @@ class Trainer:
         run, settings = self.run, self.settings
         counts = [sum(b.num_supervised for b in group), sum(b.num_tokens for b in group)]
         signs = [float(self._stop.made), float(fault is not None)]
-        supervised, tokens, stops, faults = self.processes.sum([*counts, *signs])
-        if faults:
+        supervised, tokens, stops, failed = self.processes.sum([*counts, *signs])
+        if failed:
             raise DataError("; ".join(self.processes.gather([str(fault)] if fault else [])))
         if stops:
             raise Interrupted

@@ -172,7 +172,7 @@ class _BlockAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
-        kernels = _kernels_for(query, key, value) if layout.widest <= 2**16 else None
+        kernels = kernels_for_rows(query, key, value) if layout.widest <= 2**16 else None
         q = _in_blocks(query, layout, rotation, kernels).view(
             -1, kv_heads, BLOCK * heads // kv_heads, query.shape[2]
         )
@@ -218,7 +218,7 @@ class _BlockAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def _kernels_for(*tensors: Tensor) -> Kernels | None:
+def kernels_for_rows(*tensors: Tensor) -> Kernels | None:
     """The kernels for these rows, of any strides; none where their types differ."""
     return kernels_for(*(x.new_empty(0) for x in tensors))
 
@@ -250,7 +250,7 @@ def _in_blocks(
         make = x.new_empty if total == layout.total else x.new_zeros
         out = make(len(layout.order), heads, BLOCK, width)
         return kernels.rotate_out(
-            _rows(x), rotation, out, _places(layout, heads, width), BLOCK * width
+            readable(x), rotation, out, _places(layout, heads, width), BLOCK * width
         )
     x = F.pad(_rotated(x, rotation), (0, 0, 0, 0, 0, layout.total - total))
     x = x.view(layout.total // BLOCK, -1).index_select(0, layout.order)
@@ -280,7 +280,7 @@ def _by_head(
     out = make(heads, layout.total, width)
     if kernels is not None:
         place = torch.arange(0, total * width, width)
-        return kernels.rotate_out(_rows(x), rotation, out, place, layout.total * width)
+        return kernels.rotate_out(readable(x), rotation, out, place, layout.total * width)
     out[:, :total] = _rotated(x, rotation).transpose(0, 1)
     return out
 
@@ -305,7 +305,7 @@ def _places(layout: Layout, heads: int, width: int) -> Tensor:
     return (block * (heads * BLOCK) + token % BLOCK) * width
 
 
-def _rows(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """`x` as the kernels read it: heads side by side, tokens any distance apart."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 

@@ -140,20 +140,6 @@ static void transpose_paired(const bf16 *x, int64_t rows, int64_t width, bf16 *o
         }
 }
 
-/* A row turned by its rotary position (arXiv:2104.09864, equation 34), or as it is. */
-static void turn(const bf16 *x, const float *c, const float *s, bf16 *out, int64_t width) {
-    if (!c) {
-        memcpy(out, x, width * sizeof(bf16));
-        return;
-    }
-    int64_t half = width / 2;
-    LANES for (int64_t d = 0; d < half; d++) {
-        float a = from_bits((uint32_t)x[d] << 16), b = from_bits((uint32_t)x[d + half] << 16);
-        out[d] = to_bfloat16(a * c[d] - b * s[d]);
-        out[d + half] = to_bfloat16(b * c[d + half] + a * s[d + half]);
-    }
-}
-
 /* The way back of a gradient in float32. */
 static void turn_back(const float *x, const float *c, const float *s, bf16 *out, int64_t width) {
     if (!c) {
@@ -172,8 +158,8 @@ static void turn_back(const float *x, const float *c, const float *s, bf16 *out,
 static void gather(const bf16 *x, int64_t stride, const float *cosine, const float *sine,
                    int64_t rows, int64_t padded, int64_t width, bf16 *out) {
     for (int64_t i = 0; i < rows; i++)
-        turn(x + i * stride, cosine ? cosine + i * width : 0, cosine ? sine + i * width : 0,
-             out + i * width, width);
+        turn_bfloat16(x + i * stride, cosine ? cosine + i * width : 0,
+                      cosine ? sine + i * width : 0, out + i * width, width);
     memset(out + rows * width, 0, (padded - rows) * width * sizeof(bf16));
 }
 
@@ -271,6 +257,42 @@ static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, 
     }
 }
 
+/* P and dS of `ROWS_A` keys, from `key` on, and of the queries from `query` on, of which the first
+ * `skipped` do not see them; scores Q K^T and pulls dO V^T [6, 64], as P and dS; `paired` holds dS
+ * with two keys side by side. */
+static void weigh(const Packed *x, const float *scores, const float *pulls, const float *logs,
+                  const float *means, int64_t query, int64_t key, int64_t skipped, int64_t lanes,
+                  bf16 *weights, bf16 *errors, bf16 *paired) {
+    const __m512 scale = _mm512_set1_ps(x->scale);
+    const __m512i woven = _mm512_or_si512(
+        LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(16)), 16));
+    for (int64_t r = 0; r < ROWS_A; r++)
+        for (int64_t l = skipped; l < lanes; l += 16) {
+            int64_t place = r * LANES_B + l, reach = key + r + x->window;
+            __m512i token = _mm512_add_epi32(LANE, _mm512_set1_epi32((int)(query + l)));
+            __m512i beyond = _mm512_set1_epi32((int)(reach < INT32_MAX ? reach : INT32_MAX));
+            __mmask16 seen = _mm512_cmpge_epi32_mask(token, _mm512_set1_epi32((int)(key + r))) &
+                             _mm512_cmplt_epi32_mask(token, beyond);
+            __m512 p = exponentials(_mm512_fmsub_ps(scale, _mm512_loadu_ps(scores + place),
+                                                    _mm512_loadu_ps(logs + l)));
+            p = _mm512_maskz_mov_ps(seen, p);
+            __m512 e = _mm512_sub_ps(_mm512_loadu_ps(pulls + place), _mm512_loadu_ps(means + l));
+            e = _mm512_mul_ps(_mm512_mul_ps(p, e), scale);
+            _mm256_storeu_si256((__m256i *)(weights + place), (__m256i)_mm512_cvtneps_pbh(p));
+            _mm256_storeu_si256((__m256i *)(errors + place), (__m256i)_mm512_cvtneps_pbh(e));
+        }
+    for (int64_t r = 0; r < ROWS_A; r += 2)
+        for (int64_t l = 0; l < lanes; l += 16) {
+            const bf16 *from = errors + r * LANES_B + l;
+            __m512i two = _mm512_setzero_si512();
+            if (l >= skipped)
+                two = _mm512_inserti64x4(
+                    _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from)),
+                    _mm256_loadu_si256((const __m256i *)(from + LANES_B)), 1);
+            _mm512_storeu_si512(paired + r * LANES_B + 2 * l, _mm512_permutexvar_epi16(woven, two));
+        }
+}
+
 /* dq [tokens, heads, width]; dk and dv are sums of this query head, [tokens, width] each. */
 static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16 *out,
                           const float *lse, const bf16 *grad, bf16 *dq, float *dk, float *dv,
@@ -315,9 +337,6 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
         logs[i] = i < length ? lse[h * x->tokens + start + i] : INFINITY; /* weights of 0 */
     }
 
-    const __m512 scale = _mm512_set1_ps(x->scale);
-    const __m512i woven = _mm512_or_si512(
-        LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(16)), 16));
     for (int64_t i = 0; i < length; i += LANES_B) {
         int64_t lanes = round_up(length - i < LANES_B ? length - i : LANES_B, 16);
         int64_t end = i + LANES_B < length ? i + LANES_B : length;
@@ -335,34 +354,8 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
                 product(lanes - skipped, v + (from + j) * width, width,
                         g_columns + i * width + 2 * skipped, 2 * LANES_B, width / 2,
                         pulls + skipped, LANES_B, 0);
-                for (int r = 0; r < ROWS_A; r += 2)
-                    for (int64_t l = 0; l < lanes; l += 16) {
-                        __m256i error[2];
-                        for (int both = 0; both < 2; both++) {
-                            int64_t at_row = (r + both) * LANES_B + l;
-                            error[both] = _mm256_setzero_si256();
-                            if (l < skipped) continue;
-                            __m512i query = _mm512_add_epi32(LANE, _mm512_set1_epi32((int)(i + l)));
-                            int64_t key = from + j + r + both, reach = key + x->window;
-                            __mmask16 seen =
-                                _mm512_cmpge_epi32_mask(query, _mm512_set1_epi32((int)key)) &
-                                _mm512_cmplt_epi32_mask(
-                                    query, _mm512_set1_epi32((int)(reach < INT32_MAX ? reach : INT32_MAX)));
-                            __m512 p = exponentials(_mm512_fmsub_ps(
-                                scale, _mm512_loadu_ps(scores + at_row), _mm512_loadu_ps(logs + i + l)));
-                            p = _mm512_maskz_mov_ps(seen, p);
-                            __m512 e = _mm512_sub_ps(_mm512_loadu_ps(pulls + at_row),
-                                                     _mm512_loadu_ps(means + i + l));
-                            e = _mm512_mul_ps(_mm512_mul_ps(p, e), scale);
-                            error[both] = (__m256i)_mm512_cvtneps_pbh(e);
-                            _mm256_storeu_si256((__m256i *)(p_rows + at_row),
-                                                (__m256i)_mm512_cvtneps_pbh(p));
-                            _mm256_storeu_si256((__m256i *)(e_rows + at_row), error[both]);
-                        }
-                        __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(error[0]), error[1], 1);
-                        _mm512_storeu_si512(paired + (j + r) * LANES_B + 2 * l,
-                                            _mm512_permutexvar_epi16(woven, two));
-                    }
+                weigh(x, scores, pulls, logs + i, means + i, i, from + j, skipped, lanes, p_rows,
+                      e_rows, paired + j * LANES_B);
                 int64_t pairs = (lanes - skipped) / 2, where = (i + skipped) * width;
                 product(width, p_rows + skipped, LANES_B, g_rows + where, 2 * width, pairs,
                         values_sum + (from + j) * width, width, 1);
@@ -390,7 +383,8 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
     memcpy(dv + start * width, values_sum, length * width * 4);
 }
 
-/* Bytes that one thread needs for samples of up to `longest` tokens. */
+/* Bytes that one thread needs for samples of up to `longest` tokens: what `take` gives out above,
+ * the small arrays rounded up. */
 int64_t attention_room_bfloat16(int64_t longest, int64_t width, int backward) {
     int64_t padded = round_up(longest, 3 * LANES_B), matrices = backward ? 13 : 4;
     return round_up(matrices * (padded * width * 2 + 64) + 40 * padded + 2 * KEYS * 1024 +

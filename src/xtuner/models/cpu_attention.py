@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.models.block_attention import Rotation, block_attention
-from xtuner.models.cpu_kernels import Kernels, Rows, kernels_for
+from xtuner.models.block_attention import (
+    Rotation,
+    block_attention,
+    kernels_for_rows,
+    readable,
+)
+from xtuner.models.cpu_kernels import Kernels, Rows
 
 _rows = lru_cache(maxsize=8)(Rows)
 
@@ -31,7 +36,7 @@ class _CompiledAttention(torch.autograd.Function):
         rows: Rows,
         kernels: Kernels,
     ) -> Tensor:
-        query, key, value = _readable(query), _readable(key), _readable(value)
+        query, key, value = readable(query), readable(key), readable(value)
         out, logs = kernels.attention(query, key, value, rotation, rows)
         ctx.save_for_backward(query, key, value, out, logs)
         ctx.options = rotation, rows, kernels
@@ -47,11 +52,6 @@ class _CompiledAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """`x` as the kernels read it: heads side by side, tokens any distance apart."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
 def cpu_attention(
     query: Tensor,
     key: Tensor,
@@ -63,7 +63,7 @@ def cpu_attention(
     rotation: Rotation | None = None,
 ) -> Tensor:
     """Causal attention within each sample of a packed row; arguments as for `block_attention`."""
-    kernels = kernels_for(*(x.new_empty(0) for x in (query, key, value)))
+    kernels = kernels_for_rows(query, key, value)
     same = query.shape[2] == key.shape[2] == value.shape[2]
     if kernels is not None and same and kernels.attends(query.shape[2]):
         rows = _rows(borders, window, scale)

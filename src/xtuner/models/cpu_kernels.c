@@ -54,10 +54,6 @@ static inline float exponential(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-#ifdef __AVX512BF16__
-#include "cpu_attention.c"
-#endif
-
 #define NAME(function) function##_bfloat16
 #define NUM uint16_t
 #define LOAD(x) from_bits((uint32_t)(x) << 16)
@@ -67,6 +63,10 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 #undef NUM
 #undef LOAD
 #undef STORE
+
+#ifdef __AVX512BF16__
+#include "cpu_attention.c"
+#endif
 
 #define NAME(function) function##_float32
 #define NUM float
@@ -166,27 +166,30 @@ void NAME(softmax_within_backward)(NUM *grad, const NUM *weights, const int32_t 
     }
 }
 
+/* A head turned by its rotary position (arXiv:2104.09864, equation 34), or as it is without c. */
+static inline void NAME(turn)(const NUM *x, const float *c, const float *s, NUM *out,
+                              int64_t width) {
+    int64_t half = width / 2;
+    if (!c) {
+        memcpy(out, x, width * sizeof(NUM));
+        return;
+    }
+    LANES for (int64_t d = 0; d < half; d++) {
+        float a = LOAD(x[d]), b = LOAD(x[d + half]);
+        out[d] = STORE(a * c[d] - b * s[d]);
+        out[d + half] = STORE(b * c[d + half] + a * s[d + half]);
+    }
+}
+
 /* Head h of token t, rotated by its position if cos is given, to out + place[t] + h * head_stride.
  * x [tokens, heads, width] with rows of row_stride; cosine and sine [tokens, width] or NULL. */
 void NAME(rotate_out)(const NUM *x, const float *cosine, const float *sine, NUM *out,
                       const int64_t *place, int64_t tokens, int64_t heads, int64_t width,
                       int64_t row_stride, int64_t head_stride, int threads) {
-    int64_t half = width / 2;
     ROWS for (int64_t t = 0; t < tokens; t++)
-    for (int64_t h = 0; h < heads; h++) {
-        const NUM *from = x + t * row_stride + h * width;
-        NUM *to = out + place[t] + h * head_stride;
-        if (!cosine) {
-            memcpy(to, from, width * sizeof(NUM));
-            continue;
-        }
-        const float *c = cosine + t * width, *s = sine + t * width;
-        LANES for (int64_t d = 0; d < half; d++) {
-            float a = LOAD(from[d]), b = LOAD(from[d + half]);
-            to[d] = STORE(a * c[d] - b * s[d]);
-            to[d + half] = STORE(b * c[d + half] + a * s[d + half]);
-        }
-    }
+    for (int64_t h = 0; h < heads; h++)
+        NAME(turn)(x + t * row_stride + h * width, cosine ? cosine + t * width : 0,
+                   cosine ? sine + t * width : 0, out + place[t] + h * head_stride, width);
 }
 
 /* The way back of a gradient through rotate_out. */
