@@ -11,7 +11,7 @@ from xtuner.models.block_attention import block_attention
 from xtuner.models.cpu_attention import cpu_attention
 
 pytestmark = pytest.mark.skipif(
-    not cpu_kernels._has_attention(), reason="no bfloat16 vectors here, or no compiler"
+    not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
 )
 
 BORDERS = {

@@ -9,53 +9,11 @@
  *     backward   P = exp(S - L),  dV = P^T dO,  dP = dO V^T,  dS = s P * (dP - rowsum(dO * O)),
  *                dQ = dS K,  dK = dS^T Q
  *
- * One product serves all: `ROWS_A` rows of pairs, each broadcast, times vectors of pairs. It takes
- * two neighbours of the inner dimension at once, so one operand must have its pairs side by side
- * ("paired"). The way back works on transposed scores, where a query is a lane and L a vector.
+ * Products are those of cpu_products.c. The way back works on transposed scores, where a query is a
+ * lane and L a vector.
  */
 
-#include <immintrin.h>
-#include <omp.h>
-
-#define ROWS_A 6    /* 6 x 4 accumulators, 4 vectors and 1 broadcast fill 29 of 32 registers */
-#define LANES_B 64  /* columns of a block: four vectors of 16 */
-#define KEYS 480    /* keys at once; a multiple of 6, 16 and 2 */
-#define INLINE static inline __attribute__((always_inline))
-
-#define LANE _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-
-typedef uint16_t bf16;
-
-/* c[6, 16 nv] (+)= a[6, 2 pairs] b, where b[p] holds columns of the inner numbers 2p and 2p + 1. */
-INLINE void product_nv(const int nv, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
-                       int64_t pairs, float *c, int64_t c_row, int add) {
-    __m512 sum[ROWS_A][4];
-    for (int r = 0; r < ROWS_A; r++)
-        for (int j = 0; j < nv; j++)
-            sum[r][j] = add ? _mm512_loadu_ps(c + r * c_row + 16 * j) : _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512bh column[4];
-        for (int j = 0; j < nv; j++)
-            column[j] = (__m512bh)_mm512_loadu_si512(b + p * b_pair + 32 * j);
-        for (int r = 0; r < ROWS_A; r++) {
-            int32_t pair;
-            memcpy(&pair, a + r * a_row + 2 * p, 4);
-            __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
-            for (int j = 0; j < nv; j++) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], row, column[j]);
-        }
-    }
-    for (int r = 0; r < ROWS_A; r++)
-        for (int j = 0; j < nv; j++) _mm512_storeu_ps(c + r * c_row + 16 * j, sum[r][j]);
-}
-
-static void product(int64_t columns, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
-                    int64_t pairs, float *c, int64_t c_row, int add) {
-    for (; columns >= 64; columns -= 64, b += 128, c += 64)
-        product_nv(4, a, a_row, b, b_pair, pairs, c, c_row, add);
-    if (columns > 32) product_nv(3, a, a_row, b, b_pair, pairs, c, c_row, add);
-    else if (columns > 16) product_nv(2, a, a_row, b, b_pair, pairs, c, c_row, add);
-    else if (columns > 0) product_nv(1, a, a_row, b, b_pair, pairs, c, c_row, add);
-}
+#define KEYS 480 /* keys at once; a multiple of 6, 16 and 2 */
 
 /* e^x for x <= 88, 0 far below; as `exponential`, for 16 at once. */
 INLINE __m512 exponentials(__m512 x) {
@@ -73,59 +31,20 @@ INLINE __m512 exponentials(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-/* A 16 x 16 matrix of 32-bit numbers, on its side. */
-INLINE void transpose(__m512i row[16]) {
-    __m512i x[16];
-    for (int i = 0; i < 16; i += 2) {
-        x[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-        x[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            row[i + 2 * j] = _mm512_unpacklo_epi64(x[i + j], x[i + 2 + j]);
-            row[i + 2 * j + 1] = _mm512_unpackhi_epi64(x[i + j], x[i + 2 + j]);
-        }
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 2; j++) {
-            x[8 * j + i] = _mm512_shuffle_i32x4(row[8 * j + i], row[8 * j + 4 + i], 0x88);
-            x[8 * j + 4 + i] = _mm512_shuffle_i32x4(row[8 * j + i], row[8 * j + 4 + i], 0xdd);
-        }
-    for (int i = 0; i < 8; i++) {
-        row[i] = _mm512_shuffle_i32x4(x[i], x[8 + i], 0x88);
-        row[8 + i] = _mm512_shuffle_i32x4(x[i], x[8 + i], 0xdd);
-    }
+/* x [rows, width] with pairs of columns, in blocks of 64 rows. */
+static void columns_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
+    Matrix all = {x, width, 0, 1.0f};
+    for (int64_t i = 0; i < rows; i += LANES_B)
+        pair_columns(&all, i, rows, width, out + i * width);
 }
 
-/* x [rows, width] to out [rows / 64, width / 2, 64, 2]: pairs of columns, a row in each lane. */
-static void pair_columns(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
-    for (int64_t i = 0; i < rows; i += 16)
-        for (int64_t p = 0; p < width / 2; p += 16) {
-            bf16 *to = out + (i / LANES_B * (width / 2) + p) * 2 * LANES_B + i % LANES_B * 2;
-            __m512i block[16];
-            for (int j = 0; j < 16; j++)
-                block[j] = _mm512_loadu_si512(x + (i + j) * width + 2 * p);
-            transpose(block);
-            for (int j = 0; j < 16; j++) _mm512_storeu_si512(to + j * 2 * LANES_B, block[j]);
-        }
+/* x [rows, width] with pairs of rows. */
+static void rows_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
+    Matrix all = {x, width, 0, 1.0f};
+    pair_rows(&all, 0, rows, width, width, out);
 }
 
-/* x [rows, width] to out [rows / 2, width, 2]: pairs of rows. */
-static void pair_rows(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
-    /* the first 16 columns of both, in turn; 32 added to an index takes from `odd` */
-    const __m512i lower = _mm512_or_si512(
-        LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(32)), 16));
-    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-    for (int64_t i = 0; i < rows; i += 2)
-        for (int64_t j = 0; j < width; j += 32) {
-            __m512i even = _mm512_loadu_si512(x + i * width + j);
-            __m512i odd = _mm512_loadu_si512(x + (i + 1) * width + j);
-            bf16 *to = out + i * width + 2 * j;
-            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, lower, odd));
-            _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, upper, odd));
-        }
-}
-
-/* What `pair_columns` made of x [rows, width], as x^T [width, rows]. */
+/* What `columns_of` made of x [rows, width], as x^T [width, rows]. */
 static void transpose_paired(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
     bf16 order[32];
     for (int i = 0; i < 32; i++) order[i] = (bf16)(i < 16 ? 2 * i : 2 * i - 31);
@@ -163,14 +82,6 @@ static void gather(const bf16 *x, int64_t stride, const float *cosine, const flo
     memset(out + rows * width, 0, (padded - rows) * width * sizeof(bf16));
 }
 
-static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
-static void *take(char **free_space, int64_t bytes) {
-    char *taken = *free_space;
-    *free_space += round_up(bytes, 64);
-    return taken;
-}
-
 /* Packed samples and what both directions know of them. q [tokens, heads, width] with rows of
  * q_row, k and v with kv_heads alike; cosine and sine [tokens, width] or NULL; sample i has
  * length[i] tokens from start[i] on; a query sees `window` tokens, itself included. */
@@ -196,9 +107,9 @@ static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, 
     bf16 *weights = take(&space, ROWS_A * KEYS * 2);
     const float *c = at(x->cosine, start, width), *s = at(x->sine, start, width);
     gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, rows);
-    pair_columns(rows, padded, width, keys);
+    columns_of(rows, padded, width, keys);
     gather(x->v + start * x->v_row + kv * width, x->v_row, 0, 0, length, padded, width, rows);
-    pair_rows(rows, padded, width, values);
+    rows_of(rows, padded, width, values);
     gather(x->q + start * x->q_row + h * width, x->q_row, c, s, length, padded, width, q);
     const __m512 scale = _mm512_set1_ps(x->scale);
     for (int64_t i = 0; i < length; i += ROWS_A) {
@@ -317,13 +228,13 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
     gather(grad + start * row + h * width, row, 0, 0, length, padded, width, g);
     gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, k);
     gather(x->v + start * x->v_row + kv * width, x->v_row, 0, 0, length, padded, width, v);
-    pair_columns(k, padded, width, q_columns); /* a place to pass through */
+    columns_of(k, padded, width, q_columns); /* a place to pass through */
     memset(k_turned + width * padded, 0, ROWS_A * padded * 2);
     transpose_paired(q_columns, padded, width, k_turned);
-    pair_columns(q, padded, width, q_columns);
-    pair_rows(q, padded, width, q_rows);
-    pair_columns(g, padded, width, g_columns);
-    pair_rows(g, padded, width, g_rows);
+    columns_of(q, padded, width, q_columns);
+    rows_of(q, padded, width, q_rows);
+    columns_of(g, padded, width, g_columns);
+    rows_of(g, padded, width, g_rows);
     memset(keys_sum, 0, 2 * size);
     memset(values_sum, 0, 2 * size);
     for (int64_t i = 0; i < padded; i++) {

@@ -65,7 +65,9 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 #undef STORE
 
 #ifdef __AVX512BF16__
+#include "cpu_products.c"
 #include "cpu_attention.c"
+#include "cpu_low_rank.c"
 #endif
 
 #define NAME(function) function##_float32

@@ -1,9 +1,9 @@
 """The element-wise parts of a step, and attention, as compiled loops for CPUs.
 
-See ``cpu_kernels.c`` and ``cpu_attention.c`` for formulas. They are compiled once a machine, in two
+See ``cpu_kernels.c`` and what it includes for formulas. They are compiled once a machine, in three
 seconds, with the system's own compiler (``cc``), and kept in ``~/.cache/xtuner/kernels``. Where
 there is no compiler, or XTUNER_COMPILE is 0, every caller does the same with torch. They share
-torch's threads, and take bfloat16 and float32; attention takes bfloat16 alone.
+torch's threads, and take bfloat16 and float32; attention and linear layers take bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
-PARTS = (SOURCE, SOURCE.with_name("cpu_attention.c"))
+PARTS = (SOURCE, *map(SOURCE.with_name, ("cpu_products.c", "cpu_attention.c", "cpu_low_rank.c")))
 """The file to compile, and what it includes."""
 FLAGS = (
     *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
@@ -48,6 +48,48 @@ class _Packed(ctypes.Structure):
         *((name, NUMBER) for name in ("q_row", "k_row", "v_row", "window")),
         ("scale", REAL),
     )
+
+
+MOST_PARTS = 8
+"""How many layers of one input go together at most."""
+
+
+class _Part(ctypes.Structure):
+    """`Part` of cpu_low_rank.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "down", "up", "y")),
+        *((name, ctypes.c_void_p) for name in ("down_grad", "up_grad")),
+        *(("out", NUMBER), ("rank", NUMBER), ("scale", REAL)),
+    )
+
+
+class _Linears(ctypes.Structure):
+    """`Linears` of cpu_low_rank.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "dx", "inner")),
+        *((name, NUMBER) for name in ("tokens", "in", "parts")),
+        ("part", _Part * MOST_PARTS),
+    )
+
+
+class Low(NamedTuple):
+    """A frozen layer and its adapter as the compiled functions take them.
+
+    Attributes:
+        weight: bfloat16 ``[out, in]``.
+        bias: bfloat16 ``[out]``, or None.
+        down: A, float32 ``[rank, in]``.
+        up: B, float32 ``[out, rank]``.
+        scaling: factor of the adapter.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor
+    up: Tensor
+    scaling: float
 
 
 class Rows:
@@ -166,10 +208,13 @@ class Kernels:
         sizes = [NUMBER(n) for n in (blocks, heads, keys, total.shape[1], width, tile)]
         self._call("add_windows", part, total, starts, *sizes)
 
+    def multiplies(self, inner: int) -> bool:
+        """Whether there are products over an `inner` dimension."""
+        return self._suffix == "bfloat16" and inner % 2 == 0 and _has_products()
+
     def attends(self, width: int) -> bool:
         """Whether `attention` is there for heads of `width`."""
-        whole_vectors = width % 32 == 0 and width <= 256
-        return self._suffix == "bfloat16" and whole_vectors and _has_attention()
+        return width % 32 == 0 and width <= 256 and self.multiplies(width)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
@@ -199,6 +244,47 @@ class Kernels:
         space, room = self._space(q, rows, backward=True)
         self._call("attention_backward", packed, out, logs, grad, *grads, parts, space, room)
         return grads
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tensor:
+        """``a [M, K]`` times ``b [K, N]``, or ``b [N, K]`` if `across`, into ``out [M, N]``; K is
+        even."""
+        columns = out.shape[1]
+        sizes = [NUMBER(n) for n in (len(a), columns, a.shape[1])]
+        room = self._room("product_room", *sizes)
+        self._call("product", a, b, out, *sizes, FLAG(across), room)
+        return out
+
+    def low_rank(self, x: Tensor, parts: Sequence[Low]) -> tuple[list[Tensor], Tensor]:
+        """Outputs ``[N, out]`` of each part, and what the adapters hold inside, ``[N, ranks]``.
+
+        Args:
+            x: ``[N, in]``, contiguous.
+            parts: `MOST_PARTS` at most.
+        """
+        inner = x.new_empty(len(x), sum(len(part.down) for part in parts))
+        outs = [x.new_empty(len(x), len(part.up)) for part in parts]
+        linears = _linears(x, parts, inner, outs)
+        self._call("low_rank", linears, self._room("low_rank_room", linears, FLAG(False)))
+        return outs, inner
+
+    def low_rank_backward(
+        self, x: Tensor, parts: Sequence[Low], inner: Tensor, grads: Sequence[Tensor], *,
+        grad_x: bool,
+    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
+        """Gradients of `x` (if `grad_x`), of all A and of all B, from those of the outputs."""
+        out = torch.empty_like(x) if grad_x else None
+        downs = [torch.empty_like(part.down) for part in parts]
+        ups = [torch.empty_like(part.up) for part in parts]
+        linears = _linears(x, parts, inner, grads, out, downs, ups)
+        self._call("low_rank_backward", linears, self._room("low_rank_room", linears, FLAG(True)))
+        return out, downs, ups
+
+    def _room(self, name: str, *arguments: Any) -> Tensor:
+        """Working memory for all threads of a call."""
+        measure: Any = getattr(_library()[0], f"{name}_{self._suffix}")
+        measure.restype = NUMBER
+        size = measure(*arguments, FLAG(torch.get_num_threads()))
+        return torch.empty(size, dtype=torch.uint8)
 
     def _space(self, q: Tensor, rows: Rows, *, backward: bool) -> tuple[Tensor, Any]:
         """Working memory of all threads, and the bytes of each."""
@@ -238,6 +324,23 @@ class Kernels:
         sizes = NUMBER(rows), NUMBER(words), FLAG(gradient)
         self._call("cross_entropy", logits, targets, loss, *sizes)
         return loss
+
+
+def _linears(
+    x: Tensor, parts: Sequence[Low], inner: Tensor, outs: Sequence[Tensor],
+    grad_x: Tensor | None = None, downs: Sequence[Tensor] = (), ups: Sequence[Tensor] = (),
+) -> Any:  # fmt: skip
+    def place(tensor: Tensor | None) -> int | None:
+        return None if tensor is None or _shapes_only else tensor.data_ptr()
+
+    all_parts = (_Part * MOST_PARTS)()
+    for i, (part, out) in enumerate(zip(parts, outs, strict=True)):
+        tensors = (*part[:4], out, *(grads[i] for grads in (downs, ups) if grads))
+        places = [place(tensor) for tensor in tensors] + [None] * (7 - len(tensors))
+        all_parts[i] = _Part(*places, *part.up.shape, part.scaling)
+    return ctypes.byref(
+        _Linears(place(x), place(grad_x), place(inner), *x.shape, len(parts), all_parts)
+    )
 
 
 def _score_sizes(scores: Tensor, within: tuple[Tensor, Tensor]) -> list[Any]:
@@ -285,7 +388,7 @@ def state() -> str:
 
 
 @cache
-def _has_attention() -> bool:
+def _has_products() -> bool:
     """Whether the compiler and the CPU know products of bfloat16 vectors.
 
     A CPU with units for whole tiles (AMX) is left to the matrix library, which uses them.

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from xtuner.models import adapters, block_attention, fused_attention, fused_layers, loss
 from xtuner.models.attention import training_implementation
 from xtuner.models.causal_lm import missing_to_round
-from xtuner.models.cpu_kernels import shapes_only
+from xtuner.models.cpu_kernels import kernels_for, shapes_only
 from xtuner.models.load import located_config, quiet_transformers
 from xtuner.models.quantize import Quantization
 
@@ -101,6 +101,9 @@ def measure(
         if not flash:
             fused_attention.install(model, check=False)
         saved, workspace = _quantised_size(model, quantization, double_quant)
+        kernels = None if flash else kernels_for(torch.empty(0, dtype=autocast or dtype))
+        if kernels is not None and kernels.multiplies(2):
+            workspace *= 2  # gate and up go together
         if frozen:
             model.requires_grad_(False)
         if recompute:

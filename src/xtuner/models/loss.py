@@ -24,8 +24,8 @@ LOGITS_BYTES = 64 * 2**20
 def chunk_rows(positions: int, vocabulary: int, bytes_each: int) -> int:
     """How many positions are multiplied with the head at once: equal parts, as few as have room.
 
-    Multiples of 16, and of 64 where they are many: for each number of rows a matrix library keeps
-    half a MiB of code.
+    Multiples of 16, and of 64 where they are many: for each number of rows torch's matrix library
+    keeps half a MiB of code.
     """
     room = max(16, LOGITS_BYTES // (bytes_each * vocabulary))
     parts = -(-positions // room) or 1
@@ -45,6 +45,11 @@ def _workspace(name: str, size: int, dtype: torch.dtype, device: torch.device) -
     if kept is None or len(kept) < size:
         kept = _kept_workspace[name, dtype] = torch.empty(size, dtype=dtype)
     return kept[:size]
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tensor:
+    """``a b``, or ``a b^T`` if `across`, in `out`."""
+    return torch.matmul(a, b.T if across else b, out=out)
 
 
 def _with_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
@@ -80,25 +85,29 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
         size = torch.finfo(dtype).bits // 8
-        beside = 0 if kernels_for(hidden.new_empty(0, dtype=dtype)) else 4  # float32 shares
+        kernels = kernels_for(hidden.new_empty(0, dtype=dtype), head)
+        beside = 0 if kernels else 4  # float32 shares
         step = chunk_rows(len(targets), len(head), size + beside)
         all_logits = _workspace("logits", step * len(head), dtype, hidden.device)
         all_logits = all_logits.view(step, len(head))
+        # torch's matrix library takes rows of nothing beside the others; see `chunk_rows`
+        exact = kernels is not None and all(map(kernels.multiplies, head.shape))
+        product = kernels.product if kernels is not None and exact else _matmul
         rows = hidden.new_zeros(step, hidden.shape[1], dtype=dtype)
+        pulled = torch.empty_like(rows) if need_hidden else None
         for start in range(0, len(targets), step or 1):
             part = slice(start, start + step)
             wanted = targets[part, None]
             count = len(wanted)
+            used = count if exact else step
             rows[:count] = hidden[part]
-            rows[count:] = 0  # of these rows nothing is used
-            error = torch.matmul(rows, head.T, out=all_logits)
+            rows[count:] = 0
+            error = product(rows[:used], head, all_logits[:used], across=True)
             total += _with_gradient(error[:count], wanted, gradient=need_hidden or need_weight)
-            if not (need_hidden or need_weight):
-                continue
-            if grad_hidden is not None:
-                grad_hidden[part] = (error @ head)[:count]
+            if grad_hidden is not None and pulled is not None:
+                grad_hidden[part] = product(error, head, pulled[:used])[:count]
             if grad_weight is not None:
-                grad_weight += error.T @ rows
+                grad_weight += error.T @ rows[:used]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

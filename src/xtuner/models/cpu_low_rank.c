@@ -1,0 +1,193 @@
+/* Linear layers of one input with their LoRA adapters, for CPUs that multiply bfloat16.
+ *
+ * A part of cpu_kernels.c; formulas in low_rank.py, products in cpu_products.c. What is added is one
+ * product: the frozen weight and the adapter stand side by side, and for the gradient of the input
+ * those of all layers. Sums stay in float32 from end to end and are rounded once.
+ */
+
+
+#define TOKENS 256 /* inner numbers at once where tokens are the inner dimension */
+#define MOST_PARTS 8
+
+/* A frozen layer W [out, in] with bias or NULL and its adapter A [rank, in], B [out, rank], float32;
+ * y [tokens, out] its output, or the gradient of that; dA and dB as A and B. */
+typedef struct {
+    const bf16 *weight, *bias;
+    const float *down, *up;
+    bf16 *y;
+    float *down_grad, *up_grad;
+    int64_t out, rank;
+    float scale;
+} Part;
+
+/* x [tokens, in]; dx alike, or NULL; h [tokens, sum of ranks], the adapters' x (s A)^T. */
+typedef struct {
+    const bf16 *x;
+    bf16 *dx, *h;
+    int64_t tokens, in, parts;
+    Part part[MOST_PARTS];
+} Linears;
+
+static Term by_weight(const Linears *l, int i, const bf16 *a, int64_t inner, int across) {
+    return (Term){a, inner, inner, {l->part[i].weight, l->in, 0, 1.0f}, across};
+}
+
+static Term by_down(const Linears *l, int i, const bf16 *a, int64_t a_row, int64_t inner,
+                    int across) {
+    return (Term){a, a_row, inner, {l->part[i].down, l->in, 1, l->part[i].scale}, across};
+}
+
+static Term by_up(const Linears *l, int i, const bf16 *a, int64_t a_row, int64_t inner,
+                  int across) {
+    return (Term){a, a_row, inner, {l->part[i].up, l->part[i].rank, 1, 1.0f}, across};
+}
+
+/* Working memory of a call. On the way back: dh = dy B, and dh^T and h^T [sum of ranks, tokens]. */
+typedef struct {
+    Workspace shared;
+    bf16 *pull, *pull_turned, *h_turned;
+    int64_t own, bytes, ranks, turned_row;
+} Layout;
+
+static Layout lay_out(const Linears *l, int backward, int threads, char *space) {
+    Layout all = {.turned_row = round_up(l->tokens, 32) + 32};
+    const char *begin = space;
+    int64_t inner = 0, sums = 0;
+    for (int i = 0; i < l->parts; i++) {
+        int64_t rank = l->part[i].rank, out = l->part[i].out;
+        int64_t one = backward ? sums_bytes(l->tokens, rank, out)
+                               : sums_bytes(l->tokens, out, l->in + rank);
+        all.ranks += rank;
+        inner = backward ? inner + out + rank : l->in + rank > inner ? l->in + rank : inner;
+        sums = one > sums ? one : sums;
+    }
+    int64_t whole = backward ? sums_bytes(l->tokens, l->in, inner) : 0;
+    int64_t rows = round_up(all.ranks, 16) + ROWS_A, tokens = (rows + TOKENS / 2) * LANES_B * 4;
+    all.own = backward && tokens > own_bytes(inner) ? tokens : own_bytes(inner);
+    all.shared = take_workspace(&space, inner, whole > sums ? whole : sums, threads * all.own);
+    if (backward) {
+        all.pull = take(&space, l->tokens * all.ranks * 2);
+        all.pull_turned = take(&space, rows * all.turned_row * 2);
+        all.h_turned = take(&space, rows * all.turned_row * 2);
+    }
+    all.bytes = space - begin;
+    return all;
+}
+
+static Workspace workspace_of(const Layout *all) {
+    Workspace space = all->shared;
+    space.own = (bf16 *)((char *)space.own + omp_get_thread_num() * all->own);
+    return space;
+}
+
+/* Bytes of working memory for one of the two functions below. */
+int64_t low_rank_room_bfloat16(const Linears *l, int backward, int threads) {
+    return lay_out(l, backward, threads, 0).bytes;
+}
+
+void low_rank_bfloat16(const Linears *l, char *memory, int threads) {
+    const Layout all = lay_out(l, 0, threads, memory);
+    _Pragma("omp parallel num_threads(threads)")
+    {
+        Workspace space = workspace_of(&all);
+        bf16 *h = l->h;
+        for (int i = 0; i < l->parts; i++) {
+            const Part *p = l->part + i;
+            Term down = by_down(l, i, l->x, l->in, l->in, 1);
+            Term both[] = {by_weight(l, i, l->x, l->in, 1), by_up(l, i, h, all.ranks, p->rank, 1)};
+            multiply(&down, 1, l->tokens, p->rank, 0, h, all.ranks, &space);
+            multiply(both, 2, l->tokens, p->out, p->bias, p->y, p->out, &space);
+            h += p->rank;
+        }
+    }
+}
+
+/* sums[rows, 64] = a x, for a [rows, tokens] and 64 columns of x [tokens, columns] from `column` on.
+ * The memory is `sums`, and x with pairs of rows behind them. Returns the sums. */
+static float *over_tokens(const bf16 *a, int64_t a_row, int64_t rows, const bf16 *x, int64_t tokens,
+                          int64_t columns, int64_t column, bf16 *memory) {
+    float *sums = (float *)memory;
+    bf16 *paired = (bf16 *)(sums + round_up(rows, ROWS_A) * LANES_B);
+    for (int64_t t = 0; t < tokens; t += TOKENS) {
+        int64_t some = tokens - t < TOKENS ? tokens - t : TOKENS;
+        Matrix from = {x + t * columns, columns, 0, 1.0f};
+        pair_rows(&from, column, some, columns, LANES_B, paired);
+        const bf16 *next = x + (t + TOKENS) * columns + column;
+        const int64_t rows_each = (TOKENS * ROWS_A + rows - 1) / rows;
+        for (int64_t r = 0, k = 0; r < rows; r += ROWS_A) {
+            for (int64_t end = k + rows_each; k < end && t + TOKENS + k < tokens; k++) {
+                _mm_prefetch(next + k * columns, _MM_HINT_T1);
+                _mm_prefetch(next + k * columns + LANES_B / 2, _MM_HINT_T1);
+            }
+            product(LANES_B, a + r * a_row + t, a_row, paired, 2 * LANES_B, (some + 1) / 2,
+                    sums + r * LANES_B, LANES_B, t > 0);
+        }
+    }
+    return sums;
+}
+
+/* dA of all parts, for 64 columns from `column` on. */
+static void grad_of_downs(const Linears *l, const Layout *all, int64_t column, bf16 *memory) {
+    const float *sums = over_tokens(all->pull_turned, all->turned_row, all->ranks, l->x, l->tokens,
+                                    l->in, column, memory);
+    for (int i = 0; i < l->parts; sums += l->part[i++].rank * LANES_B)
+        for (int64_t r = 0; r < l->part[i].rank; r++) {
+            float *to = l->part[i].down_grad + r * l->in + column;
+            for (int64_t j = 0; j < LANES_B && column + j < l->in; j++)
+                to[j] = l->part[i].scale * sums[r * LANES_B + j];
+        }
+}
+
+/* dB of part i, 64 rows of it from `row` on; `before` ranks belong to the parts before it. */
+static void grad_of_up(const Linears *l, const Layout *all, int i, int64_t before, int64_t row,
+                       bf16 *memory) {
+    const Part *p = l->part + i;
+    const float *sums = over_tokens(all->h_turned + before * all->turned_row, all->turned_row,
+                                    p->rank, p->y, l->tokens, p->out, row, memory);
+    for (int64_t r = 0; r < p->rank; r += 16)
+        for (int64_t j = 0; j < LANES_B; j += 16) {
+            __m512i block[16];
+            for (int k = 0; k < 16; k++)
+                block[k] = r + k < p->rank ? _mm512_loadu_si512(sums + (r + k) * LANES_B + j)
+                                           : _mm512_setzero_si512();
+            transpose(block);
+            __mmask16 there = (__mmask16)first_lanes(p->rank - r < 16 ? p->rank - r : 16);
+            for (int k = 0; k < 16 && row + j + k < p->out; k++)
+                _mm512_mask_storeu_epi32(p->up_grad + (row + j + k) * p->rank + r, there, block[k]);
+        }
+}
+
+void low_rank_backward_bfloat16(const Linears *l, char *memory, int threads) {
+    const Layout all = lay_out(l, 1, threads, memory);
+    _Pragma("omp parallel num_threads(threads)")
+    {
+        Workspace space = workspace_of(&all);
+        Term terms[2 * MOST_PARTS];
+        bf16 *pull = all.pull;
+        int parts = (int)l->parts;
+        for (int i = 0; i < parts; pull += l->part[i++].rank) {
+            const Part *p = l->part + i;
+            Term up = by_up(l, i, p->y, p->out, p->out, 0);
+            multiply(&up, 1, l->tokens, p->rank, 0, pull, all.ranks, &space);
+            terms[i] = by_weight(l, i, p->y, p->out, 0);
+            terms[parts + i] = by_down(l, i, pull, all.ranks, p->rank, 0);
+        }
+        if (l->dx) multiply(terms, 2 * parts, l->tokens, l->in, 0, l->dx, l->in, &space);
+        _Pragma("omp barrier")
+        Matrix pulls = {all.pull, all.ranks, 0, 1.0f}, hs = {l->h, all.ranks, 0, 1.0f};
+        _Pragma("omp for schedule(dynamic)")
+        for (int64_t r = 0; r < all.ranks; r += 16) {
+            int64_t place = r * all.turned_row;
+            turn_columns(&pulls, r, l->tokens, all.ranks, all.pull_turned + place, all.turned_row);
+            turn_columns(&hs, r, l->tokens, all.ranks, all.h_turned + place, all.turned_row);
+        }
+        _Pragma("omp for schedule(dynamic) nowait")
+        for (int64_t j = 0; j < l->in; j += LANES_B) grad_of_downs(l, &all, j, space.own);
+        int64_t before = 0;
+        for (int i = 0; i < parts; before += l->part[i++].rank) {
+            _Pragma("omp for schedule(dynamic) nowait")
+            for (int64_t j = 0; j < l->part[i].out; j += LANES_B)
+                grad_of_up(l, &all, i, before, j, space.own);
+        }
+    }
+}

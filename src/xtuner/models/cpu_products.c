@@ -1,0 +1,370 @@
+/* Products of bfloat16 matrices on CPUs that multiply vectors of them (AVX512-BF16).
+ *
+ * A part of cpu_kernels.c, for attention and linear layers. One product serves all: `ROWS_A` rows
+ * of pairs, each broadcast, times vectors of pairs. It takes two neighbours of the inner dimension
+ * at once, so that the second matrix must have its pairs side by side ("paired"); the functions
+ * that lay it out so also round float32 numbers and fill up with zeros.
+ *
+ * For whole matrices (`multiply`) all threads lay out the second one together, some columns at a
+ * time, and then share tasks of few rows, so that no thread waits long for another.
+ */
+
+#include <immintrin.h>
+#include <omp.h>
+
+#define ROWS_A 6    /* 6 x 4 accumulators, 4 vectors and 1 broadcast fill 29 of 32 registers */
+#define LANES_B 64  /* columns of a block: four vectors of 16 */
+#define INLINE static inline __attribute__((always_inline))
+
+#define UNROLL _Pragma("GCC unroll 6") /* so that sums stay in registers */
+
+#define LANE _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+
+typedef uint16_t bf16;
+
+/* sum[6, 16 nv] += a[6, 2 pairs] b, where b[p] holds columns of the inner numbers 2p and 2p + 1. */
+INLINE void accumulate(const int nv, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
+                       int64_t pairs, __m512 sum[ROWS_A][4]) {
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512bh column[4];
+        UNROLL for (int j = 0; j < nv; j++)
+            column[j] = (__m512bh)_mm512_loadu_si512(b + p * b_pair + 32 * j);
+        UNROLL for (int r = 0; r < ROWS_A; r++) {
+            int32_t pair;
+            memcpy(&pair, a + r * a_row + 2 * p, 4);
+            __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+            UNROLL for (int j = 0; j < nv; j++)
+                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], row, column[j]);
+        }
+    }
+}
+
+/* c[6, 16 nv] (+)= a b, as `accumulate`. */
+INLINE void product_nv(const int nv, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
+                       int64_t pairs, float *c, int64_t c_row, int add) {
+    __m512 sum[ROWS_A][4];
+    UNROLL for (int r = 0; r < ROWS_A; r++)
+        UNROLL for (int j = 0; j < nv; j++)
+            sum[r][j] = add ? _mm512_loadu_ps(c + r * c_row + 16 * j) : _mm512_setzero_ps();
+    accumulate(nv, a, a_row, b, b_pair, pairs, sum);
+    UNROLL for (int r = 0; r < ROWS_A; r++)
+        UNROLL for (int j = 0; j < nv; j++) _mm512_storeu_ps(c + r * c_row + 16 * j, sum[r][j]);
+}
+
+/* As `product_nv`, for any number of columns, rounded up to a multiple of 16. */
+static void product(int64_t columns, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
+                    int64_t pairs, float *c, int64_t c_row, int add) {
+    for (; columns > 48; columns -= 64, b += 128, c += 64)
+        product_nv(4, a, a_row, b, b_pair, pairs, c, c_row, add);
+    if (columns > 32) product_nv(3, a, a_row, b, b_pair, pairs, c, c_row, add);
+    else if (columns > 16) product_nv(2, a, a_row, b, b_pair, pairs, c, c_row, add);
+    else if (columns > 0) product_nv(1, a, a_row, b, b_pair, pairs, c, c_row, add);
+}
+
+/* A 16 x 16 matrix of 32-bit numbers, on its side. */
+INLINE void transpose(__m512i row[16]) {
+    __m512i x[16];
+    for (int i = 0; i < 16; i += 2) {
+        x[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+        x[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            row[i + 2 * j] = _mm512_unpacklo_epi64(x[i + j], x[i + 2 + j]);
+            row[i + 2 * j + 1] = _mm512_unpackhi_epi64(x[i + j], x[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            x[8 * j + i] = _mm512_shuffle_i32x4(row[8 * j + i], row[8 * j + 4 + i], 0x88);
+            x[8 * j + 4 + i] = _mm512_shuffle_i32x4(row[8 * j + i], row[8 * j + 4 + i], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        row[i] = _mm512_shuffle_i32x4(x[i], x[8 + i], 0x88);
+        row[8 + i] = _mm512_shuffle_i32x4(x[i], x[8 + i], 0xdd);
+    }
+}
+
+/* Numbers in memory: rows `row` numbers apart, bfloat16 or, if `wide`, float32 to be multiplied by
+ * `scale` and rounded. */
+typedef struct {
+    const void *values;
+    int64_t row;
+    int wide;
+    float scale;
+} Matrix;
+
+/* A mask of `count` lanes, 32 at most. */
+INLINE __mmask32 first_lanes(int64_t count) {
+    return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0;
+}
+
+/* 32 numbers of row i from column j on; those from row `rows` and column `columns` on are zeros. */
+INLINE __m512i numbers(const Matrix *x, int64_t i, int64_t j, int64_t rows, int64_t columns) {
+    __mmask32 there = first_lanes(i < rows ? columns - j : 0);
+    if (!x->wide) return _mm512_maskz_loadu_epi16(there, (const bf16 *)x->values + i * x->row + j);
+    const float *from = (const float *)x->values + i * x->row + j;
+    const __m512 scale = _mm512_set1_ps(x->scale);
+    __m512 low = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps((__mmask16)there, from));
+    __m512 high = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + 16));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+INLINE void pair_block(const Matrix *x, int64_t i, int64_t j, int64_t rows, int64_t columns,
+                       __m512i block[16]) {
+    if (!x->wide && i + 16 <= rows && j + 32 <= columns)
+        for (int r = 0; r < 16; r++)
+            block[r] = _mm512_loadu_si512((const bf16 *)x->values + (i + r) * x->row + j);
+    else
+        for (int r = 0; r < 16; r++) block[r] = numbers(x, i + r, j, rows, columns);
+    transpose(block);
+}
+
+/* 64 rows of x [rows, columns] from `first` on, to out [columns / 2, 64, 2]: pairs of columns, a
+ * row in each lane. */
+static void pair_columns(const Matrix *x, int64_t first, int64_t rows, int64_t columns, bf16 *out) {
+    int64_t pairs = (columns + 1) / 2;
+    for (int64_t i = 0; i < LANES_B; i += 16)
+        for (int64_t p = 0; p < pairs; p += 16) {
+            __m512i block[16];
+            bf16 *to = out + p * 2 * LANES_B + i * 2;
+            pair_block(x, first + i, 2 * p, rows, columns, block);
+            if (p + 16 <= pairs)
+                for (int j = 0; j < 16; j++) _mm512_storeu_si512(to + j * 2 * LANES_B, block[j]);
+            else
+                for (int j = 0; p + j < pairs; j++)
+                    _mm512_storeu_si512(to + j * 2 * LANES_B, block[j]);
+        }
+}
+
+/* The first 16 numbers of two rows in turn. */
+INLINE __m512i woven(__m512i even, __m512i odd) {
+    /* 32 added to an index takes from `odd` */
+    const __m512i order = _mm512_or_si512(
+        LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(32)), 16));
+    return _mm512_permutex2var_epi16(even, order, odd);
+}
+
+/* Columns of x [rows, columns] from `first` on, to out [rows / 2, lanes, 2]: pairs of rows; `lanes`
+ * is a multiple of 32. */
+static void pair_rows(const Matrix *x, int64_t first, int64_t rows, int64_t columns, int64_t lanes,
+                      bf16 *out) {
+    for (int64_t i = 0; i < rows; i += 2)
+        for (int64_t j = 0; j < lanes; j += 32) {
+            __m512i even = numbers(x, i, first + j, rows, columns);
+            __m512i odd = numbers(x, i + 1, first + j, rows, columns);
+            bf16 *to = out + i * lanes + 2 * j;
+            _mm512_storeu_si512(to, woven(even, odd));
+            even = _mm512_shuffle_i64x2(even, even, 0x4e); /* the upper half */
+            odd = _mm512_shuffle_i64x2(odd, odd, 0x4e);
+            _mm512_storeu_si512(to + 32, woven(even, odd));
+        }
+}
+
+/* 16 columns of x [rows, columns] from `first` on as rows of out, up to a multiple of 32. */
+static void turn_columns(const Matrix *x, int64_t first, int64_t rows, int64_t columns, bf16 *out,
+                         int64_t out_row) {
+    for (int64_t i = 0; i < rows; i += 32) {
+        __m512i block[16];
+        for (int p = 0; p < 16; p++)
+            block[p] = woven(numbers(x, i + 2 * p, first, rows, columns),
+                             numbers(x, i + 2 * p + 1, first, rows, columns));
+        transpose(block);
+        for (int r = 0; r < 16; r++) _mm512_storeu_si512(out + r * out_row + i, block[r]);
+    }
+}
+
+static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+static void *take(char **free_space, int64_t bytes) {
+    char *taken = *free_space;
+    *free_space += round_up(bytes, 64);
+    return taken;
+}
+
+#define ROWS_AT_ONCE 36 /* rows of a task */
+#define INNER 3200      /* inner numbers at once: 64 columns of them take 400 KiB */
+#define SLAB 4194304    /* bytes of second matrices laid out at once, or 64 columns */
+#define MOST_TERMS 16
+
+/* One term a b of a sum: a [rows, inner]; b [columns, inner] if `across`, else [inner, columns]. */
+typedef struct {
+    const bf16 *a;
+    int64_t a_row, inner;
+    Matrix b;
+    int across;
+} Term;
+
+/* Working memory. Second matrices go to two slabs in turn: one is filled while threads that are
+ * behind may still read the other. `sums` are for products with a large inner dimension; `own` is
+ * this thread's. */
+typedef struct {
+    bf16 *slab[2], *own;
+    float *sums;
+    int turn;
+} Workspace;
+
+static int64_t slab_bytes(int64_t inner) {
+    int64_t panel = (inner < INNER ? inner : INNER) * LANES_B * 2;
+    return panel > SLAB ? panel : SLAB;
+}
+
+static int64_t sums_bytes(int64_t rows, int64_t columns, int64_t inner) {
+    return inner > INNER ? rows * round_up(columns, LANES_B) * 4 : 0;
+}
+
+/* Six rows of the terms' first matrices from `row` on times 16 nv columns: begun at zero, or at c if
+ * `add`; left in c, or, if there is an `out`, rounded there, `rows` by `columns` of them, bias
+ * added. */
+INLINE void tile_nv(const int nv, const Term *terms, int count, int64_t row, const bf16 *b,
+                    float *c, int64_t c_row, int add, const bf16 *bias, bf16 *out, int64_t out_row,
+                    int64_t rows, int64_t columns) {
+    __m512 sum[ROWS_A][4];
+    UNROLL for (int r = 0; r < ROWS_A; r++)
+        UNROLL for (int j = 0; j < nv; j++)
+            sum[r][j] = add && r < rows ? _mm512_loadu_ps(c + r * c_row + 16 * j)
+                                        : _mm512_setzero_ps();
+    for (int i = 0; i < count; b += terms[i++].inner * LANES_B)
+        accumulate(nv, terms[i].a + row * terms[i].a_row, terms[i].a_row, b, 2 * LANES_B,
+                   terms[i].inner / 2, sum);
+    UNROLL for (int r = 0; r < ROWS_A; r++)
+        UNROLL for (int j = 0; j < nv; j++) {
+            if (!out) {
+                if (r < rows) _mm512_storeu_ps(c + r * c_row + 16 * j, sum[r][j]);
+                continue;
+            }
+            __mmask16 there = (__mmask16)first_lanes(r < rows ? columns - 16 * j : 0);
+            if (bias) {
+                __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, bias + 16 * j));
+                sum[r][j] = _mm512_add_ps(sum[r][j], (__m512)_mm512_slli_epi32(wide, 16));
+            }
+            _mm256_mask_storeu_epi16(out + r * out_row + 16 * j, there,
+                                     (__m256i)_mm512_cvtneps_pbh(sum[r][j]));
+        }
+}
+
+static void tile(const Term *terms, int count, int64_t row, const bf16 *b, float *c, int64_t c_row,
+                 int add, const bf16 *bias, bf16 *out, int64_t out_row, int64_t rows,
+                 int64_t columns) {
+    if (columns > 32)
+        tile_nv(4, terms, count, row, b, c, c_row, add, bias, out, out_row, rows, columns);
+    else if (columns > 16)
+        tile_nv(2, terms, count, row, b, c, c_row, add, bias, out, out_row, rows, columns);
+    else
+        tile_nv(1, terms, count, row, b, c, c_row, add, bias, out, out_row, rows, columns);
+}
+
+/* The terms with fewer than six rows left, from `row` on, filled up with zeros in `own`. */
+static void fill_up(const Term *terms, int count, int64_t row, int64_t rows, bf16 *own,
+                    Term *filled) {
+    for (int i = 0; i < count; i++) {
+        int64_t inner = terms[i].inner;
+        filled[i] = terms[i];
+        filled[i].a = own;
+        filled[i].a_row = inner;
+        memset(own, 0, ROWS_A * inner * 2);
+        for (int64_t r = 0; r < rows; r++, own += inner)
+            memcpy(own, terms[i].a + (row + r) * terms[i].a_row, inner * 2);
+        own += (ROWS_A - rows) * inner;
+    }
+}
+
+/* As `multiply`, for an inner dimension that is taken at once; sums begin with what the `sums` hold
+ * if `add`, and stay there unless there is an `out`. */
+static void multiply_at_once(const Term *terms, int count, int64_t rows, int64_t columns, int add,
+                             const bf16 *bias, bf16 *out, int64_t out_row, Workspace *space) {
+    int64_t inner = 0, sums_row = round_up(columns, LANES_B);
+    for (int i = 0; i < count; i++) inner += terms[i].inner;
+    int64_t at_once = slab_bytes(inner) / (2 * LANES_B * inner) * LANES_B;
+    for (int64_t start = 0; start < columns; start += at_once) {
+        int64_t stop = start + at_once < columns ? start + at_once : columns;
+        bf16 *slab = space->slab[space->turn ^= 1];
+        _Pragma("omp for schedule(dynamic)")
+        for (int64_t j = start; j < stop; j += LANES_B) {
+            bf16 *to = slab + (j - start) * inner;
+            for (int i = 0; i < count; to += terms[i++].inner * LANES_B)
+                if (terms[i].across) pair_columns(&terms[i].b, j, columns, terms[i].inner, to);
+                else pair_rows(&terms[i].b, j, terms[i].inner, columns, LANES_B, to);
+        }
+        _Pragma("omp for schedule(dynamic) nowait")
+        for (int64_t i = 0; i < rows; i += ROWS_AT_ONCE) {
+            int64_t some = rows - i < ROWS_AT_ONCE ? rows - i : ROWS_AT_ONCE;
+            Term filled[MOST_TERMS];
+            if (some % ROWS_A)
+                fill_up(terms, count, i + some / ROWS_A * ROWS_A, some % ROWS_A, space->own, filled);
+            for (int64_t j = start; j < stop; j += LANES_B)
+                for (int64_t x = 0; x < some; x += ROWS_A) {
+                    int whole = x + ROWS_A <= some;
+                    tile(whole ? terms : filled, count, whole ? i + x : 0,
+                         slab + (j - start) * inner, space->sums + (i + x) * sums_row + j, sums_row,
+                         add, bias ? bias + j : 0, out ? out + (i + x) * out_row + j : 0, out_row,
+                         some - x, columns - j);
+                }
+        }
+    }
+}
+
+/* Move a term's inner dimension on. */
+static void skip_inner(Term *term, int64_t count) {
+    int64_t numbers = term->across ? count : count * term->b.row;
+    term->a += count;
+    term->inner -= count;
+    term->b.values = (const char *)term->b.values + numbers * (term->b.wide ? 4 : 2);
+}
+
+/* out[rows, columns] = sum of terms + bias, by all threads of a parallel region together; inner
+ * dimensions are even. No thread waits at the end: `out` is whole after the next barrier, or inside
+ * the next call, whose first matrices alone may therefore be it. */
+static void multiply(const Term *terms, int count, int64_t rows, int64_t columns, const bf16 *bias,
+                     bf16 *out, int64_t out_row, Workspace *space) {
+    Term left[MOST_TERMS], now[MOST_TERMS];
+    int64_t inner = 0;
+    for (int i = 0; i < count; i++) inner += (left[i] = terms[i]).inner;
+    int64_t each = round_up(inner / ((inner + INNER - 1) / INNER) + 1, 2), done = 0;
+    for (int first = 0; done < inner;) {
+        int64_t room = each < INNER ? each : INNER;
+        int add = done > 0, used = 0;
+        while (room && first < count) {
+            int64_t some = left[first].inner < room ? left[first].inner : room;
+            now[used] = left[first];
+            now[used++].inner = some;
+            skip_inner(left + first, some);
+            if (!left[first].inner) first++;
+            room -= some;
+            done += some;
+        }
+        bf16 *to = done < inner ? 0 : out;
+        multiply_at_once(now, used, rows, columns, add, bias, to, out_row, space);
+    }
+}
+
+static Workspace take_workspace(char **space, int64_t inner, int64_t sums, int64_t own) {
+    Workspace all = {.sums = take(space, sums)};
+    for (int i = 0; i < 2; i++) all.slab[i] = take(space, slab_bytes(inner));
+    all.own = take(space, own);
+    return all;
+}
+
+static int64_t own_bytes(int64_t inner) {
+    return round_up(ROWS_A * (inner < INNER ? inner : INNER) * 2, 64);
+}
+
+/* Bytes of working memory for `product`. */
+int64_t product_room_bfloat16(int64_t rows, int64_t columns, int64_t inner, int threads) {
+    char *space = 0;
+    take_workspace(&space, inner, sums_bytes(rows, columns, inner), threads * own_bytes(inner));
+    return space - (char *)0;
+}
+
+/* out[rows, columns] = a b, a [rows, inner], b [columns, inner] if `across`, else [inner, columns]. */
+void product_bfloat16(const bf16 *a, const bf16 *b, bf16 *out, int64_t rows, int64_t columns,
+                      int64_t inner, int across, char *memory, int threads) {
+    int64_t own = own_bytes(inner);
+    Workspace all = take_workspace(&memory, inner, sums_bytes(rows, columns, inner), threads * own);
+    Term term = {a, inner, inner, {b, across ? inner : columns, 0, 1.0f}, across};
+    _Pragma("omp parallel num_threads(threads)")
+    {
+        Workspace space = all;
+        space.own = (bf16 *)((char *)all.own + omp_get_thread_num() * own);
+        multiply(&term, 1, rows, columns, 0, out, columns, &space);
+    }
+}

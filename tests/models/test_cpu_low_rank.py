@@ -1,0 +1,171 @@
+"""Products of whole matrices, and linear layers with LoRA, as compiled calls against the formula in
+float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from xtuner.models import cpu_kernels
+from xtuner.models.low_rank import Adapted, low_rank_linears
+
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
+)
+
+
+def close(found, exact):
+    """As near as rounding twice to 8 bits allows."""
+    found, exact = found.double(), exact.double()
+    assert found.isfinite().all()
+    assert (found - exact).norm() < 0.006 * exact.norm()
+    assert (found - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 2, 2), (37, 65, 130), (6, 64, 32), (100, 30, 3200), (73, 100, 3202), (40, 90, 6500),
+     (41, 33000, 34)],
+    ids="{0[0]}x{0[2]}x{0[1]}".format,
+)  # fmt: skip
+def test_products_of_any_size(sizes, across):
+    rows, columns, inner = sizes
+    torch.manual_seed(1)
+    a = torch.randn(rows, inner).bfloat16()
+    b = torch.randn(*((columns, inner) if across else (inner, columns))).bfloat16()
+    guarded = torch.full((rows + 1, columns), torch.nan).bfloat16()
+    out = cpu_kernels.kernels_for(a, b).product(a, b, guarded[:rows], across=across)
+    close(out, a.double() @ (b.T if across else b).double())
+    assert guarded[rows].isnan().all()  # nothing is written behind the end
+
+
+def layers_of(width, outs, ranks, *, bias=True, seed=0):
+    torch.manual_seed(seed)
+    parts = []
+    for i, (out, rank) in enumerate(zip(outs, ranks, strict=True)):
+        layer = nn.Linear(width, out, bias=bias and i % 2 == 0).bfloat16().requires_grad_(False)
+        down = torch.randn(rank, width, requires_grad=True)
+        up = torch.randn(out, rank, requires_grad=True)
+        parts.append(Adapted(layer, down, up, 0.25 * (i + 1)))
+    return parts
+
+
+def formula(x, parts):
+    """Outputs and, for pulls, gradients of x, all A and all B."""
+    x = x.detach().double().requires_grad_()
+    downs = [part.down.detach().double().requires_grad_() for part in parts]
+    ups = [part.up.detach().double().requires_grad_() for part in parts]
+    outs = []
+    for part, down, up in zip(parts, downs, ups, strict=True):
+        layer = part.layer
+        bias = 0 if layer.bias is None else layer.bias.double()
+        outs.append(x @ layer.weight.double().T + bias + part.scaling * (x @ down.T @ up.T))
+    return outs, (x, *downs, *ups)
+
+
+def found_by(x, parts, pulls, *, grad_x=True):
+    outs = low_rank_linears(x, parts)
+    assert type(outs[0].grad_fn).__name__ == "_CompiledLowRankLinearsBackward"
+    trained = [part.down for part in parts] + [part.up for part in parts]
+    return [*outs, *torch.autograd.grad(outs, [x] * grad_x + trained, pulls)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "outs", "ranks"),
+    [
+        (1, 2, (2,), (2,)),
+        (7, 24, (40, 8, 2), (4, 2, 6)),
+        (97, 130, (70, 66), (10, 10)),
+        (250, 64, (192, 64, 64), (64, 64, 64)),
+        (259, 36, (96, 100), (130, 8)),  # more tokens than are summed at once
+        (43, 3300, (30, 34), (8, 16)),  # more inner numbers than are multiplied at once
+        (13, 40, (4000,), (16,)),
+    ],
+)
+def test_values_and_gradients(tokens, width, outs, ranks):
+    parts = layers_of(width, outs, ranks)
+    x = torch.randn(tokens, width).bfloat16().requires_grad_()
+    pulls = [torch.randn(tokens, out).bfloat16() for out in outs]
+    exact, inputs = formula(x, parts)
+    grads = torch.autograd.grad(exact, inputs, [pull.double() for pull in pulls])
+    for found, wanted in zip(found_by(x, parts, pulls), [*exact, *grads], strict=True):
+        close(found, wanted)
+
+
+def test_an_input_without_a_gradient_and_more_dimensions():
+    parts = layers_of(24, (40, 8), (4, 2))
+    x = torch.randn(2, 3, 24).bfloat16()
+    pulls = [torch.randn(2, 3, 40).bfloat16(), torch.randn(2, 3, 16).bfloat16()[..., ::2]]
+    exact, inputs = formula(x, parts)
+    grads = torch.autograd.grad(exact, inputs[1:], [pull.double() for pull in pulls])
+    found = found_by(x, parts, pulls, grad_x=False)
+    for ours, wanted in zip(found, [*exact, *grads], strict=True):
+        assert ours.shape == wanted.shape
+        close(ours, wanted)
+
+
+def test_the_number_of_threads_changes_nothing():
+    parts = layers_of(70, (130, 40), (10, 6))
+    x = torch.randn(300, 70).bfloat16().requires_grad_()
+    pulls = [torch.randn(300, 130).bfloat16(), torch.randn(300, 40).bfloat16()]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(found_by(x, parts, pulls))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_what_is_not_a_number_stays_in_its_row():
+    parts = layers_of(64, (64,), (8,))
+    x = torch.randn(45, 64).bfloat16()
+    x[40, 3] = torch.nan
+    (out,) = low_rank_linears(x, parts)
+    assert out[40].isnan().all()
+    assert out[:40].isfinite().all() and out[41:].isfinite().all()
+
+
+def test_quantised_weights_are_those_that_bitsandbytes_gives():
+    import bitsandbytes as bnb
+
+    torch.manual_seed(2)
+    layer = bnb.nn.Linear4bit(
+        64, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    ).to("cpu")
+    whole = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    plain = nn.Linear(64, 128, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    plain.weight.data.copy_(whole)
+    x = torch.randn(9, 64).bfloat16().requires_grad_()
+    down, up = torch.randn(4, 64, requires_grad=True), torch.randn(128, 4, requires_grad=True)
+    pull = [torch.randn(9, 128).bfloat16()]
+    results = [found_by(x, [Adapted(kind, down, up, 0.5)], pull) for kind in (layer, plain)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dropout": 0.1},
+        {"down": torch.zeros(3, 24), "up": torch.zeros(40, 3)},  # a rank without pairs
+        {"down": torch.zeros(4, 24).bfloat16(), "up": torch.zeros(40, 4).bfloat16()},
+    ],
+    ids=["dropout", "odd rank", "adapters in 16 bits"],
+)
+def test_other_layers_are_multiplied_by_torch(change):
+    (part,) = layers_of(24, (40,), (4,))
+    part = Adapted(**{**vars(part), **change})
+    x = torch.randn(5, 24).bfloat16().requires_grad_()
+    (out,) = low_rank_linears(x, [part])
+    assert type(out.grad_fn).__name__ == "_LowRankLinearsBackward"
+
+
+def test_an_adapter_changed_before_its_gradient_is_noticed():
+    (part,) = layers_of(24, (40,), (4,))
+    (out,) = low_rank_linears(torch.randn(5, 24).bfloat16(), [part])
+    with torch.no_grad():
+        part.down.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
