@@ -209,6 +209,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--peers", nargs="+", default=[""], help="words of their names")
     options = parser.parse_args()
+    for name in options.only:
+        known = [peer for peer, *_ in WORKS[name][1]]
+        if not any(word in peer for word in options.peers for peer in known):
+            parser.error(f"--peers: {name} has none such; allowed are words of {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if options.data is None:

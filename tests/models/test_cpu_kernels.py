@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from xtuner.models import cpu_kernels
 from xtuner.models.block_attention import block_attention
 from xtuner.models.cpu_kernels import kernels_for
-from xtuner.models.fused_layers import RMSNorm, _SiluProduct
+from xtuner.models.fused_layers import RMSNorm, _RMSNorm, _SiluProduct
 from xtuner.models.loss import summed_cross_entropy
 
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -66,6 +66,19 @@ def test_rms_norm(dtype, width):
         [x],
         dtype,
     )
+
+
+@pytest.mark.parametrize("rows", [1, 64, 150])
+def test_rms_norm_with_a_trained_weight(dtype, rows):
+    x, weight = numbers(rows, 33, dtype=dtype), numbers(33, dtype=dtype, seed=1)
+
+    def ours(x, weight):
+        return _RMSNorm.apply(x, weight, 1e-5)
+
+    def formula(x, weight):
+        return weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+    check(ours, formula, [x, weight], dtype)
 
 
 def test_silu_product_far_from_zero_too(dtype):

@@ -19,13 +19,15 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from xtuner.models.workspace import workspace
 
 SOURCE = Path(__file__).with_suffix(".c")
 PARTS = (SOURCE, *map(SOURCE.with_name, ("cpu_products.c", "cpu_attention.c", "cpu_low_rank.c")))
@@ -48,48 +50,6 @@ class _Packed(ctypes.Structure):
         *((name, NUMBER) for name in ("q_row", "k_row", "v_row", "window")),
         ("scale", REAL),
     )
-
-
-MOST_PARTS = 8
-"""How many layers of one input go together at most."""
-
-
-class _Part(ctypes.Structure):
-    """`Part` of cpu_low_rank.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "down", "up", "y")),
-        *((name, ctypes.c_void_p) for name in ("down_grad", "up_grad")),
-        *(("out", NUMBER), ("rank", NUMBER), ("scale", REAL)),
-    )
-
-
-class _Linears(ctypes.Structure):
-    """`Linears` of cpu_low_rank.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "dx", "inner")),
-        *((name, NUMBER) for name in ("tokens", "in", "parts")),
-        ("part", _Part * MOST_PARTS),
-    )
-
-
-class Low(NamedTuple):
-    """A frozen layer and its adapter as the compiled functions take them.
-
-    Attributes:
-        weight: bfloat16 ``[out, in]``.
-        bias: bfloat16 ``[out]``, or None.
-        down: A, float32 ``[rank, in]``.
-        up: B, float32 ``[out, rank]``.
-        scaling: factor of the adapter.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    down: Tensor
-    up: Tensor
-    scaling: float
 
 
 class Rows:
@@ -119,7 +79,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL | None, suffix: str):
         self._library, self._suffix = library, suffix
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call the C function `name` for this type, with torch's threads."""
         if self._library is None:  # tensors without values
             return
         function = getattr(self._library, f"{name}_{self._suffix}")
@@ -131,19 +92,25 @@ class Kernels:
         y, width = torch.empty_like(x), x.shape[-1]
         scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         rows = NUMBER(scale.numel())
-        self._call("rms_norm", x, weight, y, scale, rows, NUMBER(width), REAL(eps))
+        self.call("rms_norm", x, weight, y, scale, rows, NUMBER(width), REAL(eps))
         return y, scale
 
-    def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Gradient of `x`."""
-        out, size = torch.empty_like(x), (NUMBER(scale.numel()), NUMBER(x.shape[-1]))
-        self._call("rms_norm_backward", grad, x, weight, scale, out, *size)
-        return out
+    def rms_norm_backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, grad_weight: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of `x`, and of `weight` in float32 if `grad_weight`."""
+        rows, width = scale.numel(), x.shape[-1]
+        out, parts = torch.empty_like(x), None
+        if grad_weight:
+            parts = x.new_empty(-(-rows // 64), width, dtype=torch.float32)
+        sizes = NUMBER(rows), NUMBER(width)
+        self.call("rms_norm_backward", grad, x, weight, scale, out, parts, *sizes)
+        return out, None if parts is None else parts.sum(0)
 
     def silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
         """``silu(gate) * up``."""
         out = torch.empty_like(gate)
-        self._call("silu_product", gate, up, out, NUMBER(gate.numel()))
+        self.call("silu_product", gate, up, out, NUMBER(gate.numel()))
         return out
 
     def silu_product_backward(
@@ -151,7 +118,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of `gate` and `up`."""
         outs = torch.empty_like(gate), torch.empty_like(up)
-        self._call("silu_product_backward", grad, gate, up, *outs, NUMBER(gate.numel()))
+        self.call("silu_product_backward", grad, gate, up, *outs, NUMBER(gate.numel()))
         return outs
 
     def softmax_within(self, scores: Tensor, within: tuple[Tensor, Tensor], scale: float) -> Tensor:
@@ -162,7 +129,7 @@ class Kernels:
             within: first key, and last key + 1, of each query; int32 ``[n, b]``.
             scale: factor of the scores.
         """
-        self._call("softmax_within", scores, *within, *_score_sizes(scores, within), REAL(scale))
+        self.call("softmax_within", scores, *within, *_score_sizes(scores, within), REAL(scale))
         return scores
 
     def softmax_within_backward(
@@ -170,7 +137,7 @@ class Kernels:
     ) -> Tensor:
         """Gradient of the scores, in the place of `grad`, the gradient of the weights."""
         sizes = _score_sizes(grad, within)
-        self._call("softmax_within_backward", grad, weights, *within, *sizes, REAL(scale))
+        self.call("softmax_within_backward", grad, weights, *within, *sizes, REAL(scale))
         return grad
 
     def rotate_out(
@@ -188,7 +155,7 @@ class Kernels:
         """
         cos, sin = rotation or (None, None)
         sizes = [NUMBER(n) for n in (*x.shape, x.stride(0), head_stride)]
-        self._call("rotate_out", x, cos, sin, out, place, *sizes)
+        self.call("rotate_out", x, cos, sin, out, place, *sizes)
         return out
 
     def rotate_back(
@@ -198,7 +165,7 @@ class Kernels:
         """Take a gradient back the way of `rotate_out`, from `x` into ``out [N, heads, D]``."""
         cos, sin = rotation or (None, None)
         sizes = [NUMBER(n) for n in (*out.shape, out.stride(0), head_stride)]
-        self._call("rotate_back", x, cos, sin, out, place, *sizes)
+        self.call("rotate_back", x, cos, sin, out, place, *sizes)
         return out
 
     def add_windows(self, part: Tensor, total: Tensor, starts: Tensor, tile: int) -> None:
@@ -206,7 +173,7 @@ class Kernels:
         on; all are multiples of `tile`."""
         blocks, heads, keys, width = part.shape
         sizes = [NUMBER(n) for n in (blocks, heads, keys, total.shape[1], width, tile)]
-        self._call("add_windows", part, total, starts, *sizes)
+        self.call("add_windows", part, total, starts, *sizes)
 
     def multiplies(self, inner: int) -> bool:
         """Whether there are products over an `inner` dimension."""
@@ -230,7 +197,7 @@ class Kernels:
         """
         out, logs = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
         space, room = self._space(q, rows, backward=False)
-        self._call("attention", self._packed(q, k, v, rotation, rows), out, logs, space, room)
+        self.call("attention", self._packed(q, k, v, rotation, rows), out, logs, space, room)
         return out, logs
 
     def attention_backward(
@@ -242,7 +209,7 @@ class Kernels:
         parts = q.new_empty(2, q.shape[1], q.shape[0], q.shape[2], dtype=torch.float32)
         packed = self._packed(q, k, v, rotation, rows)
         space, room = self._space(q, rows, backward=True)
-        self._call("attention_backward", packed, out, logs, grad, *grads, parts, space, room)
+        self.call("attention_backward", packed, out, logs, grad, *grads, parts, space, room)
         return grads
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tensor:
@@ -250,41 +217,15 @@ class Kernels:
         even."""
         columns = out.shape[1]
         sizes = [NUMBER(n) for n in (len(a), columns, a.shape[1])]
-        room = self._room("product_room", *sizes)
-        self._call("product", a, b, out, *sizes, FLAG(across), room)
+        room = self.room("product_room", *sizes)
+        self.call("product", a, b, out, *sizes, FLAG(across), room)
         return out
 
-    def low_rank(self, x: Tensor, parts: Sequence[Low]) -> tuple[list[Tensor], Tensor]:
-        """Outputs ``[N, out]`` of each part, and what the adapters hold inside, ``[N, ranks]``.
-
-        Args:
-            x: ``[N, in]``, contiguous.
-            parts: `MOST_PARTS` at most.
-        """
-        inner = x.new_empty(len(x), sum(len(part.down) for part in parts))
-        outs = [x.new_empty(len(x), len(part.up)) for part in parts]
-        linears = _linears(x, parts, inner, outs)
-        self._call("low_rank", linears, self._room("low_rank_room", linears, FLAG(False)))
-        return outs, inner
-
-    def low_rank_backward(
-        self, x: Tensor, parts: Sequence[Low], inner: Tensor, grads: Sequence[Tensor], *,
-        grad_x: bool,
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
-        """Gradients of `x` (if `grad_x`), of all A and of all B, from those of the outputs."""
-        out = torch.empty_like(x) if grad_x else None
-        downs = [torch.empty_like(part.down) for part in parts]
-        ups = [torch.empty_like(part.up) for part in parts]
-        linears = _linears(x, parts, inner, grads, out, downs, ups)
-        self._call("low_rank_backward", linears, self._room("low_rank_room", linears, FLAG(True)))
-        return out, downs, ups
-
-    def _room(self, name: str, *arguments: Any) -> Tensor:
-        """Working memory for all threads of a call."""
+    def room(self, name: str, *arguments: Any) -> Tensor:
+        """Working memory for a call, for all threads, as the C function `name` measures it."""
         measure: Any = getattr(_library()[0], f"{name}_{self._suffix}")
         measure.restype = NUMBER
-        size = measure(*arguments, FLAG(torch.get_num_threads()))
-        return torch.empty(size, dtype=torch.uint8)
+        return _memory_of(measure(*arguments, FLAG(torch.get_num_threads())))
 
     def _space(self, q: Tensor, rows: Rows, *, backward: bool) -> tuple[Tensor, Any]:
         """Working memory of all threads, and the bytes of each."""
@@ -292,7 +233,7 @@ class Kernels:
         measure = library.attention_room_bfloat16
         measure.restype = NUMBER
         room = measure(NUMBER(rows.longest), NUMBER(q.shape[2]), FLAG(backward))
-        return q.new_empty(torch.get_num_threads(), room, dtype=torch.uint8), NUMBER(room)
+        return _memory_of(torch.get_num_threads() * room), NUMBER(room)
 
     def _packed(
         self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
@@ -322,25 +263,12 @@ class Kernels:
                 raise IndexError(f"target {wrong} is not among the model's {words} words")
         loss = logits.new_empty(rows, dtype=torch.float32)
         sizes = NUMBER(rows), NUMBER(words), FLAG(gradient)
-        self._call("cross_entropy", logits, targets, loss, *sizes)
+        self.call("cross_entropy", logits, targets, loss, *sizes)
         return loss
 
 
-def _linears(
-    x: Tensor, parts: Sequence[Low], inner: Tensor, outs: Sequence[Tensor],
-    grad_x: Tensor | None = None, downs: Sequence[Tensor] = (), ups: Sequence[Tensor] = (),
-) -> Any:  # fmt: skip
-    def place(tensor: Tensor | None) -> int | None:
-        return None if tensor is None or _shapes_only else tensor.data_ptr()
-
-    all_parts = (_Part * MOST_PARTS)()
-    for i, (part, out) in enumerate(zip(parts, outs, strict=True)):
-        tensors = (*part[:4], out, *(grads[i] for grads in (downs, ups) if grads))
-        places = [place(tensor) for tensor in tensors] + [None] * (7 - len(tensors))
-        all_parts[i] = _Part(*places, *part.up.shape, part.scaling)
-    return ctypes.byref(
-        _Linears(place(x), place(grad_x), place(inner), *x.shape, len(parts), all_parts)
-    )
+def _memory_of(size: int) -> Tensor:
+    return workspace("compiled functions", size, torch.uint8, torch.device("cpu"))
 
 
 def _score_sizes(scores: Tensor, within: tuple[Tensor, Tensor]) -> list[Any]:
@@ -361,6 +289,13 @@ def shapes_only() -> Iterator[None]:
         yield
     finally:
         _shapes_only = before
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers lie; one without values is there, but nowhere."""
+    if tensor is None:
+        return None
+    return 1 if _shapes_only else tensor.data_ptr()
 
 
 def kernels_for(*tensors: Tensor) -> Kernels | None:

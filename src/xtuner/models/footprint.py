@@ -27,6 +27,7 @@ from xtuner.models.causal_lm import missing_to_round
 from xtuner.models.cpu_kernels import kernels_for, shapes_only
 from xtuner.models.load import located_config, quiet_transformers
 from xtuner.models.quantize import Quantization
+from xtuner.models.workspace import kept
 
 KEPT_BY_FLASH = "xtuner_footprint"
 BYTES_QUANTISED = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
@@ -249,8 +250,8 @@ def _peaks_of_step(
                 hidden[0, :supervised], head.weight, ids[0, :supervised]
             )
             del hidden
-            if on_gpu:  # only on a CPU does the loss keep its workspace
-                loss._kept_workspace.clear()
+            if on_gpu:  # only on a CPU is it kept
+                kept.tensors.clear()
         forward = len(counter.history)
         with counter:
             value.backward()
@@ -348,16 +349,16 @@ def _caches_apart() -> Iterator[None]:
         block_attention._places,
         fused_attention.rotation_of,
     )
-    kept = dict(loss._kept_workspace)
+    kept_before = dict(kept.tensors)
 
     def clear() -> None:
         for cache in caches:
             cache.cache_clear()
-        loss._kept_workspace.clear()
+        kept.tensors.clear()
 
     clear()
     try:
         yield
     finally:
         clear()
-        loss._kept_workspace.update(kept)
+        kept.tensors.update(kept_before)

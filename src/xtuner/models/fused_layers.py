@@ -41,15 +41,18 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1]
         kernels = kernels_for(grad, x, weight)
         if kernels is not None:
-            grad_x = kernels.rms_norm_backward(grad, x, weight, scale)
-        else:
-            inner = grad * weight
-            mean = (inner * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
-            grad_x = (inner * scale).addcmul_(x, scale.pow(3) * mean, value=-1).to(x.dtype)
+            grad_x, of_weight = kernels.rms_norm_backward(
+                grad, x, weight, scale, grad_weight=needed
+            )
+            return grad_x, None if of_weight is None else of_weight.to(weight.dtype), None
+        inner = grad * weight
+        mean = (inner * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
+        grad_x = (inner * scale).addcmul_(x, scale.pow(3) * mean, value=-1).to(x.dtype)
         grad_weight = None
-        if ctx.needs_input_grad[1]:
+        if needed:
             products = (x * scale).to(x.dtype) * grad
             grad_weight = products.flatten(0, -2).sum(0, dtype=scale.dtype).to(weight.dtype)
         return grad_x, grad_weight, None

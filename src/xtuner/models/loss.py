@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xtuner.models.cpu_kernels import kernels_for
+from xtuner.models.workspace import workspace
 
 LOGITS_BYTES = 64 * 2**20
 """Room for the logits of the positions that are multiplied with the head at once."""
@@ -33,20 +34,6 @@ def chunk_rows(positions: int, vocabulary: int, bytes_each: int) -> int:
     return -(-positions // (parts * step)) * step
 
 
-_kept_workspace: dict[tuple[str, torch.dtype], Tensor] = {}
-
-
-def _workspace(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; on a CPU the same each time, since fresh pages cost more than the
-    arithmetic on them (a GPU's allocator keeps its memory itself)."""
-    if device.type != "cpu":
-        return torch.empty(size, dtype=dtype, device=device)
-    kept = _kept_workspace.get((name, dtype))
-    if kept is None or len(kept) < size:
-        kept = _kept_workspace[name, dtype] = torch.empty(size, dtype=dtype)
-    return kept[:size]
-
-
 def _matmul(a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tensor:
     """``a b``, or ``a b^T`` if `across`, in `out`."""
     return torch.matmul(a, b.T if across else b, out=out)
@@ -58,7 +45,7 @@ def _with_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor
     if kernels is not None:
         return kernels.cross_entropy(logits, targets.contiguous(), gradient).sum()
     wide = torch.promote_types(logits.dtype, torch.float32)
-    shares = _workspace("shares", logits.numel(), wide, logits.device).view_as(logits)
+    shares = workspace("shares", logits.numel(), wide, logits.device).view_as(logits)
     torch.softmax(logits, -1, dtype=wide, out=shares)
     # log sum exp = largest logit - log of its share, which never underflows
     shift = logits.amax(-1, keepdim=True).to(wide) - shares.amax(-1, keepdim=True).log()
@@ -88,7 +75,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         kernels = kernels_for(hidden.new_empty(0, dtype=dtype), head)
         beside = 0 if kernels else 4  # float32 shares
         step = chunk_rows(len(targets), len(head), size + beside)
-        all_logits = _workspace("logits", step * len(head), dtype, hidden.device)
+        all_logits = workspace("logits", step * len(head), dtype, hidden.device)
         all_logits = all_logits.view(step, len(head))
         # torch's matrix library takes rows of nothing beside the others; see `chunk_rows`
         exact = kernels is not None and all(map(kernels.multiplies, head.shape))

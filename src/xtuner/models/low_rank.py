@@ -9,7 +9,7 @@ type of the activations although A and B are stored in float32, and keeps no cop
 its values are made anew in the backward pass. Layers that take the same x (queries, keys and
 values; gate and up) go together: one product with all their A, and one sum of their dx.
 
-On a CPU that multiplies bfloat16 vectors all of it is two compiled calls (``cpu_low_rank.c``).
+On a CPU that multiplies bfloat16 vectors all of it is two compiled calls (`cpu_low_rank`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xtuner.models.cpu_kernels import MOST_PARTS, Kernels, Low, kernels_for
+from xtuner.models import cpu_low_rank
+from xtuner.models.cpu_kernels import Kernels, kernels_for
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -62,7 +63,7 @@ def _kernels_for(x: Tensor, parts: Sequence[Adapted]) -> Kernels | None:
     kernels = kernels_for(x)
     if kernels is None or not kernels.multiplies(x.shape[-1]):
         return None
-    if not x.numel() or len(parts) > MOST_PARTS:
+    if not x.numel() or len(parts) > cpu_low_rank.MOST_PARTS:
         return None
     for part in parts:
         sizes = part.up.shape  # each is an inner dimension once
@@ -74,11 +75,11 @@ def _kernels_for(x: Tensor, parts: Sequence[Adapted]) -> Kernels | None:
     return kernels
 
 
-def _low(part: Adapted, dtype: torch.dtype) -> Low:
+def _layer(part: Adapted, dtype: torch.dtype) -> cpu_low_rank.Layer:
     bias: Any = part.layer.bias
     weight = frozen_weight(part.layer, dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
-    return Low(weight, bias, part.down, part.up, part.scaling)
+    return cpu_low_rank.Layer(weight, bias, part.down, part.up, part.scaling)
 
 
 class _CompiledLowRankLinears(torch.autograd.Function):
@@ -89,7 +90,8 @@ class _CompiledLowRankLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, parts: Sequence[Adapted], kernels: Kernels, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
         rows = x.flatten(0, -2)
-        outs, inner = kernels.low_rank(rows, [_low(part, x.dtype) for part in parts])
+        layers = [_layer(part, x.dtype) for part in parts]
+        outs, inner = cpu_low_rank.forward(kernels, rows, layers)
         ctx.save_for_backward(rows, inner, *adapters)  # these for autograd to see them changed
         ctx.parts, ctx.shape, ctx.kernels = parts, x.shape, kernels
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
@@ -97,9 +99,10 @@ class _CompiledLowRankLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, inner, *_ = ctx.saved_tensors
-        grad_x, downs, ups = ctx.kernels.low_rank_backward(
+        grad_x, downs, ups = cpu_low_rank.backward(
+            ctx.kernels,
             rows,
-            [_low(part, rows.dtype) for part in ctx.parts],
+            [_layer(part, rows.dtype) for part in ctx.parts],
             inner,
             [grad.flatten(0, -2).contiguous() for grad in grads],
             grad_x=ctx.needs_input_grad[0],
