@@ -4,8 +4,9 @@ float64."""
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from xtuner.models import cpu_kernels
+from xtuner.models import cpu_kernels, low_rank
 from xtuner.models.low_rank import Adapted, low_rank_linears
 
 pytestmark = pytest.mark.skipif(
@@ -25,7 +26,7 @@ def close(found, exact):
 @pytest.mark.parametrize(
     "sizes",
     [(1, 2, 2), (37, 65, 130), (6, 64, 32), (100, 30, 3200), (73, 100, 3202), (40, 90, 6500),
-     (41, 33000, 34)],
+     (41, 33000, 130)],
     ids="{0[0]}x{0[2]}x{0[1]}".format,
 )  # fmt: skip
 def test_products_of_any_size(sizes, across):
@@ -44,9 +45,10 @@ def layers_of(width, outs, ranks, *, bias=True, seed=0):
     parts = []
     for i, (out, rank) in enumerate(zip(outs, ranks, strict=True)):
         layer = nn.Linear(width, out, bias=bias and i % 2 == 0).bfloat16().requires_grad_(False)
-        down = torch.randn(rank, width, requires_grad=True)
-        up = torch.randn(out, rank, requires_grad=True)
-        parts.append(Adapted(layer, down, up, 0.25 * (i + 1)))
+        # as large as the layer's own share, so that a lack of either shows
+        down = (torch.randn(rank, width) * width**-0.5).requires_grad_()
+        up = (torch.randn(out, rank) * rank**-0.5).requires_grad_()
+        parts.append(Adapted(layer, down, up, 0.5 * (i + 1)))
     return parts
 
 
@@ -61,6 +63,23 @@ def formula(x, parts):
         bias = 0 if layer.bias is None else layer.bias.double()
         outs.append(x @ layer.weight.double().T + bias + part.scaling * (x @ down.T @ up.T))
     return outs, (x, *downs, *ups)
+
+
+CANARY = 4096
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_written_behind_the_working_memory(monkeypatch):
+    rooms, measured = [], cpu_kernels.Kernels.room
+
+    def room(self, *arguments):
+        exact = measured(self, *arguments)
+        rooms.append(torch.full((len(exact) + CANARY,), 77, dtype=torch.uint8))
+        return rooms[-1][:-CANARY]
+
+    monkeypatch.setattr(cpu_kernels.Kernels, "room", room)
+    yield
+    assert all((memory[-CANARY:] == 77).all() for memory in rooms)
 
 
 def found_by(x, parts, pulls, *, grad_x=True):
@@ -80,6 +99,8 @@ def found_by(x, parts, pulls, *, grad_x=True):
         (259, 36, (96, 100), (130, 8)),  # more tokens than are summed at once
         (43, 3300, (30, 34), (8, 16)),  # more inner numbers than are multiplied at once
         (13, 40, (4000,), (16,)),
+        (40, 896, (4864, 200), (16, 16)),  # more columns than are laid out at once
+        (70, 3300, (30,), (130,)),  # sums of the adapter are larger than those of the layer
     ],
 )
 def test_values_and_gradients(tokens, width, outs, ranks):
@@ -104,10 +125,25 @@ def test_an_input_without_a_gradient_and_more_dimensions():
         close(ours, wanted)
 
 
+def test_an_output_that_nobody_uses():
+    parts = layers_of(24, (40, 8), (4, 2))
+    x = torch.randn(9, 24).bfloat16().requires_grad_()
+    pull = torch.randn(9, 40).bfloat16()
+    used, _ = linears = low_rank_linears(x, parts)
+    assert len(linears) == 2
+    trained = [x, parts[0].down, parts[1].down, parts[1].up]
+    found = torch.autograd.grad(used, trained, pull)
+    exact, inputs = formula(x, parts)
+    wanted = torch.autograd.grad(exact[0], [inputs[0], inputs[1]], pull.double())
+    for ours, plain in zip(found[:2], wanted, strict=True):
+        close(ours, plain)
+    assert not found[2].any() and not found[3].any()
+
+
 def test_the_number_of_threads_changes_nothing():
-    parts = layers_of(70, (130, 40), (10, 6))
-    x = torch.randn(300, 70).bfloat16().requires_grad_()
-    pulls = [torch.randn(300, 130).bfloat16(), torch.randn(300, 40).bfloat16()]
+    parts = layers_of(398, (11000, 40), (10, 6))  # columns of the first are laid out in two parts
+    x = torch.randn(300, 398).bfloat16().requires_grad_()
+    pulls = [torch.randn(300, 11000).bfloat16(), torch.randn(300, 40).bfloat16()]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -160,6 +196,19 @@ def test_other_layers_are_multiplied_by_torch(change):
     x = torch.randn(5, 24).bfloat16().requires_grad_()
     (out,) = low_rank_linears(x, [part])
     assert type(out.grad_fn).__name__ == "_LowRankLinearsBackward"
+
+
+def test_recomputation_goes_by_torch_both_times(monkeypatch):
+    (part,) = layers_of(24, (40,), (4,))
+    found, choose = [], low_rank._kernels_for
+    monkeypatch.setattr(
+        low_rank, "_kernels_for", lambda *given: found.append(choose(*given)) or found[-1]
+    )
+    x = torch.randn(5, 24).bfloat16().requires_grad_()
+    checkpoint(lambda x: low_rank_linears(x, [part])[0], x, use_reentrant=False).sum().backward()
+    assert found == [None, None]
+    low_rank_linears(x, [part])
+    assert found[2] is not None
 
 
 def test_an_adapter_changed_before_its_gradient_is_noticed():

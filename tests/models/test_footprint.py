@@ -47,11 +47,20 @@ def real_peak(folder, *, lora, recompute, dtype, autocast):
     ("lora", "recompute", "dtype", "autocast"),
     [
         (LORA, False, torch.bfloat16, None),
+        ({**LORA, "dropout": 0.0}, False, torch.bfloat16, None),
         (LORA, True, torch.bfloat16, None),
+        ({**LORA, "dropout": 0.0}, True, torch.bfloat16, None),
         (None, False, torch.float32, None),
         (None, True, torch.float32, torch.bfloat16),
     ],
-    ids=["lora", "lora recomputed", "full", "full recomputed, autocast"],
+    ids=[
+        "lora",
+        "lora without dropout",
+        "lora recomputed",
+        "lora without dropout, recomputed",
+        "full",
+        "full recomputed, autocast",
+    ],
 )
 def test_equals_the_real_step(folder, lora, recompute, dtype, autocast):
     found = footprint.measure(

@@ -175,7 +175,7 @@ static void weigh(const Packed *x, const float *scores, const float *pulls, cons
                   const float *means, int64_t query, int64_t key, int64_t skipped, int64_t lanes,
                   bf16 *weights, bf16 *errors, bf16 *paired) {
     const __m512 scale = _mm512_set1_ps(x->scale);
-    const __m512i woven = _mm512_or_si512(
+    const __m512i in_turn = _mm512_or_si512(
         LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(16)), 16));
     for (int64_t r = 0; r < ROWS_A; r++)
         for (int64_t l = skipped; l < lanes; l += 16) {
@@ -200,7 +200,7 @@ static void weigh(const Packed *x, const float *scores, const float *pulls, cons
                 two = _mm512_inserti64x4(
                     _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from)),
                     _mm256_loadu_si256((const __m256i *)(from + LANES_B)), 1);
-            _mm512_storeu_si512(paired + r * LANES_B + 2 * l, _mm512_permutexvar_epi16(woven, two));
+            _mm512_storeu_si512(paired + r * LANES_B + 2 * l, _mm512_permutexvar_epi16(in_turn, two));
         }
 }
 

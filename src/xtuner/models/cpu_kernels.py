@@ -1,6 +1,6 @@
 """The element-wise parts of a step, and attention, as compiled loops for CPUs.
 
-See ``cpu_kernels.c`` and what it includes for formulas. They are compiled once a machine, in three
+See ``cpu_kernels.c`` and what it includes for formulas. They are compiled once a machine, in two
 seconds, with the system's own compiler (``cc``), and kept in ``~/.cache/xtuner/kernels``. Where
 there is no compiler, or XTUNER_COMPILE is 0, every caller does the same with torch. They share
 torch's threads, and take bfloat16 and float32; attention and linear layers take bfloat16 alone.
@@ -177,7 +177,7 @@ class Kernels:
 
     def multiplies(self, inner: int) -> bool:
         """Whether there are products over an `inner` dimension."""
-        return self._suffix == "bfloat16" and inner % 2 == 0 and _has_products()
+        return self._suffix == "bfloat16" and inner > 0 and inner % 2 == 0 and _has_products()
 
     def attends(self, width: int) -> bool:
         """Whether `attention` is there for heads of `width`."""

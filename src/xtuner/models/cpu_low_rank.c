@@ -5,9 +5,9 @@
  * those of all layers. Sums stay in float32 from end to end and are rounded once.
  */
 
-
 #define TOKENS 256 /* inner numbers at once where tokens are the inner dimension */
-#define MOST_PARTS 8
+#define MOST_PARTS 8 /* as in cpu_low_rank.py */
+_Static_assert(2 * MOST_PARTS <= MOST_TERMS, "each part has two terms");
 
 /* A frozen layer W [out, in] with bias or NULL and its adapter A [rank, in], B [out, rank], float32;
  * y [tokens, out] its output, or the gradient of that; dA and dB as A and B. */
@@ -45,7 +45,7 @@ static Term by_up(const Linears *l, int i, const bf16 *a, int64_t a_row, int64_t
 /* Working memory of a call. On the way back: dh = dy B, and dh^T and h^T [sum of ranks, tokens]. */
 typedef struct {
     Workspace shared;
-    bf16 *pull, *pull_turned, *h_turned;
+    bf16 *dh, *dh_turned, *h_turned;
     int64_t own, bytes, ranks, turned_row;
 } Layout;
 
@@ -56,7 +56,7 @@ static Layout lay_out(const Linears *l, int backward, int threads, char *space) 
     for (int i = 0; i < l->parts; i++) {
         int64_t rank = l->part[i].rank, out = l->part[i].out;
         int64_t one = backward ? sums_bytes(l->tokens, rank, out)
-                               : sums_bytes(l->tokens, out, l->in + rank);
+                               : sums_bytes(l->tokens, out > rank ? out : rank, l->in + rank);
         all.ranks += rank;
         inner = backward ? inner + out + rank : l->in + rank > inner ? l->in + rank : inner;
         sums = one > sums ? one : sums;
@@ -64,10 +64,10 @@ static Layout lay_out(const Linears *l, int backward, int threads, char *space) 
     int64_t whole = backward ? sums_bytes(l->tokens, l->in, inner) : 0;
     int64_t rows = round_up(all.ranks, 16) + ROWS_A, tokens = (rows + TOKENS / 2) * LANES_B * 4;
     all.own = backward && tokens > own_bytes(inner) ? tokens : own_bytes(inner);
-    all.shared = take_workspace(&space, inner, whole > sums ? whole : sums, threads * all.own);
+    all.shared = take_workspace(&space, whole > sums ? whole : sums, threads * all.own);
     if (backward) {
-        all.pull = take(&space, l->tokens * all.ranks * 2);
-        all.pull_turned = take(&space, rows * all.turned_row * 2);
+        all.dh = take(&space, l->tokens * all.ranks * 2);
+        all.dh_turned = take(&space, rows * all.turned_row * 2);
         all.h_turned = take(&space, rows * all.turned_row * 2);
     }
     all.bytes = space - begin;
@@ -128,7 +128,7 @@ static float *over_tokens(const bf16 *a, int64_t a_row, int64_t rows, const bf16
 
 /* dA of all parts, for 64 columns from `column` on. */
 static void grad_of_downs(const Linears *l, const Layout *all, int64_t column, bf16 *memory) {
-    const float *sums = over_tokens(all->pull_turned, all->turned_row, all->ranks, l->x, l->tokens,
+    const float *sums = over_tokens(all->dh_turned, all->turned_row, all->ranks, l->x, l->tokens,
                                     l->in, column, memory);
     for (int i = 0; i < l->parts; sums += l->part[i++].rank * LANES_B)
         for (int64_t r = 0; r < l->part[i].rank; r++) {
@@ -163,22 +163,22 @@ void low_rank_backward_bfloat16(const Linears *l, char *memory, int threads) {
     {
         Workspace space = workspace_of(&all);
         Term terms[2 * MOST_PARTS];
-        bf16 *pull = all.pull;
+        bf16 *dh = all.dh;
         int parts = (int)l->parts;
-        for (int i = 0; i < parts; pull += l->part[i++].rank) {
+        for (int i = 0; i < parts; dh += l->part[i++].rank) {
             const Part *p = l->part + i;
             Term up = by_up(l, i, p->y, p->out, p->out, 0);
-            multiply(&up, 1, l->tokens, p->rank, 0, pull, all.ranks, &space);
+            multiply(&up, 1, l->tokens, p->rank, 0, dh, all.ranks, &space);
             terms[i] = by_weight(l, i, p->y, p->out, 0);
-            terms[parts + i] = by_down(l, i, pull, all.ranks, p->rank, 0);
+            terms[parts + i] = by_down(l, i, dh, all.ranks, p->rank, 0);
         }
         if (l->dx) multiply(terms, 2 * parts, l->tokens, l->in, 0, l->dx, l->in, &space);
         _Pragma("omp barrier")
-        Matrix pulls = {all.pull, all.ranks, 0, 1.0f}, hs = {l->h, all.ranks, 0, 1.0f};
+        Matrix dhs = {all.dh, all.ranks, 0, 1.0f}, hs = {l->h, all.ranks, 0, 1.0f};
         _Pragma("omp for schedule(dynamic)")
         for (int64_t r = 0; r < all.ranks; r += 16) {
             int64_t place = r * all.turned_row;
-            turn_columns(&pulls, r, l->tokens, all.ranks, all.pull_turned + place, all.turned_row);
+            turn_columns(&dhs, r, l->tokens, all.ranks, all.dh_turned + place, all.turned_row);
             turn_columns(&hs, r, l->tokens, all.ranks, all.h_turned + place, all.turned_row);
         }
         _Pragma("omp for schedule(dynamic) nowait")

@@ -1,6 +1,6 @@
 /* Products of bfloat16 matrices on CPUs that multiply vectors of them (AVX512-BF16).
  *
- * A part of cpu_kernels.c, for attention and linear layers. One product serves all: `ROWS_A` rows
+ * A part of cpu_kernels.c, for attention, linear layers and the loss. One product serves all: `ROWS_A` rows
  * of pairs, each broadcast, times vectors of pairs. It takes two neighbours of the inner dimension
  * at once, so that the second matrix must have its pairs side by side ("paired"); the functions
  * that lay it out so also round float32 numbers and fill up with zeros.
@@ -183,8 +183,9 @@ static void *take(char **free_space, int64_t bytes) {
 
 #define ROWS_AT_ONCE 36 /* rows of a task */
 #define INNER 3200      /* inner numbers at once: 64 columns of them take 400 KiB */
-#define SLAB 4194304    /* bytes of second matrices laid out at once, or 64 columns */
+#define SLAB 4194304    /* bytes of second matrices laid out at once; 64 columns of INNER numbers at least */
 #define MOST_TERMS 16
+_Static_assert(SLAB >= INNER * LANES_B * 2, "a slab holds 64 columns");
 
 /* One term a b of a sum: a [rows, inner]; b [columns, inner] if `across`, else [inner, columns]. */
 typedef struct {
@@ -202,11 +203,6 @@ typedef struct {
     float *sums;
     int turn;
 } Workspace;
-
-static int64_t slab_bytes(int64_t inner) {
-    int64_t panel = (inner < INNER ? inner : INNER) * LANES_B * 2;
-    return panel > SLAB ? panel : SLAB;
-}
 
 static int64_t sums_bytes(int64_t rows, int64_t columns, int64_t inner) {
     return inner > INNER ? rows * round_up(columns, LANES_B) * 4 : 0;
@@ -274,7 +270,7 @@ static void multiply_at_once(const Term *terms, int count, int64_t rows, int64_t
                              const bf16 *bias, bf16 *out, int64_t out_row, Workspace *space) {
     int64_t inner = 0, sums_row = round_up(columns, LANES_B);
     for (int i = 0; i < count; i++) inner += terms[i].inner;
-    int64_t at_once = slab_bytes(inner) / (2 * LANES_B * inner) * LANES_B;
+    int64_t at_once = SLAB / (2 * LANES_B * inner) * LANES_B;
     for (int64_t start = 0; start < columns; start += at_once) {
         int64_t stop = start + at_once < columns ? start + at_once : columns;
         bf16 *slab = space->slab[space->turn ^= 1];
@@ -337,9 +333,9 @@ static void multiply(const Term *terms, int count, int64_t rows, int64_t columns
     }
 }
 
-static Workspace take_workspace(char **space, int64_t inner, int64_t sums, int64_t own) {
+static Workspace take_workspace(char **space, int64_t sums, int64_t own) {
     Workspace all = {.sums = take(space, sums)};
-    for (int i = 0; i < 2; i++) all.slab[i] = take(space, slab_bytes(inner));
+    for (int i = 0; i < 2; i++) all.slab[i] = take(space, SLAB);
     all.own = take(space, own);
     return all;
 }
@@ -348,10 +344,10 @@ static int64_t own_bytes(int64_t inner) {
     return round_up(ROWS_A * (inner < INNER ? inner : INNER) * 2, 64);
 }
 
-/* Bytes of working memory for `product`. */
+/* Bytes of working memory for `product_bfloat16`. */
 int64_t product_room_bfloat16(int64_t rows, int64_t columns, int64_t inner, int threads) {
     char *space = 0;
-    take_workspace(&space, inner, sums_bytes(rows, columns, inner), threads * own_bytes(inner));
+    take_workspace(&space, sums_bytes(rows, columns, inner), threads * own_bytes(inner));
     return space - (char *)0;
 }
 
@@ -359,7 +355,7 @@ int64_t product_room_bfloat16(int64_t rows, int64_t columns, int64_t inner, int 
 void product_bfloat16(const bf16 *a, const bf16 *b, bf16 *out, int64_t rows, int64_t columns,
                       int64_t inner, int across, char *memory, int threads) {
     int64_t own = own_bytes(inner);
-    Workspace all = take_workspace(&memory, inner, sums_bytes(rows, columns, inner), threads * own);
+    Workspace all = take_workspace(&memory, sums_bytes(rows, columns, inner), threads * own);
     Term term = {a, inner, inner, {b, across ? inner : columns, 0, 1.0f}, across};
     _Pragma("omp parallel num_threads(threads)")
     {

@@ -102,9 +102,11 @@ def measure(
         if not flash:
             fused_attention.install(model, check=False)
         saved, workspace = _quantised_size(model, quantization, double_quant)
-        kernels = None if flash else kernels_for(torch.empty(0, dtype=autocast or dtype))
-        if kernels is not None and kernels.multiplies(2):
-            workspace *= 2  # gate and up go together
+        together = not recompute and not flash and quantization in ("nf4", "fp4")
+        if together and lora and not lora.get("dropout"):
+            kernels = kernels_for(torch.empty(0, dtype=autocast or dtype))
+            if kernels is not None and kernels.multiplies(lora["r"]):
+                workspace *= 2  # gate and up go together
         if frozen:
             model.requires_grad_(False)
         if recompute:
