@@ -17,15 +17,14 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP_BELOW = 2**30
-"""Freed tensors up to this size stay with the process."""
+"""Freed memory up to this size stays with the process."""
 
 
 def keep_freed_memory() -> bool:
     """Let malloc reuse freed tensors instead of returning them; False where it is not glibc."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        never = -1
-        return bool(mallopt(M_MMAP_THRESHOLD, KEEP_BELOW) and mallopt(M_TRIM_THRESHOLD, never))
+        return bool(mallopt(M_MMAP_THRESHOLD, KEEP_BELOW) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
     return False
 
 
