@@ -13,7 +13,12 @@
  * lane and L a vector.
  */
 
-#define KEYS 480 /* keys at once; a multiple of 6, 16 and 2 */
+/* Keys at once, a multiple of the others; what lanes and lengths are rounded up to. */
+#ifdef __AMX_BF16__
+enum { KEYS = 256, STEP = 32, PADDING = LANES_B };
+#else
+enum { KEYS = 480, STEP = 16, PADDING = 3 * LANES_B };
+#endif
 
 /* e^x for x <= 88, 0 far below; as `exponential`, for 16 at once. */
 INLINE __m512 exponentials(__m512 x) {
@@ -35,7 +40,7 @@ INLINE __m512 exponentials(__m512 x) {
 static void columns_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
     Matrix all = {x, width, 0, 1.0f};
     for (int64_t i = 0; i < rows; i += LANES_B)
-        pair_columns(&all, i, rows, width, out + i * width);
+        pair_columns(&all, i, rows, width, LANES_B, out + i * width);
 }
 
 /* x [rows, width] with pairs of rows. */
@@ -100,11 +105,11 @@ static const float *at(const float *angles, int64_t token, int64_t width) {
 static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, float *lse,
                          char *space) {
     const int64_t width = x->width, start = x->start[sample], length = x->length[sample];
-    const int64_t padded = round_up(length, 3 * LANES_B), kv = h / (x->heads / x->kv_heads);
+    const int64_t padded = round_up(length, PADDING), kv = h / (x->heads / x->kv_heads);
     bf16 *q = take(&space, padded * width * 2), *keys = take(&space, padded * width * 2);
     bf16 *values = take(&space, padded * width * 2), *rows = take(&space, padded * width * 2);
-    float *scores = take(&space, ROWS_A * KEYS * 4), *sums = take(&space, ROWS_A * width * 4);
-    bf16 *weights = take(&space, ROWS_A * KEYS * 2);
+    float *scores = take(&space, ROWS_M * KEYS * 4), *sums = take(&space, ROWS_M * width * 4);
+    bf16 *weights = take(&space, ROWS_M * KEYS * 2);
     const float *c = at(x->cosine, start, width), *s = at(x->sine, start, width);
     gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, rows);
     columns_of(rows, padded, width, keys);
@@ -112,21 +117,21 @@ static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, 
     rows_of(rows, padded, width, values);
     gather(x->q + start * x->q_row + h * width, x->q_row, c, s, length, padded, width, q);
     const __m512 scale = _mm512_set1_ps(x->scale);
-    for (int64_t i = 0; i < length; i += ROWS_A) {
-        int64_t last = i + ROWS_A < length ? i + ROWS_A : length;
+    for (int64_t i = 0; i < length; i += ROWS_M) {
+        int64_t last = i + ROWS_M < length ? i + ROWS_M : length;
         int64_t first = i - x->window + 1 > 0 ? (i - x->window + 1) / LANES_B * LANES_B : 0;
-        float top[ROWS_A], total[ROWS_A];
-        for (int r = 0; r < ROWS_A; r++) top[r] = -INFINITY, total[r] = 0.0f;
+        float top[ROWS_M], total[ROWS_M];
+        for (int r = 0; r < ROWS_M; r++) top[r] = -INFINITY, total[r] = 0.0f;
         for (int64_t from = first; from < last;) {
             /* a block of keys ends at a multiple of 64, so that the next one begins there */
             int64_t end = from + KEYS / LANES_B * LANES_B;
             end = end < last ? end : last;
-            int64_t count = round_up(end - from, 16);
+            int64_t count = round_up(end - from, STEP);
             for (int64_t k = 0; k < count; k += LANES_B)
                 product(count - k < LANES_B ? count - k : LANES_B, q + i * width, width,
                         keys + (from + k) / LANES_B * LANES_B * width, 2 * LANES_B, width / 2,
                         scores + k, KEYS, 0);
-            for (int r = 0; r < ROWS_A; r++) {
+            for (int r = 0; r < ROWS_M; r++) {
                 int64_t until = i + r + 1, since = until - x->window;
                 float *row = scores + r * KEYS;
                 __m512 highest = _mm512_set1_ps(-INFINITY);
@@ -168,7 +173,7 @@ static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, 
     }
 }
 
-/* P and dS of `ROWS_A` keys, from `key` on, and of the queries from `query` on, of which the first
+/* P and dS of `ROWS_M` keys, from `key` on, and of the queries from `query` on, of which the first
  * `skipped` do not see them; scores Q K^T and pulls dO V^T [6, 64], as P and dS; `paired` holds dS
  * with two keys side by side. */
 static void weigh(const Packed *x, const float *scores, const float *pulls, const float *logs,
@@ -177,7 +182,7 @@ static void weigh(const Packed *x, const float *scores, const float *pulls, cons
     const __m512 scale = _mm512_set1_ps(x->scale);
     const __m512i in_turn = _mm512_or_si512(
         LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(16)), 16));
-    for (int64_t r = 0; r < ROWS_A; r++)
+    for (int64_t r = 0; r < ROWS_M; r++)
         for (int64_t l = skipped; l < lanes; l += 16) {
             int64_t place = r * LANES_B + l, reach = key + r + x->window;
             __m512i token = _mm512_add_epi32(LANE, _mm512_set1_epi32((int)(query + l)));
@@ -192,7 +197,7 @@ static void weigh(const Packed *x, const float *scores, const float *pulls, cons
             _mm256_storeu_si256((__m256i *)(weights + place), (__m256i)_mm512_cvtneps_pbh(p));
             _mm256_storeu_si256((__m256i *)(errors + place), (__m256i)_mm512_cvtneps_pbh(e));
         }
-    for (int64_t r = 0; r < ROWS_A; r += 2)
+    for (int64_t r = 0; r < ROWS_M; r += 2)
         for (int64_t l = 0; l < lanes; l += 16) {
             const bf16 *from = errors + r * LANES_B + l;
             __m512i two = _mm512_setzero_si512();
@@ -209,19 +214,19 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
                           const float *lse, const bf16 *grad, bf16 *dq, float *dk, float *dv,
                           char *space) {
     const int64_t width = x->width, start = x->start[sample], length = x->length[sample];
-    const int64_t padded = round_up(length, 3 * LANES_B), kv = h / (x->heads / x->kv_heads);
+    const int64_t padded = round_up(length, PADDING), kv = h / (x->heads / x->kv_heads);
     const int64_t size = padded * width * 2, row = x->heads * width;
     const float *c = at(x->cosine, start, width), *s = at(x->sine, start, width);
     bf16 *q = take(&space, size), *q_columns = take(&space, size), *q_rows = take(&space, size);
     bf16 *g = take(&space, size), *g_columns = take(&space, size), *g_rows = take(&space, size);
-    bf16 *k = take(&space, size), *k_turned = take(&space, size + ROWS_A * padded * 2);
+    bf16 *k = take(&space, size), *k_turned = take(&space, size + ROWS_M * padded * 2);
     bf16 *v = take(&space, size);
     float *keys_sum = take(&space, 2 * size), *values_sum = take(&space, 2 * size);
     float *logs = take(&space, padded * 4), *means = take(&space, padded * 4);
-    float *scores = take(&space, ROWS_A * LANES_B * 4), *pulls = take(&space, ROWS_A * LANES_B * 4);
+    float *scores = take(&space, ROWS_M * LANES_B * 4), *pulls = take(&space, ROWS_M * LANES_B * 4);
     bf16 *weights = take(&space, KEYS * LANES_B * 2), *errors = take(&space, KEYS * LANES_B * 2);
     bf16 *paired = take(&space, KEYS * LANES_B * 2);
-    float *dq_turned = take(&space, (width + ROWS_A) * LANES_B * 4);
+    float *dq_turned = take(&space, (width + ROWS_M) * LANES_B * 4);
     float *dq_rows = take(&space, LANES_B * width * 4);
 
     gather(x->q + start * x->q_row + h * width, x->q_row, c, s, length, padded, width, q);
@@ -229,7 +234,7 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
     gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, k);
     gather(x->v + start * x->v_row + kv * width, x->v_row, 0, 0, length, padded, width, v);
     columns_of(k, padded, width, q_columns); /* a place to pass through */
-    memset(k_turned + width * padded, 0, ROWS_A * padded * 2);
+    memset(k_turned + width * padded, 0, ROWS_M * padded * 2);
     transpose_paired(q_columns, padded, width, k_turned);
     columns_of(q, padded, width, q_columns);
     rows_of(q, padded, width, q_rows);
@@ -249,15 +254,15 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
     }
 
     for (int64_t i = 0; i < length; i += LANES_B) {
-        int64_t lanes = round_up(length - i < LANES_B ? length - i : LANES_B, 16);
+        int64_t lanes = round_up(length - i < LANES_B ? length - i : LANES_B, STEP);
         int64_t end = i + LANES_B < length ? i + LANES_B : length;
-        int64_t first = i - x->window + 1 > 0 ? (i - x->window + 1) / ROWS_A * ROWS_A : 0;
-        memset(dq_turned, 0, (width + ROWS_A) * LANES_B * 4);
+        int64_t first = i - x->window + 1 > 0 ? (i - x->window + 1) / ROWS_M * ROWS_M : 0;
+        memset(dq_turned, 0, (width + ROWS_M) * LANES_B * 4);
         for (int64_t from = first; from < end; from += KEYS) {
-            int64_t count = round_up((end < from + KEYS ? end : from + KEYS) - from, ROWS_A);
-            for (int64_t j = 0; j < count; j += ROWS_A) {
-                /* queries before all of these keys do not see them; 16 at once */
-                int64_t skipped = from + j > i ? (from + j - i) / 16 * 16 : 0;
+            int64_t count = round_up((end < from + KEYS ? end : from + KEYS) - from, ROWS_M);
+            for (int64_t j = 0; j < count; j += ROWS_M) {
+                /* queries before all of these keys do not see them; some at once */
+                int64_t skipped = from + j > i ? (from + j - i) / STEP * STEP : 0;
                 bf16 *p_rows = weights + j * LANES_B, *e_rows = errors + j * LANES_B;
                 product(lanes - skipped, k + (from + j) * width, width,
                         q_columns + i * width + 2 * skipped, 2 * LANES_B, width / 2,
@@ -273,7 +278,7 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
                 product(width, e_rows + skipped, LANES_B, q_rows + where, 2 * width, pairs,
                         keys_sum + (from + j) * width, width, 1);
             }
-            for (int64_t d = 0; d < width; d += ROWS_A)
+            for (int64_t d = 0; d < width; d += ROWS_M)
                 product(lanes, k_turned + d * padded + from, padded, paired, 2 * LANES_B, count / 2,
                         dq_turned + d * LANES_B, LANES_B, 1);
         }
@@ -297,9 +302,9 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
 /* Bytes that one thread needs for samples of up to `longest` tokens: what `take` gives out above,
  * the small arrays rounded up. */
 int64_t attention_room_bfloat16(int64_t longest, int64_t width, int backward) {
-    int64_t padded = round_up(longest, 3 * LANES_B), matrices = backward ? 13 : 4;
+    int64_t padded = round_up(longest, PADDING), matrices = backward ? 13 : 4;
     return round_up(matrices * (padded * width * 2 + 64) + 40 * padded + 2 * KEYS * 1024 +
-                        (width + ROWS_A) * LANES_B * 16, 64);
+                        (width + ROWS_M) * LANES_B * 16, 64);
 }
 
 /* out [tokens, heads, width] and lse [heads, tokens]; each thread has `room` bytes of `space`. */
@@ -307,8 +312,11 @@ void attention_bfloat16(const Packed *x, bf16 *out, float *lse, char *space, int
                         int threads) {
     _Pragma("omp parallel for collapse(2) schedule(dynamic) num_threads(threads)")
     for (int64_t i = 0; i < x->samples; i++)
-        for (int64_t h = 0; h < x->heads; h++)
+        for (int64_t h = 0; h < x->heads; h++) {
+            begin_blocks();
             forward_head(x, i, h, out, lse, space + room * omp_get_thread_num());
+            end_blocks();
+        }
 }
 
 /* dq [tokens, heads, width], dk and dv [tokens, kv_heads, width]; parts [2, heads, tokens, width]
@@ -320,9 +328,12 @@ void attention_backward_bfloat16(const Packed *x, const bf16 *out, const float *
     float *k_parts = parts, *v_parts = parts + x->heads * each;
     _Pragma("omp parallel for collapse(2) schedule(dynamic) num_threads(threads)")
     for (int64_t i = 0; i < x->samples; i++)
-        for (int64_t h = 0; h < x->heads; h++)
+        for (int64_t h = 0; h < x->heads; h++) {
+            begin_blocks();
             backward_head(x, i, h, out, lse, grad, dq, k_parts + h * each, v_parts + h * each,
                           space + room * omp_get_thread_num());
+            end_blocks();
+        }
     int64_t width = x->width, group = x->heads / x->kv_heads;
     ROWS for (int64_t t = 0; t < x->tokens; t++)
     for (int64_t h = 0; h < x->kv_heads; h++) {

@@ -91,10 +91,11 @@ void NAME(rms_norm)(const NUM *x, const NUM *w, NUM *y, float *scale, int64_t ro
     }
 }
 
-/* dx = r g - x r^3 mean(g x), g = w dy; dw = sum of dy x r, as sums of 64 rows each in dw [rows / 64,
- * width], or NULL. */
-void NAME(rms_norm_backward)(const NUM *dy, const NUM *x, const NUM *w, const float *scale, NUM *dx,
-                             float *dw, int64_t rows, int64_t width, int threads) {
+/* dx = r g - x r^3 mean(g x) + plus, g = w dy; plus as dx, or NULL; dw = sum of dy x r, as sums of 64
+ * rows each in dw [rows / 64, width], or NULL. */
+void NAME(rms_norm_backward)(const NUM *dy, const NUM *x, const NUM *w, const float *scale,
+                             const NUM *plus, NUM *dx, float *dw, int64_t rows, int64_t width,
+                             int threads) {
     ROWS for (int64_t first = 0; first < rows; first += 64) {
         float *of_weight = dw ? dw + first / 64 * width : 0;
         if (dw) memset(of_weight, 0, width * sizeof(float));
@@ -105,8 +106,14 @@ void NAME(rms_norm_backward)(const NUM *dy, const NUM *x, const NUM *w, const fl
             SUM for (int64_t j = 0; j < width; j++)
                 sum += LOAD(pull[j]) * LOAD(w[j]) * LOAD(from[j]);
             float mean = sum / (float)width * r * r * r;
-            LANES for (int64_t j = 0; j < width; j++)
-                to[j] = STORE(LOAD(pull[j]) * LOAD(w[j]) * r - LOAD(from[j]) * mean);
+            const NUM *more = plus ? plus + i * width : 0;
+            if (more)
+                LANES for (int64_t j = 0; j < width; j++)
+                    to[j] = STORE(LOAD(pull[j]) * LOAD(w[j]) * r - LOAD(from[j]) * mean +
+                                  LOAD(more[j]));
+            else
+                LANES for (int64_t j = 0; j < width; j++)
+                    to[j] = STORE(LOAD(pull[j]) * LOAD(w[j]) * r - LOAD(from[j]) * mean);
             if (dw)
                 LANES for (int64_t j = 0; j < width; j++)
                     of_weight[j] += LOAD(pull[j]) * LOAD(from[j]) * r;

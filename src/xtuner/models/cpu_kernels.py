@@ -30,7 +30,7 @@ from torch import Tensor
 from xtuner.models.workspace import workspace
 
 SOURCE = Path(__file__).with_suffix(".c")
-PARTS = (SOURCE, *map(SOURCE.with_name, ("cpu_products.c", "cpu_attention.c", "cpu_low_rank.c")))
+PARTS = (SOURCE, *sorted(set(SOURCE.parent.glob("cpu_*.c")) - {SOURCE}))
 """The file to compile, and what it includes."""
 FLAGS = (
     *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
@@ -96,15 +96,16 @@ class Kernels:
         return y, scale
 
     def rms_norm_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, grad_weight: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of `x`, and of `weight` in float32 if `grad_weight`."""
+        self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, grad_weight: bool,
+        plus: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Gradients of `x`, with `plus`, and, if `grad_weight`, of `weight`, in float32."""
         rows, width = scale.numel(), x.shape[-1]
         out, parts = torch.empty_like(x), None
         if grad_weight:
             parts = x.new_empty(-(-rows // 64), width, dtype=torch.float32)
         sizes = NUMBER(rows), NUMBER(width)
-        self.call("rms_norm_backward", grad, x, weight, scale, out, parts, *sizes)
+        self.call("rms_norm_backward", grad, x, weight, scale, plus, out, parts, *sizes)
         return out, None if parts is None else parts.sum(0)
 
     def silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -324,13 +325,28 @@ def state() -> str:
 
 @cache
 def _has_products() -> bool:
-    """Whether the compiler and the CPU know products of bfloat16 vectors.
-
-    A CPU with units for whole tiles (AMX) is left to the matrix library, which uses them.
-    """
+    """Whether the compiler and the CPU know products of bfloat16 vectors."""
     library, _ = _library()
-    here = library is not None and hasattr(library, "attention_bfloat16")
-    return here and "amx_bf16" not in _cpu_flags()
+    return library is not None and hasattr(library, "attention_bfloat16")
+
+
+def _flags() -> tuple[str, ...]:
+    """How to compile for this CPU: with vectors of 512 bits, of which compilers are shy, and with
+    tile units (AMX) only if the system gives them to this process, which it must be asked for
+    (Linux: Documentation/arch/x86/xstate.rst)."""
+    flags, known = list(FLAGS), _cpu_flags()
+    if " avx512f" in known:
+        flags.append("-mprefer-vector-width=512")
+    if " amx_bf16" in known and not _may_use_tiles():
+        flags += ["-mno-amx-tile", "-mno-amx-bf16"]
+    return tuple(flags)
+
+
+def _may_use_tiles() -> bool:
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    with contextlib.suppress(OSError, AttributeError):
+        return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+    return False
 
 
 @cache
@@ -382,8 +398,8 @@ def _compiled(compiler: str) -> Path:
     """
     tool = Path(compiler).resolve()
     version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"
-    texts = [part.read_text() for part in PARTS]
-    known = "\n".join((*texts, version, *FLAGS, platform.machine(), _cpu_flags()))
+    texts, flags = [part.read_text() for part in PARTS], _flags()
+    known = "\n".join((*texts, version, *flags, platform.machine(), _cpu_flags()))
     home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
     path = home / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -391,7 +407,7 @@ def _compiled(compiler: str) -> Path:
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / "kernels.so"
-            command = [compiler, *FLAGS, str(SOURCE), "-lm", "-o", str(made)]
+            command = [compiler, *flags, str(SOURCE), "-lm", "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             made.chmod(0o700)
             made.replace(path)

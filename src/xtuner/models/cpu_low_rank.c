@@ -5,14 +5,15 @@
  * those of all layers. Sums stay in float32 from end to end and are rounded once.
  */
 
-#define TOKENS 256 /* inner numbers at once where tokens are the inner dimension */
+enum { TOKENS = ROWS_M == 32 ? 1024 : 256 }; /* inner numbers at once where tokens are the inner dimension */
 #define MOST_PARTS 8 /* as in cpu_low_rank.py */
 _Static_assert(2 * MOST_PARTS <= MOST_TERMS, "each part has two terms");
 
 /* A frozen layer W [out, in] with bias or NULL and its adapter A [rank, in], B [out, rank], float32;
- * y [tokens, out] its output, or the gradient of that; dA and dB as A and B. */
+ * y [tokens, out] its output, to which `plus`, alike or NULL, is added, or the gradient of that; dA
+ * and dB as A and B. */
 typedef struct {
-    const bf16 *weight, *bias;
+    const bf16 *weight, *bias, *plus;
     const float *down, *up;
     bf16 *y;
     float *down_grad, *up_grad;
@@ -62,7 +63,7 @@ static Layout lay_out(const Linears *l, int backward, int threads, char *space) 
         sums = one > sums ? one : sums;
     }
     int64_t whole = backward ? sums_bytes(l->tokens, l->in, inner) : 0;
-    int64_t rows = round_up(all.ranks, 16) + ROWS_A, tokens = (rows + TOKENS / 2) * LANES_B * 4;
+    int64_t rows = round_up(all.ranks, 16) + ROWS_M, tokens = (rows + TOKENS / 2) * LANES_B * 4;
     all.own = backward && tokens > own_bytes(inner) ? tokens : own_bytes(inner);
     all.shared = take_workspace(&space, whole > sums ? whole : sums, threads * all.own);
     if (backward) {
@@ -91,14 +92,19 @@ void low_rank_bfloat16(const Linears *l, char *memory, int threads) {
     {
         Workspace space = workspace_of(&all);
         bf16 *h = l->h;
+        begin_blocks();
         for (int i = 0; i < l->parts; i++) {
             const Part *p = l->part + i;
             Term down = by_down(l, i, l->x, l->in, l->in, 1);
             Term both[] = {by_weight(l, i, l->x, l->in, 1), by_up(l, i, h, all.ranks, p->rank, 1)};
-            multiply(&down, 1, l->tokens, p->rank, 0, h, all.ranks, &space);
-            multiply(both, 2, l->tokens, p->out, p->bias, p->y, p->out, &space);
+            Target inside = {.out = h, .out_row = all.ranks, .columns = p->rank};
+            Target whole = {.bias = p->bias, .plus = p->plus, .out = p->y, .out_row = p->out,
+                            .columns = p->out};
+            multiply(&down, 1, l->tokens, &inside, &space);
+            multiply(both, 2, l->tokens, &whole, &space);
             h += p->rank;
         }
+        end_blocks();
     }
 }
 
@@ -107,19 +113,19 @@ void low_rank_bfloat16(const Linears *l, char *memory, int threads) {
 static float *over_tokens(const bf16 *a, int64_t a_row, int64_t rows, const bf16 *x, int64_t tokens,
                           int64_t columns, int64_t column, bf16 *memory) {
     float *sums = (float *)memory;
-    bf16 *paired = (bf16 *)(sums + round_up(rows, ROWS_A) * LANES_B);
+    bf16 *paired = (bf16 *)(sums + round_up(rows, ROWS_M) * LANES_B);
     for (int64_t t = 0; t < tokens; t += TOKENS) {
         int64_t some = tokens - t < TOKENS ? tokens - t : TOKENS;
         Matrix from = {x + t * columns, columns, 0, 1.0f};
         pair_rows(&from, column, some, columns, LANES_B, paired);
         const bf16 *next = x + (t + TOKENS) * columns + column;
-        const int64_t rows_each = (TOKENS * ROWS_A + rows - 1) / rows;
-        for (int64_t r = 0, k = 0; r < rows; r += ROWS_A) {
+        const int64_t rows_each = (TOKENS * ROWS_M + rows - 1) / rows;
+        for (int64_t r = 0, k = 0; r < rows; r += ROWS_M) {
             for (int64_t end = k + rows_each; k < end && t + TOKENS + k < tokens; k++) {
                 _mm_prefetch(next + k * columns, _MM_HINT_T1);
                 _mm_prefetch(next + k * columns + LANES_B / 2, _MM_HINT_T1);
             }
-            product(LANES_B, a + r * a_row + t, a_row, paired, 2 * LANES_B, (some + 1) / 2,
+            product(LANES_B, a + r * a_row + t, a_row, paired, 2 * LANES_B, filled_up(some) / 2,
                     sums + r * LANES_B, LANES_B, t > 0);
         }
     }
@@ -165,14 +171,17 @@ void low_rank_backward_bfloat16(const Linears *l, char *memory, int threads) {
         Term terms[2 * MOST_PARTS];
         bf16 *dh = all.dh;
         int parts = (int)l->parts;
+        begin_blocks();
         for (int i = 0; i < parts; dh += l->part[i++].rank) {
             const Part *p = l->part + i;
             Term up = by_up(l, i, p->y, p->out, p->out, 0);
-            multiply(&up, 1, l->tokens, p->rank, 0, dh, all.ranks, &space);
+            Target inside = {.out = dh, .out_row = all.ranks, .columns = p->rank};
+            multiply(&up, 1, l->tokens, &inside, &space);
             terms[i] = by_weight(l, i, p->y, p->out, 0);
             terms[parts + i] = by_down(l, i, dh, all.ranks, p->rank, 0);
         }
-        if (l->dx) multiply(terms, 2 * parts, l->tokens, l->in, 0, l->dx, l->in, &space);
+        Target to = {.out = l->dx, .out_row = l->in, .columns = l->in};
+        if (l->dx) multiply(terms, 2 * parts, l->tokens, &to, &space);
         _Pragma("omp barrier")
         Matrix dhs = {all.dh, all.ranks, 0, 1.0f}, hs = {l->h, all.ranks, 0, 1.0f};
         _Pragma("omp for schedule(dynamic)")
@@ -189,5 +198,6 @@ void low_rank_backward_bfloat16(const Linears *l, char *memory, int threads) {
             for (int64_t j = 0; j < l->part[i].out; j += LANES_B)
                 grad_of_up(l, &all, i, before, j, space.own);
         }
+        end_blocks();
     }
 }

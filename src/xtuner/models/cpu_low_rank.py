@@ -27,6 +27,7 @@ class Layer(NamedTuple):
         down: A of its adapter, float32 ``[rank, in]``.
         up: B, float32 ``[out, rank]``.
         scaling: factor of the adapter.
+        plus: bfloat16 ``[N, out]``, added to the output, or None.
     """
 
     weight: Tensor
@@ -34,13 +35,14 @@ class Layer(NamedTuple):
     down: Tensor
     up: Tensor
     scaling: float
+    plus: Tensor | None = None
 
 
 class _Part(ctypes.Structure):
     """`Part` of cpu_low_rank.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "down", "up", "y")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "plus", "down", "up", "y")),
         *((name, ctypes.c_void_p) for name in ("down_grad", "up_grad")),
         *((name, NUMBER) for name in ("out", "rank")),
         ("scale", REAL),
@@ -112,8 +114,9 @@ def _structure(
 ) -> Any:
     parts = (_Part * MOST_PARTS)()
     for i, (layer, out) in enumerate(zip(layers, outs, strict=True)):
-        tensors = (*layer[:4], out, *(grads[i] for grads in (downs, ups) if grads))
-        places = [address(tensor) for tensor in tensors] + [None] * (7 - len(tensors))
+        tensors = (layer.weight, layer.bias, layer.plus, layer.down, layer.up, out)
+        grads = [some[i] for some in (downs, ups) if some]
+        places = [address(tensor) for tensor in (*tensors, *grads)] + [None] * (2 - len(grads))
         parts[i] = _Part(*places, *layer.up.shape, layer.scaling)
     places = [address(tensor) for tensor in (x, grad_x, inner)]
     return ctypes.byref(_Linears(*places, *x.shape, len(layers), parts))

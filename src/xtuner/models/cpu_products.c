@@ -12,54 +12,24 @@
 #include <immintrin.h>
 #include <omp.h>
 
-#define ROWS_A 6    /* 6 x 4 accumulators, 4 vectors and 1 broadcast fill 29 of 32 registers */
-#define LANES_B 64  /* columns of a block: four vectors of 16 */
+#define LANES_B 64 /* columns: four vectors of 16 */
 #define INLINE static inline __attribute__((always_inline))
-
-#define UNROLL _Pragma("GCC unroll 6") /* so that sums stay in registers */
 
 #define LANE _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 
 typedef uint16_t bf16;
 
-/* sum[6, 16 nv] += a[6, 2 pairs] b, where b[p] holds columns of the inner numbers 2p and 2p + 1. */
-INLINE void accumulate(const int nv, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
-                       int64_t pairs, __m512 sum[ROWS_A][4]) {
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512bh column[4];
-        UNROLL for (int j = 0; j < nv; j++)
-            column[j] = (__m512bh)_mm512_loadu_si512(b + p * b_pair + 32 * j);
-        UNROLL for (int r = 0; r < ROWS_A; r++) {
-            int32_t pair;
-            memcpy(&pair, a + r * a_row + 2 * p, 4);
-            __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
-            UNROLL for (int j = 0; j < nv; j++)
-                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], row, column[j]);
-        }
-    }
-}
+/* Rows and columns of a block of sums; to what second matrices are filled up with zeros; rows of a
+ * task at most; bytes of second matrices that are laid out at once. */
+#ifdef __AMX_BF16__
+enum { ROWS_M = 32, LANES_M = 32, INNER_STEP = 32, MOST_ROWS = 128, SLAB = 3 << 19 };
+#else
+enum { ROWS_M = 6, LANES_M = LANES_B, INNER_STEP = 2, MOST_ROWS = 36, SLAB = 1 << 22 };
+#endif
 
-/* c[6, 16 nv] (+)= a b, as `accumulate`. */
-INLINE void product_nv(const int nv, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
-                       int64_t pairs, float *c, int64_t c_row, int add) {
-    __m512 sum[ROWS_A][4];
-    UNROLL for (int r = 0; r < ROWS_A; r++)
-        UNROLL for (int j = 0; j < nv; j++)
-            sum[r][j] = add ? _mm512_loadu_ps(c + r * c_row + 16 * j) : _mm512_setzero_ps();
-    accumulate(nv, a, a_row, b, b_pair, pairs, sum);
-    UNROLL for (int r = 0; r < ROWS_A; r++)
-        UNROLL for (int j = 0; j < nv; j++) _mm512_storeu_ps(c + r * c_row + 16 * j, sum[r][j]);
-}
+static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-/* As `product_nv`, for any number of columns, rounded up to a multiple of 16. */
-static void product(int64_t columns, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
-                    int64_t pairs, float *c, int64_t c_row, int add) {
-    for (; columns > 48; columns -= 64, b += 128, c += 64)
-        product_nv(4, a, a_row, b, b_pair, pairs, c, c_row, add);
-    if (columns > 32) product_nv(3, a, a_row, b, b_pair, pairs, c, c_row, add);
-    else if (columns > 16) product_nv(2, a, a_row, b, b_pair, pairs, c, c_row, add);
-    else if (columns > 0) product_nv(1, a, a_row, b, b_pair, pairs, c, c_row, add);
-}
+static int64_t filled_up(int64_t inner) { return round_up(inner, INNER_STEP); }
 
 /* A 16 x 16 matrix of 32-bit numbers, on its side. */
 INLINE void transpose(__m512i row[16]) {
@@ -93,6 +63,11 @@ typedef struct {
     float scale;
 } Matrix;
 
+/* 16 numbers in float32. */
+INLINE __m512 wide(__m256i x) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+}
+
 /* A mask of `count` lanes, 32 at most. */
 INLINE __mmask32 first_lanes(int64_t count) {
     return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0;
@@ -119,20 +94,21 @@ INLINE void pair_block(const Matrix *x, int64_t i, int64_t j, int64_t rows, int6
     transpose(block);
 }
 
-/* 64 rows of x [rows, columns] from `first` on, to out [columns / 2, 64, 2]: pairs of columns, a
- * row in each lane. */
-static void pair_columns(const Matrix *x, int64_t first, int64_t rows, int64_t columns, bf16 *out) {
-    int64_t pairs = (columns + 1) / 2;
-    for (int64_t i = 0; i < LANES_B; i += 16)
+/* `lanes` rows of x [rows, columns] from `first` on, to out [columns / 2, lanes, 2]: pairs of
+ * columns, a row in each lane; `lanes` is a multiple of 16. */
+static void pair_columns(const Matrix *x, int64_t first, int64_t rows, int64_t columns,
+                         int64_t lanes, bf16 *out) {
+    int64_t pairs = filled_up(columns) / 2;
+    for (int64_t i = 0; i < lanes; i += 16)
         for (int64_t p = 0; p < pairs; p += 16) {
             __m512i block[16];
-            bf16 *to = out + p * 2 * LANES_B + i * 2;
+            bf16 *to = out + p * 2 * lanes + i * 2;
             pair_block(x, first + i, 2 * p, rows, columns, block);
             if (p + 16 <= pairs)
-                for (int j = 0; j < 16; j++) _mm512_storeu_si512(to + j * 2 * LANES_B, block[j]);
+                for (int j = 0; j < 16; j++) _mm512_storeu_si512(to + j * 2 * lanes, block[j]);
             else
                 for (int j = 0; p + j < pairs; j++)
-                    _mm512_storeu_si512(to + j * 2 * LANES_B, block[j]);
+                    _mm512_storeu_si512(to + j * 2 * lanes, block[j]);
         }
 }
 
@@ -148,7 +124,7 @@ INLINE __m512i woven(__m512i even, __m512i odd) {
  * is a multiple of 32. */
 static void pair_rows(const Matrix *x, int64_t first, int64_t rows, int64_t columns, int64_t lanes,
                       bf16 *out) {
-    for (int64_t i = 0; i < rows; i += 2)
+    for (int64_t i = 0; i < filled_up(rows); i += 2)
         for (int64_t j = 0; j < lanes; j += 32) {
             __m512i even = numbers(x, i, first + j, rows, columns);
             __m512i odd = numbers(x, i + 1, first + j, rows, columns);
@@ -173,19 +149,15 @@ static void turn_columns(const Matrix *x, int64_t first, int64_t rows, int64_t c
     }
 }
 
-static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
 static void *take(char **free_space, int64_t bytes) {
     char *taken = *free_space;
     *free_space += round_up(bytes, 64);
     return taken;
 }
 
-#define ROWS_AT_ONCE 36 /* rows of a task */
-#define INNER 3200      /* inner numbers at once: 64 columns of them take 400 KiB */
-#define SLAB 4194304    /* bytes of second matrices laid out at once; 64 columns of INNER numbers at least */
+#define INNER 3200 /* inner numbers at once: 64 columns of them take 400 KiB */
 #define MOST_TERMS 16
-_Static_assert(SLAB >= INNER * LANES_B * 2, "a slab holds 64 columns");
+_Static_assert(SLAB >= (INNER + MOST_TERMS * INNER_STEP) * LANES_M * 2, "a slab holds a block");
 
 /* One term a b of a sum: a [rows, inner]; b [columns, inner] if `across`, else [inner, columns]. */
 typedef struct {
@@ -205,51 +177,38 @@ typedef struct {
 } Workspace;
 
 static int64_t sums_bytes(int64_t rows, int64_t columns, int64_t inner) {
-    return inner > INNER ? rows * round_up(columns, LANES_B) * 4 : 0;
+    return inner > INNER ? round_up(rows, ROWS_M) * round_up(columns, LANES_B) * 4 : 0;
 }
 
-/* Six rows of the terms' first matrices from `row` on times 16 nv columns: begun at zero, or at c if
- * `add`; left in c, or, if there is an `out`, rounded there, `rows` by `columns` of them, bias
- * added. */
-INLINE void tile_nv(const int nv, const Term *terms, int count, int64_t row, const bf16 *b,
-                    float *c, int64_t c_row, int add, const bf16 *bias, bf16 *out, int64_t out_row,
-                    int64_t rows, int64_t columns) {
-    __m512 sum[ROWS_A][4];
-    UNROLL for (int r = 0; r < ROWS_A; r++)
-        UNROLL for (int j = 0; j < nv; j++)
-            sum[r][j] = add && r < rows ? _mm512_loadu_ps(c + r * c_row + 16 * j)
-                                        : _mm512_setzero_ps();
-    for (int i = 0; i < count; b += terms[i++].inner * LANES_B)
-        accumulate(nv, terms[i].a + row * terms[i].a_row, terms[i].a_row, b, 2 * LANES_B,
-                   terms[i].inner / 2, sum);
-    UNROLL for (int r = 0; r < ROWS_A; r++)
-        UNROLL for (int j = 0; j < nv; j++) {
-            if (!out) {
-                if (r < rows) _mm512_storeu_ps(c + r * c_row + 16 * j, sum[r][j]);
-                continue;
-            }
-            __mmask16 there = (__mmask16)first_lanes(r < rows ? columns - 16 * j : 0);
-            if (bias) {
-                __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, bias + 16 * j));
-                sum[r][j] = _mm512_add_ps(sum[r][j], (__m512)_mm512_slli_epi32(wide, 16));
-            }
-            _mm256_mask_storeu_epi16(out + r * out_row + 16 * j, there,
-                                     (__m256i)_mm512_cvtneps_pbh(sum[r][j]));
-        }
+/* Where sums go: they begin with what is in c if `add`, and stay there, or, if there is an `out`, are
+ * rounded there, `columns` of them, with a bias and the rows of `plus` added, if there are such. */
+typedef struct {
+    float *c;
+    int64_t c_row;
+    int add;
+    const bf16 *bias, *plus;
+    bf16 *out;
+    int64_t out_row, columns; /* of `plus`, too */
+} Target;
+
+/* The same from a row and a column on. */
+INLINE Target moved(const Target *to, int64_t row, int64_t column) {
+    Target next = *to;
+    next.c += row * to->c_row + column;
+    next.columns -= column;
+    if (to->bias) next.bias += column;
+    if (to->plus) next.plus += row * to->out_row + column;
+    if (to->out) next.out += row * to->out_row + column;
+    return next;
 }
 
-static void tile(const Term *terms, int count, int64_t row, const bf16 *b, float *c, int64_t c_row,
-                 int add, const bf16 *bias, bf16 *out, int64_t out_row, int64_t rows,
-                 int64_t columns) {
-    if (columns > 32)
-        tile_nv(4, terms, count, row, b, c, c_row, add, bias, out, out_row, rows, columns);
-    else if (columns > 16)
-        tile_nv(2, terms, count, row, b, c, c_row, add, bias, out, out_row, rows, columns);
-    else
-        tile_nv(1, terms, count, row, b, c, c_row, add, bias, out, out_row, rows, columns);
-}
+#ifdef __AMX_BF16__
+#include "cpu_tiles.c"
+#else
+#include "cpu_vectors.c"
+#endif
 
-/* The terms with fewer than six rows left, from `row` on, filled up with zeros in `own`. */
+/* The terms with fewer rows left than a block has, from `row` on, filled up with zeros in `own`. */
 static void fill_up(const Term *terms, int count, int64_t row, int64_t rows, bf16 *own,
                     Term *filled) {
     for (int i = 0; i < count; i++) {
@@ -257,44 +216,45 @@ static void fill_up(const Term *terms, int count, int64_t row, int64_t rows, bf1
         filled[i] = terms[i];
         filled[i].a = own;
         filled[i].a_row = inner;
-        memset(own, 0, ROWS_A * inner * 2);
+        memset(own, 0, ROWS_M * inner * 2);
         for (int64_t r = 0; r < rows; r++, own += inner)
             memcpy(own, terms[i].a + (row + r) * terms[i].a_row, inner * 2);
-        own += (ROWS_A - rows) * inner;
+        own += (ROWS_M - rows) * inner;
     }
 }
 
-/* As `multiply`, for an inner dimension that is taken at once; sums begin with what the `sums` hold
- * if `add`, and stay there unless there is an `out`. */
-static void multiply_at_once(const Term *terms, int count, int64_t rows, int64_t columns, int add,
-                             const bf16 *bias, bf16 *out, int64_t out_row, Workspace *space) {
-    int64_t inner = 0, sums_row = round_up(columns, LANES_B);
-    for (int i = 0; i < count; i++) inner += terms[i].inner;
-    int64_t at_once = SLAB / (2 * LANES_B * inner) * LANES_B;
+/* Rows of a task: as many as leave each thread several, so that none waits long. */
+static int64_t rows_of_task(int64_t rows) {
+    int64_t share = rows / (4 * omp_get_num_threads()) / ROWS_M * ROWS_M;
+    return share < ROWS_M ? ROWS_M : share < MOST_ROWS ? share : MOST_ROWS / ROWS_M * ROWS_M;
+}
+
+/* As `multiply`, for an inner dimension that is taken at once. */
+static void multiply_at_once(const Term *terms, int count, int64_t rows, const Target *to,
+                             Workspace *space) {
+    int64_t inner = 0, columns = to->columns, each = rows_of_task(rows);
+    for (int i = 0; i < count; i++) inner += filled_up(terms[i].inner);
+    int64_t at_once = SLAB / (2 * LANES_M * inner) * LANES_M;
     for (int64_t start = 0; start < columns; start += at_once) {
         int64_t stop = start + at_once < columns ? start + at_once : columns;
         bf16 *slab = space->slab[space->turn ^= 1];
         _Pragma("omp for schedule(dynamic)")
-        for (int64_t j = start; j < stop; j += LANES_B) {
+        for (int64_t j = start; j < stop; j += LANES_M) {
             bf16 *to = slab + (j - start) * inner;
-            for (int i = 0; i < count; to += terms[i++].inner * LANES_B)
-                if (terms[i].across) pair_columns(&terms[i].b, j, columns, terms[i].inner, to);
-                else pair_rows(&terms[i].b, j, terms[i].inner, columns, LANES_B, to);
+            for (int i = 0; i < count; to += filled_up(terms[i++].inner) * LANES_M)
+                if (terms[i].across)
+                    pair_columns(&terms[i].b, j, columns, terms[i].inner, LANES_M, to);
+                else pair_rows(&terms[i].b, j, terms[i].inner, columns, LANES_M, to);
         }
         _Pragma("omp for schedule(dynamic) nowait")
-        for (int64_t i = 0; i < rows; i += ROWS_AT_ONCE) {
-            int64_t some = rows - i < ROWS_AT_ONCE ? rows - i : ROWS_AT_ONCE;
+        for (int64_t i = 0; i < rows; i += each) {
+            int64_t some = rows - i < each ? rows - i : each, whole = some / ROWS_M * ROWS_M;
             Term filled[MOST_TERMS];
-            if (some % ROWS_A)
-                fill_up(terms, count, i + some / ROWS_A * ROWS_A, some % ROWS_A, space->own, filled);
-            for (int64_t j = start; j < stop; j += LANES_B)
-                for (int64_t x = 0; x < some; x += ROWS_A) {
-                    int whole = x + ROWS_A <= some;
-                    tile(whole ? terms : filled, count, whole ? i + x : 0,
-                         slab + (j - start) * inner, space->sums + (i + x) * sums_row + j, sums_row,
-                         add, bias ? bias + j : 0, out ? out + (i + x) * out_row + j : 0, out_row,
-                         some - x, columns - j);
-                }
+            blocks(terms, count, i, whole, slab, inner, stop - start, moved(to, i, start));
+            if (whole == some) continue;
+            fill_up(terms, count, i + whole, some - whole, space->own, filled);
+            blocks(filled, count, 0, some - whole, slab, inner, stop - start,
+                   moved(to, i + whole, start));
         }
     }
 }
@@ -307,18 +267,22 @@ static void skip_inner(Term *term, int64_t count) {
     term->b.values = (const char *)term->b.values + numbers * (term->b.wide ? 4 : 2);
 }
 
-/* out[rows, columns] = sum of terms + bias, by all threads of a parallel region together; inner
+/* to->out[rows, columns] = sum of terms and what `to` adds, by all threads of a parallel region together; inner
  * dimensions are even. No thread waits at the end: `out` is whole after the next barrier, or inside
  * the next call, whose first matrices alone may therefore be it. */
-static void multiply(const Term *terms, int count, int64_t rows, int64_t columns, const bf16 *bias,
-                     bf16 *out, int64_t out_row, Workspace *space) {
+static void multiply(const Term *terms, int count, int64_t rows, const Target *to,
+                     Workspace *space) {
+    Target part = *to;
+    part.c = space->sums;
+    part.c_row = round_up(to->columns, LANES_B);
     Term left[MOST_TERMS], now[MOST_TERMS];
     int64_t inner = 0;
     for (int i = 0; i < count; i++) inner += (left[i] = terms[i]).inner;
-    int64_t each = round_up(inner / ((inner + INNER - 1) / INNER) + 1, 2), done = 0;
+    int64_t each = filled_up(inner / ((inner + INNER - 1) / INNER) + 1), done = 0;
     for (int first = 0; done < inner;) {
         int64_t room = each < INNER ? each : INNER;
-        int add = done > 0, used = 0;
+        int used = 0;
+        part.add = done > 0;
         while (room && first < count) {
             int64_t some = left[first].inner < room ? left[first].inner : room;
             now[used] = left[first];
@@ -328,8 +292,8 @@ static void multiply(const Term *terms, int count, int64_t rows, int64_t columns
             room -= some;
             done += some;
         }
-        bf16 *to = done < inner ? 0 : out;
-        multiply_at_once(now, used, rows, columns, add, bias, to, out_row, space);
+        part.out = done < inner ? 0 : to->out;
+        multiply_at_once(now, used, rows, &part, space);
     }
 }
 
@@ -341,7 +305,7 @@ static Workspace take_workspace(char **space, int64_t sums, int64_t own) {
 }
 
 static int64_t own_bytes(int64_t inner) {
-    return round_up(ROWS_A * (inner < INNER ? inner : INNER) * 2, 64);
+    return round_up(ROWS_M * (inner < INNER ? inner : INNER) * 2, 64);
 }
 
 /* Bytes of working memory for `product_bfloat16`. */
@@ -357,10 +321,13 @@ void product_bfloat16(const bf16 *a, const bf16 *b, bf16 *out, int64_t rows, int
     int64_t own = own_bytes(inner);
     Workspace all = take_workspace(&memory, sums_bytes(rows, columns, inner), threads * own);
     Term term = {a, inner, inner, {b, across ? inner : columns, 0, 1.0f}, across};
+    Target to = {.out = out, .out_row = columns, .columns = columns};
     _Pragma("omp parallel num_threads(threads)")
     {
         Workspace space = all;
         space.own = (bf16 *)((char *)all.own + omp_get_thread_num() * own);
-        multiply(&term, 1, rows, columns, 0, out, columns, &space);
+        begin_blocks();
+        multiply(&term, 1, rows, &to, &space);
+        end_blocks();
     }
 }
