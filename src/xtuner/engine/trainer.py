@@ -284,7 +284,8 @@ class Trainer:
             for hook in self.hooks:
                 getattr(hook, event)(self.run)
         self.processes.wait()
-        self.model.train()
+        if not self.model.training:  # a hook asked it something
+            self.model.train()
 
 
 def _micro_seed(seed: int, step: int, index: int, rank: int) -> int:

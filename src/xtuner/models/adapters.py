@@ -53,15 +53,19 @@ class _ActivationTypeForward:
 def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Outputs of linear layers that take the same `x`, adapters included; in one operation where
     that can be."""
-    if torch.is_grad_enabled():
-        parts = [
-            layer.adapted() if isinstance(layer, _ActivationTypeForward) else None
-            for layer in layers
-        ]
-        whole = [part for part in parts if part and type(part.layer) in _fused_layers()]
-        if len(whole) == len(layers):
-            return low_rank_linears(x, whole)
-    return tuple(layer(x) for layer in layers)
+    parts = adapted_parts(layers) if torch.is_grad_enabled() else None
+    return tuple(layer(x) for layer in layers) if parts is None else low_rank_linears(x, parts)
+
+
+def adapted_parts(layers: Sequence[nn.Module]) -> list[Adapted] | None:
+    """Linear layers with their adapters, where all have one that `low_rank_linears` can take."""
+    parts = []
+    for layer in layers:
+        part = layer.adapted() if isinstance(layer, _ActivationTypeForward) else None
+        if part is None or type(part.layer) not in _fused_layers():
+            return None
+        parts.append(part)
+    return parts
 
 
 @cache

@@ -20,7 +20,7 @@ from xtuner.models.block_attention import (
 )
 from xtuner.models.cpu_kernels import Kernels, Rows
 
-_rows = lru_cache(maxsize=8)(Rows)
+rows_of = lru_cache(maxsize=8)(Rows)
 
 
 class _CompiledAttention(torch.autograd.Function):
@@ -66,7 +66,7 @@ def cpu_attention(
     kernels = kernels_for_rows(query, key, value)
     same = query.shape[2] == key.shape[2] == value.shape[2]
     if kernels is not None and same and kernels.attends(query.shape[2]):
-        rows = _rows(borders, window, scale)
+        rows = rows_of(borders, window, scale)
         out: Tensor = _CompiledAttention.apply(query, key, value, rotation, rows, kernels)  # type: ignore[no-untyped-call]
         return out
     return block_attention(

@@ -21,7 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from xtuner.models import adapters, block_attention, fused_attention, fused_layers, loss
+from xtuner.models import (
+    adapters,
+    block_attention,
+    fused_attention,
+    fused_decoder,
+    fused_layers,
+    loss,
+)
 from xtuner.models.attention import training_implementation
 from xtuner.models.causal_lm import missing_to_round
 from xtuner.models.cpu_kernels import kernels_for, shapes_only
@@ -101,6 +108,7 @@ def measure(
         fused_layers.install(model, check=False)
         if not flash:
             fused_attention.install(model, check=False)
+            fused_decoder.install(model, check=False)
         saved, workspace = _quantised_size(model, quantization, double_quant)
         together = not recompute and not flash and quantization in ("nf4", "fp4")
         if together and lora and not lora.get("dropout"):

@@ -26,7 +26,7 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
 
 
-class _RotaryBlockAttention:
+class RotaryBlockAttention:
     """The forward pass of a rotary attention layer over packed rows."""
 
     def forward(
@@ -38,27 +38,16 @@ class _RotaryBlockAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map ``[1, N, H]`` to ``[1, N, H]``."""
-        borders, width = kwargs.get("cu_seq_lens_q"), self.head_dim
-        fits = (
-            borders is not None
-            and position_embeddings is not None
-            and attention_mask is None
-            and past_key_values is None
-            and hidden_states.shape[0] == 1
-            and position_embeddings[0].shape[-1] == width
-            and not (self.training and self.attention_dropout)
-            and self.config._attn_implementation == attention.NAME
-        )
-        if not fits or kernels_for(hidden_states) is None:
-            return super().forward(  # type: ignore[misc, no-any-return]
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+        kwargs |= {
+            "position_embeddings": position_embeddings,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        if not self.takes(hidden_states, **kwargs) or kernels_for(hidden_states) is None:
+            return super().forward(hidden_states, **kwargs)  # type: ignore[misc, no-any-return]
+        width = self.head_dim
         projected = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (x[0].view(hidden_states.shape[1], -1, width) for x in projected)
+        q, k, v = (x.view(hidden_states.shape[1], -1, width) for x in projected)
         if hasattr(self, "q_norm"):
             # under autocast a norm with a float32 weight gives float32, and v is in 16 bits
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -67,12 +56,32 @@ class _RotaryBlockAttention:
             q,
             k,
             v,
-            tuple(borders.tolist()),  # type: ignore[union-attr]
+            tuple(kwargs["cu_seq_lens_q"].tolist()),
             scale=scale,
             window=window,
             rotation=rotation_of(*position_embeddings),  # type: ignore[misc]
         )
         return self.o_proj(out.flatten(1)[None]), None
+
+    def takes(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Whether the rows are packed and nothing is asked for that ours does not do."""
+        return (
+            kwargs.get("cu_seq_lens_q") is not None
+            and position_embeddings is not None
+            and attention_mask is None
+            and past_key_values is None
+            and hidden_states.shape[0] == 1
+            and position_embeddings[0].shape[-1] == self.head_dim
+            and not (self.training and self.attention_dropout)
+            and self.config._attn_implementation == attention.NAME
+        )
 
 
 @lru_cache(maxsize=2)
@@ -83,7 +92,7 @@ def rotation_of(cos: Tensor, sin: Tensor) -> Rotation:
 
 @cache
 def _changed(layer: type) -> type:
-    return type(layer.__name__, (_RotaryBlockAttention, layer), {"__module__": layer.__module__})
+    return type(layer.__name__, (RotaryBlockAttention, layer), {"__module__": layer.__module__})
 
 
 def install(model: nn.Module, *, check: bool = True) -> int:
@@ -121,7 +130,7 @@ def _looks_alike(layer: Any) -> bool:
         and isinstance(getattr(layer, "scaling", None), float)
         and isinstance(getattr(layer, "attention_dropout", None), float)
         and getattr(layer, "is_causal", False) is True
-        and not isinstance(layer, _RotaryBlockAttention)
+        and not isinstance(layer, RotaryBlockAttention)
     )
 
 
@@ -145,8 +154,8 @@ def _change(layer: Any, scale: float, window: int | None) -> None:
     layer._attention_options = scale, window
 
 
-@torch.no_grad()
-def _change_if_same(layer: Any) -> bool:
+def probe_inputs(layer: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Hidden states of two packed samples, and what else a layer is called with."""
     hidden = _probe(layer)
     angles = torch.arange(12 * layer.head_dim // 2, dtype=torch.float32).view(1, 12, -1)
     angles = torch.cat([angles, angles], -1)
@@ -155,6 +164,12 @@ def _change_if_same(layer: Any) -> bool:
         "attention_mask": None,
         "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32),
     }
+    return hidden, inputs
+
+
+@torch.no_grad()
+def _change_if_same(layer: Any) -> bool:
+    hidden, inputs = probe_inputs(layer)
     was_training = layer.training
     layer.eval()
     before = type(layer)

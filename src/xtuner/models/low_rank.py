@@ -63,18 +63,22 @@ class Adapted:
 def _kernels_for(x: Tensor, parts: Sequence[Adapted]) -> Kernels | None:
     """The compiled functions where they can take these layers."""
     kernels = kernels_for(x)
-    if kernels is None or not kernels.multiplies(x.shape[-1]):
-        return None
-    if not x.numel() or len(parts) > cpu_low_rank.MOST_PARTS or _recomputed():
-        return None
+    there = kernels is not None and x.numel() and compiles(kernels, parts)
+    return kernels if there else None
+
+
+def compiles(kernels: Kernels, parts: Sequence[Adapted]) -> bool:
+    """Whether the compiled functions can take layers of one input."""
+    if len(parts) > cpu_low_rank.MOST_PARTS or _recomputed():
+        return False
     for part in parts:
-        sizes = part.up.shape  # each is an inner dimension once
+        sizes = (*part.up.shape, part.down.shape[1])  # each is an inner dimension once
         wide = part.down.dtype == part.up.dtype == torch.float32
         if part.dropout or not wide or not all(kernels.multiplies(size) for size in sizes):
-            return None
+            return False
         if kernels_for(part.down, part.up) is None:
-            return None
-    return kernels
+            return False
+    return True
 
 
 def _recomputed() -> bool:
@@ -87,7 +91,8 @@ def _recomputed() -> bool:
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
-def _layer(part: Adapted, dtype: torch.dtype) -> cpu_low_rank.Layer:
+def layer_of(part: Adapted, dtype: torch.dtype) -> cpu_low_rank.Layer:
+    """A layer as the compiled functions take it."""
     bias: Any = part.layer.bias
     weight = frozen_weight(part.layer, dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
@@ -102,7 +107,7 @@ class _CompiledLowRankLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, parts: Sequence[Adapted], kernels: Kernels, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
         rows = x.flatten(0, -2)
-        layers = [_layer(part, x.dtype) for part in parts]
+        layers = [layer_of(part, x.dtype) for part in parts]
         outs, inner = cpu_low_rank.forward(kernels, rows, layers)
         ctx.save_for_backward(rows, inner, *adapters)  # these for autograd to see them changed
         ctx.parts, ctx.shape, ctx.kernels = parts, x.shape, kernels
@@ -115,7 +120,7 @@ class _CompiledLowRankLinears(torch.autograd.Function):
         grad_x, downs, ups = cpu_low_rank.backward(
             ctx.kernels,
             rows,
-            [_layer(part, rows.dtype) for part in ctx.parts],
+            [layer_of(part, rows.dtype) for part in ctx.parts],
             inner,
             [grad.flatten(0, -2).contiguous() for grad in grads],
             grad_x=ctx.needs_input_grad[0],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from xtuner.config.schema import Settings
-from xtuner.models import adapters, fused_attention, fused_layers
+from xtuner.models import adapters, fused_attention, fused_decoder, fused_layers
 from xtuner.models.attention import training_implementation
 from xtuner.models.llava_parts import LLM, LLM_ADAPTER
 from xtuner.models.load import load_model
@@ -44,6 +44,7 @@ def make_trainable(
     base.set_attn_implementation(training_implementation(base, s.attn_implementation))
     fused_layers.install(base)
     fused_attention.install(base)
+    fused_decoder.install(base)
     if recompute:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
