@@ -10,9 +10,12 @@ from xtuner.models import cpu_kernels
 from xtuner.models.block_attention import block_attention
 from xtuner.models.cpu_attention import cpu_attention
 
-pytestmark = pytest.mark.skipif(
-    not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
-)
+pytestmark = [
+    pytest.mark.usefixtures("units"),
+    pytest.mark.skipif(
+        not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
+    ),
+]
 
 BORDERS = {
     "short samples": (0, 1, 2, 8, 72, 73),

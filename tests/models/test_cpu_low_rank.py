@@ -9,9 +9,12 @@ from torch.utils.checkpoint import checkpoint
 from xtuner.models import cpu_kernels, low_rank
 from xtuner.models.low_rank import Adapted, low_rank_linears
 
-pytestmark = pytest.mark.skipif(
-    not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
-)
+pytestmark = [
+    pytest.mark.usefixtures("units"),
+    pytest.mark.skipif(
+        not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
+    ),
+]
 
 
 def close(found, exact):

@@ -17,9 +17,12 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.testing.tiny import tiny_model
 from xtuner.types import Batch
 
-pytestmark = pytest.mark.skipif(
-    not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
-)
+pytestmark = [
+    pytest.mark.usefixtures("units"),
+    pytest.mark.skipif(
+        not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
+    ),
+]
 
 
 def batch_of(*lengths):
