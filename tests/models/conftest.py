@@ -13,7 +13,7 @@ def _forget():
 
 
 @pytest.fixture(params=["tiles", "vectors"] if HAS_TILES else ["vectors"])
-def units(request, monkeypatch, compiled):
+def units(request, monkeypatch):
     """Let the compiled functions use each kind of unit that this CPU multiplies with."""
     if request.param == "vectors" and HAS_TILES:
         monkeypatch.setattr(cpu_kernels, "_may_use_tiles", lambda: False)

@@ -46,7 +46,7 @@ static void columns_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
 /* x [rows, width] with pairs of rows. */
 static void rows_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
     Matrix all = {x, width, 0, 1.0f};
-    pair_rows(&all, 0, rows, width, width, out);
+    pair_rows(&all, 0, rows, width, width, width, 0, out);
 }
 
 /* What `columns_of` made of x [rows, width], as x^T [width, rows]. */

@@ -93,16 +93,19 @@ void low_rank_bfloat16(const Linears *l, char *memory, int threads) {
         Workspace space = workspace_of(&all);
         bf16 *h = l->h;
         begin_blocks();
-        for (int i = 0; i < l->parts; i++) {
-            const Part *p = l->part + i;
+        for (int i = 0; i < l->parts; h += l->part[i++].rank) {
             Term down = by_down(l, i, l->x, l->in, l->in, 1);
+            Target to = {.out = h, .out_row = all.ranks, .columns = l->part[i].rank};
+            multiply(&down, 1, l->tokens, &to, &space);
+        }
+        _Pragma("omp barrier")
+        h = l->h;
+        for (int i = 0; i < l->parts; h += l->part[i++].rank) {
+            const Part *p = l->part + i;
             Term both[] = {by_weight(l, i, l->x, l->in, 1), by_up(l, i, h, all.ranks, p->rank, 1)};
-            Target inside = {.out = h, .out_row = all.ranks, .columns = p->rank};
-            Target whole = {.bias = p->bias, .plus = p->plus, .out = p->y, .out_row = p->out,
-                            .columns = p->out};
-            multiply(&down, 1, l->tokens, &inside, &space);
-            multiply(both, 2, l->tokens, &whole, &space);
-            h += p->rank;
+            Target to = {.bias = p->bias, .plus = p->plus, .out = p->y, .out_row = p->out,
+                         .columns = p->out};
+            multiply(both, 2, l->tokens, &to, &space);
         }
         end_blocks();
     }
@@ -117,7 +120,7 @@ static float *over_tokens(const bf16 *a, int64_t a_row, int64_t rows, const bf16
     for (int64_t t = 0; t < tokens; t += TOKENS) {
         int64_t some = tokens - t < TOKENS ? tokens - t : TOKENS;
         Matrix from = {x + t * columns, columns, 0, 1.0f};
-        pair_rows(&from, column, some, columns, LANES_B, paired);
+        pair_rows(&from, column, some, columns, LANES_B, LANES_B, 0, paired);
         const bf16 *next = x + (t + TOKENS) * columns + column;
         const int64_t rows_each = (TOKENS * ROWS_M + rows - 1) / rows;
         for (int64_t r = 0, k = 0; r < rows; r += ROWS_M) {
@@ -180,6 +183,7 @@ void low_rank_backward_bfloat16(const Linears *l, char *memory, int threads) {
             terms[i] = by_weight(l, i, p->y, p->out, 0);
             terms[parts + i] = by_down(l, i, dh, all.ranks, p->rank, 0);
         }
+        _Pragma("omp barrier")
         Target to = {.out = l->dx, .out_row = l->in, .columns = l->in};
         if (l->dx) multiply(terms, 2 * parts, l->tokens, &to, &space);
         _Pragma("omp barrier")

@@ -22,9 +22,9 @@ typedef uint16_t bf16;
 /* Rows and columns of a block of sums; to what second matrices are filled up with zeros; rows of a
  * task at most; bytes of second matrices that are laid out at once. */
 #ifdef __AMX_BF16__
-enum { ROWS_M = 32, LANES_M = 32, INNER_STEP = 32, MOST_ROWS = 128, SLAB = 3 << 19 };
+enum { ROWS_M = 32, LANES_M = 32, INNER_STEP = 32, MOST_ROWS = 128, SLAB = 3 << 18, SHARED = 0 };
 #else
-enum { ROWS_M = 6, LANES_M = LANES_B, INNER_STEP = 2, MOST_ROWS = 36, SLAB = 1 << 22 };
+enum { ROWS_M = 6, LANES_M = LANES_B, INNER_STEP = 2, MOST_ROWS = 36, SLAB = 1 << 22, SHARED = 1 };
 #endif
 
 static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -120,20 +120,21 @@ INLINE __m512i woven(__m512i even, __m512i odd) {
     return _mm512_permutex2var_epi16(even, order, odd);
 }
 
-/* Columns of x [rows, columns] from `first` on, to out [rows / 2, lanes, 2]: pairs of rows; `lanes`
- * is a multiple of 32. */
+/* Columns of x [rows, columns] from `first` on, to blocks [rows / 2, each, 2], `apart` numbers apart:
+ * pairs of rows; `lanes` is a multiple of `each`, and that of 32. */
 static void pair_rows(const Matrix *x, int64_t first, int64_t rows, int64_t columns, int64_t lanes,
-                      bf16 *out) {
-    for (int64_t i = 0; i < filled_up(rows); i += 2)
-        for (int64_t j = 0; j < lanes; j += 32) {
-            __m512i even = numbers(x, i, first + j, rows, columns);
-            __m512i odd = numbers(x, i + 1, first + j, rows, columns);
-            bf16 *to = out + i * lanes + 2 * j;
-            _mm512_storeu_si512(to, woven(even, odd));
-            even = _mm512_shuffle_i64x2(even, even, 0x4e); /* the upper half */
-            odd = _mm512_shuffle_i64x2(odd, odd, 0x4e);
-            _mm512_storeu_si512(to + 32, woven(even, odd));
-        }
+                      int64_t each, int64_t apart, bf16 *out) {
+    for (int64_t i = 0; i < filled_up(rows); i += 2, out += 2 * each)
+        for (int64_t block = 0; block < lanes; block += each)
+            for (int64_t j = 0; j < each; j += 32) {
+                __m512i even = numbers(x, i, first + block + j, rows, columns);
+                __m512i odd = numbers(x, i + 1, first + block + j, rows, columns);
+                bf16 *to = out + block / each * apart + 2 * j;
+                _mm512_storeu_si512(to, woven(even, odd));
+                even = _mm512_shuffle_i64x2(even, even, 0x4e); /* the upper half */
+                odd = _mm512_shuffle_i64x2(odd, odd, 0x4e);
+                _mm512_storeu_si512(to + 32, woven(even, odd));
+            }
 }
 
 /* 16 columns of x [rows, columns] from `first` on as rows of out, up to a multiple of 32. */
@@ -223,16 +224,64 @@ static void fill_up(const Term *terms, int count, int64_t row, int64_t rows, bf1
     }
 }
 
-/* Rows of a task: as many as leave each thread several, so that none waits long. */
-static int64_t rows_of_task(int64_t rows) {
-    int64_t share = rows / (4 * omp_get_num_threads()) / ROWS_M * ROWS_M;
-    return share < ROWS_M ? ROWS_M : share < MOST_ROWS ? share : MOST_ROWS / ROWS_M * ROWS_M;
+/* Lay out columns `start` to `stop` of the second matrices, `inner` numbers of all terms each. */
+static void lay_out_columns(const Term *terms, int count, int64_t inner, int64_t columns,
+                            int64_t start, int64_t stop, bf16 *slab) {
+    int64_t apart = LANES_M * inner, lanes = round_up(stop - start, LANES_M);
+    for (int i = 0; i < count; slab += filled_up(terms[i++].inner) * LANES_M) {
+        const Matrix *b = &terms[i].b;
+        if (!terms[i].across)
+            pair_rows(b, start, terms[i].inner, columns, lanes, LANES_M, apart, slab);
+        else
+            for (int64_t j = 0; j < lanes; j += LANES_M)
+                pair_columns(b, start + j, columns, terms[i].inner, LANES_M, slab + j * inner);
+    }
 }
 
-/* As `multiply`, for an inner dimension that is taken at once. */
+/* `some` rows of the first matrices from `row` on times what was laid out, to `to` and what is right
+ * of it. */
+static void rows_times(const Term *terms, int count, int64_t inner, int64_t row, int64_t some,
+                       const bf16 *slab, int64_t lanes, Target to, bf16 *own) {
+    int64_t whole = some / ROWS_M * ROWS_M;
+    Term filled[MOST_TERMS];
+    blocks(terms, count, row, whole, slab, inner, lanes, to);
+    if (whole == some) return;
+    fill_up(terms, count, row + whole, some - whole, own, filled);
+    blocks(filled, count, 0, some - whole, slab, inner, lanes, moved(&to, whole, 0));
+}
+
+#ifdef __AMX_BF16__
+/* As `multiply`, for an inner dimension that is taken at once. Every thread lays out columns of its
+ * own, as many as stay in its second-level cache, and takes all rows of them, or some where there
+ * are too few columns for all threads. */
 static void multiply_at_once(const Term *terms, int count, int64_t rows, const Target *to,
                              Workspace *space) {
-    int64_t inner = 0, columns = to->columns, each = rows_of_task(rows);
+    int64_t inner = 0, columns = to->columns, threads = omp_get_num_threads();
+    for (int i = 0; i < count; i++) inner += filled_up(terms[i].inner);
+    int64_t parts = (columns * inner * 2 + SLAB - 1) / SLAB;
+    int64_t each = round_up((columns - 1) / round_up(parts, threads) + 1, LANES_M);
+    if (each * inner * 2 > SLAB) each -= LANES_M; /* a slab holds a block */
+    parts = (columns + each - 1) / each;
+    int64_t shares = parts < threads ? (threads + parts - 1) / parts : 1;
+    int64_t share = round_up((rows - 1) / shares + 1, ROWS_M);
+    bf16 *slab = space->own, *rest = slab + SLAB / 2;
+    _Pragma("omp for collapse(2) schedule(dynamic) nowait")
+    for (int64_t start = 0; start < columns; start += each)
+        for (int64_t row = 0; row < rows; row += share) {
+            int64_t stop = start + each < columns ? start + each : columns;
+            int64_t end = row + share < rows ? row + share : rows;
+            lay_out_columns(terms, count, inner, columns, start, stop, slab);
+            for (int64_t i = row; i < end; i += MOST_ROWS)
+                rows_times(terms, count, inner, i, end - i < MOST_ROWS ? end - i : MOST_ROWS, slab,
+                           stop - start, moved(to, i, start), rest);
+        }
+}
+#else
+/* As `multiply`, for an inner dimension that is taken at once. Threads lay out some columns together
+ * and share tasks of few rows, so that none waits long for another. */
+static void multiply_at_once(const Term *terms, int count, int64_t rows, const Target *to,
+                             Workspace *space) {
+    int64_t inner = 0, columns = to->columns;
     for (int i = 0; i < count; i++) inner += filled_up(terms[i].inner);
     int64_t at_once = SLAB / (2 * LANES_M * inner) * LANES_M;
     for (int64_t start = 0; start < columns; start += at_once) {
@@ -240,24 +289,16 @@ static void multiply_at_once(const Term *terms, int count, int64_t rows, const T
         bf16 *slab = space->slab[space->turn ^= 1];
         _Pragma("omp for schedule(dynamic)")
         for (int64_t j = start; j < stop; j += LANES_M) {
-            bf16 *to = slab + (j - start) * inner;
-            for (int i = 0; i < count; to += filled_up(terms[i++].inner) * LANES_M)
-                if (terms[i].across)
-                    pair_columns(&terms[i].b, j, columns, terms[i].inner, LANES_M, to);
-                else pair_rows(&terms[i].b, j, terms[i].inner, columns, LANES_M, to);
+            int64_t end = j + LANES_M < stop ? j + LANES_M : stop;
+            lay_out_columns(terms, count, inner, columns, j, end, slab + (j - start) * inner);
         }
         _Pragma("omp for schedule(dynamic) nowait")
-        for (int64_t i = 0; i < rows; i += each) {
-            int64_t some = rows - i < each ? rows - i : each, whole = some / ROWS_M * ROWS_M;
-            Term filled[MOST_TERMS];
-            blocks(terms, count, i, whole, slab, inner, stop - start, moved(to, i, start));
-            if (whole == some) continue;
-            fill_up(terms, count, i + whole, some - whole, space->own, filled);
-            blocks(filled, count, 0, some - whole, slab, inner, stop - start,
-                   moved(to, i + whole, start));
-        }
+        for (int64_t i = 0; i < rows; i += MOST_ROWS)
+            rows_times(terms, count, inner, i, rows - i < MOST_ROWS ? rows - i : MOST_ROWS, slab,
+                       stop - start, moved(to, i, start), space->own);
     }
 }
+#endif
 
 /* Move a term's inner dimension on. */
 static void skip_inner(Term *term, int64_t count) {
@@ -267,9 +308,9 @@ static void skip_inner(Term *term, int64_t count) {
     term->b.values = (const char *)term->b.values + numbers * (term->b.wide ? 4 : 2);
 }
 
-/* to->out[rows, columns] = sum of terms and what `to` adds, by all threads of a parallel region together; inner
- * dimensions are even. No thread waits at the end: `out` is whole after the next barrier, or inside
- * the next call, whose first matrices alone may therefore be it. */
+/* to->out[rows, columns] = sum of terms and what `to` adds, by all threads of a parallel region
+ * together; inner dimensions are even. No thread waits at the end: `out` is whole after the next
+ * barrier. */
 static void multiply(const Term *terms, int count, int64_t rows, const Target *to,
                      Workspace *space) {
     Target part = *to;
@@ -283,6 +324,9 @@ static void multiply(const Term *terms, int count, int64_t rows, const Target *t
         int64_t room = each < INNER ? each : INNER;
         int used = 0;
         part.add = done > 0;
+        if (part.add) { /* other threads go on with these sums */
+            _Pragma("omp barrier")
+        }
         while (room && first < count) {
             int64_t some = left[first].inner < room ? left[first].inner : room;
             now[used] = left[first];
@@ -299,13 +343,13 @@ static void multiply(const Term *terms, int count, int64_t rows, const Target *t
 
 static Workspace take_workspace(char **space, int64_t sums, int64_t own) {
     Workspace all = {.sums = take(space, sums)};
-    for (int i = 0; i < 2; i++) all.slab[i] = take(space, SLAB);
+    for (int i = 0; i < 2 * SHARED; i++) all.slab[i] = take(space, SLAB);
     all.own = take(space, own);
     return all;
 }
 
 static int64_t own_bytes(int64_t inner) {
-    return round_up(ROWS_M * (inner < INNER ? inner : INNER) * 2, 64);
+    return round_up(ROWS_M * (inner < INNER ? inner : INNER) * 2, 64) + !SHARED * SLAB;
 }
 
 /* Bytes of working memory for `product_bfloat16`. */
