@@ -1,6 +1,7 @@
 """Shared by the tests of models."""
 
 import pytest
+import torch
 
 from xtuner.models import cpu_kernels
 
@@ -18,7 +19,24 @@ def units(request, monkeypatch):
     if request.param == "vectors" and HAS_TILES:
         monkeypatch.setattr(cpu_kernels, "_may_use_tiles", lambda: False)
         _forget()
-        yield
-        _forget()
-    else:
-        yield
+        request.addfinalizer(_forget)
+    rows = {"tiles": 32, "vectors": 6}[request.param]
+    assert cpu_kernels._library()[0].rows_of_block() == rows
+
+
+CANARY = 4096
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Fail where something is written behind the working memory of compiled functions."""
+    rooms, measured = [], cpu_kernels.Kernels.room
+
+    def room(self, *arguments):
+        exact = measured(self, *arguments)
+        rooms.append(torch.full((len(exact) + CANARY,), 77, dtype=torch.uint8))
+        return rooms[-1][:-CANARY]
+
+    monkeypatch.setattr(cpu_kernels.Kernels, "room", room)
+    yield
+    assert all((memory[-CANARY:] == 77).all() for memory in rooms)

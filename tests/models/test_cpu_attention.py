@@ -11,7 +11,7 @@ from xtuner.models.block_attention import block_attention
 from xtuner.models.cpu_attention import cpu_attention
 
 pytestmark = [
-    pytest.mark.usefixtures("units"),
+    pytest.mark.usefixtures("units", "guarded"),
     pytest.mark.skipif(
         not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
     ),
@@ -88,6 +88,24 @@ def test_scores_far_apart_and_far_from_zero():
         results += [out, *torch.autograd.grad(out, inputs, pull.to(kind))]
     for ours, plain in zip(found, wanted, strict=True):
         assert (ours.double() - plain).norm() < 0.02 * plain.norm()
+
+
+def test_a_very_long_sample_stays_within_its_memory():
+    """What lies far behind the end of the window changes nothing, so its end tells."""
+    length, window, end = 33000, 64, 300
+    (q, k, v), _, pull = inputs_of((0, length), 1, 1, 32, rotated=False)
+    found, before = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # what is too much goes behind the end of the memory
+        for some in (slice(None), slice(-end, None)):
+            inputs = [x.detach()[some].requires_grad_() for x in (q, k, v)]
+            out = cpu_attention(*inputs, (0, len(inputs[0])), scale=0.2, window=window)
+            grads = torch.autograd.grad(out, inputs, pull[some])
+            found.append([x[-end // 2 :].float() for x in (out, *grads)])
+    finally:
+        torch.set_num_threads(before)
+    for whole, part in zip(*found, strict=True):
+        assert (whole - part).norm() < 0.005 * part.norm()  # blocks begin at other tokens
 
 
 def test_the_number_of_threads_changes_nothing():

@@ -28,7 +28,7 @@ pytestmark = [
 def batch_of(*lengths):
     torch.manual_seed(5)
     count = sum(lengths)
-    ids = torch.randint(0, 90, (1, count))
+    ids = torch.randint(0, 250, (1, count))
     labels = ids.clone()
     labels[0, ::3] = -100
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -38,9 +38,8 @@ def batch_of(*lengths):
 
 
 def changed_model(model_type="llama", **changes):
-    model = tiny_model(
-        model_type, hidden_size=64, intermediate_size=96, **{"head_dim": 32} | changes
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 80, "head_dim": 32, "num_attention_heads": 2}
+    model = tiny_model(model_type, **{**sizes, "num_key_value_heads": 1, **changes})
     model = model.bfloat16()
     model.set_attn_implementation(attention.register())
     fused_layers.install(model)
@@ -65,24 +64,34 @@ def gradients(model, loss):
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-def plain_copy(adapted):
-    """The same weights in float64, in layers of transformers and peft as they are."""
-    plain = with_adapters(
-        tiny_model("llama", **{k: getattr(adapted.config, k) for k in KEPT}).double()
-    )
+def exact_gradients(adapted, batch):
+    """Loss and gradients of the same weights in float64, by transformers and peft as they are."""
+    config = adapted.get_base_model().config
+    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "dtype")}
+    plain = with_adapters(tiny_model(config.model_type, **fields).double())
     plain.set_attn_implementation("eager")
     for (name, ours), (other, theirs) in zip(
         adapted.named_parameters(), plain.named_parameters(), strict=True
     ):
         assert name == other
         theirs.data = ours.data.double()
-    return plain
+    loss = sum(
+        torch.nn.functional.cross_entropy(
+            plain(input_ids=sample.input_ids).logits[0, :-1], sample.labels[0, 1:], reduction="sum"
+        )
+        for sample in batch.split()
+    )
+    return loss.item(), gradients(plain, loss)
 
 
-KEPT = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "vocab_size", "head_dim"),
-)
+def apart(found, wanted):
+    """By how much each gradient differs, relative to its size, or to a tenth of the usual one: what
+    is left of large numbers that cancel out is rounding."""
+    least = 0.1 * torch.stack([grad.norm() for grad in wanted.values()]).median()
+    return {
+        name: float((found[name].double() - grad).norm() / max(grad.norm(), least))
+        for name, grad in wanted.items()
+    }
 
 
 @pytest.fixture
@@ -99,30 +108,34 @@ def passes(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize("lengths", [(40, 17, 7), (64,)])
-def test_loss_and_gradients_are_those_of_plain_layers(lengths, passes):
-    model, count = changed_model()
+@pytest.mark.parametrize("lengths", [(30, 11, 7), (64,)])
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {}),
+        ("llama", {"mlp_bias": True}),
+    ],
+)
+def test_loss_and_gradients_are_those_of_plain_layers(model_type, changes, lengths, passes):
+    model, count = changed_model(model_type, **changes)
     layers = model.config.num_hidden_layers
     assert count == layers
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = 0.1 * torch.randn_like(parameter)
     adapted, batch = with_adapters(model), batch_of(*lengths)
     loss = PackedCausalLM(adapted).supervised_loss(batch)
     found = gradients(adapted, loss)
     assert len(passes) == layers
-
-    plain, exact = plain_copy(adapted), 0.0
-    for sample in batch.split():
-        logits = plain(input_ids=sample.input_ids).logits[0, :-1]
-        exact = exact + torch.nn.functional.cross_entropy(
-            logits, sample.labels[0, 1:], reduction="sum"
-        )
-    assert abs(loss.item() - exact.item()) < 5e-3 * exact.item()
-    wanted = gradients(plain, exact)
-    for name, grad in found.items():
-        apart = (grad.double() - wanted[name]).norm() / wanted[name].norm()
-        assert apart < 0.04, name
+    exact, wanted = exact_gradients(adapted, batch)
+    assert abs(loss.item() - exact) < 5e-3 * exact
+    assert max(apart(found, wanted).values()) < 0.04
 
 
-def test_it_is_nearer_than_the_same_layer_part_by_part(monkeypatch, passes):
+def test_it_is_as_near_as_the_same_layer_part_by_part(monkeypatch, passes):
     model, _ = changed_model()
     adapted, batch = with_adapters(model), batch_of(40, 24)
     wrapped = PackedCausalLM(adapted)
@@ -130,19 +143,8 @@ def test_it_is_nearer_than_the_same_layer_part_by_part(monkeypatch, passes):
     assert passes
     monkeypatch.setattr(fused_decoder, "_layer_of", lambda *_: None)
     parts = gradients(adapted, wrapped.supervised_loss(batch))
-    plain = plain_copy(adapted)
-    exact = sum(
-        torch.nn.functional.cross_entropy(
-            plain(input_ids=s.input_ids).logits[0, :-1], s.labels[0, 1:], reduction="sum"
-        )
-        for s in batch.split()
-    )
-    wanted = gradients(plain, exact)
-
-    def error(found):
-        return sum((found[n].double() - w).norm() / w.norm() for n, w in wanted.items())
-
-    assert error(whole) < 1.1 * error(parts)
+    _, wanted = exact_gradients(adapted, batch)
+    assert sum(apart(whole, wanted).values()) < 1.1 * sum(apart(parts, wanted).values())
 
 
 @pytest.mark.parametrize(
@@ -150,13 +152,28 @@ def test_it_is_nearer_than_the_same_layer_part_by_part(monkeypatch, passes):
     [{"dropout": 0.1}, {"target_modules": ["q_proj", "v_proj"]}, {"modules_to_save": ["lm_head"]}],
     ids=str,
 )
-def test_other_adapters(options, passes):
+def test_other_adapters(options, passes, monkeypatch):
     adapted = with_adapters(changed_model()[0], **options)
     wrapped = PackedCausalLM(adapted, autocast=torch.bfloat16)  # as where the head is trained
-    loss = wrapped.supervised_loss(batch_of(20, 12))
-    assert all(grad.isfinite().all() for grad in gradients(adapted, loss).values())
+
+    def step():
+        torch.manual_seed(1)
+        return gradients(adapted, wrapped.supervised_loss(batch_of(20, 12)))
+
+    found = step()
     used = "modules_to_save" in options  # the head is no part of a layer
     assert bool(passes) == used
+    monkeypatch.setattr(fused_decoder, "_layer_of", lambda *_: None)
+    assert max(apart(found, step()).values()) <= (0.05 if used else 0)
+
+
+def test_adapters_that_are_off(passes):
+    adapted = with_adapters(changed_model()[0])
+    wrapped, batch = PackedCausalLM(adapted), batch_of(20, 12)
+    on = wrapped.supervised_loss(batch).item()
+    with adapted.disable_adapter():
+        off = wrapped.supervised_loss(batch).item()
+    assert len(passes) == 2 and off != on
 
 
 def test_without_gradients_and_with_recomputation_it_goes_part_by_part(passes):
@@ -196,4 +213,3 @@ def test_a_layer_that_adds_up_otherwise_stays(monkeypatch):
 
 def test_layers_with_norms_of_heads_stay():
     assert changed_model("qwen3")[1] == 0
-    assert changed_model("mistral")[1] > 0

@@ -53,8 +53,11 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
 
 
 def matmul_rate(threads: int, dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
-    """Best rate of a square matrix product with `threads` threads, in operations a second; of our
-    own product where training uses that."""
+    """Best rate of a square matrix product with `threads` threads, in operations a second.
+
+    Of our own product where this CPU has it, whatever multiplies in the run: torch's is no faster
+    with a second thread where there are tile units, but all that lies between products is.
+    """
     torch.set_num_threads(threads)
     a, b = torch.randn(2, size, size).to(dtype)
     kernels, out = kernels_for(a, b), torch.empty_like(a)

@@ -284,8 +284,7 @@ class Trainer:
             for hook in self.hooks:
                 getattr(hook, event)(self.run)
         self.processes.wait()
-        if not self.model.training:  # a hook asked it something
-            self.model.train()
+        self.model.train()
 
 
 def _micro_seed(seed: int, step: int, index: int, rank: int) -> int:

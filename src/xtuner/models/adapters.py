@@ -58,7 +58,8 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 
 
 def adapted_parts(layers: Sequence[nn.Module]) -> list[Adapted] | None:
-    """Linear layers with their adapters, where all have one that `low_rank_linears` can take."""
+    """Linear layers with their adapters; None unless all have one that `low_rank_linears` can
+    take."""
     parts = []
     for layer in layers:
         part = layer.adapted() if isinstance(layer, _ActivationTypeForward) else None

@@ -1,9 +1,9 @@
-/* Causal attention of packed samples for CPUs that multiply bfloat16 (AVX512-BF16).
+/* Causal attention of packed samples for CPUs that multiply bfloat16 (AVX512-BF16, AMX).
  *
  * A part of cpu_kernels.c, which includes it. Each sample and head is a task of one thread; scores
  * stay in its first-level cache, and only the logarithm of each softmax's sum is kept for the way
  * back (arXiv:2205.14135, algorithms 1 and 4; arXiv:2307.08691, section 3.1). Only pairs of a query
- * and a key that see each other are multiplied, to within 16 of the diagonal.
+ * and a key that see each other are multiplied, to within STEP of the diagonal.
  *
  *     forward    S = s Q K^T,  P = softmax(S),  O = P V,  L = log sum exp S
  *     backward   P = exp(S - L),  dV = P^T dO,  dP = dO V^T,  dS = s P * (dP - rowsum(dO * O)),
@@ -13,8 +13,9 @@
  * lane and L a vector.
  */
 
-/* Keys at once, a multiple of the others; what lanes and lengths are rounded up to. */
-#ifdef __AMX_BF16__
+/* Keys at once, a multiple of ROWS_M and of STEP, to which lanes are rounded up; samples are to
+ * PADDING. */
+#ifdef TILES
 enum { KEYS = 256, STEP = 32, PADDING = LANES_B };
 #else
 enum { KEYS = 480, STEP = 16, PADDING = 3 * LANES_B };
@@ -102,14 +103,29 @@ static const float *at(const float *angles, int64_t token, int64_t width) {
     return angles ? angles + token * width : 0;
 }
 
+/* Working memory of a thread for one head of a sample. */
+typedef struct {
+    bf16 *q, *keys, *values, *rows, *weights;
+    float *scores, *sums;
+} Forward;
+
+static Forward forward_memory(char **space, int64_t padded, int64_t width) {
+    const int64_t size = padded * width * 2;
+    Forward m;
+    m.q = take(space, size), m.keys = take(space, size);
+    m.values = take(space, size), m.rows = take(space, size);
+    m.scores = take(space, ROWS_M * KEYS * 4), m.sums = take(space, ROWS_M * width * 4);
+    m.weights = take(space, ROWS_M * KEYS * 2);
+    return m;
+}
+
 static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, float *lse,
                          char *space) {
     const int64_t width = x->width, start = x->start[sample], length = x->length[sample];
     const int64_t padded = round_up(length, PADDING), kv = h / (x->heads / x->kv_heads);
-    bf16 *q = take(&space, padded * width * 2), *keys = take(&space, padded * width * 2);
-    bf16 *values = take(&space, padded * width * 2), *rows = take(&space, padded * width * 2);
-    float *scores = take(&space, ROWS_M * KEYS * 4), *sums = take(&space, ROWS_M * width * 4);
-    bf16 *weights = take(&space, ROWS_M * KEYS * 2);
+    const Forward m = forward_memory(&space, padded, width);
+    bf16 *q = m.q, *keys = m.keys, *values = m.values, *rows = m.rows, *weights = m.weights;
+    float *scores = m.scores, *sums = m.sums;
     const float *c = at(x->cosine, start, width), *s = at(x->sine, start, width);
     gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, rows);
     columns_of(rows, padded, width, keys);
@@ -174,7 +190,7 @@ static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, 
 }
 
 /* P and dS of `ROWS_M` keys, from `key` on, and of the queries from `query` on, of which the first
- * `skipped` do not see them; scores Q K^T and pulls dO V^T [6, 64], as P and dS; `paired` holds dS
+ * `skipped` do not see them; scores Q K^T and pulls dO V^T [ROWS_M, 64], as P and dS; `paired` holds dS
  * with two keys side by side. */
 static void weigh(const Packed *x, const float *scores, const float *pulls, const float *logs,
                   const float *means, int64_t query, int64_t key, int64_t skipped, int64_t lanes,
@@ -209,6 +225,30 @@ static void weigh(const Packed *x, const float *scores, const float *pulls, cons
         }
 }
 
+/* Working memory of a thread for one head of a sample, on the way back. */
+typedef struct {
+    bf16 *q, *q_columns, *q_rows, *g, *g_columns, *g_rows, *k, *k_turned, *v;
+    bf16 *weights, *errors, *paired;
+    float *keys_sum, *values_sum, *logs, *means, *scores, *pulls, *dq_turned, *dq_rows;
+} Backward;
+
+static Backward backward_memory(char **space, int64_t padded, int64_t width) {
+    const int64_t size = padded * width * 2, block = KEYS * LANES_B * 2;
+    const int64_t turned = round_up(width, ROWS_M); /* rows that products take */
+    Backward m;
+    m.q = take(space, size), m.q_columns = take(space, size), m.q_rows = take(space, size);
+    m.g = take(space, size), m.g_columns = take(space, size), m.g_rows = take(space, size);
+    m.k = take(space, size), m.k_turned = take(space, turned * padded * 2);
+    m.v = take(space, size);
+    m.keys_sum = take(space, 2 * size), m.values_sum = take(space, 2 * size);
+    m.logs = take(space, padded * 4), m.means = take(space, padded * 4);
+    m.scores = take(space, ROWS_M * LANES_B * 4), m.pulls = take(space, ROWS_M * LANES_B * 4);
+    m.weights = take(space, block), m.errors = take(space, block), m.paired = take(space, block);
+    m.dq_turned = take(space, turned * LANES_B * 4);
+    m.dq_rows = take(space, LANES_B * width * 4);
+    return m;
+}
+
 /* dq [tokens, heads, width]; dk and dv are sums of this query head, [tokens, width] each. */
 static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16 *out,
                           const float *lse, const bf16 *grad, bf16 *dq, float *dk, float *dv,
@@ -217,24 +257,20 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
     const int64_t padded = round_up(length, PADDING), kv = h / (x->heads / x->kv_heads);
     const int64_t size = padded * width * 2, row = x->heads * width;
     const float *c = at(x->cosine, start, width), *s = at(x->sine, start, width);
-    bf16 *q = take(&space, size), *q_columns = take(&space, size), *q_rows = take(&space, size);
-    bf16 *g = take(&space, size), *g_columns = take(&space, size), *g_rows = take(&space, size);
-    bf16 *k = take(&space, size), *k_turned = take(&space, size + ROWS_M * padded * 2);
-    bf16 *v = take(&space, size);
-    float *keys_sum = take(&space, 2 * size), *values_sum = take(&space, 2 * size);
-    float *logs = take(&space, padded * 4), *means = take(&space, padded * 4);
-    float *scores = take(&space, ROWS_M * LANES_B * 4), *pulls = take(&space, ROWS_M * LANES_B * 4);
-    bf16 *weights = take(&space, KEYS * LANES_B * 2), *errors = take(&space, KEYS * LANES_B * 2);
-    bf16 *paired = take(&space, KEYS * LANES_B * 2);
-    float *dq_turned = take(&space, (width + ROWS_M) * LANES_B * 4);
-    float *dq_rows = take(&space, LANES_B * width * 4);
+    const int64_t turned = round_up(width, ROWS_M);
+    const Backward m = backward_memory(&space, padded, width);
+    bf16 *q = m.q, *q_columns = m.q_columns, *q_rows = m.q_rows, *k = m.k, *k_turned = m.k_turned;
+    bf16 *g = m.g, *g_columns = m.g_columns, *g_rows = m.g_rows, *v = m.v;
+    bf16 *weights = m.weights, *errors = m.errors, *paired = m.paired;
+    float *keys_sum = m.keys_sum, *values_sum = m.values_sum, *logs = m.logs, *means = m.means;
+    float *scores = m.scores, *pulls = m.pulls, *dq_turned = m.dq_turned, *dq_rows = m.dq_rows;
 
     gather(x->q + start * x->q_row + h * width, x->q_row, c, s, length, padded, width, q);
     gather(grad + start * row + h * width, row, 0, 0, length, padded, width, g);
     gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, k);
     gather(x->v + start * x->v_row + kv * width, x->v_row, 0, 0, length, padded, width, v);
     columns_of(k, padded, width, q_columns); /* a place to pass through */
-    memset(k_turned + width * padded, 0, ROWS_M * padded * 2);
+    memset(k_turned + width * padded, 0, (turned - width) * padded * 2);
     transpose_paired(q_columns, padded, width, k_turned);
     columns_of(q, padded, width, q_columns);
     rows_of(q, padded, width, q_rows);
@@ -257,7 +293,7 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
         int64_t lanes = round_up(length - i < LANES_B ? length - i : LANES_B, STEP);
         int64_t end = i + LANES_B < length ? i + LANES_B : length;
         int64_t first = i - x->window + 1 > 0 ? (i - x->window + 1) / ROWS_M * ROWS_M : 0;
-        memset(dq_turned, 0, (width + ROWS_M) * LANES_B * 4);
+        memset(dq_turned, 0, turned * LANES_B * 4);
         for (int64_t from = first; from < end; from += KEYS) {
             int64_t count = round_up((end < from + KEYS ? end : from + KEYS) - from, ROWS_M);
             for (int64_t j = 0; j < count; j += ROWS_M) {
@@ -299,17 +335,22 @@ static void backward_head(const Packed *x, int64_t sample, int64_t h, const bf16
     memcpy(dv + start * width, values_sum, length * width * 4);
 }
 
-/* Bytes that one thread needs for samples of up to `longest` tokens: what `take` gives out above,
- * the small arrays rounded up. */
-int64_t attention_room_bfloat16(int64_t longest, int64_t width, int backward) {
-    int64_t padded = round_up(longest, PADDING), matrices = backward ? 13 : 4;
-    return round_up(matrices * (padded * width * 2 + 64) + 40 * padded + 2 * KEYS * 1024 +
-                        (width + ROWS_M) * LANES_B * 16, 64);
+/* Bytes that one thread needs for samples of up to `longest` tokens. */
+static int64_t room_of_thread(int64_t longest, int64_t width, int backward) {
+    char *space = 0;
+    if (backward) backward_memory(&space, round_up(longest, PADDING), width);
+    else forward_memory(&space, round_up(longest, PADDING), width);
+    return space - (char *)0;
 }
 
-/* out [tokens, heads, width] and lse [heads, tokens]; each thread has `room` bytes of `space`. */
-void attention_bfloat16(const Packed *x, bf16 *out, float *lse, char *space, int64_t room,
-                        int threads) {
+/* Bytes of working memory for one of the two functions below. */
+int64_t attention_room_bfloat16(int64_t longest, int64_t width, int backward, int threads) {
+    return threads * room_of_thread(longest, width, backward);
+}
+
+/* out [tokens, heads, width] and lse [heads, tokens]; the first sample is the longest. */
+void attention_bfloat16(const Packed *x, bf16 *out, float *lse, char *space, int threads) {
+    const int64_t room = room_of_thread(x->length[0], x->width, 0);
     _Pragma("omp parallel for collapse(2) schedule(dynamic) num_threads(threads)")
     for (int64_t i = 0; i < x->samples; i++)
         for (int64_t h = 0; h < x->heads; h++) {
@@ -323,7 +364,8 @@ void attention_bfloat16(const Packed *x, bf16 *out, float *lse, char *space, int
  * hold the gradients of keys and values of each query head, which are added in a fixed order. */
 void attention_backward_bfloat16(const Packed *x, const bf16 *out, const float *lse,
                                  const bf16 *grad, bf16 *dq, bf16 *dk, bf16 *dv, float *parts,
-                                 char *space, int64_t room, int threads) {
+                                 char *space, int threads) {
+    const int64_t room = room_of_thread(x->length[0], x->width, 1);
     int64_t each = x->tokens * x->width;
     float *k_parts = parts, *v_parts = parts + x->heads * each;
     _Pragma("omp parallel for collapse(2) schedule(dynamic) num_threads(threads)")

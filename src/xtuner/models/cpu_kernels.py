@@ -197,8 +197,8 @@ class Kernels:
             rows: who sees whom.
         """
         out, logs = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-        space, room = self._space(q, rows, backward=False)
-        self.call("attention", self._packed(q, k, v, rotation, rows), out, logs, space, room)
+        space = self.room("attention_room", *_sizes(q, rows), FLAG(False))
+        self.call("attention", self._packed(q, k, v, rotation, rows), out, logs, space)
         return out, logs
 
     def attention_backward(
@@ -209,8 +209,8 @@ class Kernels:
         grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         parts = q.new_empty(2, q.shape[1], q.shape[0], q.shape[2], dtype=torch.float32)
         packed = self._packed(q, k, v, rotation, rows)
-        space, room = self._space(q, rows, backward=True)
-        self.call("attention_backward", packed, out, logs, grad, *grads, parts, space, room)
+        space = self.room("attention_room", *_sizes(q, rows), FLAG(True))
+        self.call("attention_backward", packed, out, logs, grad, *grads, parts, space)
         return grads
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tensor:
@@ -226,15 +226,8 @@ class Kernels:
         """Working memory for a call, for all threads, as the C function `name` measures it."""
         measure: Any = getattr(_library()[0], f"{name}_{self._suffix}")
         measure.restype = NUMBER
-        return _memory_of(measure(*arguments, FLAG(torch.get_num_threads())))
-
-    def _space(self, q: Tensor, rows: Rows, *, backward: bool) -> tuple[Tensor, Any]:
-        """Working memory of all threads, and the bytes of each."""
-        library: Any = _library()[0]
-        measure = library.attention_room_bfloat16
-        measure.restype = NUMBER
-        room = measure(NUMBER(rows.longest), NUMBER(q.shape[2]), FLAG(backward))
-        return _memory_of(torch.get_num_threads() * room), NUMBER(room)
+        size = measure(*arguments, FLAG(torch.get_num_threads()))
+        return workspace("compiled functions", size, torch.uint8, torch.device("cpu"))
 
     def _packed(
         self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
@@ -268,8 +261,8 @@ class Kernels:
         return loss
 
 
-def _memory_of(size: int) -> Tensor:
-    return workspace("compiled functions", size, torch.uint8, torch.device("cpu"))
+def _sizes(q: Tensor, rows: Rows) -> list[Any]:
+    return [NUMBER(rows.longest), NUMBER(q.shape[2])]
 
 
 def _score_sizes(scores: Tensor, within: tuple[Tensor, Tensor]) -> list[Any]:
@@ -332,13 +325,13 @@ def _has_products() -> bool:
 
 def _flags() -> tuple[str, ...]:
     """How to compile for this CPU: with vectors of 512 bits, of which compilers are shy, and with
-    tile units (AMX) only if the system gives them to this process, which it must be asked for
-    (Linux: Documentation/arch/x86/xstate.rst)."""
+    tile units (AMX) if it has them and the system gives them to this process, which it must be
+    asked for (Linux: Documentation/arch/x86/xstate.rst)."""
     flags, known = list(FLAGS), _cpu_flags()
     if " avx512f" in known:
         flags.append("-mprefer-vector-width=512")
-    if " amx_bf16" in known and not _may_use_tiles():
-        flags += ["-mno-amx-tile", "-mno-amx-bf16"]
+    if " amx_bf16" in known and _may_use_tiles():
+        flags.append("-DTILES")
     return tuple(flags)
 
 

@@ -1,16 +1,18 @@
-/* Products of bfloat16 matrices on CPUs that multiply vectors of them (AVX512-BF16).
+/* Products of bfloat16 matrices on CPUs that multiply vectors (AVX512-BF16) or tiles (AMX) of them.
  *
- * A part of cpu_kernels.c, for attention, linear layers and the loss. One product serves all: `ROWS_A` rows
- * of pairs, each broadcast, times vectors of pairs. It takes two neighbours of the inner dimension
- * at once, so that the second matrix must have its pairs side by side ("paired"); the functions
- * that lay it out so also round float32 numbers and fill up with zeros.
- *
- * For whole matrices (`multiply`) all threads lay out the second one together, some columns at a
- * time, and then share tasks of few rows, so that no thread waits long for another.
+ * A part of cpu_kernels.c, for attention, linear layers and the loss. The units take two neighbours
+ * of the inner dimension at once, so that the second matrix must have its pairs side by side
+ * ("paired"); the functions that lay it out so also round float32 numbers and fill up with zeros.
+ * cpu_vectors.c and cpu_tiles.c multiply blocks of rows with what is laid out; `multiply` shares
+ * whole matrices out among threads.
  */
 
 #include <immintrin.h>
 #include <omp.h>
+
+#ifndef __AMX_BF16__
+#undef TILES /* asked for by cpu_kernels.py where the system gives them */
+#endif
 
 #define LANES_B 64 /* columns: four vectors of 16 */
 #define INLINE static inline __attribute__((always_inline))
@@ -19,9 +21,10 @@
 
 typedef uint16_t bf16;
 
-/* Rows and columns of a block of sums; to what second matrices are filled up with zeros; rows of a
- * task at most; bytes of second matrices that are laid out at once. */
-#ifdef __AMX_BF16__
+/* Rows and columns of a block of sums; to what inner numbers are filled up with zeros; rows that are
+ * multiplied with one block after the other; bytes of second matrices that are laid out at once, for
+ * all threads together if they are `SHARED`, else for each. */
+#ifdef TILES
 enum { ROWS_M = 32, LANES_M = 32, INNER_STEP = 32, MOST_ROWS = 128, SLAB = 3 << 18, SHARED = 0 };
 #else
 enum { ROWS_M = 6, LANES_M = LANES_B, INNER_STEP = 2, MOST_ROWS = 36, SLAB = 1 << 22, SHARED = 1 };
@@ -94,7 +97,7 @@ INLINE void pair_block(const Matrix *x, int64_t i, int64_t j, int64_t rows, int6
     transpose(block);
 }
 
-/* `lanes` rows of x [rows, columns] from `first` on, to out [columns / 2, lanes, 2]: pairs of
+/* `lanes` rows of x [rows, columns] from `first` on, to out [filled_up(columns) / 2, lanes, 2]: pairs of
  * columns, a row in each lane; `lanes` is a multiple of 16. */
 static void pair_columns(const Matrix *x, int64_t first, int64_t rows, int64_t columns,
                          int64_t lanes, bf16 *out) {
@@ -168,9 +171,9 @@ typedef struct {
     int across;
 } Term;
 
-/* Working memory. Second matrices go to two slabs in turn: one is filled while threads that are
- * behind may still read the other. `sums` are for products with a large inner dimension; `own` is
- * this thread's. */
+/* Working memory. Shared second matrices go to two slabs in turn: one is filled while threads that
+ * are behind may still read the other. `sums` are for products with more inner numbers than INNER;
+ * `own` is this thread's, and begins with its slab if those are not shared. */
 typedef struct {
     bf16 *slab[2], *own;
     float *sums;
@@ -203,7 +206,7 @@ INLINE Target moved(const Target *to, int64_t row, int64_t column) {
     return next;
 }
 
-#ifdef __AMX_BF16__
+#ifdef TILES
 #include "cpu_tiles.c"
 #else
 #include "cpu_vectors.c"
@@ -250,7 +253,7 @@ static void rows_times(const Term *terms, int count, int64_t inner, int64_t row,
     blocks(filled, count, 0, some - whole, slab, inner, lanes, moved(&to, whole, 0));
 }
 
-#ifdef __AMX_BF16__
+#ifdef TILES
 /* As `multiply`, for an inner dimension that is taken at once. Every thread lays out columns of its
  * own, as many as stay in its second-level cache, and takes all rows of them, or some where there
  * are too few columns for all threads. */
@@ -320,6 +323,9 @@ static void multiply(const Term *terms, int count, int64_t rows, const Target *t
     int64_t inner = 0;
     for (int i = 0; i < count; i++) inner += (left[i] = terms[i]).inner;
     int64_t each = filled_up(inner / ((inner + INNER - 1) / INNER) + 1), done = 0;
+    if (inner > INNER) { /* a thread may still be at the sums of the call before */
+        _Pragma("omp barrier")
+    }
     for (int first = 0; done < inner;) {
         int64_t room = each < INNER ? each : INNER;
         int used = 0;
@@ -351,6 +357,9 @@ static Workspace take_workspace(char **space, int64_t sums, int64_t own) {
 static int64_t own_bytes(int64_t inner) {
     return round_up(ROWS_M * (inner < INNER ? inner : INNER) * 2, 64) + !SHARED * SLAB;
 }
+
+/* Rows of a block: tells which units multiply. */
+int64_t rows_of_block(void) { return ROWS_M; }
 
 /* Bytes of working memory for `product_bfloat16`. */
 int64_t product_room_bfloat16(int64_t rows, int64_t columns, int64_t inner, int threads) {

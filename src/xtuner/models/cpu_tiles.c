@@ -85,6 +85,7 @@ typedef struct {
 
 /* Whole lines go past the caches: reading them only to write them would cost more than the products. */
 INLINE void round_rows(Waiting *x, int64_t count) {
+    if (x->row == x->rows) return;
     const __mmask32 there = first_lanes(x->to.columns);
     int64_t end = x->row + count < x->rows ? x->row + count : x->rows;
     for (; x->row < end; x->row++) {
