@@ -7,7 +7,7 @@ The compiled functions are those that the parts of the layer take one by one (`f
 and both additions happen where the sums of a product, or of a norm's gradient, are rounded.
 `install` changes only layers that are put together in this way, bit for bit; their own forward pass
 stays, and is used wherever ours does not apply (dropout, recomputation, other adapters, trained
-norms, a cache, no compiler). The parts are not called as modules: hooks on them do not see the pass.
+norms, a cache, no compiler). The parts are not called as modules: hooks on them see nothing of it.
 """
 
 from __future__ import annotations
