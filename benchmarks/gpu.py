@@ -74,7 +74,10 @@ CASES = {
         LLAMA_7B, QLORA, (True,), "at most 6,656 MiB; 1.3 x TRL at equal or less memory"
     ),
     "qlora_internlm2_7b": Case(
-        INTERNLM2_7B, QLORA, (True,), "at most 6,656 MiB; 1.3 x TRL at equal or less memory"
+        INTERNLM2_7B,
+        {**QLORA, "embedding_on_cpu": True},
+        (True,),
+        "at most 6,656 MiB; 1.3 x TRL at equal or less memory",
     ),
     "lora_1_8b": Case(INTERNLM2_1_8B, LORA, (False,), "1.3 x TRL"),
     "lora_7b": Case(

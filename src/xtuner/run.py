@@ -248,7 +248,14 @@ class _TrainingRun:
         """Load and prepare the model, going on from `source`; verify its shortcuts."""
         s, device = self.settings, str(self.processes.device)
         recompute = self.plan.forecast.recompute
-        llm = make_trainable(s, dtype=self.dtype, device=device, recompute=recompute, source=source)
+        llm = make_trainable(
+            s,
+            dtype=self.dtype,
+            device=device,
+            recompute=recompute,
+            embedding_on_cpu=self.plan.embedding_on_cpu,
+            source=source,
+        )
         mixed = self.dtype != torch.float32 and (
             s.llm_training == "full" or bool(s.lora_modules_to_save)
         )

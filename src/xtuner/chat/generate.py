@@ -157,7 +157,7 @@ def _token_ids(
     """Yield the ids that follow `prompt`, without end; `first` stands for a prompt with
     pictures."""
     embedding = model.get_input_embeddings().weight
-    device = embedding.device
+    device = next(model.parameters()).device  # an embedding may lie elsewhere
     choose = _chooser(options, device)
     # The token of a picture may lie beyond the vocabulary, and is no word that was said.
     said = [i for i in prompt if i < embedding.shape[0]] if first else prompt

@@ -90,6 +90,11 @@ class ModelPart(Part):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. 'auto' does
     it only where the forecast says that the run would not fit otherwise."""
+    embedding_on_cpu: Literal["auto"] | bool = "auto"
+    """On a GPU, leave the input embedding in the CPU's memory and fetch the rows of each step: less
+    memory, the same numbers, a few milliseconds a step. Needs adapters beside a model whose output
+    head has weights of its own. 'auto' does it only where the forecast says that the run would not
+    fit otherwise."""
 
 
 class VisionPart(Part):
@@ -291,6 +296,11 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         return self.quantization
 
     @property
+    def embedding_may_leave(self) -> bool:
+        """Whether the input embedding may stay in the CPU's memory, as far as settings tell."""
+        return self.uses_adapter and not self.sees
+
+    @property
     def effective_overlong(self) -> Literal["truncate", "drop", "error", "split"]:
         """`overlong` with 'auto' resolved."""
         if self.overlong == "auto":
@@ -352,6 +362,14 @@ def _check_quantization(s: Settings) -> Iterator[tuple[str, str]]:
             "quantization",
             "tuning = 'qlora' needs quantised weights; "
             "set tuning = 'lora' or quantization = 'auto'",
+        )
+
+
+def _check_embedding_on_cpu(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.embedding_on_cpu is True and not s.embedding_may_leave:
+        yield (
+            "embedding_on_cpu",
+            "is for tuning = 'lora' or 'qlora' without a visual encoder; set it to 'auto'",
         )
 
 
@@ -449,6 +467,7 @@ def _check_overlong(s: Settings) -> Iterator[tuple[str, str]]:
 
 CHECKS: tuple[Check, ...] = (
     _check_quantization,
+    _check_embedding_on_cpu,
     _check_vision,
     _check_evaluation_images,
     _check_lora_modules_to_save,

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Forecast:
             which torch's allocator knows nothing.
         device: 'cpu' or 'cuda'.
         recompute: whether activations are recomputed.
+        embedding_on_cpu: whether the input embedding stays in the CPU's memory.
         checkpoint: size of one on disk.
     """
 
@@ -61,15 +62,22 @@ class Forecast:
     device: str
     recompute: bool
     checkpoint: int
+    embedding_on_cpu: bool = False
     paged: bool = False
     failure: str = ""
 
     @property
     def peak(self) -> int:
         """Highest memory of the run; without what may move to the CPU."""
-        held = self.footprint.weights + self.footprint.step
+        held = self.weights + self.footprint.step
         held += 0 if self.paged else self.optimizer
+        held = max(held, self.footprint.weights)  # all of them are loaded before some leave
         return self.libraries + int(held * ALLOCATOR[self.device])
+
+    @property
+    def weights(self) -> int:
+        """Those that lie on the device."""
+        return self.footprint.weights - self.embedding_on_cpu * self.footprint.embedding
 
     @property
     def libraries(self) -> int:
@@ -92,10 +100,15 @@ class Forecast:
         inside = "" if self.paged else f"{optimizer}, "
         yield (
             f"Memory       {self.peak / MB:,.0f} MiB at the peak "
-            f"(weights {parts.weights / MB:,.0f}, {inside}"
+            f"(weights {self.weights / MB:,.0f}, {inside}"
             f"{step} and gradients {parts.step / MB:,.0f}{rest})"
             + (f"; {optimizer} more, paged: may move to the CPU" if self.paged else "")
         )
+        if self.embedding_on_cpu:
+            yield (
+                f"             the input embedding, {parts.embedding / MB:,.0f} MiB, stays in the "
+                "CPU's memory"
+            )
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,13 @@ class MemoryPlan:
     def fits(self) -> bool:
         """Whether the peak leaves the usual room; true where nobody knows."""
         return bool(self.forecast.failure) or self.forecast.peak <= self.memory
+
+    @property
+    def embedding_on_cpu(self) -> bool:
+        """Whether the input embedding is to stay in the CPU's memory; asked for, it is tried even
+        where the forecast knows that the model will refuse."""
+        asked = self.settings.embedding_on_cpu is True and self.device == "cuda"
+        return asked or self.forecast.embedding_on_cpu
 
     def lines(self) -> Iterator[str]:
         """The forecast and, where it does not fit, what to change."""
@@ -130,7 +150,10 @@ class MemoryPlan:
             tried = settings.model_copy(update=changes)
             if next(check_combinations(tried), None):
                 continue  # a run would refuse it
-            peak = forecast(tried, self.device, recompute=_recomputes(tried, self.forecast)).peak
+            found = forecast(tried, self.device, recompute=_recomputes(tried, self.forecast))
+            if self.forecast.embedding_on_cpu:
+                found = _without_embedding(found, tried)
+            peak = found.peak
             if peak > 0.98 * last:
                 continue
             settings, last, fits = tried, peak, peak <= self.memory
@@ -144,7 +167,7 @@ class MemoryPlan:
 def plan_memory(
     settings: Settings, device: str, *, memory: int | None = None, processes: int = 1
 ) -> MemoryPlan:
-    """Forecast a run on `device`, with recomputation where 'auto' needs it.
+    """Forecast a run on `device`, with what 'auto' needs: recomputation, the embedding on the CPU.
 
     A fault in the forecast is told in its lines and stops nothing, unless $XTUNER_STRICT is set, as
     in our tests.
@@ -168,9 +191,14 @@ def plan_memory(
 def _expected(settings: Settings, device: str, room: int) -> Forecast:
     wanted = settings.gradient_checkpointing
     try:
-        expected = forecast(settings, device, recompute=wanted is True)
-        if wanted == "auto" and expected.peak > room:
-            expected = forecast(settings, device, recompute=True)
+        recomputes = (False, True) if wanted == "auto" else (wanted,)
+        ways = [
+            way
+            for recompute in recomputes
+            for way in _both_ways(forecast(settings, device, recompute=recompute), settings)
+        ]
+        ways.sort(key=lambda way: (way.recompute, way.embedding_on_cpu))  # by what they cost
+        expected = next((way for way in ways if way.peak <= room), ways[-1])
     except XTunerError:
         raise
     except Exception as error:  # a step on shapes alone meets code that never thought of it
@@ -192,7 +220,7 @@ def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
     found = _footprint(settings, device, recompute)
     moments = _bytes_of_moments(settings.optim_type)
     paged = device == "cuda" and optim.unpaged(settings.optim_type) != settings.optim_type
-    return Forecast(
+    whole = Forecast(
         paged=paged,
         footprint=found,
         optimizer=int(found.trainable * moments),
@@ -200,6 +228,22 @@ def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
         recompute=recompute,
         checkpoint=int(found.trainable * (4 + moments)),
     )
+    return _without_embedding(whole, settings) if settings.embedding_on_cpu is True else whole
+
+
+def _both_ways(found: Forecast, settings: Settings) -> Iterator[Forecast]:
+    """The forecast, and where that is left to us also the one with the embedding on the CPU."""
+    yield found
+    if settings.embedding_on_cpu == "auto":
+        without = _without_embedding(found, settings)
+        if without.embedding_on_cpu:
+            yield without
+
+
+def _without_embedding(whole: Forecast, settings: Settings) -> Forecast:
+    """The forecast with the input embedding on the CPU, where it can be and there is a GPU."""
+    can = whole.device == "cuda" and whole.footprint.embedding > 0 and settings.embedding_may_leave
+    return replace(whole, embedding_on_cpu=can)
 
 
 @functools.lru_cache(maxsize=16)
@@ -257,6 +301,8 @@ def _cures(settings: Settings, *, recompute: bool) -> Iterator[Mapping[str, Any]
     if settings.batch_size > 1:
         counts = settings.accumulative_counts * settings.batch_size
         yield {"batch_size": 1, "accumulative_counts": counts}
+    if settings.embedding_may_leave:
+        yield {"embedding_on_cpu": True}
     if not recompute:
         yield {"gradient_checkpointing": True}
     if "8bit" not in settings.optim_type:

@@ -27,6 +27,7 @@ from xtuner.models import (
     fused_attention,
     fused_decoder,
     fused_layers,
+    host_embedding,
     loss,
 )
 from xtuner.models.attention import training_implementation
@@ -52,6 +53,7 @@ class Footprint:
         trainable: trained numbers.
         parameters: all numbers.
         width: of the hidden states.
+        embedding: bytes of the input embedding, part of `weights`, if it may stay on the CPU.
     """
 
     weights: int
@@ -60,6 +62,7 @@ class Footprint:
     trainable: int
     parameters: int
     width: int = 0
+    embedding: int = 0
 
 
 def measure(
@@ -110,6 +113,13 @@ def measure(
             fused_attention.install(model, check=False)
             fused_decoder.install(model, check=False)
         saved, workspace = _quantised_size(model, quantization, double_quant)
+        embedding = 0
+        named = [
+            n for key in ("target_modules", "modules_to_save") for n in (lora or {}).get(key, ())
+        ]
+        if lora is not None and host_embedding.can_stay_on_cpu(model, named):
+            rows = model.get_input_embeddings().weight
+            embedding = rows.numel() * rows.element_size()
         together = not recompute and not flash and quantization in ("nf4", "fp4")
         if together and lora and not lora.get("dropout"):
             kernels = kernels_for(torch.empty(0, dtype=autocast or dtype))
@@ -131,16 +141,16 @@ def measure(
             ]
         weights = sum(size for size, _ in held) - saved
         gradients = sum(size for size, trained in held if trained)
-        return _Counts([weights, gradients, trainable, parameters, *peaks])
+        return _Counts([weights, gradients, trainable, parameters, embedding, *peaks])
 
     if layers <= max(FEW_LAYERS) or _layers_differ(config):
         found = some(None)
     else:
         less, more = (some(count) for count in FEW_LAYERS)
         found = less.line_through(more, at=layers)
-    weights, gradients, trainable, parameters, *peaks = map(round, found.values)
+    weights, gradients, trainable, parameters, embedding, *peaks = map(round, found.values)
     width = config.get_text_config().hidden_size
-    return Footprint(weights, max(peaks), gradients, trainable, parameters, width)
+    return Footprint(weights, max(peaks), gradients, trainable, parameters, width, embedding)
 
 
 FEW_LAYERS = (2, 4)

@@ -8,14 +8,26 @@ from typing import Any
 import torch
 
 from xtuner.config.schema import Settings
-from xtuner.models import adapters, fused_attention, fused_decoder, fused_layers
+from xtuner.models import (
+    adapters,
+    fused_attention,
+    fused_decoder,
+    fused_layers,
+    host_embedding,
+)
 from xtuner.models.attention import training_implementation
 from xtuner.models.llava_parts import LLM, LLM_ADAPTER
 from xtuner.models.load import load_model
 
 
 def make_trainable(
-    s: Settings, *, dtype: torch.dtype, device: str, recompute: bool, source: Path | None = None
+    s: Settings,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    recompute: bool,
+    embedding_on_cpu: bool = False,
+    source: Path | None = None,
 ) -> Any:
     """Load the language model, put our layers into it, and add its adapters.
 
@@ -24,10 +36,12 @@ def make_trainable(
         dtype: of the computation and of frozen weights.
         device: where the model goes.
         recompute: compute activations again in the backward pass instead of keeping them.
+        embedding_on_cpu: leave the input embedding in the CPU's memory.
         source: a checkpoint whose trained weights are taken.
 
     Raises:
-        ModelError: the model cannot be loaded, or `source` does not fit it.
+        ModelError: the model cannot be loaded, or `source` does not fit it, or its embedding cannot
+            be apart from the rest.
     """
     full = s.llm_training == "full"
     place: str | Path = s.pretrained_model_name_or_path
@@ -42,6 +56,8 @@ def make_trainable(
         trust_remote_code=s.trust_remote_code,
     )
     base.set_attn_implementation(training_implementation(base, s.attn_implementation))
+    if embedding_on_cpu:
+        host_embedding.install(base, [*s.lora_target_modules, *s.lora_modules_to_save])
     fused_layers.install(base)
     fused_attention.install(base)
     fused_decoder.install(base)
