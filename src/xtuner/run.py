@@ -28,7 +28,7 @@ from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.workplace import WorkPlace
 from xtuner.errors import CheckpointError, LaunchError
-from xtuner.models import cpu_kernels, liger
+from xtuner.models import cpu_library, liger
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_tokenizer, pick_device, resolve_dtype
 from xtuner.models.runinfo import RunInfo, installed_versions
@@ -122,7 +122,7 @@ class _TrainingRun:
             host.keep_freed_memory()
         if on_cpu or threads:  # a GPU's run does not wait for products on the CPU to be measured
             yield host.choose_threads(threads, self.dtype, self.processes.world_size)
-        yield cpu_kernels.state() if on_cpu else liger.state(self.processes.device)
+        yield cpu_library.state() if on_cpu else liger.state(self.processes.device)
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from xtuner.models import cpu_kernels
+from xtuner.models import cpu_kernels, cpu_library
 
-HAS_TILES = " amx_bf16" in cpu_kernels._cpu_flags() and cpu_kernels._may_use_tiles()
+HAS_TILES = " amx_bf16" in cpu_library.cpu_flags() and cpu_library.may_use_tiles()
 
 
 def _forget():
-    for known in (cpu_kernels._library, cpu_kernels._has_products, cpu_kernels._kernels):
+    for known in (cpu_library.library, cpu_library.has_products, cpu_kernels._kernels):
         known.cache_clear()
 
 
@@ -17,11 +17,11 @@ def _forget():
 def units(request, monkeypatch):
     """Let the compiled functions use each kind of unit that this CPU multiplies with."""
     if request.param == "vectors" and HAS_TILES:
-        monkeypatch.setattr(cpu_kernels, "_may_use_tiles", lambda: False)
+        monkeypatch.setattr(cpu_library, "may_use_tiles", lambda: False)
         _forget()
         request.addfinalizer(_forget)
     rows = {"tiles": 32, "vectors": 6}[request.param]
-    assert cpu_kernels._library()[0].rows_of_block() == rows
+    assert cpu_library.library()[0].rows_of_block() == rows
 
 
 CANARY = 4096

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
-from xtuner.models import attention, cpu_kernels, fused_attention, fused_layers
+from xtuner.models import attention, cpu_library, fused_attention, fused_layers
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.testing.tiny import tiny_model
 from xtuner.types import IGNORE_INDEX, Batch
@@ -74,7 +74,7 @@ def test_packed_equals_one_by_one(architecture, implementation):
     if fused:
         fused_layers.install(model)
         changed = fused_attention.install(model)
-        assert changed == (CHANGED.get(architecture, 0) if cpu_kernels._library()[0] else 0)
+        assert changed == (CHANGED.get(architecture, 0) if cpu_library.library()[0] else 0)
     packed = PackedCausalLM(model)
     packed.verify()
     loss = packed.supervised_loss(batch)
@@ -95,7 +95,7 @@ def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path(
         model.set_attn_implementation(attention.register())
         if fused:
             changed = fused_attention.install(model)
-            assert changed == (2 if cpu_kernels._library()[0] else 0)
+            assert changed == (2 if cpu_library.library()[0] else 0)
         packed = PackedCausalLM(model, autocast=torch.bfloat16)
         packed.verify()
         loss = packed.supervised_loss(batch)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from xtuner.models import cpu_kernels
+from xtuner.models import cpu_library
 from xtuner.models.block_attention import block_attention
 from xtuner.models.cpu_attention import cpu_attention
 
 pytestmark = [
     pytest.mark.usefixtures("units", "guarded"),
     pytest.mark.skipif(
-        not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
+        not cpu_library.has_products(), reason="no bfloat16 vectors here, or no compiler"
     ),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from xtuner.models import cpu_kernels
+from xtuner.models import cpu_kernels, cpu_library
 from xtuner.models.block_attention import block_attention
 from xtuner.models.cpu_kernels import kernels_for
 from xtuner.models.fused_layers import RMSNorm, _RMSNorm, _SiluProduct
@@ -18,7 +18,7 @@ LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Largest difference relative to the largest value; a bfloat16 has 8 significant bits."""
 
 pytestmark = pytest.mark.skipif(
-    cpu_kernels._library()[0] is None, reason=f"no kernels here: {cpu_kernels.state()}"
+    cpu_library.library()[0] is None, reason=f"no kernels here: {cpu_library.state()}"
 )
 
 
@@ -172,7 +172,7 @@ def test_other_tensors_are_left_to_torch():
 @pytest.fixture
 def forgotten():
     """Let the library be looked for again, before and after."""
-    caches = cpu_kernels._library, cpu_kernels._kernels
+    caches = cpu_library.library, cpu_kernels._kernels
     for kept in caches:
         kept.cache_clear()
     yield
@@ -181,17 +181,17 @@ def forgotten():
 
 
 def test_without_a_compiler_torch_does_the_work_and_the_run_says_so(forgotten, monkeypatch):
-    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cpu_library.shutil, "which", lambda name: None)
     assert kernels_for(torch.zeros(2)) is None
-    assert "no C compiler" in cpu_kernels.state()
+    assert "no C compiler" in cpu_library.state()
 
 
 def test_a_second_openmp_runtime_is_not_brought_in(forgotten, monkeypatch):
-    assert len(cpu_kernels._openmp_runtimes()) >= 1  # torch's
+    assert len(cpu_library.openmp_runtimes()) >= 1  # torch's
     answers = [{"/torch/libgomp.so.1"}, {"/torch/libgomp.so.1", "/usr/lib/libomp.so"}]
-    monkeypatch.setattr(cpu_kernels, "_openmp_runtimes", lambda: answers.pop(0))
+    monkeypatch.setattr(cpu_library, "openmp_runtimes", lambda: answers.pop(0))
     assert kernels_for(torch.zeros(2)) is None
-    assert "/usr/lib/libomp.so" in cpu_kernels.state()
+    assert "/usr/lib/libomp.so" in cpu_library.state()
 
 
 def test_a_failing_compiler_is_named_and_not_fatal(forgotten, monkeypatch, tmp_path):
@@ -199,9 +199,9 @@ def test_a_failing_compiler_is_named_and_not_fatal(forgotten, monkeypatch, tmp_p
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'cannot find -lgomp' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: str(compiler))
+    monkeypatch.setattr(cpu_library.shutil, "which", lambda name: str(compiler))
     assert kernels_for(torch.zeros(2)) is None
-    assert "cannot find -lgomp" in cpu_kernels.state()
+    assert "cannot find -lgomp" in cpu_library.state()
     assert not list((tmp_path / "kernels").iterdir())
 
 
@@ -213,7 +213,7 @@ def test_a_library_that_others_could_have_written_is_not_run(
     assert kernels_for(torch.zeros(2)) is not None
     (library,) = (tmp_path / "kernels").glob("*.so")
     assert not (library.stat().st_mode | library.parent.stat().st_mode) & 0o022
-    cpu_kernels._library.cache_clear()
+    cpu_library.library.cache_clear()
     if what == "owner":
         if os.getuid() != 0:
             pytest.skip("only root can give a file away")
@@ -221,7 +221,7 @@ def test_a_library_that_others_could_have_written_is_not_run(
     else:
         {"folder": library.parent, "file": library}[what].chmod(0o770)
     assert kernels_for(torch.zeros(2)) is None
-    assert "others can write" in cpu_kernels.state() and "XTUNER_CACHE" in cpu_kernels.state()
+    assert "others can write" in cpu_library.state() and "XTUNER_CACHE" in cpu_library.state()
 
 
 def test_another_version_of_the_compiler_compiles_anew(forgotten, monkeypatch, tmp_path):
@@ -230,5 +230,5 @@ def test_another_version_of_the_compiler_compiles_anew(forgotten, monkeypatch, t
     for note in ("one", "another"):
         compiler.write_text(f'#!/bin/sh\n# {note}\nexec {shutil.which("cc")} "$@"\n')
         compiler.chmod(0o755)
-        cpu_kernels._compiled(str(compiler))
+        cpu_library._compiled(str(compiler))
     assert len(list((tmp_path / "kernels").glob("*.so"))) == 2

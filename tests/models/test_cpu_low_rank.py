@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from xtuner.models import cpu_kernels, low_rank
+from xtuner.models import cpu_kernels, cpu_library, low_rank
 from xtuner.models.low_rank import Adapted, low_rank_linears
 
 pytestmark = [
     pytest.mark.usefixtures("units", "guarded"),
     pytest.mark.skipif(
-        not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
+        not cpu_library.has_products(), reason="no bfloat16 vectors here, or no compiler"
     ),
 ]
 

@@ -8,7 +8,7 @@ import torch
 from xtuner.models import (
     adapters,
     attention,
-    cpu_kernels,
+    cpu_library,
     fused_attention,
     fused_decoder,
     fused_layers,
@@ -20,7 +20,7 @@ from xtuner.types import Batch
 pytestmark = [
     pytest.mark.usefixtures("units"),
     pytest.mark.skipif(
-        not cpu_kernels._has_products(), reason="no bfloat16 vectors here, or no compiler"
+        not cpu_library.has_products(), reason="no bfloat16 vectors here, or no compiler"
     ),
 ]
 

@@ -1,41 +1,25 @@
 """The element-wise parts of a step, and attention, as compiled loops for CPUs.
 
-See ``cpu_kernels.c`` and what it includes for formulas. They are compiled once a machine, in two
-seconds, with the system's own compiler (``cc``), and kept in ``~/.cache/xtuner/kernels``. Where
-there is no compiler, or XTUNER_COMPILE is 0, every caller does the same with torch. They share
-torch's threads, and take bfloat16 and float32; attention and linear layers take bfloat16 alone.
+See ``cpu_kernels.c`` and what it includes for formulas, and `cpu_library` for how they are
+compiled; where they are not there, every caller does the same with torch. They share torch's
+threads, and take bfloat16 and float32; attention and linear layers take bfloat16 alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import itertools
-import os
-import platform
-import re
-import shutil
-import stat
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xtuner.models.cpu_library import has_products, library
 from xtuner.models.workspace import workspace
 
-SOURCE = Path(__file__).with_suffix(".c")
-PARTS = (SOURCE, *sorted(set(SOURCE.parent.glob("cpu_*.c")) - {SOURCE}))
-"""The file to compile, and what it includes."""
-FLAGS = (
-    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fopenmp", "-shared", "-fPIC"),
-)
 TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 NUMBER, REAL, FLAG = ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
@@ -178,7 +162,7 @@ class Kernels:
 
     def multiplies(self, inner: int) -> bool:
         """Whether there are products over an `inner` dimension."""
-        return self._suffix == "bfloat16" and inner > 0 and inner % 2 == 0 and _has_products()
+        return self._suffix == "bfloat16" and inner > 0 and inner % 2 == 0 and has_products()
 
     def attends(self, width: int) -> bool:
         """Whether `attention` is there for heads of `width`."""
@@ -224,7 +208,7 @@ class Kernels:
 
     def room(self, name: str, *arguments: Any) -> Tensor:
         """Working memory for a call, for all threads, as the C function `name` measures it."""
-        measure: Any = getattr(_library()[0], f"{name}_{self._suffix}")
+        measure: Any = getattr(library()[0], f"{name}_{self._suffix}")
         measure.restype = NUMBER
         size = measure(*arguments, FLAG(torch.get_num_threads()))
         return workspace("compiled functions", size, torch.uint8, torch.device("cpu"))
@@ -297,8 +281,8 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
     dtype = tensors[0].dtype
     if dtype not in TYPES or not all(_fits(tensor, dtype) for tensor in tensors):
         return None
-    library, _ = _library()
-    return None if library is None else _kernels(dtype, _shapes_only)
+    found, _ = library()
+    return None if found is None else _kernels(dtype, _shapes_only)
 
 
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -308,113 +292,4 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 @cache
 def _kernels(dtype: torch.dtype, shapes_alone: bool) -> Kernels:
-    return Kernels(None if shapes_alone else _library()[0], TYPES[dtype])
-
-
-def state() -> str:
-    """What a run says about them."""
-    return _library()[1]
-
-
-@cache
-def _has_products() -> bool:
-    """Whether the compiler and the CPU know products of bfloat16 vectors."""
-    library, _ = _library()
-    return library is not None and hasattr(library, "attention_bfloat16")
-
-
-def _flags() -> tuple[str, ...]:
-    """How to compile for this CPU: with vectors of 512 bits, of which compilers are shy, and with
-    tile units (AMX) if it has them and the system gives them to this process, which it must be
-    asked for (Linux: Documentation/arch/x86/xstate.rst)."""
-    flags, known = list(FLAGS), _cpu_flags()
-    if " avx512f" in known:
-        flags.append("-mprefer-vector-width=512")
-    if " amx_bf16" in known and _may_use_tiles():
-        flags.append("-DTILES")
-    return tuple(flags)
-
-
-def _may_use_tiles() -> bool:
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    with contextlib.suppress(OSError, AttributeError):
-        return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
-    return False
-
-
-@cache
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("XTUNER_COMPILE") == "0":
-        return None, "compiled CPU kernels are off (XTUNER_COMPILE = 0)"
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        return None, "no C compiler (cc): training takes up to a third longer than with one"
-    try:
-        before = _openmp_runtimes()
-        library = ctypes.CDLL(str(_compiled(compiler)))
-        if second := _openmp_runtimes() - before:
-            return None, (
-                f"CPU kernels are not used: beside torch's OpenMP they would need {min(second)}, "
-                "and the threads of two hinder each other; torch does their work, slower"
-            )
-        return library, "compiled CPU kernels"
-    except subprocess.CalledProcessError as error:
-        reason = next(iter(error.stderr.strip().splitlines()), "no reason given")
-    except PermissionError as error:
-        return None, f"CPU kernels are not used ({error}): torch does their work, slower"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = str(error)
-    return None, f"CPU kernels could not be compiled ({reason}): torch does their work, slower"
-
-
-def _openmp_runtimes() -> set[str]:
-    """Files of the OpenMP runtimes that this process holds, where the system tells."""
-    with contextlib.suppress(OSError):
-        paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-        return {path for path in paths if re.search(r"/lib(gomp|iomp5?|omp)[^/]*\.so", path)}
-    return set()
-
-
-def _cpu_flags() -> str:
-    """What instructions this CPU knows; machines may share a home folder."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return platform.processor()
-
-
-def _compiled(compiler: str) -> Path:
-    """The library for this machine and compiler, compiled if it is not there yet.
-
-    Raises:
-        PermissionError: others could have put it there.
-    """
-    tool = Path(compiler).resolve()
-    version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"
-    texts, flags = [part.read_text() for part in PARTS], _flags()
-    known = "\n".join((*texts, version, *flags, platform.machine(), _cpu_flags()))
-    home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
-    path = home / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _refuse_others(path.parent)
-    if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / "kernels.so"
-            command = [compiler, *flags, str(SOURCE), "-lm", "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            made.chmod(0o700)
-            made.replace(path)
-    _refuse_others(path)
-    return path
-
-
-def _refuse_others(path: Path) -> None:
-    """Raise where somebody beside this user and root could have written what is run from here."""
-    if os.name != "posix":
-        return
-    found = path.stat()
-    if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            f"others can write {path}, and what is in it would be run; delete it, or choose "
-            "another folder with XTUNER_CACHE"
-        )
+    return Kernels(None if shapes_alone else library()[0], TYPES[dtype])
