@@ -21,6 +21,13 @@ def test_the_faster_count_is_taken_and_both_are_told(monkeypatch):
     assert "1 CPU thread" in line and "5 GFLOP/s with 1" in line and "3 GFLOP/s with 2" in line
 
 
+def test_more_threads_are_taken_where_products_hardly_tell(monkeypatch):
+    torch.set_num_threads(2)
+    monkeypatch.setattr(host, "matmul_rate", lambda threads, dtype: {1: 5e9, 2: 4.6e9}[threads])
+    host.choose_threads(None, torch.float32)
+    assert torch.get_num_threads() == 2
+
+
 def test_a_setting_is_obeyed():
     assert "as set" in host.choose_threads(3, torch.float32)
     assert torch.get_num_threads() == 3

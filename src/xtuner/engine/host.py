@@ -21,6 +21,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP_BELOW = 2**30
 """Freed memory up to this size stays with the process."""
 
+CLEARLY = 0.9
+"""Fewer threads are taken where more reach less than this share of their rate."""
+
 
 def keep_freed_memory() -> bool:
     """Let malloc reuse freed tensors instead of returning them; False where it is not glibc."""
@@ -35,7 +38,7 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
 
     Args:
         wanted: the user's choice; None tries torch's number (one a core) and half of it, and
-            takes the faster.
+            takes the half only where it is clearly faster: what lies between products is not.
         dtype: number type of the matrix products that are tried.
         processes: processes that share the machine.
     """
@@ -46,7 +49,7 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
     if processes > 1:  # the launcher has shared the cores out; all would measure at once
         return f"{cores} CPU thread(s) a process"
     rates = {count: matmul_rate(count, dtype) for count in {cores, max(1, cores // 2)}}
-    best = max(rates, key=lambda count: (rates[count], -count))
+    best = max(count for count in rates if rates[count] >= CLEARLY * max(rates.values()))
     torch.set_num_threads(best)
     tried = ", ".join(f"{rates[n] / 1e9:,.0f} GFLOP/s with {n}" for n in sorted(rates))
     return f"{best} CPU thread(s) ({tried})"
