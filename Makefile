@@ -62,7 +62,8 @@ bench: dev $(BENCH)/trl/.installed $(BENCH)/llamafactory/.installed
 # attention is fetched before. Where that fails, the table says so.
 bench-gpu: dev $(BENCH)/trl/.installed
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[gpu]"
-	@$(BENCH)/trl/bin/python -m pip install -qq bitsandbytes kernels liger-kernel
+	@$(BENCH)/trl/bin/python -m pip install -qq bitsandbytes liger-kernel
+	-@$(BENCH)/trl/bin/python -m pip install -qq 'kernels>=0.18.2,<0.19'
 	-@$(BENCH)/trl/bin/python -c 'from transformers.integrations.hub_kernels import load_and_register_attn_kernel as fetch; fetch("kernels-community/flash-attn2")'
 	@$(BIN)/python benchmarks/gpu.py
 
