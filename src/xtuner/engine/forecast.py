@@ -191,14 +191,9 @@ def plan_memory(
 def _expected(settings: Settings, device: str, room: int) -> Forecast:
     wanted = settings.gradient_checkpointing
     try:
-        recomputes = (False, True) if wanted == "auto" else (wanted,)
-        ways = [
-            way
-            for recompute in recomputes
-            for way in _both_ways(forecast(settings, device, recompute=recompute), settings)
-        ]
-        ways.sort(key=lambda way: (way.recompute, way.embedding_on_cpu))  # by what they cost
-        expected = next((way for way in ways if way.peak <= room), ways[-1])
+        for expected in _ways(settings, device):
+            if expected.peak <= room:
+                break
     except XTunerError:
         raise
     except Exception as error:  # a step on shapes alone meets code that never thought of it
@@ -231,12 +226,15 @@ def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
     return _without_embedding(whole, settings) if settings.embedding_on_cpu is True else whole
 
 
-def _both_ways(found: Forecast, settings: Settings) -> Iterator[Forecast]:
-    """The forecast, and where that is left to us also the one with the embedding on the CPU."""
-    yield found
-    if settings.embedding_on_cpu == "auto":
+def _ways(settings: Settings, device: str) -> Iterator[Forecast]:
+    """Forecasts of what is left to us, by what it costs: the embedding on the CPU a few milliseconds
+    a step, recomputation a third more time."""
+    wanted = settings.gradient_checkpointing
+    for recompute in (False, True) if wanted == "auto" else (wanted,):
+        found = forecast(settings, device, recompute=recompute)
+        yield found
         without = _without_embedding(found, settings)
-        if without.embedding_on_cpu:
+        if settings.embedding_on_cpu == "auto" and without.embedding_on_cpu:
             yield without
 
 

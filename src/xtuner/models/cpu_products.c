@@ -11,7 +11,7 @@
 #include <omp.h>
 
 #ifndef __AMX_BF16__
-#undef TILES /* asked for by cpu_kernels.py where the system gives them */
+#undef TILES /* asked for by cpu_library.py where the system gives them */
 #endif
 
 #define LANES_B 64 /* columns: four vectors of 16 */

@@ -3,9 +3,8 @@
  * A part of cpu_products.c, which includes it where the compiler knows them. Four tiles hold the
  * sums, two 32 rows by 32 inner numbers of the first matrix, two 32 inner numbers by 32 columns of
  * the second one, which has its pairs side by side as for vectors, up to a multiple of 32 inner
- * numbers. The operating system must have been asked for the tiles (cpu_kernels.py does).
+ * numbers. The operating system must have been asked for the tiles (cpu_library.py does).
  */
-
 
 /* Every thread has tiles of its own, between these two. */
 INLINE void begin_blocks(void) {
