@@ -227,7 +227,7 @@ def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
 
 
 def _ways(settings: Settings, device: str) -> Iterator[Forecast]:
-    """Forecasts of what is left to us, by what it costs: the embedding on the CPU a few milliseconds
+    """Forecasts of what is left to us, by what it costs: an embedding on the CPU a few milliseconds
     a step, recomputation a third more time."""
     wanted = settings.gradient_checkpointing
     for recompute in (False, True) if wanted == "auto" else (wanted,):
