@@ -227,8 +227,8 @@ def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
 
 
 def _ways(settings: Settings, device: str) -> Iterator[Forecast]:
-    """Forecasts of what is left to us, by what it costs: an embedding on the CPU a few milliseconds
-    a step, recomputation a third more time."""
+    """Forecasts of what is left to us, by what it costs: an embedding on the CPU some MiB to copy a
+    step, recomputation a third more time."""
     wanted = settings.gradient_checkpointing
     for recompute in (False, True) if wanted == "auto" else (wanted,):
         found = forecast(settings, device, recompute=recompute)

@@ -190,8 +190,8 @@ static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, 
 }
 
 /* P and dS of `ROWS_M` keys, from `key` on, and of the queries from `query` on, of which the first
- * `skipped` do not see them; scores Q K^T and pulls dO V^T [ROWS_M, 64], as P and dS; `paired` holds dS
- * with two keys side by side. */
+ * `skipped` do not see them; scores Q K^T and pulls dO V^T [ROWS_M, 64], as P and dS; `paired`
+ * holds dS with two keys side by side. */
 static void weigh(const Packed *x, const float *scores, const float *pulls, const float *logs,
                   const float *means, int64_t query, int64_t key, int64_t skipped, int64_t lanes,
                   bf16 *weights, bf16 *errors, bf16 *paired) {

@@ -5,7 +5,8 @@
  * those of all layers. Sums stay in float32 from end to end and are rounded once.
  */
 
-enum { TOKENS = ROWS_M == 32 ? 1024 : 256 }; /* inner numbers at once where tokens are the inner dimension */
+/* Inner numbers at once where tokens are the inner dimension. */
+enum { TOKENS = SHARED ? 256 : 1024 };
 #define MOST_PARTS 8 /* as in cpu_low_rank.py */
 _Static_assert(2 * MOST_PARTS <= MOST_TERMS, "each part has two terms");
 

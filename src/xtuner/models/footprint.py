@@ -114,12 +114,9 @@ def measure(
             fused_decoder.install(model, check=False)
         saved, workspace = _quantised_size(model, quantization, double_quant)
         embedding = 0
-        named = [
-            n for key in ("target_modules", "modules_to_save") for n in (lora or {}).get(key, ())
-        ]
-        if lora is not None and host_embedding.can_stay_on_cpu(model, named):
-            rows = model.get_input_embeddings().weight
-            embedding = rows.numel() * rows.element_size()
+        if lora is not None:
+            named = (*lora.get("target_modules", ()), *lora.get("modules_to_save", ()))
+            embedding = host_embedding.bytes_to_leave(model, named)
         together = not recompute and not flash and quantization in ("nf4", "fp4")
         if together and lora and not lora.get("dropout"):
             kernels = kernels_for(torch.empty(0, dtype=autocast or dtype))

@@ -91,8 +91,9 @@ def rotation_of(cos: Tensor, sin: Tensor) -> Rotation:
 
 
 @cache
-def _changed(layer: type) -> type:
-    return type(layer.__name__, (RotaryBlockAttention, layer), {"__module__": layer.__module__})
+def with_forward(ours: type, layer: type) -> type:
+    """A class as `layer`, with its name, whose forward pass is that of `ours`."""
+    return type(layer.__name__, (ours, layer), {"__module__": layer.__module__})
 
 
 def install(model: nn.Module, *, check: bool = True) -> int:
@@ -150,7 +151,7 @@ def _probe(layer: Any) -> Tensor:
 
 def _change(layer: Any, scale: float, window: int | None) -> None:
     kind: Any = type(layer)
-    layer.__class__ = _changed(kind)
+    layer.__class__ = with_forward(RotaryBlockAttention, kind)
     layer._attention_options = scale, window
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +25,12 @@ from xtuner.models.adapters import adapted_parts
 from xtuner.models.block_attention import Rotation
 from xtuner.models.cpu_attention import rows_of
 from xtuner.models.cpu_kernels import Kernels, Rows, kernels_for
-from xtuner.models.fused_attention import RotaryBlockAttention, probe_inputs, rotation_of
+from xtuner.models.fused_attention import (
+    RotaryBlockAttention,
+    probe_inputs,
+    rotation_of,
+    with_forward,
+)
 from xtuner.models.fused_layers import GatedMLP, RMSNorm
 from xtuner.models.low_rank import Adapted
 
@@ -187,11 +191,6 @@ def _layer_of(layer: Any, x: Tensor, inputs: dict[str, Any]) -> _Layer | None:
     return _Layer(tuple(groups), norms, rows, rotation, attention.head_dim, kernels)
 
 
-@cache
-def _changed(layer: type) -> type:
-    return type(layer.__name__, (_FusedDecoderLayer, layer), {"__module__": layer.__module__})
-
-
 def install(model: nn.Module, *, check: bool = True) -> int:
     """Change the decoder layers of `model` that are made of what is fused; return how many.
 
@@ -202,7 +201,7 @@ def install(model: nn.Module, *, check: bool = True) -> int:
     for layer in list(model.modules()):
         if _looks_alike(layer) and (not check or _is_sum_of_parts(layer)):
             kind: Any = type(layer)
-            layer.__class__ = _changed(kind)
+            layer.__class__ = with_forward(_FusedDecoderLayer, kind)
             changed += 1
     return changed
 

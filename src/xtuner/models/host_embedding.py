@@ -2,7 +2,7 @@
 
 A step reads a few thousand of its rows, 16 MiB for 2,048 tokens of width 4,096, and multiplies
 nothing with it. Of a model with many words it is large: 723 MiB in InternLM2-7B, a tenth of what
-QLoRA takes there in all. The numbers are the same; a step waits a few milliseconds for the copy.
+QLoRA takes there in all. The numbers are the same; a step waits for the copy of its rows.
 """
 
 from __future__ import annotations
@@ -52,6 +52,15 @@ def can_stay_on_cpu(model: Any, trained: Sequence[str] = ()) -> bool:
         return False
     shared = head is not None and getattr(head, "weight", None) is embedding.weight
     return type(embedding) is nn.Embedding and embedding.max_norm is None and not shared
+
+
+def bytes_to_leave(model: Any, trained: Sequence[str]) -> int:
+    """Size of the input embedding, 0 where it cannot stay on the CPU; arguments as
+    `can_stay_on_cpu`."""
+    if not can_stay_on_cpu(model, trained):
+        return 0
+    rows = model.get_input_embeddings().weight
+    return int(rows.numel() * rows.element_size())
 
 
 def install(model: Any, trained: Sequence[str] = ()) -> None:
