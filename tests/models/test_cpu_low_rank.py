@@ -155,20 +155,36 @@ def test_what_is_not_a_number_stays_in_its_row():
     assert out[:40].isfinite().all() and out[41:].isfinite().all()
 
 
-def test_quantised_weights_are_those_that_bitsandbytes_gives():
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize(
+    ("width", "out", "dtype"),
+    [
+        (64, 128, torch.float32),
+        (192, 300, torch.bfloat16),
+        (3328, 70, torch.bfloat16),  # more inner numbers than are multiplied at once
+        (64, 3400, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_weights_of_four_bits_are_read_as_bitsandbytes_reads_them(width, out, dtype, double, kind):
     import bitsandbytes as bnb
 
     torch.manual_seed(2)
+    whole = torch.randn(out, width, dtype=dtype)
     layer = bnb.nn.Linear4bit(
-        64, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        width, out, bias=False, quant_type=kind, compress_statistics=double
+    ).requires_grad_(False)
+    layer.weight = bnb.nn.Params4bit(
+        whole, requires_grad=False, quant_type=kind, compress_statistics=double
     ).to("cpu")
     whole = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    plain = nn.Linear(64, 128, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    plain = nn.Linear(width, out, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     plain.weight.data.copy_(whole)
-    x = torch.randn(9, 64).bfloat16().requires_grad_()
-    down, up = torch.randn(4, 64, requires_grad=True), torch.randn(128, 4, requires_grad=True)
-    pull = [torch.randn(9, 128).bfloat16()]
-    results = [found_by(x, [Adapted(kind, down, up, 0.5)], pull) for kind in (layer, plain)]
+    x = torch.randn(9, width).bfloat16().requires_grad_()
+    down, up = torch.randn(4, width, requires_grad=True), torch.randn(out, 4, requires_grad=True)
+    pull = [torch.randn(9, out).bfloat16()]
+    results = [found_by(x, [Adapted(which, down, up, 0.5)], pull) for which in (layer, plain)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -147,6 +147,36 @@ def test_it_is_as_near_as_the_same_layer_part_by_part(monkeypatch, passes):
     assert sum(apart(whole, wanted).values()) < 1.1 * sum(apart(parts, wanted).values())
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_of_four_bits_give_what_their_values_give(kind, passes):
+    import bitsandbytes as bnb
+    from torch import nn
+
+    def quantised(layer):
+        ours = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None)
+        ours.weight = bnb.nn.Params4bit(
+            layer.weight.data, requires_grad=False, quant_type=kind, compress_statistics=True
+        ).to("cpu")
+        ours.bias = layer.bias
+        return ours
+
+    model, _ = changed_model(intermediate_size=192)
+    plain, results = copy.deepcopy(model), []
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or name == "lm_head":
+            continue
+        where, _, last = name.rpartition(".")
+        setattr(model.get_submodule(where), last, ours := quantised(layer))
+        values = bnb.functional.dequantize_4bit(ours.weight.data, ours.weight.quant_state)
+        plain.get_submodule(name).weight.data.copy_(values)
+    for some in (model, plain):
+        adapted = with_adapters(some)
+        loss = PackedCausalLM(adapted).supervised_loss(batch_of(20, 12))
+        results.append([loss, *gradients(adapted, loss).values()])
+    assert len(passes) == 2 * model.config.num_hidden_layers
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"dropout": 0.1}, {"target_modules": ["q_proj", "v_proj"]}, {"modules_to_save": ["lm_head"]}],

@@ -68,6 +68,7 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 #include "cpu_products.c"
 #include "cpu_attention.c"
 #include "cpu_low_rank.c"
+#include "cpu_decoder.c"
 #endif
 
 #define NAME(function) function##_float32

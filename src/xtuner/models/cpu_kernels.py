@@ -24,7 +24,7 @@ TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 NUMBER, REAL, FLAG = ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
-class _Packed(ctypes.Structure):
+class Packed(ctypes.Structure):
     """`Packed` of cpu_attention.c."""
 
     _fields_ = (
@@ -80,16 +80,15 @@ class Kernels:
         return y, scale
 
     def rms_norm_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, grad_weight: bool,
-        plus: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Gradients of `x`, with `plus`, and, if `grad_weight`, of `weight`, in float32."""
+        self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, grad_weight: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of `x` and, if `grad_weight`, of `weight`, in float32."""
         rows, width = scale.numel(), x.shape[-1]
         out, parts = torch.empty_like(x), None
         if grad_weight:
             parts = x.new_empty(-(-rows // 64), width, dtype=torch.float32)
         sizes = NUMBER(rows), NUMBER(width)
-        self.call("rms_norm_backward", grad, x, weight, scale, plus, out, parts, *sizes)
+        self.call("rms_norm_backward", grad, x, weight, scale, None, out, parts, *sizes)
         return out, None if parts is None else parts.sum(0)
 
     def silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -182,7 +181,7 @@ class Kernels:
         """
         out, logs = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
         space = self.room("attention_room", *_sizes(q, rows), FLAG(False))
-        self.call("attention", self._packed(q, k, v, rotation, rows), out, logs, space)
+        self.call("attention", _heads(q, k, v, rotation, rows), out, logs, space)
         return out, logs
 
     def attention_backward(
@@ -192,9 +191,9 @@ class Kernels:
         """Gradients of `q`, `k` and `v`; `grad` and `out` are contiguous."""
         grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         parts = q.new_empty(2, q.shape[1], q.shape[0], q.shape[2], dtype=torch.float32)
-        packed = self._packed(q, k, v, rotation, rows)
+        heads = _heads(q, k, v, rotation, rows)
         space = self.room("attention_room", *_sizes(q, rows), FLAG(True))
-        self.call("attention_backward", packed, out, logs, grad, *grads, parts, space)
+        self.call("attention_backward", heads, out, logs, grad, *grads, parts, space)
         return grads
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tensor:
@@ -208,24 +207,14 @@ class Kernels:
 
     def room(self, name: str, *arguments: Any) -> Tensor:
         """Working memory for a call, for all threads, as the C function `name` measures it."""
-        measure: Any = getattr(library()[0], f"{name}_{self._suffix}")
-        measure.restype = NUMBER
-        size = measure(*arguments, FLAG(torch.get_num_threads()))
+        size = self.measure(name, *arguments, FLAG(torch.get_num_threads()))
         return workspace("compiled functions", size, torch.uint8, torch.device("cpu"))
 
-    def _packed(
-        self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
-    ) -> Any:
-        if self._library is None:
-            return None
-        tensors = (q, k, v, *(rotation or ()))
-        places = [tensor.data_ptr() for tensor in tensors] + [None] * (5 - len(tensors))
-        sizes = (len(rows.starts), *q.shape[:2], k.shape[1], q.shape[2])
-        strides = [tensor.stride(0) for tensor in (q, k, v)]
-        window = rows.window or q.shape[0]
-        return ctypes.byref(
-            _Packed(*places, rows.starts, rows.lengths, *sizes, *strides, window, rows.scale)
-        )
+    def measure(self, name: str, *arguments: Any) -> int:
+        """Bytes, as the C function `name` tells them."""
+        function: Any = getattr(library()[0], f"{name}_{self._suffix}")
+        function.restype = NUMBER
+        return int(function(*arguments))
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         """Loss of each row in float32; with `gradient` the logits become their own gradient.
@@ -243,6 +232,24 @@ class Kernels:
         sizes = NUMBER(rows), NUMBER(words), FLAG(gradient)
         self.call("cross_entropy", logits, targets, loss, *sizes)
         return loss
+
+
+def packed(rows: Rows, rotation: tuple[Tensor, Tensor] | None, *sizes: int) -> Packed:
+    """Which of so many tokens, heads, heads of keys, and numbers in a head see each other."""
+    places = [address(angles) for angles in rotation or (None, None)]
+    return Packed(
+        *(None, None, None, *places, rows.starts, rows.lengths, len(rows.starts), *sizes),
+        *(0, 0, 0, rows.window or sizes[0], rows.scale),
+    )
+
+
+def _heads(
+    q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
+) -> Any:
+    call = packed(rows, rotation, len(q), q.shape[1], k.shape[1], q.shape[2])
+    call.q, call.k, call.v = map(address, (q, k, v))
+    call.q_row, call.k_row, call.v_row = (tensor.stride(0) for tensor in (q, k, v))
+    return ctypes.byref(call)
 
 
 def _sizes(q: Tensor, rows: Rows) -> list[Any]:

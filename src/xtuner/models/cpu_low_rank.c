@@ -10,11 +10,13 @@ enum { TOKENS = SHARED ? 256 : 1024 };
 #define MOST_PARTS 8 /* as in cpu_low_rank.py */
 _Static_assert(2 * MOST_PARTS <= MOST_TERMS, "each part has two terms");
 
-/* A frozen layer W [out, in] with bias or NULL and its adapter A [rank, in], B [out, rank], float32;
- * y [tokens, out] its output, to which `plus`, alike or NULL, is added, or the gradient of that; dA
+/* A frozen layer W [out, in], bfloat16 or, if it is told how to read them, of `four` bits, with bias
+ * or NULL, and its adapter A [rank, in], B [out, rank], float32; y [tokens, out] its output, to which `plus`, alike or NULL, is added, or the gradient of that; dA
  * and dB as A and B. */
 typedef struct {
-    const bf16 *weight, *bias, *plus;
+    const void *weight;
+    const FourBits *four;
+    const bf16 *bias, *plus;
     const float *down, *up;
     bf16 *y;
     float *down_grad, *up_grad;
@@ -31,7 +33,8 @@ typedef struct {
 } Linears;
 
 static Term by_weight(const Linears *l, int i, const bf16 *a, int64_t inner, int across) {
-    return (Term){a, inner, inner, {l->part[i].weight, l->in, 0, 1.0f}, across};
+    const Part *p = l->part + i;
+    return (Term){a, inner, inner, {p->weight, l->in, 0, 1.0f, p->four, 0}, across};
 }
 
 static Term by_down(const Linears *l, int i, const bf16 *a, int64_t a_row, int64_t inner,
@@ -167,42 +170,54 @@ static void grad_of_up(const Linears *l, const Layout *all, int i, int64_t befor
         }
 }
 
+/* dx, if it is wanted, and dh, which the gradients of the adapters need; both are whole after the next
+ * barrier. In a parallel region. */
+static void grad_of_input(const Linears *l, const Layout *all) {
+    Workspace space = workspace_of(all);
+    Term terms[2 * MOST_PARTS];
+    bf16 *dh = all->dh;
+    int parts = (int)l->parts;
+    for (int i = 0; i < parts; dh += l->part[i++].rank) {
+        const Part *p = l->part + i;
+        Term up = by_up(l, i, p->y, p->out, p->out, 0);
+        Target inside = {.out = dh, .out_row = all->ranks, .columns = p->rank};
+        multiply(&up, 1, l->tokens, &inside, &space);
+        terms[i] = by_weight(l, i, p->y, p->out, 0);
+        terms[parts + i] = by_down(l, i, dh, all->ranks, p->rank, 0);
+    }
+    _Pragma("omp barrier")
+    Target to = {.out = l->dx, .out_row = l->in, .columns = l->in};
+    if (l->dx) multiply(terms, 2 * parts, l->tokens, &to, &space);
+}
+
+/* dA and dB of all parts. In a parallel region. */
+static void grad_of_adapters(const Linears *l, const Layout *all) {
+    bf16 *own = workspace_of(all).own;
+    Matrix dhs = {all->dh, all->ranks, 0, 1.0f}, hs = {l->h, all->ranks, 0, 1.0f};
+    _Pragma("omp for schedule(dynamic)")
+    for (int64_t r = 0; r < all->ranks; r += 16) {
+        int64_t place = r * all->turned_row;
+        turn_columns(&dhs, r, l->tokens, all->ranks, all->dh_turned + place, all->turned_row);
+        turn_columns(&hs, r, l->tokens, all->ranks, all->h_turned + place, all->turned_row);
+    }
+    _Pragma("omp for schedule(dynamic) nowait")
+    for (int64_t j = 0; j < l->in; j += LANES_B) grad_of_downs(l, all, j, own);
+    int64_t before = 0;
+    for (int i = 0; i < l->parts; before += l->part[i++].rank) {
+        _Pragma("omp for schedule(dynamic) nowait")
+        for (int64_t j = 0; j < l->part[i].out; j += LANES_B)
+            grad_of_up(l, all, i, before, j, own);
+    }
+}
+
 void low_rank_backward_bfloat16(const Linears *l, char *memory, int threads) {
     const Layout all = lay_out(l, 1, threads, memory);
     _Pragma("omp parallel num_threads(threads)")
     {
-        Workspace space = workspace_of(&all);
-        Term terms[2 * MOST_PARTS];
-        bf16 *dh = all.dh;
-        int parts = (int)l->parts;
         begin_blocks();
-        for (int i = 0; i < parts; dh += l->part[i++].rank) {
-            const Part *p = l->part + i;
-            Term up = by_up(l, i, p->y, p->out, p->out, 0);
-            Target inside = {.out = dh, .out_row = all.ranks, .columns = p->rank};
-            multiply(&up, 1, l->tokens, &inside, &space);
-            terms[i] = by_weight(l, i, p->y, p->out, 0);
-            terms[parts + i] = by_down(l, i, dh, all.ranks, p->rank, 0);
-        }
+        grad_of_input(l, &all);
         _Pragma("omp barrier")
-        Target to = {.out = l->dx, .out_row = l->in, .columns = l->in};
-        if (l->dx) multiply(terms, 2 * parts, l->tokens, &to, &space);
-        _Pragma("omp barrier")
-        Matrix dhs = {all.dh, all.ranks, 0, 1.0f}, hs = {l->h, all.ranks, 0, 1.0f};
-        _Pragma("omp for schedule(dynamic)")
-        for (int64_t r = 0; r < all.ranks; r += 16) {
-            int64_t place = r * all.turned_row;
-            turn_columns(&dhs, r, l->tokens, all.ranks, all.dh_turned + place, all.turned_row);
-            turn_columns(&hs, r, l->tokens, all.ranks, all.h_turned + place, all.turned_row);
-        }
-        _Pragma("omp for schedule(dynamic) nowait")
-        for (int64_t j = 0; j < l->in; j += LANES_B) grad_of_downs(l, &all, j, space.own);
-        int64_t before = 0;
-        for (int i = 0; i < parts; before += l->part[i++].rank) {
-            _Pragma("omp for schedule(dynamic) nowait")
-            for (int64_t j = 0; j < l->part[i].out; j += LANES_B)
-                grad_of_up(l, &all, i, before, j, space.own);
-        }
+        grad_of_adapters(l, &all);
         end_blocks();
     }
 }

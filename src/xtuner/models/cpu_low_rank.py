@@ -18,16 +18,44 @@ MOST_PARTS = 8
 """How many layers of one input go together at most."""
 
 
+class FourBits(ctypes.Structure):
+    """`FourBits` of cpu_products.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("code", "scales", "scale_code", "scale_places")),
+        *((name, NUMBER) for name in ("block", "group")),
+        ("offset", REAL),
+    )
+
+    @classmethod
+    def of(cls, state: Any) -> FourBits:
+        """How to read a weight that bitsandbytes quantised, from its `QuantState`, which has to
+        stay."""
+        if not state.nested:
+            return cls(address(state.code), address(state.absmax), None, None, state.blocksize, 1)
+        scales = state.state2
+        places = map(address, (state.code, scales.absmax, scales.code, state.absmax))
+        return cls(*places, state.blocksize, scales.blocksize, float(state.offset))
+
+
+def reads(state: Any) -> bool:
+    """Whether the compiled functions can take a weight that bitsandbytes quantised as it is."""
+    if state.dtype == torch.float16 or state.blocksize % 32 or state.shape[-1] % state.blocksize:
+        return False  # bitsandbytes rounds the first twice, and reads the last otherwise on a CPU
+    scales = state.state2 if state.nested else state
+    return bool(scales.absmax.dtype == scales.code.dtype == torch.float32)
+
+
 class Layer(NamedTuple):
     """A layer as the compiled functions take it; tensors are contiguous.
 
     Attributes:
-        weight: bfloat16 ``[out, in]``.
+        weight: bfloat16 ``[out, in]``, or bytes of two numbers each.
         bias: bfloat16 ``[out]``, or None.
         down: A of its adapter, float32 ``[rank, in]``.
         up: B, float32 ``[out, rank]``.
         scaling: factor of the adapter.
-        plus: bfloat16 ``[N, out]``, added to the output, or None.
+        four: how to read a weight of four bits.
     """
 
     weight: Tensor
@@ -35,28 +63,48 @@ class Layer(NamedTuple):
     down: Tensor
     up: Tensor
     scaling: float
-    plus: Tensor | None = None
+    four: FourBits | None = None
 
 
 class _Part(ctypes.Structure):
     """`Part` of cpu_low_rank.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "plus", "down", "up", "y")),
+        ("weight", ctypes.c_void_p),
+        ("four", ctypes.POINTER(FourBits)),
+        *((name, ctypes.c_void_p) for name in ("bias", "plus", "down", "up", "y")),
         *((name, ctypes.c_void_p) for name in ("down_grad", "up_grad")),
         *((name, NUMBER) for name in ("out", "rank")),
         ("scale", REAL),
     )
 
 
-class _Linears(ctypes.Structure):
+class Linears(ctypes.Structure):
     """`Linears` of cpu_low_rank.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "dx", "h")),
-        *((name, NUMBER) for name in ("tokens", "in", "parts")),
+        *((name, NUMBER) for name in ("tokens", "width", "parts")),
         ("part", _Part * MOST_PARTS),
     )
+
+    def describe(self, tokens: int, layers: Sequence[Layer]) -> None:
+        """Set what `layers` are made of; where their inputs and outputs lie comes later."""
+        self.tokens, self.width = tokens, layers[0].down.shape[1]
+        self.parts = len(layers)
+        for i, layer in enumerate(layers):
+            four = None if layer.four is None else ctypes.pointer(layer.four)
+            places = map(address, (layer.bias, None, layer.down, layer.up))
+            sizes = *layer.up.shape, layer.scaling
+            self.part[i] = _Part(address(layer.weight), four, *places, None, None, None, *sizes)
+
+    def give_gradients(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """Make room for the gradients of all A, and then of all B."""
+        downs = [torch.empty_like(layer.down) for layer in layers]
+        ups = [torch.empty_like(layer.up) for layer in layers]
+        for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
+            self.part[i].down_grad, self.part[i].up_grad = address(down), address(up)
+        return [*downs, *ups]
 
 
 def forward(kernels: Kernels, x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
@@ -68,10 +116,9 @@ def forward(kernels: Kernels, x: Tensor, layers: Sequence[Layer]) -> tuple[list[
         layers: `MOST_PARTS` at most.
     """
     inner = x.new_empty(len(x), sum(len(layer.down) for layer in layers))
-    outs = [x.new_empty(len(x), len(layer.weight)) for layer in layers]
-    linears = _structure(x, layers, inner, outs)
-    room = kernels.room("low_rank_room", linears, FLAG(False))
-    kernels.call("low_rank", linears, room)
+    outs = [x.new_empty(len(x), len(layer.up)) for layer in layers]
+    call = ctypes.byref(_linears(x, layers, inner, outs))
+    kernels.call("low_rank", call, kernels.room("low_rank_room", call, FLAG(False)))
     return outs, inner
 
 
@@ -83,8 +130,8 @@ def backward(
     pulls: Sequence[Tensor],
     *,
     grad_x: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Gradients of `x`, if `grad_x`, of all A and of all B, these in float32.
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of `x`, if `grad_x`, and of all A and then all B, these in float32.
 
     Args:
         kernels: as for `forward`, like `x` and `layers`.
@@ -94,29 +141,18 @@ def backward(
         pulls: gradients of the outputs, contiguous.
         grad_x: whether `x` needs one.
     """
-    downs = [torch.empty_like(layer.down) for layer in layers]
-    ups = [torch.empty_like(layer.up) for layer in layers]
+    linears = _linears(x, layers, inner, pulls)
+    grads = linears.give_gradients(layers)
     out = torch.empty_like(x) if grad_x else None
-    linears = _structure(x, layers, inner, pulls, out, downs, ups)
-    room = kernels.room("low_rank_room", linears, FLAG(True))
-    kernels.call("low_rank_backward", linears, room)
-    return out, downs, ups
+    linears.dx = address(out)
+    call = ctypes.byref(linears)
+    kernels.call("low_rank_backward", call, kernels.room("low_rank_room", call, FLAG(True)))
+    return out, grads
 
 
-def _structure(
-    x: Tensor,
-    layers: Sequence[Layer],
-    inner: Tensor,
-    outs: Sequence[Tensor],
-    grad_x: Tensor | None = None,
-    downs: Sequence[Tensor] = (),
-    ups: Sequence[Tensor] = (),
-) -> Any:
-    parts = (_Part * MOST_PARTS)()
-    for i, (layer, out) in enumerate(zip(layers, outs, strict=True)):
-        tensors = (layer.weight, layer.bias, layer.plus, layer.down, layer.up, out)
-        grads = [some[i] for some in (downs, ups) if some]
-        places = [address(tensor) for tensor in (*tensors, *grads)] + [None] * (2 - len(grads))
-        parts[i] = _Part(*places, *layer.up.shape, layer.scaling)
-    places = [address(tensor) for tensor in (x, grad_x, inner)]
-    return ctypes.byref(_Linears(*places, *x.shape, len(layers), parts))
+def _linears(x: Tensor, layers: Sequence[Layer], inner: Tensor, outs: Sequence[Tensor]) -> Linears:
+    linears = Linears(x=address(x), h=address(inner))
+    linears.describe(len(x), layers)
+    for i, out in enumerate(outs):
+        linears.part[i].y = address(out)
+    return linears

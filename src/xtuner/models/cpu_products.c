@@ -57,13 +57,27 @@ INLINE void transpose(__m512i row[16]) {
     }
 }
 
+/* How numbers of four bits, two in a byte and the first one above, are to be read (arXiv:2305.14314,
+ * section 3, as bitsandbytes keeps them): each is a place in `code`, of 16 numbers, and `block` of
+ * them, a multiple of 32, have one scale. That is in `scales`, or in eight bits: `group` of these
+ * places in `scale_code` have one scale in `scales`, and `offset` is added. */
+typedef struct {
+    const float *code, *scales, *scale_code;
+    const uint8_t *scale_places;
+    int64_t block, group;
+    float offset;
+} FourBits;
+
 /* Numbers in memory: rows `row` numbers apart, bfloat16 or, if `wide`, float32 to be multiplied by
- * `scale` and rounded. */
+ * `scale` and rounded. If there is a `four` they are of four bits, from number `start` on; it, `row`
+ * and the columns that are asked for are then multiples of 32. */
 typedef struct {
     const void *values;
     int64_t row;
     int wide;
     float scale;
+    const FourBits *four;
+    int64_t start;
 } Matrix;
 
 /* 16 numbers in float32. */
@@ -76,9 +90,30 @@ INLINE __mmask32 first_lanes(int64_t count) {
     return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0;
 }
 
+/* 32 numbers of four bits from `place` on. */
+static __m512i of_four_bits(const FourBits *x, const uint8_t *values, int64_t place) {
+    const __m128i low = _mm_set1_epi8(15);
+    const __m512 code = _mm512_loadu_ps(x->code);
+    __m128i pairs = _mm_loadu_si128((const __m128i *)(values + place / 2));
+    __m128i first = _mm_and_si128(_mm_srli_epi16(pairs, 4), low);
+    __m128i second = _mm_and_si128(pairs, low);
+    const int64_t block = place / x->block;
+    float size = x->scales[block / x->group];
+    if (x->scale_places) size = x->scale_code[x->scale_places[block]] * size + x->offset;
+    __m512i left = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(first, second));
+    __m512i right = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(first, second));
+    const __m512 scale = _mm512_set1_ps(size);
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(scale, _mm512_permutexvar_ps(right, code)),
+                                        _mm512_mul_ps(scale, _mm512_permutexvar_ps(left, code)));
+}
+
 /* 32 numbers of row i from column j on; those from row `rows` and column `columns` on are zeros. */
 INLINE __m512i numbers(const Matrix *x, int64_t i, int64_t j, int64_t rows, int64_t columns) {
     __mmask32 there = first_lanes(i < rows ? columns - j : 0);
+    if (x->four)
+        return there ? _mm512_maskz_mov_epi16(
+                           there, of_four_bits(x->four, x->values, x->start + i * x->row + j))
+                     : _mm512_setzero_si512();
     if (!x->wide) return _mm512_maskz_loadu_epi16(there, (const bf16 *)x->values + i * x->row + j);
     const float *from = (const float *)x->values + i * x->row + j;
     const __m512 scale = _mm512_set1_ps(x->scale);
@@ -89,7 +124,7 @@ INLINE __m512i numbers(const Matrix *x, int64_t i, int64_t j, int64_t rows, int6
 
 INLINE void pair_block(const Matrix *x, int64_t i, int64_t j, int64_t rows, int64_t columns,
                        __m512i block[16]) {
-    if (!x->wide && i + 16 <= rows && j + 32 <= columns)
+    if (!x->wide && !x->four && i + 16 <= rows && j + 32 <= columns)
         for (int r = 0; r < 16; r++)
             block[r] = _mm512_loadu_si512((const bf16 *)x->values + (i + r) * x->row + j);
     else
@@ -308,7 +343,8 @@ static void skip_inner(Term *term, int64_t count) {
     int64_t numbers = term->across ? count : count * term->b.row;
     term->a += count;
     term->inner -= count;
-    term->b.values = (const char *)term->b.values + numbers * (term->b.wide ? 4 : 2);
+    if (term->b.four) term->b.start += numbers;
+    else term->b.values = (const char *)term->b.values + numbers * (term->b.wide ? 4 : 2);
 }
 
 /* to->out[rows, columns] = sum of terms and what `to` adds, by all threads of a parallel region
@@ -322,7 +358,7 @@ static void multiply(const Term *terms, int count, int64_t rows, const Target *t
     Term left[MOST_TERMS], now[MOST_TERMS];
     int64_t inner = 0;
     for (int i = 0; i < count; i++) inner += (left[i] = terms[i]).inner;
-    int64_t each = filled_up(inner / ((inner + INNER - 1) / INNER) + 1), done = 0;
+    int64_t each = round_up(inner / ((inner + INNER - 1) / INNER) + 1, 32), done = 0;
     if (inner > INNER) { /* a thread may still be at the sums of the call before */
         _Pragma("omp barrier")
     }

@@ -117,11 +117,11 @@ def measure(
         if lora is not None:
             named = (*lora.get("target_modules", ()), *lora.get("modules_to_save", ()))
             embedding = host_embedding.bytes_to_leave(model, named)
-        together = not recompute and not flash and quantization in ("nf4", "fp4")
-        if together and lora and not lora.get("dropout"):
+        in_four_bits = not recompute and not flash and quantization in ("nf4", "fp4")
+        if in_four_bits and lora and not lora.get("dropout"):
             kernels = kernels_for(torch.empty(0, dtype=autocast or dtype))
             if kernels is not None and kernels.multiplies(lora["r"]):
-                workspace *= 2  # gate and up go together
+                workspace = 0  # read as they are
         if frozen:
             model.requires_grad_(False)
         if recompute:

@@ -2,8 +2,8 @@
 
     y = x + W_o attention(norm(x) W_qkv),   out = y + W_d (silu(norm(y) W_g) * norm(y) W_u)
 
-The compiled functions are those that the parts of the layer take one by one (`fused_layers`,
-`fused_attention`, `low_rank`). Called in a row they leave autograd one operation instead of ten,
+One compiled call (`cpu_decoder`) does what the parts of the layer do one by one (`fused_layers`,
+`fused_attention`, `low_rank`). Autograd has one operation instead of ten, Python has little to do,
 and both additions happen where the sums of a product, or of a norm's gradient, are rounded.
 `install` changes only layers that are put together in this way, bit for bit; their own forward pass
 stays, and is used wherever ours does not apply (dropout, recomputation, other adapters, trained
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from xtuner.models import cpu_low_rank, low_rank
+from xtuner.models import cpu_decoder, low_rank
 from xtuner.models.adapters import adapted_parts
 from xtuner.models.block_attention import Rotation
 from xtuner.models.cpu_attention import rows_of
@@ -42,58 +42,38 @@ class _Layer:
     """What one pass through a layer needs.
 
     Attributes:
-        groups: the linear layers, together where they take the same input: queries, keys and
+        parts: the linear layers, together where they take the same input: queries, keys and
             values; the output of attention; gate and up; down.
         norms: before attention and before the gated MLP.
         rows: who sees whom.
         rotation: cosines and sines of the positions.
-        head: width of a head.
+        heads: how many of queries, how many of keys, and their width.
         kernels: those of bfloat16.
     """
 
-    groups: tuple[Sequence[Adapted], ...]
+    parts: tuple[Sequence[Adapted], ...]
     norms: tuple[RMSNorm, RMSNorm]
     rows: Rows
     rotation: Rotation
-    head: int
+    heads: tuple[int, int, int]
     kernels: Kernels
 
     def adapters(self) -> list[Tensor]:
         """All A and all B of each group, in the order of their gradients."""
-        groups = self.groups
-        pairs = [([p.down for p in group], [p.up for p in group]) for group in groups]
+        pairs = [([p.down for p in group], [p.up for p in group]) for group in self.parts]
         return [tensor for downs, ups in pairs for tensor in (*downs, *ups)]
 
-    def norm(self, which: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` normalised, and the factor of each row."""
-        norm = self.norms[which]
-        return self.kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
-
-    def norm_backward(
-        self, which: int, grad: Tensor, x: Tensor, scale: Tensor, plus: Tensor
-    ) -> Tensor:
-        """Gradient of what `norm` took, with `plus`."""
-        weight = self.norms[which].weight
-        kernels = self.kernels
-        return kernels.rms_norm_backward(grad, x, weight, scale, grad_weight=False, plus=plus)[0]
-
-    def linear(
-        self, which: int, x: Tensor, plus: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Outputs of a group, and what its adapters hold inside; `plus` is added to the first."""
-        layers = [low_rank.layer_of(part, x.dtype) for part in self.groups[which]]
-        layers[0] = layers[0]._replace(plus=plus)
-        return cpu_low_rank.forward(self.kernels, x, layers)
-
-    def linear_backward(
-        self, which: int, x: Tensor, inner: Tensor, pulls: Sequence[Tensor], *, grad_x: bool = True
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of the input and of the adapters of a group."""
-        layers = [low_rank.layer_of(part, x.dtype) for part in self.groups[which]]
-        out, downs, ups = cpu_low_rank.backward(
-            self.kernels, x, layers, inner, pulls, grad_x=grad_x
+    def tensors(self, dtype: torch.dtype) -> cpu_decoder.Decoder:
+        """All of it as the compiled functions take it."""
+        first, second = self.norms
+        return cpu_decoder.Decoder(
+            norms=(first.weight, second.weight),
+            eps=(first.variance_epsilon, second.variance_epsilon),
+            groups=[[low_rank.layer_of(part, dtype) for part in group] for group in self.parts],
+            rows=self.rows,
+            rotation=self.rotation,
+            heads=self.heads,
         )
-        return out, [*downs, *ups]
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -101,20 +81,9 @@ class _DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: _Layer, *adapters: Tensor) -> Tensor:
-        x, kernels = hidden[0], layer.kernels
-        normed, scale = layer.norm(0, x)
-        (q, k, v), inner_qkv = layer.linear(0, normed)
-        q, k, v = (some.view(len(x), -1, layer.head) for some in (q, k, v))
-        attended, logs = kernels.attention(q, k, v, layer.rotation, layer.rows)
-        (y,), inner_out = layer.linear(1, attended.flatten(1), plus=x)
-        normed_y, scale_y = layer.norm(1, y)
-        (gate, up), inner_gate = layer.linear(2, normed_y)
-        (out,), inner_down = layer.linear(3, kernels.silu_product(gate, up), plus=y)
-        ctx.save_for_backward(
-            *(x, scale, normed, q, k, v, attended, logs, y, scale_y, normed_y, gate, up),
-            *(inner_qkv, inner_out, inner_gate, inner_down),
-            *adapters,  # these for autograd to see them changed
-        )
+        x = hidden[0]
+        out, saved = cpu_decoder.forward(layer.kernels, x, layer.tensors(x.dtype))
+        ctx.save_for_backward(x, saved, *adapters)  # these for autograd to see them changed
         ctx.layer = layer
         return out[None]
 
@@ -122,31 +91,12 @@ class _DecoderLayer(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         layer: _Layer = ctx.layer
-        x, scale, normed, q, k, v, attended, logs, y, scale_y, normed_y, gate, up, *rest = (
-            ctx.saved_tensors
+        x, saved, *_ = ctx.saved_tensors
+        pull, needed = grads[0][0].contiguous(), ctx.needs_input_grad[0]
+        grad, of_adapters = cpu_decoder.backward(
+            layer.kernels, x, layer.tensors(x.dtype), saved, pull, grad_x=needed
         )
-        inner_qkv, inner_out, inner_gate, inner_down = rest[:4]
-        kernels, pull = layer.kernels, grads[0][0].contiguous()
-        inner = kernels.silu_product(gate, up)
-        back, of_down = layer.linear_backward(3, inner, inner_down, [pull])
-        back, of_gate = layer.linear_backward(
-            2, normed_y, inner_gate, kernels.silu_product_backward(_whole(back), gate, up)
-        )
-        pull = layer.norm_backward(1, _whole(back), y, scale_y, plus=pull)
-        back, of_out = layer.linear_backward(1, attended.flatten(1), inner_out, [pull])
-        pulls = kernels.attention_backward(
-            _whole(back).view_as(attended), q, k, v, layer.rotation, layer.rows, attended, logs
-        )
-        needed = ctx.needs_input_grad[0]
-        flat = [some.flatten(1) for some in pulls]
-        back, of_qkv = layer.linear_backward(0, normed, inner_qkv, flat, grad_x=needed)
-        grad = layer.norm_backward(0, _whole(back), x, scale, plus=pull)[None] if needed else None
-        return (grad, None, *of_qkv, *of_out, *of_gate, *of_down)
-
-
-def _whole(grad: Tensor | None) -> Tensor:
-    assert grad is not None  # it was asked for
-    return grad
+        return (None if grad is None else grad[None], None, *of_adapters)
 
 
 class _FusedDecoderLayer:
@@ -188,7 +138,9 @@ def _layer_of(layer: Any, x: Tensor, inputs: dict[str, Any]) -> _Layer | None:
     scale, window = attention._attention_options
     rows = rows_of(tuple(inputs["cu_seq_lens_q"].tolist()), window, scale)
     rotation = rotation_of(*inputs["position_embeddings"])
-    return _Layer(tuple(groups), norms, rows, rotation, attention.head_dim, kernels)
+    width = attention.head_dim
+    heads = (len(groups[0][0].up) // width, len(groups[0][1].up) // width, width)
+    return _Layer(tuple(groups), norms, rows, rotation, heads, kernels)
 
 
 def install(model: nn.Module, *, check: bool = True) -> int:

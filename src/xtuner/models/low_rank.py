@@ -78,6 +78,9 @@ def compiles(kernels: Kernels, parts: Sequence[Adapted]) -> bool:
             return False
         if kernels_for(part.down, part.up) is None:
             return False
+        state: Any = getattr(part.layer.weight, "quant_state", None)
+        if state is not None and not cpu_low_rank.reads(state):
+            return False
     return True
 
 
@@ -94,10 +97,13 @@ def _recomputed() -> bool:
 
 def layer_of(part: Adapted, dtype: torch.dtype) -> cpu_low_rank.Layer:
     """A layer as the compiled functions take it."""
+    weight: Any = part.layer.weight
     bias: Any = part.layer.bias
-    weight = frozen_weight(part.layer, dtype).contiguous()
+    state = getattr(weight, "quant_state", None)
+    four = None if state is None else cpu_low_rank.FourBits.of(state)
+    weight = (weight.to(dtype) if state is None else weight).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
-    return cpu_low_rank.Layer(weight, bias, part.down, part.up, part.scaling)
+    return cpu_low_rank.Layer(weight, bias, part.down, part.up, part.scaling, four)
 
 
 class _CompiledLowRankLinears(torch.autograd.Function):
@@ -118,7 +124,7 @@ class _CompiledLowRankLinears(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, inner, *_ = ctx.saved_tensors
-        grad_x, downs, ups = cpu_low_rank.backward(
+        grad_x, grads_of_adapters = cpu_low_rank.backward(
             ctx.kernels,
             rows,
             [layer_of(part, rows.dtype) for part in ctx.parts],
@@ -126,7 +132,7 @@ class _CompiledLowRankLinears(torch.autograd.Function):
             [grad.flatten(0, -2).contiguous() for grad in grads],
             grad_x=ctx.needs_input_grad[0],
         )
-        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *downs, *ups)
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *grads_of_adapters)
 
 
 class _LowRankLinears(torch.autograd.Function):
