@@ -22,12 +22,14 @@
 typedef uint16_t bf16;
 
 /* Rows and columns of a block of sums; to what inner numbers are filled up with zeros; rows that are
- * multiplied with one block after the other; bytes of second matrices that are laid out at once, for
- * all threads together if they are `SHARED`, else for each. */
+ * multiplied with one block after the other; inner numbers at once; bytes of second matrices that are
+ * laid out at once, for all threads together if they are `SHARED`, else for each. */
 #ifdef TILES
-enum { ROWS_M = 32, LANES_M = 32, INNER_STEP = 32, MOST_ROWS = 128, SLAB = 3 << 18, SHARED = 0 };
+enum { ROWS_M = 32, LANES_M = 32, INNER_STEP = 32, MOST_ROWS = 128 };
+enum { INNER = 1664, SLAB = 3 << 19, SHARED = 0 };
 #else
-enum { ROWS_M = 6, LANES_M = LANES_B, INNER_STEP = 2, MOST_ROWS = 36, SLAB = 1 << 22, SHARED = 1 };
+enum { ROWS_M = 6, LANES_M = LANES_B, INNER_STEP = 2, MOST_ROWS = 36 };
+enum { INNER = 3200, SLAB = 1 << 22, SHARED = 1 };
 #endif
 
 static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -194,7 +196,6 @@ static void *take(char **free_space, int64_t bytes) {
     return taken;
 }
 
-#define INNER 3200 /* inner numbers at once: 64 columns of them take 400 KiB */
 #define MOST_TERMS 16
 _Static_assert(SLAB >= (INNER + MOST_TERMS * INNER_STEP) * LANES_M * 2, "a slab holds a block");
 

@@ -19,14 +19,14 @@ INLINE void end_blocks(void) { _tile_release(); }
 /* What was stored before is in memory, for instructions that the compiler does not see through. */
 #define STORED __asm__ volatile("" ::: "memory")
 
-/* Tiles 0 to 3 += a [32, 32] b. */
+/* Tiles 0 to 3 += a [32, 32] b. The first-level cache is for b, which the next rows take as well. */
 INLINE void add_products(const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair) {
     STORED;
-    _tile_loadd(4, a, 2 * a_row);
+    _tile_stream_loadd(4, a, 2 * a_row);
     _tile_loadd(6, b, 2 * b_pair);
     _tile_loadd(7, b + 32, 2 * b_pair);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a + 16 * a_row, 2 * a_row);
+    _tile_stream_loadd(5, a + 16 * a_row, 2 * a_row);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
