@@ -67,6 +67,7 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 #ifdef __AVX512BF16__
 #include "cpu_products.c"
 #include "cpu_attention.c"
+#include "cpu_attention_backward.c"
 #include "cpu_low_rank.c"
 #include "cpu_decoder.c"
 #endif
