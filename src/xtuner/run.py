@@ -120,6 +120,7 @@ class _TrainingRun:
         on_cpu, threads = self.device == "cpu", self.settings.num_threads
         if on_cpu:
             host.keep_freed_memory()
+            host.ask_for_huge_pages()
         if on_cpu or threads:  # a GPU's run does not wait for products on the CPU to be measured
             yield host.choose_threads(threads, self.dtype, self.processes.world_size)
         yield cpu_library.state() if on_cpu else liger.state(self.processes.device)

@@ -1,4 +1,8 @@
-"""Threads of the process."""
+"""Threads and memory of the process."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +39,34 @@ def test_a_setting_is_obeyed():
 
 def test_the_rate_is_a_rate():
     assert 1e8 < host.matmul_rate(1, torch.float32, size=128) < 1e14
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE.is_file() or "[never]" in HUGE.read_text(), reason="no huge pages on this system"
+)
+def test_huge_pages_come_to_what_is_used_later_and_asking_takes_no_memory():
+    script = """
+import re, sys, torch
+from pathlib import Path
+from xtuner.engine import host
+
+def held(name):
+    return int(re.search(rf"^{name}: +([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)[1])
+
+host.keep_freed_memory()
+before = held("Rss")
+asked = host.ask_for_huge_pages()
+print(asked, held("Rss") - before, end=" ")
+before = held("AnonHugePages")
+x = torch.ones(25 * 2**20)
+print(held("AnonHugePages") - before)
+"""
+    asked, taken, huge = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert asked == "True"
+    assert int(taken) < 10 * 1024  # KiB
+    assert int(huge) > 80 * 1024  # of 100 MiB

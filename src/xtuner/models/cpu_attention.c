@@ -20,33 +20,16 @@ enum { KEYS = 256, STEP = 32, PADDING = LANES_B };
 enum { KEYS = 480, STEP = 16, PADDING = 3 * LANES_B };
 #endif
 
-/* e^x for x <= 88, 0 below -87; as `exponential`, for 16 at once. The CPU is not asked for what is too
- * small for a normal number: on some that takes a hundred times as long. */
-INLINE __m512 exponentials(__m512 x) {
-    const __mmask16 there = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_maskz_scalef_ps(there, p, n); /* NaN stays NaN */
-}
-
 /* x [rows, width] with pairs of columns, in blocks of 64 rows. */
 static void columns_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
-    Matrix all = {x, width, 0, 1.0f};
+    Matrix all = {.values = x, .row = width};
     for (int64_t i = 0; i < rows; i += LANES_B)
         pair_columns(&all, i, rows, width, LANES_B, out + i * width);
 }
 
 /* x [rows, width] with pairs of rows. */
 static void rows_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
-    Matrix all = {x, width, 0, 1.0f};
+    Matrix all = {.values = x, .row = width};
     pair_rows(&all, 0, rows, width, width, width, 0, out);
 }
 

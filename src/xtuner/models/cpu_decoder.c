@@ -110,55 +110,6 @@ int64_t decoder_room_bfloat16(const Decoder *d, int backward, int threads) {
     return passing_of(d, backward, 0).rest - (char *)0 + most;
 }
 
-/* 32 numbers as two vectors in float32; not all are there at the end of the memory. */
-INLINE void widen(const bf16 *x, __mmask32 there, __m512 out[2]) {
-    __m512i both = _mm512_maskz_loadu_epi16(there, x);
-    out[0] = wide(_mm512_castsi512_si256(both));
-    out[1] = wide(_mm512_extracti64x4_epi64(both, 1));
-}
-
-INLINE void narrow(bf16 *to, __mmask32 there, const __m512 x[2]) {
-    _mm512_mask_storeu_epi16(to, there, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
-}
-
-INLINE __m512 sigmoids(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    __m512 e = exponentials(_mm512_sub_ps(_mm512_setzero_ps(), x));
-    return _mm512_div_ps(one, _mm512_add_ps(one, e));
-}
-
-/* y = silu(gate) * up, in a parallel region. */
-static void gated_product(const bf16 *gate, const bf16 *up, bf16 *y, int64_t count) {
-    _Pragma("omp for schedule(static)")
-    for (int64_t i = 0; i < count; i += 32) {
-        const __mmask32 there = first_lanes(count - i);
-        __m512 g[2], u[2];
-        widen(gate + i, there, g), widen(up + i, there, u);
-        for (int j = 0; j < 2; j++) g[j] = _mm512_mul_ps(_mm512_mul_ps(g[j], sigmoids(g[j])), u[j]);
-        narrow(y + i, there, g);
-    }
-}
-
-/* y = silu(gate) * up, and from its gradient, which is in dgate, those of gate and up. */
-static void gated_product_backward(const bf16 *gate, const bf16 *up, bf16 *y, bf16 *dgate,
-                                   bf16 *dup, int64_t count) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    _Pragma("omp for schedule(static)")
-    for (int64_t i = 0; i < count; i += 32) {
-        const __mmask32 there = first_lanes(count - i);
-        __m512 g[2], u[2], pull[2], of_up[2];
-        widen(gate + i, there, g), widen(up + i, there, u), widen(dgate + i, there, pull);
-        for (int j = 0; j < 2; j++) {
-            __m512 s = sigmoids(g[j]), silu = _mm512_mul_ps(g[j], s);
-            __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, s), s);
-            of_up[j] = _mm512_mul_ps(pull[j], silu);
-            g[j] = _mm512_mul_ps(_mm512_mul_ps(pull[j], u[j]), slope);
-            u[j] = _mm512_mul_ps(silu, u[j]);
-        }
-        narrow(y + i, there, u), narrow(dgate + i, there, g), narrow(dup + i, there, of_up);
-    }
-}
-
 void decoder_bfloat16(const Decoder *d, char *memory, int threads) {
     char *place = d->saved;
     const Saved s = saved_of(d, &place);
@@ -196,7 +147,7 @@ static void back_to_gates(const Decoder *d, const Saved *s, const Passing *p, in
         begin_blocks();
         grad_of_input(&down, &all);
         _Pragma("omp barrier")
-        gated_product_backward(s->gate, s->up, p->inner, p->gate, p->up,
+        gated_product_backward(p->gate, s->gate, s->up, p->inner, p->gate, p->up,
                                d->rows.tokens * d->down.in);
         grad_of_adapters(&down, &all);
         end_blocks();

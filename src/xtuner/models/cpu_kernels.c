@@ -54,6 +54,9 @@ static inline float exponential(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+#ifdef __AVX512BF16__
+#define IN_VECTORS /* cpu_elements.c has some of them */
+#endif
 #define NAME(function) function##_bfloat16
 #define NUM uint16_t
 #define LOAD(x) from_bits((uint32_t)(x) << 16)
@@ -63,9 +66,11 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 #undef NUM
 #undef LOAD
 #undef STORE
+#undef IN_VECTORS
 
 #ifdef __AVX512BF16__
 #include "cpu_products.c"
+#include "cpu_elements.c"
 #include "cpu_attention.c"
 #include "cpu_attention_backward.c"
 #include "cpu_low_rank.c"
@@ -120,25 +125,6 @@ void NAME(rms_norm_backward)(const NUM *dy, const NUM *x, const NUM *w, const fl
                 LANES for (int64_t j = 0; j < width; j++)
                     of_weight[j] += LOAD(pull[j]) * LOAD(from[j]) * r;
         }
-    }
-}
-
-/* y = silu(gate) * up. */
-void NAME(silu_product)(const NUM *gate, const NUM *up, NUM *y, int64_t count, int threads) {
-    _Pragma("omp parallel for simd num_threads(threads) schedule(static)")
-    for (int64_t i = 0; i < count; i++) {
-        float g = LOAD(gate[i]);
-        y[i] = STORE(g * sigmoid(g) * LOAD(up[i]));
-    }
-}
-
-void NAME(silu_product_backward)(const NUM *dy, const NUM *gate, const NUM *up, NUM *dgate,
-                                 NUM *dup, int64_t count, int threads) {
-    _Pragma("omp parallel for simd num_threads(threads) schedule(static)")
-    for (int64_t i = 0; i < count; i++) {
-        float g = LOAD(gate[i]), pull = LOAD(dy[i]), s = sigmoid(g);
-        dup[i] = STORE(pull * g * s);
-        dgate[i] = STORE(pull * LOAD(up[i]) * s * (1.0f + g * (1.0f - s)));
     }
 }
 
@@ -248,6 +234,27 @@ void NAME(add_windows)(const NUM *part, float *total, const int64_t *start, int6
     }
 }
 
+#ifndef IN_VECTORS
+
+/* y = silu(gate) * up. */
+void NAME(silu_product)(const NUM *gate, const NUM *up, NUM *y, int64_t count, int threads) {
+    _Pragma("omp parallel for simd num_threads(threads) schedule(static)")
+    for (int64_t i = 0; i < count; i++) {
+        float g = LOAD(gate[i]);
+        y[i] = STORE(g * sigmoid(g) * LOAD(up[i]));
+    }
+}
+
+void NAME(silu_product_backward)(const NUM *dy, const NUM *gate, const NUM *up, NUM *dgate,
+                                 NUM *dup, int64_t count, int threads) {
+    _Pragma("omp parallel for simd num_threads(threads) schedule(static)")
+    for (int64_t i = 0; i < count; i++) {
+        float g = LOAD(gate[i]), pull = LOAD(dy[i]), s = sigmoid(g);
+        dup[i] = STORE(pull * g * s);
+        dgate[i] = STORE(pull * LOAD(up[i]) * s * (1.0f + g * (1.0f - s)));
+    }
+}
+
 /* loss[i] = -log softmax(logits[i])[target[i]]; with gradient, logits become softmax - onehot. */
 void NAME(cross_entropy)(NUM *logits, const int64_t *target, float *loss, int64_t rows,
                          int64_t words, int gradient, int threads) {
@@ -266,4 +273,5 @@ void NAME(cross_entropy)(NUM *logits, const int64_t *target, float *loss, int64_
     }
 }
 
+#endif
 #endif

@@ -34,17 +34,20 @@ typedef struct {
 
 static Term by_weight(const Linears *l, int i, const bf16 *a, int64_t inner, int across) {
     const Part *p = l->part + i;
-    return (Term){a, inner, inner, {p->weight, l->in, 0, 1.0f, p->four, 0}, across};
+    Matrix weight = {.values = p->weight, .row = l->in, .four = p->four};
+    return (Term){a, inner, inner, weight, across};
 }
 
 static Term by_down(const Linears *l, int i, const bf16 *a, int64_t a_row, int64_t inner,
                     int across) {
-    return (Term){a, a_row, inner, {l->part[i].down, l->in, 1, l->part[i].scale}, across};
+    Matrix down = {.values = l->part[i].down, .row = l->in, .wide = 1, .scale = l->part[i].scale};
+    return (Term){a, a_row, inner, down, across};
 }
 
 static Term by_up(const Linears *l, int i, const bf16 *a, int64_t a_row, int64_t inner,
                   int across) {
-    return (Term){a, a_row, inner, {l->part[i].up, l->part[i].rank, 1, 1.0f}, across};
+    Matrix up = {.values = l->part[i].up, .row = l->part[i].rank, .wide = 1, .scale = 1.0f};
+    return (Term){a, a_row, inner, up, across};
 }
 
 /* Working memory of a call. On the way back: dh = dy B, and dh^T and h^T [sum of ranks, tokens]. */
@@ -123,7 +126,7 @@ static float *over_tokens(const bf16 *a, int64_t a_row, int64_t rows, const bf16
     bf16 *paired = (bf16 *)(sums + round_up(rows, ROWS_M) * LANES_B);
     for (int64_t t = 0; t < tokens; t += TOKENS) {
         int64_t some = tokens - t < TOKENS ? tokens - t : TOKENS;
-        Matrix from = {x + t * columns, columns, 0, 1.0f};
+        Matrix from = {.values = x + t * columns, .row = columns};
         pair_rows(&from, column, some, columns, LANES_B, LANES_B, 0, paired);
         const bf16 *next = x + (t + TOKENS) * columns + column;
         const int64_t rows_each = (TOKENS * ROWS_M + rows - 1) / rows;
@@ -193,7 +196,7 @@ static void grad_of_input(const Linears *l, const Layout *all) {
 /* dA and dB of all parts. In a parallel region. */
 static void grad_of_adapters(const Linears *l, const Layout *all) {
     bf16 *own = workspace_of(all).own;
-    Matrix dhs = {all->dh, all->ranks, 0, 1.0f}, hs = {l->h, all->ranks, 0, 1.0f};
+    Matrix dhs = {.values = all->dh, .row = all->ranks}, hs = {.values = l->h, .row = all->ranks};
     _Pragma("omp for schedule(dynamic)")
     for (int64_t r = 0; r < all->ranks; r += 16) {
         int64_t place = r * all->turned_row;
