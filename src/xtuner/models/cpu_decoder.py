@@ -22,11 +22,12 @@ from xtuner.models.cpu_kernels import (
     address,
     packed,
 )
-from xtuner.models.cpu_low_rank import Layer, Linears
+from xtuner.models.cpu_low_rank import Layer as Linear
+from xtuner.models.cpu_low_rank import Linears
 
 
-class Decoder(NamedTuple):
-    """What a layer is made of; tensors are contiguous.
+class Layer(NamedTuple):
+    """What a decoder layer is made of; tensors are contiguous.
 
     Attributes:
         norms: weights ``[H]`` of the norms before attention and before the gated product.
@@ -39,13 +40,13 @@ class Decoder(NamedTuple):
 
     norms: tuple[Tensor, Tensor]
     eps: tuple[float, float]
-    groups: Sequence[Sequence[Layer]]
+    groups: Sequence[Sequence[Linear]]
     rows: Rows
     rotation: Rotation
     heads: tuple[int, int, int]
 
 
-class _Decoder(ctypes.Structure):
+class Call(ctypes.Structure):
     """`Decoder` of cpu_decoder.c."""
 
     _fields_ = (
@@ -61,8 +62,8 @@ class _Decoder(ctypes.Structure):
         return self.qkv, self.output, self.gates, self.down
 
 
-def forward(kernels: Kernels, x: Tensor, layer: Decoder) -> tuple[Tensor, Tensor]:
-    """Output ``[N, H]`` for ``x [N, H]``, and what `backward` needs, as bytes.
+def forward(kernels: Kernels, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Call]:
+    """Output ``[N, H]`` for ``x [N, H]``, and for `backward` what it needs, as bytes, and the call.
 
     Args:
         kernels: those of bfloat16.
@@ -74,11 +75,18 @@ def forward(kernels: Kernels, x: Tensor, layer: Decoder) -> tuple[Tensor, Tensor
     saved = x.new_empty(kernels.measure("decoder_saved", place), dtype=torch.uint8)
     call.out, call.saved = address(out), address(saved)
     kernels.call("decoder", place, kernels.room("decoder_room", place, FLAG(False)))
-    return out, saved
+    return out, saved, call
 
 
 def backward(
-    kernels: Kernels, x: Tensor, layer: Decoder, saved: Tensor, grad: Tensor, *, grad_x: bool
+    kernels: Kernels,
+    x: Tensor,
+    layer: Layer,
+    saved: Tensor,
+    call: Call,
+    grad: Tensor,
+    *,
+    grad_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients of `x`, if `grad_x`, and of all A and all B of each group, these in float32.
 
@@ -86,22 +94,23 @@ def backward(
         kernels: as for `forward`, like `x` and `layer`.
         x: its input.
         layer: the layer.
-        saved: what it gave.
+        saved: what `forward` gave.
+        call: that, too; tensors that the layer is made of still lie where they did.
         grad: gradient of its output, contiguous.
         grad_x: whether `x` needs one.
     """
-    call = _structure(x, layer)
     groups = zip(call.linears(), layer.groups, strict=True)
     grads = [grad for linears, group in groups for grad in linears.give_gradients(group)]
     out = torch.empty_like(x) if grad_x else None
-    call.grad, call.dx, call.saved = address(grad), address(out), address(saved)
+    call.x, call.saved = address(x), address(saved)  # both may have been away in the meantime
+    call.grad, call.dx = address(grad), address(out)
     place = ctypes.byref(call)
     kernels.call("decoder_backward", place, kernels.room("decoder_room", place, FLAG(True)))
     return out, grads
 
 
-def _structure(x: Tensor, layer: Decoder) -> _Decoder:
-    call = _Decoder(x=address(x))
+def _structure(x: Tensor, layer: Layer) -> Call:
+    call = Call(x=address(x))
     call.norm[:] = [address(norm) for norm in layer.norms]
     call.eps[:] = layer.eps
     for linears, group in zip(call.linears(), layer.groups, strict=True):

@@ -116,6 +116,7 @@ static void blocks(const Term *terms, int count, int64_t row, int64_t rows, cons
             const bf16 *column = b + j * inner;
             Waiting *now = two + turn, *before = two + (turn ^ 1);
             now->to = moved(&to, x, j);
+            int asked = 0;
             begin_sums(now->to.c, to.c_row, to.add);
             for (int i = 0; i < count; i++) {
                 const bf16 *a = terms[i].a + (row + x) * terms[i].a_row;
@@ -125,6 +126,10 @@ static void blocks(const Term *terms, int count, int64_t row, int64_t rows, cons
                     add_products(part ? tail : a + k, part ? 32 : terms[i].a_row, column,
                                  2 * LANES_M);
                     round_rows(before, 2);
+                    if (to.plus && asked < ROWS_M) { /* for what is added when this is rounded */
+                        _mm_prefetch(now->to.plus + asked++ * to.out_row, _MM_HINT_T0);
+                        _mm_prefetch(now->to.plus + asked++ * to.out_row, _MM_HINT_T0);
+                    }
                 }
             }
             round_rows(before, ROWS_M);

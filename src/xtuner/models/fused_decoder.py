@@ -63,10 +63,10 @@ class _Layer:
         pairs = [([p.down for p in group], [p.up for p in group]) for group in self.parts]
         return [tensor for downs, ups in pairs for tensor in (*downs, *ups)]
 
-    def tensors(self, dtype: torch.dtype) -> cpu_decoder.Decoder:
+    def tensors(self, dtype: torch.dtype) -> cpu_decoder.Layer:
         """All of it as the compiled functions take it."""
         first, second = self.norms
-        return cpu_decoder.Decoder(
+        return cpu_decoder.Layer(
             norms=(first.weight, second.weight),
             eps=(first.variance_epsilon, second.variance_epsilon),
             groups=[[low_rank.layer_of(part, dtype) for part in group] for group in self.parts],
@@ -81,20 +81,19 @@ class _DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: _Layer, *adapters: Tensor) -> Tensor:
-        x = hidden[0]
-        out, saved = cpu_decoder.forward(layer.kernels, x, layer.tensors(x.dtype))
+        x, tensors = hidden[0], layer.tensors(hidden.dtype)
+        out, saved, call = cpu_decoder.forward(layer.kernels, x, tensors)
         ctx.save_for_backward(x, saved, *adapters)  # these for autograd to see them changed
-        ctx.layer = layer
+        ctx.layer, ctx.call, ctx.kernels = tensors, call, layer.kernels
         return out[None]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        layer: _Layer = ctx.layer
         x, saved, *_ = ctx.saved_tensors
         pull, needed = grads[0][0].contiguous(), ctx.needs_input_grad[0]
         grad, of_adapters = cpu_decoder.backward(
-            layer.kernels, x, layer.tensors(x.dtype), saved, pull, grad_x=needed
+            ctx.kernels, x, ctx.layer, saved, ctx.call, pull, grad_x=needed
         )
         return (None if grad is None else grad[None], None, *of_adapters)
 
