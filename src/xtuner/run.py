@@ -118,8 +118,7 @@ class _TrainingRun:
     def _means(self) -> Iterator[str]:
         """Get threads and kernels ready, and say which."""
         on_cpu, threads = self.device == "cpu", self.settings.num_threads
-        if on_cpu:
-            host.keep_freed_memory()
+        if on_cpu and host.keep_freed_memory():
             host.ask_for_huge_pages()
         if on_cpu or threads:  # a GPU's run does not wait for products on the CPU to be measured
             yield host.choose_threads(threads, self.dtype, self.processes.world_size)

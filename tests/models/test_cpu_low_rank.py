@@ -186,6 +186,9 @@ def test_weights_of_four_bits_are_read_as_bitsandbytes_reads_them(width, out, dt
     pull = [torch.randn(9, out).bfloat16()]
     results = [found_by(x, [Adapted(which, down, up, 0.5)], pull) for which in (layer, plain)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    nothing = Adapted(layer, torch.zeros_like(down).requires_grad_(), torch.zeros_like(up), 1.0)
+    (values,) = low_rank_linears(torch.eye(width).bfloat16(), [nothing])
+    assert torch.equal(values.T, plain.weight)  # each number, not only their sums
 
 
 @pytest.mark.parametrize(

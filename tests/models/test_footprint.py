@@ -7,6 +7,7 @@ import torch
 
 from xtuner.models import adapters, attention, footprint, fused_layers
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.cpu_library import has_products
 from xtuner.models.load import load_model
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.types import Batch
@@ -95,6 +96,27 @@ def test_quantised_weights_take_what_they_take(folder):
         real += 0 if "quant_map" in name or "quant_state" in name else tensor.nbytes
     adapter = found.gradients
     assert abs(found.weights - adapter - real) < 0.05 * real
+
+
+@pytest.mark.skipif(not has_products(), reason="no bfloat16 vectors here, or no compiler")
+@pytest.mark.parametrize(
+    ("changes", "largest"),
+    [
+        ({}, 0),
+        ({"dropout": 0.1}, 64 * 128),
+        ({"target_modules": ["q_proj", "v_proj"]}, 64 * 128),
+    ],
+    ids=["compiled functions read them", "dropout", "layers without adapters"],
+)
+def test_room_for_a_weight_that_is_dequantised(folder, changes, largest):
+    lora = {**LORA, "dropout": 0.0, **changes}
+    quantised, plain = (
+        footprint.measure(
+            str(folder), tokens=(64,), dtype=torch.bfloat16, quantization=kind, lora=lora
+        ).step
+        for kind in ("nf4", "none")
+    )
+    assert quantised - plain == 2 * largest
 
 
 def test_nothing_without_values_stays_in_a_cache(folder):

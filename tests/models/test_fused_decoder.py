@@ -1,6 +1,7 @@
 """A decoder layer as one operation, against transformers and peft in float64."""
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from xtuner.models import (
     fused_layers,
 )
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.cpu_kernels import Kernels
 from xtuner.testing.tiny import tiny_model
 from xtuner.types import Batch
 
 pytestmark = [
-    pytest.mark.usefixtures("units"),
+    pytest.mark.usefixtures("units", "guarded"),
     pytest.mark.skipif(
         not cpu_library.has_products(), reason="no bfloat16 vectors here, or no compiler"
     ),
@@ -147,8 +149,8 @@ def test_it_is_as_near_as_the_same_layer_part_by_part(monkeypatch, passes):
     assert sum(apart(whole, wanted).values()) < 1.1 * sum(apart(parts, wanted).values())
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_weights_of_four_bits_give_what_their_values_give(kind, passes):
+@pytest.mark.parametrize(("kind", "model_type"), [("nf4", "llama"), ("fp4", "qwen2")])
+def test_weights_of_four_bits_give_what_their_values_give(kind, model_type, passes):
     import bitsandbytes as bnb
     from torch import nn
 
@@ -160,7 +162,10 @@ def test_weights_of_four_bits_give_what_their_values_give(kind, passes):
         ours.bias = layer.bias
         return ours
 
-    model, _ = changed_model(intermediate_size=192)
+    model, _ = changed_model(model_type, intermediate_size=192)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = 0.1 * torch.randn_like(parameter)
     plain, results = copy.deepcopy(model), []
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear) or name == "lm_head":
@@ -175,6 +180,56 @@ def test_weights_of_four_bits_give_what_their_values_give(kind, passes):
         results.append([loss, *gradients(adapted, loss).values()])
     assert len(passes) == 2 * model.config.num_hidden_layers
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_is_kept_may_lie_elsewhere(passes):
+    adapted = with_adapters(changed_model()[0])
+    wrapped, batch = PackedCausalLM(adapted), batch_of(21, 12)
+    plain = gradients(adapted, wrapped.supervised_loss(batch))
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        found = gradients(adapted, wrapped.supervised_loss(batch))
+    assert passes
+    assert all(torch.equal(found[name], grad) for name, grad in plain.items())
+
+
+def test_nothing_is_written_behind_what_is_kept(monkeypatch):
+    measure, call, ends = Kernels.measure, Kernels.call, []
+    canary = b"canary" * 20
+
+    def longer(self, name, *arguments):
+        return measure(self, name, *arguments) + len(canary) * (name == "decoder_saved")
+
+    def watched(self, name, place, *arguments):
+        if not name.startswith("decoder"):
+            return call(self, name, place, *arguments)
+        end = place._obj.saved + measure(self, "decoder_saved", place)
+        if name == "decoder":
+            ctypes.memmove(end, canary, len(canary))
+        call(self, name, place, *arguments)
+        ends.append(ctypes.string_at(end, len(canary)))
+        return None
+
+    monkeypatch.setattr(Kernels, "measure", longer)
+    monkeypatch.setattr(Kernels, "call", watched)
+    adapted = with_adapters(changed_model()[0])
+    gradients(adapted, PackedCausalLM(adapted).supervised_loss(batch_of(21, 12)))
+    assert ends and all(end == canary for end in ends)
+
+
+def test_the_number_of_threads_changes_nothing(passes):
+    adapted = with_adapters(changed_model(num_attention_heads=4, num_key_value_heads=2)[0])
+    wrapped, batch = PackedCausalLM(adapted), batch_of(70, 33, 45)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss = wrapped.supervised_loss(batch)
+            results.append([loss, *gradients(adapted, loss).values()])
+    finally:
+        torch.set_num_threads(before)
+    assert passes
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize(

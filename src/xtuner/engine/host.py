@@ -40,14 +40,15 @@ def keep_freed_memory() -> bool:
 
 
 def ask_for_huge_pages() -> bool:
-    """Let Linux put the memory that malloc hands out next into pages of 2 MiB; whether it may.
+    """Let Linux put what malloc hands out next into pages of 2 MiB, 1.8 GiB of it; whether it may.
 
     A step walks through matrices whose rows lie a page apart, and finding a page takes long where
     pages are small, longer still in a virtual machine. Most systems give huge pages only to those
     who ask (/sys/kernel/mm/transparent_hugepage/enabled: madvise), for addresses that they hold:
-    so malloc's heap is made longer before it is used. No memory is taken by that.
+    so malloc's heap is made longer before it is used. That takes addresses, no memory, and is left
+    where the system counts addresses. To be called after `keep_freed_memory`.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or _addresses_are_counted():
         return False
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -61,6 +62,16 @@ def ask_for_huge_pages() -> bool:
     for block in longer:
         libc.free(block)
     return bool(answers) and not any(answers)
+
+
+def _addresses_are_counted() -> bool:
+    """Whether a process may run out of addresses before it runs out of memory."""
+    import resource  # not on Windows
+
+    with contextlib.suppress(OSError):
+        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+            return True
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _heap() -> list[tuple[int, int]]:

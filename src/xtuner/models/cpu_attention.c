@@ -1,9 +1,10 @@
 /* Causal attention of packed samples for CPUs that multiply bfloat16 (AVX512-BF16, AMX).
  *
- * A part of cpu_kernels.c, which includes it. Each sample and head is a task of one thread; scores
- * stay in its first-level cache, and only the logarithm of each softmax's sum is kept for the way
- * back (arXiv:2205.14135, algorithms 1 and 4; arXiv:2307.08691, section 3.1). Only pairs of a query
- * and a key that see each other are multiplied, to within STEP of the diagonal.
+ * A part of cpu_kernels.c, which includes it. The heads of a sample that share keys, or each by
+ * itself, are a task of one thread; scores stay in its first-level cache, and only the logarithm of
+ * each softmax's sum is kept for the way back (arXiv:2205.14135, algorithms 1 and 4;
+ * arXiv:2307.08691, section 3.1). Only pairs of a query and a key that see each other are multiplied,
+ * to within STEP of the diagonal.
  *
  *     forward    S = s Q K^T,  P = softmax(S),  O = P V,  L = log sum exp S
  *     backward   P = exp(S - L),  dV = P^T dO,  dP = dO V^T,  dS = s P * (dP - rowsum(dO * O)),
@@ -197,9 +198,11 @@ static int64_t forward_room(int64_t longest, int64_t width) {
 }
 
 /* Heads of queries that a thread takes one after the other: all that share keys, which are then laid
- * out once, if that leaves each thread some. */
+ * out once, unless the longest sample would keep some threads while others have nothing to do. */
 static int64_t heads_at_once(const Packed *x, int threads) {
-    return x->samples * x->kv_heads < 4 * threads ? 1 : x->heads / x->kv_heads;
+    double longest = (double)x->length[0] * x->length[0], all = 0.0;
+    for (int64_t i = 0; i < x->samples; i++) all += (double)x->length[i] * x->length[i];
+    return x->kv_heads * all < 2 * threads * longest ? 1 : x->heads / x->kv_heads;
 }
 
 /* out [tokens, heads, width] and lse [heads, tokens]; the first sample is the longest. */

@@ -95,15 +95,16 @@ def backward(
         x: its input.
         layer: the layer.
         saved: what `forward` gave.
-        call: that, too; tensors that the layer is made of still lie where they did.
+        call: that, too.
         grad: gradient of its output, contiguous.
         grad_x: whether `x` needs one.
     """
-    groups = zip(call.linears(), layer.groups, strict=True)
-    grads = [grad for linears, group in groups for grad in linears.give_gradients(group)]
+    grads = []
+    for linears, group in zip(call.linears(), layer.groups, strict=True):
+        linears.describe(len(x), group)  # all may have been away in the meantime
+        grads += linears.give_gradients(group)
     out = torch.empty_like(x) if grad_x else None
-    call.x, call.saved = address(x), address(saved)  # both may have been away in the meantime
-    call.grad, call.dx = address(grad), address(out)
+    call.x, call.saved, call.grad, call.dx = map(address, (x, saved, grad, out))
     place = ctypes.byref(call)
     kernels.call("decoder_backward", place, kernels.room("decoder_room", place, FLAG(True)))
     return out, grads

@@ -69,7 +69,11 @@ static __m512i of_four_bits(const FourBits *x, const uint8_t *values, int64_t pl
     __m128i second = _mm_and_si128(pairs, low);
     const int64_t block = place / x->block;
     float size = x->scales[block / x->group];
-    if (x->scale_places) size = x->scale_code[x->scale_places[block]] * size + x->offset;
+    if (x->scale_places) {
+        size *= x->scale_code[x->scale_places[block]];
+        __asm__("" : "+x"(size)); /* rounded before the sum, as bitsandbytes does */
+        size += x->offset;
+    }
     __m512i left = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(first, second));
     __m512i right = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(first, second));
     const __m512 scale = _mm512_set1_ps(size);

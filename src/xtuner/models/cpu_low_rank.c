@@ -10,9 +10,9 @@ enum { TOKENS = SHARED ? 256 : 1024 };
 #define MOST_PARTS 8 /* as in cpu_low_rank.py */
 _Static_assert(2 * MOST_PARTS <= MOST_TERMS, "each part has two terms");
 
-/* A frozen layer W [out, in], bfloat16 or, if it is told how to read them, of `four` bits, with bias
- * or NULL, and its adapter A [rank, in], B [out, rank], float32; y [tokens, out] its output, to which `plus`, alike or NULL, is added, or the gradient of that; dA
- * and dB as A and B. */
+/* A frozen layer W [out, in], bfloat16 or, if `four` says how to read them, of four bits, with bias or
+ * NULL, and its adapter A [rank, in], B [out, rank], float32; y [tokens, out] its output, to which
+ * `plus`, alike or NULL, is added, or the gradient of that; dA and dB as A and B. */
 typedef struct {
     const void *weight;
     const FourBits *four;

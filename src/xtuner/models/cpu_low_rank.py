@@ -19,7 +19,7 @@ MOST_PARTS = 8
 
 
 class FourBits(ctypes.Structure):
-    """`FourBits` of cpu_products.c."""
+    """`FourBits` of cpu_layout.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("code", "scales", "scale_code", "scale_places")),
@@ -42,8 +42,15 @@ def reads(state: Any) -> bool:
     """Whether the compiled functions can take a weight that bitsandbytes quantised as it is."""
     if state.dtype == torch.float16 or state.blocksize % 32 or state.shape[-1] % state.blocksize:
         return False  # bitsandbytes rounds the first twice, and reads the last otherwise on a CPU
-    scales = state.state2 if state.nested else state
-    return bool(scales.absmax.dtype == scales.code.dtype == torch.float32)
+    if state.code.dtype != torch.float32 or getattr(state, "packing_format_for_cpu", False):
+        return False
+    if not state.nested:
+        return bool(state.absmax.dtype == torch.float32)
+    scales = state.state2
+    return bool(
+        state.absmax.dtype == torch.uint8
+        and scales.absmax.dtype == scales.code.dtype == torch.float32
+    )
 
 
 class Layer(NamedTuple):

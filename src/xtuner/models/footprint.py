@@ -117,11 +117,8 @@ def measure(
         if lora is not None:
             named = (*lora.get("target_modules", ()), *lora.get("modules_to_save", ()))
             embedding = host_embedding.bytes_to_leave(model, named)
-        in_four_bits = not recompute and not flash and quantization in ("nf4", "fp4")
-        if in_four_bits and lora and not lora.get("dropout"):
-            kernels = kernels_for(torch.empty(0, dtype=autocast or dtype))
-            if kernels is not None and kernels.multiplies(lora["r"]):
-                workspace = 0  # read as they are
+        if not (recompute or flash) and lora and _reads_four_bits(model, lora, autocast or dtype):
+            workspace = 0 if quantization in ("nf4", "fp4") else workspace
         if frozen:
             model.requires_grad_(False)
         if recompute:
@@ -225,13 +222,28 @@ def _quantised_size(
     """What quantisation saves, and the room for the largest weight that is dequantised again."""
     if quantization == "none":
         return 0, 0
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    layers = _quantised_layers(model)
     scales = (1 / 64 + 4 / (64 * 256)) if double else 4 / 64
     each = BYTES_QUANTISED[quantization] + (0 if quantization == "int8" else scales)
     sizes = [(m.weight.numel(), m.weight.element_size()) for m in layers]
     saved = sum(count * (size - each) for count, size in sizes)
     return saved, max((count * size for count, size in sizes), default=0)
+
+
+def _quantised_layers(model: nn.Module) -> list[nn.Linear]:
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def _reads_four_bits(model: nn.Module, lora: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether compiled functions of a CPU would take all layers without dequantising them first
+    (`cpu_low_rank.reads`)."""
+    kernels = kernels_for(torch.empty(0, dtype=dtype))
+    if kernels is None or not kernels.multiplies(lora["r"]) or lora.get("dropout"):
+        return False
+    if list(lora.get("target_modules", ["all-linear"])) != ["all-linear"]:
+        return False
+    return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
 
 
 def _peaks_of_step(
