@@ -108,7 +108,9 @@ def test_quantised_weights_take_what_they_take(folder):
     ],
     ids=["compiled functions read them", "dropout", "layers without adapters"],
 )
-def test_room_for_a_weight_that_is_dequantised(folder, changes, largest):
+def test_room_for_a_weight_that_is_dequantised(tmp_path, changes, largest):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2}
+    folder = tiny_model_folder(tmp_path, num_hidden_layers=7, num_key_value_heads=1, **sizes)
     lora = {**LORA, "dropout": 0.0, **changes}
     quantised, plain = (
         footprint.measure(
