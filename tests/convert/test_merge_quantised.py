@@ -14,12 +14,18 @@ IDS = torch.arange(5, 60)[None]
 
 
 @pytest.mark.parametrize(
-    ("kind", "given"),
-    [("nf4", "adapter"), ("fp4", "adapter"), ("nf4", "parts/llm_adapter"), ("nf4", "parts")],
+    ("kind", "given", "width"),
+    [
+        ("nf4", "adapter", 128),
+        ("fp4", "adapter", 128),
+        ("nf4", "adapter", 112),  # rows that are no whole blocks of 64
+        ("nf4", "parts/llm_adapter", 128),
+        ("nf4", "parts", 128),
+    ],
 )
-def test_merged_equals_quantised_base_and_adapter(tmp_path, kind, given):
+def test_merged_equals_quantised_base_and_adapter(tmp_path, kind, given, width):
     """Also where it is a part of a LLaVA model, whose run.yaml lies one level up."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    sizes = {"hidden_size": 64, "intermediate_size": width, "head_dim": 16}
     base = tmp_path / "base"
     tiny_model(**sizes, initializer_range=0.2).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)

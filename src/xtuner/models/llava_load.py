@@ -25,7 +25,7 @@ from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import (
     Quantization,
     Rounding,
-    protect_from_repacking,
+    mend_4bit_layers,
     quantization_config,
 )
 from xtuner.models.runinfo import RunInfo
@@ -205,7 +205,7 @@ def load_whole(
     with readable_errors(folder, "LLaVA model"), quiet_transformers():
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
         processor = LlavaImageProcessorPil.from_pretrained(folder)
-    protect_from_repacking(model)
+    mend_4bit_layers(model)
     model = model if options else model.to(device)
 
     def pixels(image: Any) -> np.ndarray:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from xtuner import plugins
 from xtuner.errors import LaunchError, ModelError, listed
 from xtuner.models import fetch
-from xtuner.models.quantize import Quantization, protect_from_repacking, quantization_config
+from xtuner.models.quantize import Quantization, mend_4bit_layers, quantization_config
 
 # PEFT 0.21 reads a property that transformers 5.23 renamed; the note is for its authors, not for
 # users.
@@ -148,7 +148,7 @@ def load_model(
                 [*missing[:8], *(["..."] if len(missing) > 8 else [])],
             )
         )
-    protect_from_repacking(model)
+    mend_4bit_layers(model)
     return model if quantization != "none" else model.to(device)
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from xtuner.models import cpu_low_rank
 from xtuner.models.cpu_kernels import Kernels, kernels_for
+from xtuner.models.quantize import dequantized
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -35,10 +36,7 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     if state is None:
         whole: Tensor = weight.to(dtype)
         return whole
-    from bitsandbytes.functional import dequantize_4bit
-
-    values: Tensor = dequantize_4bit(weight.data, state)
-    return values.to(dtype)
+    return dequantized(weight.data, state).to(dtype)
 
 
 @dataclass(frozen=True)
