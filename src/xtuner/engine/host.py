@@ -27,7 +27,7 @@ MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 IN_HUGE_PAGES = 3 * 600 * 2**20
 """For so much memory huge pages are asked for; below the 2 GiB from which malloc gives back."""
 
-CLEARLY = 0.9
+CLEARLY = 0.75
 """Fewer threads are taken where more reach less than this share of their rate."""
 
 
