@@ -63,7 +63,10 @@ def make_pictures(place: Path) -> dict[str, str]:
     """Make an encoder, pictures and rows in `place`; return the settings that name them."""
     if not (place / "images").exists():
         make_encoder(place / "clip", LARGE_14_336)
-        make_rows(place, 12)
+        made = make_rows(place, 12)
+        for row in made:  # the forecast is for rows of `max_length`; longer ones are cut
+            row["conversations"][1]["value"] = " ".join(["A longer answer."] * 150)
+        (place / "rows.json").write_text(json.dumps(made))
     names = ("visual_encoder_name_or_path", "data_path", "image_folder")
     return {name: str(place / PICTURES[name]) for name in names}
 
