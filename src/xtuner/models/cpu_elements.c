@@ -5,7 +5,7 @@
  */
 
 /* e^x for x <= 88, 0 below -87; as `exponential`, for 16 at once. The CPU is not asked for what is too
- * small for a normal number: on some that takes a hundred times as long. */
+ * small for a normal number: on some that takes many times as long. */
 INLINE __m512 exponentials(__m512 x) {
     const __mmask16 there = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
