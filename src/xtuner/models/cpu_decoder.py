@@ -45,6 +45,11 @@ class Layer(NamedTuple):
     rotation: Rotation
     heads: tuple[int, int, int]
 
+    def adapters(self) -> list[Tensor]:
+        """All A and all B of each group, in the order of their gradients."""
+        pairs = [([p.down for p in group], [p.up for p in group]) for group in self.groups]
+        return [tensor for downs, ups in pairs for tensor in (*downs, *ups)]
+
 
 class Call(ctypes.Structure):
     """`Decoder` of cpu_decoder.c."""

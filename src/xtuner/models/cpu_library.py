@@ -67,7 +67,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "compiled CPU kernels are off (XTUNER_COMPILE = 0)"
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
-        return None, "no C compiler (cc): training takes longer than with one, up to twice as long"
+        return None, "no C compiler (cc): training takes up to three times as long as with one"
     try:
         before = openmp_runtimes()
         found = ctypes.CDLL(str(_compiled(compiler)))

@@ -117,8 +117,9 @@ def measure(
         if lora is not None:
             named = (*lora.get("target_modules", ()), *lora.get("modules_to_save", ()))
             embedding = host_embedding.bytes_to_leave(model, named)
-        if not (recompute or flash) and lora and _reads_four_bits(model, lora, autocast or dtype):
-            workspace = 0 if quantization in ("nf4", "fp4") else workspace
+        in_four_bits = quantization in ("nf4", "fp4") and not (recompute or flash)
+        if in_four_bits and lora and _reads_four_bits(model, lora, autocast or dtype):
+            workspace = 0
         if frozen:
             model.requires_grad_(False)
         if recompute:

@@ -10,7 +10,7 @@ input are changed.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from xtuner.models.adapters import project
 from xtuner.models.block_attention import Rotation
 from xtuner.models.cpu_attention import cpu_attention
 from xtuner.models.cpu_kernels import kernels_for
+from xtuner.models.replaced import with_forward
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
@@ -88,12 +89,6 @@ class RotaryBlockAttention:
 def rotation_of(cos: Tensor, sin: Tensor) -> Rotation:
     """What transformers calls position embeddings, ``[1, N, D]``; all layers share the result."""
     return cos[0].float().contiguous(), sin[0].float().contiguous()
-
-
-@cache
-def with_forward(ours: type, layer: type) -> type:
-    """A class as `layer`, with its name, whose forward pass is that of `ours`."""
-    return type(layer.__name__, (ours, layer), {"__module__": layer.__module__})
 
 
 def install(model: nn.Module, *, check: bool = True) -> int:

@@ -12,8 +12,6 @@ norms, a cache, no compiler). The parts are not called as modules: hooks on them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,69 +20,30 @@ from torch.autograd.function import once_differentiable
 
 from xtuner.models import cpu_decoder, low_rank
 from xtuner.models.adapters import adapted_parts
-from xtuner.models.block_attention import Rotation
 from xtuner.models.cpu_attention import rows_of
-from xtuner.models.cpu_kernels import Kernels, Rows, kernels_for
+from xtuner.models.cpu_kernels import Kernels, kernels_for
 from xtuner.models.fused_attention import (
     RotaryBlockAttention,
     probe_inputs,
     rotation_of,
-    with_forward,
 )
 from xtuner.models.fused_layers import GatedMLP, RMSNorm
-from xtuner.models.low_rank import Adapted
+from xtuner.models.replaced import with_forward
 
 CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """What one pass through a layer needs.
-
-    Attributes:
-        parts: the linear layers, together where they take the same input: queries, keys and
-            values; the output of attention; gate and up; down.
-        norms: before attention and before the gated MLP.
-        rows: who sees whom.
-        rotation: cosines and sines of the positions.
-        heads: how many of queries, how many of keys, and their width.
-        kernels: those of bfloat16.
-    """
-
-    parts: tuple[Sequence[Adapted], ...]
-    norms: tuple[RMSNorm, RMSNorm]
-    rows: Rows
-    rotation: Rotation
-    heads: tuple[int, int, int]
-    kernels: Kernels
-
-    def adapters(self) -> list[Tensor]:
-        """All A and all B of each group, in the order of their gradients."""
-        pairs = [([p.down for p in group], [p.up for p in group]) for group in self.parts]
-        return [tensor for downs, ups in pairs for tensor in (*downs, *ups)]
-
-    def tensors(self, dtype: torch.dtype) -> cpu_decoder.Layer:
-        """All of it as the compiled functions take it."""
-        first, second = self.norms
-        return cpu_decoder.Layer(
-            norms=(first.weight, second.weight),
-            eps=(first.variance_epsilon, second.variance_epsilon),
-            groups=[[low_rank.layer_of(part, dtype) for part in group] for group in self.parts],
-            rows=self.rows,
-            rotation=self.rotation,
-            heads=self.heads,
-        )
 
 
 class _DecoderLayer(torch.autograd.Function):
     """``[1, N, H]`` to ``[1, N, H]``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: _Layer, *adapters: Tensor) -> Tensor:
-        x, tensors = hidden[0], layer.tensors(hidden.dtype)
-        out, saved, call = cpu_decoder.forward(layer.kernels, x, tensors)
+    def forward(
+        ctx: Any, hidden: Tensor, layer: cpu_decoder.Layer, kernels: Kernels, *adapters: Tensor
+    ) -> Tensor:
+        x = hidden[0]
+        out, saved, call = cpu_decoder.forward(kernels, x, layer)
         ctx.save_for_backward(x, saved, *adapters)  # these for autograd to see them changed
-        ctx.layer, ctx.call, ctx.kernels = tensors, call, layer.kernels
+        ctx.layer, ctx.call, ctx.kernels = layer, call, kernels
         return out[None]
 
     @staticmethod
@@ -95,7 +54,7 @@ class _DecoderLayer(torch.autograd.Function):
         grad, of_adapters = cpu_decoder.backward(
             ctx.kernels, x, ctx.layer, saved, ctx.call, pull, grad_x=needed
         )
-        return (None if grad is None else grad[None], None, *of_adapters)
+        return (None if grad is None else grad[None], None, None, *of_adapters)
 
 
 class _FusedDecoderLayer:
@@ -103,19 +62,22 @@ class _FusedDecoderLayer:
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Map ``[1, N, H]`` to ``[1, N, H]``."""
-        layer = None if args else _layer_of(self, hidden_states, kwargs)
+        kernels = kernels_for(hidden_states)
+        layer = None if args or kernels is None else _layer_of(self, hidden_states, kernels, kwargs)
         if layer is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return _DecoderLayer.apply(hidden_states, layer, *layer.adapters())  # type: ignore[no-untyped-call]
+        adapters = layer.adapters()
+        return _DecoderLayer.apply(hidden_states, layer, kernels, *adapters)  # type: ignore[no-untyped-call]
 
 
-def _layer_of(layer: Any, x: Tensor, inputs: dict[str, Any]) -> _Layer | None:
+def _layer_of(
+    layer: Any, x: Tensor, kernels: Kernels, inputs: dict[str, Any]
+) -> cpu_decoder.Layer | None:
     """What is needed for one operation; None where it has to go part by part."""
     attention, mlp = layer.self_attn, layer.mlp
     norms = layer.input_layernorm, layer.post_attention_layernorm
     weights = [norm.weight for norm in norms]
-    kernels = kernels_for(x, *weights)
-    if kernels is None or not torch.is_grad_enabled():
+    if kernels_for(x, *weights) is None or not torch.is_grad_enabled():
         return None
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype:
         return None
@@ -133,13 +95,17 @@ def _layer_of(layer: Any, x: Tensor, inputs: dict[str, Any]) -> _Layer | None:
         parts = adapted_parts(linears)
         if parts is None or not low_rank.compiles(kernels, parts):
             return None
-        groups.append(parts)
+        groups.append([low_rank.layer_of(part, x.dtype) for part in parts])
     scale, window = attention._attention_options
-    rows = rows_of(tuple(inputs["cu_seq_lens_q"].tolist()), window, scale)
-    rotation = rotation_of(*inputs["position_embeddings"])
-    width = attention.head_dim
-    heads = (len(groups[0][0].up) // width, len(groups[0][1].up) // width, width)
-    return _Layer(tuple(groups), norms, rows, rotation, heads, kernels)
+    width, (queries, keys, _) = attention.head_dim, groups[0]
+    return cpu_decoder.Layer(
+        norms=(weights[0], weights[1]),
+        eps=(norms[0].variance_epsilon, norms[1].variance_epsilon),
+        groups=groups,
+        rows=rows_of(tuple(inputs["cu_seq_lens_q"].tolist()), window, scale),
+        rotation=rotation_of(*inputs["position_embeddings"]),
+        heads=(len(queries.up) // width, len(keys.up) // width, width),
+    )
 
 
 def install(model: nn.Module, *, check: bool = True) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from xtuner.models.replaced import with_forward
 
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 
@@ -64,11 +65,6 @@ class _ReadRightly:
         return F.linear(x.to(dtype), weight, bias).to(x.dtype)
 
 
-@cache
-def _right(layer: type) -> type:
-    return type(layer.__name__, (_ReadRightly, layer), {"__module__": layer.__module__})
-
-
 def mend_4bit_layers(model: nn.Module) -> None:
     """Keep bitsandbytes on a CPU from reading 4-bit weights wrongly (0.50.2), in both of its ways.
 
@@ -85,7 +81,7 @@ def mend_4bit_layers(model: nn.Module) -> None:
         on_cpu = isinstance(weight, Tensor) and weight.device.type == "cpu"
         if on_cpu and state is not None and state.shape[-1] % state.blocksize:
             kind: Any = type(module)
-            module.__class__ = _right(kind)
+            module.__class__ = with_forward(_ReadRightly, kind)
 
 
 def is_quantized(model: nn.Module) -> bool:
