@@ -46,13 +46,13 @@ def _with_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor
         return kernels.cross_entropy(logits, targets.contiguous(), gradient).sum()
     wide = torch.promote_types(logits.dtype, torch.float32)
     shares = workspace("shares", logits.numel(), wide, logits.device).view_as(logits)
-    torch.softmax(logits, -1, dtype=wide, out=shares)
-    # log sum exp = largest logit - log of its share, which never underflows
-    shift = logits.amax(-1, keepdim=True).to(wide) - shares.amax(-1, keepdim=True).log()
-    total = (shift - logits.gather(1, targets)).sum()
+    largest = logits.amax(-1, keepdim=True).to(wide)
+    shares.copy_(logits).sub_(largest).exp_()  # torch.softmax would hold a copy of them beside
+    whole = shares.sum(-1, keepdim=True)
+    total = (largest + whole.log() - logits.gather(1, targets)).sum()
     if gradient:
-        shares.scatter_add_(1, targets, shares.new_full(targets.shape, -1.0))
-        logits.copy_(shares)
+        shares.scatter_add_(1, targets, -whole)
+        torch.div(shares, whole, out=logits)
     return total
 
 
