@@ -1,0 +1,286 @@
+"""A GPU on paper: run a program as on a GPU where there is none.
+
+    python -m xtuner.testing.paper_gpu xtuner.cli.app train my_settings.py --device cuda
+
+Tensors claim to lie on the device ``cuda`` and are computed by the CPU (`paper_gpu.cpp`), so this
+tells what goes wrong between CPU and GPU, what is waited for, and how much memory tensors take,
+and says nothing about speed, CUDA's own kernels, or what its allocator loses between blocks. Flash
+attention over cumulative lengths is done by its formula. Needs a C++ compiler and a torch without
+CUDA; $PAPER_GPU_MIB is the memory of the card (8,192). The last line on stderr is a report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+MB = 2**20
+
+
+class PaperGpu:
+    """The card, once it is there: what its tensors hold, in bytes."""
+
+    def __init__(self, library: ctypes.CDLL, memory: int):
+        self._library = library
+        for name in ("paper_held", "paper_most", "paper_waits"):
+            getattr(library, name).restype = ctypes.c_int64
+        for name in ("paper_limit", "paper_set_waits"):
+            getattr(library, name).argtypes = [ctypes.c_int64]
+        self.limit(memory)
+
+    @property
+    def held(self) -> int:
+        """Now."""
+        return int(self._library.paper_held())
+
+    @property
+    def most(self) -> int:
+        """At most, since `forget_most`."""
+        return int(self._library.paper_most())
+
+    @property
+    def waits(self) -> int:
+        """How often the CPU had to wait for a result of the card."""
+        return int(self._library.paper_waits())
+
+    def without_waits(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose own waits are not counted."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            before = self.waits
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._library.paper_set_waits(before)
+
+        return called
+
+    def limit(self, memory: int) -> None:
+        """Let tensors hold so many bytes."""
+        self.memory = memory
+        self._library.paper_limit(memory)
+
+    def forget_most(self) -> None:
+        """Count the most from now on."""
+        self._library.paper_forget_most()
+
+
+def install(memory: int) -> PaperGpu:
+    """Put a card with `memory` bytes into this process; to be called before torch is imported.
+
+    Raises:
+        RuntimeError: torch is there already, or knows CUDA, or there is no C++ compiler.
+    """
+    if "torch" in sys.modules:
+        raise RuntimeError("torch is imported already; a GPU on paper has to come before it")
+    card = PaperGpu(ctypes.CDLL(str(_compiled())), memory)
+    import torch
+
+    if torch.version.cuda is not None:
+        raise RuntimeError("this torch knows CUDA; a GPU on paper needs one that does not")
+    import bitsandbytes
+    import transformers  # noqa: F401  both look for a GPU when they are imported
+
+    _pretend(torch, card)
+    _page_nothing(torch, bitsandbytes.functional)
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", card.without_waits(_flash), "CUDA")
+    library.impl("_flash_attention_backward", card.without_waits(_flash_backward), "CUDA")
+    card.kept = library  # type: ignore[attr-defined]  # registered as long as it lives
+    return card
+
+
+def _compiled() -> Path:
+    """The device, compiled (ten seconds) if it is not there yet."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    spec = importlib.util.find_spec("torch")
+    if compiler is None or spec is None or spec.origin is None:
+        raise RuntimeError("a GPU on paper needs torch and a C++ compiler (c++)")
+    torch = Path(spec.origin).parent
+    version = (torch / "version.py").read_text()
+    known = hashlib.sha256((SOURCE.read_text() + version + str(torch)).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser() / "paper_gpu"
+    path = home / f"{known}.so"
+    if not path.is_file():
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        include = torch / "include"
+        with tempfile.TemporaryDirectory(dir=home) as folder:
+            made = Path(folder) / "device.so"
+            command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE)]
+            command += [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{torch}/lib"]
+            command += ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib", "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"a GPU on paper could not be compiled:\n{done.stderr[-2000:]}")
+            made.replace(path)
+    return path
+
+
+def _pretend(torch: Any, card: PaperGpu) -> None:
+    """Let ``torch.cuda`` speak of the card. It has no random numbers of its own."""
+    state = torch.random.get_rng_state
+    properties = SimpleNamespace(
+        name="a GPU on paper", major=9, minor=0, total_memory=card.memory, multi_processor_count=1
+    )
+    answers = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": (9, 0),
+        "get_device_properties": properties,
+        "get_device_name": properties.name,
+        "is_bf16_supported": True,
+        **dict.fromkeys(
+            "_lazy_init set_device synchronize empty_cache manual_seed manual_seed_all".split()
+        ),
+        **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
+        "set_rng_state_all": None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
+    functions: dict[str, Callable[..., Any]] = {
+        "mem_get_info": lambda *_: (card.memory - card.held, card.memory),
+        "memory_allocated": lambda *_: card.held,
+        "memory_reserved": lambda *_: card.held,
+        "max_memory_allocated": lambda *_: card.most,
+        "max_memory_reserved": lambda *_: card.most,
+        "reset_peak_memory_stats": lambda *_: card.forget_most(),
+        "get_rng_state": lambda *_: state(),
+        "set_rng_state": lambda new, *_: torch.random.set_rng_state(new),
+        "get_rng_state_all": lambda: [state()],
+    }
+    for name, function in functions.items():
+        setattr(torch.cuda, name, function)
+
+
+def _page_nothing(torch: Any, functional: Any) -> None:
+    """Paged memory, which CPU and GPU both see, is the CPU's."""
+
+    def get_paged(*shape: int, dtype: Any, device: Any) -> Any:
+        out = torch.empty(shape, dtype=dtype)
+        out.is_paged, out.page_deviceid = True, device.index
+        return out
+
+    functional.get_paged = get_paged
+    functional.fill = lambda x, value, **_: x.fill_(value)
+    functional.prefetch_tensor = lambda x, to_cpu=False: None
+
+
+def _scores(q: Any, k: Any, scale: float, window: tuple[int, int], causal: bool) -> Any:
+    """Scores ``[heads, queries, keys]`` of one sample, -inf where a key is not to be seen; the last
+    query stands beside the last key."""
+    import torch
+
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    ahead = torch.arange(len(k)) - torch.arange(len(q))[:, None] - (len(k) - len(q))
+    hidden = torch.zeros_like(ahead, dtype=torch.bool)
+    left, right = window
+    if causal:
+        right = 0
+    if left >= 0:
+        hidden |= -ahead > left
+    if right >= 0:
+        hidden |= ahead > right
+    return scores.masked_fill(hidden, -torch.inf)
+
+
+def _window(left: int | None, right: int | None) -> tuple[int, int]:
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def _samples(cum_q: Any, cum_k: Any, longest: tuple[int, int]) -> list[tuple[slice, slice]]:
+    ends = [cum.tolist() for cum in (cum_q, cum_k)]
+    for cum, end, most in zip((cum_q, cum_k), ends, longest, strict=True):
+        lengths = [b - a for a, b in itertools.pairwise(end)]
+        if str(cum.dtype) != "torch.int32" or not cum.is_cuda or max(lengths) > most:
+            raise RuntimeError(f"flash attention got borders {cum} and a longest sample of {most}")
+    parts = [[slice(a, b) for a, b in itertools.pairwise(end)] for end in ends]
+    return list(zip(*parts, strict=True))
+
+
+def _checked(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors on the CPU, wide; flash attention takes 16 bits, and rows without gaps."""
+    for x in tensors:
+        if x.element_size() != 2 or x.stride(-1) != 1 or not x.is_cuda:
+            raise RuntimeError(f"flash attention got {x.dtype} {x.stride()} on {x.device}")
+    return tuple(x.cpu().float() for x in tensors)
+
+
+def _flash(
+    query: Any, key: Any, value: Any, cum_q: Any, cum_k: Any, most_q: int, most_k: int,
+    dropout: float, causal: bool, debug: bool, *, scale: float | None = None,
+    window_size_left: int | None = None, window_size_right: int | None = None, **rest: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """``aten::_flash_attention_forward``: softmax(scale q k^T) v within each sample, and the logs
+    of its sums ``[heads, queries]``."""
+    import torch
+
+    if dropout or any(x is not None for x in rest.values()):
+        raise RuntimeError(f"not built for a GPU on paper: {dropout=}, {rest}")
+    q, k, v = _checked(query, key, value)
+    out, logs = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
+    window = _window(window_size_left, window_size_right)
+    for here, there in _samples(cum_q, cum_k, (most_q, most_k)):
+        ks, vs = (x[there].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = _scores(q[here], ks, scale or q.shape[-1] ** -0.5, window, causal)
+        out[here] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), vs)
+        logs[:, here] = scores.logsumexp(-1)
+    nothing = torch.zeros(2, dtype=torch.uint64).to(query.device)
+    there_again = (out.to(query.dtype).to(query.device), logs.to(query.device))
+    return (*there_again, nothing, nothing, nothing)
+
+
+def _flash_backward(
+    grad: Any, query: Any, key: Any, value: Any, out: Any, logs: Any, cum_q: Any, cum_k: Any,
+    most_q: int, most_k: int, dropout: float, causal: bool, rng: Any, unused: Any, *,
+    scale: float | None = None, window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """``aten::_flash_attention_backward``: gradients of query, key and value."""
+    import torch
+
+    q, k, v, pull, result = _checked(query, key, value, grad, out)
+    group, factor = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
+    window = _window(window_size_left, window_size_right)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for here, there in _samples(cum_q, cum_k, (most_q, most_k)):
+        ks, vs = (x[there].repeat_interleave(group, 1) for x in (k, v))
+        scores = _scores(q[here], ks, factor, window, causal)
+        weights = (scores - logs.cpu()[:, here, None]).exp()
+        inner = (pull[here] * result[here]).sum(-1).T[:, :, None]
+        slopes = weights * (torch.einsum("qhd,khd->hqk", pull[here], vs) - inner) * factor
+        dq[here] = torch.einsum("hqk,khd->qhd", slopes, ks)
+        for of, to, by in ((slopes, dk, q), (weights, dv, pull)):
+            to[there] = torch.einsum("hqk,qhd->khd", of, by[here]).unflatten(1, (-1, group)).sum(2)
+    return tuple(x.to(query.dtype).to(query.device) for x in (dq, dk, dv))
+
+
+def main() -> None:
+    """Run a module, as ``python -m`` does, and report."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what a GPU has ready
+    card = install(int(os.environ.get("PAPER_GPU_MIB", "8192")) * MB)
+    module, sys.argv = sys.argv[1], sys.argv[1:]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        report = {"most_mib": card.most / MB, "held_mib": card.held / MB, "waits": card.waits}
+        print(json.dumps(report), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

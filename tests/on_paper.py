@@ -1,0 +1,31 @@
+"""Commands of xtuner, one after the other, on a GPU on paper: a list of {"arguments", "mib"} as
+JSON on stdin; on stdout, for each, a line of JSON that says what came of it."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+from xtuner.testing import paper_gpu
+
+
+def main() -> None:
+    """Run them."""
+    card = paper_gpu.install(2**40)
+    from xtuner.cli.app import main as xtuner
+
+    for command in json.load(sys.stdin):
+        card.limit(card.held + int(command.get("mib", 2**20) * paper_gpu.MB))
+        card.forget_most()
+        held, waits, text = card.held, card.waits, io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            code = xtuner(command["arguments"])
+        report = {"code": code, "text": text.getvalue(), "most": card.most - held}
+        print(json.dumps({**report, "waits": card.waits - waits}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Training, resuming, chat and merging on a GPU on paper (`xtuner.testing.paper_gpu`): tensors that
+claim to lie on a GPU and are computed by the CPU. What a real card adds, its kernels and its speed,
+no test here can tell."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtuner.cli.app import main
+from xtuner.testing.tiny import tiny_model_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("c++") is None, reason="it has to be compiled"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch knows real ones"),
+]
+MB = 2**20
+TEXT = """
+pretrained_model_name_or_path = "model"
+data_path = "rows.json"
+prompt_template = "chatml"
+max_length = 192
+pack_to_max_length = True
+batch_size = 1
+accumulative_counts = 2
+max_epochs = 9
+max_steps = 6
+save_steps = 3
+logging_steps = 1
+lr = 1e-3
+dtype = "bfloat16"
+tuning = "lora"
+lora_r = 8
+"""
+PICTURES = """
+llm_name_or_path = "model"
+visual_encoder_name_or_path = "clip"
+data_path = "data.json"
+image_folder = "images"
+prompt_template = "chatml"
+max_length = 96
+accumulative_counts = 1
+max_epochs = 9
+max_steps = 4
+save_steps = 4
+logging_steps = 1
+lr = 1e-3
+dtype = "bfloat16"
+"""
+RUNS = {
+    "lora": "",
+    "windows": 'pretrained_model_name_or_path = "mistral"\n',
+    "qlora": 'tuning = "qlora"\ngradient_checkpointing = True\n',
+    "full": 'tuning = "full"\n',
+    "projector": PICTURES + 'tuning = "full"\nfreeze_llm = True\n',
+    "eyes": PICTURES + 'tuning = "lora"\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
+    "moved": 'tuning = "qlora"\nembedding_on_cpu = True\n',
+}
+"""Settings of runs that the CPU takes as well."""
+# Matrices of 100,000 numbers or more are paged.
+PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\nlora_r = 1600\n'
+
+
+def on_paper(*commands):
+    """What came of commands of xtuner on a GPU on paper."""
+    told = [{"arguments": c} if isinstance(c, list) else c for c in commands]
+    driver = Path(__file__).with_name("on_paper.py")
+    done = subprocess.run(
+        [sys.executable, str(driver)],
+        input=json.dumps(told),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
+    assert len(found) == len(commands), done.stderr[-3000:]
+    return found
+
+
+def train(name, work_dir, *options, device="cuda", **more):
+    """The command that trains with the settings `name`."""
+    set_ = [f"device={device}", *(f"{key}={value}" for key, value in more.items())]
+    return ["train", f"{name}.py", "--work-dir", work_dir, *options, "--cfg-options", *set_]
+
+
+def losses(work_dir):
+    """Those of all steps, of all starts."""
+    files = sorted(Path(work_dir).glob("*/scalars.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XTUNER_CACHE", str(folder / "cache"))
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+        tiny_model_folder("model", **sizes, initializer_range=0.1)
+        tiny_model_folder("mistral", "mistral", **sizes, sliding_window=16, initializer_range=0.1)
+        tiny_visual_encoder_folder("clip", initializer_range=0.5)
+        tiny_llava_data(folder / "data.json", folder / "images", count=12)
+        rows = [
+            {"instruction": f"What comes after {n}?", "input": "", "output": f"{n + 1} it is." * 3}
+            for n in range(40)
+        ]
+        Path("rows.json").write_text(json.dumps(rows))
+        for name, changes in {**RUNS, "paged": PAGED}.items():
+            text = changes if changes.startswith(PICTURES) else TEXT + changes
+            Path(f"{name}.py").write_text(text)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def inside(workshop, monkeypatch):
+    monkeypatch.chdir(workshop)
+
+
+@pytest.fixture(scope="module")
+def finished(workshop):
+    """All runs on the card, by name."""
+    found = on_paper(*[train(name, f"gpu_{name}") for name in RUNS])
+    return dict(zip(RUNS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_learns_as_on_a_cpu(finished, name):
+    assert finished[name]["code"] == 0, finished[name]["text"]
+    assert main(train(name, f"cpu_{name}", "--overwrite", device="cpu")) == 0
+    found, wanted = losses(f"gpu_{name}"), losses(f"cpu_{name}")
+    assert len(found) == len(wanted) >= 4
+    assert found == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_step_waits_for_the_card_three_times(workshop):
+    """For the loss and the norm of the gradients, which are wanted as numbers, however many
+    micro-batches there are."""
+
+    def waits(steps, micro_batches):
+        work = f"waits_{steps}_{micro_batches}"
+        more = {"max_steps": steps, "save_steps": 99, "accumulative_counts": micro_batches}
+        return train("lora", work, **more)
+
+    short, long, many = on_paper(waits(2, 1), waits(6, 1), waits(6, 3))
+    assert 0 < long["waits"] - short["waits"] <= 3 * 4
+    assert many["waits"] == long["waits"]
+
+
+def test_paged_state_survives_a_stop(workshop):
+    steady = {"lr_schedule": "constant", "warmup_ratio": 0}
+    whole, _, rest = on_paper(
+        train("paged", "whole", **steady),
+        train("paged", "stopped", max_steps=3, **steady),
+        train("paged", "stopped", "--resume", **steady),
+    )
+    assert (whole["code"], rest["code"]) == (0, 0), rest["text"]
+    assert len(losses("whole")) == 6
+    assert losses("stopped") == pytest.approx(losses("whole"), rel=1e-3)
+
+
+def test_what_was_trained_there_is_merged_and_answers(finished):
+    asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5", "--temperature", "0"]
+    merge = ["convert", "merge", "model", "gpu_lora", "merged", "--device", "cuda"]
+    merged, apart, whole = on_paper(
+        merge,
+        ["chat", "gpu_lora", "--device", "cuda", *asked],
+        ["chat", "merged", "--device", "cuda", "--prompt-template", "chatml", *asked],
+    )
+    assert (merged["code"], apart["code"], whole["code"]) == (0, 0, 0), merged["text"]
+    assert apart["text"].strip() and apart["text"].strip() == whole["text"].strip()
+
+
+def test_where_it_is_too_small_nothing_is_lost_and_cures_are_named(finished):
+    shutil.copytree("gpu_full", "tight")
+    most = finished["full"]["most"] / MB
+    (found,) = on_paper(
+        {"arguments": train("full", "tight", "--resume", max_steps=8), "mib": 0.8 * most}
+    )
+    assert found["code"] == 2
+    assert "Cheapest changes" in found["text"] and Path("tight/iter_6").is_dir()
