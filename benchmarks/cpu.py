@@ -107,9 +107,10 @@ def run(command: list[str], cwd: Path) -> tuple[str, float]:
 
 
 def run_xtuner(
-    settings: dict, place: Path, options: argparse.Namespace
+    settings: dict, place: Path, options: argparse.Namespace, through: tuple[str, ...] = ()
 ) -> tuple[list[dict], float]:
-    """Train with the command line; return the scalars of every step and the peak memory."""
+    """Train with the command line, run by the module `through` if there is one; return the scalars
+    of every step and the peak memory."""
     config = place / "bench.py"
     values = {
         **COMMON,
@@ -121,7 +122,7 @@ def run_xtuner(
     }
     config.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
     work = place / "work"
-    command = [sys.executable, "-m", "xtuner.cli.app", "train", str(config)]
+    command = [sys.executable, "-m", *through, "xtuner.cli.app", "train", str(config)]
     _, peak = run([*command, "--work-dir", str(work), "--overwrite"], place)
     newest = max(work.glob("*/scalars.jsonl"), key=lambda file: file.stat().st_mtime)
     return [json.loads(line) for line in newest.read_text().splitlines()], peak

@@ -272,6 +272,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
         frozen=settings.llm_training == "frozen",
         sees=settings.sees,
         recompute=recompute,
+        accumulate=settings.accumulative_counts > 1,
         flash=device == "cuda" and dtype != torch.float32,
         autocast=dtype if mixed else None,
         trust_remote_code=settings.trust_remote_code,

@@ -76,6 +76,7 @@ def measure(
     frozen: bool = False,
     sees: bool = False,
     recompute: bool = False,
+    accumulate: bool = False,
     flash: bool = False,
     autocast: torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -93,6 +94,7 @@ def measure(
         frozen: train nothing of it.
         sees: the input embeddings get gradients, as those of a projector before it do.
         recompute: recompute activations in the backward pass.
+        accumulate: gradients of an earlier micro-batch are there already.
         flash: attention keeps what flash attention on a GPU keeps, not what a CPU keeps.
         autocast: type of the products when it is not that of the weights.
         trust_remote_code: run Python code that lies beside the configuration.
@@ -131,11 +133,11 @@ def measure(
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         with nullcontext() if flash else shapes_only():
-            peaks = [
-                peak + workspace for peak in _peaks_of_step(model.train(), tokens, autocast, flash)
-            ]
+            peaks = _peaks_of_step(model.train(), tokens, autocast, flash, accumulate)
         weights = sum(size for size, _ in held) - saved
         gradients = sum(size for size, trained in held if trained)
+        beside = workspace + accumulate * gradients
+        peaks = [peak + beside for peak in peaks]
         return _Counts([weights, gradients, trainable, parameters, embedding, *peaks])
 
     if layers <= max(FEW_LAYERS) or _layers_differ(config):
@@ -248,9 +250,14 @@ def _reads_four_bits(model: nn.Module, lora: dict[str, Any], dtype: torch.dtype)
 
 
 def _peaks_of_step(
-    model: Any, tokens: tuple[int, ...], autocast: torch.dtype | None, on_gpu: bool
-) -> tuple[int, int, int]:
-    """Peaks of the forward pass with the loss, and of both halves of the backward pass.
+    model: Any,
+    tokens: tuple[int, ...],
+    autocast: torch.dtype | None,
+    on_gpu: bool,
+    accumulate: bool,
+) -> list[int]:
+    """Peaks of the forward pass with the loss, and of both halves of the backward pass, beside
+    gradients that are to be added to.
 
     Each of the three grows by the same with every layer; which is highest may change.
     """
@@ -258,6 +265,9 @@ def _peaks_of_step(
 
     with _caches_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         pretend_cpu(model)
+        for parameter in model.parameters():
+            if accumulate and parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
         supervised = sum(tokens)
         if missing := missing_to_round(supervised):
             tokens = (*tokens, missing)
@@ -287,7 +297,7 @@ def _peaks_of_step(
             value.backward()
         history = counter.history
     middle = (forward + len(history)) // 2
-    return max(history[:forward]), max(history[forward:middle]), max(history[middle:])
+    return [max(history[:forward]), max(history[forward:middle]), max(history[middle:])]
 
 
 class _Lengths:
