@@ -104,7 +104,7 @@ def workshop(tmp_path_factory):
         patch.setenv("XTUNER_CACHE", str(folder / "cache"))
         sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
         tiny_model_folder("model", **sizes, initializer_range=0.1)
-        tiny_model_folder("mistral", "mistral", **sizes, sliding_window=16, initializer_range=0.1)
+        tiny_model_folder("mistral", "mistral", **sizes, sliding_window=2, initializer_range=0.3)
         tiny_visual_encoder_folder("clip", initializer_range=0.5)
         tiny_llava_data(folder / "data.json", folder / "images", count=12)
         rows = [
@@ -136,7 +136,7 @@ def test_it_learns_as_on_a_cpu(finished, name):
     assert main(train(name, f"cpu_{name}", "--overwrite", device="cpu")) == 0
     found, wanted = losses(f"gpu_{name}"), losses(f"cpu_{name}")
     assert len(found) == len(wanted) >= 4
-    assert found == pytest.approx(wanted, rel=0.01)
+    assert found == pytest.approx(wanted, rel=0.02)
 
 
 def test_a_step_waits_for_the_card_three_times(workshop):
