@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from xtuner.errors import ModelError
 from xtuner.models import attention, cpu_library, fused_attention, fused_layers
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.load import load_model
 from xtuner.testing.tiny import tiny_model
 from xtuner.types import IGNORE_INDEX, Batch
 
@@ -208,3 +209,16 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
     assert exact.item() != rough.item()
     assert abs(rough.item() - exact.item()) < 0.01 * exact.item()
     assert all(g.dtype == torch.float32 for g in gradients(model, rough).values())
+
+
+def test_a_large_number_of_a_neighbour_is_no_leak_in_layers_of_8_bits(tmp_path):
+    """LLM.int8() rounds a column otherwise for all tokens when one token has an outlier in it."""
+    model = tiny_model(hidden_size=64, intermediate_size=128, head_dim=16, initializer_range=0.3)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data.fill_(4.0)  # its results reach 6, as in real models
+    model.save_pretrained(tmp_path)
+    packed = PackedCausalLM(load_model(tmp_path, dtype=torch.float32, quantization="int8"))
+    threshold = packed.model.model.layers[0].self_attn.q_proj.state.threshold
+    assert packed.verify() is None
+    assert threshold > 0
+    assert packed.model.model.layers[0].self_attn.q_proj.state.threshold == threshold

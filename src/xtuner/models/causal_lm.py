@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from xtuner.errors import ModelError
 from xtuner.models import attention
 from xtuner.models.loss import cross_entropy_of_logits, summed_cross_entropy
+from xtuner.models.quantize import row_by_row
 from xtuner.types import IGNORE_INDEX, Batch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float64: 1e-6}
@@ -111,8 +112,11 @@ class PackedCausalLM(nn.Module):
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.autocast(
-                self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+            with (
+                row_by_row(self.model),
+                torch.autocast(
+                    self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+                ),
             ):
                 return self._verify()
         finally:

@@ -6,8 +6,9 @@ of its block of 64, and 32/(64·256) for the scale of 256 scales.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +83,24 @@ def mend_4bit_layers(model: nn.Module) -> None:
         if on_cpu and state is not None and state.shape[-1] % state.blocksize:
             kind: Any = type(module)
             module.__class__ = with_forward(_ReadRightly, kind)
+
+
+@contextlib.contextmanager
+def row_by_row(model: nn.Module) -> Iterator[None]:
+    """Let layers of 8 bits round every token by itself.
+
+    LLM.int8() (arXiv:2208.07339, section 3.2) takes a column in 16 bits for all tokens where one
+    of them has a large number in it, so by roundings a token's result depends on its neighbours.
+    """
+    states = [m.state for m in model.modules() if hasattr(getattr(m, "state", None), "threshold")]
+    before = [state.threshold for state in states]  # type: ignore[union-attr]
+    try:
+        for state in states:
+            state.threshold = 0.0  # type: ignore[union-attr]
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold  # type: ignore[union-attr]
 
 
 def is_quantized(model: nn.Module) -> bool:
