@@ -166,15 +166,18 @@ def test_paged_state_survives_a_stop(workshop):
 
 
 def test_what_was_trained_there_is_merged_and_answers(finished):
-    asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5", "--temperature", "0"]
+    asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5"]
     merge = ["convert", "merge", "model", "gpu_lora", "merged", "--device", "cuda"]
-    merged, apart, whole = on_paper(
+    merged, apart, whole, drawn, seen = on_paper(
         merge,
         ["chat", "gpu_lora", "--device", "cuda", *asked],
         ["chat", "merged", "--device", "cuda", "--prompt-template", "chatml", *asked],
+        ["chat", "gpu_qlora", "--device", "cuda", *asked, "--temperature", "1", "--seed", "3"],
+        ["chat", "gpu_eyes", "--device", "cuda", *asked, "--image", "images/5.png"],
     )
-    assert (merged["code"], apart["code"], whole["code"]) == (0, 0, 0), merged["text"]
-    assert apart["text"].strip() and apart["text"].strip() == whole["text"].strip()
+    for found in (merged, apart, whole, drawn, seen):
+        assert found["code"] == 0 and found["text"].strip(), found["text"]
+    assert apart["text"].strip() == whole["text"].strip()
 
 
 def test_where_it_is_too_small_nothing_is_lost_and_cures_are_named(finished):

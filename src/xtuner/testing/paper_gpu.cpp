@@ -7,6 +7,7 @@
  */
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
@@ -263,6 +264,10 @@ struct CUDAHooks : CUDAHooksInterface { /* torch looks for this name */
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
+  const Generator& getDefaultGenerator(DeviceIndex) const override { /* and no other numbers */
+    return at::detail::getDefaultCPUGenerator();
+  }
+  Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
   bool isPinnedPtr(const void*) const override { return false; }
   Allocator* getPinnedMemoryAllocator() const override { return GetCPUAllocator(); }
 };
