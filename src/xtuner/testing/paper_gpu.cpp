@@ -9,6 +9,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/DeviceAccelerator.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -227,10 +228,12 @@ Tensor& set_whole(Tensor& self, Storage source) {
 
 void record_stream(Tensor&, Stream) {}
 
-/* Attention goes by its formula: CUDA's kernels are not here. */
-int64_t by_formula(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                   double, bool, std::optional<double>, bool) {
-  return 0;
+/* Flash attention (paper_attention.py) where a real card takes it, else the formula. */
+int64_t kind_of_attention(const Tensor& query, const Tensor&, const Tensor&,
+                          const std::optional<Tensor>& mask, double dropout, bool,
+                          std::optional<double>, bool) {
+  const bool flash = query.element_size() == 2 && !mask && dropout == 0.0;
+  return static_cast<int64_t>(flash ? SDPBackend::flash_attention : SDPBackend::math);
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, all) {
@@ -246,7 +249,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, own) {
   own.impl("set_.source_Storage", set_whole);
   own.impl("set_.source_Storage_storage_offset", set_part);
   own.impl("record_stream", record_stream);
-  own.impl("_fused_sdp_choice", by_formula);
+  own.impl("_fused_sdp_choice", kind_of_attention);
 }
 
 /* For these it also has slow functions that suit every device. */

@@ -5,7 +5,7 @@
 Tensors claim to lie on the device ``cuda`` and are computed by the CPU (`paper_gpu.cpp`), so this
 tells what goes wrong between CPU and GPU, what is waited for, and how much memory tensors take,
 and says nothing about speed, CUDA's own kernels, or what its allocator loses between blocks. Flash
-attention over cumulative lengths is done by its formula. Needs a C++ compiler and a torch without
+attention is done by its formula (`paper_attention.py`). Needs a C++ compiler and a torch without
 CUDA; $PAPER_GPU_MIB is the memory of the card (8,192). The last line on stderr is a report.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import runpy
@@ -97,9 +96,11 @@ def install(memory: int) -> PaperGpu:
 
     _pretend(torch, card)
     _page_nothing(torch, bitsandbytes.functional)
+    from xtuner.testing import paper_attention
+
     library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", card.without_waits(_flash), "CUDA")
-    library.impl("_flash_attention_backward", card.without_waits(_flash_backward), "CUDA")
+    for name, function in paper_attention.FUNCTIONS.items():
+        library.impl(name, card.without_waits(function), "CUDA")
     card.kept = library  # type: ignore[attr-defined]  # registered as long as it lives
     return card
 
@@ -179,95 +180,6 @@ def _page_nothing(torch: Any, functional: Any) -> None:
     functional.get_paged = get_paged
     functional.fill = lambda x, value, **_: x.fill_(value)
     functional.prefetch_tensor = lambda x, to_cpu=False: None
-
-
-def _scores(q: Any, k: Any, scale: float, window: tuple[int, int], causal: bool) -> Any:
-    """Scores ``[heads, queries, keys]`` of one sample, -inf where a key is not to be seen; the last
-    query stands beside the last key."""
-    import torch
-
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    ahead = torch.arange(len(k)) - torch.arange(len(q))[:, None] - (len(k) - len(q))
-    hidden = torch.zeros_like(ahead, dtype=torch.bool)
-    left, right = window
-    if causal:
-        right = 0
-    if left >= 0:
-        hidden |= -ahead > left
-    if right >= 0:
-        hidden |= ahead > right
-    return scores.masked_fill(hidden, -torch.inf)
-
-
-def _window(left: int | None, right: int | None) -> tuple[int, int]:
-    return -1 if left is None else left, -1 if right is None else right
-
-
-def _samples(cum_q: Any, cum_k: Any, longest: tuple[int, int]) -> list[tuple[slice, slice]]:
-    ends = [cum.tolist() for cum in (cum_q, cum_k)]
-    for cum, end, most in zip((cum_q, cum_k), ends, longest, strict=True):
-        lengths = [b - a for a, b in itertools.pairwise(end)]
-        if str(cum.dtype) != "torch.int32" or not cum.is_cuda or max(lengths) > most:
-            raise RuntimeError(f"flash attention got borders {cum} and a longest sample of {most}")
-    parts = [[slice(a, b) for a, b in itertools.pairwise(end)] for end in ends]
-    return list(zip(*parts, strict=True))
-
-
-def _checked(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors on the CPU, wide; flash attention takes 16 bits, and rows without gaps."""
-    for x in tensors:
-        if x.element_size() != 2 or x.stride(-1) != 1 or not x.is_cuda:
-            raise RuntimeError(f"flash attention got {x.dtype} {x.stride()} on {x.device}")
-    return tuple(x.cpu().float() for x in tensors)
-
-
-def _flash(
-    query: Any, key: Any, value: Any, cum_q: Any, cum_k: Any, most_q: int, most_k: int,
-    dropout: float, causal: bool, debug: bool, *, scale: float | None = None,
-    window_size_left: int | None = None, window_size_right: int | None = None, **rest: Any,
-) -> tuple[Any, ...]:  # fmt: skip
-    """``aten::_flash_attention_forward``: softmax(scale q k^T) v within each sample, and the logs
-    of its sums ``[heads, queries]``."""
-    import torch
-
-    if dropout or any(x is not None for x in rest.values()):
-        raise RuntimeError(f"not built for a GPU on paper: {dropout=}, {rest}")
-    q, k, v = _checked(query, key, value)
-    out, logs = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
-    window = _window(window_size_left, window_size_right)
-    for here, there in _samples(cum_q, cum_k, (most_q, most_k)):
-        ks, vs = (x[there].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        scores = _scores(q[here], ks, scale or q.shape[-1] ** -0.5, window, causal)
-        out[here] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), vs)
-        logs[:, here] = scores.logsumexp(-1)
-    nothing = torch.zeros(2, dtype=torch.uint64).to(query.device)
-    there_again = (out.to(query.dtype).to(query.device), logs.to(query.device))
-    return (*there_again, nothing, nothing, nothing)
-
-
-def _flash_backward(
-    grad: Any, query: Any, key: Any, value: Any, out: Any, logs: Any, cum_q: Any, cum_k: Any,
-    most_q: int, most_k: int, dropout: float, causal: bool, rng: Any, unused: Any, *,
-    scale: float | None = None, window_size_left: int | None = None,
-    window_size_right: int | None = None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """``aten::_flash_attention_backward``: gradients of query, key and value."""
-    import torch
-
-    q, k, v, pull, result = _checked(query, key, value, grad, out)
-    group, factor = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
-    window = _window(window_size_left, window_size_right)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for here, there in _samples(cum_q, cum_k, (most_q, most_k)):
-        ks, vs = (x[there].repeat_interleave(group, 1) for x in (k, v))
-        scores = _scores(q[here], ks, factor, window, causal)
-        weights = (scores - logs.cpu()[:, here, None]).exp()
-        inner = (pull[here] * result[here]).sum(-1).T[:, :, None]
-        slopes = weights * (torch.einsum("qhd,khd->hqk", pull[here], vs) - inner) * factor
-        dq[here] = torch.einsum("hqk,khd->qhd", slopes, ks)
-        for of, to, by in ((slopes, dk, q), (weights, dv, pull)):
-            to[there] = torch.einsum("hqk,qhd->khd", of, by[here]).unflatten(1, (-1, group)).sum(2)
-    return tuple(x.to(query.dtype).to(query.device) for x in (dq, dk, dv))
 
 
 def main() -> None:
