@@ -144,7 +144,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _batch(x: Tensor, like: Tensor) -> Tensor:
     """And back."""
-    return x.unflatten(0, (like.shape[0], -1)).transpose(1, 2).to(like.dtype).to(like.device)
+    rows: Tensor = x.unflatten(0, (like.shape[0], -1))  # type: ignore[no-untyped-call]
+    return rows.transpose(1, 2).to(like.dtype).to(like.device)
 
 
 def _all_of(query: Tensor, key: Tensor, causal: bool) -> Samples:
