@@ -11,6 +11,7 @@
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -249,7 +250,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, own) {
   own.impl("set_.source_Storage", set_whole);
   own.impl("set_.source_Storage_storage_offset", set_part);
   own.impl("record_stream", record_stream);
-  own.impl("_fused_sdp_choice", kind_of_attention);
+  native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&kind_of_attention);
 }
 
 /* For these it also has slow functions that suit every device. */
