@@ -66,6 +66,7 @@ bench-gpu: dev $(BENCH)/trl/.installed
 	-@$(BENCH)/trl/bin/python -m pip install -qq 'kernels>=0.18.2,<0.19'
 	-@$(BENCH)/trl/bin/python -c 'from transformers.integrations.hub_kernels import load_and_register_attn_kernel as fetch; fetch("kernels-community/flash-attn2")'
 	@$(BIN)/python benchmarks/gpu.py
+	@$(BIN)/python benchmarks/memory.py --gpu $(BENCH_DATA)
 
 test: dev
 	$(BIN)/python -m pytest
