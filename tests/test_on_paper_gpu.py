@@ -66,12 +66,13 @@ RUNS = {
 PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\nlora_r = 1600\n'
 
 
-def on_paper(*commands):
-    """What came of commands of xtuner on a GPU on paper."""
+def on_paper(*commands, liger=False):
+    """What came of commands of xtuner on a GPU on paper, with a stand-in for liger's kernels if
+    wanted."""
     told = [{"arguments": c} if isinstance(c, list) else c for c in commands]
     driver = Path(__file__).with_name("on_paper.py")
     done = subprocess.run(
-        [sys.executable, str(driver)],
+        [sys.executable, str(driver), *(["liger"] if liger else [])],
         input=json.dumps(told),
         capture_output=True,
         text=True,
@@ -137,6 +138,15 @@ def test_it_learns_as_on_a_cpu(finished, name):
     found, wanted = losses(f"gpu_{name}"), losses(f"cpu_{name}")
     assert len(found) == len(wanted) >= 4
     assert found == pytest.approx(wanted, rel=0.02)
+
+
+def test_with_kernels_of_liger_it_learns_the_same(finished):
+    names = ("lora", "windows", "qlora")
+    found = on_paper(*[train(name, f"liger_{name}") for name in names], liger=True)
+    for name, report in zip(names, found, strict=True):
+        assert report["code"] == 0, report["text"]
+        assert report["calls"] == ["rms_norm", "rope", "swiglu"]
+        assert losses(f"liger_{name}") == pytest.approx(losses(f"gpu_{name}"), rel=0.02)
 
 
 def test_a_step_waits_for_the_card_three_times(workshop):

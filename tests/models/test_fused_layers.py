@@ -1,11 +1,11 @@
 """Layers with hand-written gradients against the plain formulas, and where they may be put."""
 
-import importlib.machinery
 import sys
 import types
 
 import pytest
 import torch
+from liger_stand import Overwriting, Stand
 from torch import nn
 from torch.nn import functional as F
 
@@ -141,35 +141,6 @@ def test_only_layers_that_compute_the_same_are_replaced():
     assert fused_layers.install(model) == 0
 
 
-class Stand:
-    """A package `liger_kernel` whose two functions are torch's, times a factor."""
-
-    def __init__(self, factor=1.0):
-        def norm(x, weight, eps, *options):
-            assert options == (0.0, "llama", False)
-            return factor * F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
-
-        self.calls = []
-        made = {
-            "rms_norm": ("LigerRMSNormFunction", norm),
-            "swiglu": ("LigerSiLUMulFunction", lambda gate, up: F.silu(gate) * up),
-        }
-        self.modules = {"liger_kernel": types.ModuleType("liger_kernel")}
-        self.modules["liger_kernel"].__spec__ = importlib.machinery.ModuleSpec("liger_kernel", None)
-        self.modules["liger_kernel.ops"] = types.ModuleType("liger_kernel.ops")
-        for name, (kind, function) in made.items():
-            module = types.ModuleType(f"liger_kernel.ops.{name}")
-            setattr(module, kind, types.SimpleNamespace(apply=self.counted(name, function)))
-            self.modules[module.__name__] = module
-
-    def counted(self, name, function):
-        def call(*arguments):
-            self.calls.append(name)
-            return function(*arguments)
-
-        return call
-
-
 @pytest.mark.parametrize("factor", [1.0, 1.1], ids=["right", "wrong"])
 def test_kernels_of_liger_are_used_only_where_they_are_right(monkeypatch, factor):
     """No GPU here: a CPU takes its place, and torch that of the kernels."""
@@ -189,22 +160,6 @@ def test_kernels_of_liger_are_used_only_where_they_are_right(monkeypatch, factor
     assert torch.allclose(GatedMLP(gate, up, down)(x), down(F.silu(gate(x)) * up(x)), atol=1e-5)
     RMSNorm(nn.Parameter(torch.ones(12)), 1e-5)(x)
     assert stand.calls == (["swiglu", "rms_norm"] if found else [])
-
-
-class Overwriting(torch.autograd.Function):
-    """As liger's: the gradients take the places of the inputs."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = (x.detach() for x in ctx.saved_tensors)
-        grad_up = F.silu(gate) * grad
-        gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return gate, up.copy_(grad_up)
 
 
 def test_the_product_is_not_kept_beside_kernels_that_overwrite_their_inputs(monkeypatch):

@@ -126,6 +126,26 @@ def _flash_attn_function() -> Any:
     return flash_attn_varlen_func
 
 
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seq_lens_q: Tensor,
+    scale: float,
+    window: int | None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention by `flash_kernel`, which must not be None: query ``[N, heads, D]`` to the same;
+    the other arguments are those with which transformers calls an attention layer."""
+    kernel = flash_kernel(query.device, query.dtype, query.shape[-1], value.shape[-1])
+    longest = max_length_q or int(cu_seq_lens_q.diff().max())
+    borders = _on_device(cu_seq_lens_q, query.device)
+    out: Tensor = kernel(query, key, value, borders, longest, scale, window)
+    return out
+
+
 def _torch_varlen(
     query: Tensor,
     key: Tensor,
@@ -253,9 +273,7 @@ def packed_attention(
         kernel, why = _choice(query.device, query.dtype, query.shape[-1], value.shape[-1])
         slow = f"flash attention cannot be used: {why}"
         if kernel is not None:
-            longest = kwargs.get("max_length_q") or int(borders.diff().max())
-            on_device = _on_device(borders, query.device)
-            return kernel(q, k, v, on_device, longest, scaling, window)[None], None
+            return flash(q, k, v, scale=scaling, window=window, **kwargs)[None], None
     if query.device.type != "cpu":
         _tell_once(slow)
     outputs = [

@@ -1,11 +1,11 @@
-"""Attention layers of a CPU with rotation and attention in one operation.
+"""Attention layers with rotation and attention as few operations.
 
 transformers rotates queries and keys in a dozen passes over memory, and then lays them out anew for
 the attention function. A layer changed by `install` takes the projections' outputs straight to
-`cpu_attention`, which rotates while it lays them out. Weights, names and everything else of the
-layer stay; so does its own forward pass, which is used wherever ours does not apply (with a cache,
-a mask or dropout, on a GPU, without a compiler). Only layers that give the same numbers on random
-input are changed.
+`cpu_attention`, which rotates while it lays them out, or on a GPU to liger's rotation, in their
+places, and to flash attention. Weights, names and everything else of the layer stay; so does its
+own forward pass, which is used wherever ours does not apply (with a cache, a mask or dropout,
+without these kernels). Only layers that give the same numbers on random input are changed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from xtuner.models.adapters import project
 from xtuner.models.block_attention import Rotation
 from xtuner.models.cpu_attention import cpu_attention
 from xtuner.models.cpu_kernels import kernels_for
+from xtuner.models.liger import Liger, liger_for
 from xtuner.models.replaced import with_forward
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -44,24 +45,22 @@ class RotaryBlockAttention:
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
         }
-        if not self.takes(hidden_states, **kwargs) or kernels_for(hidden_states) is None:
-            return super().forward(hidden_states, **kwargs)  # type: ignore[misc, no-any-return]
         width = self.head_dim
+        if not self.takes(hidden_states, **kwargs) or not _has_kernels(hidden_states, width):
+            return super().forward(hidden_states, **kwargs)  # type: ignore[misc, no-any-return]
         projected = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (x.view(hidden_states.shape[1], -1, width) for x in projected)
         if hasattr(self, "q_norm"):
             # under autocast a norm with a float32 weight gives float32, and v is in 16 bits
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         scale, window = self._attention_options
-        out = cpu_attention(
-            q,
-            k,
-            v,
-            tuple(kwargs["cu_seq_lens_q"].tolist()),
-            scale=scale,
-            window=window,
-            rotation=rotation_of(*position_embeddings),  # type: ignore[misc]
-        )
+        rotation = rotation_of(*position_embeddings)  # type: ignore[misc]
+        if q.device.type == "cuda":
+            q, k = _liger(q).rotate(q, k, *rotation)
+            out = attention.flash(q, k, v, scale=scale, window=window, **kwargs)
+        else:
+            ends = tuple(kwargs["cu_seq_lens_q"].tolist())
+            out = cpu_attention(q, k, v, ends, scale=scale, window=window, rotation=rotation)
         return self.o_proj(out.flatten(1)[None]), None
 
     def takes(
@@ -85,6 +84,22 @@ class RotaryBlockAttention:
         )
 
 
+def _has_kernels(x: Tensor, width: int) -> bool:
+    """Whether there is what rotates and attends to heads of `width` in the type of products."""
+    if x.device.type != "cuda":
+        return kernels_for(x) is not None
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
+    found = attention.flash_kernel(x.device, dtype, width, width)
+    return found is not None and liger_for(x) is not None
+
+
+def _liger(x: Tensor) -> Liger:
+    found = liger_for(x)
+    assert found is not None  # `_has_kernels` has asked
+    return found
+
+
 @lru_cache(maxsize=2)
 def rotation_of(cos: Tensor, sin: Tensor) -> Rotation:
     """What transformers calls position embeddings, ``[1, N, D]``; all layers share the result."""
@@ -101,10 +116,9 @@ def install(model: nn.Module, *, check: bool = True) -> int:
     for layer in list(model.modules()):
         if not _looks_alike(layer):
             continue
-        first: Any = layer.q_proj
-        like = first.weight
-        real = not like.is_meta
-        if real and (like.device.type != "cpu" or kernels_for(_probe(layer)) is None):
+        like: Any = layer
+        real = not like.q_proj.weight.is_meta
+        if real and not _has_kernels(_probe(layer), like.head_dim):
             continue
         if check:
             changed += _change_if_same(layer)
@@ -141,7 +155,7 @@ def _probe(layer: Any) -> Tensor:
     width, weight = layer.q_proj.in_features, layer.q_proj.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
     count = torch.arange(12 * width, dtype=torch.float32)
-    return torch.sin(count * 12.9898).view(1, 12, width).to(dtype)
+    return torch.sin(count * 12.9898).view(1, 12, width).to(weight.device, dtype)
 
 
 def _change(layer: Any, scale: float, window: int | None) -> None:
@@ -154,7 +168,7 @@ def probe_inputs(layer: Any) -> tuple[Tensor, dict[str, Any]]:
     """Hidden states of two packed samples, and what else a layer is called with."""
     hidden = _probe(layer)
     angles = torch.arange(12 * layer.head_dim // 2, dtype=torch.float32).view(1, 12, -1)
-    angles = torch.cat([angles, angles], -1)
+    angles = torch.cat([angles, angles], -1).to(hidden.device)
     inputs: dict[str, Any] = {
         "position_embeddings": (angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)),
         "attention_mask": None,

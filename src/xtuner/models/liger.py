@@ -1,4 +1,4 @@
-"""liger's Triton kernels for norms and gates on a GPU, where the package is installed.
+"""liger's Triton kernels for norms, gates and rotation on a GPU, where the package is installed.
 
 They are tried once, forward and backward, on a few numbers against the formula; kernels that fail
 or give something else on this card are not used.
@@ -16,11 +16,14 @@ from torch.nn import functional as F
 
 
 class Liger:
-    """The two kernels."""
+    """The three kernels."""
 
     def __init__(self) -> None:
         from liger_kernel.ops.rms_norm import (  # type: ignore[import-not-found, unused-ignore]
             LigerRMSNormFunction,
+        )
+        from liger_kernel.ops.rope import (  # type: ignore[import-not-found, unused-ignore]
+            LigerRopeFunction,
         )
         from liger_kernel.ops.swiglu import (  # type: ignore[import-not-found, unused-ignore]
             LigerSiLUMulFunction,
@@ -28,6 +31,7 @@ class Liger:
 
         self._norm: Any = LigerRMSNormFunction
         self._gate: Any = LigerSiLUMulFunction
+        self._rotation: Any = LigerRopeFunction
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As `fused_layers.RMSNorm`."""
@@ -38,6 +42,13 @@ class Liger:
         """``silu(gate) * up``; the backward pass overwrites both."""
         out: Tensor = self._gate.apply(gate, up)
         return out
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[N, heads, D]`` turned by angles ``[N, D]``, as Llama's; both are
+        overwritten, and their gradients in the backward pass."""
+        turned = self._rotation.apply(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+        q, k = (x[0].transpose(0, 1) for x in turned)
+        return q, k
 
 
 def liger_for(x: Tensor) -> Liger | None:
@@ -60,11 +71,11 @@ def _checked(device: torch.device) -> tuple[Liger | None, str]:
         found = Liger()
         # The first to ask may have gradients off, or autocast on, as a check of layers has.
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            norm, gate = _norm_is_right(found, device), _gate_is_right(found, device)
+            right = [check(found, device) for check in CHECKS]
     except Exception as error:  # an incomplete package, a compiler error of Triton, a new signature
         first = next(iter(str(error).splitlines()), "")
         return None, f"{unused} ({type(error).__name__}: {first})"
-    if not (norm and gate):
+    if not all(right):
         return None, f"{unused} (wrong numbers on this card)"
     return found, "liger's kernels"
 
@@ -88,6 +99,30 @@ def _gate_is_right(kernels: Liger, device: torch.device) -> bool:
     return _same(
         lambda *x: kernels.silu_product(x[0] * 1, x[1] * 1), lambda g, u: F.silu(g) * u, gate, up
     )
+
+
+def _rotation_is_right(kernels: Liger, device: torch.device) -> bool:
+    q, k = (_numbers(device, shift).detach() for shift in (0.0, 2.0))
+    angles = torch.arange(4 * 8, dtype=torch.float32, device=device).view(4, 8).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def ours(*x: Tensor) -> Tensor:
+        heads = [y.view(4, count, 16) * 1 for y, count in zip(x, (4, 2), strict=True)]
+        return torch.cat([y.flatten() for y in kernels.rotate(heads[0], heads[1], cos, sin)])
+
+    def plain(*x: Tensor) -> Tensor:
+        heads = [y.view(4, count, 16) for y, count in zip(x, (4, 2), strict=True)]
+        turned = [
+            y * cos[:, None] + torch.cat([-y[..., 8:], y[..., :8]], -1) * sin[:, None]
+            for y in heads
+        ]
+        return torch.cat([y.flatten() for y in turned])
+
+    inputs = (q.requires_grad_(), k[..., :32].contiguous().requires_grad_())
+    return _same(ours, plain, *inputs)
+
+
+CHECKS = (_norm_is_right, _gate_is_right, _rotation_is_right)
 
 
 def _same(ours: Any, plain: Any, *inputs: Tensor) -> bool:
