@@ -49,7 +49,6 @@ max_epochs = 9
 max_steps = 4
 save_steps = 4
 logging_steps = 1
-lr = 1e-3
 dtype = "bfloat16"
 """
 RUNS = {
@@ -57,8 +56,8 @@ RUNS = {
     "windows": 'pretrained_model_name_or_path = "mistral"\n',
     "qlora": 'tuning = "qlora"\ngradient_checkpointing = True\n',
     "full": 'tuning = "full"\n',
-    "projector": PICTURES + 'tuning = "full"\nfreeze_llm = True\n',
-    "eyes": PICTURES + 'tuning = "lora"\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
+    "projector": PICTURES + 'tuning = "full"\nfreeze_llm = True\nlr = 3e-2\n',
+    "eyes": PICTURES + 'tuning = "lora"\nlr = 1e-3\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
     "moved": 'tuning = "qlora"\nembedding_on_cpu = True\n',
 }
 """Settings of runs that the CPU takes as well."""
@@ -138,6 +137,25 @@ def test_it_learns_as_on_a_cpu(finished, name):
     found, wanted = losses(f"gpu_{name}"), losses(f"cpu_{name}")
     assert len(found) == len(wanted) >= 4
     assert found == pytest.approx(wanted, rel=0.02)
+    idle = train(name, f"idle_{name}", "--overwrite", device="cpu", lr=1e-12)
+    assert main(idle) == 0
+    assert losses(f"idle_{name}") != pytest.approx(found, rel=0.03)  # or the above says nothing
+
+
+def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
+    code = """if True:
+        from xtuner.testing import paper_gpu
+        paper_gpu.install(2**30)
+        import torch
+        table, ids = torch.ones(4, 3, device="cuda"), torch.tensor([0, 2])
+        print(torch.nn.functional.embedding(ids.cuda(), table).sum().item(), table[ids].device)
+        try: torch.nn.functional.embedding(ids, table)
+        except RuntimeError as error: print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("6.0 cuda:0\nExpected all tensors to be on the same device"), (
+        done.stdout + done.stderr
+    )
 
 
 def test_with_kernels_of_liger_it_learns_the_same(finished):

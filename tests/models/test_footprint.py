@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     )
 
 
-def real_peak(folder, *, lora, recompute, dtype, autocast):
+def real_peak(folder, *, lora, recompute, dtype, autocast, accumulate):
     attention.register()
     model = load_model(folder, dtype=dtype, attn_implementation=attention.NAME)
     fused_layers.install(model)
@@ -37,13 +37,18 @@ def real_peak(folder, *, lora, recompute, dtype, autocast):
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     borders = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
     batch = Batch(ids, ids.clone(), positions, borders)
+    packed = PackedCausalLM(model, autocast=autocast)
+    if accumulate:
+        packed.supervised_loss(batch).backward()
+    earlier = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     with footprint._caches_apart():
         counter = footprint.LiveBytes()
         with counter:
-            PackedCausalLM(model, autocast=autocast).supervised_loss(batch).backward()
-    return max(counter.history), model
+            packed.supervised_loss(batch).backward()
+    return max(counter.history) + earlier, model
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize(
     ("lora", "recompute", "dtype", "autocast"),
     [
@@ -63,11 +68,11 @@ def real_peak(folder, *, lora, recompute, dtype, autocast):
         "full recomputed, autocast",
     ],
 )
-def test_equals_the_real_step(folder, lora, recompute, dtype, autocast):
-    found = footprint.measure(
-        str(folder), tokens=LENGTHS, dtype=dtype, lora=lora, recompute=recompute, autocast=autocast
-    )
-    peak, model = real_peak(folder, lora=lora, recompute=recompute, dtype=dtype, autocast=autocast)
+def test_equals_the_real_step(folder, lora, recompute, dtype, autocast, accumulate):
+    how = {"lora": lora, "recompute": recompute, "dtype": dtype, "autocast": autocast}
+    how["accumulate"] = accumulate
+    found = footprint.measure(str(folder), tokens=LENGTHS, **how)
+    peak, model = real_peak(folder, **how)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert found.trainable == sum(p.numel() for p in trained)
     assert found.gradients == sum(p.numel() * p.element_size() for p in trained)

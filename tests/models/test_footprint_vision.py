@@ -33,8 +33,9 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_real_step(folder, case):
+def test_equals_the_real_step(folder, case, accumulate):
     settings = Settings(
         pretrained_model_name_or_path=str(folder / "llm"), data_path=("-",), dtype="float32",
         visual_encoder_name_or_path=str(folder / "clip"), **CASES[case],
@@ -45,8 +46,9 @@ def test_equals_the_real_step(folder, case):
     found = measure_eyes(settings, pictures=pictures, width=64, dtype=torch.float32).beside(
         footprint.measure(
             str(folder / "llm"), tokens=(each + text,) * pictures, dtype=torch.float32, lora=lora,
-            frozen=settings.llm_training == "frozen", sees=True,
-        )
+            frozen=settings.llm_training == "frozen", sees=True, accumulate=accumulate,
+        ),
+        accumulate=accumulate,
     )  # fmt: skip
 
     attention.register()
@@ -65,12 +67,15 @@ def test_equals_the_real_step(folder, case):
         Sample(ids, mask, RowRef("a.json", 1), (f"{number}.png",)) for number in range(pictures)
     ]
     batch = collate(samples)
+    real = [p for p in parts.llava.parameters() if p.requires_grad]
+    if accumulate:
+        parts.packed.supervised_loss(batch).backward()
+    earlier = sum(p.grad.nbytes for p in real if p.grad is not None)
     with footprint._caches_apart():
         counter = footprint.LiveBytes()
         with counter:
             parts.packed.supervised_loss(batch).backward()
-    peak = max(counter.history) + batch.pictures.pixel_values.nbytes
-    real = [p for p in parts.llava.parameters() if p.requires_grad]
+    peak = max(counter.history) + batch.pictures.pixel_values.nbytes + earlier
     assert found.trainable == sum(p.numel() for p in real)
     assert found.weights == sum(p.nbytes for p in parts.llava.parameters())
     assert abs(found.step - peak) < 0.15 * peak

@@ -280,7 +280,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
     if not settings.sees:
         return found
     eyes = measure_eyes(settings, pictures=len(lengths), width=found.width, dtype=dtype)
-    return eyes.beside(found)
+    return eyes.beside(found, accumulate=settings.accumulative_counts > 1)
 
 
 def _bytes_of_moments(optim_type: str) -> float:

@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -103,24 +104,36 @@ def cpu_flags() -> str:
 
 
 def _compiled(compiler: str) -> Path:
-    """The library for this machine and compiler, compiled if it is not there yet.
+    """The library for this machine, compiled if it is not there yet.
 
     Raises:
         PermissionError: others could have put it there.
     """
-    tool = Path(compiler).resolve()
+    return compiled("kernels", PARTS, [compiler, *_flags(), str(SOURCE), "-lm"])
+
+
+def compiled(folder: str, sources: Iterable[Path], command: list[str]) -> Path:
+    """What `command`, a compiler and its arguments without ``-o``, makes of `sources` on this
+    machine; kept in `folder` of the cache.
+
+    Raises:
+        PermissionError: others could have put it there.
+        subprocess.CalledProcessError: it cannot be compiled.
+        subprocess.TimeoutExpired: nor in two minutes.
+    """
+    tool = Path(command[0]).resolve()
     version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"
-    texts, flags = [part.read_text() for part in PARTS], _flags()
-    known = "\n".join((*texts, version, *flags, platform.machine(), cpu_flags()))
+    texts = [source.read_text() for source in sources]
+    known = "\n".join((*texts, version, *command[1:], platform.machine(), cpu_flags()))
     home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
-    path = home / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    path = home / folder / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     _refuse_others(path.parent)
     if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / "kernels.so"
-            command = [compiler, *flags, str(SOURCE), "-lm", "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        with tempfile.TemporaryDirectory(dir=path.parent) as place:
+            made = Path(place) / "made.so"
+            whole = [*command, "-o", str(made)]
+            subprocess.run(whole, check=True, capture_output=True, text=True, timeout=120)
             made.chmod(0o700)
             made.replace(path)
     _refuse_others(path)

@@ -39,13 +39,15 @@ class EyesFootprint:
     trainable: int
     parameters: int
 
-    def beside(self, llm: Footprint) -> Footprint:
-        """The footprint of language model and eyes together."""
-        step = max(llm.step + self.waiting, llm.gradients + self.peak)
+    def beside(self, llm: Footprint, *, accumulate: bool) -> Footprint:
+        """The footprint of language model and eyes together; `accumulate`: gradients of an
+        earlier micro-batch are there already, as in `llm`."""
+        earlier = accumulate * self.gradients
+        step = max(llm.step + self.waiting + earlier, llm.gradients + self.peak + self.gradients)
         return replace(
             llm,
             weights=llm.weights + self.weights,
-            step=step + self.gradients,
+            step=step,
             gradients=llm.gradients + self.gradients,
             trainable=llm.trainable + self.trainable,
             parameters=llm.parameters + self.parameters,

@@ -49,10 +49,10 @@ def _with_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor
     largest = logits.amax(-1, keepdim=True).to(wide)
     shares.copy_(logits).sub_(largest).exp_()  # torch.softmax would hold a copy of them beside
     whole = shares.sum(-1, keepdim=True)
-    total = (largest + whole.log() - logits.gather(1, targets)).sum()
+    total = (largest - logits.gather(1, targets) + whole.log()).sum()
     if gradient:
         shares.scatter_add_(1, targets, -whole)
-        torch.div(shares, whole, out=logits)
+        logits.copy_(shares.div_(whole))
     return total
 
 

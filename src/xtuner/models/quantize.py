@@ -92,15 +92,16 @@ def row_by_row(model: nn.Module) -> Iterator[None]:
     LLM.int8() (arXiv:2208.07339, section 3.2) takes a column in 16 bits for all tokens where one
     of them has a large number in it, so by roundings a token's result depends on its neighbours.
     """
-    states = [m.state for m in model.modules() if hasattr(getattr(m, "state", None), "threshold")]
-    before = [state.threshold for state in states]  # type: ignore[union-attr]
+    found = (getattr(module, "state", None) for module in model.modules())
+    states: list[Any] = [state for state in found if hasattr(state, "threshold")]
+    before = [state.threshold for state in states]
     try:
         for state in states:
-            state.threshold = 0.0  # type: ignore[union-attr]
+            state.threshold = 0.0
         yield
     finally:
         for state, threshold in zip(states, before, strict=True):
-            state.threshold = threshold  # type: ignore[union-attr]
+            state.threshold = threshold
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -53,6 +53,10 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
  * the CPU had to wait for a result. */
 std::atomic<int64_t> held{0}, most{0}, limit{0}, waits{0};
 
+thread_local bool unseen = false; /* what this thread waits for is not counted */
+
+void wait(bool there_is_one) { waits += there_is_one && !unseen; }
+
 constexpr int64_t BLOCK = 512; /* CUDA's allocator hands out multiples of it */
 
 struct Kept {
@@ -105,21 +109,22 @@ struct Pair {
   Tensor gpu, cpu;
 };
 
-/* Indices may lie on either side; and what an optimizer keeps, in memory that both see. */
-bool takes_both(const OperatorHandle& op) {
-  const std::string& name = op.operator_name().name;
-  return name.rfind("aten::index", 0) == 0 || name == "aten::_index_put_impl_" ||
-         name.rfind("bitsandbytes::optimizer", 0) == 0;
-}
-
 Tensor given(const OperatorHandle& op, const Tensor& x, std::vector<Pair>& pairs) {
   if (x.defined() && x.is_cuda()) {
     pairs.push_back({x, on_cpu(x)});
     return pairs.back().cpu;
   }
-  TORCH_CHECK(!x.defined() || x.dim() == 0 || takes_both(op), "Expected all tensors to be on the ",
-              "same device, but ", op.operator_name(), " got one of ", x.sizes(), " on the CPU");
+  /* what an optimizer of bitsandbytes keeps may lie in memory that both see */
+  const bool paged = op.operator_name().name.rfind("bitsandbytes::optimizer", 0) == 0;
+  TORCH_CHECK(!x.defined() || x.dim() == 0 || paged, "Expected all tensors to be on the same ",
+              "device, but ", op.operator_name(), " got one of ", x.sizes(), " on the CPU");
   return x;
+}
+
+/* Indices, which may lie on either side, come as a list of optional tensors. */
+std::optional<Tensor> index_given(const OperatorHandle& op, const std::optional<Tensor>& x,
+                                  std::vector<Pair>& pairs) {
+  return x && x->is_cuda() ? std::optional<Tensor>(given(op, *x, pairs)) : x;
 }
 
 /* What the operation gave: one of its arguments, a part of one, or something new. */
@@ -128,8 +133,9 @@ Tensor returned(const Tensor& y, const std::vector<Pair>& pairs) {
   for (const auto& [gpu, cpu] : pairs) {
     if (y.unsafeGetTensorImpl() == cpu.unsafeGetTensorImpl()) {
       if (cpu.storage().data() != gpu.storage().data()) { /* it had to grow */
+        DataPtr larger = memory_of(cpu); /* may be refused */
         gpu.storage().set_nbytes(cpu.storage().nbytes());
-        gpu.storage().set_data_ptr_noswap(memory_of(cpu));
+        gpu.storage().set_data_ptr_noswap(std::move(larger));
       }
       gpu.unsafeGetTensorImpl()->set_sizes_and_strides(cpu.sizes(), cpu.strides(),
                                                        cpu.storage_offset());
@@ -160,7 +166,7 @@ void by_the_cpu(const OperatorHandle& op, DispatchKeySet, torch::jit::Stack* sta
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> all;
       for (const std::optional<Tensor>& x : value.toOptionalTensorVector())
-        all.push_back(x ? std::optional<Tensor>(given(op, *x, pairs)) : x);
+        all.push_back(index_given(op, x, pairs));
       value = all;
     } else if (value.isDevice() && value.toDevice().is_cuda()) {
       value = Device(kCPU);
@@ -186,18 +192,18 @@ void by_the_cpu(const OperatorHandle& op, DispatchKeySet, torch::jit::Stack* sta
 /* What torch does by the kind of device, before or instead of asking for a function of it. */
 
 Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
-  waits += from.is_cuda() && self.is_cpu() && !non_blocking;
+  wait(from.is_cuda() != self.is_cuda() && !non_blocking);
   on_cpu(self).copy_(on_cpu(from));
   return self;
 }
 
 Scalar number_of(const Tensor& x) {
-  waits++;
+  wait(true);
   return at::_local_scalar_dense(on_cpu(x));
 }
 
 Tensor nonzero(const Tensor& x) {
-  waits++;
+  wait(true);
   return on_gpu(at::nonzero(on_cpu(x)));
 }
 
@@ -227,6 +233,11 @@ Tensor& set_whole(Tensor& self, Storage source) {
   return self;
 }
 
+Tensor& set_tensor(Tensor& self, const Tensor& source) {
+  return set_part(self, source.storage(), source.sym_storage_offset(), source.sym_sizes(),
+                  source.sym_strides());
+}
+
 void record_stream(Tensor&, Stream) {}
 
 /* Flash attention (paper_attention.py) where a real card takes it, else the formula. */
@@ -247,6 +258,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, own) {
   own.impl("nonzero", nonzero);
   own.impl("empty.memory_format", empty);
   own.impl("empty_strided", empty_strided);
+  own.impl("set_.source_Tensor", set_tensor);
   own.impl("set_.source_Storage", set_whole);
   own.impl("set_.source_Storage_storage_offset", set_part);
   own.impl("record_stream", record_stream);
@@ -286,7 +298,8 @@ extern "C" {
 int64_t paper_held() { return at::held; }
 int64_t paper_most() { return at::most; }
 int64_t paper_waits() { return at::waits; }
-void paper_set_waits(int64_t count) { at::waits = count; }
+void paper_wait() { at::wait(true); }
+void paper_unseen(int on) { at::unseen = on; }
 void paper_forget_most() { at::most = at::held.load(); }
 void paper_limit(int64_t bytes) { at::limit = bytes; }
 }

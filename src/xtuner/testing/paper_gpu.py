@@ -5,14 +5,15 @@
 Tensors claim to lie on the device ``cuda`` and are computed by the CPU (`paper_gpu.cpp`), so this
 tells what goes wrong between CPU and GPU, what is waited for, and how much memory tensors take,
 and says nothing about speed, CUDA's own kernels, or what its allocator loses between blocks. Flash
-attention is done by its formula (`paper_attention.py`). Needs a C++ compiler and a torch without
-CUDA; $PAPER_GPU_MIB is the memory of the card (8,192). The last line on stderr is a report.
+attention is done by its formula (`paper_attention.py`). Everything is done when it is asked for, so
+what is read too early is not noticed; CPU and card draw the same random numbers from one place;
+CUDA's streams, events and graphs are not there. Needs a C++ compiler and a torch without CUDA;
+$PAPER_GPU_MIB is the memory of the card (8,192). The last line on stderr is a report.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,11 +21,12 @@ import runpy
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from xtuner.models.cpu_library import compiled
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MB = 2**20
@@ -37,8 +39,7 @@ class PaperGpu:
         self._library = library
         for name in ("paper_held", "paper_most", "paper_waits"):
             getattr(library, name).restype = ctypes.c_int64
-        for name in ("paper_limit", "paper_set_waits"):
-            getattr(library, name).argtypes = [ctypes.c_int64]
+        library.paper_limit.argtypes = [ctypes.c_int64]
         self.limit(memory)
 
     @property
@@ -60,11 +61,11 @@ class PaperGpu:
         """The function, whose own waits are not counted."""
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            before = self.waits
+            self._library.paper_unseen(1)
             try:
                 return function(*args, **kwargs)
             finally:
-                self._library.paper_set_waits(before)
+                self._library.paper_unseen(0)
 
         return called
 
@@ -72,6 +73,10 @@ class PaperGpu:
         """Let tensors hold so many bytes."""
         self.memory = memory
         self._library.paper_limit(memory)
+
+    def wait(self) -> None:
+        """The CPU waits once."""
+        self._library.paper_wait()
 
     def forget_most(self) -> None:
         """Count the most from now on."""
@@ -87,11 +92,8 @@ def install(memory: int) -> PaperGpu:
     if "torch" in sys.modules:
         raise RuntimeError("torch is imported already; a GPU on paper has to come before it")
     card = PaperGpu(ctypes.CDLL(str(_compiled())), memory)
-    import torch
-
-    if torch.version.cuda is not None:
-        raise RuntimeError("this torch knows CUDA; a GPU on paper needs one that does not")
     import bitsandbytes
+    import torch
     import transformers  # noqa: F401  both look for a GPU when they are imported
 
     _pretend(torch, card)
@@ -106,55 +108,52 @@ def install(memory: int) -> PaperGpu:
 
 
 def _compiled() -> Path:
-    """The device, compiled (ten seconds) if it is not there yet."""
+    """The device for the torch that is installed, compiled (ten seconds) if it is not there yet."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     spec = importlib.util.find_spec("torch")
     if compiler is None or spec is None or spec.origin is None:
         raise RuntimeError("a GPU on paper needs torch and a C++ compiler (c++)")
     torch = Path(spec.origin).parent
-    version = (torch / "version.py").read_text()
-    known = hashlib.sha256((SOURCE.read_text() + version + str(torch)).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser() / "paper_gpu"
-    path = home / f"{known}.so"
-    if not path.is_file():
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        include = torch / "include"
-        with tempfile.TemporaryDirectory(dir=home) as folder:
-            made = Path(folder) / "device.so"
-            command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE)]
-            command += [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{torch}/lib"]
-            command += ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib", "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"a GPU on paper could not be compiled:\n{done.stderr[-2000:]}")
-            made.replace(path)
-    return path
+    version = torch / "version.py"
+    if "cuda: Optional[str] = None" not in version.read_text():
+        raise RuntimeError("this torch knows CUDA; a GPU on paper needs one that does not")
+    include = torch / "include"
+    command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE)]
+    command += [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{torch}/lib"]
+    command += ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
+    try:
+        return compiled("paper_gpu", (SOURCE, version), command)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"a GPU on paper was not compiled:\n{error.stderr[-2000:]}") from error
 
 
 def _pretend(torch: Any, card: PaperGpu) -> None:
     """Let ``torch.cuda`` speak of the card. It has no random numbers of its own."""
     state = torch.random.get_rng_state
-    properties = SimpleNamespace(
-        name="a GPU on paper", major=9, minor=0, total_memory=card.memory, multi_processor_count=1
-    )
+    name = "a GPU on paper"
+
+    def properties(*_: Any) -> Any:
+        return SimpleNamespace(
+            name=name, major=9, minor=0, total_memory=card.memory, multi_processor_count=1
+        )
+
     answers = {
         "is_available": True,
         "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
         "get_device_capability": (9, 0),
-        "get_device_properties": properties,
-        "get_device_name": properties.name,
+        "get_device_name": name,
         "is_bf16_supported": True,
-        **dict.fromkeys(
-            "_lazy_init set_device synchronize empty_cache manual_seed manual_seed_all".split()
-        ),
+        **dict.fromkeys("_lazy_init set_device empty_cache manual_seed manual_seed_all".split()),
         **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
         "set_rng_state_all": None,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
     functions: dict[str, Callable[..., Any]] = {
+        "get_device_properties": properties,
+        "synchronize": lambda *_: card.wait(),
         "mem_get_info": lambda *_: (card.memory - card.held, card.memory),
         "memory_allocated": lambda *_: card.held,
         "memory_reserved": lambda *_: card.held,
@@ -184,8 +183,14 @@ def _page_nothing(torch: Any, functional: Any) -> None:
 
 def main() -> None:
     """Run a module, as ``python -m`` does, and report."""
+    memory = os.environ.get("PAPER_GPU_MIB", "8192")
+    if len(sys.argv) < 2 or not memory.isdecimal():
+        sys.exit(
+            "usage: [PAPER_GPU_MIB=8192] python -m xtuner.testing.paper_gpu MODULE [ARGUMENT ...], "
+            f"as xtuner.cli.app train my_settings.py; got {sys.argv[1:]}, PAPER_GPU_MIB={memory}"
+        )
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what a GPU has ready
-    card = install(int(os.environ.get("PAPER_GPU_MIB", "8192")) * MB)
+    card = install(int(memory) * MB)
     module, sys.argv = sys.argv[1], sys.argv[1:]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
