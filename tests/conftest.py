@@ -8,18 +8,25 @@ os.environ["XTUNER_STRICT"] = "1"  # a fault in the forecast, which runs survive
 
 import pytest
 
+COMPILED = ("kernels", "paper_gpu")
+
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """Where the CPU kernels lie, so that they are compiled once for all tests."""
-    return tmp_path_factory.mktemp("kernels")
+    """Where the CPU kernels and the GPU on paper lie, so that they are compiled once for all
+    tests."""
+    folder = tmp_path_factory.mktemp("compiled")
+    for name in COMPILED:
+        (folder / name).mkdir(mode=0o700)
+    return folder
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch, compiled):
     """Keep encoded data sets and fetched models out of the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
-    (folder / "kernels").symlink_to(compiled, target_is_directory=True)
+    for name in COMPILED:
+        (folder / name).symlink_to(compiled / name, target_is_directory=True)
     monkeypatch.setenv("XTUNER_CACHE", str(folder))
 
 

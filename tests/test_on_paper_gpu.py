@@ -97,10 +97,12 @@ def losses(work_dir):
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop(tmp_path_factory, compiled):
     folder = tmp_path_factory.mktemp("paper")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        Path("cache").mkdir()
+        Path("cache/paper_gpu").symlink_to(compiled / "paper_gpu", target_is_directory=True)
         patch.setenv("XTUNER_CACHE", str(folder / "cache"))
         sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
         tiny_model_folder("model", **sizes, initializer_range=0.1)
