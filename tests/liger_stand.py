@@ -48,14 +48,15 @@ def turned(x, cos, sin):
 
 
 class Stand:
-    """The package, with norms `factor` times as large; `calls` names the functions called."""
+    """The package; what the function `wrong` gives is a tenth too large, and `calls` names the
+    functions called."""
 
-    def __init__(self, factor=1.0):
+    def __init__(self, wrong=None):
         def norm(x, weight, eps, *options):
             assert options == (0.0, "llama", False)
-            return factor * F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+            return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
-        self.calls = []
+        self.calls, self.wrong = [], wrong
         made = {
             "rms_norm": ("LigerRMSNormFunction", norm),
             "swiglu": ("LigerSiLUMulFunction", Overwriting.apply),
@@ -74,6 +75,9 @@ class Stand:
 
         def call(*arguments):
             self.calls.append(name)
-            return function(*arguments)
+            found = function(*arguments)
+            if name != self.wrong:
+                return found
+            return tuple(1.1 * x for x in found) if isinstance(found, tuple) else 1.1 * found
 
         return call

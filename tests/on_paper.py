@@ -5,10 +5,7 @@ there is a stand-in for liger's kernels."""
 import contextlib
 import io
 import json
-import os
 import sys
-
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 from xtuner.testing import paper_gpu
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from xtuner.cli.app import main
+from xtuner.testing import paper_gpu
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("c++") is None, reason="it has to be compiled"),
+    pytest.mark.skipif(paper_gpu.find_compiler() is None, reason="it has to be compiled"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch knows real ones"),
 ]
 MB = 2**20
@@ -150,6 +151,7 @@ def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
         paper_gpu.install(2**30)
         import torch
         table, ids = torch.ones(4, 3, device="cuda"), torch.tensor([0, 2])
+        assert torch.cuda.get_device_properties(0).name == torch.cuda.get_device_name()
         print(torch.nn.functional.embedding(ids.cuda(), table).sum().item(), table[ids].device)
         try: torch.nn.functional.embedding(ids, table)
         except RuntimeError as error: print(error)

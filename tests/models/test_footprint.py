@@ -8,6 +8,7 @@ import torch
 from xtuner.models import adapters, attention, footprint, fused_layers
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.cpu_library import has_products
+from xtuner.models.live_bytes import LiveBytes
 from xtuner.models.load import load_model
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.types import Batch
@@ -42,7 +43,7 @@ def real_peak(folder, *, lora, recompute, dtype, autocast, accumulate):
         packed.supervised_loss(batch).backward()
     earlier = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     with footprint._caches_apart():
-        counter = footprint.LiveBytes()
+        counter = LiveBytes()
         with counter:
             packed.supervised_loss(batch).backward()
     return max(counter.history) + earlier, model

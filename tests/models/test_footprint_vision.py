@@ -10,6 +10,7 @@ from xtuner.data.pictures import PictureFolder
 from xtuner.data.sight import PictureCollate, Sight
 from xtuner.models import adapters, attention, footprint, fused_layers, llava_parts
 from xtuner.models.footprint_vision import measure_eyes, tokens_each
+from xtuner.models.live_bytes import LiveBytes
 from xtuner.models.load import load_model
 from xtuner.models.sight import Processor
 from xtuner.testing.tiny import tiny_model_folder
@@ -72,7 +73,7 @@ def test_equals_the_real_step(folder, case, accumulate):
         parts.packed.supervised_loss(batch).backward()
     earlier = sum(p.grad.nbytes for p in real if p.grad is not None)
     with footprint._caches_apart():
-        counter = footprint.LiveBytes()
+        counter = LiveBytes()
         with counter:
             parts.packed.supervised_loss(batch).backward()
     peak = max(counter.history) + batch.pictures.pixel_values.nbytes + earlier

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from xtuner.models import attention, fused_layers, liger
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.footprint import LiveBytes
 from xtuner.models.fused_layers import GatedMLP, RMSNorm
+from xtuner.models.live_bytes import LiveBytes
 from xtuner.testing.tiny import tiny_model
 
 
@@ -141,15 +141,15 @@ def test_only_layers_that_compute_the_same_are_replaced():
     assert fused_layers.install(model) == 0
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.1], ids=["right", "wrong"])
-def test_kernels_of_liger_are_used_only_where_they_are_right(monkeypatch, factor):
+@pytest.mark.parametrize("wrong", [None, "rms_norm", "swiglu", "rope"])
+def test_kernels_of_liger_are_used_only_where_they_are_right(monkeypatch, wrong):
     """No GPU here: a CPU takes its place, and torch that of the kernels."""
-    stand = Stand(factor)
+    stand = Stand(wrong)
     for name, module in stand.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # as a check of layers asks
         found, said = liger._checked.__wrapped__(torch.device("cpu"))
-    assert (found is not None) == (factor == 1.0)
+    assert (found is not None) == (wrong is None)
     assert said == (
         "liger's kernels" if found else "liger's kernels are not used (wrong numbers on this card)"
     )

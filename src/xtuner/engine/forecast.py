@@ -262,6 +262,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
         longest = min(longest, TYPICAL_SAMPLE + picture)
     total = settings.batch_size * whole
     lengths = (longest,) * (total // longest) + ((total % longest,) if total % longest else ())
+    accumulate = settings.accumulative_counts > 1
     found = measure(
         settings.pretrained_model_name_or_path,
         tokens=lengths,
@@ -272,7 +273,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
         frozen=settings.llm_training == "frozen",
         sees=settings.sees,
         recompute=recompute,
-        accumulate=settings.accumulative_counts > 1,
+        accumulate=accumulate,
         flash=device == "cuda" and dtype != torch.float32,
         autocast=dtype if mixed else None,
         trust_remote_code=settings.trust_remote_code,
@@ -280,7 +281,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
     if not settings.sees:
         return found
     eyes = measure_eyes(settings, pictures=len(lengths), width=found.width, dtype=dtype)
-    return eyes.beside(found, accumulate=settings.accumulative_counts > 1)
+    return eyes.beside(found, accumulate=accumulate)
 
 
 def _bytes_of_moments(optim_type: str) -> float:

@@ -9,7 +9,6 @@ not of a formula for the average one.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from xtuner.models import (
@@ -33,6 +30,7 @@ from xtuner.models import (
 from xtuner.models.attention import training_implementation
 from xtuner.models.causal_lm import missing_to_round
 from xtuner.models.cpu_kernels import kernels_for, shapes_only
+from xtuner.models.live_bytes import LiveBytes, pretend_cpu
 from xtuner.models.load import located_config, quiet_transformers
 from xtuner.models.quantize import Quantization
 from xtuner.models.workspace import kept
@@ -200,25 +198,6 @@ def _fix_rotation(model: nn.Module) -> None:
             module.rope_type = dict.fromkeys(kind, "default")  # type: ignore[assignment]
 
 
-def pretend_cpu(model: nn.Module) -> None:
-    """Put tensors that claim to lie on a CPU in the places of meta tensors; shared ones stay so."""
-    made: dict[int, Tensor] = {}
-
-    def stand_in(x: Tensor) -> Tensor:
-        if id(x) not in made:
-            fake = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-            made[id(x)] = (
-                nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
-            )
-        return made[id(x)]
-
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, x in tensors.items():
-                if x is not None:
-                    tensors[name] = stand_in(x)  # type: ignore[assignment]
-
-
 def _quantised_size(
     model: nn.Module, quantization: Quantization, double: bool
 ) -> tuple[float, int]:
@@ -316,39 +295,6 @@ class _Lengths:
 
     def __len__(self) -> int:
         return len(self._ends)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all living storages made while it is on, after every operation."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.history: list[int] = []
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self._count(x.untyped_storage(), given)
-        self.history.append(self.live)
-        return result
-
-    def _count(self, storage: Any, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in given:
-            return
-        self._known.add(key)
-        self.live += size
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 class _FlashFootprint(torch.autograd.Function):

@@ -14,7 +14,8 @@ from torch import nn
 
 from xtuner.config.schema import Settings
 from xtuner.models import adapters
-from xtuner.models.footprint import Footprint, LiveBytes, pretend_cpu
+from xtuner.models.footprint import Footprint
+from xtuner.models.live_bytes import LiveBytes, pretend_cpu
 from xtuner.models.llava_parts import used_layers, with_adapter
 from xtuner.models.load import quiet_transformers
 from xtuner.models.sight import check_layer, select, vision_config

@@ -30,6 +30,7 @@ from xtuner.models.cpu_library import compiled
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MB = 2**20
+NAME = "a GPU on paper"
 
 
 class PaperGpu:
@@ -37,6 +38,7 @@ class PaperGpu:
 
     def __init__(self, library: ctypes.CDLL, memory: int):
         self._library = library
+        self.registered: Any = None  # functions of the card, for as long as this lives
         for name in ("paper_held", "paper_most", "paper_waits"):
             getattr(library, name).restype = ctypes.c_int64
         library.paper_limit.argtypes = [ctypes.c_int64]
@@ -91,6 +93,7 @@ def install(memory: int) -> PaperGpu:
     """
     if "torch" in sys.modules:
         raise RuntimeError("torch is imported already; a GPU on paper has to come before it")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what a GPU has ready
     card = PaperGpu(ctypes.CDLL(str(_compiled())), memory)
     import bitsandbytes
     import torch
@@ -103,13 +106,18 @@ def install(memory: int) -> PaperGpu:
     library = torch.library.Library("aten", "IMPL")
     for name, function in paper_attention.FUNCTIONS.items():
         library.impl(name, card.without_waits(function), "CUDA")
-    card.kept = library  # type: ignore[attr-defined]  # registered as long as it lives
+    card.registered = library
     return card
+
+
+def find_compiler() -> str | None:
+    """The path of a C++ compiler, if there is one."""
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
 def _compiled() -> Path:
     """The device for the torch that is installed, compiled (ten seconds) if it is not there yet."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = find_compiler()
     spec = importlib.util.find_spec("torch")
     if compiler is None or spec is None or spec.origin is None:
         raise RuntimeError("a GPU on paper needs torch and a C++ compiler (c++)")
@@ -130,11 +138,10 @@ def _compiled() -> Path:
 def _pretend(torch: Any, card: PaperGpu) -> None:
     """Let ``torch.cuda`` speak of the card. It has no random numbers of its own."""
     state = torch.random.get_rng_state
-    name = "a GPU on paper"
 
     def properties(*_: Any) -> Any:
         return SimpleNamespace(
-            name=name, major=9, minor=0, total_memory=card.memory, multi_processor_count=1
+            name=NAME, major=9, minor=0, total_memory=card.memory, multi_processor_count=1
         )
 
     answers = {
@@ -143,7 +150,7 @@ def _pretend(torch: Any, card: PaperGpu) -> None:
         "device_count": 1,
         "current_device": 0,
         "get_device_capability": (9, 0),
-        "get_device_name": name,
+        "get_device_name": NAME,
         "is_bf16_supported": True,
         **dict.fromkeys("_lazy_init set_device empty_cache manual_seed manual_seed_all".split()),
         **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
@@ -189,7 +196,6 @@ def main() -> None:
             "usage: [PAPER_GPU_MIB=8192] python -m xtuner.testing.paper_gpu MODULE [ARGUMENT ...], "
             f"as xtuner.cli.app train my_settings.py; got {sys.argv[1:]}, PAPER_GPU_MIB={memory}"
         )
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what a GPU has ready
     card = install(int(memory) * MB)
     module, sys.argv = sys.argv[1], sys.argv[1:]
     try:
