@@ -5,7 +5,7 @@
 
 The measured figure is the highest resident memory of `xtuner train` as the system counts it. On a
 GPU it is what torch reserved at most; where there is none, the highest sum of all tensors on a GPU
-on paper (`xtuner.testing.paper_gpu`), of which the forecast should be 5 % above: so much is
+on paper (`xtuner.testing.fake_cuda.device`), of which the forecast should be 5 % above: so much is
 reckoned for gaps between blocks. A 7B model takes a quarter of an hour there, and 20 GB of disk.
 """
 
@@ -112,7 +112,7 @@ def of_large_models(place: Path, options: argparse.Namespace) -> Iterator[Case]:
 def main() -> None:
     """Print the table."""
     from xtuner.config.schema import Settings
-    from xtuner.engine.forecast import plan_memory
+    from xtuner.memory.forecast import plan_memory
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if options.gpu else "cpu"
     paper = options.gpu and not torch.cuda.is_available()
-    through = ("xtuner.testing.paper_gpu",) if paper else ()
+    through = ("xtuner.testing.fake_cuda.device",) if paper else ()
     os.environ.setdefault("PAPER_GPU_MIB", str(2**20))  # no limit
     print("| settings | forecast MiB | measured MiB | forecast / measured |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=HOME if options.gpu and HOME.exists() else None) as folder:

@@ -21,9 +21,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from xtuner.chat.generate import GenerationOptions
 from xtuner.chat.opening import open_chat
 from xtuner.chat.session import Session
+from xtuner.generation.generate import GenerationOptions
 
 KINDS = ("count", "digit", "colour")
 Row = dict[str, Any]

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from xtuner.chat import opening
-from xtuner.chat.generate import GenerationOptions
 from xtuner.errors import ConfigError, ModelError
-from xtuner.models import adapters, fetch
+from xtuner.generation.generate import GenerationOptions
+from xtuner.hub import fetch
+from xtuner.models import adapters
 from xtuner.models.load import load_model
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
 from xtuner.testing.tiny import tiny_model_folder, tiny_tokenizer
 

@@ -2,9 +2,9 @@ import pytest
 from scripted_model import ScriptedModel
 
 from xtuner import templates
-from xtuner.chat.generate import GenerationOptions
 from xtuner.chat.session import Session
 from xtuner.errors import ModelError
+from xtuner.generation.generate import GenerationOptions
 from xtuner.testing.tiny import tiny_tokenizer
 from xtuner.types import Conversation, Message
 

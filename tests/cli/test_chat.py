@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from xtuner.chat import opening, terminal
-from xtuner.chat.generate import GenerationOptions
 from xtuner.chat.opening import open_chat
 from xtuner.cli import app
+from xtuner.generation.generate import GenerationOptions
 
 EIGHT = GenerationOptions(max_new_tokens=8)
 SHORT = ("--max-new-tokens", "8", "--dtype", "float32")

@@ -7,7 +7,7 @@ from xtuner.cli.app import main
 from xtuner.convert.weights import Weights
 from xtuner.models.adapters import add_adapter
 from xtuner.models.load import load_model
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
 from xtuner.testing.tiny import tiny_tokenizer
 

@@ -3,7 +3,7 @@
 import pytest
 from checkpoint_maker import write_adapter
 
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from xtuner.convert.weights import Weights
 from xtuner.errors import ModelError
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.run_info import RunInfo
 from xtuner.testing.tiny import tiny_model, tiny_model_folder
 
 IDS = torch.arange(5, 45)[None]

@@ -6,7 +6,7 @@ import torch
 from xtuner.convert.merge import merge
 from xtuner.models.adapters import add_adapter, load_adapter
 from xtuner.models.load import load_model
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from xtuner.convert.weights import Weights
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.run_info import RunInfo
 
 
 def convert(*arguments, **options):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from xtuner.cli.app import main
 from xtuner.convert.llava import write_whole
-from xtuner.data.pictures import open_picture
+from xtuner.data.images.files import open_picture
 from xtuner.errors import ModelError
 from xtuner.testing.tiny import CHATML_TEMPLATE, tiny_model, tiny_tokenizer
 from xtuner.testing.vision import tiny_pictures, tiny_visual_encoder_folder

@@ -10,11 +10,11 @@ from data_makers import build_data, chats, settings, write_jsonl
 from xtuner import templates
 from xtuner.data.build import build
 from xtuner.data.collate import lay_out
+from xtuner.data.images.expansion import PictureCollate, Sight
+from xtuner.data.images.files import PictureFolder
 from xtuner.data.loader import Loader
-from xtuner.data.pictures import PictureFolder
-from xtuner.data.sight import PictureCollate, Sight
 from xtuner.errors import DataError
-from xtuner.models.sight import add_image_token
+from xtuner.models.vision.tower import add_image_token
 from xtuner.testing.tiny import tiny_tokenizer
 from xtuner.testing.vision import tiny_pictures
 

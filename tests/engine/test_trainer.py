@@ -18,14 +18,14 @@ from torch.nn import functional as F
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
-from xtuner.engine.distributed import Processes
+from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.engine.out_of_memory import is_out_of_memory
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.errors import DataError, LaunchError, TrainingError
-from xtuner.models import attention
+from xtuner.kernels import attention
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.testing.distributed import run_distributed
+from xtuner.parallel.processes import Processes
+from xtuner.testing.run_distributed import run_distributed
 from xtuner.testing.tiny import tiny_model
 from xtuner.types import RowRef, Sample
 

@@ -34,7 +34,7 @@ def loss_and_gradients(model):
 def with_peft_forward(monkeypatch):
     from xtuner.models import adapters
 
-    monkeypatch.setattr(adapters, "_layer_classes", dict)
+    monkeypatch.setattr(adapters, "layer_classes", dict)
 
 
 def test_equals_peft_in_float32(monkeypatch):

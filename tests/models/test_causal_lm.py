@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
-from xtuner.models import attention, cpu_library, fused_attention, fused_layers
+from xtuner.kernels import attention, fused_attention, fused_norm_mlp
+from xtuner.kernels.cpu import build
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_model
 from xtuner.testing.tiny import tiny_model
@@ -73,9 +74,9 @@ def test_packed_equals_one_by_one(architecture, implementation):
     fused = implementation == "fused"
     model.set_attn_implementation(attention.NAME if fused else implementation)
     if fused:
-        fused_layers.install(model)
+        fused_norm_mlp.install(model)
         changed = fused_attention.install(model)
-        assert changed == (CHANGED.get(architecture, 0) if cpu_library.library()[0] else 0)
+        assert changed == (CHANGED.get(architecture, 0) if build.library()[0] else 0)
     packed = PackedCausalLM(model)
     packed.verify()
     loss = packed.supervised_loss(batch)
@@ -96,7 +97,7 @@ def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path(
         model.set_attn_implementation(attention.register())
         if fused:
             changed = fused_attention.install(model)
-            assert changed == (2 if cpu_library.library()[0] else 0)
+            assert changed == (2 if build.library()[0] else 0)
         packed = PackedCausalLM(model, autocast=torch.bfloat16)
         packed.verify()
         loss = packed.supervised_loss(batch)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from xtuner.models.low_rank import frozen_weight
-from xtuner.models.quantize import Rounding, mend_4bit_layers
+from xtuner.kernels.four_bit import mend_4bit_layers
+from xtuner.kernels.lora_linear import frozen_weight
+from xtuner.models.quantize import Rounding
 
 
 def quantised(width, out, *, kind, double):

@@ -12,24 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xtuner.chat.generate import GenerationOptions
 from xtuner.chat.session import Session
-from xtuner.chat.vision import Vision
+from xtuner.device.select import pick_device, resolve_dtype
 from xtuner.errors import ConfigError, ModelError
-from xtuner.models import fetch
+from xtuner.generation.generate import GenerationOptions
+from xtuner.generation.images import Vision
+from xtuner.hub import fetch
 from xtuner.models.adapters import load_adapter
-from xtuner.models.llava_load import Seeing, Sources, load_llava, load_whole
-from xtuner.models.llava_parts import LLM, is_llava_folder, run_of
-from xtuner.models.load import (
-    load_model,
-    load_tokenizer,
-    pick_device,
-    read_config,
-    resolve_dtype,
-)
+from xtuner.models.load import load_model, load_tokenizer, read_config
 from xtuner.models.quantize import Quantization, Rounding
-from xtuner.models.runinfo import RunInfo
-from xtuner.models.sight import add_image_token
+from xtuner.models.run_info import RunInfo
+from xtuner.models.vision.load import Seeing, Sources, load_llava, load_whole
+from xtuner.models.vision.parts import LLM, is_llava_folder, run_of
+from xtuner.models.vision.tower import add_image_token
 from xtuner.templates import load as load_template
 from xtuner.templates.base import Template
 

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from xtuner.chat.generate import GenerationOptions, context_length, stream
-from xtuner.chat.vision import Vision, question, without_places
 from xtuner.errors import DataError
+from xtuner.generation.generate import GenerationOptions, context_length, stream
+from xtuner.generation.images import Vision, question, without_places
 from xtuner.templates.base import Template
 from xtuner.types import IMAGE, Message
 

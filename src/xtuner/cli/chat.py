@@ -111,9 +111,9 @@ def command(
     Type a question and an empty line. EXIT leaves, RESET forgets the conversation, Ctrl-C stops an
     answer. Questions may also come through a pipe, parted by empty lines.
     """
-    from xtuner.chat.generate import GenerationOptions
     from xtuner.chat.opening import open_chat
     from xtuner.chat.terminal import Terminal
+    from xtuner.generation.generate import GenerationOptions
 
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,

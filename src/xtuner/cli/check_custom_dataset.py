@@ -33,12 +33,12 @@ def command(
     """
     from xtuner.config.load import load_settings
     from xtuner.data.build import build
-    from xtuner.data.check import bad_rows
-    from xtuner.data.picture import visible
+    from xtuner.data.report.check import bad_rows
+    from xtuner.data.report.show_tokens import visible
     from xtuner.errors import DataError
     from xtuner.models.load import load_tokenizer
-    from xtuner.run_vision import sight_of
     from xtuner.templates import of_run
+    from xtuner.train.vision import sight_of
 
     loaded = load_settings(config, overrides=overrides or ())
     settings = loaded.settings

@@ -16,6 +16,6 @@ def command(
     ],
 ) -> None:
     """Fetch a model once and print its folder."""
-    from xtuner.models.fetch import fetch
+    from xtuner.hub.fetch import fetch
 
     typer.echo(str(fetch(name)))

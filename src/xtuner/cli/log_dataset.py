@@ -10,8 +10,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xtuner.data.pack import PackedDataset
-    from xtuner.data.sight import Sight
+    from xtuner.data.images.expansion import Sight
+    from xtuner.data.packing.pack import PackedDataset
 
 
 class Show(StrEnum):
@@ -53,8 +53,8 @@ def command(
     from xtuner.config.load import load_settings
     from xtuner.data.build import build
     from xtuner.models.load import load_tokenizer
-    from xtuner.run_vision import sight_of
     from xtuner.templates import of_run
+    from xtuner.train.vision import sight_of
 
     loaded = load_settings(config, overrides=overrides or ())
     settings = loaded.settings
@@ -84,7 +84,7 @@ def _print_pack(
 ) -> None:
     from rich.rule import Rule
 
-    from xtuner.data.picture import draw
+    from xtuner.data.report.show_tokens import draw
 
     samples = [sight.whole(sample) if sight else sample for sample in packs[number]]
     tokens = sum(len(sample.input_ids) for sample in samples)

@@ -61,8 +61,8 @@ def command(
     if memory and not dry_run:
         raise typer.BadParameter("--memory goes with --dry-run")
     if dry_run:
-        from xtuner import run
-        from xtuner.engine.forecast import parse_memory
+        from xtuner.memory.forecast import parse_memory
+        from xtuner.train import run
 
         stated = None if memory is None else parse_memory(memory)
         fits = run.dry_run(loaded, memory=stated, processes=nproc)
@@ -71,12 +71,12 @@ def command(
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
     _set_up_memory(loaded.settings.device)
     if nproc > 1 and "RANK" not in os.environ:
-        from xtuner.engine.launch import launch
+        from xtuner.parallel.launch import launch
 
         raise typer.Exit(launch([sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]], nproc))
 
     from xtuner.engine.trainer import Interrupted
-    from xtuner.run import train
+    from xtuner.train.run import train
 
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)

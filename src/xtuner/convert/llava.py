@@ -30,23 +30,17 @@ from xtuner.convert.weights import (
     write_config,
     write_shards,
 )
+from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import CheckpointError, ModelError
-from xtuner.models import llava_parts as parts_of
 from xtuner.models.adapters import load_adapter
-from xtuner.models.llava import portable_config
-from xtuner.models.llava_load import Seeing, Sources, load_llava
-from xtuner.models.load import (
-    DTYPES,
-    load_tokenizer,
-    located,
-    pick_device,
-    quiet_transformers,
-    read_config,
-)
+from xtuner.models.load import load_tokenizer, located, quiet_transformers, read_config
 from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import Rounding
-from xtuner.models.runinfo import RunInfo
-from xtuner.models.sight import Processor, add_image_token, load_visual_encoder, strategy_of
+from xtuner.models.run_info import RunInfo
+from xtuner.models.vision import parts as parts_of
+from xtuner.models.vision.llava import portable_config
+from xtuner.models.vision.load import Seeing, Sources, load_llava
+from xtuner.models.vision.tower import Processor, add_image_token, load_visual_encoder, strategy_of
 from xtuner.templates.base import Template
 from xtuner.templates.jinja import as_jinja
 from xtuner.types import IMAGE, Message

@@ -32,14 +32,15 @@ from xtuner.convert.weights import (
     write_config,
     write_shards,
 )
+from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import ModelError
-from xtuner.models import fetch
+from xtuner.hub import fetch
 from xtuner.models.adapters import load_adapter
-from xtuner.models.llava_parts import LLM_ADAPTER, run_of
-from xtuner.models.load import DTYPES, load_tokenizer, pick_device, read_config
+from xtuner.models.load import load_tokenizer, read_config
 from xtuner.models.quantize import Rounding
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
+from xtuner.models.vision.parts import LLM_ADAPTER, run_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Tell = Callable[[str], None]

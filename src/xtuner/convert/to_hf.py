@@ -20,11 +20,11 @@ from xtuner.convert.weights import (
     write_config,
     write_shards,
 )
+from xtuner.device.select import DTYPES
 from xtuner.errors import CheckpointError
-from xtuner.models import fetch
-from xtuner.models.llava_parts import LLM, LLM_ADAPTER, PROJECTOR, run_of
-from xtuner.models.load import DTYPES
-from xtuner.models.runinfo import RunInfo
+from xtuner.hub import fetch
+from xtuner.models.run_info import RunInfo
+from xtuner.models.vision.parts import LLM, LLM_ADAPTER, PROJECTOR, run_of
 
 _MARKS = ("adapter_config.json", "config.json")
 LEFT_OUT = (

@@ -14,18 +14,24 @@ from typing import Any
 import numpy as np
 
 from xtuner.config.schema import Settings
-from xtuner.data import order
-from xtuner.data.account import Encoded, Room, duplicate_notes, num_duplicates, refuse_unusable
-from xtuner.data.encoding import Encoding
-from xtuner.data.mix import mixed_rows, set_aside
-from xtuner.data.order import Ints
-from xtuner.data.overlong import fit
-from xtuner.data.pack import PackedDataset
-from xtuner.data.plans import planned
-from xtuner.data.prepare import prepare
-from xtuner.data.report import DataReport, PartReport
-from xtuner.data.samples import SampleTable, samples_of
-from xtuner.data.sight import Sight
+from xtuner.data.images.expansion import Sight
+from xtuner.data.packing import order
+from xtuner.data.packing.mix import mixed_rows, set_aside
+from xtuner.data.packing.order import Ints
+from xtuner.data.packing.overlong import fit
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.plan_cache import planned
+from xtuner.data.packing.samples import SampleTable, samples_of
+from xtuner.data.report.account import (
+    Encoded,
+    Room,
+    duplicate_notes,
+    num_duplicates,
+    refuse_unusable,
+)
+from xtuner.data.report.data_report import DataReport, PartReport
+from xtuner.data.sources.resolve import prepare
+from xtuner.data.tokenize.encode import Encoding
 from xtuner.errors import DataError
 from xtuner.templates.base import Template
 

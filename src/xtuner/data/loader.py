@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from xtuner.data import order
-from xtuner.data.pack import PackedDataset
+from xtuner.data.packing import order
+from xtuner.data.packing.pack import PackedDataset
 from xtuner.errors import DataError, XTunerError
 from xtuner.types import Batch, Sample
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.optim import load_optimizer
-from xtuner.engine.out_of_memory import is_out_of_memory
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models.save import flush, flush_tree
 

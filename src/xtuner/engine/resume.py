@@ -7,7 +7,7 @@ from typing import Any
 
 from xtuner.config.schema import Settings
 from xtuner.errors import CheckpointError
-from xtuner.models.runinfo import RunInfo
+from xtuner.models.run_info import RunInfo
 
 SHAPING_SETTINGS = tuple(
     "pretrained_model_name_or_path algorithm tuning lora_r lora_target_modules "

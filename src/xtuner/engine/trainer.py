@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from xtuner.config.schema import Settings
+from xtuner.device.host import memory_mb
+from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine import faults, optim
-from xtuner.engine.distributed import Processes
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.engine.host import memory_mb
-from xtuner.engine.out_of_memory import is_out_of_memory
 from xtuner.engine.signals import StopRequest
 from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
+from xtuner.parallel.processes import Processes
 from xtuner.types import Algorithm, Batch
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
-from xtuner.models import attention
-from xtuner.models.loss import cross_entropy_of_logits, summed_cross_entropy
+from xtuner.kernels import attention
+from xtuner.kernels.cross_entropy import cross_entropy_of_logits, summed_cross_entropy
 from xtuner.models.quantize import row_by_row
 from xtuner.types import IGNORE_INDEX, Batch
 

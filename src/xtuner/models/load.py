@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from xtuner import plugins
-from xtuner.errors import LaunchError, ModelError, listed
-from xtuner.models import fetch
-from xtuner.models.quantize import Quantization, mend_4bit_layers, quantization_config
+from xtuner.errors import ModelError, listed
+from xtuner.hub import fetch
+from xtuner.kernels.four_bit import mend_4bit_layers
+from xtuner.models.quantize import Quantization, quantization_config
 
 # PEFT 0.21 reads a property that transformers 5.23 renamed; the note is for its authors, not for
 # users.
@@ -37,50 +38,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # With 8-bit weights it tells at every layer and step that inputs are cast.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pick_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> str:
-    """Return 'cuda' or 'cpu'.
-
-    Raises:
-        LaunchError: 'cuda' was asked for and there is no usable GPU.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise LaunchError(
-            "device = 'cuda': torch sees no GPU; set device = 'cpu', or install a CUDA build of "
-            "torch"
-        )
-    return name
-
-
-def has_fast_bfloat16(device: str) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware; a GPU that is not here (a forecast
-    is made for one) is taken to."""
-    if device == "cuda":
-        return not torch.cuda.is_available() or bool(
-            torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-    features = torch.backends.cpu.get_cpu_capability()
-    return features.startswith("AVX512") and _cpu_flag("avx512_bf16")
-
-
-def _cpu_flag(flag: str) -> bool:
-    try:
-        return f" {flag} " in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-
-
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The torch type for `name`; 'auto' is bfloat16 where `device` has it in hardware, else
-    float32."""
-    if name == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    return DTYPES[name]
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -19,8 +19,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from xtuner.hub.weight_files import ADAPTER_FILES, adapter_file, names_of, tensors_of
 from xtuner.models.families.internlm2 import QKV, SplitGroups
-from xtuner.models.stored import ADAPTER_FILES, adapter_file, names_of, tensors_of
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]

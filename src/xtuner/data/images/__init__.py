@@ -1,0 +1,1 @@
+"""Image files, their place among the tokens, and the features kept of them."""

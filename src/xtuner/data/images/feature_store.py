@@ -1,0 +1,80 @@
+"""Features of pictures, kept on disk by the pictures' content: later epochs skip the encoder.
+
+<cache>/features/<hash of encoder and preparation>/<first two letters>/<hash of content>.npy
+
+What the encoder is, is known when it is loaded: before that nothing is found or kept. A file is
+written under another name and renamed, so it is whole or not there. bfloat16, which numpy lacks, is
+kept as its bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xtuner.data.tokenize.cache import cache_root
+
+
+@dataclass
+class FeatureStore:
+    """The features that one visual encoder made of pictures prepared in one way.
+
+    Attributes:
+        folder: where they are; None before `open`.
+        shape: of the features of one picture ``[T, C]``.
+    """
+
+    folder: Path | None = None
+    shape: tuple[int, ...] = ()
+
+    def open(self, facts: Mapping[str, Any], *, shape: tuple[int, ...]) -> None:
+        """Find the place for everything that features depend on besides the picture.
+
+        Args:
+            facts: of the encoder, its weights and the preparation of pictures.
+            shape: of the features of one picture.
+        """
+        text = json.dumps(dict(facts), sort_keys=True, default=str)
+        name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.folder, self.shape = cache_root().parent / "features" / name, shape
+
+    def read(self, key: str) -> Tensor | None:
+        """The features ``[T, C]`` of the picture with this hash; None where they are not kept, or
+        what is there is damaged."""
+        if self.folder is None:
+            return None
+        try:
+            values = np.load(self._file(self.folder, key), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        if values.shape != self.shape or values.dtype not in (np.float32, np.int16):
+            return None
+        tensor = torch.from_numpy(values)
+        return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+
+    def write(self, key: str, features: Tensor) -> None:
+        """Keep features; a full disk costs time later, not the run."""
+        if self.folder is None:
+            return
+        file = self._file(self.folder, key)
+        values = features.detach().cpu().contiguous()
+        values = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+        draft = file.with_name(f".{file.stem}.{os.getpid()}.npy")
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(draft, values.numpy(), allow_pickle=False)
+            os.replace(draft, file)
+
+    @staticmethod
+    def _file(folder: Path, key: str) -> Path:
+        return folder / key[:2] / f"{key}.npy"

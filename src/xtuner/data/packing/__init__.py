@@ -1,0 +1,1 @@
+"""Which samples go into which row, in which order."""

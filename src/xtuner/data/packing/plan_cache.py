@@ -1,0 +1,88 @@
+"""Keep how many samples were packed, so that the next start need not find it out again.
+
+<cache>/packs/<hash of lengths, order and capacity>.npz    members int32 [S], borders int32 [P + 1]
+
+A file is written under another name and renamed. What is read is checked to be a whole plan; if it
+is not, or the disk is full, packing is done anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from xtuner.data.packing.order import Ints
+from xtuner.data.packing.pack import pack
+from xtuner.data.packing.samples import Ints32
+from xtuner.data.tokenize.cache import cache_root
+
+FEW = 20_000
+"""So many samples are packed as fast as a plan is found."""
+
+_VERSION = 1
+"""Raise it when `pack` packs otherwise."""
+
+
+def planned(lengths: Ints | Ints32, capacity: int, *, order: Ints) -> tuple[Ints, Ints]:
+    """What `pack` returns for the same arguments, from disk if it is there."""
+    if len(order) <= FEW:
+        return pack(lengths, capacity, order=order)
+    file = _file(lengths, capacity, order)
+    plan = _read(file, lengths, capacity, order)
+    if plan is None:
+        plan = pack(lengths, capacity, order=order)
+        _write(file, *plan)
+    return plan
+
+
+def _file(lengths: Ints | Ints32, capacity: int, order: Ints) -> Path:
+    digest = hashlib.sha256(f"{_VERSION} {capacity}".encode())
+    for array in (lengths, order):
+        digest.update(np.ascontiguousarray(array, dtype=np.int32).data)
+    return cache_root().parent / "packs" / f"{digest.hexdigest()[:32]}.npz"
+
+
+def _read(
+    file: Path, lengths: Ints | Ints32, capacity: int, order: Ints
+) -> tuple[Ints, Ints] | None:
+    try:
+        with file.open("rb") as raw, np.load(raw, allow_pickle=False) as kept:
+            members, borders = (kept[name].astype(np.int64) for name in ("members", "borders"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    whole = (
+        members.shape == order.shape
+        and _same_numbers(members, order)
+        and borders[0] == 0
+        and borders[-1] == len(members)
+        and bool(np.all(borders[1:] > borders[:-1]))
+        and int(np.add.reduceat(lengths[members], borders[:-1], dtype=np.int64).max()) <= capacity
+    )
+    return (members, borders) if whole else None
+
+
+def _same_numbers(members: Ints, order: Ints) -> bool:
+    """Whether `members` has each number of `order`, which are all different, once."""
+    top = int(order.max())
+    if int(members.min()) < 0 or int(members.max()) > top:
+        return False
+    seen = np.zeros(top + 1, dtype=np.bool_)
+    seen[members] = True
+    return bool(seen[order].all())
+
+
+def _write(file: Path, members: Ints, borders: Ints) -> None:
+    draft = file.with_name(f".{file.stem}.{os.getpid()}-{secrets.token_hex(4)}.npz")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            np.savez(draft, members=members.astype(np.int32), borders=borders.astype(np.int32))
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)

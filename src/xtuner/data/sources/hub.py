@@ -1,0 +1,77 @@
+"""A data set on the hub, read with the `datasets` library, which only this module uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from xtuner.data.sources.rows import RawRow, Unit
+from xtuner.errors import DataError, did_you_mean
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split of a data set; `table` is a ``datasets.Dataset``."""
+
+    name: str
+    table: Any
+    unit: Unit = "row"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the table."""
+        return max(int(self.table.info.size_in_bytes or 0), len(self.table), 1)
+
+    def digest(self) -> str:
+        """The fingerprint that `datasets` keeps of the table."""
+        return str(self.table._fingerprint)
+
+    def rows(self) -> Iterator[RawRow]:
+        """Go through the table."""
+        size, total = self.size, len(self.table)
+        for number, row in enumerate(self.table, 1):
+            yield RawRow(number, row, size * number // total)
+
+
+def open_split(entry: str, *, split: str) -> HubSplit:
+    """Fetch `split` of the data set `entry` ('owner/name', or 'owner/name:configuration').
+
+    Raises:
+        DataError: `datasets` is not installed, or the data set or the split cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"data_path {entry!r}: is not a local path, and reading from the hub needs "
+            "one more package: pip install 'xtuner[hub]'"
+        ) from error
+    name, _, configuration = entry.partition(":")
+    try:
+        table = datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # the library raises many kinds, network ones among them
+        raise _explained(entry, name, configuration, split, error) from error
+    return HubSplit(entry, table)
+
+
+def _explained(
+    entry: str, name: str, configuration: str, split: str, error: Exception
+) -> DataError:
+    first_line = (str(error) or repr(error)).splitlines()[0]
+    if "split" in first_line.lower():
+        import datasets
+
+        try:
+            allowed = datasets.get_dataset_split_names(name, configuration or None)
+        except Exception:
+            allowed = []
+        if allowed:
+            return DataError(
+                f"data_path {entry!r}: has no split {split!r}; set dataset_split to one of "
+                f"{', '.join(allowed)}{did_you_mean(split, allowed)}"
+            )
+    return DataError(
+        f"data_path {entry!r}: is neither a local path nor a data set that can be "
+        f"reached on the hub: {first_line}"
+    )

@@ -1,0 +1,150 @@
+"""Read the rows of one local file: json, jsonl, csv, tsv, parquet, txt; the text ones also as .gz.
+
+The rows come one by one as `RawRow`s. A row that cannot be read comes as a `Fault`; only what makes
+the rest of the file unreadable raises. Lines of JSON are handed on as bytes, so that the encoding
+processes share the work of parsing them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from xtuner.data.sources.json_arrays import array_rows, refuse_single_object
+from xtuner.data.sources.rows import NOT_UTF8, Fault, RawRow, Unit, parse
+from xtuner.data.sources.tables import csv_rows, parquet_rows
+from xtuner.errors import DataError
+from xtuner.types import Row
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+_BOM = b"\xef\xbb\xbf"
+
+
+class _Stream(NamedTuple):
+    """An open file: `data` is unpacked, `position` tells the bytes read of the file on disk."""
+
+    data: BinaryIO
+    position: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A data file on disk; `name` is what messages call it."""
+
+    path: Path
+    name: str
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.path.stat().st_size
+
+    @cached_property
+    def unit(self) -> Unit:
+        """What the numbers of the rows count."""
+        if self._kind == ".parquet":
+            return "row"
+        return "row" if self._kind in (".json", ".jsonl") and self._is_array() else "line"
+
+    def digest(self) -> str:
+        """Hash of what the file holds."""
+        with self._naming_faults(), self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def rows(self) -> Iterator[RawRow]:
+        """Go through the file.
+
+        Raises:
+            DataError: the file, or the rest of it, cannot be read.
+        """
+        if self._kind == ".parquet":
+            size = self.size
+            for number, (row, share) in enumerate(parquet_rows(self.path, name=self.name), 1):
+                yield RawRow(number, row, int(size * share))
+            return
+        with self._naming_faults():
+            with self._open() as stream:
+                if stream.data.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                    raise DataError(f"{self.name}: is UTF-16 text; save the file in UTF-8")
+            with self._open() as stream:
+                yield from self._text_rows(stream)
+
+    def _text_rows(self, stream: _Stream) -> Iterator[RawRow]:
+        data = stream.data
+        if self._kind == ".txt":
+            if (raw := data.read()).removeprefix(_BOM).strip():
+                yield RawRow(1, _document(raw), self.size)
+        elif self._kind in (".csv", ".tsv"):
+            delimiter = "\t" if self._kind == ".tsv" else ","
+            for line, row in csv_rows(data, name=self.name, delimiter=delimiter):
+                yield RawRow(line, row, stream.position())
+        elif self.unit == "row":
+            for number, row in enumerate(array_rows(data, name=self.name), 1):
+                yield RawRow(number, row, stream.position())
+        else:
+            yield from self._line_rows(stream)
+
+    def _line_rows(self, stream: _Stream) -> Iterator[RawRow]:
+        first = True
+        for line, raw in enumerate(stream.data, 1):
+            text = raw.removeprefix(_BOM) if line == 1 else raw
+            if not text.strip():
+                continue
+            if first and self._kind == ".json" and isinstance(parse(text), Fault):
+                with self._open() as whole:
+                    refuse_single_object(whole.data, name=self.name)
+            first = False
+            yield RawRow(line, text, stream.position())
+
+    @property
+    def _kind(self) -> str:
+        return data_suffix(self.path)
+
+    def _is_array(self) -> bool:
+        with self._naming_faults(), self._open() as stream:
+            start = stream.data.read(4096).removeprefix(_BOM).lstrip()
+            while not start and (more := stream.data.read(4096)):
+                start = more.lstrip()
+            return start.startswith(b"[")
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[_Stream]:
+        with self.path.open("rb") as file:
+            if self.path.suffix.lower() == ".gz":
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    yield _Stream(cast(BinaryIO, unpacked), file.tell)
+            else:
+                yield _Stream(file, file.tell)
+
+    @contextlib.contextmanager
+    def _naming_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{self.name}: is not a whole gzip file: {error}") from error
+        except OSError as error:
+            raise DataError(f"{self.name}: cannot be read: {error.strerror or error}") from error
+
+
+def data_suffix(path: Path) -> str:
+    """The suffix that tells the kind of a data file, in lower case and without ``.gz``."""
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return "" if suffix == ".parquet" and name.endswith(".gz") else suffix
+
+
+def _document(raw: bytes) -> Row | Fault:
+    """A text file is one document."""
+    if b"\0" in raw:
+        return Fault("holds NUL bytes, so it is not a text file")
+    try:
+        return {"text": raw.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        return Fault(NOT_UTF8, detail=f"byte {error.start + 1}")

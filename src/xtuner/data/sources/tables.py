@@ -1,0 +1,90 @@
+"""Go through the rows of a table: csv, tsv or parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from xtuner.data.sources.rows import NOT_UTF8, Fault
+from xtuner.errors import DataError
+from xtuner.types import Row
+
+_LARGEST_CELL = 2**31 - 1
+
+
+def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int, Row | Fault]]:
+    """Yield the line at which each row begins, and the row. The first line names the columns.
+
+    Raises:
+        DataError: the header is broken.
+    """
+    csv.field_size_limit(_LARGEST_CELL)
+    # undecodable bytes become surrogates here, so that a bad cell costs its row only
+    with io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline="") as text:
+        table = csv.reader(text, delimiter=delimiter, strict=True)
+        header = _header(table, name)
+        while header:
+            line = table.line_num + 1
+            try:
+                cells = next(table)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, _broken(error)
+                continue
+            if cells:
+                yield line, _row(header, cells)
+
+
+def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row, float]]:
+    """Yield each row, and the share of the file read.
+
+    Raises:
+        DataError: the file is not a whole parquet file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, number / table.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: is not a whole parquet file: {error}") from error
+
+
+def _header(table: Any, name: str) -> list[str]:
+    try:
+        header: list[str] = next((cells for cells in table if cells), [])
+    except csv.Error as error:
+        raise DataError(f"{name} line 1: is not valid CSV: {error}") from error
+    double = sorted({column for column in header if header.count(column) > 1})
+    if double:
+        raise DataError(f"{name} line 1: the header names {', '.join(double)} more than once")
+    return header
+
+
+def _broken(error: csv.Error) -> Fault:
+    if "unexpected end" in str(error):
+        return Fault("opens a quote that is never closed: all lines after it are lost with it")
+    return Fault("is not valid CSV", detail=str(error))
+
+
+def _row(header: list[str], cells: list[str]) -> Row | Fault:
+    if len(cells) != len(header):
+        reason = f"does not have as many cells as the header, which has {len(header)}"
+        return Fault(reason, detail=f"it has {len(cells)}")
+    text = "".join(cells)
+    if "\0" in text:
+        return Fault("holds NUL bytes; remove them")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Fault(NOT_UTF8)
+    return dict(zip(header, cells, strict=True))

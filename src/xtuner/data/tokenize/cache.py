@@ -1,0 +1,152 @@
+"""Keep encoded rows by what they were made of, so that the same rows are encoded once.
+
+The key is a hash of the files' contents, their formats, the template and the tokenizer; neither
+paths nor max_length, packing or the seed are part of it, for these act on encoded rows. A store is
+written to a temporary folder and renamed when it is whole; one that turns out damaged is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xtuner
+from xtuner import plugins
+from xtuner.data import formats
+from xtuner.data.tokenize.store import RowStore, StoreWriter
+from xtuner.errors import DataError
+
+_LAYOUT = 3
+"""Raise it when stores of older versions must not be used any more."""
+
+
+def cache_root() -> Path:
+    """Where encoded data sets are kept: below $XTUNER_CACHE, or ~/.cache/xtuner."""
+    return Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser() / "datasets"
+
+
+def key_of(facts: Mapping[str, Any]) -> str:
+    """A hash of everything that the encoded rows depend on."""
+    text = json.dumps({"layout": _LAYOUT, "xtuner": xtuner.__version__, **facts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def load_or_make(
+    key: str,
+    *,
+    file_names: Sequence[str],
+    units: Sequence[str] = (),
+    make: Callable[[StoreWriter], None],
+    usable: Callable[[RowStore], bool] = lambda store: True,
+) -> RowStore:
+    """Open the store `key`, or have `make` write it where there is none, or none `usable`.
+
+    Raises:
+        DataError: the cache folder cannot be written to.
+    """
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{key}.lock") as alone:
+            store = _opened(root / key, key, file_names, units)
+            if store is not None and not usable(store):
+                shutil.rmtree(root / key)
+                store = None
+            if store is None:
+                _make(root / key, make, alone=alone)
+                store = RowStore(root / key, key=key, file_names=file_names, units=units)
+            return store
+    except OSError as error:
+        raise DataError(
+            f"the cache of encoded data, {root}, cannot be written: {error.strerror or error}. "
+            "Make room there, or set the environment variable XTUNER_CACHE to another folder"
+        ) from error
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of what the tokenizer makes of text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # padding and truncation are the state of the last call, not part of the tokenizer
+        facts = {name: rules[name] for name in rules if name not in ("padding", "truncation")}
+    else:
+        facts = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    facts["ends"] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def rules_of(name: str, *, folder: Path) -> str:
+    """A hash of the source text that defines the format `name`."""
+    digest = hashlib.sha256()
+    if plugins.is_user_path(name):
+        file = Path(name.rpartition(":")[0]).expanduser()
+        paths = [path for base in (folder, Path.cwd()) if (path := base / file).is_file()][:1]
+    else:
+        paths = sorted(Path(next(iter(formats.__path__))).glob("*.py"))
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _opened(
+    folder: Path, key: str, file_names: Sequence[str], units: Sequence[str]
+) -> RowStore | None:
+    if not folder.exists():
+        return None
+    try:
+        return RowStore(folder, key=key, file_names=file_names, units=units)
+    except ValueError:
+        shutil.rmtree(folder)
+        return None
+
+
+def _make(folder: Path, make: Callable[[StoreWriter], None], *, alone: bool) -> None:
+    """Write to a temporary folder beside `folder`, then rename it.
+
+    Without a lock (`alone` is False) another process may be at it too: the first to finish wins.
+    """
+    if alone:
+        for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    writer = StoreWriter(temporary)
+    try:
+        make(writer)
+        writer.finish()
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        writer.abort()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Let one process at a time make a store; the others wait and then find it.
+
+    Yields whether there is a lock: some network file systems and Windows have none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True

@@ -1,0 +1,117 @@
+"""Encode the sources of a run, each into one store of the cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from xtuner.config.schema import Settings
+from xtuner.data.images.expansion import Sight
+from xtuner.data.sources.resolve import PreparedSource
+from xtuner.data.tokenize import cache
+from xtuner.data.tokenize.progress import progress_bar
+from xtuner.data.tokenize.store import EncodedChunk, RowStore, StoreWriter
+from xtuner.data.tokenize.workers import Encoder, Task, chunked, encode_all
+from xtuner.templates.base import Template
+
+_MOST_PROCESSES = 8
+_SMALL = 2_000_000
+"""Sources of fewer bytes are encoded in this process: that takes less time than starting others."""
+
+
+class Encoding:
+    """How the rows of every source of a run are encoded.
+
+    Args:
+        settings: `algorithm` and `dataset_num_proc` count.
+        template: lays out conversations.
+        tokenizer: of the model that is trained.
+        folder: where relative paths are looked up first.
+        sight: how pictures are laid out; None for a model without a visual encoder.
+        quiet: show no progress.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        template: Template,
+        tokenizer: Any,
+        folder: Path,
+        sight: Sight | None,
+        quiet: bool = False,
+    ) -> None:
+        self._sight = sight
+        self._template, self._tokenizer, self._folder = template, tokenizer, folder
+        self._every_token = settings.algorithm == "pretrain"
+        self._processes = settings.dataset_num_proc
+        self._quiet = quiet
+
+    def store(self, source: PreparedSource) -> RowStore:
+        """The encoded rows of `source`, from the cache if they are there."""
+
+        def make(writer: StoreWriter) -> None:
+            for chunk in self.chunks(source):
+                writer.append(chunk)
+
+        return cache.load_or_make(
+            self._key(source),
+            file_names=[file.name for file in source.files],
+            units=[file.unit for file in source.files],
+            make=make,
+            usable=self._usable,
+        )
+
+    def _usable(self, store: RowStore) -> bool:
+        """Whether what is kept still holds: a picture that was missing may be there now."""
+        if self._sight is None:
+            return True
+        try:
+            return not any(self._sight.is_sound(name) for name in store.bad_files())
+        except (OSError, ValueError):
+            return False
+
+    def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
+        """Encode all rows of `source` now, with a progress bar."""
+        encoder = Encoder(
+            source.formats, self._template, self._tokenizer, self._every_token, self._sight
+        )
+        read = rows = 0
+
+        def followed() -> Iterator[Task]:
+            nonlocal read
+            for task in source.tasks():
+                read = task.row.end
+                yield task
+
+        encoded = encode_all(encoder, chunked(followed()), processes=self._num_processes(source))
+        bar = progress_bar(source.name, total=source.size, quiet=self._quiet)
+        with bar as show, closing(encoded):
+            for chunk in encoded:
+                rows += len(chunk.lengths) + len(chunk.faults)
+                show(read, rows)
+                yield chunk
+
+    def _num_processes(self, source: PreparedSource) -> int:
+        if self._processes is not None:
+            return self._processes
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return 1 if source.size < _SMALL else min(cores, _MOST_PROCESSES)
+
+    def _key(self, source: PreparedSource) -> str:
+        names = [format.name for format in source.formats]
+        return cache.key_of(
+            {
+                **(self._sight.facts() if self._sight else {}),
+                "template": self._template.fingerprint(),
+                "tokenizer": cache.tokenizer_identity(self._tokenizer),
+                "every_token": self._every_token,
+                "files": [file.digest() for file in source.files],
+                "formats": names,
+                "rules": [cache.rules_of(name, folder=self._folder) for name in sorted({*names})],
+            }
+        )

@@ -1,0 +1,268 @@
+"""Turn rows into token ids and loss masks, in this process or in several.
+
+The result does not depend on the number of processes: chunks of rows are handed out, and taken
+back in order. Processes are forked on Linux, so that nothing needs pickling; they run only Python
+and the tokenizer, never torch, and die with their parent. Elsewhere this process does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from xtuner.data.formats.base import Format, RowError
+from xtuner.data.images.expansion import Sight
+from xtuner.data.sources.rows import Fault, RawRow, parse
+from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_names
+from xtuner.errors import DataError, XTunerError
+from xtuner.templates.base import Template
+from xtuner.types import Conversation, Encoded, Record, Row, Text
+
+CHUNK_ROWS = 256
+CHUNK_BYTES = 1 << 20
+PIECE = 200_000
+"""Most characters that the tokenizer is given at once: it needs some 200 bytes for each."""
+
+_NO_EYES = "are there, and the model has no eyes; set visual_encoder_name_or_path"
+_PR_SET_PDEATHSIG = 1
+
+
+class Task(NamedTuple):
+    """A row to encode: the number of its file in the source, and the row as read."""
+
+    file: int
+    row: RawRow
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What is done to every row of a source.
+
+    Attributes:
+        formats: the format of each file of the source.
+        template: lays out conversations.
+        tokenizer: encodes plain text.
+        every_token: supervise all tokens of conversations too (pretraining).
+        sight: how pictures are laid out; None where the model has no visual encoder.
+    """
+
+    formats: Sequence[Format]
+    template: Template
+    tokenizer: Any
+    every_token: bool = False
+    sight: Sight | None = None
+
+    def record(self, task: Task) -> Record | Fault:
+        """Read one row."""
+        raw = task.row.value
+        row = parse(raw) if isinstance(raw, bytes) else raw
+        return row if isinstance(row, Fault) else self._converted(row, self.formats[task.file])
+
+    def encode(self, task: Task) -> Encoded | Fault:
+        """Encode one row; whatever is wrong with it is returned, not raised."""
+        return self.encode_with_images(task)[0]
+
+    def encode_with_images(self, task: Task) -> tuple[Encoded | Fault, tuple[str, ...]]:
+        """Encode one row; its pictures are checked, and named beside it."""
+        record = self.record(task)
+        if isinstance(record, Fault):
+            return record, ()
+        images = record.images if isinstance(record, Conversation) else ()
+        if images and self.sight is None:
+            return Fault(_NO_EYES, "images"), ()
+        encoded = self._encode(record)
+        if self.sight is None or isinstance(encoded, Fault):
+            return encoded, images
+        return self.sight.laid_out(encoded, images), images
+
+    def _encode(self, record: Record) -> Encoded | Fault:
+        try:
+            encoded = (
+                self._text(record) if isinstance(record, Text) else self.template.encode(record)
+            )
+        except Exception as error:  # a template is its author's code: one row must not end the run
+            return Fault(_one_line(error))
+        if self.every_token:
+            encoded = Encoded(encoded.input_ids, [False] + [True] * (len(encoded.input_ids) - 1))
+        if not any(encoded.loss_mask[1:]):
+            return Fault("has no supervised token: nothing in it would be learnt")
+        return encoded
+
+    def _converted(self, row: Row, format: Format) -> Record | Fault:
+        try:
+            return format.convert(row)
+        except RowError as error:
+            cure = f"; {error.cure}" if error.cure else ""
+            return Fault(error.problem + cure, error.field)
+        except Exception as error:  # a format may be the user's own code
+            return Fault(f"format {format.name!r} raised {_one_line(error)}")
+
+    def _text(self, record: Text) -> Encoded:
+        ids: list[int] = []
+        for piece in _pieces(record.text):
+            ids += self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids[:1] != self._first:
+            ids[:0] = self._first
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        return Encoded(ids, [False] + [True] * (len(ids) - 1))
+
+    @cached_property
+    def _first(self) -> list[int]:
+        """The begin-of-text token, if the tokenizer puts one before texts by itself."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a very long text after line ends, else before spaces, where words end anyway."""
+    start = 0
+    while len(text) - start > PIECE:
+        stop = text.rfind("\n", start + 1, start + PIECE) + 1
+        stop = stop or text.rfind(" ", start + 1, start + PIECE)
+        stop = stop if stop > start else start + PIECE
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    known = isinstance(error, ValueError | XTunerError)
+    return message if known and message else f"{type(error).__name__}: {message}"
+
+
+def encode_chunk(encoder: Encoder, tasks: Sequence[Task]) -> EncodedChunk:
+    """Encode some rows."""
+    done = [(task, *encoder.encode_with_images(task)) for task in tasks]
+    good = [
+        (
+            task,
+            np.array(e.input_ids, np.int32),
+            np.array(e.loss_mask, np.bool_),
+            packed_names(names),
+        )
+        for task, e, names in done
+        if not isinstance(e, Fault)
+    ]
+    return EncodedChunk(
+        token_ids=np.concatenate([np.zeros(0, np.int32), *(ids for _, ids, _, _ in good)]),
+        mask=np.concatenate([np.zeros(0, np.bool_), *(mask for _, _, mask, _ in good)]),
+        lengths=np.array([len(ids) for _, ids, _, _ in good], np.int64),
+        lines=np.array([task.row.line for task, *_ in good], np.int32),
+        files=np.array([task.file for task, *_ in good], np.int32),
+        supervised=np.array([mask[1:].sum() for _, _, mask, _ in good], np.int32),
+        hashes=np.array([_hash(ids, mask, names) for _, ids, mask, names in good], np.uint64),
+        image_names=np.concatenate([np.zeros(0, np.uint8), *(names for *_, names in good)]),
+        image_lengths=np.array([len(names) for *_, names in good], np.int64),
+        faults=[BadRow(task.file, task.row.line, e) for task, e, _ in done if isinstance(e, Fault)],
+    )
+
+
+def encode_all(
+    encoder: Encoder, chunks: Iterable[Sequence[Task]], *, processes: int
+) -> Generator[EncodedChunk, None, None]:
+    """Encode `chunks` in `processes` processes and yield the results in the order of the chunks.
+
+    Raises:
+        DataError: a process was killed, as happens when memory runs out.
+    """
+    if processes == 1 or not _CAN_FORK:
+        yield from (encode_chunk(encoder, chunk) for chunk in chunks)
+        return
+    with _serial_tokenizers():
+        pool = ProcessPoolExecutor(
+            processes,
+            mp_context=multiprocessing.get_context("fork"),
+            initializer=_start_worker,
+            initargs=(encoder, os.getpid()),
+        )
+        pending: deque[Future[EncodedChunk]] = deque()
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_encode_in_worker, chunk))
+                if len(pending) > 3 * processes:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that encodes the data was killed; if memory ran out, "
+                "set dataset_num_proc to a smaller number"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def chunked(tasks: Iterable[Task]) -> Iterator[list[Task]]:
+    """Group tasks to chunks that are worth handing to another process."""
+    chunk: list[Task] = []
+    size = 0
+    for task in tasks:
+        chunk.append(task)
+        size += len(task.row.value) if isinstance(task.row.value, bytes) else 0
+        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+_CAN_FORK = sys.platform == "linux"
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(encoder: Encoder, parent: int) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    # Ctrl-C reaches every process of the terminal; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def _encode_in_worker(chunk: Sequence[Task]) -> EncodedChunk:
+    assert _worker_encoder is not None
+    return encode_chunk(_worker_encoder, chunk)
+
+
+@contextmanager
+def _serial_tokenizers() -> Iterator[None]:
+    """Keep tokenizers from using threads: a forked process has none of its parent's."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def _hash(
+    ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], names: npt.NDArray[np.uint8]
+) -> int:
+    digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
+    digest.update(mask.tobytes())
+    digest.update(names.tobytes())
+    return int.from_bytes(digest.digest(), "little")

@@ -1,0 +1,1 @@
+"""Text generation: batches, streaming, stop words."""

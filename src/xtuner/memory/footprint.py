@@ -1,0 +1,350 @@
+"""How much memory a training step takes, found without a weight being loaded.
+
+The model is built from its configuration with tensors that have shapes but no values, and one real
+step goes through it: our attention, our loss, recomputation, adapters, backward pass. Every tensor
+that comes alive and dies is counted, so the peak is that of this architecture with these settings,
+not of a formula for the average one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from xtuner.kernels import (
+    block_attention,
+    cross_entropy,
+    fused_attention,
+    fused_decoder,
+    fused_norm_mlp,
+    host_embedding,
+)
+from xtuner.kernels.attention import training_implementation
+from xtuner.kernels.cpu.bindings import kernels_for, shapes_only
+from xtuner.kernels.scratch import kept
+from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
+from xtuner.models import adapters
+from xtuner.models.causal_lm import missing_to_round
+from xtuner.models.load import located_config, quiet_transformers
+from xtuner.models.quantize import Quantization
+
+KEPT_BY_FLASH = "xtuner_footprint"
+BYTES_QUANTISED = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes and counts of one model under one choice of settings.
+
+    Attributes:
+        weights: as they are held, adapters included.
+        step: highest sum of everything else alive within a step but the optimizer's state:
+            activations, gradients, logits, workspace.
+        gradients: of all trained weights; part of `step`.
+        trainable: trained numbers.
+        parameters: all numbers.
+        width: of the hidden states.
+        embedding: bytes of the input embedding, part of `weights`, if it may stay on the CPU.
+    """
+
+    weights: int
+    step: int
+    gradients: int
+    trainable: int
+    parameters: int
+    width: int = 0
+    embedding: int = 0
+
+
+def measure(
+    path: str,
+    *,
+    tokens: tuple[int, ...],
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    double_quant: bool = True,
+    lora: dict[str, Any] | None = None,
+    frozen: bool = False,
+    sees: bool = False,
+    recompute: bool = False,
+    accumulate: bool = False,
+    flash: bool = False,
+    autocast: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Footprint:
+    """Send one step of the lengths `tokens` through the model at `path`, without its weights.
+
+    Args:
+        path: a folder, a hub name, or a name that was fetched; only its config.json is read.
+        tokens: lengths of the samples of one micro-batch; all are taken as supervised.
+        dtype: of the frozen weights, or of all in full fine-tuning.
+        quantization: how frozen linear layers are held.
+        double_quant: whether their scales are quantised as well.
+        lora: arguments of `adapters.add_adapter`; None trains all weights, unless they are
+            `frozen`.
+        frozen: train nothing of it.
+        sees: the input embeddings get gradients, as those of a projector before it do.
+        recompute: recompute activations in the backward pass.
+        accumulate: gradients of an earlier micro-batch are there already.
+        flash: attention keeps what flash attention on a GPU keeps, not what a CPU keeps.
+        autocast: type of the products when it is not that of the weights.
+        trust_remote_code: run Python code that lies beside the configuration.
+
+    Raises:
+        ModelError: the configuration cannot be had.
+    """
+    config = located_config(path, trust_remote_code=trust_remote_code)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+
+    def some(count: int | None) -> _Counts:
+        model = _build(config, count, dtype, trust_remote_code)
+        implementation = KEPT_BY_FLASH if flash else training_implementation(model, "auto")
+        model.set_attn_implementation(implementation)
+        _fix_rotation(model)
+        fused_norm_mlp.install(model, check=False)
+        if not flash:
+            fused_attention.install(model, check=False)
+            fused_decoder.install(model, check=False)
+        saved, workspace = _quantised_size(model, quantization, double_quant)
+        embedding = 0
+        if lora is not None:
+            named = (*lora.get("target_modules", ()), *lora.get("modules_to_save", ()))
+            embedding = host_embedding.bytes_to_leave(model, named)
+        in_four_bits = quantization in ("nf4", "fp4") and not (recompute or flash)
+        if in_four_bits and lora and _reads_four_bits(model, lora, autocast or dtype):
+            workspace = 0
+        if frozen:
+            model.requires_grad_(False)
+        if recompute:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if recompute or sees:
+            model.enable_input_require_grads()
+        if lora is not None:
+            model = adapters.add_adapter(model, **lora)
+        trainable, parameters = adapters.count_parameters(model)
+        held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        with nullcontext() if flash else shapes_only():
+            peaks = _peaks_of_step(model.train(), tokens, autocast, flash, accumulate)
+        weights = sum(size for size, _ in held) - saved
+        gradients = sum(size for size, trained in held if trained)
+        beside = workspace + accumulate * gradients
+        peaks = [peak + beside for peak in peaks]
+        return _Counts([weights, gradients, trainable, parameters, embedding, *peaks])
+
+    if layers <= max(FEW_LAYERS) or _layers_differ(config):
+        found = some(None)
+    else:
+        less, more = (some(count) for count in FEW_LAYERS)
+        found = less.line_through(more, at=layers)
+    weights, gradients, trainable, parameters, embedding, *peaks = map(round, found.values)
+    width = config.get_text_config().hidden_size
+    return Footprint(weights, max(peaks), gradients, trainable, parameters, width, embedding)
+
+
+FEW_LAYERS = (2, 4)
+"""Every layer adds the same, so a step through so many tells of all: 1 s instead of 7 s."""
+
+
+@dataclass(frozen=True)
+class _Counts:
+    values: list[float]
+
+    def line_through(self, other: _Counts, *, at: int) -> _Counts:
+        """Values at `at` layers; self has the first, other the second of `FEW_LAYERS`."""
+        low, high = FEW_LAYERS
+        steps = (at - low) / (high - low)
+        pairs = zip(self.values, other.values, strict=True)
+        return _Counts([a + (b - a) * steps for a, b in pairs])
+
+
+def _layers_differ(config: Any) -> bool:
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    return len(kinds) > 1 or bool(getattr(text, "first_k_dense_replace", 0))
+
+
+def _build(config: Any, count: int | None, dtype: torch.dtype, trust: bool) -> Any:
+    """The model with `count` layers (None: all), on the meta device."""
+    config = copy.deepcopy(config)
+    if count is not None:
+        text = config.get_text_config()
+        layers = text.num_hidden_layers
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == layers:
+                setattr(text, name, value[:count])
+        text.num_hidden_layers = count
+    with torch.device("meta"), quiet_transformers():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+
+
+def _fix_rotation(model: nn.Module) -> None:
+    """Let no frequencies of rotary embeddings depend on how long the longest sample is.
+
+    transformers' `dynamic_rope_update` reads the positions for types such as 'dynamic', and here
+    tensors have no values. Frequencies take the same memory whatever they are.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.rope_type = "default"  # type: ignore[assignment]
+        elif isinstance(kind, dict):  # one for each type of layers
+            module.rope_type = dict.fromkeys(kind, "default")  # type: ignore[assignment]
+
+
+def _quantised_size(
+    model: nn.Module, quantization: Quantization, double: bool
+) -> tuple[float, int]:
+    """What quantisation saves, and the room for the largest weight that is dequantised again."""
+    if quantization == "none":
+        return 0, 0
+    layers = _quantised_layers(model)
+    scales = (1 / 64 + 4 / (64 * 256)) if double else 4 / 64
+    each = BYTES_QUANTISED[quantization] + (0 if quantization == "int8" else scales)
+    sizes = [(m.weight.numel(), m.weight.element_size()) for m in layers]
+    saved = sum(count * (size - each) for count, size in sizes)
+    return saved, max((count * size for count, size in sizes), default=0)
+
+
+def _quantised_layers(model: nn.Module) -> list[nn.Linear]:
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def _reads_four_bits(model: nn.Module, lora: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether compiled functions of a CPU would take all layers without dequantising them first
+    (`cpu_low_rank.reads`)."""
+    kernels = kernels_for(torch.empty(0, dtype=dtype))
+    if kernels is None or not kernels.multiplies(lora["r"]) or lora.get("dropout"):
+        return False
+    if list(lora.get("target_modules", ["all-linear"])) != ["all-linear"]:
+        return False
+    return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
+
+
+def _peaks_of_step(
+    model: Any,
+    tokens: tuple[int, ...],
+    autocast: torch.dtype | None,
+    on_gpu: bool,
+    accumulate: bool,
+) -> list[int]:
+    """Peaks of the forward pass with the loss, and of both halves of the backward pass, beside
+    gradients that are to be added to.
+
+    Each of the three grows by the same with every layer; which is highest may change.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with _caches_apart(), FakeTensorMode(allow_non_fake_inputs=True):
+        pretend_cpu(model)
+        for parameter in model.parameters():
+            if accumulate and parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        supervised = sum(tokens)
+        if missing := missing_to_round(supervised):
+            tokens = (*tokens, missing)
+        ids = torch.zeros(1, sum(tokens), dtype=torch.int64)
+        borders = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = causal.get_output_embeddings()
+        counter = LiveBytes()
+        with counter, torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            hidden = causal.base_model(
+                input_ids=ids,
+                position_ids=torch.cat([torch.arange(n) for n in tokens])[None],
+                use_cache=False,
+                cu_seq_lens_q=_Lengths(borders, tokens),
+                cu_seq_lens_k=borders,
+                max_length_q=max(tokens),
+                max_length_k=max(tokens),
+            ).last_hidden_state
+            value = cross_entropy.summed_cross_entropy(
+                hidden[0, :supervised], head.weight, ids[0, :supervised]
+            )
+            del hidden
+            if on_gpu:  # only on a CPU is it kept
+                kept.tensors.clear()
+        forward = len(counter.history)
+        with counter:
+            value.backward()
+        history = counter.history
+    middle = (forward + len(history)) // 2
+    return [max(history[:forward]), max(history[forward:middle]), max(history[middle:])]
+
+
+class _Lengths:
+    """Borders whose values are known although tensors have none here."""
+
+    def __init__(self, borders: Tensor, tokens: tuple[int, ...]):
+        self.dtype, self.device, self.shape = borders.dtype, borders.device, borders.shape
+        ends = [0]
+        for length in tokens:
+            ends.append(ends[-1] + length)
+        self._ends = ends
+
+    def tolist(self) -> list[int]:
+        """The borders."""
+        return self._ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+
+class _FlashFootprint(torch.autograd.Function):
+    """Keeps what flash attention keeps: its inputs, its output, and a float32 a token and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        sums = query.new_empty(query.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _flash_footprint(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _FlashFootprint.apply(q, k, v)[None], None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register(KEPT_BY_FLASH, _flash_footprint)
+
+
+@contextmanager
+def _caches_apart() -> Iterator[None]:
+    """Let no tensor without values stay in a cache that a real step reads."""
+    caches = (
+        block_attention.layout_of,
+        block_attention._shared_blocks,
+        block_attention._places,
+        fused_attention.rotation_of,
+    )
+    kept_before = dict(kept.tensors)
+
+    def clear() -> None:
+        for cache in caches:
+            cache.cache_clear()
+        kept.tensors.clear()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+        kept.tensors.update(kept_before)

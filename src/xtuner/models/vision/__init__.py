@@ -1,0 +1,1 @@
+"""Image input: vision tower, projector, LLaVA."""

@@ -1,0 +1,217 @@
+"""LLaVA (arXiv:2304.08485, 2310.03744): a language model that sees through a visual encoder.
+
+    pixels ──visual encoder──► features ──linear, gelu, linear──► vectors of the LLM's width
+    token ids ──embedding──► vectors, those of <image> replaced ──► the language model's layers
+
+Underneath is transformers' `LlavaForConditionalGeneration`, put together from parts that were
+loaded (quantised, with adapters) as for text. The embedding is never asked for ``<image>``, so the
+language model keeps its vocabulary while it is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel, LlavaConfig, PreTrainedModel
+from transformers import LlavaForConditionalGeneration as Llava
+
+from xtuner.errors import ModelError
+from xtuner.models.causal_lm import LOGIT_CHANGES, PackedCausalLM
+from xtuner.models.vision.tower import check_layer, num_image_tokens, select, strategy_of
+from xtuner.types import Batch, Pictures
+
+
+def portable_config(decoder: Any) -> Any:
+    """The configuration of a language model's layers as plain transformers reads it: families of
+    ours that are Llama under another name become Llama."""
+    config = decoder.config
+    ours = isinstance(decoder, LlamaModel) and type(config) is not LlamaConfig
+    if not (ours and isinstance(config, LlamaConfig)):
+        return copy.deepcopy(config)
+    values = LlamaConfig.to_dict(config)
+    kept = LlamaConfig().to_dict()
+    return LlamaConfig(**{k: v for k, v in values.items() if k in kept and k != "model_type"})
+
+
+def assemble(
+    llm: PreTrainedModel,
+    visual_encoder: PreTrainedModel,
+    *,
+    image_token_id: int,
+    select_layer: int = -2,
+    seed: int = 0,
+) -> Llava:
+    """Put a LLaVA model together from a language model and a visual encoder; the projector is new.
+
+    The parts are used, not copied; the projector is float32 on the language model's device.
+
+    Raises:
+        ModelError: LLaVA cannot hold this language model, or the layer does not exist.
+    """
+    check_layer(select_layer, layers=visual_encoder.config.num_hidden_layers)
+    config = LlavaConfig(
+        vision_config=visual_encoder.config,
+        text_config=portable_config(llm.base_model),
+        image_token_index=image_token_id,
+        image_seq_length=num_image_tokens(visual_encoder.config),
+        vision_feature_layer=select_layer,
+        vision_feature_select_strategy=strategy_of(visual_encoder.config),
+    )
+    try:
+        with torch.device("meta"):
+            model = Llava(config)
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"{type(llm).__name__} cannot be the language model of a LLaVA: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    config.text_config, config.vision_config = llm.config, visual_encoder.config
+    model.model.language_model = llm.base_model
+    model.model.vision_tower = visual_encoder
+    model.lm_head = llm.get_output_embeddings()
+    projector = model.model.multi_modal_projector.to_empty(device=llm.device).float()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for linear in (projector.linear_1, projector.linear_2):
+            linear.reset_parameters()
+    model.generation_config = llm.generation_config
+    _refuse_other_logits(llm, model)
+    return model  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _refuse_other_logits(llm: Any, model: Llava) -> None:
+    """Raise if `llm` changes its logits after the head, which LLaVA would leave out."""
+    names = [n for n in LOGIT_CHANGES if getattr(llm.config, n, None) not in (None, 1.0)]
+    if not names and type(llm.get_output_embeddings()) is nn.Linear:
+        return
+    raise ModelError(
+        f"{type(llm).__name__} changes its logits after the output head "
+        f"({', '.join(names) or 'a head of its own kind'}), which LLaVA leaves out: "
+        "take another language model"
+    )
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of `model` that decodes text: of a LLaVA its language model, else `model` without
+    its PEFT wrapper."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.model.language_model if isinstance(base, Llava) else base
+
+
+Keep = Callable[[str, Tensor], None]
+"""Keeps the features of the picture with this key for later epochs."""
+
+
+class Eyes(nn.Module):
+    """Turns token ids and pictures into input embeddings of the language model of `llava`.
+
+    Args:
+        llava: the assembled model.
+        train_encoder: gradients reach the visual encoder.
+        autocast: type of the products with float32 weights (projector, a fully trained encoder).
+        keep: called with the features of every picture that has a key.
+    """
+
+    def __init__(
+        self,
+        llava: Llava,
+        *,
+        train_encoder: bool = False,
+        autocast: torch.dtype | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        super().__init__()
+        self._llava = (llava,)  # in a tuple: the parameters are registered elsewhere
+        self.train_encoder, self.autocast, self.keep = train_encoder, autocast, keep
+
+    @property
+    def llava(self) -> Any:
+        """The assembled model."""
+        return self._llava[0]
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What the visual encoder makes of ``[P, 3, H, W]``: ``[P, T, C]``."""
+        tower: Any = self.llava.model.vision_tower
+        config = self.llava.config
+        weight = next(tower.parameters())
+        grad = torch.is_grad_enabled() and self.train_encoder
+        with torch.set_grad_enabled(grad), self._autocast(weight.dtype == torch.float32):
+            output = tower(pixel_values.to(weight.device, weight.dtype), output_hidden_states=True)
+            layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+            return select(output.hidden_states, layer, strategy)
+
+    def embed(self, input_ids: Tensor, pictures: Pictures) -> Tensor:
+        """Input embeddings ``[1, N, H]`` of ``[1, N]`` token ids."""
+        places = pictures.places
+        embedding = self.llava.get_input_embeddings()
+        vectors: Tensor = embedding(input_ids.masked_fill(places, 0))
+        features = self._all_features(pictures)
+        with self._autocast():
+            seen = self.llava.model.multi_modal_projector(self._as_projector(features))
+        wanted, there = int(places.sum()), seen.shape[0] * seen.shape[1]
+        if wanted != there:
+            raise ModelError(f"{wanted} image tokens for {there} features of pictures")
+        return vectors.masked_scatter(places[..., None], seen.to(vectors.dtype))
+
+    def _all_features(self, pictures: Pictures) -> Tensor:
+        fresh: Any = None
+        if len(pictures.pixel_values):
+            fresh = self.features(pictures.pixel_values)
+        if all(kept is None for kept in pictures.features):
+            self._keep(pictures, fresh)
+            return fresh  # type: ignore[no-any-return]
+        queue = iter(() if fresh is None else fresh)
+        found = [next(queue) if kept is None else kept for kept in pictures.features]
+        self._keep(pictures, fresh)
+        device = self.llava.get_input_embeddings().weight.device
+        return torch.stack([f.to(device, found[0].dtype) for f in found])
+
+    def _keep(self, pictures: Pictures, fresh: Tensor | None) -> None:
+        if self.keep is None or fresh is None or not pictures.keys:
+            return
+        missing = [k for k, f in zip(pictures.keys, pictures.features, strict=True) if f is None]
+        for key, features in zip(missing, fresh, strict=True):
+            self.keep(key, features)
+
+    def _autocast(self, wanted: bool = True) -> torch.autocast:
+        enabled = wanted and self.autocast is not None
+        device = self.llava.get_input_embeddings().weight.device.type
+        return torch.autocast(device, dtype=self.autocast, enabled=enabled)
+
+    def _as_projector(self, features: Tensor) -> Tensor:
+        if self.autocast is not None:
+            return features
+        return features.to(self.llava.model.multi_modal_projector.linear_1.weight.dtype)
+
+
+class PackedVisionLM(PackedCausalLM):
+    """A LLaVA model as the algorithms see it: a batch of text takes the way of text alone.
+
+    Args:
+        llava: the assembled model.
+        eyes: of this model.
+        autocast: as for `PackedCausalLM`.
+    """
+
+    def __init__(self, llava: Llava, eyes: Eyes, *, autocast: torch.dtype | None = None):
+        super().__init__(llava, autocast=autocast)
+        self.eyes = eyes
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = super()._inputs(batch)
+        if batch.pictures is not None:
+            ids = inputs.pop("input_ids")
+            inputs["inputs_embeds"] = self.eyes.embed(ids, batch.pictures)
+        return inputs
+
+    def train(self, mode: bool = True) -> PackedVisionLM:
+        """Set training mode; a visual encoder that is not trained stays in evaluation."""
+        super().train(mode)
+        if not self.eyes.train_encoder:
+            self.eyes.llava.model.vision_tower.eval()
+        return self

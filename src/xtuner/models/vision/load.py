@@ -1,0 +1,221 @@
+"""Load a LLaVA model to talk with: from parts beside its language model, or from one whole folder.
+
+language model + llm_adapter/ ─┐
+visual encoder + ..._adapter/ ─┼─assemble─► LlavaForConditionalGeneration + how to see with it
+projector/ ────────────────────┘
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xtuner.errors import ConfigError, ModelError
+from xtuner.kernels.four_bit import mend_4bit_layers
+from xtuner.models.adapters import load_adapter
+from xtuner.models.load import load_model, quiet_transformers, readable_errors
+from xtuner.models.old_adapters import fitting_encoder_adapter
+from xtuner.models.quantize import Quantization, Rounding, quantization_config
+from xtuner.models.run_info import RunInfo
+from xtuner.models.vision import parts as parts_of
+from xtuner.models.vision.llava import Eyes, assemble
+from xtuner.models.vision.tower import (
+    Processor,
+    add_image_token,
+    load_visual_encoder,
+    num_image_tokens,
+)
+
+logger = logging.getLogger("xtuner.chat")
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """A model that sees.
+
+    Attributes:
+        model: a `LlavaForConditionalGeneration`, in evaluation.
+        eyes: of the model.
+        pixels: makes a decoded picture ``[3, H, W]``.
+        image_token_id: the token ``<image>``.
+        tokens_each: how many of it stand for a picture.
+    """
+
+    model: Any
+    eyes: Eyes
+    pixels: Callable[[Any], np.ndarray]
+    image_token_id: int
+    tokens_each: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of a LLaVA model are.
+
+    Attributes:
+        llm: the language model that a run started from.
+        parts: the folder of what was trained.
+        visual_encoder: the encoder that a run started from; empty where the parts hold their own.
+        select_layer: of the encoder, whose output is used.
+        pad_to_square: how pictures are prepared.
+        llm_adapter: the folder of an adapter of the language model, if there is one.
+    """
+
+    llm: str
+    parts: Path
+    visual_encoder: str = ""
+    select_layer: int = -2
+    pad_to_square: bool = True
+    llm_adapter: Path | None = None
+
+    @classmethod
+    def of(cls, parts: Path, *, llm: str = "", visual_encoder: str = "") -> Sources:
+        """What the folder `parts` says of itself.
+
+        Args:
+            parts: the folder.
+            llm: in place of the language model that `parts` names; one that was trained and lies
+                in `parts` is taken nevertheless, with a warning.
+            visual_encoder: in place of the encoder that `parts` names.
+
+        Raises:
+            ModelError: one of the two is not known.
+            ConfigError: `visual_encoder` is given, and `parts` holds one that was trained.
+        """
+        info = RunInfo.read(parts)
+        said = dict(info.settings) if info else {}
+        own_llm = parts / parts_of.LLM
+        own_llm = parts if not own_llm.is_dir() and (parts / "config.json").is_file() else own_llm
+        if own_llm.is_dir():
+            if llm and Path(llm).expanduser().resolve() not in (own_llm.resolve(), parts.resolve()):
+                logger.warning(
+                    "%s is the language model that was trained, and takes the place of %s",
+                    own_llm, llm,
+                )  # fmt: skip
+            llm = str(own_llm)
+        own_encoder = parts / parts_of.ENCODER
+        if own_encoder.is_dir():
+            if visual_encoder and Path(visual_encoder).resolve() != own_encoder.resolve():
+                raise ConfigError(
+                    f"--visual-encoder {visual_encoder}: {parts} holds an encoder that was trained "
+                    f"with the projector ({parts_of.ENCODER}/); leave --visual-encoder out"
+                )
+            visual_encoder = str(own_encoder)
+        llm = llm or (info.base_model if info else "")
+        encoder = visual_encoder or (info.visual_encoder if info else "")
+        if not llm or not encoder:
+            lacks = "--visual-encoder" if llm else "the language model"
+            raise ModelError(
+                f"{parts}: does not say which language model and visual encoder it was trained "
+                f"with ({lacks} is missing); give them: "
+                f"xtuner chat LLM --visual-encoder CLIP --llava {parts}"
+            )
+        adapter = parts / parts_of.LLM_ADAPTER
+        return cls(
+            llm,
+            parts,
+            encoder,
+            int(said.get("visual_select_layer", -2)),
+            bool(said.get("pad_image_to_square", True)),
+            adapter if adapter.is_dir() else None,
+        )
+
+
+def load_llava(
+    sources: Sources,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    quantization: Quantization = "none",
+    rounding: Rounding | None = None,
+    trust_remote_code: bool = False,
+    merged: bool = False,
+) -> Seeing:
+    """Load the parts and put them together.
+
+    Args:
+        sources: where they are.
+        tokenizer: gets the token ``<image>``.
+        dtype: of weights and computation.
+        device: 'cpu' or 'cuda'.
+        quantization: how the language model is held.
+        rounding: round the language model's weights as a run on 4-bit weights saw them.
+        trust_remote_code: run Python code that lies beside the language model.
+        merged: merge the adapters into the weights.
+
+    Raises:
+        ModelError: a part is missing or does not fit the others.
+    """
+    folder = sources.parts
+    llm: Any = load_model(
+        sources.llm, dtype=dtype, device=device, quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if rounding:
+        rounding.apply(llm)
+    if sources.llm_adapter is not None:
+        llm = _base_of(load_adapter(llm, sources.llm_adapter), merged)
+    encoder: Any = load_visual_encoder(sources.visual_encoder, dtype=dtype, device=device)
+    if (folder / parts_of.ENCODER_ADAPTER).is_dir():
+        with fitting_encoder_adapter(folder / parts_of.ENCODER_ADAPTER) as place:
+            encoder = _base_of(load_adapter(encoder, place), merged)
+    token_id = add_image_token(tokenizer)
+    model = assemble(llm, encoder, image_token_id=token_id, select_layer=sources.select_layer)
+    parts_of.load_projector(model, folder)
+    model.model.multi_modal_projector.to(dtype)
+    return Seeing(
+        model.eval(),
+        Eyes(model),
+        Processor(sources.visual_encoder, sources.pad_to_square),
+        token_id,
+        num_image_tokens(encoder.config),
+    )
+
+
+def load_whole(
+    folder: Path, *, dtype: torch.dtype, device: str, quantization: Quantization = "none"
+) -> Seeing:
+    """Load the folder of a whole `LlavaForConditionalGeneration`.
+
+    Args:
+        folder: of the model.
+        dtype: of weights and computation.
+        device: 'cpu' or 'cuda'.
+        quantization: how the language model is held.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import LlavaForConditionalGeneration
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        how = quantization_config(quantization, double_quant=True, compute_dtype=dtype)
+        how.llm_int8_skip_modules = [
+            "model.vision_tower", "model.multi_modal_projector", "lm_head"
+        ]  # fmt: skip
+        options = {"quantization_config": how, "device_map": {"": device}}
+    with readable_errors(folder, "LLaVA model"), quiet_transformers():
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
+        processor = LlavaImageProcessorPil.from_pretrained(folder)
+    mend_4bit_layers(model)
+    model = model if options else model.to(device)
+
+    def pixels(image: Any) -> np.ndarray:
+        values = processor(images=image, return_tensors="np")["pixel_values"]
+        return np.asarray(values[0], dtype=np.float32)
+
+    tokens = num_image_tokens(model.config.vision_config)
+    return Seeing(model.eval(), Eyes(model), pixels, model.config.image_token_index, tokens)
+
+
+def _base_of(adapted: Any, merged: bool) -> Any:
+    return adapted.merge_and_unload() if merged else adapted.get_base_model()

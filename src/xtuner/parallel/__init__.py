@@ -1,0 +1,1 @@
+"""The processes that train together: who they are, how they start, how they share work."""

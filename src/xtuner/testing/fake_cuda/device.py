@@ -1,0 +1,210 @@
+"""A GPU on paper: run a program as on a GPU where there is none.
+
+    python -m xtuner.testing.fake_cuda.device xtuner.cli.app train my_settings.py --device cuda
+
+Tensors claim to lie on the device ``cuda`` and are computed by the CPU (`paper_gpu.cpp`), so this
+tells what goes wrong between CPU and GPU, what is waited for, and how much memory tensors take,
+and says nothing about speed, CUDA's own kernels, or what its allocator loses between blocks. Flash
+attention is done by its formula (`paper_attention.py`). Everything is done when it is asked for, so
+what is read too early is not noticed; CPU and card draw the same random numbers from one place;
+CUDA's streams, events and graphs are not there. Needs a C++ compiler and a torch without CUDA;
+$PAPER_GPU_MIB is the memory of the card (8,192). The last line on stderr is a report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from xtuner.kernels.cpu.build import compiled
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+MB = 2**20
+NAME = "a GPU on paper"
+
+
+class PaperGpu:
+    """The card, once it is there: what its tensors hold, in bytes."""
+
+    def __init__(self, library: ctypes.CDLL, memory: int):
+        self._library = library
+        self.registered: Any = None  # functions of the card, for as long as this lives
+        for name in ("paper_held", "paper_most", "paper_waits"):
+            getattr(library, name).restype = ctypes.c_int64
+        library.paper_limit.argtypes = [ctypes.c_int64]
+        self.limit(memory)
+
+    @property
+    def held(self) -> int:
+        """Now."""
+        return int(self._library.paper_held())
+
+    @property
+    def most(self) -> int:
+        """At most, since `forget_most`."""
+        return int(self._library.paper_most())
+
+    @property
+    def waits(self) -> int:
+        """How often the CPU had to wait for a result of the card."""
+        return int(self._library.paper_waits())
+
+    def without_waits(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose own waits are not counted."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self._library.paper_unseen(1)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._library.paper_unseen(0)
+
+        return called
+
+    def limit(self, memory: int) -> None:
+        """Let tensors hold so many bytes."""
+        self.memory = memory
+        self._library.paper_limit(memory)
+
+    def wait(self) -> None:
+        """The CPU waits once."""
+        self._library.paper_wait()
+
+    def forget_most(self) -> None:
+        """Count the most from now on."""
+        self._library.paper_forget_most()
+
+
+def install(memory: int) -> PaperGpu:
+    """Put a card with `memory` bytes into this process; to be called before torch is imported.
+
+    Raises:
+        RuntimeError: torch is there already, or knows CUDA, or there is no C++ compiler.
+    """
+    if "torch" in sys.modules:
+        raise RuntimeError("torch is imported already; a GPU on paper has to come before it")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what a GPU has ready
+    card = PaperGpu(ctypes.CDLL(str(_compiled())), memory)
+    import bitsandbytes
+    import torch
+    import transformers  # noqa: F401  both look for a GPU when they are imported
+
+    _pretend(torch, card)
+    _page_nothing(torch, bitsandbytes.functional)
+    from xtuner.testing.fake_cuda import attention
+
+    library = torch.library.Library("aten", "IMPL")
+    for name, function in attention.FUNCTIONS.items():
+        library.impl(name, card.without_waits(function), "CUDA")
+    card.registered = library
+    return card
+
+
+def find_compiler() -> str | None:
+    """The path of a C++ compiler, if there is one."""
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def _compiled() -> Path:
+    """The device for the torch that is installed, compiled (ten seconds) if it is not there yet."""
+    compiler = find_compiler()
+    spec = importlib.util.find_spec("torch")
+    if compiler is None or spec is None or spec.origin is None:
+        raise RuntimeError("a GPU on paper needs torch and a C++ compiler (c++)")
+    torch = Path(spec.origin).parent
+    version = torch / "version.py"
+    if "cuda: Optional[str] = None" not in version.read_text():
+        raise RuntimeError("this torch knows CUDA; a GPU on paper needs one that does not")
+    include = torch / "include"
+    command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE)]
+    command += [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{torch}/lib"]
+    command += ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
+    try:
+        return compiled("paper_gpu", (SOURCE, version), command)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"a GPU on paper was not compiled:\n{error.stderr[-2000:]}") from error
+
+
+def _pretend(torch: Any, card: PaperGpu) -> None:
+    """Let ``torch.cuda`` speak of the card. It has no random numbers of its own."""
+    state = torch.random.get_rng_state
+
+    def properties(*_: Any) -> Any:
+        return SimpleNamespace(
+            name=NAME, major=9, minor=0, total_memory=card.memory, multi_processor_count=1
+        )
+
+    answers = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": (9, 0),
+        "get_device_name": NAME,
+        "is_bf16_supported": True,
+        **dict.fromkeys("_lazy_init set_device empty_cache manual_seed manual_seed_all".split()),
+        **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
+        "set_rng_state_all": None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
+    functions: dict[str, Callable[..., Any]] = {
+        "get_device_properties": properties,
+        "synchronize": lambda *_: card.wait(),
+        "mem_get_info": lambda *_: (card.memory - card.held, card.memory),
+        "memory_allocated": lambda *_: card.held,
+        "memory_reserved": lambda *_: card.held,
+        "max_memory_allocated": lambda *_: card.most,
+        "max_memory_reserved": lambda *_: card.most,
+        "reset_peak_memory_stats": lambda *_: card.forget_most(),
+        "get_rng_state": lambda *_: state(),
+        "set_rng_state": lambda new, *_: torch.random.set_rng_state(new),
+        "get_rng_state_all": lambda: [state()],
+    }
+    for name, function in functions.items():
+        setattr(torch.cuda, name, function)
+
+
+def _page_nothing(torch: Any, functional: Any) -> None:
+    """Paged memory, which CPU and GPU both see, is the CPU's."""
+
+    def get_paged(*shape: int, dtype: Any, device: Any) -> Any:
+        out = torch.empty(shape, dtype=dtype)
+        out.is_paged, out.page_deviceid = True, device.index
+        return out
+
+    functional.get_paged = get_paged
+    functional.fill = lambda x, value, **_: x.fill_(value)
+    functional.prefetch_tensor = lambda x, to_cpu=False: None
+
+
+def main() -> None:
+    """Run a module, as ``python -m`` does, and report."""
+    memory = os.environ.get("PAPER_GPU_MIB", "8192")
+    if len(sys.argv) < 2 or not memory.isdecimal():
+        sys.exit(
+            "usage: [PAPER_GPU_MIB=8192] python -m xtuner.testing.fake_cuda.device "
+            "MODULE [ARGUMENT ...], "
+            f"as xtuner.cli.app train my_settings.py; got {sys.argv[1:]}, PAPER_GPU_MIB={memory}"
+        )
+    card = install(int(memory) * MB)
+    module, sys.argv = sys.argv[1], sys.argv[1:]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        report = {"most_mib": card.most / MB, "held_mib": card.held / MB, "waits": card.waits}
+        print(json.dumps(report), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

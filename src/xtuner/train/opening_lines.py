@@ -1,0 +1,92 @@
+"""The first lines of a run: what will be trained, on what, for how long, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from xtuner.config.schema import Settings
+from xtuner.engine import optim
+from xtuner.memory.forecast import MemoryPlan, check_disk
+
+FEW_STEPS = 12
+"""Below this number of optimizer steps a fine-tune learns hardly anything."""
+
+
+def opening_lines(
+    s: Settings,
+    plan: MemoryPlan,
+    *,
+    dtype: torch.dtype,
+    means: str,
+    processes: int,
+    steps: tuple[int, int],
+    data: Iterable[str],
+    pictures: str | None,
+    work_dir: Path,
+) -> Iterator[str]:
+    """Yield them in the order in which a reader asks.
+
+    Args:
+        s: settings of the run.
+        plan: its memory.
+        dtype: of the computation.
+        means: what is said of threads and kernels.
+        processes: how many take part.
+        steps: of the run, and of an epoch.
+        data: lines about the rows.
+        pictures: line about the visual encoder.
+        work_dir: where results go.
+    """
+    yield from lines_of_model(s, plan, dtype)
+    if pictures:
+        yield pictures
+    yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{means}"
+    yield from data
+    total, an_epoch = steps
+    yield (
+        f"Steps        {total:,} ({an_epoch:,} an epoch), each of {s.batch_size} (batch_size) x "
+        f"{s.accumulative_counts} (accumulative_counts) x {processes} (processes) "
+        f"{'packs' if s.pack_to_max_length else 'samples'}"
+    )
+    if not plan.forecast.failure:
+        yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
+    notes = _notes_on_steps(s, total)
+    if idle := s.without_effect():
+        notes.append(f"without effect here: {', '.join(idle)}")
+    if plan.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
+        notes.append(f"a CPU has nothing to page to: {plain} takes the place of {s.optim_type}")
+    if s.embedding_on_cpu is True and plan.device == "cpu":
+        notes.append("embedding_on_cpu changes nothing: all of the model is in the CPU's memory")
+    yield from (f"Note         {note}" for note in notes)
+    yield f"Results      {work_dir}\n"
+
+
+def lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:
+    """What is trained, on what, and the memory that it takes."""
+    held = s.effective_quantization
+    return [
+        f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
+        + ("" if held == "none" else f" on {held} weights"),
+        f"Device       {plan.device}, {str(dtype).removeprefix('torch.')}",
+        *plan.lines(),
+    ]
+
+
+def _notes_on_steps(s: Settings, total: int) -> list[str]:
+    """What a beginner should know of the number of steps before the run, not after it."""
+    notes = []
+    if s.max_steps and s.max_steps > total:
+        notes.append(
+            f"max_steps = {s.max_steps} is not reached: max_epochs = {s.max_epochs} ends the run "
+            f"at step {total}; raise max_epochs"
+        )
+    if total < FEW_STEPS and (s.max_steps is None or total < s.max_steps):
+        cure = "set accumulative_counts = 1, or " if s.accumulative_counts > 1 else ""
+        notes.append(
+            f"only {total} steps: with so little data hardly anything is learnt; "
+            f"{cure}raise max_epochs"
+        )
+    return notes

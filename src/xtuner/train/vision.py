@@ -1,0 +1,180 @@
+"""The parts of a run with image input, joined by `xtuner.train.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.config.schema import Settings
+from xtuner.data.images.expansion import PictureCollate, Sight, picture_folder
+from xtuner.data.images.feature_store import FeatureStore
+from xtuner.data.loader import Collate
+from xtuner.data.sources.find import below
+from xtuner.errors import ModelError
+from xtuner.generation.images import Vision, question
+from xtuner.models.vision.load import Seeing
+from xtuner.models.vision.parts import Parts, make, projectors_beside
+from xtuner.models.vision.tower import (
+    Processor,
+    add_image_token,
+    check_layer,
+    identity_of,
+    vision_config,
+)
+from xtuner.types import Algorithm, Message
+
+
+def sight_of(settings: Settings, tokenizer: Any, *, folder: Path) -> Sight | None:
+    """What the data part needs to know of the eyes of a run; None if it has none.
+
+    Args:
+        settings: of the run.
+        tokenizer: gets the token ``<image>`` where there are eyes.
+        folder: of the settings file.
+
+    Raises:
+        ModelError, DataError: the encoder or the folder of the pictures is not there.
+    """
+    return _sight(settings, tokenizer, folder) if settings.sees else None
+
+
+def _sight(settings: Settings, tokenizer: Any, folder: Path) -> Sight:
+    config = vision_config(settings.visual_encoder_name_or_path or "")
+    tokens = (config["image_size"] // config["patch_size"]) ** 2
+    pictures = picture_folder(settings.image_folder, data_root=settings.data_root, folder=folder)
+    return Sight(pictures, add_image_token(tokenizer), tokens)
+
+
+@dataclass
+class RunVision:
+    """The eyes of a run.
+
+    Attributes:
+        settings: of the run.
+        folder: of the settings file.
+        sight: what the data part knows of the eyes.
+        processor: makes pixels.
+        features: where features are kept; None where they are computed each time.
+        parts: the model, after `join`.
+        shown: shows pictures in sample answers, after `join`.
+    """
+
+    settings: Settings
+    folder: Path
+    sight: Sight
+    processor: Processor
+    features: FeatureStore | None = None
+    parts: Parts = field(init=False)
+    shown: Vision = field(init=False)
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: Any, *, folder: Path) -> RunVision:
+        """Read what the visual encoder says of itself; `tokenizer` gets the token ``<image>``.
+
+        Raises:
+            ModelError: the encoder is not there, or what it says of itself does not serve.
+            DataError: the folder of the pictures is not there.
+        """
+        name = settings.visual_encoder_name_or_path or ""
+        sight = _sight(settings, tokenizer, folder)
+        check_layer(
+            settings.visual_select_layer,
+            layers=vision_config(name)["num_hidden_layers"],
+            adapters=settings.visual_encoder_training == "adapter",
+        )
+        processor = Processor(name, settings.pad_image_to_square)
+        processor.upstream  # noqa: B018  what is wrong with it is told before the data is read
+        features = FeatureStore() if settings.cache_visual_features else None
+        return cls(settings, folder, sight, processor, features)
+
+    @property
+    def encoder(self) -> str:
+        """The visual encoder, as a checkpoint names it."""
+        name = self.settings.visual_encoder_name_or_path or ""
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+    def collate(self, algorithm: Algorithm) -> Collate:
+        """Batches with pixels."""
+        kept = self.features.read if self.features else None
+        return PictureCollate(algorithm.collate, self.sight, self.processor, kept)
+
+    def join(self, llm: Any, *, dtype: torch.dtype, device: str, source: Path | None) -> Any:
+        """Put the visual encoder and the projector before `llm`; see `llava_parts.make`.
+
+        Raises:
+            ModelError: they do not fit together.
+            DataError: a picture of evaluation_images cannot be opened.
+        """
+        self.parts = make(
+            self.settings,
+            llm,
+            image_token_id=self.sight.token_id,
+            dtype=dtype,
+            device=device,
+            source=source,
+            projector=None if source else self._projector(),
+            keep=self.features.write if self.features else None,
+        )
+        if self.features:
+            encoder, tokens = self.parts.encoder, self.sight.tokens_each
+            self.features.open(
+                {
+                    "encoder": identity_of(encoder),
+                    "layer": self.settings.visual_select_layer,
+                    "processor": self.processor.upstream.to_dict(),
+                },
+                shape=(tokens, encoder.config.hidden_size),
+            )
+        eyes, sight = self.parts.packed.eyes, self.sight
+        self.shown = Vision(
+            Seeing(self.parts.llava, eyes, self.processor, sight.token_id, sight.tokens_each)
+        )
+        self.shown.check([self._picture(name) for name in self.settings.evaluation_images])
+        return self.parts.packed
+
+    def recompute(self) -> None:
+        """Recompute the visual encoder's activations in the backward pass, too."""
+        tower = self.parts.llava.model.vision_tower
+        tower.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def question(self, text: str, images: Sequence[str]) -> Message:
+        """A question of the settings about pictures of the settings."""
+        return question(text, [self._picture(name) for name in images])
+
+    def save(self, folder: Path) -> None:
+        """Write the parts that are trained."""
+        self.parts.save(folder)
+
+    def line(self) -> str:
+        """What a picture takes, for the terminal."""
+        s, tokens = self.settings, self.sight.tokens_each
+        return (
+            f"Pictures     {s.visual_encoder_name_or_path}: {tokens} tokens each, on top of "
+            f"max_length: {s.max_length + tokens:,} in all"
+        )
+
+    def trained(self) -> Iterator[str]:
+        """What of each part is trained, for the terminal; after `join`."""
+        for number, line in enumerate(self.parts.table()):
+            yield f"{'' if number else 'Trained':13}{line}"
+
+    def _picture(self, name: str) -> str:
+        """Where a picture of the settings is."""
+        found = below(name, self.settings.data_root, self.folder)
+        places = (Path(found), self.folder / found, self.sight.folder.root / found)
+        return next((str(place) for place in places if place.is_file()), name)
+
+    def _projector(self) -> Path | None:
+        name = self.settings.pretrained_pth
+        if name is None:
+            return None
+        for place in (self.folder / Path(name).expanduser(), Path(name).expanduser()):
+            if place.exists() or (place.suffix == ".pth" and place.with_suffix("").is_dir()):
+                return place
+        others = ", ".join(map(repr, projectors_beside(Path(name).expanduser())))
+        hint = f"; these have a projector: {others}" if others else ""
+        raise ModelError(f"pretrained_pth = {name!r}: there is no such folder{hint}")

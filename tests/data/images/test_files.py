@@ -1,0 +1,142 @@
+"""Pictures: found only in their folder, checked before a run, decoded when a batch is made."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xtuner.data.images import files
+from xtuner.data.images.files import PictureError, PictureFolder, decode
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "images"
+    (place / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    for name in ("a.png", "a.jpg", "sub/a.webp", "a.bmp", "a.gif"):
+        noise.save(place / name)
+    noise.save(tmp_path / "outside.png")
+    return PictureFolder(place)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "a.jpg", "sub/a.webp", "a.bmp", "a.gif", "./sub/../a.png"]
+)
+def test_sound_pictures_pass(folder, name):
+    folder.check(name)
+    assert folder.load(name).size == (80, 60) and folder.load(name).mode == "RGB"
+    folder.check(str(folder.root / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("b.png", "is not there"),
+        ("sub", "is a folder"),
+        ("../outside.png", "lies outside image_folder"),
+        ("sub/../../outside.png", "lies outside"),
+        ("/etc/passwd", "lies outside"),
+        ("https://a.b/c.png", "download it"),
+        ("data:image/png;base64,AAAA", "download it"),
+    ],
+)
+def test_what_is_not_in_the_folder_is_refused(folder, name, words):
+    with pytest.raises(PictureError, match=words) as caught:
+        folder.check(name)
+    assert name in str(caught.value)
+
+
+def test_links_may_not_lead_out_unless_the_folder_itself_is_one(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (3, 3)).save(tmp_path / "elsewhere" / "x.png")
+    (folder.root / "coco").symlink_to(tmp_path / "elsewhere")
+    (folder.root / "same.png").symlink_to(folder.root / "a.png")
+    (folder.root / "out.png").symlink_to(tmp_path / "outside.png")
+    (folder.root / "also").symlink_to(folder.root / "sub")
+    folder.check("same.png")
+    folder.check("also/a.webp")
+    for name in ("out.png", "coco/x.png"):
+        with pytest.raises(
+            PictureError, match=r"link that leads out.*set image_folder to the real"
+        ):
+            folder.check(name)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    PictureFolder(tmp_path / "link").check("x.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "sub/a.webp"])
+def test_damaged_and_foreign_files_are_named(folder, name):
+    file = folder.root / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PictureError, match="is damaged"):
+        folder.check(name)
+    file.write_bytes(b"")
+    with pytest.raises(PictureError, match="is no picture"):
+        folder.check(name)
+    Image.new("RGB", (4, 4)).save(file, format="TIFF")
+    with pytest.raises(PictureError, match="is no picture in JPEG, PNG"):
+        folder.check(name)
+
+
+@pytest.mark.parametrize("side", [9_000, 30_000])  # Pillow warns of the one, refuses the other
+def test_a_bomb_is_refused_before_it_is_decoded(folder, side):
+
+    def chunk(kind, body):
+        whole = kind + body
+        return struct.pack(">I", len(body)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    raw = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    (folder.root / "bomb.png").write_bytes(raw)
+    with pytest.raises(PictureError, match="more than 64,000,000"):
+        folder.check("bomb.png")
+    assert side * side > files.MAX_PIXELS
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (11_000, 200), (5_000, 10)])
+def test_a_line_that_would_become_a_huge_square_is_refused(folder, size):
+    Image.new("1", size).save(folder.root / "line.png")
+    assert (folder.root / "line.png").stat().st_size < 2_000
+    with pytest.raises(PictureError, match=r"more than (10,000 on a side|100 times)"):
+        folder.check("line.png")
+    with pytest.raises(PictureError):
+        folder.load("line.png")
+
+
+def with_exif(body):
+    """A PNG with a chunk eXIf of `body`."""
+    raw = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(raw, "PNG")
+    whole = b"eXIf" + body
+    chunk = struct.pack(">I", len(body)) + whole + struct.pack(">I", zlib.crc32(whole))
+    return raw.getvalue().replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+
+
+def test_a_picture_that_cannot_be_turned_upright_does_not_pass_the_check(folder):
+    (folder.root / "exif.png").write_bytes(with_exif(b"no TIFF header"))
+    for use in (folder.check, folder.load):
+        with pytest.raises(PictureError, match=r"'exif\.png' is damaged"):
+            use("exif.png")
+
+
+def test_grey_in_16_bits_keeps_its_shades(folder):
+    shades = np.array([[0, 0x40FF, 0x8000, 0xFFFF]], np.uint16)
+    Image.fromarray(shades).save(folder.root / "grey.png")
+    folder.check("grey.png")
+    assert np.asarray(folder.load("grey.png"))[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
+
+
+def test_pictures_stand_upright(tmp_path):
+    image = Image.new("RGB", (4, 2))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    raw = io.BytesIO()
+    image.save(raw, "JPEG", exif=exif)
+    raw.seek(0)
+    assert decode(raw, "x").size == (2, 4)

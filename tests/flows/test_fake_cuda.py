@@ -1,0 +1,222 @@
+"""Training, resuming, chat and merging on the fake CUDA device (`xtuner.testing.fake_cuda`):
+tensors that claim to lie on a GPU and are computed by the CPU. A real card's kernels and speed are
+not covered."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtuner.cli.app import main
+from xtuner.testing.fake_cuda import device as paper_gpu
+from xtuner.testing.tiny import tiny_model_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+
+pytestmark = [
+    pytest.mark.skipif(paper_gpu.find_compiler() is None, reason="it has to be compiled"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch knows real ones"),
+]
+MB = 2**20
+TEXT = """
+pretrained_model_name_or_path = "model"
+data_path = "rows.json"
+prompt_template = "chatml"
+max_length = 192
+pack_to_max_length = True
+batch_size = 1
+accumulative_counts = 2
+max_epochs = 9
+max_steps = 6
+save_steps = 3
+logging_steps = 1
+lr = 1e-3
+dtype = "bfloat16"
+tuning = "lora"
+lora_r = 8
+"""
+PICTURES = """
+llm_name_or_path = "model"
+visual_encoder_name_or_path = "clip"
+data_path = "data.json"
+image_folder = "images"
+prompt_template = "chatml"
+max_length = 96
+accumulative_counts = 1
+max_epochs = 9
+max_steps = 4
+save_steps = 4
+logging_steps = 1
+dtype = "bfloat16"
+"""
+RUNS = {
+    "lora": "",
+    "windows": 'pretrained_model_name_or_path = "mistral"\n',
+    "qlora": 'tuning = "qlora"\ngradient_checkpointing = True\n',
+    "full": 'tuning = "full"\n',
+    "projector": PICTURES + 'tuning = "full"\nfreeze_llm = True\nlr = 3e-2\n',
+    "eyes": PICTURES + 'tuning = "lora"\nlr = 1e-3\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
+    "moved": 'tuning = "qlora"\nembedding_on_cpu = True\n',
+}
+"""Settings of runs that the CPU takes as well."""
+# Matrices of 100,000 numbers or more are paged.
+PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\nlora_r = 1600\n'
+
+
+def on_paper(*commands, liger=False):
+    """What came of commands of xtuner on a GPU on paper, with a stand-in for liger's kernels if
+    wanted."""
+    told = [{"arguments": c} if isinstance(c, list) else c for c in commands]
+    driver = Path(__file__).parents[1] / "helpers" / "fake_cuda_driver.py"
+    done = subprocess.run(
+        [sys.executable, str(driver), *(["liger"] if liger else [])],
+        input=json.dumps(told),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
+    assert len(found) == len(commands), done.stderr[-3000:]
+    return found
+
+
+def train(name, work_dir, *options, device="cuda", **more):
+    """The command that trains with the settings `name`."""
+    set_ = [f"device={device}", *(f"{key}={value}" for key, value in more.items())]
+    return ["train", f"{name}.py", "--work-dir", work_dir, *options, "--cfg-options", *set_]
+
+
+def losses(work_dir):
+    """Those of all steps, of all starts."""
+    files = sorted(Path(work_dir).glob("*/scalars.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory, compiled):
+    folder = tmp_path_factory.mktemp("paper")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("cache").mkdir()
+        Path("cache/paper_gpu").symlink_to(compiled / "paper_gpu", target_is_directory=True)
+        patch.setenv("XTUNER_CACHE", str(folder / "cache"))
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+        tiny_model_folder("model", **sizes, initializer_range=0.1)
+        tiny_model_folder("mistral", "mistral", **sizes, sliding_window=2, initializer_range=0.3)
+        tiny_visual_encoder_folder("clip", initializer_range=0.5)
+        tiny_llava_data(folder / "data.json", folder / "images", count=12)
+        rows = [
+            {"instruction": f"What comes after {n}?", "input": "", "output": f"{n + 1} it is." * 3}
+            for n in range(40)
+        ]
+        Path("rows.json").write_text(json.dumps(rows))
+        for name, changes in {**RUNS, "paged": PAGED}.items():
+            text = changes if changes.startswith(PICTURES) else TEXT + changes
+            Path(f"{name}.py").write_text(text)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def inside(workshop, monkeypatch):
+    monkeypatch.chdir(workshop)
+
+
+@pytest.fixture(scope="module")
+def finished(workshop):
+    """All runs on the card, by name."""
+    found = on_paper(*[train(name, f"gpu_{name}") for name in RUNS])
+    return dict(zip(RUNS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_learns_as_on_a_cpu(finished, name):
+    assert finished[name]["code"] == 0, finished[name]["text"]
+    assert main(train(name, f"cpu_{name}", "--overwrite", device="cpu")) == 0
+    found, wanted = losses(f"gpu_{name}"), losses(f"cpu_{name}")
+    assert len(found) == len(wanted) >= 4
+    assert found == pytest.approx(wanted, rel=0.02)
+    idle = train(name, f"idle_{name}", "--overwrite", device="cpu", lr=1e-12)
+    assert main(idle) == 0
+    assert losses(f"idle_{name}") != pytest.approx(found, rel=0.03)  # or the above says nothing
+
+
+def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
+    code = """if True:
+        from xtuner.testing.fake_cuda import device as paper_gpu
+        paper_gpu.install(2**30)
+        import torch
+        table, ids = torch.ones(4, 3, device="cuda"), torch.tensor([0, 2])
+        assert torch.cuda.get_device_properties(0).name == torch.cuda.get_device_name()
+        print(torch.nn.functional.embedding(ids.cuda(), table).sum().item(), table[ids].device)
+        try: torch.nn.functional.embedding(ids, table)
+        except RuntimeError as error: print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("6.0 cuda:0\nExpected all tensors to be on the same device"), (
+        done.stdout + done.stderr
+    )
+
+
+def test_with_kernels_of_liger_it_learns_the_same(finished):
+    names = ("lora", "windows", "qlora")
+    found = on_paper(*[train(name, f"liger_{name}") for name in names], liger=True)
+    for name, report in zip(names, found, strict=True):
+        assert report["code"] == 0, report["text"]
+        assert report["calls"] == ["rms_norm", "rope", "swiglu"]
+        assert losses(f"liger_{name}") == pytest.approx(losses(f"gpu_{name}"), rel=0.02)
+
+
+def test_a_step_waits_for_the_card_three_times(workshop):
+    """For the loss and the norm of the gradients, which are wanted as numbers, however many
+    micro-batches there are."""
+
+    def waits(steps, micro_batches):
+        work = f"waits_{steps}_{micro_batches}"
+        more = {"max_steps": steps, "save_steps": 99, "accumulative_counts": micro_batches}
+        return train("lora", work, **more)
+
+    short, long, many = on_paper(waits(2, 1), waits(6, 1), waits(6, 3))
+    assert 0 < long["waits"] - short["waits"] <= 3 * 4
+    assert many["waits"] == long["waits"]
+
+
+def test_paged_state_survives_a_stop(workshop):
+    steady = {"lr_schedule": "constant", "warmup_ratio": 0}
+    whole, _, rest = on_paper(
+        train("paged", "whole", **steady),
+        train("paged", "stopped", max_steps=3, **steady),
+        train("paged", "stopped", "--resume", **steady),
+    )
+    assert (whole["code"], rest["code"]) == (0, 0), rest["text"]
+    assert len(losses("whole")) == 6
+    assert losses("stopped") == pytest.approx(losses("whole"), rel=1e-3)
+
+
+def test_what_was_trained_there_is_merged_and_answers(finished):
+    asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5"]
+    merge = ["convert", "merge", "model", "gpu_lora", "merged", "--device", "cuda"]
+    merged, apart, whole, drawn, seen = on_paper(
+        merge,
+        ["chat", "gpu_lora", "--device", "cuda", *asked],
+        ["chat", "merged", "--device", "cuda", "--prompt-template", "chatml", *asked],
+        ["chat", "gpu_qlora", "--device", "cuda", *asked, "--temperature", "1", "--seed", "3"],
+        ["chat", "gpu_eyes", "--device", "cuda", *asked, "--image", "images/5.png"],
+    )
+    for found in (merged, apart, whole, drawn, seen):
+        assert found["code"] == 0 and found["text"].strip(), found["text"]
+    assert apart["text"].strip() == whole["text"].strip()
+
+
+def test_where_it_is_too_small_nothing_is_lost_and_cures_are_named(finished):
+    shutil.copytree("gpu_full", "tight")
+    most = finished["full"]["most"] / MB
+    (found,) = on_paper(
+        {"arguments": train("full", "tight", "--resume", max_steps=8), "mib": 0.8 * most}
+    )
+    assert found["code"] == 2
+    assert "Cheapest changes" in found["text"] and Path("tight/iter_6").is_dir()

@@ -1,0 +1,35 @@
+"""Commands of xtuner, one after the other, on a GPU on paper: a list of {"arguments", "mib"} as
+JSON on stdin; on stdout, for each, a line of JSON that says what came of it. With an argument
+there is a stand-in for liger's kernels."""
+
+import contextlib
+import io
+import json
+import sys
+
+from xtuner.testing.fake_cuda import device
+
+
+def main() -> None:
+    """Run them."""
+    card = device.install(2**40)
+    from liger_stub import Stand
+
+    from xtuner.cli.app import main as xtuner
+
+    stand = Stand()
+    sys.modules.update(stand.modules if sys.argv[1:] else {})
+    for command in json.load(sys.stdin):
+        card.limit(card.held + int(command.get("mib", 2**20) * device.MB))
+        card.forget_most()
+        stand.calls.clear()
+        held, waits, text = card.held, card.waits, io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            code = xtuner(command["arguments"])
+        report = {"code": code, "text": text.getvalue(), "most": card.most - held}
+        report["calls"] = sorted(set(stand.calls))
+        print(json.dumps({**report, "waits": card.waits - waits}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

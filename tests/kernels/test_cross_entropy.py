@@ -1,0 +1,65 @@
+"""The loss from hidden states against the plain formula, in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from xtuner.kernels import cross_entropy as loss
+
+
+def problem(vocabulary=97, positions=23, width=16, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(positions, width, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.randint(vocabulary, (positions,), generator=generator)
+
+
+@pytest.mark.parametrize("positions", [1, 16, 23, 40])
+def test_value_and_gradients_equal_the_plain_formula(positions, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 0)  # several chunks, the last smaller
+    hidden, weight, targets = problem(positions=positions)
+    ours = loss.summed_cross_entropy(hidden, weight, targets)
+    grads = torch.autograd.grad(ours * 0.37, (hidden, weight))
+    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    expected = torch.autograd.grad(plain * 0.37, (hidden, weight))
+    # The sum and the softmax are float32 by design.
+    assert ours.dtype == torch.float32
+    assert abs(ours.item() - plain.item()) < 1e-5 * abs(plain.item())
+    for ours_grad, plain_grad in zip(grads, expected, strict=True):
+        assert (ours_grad - plain_grad).abs().max() < 1e-6 * plain_grad.abs().max()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, targets = problem()
+    weight.requires_grad_(False)
+    loss.summed_cross_entropy(hidden, weight, targets).backward()
+    assert weight.grad is None and hidden.grad.abs().sum() > 0
+
+
+def test_bfloat16_stays_close_to_float32():
+    hidden, weight, targets = problem(dtype=torch.float32)
+    exact = loss.summed_cross_entropy(hidden, weight, targets)
+    rough = loss.summed_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert abs(rough.item() - exact.item()) < 0.01 * exact.item()
+
+
+def test_without_gradients_nothing_is_kept():
+    hidden, weight, targets = problem()
+    with torch.no_grad():
+        value = loss.summed_cross_entropy(hidden, weight, targets)
+    assert not value.requires_grad
+    assert (
+        abs(value.item() - F.cross_entropy(hidden @ weight.T, targets, reduction="sum").item())
+        < 1e-3
+    )
+
+
+def test_few_numbers_of_rows_come_up():
+    """Each keeps compiled code in memory, for as long as a run goes on."""
+    steps = {loss.chunk_rows(count, 49152, 2) for count in range(1, 3000)}
+    assert len(steps) < 30
+    for count in (1, 17, 300, 682, 700, 2999):
+        step = loss.chunk_rows(count, 49152, 2)
+        parts = -(-count // step)
+        assert count <= parts * step < 1.2 * count + 16
+        assert step * 49152 * 2 <= 1.1 * loss.LOGITS_BYTES

@@ -1,0 +1,142 @@
+"""What is told before a run: whether it fits, and what to change."""
+
+import pytest
+import torch
+
+from xtuner.cli.app import main
+from xtuner.config.schema import Settings
+from xtuner.errors import ConfigError
+from xtuner.memory import forecast as module
+from xtuner.memory.forecast import forecast, parse_memory, plan_memory
+from xtuner.testing.tiny import tiny_model_folder
+
+MB = 2**20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model_folder(
+        tmp_path_factory.mktemp("model"),
+        num_hidden_layers=6,
+        hidden_size=256,
+        intermediate_size=1024,
+    )
+
+
+def settings(folder, **changes):
+    chosen = {"pretrained_model_name_or_path": str(folder), "data_path": "d", "tuning": "full"}
+    return Settings(**{**chosen, "max_length": 2048, "batch_size": 4, **changes})
+
+
+def test_auto_recomputes_only_where_it_must(folder):
+    chosen = settings(folder)
+    plenty = plan_memory(chosen, "cpu", memory=2**40)
+    assert plenty.fits and not plenty.forecast.recompute
+    tight = plan_memory(chosen, "cpu", memory=plenty.forecast.peak - MB)
+    assert tight.forecast.recompute and tight.forecast.peak < plenty.forecast.peak
+    never = plan_memory(settings(folder, gradient_checkpointing=False), "cpu", memory=MB)
+    assert not never.fits and not never.forecast.recompute
+
+
+def test_cures_come_cheapest_first_and_end_where_it_fits(folder):
+    chosen = settings(folder)
+    plan = plan_memory(chosen, "cpu", memory=module.LIBRARIES + 110 * MB)
+    assert not plan.fits
+    lines = list(plan.cures())[1:]
+    assert lines[0].strip().startswith("batch_size = 1, accumulative_counts = ")
+    peaks = [int(line.split(": ")[1].split(" MiB")[0].replace(",", "")) for line in lines]
+    assert peaks == sorted(peaks, reverse=True)
+    assert lines[-1].endswith("fits") and not any("fits" in line for line in lines[:-1])
+
+
+def test_what_cannot_fit_says_so(folder):
+    plan = plan_memory(settings(folder), "cpu", memory=MB)
+    assert "smaller model" in list(plan.cures())[-1]
+
+
+def test_a_cure_names_a_setting_that_lowers_this_very_forecast(folder):
+    chosen = settings(folder, batch_size=1)
+    before = forecast(chosen, "cpu", recompute=False).peak
+    for changes in ({"max_length": 1024}, {"tuning": "qlora"}):
+        after = forecast(chosen.model_copy(update=changes), "cpu", recompute=False).peak
+        assert after < before
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 2**33), ("7.5 GiB", 15 * 2**29), ("600MB", 600 * MB), ("2g", 2**31)]
+)
+def test_sizes(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "eight GB", "-1GB", "0GB", "8TBs"])
+def test_what_is_no_size(text):
+    with pytest.raises(ConfigError, match="8GB"):
+        parse_memory(text)
+
+
+def test_paged_optimizer_state_is_no_memory_of_torch_on_a_gpu(folder):
+    paged = forecast(settings(folder, optim_type="PagedAdamW32bit"), "cuda", recompute=True)
+    plain = forecast(settings(folder, optim_type="AdamW"), "cuda", recompute=True)
+    assert plain.peak - paged.peak == pytest.approx(
+        plain.optimizer * module.ALLOCATOR["cuda"], abs=2
+    )
+    assert "may move to the CPU" in list(paged.lines())[1]
+    on_cpu = forecast(settings(folder, optim_type="PagedAdamW32bit"), "cpu", recompute=True)
+    assert "move" not in list(on_cpu.lines())[1] and not on_cpu.paged
+
+
+def test_cures_are_settings_that_a_run_takes(folder):
+    """tuning = 'qlora' alone would be refused beside quantization = 'none'."""
+    chosen = settings(folder, quantization="none", batch_size=1)
+    plan = plan_memory(chosen, "cuda", memory=MB)
+    named = [line for line in plan.cures() if "qlora" in line]
+    assert named and "quantization = 'auto'" in named[0]
+    frozen = settings(folder, tuning="lora", quantization="none", lora_modules_to_save=["lm_head"])
+    assert any("'auto'" in line for line in plan_memory(frozen, "cuda", memory=MB).cures())
+
+
+def test_processes_share_the_memory_of_a_cpu_and_not_of_gpus(folder):
+    def room(device):
+        return plan_memory(settings(folder), device, memory=2**33, processes=4).memory
+
+    assert (room("cpu"), room("cuda")) == (2**31, 2**33)
+    alone, shared = module.free_memory("cpu"), module.free_memory("cpu", 2)
+    assert shared >= alone - 100 * MB  # what the others hold already is theirs to take
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here_can_be_planned_for(folder, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(
+        f"pretrained_model_name_or_path = {str(folder)!r}\ndata_path = 'd'\ntuning = 'lora'\n"
+    )
+    dry = ["train", str(tmp_path / "c.py"), "--dry-run", "--device", "cuda"]
+    assert main([*dry, "--memory", "8GB"]) == 0
+    said = capsys.readouterr().out
+    assert "cuda, bfloat16" in said and "Fits in 8,192 MiB" in said
+    assert main([*dry, "--memory", "8GB", "--nproc", "2"]) == 0
+    assert "Fits in 8,192 MiB for each of 2" in capsys.readouterr().out
+    assert main(dry) == 2
+    assert "--memory 8GB" in capsys.readouterr().err
+
+
+def test_a_fault_in_the_forecast_stops_no_training(folder, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise RuntimeError("aten._local_scalar_dense\nmore")
+
+    monkeypatch.setattr(module, "measure", fail)
+    module._footprint.cache_clear()
+    chosen = settings(folder, seed=77)
+    with pytest.raises(RuntimeError):  # our own tests fail on it
+        plan_memory(chosen, "cpu", memory=MB)
+    monkeypatch.delenv("XTUNER_STRICT")
+    plan = plan_memory(chosen, "cpu", memory=MB)
+    assert plan.fits and not plan.forecast.recompute
+    (line,) = plan.lines()
+    assert "forecast failed: RuntimeError: aten._local_scalar_dense" in line
+    assert "batch_size" in "".join(plan.cures())
+    (tmp_path / "c.py").write_text(
+        f"pretrained_model_name_or_path = {str(folder)!r}\ndata_path = 'd'\nseed = 78\n"
+    )
+    assert main(["train", str(tmp_path / "c.py"), "--dry-run", "--device", "cpu"]) == 2
+    assert "not forecast" in capsys.readouterr().out
