@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from xtuner.config.schema import Settings, check_combinations
+from xtuner.config.combinations import check_combinations
+from xtuner.config.schema import Settings
 from xtuner.errors import ModelError
 from xtuner.kernels import host_embedding
 from xtuner.kernels.host_embedding import HostEmbedding

@@ -12,9 +12,10 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from xtuner import plugins
+from xtuner.config.combinations import CHECKS
 from xtuner.config.describe import allowed, choices
 from xtuner.config.entries import OVERRIDE, Entry, Problem, Reading, spoken_constant
-from xtuner.config.schema import ALIASES, CHECKS, Settings, field_parts
+from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import did_you_mean
 
 _TABLES = Path(__file__).parent / "tables"

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from xtuner.config.schema import Settings, one_as_tuple
+from xtuner.config.marks import one_as_tuple
+from xtuner.config.schema import Settings
 
 _WORDS = {str: "text", int: "a whole number", float: "a number"}
 
@@ -26,6 +27,16 @@ def allowed(name: str) -> str:
 def choices(name: str) -> tuple[str, ...]:
     """The fixed words that setting `name` takes; empty where it is open."""
     return tuple(_literals(Settings.model_fields[name].annotation))
+
+
+def takes_one(name: str) -> bool:
+    """Whether setting `name` is a list that may be written as one text."""
+    field = Settings.model_fields[name]
+    return _takes_one(list(field.metadata))
+
+
+def _takes_one(metadata: list[Any]) -> bool:
+    return any(isinstance(m, BeforeValidator) and m.func is one_as_tuple for m in metadata)
 
 
 def _literals(annotation: Any) -> list[str]:
@@ -62,7 +73,7 @@ def _sequence(items: tuple[Any, ...], metadata: list[Any]) -> str:
     if Ellipsis not in items:
         return f"{_count(len(items))}, each {_describe(items[0], [])}"
     words = _describe(items[0], []).removeprefix("a ") + "s"
-    one = any(isinstance(m, BeforeValidator) and m.func is one_as_tuple for m in metadata)
+    one = _takes_one(metadata)
     return f"text or a list of {words}" if one else f"a list of {words}"
 
 

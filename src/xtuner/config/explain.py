@@ -9,8 +9,9 @@ import textwrap
 
 from xtuner.config.check import named_parts, unknown_setting
 from xtuner.config.describe import allowed
+from xtuner.config.parts import PARTS, Part
 from xtuner.config.render import literal
-from xtuner.config.schema import ALIASES, PARTS, Part, Settings, field_parts
+from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import ConfigError
 
 _WIDTH = 100

@@ -8,42 +8,12 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xtuner.config.schema import PARTS, Settings, field_parts
+from xtuner.config.describe import takes_one
+from xtuner.config.parts import PARTS
+from xtuner.config.schema import Settings, field_parts
 
 _WIDTH = 100
 _COMMENT_COLUMN = 40
-_FEW = {
-    "pretrained_model_name_or_path": "a folder, or a name on the hub",
-    "tuning": "'full', 'lora' or 'qlora' (4 bits: the least memory)",
-    "lora_r": "rank of the adapters: more learns more, and costs memory",
-    "lora_alpha": "scale of the adapters: lora_alpha / lora_r",
-    "lora_dropout": "",
-    "data_path": "a file, a folder, a name on the hub, or a list of these",
-    "dataset_format": "'auto' decides by the columns; one, or one a source",
-    "prompt_template": "'auto' is the tokenizer's own chat template",
-    "SYSTEM": "system message for conversations without one",
-    "max_length": "most tokens in a sample or pack",
-    "pack_to_max_length": "several samples a row, kept apart: faster, same result",
-    "dataloader_num_workers": "processes that prepare batches",
-    "batch_size": "per device",
-    "accumulative_counts": "batches added up before a step",
-    "max_epochs": "",
-    "max_steps": "stop after this many steps; None: max_epochs decides",
-    "optim_type": "of torch.optim, or 'PagedAdamW32bit', 'AdamW8bit', ...",
-    "lr": "",
-    "betas": "",
-    "weight_decay": "",
-    "max_norm": "gradients are scaled down to this norm",
-    "warmup_ratio": "share of the steps in which lr rises",
-    "evaluation_inputs": "asked before, during and after training",
-    "evaluation_freq": "every so many steps",
-    "save_steps": "every so many steps; the end is always saved",
-    "save_total_limit": "checkpoints to keep; -1 keeps all",
-}
-"""What a copied file always has, with a word on each; everything else only where it is set."""
-
-_PLAIN_IF_ONE = ("data_path", "dataset_format", "lora_target_modules")
-"""Lists that are written as one text when they have one item."""
 
 
 def render(values: Mapping[str, Any], *, title: str) -> str:
@@ -53,17 +23,16 @@ def render(values: Mapping[str, Any], *, title: str) -> str:
         values: settings by name; those that are absent have their defaults.
         title: the first lines of the file.
     """
-    without = {"lora_r", "lora_alpha", "lora_dropout"} if values.get("tuning") == "full" else set()
-    if values.get("algorithm") == "pretrain":
-        without |= {"SYSTEM"}
-    defaults = {name: Settings.model_fields[name].default for name in _FEW}
-    shown = {name: value for name, value in defaults.items() if name not in without}
+    fields = Settings.model_fields
+    comments = {n: c for n in fields if (c := Settings.mark(n).comment) is not None}
+    given = Settings.model_construct(**values)
+    shown = {name: fields[name].default for name in comments if name not in given.idle()}
     changed = {
         name: value
         for name, value in values.items()
-        if name in _FEW or not _same(value, Settings.model_fields[name].default)
+        if name in comments or not _same(value, fields[name].default)
     }
-    return _file({**shown, **changed}, comments=_FEW, title=title)
+    return _file({**shown, **changed}, comments=comments, title=title)
 
 
 def render_all(settings: Settings, *, title: str) -> str:
@@ -73,7 +42,7 @@ def render_all(settings: Settings, *, title: str) -> str:
 
 def literal(name: str, value: Any) -> str:
     """Write the value of setting `name` on one line."""
-    if name in _PLAIN_IF_ONE and not isinstance(value, str) and len(value) == 1:
+    if takes_one(name) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
     return _literal(value)
 

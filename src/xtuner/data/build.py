@@ -185,7 +185,7 @@ class _Assembly:
     def _notes_on_pictures(self, train: PackedDataset) -> list[str]:
         """Notes on rows without pictures; an error where only pictures could teach anything."""
         s = self._settings
-        if not s.sees or train.any_images:
+        if not s.has_vision or train.any_images:
             return []
         if s.llm_training == "frozen":
             raise DataError(

@@ -6,6 +6,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xtuner.config.load import LoadedSettings
 from xtuner.config.render import render_all
@@ -50,20 +51,10 @@ class WorkPlace:
         Paths are written whole, so that the file holds wherever it is read from. The user's own
         file is never written to, also when it lies in the work dir.
         """
-        settings = loaded.settings.model_copy(
-            update={
-                "pretrained_model_name_or_path": _whole(
-                    loaded.settings.pretrained_model_name_or_path, loaded.folder
-                ),
-                **{
-                    name: _whole(path, loaded.folder)
-                    for name in ("visual_encoder_name_or_path", "pretrained_pth", "data_root")
-                    if (path := getattr(loaded.settings, name)) is not None
-                },
-                "data_path": tuple(
-                    _whole(path, loaded.folder) for path in loaded.settings.data_path
-                ),
-            }
+        given = loaded.settings
+        paths = {name: getattr(given, name) for name in type(given).paths()}
+        settings = given.model_copy(
+            update={name: _absolute(value, loaded.folder) for name, value in paths.items()}
         )
         file = self.work_dir / f"{loaded.name}.py"
         if loaded.path is not None and file.resolve() == loaded.path.resolve():
@@ -72,7 +63,12 @@ class WorkPlace:
         file.write_text(text, encoding="utf-8")
 
 
-def _whole(name: str, folder: Path) -> str:
-    """The absolute path of what `name` means here, or `name` if nothing of that name is here."""
-    places = (base / Path(name).expanduser() for base in (folder, Path.cwd()))
-    return next((str(place.resolve()) for place in places if place.exists()), name)
+def _absolute(value: Any, folder: Path) -> Any:
+    """The absolute path of each name in `value` that exists in `folder` or in the working
+    directory; other names, and None, as they are."""
+    if isinstance(value, tuple):
+        return tuple(_absolute(name, folder) for name in value)
+    if value is None:
+        return None
+    candidates = (base / Path(value).expanduser() for base in (folder, Path.cwd()))
+    return next((str(path.resolve()) for path in candidates if path.exists()), value)

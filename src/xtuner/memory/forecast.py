@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-from xtuner.config.schema import Settings, check_combinations
+from xtuner.config.combinations import check_combinations
+from xtuner.config.schema import Settings
 from xtuner.device.select import resolve_dtype
 from xtuner.engine import optim
 from xtuner.errors import ConfigError, LaunchError, XTunerError
@@ -240,7 +241,11 @@ def _ways(settings: Settings, device: str) -> Iterator[Forecast]:
 
 def _without_embedding(whole: Forecast, settings: Settings) -> Forecast:
     """The forecast with the input embedding on the CPU, where it can be and there is a GPU."""
-    can = whole.device == "cuda" and whole.footprint.embedding > 0 and settings.embedding_may_leave
+    can = (
+        whole.device == "cuda"
+        and whole.footprint.embedding > 0
+        and settings.can_keep_embedding_on_cpu
+    )
     return replace(whole, embedding_on_cpu=can)
 
 
@@ -255,7 +260,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
         "target_modules": settings.lora_target_modules,
         "modules_to_save": settings.lora_modules_to_save,
     }
-    picture = tokens_each(settings.visual_encoder_name_or_path or "") if settings.sees else 0
+    picture = tokens_each(settings.visual_encoder_name_or_path or "") if settings.has_vision else 0
     whole = settings.max_length + picture
     longest = whole
     if settings.pack_to_max_length:
@@ -271,14 +276,14 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
         double_quant=settings.double_quant,
         lora=lora if settings.uses_adapter else None,
         frozen=settings.llm_training == "frozen",
-        sees=settings.sees,
+        sees=settings.has_vision,
         recompute=recompute,
         accumulate=accumulate,
         flash=device == "cuda" and dtype != torch.float32,
         autocast=dtype if mixed else None,
         trust_remote_code=settings.trust_remote_code,
     )
-    if not settings.sees:
+    if not settings.has_vision:
         return found
     eyes = measure_eyes(settings, pictures=len(lengths), width=found.width, dtype=dtype)
     return eyes.beside(found, accumulate=accumulate)
@@ -301,7 +306,7 @@ def _cures(settings: Settings, *, recompute: bool) -> Iterator[Mapping[str, Any]
     if settings.batch_size > 1:
         counts = settings.accumulative_counts * settings.batch_size
         yield {"batch_size": 1, "accumulative_counts": counts}
-    if settings.embedding_may_leave:
+    if settings.can_keep_embedding_on_cpu:
         yield {"embedding_on_cpu": True}
     if not recompute:
         yield {"gradient_checkpointing": True}

@@ -41,7 +41,7 @@ def make_trainable(
     full = s.llm_training == "full"
     place: str | Path = s.pretrained_model_name_or_path
     if full and source is not None:
-        place = source / LLM if s.sees else source
+        place = source / LLM if s.has_vision else source
     base = load_model(
         place,
         dtype=torch.float32 if full else dtype,
@@ -71,5 +71,5 @@ def make_trainable(
         seed=s.seed,
     )
     if source is not None:
-        adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.sees else source)
+        adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.has_vision else source)
     return adapted

@@ -97,8 +97,8 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     console.print(
         f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
         f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "
-        f"{settings.max_length:,} tokens{' and those of a picture' if settings.sees else ''}, "
-        f"{settings.batch_size} at once. Nothing was trained.",
+        f"{settings.max_length:,} tokens{' plus one image' if settings.has_vision else ''}, "
+        f"{settings.batch_size} per micro-batch. Nothing was trained.",
         markup=False,
     )
     return plan.fits
@@ -134,7 +134,7 @@ class _TrainingRun:
         self.tokenizer = load_tokenizer(
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
-        if settings.sees:
+        if settings.has_vision:
             self.vision = RunVision.of(settings, self.tokenizer, folder=self.loaded.folder)
         self.template = templates.of_run(settings, self.tokenizer, folder=self.loaded.folder)
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
@@ -241,7 +241,7 @@ class _TrainingRun:
             world_size=self.processes.world_size,
             num_workers=s.dataloader_num_workers,
             pin_memory=self.device == "cuda",
-            grouped=s.sees and s.group_by_modality and s.shuffle,
+            grouped=s.has_vision and s.group_by_modality and s.shuffle,
         )
 
     def _collate(self, algorithm: Algorithm) -> Collate:

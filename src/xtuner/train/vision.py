@@ -39,7 +39,7 @@ def sight_of(settings: Settings, tokenizer: Any, *, folder: Path) -> Sight | Non
     Raises:
         ModelError, DataError: the encoder or the folder of the pictures is not there.
     """
-    return _sight(settings, tokenizer, folder) if settings.sees else None
+    return _sight(settings, tokenizer, folder) if settings.has_vision else None
 
 
 def _sight(settings: Settings, tokenizer: Any, folder: Path) -> Sight:

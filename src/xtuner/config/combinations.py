@@ -1,0 +1,154 @@
+"""Combinations of settings that cannot work together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from xtuner.config.schema import Settings
+from xtuner.types import IMAGE
+
+Check = Callable[["Settings"], Iterator[tuple[str, str]]]
+
+
+def check_combinations(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield (setting, problem) for every combination that cannot work."""
+    for check in CHECKS:
+        yield from check(settings)
+
+
+def _check_quantization(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.llm_training == "full" and s.effective_quantization != "none":
+        yield (
+            "quantization",
+            "quantised weights cannot be trained in full; "
+            "set tuning = 'qlora' or quantization = 'none'",
+        )
+    if s.tuning == "lora" and s.effective_quantization != "none":
+        yield (
+            "quantization",
+            "adapters beside quantised weights are tuning = 'qlora'; or set quantization = 'none'",
+        )
+    if s.tuning == "qlora" and s.quantization == "none":
+        yield (
+            "quantization",
+            "tuning = 'qlora' needs quantised weights; "
+            "set tuning = 'lora' or quantization = 'auto'",
+        )
+
+
+def _check_embedding_on_cpu(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.embedding_on_cpu is True and not s.can_keep_embedding_on_cpu:
+        yield (
+            "embedding_on_cpu",
+            "is for tuning = 'lora' or 'qlora' without a visual encoder; set it to 'auto'",
+        )
+
+
+def _check_vision(s: Settings) -> Iterator[tuple[str, str]]:
+    if not s.has_vision:
+        if s.freeze_llm:
+            yield (
+                "freeze_llm",
+                "nothing would be trained; it is for runs with visual_encoder_name_or_path",
+            )
+        return
+    if IMAGE in s.SYSTEM:
+        yield "SYSTEM", f"has {IMAGE} in it; pictures belong to the questions in the data"
+    if s.algorithm == "pretrain":
+        yield (
+            "algorithm",
+            "'pretrain' is for plain text; to train the projector alone, set algorithm = 'sft' and "
+            "freeze_llm = True",
+        )
+    if s.visual_encoder_lora_r is not None and not s.freeze_visual_encoder:
+        yield (
+            "visual_encoder_lora_r",
+            "adapters are trained beside frozen weights; set freeze_visual_encoder = True, or "
+            "visual_encoder_lora_r = None",
+        )
+    if s.cache_visual_features and s.visual_encoder_training != "frozen":
+        yield (
+            "cache_visual_features",
+            "the visual encoder is trained, so its features change; set it to False",
+        )
+
+
+def _check_evaluation_images(s: Settings) -> Iterator[tuple[str, str]]:
+    images, questions = len(s.evaluation_images), len(s.evaluation_inputs)
+    if images > 1 and images != questions:
+        yield (
+            "evaluation_images",
+            f"has {images} entries for {questions} evaluation_inputs; give one, or one a question",
+        )
+
+
+def _check_lora_modules_to_save(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.has_vision and s.lora_modules_to_save:
+        yield (
+            "lora_modules_to_save",
+            "does not work beside a visual encoder; leave it out",
+        )
+
+
+def _check_sequence_parallel(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.sequence_parallel_size != 1:
+        yield (
+            "sequence_parallel_size",
+            "sharing a sequence between devices does not work in this version; set it to 1",
+        )
+
+
+def _check_data_path(s: Settings) -> Iterator[tuple[str, str]]:
+    if not s.data_path or not all(s.data_path):
+        yield "data_path", "names no data"
+
+
+def _check_dataset_format(s: Settings) -> Iterator[tuple[str, str]]:
+    formats, sources = len(s.dataset_format), len(s.data_path)
+    if formats not in (1, sources):
+        yield (
+            "dataset_format",
+            f"has {formats} entries, but data_path has {sources}; give one, or one a source",
+        )
+
+
+def _check_one_mix(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.data_repeats is not None and s.data_weights is not None:
+        yield "data_weights", "excludes data_repeats; keep one of the two"
+
+
+def _check_shares(name: str, s: Settings) -> Iterator[tuple[str, str]]:
+    values: tuple[float, ...] | None = getattr(s, name)
+    if values is None:
+        return
+    sources = len(s.data_path)
+    if len(values) != sources:
+        yield name, f"has {len(values)} entries, but data_path has {sources}; give one a source"
+    if any(v < 0 for v in values) or not any(values):
+        yield name, "numbers must be 0 or more, and one of them above 0"
+
+
+def _check_overlong(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.overlong == "split" and s.algorithm == "sft":
+        yield (
+            "overlong",
+            "'split' would part a question from its answer; it is for algorithm = 'pretrain'",
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    _check_quantization,
+    _check_embedding_on_cpu,
+    _check_vision,
+    _check_evaluation_images,
+    _check_lora_modules_to_save,
+    _check_sequence_parallel,
+    _check_data_path,
+    _check_dataset_format,
+    _check_one_mix,
+    partial(_check_shares, "data_repeats"),
+    partial(_check_shares, "data_weights"),
+    _check_overlong,
+)
+"""What `check_combinations` runs; each can be run alone when other settings are wrong."""

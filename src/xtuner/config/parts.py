@@ -1,0 +1,306 @@
+"""The settings themselves, in the parts of a settings file.
+
+The string under a field is what ``xtuner explain KEY`` prints and what docs/settings.md is made of;
+its `Mark` is what the rest of xtuner needs to know about it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from xtuner.config.marks import (
+    AboveZero,
+    Betas,
+    Count,
+    Dropout,
+    Floats,
+    Fraction,
+    Mark,
+    OneOrMore,
+    Positive,
+    Strings,
+)
+
+
+def _no_adapter(s: Any) -> bool:
+    return not s.uses_adapter
+
+
+def _text_only(s: Any) -> bool:
+    return not s.has_vision
+
+
+def _no_vision_adapter(s: Any) -> bool:
+    return not s.has_vision or s.visual_encoder_lora_r is None
+
+
+def _no_questions(s: Any) -> bool:
+    return not s.evaluation_inputs
+
+
+def _no_image_questions(s: Any) -> bool:
+    return not s.has_vision or not s.evaluation_inputs
+
+
+def _cannot_group(s: Any) -> bool:
+    return not (s.has_vision and s.shuffle and (s.pack_to_max_length or s.batch_size > 1))
+
+
+class Part(BaseModel):
+    """One part of a settings file."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelPart(Part):
+    """PART 1  Model and method"""
+
+    pretrained_model_name_or_path: Annotated[
+        str, Mark("fixed", is_path=True, comment="a folder, or a name on the hub")
+    ]
+    """The model to start from: a folder in Hugging Face format or a name on the hub. Can also be
+    written as llm_name_or_path."""
+    trust_remote_code: Annotated[bool, Mark("free")] = False
+    """Run Python code that ships with the model. Only for models whose authors you trust."""
+    algorithm: Annotated[str, Mark("fixed")] = "sft"
+    """The training objective: 'sft' (instruction tuning: the loss covers what the assistant says),
+    'pretrain' (the loss covers every token), or your own as 'my_file.py:MyAlgorithm'."""
+    tuning: Annotated[
+        Literal["full", "lora", "qlora"],
+        Mark("fixed", comment="'full', 'lora' or 'qlora' (4 bits: the least memory)"),
+    ] = "qlora"
+    """Which weights are trained: 'full' (all), 'lora' (small adapters beside frozen weights),
+    'qlora' (adapters beside frozen 4-bit weights: the least memory)."""
+    lora_r: Annotated[
+        Positive, Mark("fixed", comment="rank: capacity of the adapters", idle=_no_adapter)
+    ] = 64
+    """Rank of the adapters. A higher rank has more capacity and takes more memory."""
+    lora_alpha: Annotated[
+        AboveZero, Mark(comment="adapters are scaled by lora_alpha / lora_r", idle=_no_adapter)
+    ] = 16
+    """Scale of the adapters: their output is multiplied by lora_alpha / lora_r."""
+    lora_dropout: Annotated[Dropout, Mark(comment="", idle=_no_adapter)] = 0.0
+    """Dropout on the input of the adapters. The QLoRA paper uses 0.1 for 7B and 13B models and 0.05
+    for larger ones; 0 is fastest."""
+    lora_target_modules: Annotated[OneOrMore, Mark("fixed", idle=_no_adapter)] = ("all-linear",)
+    """Layers that get adapters: 'all-linear' (all linear layers except the output head), or names
+    such as ['q_proj', 'v_proj']."""
+    lora_modules_to_save: Annotated[Strings, Mark("fixed", idle=_no_adapter)] = ()
+    """Layers that are fully trained beside the adapters, such as ['embed_tokens', 'lm_head']."""
+    quantization: Annotated[Literal["auto", "none", "nf4", "fp4", "int8"], Mark("fixed")] = "auto"
+    """How frozen weights are stored: 'auto' is 'nf4' with tuning = 'qlora' and 'none' otherwise."""
+    double_quant: Annotated[
+        bool, Mark("fixed", idle=lambda s: s.effective_quantization not in ("nf4", "fp4"))
+    ] = True
+    """Also quantize the scales of 4-bit weights; saves about 0.4 bits per weight."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number type of the computation: 'auto' is bfloat16 where the hardware supports it, otherwise
+    float32."""
+    attn_implementation: Annotated[str, Mark("free")] = "auto"
+    """'auto' is xtuner's attention, which keeps packed samples apart; 'sdpa', 'eager' and
+    'flash_attention_2' select those of transformers."""
+    gradient_checkpointing: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. 'auto' does
+    so only if the run would not fit otherwise, according to the forecast."""
+    embedding_on_cpu: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
+    """On a GPU, keep the input embedding in CPU memory and copy the rows that a step needs: less
+    memory, the same numbers, 8 KiB copied per token of width 4,096. Requires adapters and a model
+    whose output head has its own weights. 'auto' does so only if the run would not fit otherwise,
+    according to the forecast."""
+
+
+class VisionPart(Part):
+    """PART 1b  Images (LLaVA)"""
+
+    visual_encoder_name_or_path: Annotated[str | None, Mark("fixed", is_path=True)] = None
+    """Adds image input: a CLIP or SigLIP model, as a folder or a name on the hub. A projector of
+    two layers connects it to the language model and is trained."""
+    pretrained_pth: Annotated[str | None, Mark("free", is_path=True, idle=_text_only)] = None
+    """The projector to start from: a checkpoint of a projector pretraining (iter_N, or the output
+    of `xtuner convert pth_to_hf`). None starts from random values."""
+    freeze_llm: Annotated[bool, Mark("fixed", idle=_text_only)] = False
+    """Do not train the weights of the language model. With tuning = 'full' it stays as it is; with
+    adapters its weights are frozen anyway."""
+    freeze_visual_encoder: Annotated[bool, Mark("fixed", idle=_text_only)] = True
+    """Do not train the weights of the vision tower; adapters on it can still be trained."""
+    visual_encoder_lora_r: Annotated[Positive | None, Mark("fixed", idle=_text_only)] = None
+    """Rank of adapters on the linear layers of the vision tower; None adds none."""
+    visual_encoder_lora_alpha: Annotated[AboveZero, Mark(idle=_no_vision_adapter)] = 16
+    """Scale of the adapters of the vision tower: alpha / r."""
+    visual_encoder_lora_dropout: Annotated[Dropout, Mark(idle=_no_vision_adapter)] = 0.0
+    """Dropout on the input of the adapters of the vision tower."""
+    visual_select_layer: Annotated[int, Mark("fixed", idle=_text_only)] = -2
+    """The layer of the vision tower whose output is used: -2 is the second to last."""
+    data_root: Annotated[str | None, Mark("free", is_path=True)] = None
+    """A folder in which relative data_path, image_folder and evaluation_images are looked up
+    first."""
+    image_folder: Annotated[str | None, Mark(idle=_text_only)] = None
+    """The folder to which image names in the data are relative; images outside it are refused. None
+    is data_root if set, otherwise the folder of the settings file."""
+    pad_image_to_square: Annotated[bool, Mark(idle=_text_only)] = True
+    """Pad images to a square with the mean color; False crops the center of elongated ones."""
+    group_by_modality: Annotated[bool, Mark(idle=_cannot_group)] = True
+    """Put samples with and without images into separate packs or batches and, without packing,
+    samples of similar length together. Requires shuffle and, without packing, a batch_size above
+    1."""
+    cache_visual_features: Annotated[bool, Mark("free", idle=_text_only)] = False
+    """Store the features of a frozen vision tower on disk (in $XTUNER_CACHE or ~/.cache/xtuner),
+    keyed by the content of each image: later epochs skip the tower. An image takes 1.2 MB with CLIP
+    ViT-L/14-336."""
+
+
+class DataPart(Part):
+    """PART 2  Data"""
+
+    data_path: Annotated[
+        OneOrMore,
+        Mark(is_path=True, comment="a file, a folder, a name on the hub, or a list of these"),
+    ]
+    """A json, jsonl, csv, parquet or txt file, a folder of them, a name on the hub, or a list of
+    these."""
+    dataset_format: Annotated[
+        OneOrMore,
+        Mark("free", comment="'auto' decides by the columns; one, or one per source"),
+    ] = ("auto",)
+    """How rows are read; 'auto' decides by the columns and reports its choice. One for all sources
+    or a list with one per source. `xtuner list-dataset-format` lists them; your own is
+    'my_format.py:to_messages'."""
+    dataset_split: Annotated[str, Mark("free")] = "train"
+    """The split of a data set on the hub."""
+    data_repeats: Floats | None = None
+    """How often each source is used per epoch: 2 is twice, 0.5 a random half (the same half in
+    every epoch). One number per source."""
+    data_weights: Floats | None = None
+    """Shares of the sources in the mix, one number per source: rows are repeated or left out so
+    that an epoch has as many rows as all sources together. Excludes data_repeats."""
+    max_dataset_length: Positive | None = None
+    """Use at most this many rows, drawn at random with `seed`."""
+    validation_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the rows held out to measure the validation loss, whenever the evaluation questions
+    are asked."""
+    prompt_template: Annotated[
+        str, Mark(comment="'auto' is the chat template of the tokenizer")
+    ] = "auto"
+    """How messages become one text: 'auto' uses the tokenizer's own chat template; named templates
+    are for base models; 'plain' adds nothing, and is what 'auto' selects to pretrain a model
+    without a chat template. Your own is 'my_templates.py:MINE'."""
+    SYSTEM: Annotated[str, Mark(comment="system message for conversations without one")] = ""
+    """System message for conversations that have none."""
+    max_length: Annotated[
+        int, Field(ge=8), Mark(comment="maximum tokens per sample, and length of a pack")
+    ] = 2048
+    """Maximum tokens per sample, and the length of a pack. With a vision tower the tokens of one
+    image come on top, in every sample: 1472 and the 576 of CLIP ViT-L/14-336 make 2048."""
+    pack_to_max_length: Annotated[
+        bool, Mark(comment="several samples per row, kept apart: faster, same result")
+    ] = True
+    """Fill rows of max_length tokens with several samples that cannot attend to each other: faster,
+    same result."""
+    overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
+    """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
+    leaves it out, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
+    'split' for pretrain, otherwise 'truncate'. Every row that is cut or lost is counted and
+    reported."""
+    shuffle: bool = True
+    """Draw the samples of each epoch in random order, fixed by `seed`."""
+    dataloader_num_workers: Annotated[
+        Count, Mark("free", comment="processes that prepare batches")
+    ] = 0
+    """Processes that prepare batches during training."""
+    dataset_num_proc: Annotated[Positive | None, Mark("free")] = None
+    """Processes that tokenize the data before training; None is one per core, at most 8."""
+
+
+class OptimPart(Part):
+    """PART 3  Schedule and optimizer"""
+
+    batch_size: Annotated[Positive, Mark(comment="per device")] = 1
+    """Samples (or packs) per device and micro-batch."""
+    accumulative_counts: Annotated[Positive, Mark(comment="micro-batches per optimizer step")] = 16
+    """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
+    * accumulative_counts * number of processes."""
+    sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
+    """Number of devices that share one sequence. This version supports 1."""
+    max_epochs: Annotated[Positive, Mark(comment="")] = 3
+    """Passes over the data."""
+    max_steps: Annotated[
+        Positive | None, Mark(comment="stop after this many steps; None: max_epochs decides")
+    ] = None
+    """Stop after this many optimizer steps, even within an epoch. None: max_epochs decides."""
+    optim_type: Annotated[
+        str, Mark("fixed", comment="of torch.optim, or 'PagedAdamW32bit', 'AdamW8bit', ...")
+    ] = "AdamW"
+    """An optimizer of torch.optim by name ('AdamW', 'SGD', ...), or one of bitsandbytes:
+    'AdamW8bit', 'PagedAdamW', 'PagedAdamW32bit', 'PagedAdamW8bit', 'Lion8bit', ..."""
+    lr: Annotated[AboveZero, Mark(comment="")] = 2e-4
+    """Peak learning rate, reached after the warm-up."""
+    betas: Annotated[Betas, Mark(comment="")] = (0.9, 0.999)
+    """The two decay rates of Adam-like optimizers."""
+    weight_decay: Annotated[float, Field(ge=0), Mark(comment="")] = 0.0
+    """Weight decay; not applied to biases and norms."""
+    max_norm: Annotated[AboveZero | None, Mark(comment="gradients are clipped to this norm")] = 1.0
+    """Gradients are clipped to this norm; None does not clip."""
+    warmup_ratio: Annotated[Fraction, Mark(comment="share of the steps in which lr rises")] = 0.03
+    """Share of all steps in which the learning rate rises linearly from near 0."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """The learning rate after the warm-up: falls along a cosine to 0, falls linearly to 0, or stays
+    constant."""
+    seed: Count = 42
+    """Determines the order of the data, the initial adapters and dropout: same seed, same run."""
+
+
+class EvaluationPart(Part):
+    """PART 4  Sample answers"""
+
+    evaluation_inputs: Annotated[
+        OneOrMore, Mark("free", comment="asked before, during and after training")
+    ] = ()
+    """Questions asked before, during and after training; the answers are shown and saved."""
+    evaluation_images: Annotated[OneOrMore, Mark("free", idle=_no_image_questions)] = ()
+    """Images that the questions are about: one for all questions, or one per question."""
+    evaluation_freq: Annotated[Positive, Mark("free", comment="in steps")] = 500
+    """Ask them every this many steps."""
+    evaluation_max_new_tokens: Annotated[Positive, Mark("free", idle=_no_questions)] = 100
+    """Maximum length of an answer, in tokens."""
+
+
+class RuntimePart(Part):
+    """PART 5  Runtime"""
+
+    save_steps: Annotated[Positive, Mark("free", comment="in steps; the end is always saved")] = 500
+    """Save a checkpoint every this many steps; the end is always saved."""
+    save_total_limit: Annotated[
+        Literal[-1] | Positive, Mark("free", comment="checkpoints to keep; -1 keeps all")
+    ] = 2
+    """Keep at most this many checkpoints; -1 keeps all."""
+    logging_steps: Annotated[Positive, Mark("free")] = 1
+    """Write a line of progress to the log every this many steps; scalars.jsonl has every step."""
+    work_dir: Annotated[str | None, Mark("free")] = None
+    """Where results go; None is work_dirs/<name of the settings file>."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Mark("free")] = "auto"
+    """'auto' is a GPU if there is one."""
+    num_threads: Annotated[Positive | None, Mark("free")] = None
+    """CPU threads of the computation; None is one per physical core of this process."""
+    tensorboard: Annotated[bool, Mark("free")] = True
+    """Write TensorBoard events."""
+    custom_hooks: Annotated[Strings, Mark("free")] = ()
+    """Your own hooks, each as 'my_file.py:MyHook'."""
+
+
+PARTS: tuple[type[Part], ...] = (
+    ModelPart,
+    VisionPart,
+    DataPart,
+    OptimPart,
+    EvaluationPart,
+    RuntimePart,
+)
