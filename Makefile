@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
 BENCH_DATA := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: bench bench-gpu venv dev quickstart quickstart-overfit quickstart-llava test test-slow check format docs clean
+.PHONY: bench bench-gpu venv dev quickstart quickstart-overfit quickstart-llava test test-slow test-without-cpu-kernels check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -73,6 +73,14 @@ test: dev
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow
+
+# kernels/cpu is optional: the same tests without that folder, on a copy of the tree.
+test-without-cpu-kernels: dev
+	@rm -rf build/without-cpu-kernels && mkdir -p build/without-cpu-kernels
+	@git ls-files -z src tests docs examples README.md Makefile pyproject.toml | xargs -0 cp --parents -t build/without-cpu-kernels
+	@rm -r build/without-cpu-kernels/src/xtuner/kernels/cpu
+	cd build/without-cpu-kernels && PYTHONPATH=$(CURDIR)/build/without-cpu-kernels/src $(CURDIR)/$(BIN)/python -m pytest
+	@rm -rf build/without-cpu-kernels
 
 check: dev
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xtuner.kernels import attention, fused_norm_mlp
-from xtuner.kernels.cpu.build import has_products
+from xtuner.kernels.compiled import has_products
 from xtuner.memory import footprint
 from xtuner.memory.live_bytes import LiveBytes
 from xtuner.models import adapters

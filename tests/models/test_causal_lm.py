@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
-from xtuner.kernels import attention, fused_attention, fused_norm_mlp
-from xtuner.kernels.cpu import build
+from xtuner.kernels import attention, compiled, fused_attention, fused_norm_mlp
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_model
 from xtuner.testing.tiny import tiny_model
@@ -76,7 +75,7 @@ def test_packed_equals_one_by_one(architecture, implementation):
     if fused:
         fused_norm_mlp.install(model)
         changed = fused_attention.install(model)
-        assert changed == (CHANGED.get(architecture, 0) if build.library()[0] else 0)
+        assert changed == (CHANGED.get(architecture, 0) if compiled.available() else 0)
     packed = PackedCausalLM(model)
     packed.verify()
     loss = packed.supervised_loss(batch)
@@ -97,7 +96,7 @@ def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path(
         model.set_attn_implementation(attention.register())
         if fused:
             changed = fused_attention.install(model)
-            assert changed == (2 if build.library()[0] else 0)
+            assert changed == (2 if compiled.available() else 0)
         packed = PackedCausalLM(model, autocast=torch.bfloat16)
         packed.verify()
         loss = packed.supervised_loss(batch)

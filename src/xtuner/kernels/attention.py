@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from xtuner.errors import ModelError
-from xtuner.kernels.cpu.attention import cpu_attention
+from xtuner.kernels.block_attention import cpu_attention
 
 NAME = "xtuner"
 

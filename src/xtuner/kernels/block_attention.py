@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xtuner.kernels.cpu.bindings import Kernels, kernels_for
+from xtuner.kernels import compiled
+from xtuner.kernels.compiled import Kernels, Rotation, kernels_for, readable
 
 BLOCK = 64
 """Queries in a block; the keys that it sees begin at a multiple of this, too."""
@@ -36,10 +37,6 @@ recompute."""
 
 SCORES = 2**22
 """Scores computed at once; 16 MiB in float32, which stays in the cache."""
-
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines, float32 ``[N, D]``, of rotary positions (arXiv:2104.09864, equation 34)."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class _BlockAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
-        kernels = kernels_for_rows(query, key, value) if layout.widest <= 2**16 else None
+        kernels = _kernels_for_rows(query, key, value) if layout.widest <= 2**16 else None
         q = _in_blocks(query, layout, rotation, kernels).view(
             -1, kv_heads, BLOCK * heads // kv_heads, query.shape[2]
         )
@@ -218,7 +215,7 @@ class _BlockAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def kernels_for_rows(*tensors: Tensor) -> Kernels | None:
+def _kernels_for_rows(*tensors: Tensor) -> Kernels | None:
     """The kernels for these rows, of any strides; none where their types differ."""
     return kernels_for(*(x.new_empty(0) for x in tensors))
 
@@ -253,7 +250,7 @@ def _in_blocks(
             readable(x), rotation, out, _places(layout, heads, width), BLOCK * width
         )
     x = F.pad(_rotated(x, rotation), (0, 0, 0, 0, 0, layout.total - total))
-    x = x.view(layout.total // BLOCK, -1).index_select(0, layout.order)
+    x = x.reshape(layout.total // BLOCK, -1).index_select(0, layout.order)
     return x.view(len(x), BLOCK, heads, width).transpose(1, 2).contiguous()
 
 
@@ -303,11 +300,6 @@ def _places(layout: Layout, heads: int, width: int) -> Tensor:
     token = torch.arange(layout.total)
     block = layout.order.argsort()[token // BLOCK]
     return (block * (heads * BLOCK) + token % BLOCK) * width
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x` as the kernels read it: heads side by side, tokens any distance apart."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -368,3 +360,25 @@ def block_attention(
     layout = layout_of(borders, window)
     out: Tensor = _BlockAttention.apply(query, key, value, rotation, layout, scale)  # type: ignore[no-untyped-call]
     return out
+
+
+def cpu_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """Causal attention within each sample of a packed row: one compiled call where the CPU
+    multiplies bfloat16 vectors, otherwise `block_attention`, whose arguments it takes."""
+    kernels = _kernels_for_rows(query, key, value)
+    same = query.shape[2] == key.shape[2] == value.shape[2]
+    if kernels is not None and same and kernels.attends(query.shape[2]):
+        rows = compiled.rows_of(cu_seqlens, window, scale)
+        return compiled.attention(query, key, value, rotation, rows, kernels)
+    return block_attention(
+        query, key, value, cu_seqlens, scale=scale, window=window, rotation=rotation
+    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xtuner.kernels.cpu.bindings import kernels_for
+from xtuner.kernels.compiled import kernels_for
 from xtuner.kernels.scratch import workspace
 
 LOGITS_BYTES = 64 * 2**20

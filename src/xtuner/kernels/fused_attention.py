@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.kernels import attention
-from xtuner.kernels.block_attention import Rotation
-from xtuner.kernels.cpu.attention import cpu_attention
-from xtuner.kernels.cpu.bindings import kernels_for
+from xtuner.kernels.block_attention import cpu_attention
+from xtuner.kernels.compiled import Rotation, kernels_for
 from xtuner.kernels.forward_override import with_forward
 from xtuner.kernels.liger import Liger, liger_for
 from xtuner.kernels.lora_layers import project

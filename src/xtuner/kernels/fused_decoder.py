@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from xtuner.kernels import lora_linear
-from xtuner.kernels.cpu import decoder
-from xtuner.kernels.cpu.attention import rows_of
-from xtuner.kernels.cpu.bindings import Kernels, kernels_for
+from xtuner.kernels.compiled import Kernels, decoder, kernels_for, rows_of
 from xtuner.kernels.forward_override import with_forward
 from xtuner.kernels.fused_attention import RotaryBlockAttention, probe_inputs, rotation_of
 from xtuner.kernels.fused_norm_mlp import GatedMLP, RMSNorm
@@ -35,13 +33,14 @@ class _DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, layer: decoder.Layer, kernels: Kernels, *adapters: Tensor
+        ctx: Any, hidden: Tensor, layer: Any, kernels: Kernels, *adapters: Tensor
     ) -> Tensor:
         x = hidden[0]
         out, saved, call = decoder.forward(kernels, x, layer)
         ctx.save_for_backward(x, saved, *adapters)  # these for autograd to see them changed
         ctx.layer, ctx.call, ctx.kernels = layer, call, kernels
-        return out[None]
+        result: Tensor = out[None]
+        return result
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -67,9 +66,7 @@ class _FusedDecoderLayer:
         return _DecoderLayer.apply(hidden_states, layer, kernels, *adapters)  # type: ignore[no-untyped-call]
 
 
-def _layer_of(
-    layer: Any, x: Tensor, kernels: Kernels, inputs: dict[str, Any]
-) -> decoder.Layer | None:
+def _layer_of(layer: Any, x: Tensor, kernels: Kernels, inputs: dict[str, Any]) -> Any | None:
     """What is needed for one operation; None where it has to go part by part."""
     attention, mlp = layer.self_attn, layer.mlp
     norms = layer.input_layernorm, layer.post_attention_layernorm

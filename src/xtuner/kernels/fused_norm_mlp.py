@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from xtuner.kernels.cpu.bindings import kernels_for
+from xtuner.kernels.compiled import kernels_for
 from xtuner.kernels.liger import liger_for
 from xtuner.kernels.lora_layers import project
 

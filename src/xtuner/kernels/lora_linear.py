@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from xtuner.kernels.cpu import lora_linear
-from xtuner.kernels.cpu.bindings import Kernels, kernels_for
+from xtuner.kernels import compiled
+from xtuner.kernels.compiled import Kernels, kernels_for
 from xtuner.kernels.four_bit import dequantized
 
 
@@ -67,7 +67,7 @@ def _kernels_for(x: Tensor, parts: Sequence[Adapted]) -> Kernels | None:
 
 def compiles(kernels: Kernels, parts: Sequence[Adapted]) -> bool:
     """Whether the compiled functions can take layers of one input."""
-    if len(parts) > lora_linear.MOST_PARTS or _recomputed():
+    if len(parts) > compiled.lora_linear.MOST_PARTS or _recomputed():
         return False
     for part in parts:
         sizes = (*part.up.shape, part.down.shape[1])  # each is an inner dimension once
@@ -77,7 +77,7 @@ def compiles(kernels: Kernels, parts: Sequence[Adapted]) -> bool:
         if kernels_for(part.down, part.up) is None:
             return False
         state: Any = getattr(part.layer.weight, "quant_state", None)
-        if state is not None and not lora_linear.reads(state):
+        if state is not None and not compiled.lora_linear.reads(state):
             return False
     return True
 
@@ -93,15 +93,18 @@ def _recomputed() -> bool:
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
-def layer_of(part: Adapted, dtype: torch.dtype) -> lora_linear.Layer:
+def layer_of(part: Adapted, dtype: torch.dtype) -> compiled.Layer:
     """A layer as the compiled functions take it."""
     weight: Any = part.layer.weight
     bias: Any = part.layer.bias
     state = getattr(weight, "quant_state", None)
-    four = None if state is None else lora_linear.FourBits.of(state)
+    four = None if state is None else compiled.lora_linear.FourBits.of(state)
     weight = (weight.to(dtype) if state is None else weight).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
-    return lora_linear.Layer(weight, bias, part.down, part.up, part.scaling, four)
+    layer: compiled.Layer = compiled.lora_linear.Layer(
+        weight, bias, part.down, part.up, part.scaling, four
+    )
+    return layer
 
 
 class _CompiledLowRankLinears(torch.autograd.Function):
@@ -113,7 +116,7 @@ class _CompiledLowRankLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rows = x.flatten(0, -2)
         layers = [layer_of(part, x.dtype) for part in parts]
-        outs, inner = lora_linear.forward(kernels, rows, layers)
+        outs, inner = compiled.lora_linear.forward(kernels, rows, layers)
         ctx.save_for_backward(rows, inner, *adapters)  # these for autograd to see them changed
         ctx.parts, ctx.shape, ctx.kernels = parts, x.shape, kernels
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
@@ -122,7 +125,7 @@ class _CompiledLowRankLinears(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, inner, *_ = ctx.saved_tensors
-        grad_x, grads_of_adapters = lora_linear.backward(
+        grad_x, grads_of_adapters = compiled.lora_linear.backward(
             ctx.kernels,
             rows,
             [layer_of(part, rows.dtype) for part in ctx.parts],

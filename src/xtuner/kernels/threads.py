@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from xtuner.kernels.cpu.bindings import kernels_for
+from xtuner.kernels.compiled import kernels_for
 
 CLEARLY = 0.75
 """Fewer threads are taken where more reach less than this share of their rate."""

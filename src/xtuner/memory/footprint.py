@@ -27,7 +27,7 @@ from xtuner.kernels import (
     host_embedding,
 )
 from xtuner.kernels.attention import training_implementation
-from xtuner.kernels.cpu.bindings import kernels_for, shapes_only
+from xtuner.kernels.compiled import kernels_for, shapes_only
 from xtuner.kernels.scratch import kept
 from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
 from xtuner.models import adapters

@@ -28,8 +28,7 @@ from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.work_dir import WorkPlace
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.generation.generate import GenerationOptions, stream
-from xtuner.kernels import liger, threads
-from xtuner.kernels.cpu import build as cpu_library
+from xtuner.kernels import compiled, liger, threads
 from xtuner.memory.forecast import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_tokenizer
@@ -125,7 +124,7 @@ class _TrainingRun:
             host.ask_for_huge_pages()
         if on_cpu or wanted:  # a GPU's run does not wait for products on the CPU to be measured
             yield threads.choose_threads(wanted, self.dtype, self.processes.world_size)
-        yield cpu_library.state() if on_cpu else liger.state(self.processes.device)
+        yield compiled.state() if on_cpu else liger.state(self.processes.device)
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""

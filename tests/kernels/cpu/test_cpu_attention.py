@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from xtuner.kernels.block_attention import block_attention
+from xtuner.kernels.block_attention import block_attention, cpu_attention
 from xtuner.kernels.cpu import build
-from xtuner.kernels.cpu.attention import cpu_attention
 
 pytestmark = [
     pytest.mark.usefixtures("units", "guarded"),

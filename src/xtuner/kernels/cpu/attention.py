@@ -1,8 +1,5 @@
-"""Causal attention of packed samples on a CPU.
-
-Where the CPU multiplies bfloat16 vectors and there is a compiler, a whole layer's attention is one
-call of ``attention.c``, rotation included; else it goes in blocks (`block_attention`).
-"""
+"""Causal attention of packed samples: a whole layer in one call of ``attention.c``, rotation
+included."""
 
 from __future__ import annotations
 
@@ -12,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.kernels.block_attention import Rotation, block_attention, kernels_for_rows, readable
-from xtuner.kernels.cpu.bindings import Kernels, Rows
+from xtuner.kernels.cpu.bindings import Kernels, Rotation, Rows, readable
 
 rows_of = lru_cache(maxsize=8)(Rows)
 
@@ -47,23 +43,26 @@ class _CompiledAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def cpu_attention(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    borders: tuple[int, ...],
-    *,
-    scale: float,
-    window: int | None = None,
-    rotation: Rotation | None = None,
+    rotation: Rotation | None,
+    rows: Rows,
+    kernels: Kernels,
 ) -> Tensor:
-    """Causal attention within each sample of a packed row; arguments as for `block_attention`."""
-    kernels = kernels_for_rows(query, key, value)
-    same = query.shape[2] == key.shape[2] == value.shape[2]
-    if kernels is not None and same and kernels.attends(query.shape[2]):
-        rows = rows_of(borders, window, scale)
-        out: Tensor = _CompiledAttention.apply(query, key, value, rotation, rows, kernels)  # type: ignore[no-untyped-call]
-        return out
-    return block_attention(
-        query, key, value, borders, scale=scale, window=window, rotation=rotation
-    )
+    """Causal attention within each sample of a packed row.
+
+    Args:
+        query: ``[N, heads, D]``.
+        key: ``[N, kv_heads, D]``.
+        value: as `key`.
+        rotation: cosines and sines, float32 ``[N, D]``, or None.
+        rows: which tokens attend to which.
+        kernels: for the type of `query`; `kernels.attends` has said that it takes D.
+
+    Returns:
+        ``[N, heads, D]``.
+    """
+    out: Tensor = _CompiledAttention.apply(query, key, value, rotation, rows, kernels)  # type: ignore[no-untyped-call]
+    return out

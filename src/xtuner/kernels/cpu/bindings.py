@@ -24,6 +24,10 @@ TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 NUMBER, REAL, FLAG = ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, float32 ``[N, D]``, of rotary positions (arXiv:2104.09864, equation 34)."""
+
+
 class Packed(ctypes.Structure):
     """`Packed` of attention.c."""
 
@@ -300,3 +304,8 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
 @cache
 def _kernels(dtype: torch.dtype, shapes_alone: bool) -> Kernels:
     return Kernels(None if shapes_alone else library()[0], TYPES[dtype])
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` with heads side by side and tokens any distance apart, as the kernels read it."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
-import platform
 import re
-import shutil
-import stat
 import subprocess
-import tempfile
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+
+from xtuner.device.compile import compile_library, cpu_flags, find_compiler
 
 SOURCE = Path(__file__).with_name("kernels.c")
 PARTS = (SOURCE, *sorted(set(SOURCE.parent.glob("*.c")) - {SOURCE}))
@@ -66,7 +62,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None where there can be none, and a line that says so or why."""
     if os.environ.get("XTUNER_COMPILE") == "0":
         return None, "compiled CPU kernels are off (XTUNER_COMPILE = 0)"
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler = find_compiler("cc", "gcc", "clang")
     if compiler is None:
         return None, "no C compiler (cc): training takes up to three times as long as with one"
     try:
@@ -95,58 +91,10 @@ def openmp_runtimes() -> set[str]:
     return set()
 
 
-def cpu_flags() -> str:
-    """What instructions this CPU knows; machines may share a home folder."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return platform.processor()
-
-
 def _compiled(compiler: str) -> Path:
     """The library for this machine, compiled if it is not there yet.
 
     Raises:
         PermissionError: others could have put it there.
     """
-    return compiled("kernels", PARTS, [compiler, *_flags(), str(SOURCE), "-lm"])
-
-
-def compiled(folder: str, sources: Iterable[Path], command: list[str]) -> Path:
-    """What `command`, a compiler and its arguments without ``-o``, makes of `sources` on this
-    machine; kept in `folder` of the cache.
-
-    Raises:
-        PermissionError: others could have put it there.
-        subprocess.CalledProcessError: it cannot be compiled.
-        subprocess.TimeoutExpired: nor in two minutes.
-    """
-    tool = Path(command[0]).resolve()
-    version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"
-    texts = [source.read_text() for source in sources]
-    known = "\n".join((*texts, version, *command[1:], platform.machine(), cpu_flags()))
-    home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
-    path = home / folder / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _refuse_others(path.parent)
-    if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=path.parent) as place:
-            made = Path(place) / "made.so"
-            whole = [*command, "-o", str(made)]
-            subprocess.run(whole, check=True, capture_output=True, text=True, timeout=120)
-            made.chmod(0o700)
-            made.replace(path)
-    _refuse_others(path)
-    return path
-
-
-def _refuse_others(path: Path) -> None:
-    """Raise where somebody beside this user and root could have written what is run from here."""
-    if os.name != "posix":
-        return
-    found = path.stat()
-    if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            f"others can write {path}, and what is in it would be run; delete it, or choose "
-            "another folder with XTUNER_CACHE"
-        )
+    return compile_library("kernels", PARTS, [compiler, *_flags(), str(SOURCE), "-lm"])

@@ -12,8 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xtuner.kernels.block_attention import Rotation
-from xtuner.kernels.cpu.bindings import FLAG, REAL, Kernels, Packed, Rows, address, packed
+from xtuner.kernels.cpu.bindings import (
+    FLAG,
+    REAL,
+    Kernels,
+    Packed,
+    Rotation,
+    Rows,
+    address,
+    packed,
+)
 from xtuner.kernels.cpu.lora_linear import Layer as Linear
 from xtuner.kernels.cpu.lora_linear import Linears
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from xtuner.kernels.cpu.build import compiled
+from xtuner.device.compile import compile_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MB = 2**20
@@ -130,7 +130,7 @@ def _compiled() -> Path:
     command += [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{torch}/lib"]
     command += ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
     try:
-        return compiled("paper_gpu", (SOURCE, version), command)
+        return compile_library("paper_gpu", (SOURCE, version), command)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"a GPU on paper was not compiled:\n{error.stderr[-2000:]}") from error
 

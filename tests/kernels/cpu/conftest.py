@@ -1,11 +1,17 @@
-"""Shared by the tests of kernels."""
+"""Shared by the tests of the compiled CPU kernels."""
+
+import importlib.util
 
 import pytest
 import torch
 
-from xtuner.kernels.cpu import bindings, build
+if importlib.util.find_spec("xtuner.kernels.cpu") is None:  # the folder is optional
+    collect_ignore_glob = ["test_*.py"]
+    HAS_TILES = False
+else:
+    from xtuner.kernels.cpu import bindings, build
 
-HAS_TILES = " amx_bf16" in build.cpu_flags() and build.may_use_tiles()
+    HAS_TILES = " amx_bf16" in build.cpu_flags() and build.may_use_tiles()
 
 
 def _forget():
