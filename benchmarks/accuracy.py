@@ -26,7 +26,7 @@ def reference(options: argparse.Namespace, length: int, tuning: str) -> list[flo
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from xtuner import templates
+    from xtuner import algorithms, templates
     from xtuner.algorithms.sft import Algorithm
     from xtuner.config.schema import Settings
     from xtuner.data.build import build
@@ -40,9 +40,16 @@ def reference(options: argparse.Namespace, length: int, tuning: str) -> list[flo
         data_path=str(options.data),
     )
     tokenizer = load_tokenizer(str(options.model))
-    template = templates.of_run(settings, tokenizer, folder=Path.cwd())
+    algorithm = algorithms.of_run(settings, folder=Path.cwd())
+    template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=Path.cwd())
     data = build(
-        settings, template=template, tokenizer=tokenizer, folder=Path.cwd(), quiet=True, sight=None
+        settings,
+        template=template,
+        tokenizer=tokenizer,
+        folder=Path.cwd(),
+        algorithm=algorithm,
+        quiet=True,
+        sight=None,
     )
     loader = Loader(
         data.train,

@@ -132,7 +132,7 @@ def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
     """Count the operations of this data set and model; `changes` are settings beside COMMON."""
     from transformers import AutoConfig
 
-    from xtuner import templates
+    from xtuner import algorithms, templates
     from xtuner.config.schema import Settings
     from xtuner.data.build import build
     from xtuner.models.load import load_tokenizer
@@ -143,9 +143,16 @@ def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
         data_path=str(options.data),
     )
     tokenizer = load_tokenizer(str(options.model))
-    template = templates.of_run(settings, tokenizer, folder=Path.cwd())
+    algorithm = algorithms.of_run(settings, folder=Path.cwd())
+    template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=Path.cwd())
     data = build(
-        settings, template=template, tokenizer=tokenizer, folder=Path.cwd(), quiet=True, sight=None
+        settings,
+        template=template,
+        tokenizer=tokenizer,
+        folder=Path.cwd(),
+        algorithm=algorithm,
+        quiet=True,
+        sight=None,
     )
     packs = [data.train[i] for i in range(len(data.train))]
     config = AutoConfig.from_pretrained(options.model)

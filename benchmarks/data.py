@@ -50,6 +50,7 @@ def measure(file: Path, model: Path) -> None:
     from transformers import AutoTokenizer
 
     from xtuner import templates
+    from xtuner.algorithms.sft import Algorithm
     from xtuner.config.schema import Settings
     from xtuner.data.build import build
     from xtuner.data.collate import lay_out
@@ -64,7 +65,13 @@ def measure(file: Path, model: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
     before, began = memory("VmRSS"), time.perf_counter()
     data = build(
-        settings, template=template, tokenizer=tokenizer, folder=file.parent, quiet=True, sight=None
+        settings,
+        template=template,
+        tokenizer=tokenizer,
+        folder=file.parent,
+        algorithm=Algorithm(),
+        quiet=True,
+        sight=None,
     )
     seconds, peak = time.perf_counter() - began, memory("VmHWM") - before
     loader = Loader(

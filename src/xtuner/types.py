@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -83,7 +83,16 @@ class Text:
     text: str
 
 
-Record = Conversation | Text
+@dataclass(frozen=True)
+class Preference:
+    """Two conversations of which the first is better; most often the same prompt with two
+    answers."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+Record = Conversation | Text | Preference
 """What a dataset format makes of a row."""
 
 
@@ -92,6 +101,18 @@ class Encoded(NamedTuple):
 
     input_ids: list[int]
     loss_mask: list[bool]
+
+
+class RecordEncoder(Protocol):
+    """Turns the parts of a record into token ids, with the template and tokenizer of the run."""
+
+    def conversation(self, record: Conversation) -> Encoded:
+        """The text of the template; what the assistant says is supervised."""
+        ...
+
+    def text(self, record: Text) -> Encoded:
+        """The text with the tokenizer's begin and end; all but the first token supervised."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -110,12 +131,19 @@ class RowRef:
 @dataclass(frozen=True)
 class Sample:
     """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, where it came from,
-    and the pictures whose places are among the tokens."""
+    the images whose placeholders are among the tokens, and the lengths of its sequences where it
+    has several."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     row: RowRef
     images: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence; one of them for most algorithms."""
+        return self.lengths or (len(self.input_ids),)
 
 
 @dataclass(frozen=True)
@@ -173,10 +201,11 @@ class Batch:
             is no
             loss. The first token of every sample is ignored: nothing of its own sample predicts it.
         position_ids: int64 ``[1, N]``, counting from 0 in every sample.
-        cu_seqlens: int32 ``[S + 1]``, on the CPU: where each of the S samples begins, then N.
-        rows: where each sample came from, for messages about it.
+        cu_seqlens: int32 ``[S + 1]``, on the CPU: where each of the S sequences begins, then N.
+        rows: where each row came from, for messages about it.
         pictures: None for a batch of text.
         found: labels, and what `predicting` has found in them.
+        sequences_per_row: k; sequences ``k * i`` to ``k * i + k - 1`` are those of row i.
     """
 
     input_ids: Tensor
@@ -186,6 +215,7 @@ class Batch:
     rows: tuple[RowRef, ...] = ()
     pictures: Pictures | None = None
     found: tuple[Tensor, Tensor] | None = None
+    sequences_per_row: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -204,17 +234,28 @@ class Batch:
             return self.found[1]
         return (self.labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0]
 
+    @property
+    def sequence_of_predicting(self) -> Tensor:
+        """The number of the sequence that each supervised token belongs to, int64 ``[S]``."""
+        import torch
+
+        ends = self.cu_seqlens[1:].to(self.predicting.device, torch.int64)
+        return torch.searchsorted(ends, self.predicting, right=True)
+
     def split(self) -> list[Batch]:
-        """One batch a sample."""
-        ends = self.cu_seqlens.tolist()
+        """One batch per row."""
+        k = self.sequences_per_row
+        ends = self.cu_seqlens.tolist()[::k]
         return [
-            Batch(
+            replace(
+                self,
                 input_ids=self.input_ids[:, start:end],
                 labels=self.labels[:, start:end],
                 position_ids=self.position_ids[:, start:end],
-                cu_seqlens=self.cu_seqlens[i : i + 2] - start,
+                cu_seqlens=self.cu_seqlens[k * i : k * (i + 1) + 1] - start,
                 rows=self.rows[i : i + 1],
                 pictures=self.pictures.of_sample(i, start, end) if self.pictures else None,
+                found=None,
             )
             for i, (start, end) in enumerate(itertools.pairwise(ends))
         ]
@@ -244,19 +285,58 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`loss` is the *sum* over the supervised tokens (scalar, float32); the trainer divides it,
-    once."""
+    """Sums over a batch; the trainer divides them by the count of the whole step.
+
+    Attributes:
+        loss: scalar, float32.
+        metrics: scalars by name, those that the algorithm declares; logged, never backpropagated.
+    """
 
     loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Algorithm(Protocol):
-    """What is optimised. The trainer knows this protocol and no algorithm by name."""
+    """What the trainer and the data part know of an algorithm; see
+    `xtuner.algorithms.base.BaseAlgorithm` for the meaning of each."""
+
+    @property
+    def records(self) -> tuple[type, ...]:
+        """Kinds of records that a row may be."""
+        ...
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences that `encode` makes of a row."""
+        ...
+
+    @property
+    def overlong(self) -> str:
+        """What the setting `overlong` = 'auto' means."""
+        ...
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether a model without a chat template gets none."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that `loss` returns."""
+        ...
+
+    def encode(self, record: Record, encoder: RecordEncoder) -> Sequence[Encoded]:
+        """The sequences of a row."""
+        ...
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Lay samples into one batch."""
         ...
 
+    def count(self, batch: Batch) -> float:
+        """The share of `batch` in the divisor of the loss."""
+        ...
+
     def loss(self, model: Any, batch: Batch) -> LossOutput:
-        """Return the loss summed over the supervised tokens of `batch`."""
+        """Return the loss of `batch`, summed."""
         ...

@@ -111,7 +111,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         ("data_weights = [0.0]", "one of them above 0"),
         ("quantization = 'none'", "tuning = 'qlora' needs quantised weights"),
         ("sequence_parallel_size = 2", "set it to 1"),
-        ("overlong = 'split'", "for algorithm = 'pretrain'"),
+        ("overlong = 'split'", "takes 'auto', 'truncate', 'drop', 'error'"),
     ],
 )
 def test_each_wrong_setting_is_named_with_its_line_and_cure(problems, line, message):

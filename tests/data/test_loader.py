@@ -8,6 +8,7 @@ import torch
 from data_makers import build_data, chats, settings, write_jsonl
 
 from xtuner import templates
+from xtuner.algorithms.sft import Algorithm
 from xtuner.data.build import build
 from xtuner.data.collate import lay_out
 from xtuner.data.images.expansion import PictureCollate, Sight
@@ -136,6 +137,7 @@ def test_pictures_are_decoded_in_the_processes_that_load_data(tmp_path):
     data = build(
         settings(path), template=templates.load("auto", own), tokenizer=own, folder=tmp_path,
         quiet=True, sight=sight,
+        algorithm=Algorithm(),
     )  # fmt: skip
 
     def process_number(image):
@@ -202,7 +204,7 @@ def test_packs_are_of_one_modality_if_they_are_grouped(tmp_path, grouped):
     )
     data = build(
         chosen, template=templates.load("auto", own), tokenizer=own, folder=tmp_path, quiet=True,
-        sight=sight,
+        sight=sight, algorithm=Algorithm(),
     ).train  # fmt: skip
     kinds = [{bool(sample.images) for sample in data[i]} for i in range(len(data))]
     assert all(len(kind) == 1 for kind in kinds) is grouped

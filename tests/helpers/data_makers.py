@@ -5,7 +5,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from xtuner import templates
+from xtuner import algorithms, templates
 from xtuner.config.schema import Settings
 from xtuner.data.build import build
 from xtuner.testing.tiny import tiny_tokenizer
@@ -52,13 +52,15 @@ def settings(*paths, **changes):
 
 def build_data(*paths, folder=Path("/"), report_dir=None, own_template=None, sight=None, **changes):
     """Build from `paths` with the tiny tokenizer and its ChatML template."""
+    chosen = settings(*paths, **changes)
     return build(
-        settings(*paths, **changes),
+        chosen,
         template=own_template or template(),
         tokenizer=tokenizer(),
         folder=folder,
         report_dir=report_dir,
         quiet=True,
+        algorithm=algorithms.of_run(chosen, folder=folder),
         sight=sight,
     )
 

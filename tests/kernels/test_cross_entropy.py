@@ -18,7 +18,7 @@ def problem(vocabulary=97, positions=23, width=16, dtype=torch.float64):
 def test_value_and_gradients_equal_the_plain_formula(positions, monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_BYTES", 0)  # several chunks, the last smaller
     hidden, weight, targets = problem(positions=positions)
-    ours = loss.summed_cross_entropy(hidden, weight, targets)
+    ours = -loss.log_probabilities(hidden, weight, targets).sum()
     grads = torch.autograd.grad(ours * 0.37, (hidden, weight))
     plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     expected = torch.autograd.grad(plain * 0.37, (hidden, weight))
@@ -32,21 +32,21 @@ def test_value_and_gradients_equal_the_plain_formula(positions, monkeypatch):
 def test_a_frozen_head_gets_no_gradient():
     hidden, weight, targets = problem()
     weight.requires_grad_(False)
-    loss.summed_cross_entropy(hidden, weight, targets).backward()
+    loss.log_probabilities(hidden, weight, targets).sum().backward()
     assert weight.grad is None and hidden.grad.abs().sum() > 0
 
 
 def test_bfloat16_stays_close_to_float32():
     hidden, weight, targets = problem(dtype=torch.float32)
-    exact = loss.summed_cross_entropy(hidden, weight, targets)
-    rough = loss.summed_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    exact = -loss.log_probabilities(hidden, weight, targets).sum()
+    rough = -loss.log_probabilities(hidden.bfloat16(), weight.bfloat16(), targets).sum()
     assert abs(rough.item() - exact.item()) < 0.01 * exact.item()
 
 
 def test_without_gradients_nothing_is_kept():
     hidden, weight, targets = problem()
     with torch.no_grad():
-        value = loss.summed_cross_entropy(hidden, weight, targets)
+        value = -loss.log_probabilities(hidden, weight, targets).sum()
     assert not value.requires_grad
     assert (
         abs(value.item() - F.cross_entropy(hidden @ weight.T, targets, reduction="sum").item())

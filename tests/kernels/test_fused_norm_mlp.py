@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from liger_stub import Overwriting, Stand
+from losses import loss_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -72,7 +73,7 @@ def kept_and_gradients(layers):
     model.activation_checkpointing_enable({"use_reentrant": False})
     packed, counter = PackedCausalLM(model.train()), LiveBytes()
     with counter:
-        loss = packed.supervised_loss(packed._probe((200, 56)))
+        loss = loss_of(packed, packed._probe((200, 56)))
     kept = counter.live
     loss.backward()
     return kept, {name: p.grad for name, p in model.named_parameters()}
@@ -86,7 +87,7 @@ def test_recomputation_frees_the_mlp_too():
     plain = tiny_model(num_hidden_layers=6, intermediate_size=1024).train()
     plain.set_attn_implementation(attention.register())
     packed = PackedCausalLM(plain)
-    packed.supervised_loss(packed._probe((200, 56))).backward()
+    loss_of(packed, packed._probe((200, 56))).backward()
     for name, p in plain.named_parameters():
         assert (recomputed[name] - p.grad).abs().max() < 1e-4 * p.grad.abs().max(), name
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from losses import loss_of
 
 from xtuner.config.combinations import check_combinations
 from xtuner.config.schema import Settings
@@ -48,7 +49,7 @@ def test_loss_and_gradients_are_the_same(tiny_model_path, tuning, recompute):
         assert wrapped.verify() is None
         embedding = model.get_base_model().get_input_embeddings()
         assert isinstance(embedding, HostEmbedding) == apart
-        loss = wrapped.supervised_loss(batch)
+        loss = loss_of(wrapped, batch)
         loss.backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         found.append((loss.detach(), grads))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from losses import loss_of
 
 from xtuner.config.schema import Settings
 from xtuner.data.collate import lay_out
@@ -73,12 +74,12 @@ def test_equals_the_real_step(folder, case, accumulate):
     batch = collate(samples)
     real = [p for p in parts.llava.parameters() if p.requires_grad]
     if accumulate:
-        parts.packed.supervised_loss(batch).backward()
+        loss_of(parts.packed, batch).backward()
     earlier = sum(p.grad.nbytes for p in real if p.grad is not None)
     with footprint._caches_apart():
         counter = LiveBytes()
         with counter:
-            parts.packed.supervised_loss(batch).backward()
+            loss_of(parts.packed, batch).backward()
     peak = max(counter.history) + batch.pictures.pixel_values.nbytes + earlier
     assert found.trainable == sum(p.numel() for p in real)
     assert found.weights == sum(p.nbytes for p in parts.llava.parameters())

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from losses import loss_of
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
@@ -78,7 +79,7 @@ def test_packed_equals_one_by_one(architecture, implementation):
         assert changed == (CHANGED.get(architecture, 0) if compiled.available() else 0)
     packed = PackedCausalLM(model)
     packed.verify()
-    loss = packed.supervised_loss(batch)
+    loss = loss_of(packed, batch)
     assert abs(loss.item() - expected_loss.item()) < 1e-5 * expected_loss.item()
     found = gradients(model, loss)
     assert found.keys() == expected.keys()
@@ -99,7 +100,7 @@ def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path(
             assert changed == (2 if compiled.available() else 0)
         packed = PackedCausalLM(model, autocast=torch.bfloat16)
         packed.verify()
-        loss = packed.supervised_loss(batch)
+        loss = loss_of(packed, batch)
         found.append((loss.item(), gradients(model, loss)))
     (wanted, exact), (got, ours) = found
     assert abs(got - wanted) < 1e-3 * wanted
@@ -131,9 +132,9 @@ def test_recomputed_activations_give_the_same_gradients():
     attention.register()
     model.set_attn_implementation(attention.NAME)
     packed = PackedCausalLM(model.train())
-    straight = gradients(model, packed.supervised_loss(packed_batch()))
+    straight = gradients(model, loss_of(packed, packed_batch()))
     model.activation_checkpointing_enable({"use_reentrant": False})
-    recomputed = gradients(model, packed.supervised_loss(packed_batch()))
+    recomputed = gradients(model, loss_of(packed, packed_batch()))
     assert all(torch.equal(straight[name], recomputed[name]) for name in straight)
 
 
@@ -146,7 +147,7 @@ def test_a_step_reads_no_value_back_from_the_device(monkeypatch):
     model.set_attn_implementation(attention.register())
     batch = packed_batch().to("meta")
     with pytest.warns(UserWarning, match="sample by sample"):
-        PackedCausalLM(model.train()).supervised_loss(batch).backward()
+        loss_of(PackedCausalLM(model.train()), batch).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -197,15 +198,15 @@ def test_a_soft_cap_on_logits_is_not_lost():
     assert "changes its logits" in packed.verify()
     batch = packed_batch()
     batch = replace(batch, labels=batch.labels)
-    assert abs(packed.supervised_loss(batch).item() - plain_loss(model, batch).item()) < 1e-3
+    assert abs(loss_of(packed, batch).item() - plain_loss(model, batch).item()) < 1e-3
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
     model = tiny_model()
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    exact = PackedCausalLM(model).supervised_loss(packed_batch())
-    rough = PackedCausalLM(model, autocast=torch.bfloat16).supervised_loss(packed_batch())
+    exact = loss_of(PackedCausalLM(model), packed_batch())
+    rough = loss_of(PackedCausalLM(model, autocast=torch.bfloat16), packed_batch())
     assert exact.item() != rough.item()
     assert abs(rough.item() - exact.item()) < 0.01 * exact.item()
     assert all(g.dtype == torch.float32 for g in gradients(model, rough).values())

@@ -1,1 +1,45 @@
-"""What is optimised: one file an algorithm, its name is the value of the setting `algorithm`."""
+"""Training objectives: one file per algorithm; its name is the value of the setting `algorithm`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xtuner import plugins
+from xtuner.algorithms.base import BaseAlgorithm
+from xtuner.errors import ConfigError, listed
+
+if TYPE_CHECKING:
+    from xtuner.config.schema import Settings
+
+SETTING = "algorithm"
+
+
+def of_run(settings: Settings, *, folder: Path) -> BaseAlgorithm:
+    """Make the algorithm that `settings` name.
+
+    Args:
+        settings: of the run.
+        folder: where a user's file is looked up first.
+
+    Raises:
+        ConfigError: there is no such algorithm, it is not a `BaseAlgorithm`, or it cannot work with
+            these settings.
+    """
+    kind = _class_of(settings.algorithm, folder)
+    if problems := [f"{name}: {problem}" for name, problem in kind.check(settings)]:
+        raise ConfigError(listed(f"algorithm = {settings.algorithm!r} cannot be used:", problems))
+    return kind(settings)
+
+
+def _class_of(name: str, folder: Path) -> type[BaseAlgorithm]:
+    kind: Any
+    if plugins.is_user_path(name):
+        kind = plugins.load_user_object(name, setting=SETTING, folder=folder)
+        if not (isinstance(kind, type) and issubclass(kind, BaseAlgorithm)):
+            raise ConfigError(
+                f"{SETTING} = {name!r}: is not a subclass of xtuner.algorithms.base.BaseAlgorithm"
+            )
+    else:
+        kind = plugins.load("xtuner.algorithms", name, setting=SETTING).Algorithm
+    return kind  # type: ignore[no-any-return]

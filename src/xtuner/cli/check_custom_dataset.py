@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -32,26 +32,15 @@ def command(
     Ends with 2 if there is a bad row, with 0 if there is none.
     """
     from xtuner.config.load import load_settings
-    from xtuner.data.build import build
     from xtuner.data.report.check import bad_rows
     from xtuner.data.report.show_tokens import visible
     from xtuner.errors import DataError
-    from xtuner.models.load import load_tokenizer
-    from xtuner.templates import of_run
-    from xtuner.train.vision import sight_of
+    from xtuner.train.data_parts import DataParts
 
-    loaded = load_settings(config, overrides=overrides or ())
-    settings = loaded.settings
-    tokenizer = load_tokenizer(
-        settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
-    )
-    sight = sight_of(settings, tokenizer, folder=loaded.folder)
-    template = of_run(settings, tokenizer, folder=loaded.folder)
-    given: Any = {"template": template, "tokenizer": tokenizer, "folder": loaded.folder}
-    given["sight"] = sight
+    parts = DataParts.open(load_settings(config, overrides=overrides or ()))
     count = 0
     with _written_to(out) as write:
-        for row in bad_rows(settings, **given):
+        for row in bad_rows(parts.settings, **parts.arguments):
             count += 1
             if count <= _SHOWN:
                 typer.echo(visible(row))
@@ -60,7 +49,7 @@ def command(
         rest = f"and {count - _SHOWN:,} more"
         typer.echo(f"{rest}, all in {out}" if out else f"{rest}; --out FILE writes all of them")
     try:
-        data = build(settings, **given)
+        data = parts.build()
     except DataError:
         if not count:
             raise

@@ -51,24 +51,13 @@ def command(
     from rich.rule import Rule
 
     from xtuner.config.load import load_settings
-    from xtuner.data.build import build
-    from xtuner.models.load import load_tokenizer
-    from xtuner.templates import of_run
-    from xtuner.train.vision import sight_of
+    from xtuner.train.data_parts import DataParts
 
-    loaded = load_settings(config, overrides=overrides or ())
-    settings = loaded.settings
-    tokenizer = load_tokenizer(
-        settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
-    )
-    sight = sight_of(settings, tokenizer, folder=loaded.folder)
-    template = of_run(settings, tokenizer, folder=loaded.folder)
-    data = build(
-        settings, template=template, tokenizer=tokenizer, folder=loaded.folder, sight=sight
-    )
+    parts = DataParts.open(load_settings(config, overrides=overrides or ()))
+    data = parts.build()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number in range(min(num, len(data.train))):
-        _print_pack(console, data.train, number, show, tokenizer, sight)
+        _print_pack(console, data.train, number, show, parts.tokenizer, parts.sight)
     console.print(Rule(characters="═", style="none"))
     for line in data.report.lines():
         console.print(line)

@@ -12,14 +12,13 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from xtuner import plugins
-from xtuner.config.combinations import CHECKS
+from xtuner.config.combinations import ALGORITHMS, CHECKS
 from xtuner.config.describe import allowed, choices
 from xtuner.config.entries import OVERRIDE, Entry, Problem, Reading, spoken_constant
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import did_you_mean
 
 _TABLES = Path(__file__).parent / "tables"
-_ALGORITHMS = "xtuner.algorithms"
 _FORMATS = "xtuner.data.formats"
 _TEMPLATES = "xtuner.templates"
 _FEW = 8
@@ -123,7 +122,7 @@ def _wrong_value(name: str, value: Any) -> str:
     if not isinstance(value, str):
         return message
     if choices(name):
-        algorithms = plugins.names(_ALGORITHMS)
+        algorithms = plugins.names(ALGORITHMS)
         if name == "tuning" and value in algorithms:
             return f"{value!r} is a value of 'algorithm'; 'tuning' {message}"
         return message + did_you_mean(value, choices(name))
@@ -144,7 +143,7 @@ def named_parts(name: str) -> list[str]:
     """The names of parts of xtuner that setting `name` takes; empty where it takes none."""
     match name:
         case "algorithm":
-            return plugins.names(_ALGORITHMS)
+            return plugins.names(ALGORITHMS)
         case "dataset_format":
             return ["auto", *plugins.names(_FORMATS)]
         case "prompt_template":

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from xtuner import plugins
 from xtuner.config.schema import Settings
 from xtuner.types import IMAGE
+
+ALGORITHMS = "xtuner.algorithms"
 
 Check = Callable[["Settings"], Iterator[tuple[str, str]]]
 
@@ -55,12 +58,6 @@ def _check_vision(s: Settings) -> Iterator[tuple[str, str]]:
         return
     if IMAGE in s.SYSTEM:
         yield "SYSTEM", f"has {IMAGE} in it; pictures belong to the questions in the data"
-    if s.algorithm == "pretrain":
-        yield (
-            "algorithm",
-            "'pretrain' is for plain text; to train the projector alone, set algorithm = 'sft' and "
-            "freeze_llm = True",
-        )
     if s.visual_encoder_lora_r is not None and not s.freeze_visual_encoder:
         yield (
             "visual_encoder_lora_r",
@@ -129,12 +126,11 @@ def _check_shares(name: str, s: Settings) -> Iterator[tuple[str, str]]:
         yield name, "numbers must be 0 or more, and one of them above 0"
 
 
-def _check_overlong(s: Settings) -> Iterator[tuple[str, str]]:
-    if s.overlong == "split" and s.algorithm == "sft":
-        yield (
-            "overlong",
-            "'split' would part a question from its answer; it is for algorithm = 'pretrain'",
-        )
+def _check_algorithm(s: Settings) -> Iterator[tuple[str, str]]:
+    """What a built-in algorithm says; a user's own is asked when the run loads it."""
+    if s.algorithm in plugins.names(ALGORITHMS):
+        module = plugins.load(ALGORITHMS, s.algorithm, setting="algorithm")
+        yield from module.Algorithm.check(s)
 
 
 CHECKS: tuple[Check, ...] = (
@@ -149,6 +145,6 @@ CHECKS: tuple[Check, ...] = (
     _check_one_mix,
     partial(_check_shares, "data_repeats"),
     partial(_check_shares, "data_weights"),
-    _check_overlong,
+    _check_algorithm,
 )
 """What `check_combinations` runs; each can be run alone when other settings are wrong."""

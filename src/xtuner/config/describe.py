@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from xtuner.config.marks import one_as_tuple
+from xtuner.config.marks import as_pairs, one_as_tuple
 from xtuner.config.schema import Settings
 
 _WORDS = {str: "text", int: "a whole number", float: "a number"}
@@ -36,7 +36,16 @@ def takes_one(name: str) -> bool:
 
 
 def _takes_one(metadata: list[Any]) -> bool:
-    return any(isinstance(m, BeforeValidator) and m.func is one_as_tuple for m in metadata)
+    return _has_validator(metadata, one_as_tuple)
+
+
+def is_dict(name: str) -> bool:
+    """Whether setting `name` is written as a dict."""
+    return _has_validator(list(Settings.model_fields[name].metadata), as_pairs)
+
+
+def _has_validator(metadata: list[Any], function: Any) -> bool:
+    return any(isinstance(m, BeforeValidator) and m.func is function for m in metadata)
 
 
 def _literals(annotation: Any) -> list[str]:
@@ -55,6 +64,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return _either([repr(value) for value in arguments])
     if origin in (Union, UnionType):
         return _union(arguments)
+    if _has_validator(metadata, as_pairs):
+        return "a dict of names and values"
     if origin is tuple:
         return _sequence(arguments, metadata)
     if annotation is bool:

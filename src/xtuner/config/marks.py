@@ -50,6 +50,16 @@ def one_as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
+def as_pairs(value: Any) -> Any:
+    """A dict as sorted pairs, so that settings can be hashed."""
+    if isinstance(value, dict):
+        return tuple(sorted(value.items(), key=lambda pair: str(pair[0])))
+    return tuple(map(tuple, value)) if isinstance(value, list) else value
+
+
+Option = bool | int | float | str | None
+Options = Annotated[tuple[tuple[str, Option], ...], BeforeValidator(as_pairs)]
+"""Names and values: a dict in a settings file, kept as pairs so that settings can be hashed."""
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 OneOrMore = Annotated[tuple[str, ...], BeforeValidator(one_as_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]

@@ -19,6 +19,7 @@ from xtuner.config.marks import (
     Fraction,
     Mark,
     OneOrMore,
+    Options,
     Positive,
     Strings,
 )
@@ -74,6 +75,9 @@ class ModelPart(Part):
     algorithm: Annotated[str, Mark("fixed")] = "sft"
     """The training objective: 'sft' (instruction tuning: the loss covers what the assistant says),
     'pretrain' (the loss covers every token), or your own as 'my_file.py:MyAlgorithm'."""
+    algorithm_options: Annotated[Options, Mark("fixed")] = ()
+    """Settings of the algorithm itself, by name, such as {'beta': 0.1}. 'sft' and 'pretrain' have
+    none."""
     tuning: Annotated[
         Literal["full", "lora", "qlora"],
         Mark("fixed", comment="'full', 'lora' or 'qlora' (4 bits: the least memory)"),

@@ -8,7 +8,9 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xtuner.config.describe import takes_one
+from xtuner import plugins
+from xtuner.config.combinations import ALGORITHMS
+from xtuner.config.describe import is_dict, takes_one
 from xtuner.config.parts import PARTS
 from xtuner.config.schema import Settings, field_parts
 
@@ -26,13 +28,23 @@ def render(values: Mapping[str, Any], *, title: str) -> str:
     fields = Settings.model_fields
     comments = {n: c for n in fields if (c := Settings.mark(n).comment) is not None}
     given = Settings.model_construct(**values)
-    shown = {name: fields[name].default for name in comments if name not in given.idle()}
+    absent = {*given.idle(), *_uncommon(given.algorithm)}
+    shown = {name: fields[name].default for name in comments if name not in absent}
     changed = {
         name: value
         for name, value in values.items()
         if name in comments or not _same(value, fields[name].default)
     }
     return _file({**shown, **changed}, comments=comments, title=title)
+
+
+def _uncommon(algorithm: str) -> tuple[str, ...]:
+    """Settings that a copied file leaves out, as the algorithm says."""
+    if algorithm not in plugins.names(ALGORITHMS):
+        return ()
+    module = plugins.load(ALGORITHMS, algorithm, setting="algorithm")
+    names: tuple[str, ...] = module.Algorithm.uncommon
+    return names
 
 
 def render_all(settings: Settings, *, title: str) -> str:
@@ -42,6 +54,8 @@ def render_all(settings: Settings, *, title: str) -> str:
 
 def literal(name: str, value: Any) -> str:
     """Write the value of setting `name` on one line."""
+    if is_dict(name):
+        return repr(dict(value))
     if takes_one(name) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
     return _literal(value)

@@ -61,13 +61,6 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         """Whether the input embedding may stay in CPU memory, as far as settings tell."""
         return self.uses_adapter and not self.has_vision
 
-    @property
-    def effective_overlong(self) -> Literal["truncate", "drop", "error", "split"]:
-        """`overlong` with 'auto' resolved."""
-        if self.overlong == "auto":
-            return "split" if self.algorithm == "pretrain" else "truncate"
-        return self.overlong
-
     @classmethod
     def mark(cls, name: str) -> Mark:
         """The mark of setting `name`."""

@@ -18,7 +18,7 @@ from xtuner.data.images.expansion import Sight
 from xtuner.data.packing import order
 from xtuner.data.packing.mix import mixed_rows, set_aside
 from xtuner.data.packing.order import Ints
-from xtuner.data.packing.overlong import fit
+from xtuner.data.packing.overlong import fit, policy_of
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.packing.plan_cache import planned
 from xtuner.data.packing.samples import SampleTable, samples_of
@@ -34,6 +34,7 @@ from xtuner.data.sources.resolve import prepare
 from xtuner.data.tokenize.encode import Encoding
 from xtuner.errors import DataError
 from xtuner.templates.base import Template
+from xtuner.types import Algorithm
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def build(
     template: Template,
     tokenizer: Any,
     folder: Path,
+    algorithm: Algorithm,
     sight: Sight | None,
     report_dir: Path | None = None,
     quiet: bool = False,
@@ -58,10 +60,11 @@ def build(
     """Make the data of a run.
 
     Args:
-        settings: the part about data, `algorithm` and `seed` count.
+        settings: the part about data and `seed` count.
         template: lays out conversations.
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first: that of the settings file.
+        algorithm: which records it takes, and which sequences it makes of them.
         sight: how pictures are laid out; None for a model without a visual encoder. Every caller
             says it, for a model that sees reads the same rows as another.
         report_dir: where data_report.json is written; None writes none.
@@ -73,16 +76,24 @@ def build(
     """
     sources = prepare(settings, folder=folder)
     encoding = Encoding(
-        settings, template=template, tokenizer=tokenizer, folder=folder, quiet=quiet, sight=sight
+        settings,
+        template=template,
+        tokenizer=tokenizer,
+        folder=folder,
+        quiet=quiet,
+        algorithm=algorithm,
+        sight=sight,
     )
     stores = [encoding.store(source) for source in sources]
-    policy, room = settings.effective_overlong, room_of(settings, sight)
+    policy, room = policy_of(settings, algorithm), room_of(settings, sight)
     encoded = [
-        Encoded(source, store, fit(store, source=i, max_length=room.tokens, policy=policy), room)
+        Encoded(
+            source, store, fit(store, source=i, max_length=room.tokens, policy=policy), room, policy
+        )
         for i, (source, store) in enumerate(zip(sources, stores, strict=True))
     ]
-    refuse_unusable(encoded, settings)
-    data = _Assembly(settings, encoded, room).data()
+    refuse_unusable(encoded)
+    data = _Assembly(settings, encoded, room, algorithm.sequences_per_row).data()
     if report_dir is not None:
         data.report.write(report_dir)
     return data
@@ -96,8 +107,11 @@ def room_of(settings: Settings, sight: Sight | None) -> Room:
 class _Assembly:
     """Choose rows among all usable ones, which are numbered through all sources, and pack them."""
 
-    def __init__(self, settings: Settings, encoded: Sequence[Encoded], room: Room) -> None:
-        self._settings, self._longest = settings, room.tokens
+    def __init__(
+        self, settings: Settings, encoded: Sequence[Encoded], room: Room, sequences_per_row: int
+    ) -> None:
+        self._settings, self._max_length = settings, room.tokens
+        self._longest = room.tokens * sequences_per_row  # of a row, and of a pack
         self._encoded = encoded
         self._samples = SampleTable.joined([each.fitted.samples for each in encoded])
         self._borders = self._samples.row_borders()
@@ -143,7 +157,9 @@ class _Assembly:
             taken = order.permutation(len(own), "pack", s.seed) if s.shuffle else numbers
             members, borders = self._packed_by_kind(own, taken)
         stores = [each.store for each in self._encoded]
-        return PackedDataset(stores, samples=own.take(members), borders=borders)
+        return PackedDataset(
+            stores, samples=own.take(members), borders=borders, max_length=self._max_length
+        )
 
     def _packed_by_kind(self, own: SampleTable, taken: Ints) -> tuple[Ints, Ints]:
         """Pack in order; with group_by_modality samples with pictures and the others each by
@@ -167,7 +183,7 @@ class _Assembly:
         hashes = self._hashes()
         return DataReport(
             sources=tuple(
-                each.report(s, rows_used=count)
+                each.report(rows_used=count)
                 for each, count in zip(self._encoded, used, strict=True)
             ),
             train=PartReport.of(train, self._longest),

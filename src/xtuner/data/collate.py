@@ -1,4 +1,4 @@
-"""Lay samples end to end in one row: no padding, and nothing predicts across a border."""
+"""Lay samples end to end in one row: no padding, and no token predicts across sequences."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from xtuner.types import IGNORE_INDEX, Batch, Sample
 
 def lay_out(samples: Sequence[Sample]) -> Batch:
     """Make one batch of `samples`, in their order; see `Batch` for the shapes."""
-    lengths = [len(sample.input_ids) for sample in samples]
-    borders = np.zeros(len(samples) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=borders[1:])
+    lengths = [length for sample in samples for length in sample.sequence_lengths]
+    starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=starts[1:])
     input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(
         np.int64, copy=False
     )
     mask = np.concatenate([sample.loss_mask for sample in samples])
     labels = np.where(mask, input_ids, IGNORE_INDEX)
-    labels[borders[:-1]] = IGNORE_INDEX
-    position_ids = np.arange(borders[-1], dtype=np.int64) - np.repeat(borders[:-1], lengths)
+    labels[starts[:-1]] = IGNORE_INDEX
+    position_ids = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1], lengths)
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
         labels=torch.from_numpy(labels)[None],
         position_ids=torch.from_numpy(position_ids)[None],
-        cu_seqlens=torch.from_numpy(borders),
+        cu_seqlens=torch.from_numpy(starts),
         rows=tuple(sample.row for sample in samples),
+        sequences_per_row=len(samples[0].sequence_lengths) if samples else 1,
     )

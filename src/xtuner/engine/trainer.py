@@ -1,11 +1,11 @@
 """The training loop, the only one: every algorithm, tuning and kind of device goes through
 `Trainer.fit`.
 
-One optimizer step takes one group of micro-batches. With N the number of supervised tokens in the
-group over all processes, each micro-batch's *summed* loss is divided by N and backpropagated,
-gradients are summed over the processes, clipped and applied. So 1 batch of 8, 8 batches of 1 and
-uneven last groups give one gradient. The random state of every micro-step is a function of (seed,
-step, micro-step, rank), so a resumed run draws what the straight run drew.
+One optimizer step takes one group of micro-batches. With N the algorithm's count (for most,
+supervised tokens) in the group over all processes, each micro-batch's *summed* loss is divided by N
+and backpropagated, gradients are summed over the processes, clipped and applied. So 1 batch of 8, 8
+batches of 1 and uneven last groups give one gradient. The random state of every micro-step is a
+function of (seed, step, micro-step, rank), so a resumed run draws what the straight run drew.
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ class Trainer:
         """
         data_seconds = time.perf_counter() - started
         run, settings = self.run, self.settings
-        counts = [sum(b.num_supervised for b in group), sum(b.num_tokens for b in group)]
+        counts = [float(sum(map(count, group))) for count in self._counts()]
         signs = [float(self._stop.made), float(fault is not None)]
-        supervised, tokens, stops, failed = self.processes.sum([*counts, *signs])
+        divisor, supervised, tokens, stops, failed = self.processes.sum([*counts, *signs])
         if failed:
             raise DataError("; ".join(self.processes.gather([str(fault)] if fault else [])))
         if stops:
@@ -182,10 +182,10 @@ class Trainer:
         )
         optim.set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(group, supervised)
+        loss, metrics = self._accumulate(group, divisor)
         self.processes.sum_gradients(self.parameters)
         norm = optim.clip_gradients(self.parameters, settings.max_norm)
-        (loss,) = self.processes.sum([loss])
+        loss, *values = self.processes.sum([loss, *metrics])
         if not math.isfinite(norm) or not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(self._not_finite(group, loss, norm))
@@ -204,11 +204,19 @@ class Trainer:
             "seconds": seconds,
             "data_seconds": data_seconds,
             "memory_mb": memory_mb(self.processes.device),
+            **dict(zip(self.algorithm.metrics, values, strict=True)),
         }
 
-    def _accumulate(self, group: list[Batch], supervised: float) -> float:
-        """Backpropagate every micro-batch; return this process's share of the mean loss."""
+    def _counts(self) -> tuple[Callable[[Batch], float], ...]:
+        """What is counted of each micro-batch: its share of the divisor, supervised tokens,
+        tokens."""
+        return (self.algorithm.count, lambda b: b.num_supervised, lambda b: b.num_tokens)
+
+    def _accumulate(self, group: list[Batch], divisor: float) -> tuple[float, list[float]]:
+        """Backpropagate every micro-batch; return this process's share of the mean loss and of the
+        means of the algorithm's metrics."""
         total: Tensor | float = 0.0
+        metrics: list[Tensor | float] = [0.0] * len(self.algorithm.metrics)
         for index, batch in enumerate(group):
             if self._stop.made and self.processes.world_size == 1:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -217,11 +225,13 @@ class Trainer:
                 _micro_seed(self.settings.seed, self.run.step, index, self.processes.rank)
             )
             output = self.algorithm.loss(self.model, batch.to(self.processes.device))
-            loss = output.loss / max(supervised, 1.0)
+            loss = output.loss / max(divisor, 1.0)
             if loss.requires_grad:  # text does not reach a projector that alone is trained
                 loss.backward()
             total = total + loss.detach()
-        return float(total)
+            for number, name in enumerate(self.algorithm.metrics):
+                metrics[number] = metrics[number] + output.metrics[name].detach()
+        return float(total), [float(value) / max(divisor, 1.0) for value in metrics]
 
     def _out_of_memory(self, group: list[Batch]) -> TrainingError:
         """Save the last whole step and say what to change.

@@ -1,14 +1,15 @@
-"""The summed cross-entropy of supervised tokens, from hidden states, without ever holding all
-logits.
+"""Log-probabilities of supervised tokens, from hidden states, without ever holding all logits.
 
-A full logits matrix of 1,024 tokens and 49,152 words takes 200 MB in float32, and most rows of it
-belong to tokens that are not supervised. Here only supervised positions are multiplied with the
-output head, some at a time, and the gradients of the hidden states (and of the head, when it is
-trained) are computed in the same pass, so that no logits are kept for the backward pass.
+The full logits of 1,024 tokens and 49,152 words take 200 MB in float32, and most rows belong to
+tokens that are not supervised. Here only supervised positions are multiplied with the output head,
+in chunks. The gradients of the hidden states (and of the head, if it is trained) are computed in
+the same pass for a gradient of 1 in every row, so that no logits are kept; the backward pass scales
+them row by row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,79 +41,137 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tenso
 
 
 def _with_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
-    """Summed loss of ``logits [S, V]``, in float32; with `gradient` the logits become theirs."""
+    """Loss of each row of ``logits [S, V]``, float32 ``[S]``; with `gradient` the logits become
+    their own gradient."""
     kernels = kernels_for(logits)
     if kernels is not None:
-        return kernels.cross_entropy(logits, targets.contiguous(), gradient).sum()
+        return kernels.cross_entropy(logits, targets.contiguous(), gradient)
     wide = torch.promote_types(logits.dtype, torch.float32)
     shares = workspace("shares", logits.numel(), wide, logits.device).view_as(logits)
     largest = logits.amax(-1, keepdim=True).to(wide)
     shares.copy_(logits).sub_(largest).exp_()  # torch.softmax would hold a copy of them beside
-    whole = shares.sum(-1, keepdim=True)
-    total = (largest - logits.gather(1, targets) + whole.log()).sum()
+    total = shares.sum(-1, keepdim=True)
+    losses = largest - logits.gather(1, targets) + total.log()
     if gradient:
-        shares.scatter_add_(1, targets, -whole)
-        logits.copy_(shares.div_(whole))
-    return total
+        shares.scatter_add_(1, targets, -total)
+        logits.copy_(shares.div_(total))
+    return losses[:, 0]
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """``sum_i -log softmax(h_i W^T)[t_i]``; gradients ``(softmax - onehot) W`` and ``(softmax -
-    onehot)^T h``."""
+def _add_product(total: Tensor, error: Tensor, rows: Tensor) -> None:
+    """Add ``error^T rows`` to a float32 `total`; errors are at most 1.
+
+    In float16 a sum over many rows can overflow, whatever the scale of the loss: rows are scaled
+    down first, by a power of two, so that it cannot.
+    """
+    if error.dtype != torch.float16:
+        total += error.T @ rows
+        return
+    largest = rows.abs().amax().float()
+    small = torch.exp2(torch.floor(torch.log2(2.0**15 / (len(rows) * largest))))
+    small = small.clamp(max=2.0**15)
+    product = error.T @ (rows * small.half())
+    total += product.float() / small
+
+
+class _Chunks:
+    """The products of ``hidden [S, H]`` with the head ``[V, H]``, some rows at a time."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, targets: Tensor):
+        self.hidden, self.head, self.targets = hidden, head, targets
+        dtype, count = head.dtype, len(targets)
+        kernels = kernels_for(hidden.new_empty(0, dtype=dtype), head)
+        beside = 0 if kernels else 4  # float32 shares
+        self.step = chunk_rows(count, len(head), torch.finfo(dtype).bits // 8 + beside)
+        all_logits = workspace("logits", self.step * len(head), dtype, hidden.device)
+        self._logits = all_logits.view(self.step, len(head))
+        # torch's matrix library takes rows of nothing beside the others; see `chunk_rows`
+        self._exact = kernels is not None and all(map(kernels.multiplies, head.shape))
+        self.product = kernels.product if kernels is not None and self._exact else _matmul
+        self._rows = hidden.new_zeros(self.step, hidden.shape[1], dtype=dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield (part of S, hidden rows, logits, targets ``[n, 1]``); the first two tensors have
+        `step` rows, of which those past n are padding, unless products take any number of rows."""
+        for start in range(0, len(self.targets), self.step or 1):
+            part = slice(start, start + self.step)
+            wanted = self.targets[part, None]
+            count = len(wanted)
+            used = count if self._exact else self.step
+            self._rows[:count] = self.hidden[part]
+            self._rows[count:] = 0
+            rows = self._rows[:used]
+            logits = self.product(rows, self.head, self._logits[:used], across=True)
+            yield part, rows, logits, wanted
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """``log softmax(h_i W^T)[t_i]``; gradients ``g_i (onehot - softmax) W`` and ``sum_i g_i (onehot
+    - softmax)^T h_i``."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Sum the loss and keep the finished gradients: hidden ``[S, H]``, weight ``[V, H]``,
-        targets ``[S]``."""
+        """Keep finished gradients of the negative: hidden ``[S, H]``, weight ``[V, H]``, targets
+        ``[S]``."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        size = torch.finfo(dtype).bits // 8
-        kernels = kernels_for(hidden.new_empty(0, dtype=dtype), head)
-        beside = 0 if kernels else 4  # float32 shares
-        step = chunk_rows(len(targets), len(head), size + beside)
-        all_logits = workspace("logits", step * len(head), dtype, hidden.device)
-        all_logits = all_logits.view(step, len(head))
-        # torch's matrix library takes rows of nothing beside the others; see `chunk_rows`
-        exact = kernels is not None and all(map(kernels.multiplies, head.shape))
-        product = kernels.product if kernels is not None and exact else _matmul
-        rows = hidden.new_zeros(step, hidden.shape[1], dtype=dtype)
-        pulled = torch.empty_like(rows) if need_hidden else None
-        for start in range(0, len(targets), step or 1):
-            part = slice(start, start + step)
-            wanted = targets[part, None]
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        chunks = _Chunks(hidden, weight.to(dtype), targets)
+        scratch = hidden.new_empty(chunks.step, hidden.shape[1], dtype=dtype)
+        for part, rows, error, wanted in chunks:
             count = len(wanted)
-            used = count if exact else step
-            rows[:count] = hidden[part]
-            rows[count:] = 0
-            error = product(rows[:used], head, all_logits[:used], across=True)
-            total += _with_gradient(error[:count], wanted, gradient=need_hidden or need_weight)
-            if grad_hidden is not None and pulled is not None:
-                grad_hidden[part] = product(error, head, pulled[:used])[:count]
+            losses[part] = _with_gradient(
+                error[:count], wanted, gradient=need_hidden or need_weight
+            )
+            if grad_hidden is not None:
+                grad_hidden[part] = chunks.product(error, chunks.head, scratch[: len(rows)])[:count]
             if grad_weight is not None:
-                grad_weight += error.T @ rows[:used]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return total
+                _add_product(grad_weight, error, rows)
+        again = (hidden, weight, targets) if need_weight else (None, None, None)
+        ctx.save_for_backward(grad_hidden, grad_weight, *again)
+        ctx.weight_dtype, ctx.dtype = weight.dtype, dtype
+        return losses.neg_()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Scale the gradients that the forward pass finished."""
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        grad_hidden, grad_weight, *again = ctx.saved_tensors
+        grad = grad_output.neg()
+        if grad_hidden is not None and ctx.dtype == torch.float16:
+            # the scale of the loss over the number of tokens may not fit into float16
+            grad_hidden = (grad_hidden.float() * grad[:, None]).to(grad_hidden.dtype)
+        elif grad_hidden is not None:
+            grad_hidden = grad_hidden * grad[:, None].to(grad_hidden.dtype)
+        if grad_weight is not None:
+            # a gradient that is expanded from one number, that of a sum, is known to be the same in
+            # every row without looking at its values, for which a GPU would have to be waited for
+            if len(grad) and grad_output.stride() == (0,):
+                grad_weight = grad_weight * grad[0]
+            else:
+                grad_weight = _weighted_by_row(grad, again, ctx.dtype)
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum of ``-log p(target)`` over positions, for an output head without bias.
+def _weighted_by_row(grad: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The gradient of the head, float32 ``[V, H]``, for rows of different gradients ``[S]``: the
+    logits are computed once more."""
+    hidden, weight, targets = inputs
+    total = torch.zeros_like(weight, dtype=torch.float32)
+    for part, rows, error, wanted in _Chunks(hidden, weight.to(dtype), targets):
+        count = len(wanted)
+        _with_gradient(error[:count], wanted, gradient=True)
+        scaled = rows.float()
+        scaled[:count] *= grad[part, None]
+        _add_product(total, error, scaled.to(rows.dtype))
+    return total
+
+
+def log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The log-probability of each target, for an output head without bias.
 
     Args:
         hidden: ``[S, H]``, last hidden states of the supervised positions.
@@ -120,8 +179,8 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         targets: int64 ``[S]``.
 
     Returns:
-        A float32 scalar. Products are taken in autocast's type where autocast is on, else in that
-        of `hidden`.
+        float32 ``[S]``. Products are taken in autocast's type where autocast is on, else in that of
+        `hidden`.
     """
     if not torch.is_grad_enabled():  # inside a Function all inputs still seem to need gradients
         hidden, weight = hidden.detach(), weight.detach()
@@ -129,11 +188,24 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     with torch.autocast(device, enabled=False):
-        total: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
-        return total
+        found: Tensor = _LogProbabilities.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
+        return found
 
 
-def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same sum from logits ``[S, V]``: the plain formula, for heads that are not a single
-    matrix."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+class ScoringHead:
+    """The forward pass of an output head that scores targets; see `with_forward`.
+
+    The head is entered through its `__call__`, so that hooks which gather sharded weights fire.
+    """
+
+    def forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits ``[..., V]`` of ``[..., H]``, or the log-probability of each of the `targets`."""
+        if targets is None:
+            logits: Tensor = super().forward(hidden)  # type: ignore[misc]
+            return logits
+        return log_probabilities(hidden, self.weight, targets)
+
+
+def log_probabilities_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same from logits ``[S, V]``: the plain formula, for heads that are not one matrix."""
+    return -F.cross_entropy(logits.float(), targets, reduction="none")

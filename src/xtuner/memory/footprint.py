@@ -265,9 +265,9 @@ def _peaks_of_step(
                 max_length_q=max(tokens),
                 max_length_k=max(tokens),
             ).last_hidden_state
-            value = cross_entropy.summed_cross_entropy(
+            value = -cross_entropy.log_probabilities(
                 hidden[0, :supervised], head.weight, ids[0, :supervised]
-            )
+            ).sum()
             del hidden
             if on_gpu:  # only on a CPU is it kept
                 kept.tensors.clear()

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from xtuner.errors import ModelError
 from xtuner.kernels import attention
-from xtuner.kernels.cross_entropy import cross_entropy_of_logits, summed_cross_entropy
+from xtuner.kernels.cross_entropy import ScoringHead, log_probabilities_of_logits
+from xtuner.kernels.forward_override import with_forward
 from xtuner.models.quantize import row_by_row
 from xtuner.types import IGNORE_INDEX, Batch
 
@@ -37,6 +38,9 @@ LONG_ROW = 512
 class PackedCausalLM(nn.Module):
     """Wraps `model` (a causal language model of transformers, or a PeftModel around one).
 
+    Everything that trains enters through `__call__`, and each module inside through its own: hooks
+    that gather sharded weights see every use of them.
+
     Args:
         model: the model; it stays reachable as `.model`.
         autocast: compute in this type although trained weights are float32; None computes in the
@@ -48,6 +52,9 @@ class PackedCausalLM(nn.Module):
         self.model = model
         self.autocast = autocast
         self.plain_logits = False
+        head: Any = self.causal.get_output_embeddings()
+        if type(head) is nn.Linear and head.bias is None:
+            head.__class__ = with_forward(ScoringHead, nn.Linear)
 
     @property
     def causal(self) -> Any:
@@ -64,20 +71,19 @@ class PackedCausalLM(nn.Module):
         """Last hidden states ``[1, N, H]`` of a packed batch."""
         return self.causal.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
-    def supervised_loss(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropy over the supervised tokens of `batch`, a float32 scalar with
-        gradients."""
+    def forward(self, batch: Batch) -> Tensor:
+        """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
+        the tokens (see `Batch.sequence_of_predicting`)."""
         positions = batch.predicting
         targets = batch.labels[0, 1:][positions]
         batch = _filled(batch)
         with torch.autocast(
             self.device.type, dtype=self.autocast, enabled=self.autocast is not None
         ):
-            head = self.causal.get_output_embeddings()
-            if not self.plain_logits and type(head) is nn.Linear and head.bias is None:
-                hidden = self.hidden_states(batch)[0, positions]
-                return summed_cross_entropy(hidden, head.weight, targets)
-            return cross_entropy_of_logits(self._logits(batch, positions), targets)
+            head: Any = self.causal.get_output_embeddings()
+            if not self.plain_logits and isinstance(head, ScoringHead):
+                return head(self.hidden_states(batch)[0, positions], targets)  # type: ignore[operator, no-any-return]
+            return log_probabilities_of_logits(self._logits(batch, positions), targets)
 
     def _logits(self, batch: Batch, positions: Tensor) -> Tensor:
         return self.causal(**self._inputs(batch), logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
@@ -136,10 +142,12 @@ class PackedCausalLM(nn.Module):
                 "attn_implementation = 'eager'; if that does not help, this architecture cannot "
                 "be trained here."
             )
-        head, config = self.causal.get_output_embeddings(), self.causal.config
-        if type(head) is not nn.Linear:
+        head: Any = self.causal.get_output_embeddings()
+        config = self.causal.config
+        if not isinstance(head, ScoringHead):
             self.plain_logits = True
             return None
+        assert isinstance(head, nn.Linear)
         changes = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
         everything = torch.arange(packed.num_tokens, device=self.device)
         if changes or not _close(head(together)[0], self._logits(packed, everything)):

@@ -18,6 +18,7 @@ from xtuner.templates.table import NAMED
 if TYPE_CHECKING:
     from xtuner.config.schema import Settings
     from xtuner.templates.base import Template
+    from xtuner.types import Algorithm
 
 SETTING = "prompt_template"
 
@@ -27,17 +28,19 @@ def names() -> list[str]:
     return ["auto", "plain", *sorted(NAMED)]
 
 
-def of_run(settings: Settings, tokenizer: Any, *, folder: Path | None = None) -> Template:
+def of_run(
+    settings: Settings, tokenizer: Any, *, algorithm: Algorithm, folder: Path | None = None
+) -> Template:
     """The template that a run uses, which its checkpoints name.
 
-    It is the one that the settings name; 'auto' for pretraining a model without a chat template is
-    'plain', for such a model continues texts and takes no questions.
+    It is the one that the settings name; 'auto' is 'plain' if the algorithm continues texts and the
+    model has no chat template.
 
     Raises:
         ConfigError, ModelError: as `load`.
     """
     name = settings.prompt_template
-    if name == "auto" and settings.algorithm == "pretrain" and not tokenizer.chat_template:
+    if name == "auto" and algorithm.continues_text and not tokenizer.chat_template:
         name = "plain"
     return load(name, tokenizer, system=settings.SYSTEM, folder=folder)
 

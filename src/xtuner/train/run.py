@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from xtuner import plugins, templates
 from xtuner.config.load import LoadedSettings
-from xtuner.data.build import TrainingData, build
+from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.device import host
@@ -31,11 +30,11 @@ from xtuner.generation.generate import GenerationOptions, stream
 from xtuner.kernels import compiled, liger, threads
 from xtuner.memory.forecast import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.load import load_tokenizer
 from xtuner.models.prepare import make_trainable
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model
 from xtuner.parallel.processes import Processes
+from xtuner.train.data_parts import DataParts
 from xtuner.train.opening_lines import lines_of_model, opening_lines
 from xtuner.train.vision import RunVision
 from xtuner.types import Algorithm, Message
@@ -130,15 +129,14 @@ class _TrainingRun:
         """Make everything, then run the loop."""
         settings, console = self.settings, self.console
         source = self._resumable(resume) if resume else None
-        self.tokenizer = load_tokenizer(
-            settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
-        )
+        self.parts = DataParts.open(self.loaded)
+        self.tokenizer, self.template = self.parts.tokenizer, self.parts.template
+        algorithm = self.parts.algorithm
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.tokenizer, folder=self.loaded.folder)
-        self.template = templates.of_run(settings, self.tokenizer, folder=self.loaded.folder)
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
         data = self._build_data(place)
-        loader = self._loader(data.train, algorithm := _load_algorithm(self.loaded))
+        loader = self._loader(data.train, algorithm)
         total = loader.steps_per_epoch * settings.max_epochs
         total = min(total, settings.max_steps or total)
         self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
@@ -210,14 +208,9 @@ class _TrainingRun:
         """Encode in the main process first; the others then find everything in the cache."""
 
         def once() -> TrainingData:
-            return build(
-                self.settings,
-                template=self.template,
-                tokenizer=self.tokenizer,
-                folder=self.loaded.folder,
+            return self.parts.build(
                 report_dir=place.log_dir if self.processes.is_main else None,
                 quiet=not self.processes.is_main,
-                sight=self.vision.sight if self.vision else None,
             )
 
         if not self.processes.is_main:
@@ -323,7 +316,7 @@ class _TrainingRun:
                 for index in range(len(dataset)):
                     batch = self._collate(algorithm)(dataset[index])
                     total += float(algorithm.loss(model, batch.to(device)).loss)
-                    count += batch.num_supervised
+                    count += algorithm.count(batch)
             model.train()
             return total / max(1.0, count)
 
@@ -385,10 +378,3 @@ class _TrainingRun:
         checkpoints.save_state(
             folder, step=run.step, optimizer=self.optimizer, identity=self.identity
         )
-
-
-def _load_algorithm(loaded: LoadedSettings) -> Algorithm:
-    name = loaded.settings.algorithm
-    if plugins.is_user_path(name):
-        return plugins.load_user_object(name, setting="algorithm", folder=loaded.folder)()  # type: ignore[no-any-return]
-    return plugins.load("xtuner.algorithms", name, setting="algorithm").Algorithm()  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ import pytest
 from data_makers import settings, write_jsonl
 
 from xtuner import templates
+from xtuner.algorithms.sft import Algorithm
 from xtuner.data.build import build
 from xtuner.data.images.expansion import Sight
 from xtuner.data.images.files import PictureFolder
@@ -27,6 +28,7 @@ def built(folder, *, pictures, answer, max_length, **changes):
     return build(
         settings(write_jsonl(folder / "d.jsonl", [row]), max_length=max_length, **changes),
         template=templates.load("auto", own), tokenizer=own, folder=folder, quiet=True, sight=sight,
+        algorithm=Algorithm(),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from data_makers import chat, chats, settings, template, text_of, tokenizer, write_jsonl
 
+from xtuner.algorithms import pretrain, sft
 from xtuner.data.formats import load
 from xtuner.data.sources.resolve import prepare
 from xtuner.data.sources.rows import Fault, RawRow
@@ -19,8 +20,14 @@ from xtuner.types import Encoded, RowRef, Sample
 
 
 def encoder(format="openai", **changes):
-    options = {"template": template(), "tokenizer": tokenizer(), **changes}
-    return Encoder(formats=[load(format)], **options)
+    options = {"template": template(), "tokenizer": tokenizer(), "algorithm": sft.Algorithm()}
+    return Encoder(formats=[load(format)], **options | changes)
+
+
+def encoded_row(row, **changes):
+    """The one sequence of a row, or its fault."""
+    found = encoder(**changes).encode(task(row))
+    return found if isinstance(found, Fault) else found[0]
 
 
 def task(value, line=1):
@@ -28,7 +35,7 @@ def task(value, line=1):
 
 
 def encoded_text(text, **changes):
-    return encoder("pretrain", **changes).encode(task({"text": text}))
+    return encoded_row({"text": text}, format="pretrain", **changes)
 
 
 class Broken:
@@ -74,8 +81,8 @@ def test_a_long_text_is_encoded_in_pieces_and_whole(monkeypatch):
 
 
 def test_pretraining_learns_every_token_of_a_conversation():
-    plain = encoder().encode(task(chat("Hi", "Hello")))
-    every = encoder(every_token=True).encode(task(chat("Hi", "Hello")))
+    plain = encoded_row(chat("Hi", "Hello"))
+    every = encoded_row(chat("Hi", "Hello"), algorithm=pretrain.Algorithm())
     assert every.input_ids == plain.input_ids
     assert every.loss_mask == [False] + [True] * (len(plain.input_ids) - 1)
 
@@ -90,7 +97,7 @@ def test_pretraining_learns_every_token_of_a_conversation():
     ],
 )
 def test_what_is_wrong_with_a_row_is_said_with_its_cure(row, words):
-    assert str(encoder().encode(task(row))).startswith(words)
+    assert str(encoded_row(row)).startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +189,7 @@ SLOW_RUN = """
     import os, signal, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     from xtuner.data.tokenize.workers import Encoder, Task, encode_all
+    from xtuner.algorithms import sft
     from xtuner.data.formats import load
     from xtuner.data.sources.rows import RawRow
 
@@ -194,7 +202,7 @@ SLOW_RUN = """
     row = {"input": "a", "output": "b"}
     chunks = ([Task(0, RawRow(1, row, 0))] for _ in range(1000))
     format = load("sql").__class__(**{**vars(load("sql")), "convert": lambda row: row})
-    list(encode_all(Encoder([format], Slow(), None), chunks, processes=2))
+    list(encode_all(Encoder([format], Slow(), None, sft.Algorithm()), chunks, processes=2))
 """
 
 

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from xtuner.kernels.block_attention import block_attention
+from xtuner.device import compile
 from xtuner.kernels.cpu import bindings, build
 from xtuner.kernels.cpu.bindings import kernels_for
-from xtuner.kernels.cross_entropy import summed_cross_entropy
+from xtuner.kernels.cross_entropy import log_probabilities
 from xtuner.kernels.fused_norm_mlp import RMSNorm, _RMSNorm, _SiluProduct
 
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -91,7 +92,7 @@ def test_cross_entropy_of_flat_and_of_sharp_logits(dtype, scale):
     hidden, head = numbers(9, 8, dtype=dtype, scale=scale), numbers(300, 8, dtype=dtype, seed=1)
     targets = torch.arange(9) * 31
     rounded = (hidden @ head.T).detach()  # the kernel sees logits that are rounded already
-    got = summed_cross_entropy(hidden, head.detach(), targets)
+    got = -log_probabilities(hidden, head.detach(), targets).sum()
     wanted = F.cross_entropy(rounded.double(), targets, reduction="sum")
     assert abs(got.item() - wanted.item()) <= 1e-5 * abs(wanted.item())
     (grad,) = torch.autograd.grad(got, hidden)
@@ -181,7 +182,7 @@ def forgotten():
 
 
 def test_without_a_compiler_torch_does_the_work_and_the_run_says_so(forgotten, monkeypatch):
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compile.shutil, "which", lambda name: None)
     assert kernels_for(torch.zeros(2)) is None
     assert "no C compiler" in build.state()
 
@@ -199,7 +200,7 @@ def test_a_failing_compiler_is_named_and_not_fatal(forgotten, monkeypatch, tmp_p
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'cannot find -lgomp' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr(build.shutil, "which", lambda name: str(compiler))
+    monkeypatch.setattr(compile.shutil, "which", lambda name: str(compiler))
     assert kernels_for(torch.zeros(2)) is None
     assert "cannot find -lgomp" in build.state()
     assert not list((tmp_path / "kernels").iterdir())
@@ -221,7 +222,7 @@ def test_a_library_that_others_could_have_written_is_not_run(
     else:
         {"folder": library.parent, "file": library}[what].chmod(0o770)
     assert kernels_for(torch.zeros(2)) is None
-    assert "others can write" in build.state() and "XTUNER_CACHE" in build.state()
+    assert "other users can write" in build.state() and "XTUNER_CACHE" in build.state()
 
 
 def test_another_version_of_the_compiler_compiles_anew(forgotten, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import ctypes
 
 import pytest
 import torch
+from losses import loss_of
 
 from xtuner.kernels import attention, fused_attention, fused_decoder, fused_norm_mlp
 from xtuner.kernels.cpu import build
@@ -122,7 +123,7 @@ def test_loss_and_gradients_are_those_of_plain_layers(model_type, changes, lengt
         if name.endswith("bias"):
             parameter.data = 0.1 * torch.randn_like(parameter)
     adapted, batch = with_adapters(model), batch_of(*lengths)
-    loss = PackedCausalLM(adapted).supervised_loss(batch)
+    loss = loss_of(PackedCausalLM(adapted), batch)
     found = gradients(adapted, loss)
     assert len(passes) == layers
     exact, wanted = exact_gradients(adapted, batch)
@@ -134,10 +135,10 @@ def test_it_is_as_near_as_the_same_layer_part_by_part(monkeypatch, passes):
     model, _ = changed_model()
     adapted, batch = with_adapters(model), batch_of(40, 24)
     wrapped = PackedCausalLM(adapted)
-    whole = gradients(adapted, wrapped.supervised_loss(batch))
+    whole = gradients(adapted, loss_of(wrapped, batch))
     assert passes
     monkeypatch.setattr(fused_decoder, "_layer_of", lambda *_: None)
-    parts = gradients(adapted, wrapped.supervised_loss(batch))
+    parts = gradients(adapted, loss_of(wrapped, batch))
     _, wanted = exact_gradients(adapted, batch)
     assert sum(apart(whole, wanted).values()) < 1.1 * sum(apart(parts, wanted).values())
 
@@ -169,7 +170,7 @@ def test_weights_of_four_bits_give_what_their_values_give(kind, model_type, pass
         plain.get_submodule(name).weight.data.copy_(values)
     for some in (model, plain):
         adapted = with_adapters(some)
-        loss = PackedCausalLM(adapted).supervised_loss(batch_of(20, 12))
+        loss = loss_of(PackedCausalLM(adapted), batch_of(20, 12))
         results.append([loss, *gradients(adapted, loss).values()])
     assert len(passes) == 2 * model.config.num_hidden_layers
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -178,9 +179,9 @@ def test_weights_of_four_bits_give_what_their_values_give(kind, model_type, pass
 def test_what_is_kept_may_lie_elsewhere(passes):
     adapted = with_adapters(changed_model()[0])
     wrapped, batch = PackedCausalLM(adapted), batch_of(21, 12)
-    plain = gradients(adapted, wrapped.supervised_loss(batch))
+    plain = gradients(adapted, loss_of(wrapped, batch))
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
-        found = gradients(adapted, wrapped.supervised_loss(batch))
+        found = gradients(adapted, loss_of(wrapped, batch))
     assert passes
     assert all(torch.equal(found[name], grad) for name, grad in plain.items())
 
@@ -205,7 +206,7 @@ def test_nothing_is_written_behind_what_is_kept(monkeypatch):
     monkeypatch.setattr(Kernels, "measure", longer)
     monkeypatch.setattr(Kernels, "call", watched)
     adapted = with_adapters(changed_model()[0])
-    gradients(adapted, PackedCausalLM(adapted).supervised_loss(batch_of(21, 12)))
+    gradients(adapted, loss_of(PackedCausalLM(adapted), batch_of(21, 12)))
     assert ends and all(end == canary for end in ends)
 
 
@@ -216,7 +217,7 @@ def test_the_number_of_threads_changes_nothing(passes):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            loss = wrapped.supervised_loss(batch)
+            loss = loss_of(wrapped, batch)
             results.append([loss, *gradients(adapted, loss).values()])
     finally:
         torch.set_num_threads(before)
@@ -236,7 +237,7 @@ def test_other_adapters(options, passes, monkeypatch):
 
     def step():
         torch.manual_seed(1)
-        return gradients(adapted, wrapped.supervised_loss(batch_of(20, 12)))
+        return gradients(adapted, loss_of(wrapped, batch_of(20, 12)))
 
     found = step()
     used = "modules_to_save" in options  # the head is no part of a layer
@@ -248,9 +249,9 @@ def test_other_adapters(options, passes, monkeypatch):
 def test_adapters_that_are_off(passes):
     adapted = with_adapters(changed_model()[0])
     wrapped, batch = PackedCausalLM(adapted), batch_of(20, 12)
-    on = wrapped.supervised_loss(batch).item()
+    on = loss_of(wrapped, batch).item()
     with adapted.disable_adapter():
-        off = wrapped.supervised_loss(batch).item()
+        off = loss_of(wrapped, batch).item()
     assert len(passes) == 2 and off != on
 
 
@@ -261,9 +262,9 @@ def test_without_gradients_and_with_recomputation_it_goes_part_by_part(passes):
     recomputing.enable_input_require_grads()
     batch = batch_of(20, 12)
     with torch.no_grad():
-        PackedCausalLM(with_adapters(model)).supervised_loss(batch)
+        loss_of(PackedCausalLM(with_adapters(model)), batch)
     adapted = with_adapters(recomputing)
-    gradients(adapted, PackedCausalLM(adapted).supervised_loss(batch))
+    gradients(adapted, loss_of(PackedCausalLM(adapted), batch))
     assert not passes
 
 
@@ -271,7 +272,7 @@ def test_trained_norms_keep_their_gradients(passes):
     adapted = with_adapters(
         changed_model()[0], modules_to_save=["input_layernorm", "post_attention_layernorm"]
     )
-    grads = gradients(adapted, PackedCausalLM(adapted).supervised_loss(batch_of(20, 12)))
+    grads = gradients(adapted, loss_of(PackedCausalLM(adapted), batch_of(20, 12)))
     norms = [grad for name, grad in grads.items() if "layernorm" in name]
     assert norms and all(grad.abs().sum() > 0 for grad in norms)
     assert not passes

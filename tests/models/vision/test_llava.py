@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from losses import loss_of
 from torch import nn
 
 from xtuner.config import catalog
@@ -84,8 +85,8 @@ def test_logits_are_those_of_transformers_and_packed_is_unpacked(collate, kind, 
         together = packed.model.lm_head(packed.hidden_states(batch))
         singles = [packed.model.lm_head(packed.hidden_states(b)) for b in batch.split()]
         wanted = [upstream_logits(packed, b) for b in batch.split()]
-        losses = [packed.supervised_loss(b) for b in batch.split()]
-        loss = packed.supervised_loss(batch)
+        losses = [loss_of(packed, b) for b in batch.split()]
+        loss = loss_of(packed, batch)
     assert torch.allclose(together, torch.cat(singles, 1), atol=1e-5)
     assert torch.allclose(together, torch.cat(wanted, 1), atol=1e-5)
     assert float(loss) == pytest.approx(float(sum(losses)), rel=1e-5)
@@ -115,7 +116,7 @@ def test_text_does_not_touch_the_visual_encoder(collate):
     packed = assembled()
     packed.model.model.vision_tower = None
     packed.model.model.multi_modal_projector = None
-    assert packed.supervised_loss(collate([SAMPLES[1]])).isfinite()
+    assert loss_of(packed, collate([SAMPLES[1]])).isfinite()
 
 
 def test_a_language_model_that_changes_its_logits_is_refused():
@@ -181,7 +182,7 @@ def test_gradients_reach_what_the_settings_say(tmp_path, collate, case):
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)  # a B of zeros lets no gradient through to A
     parts.packed.train()
-    parts.packed.supervised_loss(collate(SAMPLES)).backward()
+    loss_of(parts.packed, collate(SAMPLES)).backward()
     reached = {n for n, p in parts.llava.named_parameters() if p.grad is not None}
     trained = {n for n, p in parts.llava.named_parameters() if p.requires_grad}
     nothing = {n for n in reached if not parts.llava.get_parameter(n).grad.abs().sum()}

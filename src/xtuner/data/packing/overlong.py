@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
+from xtuner.config.schema import Settings
 from xtuner.data.packing.order import Ints
 from xtuner.data.packing.samples import SampleTable
 from xtuner.data.tokenize.store import RowStore
+from xtuner.types import Algorithm
 
 Policy = Literal["truncate", "drop", "error", "split"]
 
@@ -29,26 +33,32 @@ class Fitted:
     lost: Ints
 
 
-def fit(store: RowStore, *, source: int, max_length: int, policy: Policy) -> Fitted:
-    """Make samples of at most `max_length` tokens of the rows in `store`.
+def policy_of(settings: Settings, algorithm: Algorithm) -> Policy:
+    """What the setting `overlong` means for this algorithm."""
+    return settings.overlong if settings.overlong != "auto" else cast(Policy, algorithm.overlong)
 
-    'truncate' keeps the first tokens and loses a row without a supervised one among them; 'error'
-    leaves too long rows out, as 'drop' does: refusing is the caller's part.
+
+def fit(store: RowStore, *, source: int, max_length: int, policy: Policy) -> Fitted:
+    """Make samples of the rows in `store`, none with a sequence of more than `max_length` tokens.
+
+    'truncate' keeps the first tokens of each sequence and loses a row without a supervised one
+    among them; 'error' leaves too long rows out, as 'drop' does: refusing is the caller's part.
     """
     lengths = store.lengths
-    overlong = np.flatnonzero(lengths > max_length)
+    overlong = np.flatnonzero((store.sequence_lengths > max_length).any(axis=1))
     rows = np.arange(len(store), dtype=np.int32)
-    whole = SampleTable(
+    complete = SampleTable(
         np.full_like(rows, source), rows, np.zeros_like(rows), lengths, store.supervised
     )
-    if len(overlong):
-        whole = whole.take(np.flatnonzero(lengths <= max_length))
-    if policy in ("drop", "error") or not len(overlong):
-        return Fitted(whole, overlong, overlong)
+    if not len(overlong):
+        return Fitted(complete, overlong, overlong)
+    complete = complete.take(np.delete(rows, overlong).astype(np.int64))
+    if policy in ("drop", "error"):
+        return Fitted(complete, overlong, overlong)
     cut = [_pieces(store, int(row), max_length, policy) for row in overlong]
     table = np.array([piece for pieces in cut for piece in pieces], dtype=np.int32).reshape(-1, 4)
     parts = SampleTable(np.full(len(table), source, dtype=np.int32), *table.T)
-    samples = SampleTable.joined([whole, parts])
+    samples = SampleTable.joined([complete, parts])
     by_row = np.lexsort((samples.start, samples.row))
     lost = np.array(
         [row for row, pieces in zip(overlong, cut, strict=True) if not pieces], np.int64
@@ -56,14 +66,21 @@ def fit(store: RowStore, *, source: int, max_length: int, policy: Policy) -> Fit
     return Fitted(samples.take(by_row), overlong, lost)
 
 
+def kept_pieces(lengths: Sequence[int], max_length: int) -> list[tuple[int, int]]:
+    """(start, length) of what 'truncate' keeps of each sequence of a row."""
+    starts = itertools.accumulate(lengths, initial=0)
+    return [(start, min(n, max_length)) for start, n in zip(starts, lengths, strict=False)]
+
+
 def _pieces(
     store: RowStore, row: int, max_length: int, policy: Policy
 ) -> list[tuple[int, int, int, int]]:
     """(row, start, length, supervised) of each sample that is made of an overlong row."""
-    total = store.length(row)
     if policy == "truncate":
-        count = store.count_supervised(row, 0, max_length)
-        return [(row, 0, max_length, count)] if count else []
+        kept = kept_pieces(store.sequences_of(row), max_length)
+        counts = [store.count_supervised(row, start, length) for start, length in kept]
+        return [(row, 0, sum(n for _, n in kept), sum(counts))] if all(counts) else []
+    total = store.length(row)
     starts = list(range(0, total, max_length))
     if total - starts[-1] == 1:
         # a last piece of one token would predict nothing: it takes one from the piece before

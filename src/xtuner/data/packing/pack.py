@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.data.packing.order import Ints
+from xtuner.data.packing.overlong import kept_pieces
 from xtuner.data.packing.samples import Ints32, SampleTable
 from xtuner.data.tokenize.store import RowStore
 from xtuner.types import Sample
@@ -105,12 +106,21 @@ class PackedDataset:
         stores: the encoded rows of each source.
         samples: which tokens of which row each sample is, pack after pack.
         borders: where each pack begins in `samples`, then S; ``[P + 1]``.
+        max_length: tokens that are kept of each sequence of a row that was cut.
     """
 
-    def __init__(self, stores: Sequence[RowStore], *, samples: SampleTable, borders: Ints) -> None:
+    def __init__(
+        self,
+        stores: Sequence[RowStore],
+        *,
+        samples: SampleTable,
+        borders: Ints,
+        max_length: int = 2**31,
+    ) -> None:
         self._stores = tuple(stores)
         self._samples = samples
         self._borders = borders
+        self._max_length = max_length
 
     def __len__(self) -> int:
         return len(self._borders) - 1
@@ -164,8 +174,18 @@ class PackedDataset:
     def _sample(self, index: int) -> Sample:
         table = self._samples
         store = self._stores[table.source[index]]
-        ids, mask = store.tokens(
-            int(table.row[index]), int(table.start[index]), int(table.length[index])
-        )
         row = int(table.row[index])
+        if store.sequences_per_row > 1:
+            return self._sample_of_several(store, row)
+        ids, mask = store.tokens(row, int(table.start[index]), int(table.length[index]))
         return Sample(ids, mask, store.ref(row), store.images(row))
+
+    def _sample_of_several(self, store: RowStore, row: int) -> Sample:
+        kept = kept_pieces(store.sequences_of(row), self._max_length)
+        parts = [store.tokens(row, start, length) for start, length in kept]
+        return Sample(
+            np.concatenate([ids for ids, _ in parts]),
+            np.concatenate([mask for _, mask in parts]),
+            store.ref(row),
+            lengths=tuple(length for _, length in kept),
+        )

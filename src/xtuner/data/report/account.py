@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.config.schema import Settings
 from xtuner.data.packing.order import Ints
-from xtuner.data.packing.overlong import Fitted
+from xtuner.data.packing.overlong import Fitted, Policy
 from xtuner.data.report.data_report import Place, RowGroup, SourceReport
 from xtuner.data.sources.resolve import PreparedSource
 from xtuner.data.tokenize.store import KEPT_FAULTS, RowStore
@@ -42,18 +41,19 @@ class Room:
 @dataclass(frozen=True)
 class Encoded:
     """One source on its way: its files, their encoded rows, and the samples of at most `room`
-    tokens made of them."""
+    tokens per sequence made of them by `policy`."""
 
     source: PreparedSource
     store: RowStore
     fitted: Fitted
     room: Room
+    policy: Policy
 
     def place(self, row: int) -> Place:
         """Where an encoded row came from."""
         return self._place(*self.store.place(row))
 
-    def lost(self, settings: Settings) -> list[RowGroup]:
+    def lost(self) -> list[RowGroup]:
         """The rows that cannot be used, by reason."""
         groups = [
             RowGroup(
@@ -64,23 +64,23 @@ class Encoded:
             for group in self.store.faults
         ]
         if len(self.fitted.lost):
-            groups.append(self._group(overlong_fault(settings, self.room), self.fitted.lost))
+            groups.append(self._group(overlong_fault(self.policy, self.room), self.fitted.lost))
         return groups
 
-    def changed(self, settings: Settings) -> list[RowGroup]:
+    def changed(self) -> list[RowGroup]:
         """The rows that were made to fit max_length."""
         rows = np.setdiff1d(self.fitted.overlong, self.fitted.lost)
         if not len(rows):
             return []
-        split = settings.effective_overlong == "split"
+        split = self.policy == "split"
         what = "split into pieces of at most" if split else "cut to"
         sum_of = f" ({self.room})" if self.room.picture else ""
         return [self._group(f"{what} {self.room.tokens:,} tokens{sum_of}", rows)]
 
-    def report(self, settings: Settings, *, rows_used: int) -> SourceReport:
+    def report(self, *, rows_used: int) -> SourceReport:
         """The account of the source."""
         names = [format.name for format in self.source.formats]
-        lost = self.lost(settings)
+        lost = self.lost()
         usable = self.store.rows_read - sum(group.count for group in lost)
         return SourceReport(
             name=self.source.name,
@@ -91,7 +91,7 @@ class Encoded:
             rows_used=rows_used,
             rows_left_out=usable - rows_used,
             lost=tuple(lost),
-            changed=tuple(self.changed(settings)),
+            changed=tuple(self.changed()),
         )
 
     def _group(self, what: str, rows: Ints) -> RowGroup:
@@ -101,23 +101,23 @@ class Encoded:
         return Place(self.source.files[file].name, self.source.files[file].unit, number, fault)
 
 
-def overlong_fault(settings: Settings, room: Room) -> str:
+def overlong_fault(policy: Policy, room: Room) -> str:
     """Why the setting `overlong` loses a row."""
-    if settings.effective_overlong == "truncate":
+    if policy == "truncate":
         return f"has no supervised token within {room}; raise max_length"
     return f"has more than {room.in_tokens}; raise max_length"
 
 
-def refuse_unusable(encoded: Sequence[Encoded], settings: Settings) -> None:
+def refuse_unusable(encoded: Sequence[Encoded]) -> None:
     """Raise if a source has nothing to learn, or a row is too long and the settings forbid it.
 
     Raises:
         DataError: with the most frequent reasons and the first rows of each.
     """
-    if settings.effective_overlong == "error":
+    if any(each.policy == "error" for each in encoded):
         _refuse_overlong(encoded)
     problems = [
-        _nothing_usable(each.source.name, each.store.rows_read, each.lost(settings))
+        _nothing_usable(each.source.name, each.store.rows_read, each.lost())
         for each in encoded
         if not len(each.fitted.samples)
     ]

@@ -9,11 +9,12 @@ from typing import Any
 from xtuner.config.schema import Settings
 from xtuner.data.build import room_of
 from xtuner.data.images.expansion import Sight
-from xtuner.data.packing.overlong import fit
+from xtuner.data.packing.overlong import fit, policy_of
 from xtuner.data.report.account import Encoded, overlong_fault
 from xtuner.data.sources.resolve import prepare
 from xtuner.data.tokenize.encode import Encoding
 from xtuner.templates.base import Template
+from xtuner.types import Algorithm
 
 
 def bad_rows(
@@ -22,6 +23,7 @@ def bad_rows(
     template: Template,
     tokenizer: Any,
     folder: Path,
+    algorithm: Algorithm,
     sight: Sight | None,
     quiet: bool = False,
 ) -> Iterator[str]:
@@ -34,7 +36,13 @@ def bad_rows(
         ConfigError: there is no format of that name.
     """
     encoding = Encoding(
-        settings, template=template, tokenizer=tokenizer, folder=folder, quiet=quiet, sight=sight
+        settings,
+        template=template,
+        tokenizer=tokenizer,
+        folder=folder,
+        quiet=quiet,
+        algorithm=algorithm,
+        sight=sight,
     )
     for number, source in enumerate(prepare(settings, folder=folder)):
         store = encoding.store(source)
@@ -42,8 +50,8 @@ def bad_rows(
             for chunk in encoding.chunks(source):
                 for row in chunk.faults:
                     yield f"{source.place(row.file, row.line)}  {' '.join(str(row.fault).split())}"
-        policy, room = settings.effective_overlong, room_of(settings, sight)
+        policy, room = policy_of(settings, algorithm), room_of(settings, sight)
         fitted = fit(store, source=number, max_length=room.tokens, policy=policy)
-        encoded = Encoded(source, store, fitted, room)
+        encoded = Encoded(source, store, fitted, room, policy)
         for row_number in fitted.lost.tolist():
-            yield f"{encoded.place(row_number)}  {overlong_fault(settings, room)}"
+            yield f"{encoded.place(row_number)}  {overlong_fault(policy, room)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,6 +17,7 @@ from xtuner.data.tokenize.progress import progress_bar
 from xtuner.data.tokenize.store import EncodedChunk, RowStore, StoreWriter
 from xtuner.data.tokenize.workers import Encoder, Task, chunked, encode_all
 from xtuner.templates.base import Template
+from xtuner.types import Algorithm
 
 _MOST_PROCESSES = 8
 _SMALL = 2_000_000
@@ -26,10 +28,11 @@ class Encoding:
     """How the rows of every source of a run are encoded.
 
     Args:
-        settings: `algorithm` and `dataset_num_proc` count.
+        settings: `algorithm`, its options and `dataset_num_proc` count.
         template: lays out conversations.
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first.
+        algorithm: which records it takes, and which sequences it makes of them.
         sight: how pictures are laid out; None for a model without a visual encoder.
         quiet: show no progress.
     """
@@ -41,12 +44,13 @@ class Encoding:
         template: Template,
         tokenizer: Any,
         folder: Path,
+        algorithm: Algorithm,
         sight: Sight | None,
         quiet: bool = False,
     ) -> None:
         self._sight = sight
         self._template, self._tokenizer, self._folder = template, tokenizer, folder
-        self._every_token = settings.algorithm == "pretrain"
+        self._algorithm, self._options = algorithm, settings.algorithm_options
         self._processes = settings.dataset_num_proc
         self._quiet = quiet
 
@@ -77,7 +81,7 @@ class Encoding:
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
         """Encode all rows of `source` now, with a progress bar."""
         encoder = Encoder(
-            source.formats, self._template, self._tokenizer, self._every_token, self._sight
+            source.formats, self._template, self._tokenizer, self._algorithm, self._sight
         )
         read = rows = 0
 
@@ -109,9 +113,19 @@ class Encoding:
                 **(self._sight.facts() if self._sight else {}),
                 "template": self._template.fingerprint(),
                 "tokenizer": cache.tokenizer_identity(self._tokenizer),
-                "every_token": self._every_token,
+                "algorithm": [_sources_of(self._algorithm), self._options],
                 "files": [file.digest() for file in source.files],
                 "formats": names,
                 "rules": [cache.rules_of(name, folder=self._folder) for name in sorted({*names})],
             }
         )
+
+
+def _sources_of(algorithm: Algorithm) -> str:
+    """A hash of the files that define how `algorithm` encodes a row."""
+    digest = hashlib.sha256()
+    for kind in type(algorithm).__mro__:
+        if function := vars(kind).get("encode"):
+            digest.update(f"{kind.__name__}\n".encode())
+            digest.update(Path(function.__code__.co_filename).read_bytes())
+    return digest.hexdigest()

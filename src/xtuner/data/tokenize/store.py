@@ -2,6 +2,7 @@
 
 token_ids.npy int32 [T]   mask.npy bool [T]         all rows, end to end
 offsets.npy int64 [R+1]                          where each row begins, then T
+sequence_lengths.npy int32 [R*k]                 for rows of k > 1 sequences; else empty
 lines.npy int32 [R]    files.npy int32 [R]       the row's line in its file, the file's number
 supervised.npy int32 [R]  hashes.npy uint64 [R]  tokens in the loss, hash of the tokens
 image_names.npy uint8 [B]  image_ends.npy int64 [R]  names of pictures as JSON; where a row's end
@@ -35,6 +36,7 @@ _ARRAYS: dict[str, Any] = {
     "token_ids": np.dtype("<i4"),
     "mask": np.dtype("?"),
     "offsets": np.dtype("<i8"),
+    "sequence_lengths": np.dtype("<i4"),
     "lines": np.dtype("<i4"),
     "files": np.dtype("<i4"),
     "supervised": np.dtype("<i4"),
@@ -90,6 +92,7 @@ class EncodedChunk:
     token_ids: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_]
     lengths: npt.NDArray[np.int64]
+    sequence_lengths: npt.NDArray[np.int32]
     lines: npt.NDArray[np.int32]
     files: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.int32]
@@ -200,6 +203,7 @@ class RowStore:
             sizes == self.about.get("sizes")
             and sizes["offsets"] == rows + 1
             and sizes["token_ids"] == sizes["mask"] == offsets[-1]
+            and (sizes["sequence_lengths"] % rows == 0 if rows else True)
             and {sizes[name] for name in ("files", "supervised", "hashes", "image_ends")} == {rows}
             and sizes["image_names"] == (self._value("image_ends", rows - 1) if rows else 0)
             and bool(np.all(offsets[1:] > offsets[:-1]))
@@ -224,6 +228,28 @@ class RowStore:
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each row ``[R]``."""
         return np.diff(self._columns["offsets"].read()).astype(np.int32)
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences that each row holds, end to end."""
+        return max(1, len(self._columns["sequence_lengths"]) // max(1, len(self)))
+
+    @property
+    def sequence_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each sequence of each row ``[R, k]``."""
+        k = self.sequences_per_row
+        return (
+            self.lengths[:, None]
+            if k == 1
+            else self._columns["sequence_lengths"].read().reshape(-1, k)
+        )
+
+    def sequences_of(self, row: int) -> tuple[int, ...]:
+        """Tokens of each sequence of one row."""
+        k = self.sequences_per_row
+        if k == 1:
+            return (self.length(row),)
+        return tuple(self._columns["sequence_lengths"].read(row * k, k).tolist())
 
     @property
     def supervised(self) -> npt.NDArray[np.int32]:

@@ -29,16 +29,16 @@ from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import Sight
 from xtuner.data.sources.rows import Fault, RawRow, parse
 from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_names
-from xtuner.errors import DataError, XTunerError
+from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.templates.base import Template
-from xtuner.types import Conversation, Encoded, Record, Row, Text
+from xtuner.types import Algorithm, Conversation, Encoded, Preference, Record, Row, Text
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 1 << 20
 PIECE = 200_000
 """Most characters that the tokenizer is given at once: it needs some 200 bytes for each."""
 
-_NO_EYES = "are there, and the model has no eyes; set visual_encoder_name_or_path"
+_NO_IMAGES = "were given, but the model does not take images; set visual_encoder_name_or_path"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,14 +57,14 @@ class Encoder:
         formats: the format of each file of the source.
         template: lays out conversations.
         tokenizer: encodes plain text.
-        every_token: supervise all tokens of conversations too (pretraining).
+        algorithm: which records it takes, and which sequences it makes of them.
         sight: how pictures are laid out; None where the model has no visual encoder.
     """
 
     formats: Sequence[Format]
     template: Template
     tokenizer: Any
-    every_token: bool = False
+    algorithm: Algorithm
     sight: Sight | None = None
 
     def record(self, task: Task) -> Record | Fault:
@@ -73,35 +73,44 @@ class Encoder:
         row = parse(raw) if isinstance(raw, bytes) else raw
         return row if isinstance(row, Fault) else self._converted(row, self.formats[task.file])
 
-    def encode(self, task: Task) -> Encoded | Fault:
+    def encode(self, task: Task) -> list[Encoded] | Fault:
         """Encode one row; whatever is wrong with it is returned, not raised."""
         return self.encode_with_images(task)[0]
 
-    def encode_with_images(self, task: Task) -> tuple[Encoded | Fault, tuple[str, ...]]:
-        """Encode one row; its pictures are checked, and named beside it."""
+    def encode_with_images(self, task: Task) -> tuple[list[Encoded] | Fault, tuple[str, ...]]:
+        """Encode one row; its images are checked, and named beside it."""
         record = self.record(task)
         if isinstance(record, Fault):
             return record, ()
         images = record.images if isinstance(record, Conversation) else ()
         if images and self.sight is None:
-            return Fault(_NO_EYES, "images"), ()
-        encoded = self._encode(record)
-        if self.sight is None or isinstance(encoded, Fault):
-            return encoded, images
-        return self.sight.laid_out(encoded, images), images
+            return Fault(_NO_IMAGES, "images"), ()
+        parts = self._encode(record)
+        if self.sight is None or isinstance(parts, Fault) or isinstance(record, Preference):
+            return parts, images
+        laid_out = self.sight.laid_out(parts[0], images)
+        return (laid_out if isinstance(laid_out, Fault) else [laid_out, *parts[1:]]), images
 
-    def _encode(self, record: Record) -> Encoded | Fault:
-        try:
-            encoded = (
-                self._text(record) if isinstance(record, Text) else self.template.encode(record)
+    def _encode(self, record: Record) -> list[Encoded] | Fault:
+        algorithm = self.algorithm
+        if not isinstance(record, algorithm.records):
+            wanted = " or ".join(kind.__name__ for kind in algorithm.records)
+            return Fault(
+                f"is read as a {type(record).__name__}, and this algorithm takes a {wanted}; set "
+                "another dataset_format or algorithm"
             )
+        try:
+            parts = list(algorithm.encode(record, self))
         except Exception as error:  # a template is its author's code: one row must not end the run
             return Fault(_one_line(error))
-        if self.every_token:
-            encoded = Encoded(encoded.input_ids, [False] + [True] * (len(encoded.input_ids) - 1))
-        if not any(encoded.loss_mask[1:]):
-            return Fault("has no supervised token: nothing in it would be learnt")
-        return encoded
+        if len(parts) != algorithm.sequences_per_row:
+            raise ConfigError(
+                f"{type(algorithm).__name__}.encode made {len(parts)} sequences of a row; its "
+                f"sequences_per_row is {algorithm.sequences_per_row}"
+            )
+        if not all(any(part.loss_mask[1:]) for part in parts):
+            return Fault("has no supervised token, so nothing would be learned from it")
+        return parts
 
     def _converted(self, row: Row, format: Format) -> Record | Fault:
         try:
@@ -112,7 +121,12 @@ class Encoder:
         except Exception as error:  # a format may be the user's own code
             return Fault(f"format {format.name!r} raised {_one_line(error)}")
 
-    def _text(self, record: Text) -> Encoded:
+    def conversation(self, record: Conversation) -> Encoded:
+        """The text of the template; what the assistant says is supervised."""
+        return self.template.encode(record)
+
+    def text(self, record: Text) -> Encoded:
+        """The text with the tokenizer's begin and end; all but the first token supervised."""
         ids: list[int] = []
         for piece in _pieces(record.text):
             ids += self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
@@ -148,30 +162,50 @@ def _one_line(error: Exception) -> str:
     return message if known and message else f"{type(error).__name__}: {message}"
 
 
+class _Row(NamedTuple):
+    """An encoded row: its sequences end to end."""
+
+    task: Task
+    token_ids: npt.NDArray[np.int32]
+    mask: npt.NDArray[np.bool_]
+    lengths: list[int]
+    image_names: npt.NDArray[np.uint8]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that the loss sums over: the first of a sequence never counts."""
+        firsts = np.cumsum([0, *self.lengths[:-1]])
+        return int(self.mask.sum() - self.mask[firsts].sum())
+
+
 def encode_chunk(encoder: Encoder, tasks: Sequence[Task]) -> EncodedChunk:
     """Encode some rows."""
-    done = [(task, *encoder.encode_with_images(task)) for task in tasks]
-    good = [
-        (
-            task,
-            np.array(e.input_ids, np.int32),
-            np.array(e.loss_mask, np.bool_),
-            packed_names(names),
-        )
-        for task, e, names in done
-        if not isinstance(e, Fault)
-    ]
+    rows: list[_Row] = []
+    faults: list[BadRow] = []
+    for task in tasks:
+        parts, names = encoder.encode_with_images(task)
+        if isinstance(parts, Fault):
+            faults.append(BadRow(task.file, task.row.line, parts))
+            continue
+        ids = np.concatenate([np.array(part.input_ids, np.int32) for part in parts])
+        mask = np.concatenate([np.array(part.loss_mask, np.bool_) for part in parts])
+        lengths = [len(part.input_ids) for part in parts]
+        rows.append(_Row(task, ids, mask, lengths, packed_names(names)))
+    several = encoder.algorithm.sequences_per_row > 1
     return EncodedChunk(
-        token_ids=np.concatenate([np.zeros(0, np.int32), *(ids for _, ids, _, _ in good)]),
-        mask=np.concatenate([np.zeros(0, np.bool_), *(mask for _, _, mask, _ in good)]),
-        lengths=np.array([len(ids) for _, ids, _, _ in good], np.int64),
-        lines=np.array([task.row.line for task, *_ in good], np.int32),
-        files=np.array([task.file for task, *_ in good], np.int32),
-        supervised=np.array([mask[1:].sum() for _, _, mask, _ in good], np.int32),
-        hashes=np.array([_hash(ids, mask, names) for _, ids, mask, names in good], np.uint64),
-        image_names=np.concatenate([np.zeros(0, np.uint8), *(names for *_, names in good)]),
-        image_lengths=np.array([len(names) for *_, names in good], np.int64),
-        faults=[BadRow(task.file, task.row.line, e) for task, e, _ in done if isinstance(e, Fault)],
+        token_ids=np.concatenate([np.zeros(0, np.int32), *(row.token_ids for row in rows)]),
+        mask=np.concatenate([np.zeros(0, np.bool_), *(row.mask for row in rows)]),
+        lengths=np.array([len(row.token_ids) for row in rows], np.int64),
+        sequence_lengths=np.array(
+            [length for row in rows for length in row.lengths] if several else [], np.int32
+        ),
+        lines=np.array([row.task.row.line for row in rows], np.int32),
+        files=np.array([row.task.file for row in rows], np.int32),
+        supervised=np.array([row.supervised for row in rows], np.int32),
+        hashes=np.array([_hash(r.token_ids, r.mask, r.image_names) for r in rows], np.uint64),
+        image_names=np.concatenate([np.zeros(0, np.uint8), *(row.image_names for row in rows)]),
+        image_lengths=np.array([len(row.image_names) for row in rows], np.int64),
+        faults=faults,
     )
 
 

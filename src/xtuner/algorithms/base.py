@@ -1,0 +1,114 @@
+"""What an algorithm declares: the rows it takes, what of them is learned, and its loss.
+
+    record ──encode──► k sequences ──pack──► Sample list ──collate──► Batch ──loss──► LossOutput
+
+Everything that makes an algorithm what it is stands in one file of this folder, or in the user's
+own ``"my_file.py:MyAlgorithm"``. Importing it must not import torch: settings are checked against
+it before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from xtuner.types import Conversation, Encoded, Record, RecordEncoder, Text
+
+if TYPE_CHECKING:
+    from xtuner.config.schema import Settings
+    from xtuner.types import Batch, LossOutput, Sample
+
+
+class BaseAlgorithm:
+    """Supervised learning on one sequence per row; override what differs.
+
+    Attributes:
+        records: kinds of records that a row may be.
+        sequences_per_row: how many sequences `encode` makes of a row. They stay together in one
+            pack and one batch, and each may have max_length tokens.
+        overlong: what the setting `overlong` = 'auto' means.
+        overlong_choices: the values of `overlong` that make sense.
+        takes_images: whether rows may have images.
+        continues_text: whether a model without a chat template gets none ('plain').
+        options: the algorithm's own settings with their defaults, set by `algorithm_options`.
+        metrics: names of the sums that `loss` returns beside the loss; the trainer divides them by
+            the same count and logs them.
+        uncommon: settings that a copied file leaves out.
+    """
+
+    records: ClassVar[tuple[type, ...]] = (Conversation, Text)
+    sequences_per_row: ClassVar[int] = 1
+    overlong: ClassVar[str] = "truncate"
+    overlong_choices: ClassVar[tuple[str, ...]] = ("truncate", "drop", "error")
+    takes_images: ClassVar[bool] = True
+    continues_text: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, Any]] = {}
+    metrics: ClassVar[tuple[str, ...]] = ()
+    uncommon: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        given = dict(settings.algorithm_options) if settings else {}
+        self.option: dict[str, Any] = {**self.options, **given}
+
+    @classmethod
+    def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
+        """Yield (setting, problem) for every setting that the algorithm cannot work with."""
+        if settings.overlong not in ("auto", *cls.overlong_choices):
+            allowed = ", ".join(map(repr, ("auto", *cls.overlong_choices)))
+            yield "overlong", f"algorithm = {settings.algorithm!r} takes {allowed}"
+        if settings.has_vision and not cls.takes_images:
+            yield "algorithm", f"{settings.algorithm!r} does not take images"
+        for name, value in settings.algorithm_options:
+            if name not in cls.options:
+                allowed = ", ".join(cls.options) or "none"
+                yield "algorithm_options", f"has no option {name!r}; allowed: {allowed}"
+            elif not _same_kind(value, cls.options[name]):
+                default = cls.options[name]
+                yield (
+                    "algorithm_options",
+                    f"{name} = {value!r} must be of the kind of its default, {default!r}",
+                )
+
+    def encode(self, record: Record, encoder: RecordEncoder) -> Sequence[Encoded]:
+        """The sequences of a row, `sequences_per_row` of them.
+
+        Args:
+            record: one of `records`.
+            encoder: turns a conversation or a text into token ids and a loss mask.
+        """
+        match record:
+            case Text():
+                return [encoder.text(record)]
+            case Conversation():
+                return [encoder.conversation(record)]
+        raise NotImplementedError(f"{type(self).__name__}.encode takes no {type(record).__name__}")
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Lay samples end to end."""
+        from xtuner.data.collate import lay_out
+
+        return lay_out(samples)
+
+    def count(self, batch: Batch) -> float:
+        """The share of `batch` in the divisor of the loss: its supervised tokens."""
+        return batch.num_supervised
+
+    def loss(self, model: Any, batch: Batch) -> LossOutput:
+        """The loss of `batch`, *summed*: the trainer divides it once by the count of all batches of
+        the step.
+
+        Args:
+            model: gives the log-probability of each supervised token, float32 ``[S]``.
+            batch: what `collate` made, on the model's device.
+        """
+        from xtuner.types import LossOutput
+
+        return LossOutput(-model(batch).sum())
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if default is None or isinstance(default, bool) or isinstance(value, bool):
+        return default is None or isinstance(value, bool) == isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return isinstance(value, type(default))

@@ -1,0 +1,65 @@
+"""What reading the data of a run takes besides its settings: training and the commands that show or
+check data open the same parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xtuner import algorithms, templates
+from xtuner.algorithms.base import BaseAlgorithm
+from xtuner.config.load import LoadedSettings
+from xtuner.config.schema import Settings
+from xtuner.data.build import TrainingData, build
+from xtuner.data.images.expansion import Sight
+from xtuner.models.load import load_tokenizer
+from xtuner.templates.base import Template
+from xtuner.train.vision import sight_of
+
+
+@dataclass(frozen=True)
+class DataParts:
+    """The parts, made in the order in which they need each other.
+
+    Attributes:
+        settings: of the run.
+        folder: of the settings file.
+        tokenizer: of the model; knows the token ``<image>`` if the model takes images.
+        algorithm: which records it takes, and which sequences it makes of them.
+        template: lays out conversations.
+        sight: how images are laid out; None if the model takes none.
+    """
+
+    settings: Settings
+    folder: Path
+    tokenizer: Any
+    algorithm: BaseAlgorithm
+    template: Template
+    sight: Sight | None
+
+    @classmethod
+    def open(cls, loaded: LoadedSettings) -> DataParts:
+        """Make the parts.
+
+        Raises:
+            XTunerError: the tokenizer, template, algorithm or vision tower cannot be used.
+        """
+        settings, folder = loaded.settings, loaded.folder
+        algorithm = algorithms.of_run(settings, folder=folder)
+        tokenizer = load_tokenizer(
+            settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
+        )
+        sight = sight_of(settings, tokenizer, folder=folder)
+        template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
+        return cls(settings, folder, tokenizer, algorithm, template, sight)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `data.build.build` and `data.report.check.bad_rows`."""
+        names = ("template", "tokenizer", "folder", "algorithm", "sight")
+        return {name: getattr(self, name) for name in names}
+
+    def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:
+        """The packs of the run; see `data.build.build`."""
+        return build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
