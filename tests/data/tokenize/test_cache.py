@@ -209,7 +209,7 @@ def test_the_cache_is_below_the_home_unless_it_is_set(monkeypatch, tmp_path):
 
 
 def test_a_store_without_a_row_can_be_opened(tmp_path):
-    from test_encode import encoder, task
+    from test_workers import encoder, task
 
     rows = [task({"messages": "no"}, line=n) for n in range(1, 31)]
     store = cache.load_or_make(
@@ -233,11 +233,13 @@ def test_reasons_that_differ_in_quoted_words_are_one_group():
 
 
 def test_no_end_of_reasons_is_kept(tmp_path):
+    from test_workers import encoder
+
     from xtuner.data.sources.rows import Fault
     from xtuner.data.tokenize.store import BadRow, StoreWriter
 
     writer = StoreWriter(tmp_path)
-    chunk = encode_chunk(None, [])
+    chunk = encode_chunk(encoder(), [])
     chunk.faults = [BadRow(0, n, Fault(f"reason {n}")) for n in range(500)]
     writer.append(chunk)
     writer.finish()

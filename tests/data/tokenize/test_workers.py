@@ -192,6 +192,7 @@ SLOW_RUN = """
     from xtuner.algorithms import sft
     from xtuner.data.formats import load
     from xtuner.data.sources.rows import RawRow
+    from xtuner.types import Conversation
 
     class Slow:
         def encode(self, conversation):
@@ -201,7 +202,7 @@ SLOW_RUN = """
 
     row = {"input": "a", "output": "b"}
     chunks = ([Task(0, RawRow(1, row, 0))] for _ in range(1000))
-    format = load("sql").__class__(**{**vars(load("sql")), "convert": lambda row: row})
+    format = load("sql").__class__(**{**vars(load("sql")), "convert": lambda row: Conversation(())})
     list(encode_all(Encoder([format], Slow(), None, sft.Algorithm()), chunks, processes=2))
 """
 

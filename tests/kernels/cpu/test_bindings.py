@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from xtuner.kernels.block_attention import block_attention
 from xtuner.device import compile
+from xtuner.kernels.block_attention import block_attention
 from xtuner.kernels.cpu import bindings, build
 from xtuner.kernels.cpu.bindings import kernels_for
 from xtuner.kernels.cross_entropy import log_probabilities
