@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,20 @@ def test_an_adapter_of_a_float32_run_stays_float32(tiny_model_path, tmp_path):
     convert(source, tmp_path / "hf")
     stored = Weights.of_adapter(tmp_path / "hf").stored
     assert {s.dtype for s in stored.values()} == {torch.float32}
+
+
+def test_what_a_run_in_float16_made_is_written_in_float16(
+    tiny_model_path, full_checkpoint, tmp_path
+):
+    """Also where the setting was 'auto'."""
+    source = write_adapter(tmp_path / "iter_1", tiny_model_path, settings={"dtype": "auto"})
+    replace(RunInfo.read(source), dtype="float16").write(source)
+    shutil.copytree(full_checkpoint, whole := tmp_path / "iter_2")
+    RunInfo("model", str(tiny_model_path), dtype="float16").write(whole)
+    for number, folder in enumerate((source, whole)):
+        convert(folder, out := tmp_path / f"hf_{number}")
+        weights = Weights.of_model(out) if number else Weights.of_adapter(out)
+        assert {s.dtype for s in weights.stored.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("fp32", [False, True])

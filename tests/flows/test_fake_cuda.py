@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from xtuner.cli.app import main
+from xtuner.models.run_info import RunInfo
 from xtuner.testing.fake_cuda import device as paper_gpu
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
@@ -66,13 +67,12 @@ RUNS = {
 PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\nlora_r = 1600\n'
 
 
-def on_paper(*commands, liger=False):
-    """What came of commands of xtuner on a GPU on paper, with a stand-in for liger's kernels if
-    wanted."""
+def on_paper(*commands, words=()):
+    """What came of commands of xtuner on a GPU on paper; `words` as `on_paper.py` takes them."""
     told = [{"arguments": c} if isinstance(c, list) else c for c in commands]
     driver = Path(__file__).parents[1] / "helpers" / "fake_cuda_driver.py"
     done = subprocess.run(
-        [sys.executable, str(driver), *(["liger"] if liger else [])],
+        [sys.executable, str(driver), *words],
         input=json.dumps(told),
         capture_output=True,
         text=True,
@@ -164,7 +164,7 @@ def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
 
 def test_with_kernels_of_liger_it_learns_the_same(finished):
     names = ("lora", "windows", "qlora")
-    found = on_paper(*[train(name, f"liger_{name}") for name in names], liger=True)
+    found = on_paper(*[train(name, f"liger_{name}") for name in names], words=["liger"])
     for name, report in zip(names, found, strict=True):
         assert report["code"] == 0, report["text"]
         assert report["calls"] == ["rms_norm", "rope", "swiglu"]
@@ -183,6 +183,30 @@ def test_a_step_waits_for_the_card_three_times(workshop):
     short, long, many = on_paper(waits(2, 1), waits(6, 1), waits(6, 3))
     assert 0 < long["waits"] - short["waits"] <= 3 * 4
     assert many["waits"] == long["waits"]
+
+
+def test_a_card_without_bfloat16_trains_in_float16_by_itself(workshop):
+    """LoRA, and QLoRA whose last steps are done again; chat and merge of what came of it."""
+    names = ("lora", "qlora")
+    short = {"max_steps": 3, "save_steps": 2}
+    asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5", "--device", "cuda"]
+    found = on_paper(
+        *[train(name, f"turing_{name}", dtype="auto", **short) for name in names],
+        train("qlora", "turing_qlora", "--resume", "iter_2", dtype="auto", **short),
+        ["chat", "turing_qlora", *asked],
+        ["convert", "merge", "model", "turing_qlora", "turing_merged", "--device", "cuda"],
+        words=["turing"],
+    )
+    assert [report["code"] for report in found] == [0] * len(found), found[-1]["text"]
+    for name, report in zip(names, found, strict=False):
+        assert "float16 (trained weights in float32; the loss is scaled" in report["text"]
+        exact = train(name, f"exact_{name}", device="cpu", dtype="float32", **short)
+        assert main(exact) == 0
+        assert losses(f"turing_{name}")[:3] == pytest.approx(losses(f"exact_{name}"), rel=0.02)
+        info = RunInfo.read(Path(f"turing_{name}/iter_3"))
+        assert (info.settings["dtype"], info.dtype) == ("auto", "float16")
+    straight, resumed = losses("turing_qlora")[2:]
+    assert resumed == straight
 
 
 def test_paged_state_survives_a_stop(workshop):

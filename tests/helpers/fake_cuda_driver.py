@@ -1,6 +1,6 @@
 """Commands of xtuner, one after the other, on a GPU on paper: a list of {"arguments", "mib"} as
 JSON on stdin; on stdout, for each, a line of JSON that says what came of it. With an argument
-there is a stand-in for liger's kernels."""
+"liger" there is a stand-in for liger's kernels; with "turing" the card has no bfloat16, as a T4."""
 
 import contextlib
 import io
@@ -12,13 +12,13 @@ from xtuner.testing.fake_cuda import device
 
 def main() -> None:
     """Run them."""
-    card = device.install(2**40)
+    card = device.install(2**40, (7, 5) if "turing" in sys.argv else (9, 0))
     from liger_stub import Stand
 
     from xtuner.cli.app import main as xtuner
 
     stand = Stand()
-    sys.modules.update(stand.modules if sys.argv[1:] else {})
+    sys.modules.update(stand.modules if "liger" in sys.argv else {})
     for command in json.load(sys.stdin):
         card.limit(card.held + int(command.get("mib", 2**20) * device.MB))
         card.forget_most()

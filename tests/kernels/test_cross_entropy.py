@@ -63,3 +63,49 @@ def test_few_numbers_of_rows_come_up():
         parts = -(-count // step)
         assert count <= parts * step < 1.2 * count + 16
         assert step * 49152 * 2 <= 1.1 * loss.LOGITS_BYTES
+
+
+def float16_errors(weight, sharpness, *, scale, positions=64):
+    """Relative errors of the gradients in float16 of a scaled mean, against float64 on the same
+    numbers."""
+    generator = torch.Generator().manual_seed(3)
+    vocabulary, width = weight.shape
+    targets = torch.randint(vocabulary, (positions,), generator=generator)
+    hidden = torch.randn(positions, width, generator=generator)
+    hidden += sharpness * weight[targets].float()  # what was learnt already
+    small = [x.half().requires_grad_() for x in (hidden, weight)]
+    exact = [x.detach().double().requires_grad_() for x in small]
+    value = loss.summed_cross_entropy(*small, targets)
+    grads = torch.autograd.grad(value * (scale / positions), small)
+    plain = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="mean")
+    wanted = torch.autograd.grad(plain, exact)
+    assert abs(value.item() / positions - plain.item()) < 2e-3 * max(1.0, plain.item())
+    pairs = zip(grads, wanted, strict=True)
+    return [float((g.double() / scale - w).norm() / w.norm()) for g, w in pairs]
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.6], ids=["random", "learnt"])
+def test_float16_keeps_what_is_small(sharpness):
+    """A vocabulary of 50,000 words, of which each has a probability that float16 hardly holds."""
+    weight = torch.randn(50_000, 32, generator=torch.Generator().manual_seed(1))
+    assert max(float16_errors(weight, sharpness, scale=2.0**12)) < 3e-3
+
+
+def test_float16_takes_a_scale_above_its_largest_number():
+    weight = torch.randn(300, 32, generator=torch.Generator().manual_seed(1)) * 0.02
+    of_hidden, of_weight = float16_errors(weight, 0.0, scale=2.0**20, positions=3)
+    assert of_hidden < 2e-3
+    assert of_weight == float("inf")  # there the gradient itself is too large, which a scaler sees
+
+
+def test_the_gradient_of_a_head_does_not_overflow_in_float16():
+    """4,000 tokens with one wrong word: the sum of their hidden states is above 65,504."""
+    hidden = torch.full((4000, 16), 30.0).half().requires_grad_()
+    weight = torch.zeros(97, 16).requires_grad_()  # float32, as with autocast
+    targets = torch.full((4000,), 5)
+    with torch.autocast("cpu", torch.float16):
+        value = loss.summed_cross_entropy(hidden, weight, targets)
+    (value / 4000).backward()
+    wanted = torch.full((97, 16), 30.0 / 97)
+    wanted[5] -= 30
+    assert (weight.grad - wanted).norm() < 1e-3 * wanted.norm()

@@ -113,3 +113,18 @@ def test_a_quantised_layer_equals_its_dequantised_weights(kind):
     grads = torch.autograd.grad(ours, (x, down, up), pull)
     for got, exact in zip(grads, torch.autograd.grad(plain, (x, down, up), pull), strict=True):
         assert (got - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_float16_gives_the_gradients_of_float64():
+    layer, x, down, up = problem(torch.float64)
+    down, up = (t.detach().mul(0.1).requires_grad_() for t in (down, up))
+    plain = layer(x) + x @ down.T @ up.T * 0.5
+    exact = torch.autograd.grad(plain.square().mean(), (x, down, up))
+    small = x.detach().half().requires_grad_()
+    wide = [t.detach().float().requires_grad_() for t in (down, up)]
+    ours = low_rank_linear(small, layer.half(), *wide, scaling=0.5)
+    assert ours.dtype == torch.float16
+    grads = torch.autograd.grad(ours.double().square().mean() * 2**12, (small, *wide))
+    assert [g.dtype for g in grads] == [torch.float16, torch.float32, torch.float32]
+    for got, wanted in zip(grads, exact, strict=True):
+        assert (got.double() / 2**12 - wanted).norm() < 2e-3 * wanted.norm()

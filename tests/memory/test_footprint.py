@@ -62,6 +62,8 @@ def real_peak(folder, *, lora, recompute, dtype, autocast, accumulate):
         ({**LORA, "dropout": 0.0}, True, torch.bfloat16, None),
         (None, False, torch.float32, None),
         (None, True, torch.float32, torch.bfloat16),
+        (LORA, False, torch.float16, None),
+        (None, False, torch.float32, torch.float16),
     ],
     ids=[
         "lora",
@@ -70,6 +72,8 @@ def real_peak(folder, *, lora, recompute, dtype, autocast, accumulate):
         "lora without dropout, recomputed",
         "full",
         "full recomputed, autocast",
+        "lora float16",
+        "full, autocast float16",
     ],
 )
 def test_equals_the_real_step(folder, lora, recompute, dtype, autocast, accumulate):

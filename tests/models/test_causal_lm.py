@@ -223,3 +223,16 @@ def test_a_large_number_of_a_neighbour_is_no_leak_in_layers_of_8_bits(tmp_path):
     assert packed.verify() is None
     assert threshold > 0
     assert packed.model.model.layers[0].self_attn.q_proj.state.threshold == threshold
+
+
+def test_a_model_that_overflows_in_float16_is_refused_and_not_called_leaking():
+    attention.register()
+    model = tiny_model().half()
+    model.set_attn_implementation(attention.NAME)
+    assert PackedCausalLM(model).verify() is None
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.weight.data *= 100
+    mlp.up_proj.weight.data *= 100
+    mlp.down_proj.weight.data.fill_(6e4)
+    with pytest.raises(ModelError, match=r"not finite.*float16 has no numbers above 65,504"):
+        PackedCausalLM(model).verify()

@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from xtuner.device.select import DTYPES
 from xtuner.kernels.four_bit import mend_4bit_layers
 from xtuner.kernels.lora_linear import frozen_weight
+from xtuner.models.load import load_model
 from xtuner.models.quantize import Rounding
+from xtuner.models.run_info import RunInfo
+from xtuner.testing.tiny import tiny_model_folder
 
 
 def quantised(width, out, *, kind, double):
@@ -59,3 +63,21 @@ def test_rounding_is_that_of_the_quantised_layer(width):
     layer = quantised(width, 24, kind="nf4", double=True)
     rounded = Rounding("nf4", double_quant=True, dtype=torch.float32)(plain)
     assert torch.equal(rounded, values(layer))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rounding_of_a_run_is_that_of_the_model_it_trained(tmp_path, dtype):
+    """Whatever 'auto' was on the machine of the run."""
+    folder = tiny_model_folder(tmp_path / "model", hidden_size=64, initializer_range=0.3)
+    info = RunInfo("adapter", "base", settings={"tuning": "qlora", "dtype": "auto"}, dtype=dtype)
+    info.write(tmp_path)
+    read = RunInfo.read(tmp_path)
+    rounding = Rounding.of_run(read.settings, read.computed_in)
+    plain = load_model(folder, dtype=torch.float32)
+    held = load_model(folder, dtype=DTYPES[dtype], quantization="nf4")
+    name = "model.layers.0.mlp.gate_proj"
+    held_layer, weight = held.get_submodule(name), plain.get_submodule(name).weight
+    wanted = frozen_weight(held_layer, torch.float32)
+    assert torch.equal(rounding(weight.detach()), wanted)
+    if dtype == "float16":  # and not that of bfloat16
+        assert not torch.equal(Rounding.of_run(read.settings)(weight.detach()), wanted)

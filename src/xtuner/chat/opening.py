@@ -80,7 +80,7 @@ def open_chat(
             the run did that trained the adapter.
         options: of the answers.
         device: 'auto' is a GPU where there is one.
-        dtype: of weights and computation; 'auto' is bfloat16 where the hardware has it.
+        dtype: of weights and computation; 'auto' is what a run here computes in.
         trust_remote_code: run Python code that comes with the model.
         visual_encoder: of a LLaVA model, in place of the one that its parts name.
         llava: folder of the parts of a LLaVA model that was trained on `model`.

@@ -106,9 +106,10 @@ class ModelPart(Part):
         bool, Mark("fixed", idle=lambda s: s.effective_quantization not in ("nf4", "fp4"))
     ] = True
     """Also quantize the scales of 4-bit weights; saves about 0.4 bits per weight."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number type of the computation: 'auto' is bfloat16 where the hardware supports it, otherwise
-    float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the computation: 'auto' is bfloat16 where the hardware supports it, float16 on
+    other GPUs, and float32 on other CPUs. float16 takes as much memory as bfloat16; the loss is
+    scaled so that its gradients do not underflow."""
     attn_implementation: Annotated[str, Mark("free")] = "auto"
     """'auto' is xtuner's attention, which keeps packed samples apart; 'sdpa', 'eager' and
     'flash_attention_2' select those of transformers."""

@@ -164,7 +164,7 @@ def write_whole(
     name = prompt_template or (info.prompt_template if info else "auto")
     system = info.system if info else ""
     template = templates.load(name, tokenizer, system=system)
-    rounding = Rounding.of_run(info.settings) if info else None
+    rounding = Rounding.of_run(info.settings, info.computed_in) if info else None
     if rounding:
         tell(f"The adapter was trained beside {rounding.quant_type} weights: they are dequantised.")
     tell("Loading the parts, and merging adapters ...")
@@ -189,7 +189,7 @@ def write_whole(
 def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:
     if fp32:
         return torch.float32
-    return DTYPES.get(str(info.settings.get("dtype")) if info else "", torch.bfloat16)
+    return DTYPES.get(info.computed_in if info else "", torch.bfloat16)
 
 
 def _self_contained(seeing: Seeing) -> Any:

@@ -132,7 +132,7 @@ class _Merge:
     def rounding(self) -> Rounding | None:
         """What quantisation did to the weights that the adapter was trained beside."""
         info = run_of(self.adapter)
-        return Rounding.of_run(info.settings) if info else None
+        return Rounding.of_run(info.settings, info.computed_in) if info else None
 
     @property
     def place(self) -> str:

@@ -81,8 +81,9 @@ def to_hf(
 ) -> RunInfo | None:
     """Write `checkpoint` to `save_dir` without what only resuming needs.
 
-    An adapter stays an adapter, in the number type that the run computed in (bfloat16 for 'auto');
-    a model is written in bfloat16, one shard at a time.
+    An adapter stays an adapter, in the number type that the run computed in (bfloat16 if that is
+    unknown); a model is written in bfloat16, or float16 if the run computed in it, one shard at a
+    time.
 
     Args:
         checkpoint: see `find_checkpoint`.
@@ -102,9 +103,9 @@ def to_hf(
     source = find_checkpoint(checkpoint)
     info = run_of(source)
     is_adapter = (source / "adapter_config.json").is_file()
-    dtype = torch.float32 if fp32 else torch.bfloat16
-    if is_adapter and not fp32 and info is not None:
-        dtype = DTYPES.get(str(info.settings.get("dtype")), dtype)
+    computed = DTYPES.get(info.computed_in if info else "", torch.bfloat16)
+    short = computed if is_adapter or computed == torch.float16 else torch.bfloat16
+    dtype = torch.float32 if fp32 else short
     weights = Weights.of_adapter(source) if is_adapter else Weights.of_model(source)
     plan = cast_plan(weights.stored, dtype)
     with new_folder(save_dir, num_bytes=total_bytes(plan)) as draft:

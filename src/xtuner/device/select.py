@@ -11,6 +11,12 @@ from xtuner.errors import LaunchError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+FLOAT16_OVERFLOWS = (
+    "float16 has no numbers above 65,504, and many models reach them: set dtype = 'float32', or "
+    "train on a GPU that has bfloat16 (Ampere and later)"
+)
+"""What to do where numbers of the forward pass overflow."""
+
 
 def pick_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> str:
     """Return 'cuda' or 'cpu'.
@@ -46,9 +52,21 @@ def _cpu_flag(flag: str) -> bool:
         return False
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The name of `dtype` in settings, such as 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The torch type for `name`; 'auto' is bfloat16 where `device` has it in hardware, else
-    float32."""
-    if name == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    return DTYPES[name]
+    """The torch type for `name`; 'auto' is bfloat16 where `device` has it in hardware, else float16
+    on a GPU and float32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    fast = device == "cuda" or has_fast_bfloat16(device)
+    return half_dtype(device) if fast else torch.float32
+
+
+def half_dtype(device: str) -> torch.dtype:
+    """The 16-bit type for `device`: bfloat16, but float16 on a GPU that has none (Turing and
+    earlier)."""
+    return torch.float16 if device == "cuda" and not has_fast_bfloat16(device) else torch.bfloat16

@@ -1,7 +1,7 @@
 """Checkpoints that are there whole or not at all, and what an exact resume needs.
 
     work_dir/iter_N/      weights in Hugging Face format, tokenizer, run.yaml: usable at once
-             training_state.pt   step and optimizer state: only for resuming
+             training_state.pt   step, optimizer and loss scale: only for resuming
     work_dir/last_checkpoint     the name of the newest
 
 Everything is written into a hidden folder, flushed to the disk and renamed; the oldest checkpoint
@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from xtuner.device.out_of_memory import is_out_of_memory
+from xtuner.engine.loss_scaler import LossScaler
 from xtuner.engine.optim import load_optimizer
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models.save import flush, flush_tree
@@ -153,7 +154,14 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def save_state(folder: Path, *, step: int, optimizer: Any, identity: Mapping[str, Any]) -> None:
+def save_state(
+    folder: Path,
+    *,
+    step: int,
+    optimizer: Any,
+    identity: Mapping[str, Any],
+    loss_scaler: LossScaler | None = None,
+) -> None:
     """Write what resuming needs beside the weights.
 
     Args:
@@ -161,16 +169,23 @@ def save_state(folder: Path, *, step: int, optimizer: Any, identity: Mapping[str
         step: optimizer steps done.
         optimizer: its state is kept.
         identity: plain values that the resumed run must share (see `load_state`).
+        loss_scaler: its state is kept.
     """
     state = {"step": step, "optimizer": optimizer.state_dict(), "identity": dict(identity)}
+    if loss_scaler is not None:
+        state["loss_scaler"] = loss_scaler.state_dict()
     torch.save(state, folder / STATE_FILE)
 
 
 def load_state(
-    folder: Path, *, optimizer: Any, identity: Mapping[str, Any]
+    folder: Path,
+    *,
+    optimizer: Any,
+    identity: Mapping[str, Any],
+    loss_scaler: LossScaler | None = None,
 ) -> tuple[int, list[str]]:
-    """Restore the optimizer; return the step and what differs from the run that wrote the
-    checkpoint.
+    """Restore the optimizer and the loss scale; return the step and what differs from the run that
+    wrote the checkpoint.
 
     Raises:
         CheckpointError: the file is damaged or belongs to other trainable weights.
@@ -180,6 +195,8 @@ def load_state(
         state = torch.load(file, map_location="cpu", weights_only=True)
         load_optimizer(optimizer, state["optimizer"])
         step, before = int(state["step"]), dict(state["identity"])
+        if loss_scaler is not None:
+            loss_scaler.load_state_dict(state.get("loss_scaler", {}))
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(
             f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"

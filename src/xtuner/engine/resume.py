@@ -10,11 +10,18 @@ from xtuner.errors import CheckpointError
 from xtuner.models.run_info import RunInfo
 
 
-def identity_of(settings: Settings, dataset: str, *, processes: int) -> dict[str, Any]:
-    """What a resumed run should share; `dataset` is the fingerprint of the training data."""
+def identity_of(settings: Settings, dataset: str, *, processes: int, dtype: str) -> dict[str, Any]:
+    """What a resumed run should share.
+
+    Args:
+        settings: of the run.
+        dataset: fingerprint of the training data.
+        processes: how many take part.
+        dtype: of the computation: what 'auto' is on this machine.
+    """
     names = (*Settings.on_resume("fixed"), *Settings.on_resume("noted"))
     values = {name: _plain(getattr(settings, name)) for name in names}
-    return {**values, "dataset": dataset, "num_processes": processes}
+    return {**values, "dtype": dtype, "dataset": dataset, "num_processes": processes}
 
 
 def check_shape(source: Path, settings: Settings) -> None:

@@ -3,9 +3,11 @@
 
 One optimizer step takes one group of micro-batches. With N the algorithm's count (for most,
 supervised tokens) in the group over all processes, each micro-batch's *summed* loss is divided by N
-and backpropagated, gradients are summed over the processes, clipped and applied. So 1 batch of 8, 8
-batches of 1 and uneven last groups give one gradient. The random state of every micro-step is a
-function of (seed, step, micro-step, rank), so a resumed run draws what the straight run drew.
+and backpropagated, gradients are summed over the processes, clipped and applied (in float16 the
+loss is scaled, and a step whose gradients overflow is repeated with half the scale: see
+`loss_scaler`). So 1 batch of 8, 8 batches of 1 and uneven last groups give one gradient. The random
+state of every micro-step is a function of (seed, step, micro-step, rank), so a resumed run draws
+what the straight run drew.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from xtuner.device.host import memory_mb
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine import faults, optim
 from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.loss_scaler import LossScaler
 from xtuner.engine.signals import StopRequest
 from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
 from xtuner.parallel.processes import Processes
@@ -65,6 +68,7 @@ class Trainer:
         hooks: of the main process.
         save: writes a checkpoint of the current step.
         memory_advice: what to change when memory runs out.
+        loss_scaler: of a run in float16.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Trainer:
         hooks: Sequence[BaseHook],
         save: Callable[[Run], None],
         memory_advice: Callable[[], str] = lambda: "",
+        loss_scaler: LossScaler | None = None,
     ):
         self.model, self.algorithm, self.loader = model, algorithm, loader
         self.optimizer, self.processes, self.run = optimizer, processes, run
@@ -86,6 +91,7 @@ class Trainer:
         self.parameters = optim.trainable(model)
         self.settings: Settings = run.settings
         self.memory_advice = memory_advice
+        self.loss_scaler = loss_scaler or LossScaler(enabled=False)
         self._saved_at = -1
         self._stop = StopRequest()
         self._weights_are_whole = True
@@ -181,17 +187,15 @@ class Trainer:
             schedule=settings.lr_schedule,
         )
         optim.set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = self._accumulate(group, divisor)
-        self.processes.sum_gradients(self.parameters)
-        norm = optim.clip_gradients(self.parameters, settings.max_norm)
-        loss, *values = self.processes.sum([loss, *metrics])
+        loss, norm, metrics = self._gradients(group, divisor)
         if not math.isfinite(norm) or not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(self._not_finite(group, loss, norm))
         self._weights_are_whole = False
         self.optimizer.step()
         self._weights_are_whole = True
+        scale = self.loss_scaler.scale
+        self.loss_scaler.step_taken()
         run.step += 1
         run.epoch = run.step / self.loader.steps_per_epoch
         seconds = time.perf_counter() - started
@@ -204,8 +208,30 @@ class Trainer:
             "seconds": seconds,
             "data_seconds": data_seconds,
             "memory_mb": memory_mb(self.processes.device),
-            **dict(zip(self.algorithm.metrics, values, strict=True)),
+            **metrics,
         }
+        if self.loss_scaler.enabled:
+            run.scalars["loss_scale"] = scale
+
+    def _gradients(
+        self, group: list[Batch], divisor: float
+    ) -> tuple[float, float, dict[str, float]]:
+        """Compute the gradients of a step and clip them; return the mean loss over all processes,
+        the norm before clipping, and the means of the algorithm's metrics.
+
+        All processes see the same sums, so they lower the scale of the loss together.
+        """
+        scaler = self.loss_scaler
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, metrics = self._accumulate(group, divisor)
+            self.processes.sum_gradients(self.parameters)
+            scaler.unscale(self.parameters)
+            norm = optim.clip_gradients(self.parameters, self.settings.max_norm)
+            overflow = float(not math.isfinite(norm))
+            loss, overflows, *values = self.processes.sum([loss, overflow, *metrics])
+            if not overflows or not math.isfinite(loss) or not scaler.lower():
+                return loss, norm, dict(zip(self.algorithm.metrics, values, strict=True))
 
     def _counts(self) -> tuple[Callable[[Batch], float], ...]:
         """What is counted of each micro-batch: its share of the divisor, supervised tokens,
@@ -227,7 +253,7 @@ class Trainer:
             output = self.algorithm.loss(self.model, batch.to(self.processes.device))
             loss = output.loss / max(divisor, 1.0)
             if loss.requires_grad:  # text does not reach a projector that alone is trained
-                loss.backward()
+                self.loss_scaler.backward(loss)
             total = total + loss.detach()
             for number, name in enumerate(self.algorithm.metrics):
                 metrics[number] = metrics[number] + output.metrics[name].detach()
@@ -273,7 +299,14 @@ class Trainer:
             ]
         bad = self.processes.gather(bad)
         rows = bad or self.processes.gather([str(r) for batch in group for r in batch.rows])
-        return faults.not_finite(self.run.step, loss=loss, norm=norm, rows=rows, certain=bool(bad))
+        return faults.not_finite(
+            self.run.step,
+            loss=loss,
+            norm=norm,
+            rows=rows,
+            certain=bool(bad),
+            float16=self.loss_scaler.enabled,
+        )
 
     def _close(self, hook: BaseHook) -> None:
         """Close a hook; a fault in it must hide neither the end of the run nor its error."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xtuner.device.select import half_dtype
 from xtuner.kernels import attention
 from xtuner.kernels.block_attention import cpu_attention
 from xtuner.kernels.compiled import Rotation, kernels_for
@@ -152,7 +153,7 @@ def _is_of_a_head(norm: nn.Module, width: int) -> bool:
 def _probe(layer: Any) -> Tensor:
     """Twelve rows of fixed numbers, as large as normed activations are."""
     width, weight = layer.q_proj.in_features, layer.q_proj.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    dtype = weight.dtype if weight.is_floating_point() else half_dtype(weight.device.type)
     count = torch.arange(12 * width, dtype=torch.float32)
     return torch.sin(count * 12.9898).view(1, 12, width).to(weight.device, dtype)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from xtuner.device.select import half_dtype
 from xtuner.kernels.compiled import kernels_for
 from xtuner.kernels.liger import liger_for
 from xtuner.kernels.lora_layers import project
@@ -49,7 +50,8 @@ class _RMSNorm(torch.autograd.Function):
             )
             return grad_x, None if of_weight is None else of_weight.to(weight.dtype), None
         inner = grad * weight
-        mean = (inner * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
+        wide = inner.float() if x.dtype == torch.float16 else inner  # the product may overflow
+        mean = (wide * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
         grad_x = (inner * scale).addcmul_(x, scale.pow(3) * mean, value=-1).to(x.dtype)
         grad_weight = None
         if needed:
@@ -179,7 +181,7 @@ def _mlp_like(layer: nn.Module, check: bool) -> nn.Module | None:
 
 def _probe(width: int, like: Tensor) -> Tensor:
     """Four rows of fixed numbers of a size that real activations have."""
-    dtype = like.dtype if like.is_floating_point() else torch.bfloat16
+    dtype = like.dtype if like.is_floating_point() else half_dtype(like.device.type)
     count = torch.arange(4 * width, dtype=torch.float32)
     return (torch.sin(count * 12.9898) * 3).view(1, 4, width).to(like.device, dtype)
 

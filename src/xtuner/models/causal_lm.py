@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xtuner.device.select import FLOAT16_OVERFLOWS
 from xtuner.errors import ModelError
 from xtuner.kernels import attention
 from xtuner.kernels.cross_entropy import ScoringHead, log_probabilities_of_logits
@@ -132,6 +133,7 @@ class PackedCausalLM(nn.Module):
         packed = self._probe((5, 7))
         parts = [self._probe((5,)), self._probe((7,), offset=5)]
         together = self.hidden_states(packed)
+        self._refuse_overflow(together)
         apart = torch.cat([self.hidden_states(part) for part in parts], dim=1)
         if not _close(together, apart):
             raise ModelError(
@@ -157,6 +159,15 @@ class PackedCausalLM(nn.Module):
                 "the loss is computed from whole logits, which takes more memory"
             )
         return None
+
+    def _refuse_overflow(self, hidden: Tensor) -> None:
+        """Raise if numbers of the forward pass are too large for float16."""
+        computed = self.autocast or hidden.dtype
+        if computed == torch.float16 and not torch.isfinite(hidden).all():
+            raise ModelError(
+                f"{type(self.causal).__name__}: its hidden states are not finite. "
+                f"{FLOAT16_OVERFLOWS}"
+            )
 
     def _probe(self, lengths: tuple[int, ...], offset: int = 0) -> Batch:
         total = sum(lengths)

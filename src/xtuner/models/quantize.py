@@ -72,14 +72,21 @@ class Rounding:
     dtype: torch.dtype
 
     @classmethod
-    def of_run(cls, settings: Mapping[str, Any]) -> Rounding | None:
-        """The rounding of the run with these settings; None if its weights were not in 4 bits."""
+    def of_run(cls, settings: Mapping[str, Any], dtype: str = "") -> Rounding | None:
+        """The rounding of a run; None if its weights were not in 4 bits.
+
+        Args:
+            settings: of the run.
+            dtype: that the run computed in (`RunInfo.computed_in`); what is unknown is taken to be
+                bfloat16.
+        """
         kind: Any = settings.get("quantization", "auto")
         kind = "nf4" if kind == "auto" and settings.get("tuning") == "qlora" else kind
         if kind not in ("nf4", "fp4"):
             return None
-        dtype = torch.float32 if settings.get("dtype") == "float32" else torch.bfloat16
-        return cls(kind, bool(settings.get("double_quant", True)), dtype)
+        known = {"float32": torch.float32, "float16": torch.float16}
+        computed = known.get(dtype or str(settings.get("dtype")), torch.bfloat16)
+        return cls(kind, bool(settings.get("double_quant", True)), computed)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Round one weight matrix; its type stays."""

@@ -35,6 +35,8 @@ class RunInfo:
         settings: all settings of the run, resolved.
         versions: library name to version.
         visual_encoder: of a 'llava', the encoder the run started from.
+        dtype: number type that the run computed in, where the setting may be 'auto'; empty if
+            nobody wrote it down.
     """
 
     kind: Literal["adapter", "model", "llava"]
@@ -46,6 +48,12 @@ class RunInfo:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     visual_encoder: str = ""
+    dtype: str = ""
+
+    @property
+    def computed_in(self) -> str:
+        """Name of the number type that the run computed in; empty or 'auto' if nobody knows."""
+        return self.dtype or str(self.settings.get("dtype", ""))
 
     def write(self, folder: Path) -> None:
         """Write ``folder/run.yaml``."""

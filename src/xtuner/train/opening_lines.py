@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from xtuner.config.schema import Settings
+from xtuner.device.select import name_of
 from xtuner.engine import optim
+from xtuner.engine.loss_scaler import INITIAL_SCALE
 from xtuner.memory.forecast import MemoryPlan, check_disk
 
 FEW_STEPS = 12
@@ -70,9 +72,16 @@ def lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[st
     return [
         f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
         + ("" if held == "none" else f" on {held} weights"),
-        f"Device       {plan.device}, {str(dtype).removeprefix('torch.')}",
+        f"Device       {plan.device}, {name_of(dtype)}{_about(dtype)}",
         *plan.lines(),
     ]
+
+
+def _about(dtype: torch.dtype) -> str:
+    """What is particular about training in `dtype`."""
+    if dtype != torch.float16:
+        return ""
+    return f" (trained weights in float32; the loss is scaled, by {INITIAL_SCALE:,.0f} at first)"
 
 
 def _notes_on_steps(s: Settings, total: int) -> list[str]:

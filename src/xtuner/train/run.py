@@ -17,11 +17,12 @@ from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.device import host
-from xtuner.device.select import pick_device, resolve_dtype
+from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import checkpoint as checkpoints
 from xtuner.engine import optim
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.hooks.base import Run, make_hooks
+from xtuner.engine.loss_scaler import LossScaler
 from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.work_dir import WorkPlace
@@ -112,6 +113,7 @@ class _TrainingRun:
         self.work_dir = folder.expanduser()
         self.device = processes.device.type
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
+        self.loss_scaler = LossScaler.for_dtype(self.dtype)
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
         self.vision: RunVision | None = None
         self.means = list(self._means())
@@ -160,7 +162,10 @@ class _TrainingRun:
             validate=self._validation(model, data.validation, algorithm),
         )
         self.identity = identity_of(
-            settings, data.train.fingerprint(), processes=self.processes.world_size
+            settings,
+            data.train.fingerprint(),
+            processes=self.processes.world_size,
+            dtype=name_of(self.dtype),
         )
         if source is not None:
             self._restore(source, optimizer, run)
@@ -186,6 +191,7 @@ class _TrainingRun:
             ),
             save=self._save,
             memory_advice=lambda: "\n".join(self.plan.cures()),
+            loss_scaler=self.loss_scaler,
         )
         if overwrite and self.processes.is_main:
             self._clear()
@@ -340,7 +346,7 @@ class _TrainingRun:
     def _restore(self, source: Path, optimizer: torch.optim.Optimizer, run: Run) -> None:
         """Bring back the optimizer and the step."""
         run.step, changed = checkpoints.load_state(
-            source, optimizer=optimizer, identity=self.identity
+            source, optimizer=optimizer, identity=self.identity, loss_scaler=self.loss_scaler
         )
         run.start_step = run.step
         self.console.print(f"Resuming from {source} at step {run.step}.", markup=False)
@@ -374,7 +380,12 @@ class _TrainingRun:
             settings=self.settings.model_dump(mode="json"),
             versions=installed_versions(),
             visual_encoder=self.vision.encoder if self.vision else "",
+            dtype=name_of(self.dtype),
         ).write(folder)
         checkpoints.save_state(
-            folder, step=run.step, optimizer=self.optimizer, identity=self.identity
+            folder,
+            step=run.step,
+            optimizer=self.optimizer,
+            identity=self.identity,
+            loss_scaler=self.loss_scaler,
         )

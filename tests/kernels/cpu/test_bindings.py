@@ -165,6 +165,7 @@ def test_rotation_without_kernels_equals_the_formula():
 
 def test_other_tensors_are_left_to_torch():
     assert kernels_for(torch.zeros(2, dtype=torch.float64)) is None
+    assert kernels_for(torch.zeros(2, dtype=torch.float16)) is None
     assert kernels_for(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)) is None
     assert kernels_for(torch.zeros(4, 4).T) is None
     assert kernels_for(torch.zeros(2, device="meta")) is None

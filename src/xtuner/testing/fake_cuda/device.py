@@ -85,8 +85,10 @@ class PaperGpu:
         self._library.paper_forget_most()
 
 
-def install(memory: int) -> PaperGpu:
+def install(memory: int, capability: tuple[int, int] = (9, 0)) -> PaperGpu:
     """Put a card with `memory` bytes into this process; to be called before torch is imported.
+
+    `capability` is what NVIDIA calls compute capability; below 8.0 there is no bfloat16.
 
     Raises:
         RuntimeError: torch is there already, or knows CUDA, or there is no C++ compiler.
@@ -99,7 +101,7 @@ def install(memory: int) -> PaperGpu:
     import torch
     import transformers  # noqa: F401  both look for a GPU when they are imported
 
-    _pretend(torch, card)
+    _pretend(torch, card, capability)
     _page_nothing(torch, bitsandbytes.functional)
     from xtuner.testing.fake_cuda import attention
 
@@ -135,13 +137,17 @@ def _compiled() -> Path:
         raise RuntimeError(f"a GPU on paper was not compiled:\n{error.stderr[-2000:]}") from error
 
 
-def _pretend(torch: Any, card: PaperGpu) -> None:
+def _pretend(torch: Any, card: PaperGpu, capability: tuple[int, int]) -> None:
     """Let ``torch.cuda`` speak of the card. It has no random numbers of its own."""
     state = torch.random.get_rng_state
 
     def properties(*_: Any) -> Any:
         return SimpleNamespace(
-            name=NAME, major=9, minor=0, total_memory=card.memory, multi_processor_count=1
+            name=NAME,
+            major=capability[0],
+            minor=capability[1],
+            total_memory=card.memory,
+            multi_processor_count=1,
         )
 
     answers = {
@@ -149,9 +155,9 @@ def _pretend(torch: Any, card: PaperGpu) -> None:
         "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
-        "get_device_capability": (9, 0),
+        "get_device_capability": capability,
         "get_device_name": NAME,
-        "is_bf16_supported": True,
+        "is_bf16_supported": capability >= (8, 0),
         **dict.fromkeys("_lazy_init set_device empty_cache manual_seed manual_seed_all".split()),
         **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
         "set_rng_state_all": None,

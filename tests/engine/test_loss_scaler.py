@@ -1,0 +1,314 @@
+"""The loss scale alone, and in the training loop against float32."""
+
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from xtuner.algorithms.sft import Algorithm
+from xtuner.config.schema import Settings
+from xtuner.engine import loss_scaler
+from xtuner.engine.checkpoint import load_state, save_state
+from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.loss_scaler import GROWTH_STEPS, INITIAL_SCALE, LARGEST_SCALE, LossScaler
+from xtuner.engine.resume import identity_of
+from xtuner.engine.trainer import Interrupted, Trainer
+from xtuner.errors import TrainingError
+from xtuner.kernels import attention, fused_attention, fused_norm_mlp
+from xtuner.models import adapters
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.parallel.processes import Processes
+from xtuner.testing.run_distributed import run_distributed
+from xtuner.testing.tiny import tiny_model
+from xtuner.types import RowRef, Sample
+
+
+def test_a_scaled_loss_gives_the_gradients_of_the_loss():
+    weight = torch.randn(7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    wanted = torch.autograd.grad(weight.square().sum(), weight)[0]
+    scaler = LossScaler(scale=2.0**20)
+    scaler.backward(weight.square().sum())
+    assert torch.equal(weight.grad, wanted * 2**20)
+    scaler.unscale([weight, torch.ones(1)])
+    assert torch.equal(weight.grad, wanted)
+
+
+def test_the_scale_doubles_after_good_steps_and_halves_after_an_overflow():
+    scaler = LossScaler(scale=8.0)
+    for _ in range(GROWTH_STEPS - 1):
+        scaler.step_taken()
+    assert scaler.scale == 8
+    scaler.step_taken()
+    assert scaler.scale == 16
+    assert scaler.lower() and scaler.lower() and scaler.scale == 4
+    scaler.step_taken()
+    assert scaler.state_dict() == {"scale": 4, "good_steps": 1}
+    assert scaler.lower() and scaler.lower() and not scaler.lower() and scaler.scale == 1
+    top = LossScaler(scale=LARGEST_SCALE)
+    for _ in range(GROWTH_STEPS + 1):
+        top.step_taken()
+    assert top.scale == LARGEST_SCALE
+
+
+def test_a_step_that_is_broken_off_leaves_nothing_in_the_state():
+    scaler = LossScaler(scale=8.0)
+    scaler.step_taken()
+    scaler.lower()
+    assert scaler.state_dict() == {"scale": 8, "good_steps": 1}
+    again = LossScaler()
+    again.load_state_dict(scaler.state_dict())
+    assert again.scale == 8 and again.state_dict() == scaler.state_dict()
+
+
+def test_other_number_types_have_no_scale():
+    for dtype in (torch.float32, torch.bfloat16):
+        scaler = LossScaler.for_dtype(dtype)
+        scaler.step_taken()
+        assert (scaler.scale, scaler.lower(), scaler.state_dict()) == (1, False, {})
+    scaler = LossScaler.for_dtype(torch.float16)
+    scaler.load_state_dict({})  # of a checkpoint that bfloat16 wrote
+    assert scaler.scale == INITIAL_SCALE
+
+
+def samples(count, seed=0):
+    """Of text that can be learnt: counting."""
+    found = []
+    for line in range(1, count + 1):
+        length = 8 + 3 * (line * (seed + 3) % 5)
+        ids = 5 + (torch.arange(length) * (1 + line % 3) + 17 * line) % 250
+        mask = torch.arange(length) > 2
+        found.append(Sample(ids.numpy(), mask.numpy(), RowRef("rows.jsonl", line)))
+    return found
+
+
+class Groups:
+    """The same groups of micro-batches in every epoch."""
+
+    def __init__(self, groups):
+        self._groups, self.steps_per_epoch = groups, len(groups)
+
+    def groups(self, start_step, stop_step):
+        for step in range(start_step, stop_step):
+            yield [Algorithm().collate(part) for part in self._groups[step % len(self._groups)]]
+
+
+class Watch(BaseHook):
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, run):
+        self.seen.append(dict(run.scalars))
+
+
+def make_trainer(folder, dtype, *, steps, full=False, groups=None, scale=None, **settings):
+    """A run as `xtuner.train.run` makes it, and the hook that sees its numbers."""
+    torch.manual_seed(0)
+    model = tiny_model(initializer_range=0.2)
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    model = model.float() if full else model.to(dtype)
+    fused_norm_mlp.install(model)
+    fused_attention.install(model)
+    if not full:
+        model = adapters.add_adapter(model, r=8, alpha=16, dropout=settings.pop("dropout", 0.0))
+    chosen = {"pretrained_model_name_or_path": "m", "data_path": "d", "lr": 3e-3, "max_norm": 1.0}
+    chosen |= {"warmup_ratio": 0.0, "lr_schedule": "constant", **settings}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    watch = Watch()
+    run = Run(
+        settings=Settings(**chosen),
+        work_dir=folder,
+        log_dir=folder,
+        console=Console(quiet=True),
+        answer=lambda question: "",
+        validate=None,
+        total_steps=steps,
+    )
+    half = dtype == torch.float16
+    trainer = Trainer(
+        model=PackedCausalLM(model, autocast=dtype if full and half else None),
+        algorithm=Algorithm(),
+        loader=Groups(groups or [[samples(4)], [samples(4, seed=1)]]),
+        optimizer=torch.optim.AdamW(trained, lr=1e-3),
+        processes=Processes("cpu"),
+        run=run,
+        hooks=[watch],
+        save=lambda run: None,
+        loss_scaler=LossScaler(scale=scale or INITIAL_SCALE) if half else None,
+    )
+    return trainer, watch.seen
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.parameters]
+
+
+GROUPINGS = {
+    "one micro-batch": [[samples(2)], [samples(2, seed=1)]],
+    "three": [[samples(1), samples(2, seed=1), samples(1, seed=2)]],
+}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_fifty_steps_follow_those_of_float32(tmp_path, grouping, full):
+    groups, steps = GROUPINGS[grouping], 20 if full else 50
+    losses = []
+    for dtype in (torch.float16, torch.float32):
+        trainer, seen = make_trainer(tmp_path, dtype, steps=steps, groups=groups, full=full)
+        trainer.fit()
+        losses.append([numbers["loss"] for numbers in seen])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[1][-1] < 0.8 * losses[1][0]  # or following would be easy
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_gradients_are_those_of_float32(tmp_path, full):
+    """Of float16's rounding alone, 2^-11, through two layers and back."""
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        trainer, _ = make_trainer(tmp_path, dtype, steps=1, full=full, max_norm=None)
+        if not full:  # B begins at zero, and A without a gradient
+            for index, parameter in enumerate(trainer.parameters):
+                generator = torch.Generator().manual_seed(index)
+                parameter.data.normal_(std=0.1, generator=generator)
+        group = next(trainer.loader.groups(0, 1))
+        trainer._gradients(group, float(sum(b.num_supervised for b in group)))
+        found.append([p.grad.double().flatten() for p in trainer.parameters])
+    for ours, exact in zip(*found, strict=True):
+        assert torch.cosine_similarity(ours, exact, dim=0) > 0.9999
+        assert (ours - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_overflow_loses_no_step(tmp_path, dropout):
+    """A scale that is far too high comes down in the first step, and the run is that of a scale
+    which was right from the beginning, to the bit, random numbers included."""
+    groups = GROUPINGS["three"]
+    high, seen = make_trainer(
+        tmp_path, torch.float16, steps=3, groups=groups, scale=2.0**40, dropout=dropout
+    )
+    high.fit()
+    right = seen[0]["loss_scale"]
+    assert 1 < right < 2.0**40
+    low, wanted = make_trainer(
+        tmp_path, torch.float16, steps=3, groups=groups, scale=right, dropout=dropout
+    )
+    low.fit()
+    for name in ("loss", "grad_norm", "loss_scale"):
+        assert [n[name] for n in seen] == [n[name] for n in wanted]
+    assert all(map(torch.equal, weights(high), weights(low)))
+
+
+def test_half_the_scale_gives_nearly_the_same_gradients(tmp_path):
+    """A power of two changes no digit but of numbers below 6e-5, which float16 holds shorter."""
+    found = []
+    for scale in (2.0**12, 2.0**11):
+        trainer, _ = make_trainer(tmp_path, torch.float16, steps=1, scale=scale)
+        trainer.fit()
+        found.append(weights(trainer))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm()
+
+
+def test_a_loss_that_is_not_finite_is_a_fault_and_no_overflow(tmp_path):
+    trainer, _ = make_trainer(tmp_path, torch.float16, steps=2)
+    calls = []
+
+    class Exploding(Algorithm):
+        def loss(self, model, batch):
+            calls.append(batch)
+            output = super().loss(model, batch)
+            return type(output)(output.loss * (math.nan if 2 in lines(batch) else 1.0))
+
+    def lines(batch):
+        return {row.line for row in batch.rows}
+
+    trainer.algorithm = Exploding()
+    with pytest.raises(TrainingError, match=r"(?s)line 2\..*float16 has no numbers above 65,504"):
+        trainer.fit()
+    assert len(calls) == 1 + 4  # the step was not done again; each row was tried alone
+    assert trainer.loss_scaler.scale == INITIAL_SCALE
+
+
+def test_gradients_that_no_scale_mends_are_a_fault(tmp_path):
+    trainer, _ = make_trainer(tmp_path, torch.float16, steps=2, scale=8.0)
+    trainer.parameters[0].register_hook(lambda grad: grad * math.nan)
+    before = weights(trainer)
+    with pytest.raises(TrainingError, match="too large for float16"):
+        trainer.fit()
+    assert all(map(torch.equal, weights(trainer), before))
+    assert trainer.loss_scaler.state_dict() == {"scale": 8, "good_steps": 0}
+
+
+def test_a_stop_while_a_step_is_done_again_changes_nothing(tmp_path):
+    trainer, _ = make_trainer(tmp_path, torch.float16, steps=2, scale=2.0**40)
+    accumulate, calls = trainer._accumulate, []
+
+    def stop_at_the_third(*arguments):
+        calls.append(True)
+        if len(calls) == 3:
+            raise Interrupted
+        return accumulate(*arguments)
+
+    trainer._accumulate = stop_at_the_third
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    assert trainer.loss_scaler.state_dict() == {"scale": 2.0**40, "good_steps": 0}
+
+
+def test_a_resumed_run_is_the_straight_one(tmp_path, monkeypatch):
+    """Through a doubling of the scale and an overflow after it."""
+    monkeypatch.setattr(loss_scaler, "GROWTH_STEPS", 3)
+
+    def run(steps, source=None, scale=None):
+        trainer, seen = make_trainer(
+            tmp_path, torch.float16, steps=steps, scale=scale, dropout=0.2, max_norm=None
+        )
+        if source:
+            state = {"optimizer": trainer.optimizer, "loss_scaler": trainer.loss_scaler}
+            trainer.run.step, _ = load_state(source, **state, identity={})
+            for parameter, saved in zip(
+                trainer.parameters, torch.load(source / "weights.pt"), strict=True
+            ):
+                parameter.data.copy_(saved)
+        trainer.fit()
+        return trainer, seen
+
+    straight, seen = run(10, scale=2.0**20)
+    assert len({numbers["loss_scale"] for numbers in seen}) > 1
+    stopped, before = run(4, scale=2.0**20)
+    save_state(
+        tmp_path, step=4, optimizer=stopped.optimizer, identity={}, loss_scaler=stopped.loss_scaler
+    )
+    torch.save(weights(stopped), tmp_path / "weights.pt")
+    resumed, after = run(10, source=tmp_path)
+    for name in ("loss", "grad_norm", "loss_scale"):
+        assert [n[name] for n in seen] == [n[name] for n in (*before, *after)]
+    assert all(map(torch.equal, weights(straight), weights(resumed)))
+    assert resumed.loss_scaler.state_dict() == straight.loss_scaler.state_dict()
+
+
+def test_another_number_type_than_before_is_told():
+    chosen = Settings(pretrained_model_name_or_path="m", data_path="d")
+    found = [identity_of(chosen, "data", processes=1, dtype=d)["dtype"] for d in ("float16", "x")]
+    assert found == ["float16", "x"]
+
+
+def one_of_two_overflows(folder):
+    """In a process of its own: gradients of the second process alone overflow, twice."""
+    trainer, seen = make_trainer(folder, torch.float16, steps=2, scale=16.0)
+    if trainer.processes.rank == 1:
+        left = [math.inf, math.inf]
+        trainer.parameters[0].register_hook(lambda grad: grad * (left.pop() if left else 1.0))
+    trainer.fit()
+    scales = trainer.processes.gather([str(n["loss_scale"]) for n in seen])  # the first sees them
+    return scales, [p.double().sum().item() for p in weights(trainer)]
+
+
+@pytest.mark.distributed
+def test_all_processes_lower_the_scale_together(tmp_path):
+    first, second = run_distributed(one_of_two_overflows, tmp_path, processes=2)
+    assert first == second
+    assert first[0] == ["4.0", "4.0"]
