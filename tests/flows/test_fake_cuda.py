@@ -68,7 +68,7 @@ PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\nlora_r = 1600\n'
 
 
 def on_paper(*commands, words=()):
-    """What came of commands of xtuner on a GPU on paper; `words` as `on_paper.py` takes them."""
+    """What came of commands of xtuner on the fake device; `words` as the driver takes them."""
     told = [{"arguments": c} if isinstance(c, list) else c for c in commands]
     driver = Path(__file__).parents[1] / "helpers" / "fake_cuda_driver.py"
     done = subprocess.run(
@@ -136,6 +136,8 @@ def finished(workshop):
 @pytest.mark.parametrize("name", RUNS)
 def test_it_learns_as_on_a_cpu(finished, name):
     assert finished[name]["code"] == 0, finished[name]["text"]
+    assert "Attention    flash attention over cu_seqlens (torch)\n" in finished[name]["text"]
+    assert finished[name]["plans"] == 0  # its attention, sample answers and images
     assert main(train(name, f"cpu_{name}", "--overwrite", device="cpu")) == 0
     found, wanted = losses(f"gpu_{name}"), losses(f"cpu_{name}")
     assert len(found) == len(wanted) >= 4
@@ -147,9 +149,20 @@ def test_it_learns_as_on_a_cpu(finished, name):
 
 def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
     code = """if True:
-        from xtuner.testing.fake_cuda import device as paper_gpu
-        paper_gpu.install(2**30)
+        from xtuner.testing.fake_cuda import device
+        card = device.install(2**30)
         import torch
+        from xtuner.kernels.attention import without_cudnn
+        x = torch.ones(1, 2, 3, 8, dtype=torch.bfloat16, device="cuda")
+        with without_cudnn(x.device): torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        assert card.plans == 0
+        from xtuner.kernels.attention import packed_attention, varlen_attention
+        varlen_attention.functions_for = lambda device: varlen_attention.Functions((9, 0))
+        ends = torch.tensor([0, 1, 3], dtype=torch.int32)
+        packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)  # sample by sample
+        assert card.plans == 0
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        assert card.plans == 1
         table, ids = torch.ones(4, 3, device="cuda"), torch.tensor([0, 2])
         assert torch.cuda.get_device_properties(0).name == torch.cuda.get_device_name()
         print(torch.nn.functional.embedding(ids.cuda(), table).sum().item(), table[ids].device)
@@ -169,6 +182,25 @@ def test_with_kernels_of_liger_it_learns_the_same(finished):
         assert report["code"] == 0, report["text"]
         assert report["calls"] == ["rms_norm", "rope", "swiglu"]
         assert losses(f"liger_{name}") == pytest.approx(losses(f"gpu_{name}"), rel=0.02)
+
+
+def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished):
+    """A T4: flash attention and products of bfloat16 are refused there."""
+    lora, windows, chat, refused = on_paper(
+        train("lora", "t4_lora", dtype="float32"),
+        train("windows", "t4_windows", dtype="float32"),
+        ["chat", "t4_lora", "--device", "cuda", "--ask", "Who?", "--max-new-tokens", "3"],
+        train("lora", "t4_bfloat16"),
+        words=["turing"],
+    )
+    assert (lora["code"], windows["code"], chat["code"]) == (0, 0, 0), lora["text"] + chat["text"]
+    assert (
+        "Attention    memory-efficient attention over cu_seqlens (torch), since torch's flash "
+        "attention needs compute capability 8.0 (Ampere), not 7.5\n"
+    ) in lora["text"]
+    assert losses("t4_lora") == pytest.approx(losses("gpu_lora"), rel=0.02)
+    assert losses("t4_windows") == pytest.approx(losses("gpu_windows"), rel=0.02)
+    assert "bfloat16 needs compute capability 8.0" in str(refused["code"])  # or it saw nothing
 
 
 def test_a_step_waits_for_the_card_three_times(workshop):
@@ -232,6 +264,7 @@ def test_what_was_trained_there_is_merged_and_answers(finished):
         ["chat", "gpu_eyes", "--device", "cuda", *asked, "--image", "images/5.png"],
     )
     for found in (merged, apart, whole, drawn, seen):
+        assert found["plans"] == 0
         assert found["code"] == 0 and found["text"].strip(), found["text"]
     assert apart["text"].strip() == whole["text"].strip()
 

@@ -23,12 +23,16 @@ def main() -> None:
         card.limit(card.held + int(command.get("mib", 2**20) * device.MB))
         card.forget_most()
         stand.calls.clear()
-        held, waits, text = card.held, card.waits, io.StringIO()
+        held, waits, plans, text = card.held, card.waits, card.plans, io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-            code = xtuner(command["arguments"])
+            try:
+                code = xtuner(command["arguments"])
+            except RuntimeError as error:  # what the card refuses
+                code = str(error)
         report = {"code": code, "text": text.getvalue(), "most": card.most - held}
         report["calls"] = sorted(set(stand.calls))
-        print(json.dumps({**report, "waits": card.waits - waits}), flush=True)
+        report |= {"waits": card.waits - waits, "plans": card.plans - plans}
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

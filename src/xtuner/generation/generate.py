@@ -166,8 +166,8 @@ def _token_ids(
     inputs: dict[str, Any] = dict(first) or {"input_ids": step}
     extra = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
     while True:
-        # Grad mode belongs to the thread: it must not stay off while the caller has the piece.
-        with torch.no_grad():
+        # Neither grad mode nor the choice of kernels may stay while the caller has the piece.
+        with torch.no_grad(), attention.without_cudnn(device):
             output = model(**inputs, past_key_values=cache, use_cache=True, **extra)
             chosen = choose(seen, output.logits[:, -1].float())
         yield int(chosen)

@@ -5,31 +5,50 @@ Registered in transformers' attention interface as ``xtuner``; it takes the bord
 (four fifths of a packed row of 1,024 at 200 tokens a sample). A call without borders is an error,
 never a leaking mask. Which kernel does the work:
 
-- a GPU, in 16 bits: flash attention over cumulative lengths, torch's own (`varlen_attn`) or that of
-  the flash-attn package;
+- a GPU: flash attention over cumulative lengths, or memory-efficient attention for float32 and for
+  GPUs without bfloat16 (`varlen_attention`);
 - a CPU: `cpu_attention`;
-- else, and with dropout or a soft cap of the scores: one call of torch's attention a sample.
+- else, and on a CPU with dropout or a soft cap of the scores: one call a sample.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import itertools
 import math
 import warnings
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
 from xtuner.errors import ModelError
+from xtuner.kernels import varlen_attention
 from xtuner.kernels.block_attention import cpu_attention
+from xtuner.kernels.varlen_call import AttentionCall
 
 NAME = "xtuner"
+SDPA_BACKENDS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
+    """Keep torch's attention (SDPA) from cuDNN, which plans anew for each new length.
+
+    A plan takes 160 ms on a Hopper card, where cuDNN comes first, and packed samples, validation
+    and prompts have new lengths all the time. What the caller has turned off stays off.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    if not torch.compiler.is_compiling() and not torch.backends.cuda.cudnn_sdp_enabled():
+        return nullcontext()  # within another one, which costs 12 us of host time
+    return sdpa_kernel(SDPA_BACKENDS)
 
 
 def sample_attention(
@@ -79,133 +98,6 @@ def sample_attention(
     return F.dropout(weights, dropout) @ value
 
 
-def flash_kernel(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> Any:
-    """Flash attention over cumulative lengths, or None where `device` has none for these tensors.
-
-    The kernel takes ``(query [N, heads, D], key, value, borders on the device, longest sample,
-    scale, window)``.
-    """
-    return _choice(device, dtype, width, value_width)[0]
-
-
-@cache
-def _choice(
-    device: torch.device, dtype: torch.dtype, width: int, value_width: int
-) -> tuple[Any, str]:
-    """The kernel, or None and why."""
-    if device.type != "cuda":
-        return None, f"a {device.type} has none"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None, "this GPU is older than Ampere"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return None, f"it takes 16 bits and not {str(dtype).removeprefix('torch.')}"
-    if width != value_width or width > 256:
-        return None, f"it does not take heads of {width} and values of {value_width} numbers"
-    if _flash_attn_function() is not None:
-        return _flash_attn_package, ""
-    if width % 8:
-        return None, f"torch's takes heads of a multiple of 8 numbers, not of {width}"
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        if {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-            return _torch_varlen, ""
-    return None, "this torch has none and the package flash-attn is not installed"
-
-
-@cache
-def _flash_attn_function() -> Any:
-    """That of the package flash-attn, or None. A folder of that name, or a build for another
-    torch, is found like a package but cannot be imported."""
-    try:
-        from flash_attn import (  # type: ignore[import-not-found, unused-ignore]
-            flash_attn_varlen_func,
-        )
-    except (ImportError, OSError):
-        return None
-    return flash_attn_varlen_func
-
-
-def flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    cu_seq_lens_q: Tensor,
-    scale: float,
-    window: int | None,
-    max_length_q: int | None = None,
-    **_: Any,
-) -> Tensor:
-    """Attention by `flash_kernel`, which must not be None: query ``[N, heads, D]`` to the same;
-    the other arguments are those with which transformers calls an attention layer."""
-    kernel = flash_kernel(query.device, query.dtype, query.shape[-1], value.shape[-1])
-    longest = max_length_q or int(cu_seq_lens_q.diff().max())
-    borders = _on_device(cu_seq_lens_q, query.device)
-    out: Tensor = kernel(query, key, value, borders, longest, scale, window)
-    return out
-
-
-def _torch_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    longest: int,
-    scale: float,
-    window: int | None,
-) -> Any:
-    from torch.nn.attention.varlen import varlen_attn
-
-    back = -1 if window is None else window - 1
-    return varlen_attn(
-        query,
-        key,
-        value,
-        borders,
-        borders,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(back, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _flash_attn_package(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    longest: int,
-    scale: float,
-    window: int | None,
-) -> Any:
-    back = -1 if window is None else window - 1
-    return _flash_attn_function()(
-        query,
-        key,
-        value,
-        borders,
-        borders,
-        longest,
-        longest,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(back, 0),
-    )
-
-
-_borders_on_device: list[tuple[Tensor, Tensor]] = []
-
-
-def _on_device(borders: Tensor, device: torch.device) -> Tensor:
-    """`borders` copied to `device` once for all layers, which get the same tensor."""
-    if not _borders_on_device or _borders_on_device[0][0] is not borders:
-        _borders_on_device[:] = [(borders, borders.to(device, non_blocking=True))]
-    return _borders_on_device[0][1]
-
-
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return seen if window is None else seen.triu(1 - window)
@@ -246,8 +138,8 @@ def packed_attention(
     """
     if Watch.active is not None:
         Watch.active.calls.append({**kwargs, "scaling": scaling, "dropout": dropout})
-    borders = kwargs.get("cu_seq_lens_q")
-    if borders is None or attention_mask is not None or query.shape[0] != 1:
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None or attention_mask is not None or query.shape[0] != 1:
         raise ModelError(
             "xtuner's attention needs one row and the borders of its samples, and got none: "
             "set attn_implementation = 'sdpa' for this model"
@@ -264,38 +156,55 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    slow = "flash attention has no dropout" if dropout else "flash attention has no soft cap"
-    if not dropout and softcap is None:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
-        if query.device.type == "cpu":
-            ends = tuple(borders.tolist())
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
+    call = call_of(q, k, v, scale=scaling, window=window, softcap=softcap, dropout=dropout)
+    if query.device.type == "cpu":
+        if not dropout and softcap is None:
+            ends = tuple(cu_seqlens.tolist())
             return cpu_attention(q, k, v, ends, scale=scaling, window=window)[None], None
-        kernel, why = _choice(query.device, query.dtype, query.shape[-1], value.shape[-1])
-        slow = f"flash attention cannot be used: {why}"
-        if kernel is not None:
-            return flash(q, k, v, scale=scaling, window=window, **kwargs)[None], None
-    if query.device.type != "cpu":
-        _tell_once(slow)
-    outputs = [
-        sample_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            scaling=scaling,
-            dropout=dropout,
-            window=window,
-            softcap=softcap,
-        ).transpose(1, 2)
-        for start, end in itertools.pairwise(borders.tolist())
-    ]
-    return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()), None
+    else:
+        longest = kwargs.get("max_length_q")
+        out = varlen_attention.attend(q, k, v, call, cu_seqlens=cu_seqlens, longest=longest)
+        if out is not None:
+            return out[None], None
+        _tell_once(varlen_attention.choose(call).why)
+    options = {"scaling": scaling, "dropout": dropout, "window": window, "softcap": softcap}
+    return _by_sample(query, key, value, cu_seqlens.tolist(), **options), None
 
 
-@cache
-def _tell_once(why: str) -> None:
-    warnings.warn(
-        f"attention goes sample by sample, slower and with more memory: {why}", stacklevel=2
+def _by_sample(
+    query: Tensor, key: Tensor, value: Tensor, ends: list[int], **options: Any
+) -> Tensor:
+    """``[1, N, heads, head_dim]`` by one call of `sample_attention` a sample."""
+    with without_cudnn(query.device):
+        outputs = [
+            sample_attention(*(x[:, :, start:end] for x in (query, key, value)), **options)
+            for start, end in itertools.pairwise(ends)
+        ]
+    outputs = [out.transpose(1, 2) for out in outputs]
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
+
+
+def call_of(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> AttentionCall:
+    """The call of a layer with queries ``[N, heads, D]``, keys and values ``[N, kv_heads, D]``."""
+    return AttentionCall(
+        query.device,
+        query.dtype,
+        *(query.shape[1], key.shape[1], query.shape[2], value.shape[2]),
+        **options,
     )
+
+
+told: set[str] = set()
+"""Reasons for attention sample by sample that a run, or a warning, has told."""
+
+
+def _tell_once(why: str) -> None:
+    if why not in told:
+        told.add(why)
+        warnings.warn(
+            f"attention goes sample by sample, slower and with more memory: {why}", stacklevel=2
+        )
 
 
 def register() -> str:

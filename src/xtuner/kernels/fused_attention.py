@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.device.select import half_dtype
-from xtuner.kernels import attention
+from xtuner.kernels import attention, varlen_attention
 from xtuner.kernels.block_attention import cpu_attention
 from xtuner.kernels.compiled import Rotation, kernels_for
 from xtuner.kernels.forward_override import with_forward
 from xtuner.kernels.liger import Liger, liger_for
 from xtuner.kernels.lora_layers import project
+from xtuner.kernels.varlen_call import AttentionCall
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
@@ -46,7 +47,7 @@ class RotaryBlockAttention:
             "past_key_values": past_key_values,
         }
         width = self.head_dim
-        if not self.takes(hidden_states, **kwargs) or not _has_kernels(hidden_states, width):
+        if not self.takes(hidden_states, **kwargs) or not _has_kernels(hidden_states):
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc, no-any-return]
         projected = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (x.view(hidden_states.shape[1], -1, width) for x in projected)
@@ -57,7 +58,10 @@ class RotaryBlockAttention:
         rotation = rotation_of(*position_embeddings)  # type: ignore[misc]
         if q.device.type == "cuda":
             q, k = _liger(q).rotate(q, k, *rotation)
-            out = attention.flash(q, k, v, scale=scale, window=window, **kwargs)
+            call = _call_of(self, q.device, q.dtype)
+            longest, cu_seqlens = kwargs.get("max_length_q"), kwargs["cu_seq_lens_q"]
+            out = varlen_attention.attend(q, k, v, call, cu_seqlens=cu_seqlens, longest=longest)
+            assert out is not None  # `takes` has asked
         else:
             ends = tuple(kwargs["cu_seq_lens_q"].tolist())
             out = cpu_attention(q, k, v, ends, scale=scale, window=window, rotation=rotation)
@@ -81,17 +85,29 @@ class RotaryBlockAttention:
             and position_embeddings[0].shape[-1] == self.head_dim
             and not (self.training and self.attention_dropout)
             and self.config._attn_implementation == attention.NAME
+            and _attends(self, hidden_states)
         )
 
 
-def _has_kernels(x: Tensor, width: int) -> bool:
-    """Whether there is what rotates and attends to heads of `width` in the type of products."""
+def _has_kernels(x: Tensor) -> bool:
+    """Whether there is what rotates."""
+    return (liger_for(x) if x.device.type == "cuda" else kernels_for(x)) is not None
+
+
+def _attends(layer: Any, x: Tensor) -> bool:
+    """Whether a GPU has a kernel for the heads of `layer` in the type of products."""
     if x.device.type != "cuda":
-        return kernels_for(x) is not None
+        return True
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
-    found = attention.flash_kernel(x.device, dtype, width, width)
-    return found is not None and liger_for(x) is not None
+    return varlen_attention.choose(_call_of(layer, x.device, dtype)).kernel is not None
+
+
+def _call_of(layer: Any, device: torch.device, dtype: torch.dtype) -> AttentionCall:
+    width = layer.head_dim
+    heads, kv_heads = (p.out_features // width for p in (layer.q_proj, layer.k_proj))
+    scale, window = layer._attention_options
+    return AttentionCall(device, dtype, heads, kv_heads, width, width, scale, window)
 
 
 def _liger(x: Tensor) -> Liger:
@@ -118,7 +134,7 @@ def install(model: nn.Module, *, check: bool = True) -> int:
             continue
         like: Any = layer
         real = not like.q_proj.weight.is_meta
-        if real and not _has_kernels(_probe(layer), like.head_dim):
+        if real and not _has_kernels(_probe(layer)):
             continue
         if check:
             changed += _change_if_same(layer)

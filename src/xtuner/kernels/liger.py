@@ -82,7 +82,9 @@ def _checked(device: torch.device) -> tuple[Liger | None, str]:
 
 def _numbers(device: torch.device, shift: float) -> Tensor:
     count = torch.arange(4 * 64, dtype=torch.float32, device=device).view(1, 4, 64)
-    return (torch.sin(count * 12.9898 + shift) * 2).to(torch.bfloat16).requires_grad_()
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    dtype = torch.float16 if old else torch.bfloat16
+    return (torch.sin(count * 12.9898 + shift) * 2).to(dtype).requires_grad_()
 
 
 def _norm_is_right(kernels: Liger, device: torch.device) -> bool:

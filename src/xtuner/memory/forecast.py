@@ -279,7 +279,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
         sees=settings.has_vision,
         recompute=recompute,
         accumulate=accumulate,
-        flash=device == "cuda" and dtype != torch.float32,
+        flash=device == "cuda",
         autocast=dtype if mixed else None,
         trust_remote_code=settings.trust_remote_code,
     )

@@ -22,7 +22,7 @@ def opening_lines(
     plan: MemoryPlan,
     *,
     dtype: torch.dtype,
-    means: str,
+    means: tuple[str, str],
     processes: int,
     steps: tuple[int, int],
     data: Iterable[str],
@@ -35,7 +35,7 @@ def opening_lines(
         s: settings of the run.
         plan: its memory.
         dtype: of the computation.
-        means: what is said of threads and kernels.
+        means: what is said of threads and kernels, and of attention.
         processes: how many take part.
         steps: of the run, and of an epoch.
         data: lines about the rows.
@@ -45,7 +45,9 @@ def opening_lines(
     yield from lines_of_model(s, plan, dtype)
     if pictures:
         yield pictures
-    yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{means}"
+    kernels, attention = means
+    yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{kernels}"
+    yield f"Attention    {attention}"
     yield from data
     total, an_epoch = steps
     yield (

@@ -29,8 +29,11 @@ from xtuner.engine.work_dir import WorkPlace
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.generation.generate import GenerationOptions, stream
 from xtuner.kernels import compiled, liger, threads
+from xtuner.kernels.attention import without_cudnn
+from xtuner.kernels.attention_line import attention_line
 from xtuner.memory.forecast import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.load import located_config
 from xtuner.models.prepare import make_trainable
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model
@@ -63,7 +66,8 @@ def train(
     settings = loaded.settings
     processes = Processes(pick_device(settings.device))
     try:
-        path = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+        with without_cudnn(processes.device):
+            path = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:
         processes.close()
         raise
@@ -126,6 +130,16 @@ class _TrainingRun:
         if on_cpu or wanted:  # a GPU's run does not wait for products on the CPU to be measured
             yield threads.choose_threads(wanted, self.dtype, self.processes.world_size)
         yield compiled.state() if on_cpu else liger.state(self.processes.device)
+
+    def _attention(self) -> str:
+        """Choose the kernels of attention, and say which."""
+        s = self.settings
+        config = located_config(
+            s.pretrained_model_name_or_path, trust_remote_code=s.trust_remote_code
+        )
+        return attention_line(
+            config, self.processes.device, self.dtype, implementation=s.attn_implementation
+        )
 
     def train(self, resume: str | None, overwrite: bool) -> Path:
         """Make everything, then run the loop."""
@@ -281,7 +295,7 @@ class _TrainingRun:
             self.settings,
             self.plan,
             dtype=self.dtype,
-            means="; ".join(self.means),
+            means=("; ".join(self.means), self._attention()),
             processes=self.processes.world_size,
             steps=(total, loader.steps_per_epoch),
             data=data.report.lines(),

@@ -1,6 +1,7 @@
-"""Flash attention on a GPU on paper: its formula, and what CUDA's function takes and gives.
+"""Flash and memory-efficient attention on a GPU on paper: the formula, and what CUDA's functions
+take and give.
 
-Wide and on the CPU, so no numbers of the kernels and no memory beside their results.
+In float32 and on the CPU, so no numbers of the kernels and no memory beside their results.
 """
 
 from __future__ import annotations
@@ -17,19 +18,40 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Rules:
     """Which keys a query sees: `left` and `right` many beside the one of its own place (-1: all),
-    the last query standing beside the last key; and the factor of the scores."""
+    the last query standing beside the last key; the factor of the scores; and the share of weights
+    that are dropped, with the seed that says which."""
 
     scale: float
     left: int = -1
     right: int = -1
+    dropout: float = 0.0
+    seed: int = 0
 
     @classmethod
     def of(
-        cls, query: Tensor, causal: bool, scale: float | None, left: int | None, right: int | None
+        cls,
+        query: Tensor,
+        causal: bool,
+        scale: float | None,
+        left: int | None = None,
+        right: int | None = None,
+        *drops: Any,
     ) -> Rules:
         """From arguments of CUDA's functions."""
         right = 0 if causal else -1 if right is None else right
-        return cls(scale or query.shape[-1] ** -0.5, -1 if left is None else left, right)
+        return cls(scale or query.shape[-1] ** -0.5, -1 if left is None else left, right, *drops)
+
+    def drops(self) -> Callable[[Tensor], Tensor]:
+        """A function of weights that drops some; in each direction the same."""
+        if not self.dropout:
+            return lambda weights: weights
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def drop(weights: Tensor) -> Tensor:
+            kept = torch.rand(weights.shape, generator=generator) >= self.dropout
+            return weights * kept / (1 - self.dropout)
+
+        return drop
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """``[heads, queries, keys]`` of one sample, -inf where a key is not seen."""
@@ -51,12 +73,12 @@ def _attend(qkv: list[Tensor], samples: Samples, rules: Rules) -> tuple[Tensor, 
     """softmax(scale q k^T) v within each sample ``[queries, heads, width]``, and the logs of the
     sums ``[heads, queries]``."""
     q, k, v = qkv
-    group, out = q.shape[1] // k.shape[1], torch.empty_like(q)
-    logs = torch.empty(q.shape[1], q.shape[0])
+    group, out = q.shape[1] // k.shape[1], q.new_empty(*q.shape[:2], v.shape[2])
+    logs, drop = torch.empty(q.shape[1], q.shape[0]), rules.drops()
     for here, there in samples:
         scores = rules.scores(q[here], k[there].repeat_interleave(group, 1))
         values = v[there].repeat_interleave(group, 1)
-        out[here] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        out[here] = torch.einsum("hqk,khd->qhd", drop(scores.softmax(-1)), values)
         logs[:, here] = scores.logsumexp(-1)
     return out, logs
 
@@ -66,22 +88,29 @@ def _pull_back(tensors: list[Tensor], logs: Tensor, samples: Samples, rules: Rul
     grad, q, k, v, out = tensors
     group = q.shape[1] // k.shape[1]
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    drop = rules.drops()
     for here, there in samples:
         ks, vs = (x[there].repeat_interleave(group, 1) for x in (k, v))
         weights = (rules.scores(q[here], ks) - logs[:, here, None]).exp()
         inner = (grad[here] * out[here]).sum(-1).T[:, :, None]
-        slopes = weights * (torch.einsum("qhd,khd->hqk", grad[here], vs) - inner) * rules.scale
+        kept = drop(torch.ones_like(weights))
+        grad_weights = torch.einsum("qhd,khd->hqk", grad[here], vs) * kept
+        slopes = weights * (grad_weights - inner) * rules.scale
         dq[here] = torch.einsum("hqk,khd->qhd", slopes, ks)
-        for of, to, by in ((slopes, dk, q), (weights, dv, grad)):
+        for of, to, by in ((slopes, dk, q), (weights * kept, dv, grad)):
             to[there] = torch.einsum("hqk,qhd->khd", of, by[here]).unflatten(1, (-1, group)).sum(2)
     return [dq, dk, dv]
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
-    """The tensors on the CPU; flash attention takes 16 bits, and rows without gaps."""
+    """The tensors on the CPU; flash attention takes 16 bits, heads of a multiple of 8 numbers, and
+    rows without gaps."""
     for x in tensors:
-        if x.element_size() != 2 or x.stride(-1) != 1 or not x.is_cuda:
-            raise RuntimeError(f"flash attention got {x.dtype} {x.stride()} on {x.device}")
+        right = x.element_size() == 2 and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+        if not right or x.stride(-1) != 1 or not x.is_cuda:
+            raise RuntimeError(
+                f"flash attention got {x.dtype} {x.shape} {x.stride()} on {x.device}"
+            )
     return [x.cpu().float() for x in tensors]
 
 
@@ -100,9 +129,14 @@ def _samples(cum_q: Tensor, cum_k: Tensor, most_q: int, most_k: int) -> Samples:
     return list(zip(_borders(cum_q, most_q), _borders(cum_k, most_k), strict=True))
 
 
-def _nothing(like: Tensor) -> Tensor:
+def _seed(dropout: float) -> int:
+    """Drawn where it is needed only."""
+    return int(torch.randint(2**31, ())) if dropout else 0
+
+
+def _state(like: Tensor, seed: int = 0) -> Tensor:
     """Where CUDA's functions keep the state of their dropout."""
-    return torch.zeros(2, dtype=torch.uint64).to(like.device)
+    return torch.tensor([seed, 0], dtype=torch.uint64).to(like.device)
 
 
 def _refuse(**arguments: Any) -> None:
@@ -115,13 +149,13 @@ def _packed(
     most_k: int, dropout: float, causal: bool, debug: bool, *, scale: float | None = None,
     window_size_left: int | None = None, window_size_right: int | None = None, **rest: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    _refuse(dropout=dropout, debug=debug, **rest)
-    rules = Rules.of(query, causal, scale, window_size_left, window_size_right)
+    _refuse(debug=debug, **rest)
+    drops = dropout, _seed(dropout)
+    rules = Rules.of(query, causal, scale, window_size_left, window_size_right, *drops)
     samples = _samples(cum_q, cum_k, most_q, most_k)
     out, logs = _attend(_wide(query, key, value), samples, rules)
-    nothing = _nothing(query)
     found = out.to(query.dtype).to(query.device), logs.to(query.device)
-    return (*found, nothing, nothing, nothing)
+    return (*found, _state(query, rules.seed), _state(query), _state(query))
 
 
 def _packed_backward(
@@ -130,7 +164,8 @@ def _packed_backward(
     state: Tensor, unused: Tensor, *, scale: float | None = None,
     window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    rules = Rules.of(query, causal, scale, window_size_left, window_size_right)
+    drops = dropout, int(state.cpu()[0])
+    rules = Rules.of(query, causal, scale, window_size_left, window_size_right, *drops)
     samples = _samples(cum_q, cum_k, most_q, most_k)
     wide = _wide(grad, query, key, value, out)
     found = _pull_back(wide, logs.cpu(), samples, rules)
@@ -159,10 +194,10 @@ def _whole(
     debug: bool = False, *, scale: float | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     _refuse(dropout=dropout, debug=debug)
-    rules, samples = Rules.of(query, causal, scale, None, None), _all_of(query, key, causal)
+    rules, samples = Rules.of(query, causal, scale), _all_of(query, key, causal)
     out, logs = _attend([_rows(x) for x in _wide(query, key, value)], samples, rules)
     logs = logs.unflatten(1, (query.shape[0], -1)).transpose(0, 1).contiguous()
-    nothing, lengths = _nothing(query), (query.shape[2], key.shape[2])
+    nothing, lengths = _state(query), (query.shape[2], key.shape[2])
     ends = (None, None, *lengths)
     return (_batch(out, query), logs.to(query.device), *ends, nothing, nothing, nothing)
 
@@ -172,17 +207,88 @@ def _whole_backward(
     cum_q: Any, cum_k: Any, most_q: int, most_k: int, dropout: float, causal: bool,
     state: Tensor, unused: Tensor, *, scale: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    rules, samples = Rules.of(query, causal, scale, None, None), _all_of(query, key, causal)
+    rules, samples = Rules.of(query, causal, scale), _all_of(query, key, causal)
     sums = logs.cpu().transpose(0, 1).flatten(1)
     wide = [_rows(x) for x in _wide(grad, query, key, value, out)]
     found = _pull_back(wide, sums, samples, rules)
     return tuple(_batch(x, of) for x, of in zip(found, (query, key, value), strict=True))
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+CAUSAL = 1
+"""Kind of mask that memory-efficient attention is asked for; another is not built here."""
+ROUNDED = 32
+"""Its logs are filled up to a multiple of it."""
+
+
+def _plain(*tensors: Tensor) -> list[Tensor]:
+    """``[1, N, heads, width]`` as ``[N, heads, width]`` on the CPU; heads are of multiples of 16
+    bytes, and as many of keys as of queries."""
+    heads = {x.shape[2] for x in tensors}
+    for x in tensors:
+        aligned = x.shape[-1] * x.element_size() % 16 == 0 and x.stride(-1) == 1
+        if not aligned or x.shape[0] != 1 or not x.is_cuda or len(heads) != 1:
+            raise RuntimeError(
+                f"memory-efficient attention got {x.dtype} {x.shape} {x.stride()} on {x.device}"
+            )
+        if x.dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+            raise RuntimeError("Expected query to have dtype half or float on this GPU")
+    return [x[0].cpu().float() for x in tensors]
+
+
+def _efficient(
+    query: Tensor, key: Tensor, value: Tensor, bias: Any, cum_q: Tensor, cum_k: Tensor,
+    most_q: int, most_k: int, dropout: float, mask: int, sums: bool = False, *,
+    scale: float | None = None, seqlen_k: Any = None, window_size: int | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    _refuse(bias=bias is not None, mask=mask != CAUSAL, seqlen_k=seqlen_k is not None)
+    left = None if window_size is None else window_size - 1
+    rules = Rules.of(query, True, scale, left, None, dropout, _seed(dropout))
+    samples = _samples(cum_q, cum_k, most_q, most_k)
+    out, logs = _attend(_plain(query, key, value), samples, rules)
+    longest = -(-most_q // ROUNDED) * ROUNDED
+    kept = torch.full((len(samples), query.shape[2], longest if sums else 0), torch.inf)
+    for i, (here, _) in enumerate(samples if sums else ()):
+        kept[i, :, : here.stop - here.start] = logs[:, here]
+    state = [torch.tensor(x).to(query.device) for x in (rules.seed, 0)]
+    out = out[None].to(query.dtype).to(query.device)
+    return out, kept.to(query.device), *state, most_q, most_k
+
+
+def _efficient_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Any, out: Tensor, cum_q: Tensor,
+    cum_k: Tensor, most_q: int, most_k: int, logs: Tensor, dropout: float, seed: Tensor,
+    offset: Tensor, mask: int, bias_requires_grad: bool, *, scale: float | None = None,
+    num_splits_key: Any = None, window_size: int | None = None, shared_storage_dqdkdv: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    _refuse(mask=mask != CAUSAL, splits=num_splits_key, shared=shared_storage_dqdkdv)
+    left = None if window_size is None else window_size - 1
+    rules = Rules.of(query, True, scale, left, None, dropout, int(seed.cpu()))
+    samples = _samples(cum_q, cum_k, most_q, most_k)
+    kept = [x[:, : a.stop - a.start] for x, (a, _) in zip(logs.cpu(), samples, strict=True)]
+    found = _pull_back(
+        _plain(grad.contiguous(), query, key, value, out), torch.cat(kept, 1), samples, rules
+    )
+    return (*(x[None].to(query.dtype).to(query.device) for x in found), None)
+
+
+def _too_old(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+
+FLASH: dict[str, Callable[..., Any]] = {
     "_flash_attention_forward": _packed,
     "_flash_attention_backward": _packed_backward,
     "_scaled_dot_product_flash_attention": _whole,
     "_scaled_dot_product_flash_attention_backward": _whole_backward,
 }
 """By the names of torch's operations; the first two take samples by their borders."""
+EFFICIENT: dict[str, Callable[..., Any]] = {
+    "_efficient_attention_forward": _efficient,
+    "_efficient_attention_backward": _efficient_backward,
+}
+
+
+def functions(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
+    """What a card of this compute capability does, and what it refuses."""
+    flash = FLASH if capability >= (8, 0) else dict.fromkeys(FLASH, _too_old)
+    return {**flash, **EFFICIENT}

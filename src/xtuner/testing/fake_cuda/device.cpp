@@ -17,6 +17,8 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <string>
+#include <unordered_set>
 
 /* Takes the place of torch's own function, which knows only what torch was built with. */
 namespace at::accelerator {
@@ -49,9 +51,12 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const Stream&) const override {}
 };
 
-/* Bytes that tensors hold, the most they held, how many there are to hold (0: no limit), and how often
- * the CPU had to wait for a result. */
-std::atomic<int64_t> held{0}, most{0}, limit{0}, waits{0};
+/* Bytes that tensors hold, the most they held, how many there are to hold (0: no limit), how often the
+ * CPU had to wait for a result, and how often SDPA would have taken cuDNN's attention. */
+std::atomic<int64_t> held{0}, most{0}, limit{0}, waits{0}, plans{0};
+
+int64_t capability = 90; /* ten times NVIDIA's number */
+constexpr int64_t AMPERE = 80;
 
 thread_local bool unseen = false; /* what this thread waits for is not counted */
 
@@ -151,9 +156,20 @@ Tensor returned(const Tensor& y, const std::vector<Pair>& pairs) {
   return on_gpu(y);
 }
 
+/* cuBLAS has no products of bfloat16 for older cards. */
+void refuse_bfloat16(const OperatorHandle& op, const torch::jit::Stack& stack) {
+  static const std::unordered_set<std::string> products{"aten::mm", "aten::addmm", "aten::bmm",
+                                                        "aten::baddbmm"};
+  if (!products.count(op.operator_name().name)) return;
+  const IValue& first = stack[stack.size() - op.schema().arguments().size()];
+  TORCH_CHECK(first.toTensor().scalar_type() != kBFloat16,
+              "CUBLAS_STATUS_NOT_SUPPORTED: bfloat16 needs compute capability 8.0");
+}
+
 /* Any operation for which nothing else is registered below. */
 void by_the_cpu(const OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
   const FunctionSchema& schema = op.schema();
+  if (capability < AMPERE) refuse_bfloat16(op, *stack);
   std::vector<Pair> pairs;
   for (size_t i = stack->size() - schema.arguments().size(); i < stack->size(); i++) {
     IValue& value = (*stack)[i];
@@ -240,11 +256,12 @@ Tensor& set_tensor(Tensor& self, const Tensor& source) {
 
 void record_stream(Tensor&, Stream) {}
 
-/* Flash attention (paper_attention.py) where a real card takes it, else the formula. */
+/* Flash attention (paper_attention.py) where a real card takes it or cuDNN's, else the formula. */
 int64_t kind_of_attention(const Tensor& query, const Tensor&, const Tensor&,
                           const std::optional<Tensor>& mask, double dropout, bool,
                           std::optional<double>, bool) {
-  const bool flash = query.element_size() == 2 && !mask && dropout == 0.0;
+  const bool flash = query.element_size() == 2 && !mask && dropout == 0.0 && capability >= AMPERE;
+  plans += flash && capability >= 90 && globalContext().userEnabledCuDNNSDP();
   return static_cast<int64_t>(flash ? SDPBackend::flash_attention : SDPBackend::math);
 }
 
@@ -298,6 +315,8 @@ extern "C" {
 int64_t paper_held() { return at::held; }
 int64_t paper_most() { return at::most; }
 int64_t paper_waits() { return at::waits; }
+int64_t paper_plans() { return at::plans; }
+void paper_capability(int number) { at::capability = number; }
 void paper_wait() { at::wait(true); }
 void paper_unseen(int on) { at::unseen = on; }
 void paper_forget_most() { at::most = at::held.load(); }

@@ -8,7 +8,8 @@ and says nothing about speed, CUDA's own kernels, or what its allocator loses be
 attention is done by its formula (`paper_attention.py`). Everything is done when it is asked for, so
 what is read too early is not noticed; CPU and card draw the same random numbers from one place;
 CUDA's streams, events and graphs are not there. Needs a C++ compiler and a torch without CUDA;
-$PAPER_GPU_MIB is the memory of the card (8,192). The last line on stderr is a report.
+$PAPER_GPU_MIB is the memory of the card (8,192), $PAPER_GPU_CAPABILITY its compute capability (9.0;
+7.5 imitates a T4, which has no bfloat16). The last line on stderr is a report.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class PaperGpu:
     def __init__(self, library: ctypes.CDLL, memory: int):
         self._library = library
         self.registered: Any = None  # functions of the card, for as long as this lives
-        for name in ("paper_held", "paper_most", "paper_waits"):
+        for name in ("paper_held", "paper_most", "paper_waits", "paper_plans"):
             getattr(library, name).restype = ctypes.c_int64
         library.paper_limit.argtypes = [ctypes.c_int64]
         self.limit(memory)
@@ -58,6 +59,11 @@ class PaperGpu:
     def waits(self) -> int:
         """How often the CPU had to wait for a result of the card."""
         return int(self._library.paper_waits())
+
+    @property
+    def plans(self) -> int:
+        """How often SDPA was called where a Hopper card takes cuDNN's attention, which plans."""
+        return int(self._library.paper_plans())
 
     def without_waits(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, whose own waits are not counted."""
@@ -85,18 +91,25 @@ class PaperGpu:
         self._library.paper_forget_most()
 
 
-def install(memory: int, capability: tuple[int, int] = (9, 0)) -> PaperGpu:
+def install(memory: int, capability: tuple[int, int] | None = None) -> PaperGpu:
     """Put a card with `memory` bytes into this process; to be called before torch is imported.
 
-    `capability` is what NVIDIA calls compute capability; below 8.0 there is no bfloat16.
+    `capability` is what NVIDIA calls compute capability, by default that of
+    $PAPER_GPU_CAPABILITY, else 9.0; below 8.0 there is no bfloat16.
 
     Raises:
         RuntimeError: torch is there already, or knows CUDA, or there is no C++ compiler.
     """
     if "torch" in sys.modules:
         raise RuntimeError("torch is imported already; a GPU on paper has to come before it")
+    if capability is None:
+        named = os.environ.get("PAPER_GPU_CAPABILITY", "9.0").split(".")
+        capability = int(named[0]), int(named[1])
+    major, minor = capability
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what a GPU has ready
-    card = PaperGpu(ctypes.CDLL(str(_compiled())), memory)
+    library = ctypes.CDLL(str(_compiled()))
+    library.paper_capability(10 * major + minor)
+    card = PaperGpu(library, memory)
     import bitsandbytes
     import torch
     import transformers  # noqa: F401  both look for a GPU when they are imported
@@ -105,10 +118,10 @@ def install(memory: int, capability: tuple[int, int] = (9, 0)) -> PaperGpu:
     _page_nothing(torch, bitsandbytes.functional)
     from xtuner.testing.fake_cuda import attention
 
-    library = torch.library.Library("aten", "IMPL")
-    for name, function in attention.FUNCTIONS.items():
-        library.impl(name, card.without_waits(function), "CUDA")
-    card.registered = library
+    own = torch.library.Library("aten", "IMPL")
+    for name, function in attention.functions(capability).items():
+        own.impl(name, card.without_waits(function), "CUDA")
+    card.registered = own
     return card
 
 
@@ -199,16 +212,17 @@ def main() -> None:
     memory = os.environ.get("PAPER_GPU_MIB", "8192")
     if len(sys.argv) < 2 or not memory.isdecimal():
         sys.exit(
-            "usage: [PAPER_GPU_MIB=8192] python -m xtuner.testing.fake_cuda.device "
-            "MODULE [ARGUMENT ...], "
-            f"as xtuner.cli.app train my_settings.py; got {sys.argv[1:]}, PAPER_GPU_MIB={memory}"
+            "usage: [PAPER_GPU_MIB=8192] [PAPER_GPU_CAPABILITY=9.0] python -m "
+            "xtuner.testing.fake_cuda.device MODULE [ARGUMENT ...], as xtuner.cli.app train "
+            f"my_settings.py; got {sys.argv[1:]}, PAPER_GPU_MIB={memory}"
         )
     card = install(int(memory) * MB)
     module, sys.argv = sys.argv[1], sys.argv[1:]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
-        report = {"most_mib": card.most / MB, "held_mib": card.held / MB, "waits": card.waits}
+        report = {"most_mib": card.most / MB, "held_mib": card.held / MB}
+        report |= {"waits": card.waits, "plans": card.plans}
         print(json.dumps(report), file=sys.stderr)
 
 
