@@ -169,7 +169,7 @@ class _BlockAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
-        kernels = _kernels_for_rows(query, key, value) if layout.widest <= 2**16 else None
+        kernels = kernels_for_rows(query, key, value) if layout.widest <= 2**16 else None
         q = _in_blocks(query, layout, rotation, kernels).view(
             -1, kv_heads, BLOCK * heads // kv_heads, query.shape[2]
         )
@@ -215,7 +215,7 @@ class _BlockAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def _kernels_for_rows(*tensors: Tensor) -> Kernels | None:
+def kernels_for_rows(*tensors: Tensor) -> Kernels | None:
     """The kernels for these rows, of any strides; none where their types differ."""
     return kernels_for(*(x.new_empty(0) for x in tensors))
 
@@ -374,7 +374,7 @@ def cpu_attention(
 ) -> Tensor:
     """Causal attention within each sample of a packed row: one compiled call where the CPU
     multiplies bfloat16 vectors, otherwise `block_attention`, whose arguments it takes."""
-    kernels = _kernels_for_rows(query, key, value)
+    kernels = kernels_for_rows(query, key, value)
     same = query.shape[2] == key.shape[2] == value.shape[2]
     if kernels is not None and same and kernels.attends(query.shape[2]):
         rows = compiled.rows_of(cu_seqlens, window, scale)
