@@ -4,6 +4,7 @@
 # make venv                .venv with the xtuner command in it
 # make test | test-slow    the test suite | the tests that take long
 # make bench               xtuner beside its peers on this CPU (DATA=rows.json chooses the data)
+# make check-gpu           on a machine with an NVIDIA GPU: is all right there, and how fast is it (four minutes)
 # make check               what CI runs: format, lint, types, import layers, tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
 BENCH_DATA := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: bench bench-gpu venv dev quickstart quickstart-overfit quickstart-llava test test-slow test-without-cpu-kernels check format docs clean
+.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava test test-slow test-without-cpu-kernels check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -67,6 +68,11 @@ bench-gpu: dev $(BENCH)/trl/.installed
 	-@$(BENCH)/trl/bin/python -c 'from transformers.integrations.hub_kernels import load_and_register_attn_kernel as fetch; fetch("kernels-community/flash-attn2")'
 	@$(BIN)/python benchmarks/gpu.py
 	@$(BIN)/python benchmarks/memory.py --gpu $(BENCH_DATA)
+
+# BUDGET chooses the seconds. TRL is measured beside it where `make bench-gpu` has made its environment.
+check-gpu: dev
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[gpu]"
+	@$(BIN)/python benchmarks/gpu_check.py --seconds $(or $(BUDGET),240)
 
 test: dev
 	$(BIN)/python -m pytest

@@ -111,21 +111,31 @@ def run_xtuner(
 ) -> tuple[list[dict], float]:
     """Train with the command line, run by the module `through` if there is one; return the scalars
     of every step and the peak memory."""
+    config = write_config({"max_steps": options.steps, **settings}, place, options)
+    work = place / "work"
+    command = [sys.executable, "-m", *through, "xtuner.cli.app", "train", str(config)]
+    _, peak = run([*command, "--work-dir", str(work), "--overwrite"], place)
+    return read_scalars(work), peak
+
+
+def write_config(settings: dict, place: Path, options: argparse.Namespace) -> Path:
+    """Write a settings file: COMMON, model and data of `options`, and `settings` over them."""
     config = place / "bench.py"
     values = {
         **COMMON,
         "pretrained_model_name_or_path": str(options.model),
         "data_path": str(options.data),
-        "max_steps": options.steps,
         "save_steps": 10**6,
         **settings,
     }
     config.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
-    work = place / "work"
-    command = [sys.executable, "-m", *through, "xtuner.cli.app", "train", str(config)]
-    _, peak = run([*command, "--work-dir", str(work), "--overwrite"], place)
+    return config
+
+
+def read_scalars(work: Path) -> list[dict]:
+    """The numbers of every step of the newest start in a work dir."""
     newest = max(work.glob("*/scalars.jsonl"), key=lambda file: file.stat().st_mtime)
-    return [json.loads(line) for line in newest.read_text().splitlines()], peak
+    return [json.loads(line) for line in newest.read_text().splitlines()]
 
 
 def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,20 @@ INTERNLM2_1_8B = {
     "intermediate_size": 8192,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
+}
+LLAMA31_8B = {
+    **LLAMA_7B,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
 }
 
 
@@ -97,6 +111,7 @@ COMMON = {
 }
 PEERS = {
     "TRL": (),
+    "TRL, liger": ("--liger",),
     "TRL, flash attention": ("--attention", "kernels-community/flash-attn2"),
     "TRL, flash attention, liger": (
         *("--attention", "kernels-community/flash-attn2"),
@@ -105,21 +120,52 @@ PEERS = {
 }
 
 
-def make_model(folder: Path, shape: dict) -> None:
-    """Write a Llama of `shape` with random weights and a tokenizer of bytes."""
+def make_model(folder: Path, shape: dict, *, positions: int = 4096) -> None:
+    """Write a Llama of `shape` with random weights and a tokenizer of bytes.
+
+    Weights are drawn on the card and written some at a time, so that a card of 8 GB makes a model
+    of 14.
+    """
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from xtuner.testing.tiny import tiny_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(
-            LlamaConfig(**shape, max_position_embeddings=4096), dtype=torch.bfloat16
-        )
-    model.save_pretrained(folder)
+    config = LlamaConfig(**shape, max_position_embeddings=positions, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        wanted = LlamaForCausalLM(config).state_dict()
+    config.save_pretrained(folder)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards({n: 2 * x.numel() for n, x in wanted.items()})):
+        file = f"model-{number:05}.safetensors"
+        made = {}
+        for name in names:
+            kept = torch.empty(wanted[name].shape, dtype=torch.bfloat16, device=device)
+            made[name] = kept.fill_(1) if kept.ndim == 1 else kept.normal_(0, 0.02)
+        save_file({n: x.cpu() for n, x in made.items()}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+        del made
+    total = sum(2 * x.numel() for x in wanted.values())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
     tiny_tokenizer().save_pretrained(folder)
-    del model
     free_card()
+
+
+def shards(sizes: dict[str, int], most: int = 2**30) -> list[list[str]]:
+    """Names in groups of at most `most` bytes, in their order; a larger one stands alone."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
 
 
 def free_card() -> None:
@@ -151,7 +197,8 @@ def peers_of(case: Case) -> dict[str, list[str]]:
 
 def run_peer(extra: list[str], place: Path, options: argparse.Namespace) -> dict | str:
     """What the peer's run has measured, or why it failed, in one line."""
-    command = [python_of("trl"), str(HERE / "peer_trl.py"), str(options.model)]
+    python = getattr(options, "peer_python", None) or python_of("trl")
+    command = [python, str(HERE / "peer_trl.py"), str(options.model)]
     command += [str(options.data), "--steps", str(options.steps), *extra]
     try:
         text, _ = run(command, place)
@@ -204,12 +251,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = {name: CASES[name] for name in options.only}
     if options.tiny:
-        small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
-        cases = {
-            name: Case({**small, **heads}, case.settings, case.recomputes, case.goal)
-            for name, case in cases.items()
-        }
+        cases = {name: replace(case, shape=TINY) for name, case in cases.items()}
     elif not torch.cuda.is_available():
         sys.exit("there is no GPU here; --tiny walks the way without one")
     what = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

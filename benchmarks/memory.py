@@ -73,10 +73,10 @@ CASES: dict[str, dict] = {
 }
 
 
-def make_pictures(place: Path) -> dict[str, str]:
+def make_pictures(place: Path, shape: dict = LARGE_14_336) -> dict[str, str]:
     """Make an encoder, pictures and rows in `place`; return the settings that name them."""
     if not (place / "images").exists():
-        make_encoder(place / "clip", LARGE_14_336)
+        make_encoder(place / "clip", shape)
         made = make_rows(place, 12)
         for row in made:  # the forecast is for rows of `max_length`; longer ones are cut
             row["conversations"][1]["value"] = " ".join(["A longer answer."] * 150)

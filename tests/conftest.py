@@ -1,6 +1,7 @@
 """Shared by all tests: quiet libraries, no network, a cache of their own."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -8,7 +9,23 @@ os.environ["XTUNER_STRICT"] = "1"  # a fault in the forecast, which runs survive
 
 import pytest
 
+FAKE_CUDA = None
+if os.environ.get("XTUNER_FAKE_CUDA"):  # to walk the tests marked `gpu` where there is no GPU
+    from xtuner.testing.fake_cuda import device
+
+    FAKE_CUDA = device.install(2**40)
+    if os.environ["XTUNER_FAKE_CUDA"] == "liger":  # with torch's functions in liger's places
+        from liger_stand import Stand
+
+        sys.modules.update(Stand().modules)
+
 COMPILED = ("kernels", "paper_gpu")
+
+
+@pytest.fixture(scope="session")
+def fake_cuda():
+    """The fake CUDA device, or None."""
+    return FAKE_CUDA
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,45 @@
+"""What parts tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Skip(Exception):
+    """This part cannot be done on this machine; the message says why."""
+
+
+class Enough(BaseException):
+    """Ends a run of `xtuner train` before it writes a checkpoint, which may have 20 GB."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding.
+
+    Attributes:
+        name: of what was looked at.
+        values: what was found, by words that become columns.
+        passed: whether it is as it has to be; None where it only tells.
+    """
+
+    name: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    passed: bool | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"name": self.name, "passed": self.passed, **self.values}
+
+
+def within(name: str, found: float, allowed: float, **more: Any) -> Row:
+    """A row that passes where `found` is at most `allowed`; not a number does not pass."""
+    values = {"found": found, "allowed": allowed, **more}
+    return Row(name, values, passed=bool(found <= allowed))
+
+
+def fact(name: str, value: Any) -> Row:
+    """A row that says something."""
+    return Row(name, {"value": value})
