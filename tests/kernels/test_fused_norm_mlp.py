@@ -14,6 +14,7 @@ from xtuner.kernels import attention, fused_norm_mlp, liger
 from xtuner.kernels.fused_norm_mlp import GatedMLP, RMSNorm
 from xtuner.memory.live_bytes import LiveBytes
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.isolation import IsolationCheck
 from xtuner.testing.tiny import tiny_model
 
 
@@ -73,7 +74,7 @@ def kept_and_gradients(layers):
     model.activation_checkpointing_enable({"use_reentrant": False})
     packed, counter = PackedCausalLM(model.train()), LiveBytes()
     with counter:
-        loss = loss_of(packed, packed._probe((200, 56)))
+        loss = loss_of(packed, IsolationCheck(packed, (200, 56)).batch())
     kept = counter.live
     loss.backward()
     return kept, {name: p.grad for name, p in model.named_parameters()}
@@ -87,7 +88,7 @@ def test_recomputation_frees_the_mlp_too():
     plain = tiny_model(num_hidden_layers=6, intermediate_size=1024).train()
     plain.set_attn_implementation(attention.register())
     packed = PackedCausalLM(plain)
-    loss_of(packed, packed._probe((200, 56))).backward()
+    loss_of(packed, IsolationCheck(packed, (200, 56)).batch()).backward()
     for name, p in plain.named_parameters():
         assert (recomputed[name] - p.grad).abs().max() < 1e-4 * p.grad.abs().max(), name
 

@@ -46,7 +46,7 @@ def _no_image_questions(s: Any) -> bool:
 
 
 def _cannot_group(s: Any) -> bool:
-    return not (s.has_vision and s.shuffle and (s.pack_to_max_length or s.batch_size > 1))
+    return not (s.has_vision and s.shuffle and (s.packs or s.batch_size > 1))
 
 
 class Part(BaseModel):
@@ -206,10 +206,13 @@ class DataPart(Part):
     """Maximum tokens per sample, and the length of a pack. With a vision tower the tokens of one
     image come on top, in every sample: 1472 and the 576 of CLIP ViT-L/14-336 make 2048."""
     pack_to_max_length: Annotated[
-        bool, Mark(comment="several samples per row, kept apart: faster, same result")
-    ] = True
+        Literal["auto"] | bool,
+        Mark(comment="several samples per row, kept apart: faster, same result"),
+    ] = "auto"
     """Fill rows of max_length tokens with several samples that cannot attend to each other: faster,
-    same result."""
+    same result. 'auto' does so for every model that can keep them apart; others (Mamba, linear
+    attention, models outside transformers' attention interface such as Falcon) take one sample at a
+    time."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
     """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
     leaves it out, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is

@@ -61,6 +61,11 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         """Whether the input embedding may stay in CPU memory, as far as settings tell."""
         return self.uses_adapter and not self.has_vision
 
+    @property
+    def packs(self) -> bool:
+        """Whether samples share rows; true for 'auto' until the model decides."""
+        return self.pack_to_max_length is not False
+
     @classmethod
     def mark(cls, name: str) -> Mark:
         """The mark of setting `name`."""

@@ -153,7 +153,7 @@ class _Assembly:
         own = self._samples.take(samples_of(rows, self._borders))
         numbers = np.arange(len(own), dtype=np.int64)
         members, borders = numbers, np.arange(len(own) + 1, dtype=np.int64)
-        if s.pack_to_max_length:
+        if s.packs:
             taken = order.permutation(len(own), "pack", s.seed) if s.shuffle else numbers
             members, borders = self._packed_by_kind(own, taken)
         stores = [each.store for each in self._encoded]
@@ -189,7 +189,7 @@ class _Assembly:
             train=PartReport.of(train, self._longest),
             validation=None if validation is None else PartReport.of(validation, self._longest),
             max_length=self._longest,
-            packed=s.pack_to_max_length,
+            packed=s.packs,
             duplicates=num_duplicates(hashes[learnt], hashes[aside]),
             notes=(
                 *(note for each in self._encoded for note in each.source.notes),

@@ -164,15 +164,18 @@ def _token_ids(
     seen = torch.tensor([said], device=device)
     step, cache = seen, None
     inputs: dict[str, Any] = dict(first) or {"input_ids": step}
-    extra = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+    extra: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+    cached = _takes(model, "past_key_values")  # models with a state of another kind go without
     while True:
         # Neither grad mode nor the choice of kernels may stay while the caller has the piece.
         with torch.no_grad(), attention.without_cudnn(device):
-            output = model(**inputs, past_key_values=cache, use_cache=True, **extra)
+            if cached:
+                extra["past_key_values"] = cache
+            output = model(**inputs, use_cache=cached, **extra)
             chosen = choose(seen, output.logits[:, -1].float())
         yield int(chosen)
         seen = torch.cat([seen, chosen[:, None]], dim=1)
-        cache = output.past_key_values
+        cache = output.past_key_values if cached else None
         step = seen if cache is None else chosen[:, None]
         inputs = {"input_ids": step}
 

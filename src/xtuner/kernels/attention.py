@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from xtuner.errors import ModelError
 from xtuner.kernels import varlen_attention
@@ -215,21 +215,3 @@ def register() -> str:
     """
     AttentionInterface.register(NAME, packed_attention)
     return NAME
-
-
-def training_implementation(model: PreTrainedModel, wanted: str) -> str:
-    """The attention to train `model` with: xtuner's for 'auto', where the model takes it.
-
-    Raises:
-        ModelError: the model cannot keep packed samples apart with any attention known here.
-    """
-    if wanted != "auto":
-        return wanted
-    if not model._supports_attention_backend:  # upstream's flag for the attention interface
-        raise ModelError(
-            f"{type(model).__name__} does not use transformers' attention interface, so samples "
-            "in one row could "
-            "see each other: set pack_to_max_length = False, batch_size = 1 and "
-            "attn_implementation = 'eager'"
-        )
-    return register()

@@ -11,6 +11,7 @@ that computes something else stays as it is.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -158,6 +159,8 @@ def _norm_like(layer: nn.Module, check: bool) -> nn.Module | None:
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float):
         return None
     if isinstance(layer, RMSNorm) or len(list(layer.parameters())) > 1:
+        return None
+    if len(inspect.signature(layer.forward).parameters) != 1:  # norms that take a gate beside x
         return None
     ours = RMSNorm(weight, eps)
     alike = not check or _same(layer, ours, _probe(weight.shape[0], weight))

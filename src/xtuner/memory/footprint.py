@@ -9,7 +9,7 @@ not of a formula for the average one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from xtuner.kernels import (
+    attention,
     block_attention,
     cross_entropy,
     fused_attention,
@@ -26,13 +27,13 @@ from xtuner.kernels import (
     fused_norm_mlp,
     host_embedding,
 )
-from xtuner.kernels.attention import training_implementation
 from xtuner.kernels.compiled import kernels_for, shapes_only
 from xtuner.kernels.scratch import kept
 from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
 from xtuner.models import adapters
 from xtuner.models.causal_lm import missing_to_round
 from xtuner.models.load import located_config, quiet_transformers
+from xtuner.models.packing import training_implementation, why_apart
 from xtuner.models.quantize import Quantization
 
 KEPT_BY_FLASH = "xtuner_footprint"
@@ -105,9 +106,14 @@ def measure(
 
     def some(count: int | None) -> _Counts:
         model = _build(config, count, dtype, trust_remote_code)
-        implementation = KEPT_BY_FLASH if flash else training_implementation(model, "auto")
+        apart = why_apart(model) is not None
+        implementation = training_implementation(model, "auto")
+        if flash and implementation == attention.NAME:
+            implementation = KEPT_BY_FLASH
         model.set_attn_implementation(implementation)
         _fix_rotation(model)
+        rows = [(n,) for n in tokens] if apart else [tokens]
+        few = _few_tokens(config) if getattr(model, "_is_stateful", False) else None
         fused_norm_mlp.install(model, check=False)
         if not flash:
             fused_attention.install(model, check=False)
@@ -131,7 +137,9 @@ def measure(
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         with nullcontext() if flash else shapes_only():
-            peaks = _peaks_of_step(model.train(), tokens, autocast, flash, accumulate)
+            peaks = _peaks_of_rows(
+                model.train(), rows, few, autocast=autocast, on_gpu=flash, accumulate=accumulate
+            )
         weights = sum(size for size, _ in held) - saved
         gradients = sum(size for size, trained in held if trained)
         beside = workspace + accumulate * gradients
@@ -159,9 +167,26 @@ class _Counts:
     def line_through(self, other: _Counts, *, at: int) -> _Counts:
         """Values at `at` layers; self has the first, other the second of `FEW_LAYERS`."""
         low, high = FEW_LAYERS
-        steps = (at - low) / (high - low)
         pairs = zip(self.values, other.values, strict=True)
-        return _Counts([a + (b - a) * steps for a, b in pairs])
+        return _Counts([_line((low, high), pair, at=at) for pair in pairs])
+
+
+def _few_tokens(config: Any) -> tuple[int, int]:
+    """Lengths of which a line tells about longer samples of a model with a state.
+
+    Without their kernels such models go from token to token, or from chunk to chunk, in Python:
+    2,048 tokens would take minutes even on shapes.
+    """
+    text = config.get_text_config()
+    chunk = getattr(text, "chunk_size", None) or getattr(text, "mamba_chunk_size", None)
+    if not isinstance(chunk, int):
+        chunk = 64 if hasattr(text, "linear_key_head_dim") else 8  # 64 is fixed in their code
+    return chunk, 2 * chunk
+
+
+def _line(xs: tuple[int, int], ys: tuple[float, float], *, at: int) -> float:
+    """The value at `at` of the line through two points."""
+    return ys[0] + (ys[1] - ys[0]) * (at - xs[0]) / (xs[1] - xs[0])
 
 
 def _layers_differ(config: Any) -> bool:
@@ -228,15 +253,32 @@ def _reads_four_bits(model: nn.Module, lora: dict[str, Any], dtype: torch.dtype)
     return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
 
 
+def _peaks_of_rows(
+    model: Any,
+    rows: Sequence[tuple[int, ...]],
+    few: tuple[int, int] | None,
+    *,
+    autocast: torch.dtype | None,
+    on_gpu: bool,
+    accumulate: bool,
+) -> list[float]:
+    """As `_peaks_of_step`; with lengths `few`, along the line through steps of these."""
+    total = sum(sum(row) for row in rows)
+    if few is None or total <= few[1]:
+        return [*_peaks_of_step(model, rows, autocast, on_gpu, accumulate)]
+    parts = [_peaks_of_step(model, [(n,)], autocast, on_gpu, accumulate) for n in few]
+    return [_line(few, pair, at=total) for pair in zip(*parts, strict=True)]
+
+
 def _peaks_of_step(
     model: Any,
-    tokens: tuple[int, ...],
+    rows: Sequence[tuple[int, ...]],
     autocast: torch.dtype | None,
     on_gpu: bool,
     accumulate: bool,
 ) -> list[int]:
     """Peaks of the forward pass with the loss, and of both halves of the backward pass, beside
-    gradients that are to be added to.
+    gradients that are to be added to. Several rows (of samples' lengths) hold one sample each.
 
     Each of the three grows by the same with every layer; which is highest may change.
     """
@@ -245,30 +287,15 @@ def _peaks_of_step(
     with _caches_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         pretend_cpu(model)
         for parameter in model.parameters():
-            if accumulate and parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
-        supervised = sum(tokens)
-        if missing := missing_to_round(supervised):
-            tokens = (*tokens, missing)
-        ids = torch.zeros(1, sum(tokens), dtype=torch.int64)
-        borders = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
+            given = accumulate and parameter.requires_grad
+            parameter.grad = torch.empty_like(parameter) if given else None
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        head = causal.get_output_embeddings()
         counter = LiveBytes()
         with counter, torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            hidden = causal.base_model(
-                input_ids=ids,
-                position_ids=torch.cat([torch.arange(n) for n in tokens])[None],
-                use_cache=False,
-                cu_seq_lens_q=_Lengths(borders, tokens),
-                cu_seq_lens_k=borders,
-                max_length_q=max(tokens),
-                max_length_k=max(tokens),
-            ).last_hidden_state
-            value = -cross_entropy.log_probabilities(
-                hidden[0, :supervised], head.weight, ids[0, :supervised]
-            ).sum()
-            del hidden
+            if len(rows) == 1 and why_apart(causal) is None:
+                value = _loss_of_row(causal, rows[0])
+            else:
+                value = torch.stack([_loss_alone(causal, count) for (count,) in rows]).sum()
             if on_gpu:  # only on a CPU is it kept
                 kept.tensors.clear()
         forward = len(counter.history)
@@ -277,6 +304,34 @@ def _peaks_of_step(
         history = counter.history
     middle = (forward + len(history)) // 2
     return [max(history[:forward]), max(history[forward:middle]), max(history[middle:])]
+
+
+def _loss_of_row(causal: Any, tokens: tuple[int, ...]) -> Tensor:
+    """The loss of samples of the lengths `tokens` in one row."""
+    supervised = sum(tokens)
+    if missing := missing_to_round(supervised):
+        tokens = (*tokens, missing)
+    ids = torch.zeros(1, sum(tokens), dtype=torch.int64)
+    borders = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
+    hidden = causal.base_model(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(n) for n in tokens])[None],
+        use_cache=False,
+        cu_seq_lens_q=_Lengths(borders, tokens),
+        cu_seq_lens_k=borders,
+        max_length_q=max(tokens),
+        max_length_k=max(tokens),
+    ).last_hidden_state
+    head = causal.get_output_embeddings().weight
+    return -cross_entropy.log_probabilities(hidden[0, :supervised], head, ids[0, :supervised]).sum()
+
+
+def _loss_alone(causal: Any, count: int) -> Tensor:
+    """The loss of one sample of `count` tokens by transformers' plainest call."""
+    ids = torch.zeros(1, count, dtype=torch.int64)
+    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    head = causal.get_output_embeddings().weight
+    return -cross_entropy.log_probabilities(hidden[0].to(head.dtype), head, ids[0]).sum()
 
 
 class _Lengths:

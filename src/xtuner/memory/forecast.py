@@ -263,7 +263,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
     picture = tokens_each(settings.visual_encoder_name_or_path or "") if settings.has_vision else 0
     whole = settings.max_length + picture
     longest = whole
-    if settings.pack_to_max_length:
+    if settings.packs:
         longest = min(longest, TYPICAL_SAMPLE + picture)
     total = settings.batch_size * whole
     lengths = (longest,) * (total // longest) + ((total % longest,) if total % longest else ())

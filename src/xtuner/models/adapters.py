@@ -18,6 +18,11 @@ from xtuner.hub.weight_files import tensors_of
 from xtuner.kernels.lora_layers import layer_classes
 from xtuner.models.old_adapters import fitting_llm_adapter
 
+OUTSIDE_PEFT = {
+    kind: ["out_proj"] for kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+}
+"""Linear layers, by model type, that PEFT refuses to adapt: kernels read the weight itself."""
+
 
 def add_adapter(
     model: nn.Module,
@@ -37,7 +42,8 @@ def add_adapter(
         r: rank.
         alpha: the adapters' output is scaled by ``alpha / r``.
         dropout: share of the adapters' inputs set to zero in training.
-        target_modules: names of layers, or 'all-linear' (all but the output head).
+        target_modules: names of layers, or 'all-linear' (all but the output head and those of
+            `OUTSIDE_PEFT`).
         modules_to_save: names of layers trained in full.
         seed: fixes the first values of A (B begins at zero); the global random state is kept.
         task_type: PEFT's word for what the model does; None for a visual encoder.
@@ -48,11 +54,14 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
 
     whole = list(target_modules) == ["all-linear"]
+    config: Any = model.config
+    outside = OUTSIDE_PEFT.get(config.model_type)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if whole else list(target_modules),
+        exclude_modules=outside if whole else None,
         modules_to_save=list(modules_to_save) or None,
         task_type=task_type,
     )

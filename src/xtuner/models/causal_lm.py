@@ -9,6 +9,7 @@ architecture is loaded, a wrong shortcut stops the run instead of training it si
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xtuner.device.select import FLOAT16_OVERFLOWS
 from xtuner.errors import ModelError
 from xtuner.kernels import attention
 from xtuner.kernels.cross_entropy import ScoringHead, log_probabilities_of_logits
 from xtuner.kernels.forward_override import with_forward
-from xtuner.models.quantize import row_by_row
+from xtuner.models.attention_check import ROUNDINGS, distance, wrong_attention
+from xtuner.models.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck
+from xtuner.models.packing import why_apart
+from xtuner.models.training_pass import plain_attention, text_decoder, traceless, without_dropout
 from xtuner.types import IGNORE_INDEX, Batch
-
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float64: 1e-6}
-"""Largest difference `verify` accepts, relative to the largest value, by number type."""
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration fields by which architectures change logits after the head; small logits hide a
@@ -46,6 +46,9 @@ class PackedCausalLM(nn.Module):
         model: the model; it stays reachable as `.model`.
         autocast: compute in this type although trained weights are float32; None computes in the
             weights' type.
+
+    Attributes:
+        apart: each sample goes through the model by itself, as transformers' plainest call.
     """
 
     def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None):
@@ -53,6 +56,7 @@ class PackedCausalLM(nn.Module):
         self.model = model
         self.autocast = autocast
         self.plain_logits = False
+        self.apart = why_apart(text_decoder(self.causal)) is not None
         head: Any = self.causal.get_output_embeddings()
         if type(head) is nn.Linear and head.bias is None:
             head.__class__ = with_forward(ScoringHead, nn.Linear)
@@ -75,27 +79,49 @@ class PackedCausalLM(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
         the tokens (see `Batch.sequence_of_predicting`)."""
+        with self._autocast():
+            if not self.apart:
+                return self._scores_of_row(_filled(batch), batch)
+            sequences = replace(batch, sequences_per_row=1).split()
+            parts = [part for part in sequences if part.num_supervised] or sequences[:1]
+            return torch.cat([self._scores_of_row(part, part) for part in parts])
+
+    def _scores_of_row(self, row: Batch, batch: Batch) -> Tensor:
+        """The log-probabilities of `batch`, which `row` begins with."""
         positions = batch.predicting
         targets = batch.labels[0, 1:][positions]
-        batch = _filled(batch)
-        with torch.autocast(
-            self.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
-            head: Any = self.causal.get_output_embeddings()
-            if not self.plain_logits and isinstance(head, ScoringHead):
-                return head(self.hidden_states(batch)[0, positions], targets)  # type: ignore[operator, no-any-return]
-            return log_probabilities_of_logits(self._logits(batch, positions), targets)
+        head: Any = self.causal.get_output_embeddings()
+        if not self.plain_logits and isinstance(head, ScoringHead):
+            hidden = self._for_head(self.hidden_states(row)[0, positions])
+            return head(hidden, targets)  # type: ignore[operator, no-any-return]
+        return log_probabilities_of_logits(self._logits(row, positions), targets)
 
     def _logits(self, batch: Batch, positions: Tensor) -> Tensor:
-        return self.causal(**self._inputs(batch), logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
+        inputs = self._inputs(batch)
+        if "logits_to_keep" in inspect.signature(self.causal.forward).parameters:
+            return self.causal(**inputs, logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
+        return self.causal(**inputs).logits[0, positions]  # type: ignore[no-any-return]
+
+    def _for_head(self, hidden: Tensor) -> Tensor:
+        """`hidden` in the head's type: Mamba keeps residuals in float32, and casts them here."""
+        weight: Tensor = self.causal.get_output_embeddings().weight
+        return hidden if self.autocast else hidden.to(weight.dtype)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.autocast is not None
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled)
+
+    @property
+    def _implementation(self) -> str:
+        """The name of the attention, in transformers' interface."""
+        return str(self.causal.config.get_text_config()._attn_implementation)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "use_cache": False,
-        }
-        implementation = self.causal.config.get_text_config()._attn_implementation
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if self.apart:
+            return inputs
+        inputs["position_ids"] = batch.position_ids
+        implementation = self._implementation
         if implementation == attention.NAME or "flash" in implementation:
             borders = batch.cu_seqlens
             longest = int((borders[1:] - borders[:-1]).max())
@@ -105,45 +131,74 @@ class PackedCausalLM(nn.Module):
             inputs |= {"max_length_q": longest, "max_length_k": longest}
         return inputs
 
-    @torch.no_grad()
-    def verify(self) -> str | None:
-        """Check isolation of packed samples and the shortcut from hidden states to logits.
+    def verify(self, *, packed: bool = True) -> str | None:
+        """Check on a few random tokens, by passes as in training, that no token reads another
+        sample or a later token, and the shortcut from hidden states to logits; see `isolation`.
+
+        Args:
+            packed: samples share rows. Otherwise a model that lets them see each other takes them
+                one at a time from now on.
 
         Returns:
-            A note when the shortcut does not hold for this architecture and full logits are used
-            instead.
+            What the user should know of this architecture, if anything.
 
         Raises:
-            ModelError: samples in one row see each other.
+            ModelError: samples in one row see each other, or are computed wrongly.
         """
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with (
-                row_by_row(self.model),
-                torch.autocast(
-                    self.device.type, dtype=self.autocast, enabled=self.autocast is not None
-                ),
-            ):
-                return self._verify()
-        finally:
-            self.model.train(was_training)
+        notes: list[str | None] = []
+        with traceless(self), self._autocast():
+            if not self.apart and (fault := self._fault_of_row(notes)):
+                if packed:
+                    raise ModelError(fault)
+                self.apart = True
+                if self._implementation == attention.NAME:
+                    decoder = text_decoder(self.causal)
+                    decoder.set_attn_implementation(plain_attention(decoder))
+                notes = [f"samples go through the model one at a time, for {fault}"]
+            if self.apart:
+                alone = IsolationCheck(self, LENGTHS[1:2])
+                if leak := alone.leak():
+                    raise ModelError(f"{self._described()}: {leak}; it cannot be trained here")
+            notes.append(self._check_head())
+        return "; ".join(filter(None, notes)) or None
 
-    def _verify(self) -> str | None:
-        packed = self._probe((5, 7))
-        parts = [self._probe((5,)), self._probe((7,), offset=5)]
-        together = self.hidden_states(packed)
-        self._refuse_overflow(together)
-        apart = torch.cat([self.hidden_states(part) for part in parts], dim=1)
-        if not _close(together, apart):
-            raise ModelError(
-                f"{type(self.causal).__name__} with attention "
-                f"'{self.causal.config._attn_implementation}': a sample's "
-                "result changes with its neighbours in the row, so packing would train on leaked "
-                "text. Set "
-                "attn_implementation = 'eager'; if that does not help, this architecture cannot "
-                "be trained here."
+    def _described(self) -> str:
+        """The model and its attention, for messages."""
+        return f"{type(self.causal).__name__} with attention {self._implementation!r}"
+
+    def _fault_of_row(self, notes: list[str | None]) -> str | None:
+        """What goes wrong in a row of several samples; adds what cannot be checked to `notes`."""
+        check = IsolationCheck(self)
+        hint = "Set pack_to_max_length = False, or attn_implementation = 'eager'"
+        if leak := check.leak():
+            return (
+                f"{self._described()}: a sample's result depends on its neighbours in the row or "
+                f"on later tokens ({leak}), so packing would train on leaked text. {hint}"
             )
+        if self._implementation == attention.NAME and (width := _head_width(self.causal)):
+            dtype = self.autocast or self.causal.dtype
+            wrong = wrong_attention(
+                self._implementation, width=width, device=self.device, dtype=dtype
+            )
+            if wrong:
+                return f"{self._described()}: {wrong}. {hint}"
+        found, allowed = check.displaced()
+        if found > allowed:
+            return (
+                f"{self._described()}: a sample in a row differs from the same sample alone by "
+                f"{found:.2g} of its size, and rounding explains {allowed:.2g}: positions or "
+                f"borders are wrong. {hint}"
+            )
+        if allowed > BLIND:
+            notes.append(
+                f"rounding changes this model's results by {allowed / FACTOR:.0%} with the length "
+                "of a row, so positions in packed rows could not be checked"
+            )
+        return None
+
+    def _check_head(self) -> str | None:
+        """Compare hidden states times head with the model's logits, and keep to what holds."""
+        probe = IsolationCheck(self, LENGTHS[1:2]).batch()
         head: Any = self.causal.get_output_embeddings()
         config = self.causal.config
         if not isinstance(head, ScoringHead):
@@ -151,8 +206,11 @@ class PackedCausalLM(nn.Module):
             return None
         assert isinstance(head, nn.Linear)
         changes = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
-        everything = torch.arange(packed.num_tokens, device=self.device)
-        if changes or not _close(head(together)[0], self._logits(packed, everything)):
+        everything = torch.arange(probe.num_tokens, device=self.device)
+        with torch.no_grad(), without_dropout(self):
+            logits = self._logits(probe, everything)
+            off = distance(head(self._for_head(self.hidden_states(probe)))[0], logits)
+        if changes or off > ROUNDINGS * torch.finfo(self.autocast or head.weight.dtype).eps:
             self.plain_logits = True
             return (
                 f"{type(self.causal).__name__} changes its logits after the output head: "
@@ -160,23 +218,13 @@ class PackedCausalLM(nn.Module):
             )
         return None
 
-    def _refuse_overflow(self, hidden: Tensor) -> None:
-        """Raise if numbers of the forward pass are too large for float16."""
-        computed = self.autocast or hidden.dtype
-        if computed == torch.float16 and not torch.isfinite(hidden).all():
-            raise ModelError(
-                f"{type(self.causal).__name__}: its hidden states are not finite. "
-                f"{FLOAT16_OVERFLOWS}"
-            )
 
-    def _probe(self, lengths: tuple[int, ...], offset: int = 0) -> Batch:
-        total = sum(lengths)
-        vocabulary = self.causal.get_input_embeddings().weight.shape[0]
-        ids = (torch.arange(offset, offset + total) * 7919 + 13) % min(vocabulary, 32000)
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        batch = Batch(ids[None], ids[None].clone(), positions[None], borders)
-        return batch.to(self.device)
+def _head_width(causal: Any) -> int | None:
+    """Numbers in a head of the attention, as the configuration has them."""
+    text = causal.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    width = getattr(text, "head_dim", None)
+    return width or (text.hidden_size // heads if isinstance(heads, int) else None)
 
 
 def missing_to_round(count: int) -> int:
@@ -208,10 +256,3 @@ def _filled(batch: Batch) -> Batch:
         cu_seqlens=F.pad(batch.cu_seqlens, (0, 1), value=count + missing),
         pictures=pictures,
     )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    a, b = a.float(), b.float()
-    low = torch.is_autocast_enabled(a.device.type)
-    limit = max(TOLERANCE[a.dtype], TOLERANCE[torch.bfloat16] if low else 0)
-    return bool((a - b).abs().max() <= limit * b.abs().max().clamp(min=1e-6))

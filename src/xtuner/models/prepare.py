@@ -9,9 +9,9 @@ import torch
 
 from xtuner.config.schema import Settings
 from xtuner.kernels import fused_attention, fused_decoder, fused_norm_mlp, host_embedding
-from xtuner.kernels.attention import training_implementation
 from xtuner.models import adapters
 from xtuner.models.load import load_model
+from xtuner.models.packing import training_implementation
 from xtuner.models.vision.parts import LLM, LLM_ADAPTER
 
 

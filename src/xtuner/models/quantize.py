@@ -6,8 +6,7 @@ of its block of 64, and 32/(64·256) for the scale of 256 scales.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,25 +32,6 @@ def quantization_config(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
     )
-
-
-@contextlib.contextmanager
-def row_by_row(model: nn.Module) -> Iterator[None]:
-    """Let layers of 8 bits round every token by itself.
-
-    LLM.int8() (arXiv:2208.07339, section 3.2) takes a column in 16 bits for all tokens where one
-    of them has a large number in it, so by roundings a token's result depends on its neighbours.
-    """
-    found = (getattr(module, "state", None) for module in model.modules())
-    states: list[Any] = [state for state in found if hasattr(state, "threshold")]
-    before = [state.threshold for state in states]
-    try:
-        for state in states:
-            state.threshold = 0.0
-        yield
-    finally:
-        for state, threshold in zip(states, before, strict=True):
-            state.threshold = threshold
 
 
 def is_quantized(model: nn.Module) -> bool:

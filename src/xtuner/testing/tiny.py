@@ -68,7 +68,10 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) ->
         "pad_token_id": 2,
         "tie_word_embeddings": False,
     }
-    config = AutoConfig.for_model(model_type, **{**sizes, **overrides})
+    kind = type(AutoConfig.for_model(model_type))
+    fixed = {n for n in sizes if isinstance(getattr(kind, n, None), property)}  # Falcon's head_dim
+    given = {name: value for name, value in sizes.items() if name not in fixed}
+    config = AutoConfig.for_model(model_type, **{**given, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

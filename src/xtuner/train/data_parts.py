@@ -14,6 +14,7 @@ from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.images.expansion import Sight
 from xtuner.models.load import load_tokenizer
+from xtuner.models.packing import resolve_packing
 from xtuner.templates.base import Template
 from xtuner.train.vision import sight_of
 
@@ -23,12 +24,13 @@ class DataParts:
     """The parts, made in the order in which they need each other.
 
     Attributes:
-        settings: of the run.
+        settings: of the run, with `pack_to_max_length` decided.
         folder: of the settings file.
         tokenizer: of the model; knows the token ``<image>`` if the model takes images.
         algorithm: which records it takes, and which sequences it makes of them.
         template: lays out conversations.
         sight: how images are laid out; None if the model takes none.
+        packing: a line to show where the model decided against packing.
     """
 
     settings: Settings
@@ -37,6 +39,7 @@ class DataParts:
     algorithm: BaseAlgorithm
     template: Template
     sight: Sight | None
+    packing: str | None
 
     @classmethod
     def open(cls, loaded: LoadedSettings) -> DataParts:
@@ -45,14 +48,15 @@ class DataParts:
         Raises:
             XTunerError: the tokenizer, template, algorithm or vision tower cannot be used.
         """
-        settings, folder = loaded.settings, loaded.folder
+        folder = loaded.folder
+        settings, packing = resolve_packing(loaded.settings)
         algorithm = algorithms.of_run(settings, folder=folder)
         tokenizer = load_tokenizer(
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
         sight = sight_of(settings, tokenizer, folder=folder)
         template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
-        return cls(settings, folder, tokenizer, algorithm, template, sight)
+        return cls(settings, folder, tokenizer, algorithm, template, sight, packing)
 
     @property
     def arguments(self) -> dict[str, Any]:

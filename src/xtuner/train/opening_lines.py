@@ -27,6 +27,7 @@ def opening_lines(
     steps: tuple[int, int],
     data: Iterable[str],
     pictures: str | None,
+    packing: str | None,
     work_dir: Path,
 ) -> Iterator[str]:
     """Yield them in the order in which a reader asks.
@@ -40,6 +41,7 @@ def opening_lines(
         steps: of the run, and of an epoch.
         data: lines about the rows.
         pictures: line about the visual encoder.
+        packing: why samples are not packed, where the model decided.
         work_dir: where results go.
     """
     yield from lines_of_model(s, plan, dtype)
@@ -53,8 +55,10 @@ def opening_lines(
     yield (
         f"Steps        {total:,} ({an_epoch:,} an epoch), each of {s.batch_size} (batch_size) x "
         f"{s.accumulative_counts} (accumulative_counts) x {processes} (processes) "
-        f"{'packs' if s.pack_to_max_length else 'samples'}"
+        f"{'packs' if s.packs else 'samples'}"
     )
+    if packing:
+        yield f"Samples      {packing}"
     if not plan.forecast.failure:
         yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
     notes = _notes_on_steps(s, total)

@@ -34,6 +34,7 @@ from xtuner.kernels.attention_line import attention_line
 from xtuner.memory.forecast import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import located_config
+from xtuner.models.packing import resolve_packing
 from xtuner.models.prepare import make_trainable
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model
@@ -91,10 +92,13 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     """
     settings = loaded.settings
     device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
+    settings, packing = resolve_packing(settings)
     plan = plan_memory(settings, device, memory=memory, processes=processes)
     console = Console(highlight=False, soft_wrap=True)
     for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
         console.print(line, markup=False)
+    if packing:
+        console.print(f"Samples      {packing}", markup=False)
     if plan.forecast.failure:
         raise LaunchError("nothing can be said of the memory of this run; training may work")
     console.print(
@@ -146,6 +150,7 @@ class _TrainingRun:
         settings, console = self.settings, self.console
         source = self._resumable(resume) if resume else None
         self.parts = DataParts.open(self.loaded)
+        self.settings = settings = self.parts.settings
         self.tokenizer, self.template = self.parts.tokenizer, self.parts.template
         algorithm = self.parts.algorithm
         if settings.has_vision:
@@ -282,7 +287,7 @@ class _TrainingRun:
                 self.vision.recompute()
         else:
             wrapped = PackedCausalLM(llm, autocast=self.dtype if mixed else None)
-        if note := wrapped.verify():
+        if note := wrapped.verify(packed=s.packs):
             self.console.print(f"Note: {note}.")
         for line in self.vision.trained() if self.vision else ():
             self.console.print(line, markup=False)
@@ -300,6 +305,7 @@ class _TrainingRun:
             steps=(total, loader.steps_per_epoch),
             data=data.report.lines(),
             pictures=self.vision.line() if self.vision else None,
+            packing=self.parts.packing,
             work_dir=self.work_dir,
         )
         for line in lines:
