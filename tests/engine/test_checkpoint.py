@@ -113,7 +113,7 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path, name):
                 torch.manual_seed(0)
                 model = torch.nn.Linear(80, 80)
             optimizer = make_optimizer(
-                name, model, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, device="cpu"
+                name, model, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, paged=False
             )
         for step in steps:
             model.zero_grad()
@@ -129,7 +129,7 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path, name):
     fresh_model = torch.nn.Linear(80, 80)
     fresh_model.load_state_dict(model.state_dict())
     fresh = make_optimizer(
-        name, fresh_model, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, device="cpu"
+        name, fresh_model, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, paged=False
     )
     step, changed = load_state(tmp_path, optimizer=fresh, identity={"seed": 1, "lr": 0.25})
     assert step == 3 and changed == ["lr: 0.5 then, 0.25 now"]

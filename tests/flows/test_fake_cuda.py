@@ -64,7 +64,7 @@ RUNS = {
 }
 """Settings of runs that the CPU takes as well."""
 # Matrices of 100,000 numbers or more are paged.
-PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\nlora_r = 1600\n'
+PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\npaged_optimizer = True\nlora_r = 1600\n'
 
 
 def on_paper(*commands, words=()):
@@ -203,18 +203,44 @@ def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished
     assert "bfloat16 needs compute capability 8.0" in str(refused["code"])  # or it saw nothing
 
 
-def test_a_step_waits_for_the_card_three_times(workshop):
+@pytest.fixture(scope="module")
+def counted(workshop):
+    """Short runs whose waits are compared, by name."""
+
+    def run(name, settings="lora", *, steps, **more):
+        return train(settings, f"counted_{name}", max_steps=steps, save_steps=99, **more)
+
+    runs = {
+        "short": run("short", steps=2, accumulative_counts=1),
+        "long": run("long", steps=6, accumulative_counts=1),
+        "many": run("many", steps=6, accumulative_counts=3),
+        "short_8bit": run("short_8bit", steps=2, optim_type="AdamW8bit"),
+        "long_8bit": run("long_8bit", steps=6, optim_type="AdamW8bit"),
+        "fits": run("fits", "paged", steps=1, paged_optimizer="auto"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workshop)
+        return dict(zip(runs, on_paper(*runs.values()), strict=True))
+
+
+def test_a_step_waits_for_the_card_twice(counted):
     """For the loss and the norm of the gradients, which are wanted as numbers, however many
     micro-batches there are."""
+    assert 0 < counted["long"]["waits"] - counted["short"]["waits"] <= 2 * 4
+    assert counted["many"]["waits"] == counted["long"]["waits"]
 
-    def waits(steps, micro_batches):
-        work = f"waits_{steps}_{micro_batches}"
-        more = {"max_steps": steps, "save_steps": 99, "accumulative_counts": micro_batches}
-        return train("lora", work, **more)
 
-    short, long, many = on_paper(waits(2, 1), waits(6, 1), waits(6, 3))
-    assert 0 < long["waits"] - short["waits"] <= 3 * 4
-    assert many["waits"] == long["waits"]
+def test_a_step_of_a_library_that_waits_for_each_matrix_waits_once_more(counted):
+    """bitsandbytes' optimizers, over the 28 matrices of these adapters."""
+    found = counted["long_8bit"]
+    assert found["code"] == 0, found["text"]
+    assert "one parameter at a time" not in found["text"]  # it has proven itself
+    assert 0 < found["waits"] - counted["short_8bit"]["waits"] <= 3 * 4
+
+
+def test_state_that_fits_is_not_paged(counted):
+    assert counted["fits"]["code"] == 0, counted["fits"]["text"]
+    assert "fits unpaged: AdamW32bit for PagedAdamW32bit" in counted["fits"]["text"]
 
 
 def test_a_card_without_bfloat16_trains_in_float16_by_itself(workshop):

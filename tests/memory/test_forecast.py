@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from xtuner.cli.app import main
-from xtuner.config.schema import Settings
+from xtuner.config.schema import Settings, check_combinations
 from xtuner.errors import ConfigError
 from xtuner.memory import forecast as module
+from xtuner.memory.footprint import Footprint
 from xtuner.memory.forecast import forecast, parse_memory, plan_memory
 from xtuner.testing.tiny import tiny_model_folder
 
@@ -84,6 +85,51 @@ def test_paged_optimizer_state_is_no_memory_of_torch_on_a_gpu(folder):
     assert "may move to the CPU" in list(paged.lines())[1]
     on_cpu = forecast(settings(folder, optim_type="PagedAdamW32bit"), "cpu", recompute=True)
     assert "move" not in list(on_cpu.lines())[1] and not on_cpu.paged
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A model of 100 MiB, of which a step takes 400 more, 150 with recomputation."""
+
+    def footprint(chosen, device, recompute):
+        step = 150 if recompute else 400
+        return Footprint(100 * MB, step * MB, 40 * MB, 10 * MB, 25 * MB)
+
+    monkeypatch.setattr(module, "_footprint", footprint)
+
+
+def test_state_is_paged_only_where_it_must(folder, measured):
+    """Before activations are recomputed, since that costs more."""
+    chosen = settings(folder, optim_type="PagedAdamW32bit")
+    plenty = plan_memory(chosen, "cuda", memory=2**40)
+    assert not plenty.paged and any("AdamW32bit for Paged" in line for line in plenty.lines())
+    plain = forecast(settings(folder, optim_type="AdamW"), "cuda", recompute=False)
+    assert plenty.forecast.peak == plain.peak  # the state counts
+    tight = plan_memory(chosen, "cuda", memory=plenty.forecast.peak - MB)
+    assert tight.fits and tight.paged and not tight.forecast.recompute
+    assert not any("fits unpaged" in line for line in tight.lines())
+    last = plan_memory(chosen, "cuda", memory=tight.forecast.peak - MB)
+    assert last.forecast.recompute
+    least = plan_memory(chosen, "cuda", memory=MB)
+    assert least.paged and least.forecast.recompute
+    assert not plan_memory(chosen, "cpu", memory=MB).paged
+
+
+def test_paging_can_be_asked_for_and_refused(folder, measured):
+    def chosen(paged, optim_type="PagedAdamW32bit"):
+        return settings(folder, optim_type=optim_type, paged_optimizer=paged, batch_size=1)
+
+    assert plan_memory(chosen(True), "cuda", memory=2**40).paged
+    never = plan_memory(chosen(False), "cuda", memory=MB)
+    assert not never.paged and any("not to be paged" in line for line in never.lines())
+    cures = list(plan_memory(chosen(False), "cuda", memory=MB).cures())
+    assert any("paged_optimizer = True" in line for line in cures)
+    pages = plan_memory(chosen("auto"), "cuda", memory=MB)
+    assert not any("paged_optimizer" in line for line in pages.cures())
+    assert dict(check_combinations(chosen(True, "AdamW")))["paged_optimizer"]
+    assert not list(check_combinations(chosen(True)))
+    assert chosen(False, "AdamW").without_effect() == ["paged_optimizer"]
+    assert chosen(False).without_effect() == []
 
 
 def test_cures_are_settings_that_a_run_takes(folder):

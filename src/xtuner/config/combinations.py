@@ -48,6 +48,15 @@ def _check_embedding_on_cpu(s: Settings) -> Iterator[tuple[str, str]]:
         )
 
 
+def _check_paged_optimizer(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.paged_optimizer is True and not s.optim_type.startswith("Paged"):
+        yield (
+            "paged_optimizer",
+            f"optim_type = {s.optim_type!r} has no paged state; set optim_type to a paged "
+            "optimizer such as 'PagedAdamW32bit', or paged_optimizer = 'auto'",
+        )
+
+
 def _check_vision(s: Settings) -> Iterator[tuple[str, str]]:
     if not s.has_vision:
         if s.freeze_llm:
@@ -136,6 +145,7 @@ def _check_algorithm(s: Settings) -> Iterator[tuple[str, str]]:
 CHECKS: tuple[Check, ...] = (
     _check_quantization,
     _check_embedding_on_cpu,
+    _check_paged_optimizer,
     _check_vision,
     _check_evaluation_images,
     _check_lora_modules_to_save,

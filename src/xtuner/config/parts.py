@@ -37,6 +37,10 @@ def _no_vision_adapter(s: Any) -> bool:
     return not s.has_vision or s.visual_encoder_lora_r is None
 
 
+def _not_paged(s: Any) -> bool:
+    return not s.optim_type.startswith("Paged")
+
+
 def _no_questions(s: Any) -> bool:
     return not s.evaluation_inputs
 
@@ -249,6 +253,10 @@ class OptimPart(Part):
     ] = "AdamW"
     """An optimizer of torch.optim by name ('AdamW', 'SGD', ...), or one of bitsandbytes:
     'AdamW8bit', 'PagedAdamW', 'PagedAdamW32bit', 'PagedAdamW8bit', 'Lion8bit', ..."""
+    paged_optimizer: Annotated[Literal["auto"] | bool, Mark("free", idle=_not_paged)] = "auto"
+    """On a GPU, let the state of a paged optimizer ('PagedAdamW32bit', ...) move to CPU memory when
+    GPU memory is short. 'auto' does so only if the run would not fit otherwise, according to the
+    forecast, and before recomputing activations; the arithmetic is the same."""
     lr: Annotated[AboveZero, Mark(comment="")] = 2e-4
     """Peak learning rate, reached after the warm-up."""
     betas: Annotated[Betas, Mark(comment="")] = (0.9, 0.999)

@@ -20,16 +20,24 @@ def make_optimizer(
     lr: float,
     betas: tuple[float, float],
     weight_decay: float,
-    device: str,
+    paged: bool = True,
 ) -> torch.optim.Optimizer:
     """Make optimizer `name` for the trainable parameters of `model`.
 
     Biases and norms (parameters of one dimension) get no weight decay.
 
+    Args:
+        name: of a class of torch.optim or bitsandbytes.optim.
+        model: its parameters with `requires_grad` are trained.
+        lr: learning rate of the first step.
+        betas: given where the class takes them.
+        weight_decay: of all other parameters.
+        paged: False takes the unpaged kind of a paged optimizer, which has the same arithmetic.
+
     Raises:
-        ConfigError: neither torch.optim nor bitsandbytes has it, or it does not run on `device`.
+        ConfigError: neither torch.optim nor bitsandbytes has it, or it cannot be used here.
     """
-    kind = _optimizer_class(name, device)
+    kind = _optimizer_class(name, paged=paged)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -43,12 +51,12 @@ def make_optimizer(
         options["fused"] = True
     try:
         optimizer: torch.optim.Optimizer = kind([g for g in groups if g["params"]], **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"optim_type = {name!r}: cannot be used here: {error}") from error
     return optimizer
 
 
-def _optimizer_class(name: str, device: str) -> Any:
+def _optimizer_class(name: str, *, paged: bool) -> Any:
     known = {
         n: c
         for n, c in vars(torch.optim).items()
@@ -71,16 +79,22 @@ def _optimizer_class(name: str, device: str) -> Any:
             f"optim_type = {name!r}: there is no such optimizer{did_you_mean(name, allowed)}; "
             f"allowed: {', '.join(allowed)}"
         )
-    return quantised[unpaged(name) if device == "cpu" else name]
+    return quantised[name if paged else unpaged(name)]
 
 
 def unpaged(name: str) -> str:
-    """The optimizer that takes the place of a paged one on a CPU, which has nothing to page to.
+    """The optimizer that takes the place of a paged one: on a CPU, which has nothing to page to,
+    and where the state fits on the GPU.
 
     A paged optimizer keeps its state in memory that moves between GPU and CPU; its arithmetic is
     the same.
     """
     return name.removeprefix("Paged")
+
+
+def is_paged(name: str) -> bool:
+    """Whether the optimizer is a paged one."""
+    return unpaged(name) != name
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
@@ -131,7 +145,7 @@ def learning_rate(
     return peak * (1 + math.cos(math.pi * t)) / 2 if schedule == "cosine" else peak * (1 - t)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Give every parameter group the same learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -146,6 +160,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """Scale gradients down to `max_norm` (None: leave them) and return their norm before that."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm is not None and norm > max_norm:
+    value = float(norm)  # the one wait for a GPU
+    if max_norm is not None and value > max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(norm)
+    return value

@@ -26,6 +26,7 @@ from xtuner.config.schema import Settings
 from xtuner.device.host import memory_mb
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine import faults, optim
+from xtuner.engine.flat_optimizer import FlatOptimizer
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.loss_scaler import LossScaler
 from xtuner.engine.signals import StopRequest
@@ -77,7 +78,7 @@ class Trainer:
         model: Any,
         algorithm: Algorithm,
         loader: Groups,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | FlatOptimizer,
         processes: Processes,
         run: Run,
         hooks: Sequence[BaseHook],
@@ -225,7 +226,8 @@ class Trainer:
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             loss, metrics = self._accumulate(group, divisor)
-            self.processes.sum_gradients(self.parameters)
+            gather = self.optimizer.gather if isinstance(self.optimizer, FlatOptimizer) else None
+            self.processes.sum_gradients(self.parameters, gather=gather)
             scaler.unscale(self.parameters)
             norm = optim.clip_gradients(self.parameters, self.settings.max_norm)
             overflow = float(not math.isfinite(norm))

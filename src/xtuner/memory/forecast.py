@@ -127,6 +127,12 @@ class MemoryPlan:
         return bool(self.forecast.failure) or self.forecast.peak <= self.memory
 
     @property
+    def paged(self) -> bool:
+        """Whether the optimizer's state is paged; where nothing is known, as `optim_type` says."""
+        unknown = bool(self.forecast.failure) and _may_page(self.settings, self.device)
+        return self.forecast.paged or unknown
+
+    @property
     def embedding_on_cpu(self) -> bool:
         """Whether the input embedding is to stay in the CPU's memory; asked for, it is tried even
         where the forecast knows that the model will refuse."""
@@ -136,6 +142,10 @@ class MemoryPlan:
     def lines(self) -> Iterator[str]:
         """The forecast and, where it does not fit, what to change."""
         yield from self.forecast.lines()
+        name = self.settings.optim_type
+        if self.device == "cuda" and optim.is_paged(name) and not self.paged:
+            why = "is not to be paged" if self.settings.paged_optimizer is False else "fits unpaged"
+            yield f"             the optimizer's state {why}: {optim.unpaged(name)} for {name}"
         if not self.fits:
             yield f"             more than the {self.memory / MB:,.0f} MiB there are for it"
             yield from self.cures()
@@ -147,11 +157,16 @@ class MemoryPlan:
             return
         settings, last, fits = self.settings, self.forecast.peak, False
         yield "Cheapest changes, each on top of those before:"
-        for changes in _cures(self.settings, recompute=self.forecast.recompute):
+        for changes in _cures(self.settings, self.forecast):
             tried = settings.model_copy(update=changes)
             if next(check_combinations(tried), None):
                 continue  # a run would refuse it
-            found = forecast(tried, self.device, recompute=_recomputes(tried, self.forecast))
+            found = forecast(
+                tried,
+                self.device,
+                recompute=_recomputes(tried, self.forecast),
+                paged=_may_page(tried, self.device) and self._would_page(tried),
+            )
             if self.forecast.embedding_on_cpu:
                 found = _without_embedding(found, tried)
             peak = found.peak
@@ -163,6 +178,11 @@ class MemoryPlan:
             if fits:
                 return
         yield "  a smaller model: nothing above is enough"
+
+    def _would_page(self, tried: Settings) -> bool:
+        """Whether a run with the settings `tried`, which may page, is sure to where it must."""
+        asked = tried.paged_optimizer is True or tried.optim_type != self.settings.optim_type
+        return asked or self.forecast.paged
 
 
 def plan_memory(
@@ -207,17 +227,24 @@ def _expected(settings: Settings, device: str, room: int) -> Forecast:
     return expected
 
 
-def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
+def forecast(
+    settings: Settings, device: str, *, recompute: bool, paged: bool | None = None
+) -> Forecast:
     """Forecast the peak of one process at `max_length`.
+
+    Args:
+        settings: of the run.
+        device: 'cpu' or 'cuda'.
+        recompute: whether activations are recomputed.
+        paged: whether the optimizer's state is paged; None: if it may be.
 
     Raises:
         ModelError: the model's configuration cannot be had.
     """
     found = _footprint(settings, device, recompute)
     moments = _bytes_of_moments(settings.optim_type)
-    paged = device == "cuda" and optim.unpaged(settings.optim_type) != settings.optim_type
     whole = Forecast(
-        paged=paged,
+        paged=_may_page(settings, device) if paged is None else paged,
         footprint=found,
         optimizer=int(found.trainable * moments),
         device=device,
@@ -229,14 +256,23 @@ def forecast(settings: Settings, device: str, *, recompute: bool) -> Forecast:
 
 def _ways(settings: Settings, device: str) -> Iterator[Forecast]:
     """Forecasts of what is left to us, by what it costs: an embedding on the CPU some MiB to copy a
-    step, recomputation a third more time."""
-    wanted = settings.gradient_checkpointing
+    micro-batch; paging what does not fit of the optimizer's state, at most all of it, to copy back
+    and forth a step; recomputation a third more time of every micro-batch."""
+    wanted, may_page = settings.gradient_checkpointing, _may_page(settings, device)
+    pages = (False, True) if may_page and settings.paged_optimizer == "auto" else (may_page,)
     for recompute in (False, True) if wanted == "auto" else (wanted,):
-        found = forecast(settings, device, recompute=recompute)
-        yield found
-        without = _without_embedding(found, settings)
-        if settings.embedding_on_cpu == "auto" and without.embedding_on_cpu:
-            yield without
+        for paged in pages:
+            found = forecast(settings, device, recompute=recompute, paged=paged)
+            yield found
+            without = _without_embedding(found, settings)
+            if settings.embedding_on_cpu == "auto" and without.embedding_on_cpu:
+                yield without
+
+
+def _may_page(settings: Settings, device: str) -> bool:
+    """Whether the optimizer's state may be paged."""
+    named = device == "cuda" and optim.is_paged(settings.optim_type)
+    return named and settings.paged_optimizer is not False
 
 
 def _without_embedding(whole: Forecast, settings: Settings) -> Forecast:
@@ -301,14 +337,16 @@ def _recomputes(settings: Settings, before: Forecast) -> bool:
     return before.recompute if wanted == "auto" else wanted
 
 
-def _cures(settings: Settings, *, recompute: bool) -> Iterator[Mapping[str, Any]]:
+def _cures(settings: Settings, before: Forecast) -> Iterator[Mapping[str, Any]]:
     """Changes in the order of what they cost: time first, then detail, then what is learnt."""
     if settings.batch_size > 1:
         counts = settings.accumulative_counts * settings.batch_size
         yield {"batch_size": 1, "accumulative_counts": counts}
     if settings.can_keep_embedding_on_cpu:
         yield {"embedding_on_cpu": True}
-    if not recompute:
+    if optim.is_paged(settings.optim_type) and not before.paged and before.device == "cuda":
+        yield {"paged_optimizer": True}
+    if not before.recompute:
         yield {"gradient_checkpointing": True}
     if "8bit" not in settings.optim_type:
         yield {"optim_type": "PagedAdamW8bit"}

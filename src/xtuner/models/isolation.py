@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xtuner.device.select import FLOAT16_OVERFLOWS
 from xtuner.errors import ModelError
 from xtuner.kernels import attention
 from xtuner.models.attention_check import ROUNDINGS, distance
@@ -113,6 +114,8 @@ class IsolationCheck:
             raise ModelError(
                 "the model gives numbers that are not finite for ordinary tokens: its weights are "
                 "damaged, or an earlier run diverged; take another checkpoint"
+                if first.states.dtype != torch.float16
+                else f"the model's hidden states are not finite. {FLOAT16_OVERFLOWS}"
             )
         self._last = first, second
         if reached := self._reached(first) or self._reached(second):

@@ -11,7 +11,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -69,23 +69,29 @@ class Processes:
             dist.all_gather_object(found, words)
         return [word for part in found for word in part]
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def sum_gradients(
+        self, parameters: Iterable[Tensor], *, gather: Callable[[], Iterable[Tensor]] | None = None
+    ) -> None:
         """Replace every gradient by its sum over all processes; a missing one counts as zero.
 
         One that all processes lack stays missing, as in a single process: for an optimizer with
         moments a gradient of zeros is another thing.
+
+        Args:
+            parameters: the same ones in every process.
+            gather: collects the gradients in buffers, once all processes have the same ones, and
+                returns what they are then gradients of.
         """
         if self.world_size == 1:
             return
         whole = list(parameters)
         there = self.sum([float(parameter.grad is not None) for parameter in whole])
-        bucket: list[Tensor] = []
         for parameter, count in zip(whole, there, strict=True):
-            if not count:
-                continue
-            if parameter.grad is None:
+            if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter.grad)
+        bucket: list[Tensor] = []
+        for gradient in [p.grad for p in (gather() if gather else whole) if p.grad is not None]:
+            bucket.append(gradient)
             if sum(g.numel() for g in bucket) >= BUCKET_NUMBERS:
                 _sum_bucket(bucket)
                 bucket = []
@@ -119,6 +125,10 @@ def _all_there() -> Iterator[None]:
 
 
 def _sum_bucket(gradients: list[Tensor]) -> None:
+    if len(gradients) == 1 and gradients[0].dtype == torch.float32 and gradients[0].is_contiguous():
+        with _all_there():
+            dist.all_reduce(gradients[0])
+        return
     flat = torch.cat([g.reshape(-1).float() for g in gradients])
     with _all_there():
         dist.all_reduce(flat)

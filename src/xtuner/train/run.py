@@ -19,8 +19,9 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.device import host
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import checkpoint as checkpoints
-from xtuner.engine import optim
+from xtuner.engine import flat_check, optim
 from xtuner.engine.checkpoint import CheckpointStore
+from xtuner.engine.flat_optimizer import FlatOptimizer
 from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.loss_scaler import LossScaler
 from xtuner.engine.resume import check_shape, identity_of
@@ -163,14 +164,7 @@ class _TrainingRun:
         self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
         self._tell(data, loader, total)
         model = self._make_model(source)
-        optimizer = optim.make_optimizer(
-            settings.optim_type,
-            model,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            device=self.device,
-        )
+        optimizer = self._make_optimizer(model)
         run = Run(
             settings=settings,
             work_dir=self.work_dir,
@@ -293,6 +287,29 @@ class _TrainingRun:
             self.console.print(line, markup=False)
         return wrapped
 
+    def _make_optimizer(self, model: PackedCausalLM) -> Any:
+        """The optimizer, over flat buffers where its steps are many and stay the same."""
+        s = self.settings
+        made = optim.make_optimizer(
+            s.optim_type,
+            model,
+            lr=s.lr,
+            betas=s.betas,
+            weight_decay=s.weight_decay,
+            paged=self.plan.paged,
+        )
+        if not flat_check.wants_flat_steps(made):
+            return made
+        fault = flat_check.fault_in_flat_steps(made)
+        if faults := self.processes.gather([fault] if fault else []):
+            self.console.print(
+                f"Note: {type(made).__name__} steps over one parameter at a time: over flat "
+                f"buffers {faults[0]}.",
+                markup=False,
+            )
+            return made
+        return FlatOptimizer(made)
+
     def _tell(self, data: TrainingData, loader: Loader, total: int) -> None:
         """Say in a few lines what will be done."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
@@ -363,7 +380,7 @@ class _TrainingRun:
         check_shape(source, self.settings)
         return source
 
-    def _restore(self, source: Path, optimizer: torch.optim.Optimizer, run: Run) -> None:
+    def _restore(self, source: Path, optimizer: Any, run: Run) -> None:
         """Bring back the optimizer and the step."""
         run.step, changed = checkpoints.load_state(
             source, optimizer=optimizer, identity=self.identity, loss_scaler=self.loss_scaler

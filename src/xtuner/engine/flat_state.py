@@ -1,0 +1,105 @@
+"""State of a bitsandbytes optimizer for a flat buffer, as state of the parameters that lie in it,
+and back.
+
+Every parameter begins at a multiple of `BLOCK` numbers. An 8-bit state has one scale for each
+`BLOCK` numbers, so no scale belongs to two parameters, and a parameter's state is the same to the
+bit in a buffer and alone. On disk a checkpoint holds the state of each parameter, never that of a
+buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Numbers that share a scale in bitsandbytes' 8-bit optimizers."""
+
+VALUES = ("state1", "state2")
+"""Entries with one number for each number of the parameter."""
+
+SCALES = ("absmax1", "absmax2")
+"""Entries with one number for each `BLOCK` numbers of the parameter."""
+
+State = dict[str, Any]
+
+
+def slot(numel: int) -> int:
+    """Numbers that a parameter of `numel` takes in a buffer."""
+    return -(-numel // BLOCK) * BLOCK
+
+
+def part_of(state: State, *, start: int, shape: Sequence[int]) -> State:
+    """The state of a parameter of `shape` that begins at number `start` of the buffer.
+
+    Tensors are views of those in `state`, and paged as those are. What is the same for all
+    parameters (the step, the table of the 8-bit type) is taken as it is.
+    """
+    count = torch.Size(shape).numel()
+    part: State = {}
+    for name, value in state.items():
+        if isinstance(value, dict):  # bitsandbytes nests what FSDP is not to gather
+            part[name] = part_of(value, start=start, shape=shape)
+        elif name in VALUES:
+            part[name] = _paged_as(value, value[start : start + count].view(*shape))
+        elif name in SCALES:
+            part[name] = value[start // BLOCK : (start + slot(count)) // BLOCK]
+        else:
+            part[name] = value
+    return part
+
+
+def joined(states: Sequence[State]) -> State:
+    """The state of a buffer of parameters with `states`, which share step and type.
+
+    Args:
+        states: as `plain` gives them, in the order of the buffer.
+    """
+    whole = dict(states[0])
+    for name in states[0]:
+        parts = [state[name] for state in states]
+        if name in VALUES:
+            empty = _code_of_zero(states[0], name)
+            whole[name] = torch.cat([_padded(part.reshape(-1), empty) for part in parts])
+        elif name in SCALES:
+            whole[name] = torch.cat(parts)
+    return whole
+
+
+def plain(state: State) -> State:
+    """`state` without the nesting that bitsandbytes' `state_dict` adds."""
+    flat: State = {}
+    for name, value in state.items():
+        flat.update(plain(value) if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def kind(state: State | None) -> tuple[Any, ...]:
+    """What parameters of one buffer share: the step and the types of their state."""
+    if not state:
+        return ()
+    types = ((n, v.dtype) for n, v in state.items() if isinstance(v, Tensor))
+    return (state.get("step"), *sorted(types, key=lambda item: item[0]))
+
+
+def _padded(values: Tensor, empty: int) -> Tensor:
+    missing = slot(values.numel()) - values.numel()
+    return torch.cat([values, values.new_full((missing,), empty)]) if missing else values
+
+
+def _code_of_zero(state: State, name: str) -> int:
+    """What stands for 0 in `state[name]`; anything else in the padding would spoil a scale."""
+    if state[name].dtype != torch.uint8:
+        return 0
+    return int(state[name.replace("state", "qmap")].abs().argmin())
+
+
+def _paged_as(whole: Tensor, part: Tensor) -> Tensor:
+    """`part`, a view of `whole`, with the marks by which bitsandbytes knows paged memory."""
+    if getattr(whole, "is_paged", False):
+        part.is_paged = True  # type: ignore[attr-defined]
+        part.page_deviceid = whole.page_deviceid  # type: ignore[attr-defined]
+    return part
