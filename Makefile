@@ -2,7 +2,8 @@
 # make quickstart-llava    give it eyes, and ask about pictures (15 minutes on two cores)
 # make quickstart-overfit  the same without ordinary conversations: see it forget
 # make venv                .venv with the xtuner command in it
-# make test | test-slow    the test suite | the tests that take long
+# make test | test-slow    the test suite | the tests that take long (JOBS=1: in one process)
+# make test-gpu            the tests that need an NVIDIA GPU
 # make bench               xtuner beside its peers on this CPU (DATA=rows.json chooses the data)
 # make check-gpu           on a machine with an NVIDIA GPU: is all right there, and how fast is it (four minutes)
 # make check               what CI runs: format, lint, types, import layers, tests
@@ -13,10 +14,14 @@ NAME ?= Ada
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
+# One process a core, of at most 1 GB each; tests of a file share what they set up, so files stay whole.
+JOBS ?= auto
+SPREAD := -n $(JOBS) --maxprocesses 4 --dist loadfile
+
 BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
 BENCH_DATA := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava test test-slow test-without-cpu-kernels check format docs clean
+.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava test test-slow test-gpu test-without-cpu-kernels check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -75,17 +80,20 @@ check-gpu: dev
 	@$(BIN)/python benchmarks/gpu_check.py --seconds $(or $(BUDGET),240)
 
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 test-slow: dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(SPREAD) -m slow
+
+test-gpu: dev
+	$(BIN)/python -m pytest -m gpu
 
 # kernels/cpu is optional: the same tests without that folder, on a copy of the tree.
 test-without-cpu-kernels: dev
 	@rm -rf build/without-cpu-kernels && mkdir -p build/without-cpu-kernels
 	@git ls-files -z src tests docs examples README.md Makefile pyproject.toml | xargs -0 cp --parents -t build/without-cpu-kernels
 	@rm -r build/without-cpu-kernels/src/xtuner/kernels/cpu
-	cd build/without-cpu-kernels && PYTHONPATH=$(CURDIR)/build/without-cpu-kernels/src $(CURDIR)/$(BIN)/python -m pytest
+	cd build/without-cpu-kernels && PYTHONPATH=$(CURDIR)/build/without-cpu-kernels/src $(CURDIR)/$(BIN)/python -m pytest $(SPREAD)
 	@rm -rf build/without-cpu-kernels
 
 check: dev
@@ -93,7 +101,7 @@ check: dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 format: dev
 	$(BIN)/ruff format .

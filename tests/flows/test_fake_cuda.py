@@ -2,6 +2,7 @@
 tensors that claim to lie on a GPU and are computed by the CPU. A real card's kernels and speed are
 not covered."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -67,21 +68,47 @@ RUNS = {
 PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\npaged_optimizer = True\nlora_r = 1600\n'
 
 
-def on_paper(*commands, words=()):
-    """What came of commands of xtuner on the fake device; `words` as the driver takes them."""
-    told = [{"arguments": c} if isinstance(c, list) else c for c in commands]
-    driver = Path(__file__).parents[1] / "helpers" / "fake_cuda_driver.py"
-    done = subprocess.run(
-        [sys.executable, str(driver), *words],
-        input=json.dumps(told),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
-    assert len(found) == len(commands), done.stderr[-3000:]
-    return found
+class OnPaper:
+    """A process with the fake CUDA device, which starts with its first command and takes many.
+
+    Args:
+        folder: where its commands run.
+        words: as the driver takes them.
+    """
+
+    def __init__(self, folder, *words):
+        self.folder, self.arguments, self.process = folder, list(words), None
+
+    def __call__(self, *commands):
+        """What came of commands of xtuner."""
+        if self.process is None:
+            driver = Path(__file__).parents[1] / "helpers" / "fake_cuda_driver.py"
+            pipe, self.said = (
+                subprocess.PIPE,
+                (self.folder / f"said{''.join(self.arguments)}").open("w+"),
+            )
+            self.process = subprocess.Popen(
+                [sys.executable, str(driver), *self.arguments],
+                cwd=self.folder, stdin=pipe, stdout=pipe, stderr=self.said, text=True,
+            )  # fmt: skip
+        return [self.answer(c if isinstance(c, dict) else {"arguments": c}) for c in commands]
+
+    def answer(self, command):
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(command), file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith('{"code"'):
+                return json.loads(line)
+        self.said.seek(0)
+        raise AssertionError(f"{command} ended the process: {self.said.read()[-3000:]}")
+
+    def close(self):
+        if self.process is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait()
+            self.said.close()
 
 
 def train(name, work_dir, *options, device="cuda", **more):
@@ -98,7 +125,7 @@ def losses(work_dir):
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory, compiled):
+def workshop(tmp_path_factory, compiled, paper_gpu_ready):
     folder = tmp_path_factory.mktemp("paper")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -127,7 +154,22 @@ def inside(workshop, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(workshop):
+def on_paper(workshop):
+    """Runs commands on the card."""
+    runner = OnPaper(workshop)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def turing(workshop):
+    """A process with a card that has no bfloat16."""
+    with contextlib.closing(OnPaper(workshop, "turing")) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def finished(on_paper):
     """All runs on the card, by name."""
     found = on_paper(*[train(name, f"gpu_{name}") for name in RUNS])
     return dict(zip(RUNS, found, strict=True))
@@ -175,23 +217,23 @@ def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
     )
 
 
-def test_with_kernels_of_liger_it_learns_the_same(finished):
+def test_with_kernels_of_liger_it_learns_the_same(workshop, finished):
     names = ("lora", "windows", "qlora")
-    found = on_paper(*[train(name, f"liger_{name}") for name in names], words=["liger"])
+    with contextlib.closing(OnPaper(workshop, "liger")) as with_liger:
+        found = with_liger(*[train(name, f"liger_{name}") for name in names])
     for name, report in zip(names, found, strict=True):
         assert report["code"] == 0, report["text"]
         assert report["calls"] == ["rms_norm", "rope", "swiglu"]
         assert losses(f"liger_{name}") == pytest.approx(losses(f"gpu_{name}"), rel=0.02)
 
 
-def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished):
+def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished, turing):
     """A T4: flash attention and products of bfloat16 are refused there."""
-    lora, windows, chat, refused = on_paper(
+    lora, windows, chat, refused = turing(
         train("lora", "t4_lora", dtype="float32"),
         train("windows", "t4_windows", dtype="float32"),
         ["chat", "t4_lora", "--device", "cuda", "--ask", "Who?", "--max-new-tokens", "3"],
         train("lora", "t4_bfloat16"),
-        words=["turing"],
     )
     assert (lora["code"], windows["code"], chat["code"]) == (0, 0, 0), lora["text"] + chat["text"]
     assert (
@@ -204,7 +246,7 @@ def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished
 
 
 @pytest.fixture(scope="module")
-def counted(workshop):
+def counted(workshop, on_paper):
     """Short runs whose waits are compared, by name."""
 
     def run(name, settings="lora", *, steps, **more):
@@ -243,17 +285,16 @@ def test_state_that_fits_is_not_paged(counted):
     assert "fits unpaged: AdamW32bit for PagedAdamW32bit" in counted["fits"]["text"]
 
 
-def test_a_card_without_bfloat16_trains_in_float16_by_itself(workshop):
+def test_a_card_without_bfloat16_trains_in_float16_by_itself(workshop, turing):
     """LoRA, and QLoRA whose last steps are done again; chat and merge of what came of it."""
     names = ("lora", "qlora")
     short = {"max_steps": 3, "save_steps": 2}
     asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5", "--device", "cuda"]
-    found = on_paper(
+    found = turing(
         *[train(name, f"turing_{name}", dtype="auto", **short) for name in names],
         train("qlora", "turing_qlora", "--resume", "iter_2", dtype="auto", **short),
         ["chat", "turing_qlora", *asked],
         ["convert", "merge", "model", "turing_qlora", "turing_merged", "--device", "cuda"],
-        words=["turing"],
     )
     assert [report["code"] for report in found] == [0] * len(found), found[-1]["text"]
     for name, report in zip(names, found, strict=False):
@@ -267,7 +308,7 @@ def test_a_card_without_bfloat16_trains_in_float16_by_itself(workshop):
     assert resumed == straight
 
 
-def test_paged_state_survives_a_stop(workshop):
+def test_paged_state_survives_a_stop(on_paper):
     steady = {"lr_schedule": "constant", "warmup_ratio": 0}
     whole, _, rest = on_paper(
         train("paged", "whole", **steady),
@@ -279,7 +320,7 @@ def test_paged_state_survives_a_stop(workshop):
     assert losses("stopped") == pytest.approx(losses("whole"), rel=1e-3)
 
 
-def test_what_was_trained_there_is_merged_and_answers(finished):
+def test_what_was_trained_there_is_merged_and_answers(on_paper, finished):
     asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5"]
     merge = ["convert", "merge", "model", "gpu_lora", "merged", "--device", "cuda"]
     merged, apart, whole, drawn, seen = on_paper(
@@ -295,7 +336,7 @@ def test_what_was_trained_there_is_merged_and_answers(finished):
     assert apart["text"].strip() == whole["text"].strip()
 
 
-def test_where_it_is_too_small_nothing_is_lost_and_cures_are_named(finished):
+def test_where_it_is_too_small_nothing_is_lost_and_cures_are_named(on_paper, finished):
     shutil.copytree("gpu_full", "tight")
     most = finished["full"]["most"] / MB
     (found,) = on_paper(

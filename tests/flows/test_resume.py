@@ -105,7 +105,7 @@ def run_cli(folder, *arguments, **environment):
     )
 
 
-def test_kill_9_and_resume(tmp_path, tiny_model_path, monkeypatch):
+def test_kill_9_and_resume(tmp_path, tiny_model_path, monkeypatch, capsys):
     straight = prepare(tmp_path / "straight", tiny_model_path, "lora", dies=False)
     monkeypatch.chdir(straight.parent)
     assert main(["train", "config.py", "--work-dir", "w"]) == 0
@@ -113,9 +113,9 @@ def test_kill_9_and_resume(tmp_path, tiny_model_path, monkeypatch):
     killed = run_cli(config.parent, HOW_TO_DIE="SIGKILL")
     assert killed.returncode == -signal.SIGKILL
     assert (config.parent / "w" / "last_checkpoint").read_text().strip() == "iter_5"
-    resumed = run_cli(config.parent, "--resume", "iter_5")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "Resuming from w/iter_5 at step 5" in resumed.stdout
+    monkeypatch.chdir(config.parent)
+    assert main(["train", "config.py", "--work-dir", "w", "--resume", "iter_5"]) == 0
+    assert "Resuming from w/iter_5 at step 5" in capsys.readouterr().out
     assert losses(config.parent / "w") == losses(straight.parent / "w")
 
 

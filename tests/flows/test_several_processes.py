@@ -7,13 +7,17 @@ import sys
 import pytest
 from test_resume import losses, prepare
 
+from xtuner.cli.app import main
+
 pytestmark = pytest.mark.distributed
+ALIKE = ("lora_dropout=0.0", "dtype=float32")
+"""Settings of all runs."""
 
 
 def train(folder, *arguments, **environment):
     command = [sys.executable, "-m", "xtuner.cli.app", "train", "config.py", *arguments]
     return subprocess.run(
-        [*command, "--set", "lora_dropout=0.0", "--set", "dtype=float32"],
+        [*command, *(word for value in ALIKE for word in ("--set", value))],
         cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
@@ -22,15 +26,17 @@ def train(folder, *arguments, **environment):
     )
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path, tiny_model_path):
+def test_two_processes_give_the_losses_of_one(tmp_path, tiny_model_path, monkeypatch):
     folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=False).parent
-    one = train(folder, "--work-dir", "one", "--set", "max_steps=4")
+    monkeypatch.chdir(folder)
+    alike = [word for value in ALIKE for word in ("--set", value)]
+    one = main(["train", "config.py", "--work-dir", "one", "--set", "max_steps=4", *alike])
     two = train(
         folder,
         *("--work-dir", "two", "--set", "max_steps=4", "--nproc", "2"),
         *("--set", "accumulative_counts=1"),
     )
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert (one, two.returncode) == (0, 0), two.stderr
     assert two.stdout.count("Results") == 1  # the main process alone speaks
     expected, found = losses(folder / "one"), losses(folder / "two")
     assert len(expected) == 4 and found.keys() == expected.keys()

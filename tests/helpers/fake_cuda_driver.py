@@ -1,6 +1,7 @@
-"""Commands of xtuner, one after the other, on a GPU on paper: a list of {"arguments", "mib"} as
-JSON on stdin; on stdout, for each, a line of JSON that says what came of it. With an argument
-"liger" there is a stand-in for liger's kernels; with "turing" the card has no bfloat16, as a T4."""
+"""Commands of xtuner, one after the other, on the fake CUDA device: on stdin, in each line, a
+command {"arguments", "mib"} as JSON; on stdout, for each, a line of JSON with its result. With an
+argument "liger" there is a stub of liger's kernels; with "turing" the card is a T4 without
+bfloat16."""
 
 import contextlib
 import io
@@ -19,7 +20,8 @@ def main() -> None:
 
     stand = Stand()
     sys.modules.update(stand.modules if "liger" in sys.argv else {})
-    for command in json.load(sys.stdin):
+    for line in sys.stdin:
+        command = json.loads(line)
         card.limit(card.held + int(command.get("mib", 2**20) * device.MB))
         card.forget_most()
         stand.calls.clear()

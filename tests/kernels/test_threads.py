@@ -1,16 +1,10 @@
 """How many CPU threads compute."""
 
-import pytest
+from types import SimpleNamespace
+
 import torch
 
 from xtuner.kernels import threads
-
-
-@pytest.fixture(autouse=True)
-def same_threads_after():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_faster_count_is_taken_and_both_are_told(monkeypatch):
@@ -33,5 +27,19 @@ def test_a_setting_is_obeyed():
     assert torch.get_num_threads() == 3
 
 
-def test_the_rate_is_a_rate():
-    assert 1e8 < threads.matmul_rate(1, torch.float32, size=128) < 1e14
+def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
+    clock = iter([0.0, 0.0625, 1.0, 1.03125, 2.0, 2.125])  # begin and end of each
+    monkeypatch.setattr(threads, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert threads.matmul_rate(1, torch.float32, size=128, repeats=3) == 2 * 128**3 * 32
+
+
+def test_products_that_take_long_are_not_repeated(monkeypatch):
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr(threads, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert threads.matmul_rate(1, torch.float32, size=128) == 2 * 128**3 / 2
+
+
+def test_where_there_is_no_choice_nothing_is_tried(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.delattr(threads, "matmul_rate")
+    assert threads.choose_threads(None, torch.float32) == "1 CPU thread"

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 def settings(folder, **changes):
     chosen = {"pretrained_model_name_or_path": str(folder), "data_path": "d", "tuning": "full"}
-    return Settings(**{**chosen, "max_length": 2048, "batch_size": 4, **changes})
+    return Settings(**{**chosen, "max_length": 1024, "batch_size": 2, **changes})
 
 
 def test_auto_recomputes_only_where_it_must(folder):
@@ -41,7 +41,7 @@ def test_auto_recomputes_only_where_it_must(folder):
 
 def test_cures_come_cheapest_first_and_end_where_it_fits(folder):
     chosen = settings(folder)
-    plan = plan_memory(chosen, "cpu", memory=module.LIBRARIES + 110 * MB)
+    plan = plan_memory(chosen, "cpu", memory=module.LIBRARIES + 50 * MB)
     assert not plan.fits
     lines = list(plan.cures())[1:]
     assert lines[0].strip().startswith("batch_size = 1, accumulative_counts = ")
@@ -58,7 +58,7 @@ def test_what_cannot_fit_says_so(folder):
 def test_a_cure_names_a_setting_that_lowers_this_very_forecast(folder):
     chosen = settings(folder, batch_size=1)
     before = forecast(chosen, "cpu", recompute=False).peak
-    for changes in ({"max_length": 1024}, {"tuning": "qlora"}):
+    for changes in ({"max_length": 512}, {"tuning": "qlora"}):
         after = forecast(chosen.model_copy(update=changes), "cpu", recompute=False).peak
         assert after < before
 

@@ -8,16 +8,32 @@ from xtuner.testing.run_distributed import run_distributed
 pytestmark = pytest.mark.distributed
 
 
-def train_one_step(micro_batches):
-    """Weights after one step on every `world_size`-th micro-batch, as a flat list."""
+CASES = {
+    "even": [(0, 4), (4, 8)],
+    "uneven": [(0, 2), (2, 5), (5, 8)],  # the second process has one micro-batch less
+    "empty": [(0, 8)],  # the second process has none
+}
+"""Which samples each micro-batch has."""
+
+
+def train_one_step_of_each():
+    """What `train_one_step` gives, by case."""
+    from xtuner.parallel.processes import Processes
+
+    processes = Processes("cpu")
+    found = {case: train_one_step(processes, batches) for case, batches in CASES.items()}
+    processes.close()
+    return found
+
+
+def train_one_step(processes, micro_batches):
+    """Weights after one step on every `world_size`-th micro-batch, as a flat list; the loss; the
+    tokens that it is of."""
     import tempfile
     from pathlib import Path
 
     from test_trainer import make_samples, make_trainer
 
-    from xtuner.parallel.processes import Processes
-
-    processes = Processes("cpu")
     samples = make_samples(8)
     groups = [samples[start:end] for start, end in micro_batches]
     with tempfile.TemporaryDirectory() as folder:
@@ -35,25 +51,28 @@ def train_one_step(micro_batches):
         trainer.fit()
         seen = dict(trainer.run.scalars)
     weights = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
-    processes.close()
     return weights.double().tolist(), seen["loss"], seen["supervised_tokens"]
 
 
-@pytest.mark.parametrize(
-    "micro_batches",
-    [
-        [(0, 4), (4, 8)],
-        [(0, 2), (2, 5), (5, 8)],  # the second process has one micro-batch less
-        [(0, 8)],  # the second process has none
-    ],
-    ids=["even", "uneven", "empty"],
-)
-def test_two_processes_equal_one(micro_batches):
-    alone, loss, count = train_one_step(micro_batches)
-    for weights, their_loss, their_count in run_distributed(train_one_step, micro_batches):
+@pytest.fixture(scope="module")
+def alone():
+    return train_one_step_of_each()
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Of two processes, which are started once for all cases."""
+    return run_distributed(train_one_step_of_each)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, alone, both):
+    weights, loss, count = alone[case]
+    for found in both:
+        their_weights, their_loss, their_count = found[case]
         assert their_count == count
         assert abs(their_loss - loss) < 1e-5
-        assert max(abs(a - b) for a, b in zip(weights, alone, strict=True)) < 1e-6
+        assert max(abs(a - b) for a, b in zip(their_weights, weights, strict=True)) < 1e-6
 
 
 def broken():

@@ -15,6 +15,10 @@ from xtuner.kernels.compiled import kernels_for
 CLEARLY = 0.75
 """Fewer threads are taken where more reach less than this share of their rate."""
 
+ENOUGH = 0.5
+"""Seconds of products after which a rate is known well enough: a type that the CPU has no
+instructions for takes seconds per product."""
+
 
 def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -> str:
     """Set torch's CPU threads and return a line that says why so many.
@@ -31,6 +35,8 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
     cores = torch.get_num_threads()
     if processes > 1:  # the launcher has shared the cores out; all would measure at once
         return f"{cores} CPU thread(s) a process"
+    if cores == 1:
+        return "1 CPU thread"
     rates = {count: matmul_rate(count, dtype) for count in {cores, max(1, cores // 2)}}
     best = max(count for count in rates if rates[count] >= CLEARLY * max(rates.values()))
     torch.set_num_threads(best)
@@ -39,7 +45,8 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
 
 
 def matmul_rate(threads: int, dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
-    """Best rate of a square matrix product with `threads` threads, in operations a second.
+    """Best rate of a square matrix product with `threads` threads, in operations per second, of at
+    most `repeats` products and as many as take `ENOUGH` seconds.
 
     Of our own product where this CPU has it, whatever multiplies in the run: torch's is no faster
     with a second thread where there are tile units, but all that lies between products is.
@@ -49,8 +56,8 @@ def matmul_rate(threads: int, dtype: torch.dtype, *, size: int = 1024, repeats: 
         dtype = torch.float32
     a, b = torch.randn(2, size, size).to(dtype)
     kernels, out = kernels_for(a, b), torch.empty_like(a)
-    seconds = []
-    for _ in range(repeats):
+    seconds: list[float] = []
+    while len(seconds) < repeats and sum(seconds) < ENOUGH:
         start = time.perf_counter()
         if kernels is not None and kernels.multiplies(size):
             kernels.product(a, b, out)

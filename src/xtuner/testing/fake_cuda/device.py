@@ -107,7 +107,7 @@ def install(memory: int, capability: tuple[int, int] | None = None) -> PaperGpu:
         capability = int(named[0]), int(named[1])
     major, minor = capability
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what a GPU has ready
-    library = ctypes.CDLL(str(_compiled()))
+    library = ctypes.CDLL(str(prepare()))
     library.paper_capability(10 * major + minor)
     card = PaperGpu(library, memory)
     import bitsandbytes
@@ -130,8 +130,12 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
-def _compiled() -> Path:
-    """The device for the torch that is installed, compiled (ten seconds) if it is not there yet."""
+def prepare() -> Path:
+    """The device for the torch that is installed, compiled (ten seconds) if it is not there yet.
+
+    Raises:
+        RuntimeError: torch knows CUDA, or there is no C++ compiler.
+    """
     compiler = find_compiler()
     spec = importlib.util.find_spec("torch")
     if compiler is None or spec is None or spec.origin is None:
