@@ -164,10 +164,10 @@ def test_isolation_passes_and_a_leak_does_not(bench, monkeypatch):
 
 def test_dequantised_values_that_are_off_are_seen(bench, monkeypatch):
     assert not failed(correct.dequantise(bench))
-    from xtuner.models import quantize
+    from xtuner.kernels import four_bit
 
-    right = quantize.dequantized
-    monkeypatch.setattr(quantize, "dequantized", lambda *arguments: right(*arguments) * (1 + 2**-7))
+    right = four_bit.dequantized
+    monkeypatch.setattr(four_bit, "dequantized", lambda *arguments: right(*arguments) * (1 + 2**-7))
     assert len(failed(correct.dequantise(bench))) == 12
 
 

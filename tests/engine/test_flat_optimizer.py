@@ -263,7 +263,7 @@ def test_gradients_are_summed_in_the_buffers():
 
 ON_PAPER = """
 import io, json
-from xtuner.testing import paper_gpu
+from xtuner.testing.fake_cuda import device as paper_gpu
 card = paper_gpu.install(2**30)
 import bitsandbytes as bnb, torch
 from torch import nn

@@ -75,7 +75,7 @@ def float16_errors(weight, sharpness, *, scale, positions=64):
     hidden += sharpness * weight[targets].float()  # what was learnt already
     small = [x.half().requires_grad_() for x in (hidden, weight)]
     exact = [x.detach().double().requires_grad_() for x in small]
-    value = loss.summed_cross_entropy(*small, targets)
+    value = -loss.log_probabilities(*small, targets).sum()
     grads = torch.autograd.grad(value * (scale / positions), small)
     plain = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="mean")
     wanted = torch.autograd.grad(plain, exact)
@@ -104,7 +104,7 @@ def test_the_gradient_of_a_head_does_not_overflow_in_float16():
     weight = torch.zeros(97, 16).requires_grad_()  # float32, as with autocast
     targets = torch.full((4000,), 5)
     with torch.autocast("cpu", torch.float16):
-        value = loss.summed_cross_entropy(hidden, weight, targets)
+        value = -loss.log_probabilities(hidden, weight, targets).sum()
     (value / 4000).backward()
     wanted = torch.full((97, 16), 30.0 / 97)
     wanted[5] -= 30

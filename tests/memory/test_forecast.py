@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from xtuner.cli.app import main
-from xtuner.config.schema import Settings
 from xtuner.config.combinations import check_combinations
+from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
 from xtuner.memory import forecast as module
 from xtuner.memory.footprint import Footprint

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xtuner.errors import ModelError
+from xtuner.kernels.attention import without_cudnn
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, quiet_transformers
 from xtuner.models.quantize import Rounding
@@ -116,7 +117,8 @@ def fitting_dtype(num_parameters: int, dtype: torch.dtype, *, device: str) -> to
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits[0].float().cpu()  # type: ignore[no-any-return]
+    with without_cudnn(ids.device):
+        return model(input_ids=ids, use_cache=False).logits[0].float().cpu()  # type: ignore[no-any-return]
 
 
 def _probe(folder: Path, vocabulary: int, trust_remote_code: bool) -> Tensor:

@@ -103,6 +103,14 @@ class IsolationCheck:
         self.dtype: torch.dtype = lm.autocast or lm.causal.dtype
         self._last: tuple[Observed, Observed] | None = None
 
+    def _not_finite(self, dtype: torch.dtype) -> str:
+        if (self.lm.autocast or dtype) == torch.float16:
+            return f"the model's hidden states are not finite. {FLOAT16_OVERFLOWS}"
+        return (
+            "the model gives numbers that are not finite for ordinary tokens: its weights are "
+            "damaged, or an earlier run diverged; take another checkpoint"
+        )
+
     def leak(self) -> str | None:
         """How tokens reach the observed sample that must not; None where none do.
 
@@ -111,12 +119,7 @@ class IsolationCheck:
         """
         first, second = self._observe(self._ids()), self._observe(self._ids(changed=True))
         if not (first.states.isfinite().all() and first.gradient.isfinite().all()):
-            raise ModelError(
-                "the model gives numbers that are not finite for ordinary tokens: its weights are "
-                "damaged, or an earlier run diverged; take another checkpoint"
-                if first.states.dtype != torch.float16
-                else f"the model's hidden states are not finite. {FLOAT16_OVERFLOWS}"
-            )
+            raise ModelError(self._not_finite(self.lm.causal.dtype))
         self._last = first, second
         if reached := self._reached(first) or self._reached(second):
             return reached
