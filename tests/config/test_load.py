@@ -224,3 +224,28 @@ def test_a_byte_order_mark_and_dos_lines_are_read(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + (NEEDED + "x = 1\n").replace("\n", "\r\n").encode())
     with pytest.raises(ConfigError, match="line 3  x = 1"):
         load_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "ending", "origin"),
+    [
+        ("from mmengine.config import read_base\nlr = 1e-4\n", ".py", "XTuner 0.x"),
+        ("lr = 1e-4\nmodel = dict(type='xtuner.model.SupervisedFinetune')\n", ".py", "XTuner 0.x"),
+        ("stage: sft\nfinetuning_type: lora\n", ".yaml", "LLaMA-Factory"),
+        ("model:\n  _component_: torchtune.models.llama3.llama3_8b\n", ".yaml", "torchtune"),
+    ],
+    ids=["imports", "dumped", "llamafactory", "torchtune"],
+)
+def test_a_config_of_another_trainer_gets_the_command_that_migrates_it(load, text, ending, origin):
+    with pytest.raises(ConfigError) as caught:
+        load(text, ending=ending)
+    message = str(caught.value)
+    assert f"is a config of {origin}" in message
+    assert "xtuner migrate-cfg" in message and "xtuner train --migrate" in message
+    assert "is missing" not in message
+
+
+def test_a_settings_file_is_taken_for_no_config_of_another_trainer(load):
+    assert load(NEEDED + "lora_r = 8\nwork_dir = 'mmengine'\n").settings.lora_r == 8
+    yaml = "pretrained_model_name_or_path: m\ndata_path: a.jsonl\nmax_length: 64\n"
+    assert load(yaml, ending=".yaml").settings.max_length == 64

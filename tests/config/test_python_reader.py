@@ -141,16 +141,3 @@ def test_a_hostile_file_is_refused_with_little_work(text):
     assert python_reader.read(text).problems
     assert lines_run(python_reader.read, text, limit=2_000_000)
     assert most_memory(python_reader.read, text) < 16 * 2**20
-
-
-def test_a_settings_file_of_the_old_kind_gets_one_helpful_message():
-    text = (
-        "from mmengine.config import read_base\n"
-        "from torch.optim import AdamW\n"
-        "with read_base():\n    from .base import *\n"
-        "lr = 1e-4\nmodel = dict(type=AdamW)\n"
-    )
-    problem = only_problem(text)
-    assert problem.line == 1
-    assert "xtuner copy-cfg" in problem.message
-    assert "lr" in problem.message

@@ -33,6 +33,13 @@ def command(
             "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
         ),
     ] = None,
+    migrate: Annotated[
+        bool,
+        typer.Option(
+            "--migrate",
+            help="CONFIG is one of XTuner 0.x, LLaMA-Factory or torchtune: migrate it first.",
+        ),
+    ] = False,
     nproc: Annotated[
         int,
         typer.Option(envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one a GPU."),
@@ -55,6 +62,8 @@ def command(
     """Fine-tune a model as a settings file says."""
     from xtuner.config.load import load_settings
 
+    if migrate:
+        config = _migrated(config)
     if device is not None:
         overrides = [*(overrides or ()), f"device={device}"]
     loaded = load_settings(config, overrides=overrides or ())
@@ -73,7 +82,8 @@ def command(
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.parallel.launch import launch
 
-        raise typer.Exit(launch([sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]], nproc))
+        again = [sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]]
+        raise typer.Exit(launch(again, nproc))
 
     from xtuner.engine.trainer import Interrupted
     from xtuner.train.run import train
@@ -87,6 +97,18 @@ def command(
         again += ["--resume"] if stopped.can_resume else []
         print(f"\n{stopped} Go on with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _migrated(config: str) -> str:
+    """Write the settings file that `config` means, once, and return its name."""
+    from xtuner.migrate.file import migrate
+
+    done = migrate(Path(config))
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"Migrated {config} to {done.path}")
+        for line in done.draft.report():
+            typer.echo(line)
+    return str(done.path)
 
 
 def _set_up_memory(device: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner.config import catalog, python_reader, yaml_reader
+from xtuner.config import catalog, foreign, python_reader, yaml_reader
 from xtuner.config import overrides as override_reader
 from xtuner.config.check import check
 from xtuner.config.entries import BUILT_IN, OVERRIDE, Entry, Reading, report
@@ -57,7 +57,10 @@ def load_settings(config: str | Path, *, overrides: Sequence[str] = ()) -> Loade
         reading = Reading({key: Entry(value, BUILT_IN) for key, value in composed.items()})
     else:
         name = path.stem
-        reading = _READERS[path.suffix.lower()](_text(path), overrides=values)
+        text = _text(path)
+        if origin := foreign.origin(text, path.suffix):
+            raise ConfigError(foreign.offer(str(config), origin))
+        reading = _READERS[path.suffix.lower()](text, overrides=values)
     _add_overrides(reading, values)
     settings, faults = check(reading)
     faults = [*reading.problems, *faults, *problems]

@@ -248,6 +248,12 @@ class OptimPart(Part):
         Positive | None, Mark(comment="stop after this many steps; None: max_epochs decides")
     ] = None
     """Stop after this many optimizer steps, even within an epoch. None: max_epochs decides."""
+    steps_are: Annotated[Literal["optimizer_steps", "micro_batches"], Mark("fixed")] = (
+        "optimizer_steps"
+    )
+    """What max_steps, save_steps, evaluation_freq, logging_steps and the names of checkpoints
+    count: 'optimizer_steps', or as in XTuner 0.x 'micro_batches' of one process, of which
+    accumulative_counts make a step. iter_300 then holds the last step completed by 300."""
     optim_type: Annotated[
         str, Mark("fixed", comment="of torch.optim, or 'PagedAdamW32bit', 'AdamW8bit', ...")
     ] = "AdamW"
@@ -265,11 +271,21 @@ class OptimPart(Part):
     """Weight decay; not applied to biases and norms."""
     max_norm: Annotated[AboveZero | None, Mark(comment="gradients are clipped to this norm")] = 1.0
     """Gradients are clipped to this norm; None does not clip."""
-    warmup_ratio: Annotated[Fraction, Mark(comment="share of the steps in which lr rises")] = 0.03
+    warmup_ratio: Annotated[
+        Fraction,
+        Mark(
+            comment="share of the steps in which lr rises",
+            idle=lambda s: s.warmup_steps is not None,
+        ),
+    ] = 0.03
     """Share of all steps in which the learning rate rises linearly from near 0."""
+    warmup_steps: Count | None = None
+    """Length of the warm-up in steps; replaces warmup_ratio."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The learning rate after the warm-up: falls along a cosine to 0, falls linearly to 0, or stays
+    """The learning rate after the warm-up: falls along a cosine, falls linearly, or stays
     constant."""
+    lr_end_ratio: Annotated[Fraction, Mark(idle=lambda s: s.lr_schedule == "constant")] = 0.0
+    """The learning rate at the end, as a share of lr: 0.1 ends at a tenth of it."""
     seed: Count = 42
     """Determines the order of the data, the initial adapters and dropout: same seed, same run."""
 
@@ -282,17 +298,24 @@ class EvaluationPart(Part):
     ] = ()
     """Questions asked before, during and after training; the answers are shown and saved."""
     evaluation_images: Annotated[OneOrMore, Mark("free", idle=_no_image_questions)] = ()
-    """Images that the questions are about: one for all questions, or one per question."""
-    evaluation_freq: Annotated[Positive, Mark("free", comment="in steps")] = 500
+    """Images that the questions are about: one for all questions, or one per question. Files, or
+    URLs, which are fetched once."""
+    evaluation_freq: Annotated[Positive, Mark("free", comment="in {steps}")] = 500
     """Ask them every this many steps."""
     evaluation_max_new_tokens: Annotated[Positive, Mark("free", idle=_no_questions)] = 100
     """Maximum length of an answer, in tokens."""
+    evaluation_system: Annotated[str | None, Mark("free", idle=_no_questions)] = None
+    """System message of these questions; None is SYSTEM."""
+    evaluation_stop_words: Annotated[Strings, Mark("free", idle=_no_questions)] = ()
+    """Texts at which these answers end, besides those of the template."""
 
 
 class RuntimePart(Part):
     """PART 5  Runtime"""
 
-    save_steps: Annotated[Positive, Mark("free", comment="in steps; the end is always saved")] = 500
+    save_steps: Annotated[Positive, Mark("free", comment="in {steps}; the end is always saved")] = (
+        500
+    )
     """Save a checkpoint every this many steps; the end is always saved."""
     save_total_limit: Annotated[
         Literal[-1] | Positive, Mark("free", comment="checkpoints to keep; -1 keeps all")

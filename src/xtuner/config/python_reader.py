@@ -42,11 +42,6 @@ _CURES: dict[type[ast.AST], str] = {
     ast.Starred: "write the items, or join lists with +",
 }
 _LOOKALIKES = {"true": "True", "false": "False", "none": "None", "null": "None"}
-_OLD_STYLE = (
-    "this is a settings file of xtuner 0.x, which ran as a program; now settings are only read. "
-    "Make a new file (`xtuner list-cfg -p WORD`, then `xtuner copy-cfg NAME .`) and carry your "
-    "values over"
-)
 
 
 def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
@@ -65,13 +60,7 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return Reading(problems=[_syntax_problem(error)])
     reader = _Reader(text.split("\n"), overrides or {})
-    old = next(_old_style(tree), None)
-    if old is not None:
-        kept = sorted({name for node in tree.body for name in _stored(node) if name.islower()})
-        hint = f"; it assigns {', '.join(kept)}" if kept else ""
-        reader.note(old, _OLD_STYLE + hint)
-    else:
-        reader.statements(tree.body)
+    reader.statements(tree.body)
     return reader.reading
 
 
@@ -263,19 +252,6 @@ def _stored(statement: ast.AST) -> Iterator[str]:
     for node in ast.walk(statement):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-
-
-def _old_style(tree: ast.Module) -> Iterator[ast.AST]:
-    """The statements that only an executable configuration of xtuner 0.x has."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            modules = [node.module or ""]
-        elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        else:
-            continue
-        if any(name.split(".")[0] in ("mmengine", "mmcv", "xtuner") for name in modules):
-            yield node
 
 
 def _syntax_problem(error: Exception) -> Problem:

@@ -26,8 +26,10 @@ def render(values: Mapping[str, Any], *, title: str) -> str:
         title: the first lines of the file.
     """
     fields = Settings.model_fields
-    comments = {n: c for n in fields if (c := Settings.mark(n).comment) is not None}
     given = Settings.model_construct(**values)
+    unit = {"micro_batches": "micro-batches"}.get(given.steps_are, "steps")
+    marks = {name: Settings.mark(name).comment for name in fields}
+    comments = {n: c.replace("{steps}", unit) for n, c in marks.items() if c is not None}
     absent = {*given.idle(), *_uncommon(given.algorithm)}
     shown = {name: fields[name].default for name in comments if name not in absent}
     changed = {

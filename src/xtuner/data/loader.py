@@ -76,6 +76,11 @@ class Loader:
         """Optimizer steps in an epoch; the last group may be smaller than the others."""
         return -(-self._num_packs // self._packs_a_step)
 
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """Micro-batches of the first rank in an epoch; another may have one less."""
+        return -(-self._num_packs // (self._batch_size * self._world_size))
+
     def groups(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each step from `start_step` to `stop_step` - 1.
 

@@ -129,20 +129,23 @@ def learning_rate(
     peak: float,
     warmup_ratio: float,
     schedule: Literal["cosine", "linear", "constant"],
+    end_ratio: float = 0.0,
+    warmup_steps: int | None = None,
 ) -> float:
     """Learning rate of optimizer step `step` (from 0).
 
     It rises linearly over the first ``warmup_ratio * total_steps`` steps, reaches `peak`, and then
-    follows ``peak * (1 + cos(pi t)) / 2``, ``peak * (1 - t)`` or stays, with t the share of the
-    remaining steps done.
+    falls along ``(1 + cos(pi t)) / 2`` or ``1 - t`` from `peak` to ``end_ratio * peak``, or stays,
+    with t the share of the remaining steps done. `warmup_steps` takes the place of the ratio.
     """
-    warmup = math.ceil(warmup_ratio * total_steps)
+    warmup = math.ceil(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule == "constant":
         return peak
     t = (step - warmup) / max(1, total_steps - warmup)
-    return peak * (1 + math.cos(math.pi * t)) / 2 if schedule == "cosine" else peak * (1 - t)
+    left = (1 + math.cos(math.pi * t)) / 2 if schedule == "cosine" else 1 - t
+    return peak * (end_ratio + (1 - end_ratio) * left)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

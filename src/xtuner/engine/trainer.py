@@ -141,8 +141,10 @@ class Trainer:
                     self._call("on_step")
                 except DataError as error:  # of a row that the loss is measured on
                     raise self._without_data(error) from error
-                if run.step % self.settings.save_steps == 0 or run.step == run.total_steps:
+                if run.step == run.total_steps:
                     self._save_once()
+                elif due := run.counter.due(run.step, self.settings.save_steps):
+                    self._save_once(due)
             self._call("on_end")
 
     def _next(self, groups: Iterator[list[Batch]]) -> tuple[list[Batch] | None, XTunerError | None]:
@@ -186,6 +188,8 @@ class Trainer:
             peak=settings.lr,
             warmup_ratio=settings.warmup_ratio,
             schedule=settings.lr_schedule,
+            end_ratio=settings.lr_end_ratio,
+            warmup_steps=run.counter.steps_of(settings.warmup_steps),
         )
         optim.set_learning_rate(self.optimizer, lr)
         loss, norm, metrics = self._gradients(group, divisor)
@@ -319,7 +323,9 @@ class Trainer:
                 f"Note: {type(hook).__module__} could not finish: {error}", markup=False
             )
 
-    def _save_once(self) -> None:
+    def _save_once(self, count: int | None = None) -> None:
+        """Save the current step, named by `count`, or by what is done."""
+        self.run.count = self.run.counter.done(self.run.step) if count is None else count
         if self._saved_at != self.run.step and self.run.step != self.run.start_step:
             self.save(self.run)
             self._saved_at = self.run.step

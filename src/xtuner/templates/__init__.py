@@ -1,8 +1,8 @@
 """Templates: how messages become token ids, what of them is learnt, and how a prompt looks.
 
-'auto' is the tokenizer's own chat template, 'plain' none at all; the named ones are the rows of
-`table.py`; your own is a `Spec` named ``"my_templates.py:MINE"``. Listing names imports neither
-torch nor transformers.
+'auto' is the tokenizer's own chat template, 'plain' none at all, 'verbatim' not even an end token;
+the named ones are the rows of `table.py`; your own is a `Spec` named ``"my_templates.py:MINE"``.
+Listing names imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from xtuner import plugins
 from xtuner.errors import ConfigError, did_you_mean, listed
 from xtuner.templates.spec import Spec
 from xtuner.templates.table import NAMED
+from xtuner.templates.xtuner0 import XTUNER0
 
 if TYPE_CHECKING:
     from xtuner.config.schema import Settings
@@ -25,7 +26,7 @@ SETTING = "prompt_template"
 
 def names() -> list[str]:
     """The names that the setting `prompt_template` can have, 'auto' and 'plain' first."""
-    return ["auto", "plain", *sorted(NAMED)]
+    return ["auto", "plain", "verbatim", *sorted(NAMED), *sorted(XTUNER0)]
 
 
 def of_run(
@@ -49,8 +50,8 @@ def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = N
     """Make the template that `prompt_template` names, for a tokenizer.
 
     Args:
-        name: 'auto', 'plain', a named template, or the user's own as ``"my_templates.py:MINE"`` (a
-            `Spec`).
+        name: 'auto', 'plain', 'verbatim', a named template, or the user's own as
+            ``"my_templates.py:MINE"`` (a `Spec`).
         tokenizer: a tokenizer of transformers.
         system: the system message of conversations that have none.
         folder: where to look for the user's file before the working directory.
@@ -67,12 +68,16 @@ def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = N
         from xtuner.templates.plain import PlainText
 
         return PlainText(tokenizer, system=system)
+    if name == "verbatim":
+        from xtuner.templates.plain import Verbatim
+
+        return Verbatim(tokenizer, system=system)
     from xtuner.templates.named import NamedTemplate
 
     if plugins.is_user_path(name):
         spec = _user_spec(name, folder)
-    elif name in NAMED:
-        spec = NAMED[name]
+    elif name in NAMED or name in XTUNER0:
+        spec = (NAMED | XTUNER0)[name]
     else:
         raise ConfigError(
             f"{SETTING} = {name!r}: must be one of {', '.join(names())}, "

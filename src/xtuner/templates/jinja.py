@@ -85,15 +85,16 @@ def _named(template: NamedTemplate) -> str:
 
 
 def _plain(template: PlainText) -> str:
-    begin, end = template.markers
-    system = template.system and template.system + "\n"
+    begin, end, between = template.markers
+    system = template.system and template.system + between
     return (
         f"{_say(json.dumps(begin))}"
         "{%- if not messages or messages[0]['role'] != 'system' -%}"
         f"{_say(json.dumps(system))}{{%- endif -%}}"
         "{%- for m in messages -%}{{- m['content'] -}}"
-        f"{{%- if m['role'] == 'assistant' -%}}{_say(json.dumps(end + chr(10)))}"
-        "{%- elif m['role'] == 'system' -%}{{- '\\n' -}}{%- endif -%}{%- endfor -%}"
+        f"{{%- if m['role'] == 'assistant' -%}}{_say(json.dumps(end + between))}"
+        f"{{%- elif m['role'] == 'system' -%}}{_say(json.dumps(between))}{{%- endif -%}}"
+        "{%- endfor -%}"
     )
 
 

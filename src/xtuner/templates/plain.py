@@ -16,19 +16,23 @@ class PlainText(Template):
     what pretraining on plain text does as well.
     """
 
+    name_of_kind = "plain"
+    between = "\n"
+
     def __init__(self, tokenizer: Any, *, system: str = "") -> None:
-        super().__init__("plain", tokenizer, system=system)
-        self._end: str = tokenizer.eos_token or ""
+        super().__init__(self.name_of_kind, tokenizer, system=system)
+        end: str = tokenizer.eos_token or ""
+        self._end = end if self.between else ""
         bos = tokenizer.bos_token_id
         adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self._begin: str = tokenizer.bos_token if adds else ""
-        self.stop_words = (self._end,) if self._end else ()
-        self.stop_token_ids = self._token_ids([self._end])
+        self.stop_words = (end,) if end else ()
+        self.stop_token_ids = self._token_ids([end])
 
     @property
-    def markers(self) -> tuple[str, str]:
-        """What stands before everything and behind each answer."""
-        return self._begin, self._end
+    def markers(self) -> tuple[str, str, str]:
+        """What stands before everything, at the end of each answer, and behind it."""
+        return self._begin, self._end, self.between
 
     def render(
         self,
@@ -40,18 +44,28 @@ class PlainText(Template):
         """Join the messages; every assistant turn ends with the end-of-text token and a line."""
         text, turns = self._begin, []
         if self.system and messages[0].role != "system":
-            text += self.system + "\n"
+            text += self.system + self.between
         for message in messages:
             start = len(text)
             text += message.content
             if message.role == "assistant":
                 text += self._end
                 turns.append(Turn(start, len(text), message.supervised))
-                text += "\n"
+                text += self.between
             elif message.role == "system":
-                text += "\n"
+                text += self.between
         return Rendered(text, turns)
 
     def fingerprint(self) -> str:
         """A hash over what stands around the messages."""
-        return hash_of("plain", self._begin, self._end, self.system)
+        return hash_of(self.name_of_kind, self._begin, self._end, self.system)
+
+
+class Verbatim(PlainText):
+    """Nothing at all between messages: whatever stands around them is in the data.
+
+    No end token is added either, so the data has to hold what ends an answer.
+    """
+
+    name_of_kind = "verbatim"
+    between = ""

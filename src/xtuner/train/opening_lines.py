@@ -10,9 +10,11 @@ import torch
 from xtuner.config.schema import Settings
 from xtuner.device.select import name_of
 from xtuner.engine import optim
+from xtuner.engine.counting import Counter
 from xtuner.engine.loss_scaler import INITIAL_SCALE
 from xtuner.memory.forecast import MemoryPlan, check_disk
 
+_FEW_NAMES = 4
 FEW_STEPS = 12
 """Below this number of optimizer steps a fine-tune learns hardly anything."""
 
@@ -24,7 +26,7 @@ def opening_lines(
     dtype: torch.dtype,
     means: tuple[str, str],
     processes: int,
-    steps: tuple[int, int],
+    steps: tuple[int, Counter],
     data: Iterable[str],
     pictures: str | None,
     packing: str | None,
@@ -38,7 +40,7 @@ def opening_lines(
         dtype: of the computation.
         means: what is said of threads and kernels, and of attention.
         processes: how many take part.
-        steps: of the run, and of an epoch.
+        steps: optimizer steps of the run, and how they are counted.
         data: lines about the rows.
         pictures: line about the visual encoder.
         packing: why samples are not packed, where the model decided.
@@ -51,17 +53,18 @@ def opening_lines(
     yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{kernels}"
     yield f"Attention    {attention}"
     yield from data
-    total, an_epoch = steps
+    total, counter = steps
     yield (
-        f"Steps        {total:,} ({an_epoch:,} an epoch), each of {s.batch_size} (batch_size) x "
-        f"{s.accumulative_counts} (accumulative_counts) x {processes} (processes) "
-        f"{'packs' if s.packs else 'samples'}"
+        f"Steps        {total:,} ({counter.steps_per_epoch:,} an epoch), each of "
+        f"{s.batch_size} (batch_size) x {s.accumulative_counts} (accumulative_counts) x "
+        f"{processes} (processes) {'packs' if s.packs else 'samples'}"
     )
     if packing:
         yield f"Samples      {packing}"
+    yield from _counted(s, total, counter)
     if not plan.forecast.failure:
         yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
-    notes = _notes_on_steps(s, total)
+    notes = [*_notes_on_steps(s, total, counter), *_notes_on_intervals(s, total, counter)]
     if idle := s.without_effect():
         notes.append(f"without effect here: {', '.join(idle)}")
     if plan.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
@@ -90,15 +93,49 @@ def _about(dtype: torch.dtype) -> str:
     return f" (trained weights in float32; the loss is scaled, by {INITIAL_SCALE:,.0f} at first)"
 
 
-def _notes_on_steps(s: Settings, total: int) -> list[str]:
+def _counted(s: Settings, total: int, counter: Counter) -> Iterator[str]:
+    """Where checkpoints fall, in a run that counts micro-batches."""
+    if counter.unit == "optimizer_steps":
+        return
+    every = counter.of_run(s.save_steps, total)
+    shown = [f"iter_{count} (step {step})" for count, step in every[:-1]]
+    if len(shown) > _FEW_NAMES:
+        shown = [*shown[:_FEW_NAMES], "..."]
+    last, step = every[-1]
+    names = ", ".join([*shown, f"iter_{last} (step {step})"])
+    yield (
+        f"Counting     micro-batches of one process: {last:,}, {counter.accumulative_counts} a "
+        f"step; saved as {names}"
+    )
+
+
+def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[str]:
+    """The intervals that the run never reaches."""
+    end = counter.done(total)
+    rows = [("save_steps", s.save_steps, "only the end is saved")]
+    if s.evaluation_inputs or s.validation_ratio:
+        rows.append(("evaluation_freq", s.evaluation_freq, "asked only before and after training"))
+    rows.append(("logging_steps", s.logging_steps, "the log has only the last step"))
+    for name, every, so in rows:
+        if every > end:
+            yield f"{name} = {every:,} is more than the {end:,} {counter.words} of this run: {so}"
+
+
+def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
     """What a beginner should know of the number of steps before the run, not after it."""
     notes = []
-    if s.max_steps and s.max_steps > total:
+    end = counter.done(total)
+    if s.max_steps and s.max_steps > end:
         notes.append(
             f"max_steps = {s.max_steps} is not reached: max_epochs = {s.max_epochs} ends the run "
-            f"at step {total}; raise max_epochs"
+            f"at {end}; raise max_epochs"
         )
-    if total < FEW_STEPS and (s.max_steps is None or total < s.max_steps):
+    elif s.max_steps and s.max_steps < end:
+        notes.append(
+            f"max_steps = {s.max_steps} micro-batches end within step {total}: it is done whole, "
+            f"with {end}"
+        )
+    if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         cure = "set accumulative_counts = 1, or " if s.accumulative_counts > 1 else ""
         notes.append(
             f"only {total} steps: with so little data hardly anything is learnt; "

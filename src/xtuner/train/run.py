@@ -21,6 +21,7 @@ from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import checkpoint as checkpoints
 from xtuner.engine import flat_check, optim
 from xtuner.engine.checkpoint import CheckpointStore
+from xtuner.engine.counting import Counter
 from xtuner.engine.flat_optimizer import FlatOptimizer
 from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.loss_scaler import LossScaler
@@ -159,10 +160,16 @@ class _TrainingRun:
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
         data = self._build_data(place)
         loader = self._loader(data.train, algorithm)
+        counter = Counter(
+            unit=settings.steps_are,
+            steps_per_epoch=loader.steps_per_epoch,
+            micro_batches_per_epoch=loader.micro_batches_per_epoch,
+            accumulative_counts=settings.accumulative_counts,
+        )
         total = loader.steps_per_epoch * settings.max_epochs
-        total = min(total, settings.max_steps or total)
+        total = counter.steps_for(settings.max_steps, most=total) if settings.max_steps else total
         self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
-        self._tell(data, loader, total)
+        self._tell(data, counter, total)
         model = self._make_model(source)
         optimizer = self._make_optimizer(model)
         run = Run(
@@ -173,6 +180,7 @@ class _TrainingRun:
             answer=lambda question, *images: self._answer(model, question, images),
             total_steps=total,
             validate=self._validation(model, data.validation, algorithm),
+            counter=counter,
         )
         self.identity = identity_of(
             settings,
@@ -310,7 +318,7 @@ class _TrainingRun:
             return made
         return FlatOptimizer(made)
 
-    def _tell(self, data: TrainingData, loader: Loader, total: int) -> None:
+    def _tell(self, data: TrainingData, counter: Counter, total: int) -> None:
         """Say in a few lines what will be done."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
         lines = opening_lines(
@@ -319,7 +327,7 @@ class _TrainingRun:
             dtype=self.dtype,
             means=("; ".join(self.means), self._attention()),
             processes=self.processes.world_size,
-            steps=(total, loader.steps_per_epoch),
+            steps=(total, counter),
             data=data.report.lines(),
             pictures=self.vision.line() if self.vision else None,
             packing=self.parts.packing,
@@ -329,10 +337,13 @@ class _TrainingRun:
             self.console.print(line, markup=False)
 
     def _answer(self, model: PackedCausalLM, question: str, images: Sequence[str] = ()) -> str:
-        options = GenerationOptions(max_new_tokens=self.settings.evaluation_max_new_tokens)
-        messages = [
-            self.vision.question(question, images) if self.vision else Message("user", question)
-        ]
+        s = self.settings
+        options = GenerationOptions(
+            max_new_tokens=s.evaluation_max_new_tokens, stop_words=s.evaluation_stop_words
+        )
+        asked = self.vision.question(question, images) if self.vision else Message("user", question)
+        system = s.evaluation_system
+        messages = [asked] if system is None else [Message("system", system), asked]
         with torch.autocast(self.device, dtype=model.autocast, enabled=model.autocast is not None):
             pieces = stream(
                 model.model,
@@ -396,7 +407,7 @@ class _TrainingRun:
 
     def _save(self, run: Run) -> None:
         if self.processes.is_main:
-            path = self.store.save(run.step, lambda folder: self._write_checkpoint(folder, run))
+            path = self.store.save(run.count, lambda folder: self._write_checkpoint(folder, run))
             self.console.print(f"Saved {path}", markup=False)
         self.processes.wait()
 

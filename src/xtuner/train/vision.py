@@ -12,6 +12,7 @@ import torch
 from xtuner.config.schema import Settings
 from xtuner.data.images.expansion import PictureCollate, Sight, picture_folder
 from xtuner.data.images.feature_store import FeatureStore
+from xtuner.data.images.url import fetched, is_url
 from xtuner.data.loader import Collate
 from xtuner.data.sources.find import below
 from xtuner.errors import ModelError
@@ -77,9 +78,11 @@ class RunVision:
 
         Raises:
             ModelError: the encoder is not there, or what it says of itself does not serve.
-            DataError: the folder of the pictures is not there.
+            DataError: the folder of the pictures is not there, or an image cannot be fetched.
         """
         name = settings.visual_encoder_name_or_path or ""
+        for image in filter(is_url, settings.evaluation_images):
+            fetched(image)  # what is wrong with it is told before the data are built
         sight = _sight(settings, tokenizer, folder)
         check_layer(
             settings.visual_select_layer,
@@ -164,6 +167,8 @@ class RunVision:
 
     def _picture(self, name: str) -> str:
         """Where a picture of the settings is."""
+        if is_url(name):
+            return str(fetched(name))
         found = below(name, self.settings.data_root, self.folder)
         places = (Path(found), self.folder / found, self.sight.folder.root / found)
         return next((str(place) for place in places if place.is_file()), name)

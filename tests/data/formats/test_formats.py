@@ -11,7 +11,12 @@ from xtuner.data.formats import Format, RowError
 from xtuner.types import Conversation, Message, Text
 
 EVERY = formats.load_all()
-READ_OTHERWISE_BY_AUTO = {"msagent": "sharegpt"}
+READ_OTHERWISE_BY_AUTO = {
+    "alpaca_prompted": "alpaca",
+    "colorist_described": "colorist",
+    "moss_verbatim": "moss",
+    "msagent": "sharegpt",
+}
 """Formats whose columns are those of another that 'auto' prefers; their results differ."""
 
 MAY_BE_EMPTY = ("reference", "system_prompt", "meta_instruction")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from xtuner import plugins
 from xtuner.config.schema import Settings
+from xtuner.engine.counting import Counter
 from xtuner.errors import ConfigError
 
 
@@ -33,6 +34,8 @@ class Run:
         start_step: at which it started (not 0 after a resume).
         epoch: how often the data was gone through, a fraction.
         scalars: the numbers of the last step; a hook may add to them in `on_step`.
+        counter: counts in the unit of the setting `steps_are`.
+        count: what the checkpoint that is being saved is named by, in that unit.
     """
 
     settings: Settings
@@ -46,6 +49,8 @@ class Run:
     step: int = 0
     epoch: float = 0.0
     scalars: dict[str, float] = field(default_factory=dict)
+    counter: Counter = field(default_factory=Counter)
+    count: int = 0
 
 
 class BaseHook:

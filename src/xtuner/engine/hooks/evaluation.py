@@ -26,14 +26,16 @@ class Hook(BaseHook):
 
     def on_step(self, run: Run) -> None:
         """Ask every `evaluation_freq` steps."""
-        if run.step % run.settings.evaluation_freq == 0 and run.step < run.total_steps:
-            self._evaluate(run, f"after step {run.step}")
+        due = run.counter.due(run.step, run.settings.evaluation_freq)
+        if due and run.step < run.total_steps:
+            at = f"step {run.step}" if due == run.step else f"micro-batch {due}, step {run.step}"
+            self._evaluate(run, f"after {at}", count=due)
 
     def on_end(self, run: Run) -> None:
         """Ask the finished model."""
         self._evaluate(run, f"after training (step {run.step})")
 
-    def _evaluate(self, run: Run, when: str) -> None:
+    def _evaluate(self, run: Run, when: str, *, count: int | None = None) -> None:
         if self._done_at == run.step:
             return
         self._done_at = run.step
@@ -54,5 +56,6 @@ class Hook(BaseHook):
                 f"{shown}  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] {escape(answer)}\n"
             )
             lines += [*([f"Image: {image}"] if image else []), f"Q: {question}", f"A: {answer}", ""]
-        file = run.log_dir / f"eval_outputs_iter_{run.step}.txt"
+        number = run.counter.done(run.step) if count is None else count
+        file = run.log_dir / f"eval_outputs_iter_{number}.txt"
         file.write_text("\n".join(lines), encoding="utf-8")

@@ -32,7 +32,8 @@ class Hook(BaseHook):
         values = {"step": run.step, "epoch": round(run.epoch, 6), **run.scalars}
         scalars.write(json.dumps(values) + "\n")
         scalars.flush()
-        if run.step % run.settings.logging_steps == 0 or run.step == run.total_steps:
+        due = run.counter.due(run.step, run.settings.logging_steps)
+        if due or run.step == run.total_steps:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             log.write(
                 f"{now}  step {run.step}/{run.total_steps}  epoch {run.epoch:.2f}  "

@@ -1,0 +1,96 @@
+"""Migrate every config below a folder; count the outcomes by kind and check what was written.
+
+    pip download --no-deps xtuner==0.2.0 && unzip -q xtuner-0.2.0-*.whl -d old
+    python benchmarks/migrate.py old/xtuner/configs
+
+Every file that is written is loaded again. Files that are no configs (scripts beside them) are left
+out. `--reasons` lists why configs are refused, lose something, or are not part of this version yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from xtuner.config.load import load_settings
+from xtuner.errors import ConfigError
+from xtuner.migrate import file
+from xtuner.migrate.report import Draft
+
+OUTCOMES = ("migrated", "with losses", "refused", "not yet")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--reasons", action="store_true")
+    options = parser.parse_args()
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    reasons: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, path in enumerate(paths(options.folder)):
+            try:
+                draft = file.read(path)
+            except ConfigError as error:
+                if "needs no migration" not in str(error):
+                    counts["unreadable"]["refused"] += 1
+                    reasons[f"unreadable: {error}"] += 1
+                continue
+            if draft.outcome in ("migrated", "with losses"):
+                check(path, Path(folder) / f"config_{number}.py")
+            counts[kind(draft)][draft.outcome] += 1
+            for item in {*draft.not_yet, *draft.refused, *draft.lost}:
+                reasons[f"{draft.outcome}: {item.what}: {item.why}"] += 1
+    print(table(counts))
+    if options.reasons:
+        print("\n".join(f"{count:4} {reason}" for reason, count in reasons.most_common()))
+
+
+def paths(folder: Path) -> list[Path]:
+    """All files that may be configs, sorted."""
+    found = (path for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".yml"))
+    return sorted(path for path in found if not path.name.startswith(("__init__", "convert_")))
+
+
+def check(path: Path, new: Path) -> None:
+    """Write the migrated file and load it: everything that was carried must be what is read."""
+    done = file.migrate(path, new)
+    loaded = load_settings(done.path).settings
+    for name, value in done.draft.values.items():
+        given = getattr(loaded, name)
+        if plain(given) != plain(value):
+            raise SystemExit(f"{path}: {name} is {given!r} in the file, {value!r} was carried")
+
+
+def plain(value: object) -> object:
+    """A list for a tuple, as both mean the same."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def kind(draft: Draft) -> str:
+    """What a config trains, for a row of the table."""
+    shared = draft.values.get("sequence_parallel_size", 1) != 1
+    return f"{draft.kind or 'other'}{', sequence parallel' if shared else ''}"
+
+
+def table(counts: dict[str, Counter[str]]) -> str:
+    """The counts as a table of Markdown."""
+    lines = [f"| kind | files | {' | '.join(OUTCOMES)} |", f"|---|--:|{'--:|' * len(OUTCOMES)}"]
+    total: Counter[str] = Counter()
+    for name in sorted(counts, key=lambda name: (-counts[name].total(), name)):
+        total += counts[name]
+        lines.append(row(name, counts[name]))
+    return "\n".join([*lines, row("all", total)])
+
+
+def row(name: str, counted: Counter[str]) -> str:
+    """One line of the table."""
+    numbers = " | ".join(str(counted[outcome]) for outcome in OUTCOMES)
+    return f"| {name} | {counted.total()} | {numbers} |"
+
+
+if __name__ == "__main__":
+    main()

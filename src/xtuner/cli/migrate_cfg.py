@@ -1,0 +1,36 @@
+"""`xtuner migrate-cfg`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    old: Annotated[
+        Path, typer.Argument(help="A config of XTuner 0.x, LLaMA-Factory or torchtune.")
+    ],
+    new: Annotated[
+        Path | None,
+        typer.Argument(help="The settings file to write; OLD_migrated.py here if left out."),
+    ] = None,
+) -> None:
+    """Write a settings file that means what a config of another trainer means.
+
+    The config is read, never executed. What cannot be carried is listed with its line and the
+    reason; a config whose meaning would change is refused.
+    """
+    import shlex
+
+    from xtuner.migrate.file import migrate
+
+    done = migrate(old, new)
+    typer.echo(f"Wrote {done.path}: {done.draft.kind}, {len(done.draft.values)} settings")
+    for line in done.draft.report():
+        typer.echo(line)
+    typer.echo(
+        f"docs/migrating.md says what is different in every run. Train it:\n"
+        f"  xtuner train {shlex.quote(str(done.path))}"
+    )

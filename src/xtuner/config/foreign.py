@@ -1,0 +1,73 @@
+"""Tell configs of other trainers from settings files, by what stands in them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Iterator
+
+XTUNER_OLD = "XTuner 0.x"
+LLAMA_FACTORY = "LLaMA-Factory"
+TORCHTUNE = "torchtune"
+ORIGINS = (XTUNER_OLD, LLAMA_FACTORY, TORCHTUNE)
+
+_FOREIGN_MODULES = ("mmengine", "mmcv", "xtuner")
+_LLAMA_FACTORY_KEYS = {"finetuning_type", "stage", "cutoff_len", "dataset_dir", "lora_target"}
+_LLAMA_FACTORY_LEAST = 2
+
+
+def origin(text: str, suffix: str) -> str | None:
+    """The trainer whose config `text` is; None for a settings file of this version.
+
+    Args:
+        text: of the file; one that cannot be parsed is nobody's.
+        suffix: the end of its name.
+    """
+    if suffix.lower() == ".py":
+        return XTUNER_OLD if _is_old_config(text) else None
+    keys = set(re.findall(r"^([A-Za-z_]\w*) *:", text, flags=re.MULTILINE))
+    if re.search(r"^ +_component_ *:", text, flags=re.MULTILINE):
+        return TORCHTUNE
+    return LLAMA_FACTORY if len(keys & _LLAMA_FACTORY_KEYS) >= _LLAMA_FACTORY_LEAST else None
+
+
+def offer(path: str, origin: str) -> str:
+    """The message for a config of `origin` that is given where settings are read."""
+    return (
+        f"{path}: is a config of {origin}, not a settings file of this version.\n"
+        f"  `xtuner migrate-cfg {path}` writes a settings file with the same meaning, and lists "
+        "what it cannot carry;\n"
+        f"  `xtuner train --migrate {path}` does that and trains."
+    )
+
+
+def _is_old_config(text: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+        return any(_old_statements(tree))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _old_statements(tree: ast.Module) -> Iterator[bool]:
+    """True for each statement that only a config of mmengine has."""
+    for node in tree.body:
+        match node:
+            case ast.ImportFrom(module=str(module)):
+                yield module.split(".")[0] in _FOREIGN_MODULES
+            case ast.Import(names=names):
+                yield any(alias.name.split(".")[0] in _FOREIGN_MODULES for alias in names)
+            case ast.With(items=[ast.withitem(context_expr=ast.Call(func=ast.Name("read_base")))]):
+                yield True
+            case ast.Assign(targets=[ast.Name(name)], value=value):
+                yield name == "_base_" or _has_type(value)
+
+
+def _has_type(value: ast.expr) -> bool:
+    match value:
+        case ast.Call(func=ast.Name("dict"), keywords=keywords):
+            return any(keyword.arg == "type" for keyword in keywords)
+    return False

@@ -1,0 +1,66 @@
+"""Images of the settings that are named by a URL: fetched once, with a limit on time and size."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import time
+import urllib.request
+from pathlib import Path
+
+from xtuner.data.images.files import open_picture
+from xtuner.data.tokenize.cache import cache_root
+from xtuner.errors import DataError
+
+SECONDS = 30.0
+"""Longest time for one image."""
+MAX_BYTES = 20_000_000
+_PIECE = 1 << 16
+
+
+def is_url(name: str) -> bool:
+    """Whether `name` is fetched rather than opened."""
+    return name.startswith(("http://", "https://"))
+
+
+def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Path:
+    """The file of the image at `url`; it is kept below the cache of data sets.
+
+    Raises:
+        DataError: it cannot be had in `seconds`, has more than `most` bytes, or is no image.
+    """
+    home = cache_root().parent / "images"
+    path = home / hashlib.sha256(url.encode()).hexdigest()[:32]
+    if not path.is_file():
+        content = _read(url, seconds, most)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            draft = home / f".{path.name}.{os.getpid()}"
+            draft.write_bytes(content)
+            open_picture(str(draft))
+            os.replace(draft, path)
+        except OSError as error:
+            raise DataError(f"image {url!r}: cannot be kept in {home}: {error}") from error
+        except DataError as error:
+            draft.unlink()
+            raise DataError(f"image {url!r}: is not usable as an image: {error}") from error
+    return path
+
+
+def _read(url: str, seconds: float, most: int) -> bytes:
+    advice = "download it, and name the file"
+    end = time.monotonic() + seconds
+    request = urllib.request.Request(url, headers={"User-Agent": "xtuner"})
+    content = bytearray()
+    try:
+        with urllib.request.urlopen(request, timeout=min(seconds, 10.0)) as answer:
+            while piece := answer.read1(_PIECE):
+                content += piece
+                if len(content) > most:
+                    raise DataError(f"image {url!r}: has more than {most:,} bytes; {advice}")
+                if time.monotonic() > end:
+                    raise DataError(f"image {url!r}: took more than {seconds:g} seconds; {advice}")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DataError(f"image {url!r}: cannot be fetched: {error}; {advice}") from error
+    return bytes(content)

@@ -1,0 +1,78 @@
+"""Count a run's steps in the unit of the settings: optimizer steps, or micro-batches.
+
+XTuner 0.x counts micro-batches of one process. With accumulative_counts = 16 its checkpoint
+iter_300 holds the weights after 18 optimizer steps (288 micro-batches): the gradients of 12 more
+are not applied yet. So a multiple of an interval belongs to the last optimizer step done by then.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["optimizer_steps", "micro_batches"]
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counts for one run.
+
+    Attributes:
+        unit: the setting `steps_are`.
+        steps_per_epoch: optimizer steps in an epoch; the last may have fewer micro-batches.
+        micro_batches_per_epoch: of one process.
+        accumulative_counts: micro-batches of a full step.
+    """
+
+    unit: Unit = "optimizer_steps"
+    steps_per_epoch: int = 1
+    micro_batches_per_epoch: int = 1
+    accumulative_counts: int = 1
+
+    def done(self, step: int) -> int:
+        """How much is done after `step` optimizer steps."""
+        if self.unit == "optimizer_steps":
+            return step
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return epochs * self.micro_batches_per_epoch + rest * self.accumulative_counts
+
+    def due(self, step: int, every: int) -> int | None:
+        """The multiple of `every` that belongs to optimizer step `step`, or None.
+
+        Of several (an interval shorter than a step) it is the last.
+        """
+        if step < 1:
+            return None
+        last = (self.done(step + 1) - 1) // every * every
+        return last if last >= self.done(step) and last > 0 else None
+
+    def steps_for(self, count: int, *, most: int) -> int:
+        """The fewest optimizer steps that do `count`, at most `most`."""
+        return bisect.bisect_left(range(most), count, key=self.done)
+
+    def steps_of(self, count: int | None) -> int | None:
+        """The optimizer steps in which about `count` is done; None of None."""
+        if count is None or self.unit == "optimizer_steps":
+            return count
+        return -(-count // self.accumulative_counts)
+
+    def of_run(self, every: int, total_steps: int) -> list[tuple[int, int]]:
+        """The count and the optimizer step of the first checkpoints of a run, and of its end."""
+        end = self.done(total_steps)
+        steps: dict[int, int] = {}
+        for multiple in range(every, end, every):
+            step = bisect.bisect_right(range(total_steps + 1), multiple, key=self.done) - 1
+            if step > 0:
+                steps[step] = multiple
+            if len(steps) > _SHOWN:
+                break
+        return [(count, step) for step, count in steps.items()] + [(end, total_steps)]
+
+    @property
+    def words(self) -> str:
+        """What is counted."""
+        return "steps" if self.unit == "optimizer_steps" else "micro-batches"
+
+
+_SHOWN = 4

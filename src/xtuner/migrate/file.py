@@ -1,0 +1,131 @@
+"""Migrate a file: say what it is, read it, and write the settings file.
+
+The forms are told apart by what stands in the file (`xtuner.config.foreign`), never by its name.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner.config import foreign
+from xtuner.config.check import check
+from xtuner.errors import ConfigError, listed
+from xtuner.migrate import llamafactory, read_mmengine, torchtune, xtuner_old
+from xtuner.migrate.report import Draft
+from xtuner.migrate.values import UnreadError
+
+_YAML = {foreign.LLAMA_FACTORY: llamafactory.migrate, foreign.TORCHTUNE: torchtune.migrate}
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """What was written.
+
+    Attributes:
+        path: the settings file.
+        draft: what is in it, and what is not.
+    """
+
+    path: Path
+    draft: Draft
+
+
+def read(path: Path) -> Draft:
+    """Say in our settings what the config `path` means, checked against the schema.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no config that is known here.
+    """
+    text = read_mmengine.read_text(path)
+    origin = foreign.origin(text, path.suffix)
+    if origin is None:
+        raise ConfigError(
+            f"{path}: is no config of {', '.join(foreign.ORIGINS)} that is known here; a settings "
+            "file of this version needs no migration"
+        )
+    try:
+        draft = _meaning(path, text, origin)
+    except UnreadError as error:
+        value = error.value
+        raise ConfigError(f"{path}, line {value.line}: {value.text} {value.why}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ConfigError(
+            f"{path}: a value is of another type than {origin} takes: {error}"
+        ) from error
+    if not draft.refused and not draft.not_yet:
+        draft.values.setdefault("work_dir", f"./work_dirs/{path.stem}")
+        _check(draft)
+    return draft
+
+
+def _meaning(path: Path, text: str, origin: str) -> Draft:
+    if origin == foreign.XTUNER_OLD:
+        return xtuner_old.migrate(read_mmengine.read(path))
+    try:
+        return _YAML[origin](text, path.resolve().parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _check(draft: Draft) -> None:
+    """Refuse what the schema refuses."""
+    _, problems = check(draft.reading())
+    draft.take_problems(problems)
+
+
+def migrate(old: Path, new: Path | None = None) -> Migrated:
+    """Write the settings file that means what `old` means.
+
+    Args:
+        old: the config.
+        new: the file to write; None is NAME_migrated.py in the working directory. A file with the
+            very text that would be written may be there.
+
+    Raises:
+        ConfigError: `old` cannot be read, its meaning would change, or `new` is there already.
+    """
+    draft = read(old)
+    new = Path(f"{old.stem}_migrated.py") if new is None else new
+    if new.suffix != ".py":
+        raise ConfigError(f"{new}: the settings file that is written ends in .py")
+    if draft.refused or draft.not_yet:
+        what = "cannot be migrated yet" if draft.not_yet else "is not migrated"
+        raise ConfigError(listed(f"{old} ({draft.origin}) {what}:", list(draft.reasons())))
+    _name_files(draft, new.stem)
+    command = f"xtuner train {shlex.quote(str(new))}"
+    _write(new, draft.text(source=old.name, command=command))
+    for end, text in draft.files.items():
+        _write(new.with_name(f"{new.stem}{end}"), text)
+    return Migrated(new, draft)
+
+
+def _name_files(draft: Draft, stem: str) -> None:
+    """Put the name of the new file into the settings that name files beside it."""
+    for end in draft.files:
+        draft.note(0, f"{stem}{end}", "is written beside the settings file, which names it")
+    formats = draft.values.get("dataset_format", ())
+    draft.values["dataset_format"] = [name.replace("{stem}", stem) for name in formats]
+    template = str(draft.values.get("prompt_template", "auto"))
+    draft.values["prompt_template"] = template.replace("{stem}", stem)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write `text`, whole or not at all; leave a file with other text alone."""
+    try:
+        if path.exists():
+            if path.read_text(encoding="utf-8") == text:
+                return
+            raise ConfigError(
+                f"{path}: is there already, and says something else; delete it or name another file"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from error
