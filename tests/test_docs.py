@@ -8,7 +8,7 @@ import pytest
 import typer.main
 
 from xtuner.cli.app import build_app, expand_overrides
-from xtuner.config import catalog
+from xtuner.config.builtin import catalog
 
 ROOT = Path(__file__).parent.parent
 SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -49,9 +49,9 @@ def _version(name: str) -> str:
 
 
 def _ways(bench: Bench) -> Iterator[Row]:
-    from xtuner.kernels import liger
-    from xtuner.kernels.varlen_attention import choose
-    from xtuner.kernels.varlen_call import AttentionCall
+    from xtuner.kernels.attention.call import AttentionCall
+    from xtuner.kernels.attention.varlen import choose
+    from xtuner.kernels.fused import liger
 
     device = torch.device("cuda", 0)
     for width in WIDTHS:

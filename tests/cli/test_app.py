@@ -15,7 +15,7 @@ COMMAND = [sys.executable, "-m", "xtuner.cli.app"]
 @pytest.fixture
 def failing(monkeypatch):
     """Make `xtuner list-cfg` raise what the test wants."""
-    from xtuner.config import catalog
+    from xtuner.config.builtin import catalog
 
     def failing(error):
         def names(pattern):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from xtuner.config import catalog
+from xtuner.config.builtin import catalog
 from xtuner.config.load import load_settings
 from xtuner.config.render import render, render_all
 from xtuner.errors import ConfigError

@@ -3,17 +3,17 @@
 import pytest
 from counting import lines_run, most_memory
 
-from xtuner.config import python_reader
+from xtuner.config.read import python
 
 
 def values(text, **overrides):
-    reading = python_reader.read(text, overrides=overrides)
+    reading = python.read(text, overrides=overrides)
     assert not reading.problems, reading.problems
     return {name: entry.value for name, entry in reading.entries.items()}
 
 
 def only_problem(text):
-    reading = python_reader.read(text)
+    reading = python.read(text)
     assert len(reading.problems) == 1, reading.problems
     return reading.problems[0]
 
@@ -54,7 +54,7 @@ else:
     pass
 a = b = 1
 '''
-    reading = python_reader.read(text)
+    reading = python.read(text)
     assert not reading.problems
     assert {name: (e.value, e.line) for name, e in reading.entries.items()} == {
         "lr": (2e-4, 3),
@@ -106,7 +106,7 @@ def test_anything_else_is_a_problem_with_its_line_and_a_cure(statement, cure):
 
 def test_reports_every_fault_once():
     text = "_n = open('x')\nlr = _n\nmax_length = _n + 1\nseed = missing"
-    reading = python_reader.read(text)
+    reading = python.read(text)
     assert [p.line for p in reading.problems] == [1, 4]
     assert {"lr", "max_length", "seed"} <= reading.broken
     assert not reading.entries
@@ -138,6 +138,6 @@ def test_a_misspelt_name_is_recognised():
     ids=lambda text: text[:24].replace("\0", "NUL").replace("\n", " "),
 )
 def test_a_hostile_file_is_refused_with_little_work(text):
-    assert python_reader.read(text).problems
-    assert lines_run(python_reader.read, text, limit=2_000_000)
-    assert most_memory(python_reader.read, text) < 16 * 2**20
+    assert python.read(text).problems
+    assert lines_run(python.read, text, limit=2_000_000)
+    assert most_memory(python.read, text) < 16 * 2**20

@@ -2,11 +2,11 @@
 
 import pytest
 
-from xtuner.config import yaml_reader
+from xtuner.config.read import yaml
 
 
 def test_reads_values_and_lines():
-    reading = yaml_reader.read(
+    reading = yaml.read(
         "# comment\nlr: 1e-4\nmax_steps: None\nbetas: [0.9, 0.999]\ndata_path:\n  - a\n  - b\n"
     )
     assert not reading.problems
@@ -20,7 +20,7 @@ def test_reads_values_and_lines():
 
 @pytest.mark.parametrize("number", ["1e-4", "1E+3", "-2e5", "2.e-4", "3.5e2"])
 def test_exponents_are_numbers(number):
-    assert yaml_reader.read(f"lr: {number}").entries["lr"].value == float(number)
+    assert yaml.read(f"lr: {number}").entries["lr"].value == float(number)
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,10 @@ def test_exponents_are_numbers(number):
     ],
 )
 def test_faults_have_their_line(text, line, message):
-    (problem,) = yaml_reader.read(text).problems
+    (problem,) = yaml.read(text).problems
     assert problem.line == line
     assert message in problem.message
 
 
 def test_an_empty_file_sets_nothing():
-    assert yaml_reader.read("# nothing\n").entries == {}
+    assert yaml.read("# nothing\n").entries == {}

@@ -105,7 +105,7 @@ def test_nothing_to_resume_from_says_what_is_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor", "AdamW8bit", "PagedAdamW32bit"])
 def test_optimizer_state_comes_back_bit_for_bit(tmp_path, name):
-    from xtuner.engine.optim import make_optimizer
+    from xtuner.engine.optimizer.optim import make_optimizer
 
     def trained(steps, optimizer=None, model=None):
         if model is None:

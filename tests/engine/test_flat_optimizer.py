@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from xtuner.config.schema import Settings
-from xtuner.engine import flat_optimizer
 from xtuner.engine.checkpoint import load_state, save_state
-from xtuner.engine.flat_check import fault_in_flat_steps, wants_flat_steps
-from xtuner.engine.flat_optimizer import FlatOptimizer, steps_by_element
-from xtuner.engine.optim import clip_gradients, make_optimizer, set_learning_rate
+from xtuner.engine.optimizer import flat as flat_optimizer
+from xtuner.engine.optimizer.flat import FlatOptimizer, steps_by_element
+from xtuner.engine.optimizer.flat_check import fault_in_flat_steps, wants_flat_steps
+from xtuner.engine.optimizer.optim import clip_gradients, make_optimizer, set_learning_rate
 from xtuner.errors import ConfigError, TrainingError
 from xtuner.testing.fake_cuda import device
 from xtuner.testing.run_distributed import run_distributed
@@ -267,9 +267,9 @@ from xtuner.testing.fake_cuda import device as paper_gpu
 card = paper_gpu.install(2**30)
 import bitsandbytes as bnb, torch
 from torch import nn
-from xtuner.engine.flat_check import fault_in_flat_steps, wants_flat_steps
-from xtuner.engine.flat_optimizer import FlatOptimizer
-from xtuner.engine.optim import load_optimizer
+from xtuner.engine.optimizer.flat_check import fault_in_flat_steps, wants_flat_steps
+from xtuner.engine.optimizer.flat import FlatOptimizer
+from xtuner.engine.optimizer.optim import load_optimizer
 
 def made():
     values = (torch.sin(torch.arange(40000.) + i).view(200, 200) for i in range(12))

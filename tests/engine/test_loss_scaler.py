@@ -8,14 +8,21 @@ from rich.console import Console
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
-from xtuner.engine import loss_scaler
 from xtuner.engine.checkpoint import load_state, save_state
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.engine.loss_scaler import GROWTH_STEPS, INITIAL_SCALE, LARGEST_SCALE, LossScaler
+from xtuner.engine.optimizer import loss_scaler
+from xtuner.engine.optimizer.loss_scaler import (
+    GROWTH_STEPS,
+    INITIAL_SCALE,
+    LARGEST_SCALE,
+    LossScaler,
+)
 from xtuner.engine.resume import identity_of
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.errors import TrainingError
-from xtuner.kernels import attention, fused_attention, fused_norm_mlp
+from xtuner.kernels.attention import packed
+from xtuner.kernels.fused import attention as fused_attention
+from xtuner.kernels.fused import norm_mlp
 from xtuner.models import adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.parallel.processes import Processes
@@ -105,10 +112,10 @@ def make_trainer(folder, dtype, *, steps, full=False, groups=None, scale=None, *
     """A run as `xtuner.train.run` makes it, and the hook that sees its numbers."""
     torch.manual_seed(0)
     model = tiny_model(initializer_range=0.2)
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
+    packed.register()
+    model.set_attn_implementation(packed.NAME)
     model = model.float() if full else model.to(dtype)
-    fused_norm_mlp.install(model)
+    norm_mlp.install(model)
     fused_attention.install(model)
     if not full:
         model = adapters.add_adapter(model, r=8, alpha=16, dropout=settings.pop("dropout", 0.0))

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from xtuner.engine.optim import clip_gradients, learning_rate, load_optimizer, make_optimizer
+from xtuner.engine.optimizer.optim import (
+    clip_gradients,
+    learning_rate,
+    load_optimizer,
+    make_optimizer,
+)
 from xtuner.errors import ConfigError
 
 

@@ -22,7 +22,7 @@ from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.errors import DataError, LaunchError, TrainingError
-from xtuner.kernels import attention
+from xtuner.kernels.attention import packed as attention
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.parallel.processes import Processes
 from xtuner.testing.run_distributed import run_distributed

@@ -10,7 +10,7 @@ from torch import nn
 from xtuner import templates
 from xtuner.errors import ConfigError, ModelError
 from xtuner.generation.generate import GenerationOptions, generation_mode, stream
-from xtuner.kernels import attention
+from xtuner.kernels.attention import packed
 from xtuner.models import adapters
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 from xtuner.types import Message
@@ -122,7 +122,7 @@ def test_the_context_bounds_the_answer() -> None:
 
 def make_training_model() -> nn.Module:
     base = tiny_model("llama", attention_dropout=0.5)
-    base.set_attn_implementation(attention.register())
+    base.set_attn_implementation(packed.register())
     base.gradient_checkpointing_enable({"use_reentrant": False})
     base.enable_input_require_grads()
     model = adapters.add_adapter(base, r=4, alpha=8, dropout=0.5)
@@ -143,7 +143,7 @@ def test_a_model_in_training_answers_and_goes_on_as_before() -> None:
     assert torch.is_grad_enabled() and not model.training
     unfinished.close()
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert model.get_base_model().config._attn_implementation == attention.NAME
+    assert model.get_base_model().config._attn_implementation == packed.NAME
     assert model.get_base_model().is_gradient_checkpointing
     assert all(p.grad is None for p in model.parameters())
 
@@ -157,10 +157,10 @@ def test_an_error_surfaces_and_sets_the_model_back() -> None:
 
 def test_generation_mode_gives_eager_attention_to_models_without_sdpa() -> None:
     model = tiny_model("gemma2", query_pre_attn_scalar=8)
-    model.set_attn_implementation(attention.register())
+    model.set_attn_implementation(packed.register())
     with generation_mode(model):
         assert model.config._attn_implementation == "eager"
-    assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == packed.NAME
 
 
 def test_autocast_of_the_caller_holds() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from xtuner.kernels.attention import packed_attention
+from xtuner.kernels.attention.packed import packed_attention
 
 pytestmark = pytest.mark.gpu
 

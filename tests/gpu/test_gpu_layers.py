@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from xtuner.kernels import fused_norm_mlp, liger
 from xtuner.kernels.cross_entropy import log_probabilities
 from xtuner.kernels.four_bit import dequantized
+from xtuner.kernels.fused import liger, norm_mlp
 from xtuner.kernels.host_embedding import HostEmbedding
-from xtuner.kernels.lora_linear import Adapted, low_rank_linears
+from xtuner.kernels.lora.linear import Adapted, low_rank_linears
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +47,7 @@ def test_loss(card, half, close, positions, trained):
 def test_norm(card, half, close, width):
     x, weight = random(1, 9, width, size=3).to(half), (random(width, seed=1) * 0.1 + 1).to(half)
     ours = x.to(card).requires_grad_()
-    layer = fused_norm_mlp.RMSNorm(nn.Parameter(weight.to(card), requires_grad=False), 1e-5)
+    layer = norm_mlp.RMSNorm(nn.Parameter(weight.to(card), requires_grad=False), 1e-5)
     wide = x.double().requires_grad_()
     out = layer(ours)
     wanted = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
@@ -64,7 +64,7 @@ def test_gated_mlp(card, half, close):
     exact = x.double().requires_grad_()
     wanted = (F.silu(exact @ wide[0].T) * (exact @ wide[1].T)) @ wide[2].T
     ours = x.to(card).requires_grad_()
-    out = fused_norm_mlp.GatedMLP(*(layer.to(card) for layer in layers))(ours)
+    out = norm_mlp.GatedMLP(*(layer.to(card) for layer in layers))(ours)
     close(out, wanted, 6)
     close(gradients(out, [ours])[0], gradients(wanted, [exact])[0], 8)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from xtuner.cli.app import main
 from xtuner.config.schema import Settings
-from xtuner.engine import optim
+from xtuner.engine.optimizer import optim
 from xtuner.testing.tiny import tiny_model_folder
 
 pytestmark = pytest.mark.gpu

@@ -6,8 +6,9 @@ import pytest
 import torch
 from losses import loss_of
 
-from xtuner.kernels import attention, fused_norm_mlp
+from xtuner.kernels.attention import packed as attention
 from xtuner.kernels.compiled import has_products
+from xtuner.kernels.fused import norm_mlp
 from xtuner.memory import footprint
 from xtuner.memory.live_bytes import LiveBytes
 from xtuner.models import adapters
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
 def real_peak(folder, *, lora, recompute, dtype, autocast, accumulate):
     attention.register()
     model = load_model(folder, dtype=dtype, attn_implementation=attention.NAME)
-    fused_norm_mlp.install(model)
+    norm_mlp.install(model)
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -136,7 +137,7 @@ def test_room_for_a_weight_that_is_dequantised(tmp_path, changes, largest):
 
 def test_nothing_without_values_stays_in_a_cache(folder):
     footprint.measure(str(folder), tokens=(64,), dtype=torch.bfloat16, lora=LORA)
-    from xtuner.kernels.block_attention import block_attention
+    from xtuner.kernels.attention.blocks import block_attention
 
     x = torch.randn(64, 2, 8)
     assert float(block_attention(x, x, x, (0, 64), scale=1.0).sum()) != 0

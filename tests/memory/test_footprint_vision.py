@@ -9,7 +9,8 @@ from xtuner.config.schema import Settings
 from xtuner.data.collate import lay_out
 from xtuner.data.images.expansion import PictureCollate, Sight
 from xtuner.data.images.files import PictureFolder
-from xtuner.kernels import attention, fused_norm_mlp
+from xtuner.kernels.attention import packed as attention
+from xtuner.kernels.fused import norm_mlp
 from xtuner.memory import footprint
 from xtuner.memory.footprint_vision import measure_eyes, tokens_each
 from xtuner.memory.live_bytes import LiveBytes
@@ -58,7 +59,7 @@ def test_equals_the_real_step(folder, case, accumulate):
 
     attention.register()
     llm = load_model(folder / "llm", dtype=torch.float32, attn_implementation=attention.NAME)
-    fused_norm_mlp.install(llm)
+    norm_mlp.install(llm)
     llm = adapters.add_adapter(llm, **lora) if lora else llm
     parts = llava_parts.make(
         settings, llm, image_token_id=IMAGE_ID, dtype=torch.float32, device="cpu"

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from xtuner.errors import ConfigError
-from xtuner.migrate.read_mmengine import read
 from xtuner.migrate.values import Dotted, Unread, UnreadError, unused
+from xtuner.migrate.xtuner.read import read
 
 
 @pytest.fixture

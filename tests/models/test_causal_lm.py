@@ -9,7 +9,10 @@ from losses import loss_of
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
-from xtuner.kernels import attention, compiled, fused_attention, fused_norm_mlp
+from xtuner.kernels import compiled
+from xtuner.kernels.attention import packed as attention
+from xtuner.kernels.fused import attention as fused_attention
+from xtuner.kernels.fused import norm_mlp
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_model
 from xtuner.testing.tiny import tiny_model
@@ -74,7 +77,7 @@ def test_packed_equals_one_by_one(architecture, implementation):
     fused = implementation == "fused"
     model.set_attn_implementation(attention.NAME if fused else implementation)
     if fused:
-        fused_norm_mlp.install(model)
+        norm_mlp.install(model)
         changed = fused_attention.install(model)
         assert changed == (CHANGED.get(architecture, 0) if compiled.available() else 0)
     packed = PackedCausalLM(model)

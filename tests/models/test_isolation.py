@@ -10,13 +10,14 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from xtuner.errors import ModelError
-from xtuner.kernels import attention
-from xtuner.models import adapters, isolation
-from xtuner.models.attention_check import wrong_attention
+from xtuner.kernels.attention import packed as attention
+from xtuner.models import adapters
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.isolation import IsolationCheck
+from xtuner.models.check import isolation
+from xtuner.models.check.attention import wrong_attention
+from xtuner.models.check.isolation import IsolationCheck
+from xtuner.models.check.training_pass import traceless
 from xtuner.models.load import load_model
-from xtuner.models.training_pass import traceless
 from xtuner.testing.tiny import tiny_model
 
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2}

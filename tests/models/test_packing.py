@@ -9,10 +9,10 @@ from test_causal_lm import gradients, packed_batch, plain_loss
 
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
-from xtuner.kernels import fused_norm_mlp
-from xtuner.kernels.attention import NAME
+from xtuner.kernels.attention.packed import NAME
+from xtuner.kernels.fused import norm_mlp
+from xtuner.models.can_pack import resolve_packing, training_implementation, why_apart
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.packing import resolve_packing, training_implementation, why_apart
 from xtuner.testing.tiny import tiny_model, tiny_model_folder
 
 GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2}
@@ -45,7 +45,7 @@ def test_a_model_that_needs_samples_alone_learns_what_transformers_learns(archit
     model.eval()  # dropout of some is on by default
     expected_loss = plain_loss(model, batch)
     expected = gradients(model, expected_loss)
-    fused_norm_mlp.install(model)  # as in a run; norms that take a gate stay as they are
+    norm_mlp.install(model)  # as in a run; norms that take a gate stay as they are
     lm = PackedCausalLM(model)
     assert lm.apart
     assert lm.verify() is None

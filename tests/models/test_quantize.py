@@ -6,7 +6,7 @@ from torch import nn
 
 from xtuner.device.select import DTYPES
 from xtuner.kernels.four_bit import mend_4bit_layers
-from xtuner.kernels.lora_linear import frozen_weight
+from xtuner.kernels.lora.linear import frozen_weight
 from xtuner.models.load import load_model
 from xtuner.models.quantize import Rounding
 from xtuner.models.run_info import RunInfo

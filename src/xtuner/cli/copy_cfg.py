@@ -16,7 +16,7 @@ def command(
     import shlex
     import textwrap
 
-    from xtuner.config import catalog
+    from xtuner.config.builtin import catalog
     from xtuner.config.render import render
     from xtuner.errors import ConfigError
 

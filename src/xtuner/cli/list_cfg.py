@@ -18,7 +18,7 @@ def command(
     ] = "",
 ) -> None:
     """List the built-in settings, one name a line."""
-    from xtuner.config import catalog
+    from xtuner.config.builtin import catalog
     from xtuner.errors import ConfigError
 
     names = catalog.names(pattern)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS, CHECKS
 from xtuner.config.describe import allowed, choices
-from xtuner.config.entries import OVERRIDE, Entry, Problem, Reading, spoken_constant
+from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, spoken_constant
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import did_you_mean
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner.config import catalog, foreign, python_reader, yaml_reader
-from xtuner.config import overrides as override_reader
+from xtuner.config.builtin import catalog
 from xtuner.config.check import check
-from xtuner.config.entries import BUILT_IN, OVERRIDE, Entry, Reading, report
+from xtuner.config.read import foreign, python, yaml
+from xtuner.config.read import overrides as override_reader
+from xtuner.config.read.entries import BUILT_IN, OVERRIDE, Entry, Reading, report
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
 
-_READERS = {".py": python_reader.read, ".yaml": yaml_reader.read, ".yml": yaml_reader.read}
+_READERS = {".py": python.read, ".yaml": yaml.read, ".yml": yaml.read}
 _MAX_BYTES = 1_000_000
 
 

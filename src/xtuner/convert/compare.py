@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xtuner.errors import ModelError
-from xtuner.kernels.attention import without_cudnn
+from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, quiet_transformers
 from xtuner.models.quantize import Rounding

@@ -24,8 +24,8 @@ import torch
 from safetensors import SafetensorError
 
 from xtuner.device.out_of_memory import is_out_of_memory
-from xtuner.engine.loss_scaler import LossScaler
-from xtuner.engine.optim import load_optimizer
+from xtuner.engine.optimizer.loss_scaler import LossScaler
+from xtuner.engine.optimizer.optim import load_optimizer
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models.save import flush, flush_tree
 

@@ -25,10 +25,11 @@ from torch import Tensor
 from xtuner.config.schema import Settings
 from xtuner.device.host import memory_mb
 from xtuner.device.out_of_memory import is_out_of_memory
-from xtuner.engine import faults, optim
-from xtuner.engine.flat_optimizer import FlatOptimizer
+from xtuner.engine import faults
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.engine.loss_scaler import LossScaler
+from xtuner.engine.optimizer import optim
+from xtuner.engine.optimizer.flat import FlatOptimizer
+from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.signals import StopRequest
 from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
 from xtuner.parallel.processes import Processes

@@ -22,7 +22,7 @@ from torch import Tensor
 from xtuner.errors import ConfigError, ModelError, listed
 from xtuner.generation.detokenize import Detokenizer, StopWords
 from xtuner.generation.images import Vision
-from xtuner.kernels import attention
+from xtuner.kernels.attention import packed
 from xtuner.models.vision.llava import decoder_of
 from xtuner.templates.base import Template
 from xtuner.types import Message
@@ -141,11 +141,11 @@ def generation_mode(model: Any) -> Iterator[None]:
     before = base.config._attn_implementation
     model.eval()
     try:
-        if before == attention.NAME:
+        if before == packed.NAME:
             base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
         yield
     finally:
-        if before == attention.NAME:
+        if before == packed.NAME:
             base.set_attn_implementation(before)
         for module in training:
             module.training = True
@@ -168,7 +168,7 @@ def _token_ids(
     cached = _takes(model, "past_key_values")  # models with a state of another kind go without
     while True:
         # Neither grad mode nor the choice of kernels may stay while the caller has the piece.
-        with torch.no_grad(), attention.without_cudnn(device):
+        with torch.no_grad(), packed.without_cudnn(device):
             if cached:
                 extra["past_key_values"] = cache
             output = model(**inputs, use_cache=cached, **extra)

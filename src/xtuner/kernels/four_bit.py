@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xtuner.kernels.forward_override import with_forward
+from xtuner.kernels.fused.forward_override import with_forward
 
 
 def dequantized(weight: Tensor, state: Any) -> Tensor:

@@ -18,22 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from xtuner.kernels import (
-    attention,
-    block_attention,
-    cross_entropy,
-    fused_attention,
-    fused_decoder,
-    fused_norm_mlp,
-    host_embedding,
-)
+from xtuner.kernels import cross_entropy, host_embedding
+from xtuner.kernels.attention import blocks, packed
 from xtuner.kernels.compiled import kernels_for, shapes_only
+from xtuner.kernels.fused import attention as fused_attention
+from xtuner.kernels.fused import decoder, norm_mlp
 from xtuner.kernels.scratch import kept
 from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
 from xtuner.models import adapters
+from xtuner.models.can_pack import training_implementation, why_apart
 from xtuner.models.causal_lm import missing_to_round
 from xtuner.models.load import located_config, quiet_transformers
-from xtuner.models.packing import training_implementation, why_apart
 from xtuner.models.quantize import Quantization
 
 KEPT_BY_FLASH = "xtuner_footprint"
@@ -108,16 +103,16 @@ def measure(
         model = _build(config, count, dtype, trust_remote_code)
         apart = why_apart(model) is not None
         implementation = training_implementation(model, "auto")
-        if flash and implementation == attention.NAME:
+        if flash and implementation == packed.NAME:
             implementation = KEPT_BY_FLASH
         model.set_attn_implementation(implementation)
         _fix_rotation(model)
         rows = [(n,) for n in tokens] if apart else [tokens]
         few = _few_tokens(config) if getattr(model, "_is_stateful", False) else None
-        fused_norm_mlp.install(model, check=False)
+        norm_mlp.install(model, check=False)
         if not flash:
             fused_attention.install(model, check=False)
-            fused_decoder.install(model, check=False)
+            decoder.install(model, check=False)
         saved, workspace = _quantised_size(model, quantization, double_quant)
         embedding = 0
         if lora is not None:
@@ -385,9 +380,9 @@ AttentionInterface.register(KEPT_BY_FLASH, _flash_footprint)
 def _caches_apart() -> Iterator[None]:
     """Let no tensor without values stay in a cache that a real step reads."""
     caches = (
-        block_attention.layout_of,
-        block_attention._shared_blocks,
-        block_attention._places,
+        blocks.layout_of,
+        blocks._shared_blocks,
+        blocks._places,
         fused_attention.rotation_of,
     )
     kept_before = dict(kept.tensors)

@@ -21,7 +21,7 @@ import torch
 from xtuner.config.combinations import check_combinations
 from xtuner.config.schema import Settings
 from xtuner.device.select import resolve_dtype
-from xtuner.engine import optim
+from xtuner.engine.optimizer import optim
 from xtuner.errors import ConfigError, LaunchError, XTunerError
 from xtuner.memory.footprint import Footprint, measure
 from xtuner.memory.footprint_vision import measure_eyes, tokens_each

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xtuner.config import arithmetic
-from xtuner.config.arithmetic import RefusedError
+from xtuner.config.read import arithmetic
+from xtuner.config.read.arithmetic import RefusedError
 from xtuner.errors import ConfigError
 from xtuner.migrate.values import Dotted, Table, Unread, copied
 

@@ -1,6 +1,6 @@
 """Migrate a file: say what it is, read it, and write the settings file.
 
-The forms are told apart by what stands in the file (`xtuner.config.foreign`), never by its name.
+The kind of file is decided by its content (`xtuner.config.read.foreign`), never by its name.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner.config import foreign
 from xtuner.config.check import check
+from xtuner.config.read import foreign
 from xtuner.errors import ConfigError, listed
-from xtuner.migrate import llamafactory, read_mmengine, torchtune, xtuner_old
 from xtuner.migrate.report import Draft
 from xtuner.migrate.values import UnreadError
+from xtuner.migrate.xtuner import read as read_mmengine
+from xtuner.migrate.xtuner import xtuner_old
+from xtuner.migrate.yaml_trainers import llamafactory, torchtune
 
 _YAML = {foreign.LLAMA_FACTORY: llamafactory.migrate, foreign.TORCHTUNE: torchtune.migrate}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from xtuner.config.entries import Entry, Problem, Reading, shortened
+from xtuner.config.read.entries import Entry, Problem, Reading, shortened
 from xtuner.config.render import render
 from xtuner.migrate.values import UnreadError, written
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from xtuner.errors import ModelError
 from xtuner.hub.weight_files import tensors_of
-from xtuner.kernels.lora_layers import layer_classes
+from xtuner.kernels.lora.layers import layer_classes
 from xtuner.models.old_adapters import fitting_llm_adapter
 
 OUTSIDE_PEFT = {

@@ -18,13 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xtuner.errors import ModelError
-from xtuner.kernels import attention
+from xtuner.kernels.attention import packed as attention
 from xtuner.kernels.cross_entropy import ScoringHead, log_probabilities_of_logits
-from xtuner.kernels.forward_override import with_forward
-from xtuner.models.attention_check import ROUNDINGS, distance, wrong_attention
-from xtuner.models.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck
-from xtuner.models.packing import why_apart
-from xtuner.models.training_pass import plain_attention, text_decoder, traceless, without_dropout
+from xtuner.kernels.fused.forward_override import with_forward
+from xtuner.models.can_pack import why_apart
+from xtuner.models.check.attention import ROUNDINGS, distance, wrong_attention
+from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck
+from xtuner.models.check.training_pass import (
+    plain_attention,
+    text_decoder,
+    traceless,
+    without_dropout,
+)
 from xtuner.types import IGNORE_INDEX, Batch
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")

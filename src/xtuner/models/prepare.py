@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from xtuner.config.schema import Settings
-from xtuner.kernels import fused_attention, fused_decoder, fused_norm_mlp, host_embedding
+from xtuner.kernels import host_embedding
+from xtuner.kernels.fused import attention, decoder, norm_mlp
 from xtuner.models import adapters
+from xtuner.models.can_pack import training_implementation
 from xtuner.models.load import load_model
-from xtuner.models.packing import training_implementation
 from xtuner.models.vision.parts import LLM, LLM_ADAPTER
 
 
@@ -53,9 +54,9 @@ def make_trainable(
     base.set_attn_implementation(training_implementation(base, s.attn_implementation))
     if embedding_on_cpu:
         host_embedding.install(base, [*s.lora_target_modules, *s.lora_modules_to_save])
-    fused_norm_mlp.install(base)
-    fused_attention.install(base)
-    fused_decoder.install(base)
+    norm_mlp.install(base)
+    attention.install(base)
+    decoder.install(base)
     if recompute:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()

@@ -13,8 +13,8 @@ from xtuner.config.load import LoadedSettings
 from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.images.expansion import Sight
+from xtuner.models.can_pack import resolve_packing
 from xtuner.models.load import load_tokenizer
-from xtuner.models.packing import resolve_packing
 from xtuner.templates.base import Template
 from xtuner.train.vision import sight_of
 

@@ -9,9 +9,9 @@ import torch
 
 from xtuner.config.schema import Settings
 from xtuner.device.select import name_of
-from xtuner.engine import optim
 from xtuner.engine.counting import Counter
-from xtuner.engine.loss_scaler import INITIAL_SCALE
+from xtuner.engine.optimizer import optim
+from xtuner.engine.optimizer.loss_scaler import INITIAL_SCALE
 from xtuner.memory.forecast import MemoryPlan, check_disk
 
 _FEW_NAMES = 4

@@ -19,24 +19,25 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.device import host
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import checkpoint as checkpoints
-from xtuner.engine import flat_check, optim
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.counting import Counter
-from xtuner.engine.flat_optimizer import FlatOptimizer
 from xtuner.engine.hooks.base import Run, make_hooks
-from xtuner.engine.loss_scaler import LossScaler
+from xtuner.engine.optimizer import flat_check, optim
+from xtuner.engine.optimizer.flat import FlatOptimizer
+from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.trainer import Interrupted, Trainer
 from xtuner.engine.work_dir import WorkPlace
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.generation.generate import GenerationOptions, stream
-from xtuner.kernels import compiled, liger, threads
-from xtuner.kernels.attention import without_cudnn
-from xtuner.kernels.attention_line import attention_line
+from xtuner.kernels import compiled, threads
+from xtuner.kernels.attention.line import attention_line
+from xtuner.kernels.attention.packed import without_cudnn
+from xtuner.kernels.fused import liger
 from xtuner.memory.forecast import plan_memory
+from xtuner.models.can_pack import resolve_packing
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import located_config
-from xtuner.models.packing import resolve_packing
 from xtuner.models.prepare import make_trainable
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model

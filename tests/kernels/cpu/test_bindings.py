@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from xtuner.device import compile
-from xtuner.kernels.block_attention import block_attention
+from xtuner.kernels.attention.blocks import block_attention
 from xtuner.kernels.cpu import bindings, build
 from xtuner.kernels.cpu.bindings import kernels_for
 from xtuner.kernels.cross_entropy import log_probabilities
-from xtuner.kernels.fused_norm_mlp import RMSNorm, _RMSNorm, _SiluProduct
+from xtuner.kernels.fused.norm_mlp import RMSNorm, _RMSNorm, _SiluProduct
 
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Largest difference relative to the largest value; a bfloat16 has 8 significant bits."""

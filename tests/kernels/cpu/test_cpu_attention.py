@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from xtuner.kernels.block_attention import block_attention, cpu_attention
+from xtuner.kernels.attention.blocks import block_attention, cpu_attention
 from xtuner.kernels.cpu import build
 
 pytestmark = [

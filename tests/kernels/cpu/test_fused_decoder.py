@@ -7,9 +7,11 @@ import pytest
 import torch
 from losses import loss_of
 
-from xtuner.kernels import attention, fused_attention, fused_decoder, fused_norm_mlp
+from xtuner.kernels.attention import packed
 from xtuner.kernels.cpu import build
 from xtuner.kernels.cpu.bindings import Kernels
+from xtuner.kernels.fused import attention as fused_attention
+from xtuner.kernels.fused import decoder, norm_mlp
 from xtuner.models import adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.testing.tiny import tiny_model
@@ -37,10 +39,10 @@ def changed_model(model_type="llama", **changes):
     sizes = {"hidden_size": 64, "intermediate_size": 80, "head_dim": 32, "num_attention_heads": 2}
     model = tiny_model(model_type, **{**sizes, "num_key_value_heads": 1, **changes})
     model = model.bfloat16()
-    model.set_attn_implementation(attention.register())
-    fused_norm_mlp.install(model)
+    model.set_attn_implementation(packed.register())
+    norm_mlp.install(model)
     fused_attention.install(model)
-    return model, fused_decoder.install(model)
+    return model, decoder.install(model)
 
 
 def with_adapters(model, **options):
@@ -94,13 +96,13 @@ def apart(found, wanted):
 def passes(monkeypatch):
     """How often a whole layer was one operation."""
     count = []
-    apply = fused_decoder._DecoderLayer.apply
+    apply = decoder._DecoderLayer.apply
 
     def counted(*arguments):
         count.append(1)
         return apply(*arguments)
 
-    monkeypatch.setattr(fused_decoder._DecoderLayer, "apply", counted)
+    monkeypatch.setattr(decoder._DecoderLayer, "apply", counted)
     return count
 
 
@@ -137,7 +139,7 @@ def test_it_is_as_near_as_the_same_layer_part_by_part(monkeypatch, passes):
     wrapped = PackedCausalLM(adapted)
     whole = gradients(adapted, loss_of(wrapped, batch))
     assert passes
-    monkeypatch.setattr(fused_decoder, "_layer_of", lambda *_: None)
+    monkeypatch.setattr(decoder, "_layer_of", lambda *_: None)
     parts = gradients(adapted, loss_of(wrapped, batch))
     _, wanted = exact_gradients(adapted, batch)
     assert sum(apart(whole, wanted).values()) < 1.1 * sum(apart(parts, wanted).values())
@@ -242,7 +244,7 @@ def test_other_adapters(options, passes, monkeypatch):
     found = step()
     used = "modules_to_save" in options  # the head is no part of a layer
     assert bool(passes) == used
-    monkeypatch.setattr(fused_decoder, "_layer_of", lambda *_: None)
+    monkeypatch.setattr(decoder, "_layer_of", lambda *_: None)
     assert max(apart(found, step()).values()) <= (0.05 if used else 0)
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from xtuner.kernels import lora_linear
 from xtuner.kernels.cpu import bindings, build
-from xtuner.kernels.lora_linear import Adapted, low_rank_linears
+from xtuner.kernels.lora import linear
+from xtuner.kernels.lora.linear import Adapted, low_rank_linears
 
 pytestmark = [
     pytest.mark.usefixtures("units", "guarded"),
@@ -209,9 +209,9 @@ def test_other_layers_are_multiplied_by_torch(change):
 
 def test_recomputation_goes_by_torch_both_times(monkeypatch):
     (part,) = layers_of(24, (40,), (4,))
-    found, choose = [], lora_linear._kernels_for
+    found, choose = [], linear._kernels_for
     monkeypatch.setattr(
-        lora_linear, "_kernels_for", lambda *given: found.append(choose(*given)) or found[-1]
+        linear, "_kernels_for", lambda *given: found.append(choose(*given)) or found[-1]
     )
     x = torch.randn(5, 24).bfloat16().requires_grad_()
     checkpoint(lambda x: low_rank_linears(x, [part])[0], x, use_reentrant=False).sum().backward()

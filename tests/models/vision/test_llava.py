@@ -8,13 +8,13 @@ import torch
 from losses import loss_of
 from torch import nn
 
-from xtuner.config import catalog
+from xtuner.config.builtin import catalog
 from xtuner.config.schema import Settings
 from xtuner.data.collate import lay_out
 from xtuner.data.images.expansion import PictureCollate, Sight
 from xtuner.data.images.files import PictureFolder
 from xtuner.errors import ModelError
-from xtuner.kernels import attention
+from xtuner.kernels.attention import packed as attention
 from xtuner.models import adapters
 from xtuner.models.vision import llava
 from xtuner.models.vision import parts as llava_parts

@@ -1,0 +1,82 @@
+"""The built-in settings with pictures: a stage, a chat model and a visual encoder make a name.
+
+llava_internlm2_chat_1_8b_clip_vit_large_p14_336_e1_gpu8_pretrain
+      └ models.toml       └ llava.toml           └ max_epochs
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONTEXT = 2048
+"""Tokens of a sample together with one picture."""
+
+_FILE = Path(__file__).parents[1] / "tables" / "llava.toml"
+
+
+class Name(NamedTuple):
+    """What a name is made of."""
+
+    stage: str
+    model: str
+    encoder: str
+    epochs: int
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The rows of llava.toml."""
+    return tomllib.loads(_FILE.read_text(encoding="utf-8"))
+
+
+def names(models: list[str]) -> list[str]:
+    """All names that the chat `models` give."""
+    return [
+        stage["name"].format(model=model, encoder=encoder, epochs=stage["epochs"])
+        for model in models
+        for encoder in table()["encoders"]
+        for stage in table()["stages"].values()
+    ]
+
+
+def split(name: str, models: list[str]) -> Name | None:
+    """What `name` is made of; None where it is none of ours."""
+    for key, stage in table()["stages"].items():
+        pattern = stage["name"].format(
+            model=f"(?P<model>{'|'.join(models)})",
+            encoder=f"(?P<encoder>{'|'.join(table()['encoders'])})",
+            epochs=r"(?P<epochs>[1-9]\d{0,3})",
+        )
+        if match := re.fullmatch(pattern, name, flags=re.ASCII):
+            return Name(key, match["model"], match["encoder"], int(match["epochs"]))
+    return None
+
+
+def compose(name: Name, model: dict[str, Any], *, suffix: str = "") -> dict[str, Any]:
+    """The settings that `name` stands for; `model` are those of the language model. `suffix` is
+    what the settings file of the first stage has behind its name, and so its work dir."""
+    encoder, stage = table()["encoders"][name.encoder], table()["stages"][name.stage]
+    values = {
+        **model,
+        "visual_encoder_name_or_path": encoder["path"],
+        **stage["settings"],
+        **table()["settings"],
+        "max_length": CONTEXT - encoder["tokens"],
+        "max_epochs": name.epochs,
+    }
+    if name.stage == "finetune":
+        first = table()["stages"]["pretrain"]
+        before = first["name"].format(
+            model=name.model, encoder=name.encoder, epochs=first["epochs"]
+        )
+        values["pretrained_pth"] = f"./work_dirs/{before}{suffix}"
+    return values
+
+
+def note(name: Name) -> str:
+    """What has to be done by hand first."""
+    return str(table()["stages"][name.stage]["note"])

@@ -1,0 +1,1 @@
+"""Read a settings file without executing it."""

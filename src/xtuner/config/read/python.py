@@ -1,0 +1,263 @@
+"""Read a settings file in Python syntax without running it.
+
+The text is parsed with `ast`, and only what follows is understood: assignments of literals, earlier
+names, arithmetic, joined texts, f-strings, comparisons, conditionals, lists, tuples, dicts and
+their items. Whatever else stands in the file is a problem with its line. So a settings file from a
+stranger is only data. Size and work are bounded: ``10**10**9`` is a problem too, not a hang.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from xtuner.config.read import arithmetic
+from xtuner.config.read.arithmetic import RefusedError, kind
+from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
+from xtuner.errors import did_you_mean
+
+_MAX_WORK = 5_000_000
+_READ_NOT_RUN = "a settings file is read, not executed; "
+_NAME_FUNCTION = _READ_NOT_RUN + 'put your function in a file and name it as "my_file.py:function"'
+_WRITE_OUT = _READ_NOT_RUN + "write the values out"
+_CURES: dict[type[ast.AST], str] = {
+    ast.Import: _NAME_FUNCTION,
+    ast.ImportFrom: _NAME_FUNCTION,
+    ast.FunctionDef: _NAME_FUNCTION,
+    ast.AsyncFunctionDef: _NAME_FUNCTION,
+    ast.ClassDef: _NAME_FUNCTION,
+    ast.Lambda: _NAME_FUNCTION,
+    ast.Call: _READ_NOT_RUN + "write the value in place of the call",
+    ast.Attribute: _READ_NOT_RUN + "write the value, or its name in quotes",
+    ast.For: _WRITE_OUT,
+    ast.While: _WRITE_OUT,
+    ast.ListComp: _WRITE_OUT,
+    ast.SetComp: _WRITE_OUT,
+    ast.DictComp: _WRITE_OUT,
+    ast.GeneratorExp: _WRITE_OUT,
+    ast.AugAssign: "write it in full, as in lr = lr * 2",
+    ast.Set: "write a list: [...]",
+    ast.Starred: "write the items, or join lists with +",
+}
+_LOOKALIKES = {"true": "True", "false": "False", "none": "None", "null": "None"}
+
+
+def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
+    """Read the settings in `text`.
+
+    Args:
+        text: the content of the file.
+        overrides: values that take the place of what the file assigns to these names, so that what
+            the file computes from them follows.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return Reading(problems=[_syntax_problem(error)])
+    reader = _Reader(text.split("\n"), overrides or {})
+    reader.statements(tree.body)
+    return reader.reading
+
+
+class _Fault(Exception):
+    def __init__(self, node: ast.AST, message: str) -> None:
+        self.node = node
+        self.message = message
+
+
+class _Broken(Exception):
+    """A name is used whose own problem is listed already."""
+
+
+class _Reader:
+    def __init__(self, lines: list[str], overrides: Mapping[str, Any]) -> None:
+        self.reading = Reading()
+        self._lines = lines
+        self._overrides = overrides
+        self._names: dict[str, Any] = {}
+        self._work = 0
+        self._kinds: dict[type[ast.AST], Callable[[Any], Any]] = {
+            ast.Constant: self._constant,
+            ast.Name: self._name,
+            ast.List: lambda node: [self._value(item) for item in node.elts],
+            ast.Tuple: lambda node: tuple(self._value(item) for item in node.elts),
+            ast.Dict: self._dict,
+            ast.BinOp: lambda node: arithmetic.calculate(
+                node.op, self._value(node.left), self._value(node.right)
+            ),
+            ast.UnaryOp: lambda node: arithmetic.unary(node.op, self._value(node.operand)),
+            ast.BoolOp: self._bool,
+            ast.Compare: self._compare,
+            ast.IfExp: lambda node: self._value(
+                node.body if self._value(node.test) else node.orelse
+            ),
+            ast.JoinedStr: lambda node: "".join(self._piece(part) for part in node.values),
+            ast.Subscript: self._item,
+            ast.Call: self._join,
+        }
+
+    def statements(self, body: list[ast.stmt]) -> None:
+        """Read `body`, going on after a fault."""
+        for statement in body:
+            try:
+                self._statement(statement)
+            except _Fault as fault:
+                self.note(fault.node, fault.message)
+                self._break(statement)
+            except RecursionError:
+                self.note(statement, "is nested too deeply")
+                self._break(statement)
+            except _Broken:
+                self._break(statement)
+
+    def note(self, node: ast.AST, message: str) -> None:
+        """List a problem at the line of `node`."""
+        line = getattr(node, "lineno", 1)
+        self.reading.problems.append(Problem(self._lines[line - 1].strip(), message, line=line))
+
+    def _statement(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Assign(targets=targets, value=value):
+                self._assign(node, targets, value)
+            case ast.AnnAssign(target=target, value=ast.expr() as value):
+                self._assign(node, [target], value)
+            case ast.If(test=test, body=body, orelse=orelse):
+                self.statements(body if self._value(test) else orelse)
+            case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
+                pass
+            case ast.Expr(value=value):
+                raise _Fault(node, _CURES.get(type(value), "has no effect; write name = value"))
+            case _:
+                raise _Fault(node, _CURES.get(type(node), _READ_NOT_RUN + "write name = value"))
+
+    def _assign(self, node: ast.stmt, targets: list[ast.expr], value: ast.expr) -> None:
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if len(names) < len(targets):
+            raise _Fault(node, "assign to one name at a time, as in lr = 2e-4")
+        if all(name in self._overrides for name in names):
+            given = None
+        else:
+            given = self._value(value)
+        for name in names:
+            overridden = name in self._overrides
+            self._names[name] = self._overrides[name] if overridden else given
+            self.reading.broken.discard(name)
+            if not name.startswith("_"):
+                line = OVERRIDE if overridden else node.lineno
+                self.reading.entries[name] = Entry(self._names[name], line)
+
+    def _break(self, statement: ast.stmt) -> None:
+        """Remember the names that `statement` should have set; do not report their uses again."""
+        if type(statement) in (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If):
+            self.reading.broken.update(_stored(statement))
+            for name in _stored(statement):
+                self.reading.entries.pop(name, None)
+
+    def _value(self, node: ast.expr) -> Any:
+        read_kind = self._kinds.get(type(node))
+        if read_kind is None:
+            raise _Fault(node, _CURES.get(type(node), _READ_NOT_RUN + "write the value itself"))
+        try:
+            value = read_kind(node)
+            self._work += arithmetic.check_size(value)
+        except RefusedError as refused:
+            raise _Fault(node, str(refused)) from None
+        if self._work > _MAX_WORK:
+            raise _Fault(node, "the file computes too much for a settings file")
+        return value
+
+    def _constant(self, node: ast.Constant) -> Any:
+        if node.value is None or isinstance(node.value, str | bool | int | float):
+            return node.value
+        raise _Fault(node, f"a setting cannot be {type(node.value).__name__}")
+
+    def _name(self, node: ast.Name) -> Any:
+        if node.id in self.reading.broken:
+            raise _Broken
+        if node.id in self._names:
+            return self._names[node.id]
+        if node.id in _LOOKALIKES:
+            raise _Fault(node, f"write {_LOOKALIKES[node.id]}")
+        guess = did_you_mean(node.id, list(self._names))
+        raise _Fault(node, f"no earlier line sets {node.id}{guess or '; a text needs quotes'}")
+
+    def _dict(self, node: ast.Dict) -> dict[Any, Any]:
+        pairs = {}
+        for key, value in zip(node.keys, node.values, strict=True):
+            if not isinstance(key, ast.Constant):
+                raise _Fault(node, "the keys of a dict must be plain texts or numbers")
+            pairs[self._value(key)] = self._value(value)
+        return pairs
+
+    def _bool(self, node: ast.BoolOp) -> Any:
+        stop_at = isinstance(node.op, ast.Or)
+        value = None
+        for part in node.values:
+            value = self._value(part)
+            if bool(value) == stop_at:
+                break
+        return value
+
+    def _compare(self, node: ast.Compare) -> bool:
+        left = self._value(node.left)
+        for op, comparator in zip(node.ops, node.comparators, strict=True):
+            right = self._value(comparator)
+            if not arithmetic.compare(op, left, right):
+                return False
+            left = right
+        return True
+
+    def _piece(self, node: ast.expr) -> str:
+        """One part of an f-string."""
+        if not isinstance(node, ast.FormattedValue):
+            return str(self._value(node))
+        value = self._value(node.value)
+        spec = self._value(node.format_spec) if node.format_spec else ""
+        return arithmetic.written(value, conversion=node.conversion, spec=spec)
+
+    def _item(self, node: ast.Subscript) -> Any:
+        holder = self._value(node.value)
+        if isinstance(node.slice, ast.Slice):
+            bounds = (node.slice.lower, node.slice.upper, node.slice.step)
+            index: Any = slice(*(None if b is None else self._value(b) for b in bounds))
+        else:
+            index = self._value(node.slice)
+        try:
+            return holder[index]
+        except (TypeError, IndexError, KeyError, ValueError):
+            raise _Fault(node, f"{kind(holder)} has no item {index!r}") from None
+
+    def _join(self, node: ast.Call) -> str:
+        """Read ``"separator".join(texts)``, the one call that is only a way to write a text."""
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Constant(value=str(separator)), attr="join"),
+                args=[texts],
+                keywords=[],
+            ):
+                parts = self._value(texts)
+                if isinstance(parts, list | tuple) and all(isinstance(p, str) for p in parts):
+                    arithmetic.check_size([separator] * len(parts))
+                    return separator.join(parts)
+                raise _Fault(node, "join takes a list of texts")
+        raise _Fault(node, _CURES[ast.Call])
+
+
+def _stored(statement: ast.AST) -> Iterator[str]:
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def _syntax_problem(error: Exception) -> Problem:
+    if isinstance(error, SyntaxError):
+        text = (error.text or "").strip()
+        return Problem(text, f"is not Python: {error.msg}", line=error.lineno or 1)
+    if isinstance(error, ValueError):
+        return Problem("the file", f"is not Python: {error}")
+    return Problem("the file", "is nested too deeply")

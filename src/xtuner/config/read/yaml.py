@@ -1,0 +1,92 @@
+"""Read a settings file in YAML: plain values only, every key with its line, none twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from xtuner.config.read.arithmetic import RefusedError, check_size
+from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader; aliases are refused, and 1e-4 and None are read as meant."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not read; repeat the value", problem_mark=mark
+            )
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
+
+
+def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
+    """Read the settings in `text`; `overrides` take the place of the file's values."""
+    reading = Reading()
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        reading.problems.append(_syntax_problem(text, error))
+        return reading
+    except RecursionError:
+        reading.problems.append(Problem("the file", "is nested too deeply"))
+        return reading
+    if node is None:
+        return reading
+    if not isinstance(node, yaml.MappingNode):
+        reading.problems.append(Problem("the file", "must hold lines of the form  key: value"))
+        return reading
+    for key, value in node.value:
+        _read_pair(reading, key, value, overrides or {})
+    return reading
+
+
+def _read_pair(
+    reading: Reading, key: yaml.Node, value: yaml.Node, overrides: Mapping[str, Any]
+) -> None:
+    line = key.start_mark.line + 1
+    name = str(key.value) if isinstance(key, yaml.ScalarNode) else "?"
+    if name in reading.entries or name in reading.broken:
+        first = reading.entries[name].line if name in reading.entries else None
+        where = f" in line {first}" if first else ""
+        reading.problems.append(
+            Problem(f"{name}:", f"is set already{where}; keep one of the two", line=line)
+        )
+        return
+    if name in overrides:
+        reading.entries[name] = Entry(overrides[name], OVERRIDE)
+        return
+    try:
+        read_value = _construct(value)
+        check_size(read_value)
+    except (yaml.YAMLError, RefusedError, ValueError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or str(error)
+        reading.problems.append(Problem(f"{name}:", f"cannot be read: {reason}", line=line))
+        reading.broken.add(name)
+        return
+    reading.entries[name] = Entry(read_value, line)
+
+
+def _construct(node: yaml.Node) -> Any:
+    return _Loader("").construct_document(node)
+
+
+def _syntax_problem(text: str, error: yaml.YAMLError) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return Problem("the file", f"is not YAML: {error}")
+    lines = text.split("\n")
+    what = lines[mark.line].strip() if mark.line < len(lines) else ""
+    return Problem(what, f"is not YAML: {getattr(error, 'problem', '')}", line=mark.line + 1)

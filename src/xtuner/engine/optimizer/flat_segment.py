@@ -1,0 +1,108 @@
+"""Parameters as views of one buffer, their gradients collected in another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.engine.optimizer.flat_state import slot
+from xtuner.errors import TrainingError
+
+
+@dataclass(eq=False)
+class Segment:
+    """Parameters that lie one after the other in one buffer and are stepped as one.
+
+    Attributes:
+        parameters: of the model.
+        indices: their numbers in the optimizer's `state_dict`.
+        flat: what the optimizer steps: the buffer, or the parameter itself if it is alone.
+    """
+
+    parameters: list[nn.Parameter]
+    indices: list[int]
+    flat: nn.Parameter
+
+    @classmethod
+    def of(cls, parameters: list[nn.Parameter], indices: list[int]) -> Segment:
+        """Move `parameters` into a new buffer; one alone stays where it is."""
+        if len(parameters) == 1:
+            return cls(parameters, indices, parameters[0])
+        total = sum(slot(p.numel()) for p in parameters)
+        flat = torch.zeros(total, dtype=parameters[0].dtype, device=parameters[0].device)
+        segment = cls(parameters, indices, nn.Parameter(flat, requires_grad=False))
+        segment.attach()
+        return segment
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is a buffer."""
+        return self.flat is not self.parameters[0]
+
+    def starts(self) -> list[int]:
+        """Where each parameter begins, and where the buffer ends."""
+        return [0, *accumulate(slot(p.numel()) for p in self.parameters)]
+
+    def attach(self) -> None:
+        """Make every parameter whose `data` is another tensor a view of the buffer again.
+
+        Raises:
+            TrainingError: it has another type, size or device now.
+        """
+        first, size = self.flat.data_ptr(), self.flat.element_size()
+        for parameter, start in zip(self.parameters, self.starts(), strict=False):
+            if parameter.data_ptr() == first + start * size:
+                continue
+            if (parameter.dtype, parameter.device) != (self.flat.dtype, self.flat.device):
+                raise TrainingError(
+                    f"a trained parameter of shape {tuple(parameter.shape)} was {self.flat.dtype} "
+                    f"on {self.flat.device} when the run began and is {parameter.dtype} on "
+                    f"{parameter.device} now: change a model before the run, not in a hook"
+                )
+            view = self.flat.data[start : start + parameter.numel()].view(parameter.shape)
+            view.copy_(parameter.data)
+            parameter.data = view
+
+    def marks(self) -> list[int]:
+        """For each parameter 0 without a gradient, 1 with one; a number of its own where the
+        gradient cannot lie in the buffer."""
+        marks = []
+        for index, parameter in enumerate(self.parameters):
+            grad = parameter.grad
+            fits = grad is None or (grad.layout == torch.strided and grad.dtype == self.flat.dtype)
+            marks.append(int(grad is not None) if fits else index + 2)
+        return marks
+
+    def gather(self) -> None:
+        """Copy the gradients, which all parameters have or none, into one buffer, and make them
+        views of it."""
+        if self.parameters[0].grad is None:
+            self.flat.grad = None
+            return
+        pieces: list[Tensor] = []
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            pieces.append(parameter.grad.reshape(-1))
+            if missing := slot(parameter.numel()) - parameter.numel():
+                pieces.append(self.flat.new_zeros(missing))
+        whole = torch.cat(pieces)
+        self.flat.grad = whole
+        for parameter, start in zip(self.parameters, self.starts(), strict=False):
+            parameter.grad = whole[start : start + parameter.numel()].view(parameter.shape)
+
+    def split(self, marks: Sequence[Any]) -> Iterator[tuple[Segment, int]]:
+        """Segments of neighbours with equal `marks`, and where each begins in this buffer."""
+        starts = self.starts()
+        for _, run in groupby(range(len(marks)), key=lambda i: marks[i]):
+            places = list(run)
+            low, high = places[0], places[-1] + 1
+            parameters = self.parameters[low:high]
+            data = self.flat.data[starts[low] : starts[high]]
+            alone = len(parameters) == 1
+            flat = parameters[0] if alone else nn.Parameter(data, requires_grad=False)
+            yield Segment(parameters, self.indices[low:high], flat), starts[low]

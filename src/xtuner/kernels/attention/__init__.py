@@ -1,0 +1,1 @@
+"""Attention over packed samples: one dispatch, a kernel per kind of hardware."""

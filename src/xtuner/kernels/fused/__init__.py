@@ -1,0 +1,1 @@
+"""Layers of a model replaced by faster ones that give the same numbers."""

@@ -1,0 +1,1 @@
+"""Frozen linear layers and their LoRA adapters as one operation."""

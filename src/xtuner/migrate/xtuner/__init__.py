@@ -1,0 +1,1 @@
+"""Configs of XTuner 0.1 and 0.2."""

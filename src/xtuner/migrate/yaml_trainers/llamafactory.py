@@ -1,0 +1,197 @@
+"""What a YAML file of LLaMA-Factory means: SFT and pretraining, with full, LoRA and QLoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xtuner.migrate.report import Draft, shown
+from xtuner.migrate.values import Table, UnreadError, unused
+from xtuner.migrate.yaml_trainers import llamafactory_data
+from xtuner.migrate.yaml_trainers.flat import carry, lose_set, refuse_set, training_arguments
+from xtuner.migrate.yaml_trainers.read_yaml import read
+
+ORIGIN = "LLaMA-Factory"
+_NOT_YET = {
+    "dpo": "preference tuning (dpo, orpo, simpo) is not part of this version yet",
+    "kto": "preference tuning (kto) is not part of this version yet",
+    "rm": "training a reward model is not part of this version yet",
+    "ppo": "reinforcement learning (ppo) is not part of this version yet",
+}
+_CHANGES = (
+    "use_rslora use_dora pissa_init loraplus_lr_ratio neftune_noise_alpha use_galore use_apollo "
+    "use_badam use_adam_mini use_muon use_dft_loss use_asft_loss use_eaft_loss use_llama_pro "
+    "mask_history mixture_of_depths rope_scaling shift_attn adapter_name_or_path resize_vocab "
+    "add_tokens add_special_tokens new_special_tokens_config moe_aux_loss_coef use_mca fp8 "
+    "train_mm_proj_only freeze_trainable_layers freeze_extra_modules use_kt tokenized_path "
+    "disable_shuffling image_max_pixels video_max_pixels freeze_vision_tower "
+    "freeze_multi_modal_projector freeze_language_model"
+).split()
+_NO_INFLUENCE = (
+    "do_train plot_loss overwrite_output_dir overwrite_cache save_only_model ddp_timeout cache_dir "
+    "flash_attn enable_liger_kernel use_unsloth use_unsloth_gc disable_gradient_checkpointing "
+    "gradient_checkpointing use_reentrant_gc use_fast_tokenizer low_cpu_mem_usage model_revision "
+    "include_num_input_tokens_seen include_effective_tokens_per_second preprocessing_batch_size "
+    "per_device_eval_batch_size logging_first_step logging_dir logging_strategy "
+    "ddp_find_unused_parameters upcast_layernorm upcast_lmhead_output hf_hub_token ms_hub_token "
+    "predict_with_generate push_to_hub run_name local_rank enable_thinking data_seed use_swanlab "
+    "use_v1_kernels print_param_status trust_remote_code buffer_size dispatch_batches do_eval "
+    "data_shared_file_system"
+).split()
+_SHARDING = ("deepspeed", "fsdp", "fsdp_config", "streaming", "group_by_length", "use_ray")
+_OF_FAMILIES_NO_MODEL = ("default", "alpaca", "empty", "fewshot", "vicuna", "chatml", "zephyr")
+
+
+def migrate(text: str, folder: Path) -> Draft:
+    """Say in our settings what the file `text` in `folder` means."""
+    table, draft = read(text), Draft(ORIGIN)
+    stage = str(table.take("stage", "sft"))
+    draft.kind = stage
+    if stage in _NOT_YET:
+        draft.postpone(table.line_of("stage"), f"stage: {stage}", _NOT_YET[stage])
+        return draft
+    if stage not in ("sft", "pt"):
+        draft.refuse(table.line_of("stage"), f"stage: {stage}", "is neither sft nor pt")
+        return draft
+    if not table.take("do_train", False):
+        draft.refuse(table.line_of("do_train"), "do_train", "is not true: nothing is trained")
+        return draft
+    try:
+        _model(table, draft)
+        _adapter(table, draft)
+        training_arguments(table, draft)
+        _data(table, draft, stage, folder)
+        _rest(table, draft)
+    except UnreadError as error:
+        draft.refuse_unread(error)
+    except (TypeError, ValueError) as error:
+        draft.refuse(0, "a value", f"has another type than LLaMA-Factory takes: {error}")
+    draft.kind = f"{draft.values.get('algorithm', 'sft')} {draft.values.get('tuning', '')}"
+    return draft
+
+
+def _model(table: Table, draft: Draft) -> None:
+    line = table.line_of("model_name_or_path")
+    draft.set("pretrained_model_name_or_path", table.take("model_name_or_path"), line)
+    bits, line = table.take("quantization_bit"), table.line_of("quantization_bit")
+    method = str(table.take("quantization_method", "bnb")).lower()
+    kind, double = table.take("quantization_type", "nf4"), table.take("double_quantization", True)
+    table.pass_over("quantization_device_map")
+    if bits is None:
+        return
+    if method not in ("bnb", "bitsandbytes") or bits not in (4, 8):
+        draft.refuse(line, f"quantization: {bits} bits, {method}", "only 4 and 8 of bitsandbytes")
+        return
+    draft.set("quantization", kind if bits == 4 else "int8", line)
+    if bits == 4:
+        draft.set("double_quant", bool(double), table.line_of("double_quantization"))
+
+
+def _adapter(table: Table, draft: Draft) -> None:
+    kind, line = table.take("finetuning_type", "lora"), table.line_of("finetuning_type")
+    if kind not in ("lora", "full"):
+        draft.refuse(line, f"finetuning_type: {kind}", "is neither lora nor full")
+        return
+    quantized = "quantization" in draft.values
+    draft.set("tuning", "full" if kind == "full" else "qlora" if quantized else "lora", line)
+    keys = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target")
+    if kind == "full":
+        table.pass_over(*keys, "create_new_adapter")
+        return
+    carry(table, draft, (("lora_rank", "lora_r", 8), ("lora_dropout", "lora_dropout", 0.0)))
+    alpha = table.take("lora_alpha") or 2 * draft.values["lora_r"]
+    draft.set("lora_alpha", alpha, table.line_of("lora_alpha"))
+    table.pass_over("create_new_adapter")
+    target = table.take("lora_target", "all")
+    names = _split(target)
+    draft.set(
+        "lora_target_modules",
+        ["all-linear"] if names == ["all"] else names,
+        table.line_of("lora_target"),
+    )
+    if saved := _split(table.take("additional_target")):
+        draft.set("lora_modules_to_save", saved, table.line_of("additional_target"))
+
+
+def _data(table: Table, draft: Draft, stage: str, folder: Path) -> None:
+    llamafactory_data.read(table, draft, folder)
+    on_prompt = bool(table.take("train_on_prompt", False))
+    if stage == "pt" or on_prompt:
+        draft.set("algorithm", "pretrain", table.line_of("stage"))
+        draft.set("overlong", "truncate", table.line_of("cutoff_len"))
+    draft.set("max_length", table.take("cutoff_len", 2048), table.line_of("cutoff_len"))
+    packing, neat = table.take("packing"), table.take("neat_packing", False)
+    packed = bool(neat) or (stage == "pt" if packing is None else bool(packing))
+    draft.set("pack_to_max_length", packed, table.line_of("packing"))
+    if packed and not neat:
+        draft.note(
+            table.line_of("packing"), "packing", "samples of a pack do not see each other here"
+        )
+    _template(table, draft, stage)
+    if system := table.take("default_system"):
+        draft.set("SYSTEM", system, table.line_of("default_system"))
+    if workers := table.take("preprocessing_num_workers"):
+        draft.set("dataset_num_proc", workers, table.line_of("preprocessing_num_workers"))
+    _validation(table, draft)
+
+
+def _template(table: Table, draft: Draft, stage: str) -> None:
+    name, line = table.take("template"), table.line_of("template")
+    table.pass_over("tool_format")
+    if stage == "pt":
+        draft.set("prompt_template", "plain", line)
+    elif name is None or name in _OF_FAMILIES_NO_MODEL:
+        draft.refuse(
+            line,
+            shown("template", name),
+            "is no template of a chat model; choose a prompt_template (`xtuner explain "
+            "prompt_template`) and set the model's own here first",
+        )
+    else:
+        draft.set("prompt_template", "auto", line)
+        draft.note(line, f"template: {name}", "the model's own chat template is used here")
+
+
+def _validation(table: Table, draft: Draft) -> None:
+    size, line = table.take("val_size", 0.0) or 0.0, table.line_of("val_size")
+    if 0 < size <= 0.5:
+        draft.set("validation_ratio", float(size), line)
+    elif size:
+        draft.lose(line, f"val_size: {size}", "validation_ratio is a share, at most 0.5")
+    every = table.take("eval_steps")
+    strategy = table.take("eval_strategy", table.take("evaluation_strategy", "no"))
+    if every and strategy == "steps":
+        draft.set("evaluation_freq", int(every), table.line_of("eval_steps"))
+    lose_set(table, draft, ("eval_dataset",), "validation_ratio sets rows aside here")
+    table.pass_over("load_best_model_at_end", "metric_for_best_model", "compute_accuracy")
+
+
+def _rest(table: Table, draft: Draft) -> None:
+    if folder := table.take("output_dir"):
+        draft.set("work_dir", folder, table.line_of("output_dir"))
+    if table.take("use_cpu", False):
+        draft.set("device", "cpu", table.line_of("use_cpu"))
+    report, line = table.take("report_to"), table.line_of("report_to")
+    names = _split(report)
+    if set(names) - {"none", "tensorboard", "all"}:
+        draft.lose(line, shown("report_to", report), "events for TensorBoard are written here")
+    if table.take("trust_remote_code"):
+        draft.note(
+            table.line_of("trust_remote_code"),
+            "trust_remote_code: true",
+            "is left False; if the model has code of its own, the training says so",
+        )
+    if table.take("resume_from_checkpoint"):
+        line = table.line_of("resume_from_checkpoint")
+        draft.note(line, "resume_from_checkpoint", "give `xtuner train --resume`")
+    refuse_set(table, draft, _CHANGES, "is not known here")
+    lose_set(table, draft, _SHARDING)
+    table.pass_over(*_NO_INFLUENCE)
+    for line, path, value in unused(table, ""):
+        if value not in (None, False):
+            draft.lose(line, shown(path.lstrip("."), value), "has no counterpart")
+
+
+def _split(value: object) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [part.strip() for part in str(value).split(",")] if value else []

@@ -1,0 +1,67 @@
+"""Read the YAML file of another trainer: plain values, each key with its line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from xtuner.config.read.arithmetic import RefusedError, check_size
+from xtuner.errors import ConfigError
+from xtuner.migrate.values import Table, Unread
+
+_DEPTH = 20
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader; 1e-4 is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def read(text: str) -> Table:
+    """Read `text`, a mapping.
+
+    Raises:
+        ConfigError: it is no YAML, no mapping, or has aliases.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{line}is not YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise ConfigError("is nested too deeply") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError("holds no lines of the form  key: value")
+    table: Table = _value(node, 0, set())
+    try:
+        check_size(table)
+    except RefusedError as refused:
+        raise ConfigError(str(refused)) from None
+    return table
+
+
+def _value(node: yaml.Node, depth: int, above: set[int]) -> Any:
+    if depth > _DEPTH or id(node) in above:
+        raise ConfigError(f"line {node.start_mark.line + 1}: is nested too deeply")
+    above = {*above, id(node)}
+    if isinstance(node, yaml.MappingNode):
+        table = Table(node.start_mark.line + 1)
+        for key, value in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else "?"
+            table.put(name, _value(value, depth + 1, above), key.start_mark.line + 1)
+        return table
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, depth + 1, above) for item in node.value]
+    try:
+        return _Loader("").construct_object(node)  # type: ignore[no-untyped-call]
+    except Exception as error:  # the library raises many kinds for values that are out of range
+        return Unread(node.start_mark.line + 1, str(node.value)[:40], f"is no value: {error}")
