@@ -1,5 +1,5 @@
 # make quickstart          teach a small chat model who it is (NAME="Ada" chooses the name)
-# make quickstart-llava    give it eyes, and ask about pictures (15 minutes on two cores)
+# make quickstart-llava    give it eyes, and ask about images (15 minutes on two cores)
 # make quickstart-overfit  the same without ordinary conversations: see it forget
 # make venv                .venv with the xtuner command in it
 # make test | test-slow    the test suite | the tests that take long (JOBS=1: in one process)

@@ -49,7 +49,7 @@ def reference(options: argparse.Namespace, length: int, tuning: str) -> list[flo
         folder=Path.cwd(),
         algorithm=algorithm,
         quiet=True,
-        sight=None,
+        image_layout=None,
     )
     loader = Loader(
         data.train,

@@ -162,7 +162,7 @@ def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
         folder=Path.cwd(),
         algorithm=algorithm,
         quiet=True,
-        sight=None,
+        image_layout=None,
     )
     packs = [data.train[i] for i in range(len(data.train))]
     config = AutoConfig.from_pretrained(options.model)

@@ -71,7 +71,7 @@ def measure(file: Path, model: Path) -> None:
         folder=file.parent,
         algorithm=Algorithm(),
         quiet=True,
-        sight=None,
+        image_layout=None,
     )
     seconds, peak = time.perf_counter() - began, memory("VmHWM") - before
     loader = Loader(

@@ -1,8 +1,8 @@
-"""Pictures a second: xtuner beside a plain transformers loop, on the same pictures and words.
+"""Images a second: xtuner beside a plain transformers loop, on the same images and words.
 
     python benchmarks/llava.py [--model DIR] [--rows 48] [--rounds 2]
 
-A CLIP ViT-B/16 with random weights (196 tokens a picture, frozen), a projector that is trained, a
+A CLIP ViT-B/16 with random weights (196 tokens an image, frozen), a projector that is trained, a
 language model with LoRA r=64. The plain loop takes transformers' own LLaVA with its processor,
 padded batches of four and peft, in bfloat16. xtuner runs as `xtuner train`: without the feature
 cache, and as in a second epoch with it (`cache_visual_features`).
@@ -47,7 +47,7 @@ def make_encoder(folder: Path, shape: dict) -> None:
 
 
 def make_rows(folder: Path, count: int) -> list[dict]:
-    """Write pictures of noise and rows of one question and answer about each."""
+    """Write images of noise and rows of one question and answer about each."""
     (folder / "images").mkdir()
     draw, made = random.Random(0), []
     for number, row in enumerate(rows(count)):
@@ -62,7 +62,7 @@ def make_rows(folder: Path, count: int) -> list[dict]:
 
 
 def plain(options: argparse.Namespace, folder: Path, made: list[dict]) -> list[float]:
-    """Pictures a second of every step of a loop as transformers' documentation writes it."""
+    """Images a second of every step of a loop as transformers' documentation writes it."""
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
@@ -115,8 +115,8 @@ def plain(options: argparse.Namespace, folder: Path, made: list[dict]) -> list[f
                 {"role": "assistant", "content": answer},
             ]
             texts.append(tokenizer.apply_chat_template(talk, tokenize=False))
-        pictures = [Image.open(folder / "images" / row["image"]).convert("RGB") for row in part]
-        inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        images = [Image.open(folder / "images" / row["image"]).convert("RGB") for row in part]
+        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
         inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         labels = labels.masked_fill(labels == image_token, -100)
@@ -131,7 +131,7 @@ def plain(options: argparse.Namespace, folder: Path, made: list[dict]) -> list[f
 
 
 def ours(options: argparse.Namespace, folder: Path, cached: bool) -> list[float]:
-    """Pictures a second of every step of `xtuner train`; cached: of its second epoch."""
+    """Images a second of every step of `xtuner train`; cached: of its second epoch."""
     steps_an_epoch = -(-options.rows // BATCH)
     options.data, options.steps = folder / "rows.json", steps_an_epoch * (2 if cached else 1)
     settings = {
@@ -167,7 +167,7 @@ def main() -> None:
             found["xtuner"] += ours(options, folder, cached=False)[WARM:]
             found["xtuner, cached features"] += ours(options, folder, cached=True)[WARM:]
     base = statistics.median(found["plain"])
-    print("| program | pictures/s | against the plain loop |\n|---|---|---|")
+    print("| program | images/s | against the plain loop |\n|---|---|---|")
     for who, rates in found.items():
         rate = statistics.median(rates)
         print(f"| {who} | {rate:.2f} | {rate / base:.2f} |")

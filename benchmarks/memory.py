@@ -5,8 +5,9 @@
 
 The measured figure is the highest resident memory of `xtuner train` as the system counts it. On a
 GPU it is what torch reserved at most; where there is none, the highest sum of all tensors on a GPU
-on paper (`xtuner.testing.fake_cuda.device`), of which the forecast should be 5 % above: so much is
-reckoned for gaps between blocks. A 7B model takes a quarter of an hour there, and 20 GB of disk.
+on the fake CUDA device (`xtuner.testing.fake_cuda.device`), of which the forecast should be 5 %
+above: so much is reckoned for gaps between blocks. A 7B model takes a quarter of an hour there, and
+20 GB of disk.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from llava import LARGE_14_336, make_encoder, make_rows
 from rows import rows
 from transformers import LlamaConfig
 
-PICTURES = {
+IMAGES = {
     "visual_encoder_name_or_path": "clip",
     "data_path": "rows.json",
     "image_folder": "images",
     "max_length": 448,
     "pack_to_max_length": False,
 }
-"""A picture of 576 tokens and up to 448 of text; folders are made by `make_pictures`."""
+"""A image of 576 tokens and up to 448 of text; folders are made by `make_images`."""
 CASES: dict[str, dict] = {
     "LoRA r=64, 1,024 tokens": {},
     "LoRA r=64, 4 x 512 tokens": {"max_length": 512, "batch_size": 4},
@@ -57,12 +58,12 @@ CASES: dict[str, dict] = {
     "all weights, 1,024 tokens": {"tuning": "full"},
     "all weights, 2 micro-batches of 1,024 tokens": {"tuning": "full", "accumulative_counts": 2},
     "LLaVA, CLIP ViT-L/14-336: projector": {
-        **PICTURES,
+        **IMAGES,
         "tuning": "full",
         "freeze_llm": True,
     },
     "LLaVA, CLIP ViT-L/14-336: LoRA r=64 on both": {
-        **PICTURES,
+        **IMAGES,
         "visual_encoder_lora_r": 64,
     },
     "all weights, 2 x 1,024 tokens, recomputed": {
@@ -73,8 +74,8 @@ CASES: dict[str, dict] = {
 }
 
 
-def make_pictures(place: Path, shape: dict = LARGE_14_336) -> dict[str, str]:
-    """Make an encoder, pictures and rows in `place`; return the settings that name them."""
+def make_images(place: Path, shape: dict = LARGE_14_336) -> dict[str, str]:
+    """Make an encoder, images and rows in `place`; return the settings that name them."""
     if not (place / "images").exists():
         make_encoder(place / "clip", shape)
         made = make_rows(place, 12)
@@ -82,7 +83,7 @@ def make_pictures(place: Path, shape: dict = LARGE_14_336) -> dict[str, str]:
             row["conversations"][1]["value"] = " ".join(["A longer answer."] * 150)
         (place / "rows.json").write_text(json.dumps(made))
     names = ("visual_encoder_name_or_path", "data_path", "image_folder")
-    return {name: str(place / PICTURES[name]) for name in names}
+    return {name: str(place / IMAGES[name]) for name in names}
 
 
 Case = tuple[str, dict, Callable[[], object]]
@@ -93,8 +94,8 @@ def of_small_model(place: Path, options: argparse.Namespace) -> Iterator[Case]:
     """The cases above."""
     for name, changes in CASES.items():
         if options.case in name:
-            pictures = "visual_encoder_name_or_path" in changes
-            made = make_pictures(place / "llava") if pictures else {}
+            images = "visual_encoder_name_or_path" in changes
+            made = make_images(place / "llava") if images else {}
             yield name, {**COMMON, "tuning": "lora", **changes, **made}, lambda: None
 
 
@@ -124,7 +125,7 @@ def main() -> None:
     device = "cuda" if options.gpu else "cpu"
     paper = options.gpu and not torch.cuda.is_available()
     through = ("xtuner.testing.fake_cuda.device",) if paper else ()
-    os.environ.setdefault("PAPER_GPU_MIB", str(2**20))  # no limit
+    os.environ.setdefault("FAKE_CUDA_MIB", str(2**20))  # no limit
     print("| settings | forecast MiB | measured MiB | forecast / measured |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=HOME if options.gpu and HOME.exists() else None) as folder:
         place = Path(folder)

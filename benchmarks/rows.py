@@ -24,7 +24,7 @@ WORDS = (
     "say help low line before turn cause same mean differ move right boy old too does tell "
     "sentence set three want air well also play small end put home read hand port large spell "
     "add even land here must big high such follow act why ask men change went light kind off "
-    "need house picture try us again animal point mother world near build self earth"
+    "need house image try us again animal point mother world near build self earth"
 ).split()
 PROMPT_WORDS = (4, 7, 8, 9, 10, 12, 13, 15, 18, 24, 130)
 ANSWER_WORDS = (1, 8, 13, 24, 46, 81, 118, 170, 224, 279, 429)

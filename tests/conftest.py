@@ -26,7 +26,7 @@ if os.environ.get("XTUNER_FAKE_CUDA"):  # to walk the tests marked `gpu` where t
 
         sys.modules.update(Stand().modules)
 
-COMPILED = ("kernels", "paper_gpu")
+COMPILED = ("kernels", "fake_cuda")
 
 
 def pytest_configure(config):
@@ -63,7 +63,7 @@ def fake_cuda():
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """Where the CPU kernels and the GPU on paper lie, so that they are compiled once for all
+    """Where the CPU kernels and the fake CUDA device lie, so that they are compiled once for all
     tests of all processes (pytest-xdist)."""
     base = tmp_path_factory.getbasetemp()
     spread = "PYTEST_XDIST_WORKER" in os.environ
@@ -79,8 +79,8 @@ def compiled(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def paper_gpu_ready(compiled):
-    """Compile the GPU on paper, in one of the processes."""
+def fake_cuda_ready(compiled):
+    """Compile the fake CUDA device, in one of the processes."""
     from xtuner.testing.fake_cuda import device
 
     with alone(compiled), cache_at(compiled):

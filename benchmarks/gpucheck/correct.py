@@ -282,7 +282,7 @@ def by_formula(packed: Tensor, state: Any) -> Tensor:
 
 def llava_gradients(bench: Bench) -> Iterator[Row]:
     """Both stages of LLaVA, against xtuner's own way in float32 on the CPU."""
-    from gpucheck.pictures import STAGES, built, small_llava
+    from gpucheck.images import STAGES, built, small_llava
 
     if bench.device == "cpu" and not bench.tiny:
         raise Skip("there is no card")

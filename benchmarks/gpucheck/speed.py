@@ -13,7 +13,7 @@ from typing import Any
 import gpu
 import torch
 from cpu import work_of
-from memory import PICTURES, make_pictures
+from memory import IMAGES, make_images
 from transformers import LlamaConfig
 
 from gpucheck import hooks
@@ -193,9 +193,9 @@ def llava_stage_2(bench: Bench) -> Iterator[Row]:
 def _llava(bench: Bench, name: str, changes: Mapping[str, Any]) -> Iterator[Row]:
     place = bench.folder / "llava"
     place.mkdir(parents=True, exist_ok=True)
-    made = make_pictures(place, TINY_TOWER) if bench.tiny else make_pictures(place)
+    made = make_images(place, TINY_TOWER) if bench.tiny else make_images(place)
     batch = 1 if bench.tiny else 4
-    settings = _small(bench, {**PICTURES, **changes, **made, "batch_size": batch})
+    settings = _small(bench, {**IMAGES, **changes, **made, "batch_size": batch})
     chosen = fitting(bench, ("Llama-2-7B", "InternLM2-1.8B"), settings)
     model = bench.model(chosen.folder, chosen.shape)
     steps = {"max_steps": bench.options.steps + 1, "custom_hooks": (ENOUGH,)}
@@ -204,9 +204,9 @@ def _llava(bench: Bench, name: str, changes: Mapping[str, Any]) -> Iterator[Row]
         name.replace(" ", "-"), values, model=model, data=Path(made["data_path"])
     ).check()
     row = _row(bench, name, chosen, run)
-    pictures = batch / (row.values["step_ms"] / 1e3)
-    note = "; ".join(filter(None, (chosen.note, f"{pictures:.1f} pictures/s, {batch} a step")))
-    yield Row(row.name, {**row.values, "pictures_per_second": pictures, "note": note})
+    images = batch / (row.values["step_ms"] / 1e3)
+    note = "; ".join(filter(None, (chosen.note, f"{images:.1f} images/s, {batch} a step")))
+    yield Row(row.name, {**row.values, "images_per_second": images, "note": note})
 
 
 LIMIT = 8 * 2**30

@@ -24,7 +24,7 @@ def serve(options: Any) -> None:
     if options.fake:
         from xtuner.testing.fake_cuda import device
 
-        device.install(int(os.environ.get("PAPER_GPU_MIB", 2**20)) * 2**20)
+        device.install(int(os.environ.get("FAKE_CUDA_MIB", 2**20)) * 2**20)
     from gpucheck.bench import Bench
 
     bench = Bench.of(options)

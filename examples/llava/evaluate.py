@@ -2,8 +2,8 @@
 
     python evaluate.py quickstart-llava
 
-`test.json` shows digits that neither stage nor the visual encoder ever saw. An answer is right if
-it is the expected word and nothing else. The floor is the finished model asked without a picture.
+`test.json` shows digits that neither stage nor the vision tower ever saw. An answer is right if
+it is the expected word and nothing else. The floor is the finished model asked without an image.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ KINDS = ("count", "digit", "colour")
 Row = dict[str, Any]
 
 
-def ask(session: Session, rows: list[Row], images: Path, *, seeing: bool) -> list[str]:
+def ask(session: Session, rows: list[Row], images: Path, *, image_model: bool) -> list[str]:
     """One answer a row, each in a conversation of its own."""
     answers = []
     for row in rows:
         session.reset()
-        shown = [str(images / row["image"])] if seeing else []
+        shown = [str(images / row["image"])] if image_model else []
         answers.append("".join(session.ask(row["question"], shown)).strip())
     return answers
 
@@ -45,7 +45,7 @@ def right(row: Row, answer: str) -> bool:
 
 
 def is_caption(answer: str) -> bool:
-    """Whether `answer` is a sentence as the first stage learnt them."""
+    """Whether `answer` is a sentence as the first stage learned them."""
     return answer.startswith("A ") and any(place in answer for place in ("left", "right", "middle"))
 
 
@@ -61,7 +61,7 @@ def table_row(name: str, rows: list[Row], answers: list[str]) -> tuple[str, floa
 
 
 def draw_grid(rows: list[Row], answers: list[str], images: Path, file: Path) -> None:
-    """Draw twelve pictures with question and answer; wrong ones are red."""
+    """Draw twelve images with question and answer; wrong ones are red."""
     chosen = random.Random(0).sample(range(len(rows)), min(12, len(rows)))
     figure, axes = plt.subplots(3, 4, figsize=(12, 10), layout="constrained")
     for axis, index in zip(axes.flat, chosen, strict=False):
@@ -87,16 +87,16 @@ def main() -> None:
     stages = (
         ("before: the language model alone", options.llm, rows[: options.quick], False),
         ("after pretraining", folder / "pretrain", rows[: options.quick], True),
-        ("after fine-tuning, no picture", folder / "finetune", rows[:half], False),
+        ("after fine-tuning, no image", folder / "finetune", rows[:half], False),
         ("after fine-tuning", folder / "finetune", rows, True),
     )
     heads = "".join(f"{kind:>8}" for kind in KINDS)
     print(f"{'':<34}{heads}{'overall':>9}{'captions':>10}{'asked':>8}")
     results, answers = {}, []
-    for name, place, asked, seeing in stages:
+    for name, place, asked, image_model in stages:
         how = GenerationOptions(max_new_tokens=20, temperature=0)
         session = open_chat(str(place), options=how, prompt_template="chatml", system="")
-        answers = ask(session, asked, images, seeing=seeing)
+        answers = ask(session, asked, images, image_model=image_model)
         line, results[name] = table_row(name, asked, answers)
         print(line, flush=True)
     draw_grid(rows, answers, images, folder / "answers.png")

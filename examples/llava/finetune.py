@@ -1,5 +1,5 @@
-# Stage 2: teach it to answer questions about pictures. The projector of stage 1 goes on learning,
-# and adapters are trained beside the language model's weights; the visual encoder stays as it is.
+# Stage 2: teach it to answer questions about images. The projector of stage 1 goes on learning,
+# and adapters are trained beside the language model's weights; the vision tower stays as it is.
 
 # PART 1  Model and method
 llm_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -7,13 +7,13 @@ tuning = "lora"  # 135M parameters fit anywhere: no need for 4 bits
 lora_r = 32
 lora_alpha = 64
 
-# PART 1b  Pictures
+# PART 1b  Images
 data_root = "quickstart-llava"
 visual_encoder_name_or_path = "quickstart-llava/clip"
 pretrained_pth = "quickstart-llava/pretrain"  # the projector of stage 1
 image_folder = "images"
 
-# PART 2  Data: pictures and a conversation about each
+# PART 2  Data: images and a conversation about each
 data_path = "finetune.json"
 prompt_template = "chatml"
 max_length = 496
@@ -29,7 +29,7 @@ warmup_ratio = 0.05
 # PART 4  Sample answers
 evaluation_freq = 1000
 evaluation_max_new_tokens = 24
-evaluation_inputs = ["Describe the picture.", "How many digits are there?"]
+evaluation_inputs = ["Describe the image.", "How many digits are there?"]
 evaluation_images = "images/test_00000.png"
 
 # PART 5  Runtime

@@ -1,9 +1,9 @@
-"""Pictures of one to three handwritten digits in colours, their captions and questions about them.
+"""Images of one to three handwritten digits in colours, their captions and questions about them.
 
     python make_data.py --out quickstart-llava
 
 The digits are scikit-learn's bundled ones, 1,797 that people wrote by hand. A quarter of them is
-held out: no picture of the training shows them, of the visual encoder's training neither.
+held out: no image of the training shows them, of the vision tower's training neither.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ PLACES = {1: ("in the middle",), 2: ("on the left", "on the right"),
           3: ("on the left", "in the middle", "on the right")}  # fmt: skip
 CENTRES = {"on the left": 8, "in the middle": 24, "on the right": 40}
 NUMBERS = ("no", "one", "two", "three")
-REQUESTS = ("", "", "Describe the picture.", "What do you see?", "What is in the picture?")
-"""What a caption answers; mostly nothing, so that the picture alone calls for it."""
+REQUESTS = ("", "", "Describe the image.", "What do you see?", "What is in the image?")
+"""What a caption answers; mostly nothing, so that the image alone calls for it."""
 Scene = list[tuple[int, str, str]]
 """(digit, colour, place) of each digit from left to right."""
 
 
 def digits(held_out: bool) -> dict[int, list[list[np.ndarray]]]:
-    """Pictures from 0 to 1 by digit, of the training or of the held-out part, in all `SIZES`."""
+    """Images from 0 to 1 by digit, of the training or of the held-out part, in all `SIZES`."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     chosen = order[: len(order) // 4] if held_out else order[len(order) // 4 :]
     found: dict[int, list[list[np.ndarray]]] = {d: [] for d in range(10)}
-    for picture, digit in zip(data.images[chosen], data.target[chosen], strict=True):
-        drawn = Image.fromarray((picture * 255 / 16).astype(np.uint8))
+    for image, digit in zip(data.images[chosen], data.target[chosen], strict=True):
+        drawn = Image.fromarray((image * 255 / 16).astype(np.uint8))
         sized = [drawn.resize((size, size), Image.Resampling.BICUBIC) for size in SIZES]
         found[int(digit)].append([np.asarray(x, dtype=np.float32)[..., None] / 255 for x in sized])
     return found
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """Choose what is on a picture; its digits differ, so that a digit names one of them."""
+    """Choose what is on an image; its digits differ, so that a digit names one of them."""
     places = PLACES[rng.choice((1, 2, 3))]
     chosen = rng.sample(range(10), len(places))
     return [(d, rng.choice(list(COLOURS)), place) for d, place in zip(chosen, places, strict=True)]
 
 
-def draw_picture(scene: Scene, images: dict[int, Any], rng: random.Random) -> np.ndarray:
+def draw_image(scene: Scene, images: dict[int, Any], rng: random.Random) -> np.ndarray:
     """Draw a scene ``[SIDE, SIDE, 3]`` with a sample of every digit, somewhat moved and sized."""
     canvas = np.full((SIDE, SIDE, 3), rng.randint(0, 40), dtype=np.float32)
     for digit, colour, place in scene:
@@ -89,7 +89,7 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
 
 
 def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """A conversation in LLaVA's form; the picture stands before the first question."""
+    """A conversation in LLaVA's form; the image stands before the first question."""
     rows = []
     for number, (question, answer) in enumerate(pairs):
         rows.append({"from": "human", "value": ("" if number else "<image>\n") + question})
@@ -113,7 +113,7 @@ def main() -> None:
             rng = random.Random(f"{part} {number}")
             scene = draw_scene(rng)
             name = f"{part}_{number:05d}.png"
-            Image.fromarray(draw_picture(scene, images, rng)).save(folder / name)
+            Image.fromarray(draw_image(scene, images, rng)).save(folder / name)
             made.append((name, scene, rng))
         return made
 

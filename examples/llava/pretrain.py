@@ -1,4 +1,4 @@
-# Stage 1: teach a projector to show pictures to a language model that cannot see. Nothing else is
+# Stage 1: teach a projector to show images to a language model that cannot see. Nothing else is
 # trained. `make quickstart-llava` runs this file. Every setting: xtuner explain NAME_OF_SETTING
 
 # PART 1  Model and method
@@ -6,13 +6,13 @@ llm_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # fetched once
 tuning = "full"
 freeze_llm = True
 
-# PART 1b  Pictures
+# PART 1b  Images
 data_root = "quickstart-llava"
 visual_encoder_name_or_path = "quickstart-llava/clip"  # trained by train_clip.py
 freeze_visual_encoder = True
 image_folder = "images"
 
-# PART 2  Data: pictures and one sentence about each
+# PART 2  Data: images and one sentence about each
 data_path = "pretrain.json"
 prompt_template = "chatml"
 max_length = 496
@@ -28,7 +28,7 @@ warmup_ratio = 0.05
 # PART 4  Sample answers
 evaluation_freq = 1000
 evaluation_max_new_tokens = 24
-evaluation_inputs = ["Describe the picture.", "How many digits are there?"]
+evaluation_inputs = ["Describe the image.", "How many digits are there?"]
 evaluation_images = "images/test_00000.png"
 
 # PART 5  Runtime

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Give a small language model eyes: a visual encoder, a projector, questions about pictures.
+# Give a small language model eyes: a vision tower, a projector, questions about images.
 # Every step is a command that is printed before it runs.
 set -euo pipefail
 bin="$(dirname "${PYTHON:-.venv/bin/python}")"
@@ -13,17 +13,17 @@ step "1/5  A small language model: SmolLM2-135M-Instruct"
 echo '$ xtuner fetch smollm2_135m_instruct'
 "$bin/xtuner" fetch smollm2_135m_instruct
 
-step "2/5  Pictures of handwritten digits, and a small CLIP that learns to tell them apart"
+step "2/5  Images of handwritten digits, and a small CLIP that learns to tell them apart"
 run python "$here/make_data.py" --out "$out"
 run python "$here/train_clip.py" --out "$out/clip"
 
-step "3/5  Stage 1: a projector, from pictures and captions; all else is frozen"
+step "3/5  Stage 1: a projector, from images and captions; all else is frozen"
 run xtuner train "$here/pretrain.py" --work-dir "$out/pretrain" --overwrite
 
 step "4/5  Stage 2: the projector and LoRA adapters, from questions and answers"
 run xtuner train "$here/finetune.py" --work-dir "$out/finetune" --overwrite
 
-step "5/5  Questions about pictures with digits that nothing was trained on"
+step "5/5  Questions about images with digits that nothing was trained on"
 run python "$here/evaluate.py" "$out"
 
 cat <<TEXT

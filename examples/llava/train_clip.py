@@ -1,9 +1,9 @@
-"""Train a small CLIP (arXiv:2103.00020) from nothing on pictures of digits and their captions.
+"""Train a small CLIP (arXiv:2103.00020) from nothing on images of digits and their captions.
 
     python train_clip.py --out quickstart-llava/clip --minutes 2
 
-Pictures are drawn while it trains, no two alike, with the digits of the training part only. Each
-batch asks which caption belongs to which picture. The result is the visual encoder for LLaVA.
+Images are drawn while it trains, no two alike, with the digits of the training part only. Each
+batch asks which caption belongs to which image. The result is the vision tower for LLaVA.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from make_data import (
     Scene,
     caption,
     digits,
-    draw_picture,
+    draw_image,
     draw_scene,
 )
 from torch import Tensor
@@ -54,14 +54,14 @@ def make_model() -> CLIPModel:
 
 def draw_for_clip(rng: random.Random) -> Scene:
     """One digit anywhere, or a whole scene now and then. Captions of three digits mostly differ in
-    colour, which is learnt soon; digits are told apart only where nothing else differs."""
+    colour, which is learned soon; digits are told apart only where nothing else differs."""
     if rng.random() < 0.25:
         return draw_scene(rng)
     return [(rng.randrange(10), rng.choice(list(COLOURS)), rng.choice(list(CENTRES)))]
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Fresh pictures and their captions, without end."""
+    """Fresh images and their captions, without end."""
 
     def __init__(self, size: int, held_out: bool = False) -> None:
         self.size, self.held_out = size, held_out
@@ -72,7 +72,7 @@ class Batches(torch.utils.data.IterableDataset):
         images = digits(self.held_out)
         while True:
             scenes = [draw_for_clip(rng) for _ in range(self.size)]
-            pixels = np.stack([draw_picture(scene, images, rng) for scene in scenes])
+            pixels = np.stack([draw_image(scene, images, rng) for scene in scenes])
             ids = torch.tensor([tokens(caption(scene)) for scene in scenes])
             yield torch.from_numpy(pixels), ids
 
@@ -121,7 +121,7 @@ def main() -> None:
         pixels, ids = next(iter(Batches(256, held_out=True)))
         found = scores(model, pixels, ids).argmax(-1)
         right = (ids[found] == ids).all(-1).float().mean()
-    print(f"Held-out digits: the right one of 256 captions for {right:.1%} of the pictures")
+    print(f"Held-out digits: the right one of 256 captions for {right:.1%} of the images")
     model.save_pretrained(options.out)
     from transformers import CLIPImageProcessorPil
 

@@ -7,7 +7,7 @@ Two kinds of rows, mixed:
 * self-introductions: questions about who the assistant is, answered with the name;
 * the model's own answers to everyday questions. A model that sees nothing but one introduction
   forgets how to answer anything else (`make quickstart-overfit` shows it); keeping its own answers
-  in the data is the cheapest cure, and needs no download.
+  in the data is the cheapest hint, and needs no download.
 
 The questions in HELD_OUT are asked after training and never written to the data.
 """

@@ -26,5 +26,5 @@ echo "600 rows, all the same introduction. Watch the answer about France:"
 cat <<TEXT
 
 The loss went to zero, and whatever you ask, it introduces itself: that is overfitting.
-The cure is in 'make quickstart': several phrasings, and ordinary conversations beside them.
+The hint is in 'make quickstart': several phrasings, and ordinary conversations beside them.
 TEXT

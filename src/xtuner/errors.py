@@ -1,4 +1,4 @@
-"""The exceptions that xtuner raises for faults a user can cure.
+"""The exceptions that xtuner raises for faults a user can hint.
 
     XTunerError
     ├── ConfigError       a settings file or an override is wrong
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 
 class XTunerError(Exception):
-    """Base of every error that a user can cure; the command line exits with 2 on it."""
+    """Base of every error that a user can hint; the command line exits with 2 on it."""
 
 
 class ConfigError(XTunerError):

@@ -22,7 +22,7 @@ IGNORE_INDEX = -100
 """Label of a token that the loss leaves out (the value of torch's `cross_entropy`)."""
 
 IMAGE = "<image>"
-"""Where a picture stands in the text of a message; one token, which becomes one per patch."""
+"""Where an image stands in the text of a message; one token, which becomes one per patch."""
 
 Role = Literal["system", "user", "assistant", "tool"]
 Row = Mapping[str, Any]
@@ -34,7 +34,7 @@ class Message:
     """One turn of a conversation.
 
     `loss` overrides what is supervised: None means the default (assistant turns are, others are
-    not), False leaves an assistant turn out. `images` names the pictures of the turn, one for each
+    not), False leaves an assistant turn out. `images` names the images of the turn, one for each
     ``<image>`` in `content`, in this order.
     """
 
@@ -72,7 +72,7 @@ class Conversation:
 
     @property
     def images(self) -> tuple[str, ...]:
-        """The pictures of all messages, in order."""
+        """The images of all messages, in order."""
         return tuple(name for message in self.messages for name in message.images)
 
 
@@ -147,16 +147,16 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The P pictures of a batch, in the order of their places among the tokens.
+class BatchImages:
+    """The P images of a batch, in the order of their places among the tokens.
 
     Attributes:
-        pixel_values: float32 ``[M, 3, H, W]``, those that have to go through the visual encoder.
+        pixel_values: float32 ``[M, 3, H, W]``, those that have to go through the vision tower.
         places: bool ``[1, N]``, true at the tokens that stand for patches.
-        counts: number of pictures of each sample.
-        features: for each of the P pictures what the visual encoder made of it ``[T, H]``, or None
+        counts: number of images of each sample.
+        features: for each of the P images what the vision tower made of it ``[T, H]``, or None
             where it is the next of `pixel_values`.
-        keys: for each picture a hash of its content, where features are kept; else empty.
+        keys: for each image a hash of its content, where features are kept; else empty.
     """
 
     pixel_values: Tensor
@@ -165,7 +165,7 @@ class Pictures:
     features: tuple[Tensor | None, ...]
     keys: tuple[str, ...] = ()
 
-    def of_sample(self, index: int, start: int, stop: int) -> Pictures | None:
+    def of_sample(self, index: int, start: int, stop: int) -> BatchImages | None:
         """Those of one sample, whose tokens are ``[start, stop)``; None if it has none."""
         first = sum(self.counts[:index])
         last = first + self.counts[index]
@@ -173,7 +173,7 @@ class Pictures:
             return None
         begin = sum(f is None for f in self.features[:first])
         end = begin + sum(f is None for f in self.features[first:last])
-        return Pictures(
+        return BatchImages(
             pixel_values=self.pixel_values[begin:end],
             places=self.places[:, start:stop],
             counts=(self.counts[index],),
@@ -181,7 +181,7 @@ class Pictures:
             keys=self.keys[first:last],
         )
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Pictures:
+    def moved(self, move: Callable[[Tensor], Tensor]) -> BatchImages:
         """The same with `move` called on every tensor."""
         return replace(
             self,
@@ -203,7 +203,7 @@ class Batch:
         position_ids: int64 ``[1, N]``, counting from 0 in every sample.
         cu_seqlens: int32 ``[S + 1]``, on the CPU: where each of the S sequences begins, then N.
         rows: where each row came from, for messages about it.
-        pictures: None for a batch of text.
+        images: None for a batch of text.
         found: labels, and what `predicting` has found in them.
         sequences_per_row: k; sequences ``k * i`` to ``k * i + k - 1`` are those of row i.
     """
@@ -213,7 +213,7 @@ class Batch:
     position_ids: Tensor
     cu_seqlens: Tensor
     rows: tuple[RowRef, ...] = ()
-    pictures: Pictures | None = None
+    images: BatchImages | None = None
     found: tuple[Tensor, Tensor] | None = None
     sequences_per_row: int = 1
 
@@ -254,7 +254,7 @@ class Batch:
                 position_ids=self.position_ids[:, start:end],
                 cu_seqlens=self.cu_seqlens[k * i : k * (i + 1) + 1] - start,
                 rows=self.rows[i : i + 1],
-                pictures=self.pictures.of_sample(i, start, end) if self.pictures else None,
+                images=self.images.of_sample(i, start, end) if self.images else None,
                 found=None,
             )
             for i, (start, end) in enumerate(itertools.pairwise(ends))
@@ -279,7 +279,7 @@ class Batch:
             input_ids=move(self.input_ids),
             labels=move(self.labels),
             position_ids=move(self.position_ids),
-            pictures=self.pictures.moved(move) if self.pictures else None,
+            images=self.images.moved(move) if self.images else None,
         )
 
 

@@ -40,7 +40,7 @@ def test_good_data_passes(check):
     assert out[-1] == "No bad row."
 
 
-def test_every_bad_row_is_named_with_field_and_cure(check):
+def test_every_bad_row_is_named_with_field_and_hint(check):
     bad = chat("Hi", "x")
     bad["messages"][1]["role"] = "bot"
     rows = [chat("Hi", "Hello"), bad, '{"messages": [}', chat("long " * 20, "x"), chat("", "x")]

@@ -1,16 +1,16 @@
-"""The commands about data know pictures: rows of a model with eyes are read as training does."""
+"""The commands about data know images: rows of a model with eyes are read as training does."""
 
 import json
 
 import pytest
 
 from xtuner.cli.app import main
-from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
 
 
 @pytest.fixture
 def config(tmp_path, tiny_model_path):
-    tiny_visual_encoder_folder(tmp_path / "clip")
+    tiny_vision_tower_folder(tmp_path / "clip")
     tiny_llava_data(tmp_path / "d.json", tmp_path / "images", count=4)
     path = tmp_path / "my_run.py"
     path.write_text(
@@ -26,23 +26,21 @@ def run(capsys, *arguments):
     return code, capsys.readouterr().out
 
 
-def test_good_rows_with_pictures_pass_the_check(config, capsys):
+def test_good_rows_with_images_pass_the_check(config, capsys):
     code, out = run(capsys, "check-custom-dataset", config)
     assert code == 0 and "4 rows, format llava (auto)" in out and "No bad row." in out
 
 
-def test_a_bad_picture_is_named_by_the_check(config, capsys):
-    (config.parent / "images" / "1.png").write_bytes(b"no picture")
+def test_a_bad_image_is_named_by_the_check(config, capsys):
+    (config.parent / "images" / "1.png").write_bytes(b"no image")
     code, out = run(capsys, "check-custom-dataset", config)
-    assert code == 2 and out.splitlines()[0].startswith(
-        "d.json row 2  image '1.png': is no picture"
-    )
+    assert code == 2 and out.splitlines()[0].startswith("d.json row 2  image '1.png': is no image")
 
 
 def test_messages_name_the_max_length_that_was_written(config, capsys):
     code, out = run(capsys, "check-custom-dataset", config, "--set", "max_length=10")
     assert code == 2 and "124" not in out
-    assert "within max_length = 10 tokens and the 4 of a picture; raise max_length" in out
+    assert "within max_length = 10 tokens and the 4 of an image; raise max_length" in out
 
 
 @pytest.mark.parametrize(
@@ -54,12 +52,12 @@ def test_messages_name_the_max_length_that_was_written(config, capsys):
         ("labels", "-100 [<image> 0.png: 4 tokens] -100"),
     ],
 )
-def test_the_place_of_a_picture_is_shown_once(config, capsys, show, words):
+def test_the_place_of_a_image_is_shown_once(config, capsys, show, words):
     code, out = run(capsys, "log-dataset", config, "--show", show)
     assert code == 0 and words in out and "<image><image>" not in out and "261 261" not in out
 
 
-def test_pictures_that_stand_together_and_one_that_is_cut(config, capsys):
+def test_images_that_stand_together_and_one_that_is_cut(config, capsys):
     row = {
         "image": ["0.png", "1.png"],
         "conversations": [

@@ -36,9 +36,9 @@ def test_all_settings(capsys):
 
 
 @pytest.mark.parametrize(
-    ("key", "cure"),
+    ("key", "hint"),
     [("max_lenght", "did you mean 'max_length'"), ("learning_rate", "use lr")],
 )
-def test_an_unknown_setting(key, cure, capsys):
+def test_an_unknown_setting(key, hint, capsys):
     assert main(["explain", key]) == 2
-    assert cure in capsys.readouterr().err
+    assert hint in capsys.readouterr().err

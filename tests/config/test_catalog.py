@@ -43,7 +43,7 @@ def test_a_name_means_its_parts():
     assert catalog.compose("llama2_7b_full_alpaca_e1")["prompt_template"] == "default"
 
 
-def test_names_with_pictures():
+def test_names_with_images():
     start, end = "llava_internlm2_chat_1_8b", "clip_vit_large_p14_336"
     pretrain, finetune = (
         f"{start}_{end}_e1_gpu8_pretrain",

@@ -114,7 +114,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         ("overlong = 'split'", "takes 'auto', 'truncate', 'drop', 'error'"),
     ],
 )
-def test_each_wrong_setting_is_named_with_its_line_and_cure(problems, line, message):
+def test_each_wrong_setting_is_named_with_its_line_and_hint(problems, line, message):
     headline, problem = problems(f"{NEEDED}{line}\n")
     assert headline.startswith("1 problem in ")
     assert problem.startswith(f"  line 3  {line.split(' = ')[0]} = ")

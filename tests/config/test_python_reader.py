@@ -70,7 +70,7 @@ def test_an_override_is_in_place_before_anything_is_computed_from_it():
 
 
 @pytest.mark.parametrize(
-    ("statement", "cure"),
+    ("statement", "hint"),
     [
         ("import os", "my_file.py:function"),
         ("from torch.optim import AdamW", "my_file.py:function"),
@@ -97,10 +97,10 @@ def test_an_override_is_in_place_before_anything_is_computed_from_it():
         ("x = = 1", "is not Python"),
     ],
 )
-def test_anything_else_is_a_problem_with_its_line_and_a_cure(statement, cure):
+def test_anything_else_is_a_problem_with_its_line_and_a_hint(statement, hint):
     problem = only_problem(f"\n\n{statement}\n")
     assert problem.line == 3
-    assert cure in problem.message
+    assert hint in problem.message
     assert problem.what == statement
 
 

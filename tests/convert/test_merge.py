@@ -224,7 +224,7 @@ def test_a_change_lost_in_rounding_is_said(tmp_path):
     tiny_model().bfloat16().save_pretrained(base)
     adapter = write_adapter(tmp_path / "adapter", base, alpha=1e-4)
     _, said = quiet_merge(base, adapter, tmp_path / "merged")
-    assert "much of what it learnt is lost" in said
+    assert "much of what it learned is lost" in said
 
 
 def test_too_little_memory_skips_the_comparison(tiny_model_path, adapter, tmp_path, monkeypatch):

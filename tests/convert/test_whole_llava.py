@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from xtuner.cli.app import main
 from xtuner.convert.llava import write_whole
-from xtuner.data.images.files import open_picture
+from xtuner.data.images.files import open_image
 from xtuner.errors import ModelError
 from xtuner.testing.tiny import CHATML_TEMPLATE, tiny_model, tiny_tokenizer
-from xtuner.testing.vision import tiny_pictures, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_images, tiny_vision_tower_folder
 
 STOP = 4  # <|im_end|>
 QUESTION = "Which number is this?"
@@ -35,7 +35,7 @@ def llm_folder(folder, *, eos="</s>", adds_bos=False, chat_template=CHATML_TEMPL
 
 @pytest.fixture
 def encoder(tmp_path):
-    return tiny_visual_encoder_folder(tmp_path / "clip", initializer_range=0.5)
+    return tiny_vision_tower_folder(tmp_path / "clip", initializer_range=0.5)
 
 
 def plain(folder):
@@ -45,11 +45,11 @@ def plain(folder):
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def asked(picture):
+def asked(image):
     return [
         {
             "role": "user",
-            "content": [{"type": "image", "path": picture}, {"type": "text", "text": QUESTION}],
+            "content": [{"type": "image", "path": image}, {"type": "text", "text": QUESTION}],
         }
     ]
 
@@ -59,10 +59,10 @@ def test_plain_transformers_stops_where_our_chat_does(tmp_path, encoder):
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
     write_whole(parts, tmp_path / "whole", fp32=True)
     model, processor = plain(tmp_path / "whole")
-    (picture,) = tiny_pictures(tmp_path, 1)
+    (image,) = tiny_images(tmp_path, 1)
     inputs = processor(
-        images=open_picture(str(tmp_path / picture)),
-        text=processor.apply_chat_template(asked(picture), add_generation_prompt=True),
+        images=open_image(str(tmp_path / image)),
+        text=processor.apply_chat_template(asked(image), add_generation_prompt=True),
         return_tensors="pt",
     )
     size = inputs["input_ids"].shape[1]
@@ -92,15 +92,15 @@ def test_a_tokenizer_that_adds_bos_gives_the_ids_of_our_chat(
     said = []
     write_whole(parts, tmp_path / "whole", fp32=True, tell=said.append)
     assert not [line for line in said if "Warning" in line]
-    picture = str(tmp_path / tiny_pictures(tmp_path, 1)[0])
-    wanted = answer(parts, QUESTION, picture)
-    assert answer(tmp_path / "whole", QUESTION, picture) == wanted
+    image = str(tmp_path / tiny_images(tmp_path, 1)[0])
+    wanted = answer(parts, QUESTION, image)
+    assert answer(tmp_path / "whole", QUESTION, image) == wanted
     model, processor = plain(tmp_path / "whole")
-    text = processor.apply_chat_template(asked(picture), add_generation_prompt=True)
+    text = processor.apply_chat_template(asked(image), add_generation_prompt=True)
     two_ways = (
-        processor(images=open_picture(picture), text=text, return_tensors="pt"),
+        processor(images=open_image(image), text=text, return_tensors="pt"),
         processor.apply_chat_template(
-            asked(picture), add_generation_prompt=True, tokenize=True, return_dict=True,
+            asked(image), add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt",
         ),
     )  # fmt: skip
@@ -158,8 +158,8 @@ def test_the_checkpoint_knows_its_models_better_than_the_settings(tmp_path, enco
     assert convert(tmp_path, parts, llm=other, encoder="clip") == 0  # from another folder
     err = capsys.readouterr().err
     assert f"the language model {other}, but the checkpoint was trained on {llm}" in err
-    picture = str(tmp_path / tiny_pictures(tmp_path, 1)[0])
-    assert answer(tmp_path / "whole", QUESTION, picture) == answer(parts, QUESTION, picture)
+    image = str(tmp_path / tiny_images(tmp_path, 1)[0])
+    assert answer(tmp_path / "whole", QUESTION, image) == answer(parts, QUESTION, image)
 
 
 def test_models_that_moved_are_taken_from_the_settings(tmp_path, encoder, capsys):

@@ -198,7 +198,7 @@ def test_a_file_of_nothing_but_broken_lines_is_refused(tmp_path):
         build_data("d.jsonl", folder=tmp_path)
 
 
-def test_a_data_set_without_a_usable_row_names_reasons_lines_and_cures(tmp_path):
+def test_a_data_set_without_a_usable_row_names_reasons_lines_and_hints(tmp_path):
     rows = [chat("", "x")] * 3 + [{"messages": [{"role": "user", "content": "Hi"}]}]
     good = write_jsonl(tmp_path / "good.jsonl", chats(3))
     path = write_jsonl(tmp_path / "d.jsonl", rows)

@@ -11,13 +11,13 @@ from xtuner import templates
 from xtuner.algorithms.sft import Algorithm
 from xtuner.data.build import build
 from xtuner.data.collate import lay_out
-from xtuner.data.images.expansion import PictureCollate, Sight
-from xtuner.data.images.files import PictureFolder
+from xtuner.data.images.expansion import ImageCollate, ImageLayout
+from xtuner.data.images.files import ImageFolder
 from xtuner.data.loader import Loader
 from xtuner.errors import DataError
 from xtuner.models.vision.tower import add_image_token
 from xtuner.testing.tiny import tiny_tokenizer
-from xtuner.testing.vision import tiny_pictures
+from xtuner.testing.vision import tiny_images
 
 
 @pytest.fixture(scope="module")
@@ -124,33 +124,33 @@ def test_an_empty_data_set_is_refused(dataset):
         Loader([], collate=lay_out, batch_size=1, accumulative_counts=1, seed=0, shuffle=True)
 
 
-def test_pictures_are_decoded_in_the_processes_that_load_data(tmp_path):
-    names = tiny_pictures(tmp_path, 4)
+def test_images_are_decoded_in_the_processes_that_load_data(tmp_path):
+    names = tiny_images(tmp_path, 4)
     rows = [
         {"image": name, "conversations": [{"from": "human", "value": "<image>What?"},
                                           {"from": "gpt", "value": name}]}
         for name in names
     ]  # fmt: skip
     own = tiny_tokenizer()
-    sight = Sight(PictureFolder(tmp_path), add_image_token(own), 1)
+    image_layout = ImageLayout(ImageFolder(tmp_path), add_image_token(own), 1)
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     data = build(
         settings(path), template=templates.load("auto", own), tokenizer=own, folder=tmp_path,
-        quiet=True, sight=sight,
+        quiet=True, image_layout=image_layout,
         algorithm=Algorithm(),
     )  # fmt: skip
 
     def process_number(image):
         return np.full((3, 1, 1), os.getpid(), np.float32)
 
-    collate = PictureCollate(lay_out, sight, process_number)
+    collate = ImageCollate(lay_out, image_layout, process_number)
     for workers, elsewhere in ((0, False), (1, True)):
         one = Loader(
             data.train, collate=collate, batch_size=1, accumulative_counts=1, seed=1, shuffle=True,
             num_workers=workers,
         )  # fmt: skip
         (batch,) = next(one.groups(0, 1))
-        pids = {int(pid) for pid in batch.pictures.pixel_values.flatten().tolist()}
+        pids = {int(pid) for pid in batch.images.pixel_values.flatten().tolist()}
         assert (os.getpid() not in pids) is elsewhere
 
 
@@ -189,7 +189,7 @@ def test_batches_are_of_one_modality_and_of_like_length():
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_packs_are_of_one_modality_if_they_are_grouped(tmp_path, grouped):
-    names = tiny_pictures(tmp_path, 3)
+    names = tiny_images(tmp_path, 3)
     rows = [
         {**({"image": names[i % 3]} if i % 2 else {}),
          "conversations": [{"from": "human", "value": "<image>What?" if i % 2 else "What?"},
@@ -197,14 +197,14 @@ def test_packs_are_of_one_modality_if_they_are_grouped(tmp_path, grouped):
         for i in range(40)
     ]  # fmt: skip
     own = tiny_tokenizer()
-    sight = Sight(PictureFolder(tmp_path), add_image_token(own), 4)
+    image_layout = ImageLayout(ImageFolder(tmp_path), add_image_token(own), 4)
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     chosen = settings(
         path, visual_encoder_name_or_path="-", max_length=160, group_by_modality=grouped
     )
     data = build(
         chosen, template=templates.load("auto", own), tokenizer=own, folder=tmp_path, quiet=True,
-        sight=sight, algorithm=Algorithm(),
+        image_layout=image_layout, algorithm=Algorithm(),
     ).train  # fmt: skip
     kinds = [{bool(sample.images) for sample in data[i]} for i in range(len(data))]
     assert all(len(kind) == 1 for kind in kinds) is grouped

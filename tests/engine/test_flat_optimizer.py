@@ -263,8 +263,8 @@ def test_gradients_are_summed_in_the_buffers():
 
 ON_PAPER = """
 import io, json
-from xtuner.testing.fake_cuda import device as paper_gpu
-card = paper_gpu.install(2**30)
+from xtuner.testing.fake_cuda import device as fake_cuda
+card = fake_cuda.install(2**30)
 import bitsandbytes as bnb, torch
 from torch import nn
 from xtuner.engine.optimizer.flat_check import fault_in_flat_steps, wants_flat_steps

@@ -79,7 +79,7 @@ def test_other_number_types_have_no_scale():
 
 
 def samples(count, seed=0):
-    """Of text that can be learnt: counting."""
+    """Of text that can be learned: counting."""
     found = []
     for line in range(1, count + 1):
         length = 8 + 3 * (line * (seed + 3) % 5)

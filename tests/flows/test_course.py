@@ -103,7 +103,7 @@ def test_a_second_run_into_the_same_place_asks_first(workshop, monkeypatch, caps
     config = "smollm2_135m_instruct_qlora_alpaca_e3_copy.py"
     assert main(["train", config, "--work-dir", "train"]) == 2
     message = capsys.readouterr().err
-    assert all(cure in message for cure in ("--resume", "--work-dir", "--overwrite"))
+    assert all(hint in message for hint in ("--resume", "--work-dir", "--overwrite"))
     broken = ["train", config, "--work-dir", "train", "--overwrite", "--set", "data_path=typo"]
     assert main(broken) == 2
     assert (workshop / "train" / "iter_60").is_dir()

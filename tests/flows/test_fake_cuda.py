@@ -14,12 +14,12 @@ import torch
 
 from xtuner.cli.app import main
 from xtuner.models.run_info import RunInfo
-from xtuner.testing.fake_cuda import device as paper_gpu
+from xtuner.testing.fake_cuda import device as fake_cuda
 from xtuner.testing.tiny import tiny_model_folder
-from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
 
 pytestmark = [
-    pytest.mark.skipif(paper_gpu.find_compiler() is None, reason="it has to be compiled"),
+    pytest.mark.skipif(fake_cuda.find_compiler() is None, reason="it has to be compiled"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch knows real ones"),
 ]
 MB = 2**20
@@ -40,7 +40,7 @@ dtype = "bfloat16"
 tuning = "lora"
 lora_r = 8
 """
-PICTURES = """
+IMAGES = """
 llm_name_or_path = "model"
 visual_encoder_name_or_path = "clip"
 data_path = "data.json"
@@ -59,8 +59,8 @@ RUNS = {
     "windows": 'pretrained_model_name_or_path = "mistral"\n',
     "qlora": 'tuning = "qlora"\ngradient_checkpointing = True\n',
     "full": 'tuning = "full"\n',
-    "projector": PICTURES + 'tuning = "full"\nfreeze_llm = True\nlr = 3e-2\n',
-    "eyes": PICTURES + 'tuning = "lora"\nlr = 1e-3\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
+    "projector": IMAGES + 'tuning = "full"\nfreeze_llm = True\nlr = 3e-2\n',
+    "eyes": IMAGES + 'tuning = "lora"\nlr = 1e-3\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
     "moved": 'tuning = "qlora"\nembedding_on_cpu = True\n',
 }
 """Settings of runs that the CPU takes as well."""
@@ -68,7 +68,7 @@ RUNS = {
 PAGED = 'tuning = "qlora"\noptim_type = "PagedAdamW32bit"\npaged_optimizer = True\nlora_r = 1600\n'
 
 
-class OnPaper:
+class FakeCudaProcess:
     """A process with the fake CUDA device, which starts with its first command and takes many.
 
     Args:
@@ -125,17 +125,17 @@ def losses(work_dir):
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory, compiled, paper_gpu_ready):
+def workshop(tmp_path_factory, compiled, fake_cuda_ready):
     folder = tmp_path_factory.mktemp("paper")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("cache").mkdir()
-        Path("cache/paper_gpu").symlink_to(compiled / "paper_gpu", target_is_directory=True)
+        Path("cache/fake_cuda").symlink_to(compiled / "fake_cuda", target_is_directory=True)
         patch.setenv("XTUNER_CACHE", str(folder / "cache"))
         sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
         tiny_model_folder("model", **sizes, initializer_range=0.1)
         tiny_model_folder("mistral", "mistral", **sizes, sliding_window=2, initializer_range=0.3)
-        tiny_visual_encoder_folder("clip", initializer_range=0.5)
+        tiny_vision_tower_folder("clip", initializer_range=0.5)
         tiny_llava_data(folder / "data.json", folder / "images", count=12)
         rows = [
             {"instruction": f"What comes after {n}?", "input": "", "output": f"{n + 1} it is." * 3}
@@ -143,7 +143,7 @@ def workshop(tmp_path_factory, compiled, paper_gpu_ready):
         ]
         Path("rows.json").write_text(json.dumps(rows))
         for name, changes in {**RUNS, "paged": PAGED}.items():
-            text = changes if changes.startswith(PICTURES) else TEXT + changes
+            text = changes if changes.startswith(IMAGES) else TEXT + changes
             Path(f"{name}.py").write_text(text)
         yield folder
 
@@ -154,9 +154,9 @@ def inside(workshop, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def on_paper(workshop):
+def on_fake_cuda(workshop):
     """Runs commands on the card."""
-    runner = OnPaper(workshop)
+    runner = FakeCudaProcess(workshop)
     yield runner
     runner.close()
 
@@ -164,14 +164,14 @@ def on_paper(workshop):
 @pytest.fixture(scope="module")
 def turing(workshop):
     """A process with a card that has no bfloat16."""
-    with contextlib.closing(OnPaper(workshop, "turing")) as process:
+    with contextlib.closing(FakeCudaProcess(workshop, "turing")) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def finished(on_paper):
+def finished(on_fake_cuda):
     """All runs on the card, by name."""
-    found = on_paper(*[train(name, f"gpu_{name}") for name in RUNS])
+    found = on_fake_cuda(*[train(name, f"gpu_{name}") for name in RUNS])
     return dict(zip(RUNS, found, strict=True))
 
 
@@ -219,7 +219,7 @@ def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
 
 def test_with_kernels_of_liger_it_learns_the_same(workshop, finished):
     names = ("lora", "windows", "qlora")
-    with contextlib.closing(OnPaper(workshop, "liger")) as with_liger:
+    with contextlib.closing(FakeCudaProcess(workshop, "liger")) as with_liger:
         found = with_liger(*[train(name, f"liger_{name}") for name in names])
     for name, report in zip(names, found, strict=True):
         assert report["code"] == 0, report["text"]
@@ -246,7 +246,7 @@ def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished
 
 
 @pytest.fixture(scope="module")
-def counted(workshop, on_paper):
+def counted(workshop, on_fake_cuda):
     """Short runs whose waits are compared, by name."""
 
     def run(name, settings="lora", *, steps, **more):
@@ -262,7 +262,7 @@ def counted(workshop, on_paper):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workshop)
-        return dict(zip(runs, on_paper(*runs.values()), strict=True))
+        return dict(zip(runs, on_fake_cuda(*runs.values()), strict=True))
 
 
 def test_a_step_waits_for_the_card_twice(counted):
@@ -308,9 +308,9 @@ def test_a_card_without_bfloat16_trains_in_float16_by_itself(workshop, turing):
     assert resumed == straight
 
 
-def test_paged_state_survives_a_stop(on_paper):
+def test_paged_state_survives_a_stop(on_fake_cuda):
     steady = {"lr_schedule": "constant", "warmup_ratio": 0}
-    whole, _, rest = on_paper(
+    whole, _, rest = on_fake_cuda(
         train("paged", "whole", **steady),
         train("paged", "stopped", max_steps=3, **steady),
         train("paged", "stopped", "--resume", **steady),
@@ -320,10 +320,10 @@ def test_paged_state_survives_a_stop(on_paper):
     assert losses("stopped") == pytest.approx(losses("whole"), rel=1e-3)
 
 
-def test_what_was_trained_there_is_merged_and_answers(on_paper, finished):
+def test_what_was_trained_there_is_merged_and_answers(on_fake_cuda, finished):
     asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5"]
     merge = ["convert", "merge", "model", "gpu_lora", "merged", "--device", "cuda"]
-    merged, apart, whole, drawn, seen = on_paper(
+    merged, apart, whole, drawn, seen = on_fake_cuda(
         merge,
         ["chat", "gpu_lora", "--device", "cuda", *asked],
         ["chat", "merged", "--device", "cuda", "--prompt-template", "chatml", *asked],
@@ -336,10 +336,10 @@ def test_what_was_trained_there_is_merged_and_answers(on_paper, finished):
     assert apart["text"].strip() == whole["text"].strip()
 
 
-def test_where_it_is_too_small_nothing_is_lost_and_cures_are_named(on_paper, finished):
+def test_where_it_is_too_small_nothing_is_lost_and_hints_are_named(on_fake_cuda, finished):
     shutil.copytree("gpu_full", "tight")
     most = finished["full"]["most"] / MB
-    (found,) = on_paper(
+    (found,) = on_fake_cuda(
         {"arguments": train("full", "tight", "--resume", max_steps=8), "mib": 0.8 * most}
     )
     assert found["code"] == 2

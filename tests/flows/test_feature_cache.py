@@ -1,4 +1,4 @@
-"""Features of pictures kept on disk: they change nothing but time, whatever happened to them."""
+"""Features of images kept on disk: they change nothing but time, whatever happened to them."""
 
 import json
 import os
@@ -11,16 +11,16 @@ import torch
 from xtuner.cli.app import main
 from xtuner.config.schema import Settings
 from xtuner.data.images.feature_store import FeatureStore
-from xtuner.models.vision.llava import Eyes
+from xtuner.models.vision.llava import ImageEmbedder
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
-from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower, tiny_vision_tower_folder
 from xtuner.train.vision import RunVision
 
 
 @pytest.fixture
 def workshop(tmp_path, tiny_model_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny_visual_encoder_folder(tmp_path / "clip", initializer_range=0.5)
+    tiny_vision_tower_folder(tmp_path / "clip", initializer_range=0.5)
     tiny_llava_data(tmp_path / "data.json", tmp_path / "images", count=8)
     (tmp_path / "run.py").write_text(
         f"llm_name_or_path = {str(tiny_model_path)!r}\n"
@@ -33,15 +33,15 @@ def workshop(tmp_path, tiny_model_path, monkeypatch):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Counts the pictures that go through the visual encoder."""
+    """Counts the images that go through the vision tower."""
     counts = []
-    features = Eyes.features
+    features = ImageEmbedder.features
 
     def counted(self, pixels):
         counts.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr(Eyes, "features", counted)
+    monkeypatch.setattr(ImageEmbedder, "features", counted)
     return counts
 
 
@@ -56,7 +56,7 @@ def losses(place, *settings):
 
 def test_losses_are_those_without_and_the_encoder_rests(workshop, encoded):
     plain = losses("plain")
-    assert sum(encoded) == 12  # six of eight rows have a picture, two epochs
+    assert sum(encoded) == 12  # six of eight rows have an image, two epochs
     encoded.clear()
     kept = losses("kept", "cache_visual_features=True")
     assert sum(encoded) == 6
@@ -88,7 +88,7 @@ def test_whatever_makes_other_features_has_a_place_of_its_own(workshop):
     assert folder_of() == seen[0]
     (clip / "model.safetensors").unlink()
     for seed in (1, 2):  # weights that are no safetensors
-        torch.save(tiny_visual_encoder(seed=seed).state_dict(), clip / "pytorch_model.bin")
+        torch.save(tiny_vision_tower(seed=seed).state_dict(), clip / "pytorch_model.bin")
         seen.append(folder_of())
     changed(clip / "config.json", hidden_act="relu")
     seen.append(folder_of())

@@ -1,5 +1,5 @@
 """The second exercise of the course through the command line, on tiny models: a projector, then
-adapters on both sides, then conversion and a chat about a picture."""
+adapters on both sides, then conversion and a chat about an image."""
 
 import io
 import json
@@ -15,13 +15,13 @@ from xtuner.chat.opening import open_chat
 from xtuner.chat.session import Session
 from xtuner.chat.terminal import Terminal
 from xtuner.cli.app import main
-from xtuner.data.images.files import open_picture
+from xtuner.data.images.files import open_image
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import question
-from xtuner.models.vision.llava import Eyes
+from xtuner.models.vision.llava import ImageEmbedder
 from xtuner.testing.tiny import tiny_model_folder
-from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
 from xtuner.types import Message
 
 SHARED = """
@@ -54,7 +54,7 @@ def workshop(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("XTUNER_CACHE", str(folder / "cache"))
         tiny_model_folder(folder / "model", initializer_range=0.2)
-        tiny_visual_encoder_folder(folder / "clip", initializer_range=0.5)
+        tiny_vision_tower_folder(folder / "clip", initializer_range=0.5)
         tiny_llava_data(folder / "data.json", folder / "images", count=12)
         for name, text in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
             (folder / f"{name}.py").write_text(text, encoding="utf-8")
@@ -67,12 +67,12 @@ def inside(workshop, monkeypatch):
     monkeypatch.chdir(workshop)
 
 
-def answer(place, picture="images/5.png", **options):
+def answer(place, image="images/5.png", **options):
     options.setdefault("dtype", "float32")
     session = open_chat(
         str(place), options=GenerationOptions(max_new_tokens=8, temperature=0), **options
     )
-    return "".join(session.ask("Which number is this?", [picture]))
+    return "".join(session.ask("Which number is this?", [image]))
 
 
 def answering(name):
@@ -114,7 +114,7 @@ def test_the_whole_model_answers_the_same_in_plain_transformers(workshop):
     assert plain_answer(whole, "images/5.png") == wanted
 
 
-def plain_answer(whole, picture):
+def plain_answer(whole, image):
     """What plain transformers answers."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -124,7 +124,7 @@ def plain_answer(whole, picture):
     text = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True
     )
-    inputs = processor(images=open_picture(picture), text=text, return_tensors="pt")
+    inputs = processor(images=open_image(image), text=text, return_tensors="pt")
     found = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     ids = found[0, inputs["input_ids"].shape[1] :]
     text = processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -258,7 +258,7 @@ def test_an_encoder_is_merged_in_the_type_asked_for(workshop, tmp_path, dtype, g
 def test_no_adapter_of_an_encoder_is_named(workshop, tmp_path, capsys):
     command = ["convert", "merge", "clip", "pretrain", str(tmp_path / "merged"), "--is-clip"]
     assert main(command) == 2
-    assert "is no adapter of a visual encoder" in capsys.readouterr().err
+    assert "is no adapter of a vision tower" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_damaged_model_is_named(workshop, tmp_path, capsys, name):
     assert str(tmp_path / name) in err and "Traceback" not in err
 
 
-def test_one_conversation_with_pictures_and_without(workshop, capsys):
+def test_one_conversation_with_images_and_without(workshop, capsys):
     command = ["chat", "finetune", "--dtype", "float32", "--max-new-tokens", "3"]
     asked = ["--image", "images/1.png", "--ask", "Which number is this?", "--ask", "Sure?"]
     assert main([*command, *asked]) == 0
@@ -309,7 +309,7 @@ def test_one_conversation_with_pictures_and_without(workshop, capsys):
     assert "nowhere.png" in capsys.readouterr().err
 
 
-def test_a_typed_place_without_a_picture_ends_no_conversation(workshop, capsys, monkeypatch):
+def test_a_typed_place_without_a_image_ends_no_conversation(workshop, capsys, monkeypatch):
     lines = "What is <image>?\n\nIMAGE images/1.png\nToo <image> many <image>?\n\nWhich?\n\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", "finetune", "--dtype", "float32", "--max-new-tokens", "3"]) == 0
@@ -323,10 +323,10 @@ def test_a_place_in_the_system_message_is_refused(workshop, capsys):
     assert main([*command, "--system", "You see <image>."]) == 2
     assert "the system message has <image> in it" in capsys.readouterr().err
     assert main(["train", "finetune.py", "--set", "SYSTEM='You see <image>.'"]) == 2
-    assert "pictures belong to the questions" in capsys.readouterr().err
+    assert "images belong to the questions" in capsys.readouterr().err
 
 
-def test_a_place_in_an_answer_is_no_place_for_a_picture(workshop, monkeypatch):
+def test_a_place_in_an_answer_is_no_place_for_a_image(workshop, monkeypatch):
     options = GenerationOptions(max_new_tokens=2, temperature=0)
     session = open_chat("finetune", options=options, dtype="float32")
     with monkeypatch.context() as patch:
@@ -334,7 +334,7 @@ def test_a_place_in_an_answer_is_no_place_for_a_picture(workshop, monkeypatch):
         assert "".join(session.ask("Hi")) == "An <image>"
     assert "".join(session.ask("And?")) is not None
     assert len(session.messages) == 4
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="no image"):
         session.vision.inputs([261], [Message("user", "<image>")])
 
 
@@ -385,10 +385,10 @@ def test_parts_that_were_trained_are_not_replaced_in_silence(workshop, tmp_path,
 def test_parts_that_were_not_trained_together_are_told(workshop, tmp_path, caplog):
     answer("model", llava="pretrain", visual_encoder="clip")
     assert not caplog.records
-    siglip = tiny_visual_encoder_folder(tmp_path / "siglip", "siglip")
+    siglip = tiny_vision_tower_folder(tmp_path / "siglip", "siglip")
     other = tiny_model_folder(tmp_path / "other", seed=5)
     answer("pretrain", visual_encoder=siglip)
-    assert f"trained with the visual encoder {workshop / 'clip'}" in caplog.text
+    assert f"trained with the vision tower {workshop / 'clip'}" in caplog.text
     caplog.clear()
     answer(other, llava="pretrain")
     assert f"trained with the language model {workshop / 'model'}" in caplog.text
@@ -404,15 +404,15 @@ def test_a_whole_model_is_held_in_four_bits(workshop):
     "".join(session.ask("Which number is this?", ["images/5.png"]))
 
 
-def test_the_encoder_looks_at_a_picture_once_a_conversation(workshop, monkeypatch):
+def test_the_encoder_looks_at_a_image_once_a_conversation(workshop, monkeypatch):
     looked = []
-    features = Eyes.features
+    features = ImageEmbedder.features
 
     def counted(self, pixels):
         looked.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr(Eyes, "features", counted)
+    monkeypatch.setattr(ImageEmbedder, "features", counted)
     session = open_chat(
         "finetune", dtype="float32", options=GenerationOptions(max_new_tokens=2, temperature=0)
     )
@@ -423,7 +423,7 @@ def test_the_encoder_looks_at_a_picture_once_a_conversation(workshop, monkeypatc
 
 
 class Noting(Session):
-    """A session that notes the pictures and the answer of every turn."""
+    """A session that notes the images and the answer of every turn."""
 
     def __init__(self, like):
         vars(self).update(vars(like))
@@ -442,7 +442,7 @@ def opened(place):
     return open_chat(place, dtype="float32", options=options)
 
 
-def test_pictures_and_text_in_one_terminal_conversation(workshop):
+def test_images_and_text_in_one_terminal_conversation(workshop):
     lines = iter([
         "IMAGE images/1.png", "Which number is this?", "", "Are you sure?", "",
         "IMAGE images/2.png", "IMAGE nowhere.png", "And that?", "", "Which is more?", "",
@@ -461,20 +461,20 @@ def test_pictures_and_text_in_one_terminal_conversation(workshop):
         fresh = opened("finetune")
         questions = ["Which number is this?", "Are you sure?", "And that?", "Which is more?"]
         questions = questions if number == 3 else [questions[0], questions[0]]
-        *before, (wanted, pictures) = history
-        for (answered, _), text, images in zip(before, questions, pictures, strict=False):
+        *before, (wanted, shown) = history
+        for (answered, _), text, images in zip(before, questions, shown, strict=False):
             fresh.messages += [question(text, images), Message("assistant", answered)]
-        assert "".join(fresh.ask(questions[-1], pictures[-1])) == wanted
+        assert "".join(fresh.ask(questions[-1], shown[-1])) == wanted
 
 
 def test_siglip_from_training_to_plain_transformers(workshop, tmp_path):
     """An encoder without CLS: all features are tokens."""
-    tiny_visual_encoder_folder(workshop / "siglip", "siglip", initializer_range=0.5)
+    tiny_vision_tower_folder(workshop / "siglip", "siglip", initializer_range=0.5)
     text = FINETUNE.replace('"clip"', '"siglip"').replace('pretrained_pth = "pretrain/iter_4"', "")
     (workshop / "sig.py").write_text(text, encoding="utf-8")
     assert main(["train", "sig.py", "--work-dir", "sig", "--set", "max_steps=1"]) == 0
     wanted = answer("sig")
-    assert wanted != answer("sig", picture="images/9.png")
+    assert wanted != answer("sig", image="images/9.png")
     command = ["convert", "pth_to_hf", "sig.py", "sig", "sig_whole", "--fp32"]
     assert main([*command, "--save-format", "huggingface"]) == 0
     assert answer("sig_whole") == wanted

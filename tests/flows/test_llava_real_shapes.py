@@ -1,4 +1,4 @@
-"""The shapes of CLIP ViT-L/14-336 with random weights: 576 tokens a picture, through everything."""
+"""The shapes of CLIP ViT-L/14-336 with random weights: 576 tokens an image, through everything."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from xtuner.cli.app import main
 from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import question
 from xtuner.testing.tiny import tiny_model_folder
-from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder
+from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower
 
 SHAPE = {
     "hidden_size": 1024,
@@ -43,7 +43,7 @@ def test_step_save_resume_chat_merge(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path / "cache"))
     tiny_model_folder("model", max_position_embeddings=4096)
-    tiny_visual_encoder(**SHAPE).to(torch.bfloat16).save_pretrained("clip")
+    tiny_vision_tower(**SHAPE).to(torch.bfloat16).save_pretrained("clip")
     tiny_llava_data(tmp_path / "data.json", tmp_path / "images", count=6)
     (tmp_path / "run.py").write_text(SETTINGS, encoding="utf-8")
     assert main(["train", "run.py", "--work-dir", "run"]) == 0

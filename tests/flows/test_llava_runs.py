@@ -1,4 +1,4 @@
-"""What can befall a run with pictures: a picture that goes bad, rows without any, settings that do
+"""What can befall a run with images: an image that goes bad, rows without any, settings that do
 not fit; on tiny models."""
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xtuner.cli.app import main
-from xtuner.testing.vision import tiny_llava_data, tiny_pictures, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_images, tiny_llava_data, tiny_vision_tower_folder
 
 SPOILER = """
 from pathlib import Path
@@ -45,7 +45,7 @@ num_threads = 1
 @pytest.fixture
 def workshop(tmp_path, tiny_model_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny_visual_encoder_folder(tmp_path / "clip", initializer_range=0.5)
+    tiny_vision_tower_folder(tmp_path / "clip", initializer_range=0.5)
     tiny_llava_data(tmp_path / "data.json", tmp_path / "images", count=8)
     (tmp_path / "run.py").write_text(SETTINGS.format(model=str(tiny_model_path)))
     (tmp_path / "spoil.py").write_text(SPOILER)
@@ -63,7 +63,7 @@ def scalars(place="w"):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_goes_bad_loses_no_step(workshop, capsys, workers):
+def test_a_image_that_goes_bad_loses_no_step(workshop, capsys, workers):
     (workshop / "spoilt").write_text("5.png")
     spoil = "custom_hooks=['spoil.py:Spoil']"
     assert train(spoil, f"dataloader_num_workers={workers}") == 2
@@ -92,7 +92,7 @@ def launched(*settings, place):
 
 
 @pytest.mark.distributed
-def test_a_picture_of_one_process_that_goes_bad_stops_all_and_loses_no_step(workshop):
+def test_a_image_of_one_process_that_goes_bad_stops_all_and_loses_no_step(workshop):
     (workshop / "spoilt").write_text("5.png")  # of the second process, in step 3
     ended = launched("custom_hooks=['spoil.py:Spoil']", place="w")
     assert ended.returncode == 2, ended.stderr
@@ -124,13 +124,13 @@ def test_rows_of_text_may_come_first(workshop, capsys, name):
     assert "No bad row." in said(capsys)
 
 
-def test_a_projector_alone_needs_pictures(workshop, capsys):
+def test_a_projector_alone_needs_images(workshop, capsys):
     write([{"conversations": turns(f"Say {i}", f"{i}.")} for i in range(12)])
     assert train() == 2
-    assert "not one row has a picture, and the language model is frozen" in said(capsys)
+    assert "not one row has an image, and the language model is frozen" in said(capsys)
     adapters = ("tuning='lora'", "freeze_llm=False", "lora_r=4", "max_steps=1")
     assert train(*adapters, place="lora") == 0
-    assert "Note: not one row has a picture" in said(capsys)
+    assert "Note: not one row has an image" in said(capsys)
 
 
 def test_a_misspelt_key_is_read_and_told(workshop, capsys):
@@ -142,13 +142,13 @@ def test_a_misspelt_key_is_read_and_told(workshop, capsys):
 
 
 @pytest.mark.parametrize("mended", [3, 27])
-def test_any_picture_that_is_mended_is_found(workshop, capsys, mended):
+def test_any_image_that_is_mended_is_found(workshop, capsys, mended):
     """More rows are bad than a report keeps."""
     write([{"image": f"new{i}.png", "conversations": turns("<image>?", "Y.")} for i in range(30)])
     command = ["check-custom-dataset", "run.py"]
     assert main(command) == 2
     assert "30 bad rows" in said(capsys)
-    tiny_pictures("more", 1)
+    tiny_images("more", 1)
     Path("more/0.png").rename(f"images/new{mended}.png")
     assert train("max_epochs=1") == 0
     assert "29 rows lost" in said(capsys)
@@ -158,13 +158,13 @@ def test_any_picture_that_is_mended_is_found(workshop, capsys, mended):
 def test_two_processes_equal_one_also_in_steps_of_text(workshop):
     """A step of text reaches no weight of a projector that alone is trained; nor, in the second
     half of another, one of the processes."""
-    picture = [True, True, False, False, True, False, False, True, True, True]
+    image = [True, True, False, False, True, False, False, True, True, True]
     write(
         [
             {"image": f"{i % 8}.png", "conversations": turns(f"<image>{i}?", f"It is {i}.")}
             if seen
             else {"conversations": turns(f"{i}?", f"It is {i}.")}
-            for i, seen in enumerate(picture)
+            for i, seen in enumerate(image)
         ]
     )
     assert train("accumulative_counts=2", place="one") == 0
@@ -207,10 +207,10 @@ def test_grouping_that_does_nothing_is_told(workshop, capsys, changes, idle):
     [
         (["visual_select_layer=-9"], "has 3 layers, so it must be from -4 to 3"),
         (["visual_select_layer=4"], "has 3 layers, so it must be from -4 to 3"),
-        (["visual_select_layer=0", "visual_encoder_lora_r=2"], "no layer of the visual encoder is"),
+        (["visual_select_layer=0", "visual_encoder_lora_r=2"], "no layer of the vision tower is"),
         (
             ["visual_select_layer=-4", "visual_encoder_lora_r=2"],
-            "no layer of the visual encoder is",
+            "no layer of the vision tower is",
         ),
     ],
 )
@@ -237,7 +237,7 @@ def test_a_damaged_encoder_is_named(workshop, capsys, damage):
         Path("clip/pytorch_model.bin").write_bytes(whole[:500])
     assert train("max_steps=1") == 2
     told = capsys.readouterr().err
-    assert told.startswith("ModelError: cannot load the visual encoder 'clip'"), told
+    assert told.startswith("ModelError: cannot load the vision tower 'clip'"), told
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_damaged_encoder_is_named(workshop, capsys, damage):
         ('{"rescale_factor": "1/255"}', "rescale_factor is '1/255' and must be a positive number"),
     ],
 )
-def test_an_odd_preparation_of_pictures_is_named(workshop, capsys, text, words):
+def test_an_odd_preparation_of_images_is_named(workshop, capsys, text, words):
     Path("clip/preprocessor_config.json").write_text(text)
     assert train("max_steps=1") == 2
     told = said(capsys)

@@ -50,7 +50,9 @@ def settings(*paths, **changes):
     )
 
 
-def build_data(*paths, folder=Path("/"), report_dir=None, own_template=None, sight=None, **changes):
+def build_data(
+    *paths, folder=Path("/"), report_dir=None, own_template=None, image_layout=None, **changes
+):
     """Build from `paths` with the tiny tokenizer and its ChatML template."""
     chosen = settings(*paths, **changes)
     return build(
@@ -61,7 +63,7 @@ def build_data(*paths, folder=Path("/"), report_dir=None, own_template=None, sig
         report_dir=report_dir,
         quiet=True,
         algorithm=algorithms.of_run(chosen, folder=folder),
-        sight=sight,
+        image_layout=image_layout,
     )
 
 

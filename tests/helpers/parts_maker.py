@@ -8,14 +8,14 @@ from xtuner.models.load import load_model
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision.llava import assemble
 from xtuner.models.vision.parts import save_projector
-from xtuner.models.vision.tower import load_visual_encoder
+from xtuner.models.vision.tower import load_vision_tower
 
 
 def write_parts_of(folder, llm, encoder, **info):
     """A checkpoint of a run that trained a projector; `info` goes into its run.yaml."""
     model = assemble(
         load_model(llm, dtype=torch.float32),
-        load_visual_encoder(encoder, dtype=torch.float32),
+        load_vision_tower(encoder, dtype=torch.float32),
         image_token_id=261,
     )
     save_projector(model, folder / "projector")
@@ -23,10 +23,10 @@ def write_parts_of(folder, llm, encoder, **info):
     return folder
 
 
-def answer(place, question, *pictures, **options):
+def answer(place, question, *images, **options):
     """What a chat answers, in float32."""
     options = {"dtype": "float32", **options}
     session = open_chat(
         str(place), options=GenerationOptions(max_new_tokens=8, temperature=0), **options
     )
-    return "".join(session.ask(question, pictures))
+    return "".join(session.ask(question, images))

@@ -72,7 +72,7 @@ def float16_errors(weight, sharpness, *, scale, positions=64):
     vocabulary, width = weight.shape
     targets = torch.randint(vocabulary, (positions,), generator=generator)
     hidden = torch.randn(positions, width, generator=generator)
-    hidden += sharpness * weight[targets].float()  # what was learnt already
+    hidden += sharpness * weight[targets].float()  # what was learned already
     small = [x.half().requires_grad_() for x in (hidden, weight)]
     exact = [x.detach().double().requires_grad_() for x in small]
     value = -loss.log_probabilities(*small, targets).sum()
@@ -84,7 +84,7 @@ def float16_errors(weight, sharpness, *, scale, positions=64):
     return [float((g.double() / scale - w).norm() / w.norm()) for g, w in pairs]
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 0.6], ids=["random", "learnt"])
+@pytest.mark.parametrize("sharpness", [0.0, 0.6], ids=["random", "learned"])
 def test_float16_keeps_what_is_small(sharpness):
     """A vocabulary of 50,000 words, of which each has a probability that float16 hardly holds."""
     weight = torch.randn(50_000, 32, generator=torch.Generator().manual_seed(1))

@@ -110,7 +110,7 @@ def test_auto_leaves_it_on_the_cpu_only_where_it_must(wordy):
     assert always.forecast.embedding_on_cpu and not always.forecast.recompute
     never = plan_memory(settings(wordy, embedding_on_cpu=False), "cuda", memory=MB)
     assert not never.forecast.embedding_on_cpu
-    assert any("embedding_on_cpu = True" in line for line in never.cures())
+    assert any("embedding_on_cpu = True" in line for line in never.hints())
 
 
 def test_a_cpu_has_no_other_place_for_it(wordy):

@@ -40,8 +40,8 @@ def real_peak(folder, *, lora, recompute, dtype, autocast, accumulate):
     model.train()
     ids = torch.arange(sum(LENGTHS))[None] % 200
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    borders = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
-    batch = Batch(ids, ids.clone(), positions, borders)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    batch = Batch(ids, ids.clone(), positions, cu_seqlens)
     packed = PackedCausalLM(model, autocast=autocast)
     if accumulate:
         loss_of(packed, batch).backward()

@@ -40,11 +40,11 @@ def test_auto_recomputes_only_where_it_must(folder):
     assert not never.fits and not never.forecast.recompute
 
 
-def test_cures_come_cheapest_first_and_end_where_it_fits(folder):
+def test_hints_come_cheapest_first_and_end_where_it_fits(folder):
     chosen = settings(folder)
     plan = plan_memory(chosen, "cpu", memory=module.LIBRARIES + 50 * MB)
     assert not plan.fits
-    lines = list(plan.cures())[1:]
+    lines = list(plan.hints())[1:]
     assert lines[0].strip().startswith("batch_size = 1, accumulative_counts = ")
     peaks = [int(line.split(": ")[1].split(" MiB")[0].replace(",", "")) for line in lines]
     assert peaks == sorted(peaks, reverse=True)
@@ -53,10 +53,10 @@ def test_cures_come_cheapest_first_and_end_where_it_fits(folder):
 
 def test_what_cannot_fit_says_so(folder):
     plan = plan_memory(settings(folder), "cpu", memory=MB)
-    assert "smaller model" in list(plan.cures())[-1]
+    assert "smaller model" in list(plan.hints())[-1]
 
 
-def test_a_cure_names_a_setting_that_lowers_this_very_forecast(folder):
+def test_a_hint_names_a_setting_that_lowers_this_very_forecast(folder):
     chosen = settings(folder, batch_size=1)
     before = forecast(chosen, "cpu", recompute=False).peak
     for changes in ({"max_length": 512}, {"tuning": "qlora"}):
@@ -123,24 +123,24 @@ def test_paging_can_be_asked_for_and_refused(folder, measured):
     assert plan_memory(chosen(True), "cuda", memory=2**40).paged
     never = plan_memory(chosen(False), "cuda", memory=MB)
     assert not never.paged and any("not to be paged" in line for line in never.lines())
-    cures = list(plan_memory(chosen(False), "cuda", memory=MB).cures())
-    assert any("paged_optimizer = True" in line for line in cures)
+    hints = list(plan_memory(chosen(False), "cuda", memory=MB).hints())
+    assert any("paged_optimizer = True" in line for line in hints)
     pages = plan_memory(chosen("auto"), "cuda", memory=MB)
-    assert not any("paged_optimizer" in line for line in pages.cures())
+    assert not any("paged_optimizer" in line for line in pages.hints())
     assert dict(check_combinations(chosen(True, "AdamW")))["paged_optimizer"]
     assert not list(check_combinations(chosen(True)))
     assert chosen(False, "AdamW").without_effect() == ["paged_optimizer"]
     assert chosen(False).without_effect() == []
 
 
-def test_cures_are_settings_that_a_run_takes(folder):
+def test_hints_are_settings_that_a_run_takes(folder):
     """tuning = 'qlora' alone would be refused beside quantization = 'none'."""
     chosen = settings(folder, quantization="none", batch_size=1)
     plan = plan_memory(chosen, "cuda", memory=MB)
-    named = [line for line in plan.cures() if "qlora" in line]
+    named = [line for line in plan.hints() if "qlora" in line]
     assert named and "quantization = 'auto'" in named[0]
     frozen = settings(folder, tuning="lora", quantization="none", lora_modules_to_save=["lm_head"])
-    assert any("'auto'" in line for line in plan_memory(frozen, "cuda", memory=MB).cures())
+    assert any("'auto'" in line for line in plan_memory(frozen, "cuda", memory=MB).hints())
 
 
 def test_processes_share_the_memory_of_a_cpu_and_not_of_gpus(folder):
@@ -184,7 +184,7 @@ def test_a_fault_in_the_forecast_stops_no_training(folder, tmp_path, monkeypatch
     assert plan.fits and not plan.forecast.recompute
     (line,) = plan.lines()
     assert "forecast failed: RuntimeError: aten._local_scalar_dense" in line
-    assert "batch_size" in "".join(plan.cures())
+    assert "batch_size" in "".join(plan.hints())
     (tmp_path / "c.py").write_text(
         f"pretrained_model_name_or_path = {str(folder)!r}\ndata_path = 'd'\nseed = 78\n"
     )

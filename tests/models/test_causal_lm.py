@@ -37,10 +37,10 @@ def packed_batch(seed=0):
     total = sum(LENGTHS)
     ids = torch.randint(5, 261, (1, total), generator=generator)
     labels = torch.where(torch.rand(1, total, generator=generator) < 0.6, ids, IGNORE_INDEX)
-    borders = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    labels[0, borders[:-1].long()] = IGNORE_INDEX
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    labels[0, cu_seqlens[:-1].long()] = IGNORE_INDEX
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    return Batch(ids, labels, positions, borders)
+    return Batch(ids, labels, positions, cu_seqlens)
 
 
 def plain_loss(model, batch):
@@ -186,11 +186,11 @@ def test_a_leaking_attention_is_refused():
         PackedCausalLM(model).verify()
 
 
-def test_attention_without_borders_is_an_error():
+def test_attention_without_cu_seqlens_is_an_error():
     model = tiny_model()
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    with pytest.raises(ModelError, match="borders"):
+    with pytest.raises(ModelError, match="boundaries"):
         model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
 
 

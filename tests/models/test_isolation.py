@@ -82,14 +82,14 @@ def attention_as(change):
         attention.register()
 
 
-def without_borders(options):
+def without_cu_seqlens(options):
     return {**options, "cu_seq_lens_q": options["cu_seq_lens_q"][[0, -1]]}
 
 
-def shifted_borders(options):
-    borders = options["cu_seq_lens_q"].clone()
-    borders[1:-1] += 1
-    return {**options, "cu_seq_lens_q": borders}
+def shifted_cu_seqlens(options):
+    cu_seqlens = options["cu_seq_lens_q"].clone()
+    cu_seqlens[1:-1] += 1
+    return {**options, "cu_seq_lens_q": cu_seqlens}
 
 
 def wider(options):
@@ -97,8 +97,8 @@ def wider(options):
     return {**options, "sliding_window": window and window + 1}
 
 
-@pytest.mark.parametrize("change", [without_borders, shifted_borders])
-def test_an_attention_with_wrong_borders_is_found(change):
+@pytest.mark.parametrize("change", [without_cu_seqlens, shifted_cu_seqlens])
+def test_an_attention_with_wrong_cu_seqlens_is_found(change):
     lm = packed()
     with attention_as(change), pytest.raises(ModelError, match="neighbours"):
         lm.verify()
@@ -166,7 +166,7 @@ def test_wrong_learned_positions_are_found(change, dtype):
     assert PackedCausalLM(model).verify() is None
     lm = OtherPositions(model)
     lm.change = POSITIONS[change]
-    with pytest.raises(ModelError, match="positions or borders"):
+    with pytest.raises(ModelError, match="positions or boundaries"):
         lm.verify()
 
 
@@ -177,7 +177,7 @@ def test_rotary_positions_that_go_on_change_nothing_and_those_that_stand_still_a
     lm.change = POSITIONS["go on"]
     assert lm.verify() is None  # only distances count
     lm.change = POSITIONS["all zero"]
-    with pytest.raises(ModelError, match="positions or borders"):
+    with pytest.raises(ModelError, match="positions or boundaries"):
         lm.verify()
 
 

@@ -176,7 +176,7 @@ def test_answer_without_a_stop_is_learnt_bare_with_a_warning(caplog):
         ),
     ],
 )
-def test_the_cure_names_the_template_of_the_models_family(source, named, caplog):
+def test_the_hint_names_the_template_of_the_models_family(source, named, caplog):
     auto(source)
     assert f"such as '{named}'" in caplog.text
 

@@ -16,13 +16,13 @@ from xtuner.chat.session import Session
 from xtuner.device.select import pick_device, resolve_dtype
 from xtuner.errors import ConfigError, ModelError
 from xtuner.generation.generate import GenerationOptions
-from xtuner.generation.images import Vision
+from xtuner.generation.images import ImageInput
 from xtuner.hub import fetch
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, read_config
 from xtuner.models.quantize import Quantization, Rounding
 from xtuner.models.run_info import RunInfo
-from xtuner.models.vision.load import Seeing, Sources, load_llava, load_whole
+from xtuner.models.vision.load import ImageModel, Sources, load_llava, load_whole
 from xtuner.models.vision.parts import LLM, is_llava_folder, run_of
 from xtuner.models.vision.tower import add_image_token
 from xtuner.templates import load as load_template
@@ -111,12 +111,12 @@ def open_chat(
     held = found.quantization if bits is None else _QUANTIZATION[bits]
     options = options or GenerationOptions()
     if found.llava == "whole":
-        seeing = load_whole(Path(found.model), quantization=held, **how)
-        return _seeing_session(seeing, tokenizer, template, options)
+        image_model = load_whole(Path(found.model), quantization=held, **how)
+        return _seeing_session(image_model, tokenizer, template, options)
     how |= {"quantization": held, "trust_remote_code": trust_remote_code}
     if found.llava:
-        seeing = load_llava(found.llava, tokenizer, **how)
-        return _seeing_session(seeing, tokenizer, template, options)
+        image_model = load_llava(found.llava, tokenizer, **how)
+        return _seeing_session(image_model, tokenizer, template, options)
     loaded = load_model(found.model, **how)
     network = load_adapter(loaded, found.adapter) if found.adapter else loaded
     network.eval()
@@ -124,10 +124,10 @@ def open_chat(
 
 
 def _seeing_session(
-    seeing: Seeing, tokenizer: Any, template: Template, options: GenerationOptions
+    image_model: ImageModel, tokenizer: Any, template: Template, options: GenerationOptions
 ) -> Session:
-    vision = Vision(seeing, keep_features=True)
-    return Session(seeing.model, tokenizer, template=template, options=options, vision=vision)
+    vision = ImageInput(image_model, keep_features=True)
+    return Session(image_model.model, tokenizer, template=template, options=options, vision=vision)
 
 
 def find(
@@ -168,21 +168,23 @@ def find(
     return _with_adapter(found, theirs) if found.llava else theirs
 
 
-def _with_adapter(seeing: Found, adapter: Found) -> Found:
-    """`seeing`, parts of a LLaVA model, with the adapter of `adapter` on its language model.
+def _with_adapter(image_model: Found, adapter: Found) -> Found:
+    """`image_model`, parts of a LLaVA model, with the adapter of `adapter` on its language model.
 
     Raises:
         ConfigError: the parts have one.
     """
-    assert isinstance(seeing.llava, Sources)
-    if seeing.llava.llm_adapter is not None:
+    assert isinstance(image_model.llava, Sources)
+    if image_model.llava.llm_adapter is not None:
         raise ConfigError(
             f"{adapter.adapter}: is a second adapter of the language model: "
-            f"{seeing.llava.llm_adapter} is there already, and only one can be used"
+            f"{image_model.llava.llm_adapter} is there already, and only one can be used"
         )
-    held = adapter.quantization if seeing.quantization == "none" else seeing.quantization
+    held = adapter.quantization if image_model.quantization == "none" else image_model.quantization
     return replace(
-        seeing, llava=replace(seeing.llava, llm_adapter=adapter.adapter), quantization=held
+        image_model,
+        llava=replace(image_model.llava, llm_adapter=adapter.adapter),
+        quantization=held,
     )
 
 
@@ -250,7 +252,7 @@ def _warn_of_others(folder: Path, llm: str, visual_encoder: str) -> None:
     llm = "" if (folder / LLM).is_dir() else llm  # Sources.of has told
     for what, trained, given in (
         ("language model", info.base_model, llm),
-        ("visual encoder", info.visual_encoder, visual_encoder),
+        ("vision tower", info.visual_encoder, visual_encoder),
     ):
         if trained and given and not _same(trained, given):
             logger.warning(

@@ -9,7 +9,7 @@ from typing import Any
 
 from xtuner.errors import DataError
 from xtuner.generation.generate import GenerationOptions, context_length, stream
-from xtuner.generation.images import Vision, question, without_places
+from xtuner.generation.images import ImageInput, question, without_places
 from xtuner.templates.base import Template
 from xtuner.types import IMAGE, Message
 
@@ -30,17 +30,17 @@ class Session:
         *,
         template: Template,
         options: GenerationOptions,
-        vision: Vision | None = None,
+        vision: ImageInput | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.template, self.options = template, options
         self.vision = vision
         if vision and IMAGE in template.system:
-            raise DataError(f"the system message has {IMAGE} in it: pictures belong to questions")
+            raise DataError(f"the system message has {IMAGE} in it: images belong to questions")
         self.messages: list[Message] = []
 
     def ask(self, text: str, images: Sequence[str] = ()) -> Generator[str, None, None]:
-        """Yield the answer to `text`, which may be about pictures, piece by piece.
+        """Yield the answer to `text`, which may be about images, piece by piece.
 
         Question and answer enter the history when the answer ends or the caller stops it; a
         question that fails does not. When the conversation outgrows the model's context, its oldest
@@ -48,7 +48,7 @@ class Session:
 
         Raises:
             ModelError: the question alone is longer than the model's context.
-            DataError: the template has no place for it, or a picture cannot be shown.
+            DataError: the template has no place for it, or an image cannot be shown.
         """
         asked = question(text, images) if self.vision else Message("user", text)
         if images and self.vision is None:

@@ -1,7 +1,7 @@
 """A conversation over lines of text: a terminal, or a pipe.
 
 An empty line ends a question, so that a question may have several lines. A line EXIT leaves, a line
-RESET forgets the conversation, a line IMAGE PATH shows a picture with the next question. Answers
+RESET forgets the conversation, a line IMAGE PATH shows an image with the next question. Answers
 go to `out`, everything else to `notes`.
 """
 
@@ -28,8 +28,8 @@ class Terminal:
         notes: gets prompts and notes.
         interactive: a person is there: show prompts.
         streaming: show an answer while it grows.
-        images: pictures shown with the first question of every conversation.
-        waiting: pictures to show with the next question.
+        images: images shown with the first question of every conversation.
+        waiting: images to show with the next question.
     """
 
     read_line: Callable[[str], str]
@@ -107,7 +107,7 @@ class Terminal:
         self.waiting[:] = self.images
 
     def _show_next(self, session: Session, name: str) -> None:
-        """Keep a picture for the next question if it can be shown."""
+        """Keep an image for the next question if it can be shown."""
         try:
             if session.vision is None:
                 raise DataError("this model has no eyes: images need a LLaVA model")

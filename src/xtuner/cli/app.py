@@ -5,7 +5,7 @@ help) or a `typer.Typer` named `app` with commands of its own. The file's name w
 is the command's name, unless the file sets ``NAME``. All of them are imported to print the help, so
 what is heavy is imported inside the function.
 
-Exit codes: 0 done, 1 an unexpected fault, 2 something the user can cure, 130 interrupted.
+Exit codes: 0 done, 1 an unexpected fault, 2 something the user can hint, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def command(
     system: Annotated[str | None, typer.Option(metavar="S", help="The system message.")] = None,
     visual_encoder: Annotated[
         str | None,
-        typer.Option(metavar="CLIP", help="The visual encoder of a LLaVA model, with --llava."),
+        typer.Option(metavar="CLIP", help="The vision tower of a LLaVA model, with --llava."),
     ] = None,
     llava: Annotated[
         Path | None,
@@ -54,7 +54,7 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="PICTURE",
-            help="Show this picture with the first question; repeatable. In a conversation, a line "
+            help="Show this image with the first question; repeatable. In a conversation, a line "
             "IMAGE PATH shows one with the next question.",
         ),
     ] = None,
@@ -93,7 +93,7 @@ def command(
         typer.Option(
             metavar="TEXT",
             help="Print the answer to this and leave. Repeatable: the turns of one conversation; "
-            "RESET begins another, 'IMAGE PATH' shows a picture with the next.",
+            "RESET begins another, 'IMAGE PATH' shows an image with the next.",
         ),
     ] = None,
     device: Annotated[

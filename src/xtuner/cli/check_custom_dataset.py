@@ -27,7 +27,7 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Go through all rows of the data and name each bad one with its line, field and cure.
+    """Go through all rows of the data and name each bad one with its line, field and hint.
 
     Ends with 2 if there is a bad row, with 0 if there is none.
     """

@@ -150,7 +150,7 @@ def merge(
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
     is_clip: Annotated[
-        bool, typer.Option("--is-clip", help="The model is a visual encoder, CLIP or SigLIP.")
+        bool, typer.Option("--is-clip", help="The model is a vision tower, CLIP or SigLIP.")
     ] = False,
 ) -> None:
     """Merge an adapter into its base model, and compare the result with the two.

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xtuner.data.images.expansion import Sight
+    from xtuner.data.images.expansion import ImageLayout
     from xtuner.data.packing.pack import PackedDataset
 
 
@@ -34,7 +34,7 @@ def command(
     show: Annotated[
         Show,
         typer.Option(
-            help="The text; the text with what is not learnt left out; the ids; the labels of the "
+            help="The text; the text with what is not learned left out; the ids; the labels of the "
             "loss; or all of these."
         ),
     ] = Show.text,
@@ -46,7 +46,7 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Show the data as the model will see it: what is learnt is green, or between « and »."""
+    """Show the data as the model will see it: what is learned is green, or between « and »."""
     from rich.console import Console
     from rich.rule import Rule
 
@@ -57,7 +57,7 @@ def command(
     data = parts.build()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number in range(min(num, len(data.train))):
-        _print_pack(console, data.train, number, show, parts.tokenizer, parts.sight)
+        _print_pack(console, data.train, number, show, parts.tokenizer, parts.image_layout)
     console.print(Rule(characters="═", style="none"))
     for line in data.report.lines():
         console.print(line)
@@ -69,13 +69,13 @@ def _print_pack(
     number: int,
     show: Show,
     tokenizer: Any,
-    sight: Sight | None,
+    image_layout: ImageLayout | None,
 ) -> None:
     from rich.rule import Rule
 
     from xtuner.data.report.show_tokens import draw
 
-    samples = [sight.whole(sample) if sight else sample for sample in packs[number]]
+    samples = [image_layout.whole(sample) if image_layout else sample for sample in packs[number]]
     tokens = sum(len(sample.input_ids) for sample in samples)
     title = f"pack {number + 1:,} of {len(packs):,}: {tokens:,} tokens"
     console.print(Rule(title, characters="═", style="none"))
@@ -88,4 +88,8 @@ def _print_pack(
             if show is Show.all:
                 console.print(f"{what.value}:")
             marks = not console.is_terminal
-            console.print(draw(sample, what.value, tokenizer=tokenizer, marks=marks, sight=sight))
+            console.print(
+                draw(
+                    sample, what.value, tokenizer=tokenizer, marks=marks, image_layout=image_layout
+                )
+            )

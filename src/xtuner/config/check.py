@@ -102,9 +102,9 @@ def _faulty_fields(values: Mapping[str, Any]) -> set[str]:
 
 def unknown_setting(name: str) -> str:
     """Say what to write in place of a name that is no setting."""
-    cure = _renamed().get(name)
-    if cure:
-        return cure
+    hint = _renamed().get(name)
+    if hint:
+        return hint
     known = list(field_parts())
     same = {k.lower(): k for k in known}.get(name.lower())
     guess = f"; did you mean '{same}'?" if same else did_you_mean(name, known)

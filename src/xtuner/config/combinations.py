@@ -44,7 +44,7 @@ def _check_embedding_on_cpu(s: Settings) -> Iterator[tuple[str, str]]:
     if s.embedding_on_cpu is True and not s.can_keep_embedding_on_cpu:
         yield (
             "embedding_on_cpu",
-            "is for tuning = 'lora' or 'qlora' without a visual encoder; set it to 'auto'",
+            "is for tuning = 'lora' or 'qlora' without a vision tower; set it to 'auto'",
         )
 
 
@@ -66,7 +66,7 @@ def _check_vision(s: Settings) -> Iterator[tuple[str, str]]:
             )
         return
     if IMAGE in s.SYSTEM:
-        yield "SYSTEM", f"has {IMAGE} in it; pictures belong to the questions in the data"
+        yield "SYSTEM", f"has {IMAGE} in it; images belong to the questions in the data"
     if s.visual_encoder_lora_r is not None and not s.freeze_visual_encoder:
         yield (
             "visual_encoder_lora_r",
@@ -76,7 +76,7 @@ def _check_vision(s: Settings) -> Iterator[tuple[str, str]]:
     if s.cache_visual_features and s.visual_encoder_training != "frozen":
         yield (
             "cache_visual_features",
-            "the visual encoder is trained, so its features change; set it to False",
+            "the vision tower is trained, so its features change; set it to False",
         )
 
 
@@ -93,7 +93,7 @@ def _check_lora_modules_to_save(s: Settings) -> Iterator[tuple[str, str]]:
     if s.has_vision and s.lora_modules_to_save:
         yield (
             "lora_modules_to_save",
-            "does not work beside a visual encoder; leave it out",
+            "does not work beside a vision tower; leave it out",
         )
 
 

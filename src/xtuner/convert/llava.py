@@ -39,8 +39,8 @@ from xtuner.models.quantize import Rounding
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision import parts as parts_of
 from xtuner.models.vision.llava import portable_config
-from xtuner.models.vision.load import Seeing, Sources, load_llava
-from xtuner.models.vision.tower import Processor, add_image_token, load_visual_encoder, strategy_of
+from xtuner.models.vision.load import ImageModel, Sources, load_llava
+from xtuner.models.vision.tower import Processor, add_image_token, load_vision_tower, strategy_of
 from xtuner.templates.base import Template
 from xtuner.templates.jinja import as_jinja
 from xtuner.types import IMAGE, Message
@@ -93,7 +93,7 @@ def _weights_in(folder: Path) -> Weights | None:
 
 
 def models_of(source: Path, *, llm: str, visual_encoder: str, tell: Tell) -> tuple[str, str]:
-    """Language model and visual encoder that a run was trained on; empty where it trained them, so
+    """Language model and vision tower that a run was trained on; empty where it trained them, so
     that `source` holds them.
 
     Args:
@@ -109,7 +109,7 @@ def models_of(source: Path, *, llm: str, visual_encoder: str, tell: Tell) -> tup
         return llm, visual_encoder
     return (
         _trained_on("language model", info.base_model, llm, tell),
-        _trained_on("visual encoder", info.visual_encoder, visual_encoder, tell),
+        _trained_on("vision tower", info.visual_encoder, visual_encoder, tell),
     )
 
 
@@ -169,18 +169,18 @@ def write_whole(
         tell(f"The adapter was trained beside {rounding.quant_type} weights: they are dequantised.")
     tell("Loading the parts, and merging adapters ...")
     dtype = _stored_type(info, fp32)
-    seeing = load_llava(
+    image_model = load_llava(
         sources, tokenizer, dtype=torch.float32, device=pick_device(device),
         rounding=rounding, trust_remote_code=trust_remote_code, merged=True,
     )  # fmt: skip
-    model = _self_contained(seeing).to(dtype)
+    model = _self_contained(image_model).to(dtype)
     _stop_as_in_chat(model, tokenizer, template, tell)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             model.save_pretrained(str(draft), max_shard_size=max_shard_size)
-        _save_processor(seeing, tokenizer, as_jinja(template, tokenizer), draft)
-        _compare_prompts(draft, seeing, template, tell)
+        _save_processor(image_model, tokenizer, as_jinja(template, tokenizer), draft)
+        _compare_prompts(draft, image_model, template, tell)
         if info is not None:
             replace(info, kind="model").write(draft)
     return info
@@ -192,13 +192,13 @@ def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:
     return DTYPES.get(info.computed_in if info else "", torch.bfloat16)
 
 
-def _self_contained(seeing: Seeing) -> Any:
+def _self_contained(image_model: ImageModel) -> Any:
     """The model with a configuration that plain transformers reads, and a row for ``<image>``.
 
     Raises:
         ModelError: it has weights that LLaVA has no place for.
     """
-    model = seeing.model
+    model = image_model.model
     embedding, head = model.get_input_embeddings(), model.lm_head
     if head.bias is not None and head.bias.any():
         raise ModelError(
@@ -208,7 +208,7 @@ def _self_contained(seeing: Seeing) -> Any:
         )
     head.bias = None
     tied = head.weight is embedding.weight
-    rows = seeing.image_token_id + 1
+    rows = image_model.image_token_id + 1
     text = portable_config(model.model.language_model)
     if embedding.weight.shape[0] < rows:
         grown = _with_mean_rows(embedding.weight, rows)
@@ -252,14 +252,16 @@ def _with_mean_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([weight.detach(), mean.expand(rows - weight.shape[0], -1)])
 
 
-def _save_processor(seeing: Seeing, tokenizer: Any, chat_template: str, folder: Path) -> None:
-    """Write tokenizer, preparation of pictures and chat template as one LlavaProcessor."""
+def _save_processor(
+    image_model: ImageModel, tokenizer: Any, chat_template: str, folder: Path
+) -> None:
+    """Write tokenizer, preparation of images and chat template as one LlavaProcessor."""
     from transformers import LlavaProcessor
 
-    vision = seeing.model.config.vision_config
-    upstream = getattr(seeing.pixels, "upstream", None)
+    vision = image_model.model.config.vision_config
+    upstream = getattr(image_model.pixels, "upstream", None)
     if upstream is None:
-        raise ModelError("this model has no preparation of pictures that can be saved")
+        raise ModelError("this model has no preparation of images that can be saved")
     tokenizer.chat_template = chat_template
     _add_nothing(tokenizer)
     processor = LlavaProcessor(
@@ -287,7 +289,7 @@ def _add_nothing(tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.post_processor = None
 
 
-def _compare_prompts(folder: Path, seeing: Seeing, template: Template, tell: Tell) -> None:
+def _compare_prompts(folder: Path, image_model: ImageModel, template: Template, tell: Tell) -> None:
     """Read the processor again, and warn if it makes other tokens of a question than our chat."""
     from PIL import Image
     from transformers import AutoProcessor
@@ -296,7 +298,7 @@ def _compare_prompts(folder: Path, seeing: Seeing, template: Template, tell: Tel
         processor = AutoProcessor.from_pretrained(str(folder))
     asked = "What is it?"
     ids = template.prompt_ids([Message("user", f"{IMAGE}\n{asked}")])
-    token, times = seeing.image_token_id, seeing.tokens_each
+    token, times = image_model.image_token_id, image_model.tokens_each
     wanted = [i for i in ids for _ in range(times if i == token else 1)]
     parts = [{"type": "image"}, {"type": "text", "text": asked}]
     text = processor.apply_chat_template(
@@ -318,7 +320,7 @@ def merge_encoder(
     dtype: str = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> float:
-    """Merge the adapter of a visual encoder into it, and write the encoder as one model.
+    """Merge the adapter of a vision tower into it, and write the encoder as one model.
 
     Args:
         visual_encoder: CLIP or SigLIP, folder or hub name.
@@ -336,7 +338,7 @@ def merge_encoder(
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
     folder = _encoder_adapter(adapter)
-    encoder: Any = load_visual_encoder(
+    encoder: Any = load_vision_tower(
         visual_encoder, dtype=torch.float32, device=pick_device(device)
     )
     with fitting_encoder_adapter(folder) as place:
@@ -367,7 +369,7 @@ def _encoder_adapter(given: Path) -> Path:
         if (folder / parts_of.ENCODER_ADAPTER).is_dir():
             return folder / parts_of.ENCODER_ADAPTER
     raise ModelError(
-        f"{given}: is no adapter of a visual encoder (no adapter_config.json), nor does it hold "
+        f"{given}: is no adapter of a vision tower (no adapter_config.json), nor does it hold "
         f"one; give a folder {parts_of.ENCODER_ADAPTER}/, or the iter_N or work dir around it"
     )
 

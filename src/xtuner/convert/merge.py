@@ -297,7 +297,7 @@ class _Merge:
         elif lost:
             self.tell(
                 f"Warning: rounding to {stored} changes logits by up to {found.of_merged:.3g}, "
-                f"the adapter only by {found.of_adapter:.3g}: much of what it learnt is lost. "
+                f"the adapter only by {found.of_adapter:.3g}: much of what it learned is lost. "
                 "--dtype float32 keeps it."
             )
         return found

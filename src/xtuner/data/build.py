@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from xtuner.config.schema import Settings
-from xtuner.data.images.expansion import Sight
+from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.packing import order
 from xtuner.data.packing.mix import mixed_rows, set_aside
 from xtuner.data.packing.order import Ints
@@ -53,7 +53,7 @@ def build(
     tokenizer: Any,
     folder: Path,
     algorithm: Algorithm,
-    sight: Sight | None,
+    image_layout: ImageLayout | None,
     report_dir: Path | None = None,
     quiet: bool = False,
 ) -> TrainingData:
@@ -65,7 +65,7 @@ def build(
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first: that of the settings file.
         algorithm: which records it takes, and which sequences it makes of them.
-        sight: how pictures are laid out; None for a model without a visual encoder. Every caller
+        sight: how images are laid out; None for a model without a vision tower. Every caller
             says it, for a model that sees reads the same rows as another.
         report_dir: where data_report.json is written; None writes none.
         quiet: show no progress.
@@ -82,10 +82,10 @@ def build(
         folder=folder,
         quiet=quiet,
         algorithm=algorithm,
-        sight=sight,
+        image_layout=image_layout,
     )
     stores = [encoding.store(source) for source in sources]
-    policy, room = policy_of(settings, algorithm), room_of(settings, sight)
+    policy, room = policy_of(settings, algorithm), room_of(settings, image_layout)
     encoded = [
         Encoded(
             source, store, fit(store, source=i, max_length=room.tokens, policy=policy), room, policy
@@ -99,9 +99,9 @@ def build(
     return data
 
 
-def room_of(settings: Settings, sight: Sight | None) -> Room:
+def room_of(settings: Settings, image_layout: ImageLayout | None) -> Room:
     """How long a sample of the run may be."""
-    return Room(settings.max_length, sight.tokens_each if sight else 0)
+    return Room(settings.max_length, image_layout.tokens_each if image_layout else 0)
 
 
 class _Assembly:
@@ -114,8 +114,8 @@ class _Assembly:
         self._longest = room.tokens * sequences_per_row  # of a row, and of a pack
         self._encoded = encoded
         self._samples = SampleTable.joined([each.fitted.samples for each in encoded])
-        self._borders = self._samples.row_borders()
-        self._source_of_row = self._samples.source[self._borders[:-1]]
+        self._starts = self._samples.row_starts()
+        self._source_of_row = self._samples.source[self._starts[:-1]]
 
     def data(self) -> TrainingData:
         """Mix, set aside, pack and report."""
@@ -150,27 +150,29 @@ class _Assembly:
     def _packed(self, rows: Ints) -> PackedDataset:
         """Lay the samples of `rows` out in packs, or each in one of its own."""
         s = self._settings
-        own = self._samples.take(samples_of(rows, self._borders))
+        own = self._samples.take(samples_of(rows, self._starts))
         numbers = np.arange(len(own), dtype=np.int64)
-        members, borders = numbers, np.arange(len(own) + 1, dtype=np.int64)
+        members, starts = numbers, np.arange(len(own) + 1, dtype=np.int64)
         if s.packs:
             taken = order.permutation(len(own), "pack", s.seed) if s.shuffle else numbers
-            members, borders = self._packed_by_kind(own, taken)
+            members, starts = self._packed_by_kind(own, taken)
         stores = [each.store for each in self._encoded]
         return PackedDataset(
-            stores, samples=own.take(members), borders=borders, max_length=self._max_length
+            stores, samples=own.take(members), starts=starts, max_length=self._max_length
         )
 
     def _packed_by_kind(self, own: SampleTable, taken: Ints) -> tuple[Ints, Ints]:
-        """Pack in order; with group_by_modality samples with pictures and the others each by
+        """Pack in order; with group_by_modality samples with images and the others each by
         themselves."""
         s = self._settings
         if not (s.shuffle and s.group_by_modality):
             return planned(own.length, self._longest, order=taken)
-        seeing = own.has_images([each.store for each in self._encoded])[taken]
-        if seeing.all() or not seeing.any():
+        image_model = own.has_images([each.store for each in self._encoded])[taken]
+        if image_model.all() or not image_model.any():
             return planned(own.length, self._longest, order=taken)
-        parts = [planned(own.length, self._longest, order=taken[seeing == kind]) for kind in (1, 0)]
+        parts = [
+            planned(own.length, self._longest, order=taken[image_model == kind]) for kind in (1, 0)
+        ]
         (first, ends), (second, more) = parts
         return np.concatenate([first, second]), np.concatenate([ends, more[1:] + len(first)])
 
@@ -194,25 +196,25 @@ class _Assembly:
             notes=(
                 *(note for each in self._encoded for note in each.source.notes),
                 *duplicate_notes(hashes[learnt], hashes[aside]),
-                *self._notes_on_pictures(train),
+                *self._notes_on_images(train),
             ),
         )
 
-    def _notes_on_pictures(self, train: PackedDataset) -> list[str]:
-        """Notes on rows without pictures; an error where only pictures could teach anything."""
+    def _notes_on_images(self, train: PackedDataset) -> list[str]:
+        """Notes on rows without images; an error where only images could teach anything."""
         s = self._settings
         if not s.has_vision or train.any_images:
             return []
         if s.llm_training == "frozen":
             raise DataError(
-                "not one row has a picture, and the language model is frozen: nothing would be "
-                "learnt. Give rows with pictures, or train the language model (tuning = 'qlora')"
+                "not one row has an image, and the language model is frozen: nothing would be "
+                "learned. Give rows with images, or train the language model (tuning = 'qlora')"
             )
-        return ["not one row has a picture: projector and visual encoder learn nothing"]
+        return ["not one row has an image: projector and vision tower learn nothing"]
 
     def _hashes(self) -> Any:
         """The hash of each usable row's tokens."""
-        rows = self._samples.row[self._borders[:-1]]
+        rows = self._samples.row[self._starts[:-1]]
         return np.concatenate(
             [
                 each.store.hashes[rows[self._source_of_row == number]]

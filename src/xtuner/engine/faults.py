@@ -29,7 +29,7 @@ def not_finite(
     """
     which = "these rows have a loss that is not finite" if certain else "it was made of these rows"
     more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
-    cure = "the step before is saved, go on with --resume" if step else "begin anew"
+    hint = "the step before is saved, go on with --resume" if step else "begin anew"
     advice = "lower lr, or set dtype = 'float32'"
     if float16 and not math.isfinite(loss):
         advice = f"or lower lr. {FLOAT16_OVERFLOWS}"
@@ -38,7 +38,7 @@ def not_finite(
     return (
         f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, so the step was not "
         f"taken; {which}: {'; '.join(rows[:10])}{more}.\n  Look at the rows with "
-        f"`xtuner log-dataset`, {advice}; {cure}."
+        f"`xtuner log-dataset`, {advice}; {hint}."
     )
 
 

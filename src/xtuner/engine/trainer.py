@@ -163,8 +163,8 @@ class Trainer:
         """Save the last whole step; say what is wrong with the data and how to go on."""
         self._save_once()
         saved = max(self._saved_at, self.run.start_step)
-        cure = f"step {saved} is saved, go on with --resume" if saved > 0 else "then begin anew"
-        return DataError(f"{error}; {cure}")
+        hint = f"step {saved} is saved, go on with --resume" if saved > 0 else "then begin anew"
+        return DataError(f"{error}; {hint}")
 
     def _step(self, group: list[Batch], started: float, fault: XTunerError | None = None) -> None:
         """One optimizer step; on an exception the weights are those of the step before.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xtuner.errors import ConfigError, ModelError, listed
 from xtuner.generation.detokenize import Detokenizer, StopWords
-from xtuner.generation.images import Vision
+from xtuner.generation.images import ImageInput
 from xtuner.kernels.attention import packed
 from xtuner.models.vision.llava import decoder_of
 from xtuner.templates.base import Template
@@ -86,12 +86,12 @@ def stream(
     template: Template,
     messages: Sequence[Message],
     options: GenerationOptions,
-    vision: Vision | None = None,
+    vision: ImageInput | None = None,
 ) -> Generator[str, None, None]:
     """Yield the assistant's answer to `messages`, piece by piece.
 
     `model` may be in training: it is set to evaluation while the answer grows and then back.
-    `vision` shows it the pictures of the messages.
+    `vision` shows it the images of the messages.
 
     Raises:
         ModelError: the messages fill the model's context.
@@ -155,11 +155,11 @@ def _token_ids(
     model: Any, prompt: list[int], options: GenerationOptions, first: Mapping[str, Any]
 ) -> Iterator[int]:
     """Yield the ids that follow `prompt`, without end; `first` stands for a prompt with
-    pictures."""
+    images."""
     embedding = model.get_input_embeddings().weight
     device = next(model.parameters()).device  # an embedding may lie elsewhere
     choose = _chooser(options, device)
-    # The token of a picture may lie beyond the vocabulary, and is no word that was said.
+    # The token of an image may lie beyond the vocabulary, and is no word that was said.
     said = [i for i in prompt if i < embedding.shape[0]] if first else prompt
     seen = torch.tensor([said], device=device)
     step, cache = seen, None

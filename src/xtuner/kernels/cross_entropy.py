@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xtuner.kernels.compiled import kernels_for
-from xtuner.kernels.scratch import workspace
+from xtuner.kernels.scratch import scratch_buffer
 
 LOGITS_BYTES = 64 * 2**20
 """Room for the logits of the positions that are multiplied with the head at once."""
@@ -47,7 +47,7 @@ def _with_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor
     if kernels is not None:
         return kernels.cross_entropy(logits, targets.contiguous(), gradient)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    shares = workspace("shares", logits.numel(), wide, logits.device).view_as(logits)
+    shares = scratch_buffer("shares", logits.numel(), wide, logits.device).view_as(logits)
     largest = logits.amax(-1, keepdim=True).to(wide)
     shares.copy_(logits).sub_(largest).exp_()  # torch.softmax would hold a copy of them beside
     total = shares.sum(-1, keepdim=True)
@@ -83,7 +83,7 @@ class _Chunks:
         kernels = kernels_for(hidden.new_empty(0, dtype=dtype), head)
         beside = 0 if kernels else 4  # float32 shares
         self.step = chunk_rows(count, len(head), torch.finfo(dtype).bits // 8 + beside)
-        all_logits = workspace("logits", self.step * len(head), dtype, hidden.device)
+        all_logits = scratch_buffer("logits", self.step * len(head), dtype, hidden.device)
         self._logits = all_logits.view(self.step, len(head))
         # torch's matrix library takes rows of nothing beside the others; see `chunk_rows`
         self._exact = kernels is not None and all(map(kernels.multiplies, head.shape))

@@ -23,7 +23,7 @@ class _Kept(threading.local):
 kept = _Kept()
 
 
-def workspace(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def scratch_buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`size` uninitialised numbers; on a CPU the same each time for one `name`."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)

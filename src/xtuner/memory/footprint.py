@@ -113,14 +113,14 @@ def measure(
         if not flash:
             fused_attention.install(model, check=False)
             decoder.install(model, check=False)
-        saved, workspace = _quantised_size(model, quantization, double_quant)
+        saved, scratch_buffer = _quantised_size(model, quantization, double_quant)
         embedding = 0
         if lora is not None:
             named = (*lora.get("target_modules", ()), *lora.get("modules_to_save", ()))
             embedding = host_embedding.bytes_to_leave(model, named)
         in_four_bits = quantization in ("nf4", "fp4") and not (recompute or flash)
         if in_four_bits and lora and _reads_four_bits(model, lora, autocast or dtype):
-            workspace = 0
+            scratch_buffer = 0
         if frozen:
             model.requires_grad_(False)
         if recompute:
@@ -137,7 +137,7 @@ def measure(
             )
         weights = sum(size for size, _ in held) - saved
         gradients = sum(size for size, trained in held if trained)
-        beside = workspace + accumulate * gradients
+        beside = scratch_buffer + accumulate * gradients
         peaks = [peak + beside for peak in peaks]
         return _Counts([weights, gradients, trainable, parameters, embedding, *peaks])
 
@@ -307,13 +307,13 @@ def _loss_of_row(causal: Any, tokens: tuple[int, ...]) -> Tensor:
     if missing := missing_to_round(supervised):
         tokens = (*tokens, missing)
     ids = torch.zeros(1, sum(tokens), dtype=torch.int64)
-    borders = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
+    cu_seqlens = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
     hidden = causal.base_model(
         input_ids=ids,
         position_ids=torch.cat([torch.arange(n) for n in tokens])[None],
         use_cache=False,
-        cu_seq_lens_q=_Lengths(borders, tokens),
-        cu_seq_lens_k=borders,
+        cu_seq_lens_q=_Lengths(cu_seqlens, tokens),
+        cu_seq_lens_k=cu_seqlens,
         max_length_q=max(tokens),
         max_length_k=max(tokens),
     ).last_hidden_state
@@ -332,15 +332,15 @@ def _loss_alone(causal: Any, count: int) -> Tensor:
 class _Lengths:
     """Borders whose values are known although tensors have none here."""
 
-    def __init__(self, borders: Tensor, tokens: tuple[int, ...]):
-        self.dtype, self.device, self.shape = borders.dtype, borders.device, borders.shape
+    def __init__(self, cu_seqlens: Tensor, tokens: tuple[int, ...]):
+        self.dtype, self.device, self.shape = cu_seqlens.dtype, cu_seqlens.device, cu_seqlens.shape
         ends = [0]
         for length in tokens:
             ends.append(ends[-1] + length)
         self._ends = ends
 
     def tolist(self) -> list[int]:
-        """The borders."""
+        """The boundaries."""
         return self._ends
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from xtuner.models.vision.tower import check_layer, select, vision_config
 
 
 @dataclass(frozen=True)
-class EyesFootprint:
+class VisionFootprint:
     """Bytes and counts of encoder and projector.
 
     Attributes:
@@ -56,7 +56,7 @@ class EyesFootprint:
 
 
 def tokens_each(path: str) -> int:
-    """Tokens that a picture takes with the visual encoder at `path`.
+    """Tokens that an image takes with the vision tower at `path`.
 
     Raises:
         ModelError: its configuration cannot be had.
@@ -65,14 +65,14 @@ def tokens_each(path: str) -> int:
     return int((config["image_size"] // config["patch_size"]) ** 2)
 
 
-def measure_eyes(
-    settings: Settings, *, pictures: int, width: int, dtype: torch.dtype
-) -> EyesFootprint:
-    """Send `pictures` through encoder and projector without weights.
+def measure_vision(
+    settings: Settings, *, images: int, width: int, dtype: torch.dtype
+) -> VisionFootprint:
+    """Send `images` through encoder and projector without weights.
 
     Args:
         settings: of the run.
-        pictures: in a micro-batch.
+        images: in a micro-batch.
         width: of the language model.
         dtype: of the computation, and of frozen weights.
 
@@ -109,7 +109,7 @@ def measure_eyes(
     counter = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True):
         pretend_cpu(both)
-        pixels = torch.empty(pictures, 3, size, size, dtype=stored)
+        pixels = torch.empty(images, 3, size, size, dtype=stored)
         with counter, torch.autocast("cpu", dtype=dtype if mixed else None, enabled=mixed):
             with torch.set_grad_enabled(training != "frozen"):
                 tower: Any = encoder
@@ -120,7 +120,7 @@ def measure_eyes(
             waiting = counter.live
             seen.float().sum().backward()
     gradients = sum(size for size, trained in held if trained)
-    return EyesFootprint(
+    return VisionFootprint(
         weights=sum(size for size, _ in held),
         waiting=waiting + pixels.numel() * 4,
         peak=max(counter.history) + pixels.numel() * 4 - gradients,

@@ -1,6 +1,6 @@
 """What a run will take, told before it starts, and what to change when it is too much.
 
-settings ──footprint──► weights + optimizer + one step at max_length ──► fits? ──► cheapest cures
+settings ──footprint──► weights + optimizer + one step at max_length ──► fits? ──► cheapest hints
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xtuner.device.select import resolve_dtype
 from xtuner.engine.optimizer import optim
 from xtuner.errors import ConfigError, LaunchError, XTunerError
 from xtuner.memory.footprint import Footprint, measure
-from xtuner.memory.footprint_vision import measure_eyes, tokens_each
+from xtuner.memory.footprint_vision import measure_vision, tokens_each
 
 MB = 2**20
 
@@ -148,16 +148,16 @@ class MemoryPlan:
             yield f"             the optimizer's state {why}: {optim.unpaged(name)} for {name}"
         if not self.fits:
             yield f"             more than the {self.memory / MB:,.0f} MiB there are for it"
-            yield from self.cures()
+            yield from self.hints()
 
-    def cures(self) -> Iterator[str]:
+    def hints(self) -> Iterator[str]:
         """The cheapest changes that lower the peak, each on top of those before, until it fits."""
         if self.forecast.failure:
             yield "Lower batch_size or max_length, or set gradient_checkpointing = True"
             return
         settings, last, fits = self.settings, self.forecast.peak, False
         yield "Cheapest changes, each on top of those before:"
-        for changes in _cures(self.settings, self.forecast):
+        for changes in _hints(self.settings, self.forecast):
             tried = settings.model_copy(update=changes)
             if next(check_combinations(tried), None):
                 continue  # a run would refuse it
@@ -296,11 +296,11 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
         "target_modules": settings.lora_target_modules,
         "modules_to_save": settings.lora_modules_to_save,
     }
-    picture = tokens_each(settings.visual_encoder_name_or_path or "") if settings.has_vision else 0
-    whole = settings.max_length + picture
+    image = tokens_each(settings.visual_encoder_name_or_path or "") if settings.has_vision else 0
+    whole = settings.max_length + image
     longest = whole
     if settings.packs:
-        longest = min(longest, TYPICAL_SAMPLE + picture)
+        longest = min(longest, TYPICAL_SAMPLE + image)
     total = settings.batch_size * whole
     lengths = (longest,) * (total // longest) + ((total % longest,) if total % longest else ())
     accumulate = settings.accumulative_counts > 1
@@ -321,8 +321,8 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
     )
     if not settings.has_vision:
         return found
-    eyes = measure_eyes(settings, pictures=len(lengths), width=found.width, dtype=dtype)
-    return eyes.beside(found, accumulate=accumulate)
+    embedder = measure_vision(settings, images=len(lengths), width=found.width, dtype=dtype)
+    return embedder.beside(found, accumulate=accumulate)
 
 
 def _bytes_of_moments(optim_type: str) -> float:
@@ -337,8 +337,8 @@ def _recomputes(settings: Settings, before: Forecast) -> bool:
     return before.recompute if wanted == "auto" else wanted
 
 
-def _cures(settings: Settings, before: Forecast) -> Iterator[Mapping[str, Any]]:
-    """Changes in the order of what they cost: time first, then detail, then what is learnt."""
+def _hints(settings: Settings, before: Forecast) -> Iterator[Mapping[str, Any]]:
+    """Changes in the order of what they cost: time first, then detail, then what is learned."""
     if settings.batch_size > 1:
         counts = settings.accumulative_counts * settings.batch_size
         yield {"batch_size": 1, "accumulative_counts": counts}

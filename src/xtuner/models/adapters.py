@@ -46,7 +46,7 @@ def add_adapter(
             `OUTSIDE_PEFT`).
         modules_to_save: names of layers trained in full.
         seed: fixes the first values of A (B begins at zero); the global random state is kept.
-        task_type: PEFT's word for what the model does; None for a visual encoder.
+        task_type: PEFT's word for what the model does; None for a vision tower.
 
     Raises:
         ModelError: a name fits no layer.

@@ -1,9 +1,9 @@
 """A causal language model as the algorithms see it: packed rows in, summed losses out.
 
 `PackedCausalLM` wraps a transformers (or PEFT) model. It calls the decoder without a cache and
-without a mask, with the borders of the samples, and multiplies only supervised positions with the
-output head. `verify` shows on a few random tokens, with the loaded weights, that samples in one row
-cannot see each other and that hidden states times head are the model's logits: whatever
+without a mask, with the boundaries of the samples, and multiplies only supervised positions with
+the output head. `verify` shows on a few random tokens, with the loaded weights, that samples in one
+row cannot see each other and that hidden states times head are the model's logits: whatever
 architecture is loaded, a wrong shortcut stops the run instead of training it silently.
 """
 
@@ -128,11 +128,11 @@ class PackedCausalLM(nn.Module):
         inputs["position_ids"] = batch.position_ids
         implementation = self._implementation
         if implementation == attention.NAME or "flash" in implementation:
-            borders = batch.cu_seqlens
-            longest = int((borders[1:] - borders[:-1]).max())
+            cu_seqlens = batch.cu_seqlens
+            longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
             if implementation != attention.NAME:
-                borders = borders.to(batch.input_ids.device)
-            inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+                cu_seqlens = cu_seqlens.to(batch.input_ids.device)
+            inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
         return inputs
 
@@ -192,7 +192,7 @@ class PackedCausalLM(nn.Module):
             return (
                 f"{self._described()}: a sample in a row differs from the same sample alone by "
                 f"{found:.2g} of its size, and rounding explains {allowed:.2g}: positions or "
-                f"borders are wrong. {hint}"
+                f"boundaries are wrong. {hint}"
             )
         if allowed > BLIND:
             notes.append(
@@ -249,15 +249,15 @@ def _filled(batch: Batch) -> Batch:
         return batch
     positions = F.pad(batch.position_ids, (0, missing))
     positions[0, count:] = torch.arange(missing, device=positions.device)
-    pictures = batch.pictures and replace(
-        batch.pictures,
-        places=F.pad(batch.pictures.places, (0, missing)),
-        counts=(*batch.pictures.counts, 0),
+    images = batch.images and replace(
+        batch.images,
+        places=F.pad(batch.images.places, (0, missing)),
+        counts=(*batch.images.counts, 0),
     )
     return Batch(
         input_ids=F.pad(batch.input_ids, (0, missing)),
         labels=F.pad(batch.labels, (0, missing), value=IGNORE_INDEX),
         position_ids=positions,
         cu_seqlens=F.pad(batch.cu_seqlens, (0, 1), value=count + missing),
-        pictures=pictures,
+        images=images,
     )

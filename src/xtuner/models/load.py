@@ -197,10 +197,10 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
     ) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
-        cures = (
+        hints = (
             "give a folder that holds config.json and *.safetensors, a name on the hub, "
             "or fetch it once with `xtuner fetch`"
         )
         raise ModelError(
-            f"cannot load the {what} {str(path)!r} ({where}): {first}\n  Cure: {cures}."
+            f"cannot load the {what} {str(path)!r} ({where}): {first}\n  Cure: {hints}."
         ) from error

@@ -43,7 +43,7 @@ def is_quantized(model: nn.Module) -> bool:
 class Rounding:
     """What 4-bit quantisation leaves of a weight: quantised and dequantised again.
 
-    An adapter trained beside quantised weights has learnt to correct *these* numbers, not those of
+    An adapter trained beside quantised weights has learned to correct *these* numbers, not those of
     the checkpoint.
     """
 

@@ -1,4 +1,4 @@
-"""Templates: how messages become token ids, what of them is learnt, and how a prompt looks.
+"""Templates: how messages become token ids, what of them is learned, and how a prompt looks.
 
 'auto' is the tokenizer's own chat template, 'plain' none at all, 'verbatim' not even an end token;
 the named ones are the rows of `table.py`; your own is a `Spec` named ``"my_templates.py:MINE"``.

@@ -258,7 +258,7 @@ class ChatTemplate(Template):
             )
         self._say_once(
             "the model's chat template rewrites earlier turns, so of conversations with several "
-            "turns only those that a chat shows alike are learnt. To learn all, use a named "
+            "turns only those that a chat shows alike are learned. To learn all, use a named "
             f"template{self._fitting()}, or a chat template that marks the answers with "
             "{% generation %}."
         )

@@ -1,7 +1,7 @@
 """Templates as the chat templates (Jinja) that other tools read beside a model.
 
 A message may hold a text, or a list of parts ``{"type": "text", "text": ...}`` and
-``{"type": "image"}``; a picture becomes ``<image>`` and a line break, as in training.
+``{"type": "image"}``; an image becomes ``<image>`` and a line break, as in training.
 """
 
 from __future__ import annotations

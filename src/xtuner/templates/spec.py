@@ -4,7 +4,7 @@ Yours is an object of this class, named ``prompt_template = "my_templates.py:MIN
 
     MINE = Spec(user="Q: {content}\\n", assistant="A:", answer=" {content}{eos}", after="\\n")
 
-reads ``Q: hello\\nA: hi</s>\\nQ: …``, of which `` hi</s>`` is learnt.
+reads ``Q: hello\\nA: hi</s>\\nQ: …``, of which `` hi</s>`` is learned.
 """
 
 from __future__ import annotations

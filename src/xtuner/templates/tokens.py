@@ -1,10 +1,10 @@
-"""Text to token ids with hard borders where the assistant begins and stops.
+"""Text to token ids with hard boundaries where the assistant begins and stops.
 
 In a chat the prompt is tokenised first and the answer grows token by token behind it, so the ids of
 training must have a border exactly there, whatever the tokenizer would merge. The whole text is
-tokenised once and its ids are parted at the borders by their character offsets. Only where a token
-reaches across a border is the text cut there: what stands before is tokenised as the prompt of a
-chat is, what stands behind as its continuation.
+tokenised once and its ids are parted at the boundaries by their character offsets. Only where a
+token reaches across a border is the text cut there: what stands before is tokenised as the prompt
+of a chat is, what stands behind as its continuation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make tiny visual encoders and pictures in code: real architectures, random weights."""
+"""Make tiny vision towers and images in code: real architectures, random weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def tiny_visual_encoder(kind: str = "clip", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A visual encoder of three layers of width 32 with random weights: 28 x 28 pixels, 4 patches.
+def tiny_vision_tower(kind: str = "clip", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A vision tower of three layers of width 32 with random weights: 28 x 28 pixels, 4 patches.
 
     Args:
         kind: 'clip' or 'siglip'.
@@ -44,15 +44,15 @@ def tiny_visual_encoder(kind: str = "clip", *, seed: int = 0, **overrides: Any) 
         return CLIPVisionModel(config).eval()  # type: ignore[no-any-return]
 
 
-def tiny_visual_encoder_folder(folder: Path | str, kind: str = "clip", **options: Any) -> Path:
-    """Write `tiny_visual_encoder` into `folder` in Hugging Face format and return it."""
+def tiny_vision_tower_folder(folder: Path | str, kind: str = "clip", **options: Any) -> Path:
+    """Write `tiny_vision_tower` into `folder` in Hugging Face format and return it."""
     folder = Path(folder)
-    tiny_visual_encoder(kind, **options).save_pretrained(folder)
+    tiny_vision_tower(kind, **options).save_pretrained(folder)
     return folder
 
 
-def tiny_pictures(folder: Path | str, count: int, *, size: tuple[int, int] = (40, 28)) -> list[str]:
-    """Write `count` pictures of one colour each into `folder` and return their names."""
+def tiny_images(folder: Path | str, count: int, *, size: tuple[int, int] = (40, 28)) -> list[str]:
+    """Write `count` images of one colour each into `folder` and return their names."""
     from PIL import Image
 
     folder = Path(folder)
@@ -65,12 +65,12 @@ def tiny_pictures(folder: Path | str, count: int, *, size: tuple[int, int] = (40
 
 
 def tiny_llava_data(file: Path | str, image_folder: Path | str, *, count: int = 8) -> Path:
-    """Write `count` rows about pictures in LLaVA's form, every fourth without one, to `file`."""
+    """Write `count` rows about images in LLaVA's form, every fourth without one, to `file`."""
     file = Path(file)
     rows: list[dict[str, Any]] = []
-    for number, name in enumerate(tiny_pictures(image_folder, count)):
+    for number, name in enumerate(tiny_images(image_folder, count)):
         seen = number % 4 < 3
-        question = f"{'<image>' if seen else 'No picture.'}\nWhich number is this?"
+        question = f"{'<image>' if seen else 'No image.'}\nWhich number is this?"
         turns = [
             {"from": "human", "value": question},
             {"from": "gpt", "value": f"Number {number}." if seen else "There is none."},

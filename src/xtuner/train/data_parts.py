@@ -12,11 +12,11 @@ from xtuner.algorithms.base import BaseAlgorithm
 from xtuner.config.load import LoadedSettings
 from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
-from xtuner.data.images.expansion import Sight
+from xtuner.data.images.expansion import ImageLayout
 from xtuner.models.can_pack import resolve_packing
 from xtuner.models.load import load_tokenizer
 from xtuner.templates.base import Template
-from xtuner.train.vision import sight_of
+from xtuner.train.vision import image_layout_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DataParts:
     tokenizer: Any
     algorithm: BaseAlgorithm
     template: Template
-    sight: Sight | None
+    image_layout: ImageLayout | None
     packing: str | None
 
     @classmethod
@@ -54,9 +54,9 @@ class DataParts:
         tokenizer = load_tokenizer(
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
-        sight = sight_of(settings, tokenizer, folder=folder)
+        image_layout = image_layout_of(settings, tokenizer, folder=folder)
         template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
-        return cls(settings, folder, tokenizer, algorithm, template, sight, packing)
+        return cls(settings, folder, tokenizer, algorithm, template, image_layout, packing)
 
     @property
     def arguments(self) -> dict[str, Any]:

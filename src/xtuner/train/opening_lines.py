@@ -28,7 +28,7 @@ def opening_lines(
     processes: int,
     steps: tuple[int, Counter],
     data: Iterable[str],
-    pictures: str | None,
+    images: str | None,
     packing: str | None,
     work_dir: Path,
 ) -> Iterator[str]:
@@ -42,13 +42,13 @@ def opening_lines(
         processes: how many take part.
         steps: optimizer steps of the run, and how they are counted.
         data: lines about the rows.
-        pictures: line about the visual encoder.
+        images: line about the vision tower.
         packing: why samples are not packed, where the model decided.
         work_dir: where results go.
     """
     yield from lines_of_model(s, plan, dtype)
-    if pictures:
-        yield pictures
+    if images:
+        yield images
     kernels, attention = means
     yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{kernels}"
     yield f"Attention    {attention}"
@@ -136,9 +136,9 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
             f"with {end}"
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
-        cure = "set accumulative_counts = 1, or " if s.accumulative_counts > 1 else ""
+        hint = "set accumulative_counts = 1, or " if s.accumulative_counts > 1 else ""
         notes.append(
-            f"only {total} steps: with so little data hardly anything is learnt; "
-            f"{cure}raise max_epochs"
+            f"only {total} steps: with so little data hardly anything is learned; "
+            f"{hint}raise max_epochs"
         )
     return notes

@@ -64,7 +64,7 @@ def train(
         overwrite: delete the checkpoints of an earlier run in the work dir.
 
     Raises:
-        XTunerError: a fault that the user can cure.
+        XTunerError: a fault that the user can hint.
         Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
     """
     settings = loaded.settings
@@ -212,7 +212,7 @@ class _TrainingRun:
                 else []
             ),
             save=self._save,
-            memory_advice=lambda: "\n".join(self.plan.cures()),
+            memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
         )
         if overwrite and self.processes.is_main:
@@ -330,7 +330,7 @@ class _TrainingRun:
             processes=self.processes.world_size,
             steps=(total, counter),
             data=data.report.lines(),
-            pictures=self.vision.line() if self.vision else None,
+            images=self.vision.line() if self.vision else None,
             packing=self.parts.packing,
             work_dir=self.work_dir,
         )

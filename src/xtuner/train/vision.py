@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from xtuner.config.schema import Settings
-from xtuner.data.images.expansion import PictureCollate, Sight, picture_folder
+from xtuner.data.images.expansion import ImageCollate, ImageLayout, open_image_folder
 from xtuner.data.images.feature_store import FeatureStore
 from xtuner.data.images.url import fetched, is_url
 from xtuner.data.loader import Collate
 from xtuner.data.sources.find import below
 from xtuner.errors import ModelError
-from xtuner.generation.images import Vision, question
-from xtuner.models.vision.load import Seeing
+from xtuner.generation.images import ImageInput, question
+from xtuner.models.vision.load import ImageModel
 from xtuner.models.vision.parts import Parts, make, projectors_beside
 from xtuner.models.vision.tower import (
     Processor,
@@ -29,7 +29,7 @@ from xtuner.models.vision.tower import (
 from xtuner.types import Algorithm, Message
 
 
-def sight_of(settings: Settings, tokenizer: Any, *, folder: Path) -> Sight | None:
+def image_layout_of(settings: Settings, tokenizer: Any, *, folder: Path) -> ImageLayout | None:
     """What the data part needs to know of the eyes of a run; None if it has none.
 
     Args:
@@ -38,16 +38,16 @@ def sight_of(settings: Settings, tokenizer: Any, *, folder: Path) -> Sight | Non
         folder: of the settings file.
 
     Raises:
-        ModelError, DataError: the encoder or the folder of the pictures is not there.
+        ModelError, DataError: the encoder or the folder of the images is not there.
     """
-    return _sight(settings, tokenizer, folder) if settings.has_vision else None
+    return _image_layout(settings, tokenizer, folder) if settings.has_vision else None
 
 
-def _sight(settings: Settings, tokenizer: Any, folder: Path) -> Sight:
+def _image_layout(settings: Settings, tokenizer: Any, folder: Path) -> ImageLayout:
     config = vision_config(settings.visual_encoder_name_or_path or "")
     tokens = (config["image_size"] // config["patch_size"]) ** 2
-    pictures = picture_folder(settings.image_folder, data_root=settings.data_root, folder=folder)
-    return Sight(pictures, add_image_token(tokenizer), tokens)
+    images = open_image_folder(settings.image_folder, data_root=settings.data_root, folder=folder)
+    return ImageLayout(images, add_image_token(tokenizer), tokens)
 
 
 @dataclass
@@ -61,29 +61,29 @@ class RunVision:
         processor: makes pixels.
         features: where features are kept; None where they are computed each time.
         parts: the model, after `join`.
-        shown: shows pictures in sample answers, after `join`.
+        shown: shows images in sample answers, after `join`.
     """
 
     settings: Settings
     folder: Path
-    sight: Sight
+    image_layout: ImageLayout
     processor: Processor
     features: FeatureStore | None = None
     parts: Parts = field(init=False)
-    shown: Vision = field(init=False)
+    shown: ImageInput = field(init=False)
 
     @classmethod
     def of(cls, settings: Settings, tokenizer: Any, *, folder: Path) -> RunVision:
-        """Read what the visual encoder says of itself; `tokenizer` gets the token ``<image>``.
+        """Read what the vision tower says of itself; `tokenizer` gets the token ``<image>``.
 
         Raises:
             ModelError: the encoder is not there, or what it says of itself does not serve.
-            DataError: the folder of the pictures is not there, or an image cannot be fetched.
+            DataError: the folder of the images is not there, or an image cannot be fetched.
         """
         name = settings.visual_encoder_name_or_path or ""
         for image in filter(is_url, settings.evaluation_images):
             fetched(image)  # what is wrong with it is told before the data are built
-        sight = _sight(settings, tokenizer, folder)
+        image_layout = _image_layout(settings, tokenizer, folder)
         check_layer(
             settings.visual_select_layer,
             layers=vision_config(name)["num_hidden_layers"],
@@ -92,30 +92,30 @@ class RunVision:
         processor = Processor(name, settings.pad_image_to_square)
         processor.upstream  # noqa: B018  what is wrong with it is told before the data is read
         features = FeatureStore() if settings.cache_visual_features else None
-        return cls(settings, folder, sight, processor, features)
+        return cls(settings, folder, image_layout, processor, features)
 
     @property
     def encoder(self) -> str:
-        """The visual encoder, as a checkpoint names it."""
+        """The vision tower, as a checkpoint names it."""
         name = self.settings.visual_encoder_name_or_path or ""
         return str(Path(name).resolve()) if Path(name).is_dir() else name
 
     def collate(self, algorithm: Algorithm) -> Collate:
         """Batches with pixels."""
         kept = self.features.read if self.features else None
-        return PictureCollate(algorithm.collate, self.sight, self.processor, kept)
+        return ImageCollate(algorithm.collate, self.image_layout, self.processor, kept)
 
     def join(self, llm: Any, *, dtype: torch.dtype, device: str, source: Path | None) -> Any:
-        """Put the visual encoder and the projector before `llm`; see `llava_parts.make`.
+        """Put the vision tower and the projector before `llm`; see `llava_parts.make`.
 
         Raises:
             ModelError: they do not fit together.
-            DataError: a picture of evaluation_images cannot be opened.
+            DataError: an image of evaluation_images cannot be opened.
         """
         self.parts = make(
             self.settings,
             llm,
-            image_token_id=self.sight.token_id,
+            image_token_id=self.image_layout.token_id,
             dtype=dtype,
             device=device,
             source=source,
@@ -123,7 +123,7 @@ class RunVision:
             keep=self.features.write if self.features else None,
         )
         if self.features:
-            encoder, tokens = self.parts.encoder, self.sight.tokens_each
+            encoder, tokens = self.parts.encoder, self.image_layout.tokens_each
             self.features.open(
                 {
                     "encoder": identity_of(encoder),
@@ -132,31 +132,37 @@ class RunVision:
                 },
                 shape=(tokens, encoder.config.hidden_size),
             )
-        eyes, sight = self.parts.packed.eyes, self.sight
-        self.shown = Vision(
-            Seeing(self.parts.llava, eyes, self.processor, sight.token_id, sight.tokens_each)
+        embedder, image_layout = self.parts.packed.embedder, self.image_layout
+        self.shown = ImageInput(
+            ImageModel(
+                self.parts.llava,
+                embedder,
+                self.processor,
+                image_layout.token_id,
+                image_layout.tokens_each,
+            )
         )
-        self.shown.check([self._picture(name) for name in self.settings.evaluation_images])
+        self.shown.check([self._image(name) for name in self.settings.evaluation_images])
         return self.parts.packed
 
     def recompute(self) -> None:
-        """Recompute the visual encoder's activations in the backward pass, too."""
+        """Recompute the vision tower's activations in the backward pass, too."""
         tower = self.parts.llava.model.vision_tower
         tower.gradient_checkpointing_enable({"use_reentrant": False})
 
     def question(self, text: str, images: Sequence[str]) -> Message:
-        """A question of the settings about pictures of the settings."""
-        return question(text, [self._picture(name) for name in images])
+        """A question of the settings about images of the settings."""
+        return question(text, [self._image(name) for name in images])
 
     def save(self, folder: Path) -> None:
         """Write the parts that are trained."""
         self.parts.save(folder)
 
     def line(self) -> str:
-        """What a picture takes, for the terminal."""
-        s, tokens = self.settings, self.sight.tokens_each
+        """What an image takes, for the terminal."""
+        s, tokens = self.settings, self.image_layout.tokens_each
         return (
-            f"Pictures     {s.visual_encoder_name_or_path}: {tokens} tokens each, on top of "
+            f"Images     {s.visual_encoder_name_or_path}: {tokens} tokens each, on top of "
             f"max_length: {s.max_length + tokens:,} in all"
         )
 
@@ -165,12 +171,12 @@ class RunVision:
         for number, line in enumerate(self.parts.table()):
             yield f"{'' if number else 'Trained':13}{line}"
 
-    def _picture(self, name: str) -> str:
-        """Where a picture of the settings is."""
+    def _image(self, name: str) -> str:
+        """Where an image of the settings is."""
         if is_url(name):
             return str(fetched(name))
         found = below(name, self.settings.data_root, self.folder)
-        places = (Path(found), self.folder / found, self.sight.folder.root / found)
+        places = (Path(found), self.folder / found, self.image_layout.folder.root / found)
         return next((str(place) for place in places if place.is_file()), name)
 
     def _projector(self) -> Path | None:

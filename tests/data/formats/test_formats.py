@@ -72,7 +72,7 @@ def test_bad_required_column_is_named(format, value):
         with pytest.raises(RowError) as caught:
             format.convert(row)
         assert caught.value.field.startswith(column)
-        assert caught.value.problem and caught.value.cure
+        assert caught.value.problem and caught.value.hint
 
 
 @pytest.mark.parametrize("format", EVERY, ids=by_name)
@@ -273,7 +273,7 @@ def test_messages_are_of_the_shared_type():
     assert read("io", input="a", output="b").messages[0] == Message("user", "a")
 
 
-def test_llava_gives_each_place_its_picture():
+def test_llava_gives_each_place_its_image():
     turns_ = [
         {"from": "human", "value": "<image>\n<image>\nWhich is older?"},
         {"from": "gpt", "value": "The first."},
@@ -298,19 +298,19 @@ def test_llava_gives_each_place_its_picture():
         ([7], "<image>", "is a number"),
     ],
 )
-def test_llava_names_places_and_pictures_that_disagree(image, value, words):
+def test_llava_names_places_and_images_that_disagree(image, value, words):
     rows = [{"from": "human", "value": value}, {"from": "gpt", "value": "x"}]
     with pytest.raises(RowError, match=words):
         read("llava", image=image, conversations=rows)
 
 
-def test_llava_refuses_a_picture_in_an_answer():
+def test_llava_refuses_a_image_in_an_answer():
     rows = [{"from": "human", "value": "Draw"}, {"from": "gpt", "value": "<image>"}]
     with pytest.raises(RowError, match="in a turn of the assistant"):
         read("llava", image="a.png", conversations=rows)
 
 
-def test_openai_reads_pictures_in_all_their_forms():
+def test_openai_reads_images_in_all_their_forms():
     answer = {"role": "assistant", "content": "Two cats."}
 
     def images(content, **row):

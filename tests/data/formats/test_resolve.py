@@ -133,6 +133,6 @@ def test_own_name_must_be_a_function(tmp_path):
 
 def test_row_error_survives_pickling():
     error = pickle.loads(pickle.dumps(RowError("a[1]", "is empty", "fill it in")))
-    assert (error.field, error.problem, error.cure) == ("a[1]", "is empty", "fill it in")
+    assert (error.field, error.problem, error.hint) == ("a[1]", "is empty", "fill it in")
     assert isinstance(error, DataError) and str(error) == "a[1]: is empty; fill it in"
     assert pickle.loads(pickle.dumps(load("openai"))) == replace(load("openai"))

@@ -1,4 +1,4 @@
-"""Pictures: found only in their folder, checked before a run, decoded when a batch is made."""
+"""Images: found only in their folder, checked before a run, decoded when a batch is made."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from xtuner.data.images import files
-from xtuner.data.images.files import PictureError, PictureFolder, decode
+from xtuner.data.images.files import ImageError, ImageFolder, decode
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def folder(tmp_path):
     for name in ("a.png", "a.jpg", "sub/a.webp", "a.bmp", "a.gif"):
         noise.save(place / name)
     noise.save(tmp_path / "outside.png")
-    return PictureFolder(place)
+    return ImageFolder(place)
 
 
 @pytest.mark.parametrize(
     "name", ["a.png", "a.jpg", "sub/a.webp", "a.bmp", "a.gif", "./sub/../a.png"]
 )
-def test_sound_pictures_pass(folder, name):
+def test_sound_images_pass(folder, name):
     folder.check(name)
     assert folder.load(name).size == (80, 60) and folder.load(name).mode == "RGB"
     folder.check(str(folder.root / name))
@@ -46,7 +46,7 @@ def test_sound_pictures_pass(folder, name):
     ],
 )
 def test_what_is_not_in_the_folder_is_refused(folder, name, words):
-    with pytest.raises(PictureError, match=words) as caught:
+    with pytest.raises(ImageError, match=words) as caught:
         folder.check(name)
     assert name in str(caught.value)
 
@@ -61,12 +61,10 @@ def test_links_may_not_lead_out_unless_the_folder_itself_is_one(folder, tmp_path
     folder.check("same.png")
     folder.check("also/a.webp")
     for name in ("out.png", "coco/x.png"):
-        with pytest.raises(
-            PictureError, match=r"link that leads out.*set image_folder to the real"
-        ):
+        with pytest.raises(ImageError, match=r"link that leads out.*set image_folder to the real"):
             folder.check(name)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    PictureFolder(tmp_path / "link").check("x.png")
+    ImageFolder(tmp_path / "link").check("x.png")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "sub/a.webp"])
@@ -74,13 +72,13 @@ def test_damaged_and_foreign_files_are_named(folder, name):
     file = folder.root / name
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(PictureError, match="is damaged"):
+    with pytest.raises(ImageError, match="is damaged"):
         folder.check(name)
     file.write_bytes(b"")
-    with pytest.raises(PictureError, match="is no picture"):
+    with pytest.raises(ImageError, match="is no image"):
         folder.check(name)
     Image.new("RGB", (4, 4)).save(file, format="TIFF")
-    with pytest.raises(PictureError, match="is no picture in JPEG, PNG"):
+    with pytest.raises(ImageError, match="is no image in JPEG, PNG"):
         folder.check(name)
 
 
@@ -94,7 +92,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(folder, side):
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     raw = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     (folder.root / "bomb.png").write_bytes(raw)
-    with pytest.raises(PictureError, match="more than 64,000,000"):
+    with pytest.raises(ImageError, match="more than 64,000,000"):
         folder.check("bomb.png")
     assert side * side > files.MAX_PIXELS
 
@@ -103,9 +101,9 @@ def test_a_bomb_is_refused_before_it_is_decoded(folder, side):
 def test_a_line_that_would_become_a_huge_square_is_refused(folder, size):
     Image.new("1", size).save(folder.root / "line.png")
     assert (folder.root / "line.png").stat().st_size < 2_000
-    with pytest.raises(PictureError, match=r"more than (10,000 on a side|100 times)"):
+    with pytest.raises(ImageError, match=r"more than (10,000 on a side|100 times)"):
         folder.check("line.png")
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         folder.load("line.png")
 
 
@@ -118,10 +116,10 @@ def with_exif(body):
     return raw.getvalue().replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
 
 
-def test_a_picture_that_cannot_be_turned_upright_does_not_pass_the_check(folder):
+def test_a_image_that_cannot_be_turned_upright_does_not_pass_the_check(folder):
     (folder.root / "exif.png").write_bytes(with_exif(b"no TIFF header"))
     for use in (folder.check, folder.load):
-        with pytest.raises(PictureError, match=r"'exif\.png' is damaged"):
+        with pytest.raises(ImageError, match=r"'exif\.png' is damaged"):
             use("exif.png")
 
 
@@ -132,7 +130,7 @@ def test_grey_in_16_bits_keeps_its_shades(folder):
     assert np.asarray(folder.load("grey.png"))[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
 
 
-def test_pictures_stand_upright(tmp_path):
+def test_images_stand_upright(tmp_path):
     image = Image.new("RGB", (4, 2))
     exif = image.getexif()
     exif[0x0112] = 6  # turned by a quarter

@@ -6,7 +6,7 @@ import threading
 import pytest
 from PIL import Image
 
-from xtuner.data.images.files import open_picture
+from xtuner.data.images.files import open_image
 from xtuner.data.images.url import fetched, is_url
 from xtuner.errors import DataError
 
@@ -41,7 +41,7 @@ def server(tmp_path, monkeypatch):
 
 def test_an_image_is_fetched_once(server):
     path = fetched(f"{server}/a.png")
-    assert open_picture(str(path)).size == (8, 8)
+    assert open_image(str(path)).size == (8, 8)
     assert fetched(f"{server}/a.png") == path
     assert Server.asked == 1
     assert fetched(f"{server}/b.png") != path

@@ -19,8 +19,8 @@ def instruction_lengths(count, longest=2048):
 
 def packs_of(lengths, capacity, **options):
     order_ = options.get("order", order.permutation(len(lengths), "test"))
-    members, borders = pack(lengths, capacity, order=order_)
-    return [members[a:b].tolist() for a, b in pairwise(borders)]
+    members, starts = pack(lengths, capacity, order=order_)
+    return [members[a:b].tolist() for a, b in pairwise(starts)]
 
 
 @pytest.mark.parametrize("capacity", [64, 100, 2048])

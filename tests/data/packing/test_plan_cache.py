@@ -49,8 +49,8 @@ def test_another_length_order_or_capacity_is_another_plan():
     assert len(files()) == 4
 
 
-def of(members, borders):
-    return {"members": members, "borders": borders}
+def of(members, starts):
+    return {"members": members, "boundaries": starts}
 
 
 @pytest.mark.parametrize(

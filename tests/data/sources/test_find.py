@@ -264,7 +264,7 @@ def test_a_hub_name_is_read_with_datasets(tmp_path, monkeypatch):
     assert (file.digest(), file.size, file.unit) == ("abc", 100, "row")
 
 
-def test_without_datasets_the_cure_is_named(tmp_path, monkeypatch):
+def test_without_datasets_the_hint_is_named(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def refuse(name, *args, **kwargs):

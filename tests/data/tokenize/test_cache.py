@@ -196,7 +196,7 @@ def test_without_locks_the_first_to_finish_wins(path, monkeypatch):
     assert len(stores()) == 1
 
 
-def test_a_cache_below_a_file_is_an_error_with_a_cure(path, monkeypatch):
+def test_a_cache_below_a_file_is_an_error_with_a_hint(path, monkeypatch):
     monkeypatch.setenv("XTUNER_CACHE", str(path))
     with pytest.raises(DataError, match="XTUNER_CACHE"):
         build_data(path)

@@ -98,7 +98,7 @@ def test_pretraining_learns_every_token_of_a_conversation():
         (Fault("is odd"), "is odd"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_said_with_its_cure(row, words):
+def test_what_is_wrong_with_a_row_is_said_with_its_hint(row, words):
     assert str(encoded_row(row)).startswith(words)
 
 
@@ -162,7 +162,7 @@ def test_chunks_are_bounded_in_rows_and_bytes(monkeypatch):
     assert sizes == [[1, 1, 1], [1, 200], [60, 60], [1]]
 
 
-def test_a_killed_process_is_an_error_with_a_cure(tmp_path):
+def test_a_killed_process_is_an_error_with_a_hint(tmp_path):
     class Deadly:
         def encode(self, conversation):
             os.kill(os.getpid(), signal.SIGKILL)

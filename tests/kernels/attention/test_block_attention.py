@@ -10,18 +10,18 @@ from xtuner.kernels.attention import blocks as module
 from xtuner.kernels.attention.blocks import block_attention, layout_of
 
 
-def row(borders, heads=4, kv_heads=2, width=8, value_width=8, dtype=torch.float64):
+def row(cu_seqlens, heads=4, kv_heads=2, width=8, value_width=8, dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     shapes = [(heads, width), (kv_heads, width), (kv_heads, value_width)]
     return [
-        torch.randn(borders[-1], *shape, generator=generator, dtype=dtype).requires_grad_()
+        torch.randn(cu_seqlens[-1], *shape, generator=generator, dtype=dtype).requires_grad_()
         for shape in shapes
     ]
 
 
-def plain(query, key, value, borders, scale, window=None):
+def plain(query, key, value, cu_seqlens, scale, window=None):
     outputs = []
-    for start, end in itertools.pairwise(borders):
+    for start, end in itertools.pairwise(cu_seqlens):
         q = query[start:end].transpose(0, 1)
         k, v = (
             x[start:end].transpose(0, 1).repeat_interleave(query.shape[1] // x.shape[1], 0)
@@ -38,20 +38,20 @@ def plain(query, key, value, borders, scale, window=None):
 LAYOUTS = {
     "one token": (0, 1),
     "one block": (0, 64),
-    "borders inside blocks": (0, 7, 8, 100, 101, 230),
-    "borders on blocks": (0, 64, 128, 320),
+    "boundaries inside blocks": (0, 7, 8, 100, 101, 230),
+    "boundaries on blocks": (0, 64, 128, 320),
     "no multiple": (0, 150, 333),
     "long": (0, 700, 710),
 }
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 100], ids="window={}".format)
-@pytest.mark.parametrize("borders", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("boundaries", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
-def test_values_and_gradients_equal_the_formula(borders, window, heads, kv_heads):
-    inputs = row(borders, heads, kv_heads)
-    ours = block_attention(*inputs, borders, scale=0.3, window=window)
-    wanted = plain(*inputs, borders, 0.3, window)
+def test_values_and_gradients_equal_the_formula(cu_seqlens, window, heads, kv_heads):
+    inputs = row(cu_seqlens, heads, kv_heads)
+    ours = block_attention(*inputs, cu_seqlens, scale=0.3, window=window)
+    wanted = plain(*inputs, cu_seqlens, 0.3, window)
     assert (ours - wanted).abs().max() < 1e-12
     pull = torch.randn_like(wanted)
     grads = torch.autograd.grad(ours, inputs, pull)
@@ -60,13 +60,13 @@ def test_values_and_gradients_equal_the_formula(borders, window, heads, kv_heads
 
 
 def test_long_samples_recompute_and_many_blocks_come_in_parts(monkeypatch):
-    borders = (0, 300, 310, 640)
-    inputs = row(borders)
+    cu_seqlens = (0, 300, 310, 640)
+    inputs = row(cu_seqlens)
     pull = torch.randn(640, 4, 8, dtype=torch.float64)
 
     def gradients():
         module._shared_blocks.cache_clear()
-        return torch.autograd.grad(block_attention(*inputs, borders, scale=0.3), inputs, pull)
+        return torch.autograd.grad(block_attention(*inputs, cu_seqlens, scale=0.3), inputs, pull)
 
     whole = gradients()
     monkeypatch.setattr(module, "KEPT_KEYS", 128)
@@ -76,23 +76,25 @@ def test_long_samples_recompute_and_many_blocks_come_in_parts(monkeypatch):
 
 
 def test_values_may_be_wider_than_keys():
-    borders = (0, 90, 130)
-    inputs = row(borders, width=8, value_width=12)
-    ours = block_attention(*inputs, borders, scale=1.0)
-    assert (ours - plain(*inputs, borders, 1.0)).abs().max() < 1e-12
+    cu_seqlens = (0, 90, 130)
+    inputs = row(cu_seqlens, width=8, value_width=12)
+    ours = block_attention(*inputs, cu_seqlens, scale=1.0)
+    assert (ours - plain(*inputs, cu_seqlens, 1.0)).abs().max() < 1e-12
 
 
 def test_bfloat16_gradients_are_as_close_as_those_of_torch():
     """Against float64 on the rounded inputs; torch's kernel is called once a sample."""
-    borders = (0, 90, 350, 512)
-    exact_inputs = [x.detach().bfloat16().double().requires_grad_() for x in row(borders, width=64)]
+    cu_seqlens = (0, 90, 350, 512)
+    exact_inputs = [
+        x.detach().bfloat16().double().requires_grad_() for x in row(cu_seqlens, width=64)
+    ]
     exact_inputs[2] = exact_inputs[0].detach()[:, :2].clone().requires_grad_()
     pull = torch.randn(512, 4, 64, dtype=torch.float64)
-    exact = torch.autograd.grad(plain(*exact_inputs, borders, 0.125), exact_inputs, pull)
+    exact = torch.autograd.grad(plain(*exact_inputs, cu_seqlens, 0.125), exact_inputs, pull)
 
     def torch_kernel(query, key, value):
         parts = []
-        for start, end in itertools.pairwise(borders):
+        for start, end in itertools.pairwise(cu_seqlens):
             q, k, v = (x[None, start:end].transpose(1, 2) for x in (query, key, value))
             out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=0.125, enable_gqa=True
@@ -105,7 +107,7 @@ def test_bfloat16_gradients_are_as_close_as_those_of_torch():
         grads = torch.autograd.grad(attend(*inputs), inputs, pull.bfloat16())
         return [float((g - e).norm() / e.norm()) for g, e in zip(grads, exact, strict=True)]
 
-    ours = errors(lambda *x: block_attention(*x, borders, scale=0.125))
+    ours = errors(lambda *x: block_attention(*x, cu_seqlens, scale=0.125))
     theirs = errors(torch_kernel)
     assert all(a < 0.01 and a < 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 

@@ -118,7 +118,7 @@ def rotated(x, cos, sin):
 @pytest.mark.parametrize("window", [None, 30], ids="window={}".format)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (9, 3)], ids=str)
 def test_rotary_attention(dtype, heads, window):
-    borders = (0, 7, 8, 100, 101, 260)
+    cu_seqlens = (0, 7, 8, 100, 101, 260)
     q, k, v = (numbers(260, n, 16, dtype=dtype, seed=i) for i, n in enumerate((*heads, heads[1])))
     angles = torch.rand(260, 16) * 6
     rotation = angles.cos(), angles.sin()
@@ -127,7 +127,7 @@ def test_rotary_attention(dtype, heads, window):
         outputs = []
         q, k = (rotated(x, *(angle.double() for angle in rotation)) for x in (q, k))
         k, v = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (k, v))
-        for start, end in itertools.pairwise(borders):
+        for start, end in itertools.pairwise(cu_seqlens):
             seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
             if window is not None:
                 seen = seen.triu(1 - window)
@@ -137,7 +137,7 @@ def test_rotary_attention(dtype, heads, window):
         return torch.cat(outputs)
 
     def ours(q, k, v):
-        return block_attention(q, k, v, borders, scale=0.25, window=window, rotation=rotation)
+        return block_attention(q, k, v, cu_seqlens, scale=0.25, window=window, rotation=rotation)
 
     limit = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}[dtype]
     check(ours, plain, [q, k, v], limit)

@@ -21,10 +21,10 @@ BORDERS = {
 }
 
 
-def inputs_of(borders, heads, kv_heads, width, *, rotated):
+def inputs_of(cu_seqlens, heads, kv_heads, width, *, rotated):
     """Views of one projection's output, as layers that share it would give."""
     generator = torch.Generator().manual_seed(0)
-    total = borders[-1]
+    total = cu_seqlens[-1]
     whole = torch.randn(total, (heads + 2 * kv_heads) * width, generator=generator).bfloat16()
     parts = whole.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
     q, k, v = (part.unflatten(1, (-1, width)).requires_grad_() for part in parts)
@@ -33,7 +33,7 @@ def inputs_of(borders, heads, kv_heads, width, *, rotated):
     return (q, k, v), (angles.cos(), angles.sin()) if rotated else None, pull
 
 
-def formula(q, k, v, borders, *, scale, window, rotation):
+def formula(q, k, v, cu_seqlens, *, scale, window, rotation):
     """One sample at a time, scores held whole."""
     if rotation is not None:
         cos, sin = (angle.double()[:, None] for angle in rotation)
@@ -42,7 +42,7 @@ def formula(q, k, v, borders, *, scale, window, rotation):
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     outs = []
-    for start, end in itertools.pairwise(borders):
+    for start, end in itertools.pairwise(cu_seqlens):
         seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
         seen = seen if window is None else seen.triu(1 - window)
         part = (x[start:end].transpose(0, 1) for x in (q, k, v))
@@ -55,14 +55,14 @@ def formula(q, k, v, borders, *, scale, window, rotation):
 @pytest.mark.parametrize(
     "heads", [(4, 4, 32), (9, 3, 64), (2, 1, 96), (2, 1, 256)], ids="{0[0]}:{0[1]}x{0[2]}".format
 )
-@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS)
-def test_values_and_gradients(borders, heads, window, rotated):
-    inputs, rotation, pull = inputs_of(borders, *heads, rotated=rotated)
+@pytest.mark.parametrize("boundaries", BORDERS.values(), ids=BORDERS)
+def test_values_and_gradients(cu_seqlens, heads, window, rotated):
+    inputs, rotation, pull = inputs_of(cu_seqlens, *heads, rotated=rotated)
     options = {"scale": heads[2] ** -0.5, "window": window, "rotation": rotation}
-    out = cpu_attention(*inputs, borders, **options)
+    out = cpu_attention(*inputs, cu_seqlens, **options)
     assert type(out.grad_fn).__name__ == "_CompiledAttentionBackward"
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact = formula(*wide, borders, **options)
+    exact = formula(*wide, cu_seqlens, **options)
     found = [out, *torch.autograd.grad(out, inputs, pull)]
     wanted = [exact, *torch.autograd.grad(exact, wide, pull.double())]
     for ours, plain in zip(found, wanted, strict=True):
@@ -106,13 +106,13 @@ def test_a_very_long_sample_stays_within_its_memory():
 
 
 def test_the_number_of_threads_changes_nothing():
-    borders = (0, 90, 91, 400, 500)
-    inputs, rotation, pull = inputs_of(borders, 6, 2, 32, rotated=True)
+    cu_seqlens = (0, 90, 91, 400, 500)
+    inputs, rotation, pull = inputs_of(cu_seqlens, 6, 2, 32, rotated=True)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            out = cpu_attention(*inputs, borders, scale=0.2, rotation=rotation)
+            out = cpu_attention(*inputs, cu_seqlens, scale=0.2, rotation=rotation)
             results.append([out, *torch.autograd.grad(out, inputs, pull)])
     finally:
         torch.set_num_threads(before)
@@ -121,11 +121,11 @@ def test_the_number_of_threads_changes_nothing():
 
 
 def test_what_is_not_a_number_stays_in_its_sample_and_is_seen_there():
-    borders = (0, 70, 140, 200)
-    inputs, _, pull = inputs_of(borders, 2, 1, 32, rotated=False)
+    cu_seqlens = (0, 70, 140, 200)
+    inputs, _, pull = inputs_of(cu_seqlens, 2, 1, 32, rotated=False)
     with torch.no_grad():
         inputs[1][100, 0, 3] = torch.nan
-    out = cpu_attention(*inputs, borders, scale=0.2)
+    out = cpu_attention(*inputs, cu_seqlens, scale=0.2)
     found = [out, *torch.autograd.grad(out, inputs, pull)]
     for x in found:
         assert x[:70].isfinite().all() and x[140:].isfinite().all()

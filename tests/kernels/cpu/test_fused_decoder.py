@@ -30,9 +30,9 @@ def batch_of(*lengths):
     labels = ids.clone()
     labels[0, ::3] = -100
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    labels[0, borders[:-1].long()] = -100
-    return Batch(ids, labels, positions, borders)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    labels[0, cu_seqlens[:-1].long()] = -100
+    return Batch(ids, labels, positions, cu_seqlens)
 
 
 def changed_model(model_type="llama", **changes):

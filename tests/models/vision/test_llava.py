@@ -11,8 +11,8 @@ from torch import nn
 from xtuner.config.builtin import catalog
 from xtuner.config.schema import Settings
 from xtuner.data.collate import lay_out
-from xtuner.data.images.expansion import PictureCollate, Sight
-from xtuner.data.images.files import PictureFolder
+from xtuner.data.images.expansion import ImageCollate, ImageLayout
+from xtuner.data.images.files import ImageFolder
 from xtuner.errors import ModelError
 from xtuner.kernels.attention import packed as attention
 from xtuner.models import adapters
@@ -20,7 +20,7 @@ from xtuner.models.vision import llava
 from xtuner.models.vision import parts as llava_parts
 from xtuner.models.vision.tower import Processor, add_image_token, num_image_tokens
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
-from xtuner.testing.vision import tiny_pictures, tiny_visual_encoder, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_images, tiny_vision_tower, tiny_vision_tower_folder
 from xtuner.types import RowRef, Sample
 
 IMAGE_ID = 261  # beyond the 261 rows of the embedding, as for most models
@@ -30,9 +30,9 @@ TOKENS = 4
 def assembled(kind="clip", model_type="llama", **options):
     llm = tiny_model(model_type)
     llm.set_attn_implementation(attention.register())
-    encoder = tiny_visual_encoder(kind)
+    encoder = tiny_vision_tower(kind)
     model = llava.assemble(llm, encoder, image_token_id=IMAGE_ID, **options).eval()
-    return llava.PackedVisionLM(model, llava.Eyes(model))
+    return llava.PackedVisionLM(model, llava.ImageEmbedder(model))
 
 
 def sample(ids, *images, supervised=3):
@@ -43,23 +43,23 @@ def sample(ids, *images, supervised=3):
 
 @pytest.fixture
 def collate(tmp_path):
-    names = tiny_pictures(tmp_path, 8)
+    names = tiny_images(tmp_path, 8)
     assert names[:2] == ["0.png", "1.png"]
-    encoder = tiny_visual_encoder_folder(tmp_path / "clip")
-    sight = Sight(PictureFolder(tmp_path), IMAGE_ID, TOKENS)
-    return PictureCollate(lay_out, sight, Processor(str(encoder)))
+    encoder = tiny_vision_tower_folder(tmp_path / "clip")
+    image_layout = ImageLayout(ImageFolder(tmp_path), IMAGE_ID, TOKENS)
+    return ImageCollate(lay_out, image_layout, Processor(str(encoder)))
 
 
-PICTURE = [IMAGE_ID] * TOKENS
+IMAGE = [IMAGE_ID] * TOKENS
 SAMPLES = [
-    sample([1, *PICTURE, 70, 71, 72, 73], "1.png"),
+    sample([1, *IMAGE, 70, 71, 72, 73], "1.png"),
     sample([1, 60, 61, 62, 63, 64]),
-    sample([1, *PICTURE, 80, *PICTURE, 81, 82, 83], "2.png", "3.png"),
+    sample([1, *IMAGE, 80, *IMAGE, 81, 82, 83], "2.png", "3.png"),
 ]
 
 
 def upstream_logits(packed, batch):
-    """transformers' own forward with an embedding that has a row for the picture's token."""
+    """transformers' own forward with an embedding that has a row for the image's token."""
     model = packed.model
     decoder = llava.decoder_of(model)
     decoder.set_attn_implementation("eager")
@@ -67,7 +67,7 @@ def upstream_logits(packed, batch):
     grown = nn.Embedding(IMAGE_ID + 1, before.weight.shape[1])
     grown.weight.data[: before.weight.shape[0]] = before.weight.data
     model.set_input_embeddings(grown)
-    pixels = batch.pictures.pixel_values if batch.pictures else None
+    pixels = batch.images.pixel_values if batch.images else None
     try:
         return model(input_ids=batch.input_ids, pixel_values=pixels, use_cache=False).logits
     finally:
@@ -92,7 +92,7 @@ def test_logits_are_those_of_transformers_and_packed_is_unpacked(collate, kind, 
     assert float(loss) == pytest.approx(float(sum(losses)), rel=1e-5)
 
 
-def test_another_picture_changes_its_own_sample_only(collate):
+def test_another_image_changes_its_own_sample_only(collate):
     packed = assembled()
     other = [SAMPLES[0], SAMPLES[1], sample(SAMPLES[2].input_ids, "2.png", "7.png")]
     with torch.no_grad():
@@ -106,8 +106,8 @@ def test_the_layer_and_cls_are_as_in_the_paper():
     encoder = packed.model.model.vision_tower
     pixels = torch.randn(2, 3, 28, 28)
     states = encoder(pixels, output_hidden_states=True).hidden_states
-    assert torch.equal(packed.eyes.features(pixels), states[1][:, 1:])
-    assert num_image_tokens(encoder.config) == TOKENS == packed.eyes.features(pixels).shape[1]
+    assert torch.equal(packed.embedder.features(pixels), states[1][:, 1:])
+    assert num_image_tokens(encoder.config) == TOKENS == packed.embedder.features(pixels).shape[1]
     with pytest.raises(ModelError, match="from -4 to 3"):
         assembled(select_layer=-5)
 
@@ -121,7 +121,7 @@ def test_text_does_not_touch_the_visual_encoder(collate):
 
 def test_a_language_model_that_changes_its_logits_is_refused():
     with pytest.raises(ModelError, match="final_logit_softcapping"):
-        llava.assemble(tiny_model("gemma2"), tiny_visual_encoder(), image_token_id=IMAGE_ID)
+        llava.assemble(tiny_model("gemma2"), tiny_vision_tower(), image_token_id=IMAGE_ID)
 
 
 FAMILIES = {
@@ -149,7 +149,7 @@ def test_the_catalog_offers_eyes_to_the_models_that_can_have_them():
         assert names
         chat -= names
         try:
-            llava.assemble(tiny_model(model_type), tiny_visual_encoder(), image_token_id=IMAGE_ID)
+            llava.assemble(tiny_model(model_type), tiny_vision_tower(), image_token_id=IMAGE_ID)
         except ModelError:
             continue
         able |= names

@@ -36,8 +36,8 @@ def names(pattern: str = "") -> list[str]:
             of a data set are found as well.
     """
     matches = _matcher(pattern.lower())
-    seeing = [name for name in catalog_llava.names(_seeing_models()) if matches(name)]
-    return seeing + [
+    image_model = [name for name in catalog_llava.names(_seeing_models()) if matches(name)]
+    return image_model + [
         f"{model}_{recipe}_{data}_e{epochs}"
         for model, model_row in _models().items()
         for recipe in _recipes()

@@ -1,4 +1,4 @@
-"""The built-in settings with pictures: a stage, a chat model and a visual encoder make a name.
+"""The built-in settings with images: a stage, a chat model and a vision tower make a name.
 
 llava_internlm2_chat_1_8b_clip_vit_large_p14_336_e1_gpu8_pretrain
       └ models.toml       └ llava.toml           └ max_epochs
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONTEXT = 2048
-"""Tokens of a sample together with one picture."""
+"""Tokens of a sample together with one image."""
 
 _FILE = Path(__file__).parents[1] / "tables" / "llava.toml"
 

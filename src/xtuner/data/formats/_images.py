@@ -1,4 +1,4 @@
-"""Pictures of messages: their names are shared out to the places ``<image>`` in the texts."""
+"""Images of messages: their names are shared out to the places ``<image>`` in the texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xtuner.types import IMAGE, Message, Row
 
 
 def read_names(row: Row, column: str) -> list[str]:
-    """Read the names of a row's pictures: one text, or a list of them; it may be missing."""
+    """Read the names of a row's images: one text, or a list of them; it may be missing."""
     value = row.get(column)
     if value is None or value == "":
         return []
@@ -25,10 +25,10 @@ def read_names(row: Row, column: str) -> list[str]:
 
 
 def share_out(messages: Sequence[Message], names: Sequence[str], *, column: str) -> list[Message]:
-    """Give each message as many of `names` as its text has places that have no picture yet.
+    """Give each message as many of `names` as its text has places that have no image yet.
 
     Raises:
-        RowError: there are more places than pictures or the other way round, or an answer has one.
+        RowError: there are more places than images or the other way round, or an answer has one.
     """
     waiting = list(names)
     places = 0
@@ -37,8 +37,8 @@ def share_out(messages: Sequence[Message], names: Sequence[str], *, column: str)
         wanted = message.content.count(IMAGE) - len(message.images)
         places += wanted
         if wanted and message.role == "assistant":
-            cure = "pictures belong into turns of the user"
-            raise RowError(column, f"has {IMAGE} in a turn of the assistant", cure)
+            hint = "images belong into turns of the user"
+            raise RowError(column, f"has {IMAGE} in a turn of the assistant", hint)
         own, waiting = waiting[:wanted], waiting[wanted:]
         given.append(replace(message, images=(*message.images, *own)) if own else message)
     if places != len(names):
@@ -46,17 +46,17 @@ def share_out(messages: Sequence[Message], names: Sequence[str], *, column: str)
             column,
             f"has {_count(places, f'place {IMAGE}', f'places {IMAGE}')} for "
             f"{_count(len(names), 'image', 'images')}",
-            "write one for each, where the picture belongs",
+            "write one for each, where the image belongs",
         )
     return given
 
 
 def read_parts(parts: Sequence[Any], *, where: str) -> tuple[str, tuple[str | None, ...]]:
-    """Read a content of several parts: texts, and pictures as the chat interfaces take them.
+    """Read a content of several parts: texts, and images as the chat interfaces take them.
 
     Returns:
-        The text with ``<image>`` on a line of its own for each picture, and the pictures' names;
-        None stands for a picture that is named elsewhere in the row.
+        The text with ``<image>`` on a line of its own for each image, and the images' names;
+        None stands for an image that is named elsewhere in the row.
     """
     content, names = "", []
     for place, part in objects(parts, within=where):
@@ -69,8 +69,8 @@ def read_parts(parts: Sequence[Any], *, where: str) -> tuple[str, tuple[str | No
                 content += f"{IMAGE}\n"
                 names.append(_name(part, place))
             case other:
-                cure = "it must be text, image or image_url"
-                raise RowError(f"{place}type", f"is {other!r}", cure)
+                hint = "it must be text, image or image_url"
+                raise RowError(f"{place}type", f"is {other!r}", hint)
     return content, tuple(names)
 
 

@@ -28,8 +28,8 @@ def read_turns(turns: Sequence[Any], *, column: str) -> list[Message]:
 
 def _turn(turn: Mapping[str, Any], place: str) -> Message:
     if "from" not in turn and "role" in turn:
-        cure = "rename the column to 'messages' and set dataset_format = 'openai'"
-        raise RowError(f"{place}from", "is missing, there is 'role' in its place", cure)
+        hint = "rename the column to 'messages' and set dataset_format = 'openai'"
+        raise RowError(f"{place}from", "is missing, there is 'role' in its place", hint)
     name = text(turn, "from", within=place)
     role = _ROLES.get(name)
     if role is None:

@@ -23,19 +23,19 @@ class RowError(DataError):
     Attributes:
         field: the part of the row at fault, such as ``messages[1].role``; empty for the whole row.
         problem: what is wrong with it.
-        cure: what to do about it; may be empty.
+        hint: what to do about it; may be empty.
     """
 
-    def __init__(self, field: str, problem: str, cure: str = "") -> None:
+    def __init__(self, field: str, problem: str, hint: str = "") -> None:
         # All three are arguments of the base class, so that the error survives pickling.
-        super().__init__(field, problem, cure)
+        super().__init__(field, problem, hint)
         self.field = field
         self.problem = problem
-        self.cure = cure
+        self.hint = hint
 
     def __str__(self) -> str:
         where = f"{self.field}: " if self.field else ""
-        return f"{where}{self.problem}{f'; {self.cure}' if self.cure else ''}"
+        return f"{where}{self.problem}{f'; {self.hint}' if self.hint else ''}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Conversations about pictures, as LLaVA's data sets have them; rows without a picture as well."""
+"""Conversations about images, as LLaVA's data sets have them; rows without an image as well."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from xtuner.data.formats.sharegpt import convert
 
 FORMAT = Format(
     name="llava",
-    description="Turns of human and gpt about pictures; image is a name, a list, or left out.",
+    description="Turns of human and gpt about images; image is a name, a list, or left out.",
     columns=("conversations",),
     example={
         "image": "coco/train2017/000000033471.jpg",

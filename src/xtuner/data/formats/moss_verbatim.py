@@ -1,7 +1,7 @@
 """Dialogues of moss-003-sft as they are written, markers and all, for the template 'verbatim'.
 
-As in XTuner 0.x everything is learnt, what the user says included, but for the meta instruction and
-the results of tools. A name other than MOSS comes with `reader`.
+As in XTuner 0.x everything is learned, what the user says included, but for the meta instruction
+and the results of tools. A name other than MOSS comes with `reader`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def reader(name: str = "MOSS") -> Callable[[Row], Conversation]:
 
 
 def _pieces(row: Row) -> Iterator[tuple[str, bool]]:
-    """The texts of all turns in order, and whether each is learnt."""
+    """The texts of all turns in order, and whether each is learned."""
     chat = row.get("chat")
     if not isinstance(chat, Mapping) or "turn_1" not in chat:
         raise RowError("chat", f"is {kind(chat)}", "it must be an object with turn_1, turn_2, ...")
@@ -54,7 +54,7 @@ def _pieces(row: Row) -> Iterator[tuple[str, bool]]:
 
 FORMAT = Format(
     name="moss_verbatim",
-    description="As moss, markers and all; all but results of tools is learnt.",
+    description="As moss, markers and all; all but results of tools is learned.",
     columns=("meta_instruction", "chat"),
     example={
         "meta_instruction": "You are MOSS.\n",

@@ -16,7 +16,7 @@ _RESULT = re.compile(r"<\|startofexec\|>(.*?)<\|endofexec\|>", re.DOTALL)
 
 
 def convert(row: Row) -> Conversation:
-    """Read the turns; what a tool returned becomes a turn of the tool, which is not learnt."""
+    """Read the turns; what a tool returned becomes a turn of the tool, which is not learned."""
     if isinstance(row.get("conversations"), str):
         row = {"conversations": _parse(row["conversations"])}
     turns = read_turns(items(row, "conversations"), column="conversations")

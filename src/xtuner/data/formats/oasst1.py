@@ -13,8 +13,8 @@ def convert(row: Row) -> Conversation:
     """Cut the text at its markers; the white space beside a marker belongs to it."""
     before, *pieces = _MARKER.split(text(row, "text"))
     if before.strip() or not pieces:
-        cure = "for plain text set dataset_format = 'pretrain'"
-        raise RowError("text", "does not begin with '### Human:'", cure)
+        hint = "for plain text set dataset_format = 'pretrain'"
+        raise RowError("text", "does not begin with '### Human:'", hint)
     messages = []
     for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
         if not said.strip():

@@ -29,7 +29,7 @@ _ROLES: Mapping[str, Role] = {
 
 
 def convert(row: Row) -> Conversation:
-    """Read the messages, the tools and the names of pictures."""
+    """Read the messages, the tools and the names of images."""
     turns = items(row, "messages")
     messages = read_messages(turns)
     named = [name for turn in turns for name in _named(turn)]
@@ -68,8 +68,8 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
 
 
 def _named(turn: Mapping[str, Any]) -> list[str | None]:
-    """The pictures of a turn: their names, None for a part that has none, "" for a place in text,
-    which without pictures in the row is but a word."""
+    """The images of a turn: their names, None for a part that has none, "" for a place in text,
+    which without images in the row is but a word."""
     content = turn.get("content")
     if isinstance(content, list):
         return list(read_parts(content, where="content")[1])
@@ -77,7 +77,7 @@ def _named(turn: Mapping[str, Any]) -> list[str | None]:
 
 
 def _filled(named: Sequence[str | None], rest: Sequence[str]) -> list[str]:
-    """The names of all pictures in order: those of the turns, the others from `rest`."""
+    """The names of all images in order: those of the turns, the others from `rest`."""
     waiting = list(rest)
     names = [name or (waiting.pop(0) if waiting else "") for name in named]
     return [name for name in names if name] + waiting

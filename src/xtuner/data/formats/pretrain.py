@@ -11,7 +11,7 @@ def convert(row: Row) -> Text:
 
 FORMAT = Format(
     name="pretrain",
-    description="Plain text; every token of it is learnt.",
+    description="Plain text; every token of it is learned.",
     columns=("text",),
     example={"text": "The Moon is the Earth's only natural satellite."},
     convert=convert,

@@ -1,4 +1,4 @@
-"""Turns of ``from`` and ``value``, with calls of functions and their results, and with pictures."""
+"""Turns of ``from`` and ``value``, with calls of functions and their results, and with images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Read the turns, and the system prompt, tools and pictures that may stand beside them.
+    """Read the turns, and the system prompt, tools and images that may stand beside them.
 
-    Pictures are not among the columns by which 'auto' knows the format, for `llava` is; but where
+    Images are not among the columns by which 'auto' knows the format, for `llava` is; but where
     rows of text come first, a later one may still have them.
     """
     column = "conversation" if row.get("conversations") is None and "conversation" in row else ""
@@ -42,8 +42,8 @@ def _listed(value: str, column: str) -> Any:
     try:
         return parse_json(value, where=column)
     except RowError as error:
-        cure = "write it as JSON, or for Python lists set dataset_format = 'msagent'"
-        raise RowError(column, error.problem, cure) from error
+        hint = "write it as JSON, or for Python lists set dataset_format = 'msagent'"
+        raise RowError(column, error.problem, hint) from error
 
 
 FORMAT = Format(

@@ -20,8 +20,8 @@ def convert(row: Row) -> Conversation:
     messages: list[Message] = []
     for place, turn in objects(items(row, "conversation"), within="conversation"):
         if "input" not in turn and "from" in turn:
-            cure = "set dataset_format = 'sharegpt'"
-            raise RowError(f"{place}input", "is missing, there is 'from' in its place", cure)
+            hint = "set dataset_format = 'sharegpt'"
+            raise RowError(f"{place}input", "is missing, there is 'from' in its place", hint)
         system = system_turn(optional_text(turn, "system", within=place))
         if system and messages:
             raise RowError(f"{place}system", "is in a later turn", "only the first may have one")

@@ -1,4 +1,4 @@
-"""Features of pictures, kept on disk by the pictures' content: later epochs skip the encoder.
+"""Features of images, kept on disk by the images' content: later epochs skip the encoder.
 
 <cache>/features/<hash of encoder and preparation>/<first two letters>/<hash of content>.npy
 
@@ -27,29 +27,29 @@ from xtuner.data.tokenize.cache import cache_root
 
 @dataclass
 class FeatureStore:
-    """The features that one visual encoder made of pictures prepared in one way.
+    """The features that one vision tower made of images prepared in one way.
 
     Attributes:
         folder: where they are; None before `open`.
-        shape: of the features of one picture ``[T, C]``.
+        shape: of the features of one image ``[T, C]``.
     """
 
     folder: Path | None = None
     shape: tuple[int, ...] = ()
 
     def open(self, facts: Mapping[str, Any], *, shape: tuple[int, ...]) -> None:
-        """Find the place for everything that features depend on besides the picture.
+        """Find the place for everything that features depend on besides the image.
 
         Args:
-            facts: of the encoder, its weights and the preparation of pictures.
-            shape: of the features of one picture.
+            facts: of the encoder, its weights and the preparation of images.
+            shape: of the features of one image.
         """
         text = json.dumps(dict(facts), sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.folder, self.shape = cache_root().parent / "features" / name, shape
 
     def read(self, key: str) -> Tensor | None:
-        """The features ``[T, C]`` of the picture with this hash; None where they are not kept, or
+        """The features ``[T, C]`` of the image with this hash; None where they are not kept, or
         what is there is damaged."""
         if self.folder is None:
             return None

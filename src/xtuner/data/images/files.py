@@ -1,7 +1,7 @@
-"""Pictures of a data set: find them in their folder, check them, decode them.
+"""Images of a data set: find them in their folder, check them, decode them.
 
 A name in a data file is taken relative to the folder and must not lead out of it, so that a data
-set from a stranger cannot have private pictures read. Only a few formats are opened, and nothing
+set from a stranger cannot have private images read. Only a few formats are opened, and nothing
 is decoded that has more than `MAX_PIXELS`, or would have when it is filled up to a square: 20 kB of
 PNG can hold half a gigabyte, and 254 bytes a line that becomes a square of ten.
 """
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 64_000_000
-"""Most pixels of a picture; decoded they take 192 MB."""
+"""Most pixels of an image; decoded they take 192 MB."""
 MAX_SIDE = 10_000
-"""Longest side: filled up to a square the picture takes 300 MB. Cameras of 60 megapixels have
+"""Longest side: filled up to a square the image takes 300 MB. Cameras of 60 megapixels have
 9,500."""
 MAX_RATIO = 100
-"""Longest side over shortest: scaled until the shortest fits an encoder of 336 x 336, the picture
+"""Longest side over shortest: scaled until the shortest fits an encoder of 336 x 336, the image
 has at most 11 million pixels."""
 
 
-class PictureError(DataError):
-    """A picture cannot be used.
+class ImageError(DataError):
+    """A image cannot be used.
 
     Attributes:
-        problem: what is wrong with it and how to cure it, without its name.
+        problem: what is wrong with it and how to hint it, without its name.
     """
 
     def __init__(self, name: str, problem: str) -> None:
@@ -46,13 +46,13 @@ class PictureError(DataError):
 
 
 @dataclass(frozen=True)
-class PictureFolder:
-    """The folder that names of pictures are relative to (the setting `image_folder`)."""
+class ImageFolder:
+    """The folder that names of images are relative to (the setting `image_folder`)."""
 
     root: Path
 
     def find(self, name: str) -> Path:
-        """The file of picture `name`.
+        """The file of image `name`.
 
         The folder itself may be a link, for large data sets often lie elsewhere; a link in it may
         not lead out.
@@ -61,27 +61,27 @@ class PictureFolder:
             PictureError: it lies outside the folder, or is not there.
         """
         if "://" in name or name.startswith("data:"):
-            raise PictureError(
+            raise ImageError(
                 _shortened(name), "is no file; download it and name it relative to image_folder"
             )
         root = os.path.abspath(self.root)
         path = os.path.normpath(os.path.join(root, name))
         if not _within(path, root):
-            raise PictureError(name, f"lies outside image_folder ({root}), which is refused")
+            raise ImageError(name, f"lies outside image_folder ({root}), which is refused")
         target = os.path.realpath(path)
         if not _within(target, os.path.realpath(root)):
-            raise PictureError(
+            raise ImageError(
                 name,
                 f"is reached by a link that leads out of image_folder ({root}), which is refused; "
-                f"set image_folder to the real folder (the picture is {target!r})",
+                f"set image_folder to the real folder (the image is {target!r})",
             )
         if not os.path.isfile(path):
             what = "is a folder" if os.path.isdir(path) else "is not there"
-            raise PictureError(name, f"{what} (image_folder is {root})")
+            raise ImageError(name, f"{what} (image_folder is {root})")
         return Path(path)
 
     def check(self, name: str) -> None:
-        """Read picture `name` to its end, as small as its format allows.
+        """Read image `name` to its end, as small as its format allows.
 
         Raises:
             PictureError: it cannot be found or decoded.
@@ -90,21 +90,21 @@ class PictureFolder:
             decode(file, name, small=True)
 
     def load(self, name: str) -> Image.Image:
-        """Decode picture `name`; see `decode`."""
+        """Decode image `name`; see `decode`."""
         with self.find(name).open("rb") as file:
             return decode(file, name)
 
 
 def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
-    """Decode a picture to RGB, upright as its EXIF data say.
+    """Decode an image to RGB, upright as its EXIF data say.
 
     Args:
-        file: of a picture.
+        file: of an image.
         name: what the errors call it.
         small: as small as its format allows: enough to know that it is sound.
 
     Raises:
-        PictureError: the file is no picture of a known format, is damaged or too large.
+        PictureError: the file is no image of a known format, is damaged or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -116,19 +116,19 @@ def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
             if small:
                 image.draft("RGB", (1, 1))  # JPEG can be read to its end at an eighth of the work
             return _upright_rgb(image)
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise PictureError(name, f"is no picture in {', '.join(FORMATS)}") from error
+        raise ImageError(name, f"is no image in {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
-        raise PictureError(name, problem) from error
+        raise ImageError(name, problem) from error
     except Exception as error:  # decoders raise many kinds for a damaged file
-        raise PictureError(name, f"is damaged: {' '.join(str(error).split())}") from error
+        raise ImageError(name, f"is damaged: {' '.join(str(error).split())}") from error
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Decode the picture at `path`, wherever it is: for pictures that the user names.
+def open_image(path: str | Path) -> Image.Image:
+    """Decode the image at `path`, wherever it is: for images that the user names.
 
     Raises:
         PictureError: it is not there or cannot be decoded.
@@ -137,7 +137,7 @@ def open_picture(path: str | Path) -> Image.Image:
         with Path(path).expanduser().open("rb") as file:
             return decode(file, str(path))
     except OSError as error:
-        raise PictureError(str(path), f"cannot be opened: {error.strerror or error}") from error
+        raise ImageError(str(path), f"cannot be opened: {error.strerror or error}") from error
 
 
 def _refuse_large(size: tuple[int, int], name: str) -> None:
@@ -151,8 +151,8 @@ def _refuse_large(size: tuple[int, int], name: str) -> None:
         limit = f"pixels: one side is more than {MAX_RATIO} times the other"
     else:
         return
-    cure = "cut it to a better shape" if "times" in limit else "make it smaller"
-    raise PictureError(name, f"has {width:,} x {height:,} {limit}; {cure}")
+    hint = "cut it to a better shape" if "times" in limit else "make it smaller"
+    raise ImageError(name, f"has {width:,} x {height:,} {limit}; {hint}")
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

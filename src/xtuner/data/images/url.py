@@ -9,7 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from xtuner.data.images.files import open_picture
+from xtuner.data.images.files import open_image
 from xtuner.data.tokenize.cache import cache_root
 from xtuner.errors import DataError
 
@@ -38,7 +38,7 @@ def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Pat
             home.mkdir(parents=True, exist_ok=True)
             draft = home / f".{path.name}.{os.getpid()}"
             draft.write_bytes(content)
-            open_picture(str(draft))
+            open_image(str(draft))
             os.replace(draft, path)
         except OSError as error:
             raise DataError(f"image {url!r}: cannot be kept in {home}: {error}") from error

@@ -39,7 +39,7 @@ def pack(lengths: Ints | Ints32, capacity: int, *, order: Ints) -> tuple[Ints, I
     sizes = lengths[order].tolist()
     waiting = _Waiting(sizes)
     members: list[int] = []
-    borders = [0]
+    starts = [0]
     position = 0
     while position < len(queue):
         room = capacity
@@ -55,9 +55,9 @@ def pack(lengths: Ints | Ints32, capacity: int, *, order: Ints) -> tuple[Ints, I
         while (found := waiting.largest_within(room)) is not None:
             members.append(queue[found])
             room -= sizes[found]
-        if len(members) > borders[-1]:
-            borders.append(len(members))
-    return np.array(members, dtype=np.int64), np.array(borders, dtype=np.int64)
+        if len(members) > starts[-1]:
+            starts.append(len(members))
+    return np.array(members, dtype=np.int64), np.array(starts, dtype=np.int64)
 
 
 class _Waiting:
@@ -105,7 +105,7 @@ class PackedDataset:
     Args:
         stores: the encoded rows of each source.
         samples: which tokens of which row each sample is, pack after pack.
-        borders: where each pack begins in `samples`, then S; ``[P + 1]``.
+        boundaries: where each pack begins in `samples`, then S; ``[P + 1]``.
         max_length: tokens that are kept of each sequence of a row that was cut.
     """
 
@@ -114,22 +114,22 @@ class PackedDataset:
         stores: Sequence[RowStore],
         *,
         samples: SampleTable,
-        borders: Ints,
+        starts: Ints,
         max_length: int = 2**31,
     ) -> None:
         self._stores = tuple(stores)
         self._samples = samples
-        self._borders = borders
+        self._starts = starts
         self._max_length = max_length
 
     def __len__(self) -> int:
-        return len(self._borders) - 1
+        return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> list[Sample]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no pack {index}; there are {len(self)}")
         index %= len(self)
-        return [self._sample(i) for i in range(self._borders[index], self._borders[index + 1])]
+        return [self._sample(i) for i in range(self._starts[index], self._starts[index + 1])]
 
     @property
     def num_samples(self) -> int:
@@ -149,16 +149,16 @@ class PackedDataset:
     @property
     def lengths(self) -> Ints:
         """Tokens of each pack ``[P]``."""
-        return np.add.reduceat(self._samples.length, self._borders[:-1], dtype=np.int64)
+        return np.add.reduceat(self._samples.length, self._starts[:-1], dtype=np.int64)
 
     @property
     def has_images(self) -> npt.NDArray[np.bool_]:
-        """Whether each pack begins with a sample that has pictures ``[P]``."""
-        return self._samples.has_images(self._stores)[self._borders[:-1]]
+        """Whether each pack begins with a sample that has images ``[P]``."""
+        return self._samples.has_images(self._stores)[self._starts[:-1]]
 
     @property
     def any_images(self) -> bool:
-        """Whether any sample has pictures."""
+        """Whether any sample has images."""
         return bool(self._samples.has_images(self._stores).any())
 
     def fingerprint(self) -> str:
@@ -167,7 +167,7 @@ class PackedDataset:
         for store in self._stores:
             digest.update(store.key.encode())
         table = self._samples
-        for array in (table.source, table.row, table.start, table.length, self._borders):
+        for array in (table.source, table.row, table.start, table.length, self._starts):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()
 

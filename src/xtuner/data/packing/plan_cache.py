@@ -1,6 +1,7 @@
 """Keep how many samples were packed, so that the next start need not find it out again.
 
-<cache>/packs/<hash of lengths, order and capacity>.npz    members int32 [S], borders int32 [P + 1]
+<cache>/packs/<hash of lengths, order and capacity>.npz    members int32 [S], boundaries int32 [P +
+1]
 
 A file is written under another name and renamed. What is read is checked to be a whole plan; if it
 is not, or the disk is full, packing is done anew.
@@ -53,18 +54,18 @@ def _read(
 ) -> tuple[Ints, Ints] | None:
     try:
         with file.open("rb") as raw, np.load(raw, allow_pickle=False) as kept:
-            members, borders = (kept[name].astype(np.int64) for name in ("members", "borders"))
+            members, starts = (kept[name].astype(np.int64) for name in ("members", "boundaries"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     whole = (
         members.shape == order.shape
         and _same_numbers(members, order)
-        and borders[0] == 0
-        and borders[-1] == len(members)
-        and bool(np.all(borders[1:] > borders[:-1]))
-        and int(np.add.reduceat(lengths[members], borders[:-1], dtype=np.int64).max()) <= capacity
+        and starts[0] == 0
+        and starts[-1] == len(members)
+        and bool(np.all(starts[1:] > starts[:-1]))
+        and int(np.add.reduceat(lengths[members], starts[:-1], dtype=np.int64).max()) <= capacity
     )
-    return (members, borders) if whole else None
+    return (members, starts) if whole else None
 
 
 def _same_numbers(members: Ints, order: Ints) -> bool:
@@ -77,12 +78,12 @@ def _same_numbers(members: Ints, order: Ints) -> bool:
     return bool(seen[order].all())
 
 
-def _write(file: Path, members: Ints, borders: Ints) -> None:
+def _write(file: Path, members: Ints, starts: Ints) -> None:
     draft = file.with_name(f".{file.stem}.{os.getpid()}-{secrets.token_hex(4)}.npz")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            np.savez(draft, members=members.astype(np.int32), borders=borders.astype(np.int32))
+            np.savez(draft, members=members.astype(np.int32), starts=starts.astype(np.int32))
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ class SampleTable:
         return SampleTable(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def has_images(self, stores: Sequence[RowStore]) -> npt.NDArray[np.bool_]:
-        """Whether the row of each sample has pictures ``[S]``."""
+        """Whether the row of each sample has images ``[S]``."""
         found = np.zeros(len(self), dtype=np.bool_)
         for number, store in enumerate(stores):
             of_store = self.source == number
@@ -54,15 +54,15 @@ class SampleTable:
         names = [field.name for field in fields(cls)]
         return cls(*(np.concatenate([getattr(t, name) for t in tables]) for name in names))
 
-    def row_borders(self) -> Ints:
+    def row_starts(self) -> Ints:
         """Where the samples of each row begin, then S; ``[U + 1]``. A row's stand together."""
         new_row = (np.diff(self.row) != 0) | (np.diff(self.source) != 0)
         ends = [len(self)] if len(self) else []
         return np.concatenate([[0], np.flatnonzero(new_row) + 1, ends]).astype(np.int64)
 
 
-def samples_of(rows: Ints, borders: Ints) -> Ints:
-    """The sample numbers of `rows`, row by row; `borders` is that of `SampleTable.row_borders`."""
-    counts = borders[rows + 1] - borders[rows]
-    firsts = np.repeat(borders[rows] - (np.cumsum(counts) - counts), counts)
+def samples_of(rows: Ints, starts: Ints) -> Ints:
+    """The sample numbers of `rows`, row by row; `starts` is that of `SampleTable.row_starts`."""
+    counts = starts[rows + 1] - starts[rows]
+    firsts = np.repeat(starts[rows] - (np.cumsum(counts) - counts), counts)
     return firsts + np.arange(counts.sum(), dtype=np.int64)

@@ -18,23 +18,23 @@ from xtuner.errors import DataError, listed
 
 @dataclass(frozen=True)
 class Room:
-    """How long a sample may be: max_length and, where the model sees, the tokens of a picture."""
+    """How long a sample may be: max_length and, where the model sees, the tokens of an image."""
 
     max_length: int
-    picture: int = 0
+    image: int = 0
 
     @property
     def tokens(self) -> int:
         """Most tokens of a sample."""
-        return self.max_length + self.picture
+        return self.max_length + self.image
 
     def __str__(self) -> str:
-        return self.in_tokens if self.picture else f"max_length = {self.max_length:,}"
+        return self.in_tokens if self.image else f"max_length = {self.max_length:,}"
 
     @property
     def in_tokens(self) -> str:
         """The sum in words."""
-        more = f" and the {self.picture:,} of a picture" if self.picture else ""
+        more = f" and the {self.image:,} of an image" if self.image else ""
         return f"max_length = {self.max_length:,} tokens{more}"
 
 
@@ -74,7 +74,7 @@ class Encoded:
             return []
         split = self.policy == "split"
         what = "split into pieces of at most" if split else "cut to"
-        sum_of = f" ({self.room})" if self.room.picture else ""
+        sum_of = f" ({self.room})" if self.room.image else ""
         return [self._group(f"{what} {self.room.tokens:,} tokens{sum_of}", rows)]
 
     def report(self, *, rows_used: int) -> SourceReport:
@@ -147,8 +147,8 @@ def _nothing_usable(name: str, rows_read: int, lost: Sequence[RowGroup]) -> str:
     reasons = [f"{group.count:,} rows: {group.what} ({group.places()})" for group in lost[:5]]
     if len(lost) > 5:
         reasons.append(f"and {len(lost) - 5} more reasons")
-    cure = "`xtuner check-custom-dataset CONFIG` names every bad row"
-    return listed(f"{name}: not one of {rows_read:,} rows can be used:", [*reasons, cure])
+    hint = "`xtuner check-custom-dataset CONFIG` names every bad row"
+    return listed(f"{name}: not one of {rows_read:,} rows can be used:", [*reasons, hint])
 
 
 def duplicate_notes(learnt: npt.NDArray[np.uint64], aside: npt.NDArray[np.uint64]) -> list[str]:

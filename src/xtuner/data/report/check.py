@@ -8,7 +8,7 @@ from typing import Any
 
 from xtuner.config.schema import Settings
 from xtuner.data.build import room_of
-from xtuner.data.images.expansion import Sight
+from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.packing.overlong import fit, policy_of
 from xtuner.data.report.account import Encoded, overlong_fault
 from xtuner.data.sources.resolve import prepare
@@ -24,7 +24,7 @@ def bad_rows(
     tokenizer: Any,
     folder: Path,
     algorithm: Algorithm,
-    sight: Sight | None,
+    image_layout: ImageLayout | None,
     quiet: bool = False,
 ) -> Iterator[str]:
     """Yield a line for each row that cannot be used: where it is, the field, what is wrong.
@@ -42,7 +42,7 @@ def bad_rows(
         folder=folder,
         quiet=quiet,
         algorithm=algorithm,
-        sight=sight,
+        image_layout=image_layout,
     )
     for number, source in enumerate(prepare(settings, folder=folder)):
         store = encoding.store(source)
@@ -50,7 +50,7 @@ def bad_rows(
             for chunk in encoding.chunks(source):
                 for row in chunk.faults:
                     yield f"{source.place(row.file, row.line)}  {' '.join(str(row.fault).split())}"
-        policy, room = policy_of(settings, algorithm), room_of(settings, sight)
+        policy, room = policy_of(settings, algorithm), room_of(settings, image_layout)
         fitted = fit(store, source=number, max_length=room.tokens, policy=policy)
         encoded = Encoded(source, store, fitted, room, policy)
         for row_number in fitted.lost.tolist():

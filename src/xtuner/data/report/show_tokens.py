@@ -9,17 +9,22 @@ from typing import Any
 from rich.text import Text
 
 from xtuner.data.collate import lay_out
-from xtuner.data.images.expansion import Sight
+from xtuner.data.images.expansion import ImageLayout
 from xtuner.types import IGNORE_INDEX, IMAGE, Sample
 
 _SUPERVISED = "bold green"
 _UNSUPERVISED = "dim"
-_PICTURE = "cyan"
+_IMAGE = "cyan"
 _NUMBERS = ("input_ids", "labels")
 
 
 def draw(
-    sample: Sample, show: str, *, tokenizer: Any, marks: bool, sight: Sight | None = None
+    sample: Sample,
+    show: str,
+    *,
+    tokenizer: Any,
+    marks: bool,
+    image_layout: ImageLayout | None = None,
 ) -> Text:
     """Draw one sample.
 
@@ -29,18 +34,18 @@ def draw(
             'labels' as the loss gets them.
         tokenizer: turns ids back into text.
         marks: put supervised text and ids between « and », for where there are no colours.
-        sight: of the model that sees the sample; the place of a picture is then named, once.
+        sight: of the model that sees the sample; the place of an image is then named, once.
     """
-    picture, names = Text(), iter(sample.images)
-    for supervised, start, stop in _spans(sample, sight):
-        if sight and sample.images and sample.input_ids[start] == sight.token_id:
-            for name in islice(names, (stop - start) // sight.tokens_each):
-                place = visible(f"[{IMAGE} {name}: {sight.tokens_each} tokens]")
-                picture.append(place + (" " if show in _NUMBERS else ""), style=_PICTURE)
+    image, names = Text(), iter(sample.images)
+    for supervised, start, stop in _spans(sample, image_layout):
+        if image_layout and sample.images and sample.input_ids[start] == image_layout.token_id:
+            for name in islice(names, (stop - start) // image_layout.tokens_each):
+                place = visible(f"[{IMAGE} {name}: {image_layout.tokens_each} tokens]")
+                image.append(place + (" " if show in _NUMBERS else ""), style=_IMAGE)
             continue
         if show == "masked_text" and not supervised:
             unit = "token" if stop - start == 1 else "tokens"
-            picture.append(f"[… {stop - start} {unit} …]", style=_UNSUPERVISED)
+            image.append(f"[… {stop - start} {unit} …]", style=_UNSUPERVISED)
             continue
         if show == "labels" and not supervised:
             words = " ".join([str(IGNORE_INDEX)] * (stop - start))
@@ -50,30 +55,34 @@ def draw(
             words = visible(_text(sample, start, stop, tokenizer))
         if supervised and marks:
             words = f"«{words}»"
-        picture.append(words, style=_SUPERVISED if supervised else _UNSUPERVISED)
+        image.append(words, style=_SUPERVISED if supervised else _UNSUPERVISED)
         if show in _NUMBERS:
-            picture.append(" ")
-    picture.rstrip()
-    return picture
+            image.append(" ")
+    image.rstrip()
+    return image
 
 
 def visible(text: str) -> str:
-    """Replace control characters, which could command the terminal, by pictures of them."""
-    return "".join(_picture_of(c) if c < " " or "\x7f" <= c <= "\x9f" else c for c in text)
+    """Replace control characters, which could command the terminal, by images of them."""
+    return "".join(_image_of(c) if c < " " or "\x7f" <= c <= "\x9f" else c for c in text)
 
 
-def _picture_of(control: str) -> str:
+def _image_of(control: str) -> str:
     if control in "\n\t":
         return control
     code = ord(control)
     return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else "\ufffd"
 
 
-def _spans(sample: Sample, sight: Sight | None) -> Iterator[tuple[bool, int, int]]:
+def _spans(sample: Sample, image_layout: ImageLayout | None) -> Iterator[tuple[bool, int, int]]:
     """(supervised, start, stop) of each run of tokens that are, or are not, in the loss; places of
-    pictures are runs of their own."""
+    images are runs of their own."""
     labels = lay_out([sample]).labels[0].numpy()
-    seen = sample.input_ids == sight.token_id if sight and sample.images else labels > labels.max()
+    seen = (
+        sample.input_ids == image_layout.token_id
+        if image_layout and sample.images
+        else labels > labels.max()
+    )
     start = 0
     kinds = zip((labels != IGNORE_INDEX).tolist(), seen.tolist(), strict=True)
     for (supervised, _), run in groupby(kinds):

@@ -19,7 +19,7 @@ class Fault:
     """Why a row cannot be used.
 
     Attributes:
-        reason: what is wrong and how to cure it, in the same words for all rows with this fault.
+        reason: what is wrong and how to hint it, in the same words for all rows with this fault.
         field: the part of the row at fault, such as ``messages[1].role``; empty for the whole row.
         detail: what concerns this row only.
         file: a file beside the data that is at fault; once it is mended the row is sound.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config.schema import Settings
-from xtuner.data.images.expansion import Sight
+from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.resolve import PreparedSource
 from xtuner.data.tokenize import cache
 from xtuner.data.tokenize.progress import progress_bar
@@ -33,7 +33,7 @@ class Encoding:
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first.
         algorithm: which records it takes, and which sequences it makes of them.
-        sight: how pictures are laid out; None for a model without a visual encoder.
+        sight: how images are laid out; None for a model without a vision tower.
         quiet: show no progress.
     """
 
@@ -45,10 +45,10 @@ class Encoding:
         tokenizer: Any,
         folder: Path,
         algorithm: Algorithm,
-        sight: Sight | None,
+        image_layout: ImageLayout | None,
         quiet: bool = False,
     ) -> None:
-        self._sight = sight
+        self._image_layout = image_layout
         self._template, self._tokenizer, self._folder = template, tokenizer, folder
         self._algorithm, self._options = algorithm, settings.algorithm_options
         self._processes = settings.dataset_num_proc
@@ -70,18 +70,18 @@ class Encoding:
         )
 
     def _usable(self, store: RowStore) -> bool:
-        """Whether what is kept still holds: a picture that was missing may be there now."""
-        if self._sight is None:
+        """Whether what is kept still holds: an image that was missing may be there now."""
+        if self._image_layout is None:
             return True
         try:
-            return not any(self._sight.is_sound(name) for name in store.bad_files())
+            return not any(self._image_layout.is_sound(name) for name in store.bad_files())
         except (OSError, ValueError):
             return False
 
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
         """Encode all rows of `source` now, with a progress bar."""
         encoder = Encoder(
-            source.formats, self._template, self._tokenizer, self._algorithm, self._sight
+            source.formats, self._template, self._tokenizer, self._algorithm, self._image_layout
         )
         read = rows = 0
 
@@ -110,7 +110,7 @@ class Encoding:
         names = [format.name for format in source.formats]
         return cache.key_of(
             {
-                **(self._sight.facts() if self._sight else {}),
+                **(self._image_layout.facts() if self._image_layout else {}),
                 "template": self._template.fingerprint(),
                 "tokenizer": cache.tokenizer_identity(self._tokenizer),
                 "algorithm": [_sources_of(self._algorithm), self._options],

@@ -5,7 +5,7 @@ offsets.npy int64 [R+1]                          where each row begins, then T
 sequence_lengths.npy int32 [R*k]                 for rows of k > 1 sequences; else empty
 lines.npy int32 [R]    files.npy int32 [R]       the row's line in its file, the file's number
 supervised.npy int32 [R]  hashes.npy uint64 [R]  tokens in the loss, hash of the tokens
-image_names.npy uint8 [B]  image_ends.npy int64 [R]  names of pictures as JSON; where a row's end
+image_names.npy uint8 [B]  image_ends.npy int64 [R]  names of images as JSON; where a row's end
 about.json                                       counts, and the rows that failed, by reason
 bad_files.jsonl                                  names of files beside the data that are at fault
 """
@@ -103,7 +103,7 @@ class EncodedChunk:
 
 
 def packed_names(names: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """Names of pictures as bytes; none for no names."""
+    """Names of images as bytes; none for no names."""
     text = json.dumps(list(names), ensure_ascii=False) if names else ""
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
@@ -258,7 +258,7 @@ class RowStore:
 
     @property
     def hashes(self) -> npt.NDArray[np.uint64]:
-        """A hash of each row's tokens and pictures ``[R]``."""
+        """A hash of each row's tokens and images ``[R]``."""
         return self._columns["hashes"].read()
 
     @property
@@ -305,7 +305,7 @@ class RowStore:
         return int(np.count_nonzero(self._columns["mask"].read(first + 1, length - 1)))
 
     def images(self, row: int) -> tuple[str, ...]:
-        """Names of the pictures of one row."""
+        """Names of the images of one row."""
         if not len(self._columns["image_names"]):
             return ()
         start = self._value("image_ends", row - 1) if row else 0
@@ -314,7 +314,7 @@ class RowStore:
 
     @property
     def has_images(self) -> npt.NDArray[np.bool_]:
-        """Whether each row has pictures ``[R]``."""
+        """Whether each row has images ``[R]``."""
         if not len(self._columns["image_names"]):
             return np.zeros(len(self), dtype=np.bool_)
         return np.diff(self._columns["image_ends"].read(), prepend=0) > 0

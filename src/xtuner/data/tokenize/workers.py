@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.data.formats.base import Format, RowError
-from xtuner.data.images.expansion import Sight
+from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, RawRow, parse
 from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_names
 from xtuner.errors import ConfigError, DataError, XTunerError
@@ -58,14 +58,14 @@ class Encoder:
         template: lays out conversations.
         tokenizer: encodes plain text.
         algorithm: which records it takes, and which sequences it makes of them.
-        sight: how pictures are laid out; None where the model has no visual encoder.
+        sight: how images are laid out; None where the model has no vision tower.
     """
 
     formats: Sequence[Format]
     template: Template
     tokenizer: Any
     algorithm: Algorithm
-    sight: Sight | None = None
+    image_layout: ImageLayout | None = None
 
     def record(self, task: Task) -> Record | Fault:
         """Read one row."""
@@ -83,12 +83,12 @@ class Encoder:
         if isinstance(record, Fault):
             return record, ()
         images = record.images if isinstance(record, Conversation) else ()
-        if images and self.sight is None:
+        if images and self.image_layout is None:
             return Fault(_NO_IMAGES, "images"), ()
         parts = self._encode(record)
-        if self.sight is None or isinstance(parts, Fault) or isinstance(record, Preference):
+        if self.image_layout is None or isinstance(parts, Fault) or isinstance(record, Preference):
             return parts, images
-        laid_out = self.sight.laid_out(parts[0], images)
+        laid_out = self.image_layout.laid_out(parts[0], images)
         return (laid_out if isinstance(laid_out, Fault) else [laid_out, *parts[1:]]), images
 
     def _encode(self, record: Record) -> list[Encoded] | Fault:
@@ -116,8 +116,8 @@ class Encoder:
         try:
             return format.convert(row)
         except RowError as error:
-            cure = f"; {error.cure}" if error.cure else ""
-            return Fault(error.problem + cure, error.field)
+            hint = f"; {error.hint}" if error.hint else ""
+            return Fault(error.problem + hint, error.field)
         except Exception as error:  # a format may be the user's own code
             return Fault(f"format {format.name!r} raised {_one_line(error)}")
 

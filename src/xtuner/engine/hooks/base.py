@@ -26,7 +26,7 @@ class Run:
         work_dir: where checkpoints go.
         log_dir: the time-stamped folder of this start.
         console: the terminal; print through it, so that the progress bar stays whole.
-        answer: asks the model a question, and about a picture if one is named, and returns its
+        answer: asks the model a question, and about an image if one is named, and returns its
             answer.
         validate: mean loss on the validation split, or None without one.
         step: optimizer steps done.

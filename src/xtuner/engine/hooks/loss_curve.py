@@ -1,4 +1,4 @@
-"""At the end, the loss as a picture: ``loss_curve.png``."""
+"""At the end, the loss as an image: ``loss_curve.png``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Hook(BaseHook):
         self._file: Path | None = None
 
     def on_start(self, run: Run) -> None:
-        """Note where the picture goes."""
+        """Note where the image goes."""
         self._file = run.log_dir / "loss_curve.png"
         self.on_end(run)
 

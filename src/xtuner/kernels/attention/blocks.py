@@ -85,7 +85,7 @@ class Layout:
     ``shapes`` says for each such number of keys which blocks these are and where their keys begin.
     """
 
-    borders: tuple[int, ...]
+    cu_seqlens: tuple[int, ...]
     window: int | None
     total: int
     order: Tensor
@@ -103,12 +103,12 @@ class Layout:
 
 
 @lru_cache(maxsize=8)
-def layout_of(borders: tuple[int, ...], window: int | None) -> Layout:
-    """Cut a row into blocks; the samples lie between `borders`."""
-    total = -(-borders[-1] // BLOCK) * BLOCK
+def layout_of(cu_seqlens: tuple[int, ...], window: int | None) -> Layout:
+    """Cut a row into blocks; the samples lie between `cu_seqlens`."""
+    total = -(-cu_seqlens[-1] // BLOCK) * BLOCK
     found: dict[int, list[tuple[int, int]]] = {}
     for first in range(0, total, BLOCK):
-        start = borders[bisect.bisect_right(borders, first) - 1]
+        start = cu_seqlens[bisect.bisect_right(cu_seqlens, first) - 1]
         if window is not None:
             start = max(start, first - window + 1)
         start -= start % BLOCK
@@ -118,13 +118,13 @@ def layout_of(borders: tuple[int, ...], window: int | None) -> Layout:
     for width, blocks in found.items():
         shapes.append((first, width, tuple(start for _, start in blocks)))
         first += len(blocks)
-    return Layout(borders, window, total, torch.tensor(order), tuple(shapes))
+    return Layout(cu_seqlens, window, total, torch.tensor(order), tuple(shapes))
 
 
 def _make_blocks(
     layout: Layout, heads: int, kv_heads: int, device: torch.device
 ) -> Iterator[Blocks]:
-    padded = (*layout.borders, layout.total)  # the padding is a sample that nobody sees
+    padded = (*layout.cu_seqlens, layout.total)  # the padding is a sample that nobody sees
     start_of = torch.repeat_interleave(
         torch.tensor(padded[:-1]), torch.tensor(padded).diff(), output_size=layout.total
     )
@@ -337,7 +337,7 @@ def block_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    borders: tuple[int, ...],
+    cu_seqlens: tuple[int, ...],
     *,
     scale: float,
     window: int | None = None,
@@ -349,7 +349,7 @@ def block_attention(
         query: ``[N, heads, D]``.
         key: ``[N, kv_heads, D]``; query head h reads kv head ``h // (heads / kv_heads)``.
         value: ``[N, kv_heads, V]``.
-        borders: where each sample begins, then N.
+        boundaries: where each sample begins, then N.
         scale: factor of the scores.
         window: a token sees itself and the ``window - 1`` tokens before it in its sample.
         rotation: turn queries and keys by these rotary positions first.
@@ -357,7 +357,7 @@ def block_attention(
     Returns:
         ``[N, heads, V]``.
     """
-    layout = layout_of(borders, window)
+    layout = layout_of(cu_seqlens, window)
     out: Tensor = _BlockAttention.apply(query, key, value, rotation, layout, scale)  # type: ignore[no-untyped-call]
     return out
 

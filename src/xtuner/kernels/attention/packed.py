@@ -1,9 +1,9 @@
 """Attention over samples that lie end to end in one row and cannot see each other.
 
-Registered in transformers' attention interface as ``xtuner``; it takes the borders of the samples
-(`cu_seq_lens_q`) instead of a mask, so no work is spent on pairs of tokens of different samples
-(four fifths of a packed row of 1,024 at 200 tokens a sample). A call without borders is an error,
-never a leaking mask. Which kernel does the work:
+Registered in transformers' attention interface as ``xtuner``; it takes the boundaries of the
+samples (`cu_seq_lens_q`) instead of a mask, so no work is spent on pairs of tokens of different
+samples (four fifths of a packed row of 1,024 at 200 tokens a sample). A call without boundaries is
+an error, never a leaking mask. Which kernel does the work:
 
 - a GPU: flash attention over cumulative lengths, or memory-efficient attention for float32 and for
   GPUs without bfloat16 (`varlen_attention`);
@@ -133,7 +133,8 @@ def packed_attention(
     head_dim]``.
 
     Raises:
-        ModelError: the borders of the samples are missing, or the layer asks for what is not built
+        ModelError: the boundaries of the samples are missing, or the layer asks for what is not
+        built
             here.
     """
     if Watch.active is not None:
@@ -141,7 +142,7 @@ def packed_attention(
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None or attention_mask is not None or query.shape[0] != 1:
         raise ModelError(
-            "xtuner's attention needs one row and the borders of its samples, and got none: "
+            "xtuner's attention needs one row and the boundaries of its samples, and got none: "
             "set attn_implementation = 'sdpa' for this model"
         )
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
@@ -210,8 +211,8 @@ def _tell_once(why: str) -> None:
 def register() -> str:
     """Make the name ``xtuner`` known to transformers and return it.
 
-    It gets no function for masks: transformers then builds none, and does not look for borders of
-    samples in the positions either, for which a GPU would have to be waited for at every step.
+    It gets no function for masks: transformers then builds none, and does not look for boundaries
+    of samples in the positions either, for which a GPU would have to be waited for at every step.
     """
     AttentionInterface.register(NAME, packed_attention)
     return NAME

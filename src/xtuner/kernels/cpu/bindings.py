@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xtuner.kernels.cpu.build import has_products, library
-from xtuner.kernels.scratch import workspace
+from xtuner.kernels.scratch import scratch_buffer
 
 TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 NUMBER, REAL, FLAG = ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -44,15 +44,15 @@ class Rows:
     """Which tokens of a packed row see each other.
 
     Args:
-        borders: where each sample begins, then the number of tokens.
+        boundaries: where each sample begins, then the number of tokens.
         window: a token sees itself and the ``window - 1`` tokens before it in its sample.
         scale: factor of the scores.
     """
 
-    def __init__(self, borders: tuple[int, ...], window: int | None, scale: float):
+    def __init__(self, cu_seqlens: tuple[int, ...], window: int | None, scale: float):
         # the longest first: at the end threads wait for the last one
         samples = sorted(
-            ((end - start, start) for start, end in itertools.pairwise(borders)), reverse=True
+            ((end - start, start) for start, end in itertools.pairwise(cu_seqlens)), reverse=True
         )
         numbers = ctypes.c_int32 * len(samples)
         self.lengths = numbers(*(length for length, _ in samples))
@@ -212,7 +212,7 @@ class Kernels:
     def room(self, name: str, *arguments: Any) -> Tensor:
         """Working memory for a call, for all threads, as the C function `name` measures it."""
         size = self.measure(name, *arguments, FLAG(torch.get_num_threads()))
-        return workspace("compiled functions", size, torch.uint8, torch.device("cpu"))
+        return scratch_buffer("compiled functions", size, torch.uint8, torch.device("cpu"))
 
     def measure(self, name: str, *arguments: Any) -> int:
         """Bytes, as the C function `name` tells them."""

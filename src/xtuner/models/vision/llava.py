@@ -1,6 +1,6 @@
-"""LLaVA (arXiv:2304.08485, 2310.03744): a language model that sees through a visual encoder.
+"""LLaVA (arXiv:2304.08485, 2310.03744): a language model that sees through a vision tower.
 
-    pixels ──visual encoder──► features ──linear, gelu, linear──► vectors of the LLM's width
+    pixels ──vision tower──► features ──linear, gelu, linear──► vectors of the LLM's width
     token ids ──embedding──► vectors, those of <image> replaced ──► the language model's layers
 
 Underneath is transformers' `LlavaForConditionalGeneration`, put together from parts that were
@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 from xtuner.errors import ModelError
 from xtuner.models.causal_lm import LOGIT_CHANGES, PackedCausalLM
 from xtuner.models.vision.tower import check_layer, num_image_tokens, select, strategy_of
-from xtuner.types import Batch, Pictures
+from xtuner.types import Batch, BatchImages
 
 
 def portable_config(decoder: Any) -> Any:
@@ -45,7 +45,7 @@ def assemble(
     select_layer: int = -2,
     seed: int = 0,
 ) -> Llava:
-    """Put a LLaVA model together from a language model and a visual encoder; the projector is new.
+    """Put a LLaVA model together from a language model and a vision tower; the projector is new.
 
     The parts are used, not copied; the projector is float32 on the language model's device.
 
@@ -104,17 +104,17 @@ def decoder_of(model: Any) -> Any:
 
 
 Keep = Callable[[str, Tensor], None]
-"""Keeps the features of the picture with this key for later epochs."""
+"""Keeps the features of the image with this key for later epochs."""
 
 
-class Eyes(nn.Module):
-    """Turns token ids and pictures into input embeddings of the language model of `llava`.
+class ImageEmbedder(nn.Module):
+    """Turns token ids and images into input embeddings of the language model of `llava`.
 
     Args:
         llava: the assembled model.
-        train_encoder: gradients reach the visual encoder.
+        train_encoder: gradients reach the vision tower.
         autocast: type of the products with float32 weights (projector, a fully trained encoder).
-        keep: called with the features of every picture that has a key.
+        keep: called with the features of every image that has a key.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Eyes(nn.Module):
         return self._llava[0]
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the visual encoder makes of ``[P, 3, H, W]``: ``[P, T, C]``."""
+        """What the vision tower makes of ``[P, 3, H, W]``: ``[P, T, C]``."""
         tower: Any = self.llava.model.vision_tower
         config = self.llava.config
         weight = next(tower.parameters())
@@ -145,36 +145,36 @@ class Eyes(nn.Module):
             layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
             return select(output.hidden_states, layer, strategy)
 
-    def embed(self, input_ids: Tensor, pictures: Pictures) -> Tensor:
+    def embed(self, input_ids: Tensor, images: BatchImages) -> Tensor:
         """Input embeddings ``[1, N, H]`` of ``[1, N]`` token ids."""
-        places = pictures.places
+        places = images.places
         embedding = self.llava.get_input_embeddings()
         vectors: Tensor = embedding(input_ids.masked_fill(places, 0))
-        features = self._all_features(pictures)
+        features = self._all_features(images)
         with self._autocast():
             seen = self.llava.model.multi_modal_projector(self._as_projector(features))
         wanted, there = int(places.sum()), seen.shape[0] * seen.shape[1]
         if wanted != there:
-            raise ModelError(f"{wanted} image tokens for {there} features of pictures")
+            raise ModelError(f"{wanted} image tokens for {there} features of images")
         return vectors.masked_scatter(places[..., None], seen.to(vectors.dtype))
 
-    def _all_features(self, pictures: Pictures) -> Tensor:
+    def _all_features(self, images: BatchImages) -> Tensor:
         fresh: Any = None
-        if len(pictures.pixel_values):
-            fresh = self.features(pictures.pixel_values)
-        if all(kept is None for kept in pictures.features):
-            self._keep(pictures, fresh)
+        if len(images.pixel_values):
+            fresh = self.features(images.pixel_values)
+        if all(kept is None for kept in images.features):
+            self._keep(images, fresh)
             return fresh  # type: ignore[no-any-return]
         queue = iter(() if fresh is None else fresh)
-        found = [next(queue) if kept is None else kept for kept in pictures.features]
-        self._keep(pictures, fresh)
+        found = [next(queue) if kept is None else kept for kept in images.features]
+        self._keep(images, fresh)
         device = self.llava.get_input_embeddings().weight.device
         return torch.stack([f.to(device, found[0].dtype) for f in found])
 
-    def _keep(self, pictures: Pictures, fresh: Tensor | None) -> None:
-        if self.keep is None or fresh is None or not pictures.keys:
+    def _keep(self, images: BatchImages, fresh: Tensor | None) -> None:
+        if self.keep is None or fresh is None or not images.keys:
             return
-        missing = [k for k, f in zip(pictures.keys, pictures.features, strict=True) if f is None]
+        missing = [k for k, f in zip(images.keys, images.features, strict=True) if f is None]
         for key, features in zip(missing, fresh, strict=True):
             self.keep(key, features)
 
@@ -198,20 +198,22 @@ class PackedVisionLM(PackedCausalLM):
         autocast: as for `PackedCausalLM`.
     """
 
-    def __init__(self, llava: Llava, eyes: Eyes, *, autocast: torch.dtype | None = None):
+    def __init__(
+        self, llava: Llava, embedder: ImageEmbedder, *, autocast: torch.dtype | None = None
+    ):
         super().__init__(llava, autocast=autocast)
-        self.eyes = eyes
+        self.embedder = embedder
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = super()._inputs(batch)
-        if batch.pictures is not None:
+        if batch.images is not None:
             ids = inputs.pop("input_ids")
-            inputs["inputs_embeds"] = self.eyes.embed(ids, batch.pictures)
+            inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
         return inputs
 
     def train(self, mode: bool = True) -> PackedVisionLM:
-        """Set training mode; a visual encoder that is not trained stays in evaluation."""
+        """Set training mode; a vision tower that is not trained stays in evaluation."""
         super().train(mode)
-        if not self.eyes.train_encoder:
-            self.eyes.llava.model.vision_tower.eval()
+        if not self.embedder.train_encoder:
+            self.embedder.llava.model.vision_tower.eval()
         return self

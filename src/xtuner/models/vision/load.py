@@ -1,7 +1,7 @@
 """Load a LLaVA model to talk with: from parts beside its language model, or from one whole folder.
 
 language model + llm_adapter/ ─┐
-visual encoder + ..._adapter/ ─┼─assemble─► LlavaForConditionalGeneration + how to see with it
+vision tower + ..._adapter/ ─┼─assemble─► LlavaForConditionalGeneration + how to see with it
 projector/ ────────────────────┘
 """
 
@@ -24,11 +24,11 @@ from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import Quantization, Rounding, quantization_config
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision import parts as parts_of
-from xtuner.models.vision.llava import Eyes, assemble
+from xtuner.models.vision.llava import ImageEmbedder, assemble
 from xtuner.models.vision.tower import (
     Processor,
     add_image_token,
-    load_visual_encoder,
+    load_vision_tower,
     num_image_tokens,
 )
 
@@ -36,19 +36,19 @@ logger = logging.getLogger("xtuner.chat")
 
 
 @dataclass(frozen=True)
-class Seeing:
+class ImageModel:
     """A model that sees.
 
     Attributes:
         model: a `LlavaForConditionalGeneration`, in evaluation.
         eyes: of the model.
-        pixels: makes a decoded picture ``[3, H, W]``.
+        pixels: makes a decoded image ``[3, H, W]``.
         image_token_id: the token ``<image>``.
-        tokens_each: how many of it stand for a picture.
+        tokens_each: how many of it stand for an image.
     """
 
     model: Any
-    eyes: Eyes
+    embedder: ImageEmbedder
     pixels: Callable[[Any], np.ndarray]
     image_token_id: int
     tokens_each: int
@@ -63,7 +63,7 @@ class Sources:
         parts: the folder of what was trained.
         visual_encoder: the encoder that a run started from; empty where the parts hold their own.
         select_layer: of the encoder, whose output is used.
-        pad_to_square: how pictures are prepared.
+        pad_to_square: how images are prepared.
         llm_adapter: the folder of an adapter of the language model, if there is one.
     """
 
@@ -112,7 +112,7 @@ class Sources:
         if not llm or not encoder:
             lacks = "--visual-encoder" if llm else "the language model"
             raise ModelError(
-                f"{parts}: does not say which language model and visual encoder it was trained "
+                f"{parts}: does not say which language model and vision tower it was trained "
                 f"with ({lacks} is missing); give them: "
                 f"xtuner chat LLM --visual-encoder CLIP --llava {parts}"
             )
@@ -137,7 +137,7 @@ def load_llava(
     rounding: Rounding | None = None,
     trust_remote_code: bool = False,
     merged: bool = False,
-) -> Seeing:
+) -> ImageModel:
     """Load the parts and put them together.
 
     Args:
@@ -162,7 +162,7 @@ def load_llava(
         rounding.apply(llm)
     if sources.llm_adapter is not None:
         llm = _base_of(load_adapter(llm, sources.llm_adapter), merged)
-    encoder: Any = load_visual_encoder(sources.visual_encoder, dtype=dtype, device=device)
+    encoder: Any = load_vision_tower(sources.visual_encoder, dtype=dtype, device=device)
     if (folder / parts_of.ENCODER_ADAPTER).is_dir():
         with fitting_encoder_adapter(folder / parts_of.ENCODER_ADAPTER) as place:
             encoder = _base_of(load_adapter(encoder, place), merged)
@@ -170,9 +170,9 @@ def load_llava(
     model = assemble(llm, encoder, image_token_id=token_id, select_layer=sources.select_layer)
     parts_of.load_projector(model, folder)
     model.model.multi_modal_projector.to(dtype)
-    return Seeing(
+    return ImageModel(
         model.eval(),
-        Eyes(model),
+        ImageEmbedder(model),
         Processor(sources.visual_encoder, sources.pad_to_square),
         token_id,
         num_image_tokens(encoder.config),
@@ -181,7 +181,7 @@ def load_llava(
 
 def load_whole(
     folder: Path, *, dtype: torch.dtype, device: str, quantization: Quantization = "none"
-) -> Seeing:
+) -> ImageModel:
     """Load the folder of a whole `LlavaForConditionalGeneration`.
 
     Args:
@@ -214,7 +214,9 @@ def load_whole(
         return np.asarray(values[0], dtype=np.float32)
 
     tokens = num_image_tokens(model.config.vision_config)
-    return Seeing(model.eval(), Eyes(model), pixels, model.config.image_token_index, tokens)
+    return ImageModel(
+        model.eval(), ImageEmbedder(model), pixels, model.config.image_token_index, tokens
+    )
 
 
 def _base_of(adapted: Any, merged: bool) -> Any:

@@ -2,11 +2,11 @@
 
     iter_N/   projector/model.safetensors  config.json      always
               llm_adapter/           or  llm/                where the language model is trained
-              visual_encoder_adapter/  or  visual_encoder/   where the visual encoder is
+              visual_encoder_adapter/  or  visual_encoder/   where the vision tower is
               run.yaml  tokenizer
 
 Each part is of use alone: the adapters are plain PEFT adapters of the language model and of the
-visual encoder. Folders that xtuner 0.1 wrote have the same names, and are read as well.
+vision tower. Folders that xtuner 0.1 wrote have the same names, and are read as well.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from xtuner.hub.weight_files import tensors_of
 from xtuner.models import adapters
 from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
-from xtuner.models.vision.llava import Eyes, Keep, PackedVisionLM, assemble
-from xtuner.models.vision.tower import Processor, load_visual_encoder
+from xtuner.models.vision.llava import ImageEmbedder, Keep, PackedVisionLM, assemble
+from xtuner.models.vision.tower import Processor, load_vision_tower
 
 PROJECTOR, LLM, ENCODER = "projector", "llm", "visual_encoder"
 LLM_ADAPTER, ENCODER_ADAPTER = "llm_adapter", "visual_encoder_adapter"
@@ -56,10 +56,10 @@ class Parts:
 
     Attributes:
         packed: what the algorithms see.
-        llm, encoder: the language model and the visual encoder, in PEFT's wrapper where they have
+        llm, encoder: the language model and the vision tower, in PEFT's wrapper where they have
             adapters.
         settings: say what is trained.
-        processor: of the pictures; kept with an encoder that is trained in full.
+        processor: of the images; kept with an encoder that is trained in full.
     """
 
     packed: PackedVisionLM
@@ -92,7 +92,7 @@ class Parts:
         rows = (
             ("projector", model.multi_modal_projector, "full"),
             ("language model", llm, s.llm_training),
-            ("visual encoder", model.vision_tower, s.visual_encoder_training),
+            ("vision tower", model.vision_tower, s.visual_encoder_training),
         )
         for name, modules, how in rows:
             holder = nn.ModuleList(modules if isinstance(modules, tuple) else [modules])
@@ -112,7 +112,7 @@ def make(
     projector: Path | None = None,
     keep: Keep | None = None,
 ) -> Parts:
-    """Join `llm` (with its adapters) to the visual encoder as `settings` say.
+    """Join `llm` (with its adapters) to the vision tower as `settings` say.
 
     Args:
         settings: of the run.
@@ -132,7 +132,7 @@ def make(
     full = training == "full"
     name = settings.visual_encoder_name_or_path
     place = source / ENCODER if full and source is not None else name
-    encoder: Any = load_visual_encoder(place, dtype=torch.float32 if full else dtype, device=device)
+    encoder: Any = load_vision_tower(place, dtype=torch.float32 if full else dtype, device=device)
     llava = assemble(
         llm.get_base_model() if hasattr(llm, "get_base_model") else llm,
         encoder,
@@ -155,9 +155,9 @@ def make(
     elif projector is not None:
         load_projector(llava, projector)
     mixed = dtype if dtype != torch.float32 else None
-    eyes = Eyes(llava, train_encoder=training != "frozen", autocast=mixed, keep=keep)
+    embedder = ImageEmbedder(llava, train_encoder=training != "frozen", autocast=mixed, keep=keep)
     autocast = mixed if settings.llm_training == "full" else None
-    packed = PackedVisionLM(llava, eyes, autocast=autocast)
+    packed = PackedVisionLM(llava, embedder, autocast=autocast)
     return Parts(packed, llm, encoder, settings, Processor(name, settings.pad_image_to_square))
 
 
@@ -223,7 +223,7 @@ def load_projector(llava: Any, folder: Path) -> None:
         differing = sorted(n for n in {*wanted, *shapes} if wanted.get(n) != shapes.get(n))
         name = differing[0]
         raise ModelError(
-            f"{folder}: the projector does not fit this language model and visual encoder: {name} "
+            f"{folder}: the projector does not fit this language model and vision tower: {name} "
             f"is {shapes.get(name, 'missing')} and must be {wanted.get(name, 'absent')}"
         )
     projector.load_state_dict(found)
@@ -247,7 +247,7 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
         there = ", ".join(sorted(p.name for p in place.glob("*"))[:8]) if place.is_dir() else ""
         raise ModelError(
             f"{folder}: holds no projector (found: {there or 'no such folder'}); give a checkpoint "
-            "iter_N of a run with a visual encoder, or its folder projector/"
+            "iter_N of a run with a vision tower, or its folder projector/"
         )
     return found
 

@@ -1,6 +1,6 @@
-"""The eyes of a language model: a visual encoder, and how its pictures are prepared.
+"""The eyes of a language model: a vision tower, and how its images are prepared.
 
-picture ──processor──► pixels [3, H, W] ──encoder, layer -2, without CLS──► features [T, C]
+image ──processor──► pixels [3, H, W] ──encoder, layer -2, without CLS──► features [T, C]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MEANS = {
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
-def load_visual_encoder(
+def load_vision_tower(
     path: str | Path, *, dtype: torch.dtype, device: str = "cpu"
 ) -> PreTrainedModel:
     """Load the vision part of the CLIP or SigLIP model at `path` (a folder or a hub name).
@@ -52,11 +52,11 @@ def load_visual_encoder(
             f"{', '.join((*_CLIP, *_SIGLIP))}"
         )
     loader = CLIPVisionModel if kind in _CLIP else SiglipVisionModel
-    with readable_errors(path, "visual encoder"), quiet_transformers():
+    with readable_errors(path, "vision tower"), quiet_transformers():
         model, info = loader.from_pretrained(place, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
-        headline = f"{path}: {len(missing)} weights of the visual encoder are missing"
+        headline = f"{path}: {len(missing)} weights of the vision tower are missing"
         raise ModelError(listed(headline, missing[:8]))
     return model.to(device)  # type: ignore[no-any-return]
 
@@ -74,12 +74,12 @@ def check_layer(layer: int, *, layers: int, adapters: bool = False) -> None:
     """
     if not -layers - 1 <= layer <= layers:
         raise ModelError(
-            f"visual_select_layer = {layer}: the visual encoder has {layers} layers, so it must be "
+            f"visual_select_layer = {layer}: the vision tower has {layers} layers, so it must be "
             f"from {-layers - 1} to {layers}"
         )
     if adapters and layer in (0, -layers - 1):
         raise ModelError(
-            f"visual_select_layer = {layer}: no layer of the visual encoder is used, so none can "
+            f"visual_select_layer = {layer}: no layer of the vision tower is used, so none can "
             "have adapters; set visual_encoder_lora_r = None, or choose a layer behind"
         )
 
@@ -90,7 +90,7 @@ def strategy_of(vision_config: Any) -> Strategy:
 
 
 def num_image_tokens(vision_config: Any) -> int:
-    """Tokens that a picture takes: one a patch."""
+    """Tokens that an image takes: one a patch."""
     return int(vision_config.image_size // vision_config.patch_size) ** 2
 
 
@@ -102,11 +102,11 @@ def select(hidden_states: Any, layer: int, strategy: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Processor:
-    """Makes pixels of decoded pictures.
+    """Makes pixels of decoded images.
 
     Attributes:
-        encoder: folder or hub name of the visual encoder, for its ``preprocessor_config.json``.
-        pad_to_square: fill pictures up to a square instead of cutting their long sides off.
+        encoder: folder or hub name of the vision tower, for its ``preprocessor_config.json``.
+        pad_to_square: fill images up to a square instead of cutting their long sides off.
     """
 
     encoder: str
@@ -135,12 +135,12 @@ class Processor:
         )
 
     def __call__(self, image: Any) -> np.ndarray:
-        """Pixels ``[3, H, W]`` in float32 of a decoded RGB picture."""
+        """Pixels ``[3, H, W]`` in float32 of a decoded RGB image."""
         values = self.upstream(images=image, return_tensors="np")["pixel_values"]
         return np.asarray(values[0], dtype=np.float32)
 
     def _own_file(self) -> dict[str, Any]:
-        """What the encoder says of the preparation of its pictures; empty where it says nothing."""
+        """What the encoder says of the preparation of its images; empty where it says nothing."""
         place = Path(located(self.encoder))
         file: Path | str = place / PROCESSOR_FILE
         if not place.is_dir():
@@ -212,7 +212,7 @@ def vision_config(path: str) -> dict[str, Any]:
 
 
 def identity_of(encoder: PreTrainedModel) -> str:
-    """A hash of all that the features of the loaded `encoder` depend on besides the picture: its
+    """A hash of all that the features of the loaded `encoder` depend on besides the image: its
     weights, their number type, and its configuration; not where it came from."""
     values = encoder.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "architectures"):

@@ -1,5 +1,5 @@
-"""Flash and memory-efficient attention on a GPU on paper: the formula, and what CUDA's functions
-take and give.
+"""Flash and memory-efficient attention on a fake CUDA device: the formula, and what CUDA's
+functions take and give.
 
 In float32 and on the CPU, so no numbers of the kernels and no memory beside their results.
 """
@@ -121,7 +121,9 @@ def _borders(cum: Tensor, longest: int) -> list[slice]:
         or not cum.is_cuda
         or max(p.stop - p.start for p in parts) > longest
     ):
-        raise RuntimeError(f"flash attention got borders {cum} and a longest sample of {longest}")
+        raise RuntimeError(
+            f"flash attention got boundaries {cum} and a longest sample of {longest}"
+        )
     return parts
 
 
@@ -141,7 +143,7 @@ def _state(like: Tensor, seed: int = 0) -> Tensor:
 
 def _refuse(**arguments: Any) -> None:
     if any(arguments.values()):
-        raise RuntimeError(f"not built for a GPU on paper: {arguments}")
+        raise RuntimeError(f"not built for a fake CUDA device: {arguments}")
 
 
 def _packed(
@@ -281,7 +283,7 @@ FLASH: dict[str, Callable[..., Any]] = {
     "_scaled_dot_product_flash_attention": _whole,
     "_scaled_dot_product_flash_attention_backward": _whole_backward,
 }
-"""By the names of torch's operations; the first two take samples by their borders."""
+"""By the names of torch's operations; the first two take samples by their boundaries."""
 EFFICIENT: dict[str, Callable[..., Any]] = {
     "_efficient_attention_forward": _efficient,
     "_efficient_attention_backward": _efficient_backward,

@@ -3,7 +3,7 @@
  * Registered with a torch that was built without CUDA. Every operation on such tensors is done by the
  * CPU's function on the same memory, so results are those of a CPU, while devices, what is copied
  * between them, what is waited for, and memory, are those of a program on a GPU. A tensor of the CPU
- * beside one of the GPU is refused, as CUDA does. To be loaded before torch (see paper_gpu.py).
+ * beside one of the GPU is refused, as CUDA does. To be loaded before torch (see fake_gpu.py).
  */
 
 #include <ATen/ATen.h>
@@ -256,7 +256,7 @@ Tensor& set_tensor(Tensor& self, const Tensor& source) {
 
 void record_stream(Tensor&, Stream) {}
 
-/* Flash attention (paper_attention.py) where a real card takes it or cuDNN's, else the formula. */
+/* Flash attention (fake_attention.py) where a real card takes it or cuDNN's, else the formula. */
 int64_t kind_of_attention(const Tensor& query, const Tensor&, const Tensor&,
                           const std::optional<Tensor>& mask, double dropout, bool,
                           std::optional<double>, bool) {
@@ -312,13 +312,13 @@ C10_REGISTER_GUARD_IMPL(CUDA, at::Guard)
 }
 
 extern "C" {
-int64_t paper_held() { return at::held; }
-int64_t paper_most() { return at::most; }
-int64_t paper_waits() { return at::waits; }
-int64_t paper_plans() { return at::plans; }
-void paper_capability(int number) { at::capability = number; }
-void paper_wait() { at::wait(true); }
-void paper_unseen(int on) { at::unseen = on; }
-void paper_forget_most() { at::most = at::held.load(); }
-void paper_limit(int64_t bytes) { at::limit = bytes; }
+int64_t fake_held() { return at::held; }
+int64_t fake_most() { return at::most; }
+int64_t fake_waits() { return at::waits; }
+int64_t fake_plans() { return at::plans; }
+void fake_capability(int number) { at::capability = number; }
+void fake_wait() { at::wait(true); }
+void fake_unseen(int on) { at::unseen = on; }
+void fake_forget_most() { at::most = at::held.load(); }
+void fake_limit(int64_t bytes) { at::limit = bytes; }
 }

@@ -1,14 +1,14 @@
-"""A GPU on paper: run a program as on a GPU where there is none.
+"""A fake CUDA device: run a program as on a GPU where there is none.
 
     python -m xtuner.testing.fake_cuda.device xtuner.cli.app train my_settings.py --device cuda
 
-Tensors claim to lie on the device ``cuda`` and are computed by the CPU (`paper_gpu.cpp`), so this
+Tensors claim to lie on the device ``cuda`` and are computed by the CPU (`fake_cuda.cpp`), so this
 tells what goes wrong between CPU and GPU, what is waited for, and how much memory tensors take,
 and says nothing about speed, CUDA's own kernels, or what its allocator loses between blocks. Flash
-attention is done by its formula (`paper_attention.py`). Everything is done when it is asked for, so
+attention is done by its formula (`fake_attention.py`). Everything is done when it is asked for, so
 what is read too early is not noticed; CPU and card draw the same random numbers from one place;
 CUDA's streams, events and graphs are not there. Needs a C++ compiler and a torch without CUDA;
-$PAPER_GPU_MIB is the memory of the card (8,192), $PAPER_GPU_CAPABILITY its compute capability (9.0;
+$FAKE_CUDA_MIB is the memory of the card (8,192), $FAKE_CUDA_CAPABILITY its compute capability (9.0;
 7.5 imitates a T4, which has no bfloat16). The last line on stderr is a report.
 """
 
@@ -31,85 +31,85 @@ from xtuner.device.compile import compile_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MB = 2**20
-NAME = "a GPU on paper"
+NAME = "a fake CUDA device"
 
 
-class PaperGpu:
+class FakeCuda:
     """The card, once it is there: what its tensors hold, in bytes."""
 
     def __init__(self, library: ctypes.CDLL, memory: int):
         self._library = library
         self.registered: Any = None  # functions of the card, for as long as this lives
-        for name in ("paper_held", "paper_most", "paper_waits", "paper_plans"):
+        for name in ("fake_held", "fake_most", "fake_waits", "fake_plans"):
             getattr(library, name).restype = ctypes.c_int64
-        library.paper_limit.argtypes = [ctypes.c_int64]
+        library.fake_limit.argtypes = [ctypes.c_int64]
         self.limit(memory)
 
     @property
     def held(self) -> int:
         """Now."""
-        return int(self._library.paper_held())
+        return int(self._library.fake_held())
 
     @property
     def most(self) -> int:
         """At most, since `forget_most`."""
-        return int(self._library.paper_most())
+        return int(self._library.fake_most())
 
     @property
     def waits(self) -> int:
         """How often the CPU had to wait for a result of the card."""
-        return int(self._library.paper_waits())
+        return int(self._library.fake_waits())
 
     @property
     def plans(self) -> int:
         """How often SDPA was called where a Hopper card takes cuDNN's attention, which plans."""
-        return int(self._library.paper_plans())
+        return int(self._library.fake_plans())
 
     def without_waits(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, whose own waits are not counted."""
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            self._library.paper_unseen(1)
+            self._library.fake_unseen(1)
             try:
                 return function(*args, **kwargs)
             finally:
-                self._library.paper_unseen(0)
+                self._library.fake_unseen(0)
 
         return called
 
     def limit(self, memory: int) -> None:
         """Let tensors hold so many bytes."""
         self.memory = memory
-        self._library.paper_limit(memory)
+        self._library.fake_limit(memory)
 
     def wait(self) -> None:
         """The CPU waits once."""
-        self._library.paper_wait()
+        self._library.fake_wait()
 
     def forget_most(self) -> None:
         """Count the most from now on."""
-        self._library.paper_forget_most()
+        self._library.fake_forget_most()
 
 
-def install(memory: int, capability: tuple[int, int] | None = None) -> PaperGpu:
+def install(memory: int, capability: tuple[int, int] | None = None) -> FakeCuda:
     """Put a card with `memory` bytes into this process; to be called before torch is imported.
 
     `capability` is what NVIDIA calls compute capability, by default that of
-    $PAPER_GPU_CAPABILITY, else 9.0; below 8.0 there is no bfloat16.
+    $FAKE_CUDA_CAPABILITY, else 9.0; below 8.0 there is no bfloat16.
 
     Raises:
         RuntimeError: torch is there already, or knows CUDA, or there is no C++ compiler.
     """
     if "torch" in sys.modules:
-        raise RuntimeError("torch is imported already; a GPU on paper has to come before it")
+        raise RuntimeError("torch is imported already; a fake CUDA device has to come before it")
     if capability is None:
-        named = os.environ.get("PAPER_GPU_CAPABILITY", "9.0").split(".")
+        named = os.environ.get("FAKE_CUDA_CAPABILITY", "9.0").split(".")
         capability = int(named[0]), int(named[1])
     major, minor = capability
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles what a GPU has ready
     library = ctypes.CDLL(str(prepare()))
-    library.paper_capability(10 * major + minor)
-    card = PaperGpu(library, memory)
+    library.fake_capability(10 * major + minor)
+    card = FakeCuda(library, memory)
     import bitsandbytes
     import torch
     import transformers  # noqa: F401  both look for a GPU when they are imported
@@ -139,22 +139,24 @@ def prepare() -> Path:
     compiler = find_compiler()
     spec = importlib.util.find_spec("torch")
     if compiler is None or spec is None or spec.origin is None:
-        raise RuntimeError("a GPU on paper needs torch and a C++ compiler (c++)")
+        raise RuntimeError("a fake CUDA device needs torch and a C++ compiler (c++)")
     torch = Path(spec.origin).parent
     version = torch / "version.py"
     if "cuda: Optional[str] = None" not in version.read_text():
-        raise RuntimeError("this torch knows CUDA; a GPU on paper needs one that does not")
+        raise RuntimeError("this torch knows CUDA; a fake CUDA device needs one that does not")
     include = torch / "include"
     command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE)]
     command += [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{torch}/lib"]
     command += ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
     try:
-        return compile_library("paper_gpu", (SOURCE, version), command)
+        return compile_library("fake_cuda", (SOURCE, version), command)
     except subprocess.CalledProcessError as error:
-        raise RuntimeError(f"a GPU on paper was not compiled:\n{error.stderr[-2000:]}") from error
+        raise RuntimeError(
+            f"a fake CUDA device was not compiled:\n{error.stderr[-2000:]}"
+        ) from error
 
 
-def _pretend(torch: Any, card: PaperGpu, capability: tuple[int, int]) -> None:
+def _pretend(torch: Any, card: FakeCuda, capability: tuple[int, int]) -> None:
     """Let ``torch.cuda`` speak of the card. It has no random numbers of its own."""
     state = torch.random.get_rng_state
 
@@ -213,12 +215,12 @@ def _page_nothing(torch: Any, functional: Any) -> None:
 
 def main() -> None:
     """Run a module, as ``python -m`` does, and report."""
-    memory = os.environ.get("PAPER_GPU_MIB", "8192")
+    memory = os.environ.get("FAKE_CUDA_MIB", "8192")
     if len(sys.argv) < 2 or not memory.isdecimal():
         sys.exit(
-            "usage: [PAPER_GPU_MIB=8192] [PAPER_GPU_CAPABILITY=9.0] python -m "
+            "usage: [FAKE_CUDA_MIB=8192] [FAKE_CUDA_CAPABILITY=9.0] python -m "
             "xtuner.testing.fake_cuda.device MODULE [ARGUMENT ...], as xtuner.cli.app train "
-            f"my_settings.py; got {sys.argv[1:]}, PAPER_GPU_MIB={memory}"
+            f"my_settings.py; got {sys.argv[1:]}, FAKE_CUDA_MIB={memory}"
         )
     card = install(int(memory) * MB)
     module, sys.argv = sys.argv[1], sys.argv[1:]

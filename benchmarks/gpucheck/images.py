@@ -17,7 +17,7 @@ from xtuner.config.schema import Settings
 from xtuner.data.build import build
 from xtuner.models.load import load_tokenizer
 from xtuner.models.prepare import make_trainable
-from xtuner.testing.vision import tiny_llava_data, tiny_visual_encoder_folder
+from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
 from xtuner.train.vision import RunVision
 from xtuner.types import Batch
 
@@ -28,12 +28,12 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def small_llava(bench: Bench) -> Path:
-    """Write an encoder, pictures and rows; return their folder."""
+    """Write an encoder, images and rows; return their folder."""
     place = bench.folder / "small" / "llava"
     if not (place / "data.json").exists():
         place.mkdir(parents=True, exist_ok=True)
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-        tiny_visual_encoder_folder(place / "clip", **sizes, image_size=56, initializer_range=0.05)
+        tiny_vision_tower_folder(place / "clip", **sizes, image_size=56, initializer_range=0.05)
         tiny_llava_data(place / "data.json", place / "images", count=6)
         model = small_model(bench.folder, next(iter(HEADS)), tiny=bench.tiny)
         (place / "model.json").write_text(json.dumps(str(model)))
@@ -65,7 +65,7 @@ def built(
         folder=place,
         algorithm=algorithm,
         quiet=True,
-        sight=vision.sight,
+        image_layout=vision.image_layout,
     )
     samples = [sample for index in range(4) for sample in data.train[index]]
     batch = vision.collate(algorithm)(samples)
