@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from xtuner import templates
 from xtuner.chat.session import Session
 from xtuner.device.select import pick_device, resolve_dtype
 from xtuner.errors import ConfigError, ModelError
@@ -25,7 +27,6 @@ from xtuner.models.run_info import RunInfo
 from xtuner.models.vision.load import ImageModel, Sources, load_llava, load_whole
 from xtuner.models.vision.parts import LLM, is_llava_folder, run_of
 from xtuner.models.vision.tower import add_image_token
-from xtuner.templates import load as load_template
 from xtuner.templates.base import Template
 
 logger = logging.getLogger("xtuner.chat")
@@ -42,6 +43,7 @@ class Found:
         adapter: folder of the adapter on it, if any.
         tokenizer: folder or hub name of the tokenizer.
         template, system: what the run that wrote it trained with.
+        own_template: fields of the template, if it was the user's own.
         quantization: how the run held the base model that an adapter was trained beside.
         llava: where the parts of a LLaVA model are; or "whole", where `model` is one.
     """
@@ -51,6 +53,7 @@ class Found:
     tokenizer: str = ""
     template: str = "auto"
     system: str = ""
+    own_template: Mapping[str, Any] = field(default_factory=dict)
     quantization: Quantization = "none"
     llava: Sources | Literal["whole"] | None = None
 
@@ -66,6 +69,7 @@ def open_chat(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    trust_code: bool = False,
     visual_encoder: str | None = None,
     llava: str | Path | None = None,
 ) -> Session:
@@ -82,6 +86,7 @@ def open_chat(
         device: 'auto' is a GPU where there is one.
         dtype: of weights and computation; 'auto' is what a run here computes in.
         trust_remote_code: run Python code that comes with the model.
+        trust_code: run the Python file that the checkpoint's run.yaml names as its template.
         visual_encoder: of a LLaVA model, in place of the one that its parts name.
         llava: folder of the parts of a LLaVA model that was trained on `model`.
 
@@ -105,7 +110,14 @@ def open_chat(
         )
     if found.llava:
         add_image_token(tokenizer)  # before the template looks at the tokens
-    template = load_template(name, tokenizer, system=found.system if system is None else system)
+    system = found.system if system is None else system
+    if prompt_template:
+        template = templates.load(prompt_template, tokenizer, system=system)
+    else:
+        template = templates.of_checkpoint(
+            found.template, tokenizer, fields=found.own_template, system=system, where=str(model),
+            trust_code=trust_code,
+        )  # fmt: skip
     place = pick_device(device)
     how: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), "device": place}
     held = found.quantization if bits is None else _QUANTIZATION[bits]
@@ -296,6 +308,7 @@ def _with_run(found: Found, info: RunInfo | None) -> Found:
         found,
         template=info.prompt_template,
         system=info.system,
+        own_template=info.template,
         quantization=rounding.quant_type if rounding else "none",
     )
 

@@ -105,6 +105,12 @@ def command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")
     ] = False,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code", help="Run the Python file that the checkpoint names as its template."
+        ),
+    ] = False,
 ) -> None:
     """Talk to a model, with the template that it was trained with.
 
@@ -137,6 +143,7 @@ def command(
         device=device.value,
         dtype=dtype.value,
         trust_remote_code=trust_remote_code,
+        trust_code=trust_code,
         visual_encoder=visual_encoder,
         llava=llava,
     )

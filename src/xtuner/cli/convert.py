@@ -66,6 +66,12 @@ def pth_to_hf(
             help="Of a LLaVA model: its trained parts, or one model that transformers reads."
         ),
     ] = SaveFormat.xtuner,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code", help="Run the Python file that the checkpoint names as its template."
+        ),
+    ] = False,
 ) -> None:
     """Write a checkpoint as a PEFT adapter or, if all weights were trained, as a model.
 
@@ -82,7 +88,10 @@ def pth_to_hf(
 
     source = find_checkpoint(checkpoint)
     if is_llava_folder(source):
-        _write_llava(settings, source, save_dir, save_format, fp32, max_shard_size)
+        _write_llava(
+            settings, source, save_dir, save_format, fp32=fp32, max_shard_size=max_shard_size,
+            trust_code=trust_code,
+        )  # fmt: skip
         return
     if save_format is not SaveFormat.xtuner:
         raise ConfigError(f"--save-format {save_format}: {source} is no LLaVA model (no projector)")
@@ -107,8 +116,10 @@ def _write_llava(
     source: Path,
     save_dir: Path,
     save_format: SaveFormat,
+    *,
     fp32: bool,
     max_shard_size: str,
+    trust_code: bool,
 ) -> None:
     from xtuner.convert import llava
 
@@ -124,7 +135,7 @@ def _write_llava(
         llava.write_whole(
             source, save_dir, llm=llm, visual_encoder=encoder, fp32=fp32,
             max_shard_size=max_shard_size, trust_remote_code=settings.trust_remote_code,
-            tell=typer.echo,
+            trust_code=trust_code, tell=typer.echo,
         )  # fmt: skip
     typer.echo(f"Written to {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
     alone = save_format is SaveFormat.huggingface or (save_dir / "run.yaml").is_file()

@@ -135,6 +135,7 @@ def write_whole(
     max_shard_size: str = "2GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     trust_remote_code: bool = False,
+    trust_code: bool = False,
     tell: Tell = print,
 ) -> RunInfo | None:
     """Write the model whose parts are in `source` as one LlavaForConditionalGeneration.
@@ -148,6 +149,7 @@ def write_whole(
         max_shard_size: of the files, such as '2GB'.
         device: where it is computed.
         trust_remote_code: run Python code that lies beside the language model.
+        trust_code: run the Python file that `source` names as its template.
         tell: gets lines of progress.
 
     Raises:
@@ -161,9 +163,15 @@ def write_whole(
         source if own else sources.llm, trust_remote_code=trust_remote_code
     )  # fmt: skip
     add_image_token(tokenizer)
-    name = prompt_template or (info.prompt_template if info else "auto")
     system = info.system if info else ""
-    template = templates.load(name, tokenizer, system=system)
+    template = (
+        templates.load(prompt_template or "auto", tokenizer, system=system)
+        if prompt_template or info is None
+        else templates.of_checkpoint(
+            info.prompt_template, tokenizer, fields=info.template, system=system,
+            where=str(source), trust_code=trust_code,
+        )
+    )  # fmt: skip
     rounding = Rounding.of_run(info.settings, info.computed_in) if info else None
     if rounding:
         tell(f"The adapter was trained beside {rounding.quant_type} weights: they are dequantised.")

@@ -37,6 +37,8 @@ class RunInfo:
         visual_encoder: of a 'llava', the encoder the run started from.
         dtype: number type that the run computed in, where the setting may be 'auto'; empty if
             nobody wrote it down.
+        template: the fields of the user's own template, so that the file which `prompt_template`
+            names is not needed to chat.
     """
 
     kind: Literal["adapter", "model", "llava"]
@@ -49,6 +51,19 @@ class RunInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     visual_encoder: str = ""
     dtype: str = ""
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types: the file may come from anyone."""
+        texts = ("kind", "base_model", "prompt_template", "system", "visual_encoder", "dtype")
+        kinds: dict[str, Any] = dict.fromkeys(texts, str)
+        kinds |= dict.fromkeys(("settings", "versions", "template"), Mapping)
+        kinds |= {"step": int, "epoch": (int, float)}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name}: cannot be {value!r:.60}")
+        if self.kind not in ("adapter", "model", "llava"):
+            raise TypeError(f"kind: must be adapter, model or llava, and is {self.kind!r:.60}")
 
     @property
     def computed_in(self) -> str:
@@ -73,8 +88,10 @@ class RunInfo:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls(**values)
-        except (yaml.YAMLError, TypeError) as error:
+        except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise CheckpointError(f"{path}: is not a run file of xtuner: {error}") from error
+        except RecursionError as error:
+            raise CheckpointError(f"{path}: is nested too deeply for a run file") from error
 
 
 def installed_versions() -> dict[str, str]:

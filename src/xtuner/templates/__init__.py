@@ -7,11 +7,13 @@ Listing names imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner import plugins
-from xtuner.errors import ConfigError, did_you_mean, listed
+from xtuner.errors import ConfigError, ModelError, did_you_mean, listed
 from xtuner.templates.spec import Spec
 from xtuner.templates.table import NAMED
 from xtuner.templates.xtuner0 import XTUNER0
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from xtuner.templates.base import Template
     from xtuner.types import Algorithm
 
+logger = logging.getLogger("xtuner.templates")
 SETTING = "prompt_template"
 
 
@@ -84,6 +87,51 @@ def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = N
             f"or 'my_templates.py:object'{did_you_mean(name, names())}"
         )
     return NamedTemplate(name, tokenizer, spec=spec, system=system)
+
+
+def of_checkpoint(
+    name: str,
+    tokenizer: Any,
+    *,
+    fields: Mapping[str, Any],
+    system: str,
+    where: str,
+    trust_code: bool = False,
+) -> Template:
+    """The template that a checkpoint names. It may come from a stranger, so it runs no Python file
+    unless `trust_code` is set.
+
+    Args:
+        name: as in `load`.
+        tokenizer: a tokenizer of transformers.
+        fields: of the `Spec`, if the template was the user's own: it is then made from them, and
+            the file that `name` names is not needed.
+        system: the system message of conversations that have none.
+        where: the checkpoint, for messages.
+        trust_code: run the Python file that `name` names, if there are no `fields`.
+
+    Raises:
+        ConfigError, ModelError: as `load`; or the file may not be run.
+    """
+    if not plugins.is_user_path(name):
+        return load(name, tokenizer, system=system)
+    if fields:
+        from xtuner.templates.named import NamedTemplate
+
+        try:
+            spec = Spec.from_fields(fields)
+        except ValueError as error:
+            raise ModelError(f"{where}: the template in its run.yaml: {error}") from None
+        return NamedTemplate(name, tokenizer, spec=spec, system=system)
+    file = Path(name.rpartition(":")[0]).expanduser().absolute()
+    if not trust_code:
+        raise ModelError(
+            f"{where}: its run.yaml names a template in a Python file, {file}, which is not run: a "
+            "checkpoint may come from anyone. If you have read that file and trust it, add "
+            "--trust-code; or give a template that you know: --prompt-template NAME"
+        )
+    logger.warning("running %s, which the run.yaml of %s names (--trust-code)", file, where)
+    return load(name, tokenizer, system=system)
 
 
 def _user_spec(name: str, folder: Path | None) -> Spec:

@@ -79,6 +79,10 @@ class Template(ABC):
             ModelError: the template cannot show exactly what the assistant says.
         """
 
+    def as_fields(self) -> dict[str, Any]:
+        """The template as plain values, where it was the user's own (a `Spec`); else empty."""
+        return {}
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes when the rendering could; part of the key of the data cache."""

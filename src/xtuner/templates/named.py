@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from xtuner import plugins
 from xtuner.errors import DataError, ModelError
 from xtuner.templates.base import Rendered, Template, Turn, hash_of
 from xtuner.templates.spec import Spec, fill
@@ -73,6 +74,13 @@ class NamedTemplate(Template):
                 f"template '{self.name}' has no place for a system message without a user turn"
             )
         return Rendered(text + spec.assistant if prompt else text, turns)
+
+    def as_fields(self) -> dict[str, Any]:
+        """See `Template.as_fields`."""
+        if not plugins.is_user_path(self.name):
+            return {}
+        values = asdict(self._spec)
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
     def fingerprint(self) -> str:
         """See `Template.fingerprint`."""

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 _PLACE = re.compile(r"\{(content|system|round|bos|eos)\}")
+_MAX_CHARACTERS = 20_000
+_KINDS = {"str": "a text", "bool": "true or false", "tuple[str, ...]": "a list of texts"}
 _ALLOWED = {
     "start": {"bos", "eos"},
     "system": {"bos", "eos", "content"},
@@ -59,6 +62,26 @@ class Spec:
     tokens: tuple[str, ...] = ()
     stop_opens_next: bool = False
 
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any]) -> Spec:
+        """Make a template of plain values, such as those in a checkpoint's run.yaml.
+
+        Raises:
+            ValueError: a field is unknown, missing, of another type, or longer than 20,000
+                characters; or the pieces do not fit each other.
+        """
+        kinds = {field.name: field.type for field in fields(cls)}
+        if unknown := [name for name in values if name not in kinds]:
+            raise ValueError(f"has no field {unknown[0]!r}")
+        given = {name: _plain(name, str(kinds[name]), value) for name, value in values.items()}
+        try:
+            spec = cls(**given)
+        except TypeError:
+            raise ValueError("lacks a field: user and assistant are needed") from None
+        if problem := next(spec.problems(), None):
+            raise ValueError(problem)
+        return spec
+
     def problems(self) -> Iterator[str]:
         """What is wrong with the pieces, one sentence each."""
         for piece, allowed in _ALLOWED.items():
@@ -87,3 +110,16 @@ def fill(piece: str, values: Mapping[str, str]) -> str:
 
 def _braced(names: set[str]) -> str:
     return ", ".join(f"{{{name}}}" for name in sorted(names))
+
+
+def _plain(name: str, kind: str, value: Any) -> Any:
+    """`value` as the type `kind` of field `name`; ValueError if it is none."""
+    texts = [value] if kind == "str" else value
+    if kind == "bool":
+        if isinstance(value, bool):
+            return value
+    elif isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
+        if sum(map(len, texts)) > _MAX_CHARACTERS:
+            raise ValueError(f"{name}: is longer than {_MAX_CHARACTERS:,} characters")
+        return value if kind == "str" else tuple(texts)
+    raise ValueError(f"{name}: must be {_KINDS[kind]}, and is {value!r:.60}")

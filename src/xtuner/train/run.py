@@ -423,6 +423,7 @@ class _TrainingRun:
             kind="llava" if self.vision else "adapter" if self.settings.uses_adapter else "model",
             base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
             prompt_template=self.template.name,
+            template=self.template.as_fields(),
             system=self.settings.SYSTEM,
             step=run.step,
             epoch=round(run.epoch, 6),
