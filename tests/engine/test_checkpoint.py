@@ -1,6 +1,7 @@
 """Checkpoints stand whole or not at all."""
 
 import errno
+import os
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 from xtuner.engine import checkpoint
 from xtuner.engine.checkpoint import CheckpointStore, load_state, save_state
 from xtuner.errors import CheckpointError, LaunchError
+from xtuner.models import folder_swap
 
 
 def write_text(folder):
@@ -141,3 +143,31 @@ def test_a_damaged_state_is_a_clear_error(tmp_path):
     (tmp_path / checkpoint.STATE_FILE).write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="earlier checkpoint"):
         load_state(tmp_path, optimizer=torch.optim.SGD([torch.zeros(1)]), identity={})
+
+
+@pytest.mark.parametrize("moment", ["between", "after"])
+def test_the_same_step_saved_again_survives_a_kill_between_the_renames(
+    tmp_path, monkeypatch, moment
+):
+    store = CheckpointStore(tmp_path)
+    store.save(5, write_text)
+    renames = []
+
+    def killed(source, target, *, rename=os.rename):
+        if len(renames) == (1 if moment == "between" else 2):
+            raise KeyboardInterrupt
+        renames.append(source)
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        if moment == "after":  # both names exist: the new folder stands, the old one is left
+            patch.setattr(folder_swap.shutil, "rmtree", lambda *a, **k: None)
+            store.save(5, write_text)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                store.save(5, write_text)
+    assert store.find().name == "iter_5"
+    store.tidy()
+    assert (store.find() / "weights").read_text() == "w"
+    assert not list(tmp_path.glob(".*"))

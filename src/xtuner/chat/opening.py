@@ -20,6 +20,7 @@ from xtuner.errors import ConfigError, ModelError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import ImageInput
 from xtuner.hub import fetch
+from xtuner.models import manifest
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, read_config
 from xtuner.models.quantize import Quantization, Rounding
@@ -95,12 +96,17 @@ def open_chat(
     """
     if bits is not None and bits not in _QUANTIZATION:
         raise ConfigError(f"bits = {bits}: must be 4, 8 or 16 (unquantised), or left out")
+    for folder in (_folder(str(name)) for name in (model, adapter, llava) if name is not None):
+        if folder is not None:
+            manifest.check(folder)
     found = find(
         str(model),
         adapter=None if adapter is None else str(adapter),
         llava=None if llava is None else str(llava),
         visual_encoder=visual_encoder or "",
     )
+    if found.model != str(model) and Path(found.model).is_dir():
+        manifest.check(Path(found.model))
     name = prompt_template or found.template
     tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)
     if name == "auto" and not tokenizer.chat_template:

@@ -32,6 +32,7 @@ from xtuner.convert.weights import (
 )
 from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import CheckpointError, ModelError
+from xtuner.models import manifest
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_tokenizer, located, quiet_transformers, read_config
 from xtuner.models.old_adapters import fitting_encoder_adapter
@@ -63,6 +64,7 @@ def write_parts(
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
     max_bytes = parse_size(max_shard_size)
+    manifest.check(source)
     info = RunInfo.read(source)
     dtype = _stored_type(info, fp32)
     folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
@@ -156,6 +158,7 @@ def write_whole(
         ModelError: a part is missing or does not fit.
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
+    manifest.check(source)
     info = RunInfo.read(source)
     sources = Sources.of(source, llm=llm, visual_encoder=visual_encoder)
     own = (source / "tokenizer_config.json").is_file()
@@ -346,6 +349,7 @@ def merge_encoder(
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
     folder = _encoder_adapter(adapter)
+    manifest.check(folder)
     encoder: Any = load_vision_tower(
         visual_encoder, dtype=torch.float32, device=pick_device(device)
     )

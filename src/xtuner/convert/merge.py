@@ -35,6 +35,7 @@ from xtuner.convert.weights import (
 from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import ModelError
 from xtuner.hub import fetch
+from xtuner.models import manifest
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_tokenizer, read_config
 from xtuner.models.quantize import Rounding
@@ -141,6 +142,8 @@ class _Merge:
 
     def run(self, save_dir: Path) -> MergeReport:
         """Merge, add the other files, check."""
+        for folder in filter(None, (self.adapter, self.folder)):
+            manifest.check(folder)
         config = lora.read_adapter_config(self.adapter)
         weights = Weights.of_adapter(self.adapter)
         info = self._run_info()

@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from xtuner.errors import LaunchError
+from xtuner.models import manifest
 from xtuner.models.save import flush, flush_tree
 
 _SPARE = 64 * 2**20
@@ -79,7 +80,7 @@ def copy_others(
     for path in sorted(source.rglob("*")):
         inner = path.relative_to(source)
         hidden = any(part.startswith(".") for part in inner.parts)
-        wanted = _fits(inner, only) and not _fits(inner, skip)
+        wanted = _fits(inner, only) and not _fits(inner, (*skip, manifest.FILE_NAME))
         if hidden or not wanted or not path.is_file():
             continue
         place = draft / inner

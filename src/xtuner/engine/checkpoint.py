@@ -26,7 +26,11 @@ from safetensors import SafetensorError
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.optimizer.optim import load_optimizer
+from xtuner.engine.optimizer.state_check import check_state
 from xtuner.errors import CheckpointError, LaunchError
+from xtuner.models import manifest
+from xtuner.models.folder_swap import put_in_place, recover
+from xtuner.models.run_info import RunInfo
 from xtuner.models.save import flush, flush_tree
 
 STATE_FILE = "training_state.pt"
@@ -63,6 +67,7 @@ class CheckpointStore:
         draft.mkdir(parents=True)
         try:
             write(draft)
+            manifest.write(draft)
             flush_tree(draft)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
@@ -80,20 +85,15 @@ class CheckpointStore:
                 f"cannot write checkpoint {target}: {error} ({free:,.0f} MiB free). "
                 "Earlier checkpoints are untouched; make room and go on with --resume."
             ) from error
-        if target.exists():  # the same step again: set the old one aside until the new one stands
-            aside = self.work_dir / f".iter_{step}.old"
-            os.rename(target, aside)
-            os.rename(draft, target)
-            shutil.rmtree(aside)
-        else:
-            os.rename(draft, target)
+        put_in_place(draft, target)
         self._point_at(target)
         flush(self.work_dir)
         self._prune(keep=target)
         return target
 
     def tidy(self) -> None:
-        """Remove what a killed save or deletion left behind."""
+        """Bring back or remove what a killed save or deletion left behind."""
+        recover(self.work_dir)
         for leftover in self.work_dir.glob(".iter_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -122,6 +122,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none, or it cannot be resumed from.
         """
+        recover(self.work_dir)
         there = self.all()
         if which is None:
             if not there:
@@ -193,8 +194,10 @@ def load_state(
     file = folder / STATE_FILE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
+        check_state(optimizer, state["optimizer"])
         load_optimizer(optimizer, state["optimizer"])
         step, before = int(state["step"]), dict(state["identity"])
+        _check_step(step, folder)
         if loss_scaler is not None:
             loss_scaler.load_state_dict(state.get("loss_scaler", {}))
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -207,3 +210,10 @@ def load_state(
         if before.get(key) != value
     ]
     return step, changed
+
+
+def _check_step(step: int, folder: Path) -> None:
+    """Raise ValueError if the run file of the checkpoint names another step than its state."""
+    info = RunInfo.read(folder)
+    if info is not None and info.step != step:
+        raise ValueError(f"it is at step {step}, and run.yaml beside it at step {info.step}")

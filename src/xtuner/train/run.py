@@ -35,6 +35,7 @@ from xtuner.kernels.attention.line import attention_line
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.kernels.fused import liger
 from xtuner.memory.forecast import plan_memory
+from xtuner.models import manifest
 from xtuner.models.can_pack import resolve_packing
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import located_config
@@ -389,6 +390,8 @@ class _TrainingRun:
 
     def _resumable(self, resume: str) -> Path:
         source = self.store.find(None if resume == "last" else resume)
+        if self.processes.is_main:
+            manifest.check(source, resuming=True)
         check_shape(source, self.settings)
         return source
 

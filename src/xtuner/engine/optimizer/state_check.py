@@ -1,0 +1,94 @@
+"""Check an optimizer's saved state before it is loaded.
+
+torch takes state of any shape: its fused kernels then read and write past the end of a tensor. A
+moment that is not finite makes every later weight NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtuner.engine.optimizer.flat_state import SCALES, VALUES
+
+_MOMENTS = {
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg",
+    "grad_avg", "acc_delta", "sum", "prev", "step_size", "ax", *VALUES,
+}  # fmt: skip
+"""Entries of torch's and bitsandbytes' optimizers with one number for each of the parameter."""
+_NOT_NEGATIVE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum"}
+_BLOCKS = (64, 128, 256, 2048)
+_TABLES = re.compile(r"qmap\d|gnorm_vec|unorm_vec")
+
+
+def check_state(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Raise ValueError if `state`, as `state_dict` gives it, cannot be that of `optimizer`.
+
+    Every entry is compared with its parameter's shape, and moments and scales must be finite.
+    """
+    groups, saved = _parameters(optimizer), state["param_groups"]
+    counts = [len(group) for group in groups]
+    theirs = [len(group["params"]) for group in saved]
+    if counts != theirs:
+        raise ValueError(
+            f"its optimizer has groups of {theirs} parameters, and this run's of {counts}"
+        )
+    parameters = itertools.chain.from_iterable(groups)
+    numbers = itertools.chain.from_iterable(group["params"] for group in saved)
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, value in _entries(state["state"].get(number, {})):
+            if problem := _problem(name, value, parameter.shape):
+                raise ValueError(f"{name!r} of parameter {number} in the optimizer: {problem}")
+
+
+def _parameters(optimizer: Any) -> list[list[Tensor]]:
+    """The parameters of each group; of a `FlatOptimizer` those that lie in its buffers."""
+    if not hasattr(optimizer, "segments"):
+        return [list(group["params"]) for group in optimizer.param_groups]
+    groups = []
+    for segments in optimizer.segments:
+        pairs = [
+            pair for each in segments for pair in zip(each.indices, each.parameters, strict=False)
+        ]
+        groups.append([parameter for _, parameter in sorted(pairs, key=lambda pair: pair[0])])
+    return groups
+
+
+def _entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        if isinstance(value, Mapping):  # bitsandbytes nests what FSDP is not to gather
+            yield from _entries(value)
+        else:
+            yield str(name), value
+
+
+def _problem(name: str, value: Any, shape: torch.Size) -> str:
+    """What is wrong with the entry `name` of a parameter of `shape`; empty if nothing is."""
+    if not isinstance(value, Tensor):
+        wrong = name == "step" and not (isinstance(value, int | float) and 0 <= value < 2**53)
+        return f"is {value!r:.60}" if wrong else ""
+    if not _fits(name, value, shape):
+        return f"has the shape {list(value.shape)}, and the parameter {list(shape)}"
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        return "is not finite; the run diverged before it was saved, or the file is damaged"
+    if name in _NOT_NEGATIVE and bool((value < 0).any()):
+        return "is negative, which a sum of squares cannot be"
+    return ""
+
+
+def _fits(name: str, value: Tensor, shape: torch.Size) -> bool:
+    if name in SCALES:
+        return value.numel() in {-(-shape.numel() // block) for block in _BLOCKS}
+    if name in _MOMENTS:
+        # AdEMAMix of bitsandbytes keeps two moments in state1
+        return value.shape == shape or (name in VALUES and value.shape == (2, *shape))
+    if value.numel() == 1 or value.shape == shape or _TABLES.fullmatch(name):
+        return True
+    # Adafactor keeps sums over rows or columns
+    sides = zip(value.shape, shape, strict=False)
+    return value.ndim == len(shape) and all(a in (1, b) for a, b in sides)

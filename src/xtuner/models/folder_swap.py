@@ -1,0 +1,34 @@
+"""Put a new folder in the place of an old one, so that a kill at any moment loses neither."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+_ASIDE = re.compile(r"\.(.+)\.replaced")
+
+
+def put_in_place(draft: Path, target: Path) -> None:
+    """Rename `draft` to `target`; what is there is moved aside first and deleted last.
+
+    A kill between the two renames leaves the old folder as ``.NAME.replaced``, which `recover`
+    brings back.
+    """
+    aside = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(draft, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(parent: Path) -> None:
+    """Finish or undo what a killed `put_in_place` left in `parent`."""
+    for aside in parent.glob(".*.replaced"):
+        match = _ASIDE.fullmatch(aside.name)
+        target = parent / match[1] if match else aside
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, target)

@@ -1,0 +1,86 @@
+"""State that cannot be an optimizer's is named; what optimizers write is taken."""
+
+import pytest
+import torch
+from torch import nn
+
+from xtuner.engine.checkpoint import load_state, save_state
+from xtuner.engine.optimizer.optim import make_optimizer
+from xtuner.engine.optimizer.state_check import check_state
+from xtuner.errors import CheckpointError
+from xtuner.models.run_info import RunInfo
+
+
+def stepped(name="AdamW"):
+    """An optimizer of a small model after one step."""
+    model = nn.Linear(64, 96)
+    made = make_optimizer(name, model, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    model(torch.randn(3, 64)).sum().backward()
+    made.step()
+    return made
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AdamW", "SGD", "Adafactor", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam",
+     "RMSprop", "Rprop", "AdamW8bit", "Lion"],
+)  # fmt: skip
+def test_what_an_optimizer_writes_is_taken(name) -> None:
+    check_state(stepped(name), stepped(name).state_dict())
+
+
+def _cut(state):
+    state["exp_avg"] = state["exp_avg"][:1]
+
+
+def _scalar(state):
+    state["exp_avg_sq"] = torch.tensor(1.0)
+
+
+def _nan(state):
+    state["exp_avg"][0, 3] = float("nan")
+
+
+def _negative(state):
+    state["exp_avg_sq"][0, 3] = -1.0
+
+
+def _step(state):
+    state["step"] = "many"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_cut, r"'exp_avg' of parameter 0.*shape \[1, 64\], and the parameter \[96, 64\]"),
+        (_scalar, r"shape \[\]"),
+        (_nan, "not finite"),
+        (_negative, "negative"),
+        (_step, "'step'"),
+    ],
+    ids=["shape", "scalar", "nan", "negative", "step"],
+)
+def test_state_that_cannot_be_is_named(spoil, words, tmp_path) -> None:
+    spoilt = stepped()
+    spoil(spoilt.state[spoilt.param_groups[0]["params"][0]])
+    save_state(tmp_path, step=3, optimizer=spoilt, identity={})
+    with pytest.raises(CheckpointError, match=f"training_state.pt: cannot be resumed.*{words}"):
+        load_state(tmp_path, optimizer=stepped(), identity={})
+
+
+def test_scales_of_eight_bits_must_reach_all_numbers() -> None:
+    made = stepped("AdamW8bit")
+    state = made.state_dict()
+    entries = state["state"][0]
+    entries = entries.get("__bnb_optimizer_quant_state__", entries)
+    assert entries["state1"].dtype == torch.uint8 or "absmax1" not in entries
+    entries["absmax1"] = torch.ones(1)
+    with pytest.raises(ValueError, match="absmax1"):
+        check_state(made, state)
+
+
+def test_a_step_that_the_run_file_does_not_know_is_named(tmp_path) -> None:
+    save_state(tmp_path, step=10**9, optimizer=stepped(), identity={})
+    RunInfo("adapter", "m", step=3).write(tmp_path)
+    with pytest.raises(CheckpointError, match=r"at step 1000000000, and run\.yaml .* step 3"):
+        load_state(tmp_path, optimizer=stepped(), identity={})
