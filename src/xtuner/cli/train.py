@@ -33,6 +33,10 @@ def command(
             "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
         ),
     ] = None,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="Wait while another run writes to the work dir."),
+    ] = False,
     migrate: Annotated[
         bool,
         typer.Option(
@@ -79,6 +83,11 @@ def command(
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
     _set_up_memory(loaded.settings.device)
+    if wait and "RANK" not in os.environ:
+        from xtuner.engine import run_lock
+        from xtuner.engine.work_dir import work_dir_of
+
+        run_lock.wait_until_free(work_dir_of(loaded, work_dir))
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.parallel.launch import launch
 

@@ -14,6 +14,12 @@ from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.errors import CheckpointError
 
 
+def work_dir_of(loaded: LoadedSettings, given: Path | None = None) -> Path:
+    """The work dir of a run: `given`, else what its settings say, else ``work_dirs/NAME``."""
+    folder = given or Path(loaded.settings.work_dir or Path("work_dirs") / loaded.name)
+    return folder.expanduser()
+
+
 @dataclass(frozen=True)
 class WorkPlace:
     """Where a run writes: its work dir, and in it the time-stamped folder of this start."""

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: size and SHA-256 of each of its files.
 
 It is written last, and checked before the files are used, so that a bit that changed on a disk
-or on the way is named and does not become another model. It proves nothing about who wrote the files.
+or on the way is named and does not become another model. It proves nothing about who wrote them.
 Hashing runs one thread a file and reads at about the speed of the disk.
 """
 

@@ -19,6 +19,7 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.device import host
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import checkpoint as checkpoints
+from xtuner.engine import run_lock
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.counting import Counter
 from xtuner.engine.hooks.base import Run, make_hooks
@@ -27,7 +28,7 @@ from xtuner.engine.optimizer.flat import FlatOptimizer
 from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.trainer import Interrupted, Trainer
-from xtuner.engine.work_dir import WorkPlace
+from xtuner.engine.work_dir import WorkPlace, work_dir_of
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.generation.generate import GenerationOptions, stream
 from xtuner.kernels import compiled, threads
@@ -71,7 +72,8 @@ def train(
     settings = loaded.settings
     processes = Processes(pick_device(settings.device))
     try:
-        with without_cudnn(processes.device):
+        folder = work_dir_of(loaded, work_dir)
+        with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
             path = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:
         processes.close()
@@ -121,8 +123,7 @@ class _TrainingRun:
     def __init__(self, loaded: LoadedSettings, processes: Processes, work_dir: Path | None):
         self.loaded, self.settings, self.processes = loaded, loaded.settings, processes
         self.console = Console(quiet=not processes.is_main, highlight=False, soft_wrap=True)
-        folder = work_dir or Path(self.settings.work_dir or Path("work_dirs") / loaded.name)
-        self.work_dir = folder.expanduser()
+        self.work_dir = work_dir_of(loaded, work_dir)
         self.device = processes.device.type
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.loss_scaler = LossScaler.for_dtype(self.dtype)

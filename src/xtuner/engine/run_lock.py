@@ -1,0 +1,105 @@
+"""One run at a time in a work dir.
+
+The lock is the system's on ``WORK_DIR/run.lock``, so it ends with its process, however that ends. It
+is a POSIX lock, which belongs to one process: with flock a worker that outlives a killed run for some
+seconds would go on holding it. The file says who holds it. A file system without locks is told of, and not locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xtuner.errors import LaunchError
+
+FILE_NAME = "run.lock"
+_POLL_SECONDS = 5.0
+
+logger = logging.getLogger("xtuner.engine")
+
+
+@contextlib.contextmanager
+def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
+    """Hold the lock of `work_dir`, which is made if it is not there.
+
+    Args:
+        work_dir: of the run.
+        needed: False does nothing: of several processes of a run only one holds the lock.
+
+    Raises:
+        LaunchError: another run holds it; names its process, machine and start.
+    """
+    if not needed:
+        yield
+        return
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with (work_dir / FILE_NAME).open("a+", encoding="utf-8") as file:
+        if not _take(file):
+            raise LaunchError(
+                f"{work_dir}: another run is writing there ({_holder(file)}). Train elsewhere with "
+                "--work-dir DIR, or wait for its end with --wait"
+            )
+        file.truncate(0)
+        json.dump(_own(), file)
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def wait_until_free(work_dir: Path, *, poll_seconds: float = _POLL_SECONDS) -> None:
+    """Wait until no run holds the lock of `work_dir`, and say once for whom."""
+    path, told = work_dir / FILE_NAME, False
+    while path.is_file():
+        with path.open("a+", encoding="utf-8") as file:
+            if _take(file):
+                return
+            if not told:
+                print(f"Waiting for the run in {work_dir} ({_holder(file)}).", file=sys.stderr)
+                told = True
+        time.sleep(poll_seconds)
+
+
+def _take(file: Any) -> bool:
+    """Lock `file` until it is closed; False if another process has."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        logger.warning(
+            "%s: the file system has no locks (%s); see to it yourself that no other run writes "
+            "there", file.name, error.strerror,
+        )  # fmt: skip
+    return True
+
+
+def _own() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _holder(file: Any) -> str:
+    """Who holds the lock, as the file says."""
+    file.seek(0)
+    try:
+        said = dict(json.load(file))
+        return f"process {said['pid']} on {said['host']}, started {said['started']}"
+    except (ValueError, KeyError, TypeError):
+        return "it has not said which"

@@ -1,0 +1,102 @@
+"""Two runs never write to one work dir, and a dead one keeps nobody out."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from xtuner.engine import run_lock
+from xtuner.errors import LaunchError
+
+HOLD = """
+import sys
+from pathlib import Path
+from xtuner.engine import run_lock
+with run_lock.hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the lock of `tmp_path` until a line is sent to it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_is_refused_and_names_the_first(tmp_path, other):
+    words = rf"another run is writing there \(process {other.pid} on .*started .*--wait"
+    with pytest.raises(LaunchError, match=words), run_lock.hold(tmp_path):
+        pass
+    with run_lock.hold(tmp_path, needed=False):
+        pass
+    with run_lock.hold(tmp_path / "elsewhere"):
+        pass
+
+
+def test_a_killed_run_holds_nothing(tmp_path, other):
+    other.kill()
+    other.wait()
+    assert (tmp_path / run_lock.FILE_NAME).read_text()  # it had no time to clear it
+    with run_lock.hold(tmp_path):
+        assert str(os.getpid()) in (tmp_path / run_lock.FILE_NAME).read_text()
+    with run_lock.hold(tmp_path):
+        pass
+
+
+def test_a_worker_that_outlives_a_killed_run_holds_nothing(tmp_path):
+    forking = HOLD.replace(
+        "    print", "    import os, time; os.fork() or time.sleep(60)\n    print"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", forking, str(tmp_path)], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "held\n"
+        process.kill()
+        process.stdin.close()
+        process.wait(10)
+        with run_lock.hold(tmp_path):
+            pass
+        os.killpg(process.pid, 9)
+
+
+def test_waiting_ends_with_the_other_run(tmp_path, other, capsys):
+    def end():
+        other.stdin.write("\n")
+        other.stdin.flush()
+
+    threading.Timer(0.2, end).start()
+    run_lock.wait_until_free(tmp_path, poll_seconds=0.05)
+    assert f"Waiting for the run in {tmp_path} (process {other.pid}" in capsys.readouterr().err
+    with run_lock.hold(tmp_path):
+        pass
+
+
+def test_nothing_is_waited_for_where_nobody_trains(tmp_path, capsys):
+    run_lock.wait_until_free(tmp_path / "new")
+    with run_lock.hold(tmp_path):
+        pass
+    run_lock.wait_until_free(tmp_path)
+    assert not capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    def refuse(file, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with run_lock.hold(tmp_path):
+        pass
+    assert "has no locks" in caplog.text
