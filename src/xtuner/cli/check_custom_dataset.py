@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from xtuner.cli import _trust
+
 _SHOWN = 50
 
 
@@ -26,18 +28,23 @@ def command(
             "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
         ),
     ] = None,
+    trust_remote_code: _trust.TrustRemoteCode = False,
+    trust_code: _trust.TrustCode = False,
 ) -> None:
     """Go through all rows of the data and name each bad one with its line, field and hint.
 
     Ends with 2 if there is a bad row, with 0 if there is none.
     """
-    from xtuner.config.load import load_settings
     from xtuner.data.report.check import bad_rows
     from xtuner.data.report.show_tokens import visible
     from xtuner.errors import DataError
     from xtuner.train.data_parts import DataParts
 
-    parts = DataParts.open(load_settings(config, overrides=overrides or ()))
+    parts = DataParts.open(
+        _trust.load(
+            config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+        )
+    )
     count = 0
     with _written_to(out) as write:
         for row in bad_rows(parts.settings, **parts.arguments):

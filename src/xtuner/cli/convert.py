@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from xtuner.cli import _trust
 from xtuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def pth_to_hf(
             help="Of a LLaVA model: its trained parts, or one model that transformers reads."
         ),
     ] = SaveFormat.xtuner,
+    trust_remote_code: _trust.TrustRemoteCode = False,
     trust_code: Annotated[
         bool,
         typer.Option(
@@ -78,9 +80,9 @@ def pth_to_hf(
     Tokenizer and run.yaml are kept, so that chat and merge know base model and template; what only
     resuming needs is left out.
     """
-    from xtuner.config.load import load_settings
-
-    settings = load_settings(config).settings
+    settings = _trust.load(
+        config, overrides=None, trust_remote_code=trust_remote_code, trust_code=True
+    ).settings
     base = settings.pretrained_model_name_or_path
 
     from xtuner.convert.to_hf import find_checkpoint, same_base, to_hf

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xtuner.cli import _trust
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,15 +47,20 @@ def command(
             "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
         ),
     ] = None,
+    trust_remote_code: _trust.TrustRemoteCode = False,
+    trust_code: _trust.TrustCode = False,
 ) -> None:
     """Show the data as the model will see it: what is learned is green, or between « and »."""
     from rich.console import Console
     from rich.rule import Rule
 
-    from xtuner.config.load import load_settings
     from xtuner.train.data_parts import DataParts
 
-    parts = DataParts.open(load_settings(config, overrides=overrides or ()))
+    parts = DataParts.open(
+        _trust.load(
+            config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+        )
+    )
     data = parts.build()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number in range(min(num, len(data.train))):

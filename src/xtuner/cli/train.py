@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from xtuner.cli import _trust
+
 
 def command(
     config: Annotated[
@@ -62,15 +64,17 @@ def command(
             help="As --set device=...; with --dry-run --memory SIZE also a GPU that is not here.",
         ),
     ] = None,
+    trust_remote_code: _trust.TrustRemoteCode = False,
+    trust_code: _trust.TrustCode = False,
 ) -> None:
     """Fine-tune a model as a settings file says."""
-    from xtuner.config.load import load_settings
-
     if migrate:
         config = _migrated(config)
     if device is not None:
         overrides = [*(overrides or ()), f"device={device}"]
-    loaded = load_settings(config, overrides=overrides or ())
+    loaded = _trust.load(
+        config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+    )
     if memory and not dry_run:
         raise typer.BadParameter("--memory goes with --dry-run")
     if dry_run:
@@ -95,7 +99,10 @@ def command(
         raise typer.Exit(launch(again, nproc))
 
     from xtuner.engine.trainer import Interrupted
+    from xtuner.engine.work_dir import work_dir_of
     from xtuner.train.run import train
+
+    _trust.remember_work_dir(work_dir_of(loaded, work_dir))
 
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)

@@ -32,6 +32,7 @@ from xtuner.convert.weights import (
 )
 from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import CheckpointError, ModelError
+from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_tokenizer, located, quiet_transformers, read_config
@@ -65,6 +66,7 @@ def write_parts(
     """
     max_bytes = parse_size(max_shard_size)
     manifest.check(source)
+    refuse_links_out(source)
     info = RunInfo.read(source)
     dtype = _stored_type(info, fp32)
     folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
@@ -159,6 +161,7 @@ def write_whole(
         LaunchError: `save_dir` is taken, or the disk is too full.
     """
     manifest.check(source)
+    refuse_links_out(source)
     info = RunInfo.read(source)
     sources = Sources.of(source, llm=llm, visual_encoder=visual_encoder)
     own = (source / "tokenizer_config.json").is_file()

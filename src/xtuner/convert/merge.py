@@ -35,6 +35,7 @@ from xtuner.convert.weights import (
 from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import ModelError
 from xtuner.hub import fetch
+from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_tokenizer, read_config
@@ -144,6 +145,7 @@ class _Merge:
         """Merge, add the other files, check."""
         for folder in filter(None, (self.adapter, self.folder)):
             manifest.check(folder)
+            refuse_links_out(folder)
         config = lora.read_adapter_config(self.adapter)
         weights = Weights.of_adapter(self.adapter)
         info = self._run_info()

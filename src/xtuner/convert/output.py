@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from xtuner.errors import LaunchError
+from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest
 from xtuner.models.save import flush, flush_tree
 
@@ -76,7 +77,11 @@ def copy_others(
         source: hidden files and folders in it are left out.
         draft: where to.
         only, skip: patterns of names.
+
+    Raises:
+        ModelError: a link in `source` leads out of it.
     """
+    refuse_links_out(source)
     for path in sorted(source.rglob("*")):
         inner = path.relative_to(source)
         hidden = any(part.startswith(".") for part in inner.parts)

@@ -11,6 +11,7 @@ from torch import Tensor
 from xtuner.convert.output import copy_others, new_folder
 from xtuner.convert.weights import Weights, cast_plan, parse_size, total_bytes, write_shards
 from xtuner.errors import ModelError
+from xtuner.hub.links import refuse_links_out
 
 
 def split(
@@ -36,6 +37,7 @@ def split(
         LaunchError: `dst` is taken, or the disk is too full.
     """
     max_bytes = parse_size(max_shard_size)
+    refuse_links_out(src)
     weights = Weights.of_model(src)
     plan = cast_plan(weights.stored, None)
     with new_folder(dst, num_bytes=total_bytes(plan)) as draft:

@@ -23,6 +23,7 @@ from xtuner.convert.weights import (
 from xtuner.device.select import DTYPES
 from xtuner.errors import CheckpointError
 from xtuner.hub import fetch
+from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision.parts import LLM, LLM_ADAPTER, PROJECTOR, run_of
@@ -103,6 +104,7 @@ def to_hf(
     max_bytes = parse_size(max_shard_size)
     source = find_checkpoint(checkpoint)
     manifest.check(source)
+    refuse_links_out(source)
     info = run_of(source)
     is_adapter = (source / "adapter_config.json").is_file()
     computed = DTYPES.get(info.computed_in if info else "", torch.bfloat16)

@@ -7,11 +7,12 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from xtuner.device.ownership import refuse_others
 
 
 def find_compiler(*names: str) -> str | None:
@@ -47,7 +48,7 @@ def compile_library(folder: str, sources: Iterable[Path], command: list[str]) ->
     home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
     path = home / folder / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _refuse_others(path.parent)
+    refuse_others(path.parent)
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=path.parent) as place:
             made = Path(place) / "made.so"
@@ -55,17 +56,5 @@ def compile_library(folder: str, sources: Iterable[Path], command: list[str]) ->
             subprocess.run(whole, check=True, capture_output=True, text=True, timeout=120)
             made.chmod(0o700)
             made.replace(path)
-    _refuse_others(path)
+    refuse_others(path)
     return path
-
-
-def _refuse_others(path: Path) -> None:
-    """Raise if a user other than this one and root can write `path`."""
-    if os.name != "posix":
-        return
-    found = path.stat()
-    if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            f"other users can write to {path}, and its code would be run; delete it, or choose "
-            "another folder with XTUNER_CACHE"
-        )

@@ -1,8 +1,9 @@
 """One run at a time in a work dir.
 
-The lock is the system's on ``WORK_DIR/run.lock``, so it ends with its process, however that ends. It
-is a POSIX lock, which belongs to one process: with flock a worker that outlives a killed run for some
-seconds would go on holding it. The file says who holds it. A file system without locks is told of, and not locked.
+The lock is the system's on ``WORK_DIR/run.lock``, so it ends with its process, however that ends.
+It is a POSIX lock, which belongs to one process: with flock a worker that outlives a killed run for
+some seconds would go on holding it. The file says who holds it. A file system without locks is told
+of, and not locked.
 """
 
 from __future__ import annotations

@@ -257,3 +257,18 @@ def test_the_arrays_are_plain_numpy_files(path):
     assert (ids.dtype, len(offsets)) == (np.int32, 13)
     assert ids[offsets[3] : offsets[4]].tolist() == train[3][0].input_ids.tolist()
     assert json.loads((store / "about.json").read_text())["rows_read"] == 12
+
+
+def test_the_cache_of_another_user_is_not_used(tmp_path, monkeypatch):
+    folder = tmp_path / "datasets"
+    folder.mkdir()
+    folder.chmod(0o775)  # as a umask of 002 makes it
+    cache.own_folder(folder)
+    assert not folder.stat().st_mode & 0o022
+    monkeypatch.setattr("os.getuid", lambda: folder.stat().st_uid + 1)
+    if folder.stat().st_uid:
+        with pytest.raises(PermissionError, match="another folder with XTUNER_CACHE"):
+            cache.own_folder(folder)
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match="would be trained on"):
+        cache.own_folder(folder)

@@ -21,6 +21,7 @@ import xtuner
 from xtuner import plugins
 from xtuner.data import formats
 from xtuner.data.tokenize.store import RowStore, StoreWriter
+from xtuner.device.ownership import refuse_others
 from xtuner.errors import DataError
 
 _LAYOUT = 4
@@ -30,6 +31,19 @@ _LAYOUT = 4
 def cache_root() -> Path:
     """Where encoded data sets are kept: below $XTUNER_CACHE, or ~/.cache/xtuner."""
     return Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser() / "datasets"
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder of the cache, keep others from writing to it, and refuse one of theirs.
+
+    Raises:
+        PermissionError: another user owns it.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if os.name == "posix" and found.st_uid == os.getuid() and found.st_mode & 0o022:
+        folder.chmod(found.st_mode & 0o7755)  # a umask of 002 lets the group write
+    refuse_others(folder, use="what they write would be trained on")
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
@@ -53,8 +67,10 @@ def load_or_make(
     """
     root = cache_root()
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        own_folder(root)
         with _locked(root / f"{key}.lock") as alone:
+            if (root / key).is_dir():
+                own_folder(root / key)
             store = _opened(root / key, key, file_names, units)
             if store is not None and not usable(store):
                 shutil.rmtree(root / key)
@@ -63,6 +79,8 @@ def load_or_make(
                 _make(root / key, make, alone=alone)
                 store = RowStore(root / key, key=key, file_names=file_names, units=units)
             return store
+    except PermissionError as error:
+        raise DataError(f"the cache of encoded data: {error}") from error
     except OSError as error:
         raise DataError(
             f"the cache of encoded data, {root}, cannot be written: {error.strerror or error}. "
@@ -117,7 +135,7 @@ def _make(folder: Path, make: Callable[[StoreWriter], None], *, alone: bool) -> 
         for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
             shutil.rmtree(left_over, ignore_errors=True)
     temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}-{secrets.token_hex(4)}")
-    temporary.mkdir()
+    temporary.mkdir(mode=0o700)
     writer = StoreWriter(temporary)
     try:
         make(writer)

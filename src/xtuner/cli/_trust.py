@@ -1,0 +1,107 @@
+"""Settings as the commands load them: what would run a stranger's code needs a flag.
+
+`trust_remote_code = True` in a settings file counts once the flag was given for that model on this
+machine. A settings file that lies among checkpoints which this user's runs did not write may name
+Python files only with ``--trust-code``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from xtuner import plugins
+from xtuner.config.load import LoadedSettings, load_settings
+from xtuner.config.schema import Settings
+from xtuner.errors import ConfigError
+from xtuner.hub import trust
+
+TrustRemoteCode: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let trust_remote_code = True of CONFIG run the Python code of its model; asked for "
+        "once a model and machine.",
+    ),
+]
+TrustCode: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="Run Python files named in settings that lie beside checkpoints."
+    ),
+]
+_MARKS = ("run.yaml", "last_checkpoint", "adapter_config.json", "iter_*")
+
+
+def load(
+    config: str,
+    *,
+    overrides: Sequence[str] | None,
+    trust_remote_code: bool = False,
+    trust_code: bool = False,
+) -> LoadedSettings:
+    """Load settings, and refuse those that would run code that nobody has agreed to.
+
+    Raises:
+        ConfigError: as `load_settings`; or a flag is missing.
+    """
+    loaded = load_settings(config, overrides=overrides or ())
+    _check_remote_code(loaded, overrides or (), flag=trust_remote_code)
+    if not trust_code:
+        _check_files(loaded, overrides or ())
+    return loaded
+
+
+def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag: bool) -> None:
+    settings = loaded.settings
+    if not settings.trust_remote_code:
+        return
+    name = trust.canonical(settings.pretrained_model_name_or_path)
+    if flag or "trust_remote_code" in _names(overrides):
+        trust.remember("remote_code", name)
+    elif not trust.is_remembered("remote_code", name):
+        raise ConfigError(
+            f"{loaded.path or loaded.name}: trust_remote_code = True lets the model {name} run "
+            "Python code of its own on this machine. If you trust it, add --trust-remote-code, "
+            "once on this machine; else take the setting out"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"Warning: Python code of the model {name} runs (trust_remote_code).", err=True)
+
+
+def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
+    """Refuse Python files named by a settings file that lies among a stranger's checkpoints."""
+    if loaded.path is None or not any(any(loaded.folder.glob(mark)) for mark in _MARKS):
+        return
+    if trust.is_remembered("work_dirs", str(loaded.folder)):
+        return
+    given = _names(overrides)
+    files = [f"{name} = {value!r}" for name, value in _python(loaded.settings) if name not in given]
+    if files:
+        raise ConfigError(
+            f"{loaded.path}: lies beside checkpoints that no run of yours wrote on this machine, "
+            f"and names Python files, which are not run: {', '.join(files)}. If you have read them "
+            "and trust them, add --trust-code"
+        )
+
+
+def _python(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The settings that name a user's Python object."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        for text in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(text, str) and plugins.is_user_path(text):
+                yield name, text
+
+
+def _names(overrides: Sequence[str]) -> set[str]:
+    return {override.partition("=")[0].strip() for override in overrides}
+
+
+def remember_work_dir(folder: Path) -> None:
+    """Keep that `folder` is written by this user's own run."""
+    trust.remember("work_dirs", str(folder.expanduser().resolve()))

@@ -1,0 +1,27 @@
+"""Refuse cached files that another user of this machine could have written."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def refuse_others(path: Path, *, use: str = "its code would be run") -> None:
+    """Raise if a user other than this one and root can write `path`.
+
+    Args:
+        path: a file or folder of the cache.
+        use: what would happen with what they write, for the message.
+
+    Raises:
+        PermissionError: they can.
+    """
+    if os.name != "posix":
+        return
+    found = path.stat()
+    if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"other users can write to {path}, and {use}; delete it, or choose "
+            "another folder with XTUNER_CACHE"
+        )

@@ -1,0 +1,41 @@
+"""Refuse links that lead out of a folder whose files are copied.
+
+A folder from a stranger could otherwise have a private file end up in what is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from xtuner.errors import ModelError
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raise if a file or folder in `folder` is a link to something outside it.
+
+    `folder` itself may be a link. In the cache of the Hugging Face hub the files of a model are
+    links to ``models--NAME/blobs``, which is allowed.
+
+    Raises:
+        ModelError: names the link and where it leads.
+    """
+    allowed = list(_roots(folder))
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink():
+            continue
+        target = path.resolve()
+        if not any(target.is_relative_to(root) for root in allowed):
+            raise ModelError(
+                f"{path}: is a link to {target}, outside {folder}, and what it leads to would be "
+                "copied, which is refused. Put the file itself there if it belongs to the model"
+            )
+
+
+def _roots(folder: Path) -> Iterator[Path]:
+    """The folders that links in `folder` may lead to."""
+    real = folder.resolve()
+    yield real
+    repository = real.parent.parent
+    if real.parent.name == "snapshots" and repository.name.startswith("models--"):
+        yield repository / "blobs"

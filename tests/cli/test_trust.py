@@ -1,0 +1,93 @@
+"""What would run a stranger's code needs the command line's word."""
+
+import pytest
+
+from xtuner.cli import _trust
+from xtuner.cli.app import main
+from xtuner.errors import ConfigError
+from xtuner.hub import trust
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A machine on which nothing was agreed to."""
+    monkeypatch.setenv("XTUNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_path):
+    """A settings file in a folder of its own."""
+    (tmp_path / "d.jsonl").write_text('{"input": "a", "output": "b"}\n')
+
+    def write(folder, *lines):
+        folder.mkdir(exist_ok=True)
+        text = [f"pretrained_model_name_or_path = {str(tiny_model_path)!r}",
+                f"data_path = {str(tmp_path / 'd.jsonl')!r}", *lines]  # fmt: skip
+        (folder / "c.py").write_text("\n".join(text) + "\n")
+        return str(folder / "c.py")
+
+    return write
+
+
+def test_code_of_a_model_needs_the_flag_once(config, tmp_path, capsys):
+    file = config(tmp_path / "mine", "trust_remote_code = True")
+    with pytest.raises(ConfigError, match="once on this machine"):
+        _trust.load(file, overrides=())
+    assert _trust.load(file, overrides=(), trust_remote_code=True).settings.trust_remote_code
+    assert _trust.load(file, overrides=()).settings.trust_remote_code
+    assert capsys.readouterr().err.count("runs (trust_remote_code)") == 2
+
+
+def test_another_model_asks_again_and_the_command_line_is_trusted(config, tmp_path):
+    file = config(tmp_path / "mine", "trust_remote_code = True")
+    _trust.load(file, overrides=(), trust_remote_code=True)
+    other = ["pretrained_model_name_or_path=other/model"]
+    with pytest.raises(ConfigError, match="lets the model other/model"):
+        _trust.load(file, overrides=other)
+    _trust.load(config(tmp_path / "plain"), overrides=[*other, "trust_remote_code=True"])
+
+
+def test_what_another_user_could_have_written_is_not_trusted(config, tmp_path, cache):
+    file = config(tmp_path / "mine", "trust_remote_code = True")
+    _trust.load(file, overrides=(), trust_remote_code=True)
+    (cache / "trust.json").chmod(0o666)
+    with pytest.raises(ConfigError):
+        _trust.load(file, overrides=())
+
+
+@pytest.mark.parametrize("command", [["check-custom-dataset"], ["train", "--dry-run"]])
+def test_checks_and_forecasts_ask_too(command, config, tmp_path, capsys):
+    file = config(tmp_path / "mine", "trust_remote_code = True")
+    assert main([command[0], file, *command[1:]]) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+
+
+def test_an_honest_settings_file_is_silent(config, tmp_path, capsys):
+    _trust.load(config(tmp_path / "mine", "custom_hooks = ['h.py:H']"), overrides=())
+    captured = capsys.readouterr()
+    assert not captured.err and not captured.out
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["prompt_template = 'x.py:T'", "custom_hooks = ['../x.py:H']", "dataset_format = '/x.py:f'",
+     "algorithm = 'x.py:A'"],
+    ids=["template", "hooks", "format", "algorithm"],
+)  # fmt: skip
+@pytest.mark.parametrize("mark", ["run.yaml", "last_checkpoint"])
+def test_settings_beside_a_strangers_checkpoint_run_no_code(line, mark, config, tmp_path):
+    file = config(tmp_path / "theirs", line)
+    (tmp_path / "theirs" / mark).write_text("")
+    with pytest.raises(ConfigError, match=r"\.py:.*--trust-code"):
+        _trust.load(file, overrides=())
+    _trust.load(file, overrides=(), trust_code=True)
+    _trust.load(config(tmp_path / "theirs"), overrides=[line.replace(" = ", "=")])
+
+
+def test_the_work_dir_of_a_run_of_ones_own_is_trusted(config, tmp_path):
+    file = config(tmp_path / "work", "prompt_template = 'x.py:T'")
+    (tmp_path / "work" / "last_checkpoint").write_text("iter_1")
+    _trust.remember_work_dir(tmp_path / "work")
+    _trust.load(file, overrides=())
+    assert trust.is_remembered("work_dirs", str((tmp_path / "work").resolve()))
