@@ -138,3 +138,11 @@ def test_images_stand_upright(tmp_path):
     image.save(raw, "JPEG", exif=exif)
     raw.seek(0)
     assert decode(raw, "x").size == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png"], ids=["nul", "half"])
+def test_what_is_no_name_of_a_file_is_an_error_of_the_image(folder, name):
+    with pytest.raises(ImageError, match="is no name of a file"):
+        folder.find(name)
+    with pytest.raises(ImageError, match="cannot be opened"):
+        files.open_image(name)

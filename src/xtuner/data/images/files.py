@@ -64,6 +64,10 @@ class ImageFolder:
             raise ImageError(
                 _shortened(name), "is no file; download it and name it relative to image_folder"
             )
+        if "\0" in name or not _encodable(name):
+            raise ImageError(
+                _shortened(name), "is no name of a file: it holds a NUL or half a character"
+            )
         root = os.path.abspath(self.root)
         path = os.path.normpath(os.path.join(root, name))
         if not _within(path, root):
@@ -136,8 +140,9 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with Path(path).expanduser().open("rb") as file:
             return decode(file, str(path))
-    except OSError as error:
-        raise ImageError(str(path), f"cannot be opened: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        problem = getattr(error, "strerror", None) or error
+        raise ImageError(str(path), f"cannot be opened: {problem}") from error
 
 
 def _refuse_large(size: tuple[int, int], name: str) -> None:
@@ -162,6 +167,14 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if upright.mode.startswith("I"):  # grey in 16 bits, of which Pillow would keep the lower 8
         upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return upright.convert("RGB")
+
+
+def _encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _within(path: str, root: str) -> bool:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from xtuner.data.sources.json_arrays import array_rows, refuse_single_object
+from xtuner.data.sources.parquet import parquet_rows
 from xtuner.data.sources.rows import NOT_UTF8, Fault, RawRow, Unit, parse
-from xtuner.data.sources.tables import csv_rows, parquet_rows
+from xtuner.data.sources.tables import csv_rows
 from xtuner.errors import DataError
 from xtuner.types import Row
 

@@ -1,11 +1,10 @@
-"""Go through the rows of a table: csv, tsv or parquet."""
+"""Go through the rows of a table: csv or tsv."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from xtuner.data.sources.rows import NOT_UTF8, Fault
@@ -37,26 +36,6 @@ def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int
                 continue
             if cells:
                 yield line, _row(header, cells)
-
-
-def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row, float]]:
-    """Yield each row, and the share of the file read.
-
-    Raises:
-        DataError: the file is not a whole parquet file.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, number / table.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: is not a whole parquet file: {error}") from error
 
 
 def _header(table: Any, name: str) -> list[str]:
