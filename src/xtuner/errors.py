@@ -14,6 +14,9 @@ it without a traceback (``--debug`` shows one) and exits with code 2.
 
 from collections.abc import Sequence
 
+_LONGEST_GUESS = 200
+_MOST_GUESSES = 2000
+
 
 class XTunerError(Exception):
     """Base of every error that a user can hint; the command line exits with 2 on it."""
@@ -53,5 +56,7 @@ def did_you_mean(word: str, allowed: Sequence[str]) -> str:
     string."""
     import difflib
 
+    if len(word) > _LONGEST_GUESS or len(allowed) > _MOST_GUESSES:
+        return ""  # comparing would take seconds, and help nobody
     close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""

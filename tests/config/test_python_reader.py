@@ -3,7 +3,9 @@
 import pytest
 from counting import lines_run, most_memory
 
+from xtuner.config.load import load_settings
 from xtuner.config.read import python
+from xtuner.errors import ConfigError
 
 
 def values(text, **overrides):
@@ -141,3 +143,28 @@ def test_a_hostile_file_is_refused_with_little_work(text):
     assert python.read(text).problems
     assert lines_run(python.read, text, limit=2_000_000)
     assert most_memory(python.read, text) < 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["f'{1:000000000009000000000}'", "f'{1.5:.0000000002000000000f}'",
+     "f\"{'a':<000000000002000000000}\"", "'a' * 10**9", "[0] * 10**9", "10 ** 10 ** 9"],
+    ids=["width", "precision", "fill", "text", "list", "power"],
+)  # fmt: skip
+def test_a_value_of_gigabytes_is_refused_before_it_is_made(text):
+    reading = python.read(f"x = {text}\nlr = f'{{2:07.3f}}'")
+    assert [problem.message for problem in reading.problems] == ["is too large for a setting"]
+    assert reading.entries["lr"].value == "002.000"
+
+
+def test_many_unknown_names_are_counted(tmp_path):
+    file = tmp_path / "c.py"
+    names = "".join(f"name_{number} = {number}\n" for number in range(20_000))
+    file.write_text(f"{names}{'x' * 5000} = 1\n")
+    with pytest.raises(ConfigError, match=r"and 19,9\d\d more names that are no settings"):
+        load_settings(file)
+
+
+def test_a_file_of_faults_is_not_read_to_its_end():
+    reading = python.read("x = y\n" * 20_000)
+    assert len(reading.problems) == 200

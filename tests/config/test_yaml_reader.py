@@ -42,3 +42,15 @@ def test_faults_have_their_line(text, line, message):
 
 def test_an_empty_file_sets_nothing():
     assert yaml.read("# nothing\n").entries == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['!!int ""', '!!float ""', '!!int "-"', "!!bool maybe", "!!timestamp abc", '"\\U00110000"',
+     "1" + ":1" * 100_000, "9" * 100_000],
+    ids=["int", "float", "sign", "bool", "timestamp", "escape", "sexagesimal", "digits"],
+)  # fmt: skip
+def test_what_yaml_cannot_make_is_a_problem_and_no_traceback(value):
+    reading = yaml.read(f"max_length: 512\nlr: {value}\n")
+    assert len(reading.problems) == 1
+    assert "lr" not in reading.entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from xtuner.errors import did_you_mean
 _TABLES = Path(__file__).parent / "tables"
 _FORMATS = "xtuner.data.formats"
 _TEMPLATES = "xtuner.templates"
+_MOST_UNKNOWN = 100
+"""So many unknown names are listed; looking up what was meant takes time for each."""
 _FEW = 8
 """So many allowed words are listed in a message; of more, `xtuner explain` shows the list."""
 _TUNINGS = choices("tuning")
@@ -38,11 +41,13 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
     """
     problems = _resolve_aliases(reading)
     known = {name: e for name, e in reading.entries.items() if name in Settings.model_fields}
+    unknown = ((n, e) for n, e in reading.entries.items() if n not in known)
     problems += [
         entry.problem(name, unknown_setting(name))
-        for name, entry in reading.entries.items()
-        if name not in known
+        for name, entry in itertools.islice(unknown, _MOST_UNKNOWN)
     ]
+    if more := sum(1 for _ in unknown):
+        problems.append(Problem("the file", f"and {more:,} more names that are no settings"))
     faulty = _faulty_fields({name: entry.value for name, entry in known.items()})
     for name in filter(faulty.__contains__, field_parts()):
         if name in known:

@@ -19,12 +19,17 @@ from typing import Any
 
 from xtuner.errors import DataError, ModelError
 from xtuner.templates.base import Rendered, Template, Turn, hash_of
+from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
 from xtuner.templates.table import NAMED
 from xtuner.types import Message
 
 Tools = Sequence[Mapping[str, Any]]
 
 _PROBE = "xtuner"
+_EXCEEDS = "the tokenizer's chat template exceeds"
+_NAME_ANOTHER = "name another, such as prompt_template = 'chatml'"
+_PATIENCE = 3
+"""So many conversations may exceed the bounds before the template is not rendered any more."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FURTHER_ENDS = ("<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 _DATE = "26 Jul 2024"
@@ -47,6 +52,7 @@ class ChatTemplate(Template):
             t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()
         ]
         self._tools_shown: bool | None = None
+        self._exceeded = 0
         self._marked: dict[str, bool] = {}
         self._variables = {"date_string": _DATE} if "date_string" in self._source(()) else {}
         self._has_system_turn = self._shows_system()
@@ -146,20 +152,27 @@ class ChatTemplate(Template):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         source = self._source(tools)
+        if self._exceeded > _PATIENCE:
+            raise ModelError(f"{_EXCEEDS} bounds again and again; {_NAME_ANOTHER}")
         try:
-            texts, marks = render_jinja_template(
-                [dicts],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=source,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self._is_marked(source),
-                **self._tokenizer.special_tokens_map,
-                **self._variables,
-            )
+            with bounded():
+                texts, marks = render_jinja_template(
+                    [dicts],
+                    tools=[dict(tool) for tool in tools] or None,
+                    chat_template=source,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=self._is_marked(source),
+                    **self._tokenizer.special_tokens_map,
+                    **self._variables,
+                )
+            check_output(len(texts[0]), given=_characters([dicts, tools]))
+        except OutOfBoundsError as error:
+            self._exceeded += 1
+            raise ModelError(f"{_EXCEEDS} its bounds: it {error}; {_NAME_ANOTHER}") from error
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 f"the tokenizer's chat template is broken (line {error.lineno}: {error.message}); "
-                "name another, such as prompt_template = 'chatml'"
+                f"{_NAME_ANOTHER}"
             ) from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(turn["role"] for turn in dicts) or "none"
@@ -274,3 +287,12 @@ class ChatTemplate(Template):
         fits = {n: tokens for n, tokens in fits.items() if all(t in written for t in tokens)}
         best = max(fits, key=lambda name: len("".join(fits[name])), default="")
         return f" that fits, such as '{best}'" if best else ""
+
+
+def _characters(value: Any) -> int:
+    """About how many characters the template is given."""
+    if isinstance(value, Mapping):
+        return sum(_characters(key) + _characters(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 1

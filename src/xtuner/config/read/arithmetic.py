@@ -109,7 +109,8 @@ def written(value: Any, *, conversion: int, spec: str) -> str:
     Raises:
         RefusedError: `spec` does not fit the value or asks for a very wide text.
     """
-    if any(int(width[:9]) > _MAX_WIDTH for width in re.findall(r"\d+", spec)):
+    widths = [width.lstrip("0") for width in re.findall(r"\d+", spec)]  # leading zeros hide digits
+    if any(len(width) > 9 or int(width or 0) > _MAX_WIDTH for width in widths):
         raise RefusedError(_TOO_LARGE)
     if conversion != -1:
         value = ascii(value) if conversion == ord("a") else f"{value!r}"

@@ -19,6 +19,7 @@ from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
 from xtuner.errors import did_you_mean
 
 _MAX_WORK = 5_000_000
+_MOST_PROBLEMS = 200
 _READ_NOT_RUN = "a settings file is read, not executed; "
 _NAME_FUNCTION = _READ_NOT_RUN + 'put your function in a file and name it as "my_file.py:function"'
 _WRITE_OUT = _READ_NOT_RUN + "write the values out"
@@ -104,6 +105,8 @@ class _Reader:
     def statements(self, body: list[ast.stmt]) -> None:
         """Read `body`, going on after a fault."""
         for statement in body:
+            if len(self.reading.problems) >= _MOST_PROBLEMS:
+                return
             try:
                 self._statement(statement)
             except _Fault as fault:

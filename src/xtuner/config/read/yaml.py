@@ -11,6 +11,11 @@ import yaml
 from xtuner.config.read.arithmetic import RefusedError, check_size
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
 
+_MAX_DIGITS = 400
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_UNREADABLE = (ValueError, LookupError, AttributeError, OverflowError, TypeError, RecursionError)
+"""What PyYAML raises for tags whose value does not fit, such as ``!!int ""``."""
+
 
 class _Loader(yaml.SafeLoader):
     """The safe loader; aliases are refused, and 1e-4 and None are read as meant."""
@@ -43,6 +48,9 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     except RecursionError:
         reading.problems.append(Problem("the file", "is nested too deeply"))
         return reading
+    except (ValueError, OverflowError) as error:  # an escape such as "\U00110000"
+        reading.problems.append(Problem("the file", f"is not YAML: {error}"))
+        return reading
     if node is None:
         return reading
     if not isinstance(node, yaml.MappingNode):
@@ -71,8 +79,8 @@ def _read_pair(
     try:
         read_value = _construct(value)
         check_size(read_value)
-    except (yaml.YAMLError, RefusedError, ValueError, RecursionError) as error:
-        reason = getattr(error, "problem", None) or str(error)
+    except (yaml.YAMLError, RefusedError, *_UNREADABLE) as error:
+        reason = getattr(error, "problem", None) or str(error) or type(error).__name__
         reading.problems.append(Problem(f"{name}:", f"cannot be read: {reason}", line=line))
         reading.broken.add(name)
         return
@@ -80,7 +88,22 @@ def _read_pair(
 
 
 def _construct(node: yaml.Node) -> Any:
+    _refuse_long_numbers(node)
     return _Loader("").construct_document(node)
+
+
+def _refuse_long_numbers(node: yaml.Node) -> None:
+    """Raise for a number of many digits or, in base 60, parts: making it takes very long."""
+    waiting = [node]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, yaml.ScalarNode):
+            if len(item.value) > _MAX_DIGITS and item.tag in _NUMBERS:
+                raise RefusedError("is too large for a setting")
+        elif isinstance(item, yaml.MappingNode):
+            waiting += [part for pair in item.value for part in pair]
+        else:
+            waiting += item.value
 
 
 def _syntax_problem(text: str, error: yaml.YAMLError) -> Problem:

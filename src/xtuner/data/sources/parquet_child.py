@@ -26,7 +26,7 @@ class _Pickler(pickle.Pickler):
         kind = type(obj)
         if isinstance(obj, datetime.datetime):
             if kind is not datetime.datetime:  # of pandas, which pyarrow gives for nanoseconds
-                obj = obj.to_pydatetime(warn=False)
+                obj = getattr(obj, "to_pydatetime")(warn=False)  # noqa: B009
             offset = obj.utcoffset()
             zone = None if offset is None else datetime.timezone(offset)
             return obj.replace(tzinfo=zone).__reduce_ex__(pickle.HIGHEST_PROTOCOL)

@@ -1,0 +1,109 @@
+"""Bounds on a chat template, which is a program that comes with a model: time, memory, output.
+
+Time is CPU time of this process, so that a busy machine changes nothing. Memory is bounded by the
+address space that the process may add while a template renders; a string of gigabytes is then a
+`MemoryError` before it is made. Recursion is bounded by Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+CPU_SECONDS = 5.0
+"""Longest rendering of one conversation; an ordinary one takes less than a thousandth of it."""
+MEMORY = 2**30
+"""Bytes that rendering may add to the process."""
+MAX_GROWTH, SPARE_OUTPUT = 50, 10_000_000
+"""An output may have `SPARE_OUTPUT` characters, and `MAX_GROWTH` for each one that is given."""
+
+_lock = threading.Lock()
+_inside = 0
+_before: tuple[int, int] | None = None
+
+
+class OutOfBoundsError(Exception):
+    """A template exceeds a bound; the text says which."""
+
+
+@contextlib.contextmanager
+def bounded(*, cpu_seconds: float = CPU_SECONDS, memory: int = MEMORY) -> Iterator[None]:
+    """Bound what the block takes.
+
+    Off the main thread time is not bounded, since signals go to the main thread. Systems without
+    ``/proc`` or signals have fewer bounds.
+
+    Raises:
+        OutOfBoundsError: it takes more.
+    """
+    try:
+        with _memory_limit(memory), _time_limit(cpu_seconds):
+            yield
+    except MemoryError as error:
+        raise OutOfBoundsError(f"takes more than {memory / 2**30:.0f} GiB of memory") from error
+    except RecursionError as error:
+        raise OutOfBoundsError("calls itself without end") from error
+
+
+def check_output(characters: int, *, given: int) -> None:
+    """Raise OutOfBoundsError if `characters` is too much to be made of `given` characters."""
+    if characters > SPARE_OUTPUT + MAX_GROWTH * given:
+        raise OutOfBoundsError(f"writes {characters:,} characters where {given:,} are given")
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise OutOfBoundsError(f"takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _memory_limit(memory: int) -> Iterator[None]:
+    """Limit the address space; blocks of several threads share the limit of the first."""
+    global _inside, _before
+    with _lock:
+        if not _inside:
+            _before = _lower_limit(memory)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside and _before is not None:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_AS, _before)
+
+
+def _lower_limit(memory: int) -> tuple[int, int] | None:
+    """Allow `memory` more than is in use; return the limit of before, None if it stays."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + memory
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        if any(0 <= old < limit for old in before):
+            return None
+        resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    except (ImportError, OSError, ValueError):
+        return None
+    return before

@@ -1,0 +1,95 @@
+"""A chat template cannot take a machine's time and memory; an ordinary one notices nothing."""
+
+import resource
+import signal
+import threading
+
+import pytest
+
+from xtuner.errors import ModelError
+from xtuner.templates.auto import ChatTemplate
+from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
+from xtuner.testing.tiny import tiny_tokenizer
+from xtuner.types import Message
+
+HONEST = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+BOMBS = {
+    "product": "{{ 'a' * 9999999999 }}",
+    "power": "{{ 'a' * (10 ** 10) }}",
+    "width": "{{ '%9999999999d' % 1 }}",
+    "format": "{{ '{:9999999999}'.format('a') }}",
+    "filter": "{{ 'a' | center(9999999999) }}",
+    "doubling": "{% set n = namespace(x='ab' * 1000) %}{% for i in range(60) %}"
+    "{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x | length }}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% set k = j %}{% endfor %}"
+    "{% endfor %}",
+    "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "output": "{% for i in range(50000) %}{{ 'ab' * 500 }}{% endfor %}",
+}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    """A bound that a test can wait for."""
+    monkeypatch.setitem(bounded.__wrapped__.__kwdefaults__, "cpu_seconds", 0.5)
+
+
+def template_of(text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = text
+    return ChatTemplate(tokenizer)
+
+
+@pytest.mark.parametrize("bomb", list(BOMBS))
+def test_a_bomb_is_named_when_the_template_is_loaded(bomb):
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(ModelError, match=r"exceeds its bounds: it (takes|calls|writes) .*chatml"):
+        template_of(BOMBS[bomb])
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+
+
+def test_a_bomb_that_waits_for_a_word_costs_its_conversation_only():
+    text = "{% if messages[0]['content'] == 'now' %}{{ 'a' * 9999999999 }}{% endif %}" + HONEST
+    template = template_of(text)
+    with pytest.raises(ModelError, match="memory"):
+        template.prompt_ids([Message("user", "now")])
+    assert template.prompt_ids([Message("user", "later")])
+    for _ in range(4):
+        with pytest.raises(ModelError):
+            template.prompt_ids([Message("user", "now")])
+    with pytest.raises(ModelError, match="again and again"):
+        template.prompt_ids([Message("user", "later")])
+
+
+def test_an_honest_template_and_a_long_conversation_pass():
+    template = template_of(HONEST)
+    long = [Message("user", "word " * 200_000), Message("assistant", "x" * 1000)] * 3
+    assert template.render(long).text.count("word") == 600_000
+
+
+def test_threads_share_the_limit_and_leave_none():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    inside, leave = threading.Barrier(2), threading.Barrier(2)
+
+    def other():
+        with bounded():
+            inside.wait()
+        leave.wait()
+
+    thread = threading.Thread(target=other)
+    with bounded():
+        thread.start()
+        inside.wait()
+        leave.wait()
+        assert resource.getrlimit(resource.RLIMIT_AS) != before
+    thread.join()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_the_output_may_grow_with_what_is_given():
+    check_output(10_000_000, given=0)
+    check_output(60_000_000, given=1_000_000)
+    with pytest.raises(OutOfBoundsError, match="writes 60,000,001"):
+        check_output(60_000_001, given=1_000_000)
