@@ -107,7 +107,12 @@ def test_every_flag_arrives(
     assert capsys.readouterr().out == "HEY\n"
     expected = {"adapter": Path("a"), "prompt_template": "t", "system": "s", "bits": 4}
     expected |= {"visual_encoder": None, "llava": None}
-    expected |= {"device": "cpu", "dtype": "float16", "trust_remote_code": True}
+    expected |= {
+        "device": "cpu",
+        "dtype": "float16",
+        "trust_remote_code": True,
+        "trust_code": False,
+    }
     options = GenerationOptions(9, 0.5, 3, 0.8, 1.1, 7, ("x", "y"))
     assert seen == [("m", options, expected)]
 

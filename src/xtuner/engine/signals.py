@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from xtuner.parallel.launch import stop_signals
+
+_HANGUP = getattr(signal, "SIGHUP", None)
 
 
 class StopRequest:
     """Whether the process was asked to stop.
 
     Attributes:
-        made: set by the first Ctrl-C or SIGTERM.
+        made: set by the first signal.
     """
 
     def __init__(self) -> None:
@@ -21,7 +27,9 @@ class StopRequest:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take Ctrl-C and SIGTERM as requests; a second Ctrl-C stops at once.
+        """Take Ctrl-C, SIGTERM and those of schedulers and closed terminals as requests.
+
+        A second Ctrl-C stops at once. SIGHUP stays ignored where it is (nohup).
 
         Only the main thread may set handlers; in another one nothing is changed.
         """
@@ -32,11 +40,22 @@ class StopRequest:
         def ask(number: int, frame: FrameType | None) -> None:
             if self.made and number == signal.SIGINT:
                 raise KeyboardInterrupt
+            if number == _HANGUP:
+                _leave_terminal()
             self.made = True
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, ask) for s in stop_signals()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Write to nothing from now on where a terminal was: it is gone, and writing there fails."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nothing, descriptor)
+    os.close(nothing)

@@ -44,11 +44,10 @@ def launch(command: Sequence[str], processes: int) -> int:
         for child in children:
             child.send_signal(number)
 
-    before = {
-        # Ctrl-C reaches the children by itself; here it only must not end the wait for them.
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
-    }
+    before = {number: signal.signal(number, forward) for number in stop_signals()}
+    # Ctrl-C reaches the children by itself; here it only must not end the wait for them.
+    if signal.SIGINT in before:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -68,6 +67,16 @@ def launch(command: Sequence[str], processes: int) -> int:
             log.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask a run to stop: Ctrl-C, and what schedulers (Slurm) and terminals send.
+
+    One that is ignored stays ignored, as nohup means SIGHUP to be.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    known = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _wait(children: list[subprocess.Popen[bytes]], logs: list[IO[bytes]]) -> int:
