@@ -3,8 +3,10 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from data_makers import build_data, chats, lines_of, template, tokenizer, write_jsonl
 
+from xtuner.data.images.feature_store import FeatureStore
 from xtuner.data.tokenize import cache
 from xtuner.data.tokenize.store import KEPT_FAULTS, FaultGroup, RowStore
 from xtuner.data.tokenize.workers import encode_chunk
@@ -272,3 +274,21 @@ def test_the_cache_of_another_user_is_not_used(tmp_path, monkeypatch):
     folder.chmod(0o777)
     with pytest.raises(PermissionError, match="would be trained on"):
         cache.own_folder(folder)
+
+
+def test_features_of_another_user_are_not_used(monkeypatch, caplog):
+    def opened():
+        store = FeatureStore()
+        store.open({"model": "m"}, shape=(2, 3))
+        return store
+
+    opened().write("key", torch.ones(2, 3))
+    assert torch.equal(opened().read("key"), torch.ones(2, 3))
+
+    def refuse(path, **how):
+        raise PermissionError(f"other users can write to {path}")
+
+    monkeypatch.setattr(cache, "refuse_others", refuse)
+    assert not caplog.records
+    assert opened().read("key") is None
+    assert "belongs to another user" in caplog.text

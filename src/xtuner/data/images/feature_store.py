@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtuner.data.tokenize.cache import cache_root
+from xtuner.data.tokenize.cache import cache_root, is_ours, own_folder
+
+logger = logging.getLogger("xtuner.data")
 
 
 @dataclass
@@ -47,6 +50,9 @@ class FeatureStore:
         text = json.dumps(dict(facts), sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.folder, self.shape = cache_root().parent / "features" / name, shape
+        if self.folder.is_dir() and not is_ours(self.folder):
+            logger.warning("%s belongs to another user: features are not kept", self.folder)
+            self.folder = None
 
     def read(self, key: str) -> Tensor | None:
         """The features ``[T, C]`` of the image with this hash; None where they are not kept, or
@@ -71,7 +77,8 @@ class FeatureStore:
         values = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
         draft = file.with_name(f".{file.stem}.{os.getpid()}.npy")
         with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            own_folder(self.folder)
+            file.parent.mkdir(exist_ok=True)
             np.save(draft, values.numpy(), allow_pickle=False)
             os.replace(draft, file)
 

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from xtuner.data.images.files import open_image
-from xtuner.data.tokenize.cache import cache_root
+from xtuner.data.tokenize.cache import cache_root, is_ours, own_folder
 from xtuner.errors import DataError
 
 SECONDS = 30.0
@@ -32,10 +32,10 @@ def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Pat
     """
     home = cache_root().parent / "images"
     path = home / hashlib.sha256(url.encode()).hexdigest()[:32]
-    if not path.is_file():
+    if not (path.is_file() and is_ours(home)):
         content = _read(url, seconds, most)
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            own_folder(home)
             draft = home / f".{path.name}.{os.getpid()}"
             draft.write_bytes(content)
             open_image(str(draft))

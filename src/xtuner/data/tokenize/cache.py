@@ -46,6 +46,15 @@ def own_folder(folder: Path) -> None:
     refuse_others(folder, use="what they write would be trained on")
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether `own_folder` takes the folder, which is there."""
+    try:
+        own_folder(folder)
+    except OSError:
+        return False
+    return True
+
+
 def key_of(facts: Mapping[str, Any]) -> str:
     """A hash of everything that the encoded rows depend on."""
     text = json.dumps({"layout": _LAYOUT, "xtuner": xtuner.__version__, **facts}, sort_keys=True)
