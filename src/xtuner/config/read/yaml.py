@@ -12,7 +12,8 @@ from xtuner.config.read.arithmetic import RefusedError, check_size
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
 
 _MAX_DIGITS = 400
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_TAGS = "tag:yaml.org,2002:"
+_NUMBERS = (f"{_TAGS}int", f"{_TAGS}float")
 _UNREADABLE = (ValueError, LookupError, AttributeError, OverflowError, TypeError, RecursionError)
 """What PyYAML raises for tags whose value does not fit, such as ``!!int ""``."""
 
@@ -80,7 +81,9 @@ def _read_pair(
         read_value = _construct(value)
         check_size(read_value)
     except (yaml.YAMLError, RefusedError, *_UNREADABLE) as error:
-        reason = getattr(error, "problem", None) or str(error) or type(error).__name__
+        reason = getattr(error, "problem", None) or str(error)
+        if isinstance(error, LookupError | AttributeError | TypeError):
+            reason = f"the value does not fit its tag {value.tag.replace(_TAGS, '!!')}"
         reading.problems.append(Problem(f"{name}:", f"cannot be read: {reason}", line=line))
         reading.broken.add(name)
         return
