@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from xtuner.cli.app import main
 from xtuner.engine import run_lock
 from xtuner.errors import LaunchError
 
@@ -100,3 +101,17 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
     with run_lock.hold(tmp_path):
         pass
     assert "has no locks" in caplog.text
+
+
+def test_the_command_names_the_other_run_and_can_wait(tmp_path, other, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.py").write_text(
+        "pretrained_model_name_or_path = './no_model'\ndata_path = 'd.jsonl'\n"
+    )
+    command = ["train", "c.py", "--work-dir", str(tmp_path), "--device", "cpu"]
+    assert main(command) == 2
+    assert f"another run is writing there (process {other.pid}" in capsys.readouterr().err
+    other.stdin.write("\n")
+    other.stdin.flush()
+    assert main([*command, "--wait"]) == 2
+    assert "no_model" in capsys.readouterr().err  # it went on to the next fault
