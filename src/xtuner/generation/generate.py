@@ -104,7 +104,8 @@ def stream(
     words = StopWords([*template.stop_words, *options.stop_words])
     text = Detokenizer(tokenizer)
     with generation_mode(model):
-        first = vision.inputs(prompt, messages) if vision else {}
+        with packed.without_cudnn(next(model.parameters()).device):
+            first = vision.inputs(prompt, messages) if vision else {}
         ids = _token_ids(model, prompt, options, first)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
