@@ -58,7 +58,7 @@ class Encoder:
         template: lays out conversations.
         tokenizer: encodes plain text.
         algorithm: which records it takes, and which sequences it makes of them.
-        sight: how images are laid out; None where the model has no vision tower.
+        image_layout: how images are laid out; None where the model has no vision tower.
     """
 
     formats: Sequence[Format]
