@@ -1,0 +1,118 @@
+"""Weights that exist only while their module runs, as sharded training (ZeRO-3, FSDP2) has them."""
+
+import contextlib
+
+import torch
+
+
+def units_of(model):
+    """Modules whose weights are gathered together: the layers, and every module outside them that
+    has weights of its own."""
+    layers = [
+        layer
+        for holder in model.modules()
+        if isinstance(holder, torch.nn.ModuleList)
+        for layer in holder
+        if any(True for _ in layer.parameters())
+    ]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    alone = [
+        module
+        for module in model.modules()
+        if id(module) not in inside and any(True for _ in module.parameters(recurse=False))
+    ]
+    return [*layers, *alone]
+
+
+class Gathered:
+    """Keeps the weights of `units` away except while a unit runs forward or backward.
+
+    A weight that is away is an empty tensor, and the memory that it had is full of NaN, unless
+    autograd holds it as a tensor of its own: an address that was kept reads these. A unit's weights come in its forward and backward pre-hooks; in the
+    backward pass they go when the next unit begins, since gradients of a unit whose input needs
+    none are finished without a hook.
+
+    Attributes:
+        entered: how often each unit was gathered.
+    """
+
+    def __init__(self, units):
+        self.units = list(units)
+        self.entered = [0] * len(self.units)
+        self._kept = [[(p, p.data.clone()) for p in unit.parameters()] for unit in self.units]
+        self._backward = None
+        self._graveyard = []  # so that nothing else gets the memory
+        self._handles = []
+
+    def __enter__(self):
+        for index, unit in enumerate(self.units):
+            self._release(index)
+            self._handles += [
+                unit.register_forward_pre_hook(lambda *_, i=index: self._before(i)),
+                unit.register_forward_hook(lambda *_, i=index: self._after(i), always_call=True),
+                unit.register_full_backward_pre_hook(lambda *_, i=index: self._before_backward(i)),
+            ]
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self._handles:
+            handle.remove()
+        for kept in self._kept:
+            for parameter, values in kept:
+                parameter.data = values
+
+    def backward(self, loss):
+        """Backpropagate; afterwards nothing is gathered."""
+        loss.backward()
+        self._end_backward()
+
+    def _before(self, index):
+        self.entered[index] += 1
+        if index != self._backward:
+            self._gather(index)
+
+    def _after(self, index):
+        if index != self._backward:  # recomputed: the backward pass of the unit follows
+            self._release(index)
+
+    def _before_backward(self, index):
+        self._end_backward()
+        self._backward = index
+        self._gather(index)
+
+    def _end_backward(self):
+        if self._backward is not None:
+            self._release(self._backward)
+        self._backward = None
+
+    def _gather(self, index):
+        for parameter, values in self._kept[index]:
+            parameter.data = values.clone()
+
+    def _release(self, index):
+        for parameter, _ in self._kept[index]:
+            gone = parameter.data
+            parameter.data = gone.new_empty(0)
+            if _owners(gone) > _owners(torch.empty(1)):  # a view that autograd saved
+                continue
+            if gone.is_floating_point():
+                gone.fill_(float("nan"))
+            else:
+                gone.fill_(119)  # 4-bit weights: two times the number 7
+            self._graveyard.append(gone)
+
+
+def _owners(tensor):
+    """How many tensors hold the memory of `tensor`."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def nothing_gathered(_):
+    """The plain way, for comparison."""
+
+    class Plain:
+        def backward(self, loss):
+            loss.backward()
+
+    yield Plain()
