@@ -16,12 +16,18 @@ def units_of(model):
         if any(True for _ in layer.parameters())
     ]
     inside = {id(module) for layer in layers for module in layer.modules()}
-    alone = [
-        module
-        for module in model.modules()
-        if id(module) not in inside and any(True for _ in module.parameters(recurse=False))
-    ]
+    alone = []
+    for module in model.modules():
+        if id(module) not in inside and any(True for _ in module.parameters(recurse=False)):
+            alone.append(module)
+            inside |= {*map(id, module.modules())}
     return [*layers, *alone]
+
+
+def _tensors(output):
+    """The tensors of a module's output that get gradients."""
+    found = output if isinstance(output, tuple) else (output,)
+    return [x for x in found if isinstance(x, torch.Tensor) and x.requires_grad]
 
 
 class Gathered:
@@ -32,12 +38,18 @@ class Gathered:
     backward pass they go when the next unit begins, since gradients of a unit whose input needs
     none are finished without a hook.
 
+    Args:
+        units: modules whose weights go together.
+        on_outputs: learn of the backward pass by hooks on a unit's output tensors, as FSDP2, and
+            not by torch's hooks on modules. These miss a gradient that arrives by an output which
+            a forward hook has kept, as transformers keeps hidden states.
+
     Attributes:
         entered: how often each unit was gathered.
     """
 
-    def __init__(self, units):
-        self.units = list(units)
+    def __init__(self, units, *, on_outputs=False):
+        self.units, self._on_outputs = list(units), on_outputs
         self.entered = [0] * len(self.units)
         self._kept = [[(p, p.data.clone()) for p in unit.parameters()] for unit in self.units]
         self._backward = None
@@ -49,9 +61,13 @@ class Gathered:
             self._release(index)
             self._handles += [
                 unit.register_forward_pre_hook(lambda *_, i=index: self._before(i)),
-                unit.register_forward_hook(lambda *_, i=index: self._after(i), always_call=True),
-                unit.register_full_backward_pre_hook(lambda *_, i=index: self._before_backward(i)),
+                unit.register_forward_hook(
+                    lambda _, inputs, output, i=index: self._after(i, output), always_call=True
+                ),
             ]
+            if not self._on_outputs:
+                hook = unit.register_full_backward_pre_hook
+                self._handles.append(hook(lambda *_, i=index: self._before_backward(i)))
         return self
 
     def __exit__(self, *exception):
@@ -71,11 +87,15 @@ class Gathered:
         if index != self._backward:
             self._gather(index)
 
-    def _after(self, index):
+    def _after(self, index, output):
+        for tensor in _tensors(output) if self._on_outputs else ():
+            tensor.register_hook(lambda _: self._before_backward(index))
         if index != self._backward:  # recomputed: the backward pass of the unit follows
             self._release(index)
 
     def _before_backward(self, index):
+        if self._backward == index:
+            return
         self._end_backward()
         self._backward = index
         self._gather(index)

@@ -5,6 +5,8 @@ layer of the vision tower and the projector. Outside its unit a weight is empty 
 """
 
 import importlib.util
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from gathering import Gathered, nothing_gathered, units_of
 
 from xtuner.config.schema import Settings
 from xtuner.kernels import compiled
+from xtuner.kernels.attention import packed as attention
 from xtuner.kernels.fused import decoder
 from xtuner.models import prepare
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.vision import llava
 from xtuner.testing.tiny import tiny_model_folder
-from xtuner.types import Batch
+from xtuner.testing.vision import tiny_vision_tower
+from xtuner.types import Batch, BatchImages
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 HAS_FOLDER = importlib.util.find_spec("xtuner.kernels.cpu") is not None
@@ -100,16 +105,19 @@ def loss_and_gradients(model, batch, around):
     return losses, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, gathered
 
 
-def assert_same(model, batch):
+def assert_same(model, batch, unused=(), gather=Gathered):
     losses, gradients, _ = loss_and_gradients(model, batch, nothing_gathered)
-    found_losses, found, gathered = loss_and_gradients(model, batch, Gathered)
+    found_losses, found, gathered = loss_and_gradients(model, batch, gather)
     assert found_losses == losses
-    assert [n for n, grad in gradients.items() if grad is None or not grad.abs().sum()] == []
-    different = [name for name in gradients if not torch.equal(found[name], gradients[name])]
+    lacking = [n for n, grad in gradients.items() if grad is None or not grad.abs().sum()]
+    assert [name for name in lacking if not any(part in name for part in unused)] == []
+    different = [n for n in {*gradients} - {*lacking} if not torch.equal(found[n], gradients[n])]
     assert not different
-    originals = [m.original_module for m in model.modules() if hasattr(m, "original_module")]
-    idle = [u for u, n in zip(gathered.units, gathered.entered, strict=True) if n < 2]
-    assert {*map(id, idle)} == {*map(id, originals)}  # PEFT keeps what it trains a copy of
+    names = {id(module): f"{name}." for name, module in model.named_modules()}
+    units = zip(gathered.units, gathered.entered, strict=True)
+    idle = [names[id(unit)] for unit, count in units if count < 2]
+    kept = ("original_module", *unused)  # PEFT keeps what it trains a copy of
+    assert [name for name in idle if not any(part in name for part in kept)] == []
 
 
 TUNINGS = {
@@ -154,3 +162,28 @@ def test_a_weight_that_is_read_past_its_unit_is_caught(model_path):
     head = model.causal.get_output_embeddings()
     with Gathered(units_of(model)), pytest.raises(RuntimeError):
         torch.nn.functional.linear(model.hidden_states(batch_of(16)), head.weight)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("tower", ["frozen", "trained"])
+def test_layers_of_the_vision_tower_and_the_projector_are_units(tower, recompute, model_path):
+    llm = prepare.load_model(model_path, dtype=torch.float32)
+    llm.set_attn_implementation(attention.register())
+    for parameter in llm.parameters():
+        parameter.requires_grad_(False)
+    joined = llava.assemble(llm, tiny_vision_tower(), image_token_id=261)
+    trained = tower == "trained"
+    joined.model.vision_tower.requires_grad_(trained)
+    model = llava.PackedVisionLM(joined, llava.ImageEmbedder(joined, train_encoder=trained))
+    if recompute:
+        joined.gradient_checkpointing_enable({"use_reentrant": False})
+        llm.enable_input_require_grads()
+    batch = batch_of(30, 34)
+    places = torch.zeros(1, 64, dtype=torch.bool)
+    places[0, 3:7] = places[0, 40:44] = True
+    pixels = torch.linspace(-1, 1, 2 * 3 * 28 * 28).sin().view(2, 3, 28, 28)
+    images = BatchImages(pixels, places, counts=(1, 1), features=(None, None))
+    labels = batch.labels.masked_fill(places, -100)
+    unused = ("post_layernorm", "layers.2.")  # behind the layer whose features are taken
+    batch = replace(batch, labels=labels, images=images)
+    assert_same(model.train(), batch, unused=unused, gather=partial(Gathered, on_outputs=True))
