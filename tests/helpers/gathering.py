@@ -34,9 +34,9 @@ class Gathered:
     """Keeps the weights of `units` away except while a unit runs forward or backward.
 
     A weight that is away is an empty tensor, and the memory that it had is full of NaN, unless
-    autograd holds it as a tensor of its own: an address that was kept reads these. A unit's weights come in its forward and backward pre-hooks; in the
-    backward pass they go when the next unit begins, since gradients of a unit whose input needs
-    none are finished without a hook.
+    autograd holds it as a tensor of its own: an address that was kept reads these. A unit's weights
+    come in its forward and backward pre-hooks; in the backward pass they go when the next unit
+    begins, since gradients of a unit whose input needs none are finished without a hook.
 
     Args:
         units: modules whose weights go together.

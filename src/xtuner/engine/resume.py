@@ -61,4 +61,5 @@ def check_shape(source: Path, settings: Settings) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """`value` as YAML gives it back."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
