@@ -11,11 +11,11 @@ from xtuner import plugins
 from xtuner.data.formats.base import Format, RowError, conversation
 from xtuner.data.formats.openai import read_messages
 from xtuner.errors import ConfigError
-from xtuner.types import Conversation, Message, Record, Row, Text
+from xtuner.types import Conversation, Message, Preference, Record, Row, Text
 
 _RETURNS = (
     "it must return a list of messages such as {'role': 'user', 'content': 'Hi'}, "
-    "or a text, or a Conversation or Text of xtuner.types"
+    "or a text, or a Conversation, Text or Preference of xtuner.types"
 )
 
 
@@ -48,6 +48,9 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
         raise RowError("", f"{name} raised {type(error).__name__}: {error}") from error
     if isinstance(made, Conversation):
         return conversation(made.messages, tools=made.tools, column=name)
+    if isinstance(made, Preference):
+        parts = {"chosen": made.chosen, "rejected": made.rejected}
+        return Preference(**{side: _side(part, side, name) for side, part in parts.items()})
     if isinstance(made, str):
         made = Text(made)
     if isinstance(made, Text):
@@ -61,3 +64,10 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
     if all(isinstance(message, Message) for message in made):
         return conversation(made, column=name)
     return conversation(read_messages(made, column=name), column=name)
+
+
+def _side(part: Any, side: str, name: str) -> Conversation:
+    """One of the two conversations of a preference."""
+    if not isinstance(part, Conversation):
+        raise RowError("", f"{name}: {side} is {type(part).__name__}", "it must be a Conversation")
+    return conversation(part.messages, tools=part.tools, column=f"{name}: {side}")
