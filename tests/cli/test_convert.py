@@ -70,6 +70,6 @@ def test_what_cannot_be_done_exits_with_2_and_says_what_to_do(run_folder, tiny_m
     assert not (run_folder / "a").exists()
 
 
-def test_help_says_that_the_base_is_unquantised(capsys):
+def test_help_says_that_the_base_is_unquantized(capsys):
     assert convert("merge", "--help") == 0
-    assert "unquantised" in capsys.readouterr().out
+    assert "unquantized" in capsys.readouterr().out

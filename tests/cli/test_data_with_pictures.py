@@ -1,4 +1,4 @@
-"""The commands about data know images: rows of a model with eyes are read as training does."""
+"""The commands about data know images: rows for a model with a vision tower are read as training does."""
 
 import json
 
@@ -28,7 +28,7 @@ def run(capsys, *arguments):
 
 def test_good_rows_with_images_pass_the_check(config, capsys):
     code, out = run(capsys, "check-custom-dataset", config)
-    assert code == 0 and "4 rows, format llava (auto)" in out and "No bad row." in out
+    assert code == 0 and "4 rows, format llava (auto)" in out and "No bad rows." in out
 
 
 def test_a_bad_image_is_named_by_the_check(config, capsys):

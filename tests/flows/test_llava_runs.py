@@ -121,7 +121,7 @@ def test_rows_of_text_may_come_first(workshop, capsys, name):
     write(text + seen)
     command = ["check-custom-dataset", "run.py", "--set", f"dataset_format='{name}'"]
     assert main(command) == 0, said(capsys)
-    assert "No bad row." in said(capsys)
+    assert "No bad rows." in said(capsys)
 
 
 def test_a_projector_alone_needs_images(workshop, capsys):

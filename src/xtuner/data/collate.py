@@ -10,7 +10,7 @@ import torch
 from xtuner.types import IGNORE_INDEX, Batch, Sample
 
 
-def lay_out(samples: Sequence[Sample]) -> Batch:
+def concatenate(samples: Sequence[Sample]) -> Batch:
     """Make one batch of `samples`, in their order; see `Batch` for the shapes."""
     lengths = [length for sample in samples for length in sample.sequence_lengths]
     starts = np.zeros(len(lengths) + 1, dtype=np.int32)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from xtuner.data.collate import lay_out
+from xtuner.data.collate import concatenate
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.types import IGNORE_INDEX, IMAGE, Sample
 
@@ -77,7 +77,7 @@ def _image_of(control: str) -> str:
 def _spans(sample: Sample, image_layout: ImageLayout | None) -> Iterator[tuple[bool, int, int]]:
     """(supervised, start, stop) of each run of tokens that are, or are not, in the loss; places of
     images are runs of their own."""
-    labels = lay_out([sample]).labels[0].numpy()
+    labels = concatenate([sample]).labels[0].numpy()
     seen = (
         sample.input_ids == image_layout.token_id
         if image_layout and sample.images
