@@ -122,7 +122,7 @@ def test_an_option_without_effect_is_named(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["work_dirs/none/iter_5"], "there is no such folder"),
+        (["work_dirs/none/iter_5"], "no such folder"),
         (["{model}", "--bits", "5"], "must be 4, 8 or 16"),
         (["{model}", "--top-k", "0"], "top_k = 0"),
         (["{model}", "--prompt-template", "vicunna"], "did you mean 'vicuna'"),

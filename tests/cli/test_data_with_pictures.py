@@ -1,4 +1,4 @@
-"""The commands about data know images: rows for a model with a vision tower are read as training does."""
+"""The data commands with images: rows are read as in training."""
 
 import json
 

@@ -112,8 +112,9 @@ def command(
 ) -> None:
     """Chat with a model.
 
-    Uses the prompt template that the model was trained with. End a question with a blank line. EXIT quits, RESET starts a new conversation, Ctrl-C stops an
-    answer. Questions can also be piped in, separated by blank lines.
+    Uses the prompt template that the model was trained with. End a question with a blank line. EXIT
+    quits, RESET starts a new conversation, Ctrl-C stops an answer. Questions can also be piped in,
+    separated by blank lines.
     """
     from xtuner.chat.opening import open_chat
     from xtuner.chat.terminal import Terminal

@@ -29,7 +29,8 @@ def command(
 ) -> None:
     """Check every row of the data.
 
-    Prints each bad row with its line, the field, and how to fix it. Exits with 2 if there are bad rows, otherwise with 0.
+    Prints each bad row with its line, the field, and how to fix it. Exits with 2 if there are bad
+    rows, otherwise with 0.
     """
     from xtuner.config.load import load_settings
     from xtuner.data.report.check import bad_rows

@@ -73,8 +73,9 @@ def pth_to_hf(
 ) -> None:
     """Convert a checkpoint to an adapter or model.
 
-    The result is a PEFT adapter or, if all weights were trained, a Hugging Face model. Tokenizer and run.yaml are kept, so that chat and merge find the base model and the template.
-    Training state is left out.
+    The result is a PEFT adapter or, if all weights were trained, a Hugging Face model. Tokenizer
+    and run.yaml are kept, so that chat and merge find the base model and the template. Training
+    state is left out.
     """
     from xtuner.config.load import load_settings
 
@@ -164,9 +165,9 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model.
 
-    The result is verified against base + adapter. The base model is read unquantized, even if the adapter was trained with QLoRA: merging into
-    4-bit weights would round them again. Weights are merged file by file, which takes little
-    memory; the verification loads the model.
+    The result is verified against base + adapter. The base model is read unquantized, even if the
+    adapter was trained with QLoRA: merging into 4-bit weights would round them again. Weights are
+    merged file by file, which takes little memory; the verification loads the model.
     """
     if is_clip:
         from xtuner.convert.llava import merge_encoder
