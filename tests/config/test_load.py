@@ -80,7 +80,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         "  line 6  max_epochs = 2.5   must be an integer, 1 or more",
         "  line 7  import os          a settings file is read, not executed; "
         'put your function in a file and name it as "my_file.py:function"',
-        "  --set betas=3              must be two numbers, each a number from 0 up to but not including 1",
+        "  --set betas=3              must be two numbers, each a number >= 0 and < 1",
         "  --set lora=1               use tuning = 'lora', with lora_r, lora_alpha "
         "and lora_dropout",
     ]

@@ -120,7 +120,7 @@ def test_global_random_states_are_left_alone(dataset, num_workers):
 
 
 def test_an_empty_data_set_is_refused(dataset):
-    with pytest.raises(DataError, match="nothing to load"):
+    with pytest.raises(DataError, match="the data set is empty"):
         Loader([], collate=concatenate, batch_size=1, accumulative_counts=1, seed=0, shuffle=True)
 
 

@@ -107,7 +107,7 @@ def _bounds(metadata: list[Any]) -> str:
         case {"ge": low, "le": high}:
             return f" from {low} to {high}"
         case {"ge": low, "lt": high}:
-            return f" from {low} up to but not including {high}"
+            return f" >= {low} and < {high}"
         case {"ge": low}:
             return f", {low} or more"
         case {"gt": low}:

@@ -63,8 +63,8 @@ def test_misfit_names_the_format_that_fits():
 @pytest.mark.parametrize(
     ("columns", "near"),
     [
-        (("instruction", "answer"), "'alpaca' (lacks 'output')"),
-        (("mesages",), "'openai' (lacks 'messages')"),
+        (("instruction", "answer"), "'alpaca' (missing 'output')"),
+        (("mesages",), "'openai' (missing 'messages')"),
         (("zzz",), "No format has any"),
         ((), "no columns"),
     ],

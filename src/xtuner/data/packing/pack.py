@@ -127,7 +127,7 @@ class PackedDataset:
 
     def __getitem__(self, index: int) -> list[Sample]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"pack index {index} is out of range for {len(self)} packs")
+            raise IndexError(f"pack index {index} is out of range; number of packs: {len(self)}")
         index %= len(self)
         return [self._sample(i) for i in range(self._starts[index], self._starts[index + 1])]
 
