@@ -61,7 +61,7 @@ def test_what_cannot_be_done_exits_with_2_and_says_what_to_do(run_folder, tiny_m
         "is not an adapter": ("merge", tiny_model_path, tiny_model_path, run_folder / "a"),
         "is not a model": ("split", taken, run_folder / "a"),
         "such as '2GB'": ("split", tiny_model_path, run_folder / "a", "--max-shard-size", "big"),
-        "is no checkpoint": ("pth_to_hf", run_folder / "config.py", "iter_1", run_folder / "a"),
+        "is not a checkpoint": ("pth_to_hf", run_folder / "config.py", "iter_1", run_folder / "a"),
         "no such file": ("pth_to_hf", "none.py", adapter, run_folder / "a"),
     }
     for message, words in wrong.items():

@@ -169,7 +169,7 @@ def test_files_of_a_folder_may_have_formats_of_their_own(tmp_path):
     data = build_data(folder)
     (source,) = data.report.sources
     assert source.formats == {"alpaca": 1, "openai": 1}
-    assert "5 rows in 2 files, format alpaca (1 files), openai (1 files)" in source.lines()[0]
+    assert "5 rows in 2 files, format alpaca (1 file), openai (1 file)" in source.lines()[0]
 
 
 def test_rows_that_lack_optional_columns_do_not_decide_the_format(tmp_path):
@@ -189,7 +189,7 @@ def test_all_faults_of_the_sources_are_told_at_once(tmp_path):
     assert message.startswith("3 problems with the data:")
     assert "empty.jsonl: contains no rows" in message
     assert "'missing.jsonl': no such file" in message
-    assert "odd.jsonl: no format fits: found 'foo'" in message
+    assert "odd.jsonl: no format matches the columns 'foo'" in message
 
 
 def test_a_file_of_nothing_but_broken_lines_is_refused(tmp_path):
@@ -208,7 +208,7 @@ def test_a_data_set_without_a_usable_row_names_reasons_lines_and_hints(tmp_path)
     assert f"{path}: none of its 4 rows can be used" in message
     assert "3 rows: messages[0].content: is empty; fill it in" in message
     assert "(lines 1, 2, 3)" in message
-    assert "messages: has no turn of the assistant; add one" in message
+    assert "messages: has no assistant turn; add one" in message
     assert str(good) not in message
 
 

@@ -169,7 +169,7 @@ class Kinds:
 def epoch_of(data, **changes):
     options = {"batch_size": 8, "accumulative_counts": 1, "seed": 7, "shuffle": True}
     one = Loader(data, collate=concatenate, **{**options, **changes})
-    return [packs for step in range(one.steps_per_epoch) for packs in one._share(step)]
+    return [packs for step in range(one.steps_per_epoch) for packs in one._packs_of_step(step)]
 
 
 def test_batches_are_of_one_modality_and_of_like_length():

@@ -146,7 +146,7 @@ def test_a_huge_line_is_read(tmp_path):
         ('[{"a": 1},\n {"a" 2}]', r"line 2 column 7: .* expecting ':' delimiter"),
         ('[{"a": 1}\n {"a": 2}]', r"line 2 column 2: .* expecting ',' and the next row, or '\]'"),
         ('[{"a": 1}', r"line 1 column 10: .* expecting ','"),
-        ('[{"a": 1}]\n[{"a": 2}]', r"line 2 column 1: .* more after the '\]'"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"line 2 column 1: .*extra data after the '\]'"),
         ('{\n "a": {"b": 1}\n}', r"is a single JSON object; expected an array of rows"),
     ],
 )
