@@ -13,14 +13,14 @@ import typer
 
 def command(
     config: Annotated[
-        str, typer.Argument(help="A settings file, or the name of a built-in config.")
+        str, typer.Argument(help="A settings file or the name of built-in settings.")
     ],
-    work_dir: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="[iter_N]",
-            help="Go on from the newest checkpoint of the work dir, or from this one.",
+            help="Resume from the newest checkpoint of the work dir, or from this one.",
         ),
     ] = None,
     overwrite: Annotated[
@@ -37,29 +37,33 @@ def command(
         bool,
         typer.Option(
             "--migrate",
-            help="CONFIG is one of XTuner 0.x, LLaMA-Factory or torchtune: migrate it first.",
+            help="CONFIG is a config of XTuner 0.x, LLaMA-Factory or torchtune; migrate it first.",
         ),
     ] = False,
     nproc: Annotated[
         int,
-        typer.Option(envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one a GPU."),
+        typer.Option(
+            envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one per GPU."
+        ),
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what memory the run takes, and if it fits.")
+        bool, typer.Option("--dry-run", help="Estimate memory without training.")
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="With --dry-run: plan for a device of 8GB, say."),
+        typer.Option(
+            metavar="SIZE", help="With --dry-run: plan for a device of this size, e.g. 8GB."
+        ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
             metavar="[cpu|cuda]",
-            help="As --set device=...; with --dry-run --memory SIZE also a GPU that is not here.",
+            help="Same as --set device=...; with --dry-run --memory SIZE, cuda needs no GPU.",
         ),
     ] = None,
 ) -> None:
-    """Fine-tune a model as a settings file says."""
+    """Fine-tune a model."""
     from xtuner.config.load import load_settings
 
     if migrate:
@@ -68,7 +72,7 @@ def command(
         overrides = [*(overrides or ()), f"device={device}"]
     loaded = load_settings(config, overrides=overrides or ())
     if memory and not dry_run:
-        raise typer.BadParameter("--memory goes with --dry-run")
+        raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
         from xtuner.memory.forecast import parse_memory
         from xtuner.train import run
@@ -77,7 +81,7 @@ def command(
         fits = run.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
-        raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
+        raise typer.BadParameter("--resume and --overwrite cannot be combined")
     _set_up_memory(loaded.settings.device)
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.parallel.launch import launch
@@ -95,12 +99,12 @@ def command(
         again += [word for override in overrides or () for word in ("--set", override)]
         again += ["--nproc", str(nproc)] if nproc > 1 else []
         again += ["--resume"] if stopped.can_resume else []
-        print(f"\n{stopped} Go on with:\n  {shlex.join(again)}", file=sys.stderr)
+        print(f"\n{stopped} Continue with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
 def _migrated(config: str) -> str:
-    """Write the settings file that `config` means, once, and return its name."""
+    """Convert `config` to a settings file and return its name."""
     from xtuner.migrate.file import migrate
 
     done = migrate(Path(config))
@@ -112,16 +116,16 @@ def _migrated(config: str) -> str:
 
 
 def _set_up_memory(device: str) -> None:
-    """Let a GPU's memory grow in place, and keep the matrix library of a CPU from growing.
+    """Enable expandable segments on a GPU, and limit the primitive cache of oneDNN on a CPU.
 
-    Rows differ in length at every step. A GPU's allocator then extends what it holds; oneDNN keeps
-    compiled code for the last 1,024 shapes it has seen, two thirds of a MiB each (a step needs some
-    hundred). To be called before torch is imported; what the user has set stays. torch 2.8 does not
-    know the first name yet.
+    Rows have another length at every step. Expandable segments keep the GPU allocator from
+    fragmenting. oneDNN caches compiled code for the last 1,024 shapes, two thirds of a MiB each (a
+    step needs about a hundred). Must be called before torch is imported; variables that the user
+    has set are kept. torch 2.8 does not support the first name.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    here = device != "cpu" and sys.platform == "linux"
-    if here and not any(name in os.environ for name in names):
+    supported = device != "cpu" and sys.platform == "linux"
+    if supported and not any(name in os.environ for name in names):
         os.environ[names[0]] = "expandable_segments:True"
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "256")
