@@ -29,7 +29,7 @@ def limited(fake_cuda):
     """A function that lets torch hold so many more bytes of the card than it does now."""
     if fake_cuda is not None:
         before = fake_cuda.memory
-        yield lambda size: fake_cuda.limit(fake_cuda.held + size)
+        yield lambda size: fake_cuda.limit(fake_cuda.allocated + size)
         fake_cuda.limit(before)
         return
     torch.cuda.empty_cache()

@@ -47,7 +47,7 @@ def turned(x, cos, sin):
     return tokens.transpose(1, 2)
 
 
-class Stand:
+class LigerStub:
     """The package; what the function `wrong` gives is a tenth too large, and `calls` names the
     functions called."""
 
