@@ -201,7 +201,7 @@ def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
         from xtuner.kernels.attention.packed import packed_attention, varlen_attention
         varlen_attention.functions_for = lambda device: varlen_attention.Functions((9, 0))
         ends = torch.tensor([0, 1, 3], dtype=torch.int32)
-        packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)  # sample by sample
+        packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)  # one sample at a time
         assert card.cudnn_plans == 0
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
         assert card.cudnn_plans == 1
@@ -237,7 +237,7 @@ def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished
     )
     assert (lora["code"], windows["code"], chat["code"]) == (0, 0, 0), lora["text"] + chat["text"]
     assert (
-        "Attention    memory-efficient attention over cu_seqlens (torch), since torch's flash "
+        "Attention    varlen memory-efficient attention (torch), because torch's flash "
         "attention needs compute capability 8.0 (Ampere), not 7.5\n"
     ) in lora["text"]
     assert losses("t4_lora") == pytest.approx(losses("gpu_lora"), rel=0.02)
