@@ -1,13 +1,13 @@
-"""xtuner beside its peers on two cores: tokens a second, peak memory, share of the machine's rate.
+"""Compare xtuner with other trainers on two cores: tokens/s, peak memory, hardware utilization.
 
     python benchmarks/cpu.py [--data ROWS.json] [--model DIR] [--rounds 2] [--steps 8]
         [--only lora ...] [--peers TRL ...]
 
-Every figure of xtuner comes from the real `xtuner train`, logging on, read from its scalars.jsonl.
-Peers run in environments of their own (`make bench` makes them). Within a round xtuner runs before
-every peer, so that both meet the same state of a shared machine; ratios are of medians over all
-steps but the first two of each run. The machine's rate is that of a bfloat16 product of 2,048 x
-2,048, measured before every run.
+Results of xtuner come from `xtuner train` with logging, read from its scalars.jsonl. Peers run in
+their own environments (created by `make bench`). In each round xtuner runs before every peer, so
+that both see the same load of a shared machine; ratios are of medians over all steps except the
+first two of each run. Utilization is relative to a bfloat16 product of 2,048 x 2,048, measured
+before every run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMON = {
     "lora_alpha": 16,
     "lora_dropout": 0.0,
 }
-HEADER = """| work | program | tokens/s | xtuner is faster by | goal | peak MiB | xtuner's share |
+HEADER = """| task | program | tokens/s | speedup of xtuner | goal | peak MiB | utilization of xtuner |
 |---|---|---|---|---|---|---|"""
 WORKS: dict[str, tuple[dict, list[tuple[str, str, list[str], str]]]] = {
     # settings of xtuner; peers: name, environment, script and options, goal
@@ -66,18 +66,18 @@ WORKS: dict[str, tuple[dict, list[tuple[str, str, list[str], str]]]] = {
 
 @dataclass
 class Result:
-    """Rates of all timed steps, and the highest peak of memory, of one contender."""
+    """Rates of all timed steps and the peak memory of one program."""
 
     rates: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
 
     @property
     def median(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return statistics.median(self.rates)
 
     def add(self, rates: list[float], peak_mb: float) -> None:
-        """Take the steps of one run, the first two of which warm up."""
+        """Add the steps of one run, except the first two, which are warmup."""
         self.rates += rates[2:]
         self.peak_mb = max(self.peak_mb, peak_mb)
 
@@ -181,7 +181,7 @@ def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
 
 
 def compare(name: str, options: argparse.Namespace, place: Path) -> list[str]:
-    """Run one work against its peers; return lines of a table."""
+    """Run one task with xtuner and its peers; return the rows of the table."""
     settings, peers = WORKS[name]
     peers = [p for p in peers if any(word in p[0] for word in options.peers)]
     ours, theirs = Result(), {peer: Result() for peer, *_ in peers}
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS))
-    parser.add_argument("--peers", nargs="+", default=[""], help="words of their names")
+    parser.add_argument("--peers", nargs="+", default=[""], help="substrings of their names")
     options = parser.parse_args()
     for name in options.only:
         known = [peer for peer, *_ in WORKS[name][1]]

@@ -1,13 +1,12 @@
-"""Forecast of the peak memory beside what the real run took, for fourteen settings.
+"""Compare the forecast of peak memory with the measured peak for fourteen settings.
 
     python benchmarks/memory.py [--data ROWS.json] [--model DIR] [--steps 5] [--case TEXT]
-    python benchmarks/memory.py --gpu     the same on a GPU, and models of 1.8 and 7 billion weights
+    python benchmarks/memory.py --gpu     the same on a GPU, with models of 1.8B and 7B parameters
 
-The measured figure is the highest resident memory of `xtuner train` as the system counts it. On a
-GPU it is what torch reserved at most; where there is none, the highest sum of all tensors on a GPU
-on the fake CUDA device (`xtuner.testing.fake_cuda.device`), of which the forecast should be 5 %
-above: so much is reckoned for gaps between blocks. A 7B model takes a quarter of an hour there, and
-20 GB of disk.
+The measured value is the peak RSS of `xtuner train`. On a GPU it is the peak reserved by torch;
+without a GPU it is the peak of all tensors on the fake CUDA device
+(`xtuner.testing.fake_cuda.device`), which the forecast should exceed by 5 %, its allowance for
+fragmentation. A 7B model takes 15 minutes there and 20 GB of disk.
 """
 
 from __future__ import annotations
@@ -119,12 +118,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", type=Path, default=HOME / "models/smollm2_135m_instruct")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--case", default="", help="only the cases with this text in their name")
-    parser.add_argument("--gpu", action="store_true", help="on a GPU, of paper if there is none")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, or on the fake CUDA device")
     options = parser.parse_args()
     device = "cuda" if options.gpu else "cpu"
-    paper = options.gpu and not torch.cuda.is_available()
-    through = ("xtuner.testing.fake_cuda.device",) if paper else ()
+    fake = options.gpu and not torch.cuda.is_available()
+    through = ("xtuner.testing.fake_cuda.device",) if fake else ()
     os.environ.setdefault("FAKE_CUDA_MIB", str(2**20))  # no limit
     print("| settings | forecast MiB | measured MiB | forecast / measured |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=HOME if options.gpu and HOME.exists() else None) as folder:
@@ -140,11 +139,11 @@ def main() -> None:
                 "pretrained_model_name_or_path": str(options.model),
                 "data_path": str(options.data),
             }
-            settings, room = Settings(**{**named, **values}), 2**40 if paper else None
+            settings, room = Settings(**{**named, **values}), 2**40 if fake else None
             expected = plan_memory(settings, device, memory=room).forecast.peak / 2**20
             print(f"| {name} | {expected:,.0f} | ", end="", flush=True)
-            if paper and expected * 2**20 > 0.8 * psutil.virtual_memory().available:
-                print("no room here | |")
+            if fake and expected * 2**20 > 0.8 * psutil.virtual_memory().available:
+                print("not enough memory | |")
                 continue
             make()
             try:

@@ -1,9 +1,9 @@
-"""Write instruction rows with the length distribution of Alpaca, made of common words.
+"""Generate instruction rows from common words with the length distribution of Alpaca.
 
     python benchmarks/rows.py FILE [--rows 999] [--seed 0]
 
-The quantiles below are those of the prompts and answers of 999 rows of Alpaca in English, in words;
-between them lengths are drawn evenly. So nothing has to be downloaded to run the benchmarks.
+The quantiles below are those of prompts and answers of 999 rows of English Alpaca, in words;
+lengths are uniform between quantiles. The benchmarks then need no download.
 """
 
 from __future__ import annotations

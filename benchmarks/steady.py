@@ -1,4 +1,4 @@
-"""Whether memory grows while a run goes on: what the process holds at steps 10, 50, 100 ... 500.
+"""Check that memory does not grow during a run: RSS at steps 10, 50, 100 ... 500.
 
 python benchmarks/steady.py [--data ROWS.json] [--model DIR] [--steps 500] [--max-length 256]
 """
@@ -30,10 +30,10 @@ def main() -> None:
         options.data, options.model = options.data.resolve(), options.model.resolve()
         settings = {"tuning": "lora", "max_length": options.max_length}
         scalars, peak = run_xtuner(settings, place, options)
-    print("| step | MiB held |\n|---|---|")
+    print("| step | MiB |\n|---|---|")
     for step in (10, 50, *range(100, len(scalars) + 1, 100)):
         print(f"| {step} | {scalars[step - 1]['memory_mb']:,.0f} |")
-    print(f"| highest, saving included | {peak:,.0f} |")
+    print(f"| peak, including saving | {peak:,.0f} |")
 
 
 if __name__ == "__main__":

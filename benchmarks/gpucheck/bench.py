@@ -1,4 +1,4 @@
-"""What parts share in a worker: the device, models on disk, and `xtuner train` in this process."""
+"""Shared by all parts in a worker: the device, models on disk, in-process `xtuner train`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Trained:
         return next(found, "").removeprefix(beginning).strip()
 
     def check(self) -> Trained:
-        """Itself; RuntimeError where it failed."""
+        """Return self; raise RuntimeError if the run failed."""
         if self.code:
             said = [line for line in self.text.splitlines() if line.strip()]
             raise RuntimeError(f"xtuner train: exit code {self.code}: {' / '.join(said[-4:])}")
@@ -76,12 +76,12 @@ class Bench:
         """By the command line's options."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and not options.tiny:
-            raise SystemExit("torch sees no GPU here; --tiny walks the way without one")
+            raise SystemExit("torch finds no GPU; use --tiny for a dry run without one")
         return cls(options, Path(options.work), device)
 
     @property
     def tiny(self) -> bool:
-        """Whether shapes are small."""
+        """Whether small shapes are used."""
         return bool(self.options.tiny)
 
     @property

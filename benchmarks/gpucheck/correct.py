@@ -1,8 +1,8 @@
-"""Numbers of the card against float32 on the CPU, computed in the plainest way.
+"""Compare results of the GPU with a float32 reference on the CPU.
 
-The plain way is transformers with eager attention and PEFT's adapters, each sample alone, whole
-logits: nothing of xtuner. Weights are the same: quantised ones are read from the card by
-bitsandbytes and put there dequantised.
+The reference is transformers with eager attention and PEFT adapters, one sample at a time, with
+full logits, and no code of xtuner. Weights are the same: quantized weights are dequantized by
+bitsandbytes on the GPU and copied.
 """
 
 from __future__ import annotations

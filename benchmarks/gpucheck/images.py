@@ -1,4 +1,4 @@
-"""LLaVA for the checks: a small one with heads of real sizes, and settings of both stages."""
+"""A small LLaVA with real head sizes for the checks, and the settings of both stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine is, and which ways of computing are taken on it."""
+"""Describe the machine and the kernels in use."""
 
 from __future__ import annotations
 

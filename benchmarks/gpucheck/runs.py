@@ -1,4 +1,4 @@
-"""Whole runs of `xtuner train` and what comes after them: resuming, chat, merging, marked tests."""
+"""Complete runs of `xtuner train` and what follows: resuming, chat, merging, marked tests."""
 
 from __future__ import annotations
 

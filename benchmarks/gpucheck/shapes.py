@@ -1,4 +1,4 @@
-"""Small models whose heads are of real sizes: two layers, so that a CPU checks them in a second."""
+"""Small models with real head sizes and two layers, so that a CPU checks them in a second."""
 
 from __future__ import annotations
 
