@@ -40,7 +40,7 @@ COMMON = {
     "lora_alpha": 16,
     "lora_dropout": 0.0,
 }
-HEADER = """| task | program | tokens/s | speedup of xtuner | goal | peak MiB | utilization of xtuner |
+HEADER = """| task | program | tokens/s | speedup of xtuner | goal | peak MiB | utilization |
 |---|---|---|---|---|---|---|"""
 WORKS: dict[str, tuple[dict, list[tuple[str, str, list[str], str]]]] = {
     # settings of xtuner; peers: name, environment, script and options, goal

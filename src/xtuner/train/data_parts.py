@@ -61,7 +61,7 @@ class DataParts:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `data.build.build` and `data.report.check.bad_rows`."""
-        names = ("template", "tokenizer", "folder", "algorithm", "sight")
+        names = ("template", "tokenizer", "folder", "algorithm", "image_layout")
         return {name: getattr(self, name) for name in names}
 
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:
