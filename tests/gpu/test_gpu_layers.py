@@ -1,4 +1,4 @@
-"""The loss, fused layers, LoRA, quantised products and Liger kernels on a card."""
+"""The loss, fused layers, LoRA, quantized products and Liger kernels on a GPU."""
 
 import pytest
 import torch

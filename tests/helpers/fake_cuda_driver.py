@@ -1,7 +1,6 @@
-"""Commands of xtuner, one after the other, on the fake CUDA device: on stdin, in each line, a
-command {"arguments", "mib"} as JSON; on stdout, for each, a line of JSON with its result. With an
-argument "liger" there is a stub of Liger kernels; with "turing" the card is a T4 without
-bfloat16."""
+"""Run xtuner commands on the fake CUDA device: each line on stdin is a command {"arguments", "mib"}
+as JSON, and each line on stdout its result. The argument "liger" installs a stub of the Liger
+kernels; "turing" imitates a T4 without bfloat16."""
 
 import contextlib
 import io
@@ -12,7 +11,7 @@ from xtuner.testing.fake_cuda import device
 
 
 def main() -> None:
-    """Run them."""
+    """Run the commands on stdin."""
     card = device.install(2**40, (7, 5) if "turing" in sys.argv else (9, 0))
     from liger_stub import LigerStub
 

@@ -1,4 +1,4 @@
-"""A package `liger_kernel` whose functions are torch's, and overwrite what liger's overwrite."""
+"""A stub of `liger_kernel` that uses torch and overwrites the same tensors as Liger."""
 
 import importlib.machinery
 import types
