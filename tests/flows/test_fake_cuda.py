@@ -1,6 +1,6 @@
 """Training, resuming, chat and merging on the fake CUDA device (`xtuner.testing.fake_cuda`):
-tensors that claim to lie on a GPU and are computed by the CPU. A real card's kernels and speed are
-not covered."""
+tensors report a CUDA device and are computed by the CPU. Kernels and speed of a real GPU are not
+covered."""
 
 import contextlib
 import json
@@ -228,7 +228,7 @@ def test_with_kernels_of_liger_it_learns_the_same(workshop, finished):
 
 
 def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished, turing):
-    """A T4: flash attention and products of bfloat16 are refused there."""
+    """A T4 supports neither flash attention nor bfloat16 products."""
     lora, windows, chat, refused = turing(
         train("lora", "t4_lora", dtype="float32"),
         train("windows", "t4_windows", dtype="float32"),
