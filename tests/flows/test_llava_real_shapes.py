@@ -1,4 +1,4 @@
-"""The shapes of CLIP ViT-L/14-336 with random weights: 576 tokens per image, in training, chat and conversion."""
+"""The shapes of CLIP ViT-L/14-336 with random weights: 576 tokens per image, in every stage."""
 
 import pytest
 import torch
