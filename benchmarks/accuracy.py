@@ -101,15 +101,15 @@ def main() -> None:
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        base_dir = Path(folder)
         if options.data is None:
-            options.data = place / "rows.json"
+            options.data = base_dir / "rows.json"
             options.data.write_text(json.dumps(rows(999)))
         options.data, options.model = options.data.resolve(), options.model.resolve()
         changes = {"tuning": options.tuning, "max_length": options.max_length}
         if options.tuning == "full":
             changes["weight_decay"] = 0.0
-        scalars, _ = run_xtuner(changes, place, options)
+        scalars, _ = run_xtuner(changes, base_dir, options)
         ours = [step["loss"] for step in scalars]
         exact = reference(options, options.max_length, options.tuning)
     apart = [abs(a - b) / b for a, b in zip(ours, exact, strict=True)]

@@ -107,20 +107,20 @@ def run(command: list[str], cwd: Path) -> tuple[str, float]:
 
 
 def run_xtuner(
-    settings: dict, place: Path, options: argparse.Namespace, through: tuple[str, ...] = ()
+    settings: dict, base_dir: Path, options: argparse.Namespace, through: tuple[str, ...] = ()
 ) -> tuple[list[dict], float]:
     """Train with the command line, run by the module `through` if there is one; return the scalars
     of every step and the peak memory."""
-    config = write_config({"max_steps": options.steps, **settings}, place, options)
-    work = place / "work"
+    config = write_config({"max_steps": options.steps, **settings}, base_dir, options)
+    work = base_dir / "work"
     command = [sys.executable, "-m", *through, "xtuner.cli.app", "train", str(config)]
-    _, peak = run([*command, "--work-dir", str(work), "--overwrite"], place)
+    _, peak = run([*command, "--work-dir", str(work), "--overwrite"], base_dir)
     return read_scalars(work), peak
 
 
-def write_config(settings: dict, place: Path, options: argparse.Namespace) -> Path:
+def write_config(settings: dict, base_dir: Path, options: argparse.Namespace) -> Path:
     """Write a settings file: COMMON, model and data of `options`, and `settings` over them."""
-    config = place / "bench.py"
+    config = base_dir / "bench.py"
     values = {
         **COMMON,
         "pretrained_model_name_or_path": str(options.model),
@@ -180,7 +180,7 @@ def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
     )
 
 
-def compare(name: str, options: argparse.Namespace, place: Path) -> list[str]:
+def compare(name: str, options: argparse.Namespace, base_dir: Path) -> list[str]:
     """Run one task with xtuner and its peers; return the rows of the table."""
     settings, peers = WORKS[name]
     peers = [p for p in peers if any(word in p[0] for word in options.peers)]
@@ -189,13 +189,13 @@ def compare(name: str, options: argparse.Namespace, place: Path) -> list[str]:
     for _ in range(options.rounds):
         for peer, environment, script, _ in peers:
             machine.append(matmul_rate())
-            steps, peak = run_xtuner(settings, place, options)
+            steps, peak = run_xtuner(settings, base_dir, options)
             ours.add([s["tokens_per_second"] for s in steps], peak)
             waits += [s["data_seconds"] / s["seconds"] for s in steps[2:]]
             command = [python_of(environment), str(HERE / script[0]), str(options.model)]
             command += [str(options.data), *script[1:], "--steps", str(options.steps)]
             machine.append(matmul_rate())
-            text, peak = run(command, place)
+            text, peak = run(command, base_dir)
             theirs[peer].add(json.loads(text.strip().splitlines()[-1])["tokens_per_second"], peak)
             print(f"  {peer}: {theirs[peer].median:.0f}; xtuner {ours.median:.0f}", flush=True)
     rate, work = statistics.median(machine), work_of(options, lora=name != "full")
@@ -232,14 +232,14 @@ def main() -> None:
         if not any(word in peer for word in options.peers for peer in known):
             parser.error(f"--peers: {name} has none such; allowed are words of {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        base_dir = Path(folder)
         if options.data is None:
-            options.data = place / "rows.json"
+            options.data = base_dir / "rows.json"
             options.data.write_text(json.dumps(rows(999)))
         options.data, options.model = options.data.resolve(), options.model.resolve()
         lines = [HEADER]
         for name in options.only:
-            lines += compare(name, options, place)
+            lines += compare(name, options, base_dir)
             print("\n".join(["", *lines, ""]), flush=True)
 
 

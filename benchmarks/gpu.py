@@ -194,32 +194,32 @@ def peers_of(case: Case) -> dict[str, list[str]]:
     }
 
 
-def run_peer(extra: list[str], place: Path, options: argparse.Namespace) -> dict | str:
+def run_peer(extra: list[str], base_dir: Path, options: argparse.Namespace) -> dict | str:
     """What the peer's run has measured, or why it failed, in one line."""
     python = getattr(options, "peer_python", None) or python_of("trl")
     command = [python, str(HERE / "peer_trl.py"), str(options.model)]
     command += [str(options.data), "--steps", str(options.steps), *extra]
     try:
-        text, _ = run(command, place)
+        text, _ = run(command, base_dir)
     except SystemExit as error:  # a kernel that this card or environment lacks, or no memory left
         return str(error).strip().splitlines()[-1][:200].replace("|", "/")
     return json.loads(text.strip().splitlines()[-1])
 
 
-def compare(name: str, case: Case, place: Path, options: argparse.Namespace) -> None:
+def compare(name: str, case: Case, base_dir: Path, options: argparse.Namespace) -> None:
     """Print the lines of one case."""
-    options.model = place / name
+    options.model = base_dir / name
     make_model(options.model, case.shape)
     settings, peers = {**COMMON, **case.settings}, peers_of(case)
     ours, theirs, failed, machine = Result(), {peer: Result() for peer in peers}, {}, []
     for _ in range(options.rounds):
         for peer, extra in peers.items():
             machine.append(rate_of_card())
-            steps, _ = run_xtuner(settings, place, options)
+            steps, _ = run_xtuner(settings, base_dir, options)
             peak = max(step["memory_mb"] for step in steps)
             ours.add([step["tokens_per_second"] for step in steps], peak)
             machine.append(rate_of_card())
-            result = run_peer(extra, place, options)
+            result = run_peer(extra, base_dir, options)
             if isinstance(result, str):
                 failed[peer] = result
             else:

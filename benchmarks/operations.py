@@ -55,11 +55,11 @@ def needed(
         (hidden, inner),
         (inner, hidden),
     ]
-    whole = layers * sum(a * b for a, b in shapes)
+    weights = layers * sum(a * b for a, b in shapes)
     if lora_r is None:
-        body, head = 6.0 * whole, 6.0
+        body, head = 6.0 * weights, 6.0
     else:
-        body, head = 4.0 * whole + 6.0 * layers * lora_r * sum(a + b for a, b in shapes), 4.0
+        body, head = 4.0 * weights + 6.0 * layers * lora_r * sum(a + b for a, b in shapes), 4.0
     tokens = sum(lengths)
     pairs = sum(n * (n + 1) / 2 for n in lengths) / tokens
     return Work(

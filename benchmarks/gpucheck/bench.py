@@ -121,19 +121,19 @@ class Bench:
         Raises:
             Skip: the disk has no room for it.
         """
-        place = self.folder / "models" / name
-        done = place / "done"
+        base_dir = self.folder / "models" / name
+        done = base_dir / "done"
         if not done.exists():
             size = 2 * parameters_of(shape)
             self.folder.mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(self.folder).free
             if size > 0.9 * room:
                 raise Skip(f"{self.folder} has no room for {size / 1e9:.0f} GB; choose with --work")
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
-            gpu.make_model(place, dict(shape), positions=positions)
+            shutil.rmtree(base_dir, ignore_errors=True)
+            base_dir.mkdir(parents=True)
+            gpu.make_model(base_dir, dict(shape), positions=positions)
             done.touch()
-        return place
+        return base_dir
 
     def rows_file(self, count: int = 999) -> Path:
         """Instruction rows with Alpaca's lengths."""
@@ -157,11 +157,11 @@ class Bench:
         """
         from xtuner.cli.app import main
 
-        place = self.folder / "runs" / name
-        place.mkdir(parents=True, exist_ok=True)
+        base_dir = self.folder / "runs" / name
+        base_dir.mkdir(parents=True, exist_ok=True)
         given = argparse.Namespace(model=model, data=data)
         values = {**gpu.COMMON, "device": self.device, **settings}
-        config, work = write_config(values, place, given), place / "work"
+        config, work = write_config(values, base_dir, given), base_dir / "work"
         again = () if "--resume" in arguments else ("--overwrite",)
         text = io.StringIO()
         self.free()

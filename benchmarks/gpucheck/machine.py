@@ -24,7 +24,7 @@ WIDTHS = (64, 80, 96, 128, 256)
 
 
 def machine(bench: Bench) -> Iterator[Row]:
-    """The card, versions, the rate of a product; attention and liger's kernels."""
+    """The card, versions, the rate of a product; attention and Liger kernels."""
     if bench.device == "cuda":
         about = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info()

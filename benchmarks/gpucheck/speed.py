@@ -191,9 +191,9 @@ def llava_stage_2(bench: Bench) -> Iterator[Row]:
 
 
 def _llava(bench: Bench, name: str, changes: Mapping[str, Any]) -> Iterator[Row]:
-    place = bench.folder / "llava"
-    place.mkdir(parents=True, exist_ok=True)
-    made = make_images(place, TINY_TOWER) if bench.tiny else make_images(place)
+    base_dir = bench.folder / "llava"
+    base_dir.mkdir(parents=True, exist_ok=True)
+    made = make_images(base_dir, TINY_TOWER) if bench.tiny else make_images(base_dir)
     batch = 1 if bench.tiny else 4
     settings = _small(bench, {**IMAGES, **changes, **made, "batch_size": batch})
     chosen = fitting(bench, ("Llama-2-7B", "InternLM2-1.8B"), settings)

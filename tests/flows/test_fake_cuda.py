@@ -60,7 +60,7 @@ RUNS = {
     "qlora": 'tuning = "qlora"\ngradient_checkpointing = True\n',
     "full": 'tuning = "full"\n',
     "projector": IMAGES + 'tuning = "full"\nfreeze_llm = True\nlr = 3e-2\n',
-    "eyes": IMAGES + 'tuning = "lora"\nlr = 1e-3\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
+    "vision": IMAGES + 'tuning = "lora"\nlr = 1e-3\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
     "moved": 'tuning = "qlora"\nembedding_on_cpu = True\n',
 }
 """Settings of runs that the CPU takes as well."""
@@ -328,7 +328,7 @@ def test_what_was_trained_there_is_merged_and_answers(on_fake_cuda, finished):
         ["chat", "gpu_lora", "--device", "cuda", *asked],
         ["chat", "merged", "--device", "cuda", "--prompt-template", "chatml", *asked],
         ["chat", "gpu_qlora", "--device", "cuda", *asked, "--temperature", "1", "--seed", "3"],
-        ["chat", "gpu_eyes", "--device", "cuda", *asked, "--image", "images/5.png"],
+        ["chat", "gpu_vision", "--device", "cuda", *asked, "--image", "images/5.png"],
     )
     for found in (merged, apart, whole, drawn, seen):
         assert found["plans"] == 0
