@@ -1,4 +1,4 @@
-"""Features of images kept on disk: they change nothing but time, whatever happened to them."""
+"""Image features cached on disk do not change results, whatever happens to the cache."""
 
 import json
 import os

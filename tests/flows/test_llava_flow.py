@@ -342,7 +342,7 @@ ADAPTER = "finetune/iter_8/llm_adapter"
 
 
 def test_an_adapter_is_put_on_the_language_model_of_a_llava(workshop, tmp_path):
-    """--adapter keeps the vision tower, on a work dir and with --llava alike."""
+    """--adapter keeps the image input, for a work dir and with --llava."""
     joined = tmp_path / "joined"
     shutil.copytree("pretrain/iter_4", joined)
     shutil.copytree(ADAPTER, joined / "llm_adapter")

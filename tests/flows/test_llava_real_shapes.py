@@ -1,4 +1,4 @@
-"""The shapes of CLIP ViT-L/14-336 with random weights: 576 tokens an image, through everything."""
+"""The shapes of CLIP ViT-L/14-336 with random weights: 576 tokens per image, in every stage."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_step_save_resume_chat_merge(tmp_path, monkeypatch, capsys):
     assert (folder / "visual_encoder_adapter" / "adapter_config.json").is_file()
     session = open_chat("run", options=GenerationOptions(max_new_tokens=3, temperature=0))
     image = session.tokenizer.convert_tokens_to_ids("<image>")
-    assert len(session.vision.widened([image])) == 576
+    assert len(session.vision.expanded([image])) == 576
     "".join(session.ask("Which number is this?", ["images/1.png"]))
     merged = ["convert", "merge", "clip", str(folder / "visual_encoder_adapter"), "merged"]
     assert main([*merged, "--is-clip"]) == 0

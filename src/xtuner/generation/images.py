@@ -1,4 +1,4 @@
-"""Images in a conversation: prompts with places for patches, and what stands there."""
+"""Images in a conversation: expand image tokens and embed the images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xtuner.types import IMAGE, BatchImages, Message
 
 
 class ImageInput:
-    """Shows images to a model.
+    """Embeds the images of messages for a model with image input.
 
     Args:
-        seeing: the model's eyes.
-        keep_features: the encoder looks at an image once, and not again with every question of a
-            conversation; not for a model in training, whose encoder changes.
+        image_model: the image model.
+        keep_features: encode each image once per conversation instead of once per question; not for
+            a model in training, whose vision tower may change.
     """
 
     def __init__(self, image_model: ImageModel, *, keep_features: bool = False) -> None:
@@ -28,50 +28,51 @@ class ImageInput:
         self._pixels: dict[str, torch.Tensor] = {}
         self._features: dict[str, torch.Tensor] = {}
 
-    def widened(self, ids: Sequence[int]) -> list[int]:
-        """`ids` with each ``<image>`` made as long as an image."""
+    def expanded(self, ids: Sequence[int]) -> list[int]:
+        """`ids` with each ``<image>`` token repeated once per image token."""
         token, times = self._image_model.image_token_id, self._image_model.tokens_each
         return [i for i in ids for _ in range(times if i == token else 1)]
 
     def inputs(self, ids: Sequence[int], messages: Sequence[Message]) -> dict[str, Any]:
-        """The model's inputs for the prompt of widened `ids`; empty where it has no image.
+        """The model inputs for expanded prompt `ids`; empty if there is no image.
 
         Raises:
-            DataError: an image cannot be opened, or a place has none.
+            DataError: an image cannot be opened, or ``<image>`` has no image.
+            ModelError: the template drops images of the conversation.
         """
         names = [name for message in messages for name in message.images]
         if not names:
             if self._image_model.image_token_id in ids:
-                raise DataError(f"the conversation has {IMAGE} in its text and no image")
+                raise DataError(f"the conversation contains {IMAGE} but no image")
             return {}
         model = self._image_model.embedder.llava
         device = model.get_input_embeddings().weight.device
         tokens = torch.tensor([list(ids)], device=device)
-        places = tokens == self._image_model.image_token_id
-        if int(places.sum()) != len(names) * self._image_model.tokens_each:
+        mask = tokens == self._image_model.image_token_id
+        if int(mask.sum()) != len(names) * self._image_model.tokens_each:
             raise ModelError(
-                f"the template shows {int(places.sum()) // self._image_model.tokens_each} of "
-                f"{len(names)} images to the model; name another with --prompt-template"
+                f"the template passes {int(mask.sum()) // self._image_model.tokens_each} of "
+                f"{len(names)} images to the model; choose another with --prompt-template"
             )
         with torch.no_grad():
             images = BatchImages(
                 pixel_values=torch.empty(0),
-                token_mask=places,
+                token_mask=mask,
                 counts=(len(names),),
-                features=tuple(self._seen(name, device) for name in names),
+                features=tuple(self._features_of(name, device) for name in names),
             )
             return {"inputs_embeds": self._image_model.embedder.embed(tokens, images)}
 
     def check(self, names: Sequence[str]) -> None:
-        """Open images that will be shown.
+        """Check that images can be opened.
 
         Raises:
-            DataError: one of them cannot be opened.
+            DataError: an image cannot be opened.
         """
         for name in names:
             self._image(name)
 
-    def _seen(self, name: str, device: torch.device) -> torch.Tensor:
+    def _features_of(self, name: str, device: torch.device) -> torch.Tensor:
         """The features of one image."""
         if (found := self._features.get(name)) is None:
             (found,) = self._image_model.embedder.features(self._image(name)[None].to(device))
@@ -86,21 +87,21 @@ class ImageInput:
 
 
 def question(text: str, images: Sequence[str] = ()) -> Message:
-    """The user's turn about `images`, which stand before the text unless it says where.
+    """The user's message about `images`, which come before the text unless it contains ``<image>``.
 
     Raises:
-        DataError: the text has places for another number of images.
+        DataError: the text contains ``<image>`` for another number of images.
     """
-    places = text.count(IMAGE)
-    if places not in (0, len(images)) or (places and not images):
+    count = text.count(IMAGE)
+    if count not in (0, len(images)) or (count and not images):
         raise DataError(
-            f"the question has {places} times {IMAGE} for {len(images)} images: write it once "
-            "for each, or leave it out and the images stand first"
+            f"the question contains {IMAGE} {count} times for {len(images)} images: write it once "
+            "per image, or leave it out to put the images first"
         )
-    before = "" if places else f"{IMAGE}\n" * len(images)
+    before = "" if count else f"{IMAGE}\n" * len(images)
     return Message("user", before + text, images=tuple(images))
 
 
-def without_places(text: str) -> str:
-    """`text` of an answer with each ``<image>`` in it made plain words: no image stands there."""
+def without_image_tokens(text: str) -> str:
+    """`text` with each ``<image>`` changed so that it is not taken for an image."""
     return text.replace(IMAGE, IMAGE.replace("<", "< "))

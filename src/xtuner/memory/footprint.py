@@ -23,7 +23,7 @@ from xtuner.kernels.attention import blocks, packed
 from xtuner.kernels.compiled import kernels_for, shapes_only
 from xtuner.kernels.fused import attention as fused_attention
 from xtuner.kernels.fused import decoder, norm_mlp
-from xtuner.kernels.scratch import kept
+from xtuner.kernels.scratch import buffers
 from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
 from xtuner.models import adapters
 from xtuner.models.can_pack import training_implementation, why_apart
@@ -292,7 +292,7 @@ def _peaks_of_step(
             else:
                 value = torch.stack([_loss_alone(causal, count) for (count,) in rows]).sum()
             if on_gpu:  # only on a CPU is it kept
-                kept.tensors.clear()
+                buffers.tensors.clear()
         forward = len(counter.history)
         with counter:
             value.backward()
@@ -382,19 +382,19 @@ def _caches_apart() -> Iterator[None]:
     caches = (
         blocks.layout_of,
         blocks._shared_blocks,
-        blocks._places,
+        blocks._offsets,
         fused_attention.rotation_of,
     )
-    kept_before = dict(kept.tensors)
+    buffers_before = dict(buffers.tensors)
 
     def clear() -> None:
         for cache in caches:
             cache.cache_clear()
-        kept.tensors.clear()
+        buffers.tensors.clear()
 
     clear()
     try:
         yield
     finally:
         clear()
-        kept.tensors.update(kept_before)
+        buffers.tensors.update(buffers_before)

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from xtuner import plugins
 from xtuner.errors import ModelError, listed
 from xtuner.hub import fetch
-from xtuner.kernels.four_bit import mend_4bit_layers
+from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.models.quantize import Quantization, quantization_config
 
 # PEFT 0.21 reads a property that transformers 5.23 renamed; the note is for its authors, not for
@@ -105,7 +105,7 @@ def load_model(
                 [*missing[:8], *(["..."] if len(missing) > 8 else [])],
             )
         )
-    mend_4bit_layers(model)
+    fix_4bit_layers(model)
     return model if quantization != "none" else model.to(device)
 
 

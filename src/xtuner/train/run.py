@@ -32,8 +32,8 @@ from xtuner.engine.work_dir import WorkPlace
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.generation.generate import GenerationOptions, stream
 from xtuner.kernels import compiled, threads
-from xtuner.kernels.attention.line import attention_line
 from xtuner.kernels.attention.packed import without_cudnn
+from xtuner.kernels.attention.summary import attention_line
 from xtuner.kernels.fused import liger
 from xtuner.memory.forecast import plan_memory
 from xtuner.models.can_pack import resolve_packing

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from xtuner.errors import ConfigError, ModelError
-from xtuner.kernels.four_bit import mend_4bit_layers
+from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, quiet_transformers, readable_errors
 from xtuner.models.old_adapters import fitting_encoder_adapter
@@ -206,7 +206,7 @@ def load_whole(
     with readable_errors(folder, "LLaVA model"), quiet_transformers():
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
         processor = LlavaImageProcessorPil.from_pretrained(folder)
-    mend_4bit_layers(model)
+    fix_4bit_layers(model)
     model = model if options else model.to(device)
 
     def pixels(image: Any) -> np.ndarray:
