@@ -19,7 +19,7 @@ from xtuner.data.images.files import open_image
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import question
-from xtuner.models.vision.llava import ImageEmbedder
+from xtuner.models.vision.llava import LlavaEmbedder
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
 from xtuner.types import Message
@@ -406,13 +406,13 @@ def test_a_whole_model_is_held_in_four_bits(workshop):
 
 def test_the_encoder_looks_at_a_image_once_a_conversation(workshop, monkeypatch):
     looked = []
-    features = ImageEmbedder.features
+    features = LlavaEmbedder.features
 
     def counted(self, pixels):
         looked.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr(ImageEmbedder, "features", counted)
+    monkeypatch.setattr(LlavaEmbedder, "features", counted)
     session = open_chat(
         "finetune", dtype="float32", options=GenerationOptions(max_new_tokens=2, temperature=0)
     )

@@ -8,8 +8,10 @@ from xtuner.config.combinations import check_combinations
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
 from xtuner.memory import forecast as module
+from xtuner.memory.available import parse_memory
 from xtuner.memory.footprint import Footprint
-from xtuner.memory.forecast import forecast, parse_memory, plan_memory
+from xtuner.memory.forecast import forecast
+from xtuner.memory.plan import plan_memory
 from xtuner.testing.tiny import tiny_model_folder
 
 MB = 2**20

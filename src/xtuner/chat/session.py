@@ -9,7 +9,7 @@ from typing import Any
 
 from xtuner.errors import DataError
 from xtuner.generation.generate import GenerationOptions, context_length, stream
-from xtuner.generation.images import ImageInput, question, without_places
+from xtuner.generation.images import ImageInput, question, without_image_tokens
 from xtuner.templates.base import Template
 from xtuner.types import IMAGE, Message
 
@@ -78,7 +78,7 @@ class Session:
         finally:
             if keep:
                 said = "".join(pieces)
-                said = without_places(said) if self.vision else said
+                said = without_image_tokens(said) if self.vision else said
                 self.messages = [*messages, Message("assistant", said)]
 
     def reset(self) -> None:
@@ -106,4 +106,4 @@ class Session:
 
     def _length(self, messages: list[Message]) -> int:
         ids = self.template.prompt_ids(messages)
-        return len(self.vision.widened(ids) if self.vision else ids)
+        return len(self.vision.expanded(ids, messages) if self.vision else ids)

@@ -65,8 +65,8 @@ def build(
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first: that of the settings file.
         algorithm: which records it takes, and which sequences it makes of them.
-        sight: how images are laid out; None for a model without a vision tower. Every caller
-            says it, for a model that sees reads the same rows as another.
+        image_layout: how images are laid out; None for a model without a vision tower. It has no
+            default: a model with image input reads the same rows as another.
         report_dir: where data_report.json is written; None writes none.
         quiet: show no progress.
 
@@ -101,7 +101,7 @@ def build(
 
 def room_of(settings: Settings, image_layout: ImageLayout | None) -> Room:
     """How long a sample of the run may be."""
-    return Room(settings.max_length, image_layout.tokens_each if image_layout else 0)
+    return Room(settings.max_length, image_layout.processor.max_tokens if image_layout else 0)
 
 
 class _Assembly:

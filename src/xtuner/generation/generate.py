@@ -98,7 +98,7 @@ def stream(
         DataError: the template has no place for these messages.
     """
     prompt = template.prompt_ids(messages)
-    prompt = vision.widened(prompt) if vision else prompt
+    prompt = vision.expanded(prompt, messages) if vision else prompt
     limit = context_length(model)
     room = limit - len(prompt)
     if room < 1:

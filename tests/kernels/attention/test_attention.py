@@ -15,7 +15,6 @@ from xtuner.kernels.attention.call import AttentionCall, Functions
 from xtuner.kernels.attention.line import attention_line, calls_of
 from xtuner.kernels.attention.proof import fault_of
 from xtuner.kernels.attention.varlen import pick
-from xtuner.memory.footprint import _Lengths
 from xtuner.testing.fake_cuda.attention import Rules, _attend, _pull_back
 
 CPU = torch.device("cpu")
@@ -396,7 +395,7 @@ def test_the_slow_way_is_told_once(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
     monkeypatch.setattr(packed, "told", set())
     x = torch.empty(1, 4, 9, 8, device="meta")
-    ends = _Lengths(torch.tensor([0, 5, 9]), (5, 4))
+    ends = torch.tensor([0, 5, 9], dtype=torch.int32)
 
     def attend():
         return packed.packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 from rich.text import Text
@@ -34,14 +34,15 @@ def draw(
             'labels' as the loss gets them.
         tokenizer: turns ids back into text.
         marks: put supervised text and ids between « and », for where there are no colours.
-        sight: of the model that sees the sample; the place of an image is then named, once.
+        image_layout: of a model with image input; an image is then named, once.
     """
-    image, names = Text(), iter(sample.images)
+    image, images = Text(), iter(sample.images)
     for supervised, start, stop in _spans(sample, image_layout):
         if image_layout and sample.images and sample.input_ids[start] == image_layout.token_id:
-            for name in islice(names, (stop - start) // image_layout.tokens_each):
-                place = visible(f"[{IMAGE} {name}: {image_layout.tokens_each} tokens]")
-                image.append(place + (" " if show in _NUMBERS else ""), style=_IMAGE)
+            while start < stop and (ref := next(images, None)):
+                mark = visible(f"[{IMAGE} {ref.name}: {ref.num_tokens} tokens]")
+                image.append(mark + (" " if show in _NUMBERS else ""), style=_IMAGE)
+                start += ref.num_tokens
             continue
         if show == "masked_text" and not supervised:
             unit = "token" if stop - start == 1 else "tokens"
