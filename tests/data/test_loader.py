@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from data_makers import build_data, chats, settings, write_jsonl
+from image_makers import FixedImages
 
 from xtuner import templates
 from xtuner.algorithms.sft import Algorithm

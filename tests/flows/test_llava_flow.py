@@ -335,7 +335,7 @@ def test_a_place_in_an_answer_is_no_place_for_a_image(workshop, monkeypatch):
     assert "".join(session.ask("And?")) is not None
     assert len(session.messages) == 4
     with pytest.raises(DataError, match="no image"):
-        session.vision.inputs([261], [Message("user", "<image>")])
+        session.vision.expanded([261], [Message("user", "<image>")])
 
 
 ADAPTER = "finetune/iter_8/llm_adapter"
