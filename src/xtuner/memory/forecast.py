@@ -1,4 +1,4 @@
-"""What a run takes, told before it starts.
+"""How much memory a run takes, before it starts.
 
 settings ──footprint──► weights + optimizer + one step at max_length
 """
@@ -115,7 +115,7 @@ def forecast(
     """
     found = _footprint(settings, device, recompute)
     moments = _bytes_of_moments(settings.optim_type)
-    whole = Forecast(
+    full = Forecast(
         paged=may_page(settings, device) if paged is None else paged,
         footprint=found,
         optimizer=int(found.trainable * moments),
@@ -123,7 +123,7 @@ def forecast(
         recompute=recompute,
         checkpoint=int(found.trainable * (4 + moments)),
     )
-    return without_embedding(whole, settings) if settings.embedding_on_cpu is True else whole
+    return without_embedding(full, settings) if settings.embedding_on_cpu is True else full
 
 
 def may_page(settings: Settings, device: str) -> bool:
@@ -132,14 +132,14 @@ def may_page(settings: Settings, device: str) -> bool:
     return named and settings.paged_optimizer is not False
 
 
-def without_embedding(whole: Forecast, settings: Settings) -> Forecast:
-    """The forecast with the input embedding on the CPU, where it can be and there is a GPU."""
+def without_embedding(full: Forecast, settings: Settings) -> Forecast:
+    """`full` with the input embedding on the CPU, if it may stay there and the device is a GPU."""
     can = (
-        whole.device == "cuda"
-        and whole.footprint.embedding > 0
+        full.device == "cuda"
+        and full.footprint.embedding > 0
         and settings.can_keep_embedding_on_cpu
     )
-    return replace(whole, embedding_on_cpu=can)
+    return replace(full, embedding_on_cpu=can)
 
 
 @functools.lru_cache(maxsize=16)

@@ -25,7 +25,7 @@ ROOM = 0.9
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A forecast beside the memory that is there."""
+    """A forecast beside the memory of the device."""
 
     settings: Settings
     device: str
@@ -101,8 +101,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Forecast a run on `device`, with what 'auto' needs: recomputation, the embedding on the CPU.
 
-    A fault in the forecast is told in its lines and stops nothing, unless $XTUNER_STRICT is set, as
-    in our tests.
+    An error in the forecast is a line of it and stops nothing, unless $XTUNER_STRICT is set, as in
+    our tests.
 
     Args:
         settings: of the run.

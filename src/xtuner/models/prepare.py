@@ -56,7 +56,8 @@ def make_trainable(
     if embedding_on_cpu:
         host_embedding.install(model, [*s.lora_target_modules, *s.lora_modules_to_save])
     norm_mlp.install(model, check=not on_meta)
-    if not (on_meta and device == "cuda"):  # Liger may serve these there, and values must prove it
+    # On a GPU these need Liger, which is compared with the layers on real values only.
+    if not (on_meta and device == "cuda"):
         attention.install(model, check=not on_meta)
         decoder.install(model, check=not on_meta)
     if s.llm_training == "frozen":

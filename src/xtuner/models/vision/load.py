@@ -69,7 +69,7 @@ class Sources:
 
     @classmethod
     def of(cls, parts: Path, *, llm: str = "", visual_encoder: str = "") -> Sources:
-        """What the folder `parts` says of itself.
+        """The parts that the folder `parts` names.
 
         Args:
             parts: the folder.

@@ -31,12 +31,12 @@ def load_vision_tower(
     """Load the vision part of the CLIP or SigLIP model at `path` (a folder or a hub name).
 
     Raises:
-        ModelError: it is not there, is of another kind, or lacks weights.
+        ModelError: it does not exist, is of another kind, or lacks weights.
     """
     from transformers import CLIPVisionModel, SiglipVisionModel
 
-    place = located(path)
-    kind = read_config(place).get("model_type")
+    source = located(path)
+    kind = read_config(source).get("model_type")
     if kind not in (*_CLIP, *_SIGLIP):
         raise ModelError(
             f"visual_encoder_name_or_path = {str(path)!r}: is of type {kind!r}; it must be one of "
@@ -44,7 +44,7 @@ def load_vision_tower(
         )
     loader = CLIPVisionModel if kind in _CLIP else SiglipVisionModel
     with readable_errors(path, "vision tower"), quiet_transformers():
-        model, info = loader.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
         headline = f"{path}: {len(missing)} weights of the vision tower are missing"
