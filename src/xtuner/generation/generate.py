@@ -164,6 +164,7 @@ def _token_ids(
     seen = torch.tensor([said], device=device)
     step, cache = seen, None
     inputs: dict[str, Any] = dict(first) or {"input_ids": step}
+    positions: Tensor | None = first.get("position_ids")
     extra: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
     cached = _takes(model, "past_key_values")  # models with a state of another kind go without
     while True:
@@ -178,6 +179,9 @@ def _token_ids(
         cache = output.past_key_values if cached else None
         step = seen if cache is None else chosen[:, None]
         inputs = {"input_ids": step}
+        if positions is not None:
+            positions = positions[..., -1:] + 1
+            inputs["position_ids"] = positions
 
 
 def _takes(model: Any, argument: str) -> bool:

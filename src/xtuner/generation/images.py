@@ -12,7 +12,7 @@ from xtuner.data.images.expansion import expand
 from xtuner.data.images.files import open_image
 from xtuner.errors import DataError, ModelError
 from xtuner.models.vision.load import VisionLanguageModel
-from xtuner.types import IMAGE, BatchImages, Message
+from xtuner.types import IGNORE_INDEX, IMAGE, Batch, BatchImages, Message
 
 
 class _Image(NamedTuple):
@@ -68,13 +68,17 @@ class ImageInput:
         input_ids = torch.tensor([list(ids)], device=device)
         with torch.no_grad():
             images = BatchImages(
-                pixel_values=(),
+                pixel_values=(),  # all features are given
                 mask=input_ids == self._model.image_token_id,
                 sizes=tuple(self._image(name).size for name in names),
                 counts=(len(names),),
                 features=tuple(self._features_of(name, device) for name in names),
             )
-            return {"inputs_embeds": self._model.embedder.embed(input_ids, images)}
+            inputs = {"inputs_embeds": self._model.embedder.embed(input_ids, images)}
+            positions = self._model.embedder.positions(_as_batch(input_ids, images))
+        counted = torch.arange(len(ids), device=device)[None]
+        # Plain counting is what a language model does itself, and not every one takes positions.
+        return inputs if torch.equal(positions, counted) else {**inputs, "position_ids": positions}
 
     def check(self, names: Sequence[str]) -> None:
         """Open images that will be shown.
@@ -119,6 +123,17 @@ def question(text: str, images: Sequence[str] = ()) -> Message:
 def without_image_tokens(text: str) -> str:
     """`text` of an answer with each ``<image>`` in it made plain words: it stands for no image."""
     return text.replace(IMAGE, IMAGE.replace("<", "< "))
+
+
+def _as_batch(input_ids: Tensor, images: BatchImages) -> Batch:
+    count = input_ids.shape[1]
+    return Batch(
+        input_ids=input_ids,
+        labels=torch.full_like(input_ids, IGNORE_INDEX),
+        position_ids=torch.arange(count, device=input_ids.device)[None],
+        cu_seqlens=torch.tensor([0, count], dtype=torch.int32),
+        images=images,
+    )
 
 
 def _names(messages: Sequence[Message]) -> list[str]:

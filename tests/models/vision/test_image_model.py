@@ -1,5 +1,7 @@
 """The protocol of an image model, with one whose images take as many tokens as they are large."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,10 @@ from xtuner.data.collate import lay_out
 from xtuner.data.images.expansion import ImageCollate, ImageLayout
 from xtuner.data.images.files import ImageFolder
 from xtuner.errors import DataError
+from xtuner.generation.generate import GenerationOptions, _token_ids
+from xtuner.generation.images import ImageInput, question
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.vision.load import VisionLanguageModel
 from xtuner.models.vision.tower import add_image_token
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -50,7 +55,8 @@ class PatchEmbedder(torch.nn.Module):
 
     def embed(self, input_ids, images):
         vectors = self._embedding[0](input_ids.masked_fill(images.mask, 0))
-        projected = self.projector(torch.cat(self.features(images.pixel_values)))
+        given = [feature for feature in images.features if feature is not None]
+        projected = self.projector(torch.cat(given or self.features(images.pixel_values)))
         return vectors.masked_scatter(images.mask[..., None], projected)
 
     def positions(self, batch):
@@ -108,3 +114,26 @@ def test_an_image_of_another_size_than_when_data_were_prepared_is_named(made, tm
     (samples,) = list(packs)
     with pytest.raises(DataError, match=r"line 2: image 'b.png' takes 1 tokens, and took 6"):
         collate(samples)
+
+
+def test_generation_continues_the_positions_of_the_image_model(made, tmp_path):
+    layout = made[1].image_layout
+    llm = tiny_model(initializer_range=0.5).eval()
+    embedder = PatchEmbedder(llm)
+    vision = ImageInput(VisionLanguageModel(llm, embedder, layout.processor, layout.token_id))
+    asked = [question("What?", [str(tmp_path / "c.png")])]
+    own = tiny_tokenizer()
+    add_image_token(own)
+    prompt = vision.expanded(templates.load("auto", own).prompt_ids(asked), asked)
+    assert prompt.count(layout.token_id) == 12
+    inputs = vision.inputs(prompt, asked)
+    found = list(islice(_token_ids(llm, prompt, GenerationOptions(temperature=0), inputs), 5))
+    embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
+    for token_id in found:
+        mask = torch.ones(positions.shape, dtype=torch.int64)  # or transformers reads packed rows
+        logits = llm(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+        ).logits
+        assert int(logits[0, -1].argmax()) == token_id
+        embeds = torch.cat([embeds, llm.get_input_embeddings()(torch.tensor([[token_id]]))], 1)
+        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
