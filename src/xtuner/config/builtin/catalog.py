@@ -99,14 +99,14 @@ def _of_model(model: str) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": row["path"],
         **_table("models")["kinds"][row["kind"]],
-        **{key: value for key, value in row.items() if key not in ("path", "kind", "eyes")},
+        **{key: value for key, value in row.items() if key not in ("path", "kind", "images")},
     }
 
 
 def _seeing_models() -> list[str]:
     """The chat models that LLaVA can hold."""
     rows = _models().items()
-    return [name for name, row in rows if row["kind"] == "chat" and row.get("eyes", True)]
+    return [name for name, row in rows if row["kind"] == "chat" and row.get("images", True)]
 
 
 @functools.cache
