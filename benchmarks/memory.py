@@ -112,7 +112,7 @@ def of_large_models(base_dir: Path, options: argparse.Namespace) -> Iterator[Cas
 def main() -> None:
     """Print the table."""
     from xtuner.config.schema import Settings
-    from xtuner.memory.forecast import plan_memory
+    from xtuner.memory.plan import plan_memory
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)

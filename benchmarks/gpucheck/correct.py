@@ -22,7 +22,7 @@ from gpucheck.rows import Row, Skip, within
 from gpucheck.shapes import HEADS, LAYERS, LENGTHS, batch_of, small_model
 from xtuner.config.schema import Settings
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.prepare import make_trainable
+from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.types import IGNORE_INDEX, Batch
 
 TUNINGS: dict[str, dict[str, Any]] = {
@@ -130,8 +130,7 @@ def on_card(bench: Bench, folder: Path, changes: Mapping[str, Any]) -> PackedCau
         s, dtype=bench.dtype, device=bench.device, recompute=bool(s.gradient_checkpointing is True)
     )
     stir(llm)
-    mixed = s.llm_training == "full"
-    return PackedCausalLM(llm, autocast=bench.dtype if mixed else None)
+    return PackedCausalLM(llm, autocast=llm_autocast(s, bench.dtype))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from gpucheck import hooks
 from gpucheck.bench import MB, Bench, Trained
 from gpucheck.rows import Row, Skip
 from xtuner.config.schema import Settings
-from xtuner.memory.forecast import MemoryPlan, plan_memory
+from xtuner.memory.plan import MemoryPlan, plan_memory
 
 WARM = 4
 ENOUGH = f"{hooks.__file__}:EnoughHook"

@@ -9,7 +9,7 @@ from xtuner.config.schema import Settings
 from xtuner.errors import ModelError
 from xtuner.kernels import host_embedding
 from xtuner.kernels.host_embedding import HostEmbedding
-from xtuner.memory.forecast import plan_memory
+from xtuner.memory.plan import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import make_trainable
 from xtuner.testing.tiny import tiny_model, tiny_model_folder

@@ -106,4 +106,4 @@ class Session:
 
     def _length(self, messages: list[Message]) -> int:
         ids = self.template.prompt_ids(messages)
-        return len(self.vision.expanded(ids) if self.vision else ids)
+        return len(self.vision.expanded(ids, messages) if self.vision else ids)

@@ -98,7 +98,7 @@ def stream(
         DataError: the template does not support these messages.
     """
     prompt = template.prompt_ids(messages)
-    prompt = vision.expanded(prompt) if vision else prompt
+    prompt = vision.expanded(prompt, messages) if vision else prompt
     room = room_for_answer(model, prompt)
     ends = end_tokens(model, tokenizer, template, options)
     words = StopWords([*template.stop_words, *options.stop_words])
@@ -174,6 +174,7 @@ def _token_ids(
     seen = torch.tensor([words], device=device)
     step, cache = seen, None
     inputs: dict[str, Any] = dict(first) or {"input_ids": step}
+    positions: Tensor | None = first.get("position_ids")
     extra: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     cached = takes(model, "past_key_values")  # state-space models have another kind of cache
     while True:
@@ -188,6 +189,9 @@ def _token_ids(
         cache = output.past_key_values if cached else None
         step = seen if cache is None else chosen[:, None]
         inputs = {"input_ids": step}
+        if positions is not None:
+            positions = positions[..., -1:] + 1
+            inputs["position_ids"] = positions
 
 
 def takes(model: Any, argument: str) -> bool:

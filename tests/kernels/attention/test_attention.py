@@ -15,7 +15,6 @@ from xtuner.kernels.attention.call import AttentionCall, Functions
 from xtuner.kernels.attention.self_test import failure_of
 from xtuner.kernels.attention.summary import attention_line, calls_of
 from xtuner.kernels.attention.varlen import pick
-from xtuner.memory.footprint import _Lengths
 from xtuner.testing.fake_cuda.attention import Rules, _attend, _attend_backward
 
 CPU = torch.device("cpu")
@@ -398,7 +397,7 @@ def test_per_sample_attention_warns_once(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # raises for meta
     monkeypatch.setattr(packed, "reported", set())
     x = torch.empty(1, 4, 9, 8, device="meta")
-    ends = _Lengths(torch.tensor([0, 5, 9]), (5, 4))
+    ends = torch.tensor([0, 5, 9], dtype=torch.int32)
 
     def attend():
         return packed.packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)[0]
