@@ -71,10 +71,10 @@ def command(
         raise typer.BadParameter("--memory goes with --dry-run")
     if dry_run:
         from xtuner.memory.forecast import parse_memory
-        from xtuner.train import run
+        from xtuner.train import dry_run as planning
 
         stated = None if memory is None else parse_memory(memory)
-        fits = run.dry_run(loaded, memory=stated, processes=nproc)
+        fits = planning.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
@@ -85,7 +85,7 @@ def command(
         again = [sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]]
         raise typer.Exit(launch(again, nproc))
 
-    from xtuner.engine.trainer import Interrupted
+    from xtuner.engine.signals import Interrupted
     from xtuner.train.run import train
 
     try:

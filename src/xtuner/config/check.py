@@ -20,6 +20,7 @@ from xtuner.errors import did_you_mean
 
 _TABLES = Path(__file__).parent / "tables"
 _FORMATS = "xtuner.data.formats"
+_STRATEGIES = "xtuner.engine.strategies"
 _TEMPLATES = "xtuner.templates"
 _FEW = 8
 """So many allowed words are listed in a message; of more, `xtuner explain` shows the list."""
@@ -144,6 +145,8 @@ def named_parts(name: str) -> list[str]:
     match name:
         case "algorithm":
             return plugins.names(ALGORITHMS)
+        case "strategy":
+            return plugins.names(_STRATEGIES)
         case "dataset_format":
             return ["auto", *plugins.names(_FORMATS)]
         case "prompt_template":
@@ -155,7 +158,7 @@ def named_parts(name: str) -> list[str]:
 
 def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
     """Yield a problem for every setting that names a part which does not exist."""
-    for setting in ("algorithm", "dataset_format", "prompt_template"):
+    for setting in ("algorithm", "dataset_format", "prompt_template", "strategy"):
         if setting in unusable:
             continue
         given = getattr(settings, setting)

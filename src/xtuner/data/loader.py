@@ -92,6 +92,10 @@ class Loader:
         for step in range(start_step, stop_step):
             yield [next(batches) for _ in self._share(step)]
 
+    def filler(self) -> Batch:
+        """A micro-batch of the first pack, for a forward pass that counts nothing."""
+        return self._micro_batches[[0]]
+
     def _batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         wanted = (packs for step in range(start_step, stop_step) for packs in self._share(step))
         made = (

@@ -87,11 +87,13 @@ def stream(
     messages: Sequence[Message],
     options: GenerationOptions,
     vision: ImageInput | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Generator[str, None, None]:
     """Yield the assistant's answer to `messages`, piece by piece.
 
     `model` may be in training: it is set to evaluation while the answer grows and then back.
-    `vision` shows it the images of the messages.
+    `vision` shows it the images of the messages. `agree` maps each chosen id ``[1]`` to the one
+    that is taken: where several processes generate together, that of the first.
 
     Raises:
         ModelError: the messages fill the model's context.
@@ -111,7 +113,7 @@ def stream(
     text = Detokenizer(tokenizer)
     with generation_mode(model):
         first = vision.inputs(prompt, messages) if vision else {}
-        ids = _token_ids(model, prompt, options, first)
+        ids = _token_ids(model, prompt, options, first, agree)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
                 break
@@ -152,7 +154,11 @@ def generation_mode(model: Any) -> Iterator[None]:
 
 
 def _token_ids(
-    model: Any, prompt: list[int], options: GenerationOptions, first: Mapping[str, Any]
+    model: Any,
+    prompt: list[int],
+    options: GenerationOptions,
+    first: Mapping[str, Any],
+    agree: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[int]:
     """Yield the ids that follow `prompt`, without end; `first` stands for a prompt with
     images."""
@@ -173,6 +179,7 @@ def _token_ids(
                 extra["past_key_values"] = cache
             output = model(**inputs, use_cache=cached, **extra)
             chosen = choose(seen, output.logits[:, -1].float())
+            chosen = agree(chosen) if agree else chosen
         yield int(chosen)
         seen = torch.cat([seen, chosen[:, None]], dim=1)
         cache = output.past_key_values if cached else None
