@@ -14,13 +14,15 @@ class HookCalls:
     """The hooks of one process, in their order.
 
     Args:
-        hooks: those that `make_hooks` made on this process.
+        hooks: of the run; those that are not collective are left out of all processes but the main
+            one.
         run: given to each of them.
         processes: this process and the others.
     """
 
     def __init__(self, hooks: Sequence[BaseHook], run: Run, processes: Processes) -> None:
-        self.hooks = sorted(hooks, key=lambda hook: hook.order)
+        here = [hook for hook in hooks if hook.collective or processes.is_main]
+        self.hooks = sorted(here, key=lambda hook: hook.order)
         self._run, self._processes = run, processes
 
     def call(self, event: str) -> None:
