@@ -73,8 +73,8 @@ def load_state(
             f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"
         ) from error
     changed = [
-        "the data" if key == "dataset" else f"{key}: {before.get(key)!r} then, {value!r} now"
+        "the data" if key == "dataset" else f"{key}: {before[key]!r} then, {value!r} now"
         for key, value in identity.items()
-        if before.get(key) != value
+        if key in before and before[key] != value  # an older version may have lacked the setting
     ]
     return step, changed
