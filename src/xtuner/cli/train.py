@@ -75,10 +75,10 @@ def command(
         raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
         from xtuner.memory.available import parse_memory
-        from xtuner.train import run
+        from xtuner.train import dry_run as planning
 
         stated = None if memory is None else parse_memory(memory)
-        fits = run.dry_run(loaded, memory=stated, processes=nproc)
+        fits = planning.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
@@ -89,7 +89,7 @@ def command(
         again = [sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]]
         raise typer.Exit(launch(again, nproc))
 
-    from xtuner.engine.trainer import Interrupted
+    from xtuner.engine.signals import Interrupted
     from xtuner.train.run import train
 
     try:

@@ -20,6 +20,7 @@ from xtuner.errors import did_you_mean
 
 _TABLES = Path(__file__).parent / "tables"
 _FORMATS = "xtuner.data.formats"
+_STRATEGIES = "xtuner.engine.strategies"
 _TEMPLATES = "xtuner.templates"
 _MAX_LISTED = 8
 """A message lists up to this many allowed values; for longer lists it names `xtuner explain`."""
@@ -146,6 +147,8 @@ def named_parts(name: str) -> list[str]:
     match name:
         case "algorithm":
             return plugins.names(ALGORITHMS)
+        case "strategy":
+            return plugins.names(_STRATEGIES)
         case "dataset_format":
             return ["auto", *plugins.names(_FORMATS)]
         case "prompt_template":
@@ -157,7 +160,7 @@ def named_parts(name: str) -> list[str]:
 
 def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
     """Yield a problem for every setting that names an unknown plug-in or template."""
-    for setting in ("algorithm", "dataset_format", "prompt_template"):
+    for setting in ("algorithm", "dataset_format", "prompt_template", "strategy"):
         if setting in unusable:
             continue
         given = getattr(settings, setting)

@@ -329,6 +329,9 @@ class RuntimePart(Part):
     """Folder for results; None is work_dirs/<name of the settings file>."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Mark("free")] = "auto"
     """'auto' is a GPU if there is one."""
+    strategy: str = "replicated"
+    """How several processes share the work: 'replicated' (each holds the whole model and takes
+    other rows; gradients are summed), or your own as 'my_file.py:MyStrategy'."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True

@@ -93,6 +93,10 @@ class Loader:
         for step in range(start_step, stop_step):
             yield [next(batches) for _ in self._packs_of_step(step)]
 
+    def filler(self) -> Batch:
+        """A micro-batch of the first pack, for a forward pass that counts nothing."""
+        return self._micro_batches[[0]]
+
     def _batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         steps = range(start_step, stop_step)
         indices = (packs for step in steps for packs in self._packs_of_step(step))

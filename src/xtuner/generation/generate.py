@@ -87,11 +87,13 @@ def stream(
     messages: Sequence[Message],
     options: GenerationOptions,
     vision: ImageInput | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Generator[str, None, None]:
     """Yield the assistant's answer to `messages` in pieces.
 
     `model` may be in training mode: it is switched to evaluation mode and back. `vision` embeds the
-    images of the messages.
+    images of the messages. `agree` maps each chosen id ``[1]`` to the one that is taken: where
+    several processes generate together, that of rank 0.
 
     Raises:
         ModelError: the messages leave no room in the model's context.
@@ -106,7 +108,7 @@ def stream(
     with generation_mode(model):
         with packed.without_cudnn(next(model.parameters()).device):
             first = vision.inputs(prompt, messages) if vision else {}
-        ids = _token_ids(model, prompt, options, first)
+        ids = _token_ids(model, prompt, options, first, agree)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
                 break
@@ -162,7 +164,11 @@ def generation_mode(model: Any) -> Iterator[None]:
 
 
 def _token_ids(
-    model: Any, prompt: list[int], options: GenerationOptions, first: Mapping[str, Any]
+    model: Any,
+    prompt: list[int],
+    options: GenerationOptions,
+    first: Mapping[str, Any],
+    agree: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[int]:
     """Yield the ids that follow `prompt`, without end; `first` holds the model inputs of a prompt
     with images."""
@@ -184,6 +190,7 @@ def _token_ids(
                 extra["past_key_values"] = cache
             output = model(**inputs, use_cache=cached, **extra)
             chosen = choose(seen, output.logits[:, -1].float())
+            chosen = agree(chosen) if agree else chosen
         yield int(chosen)
         seen = torch.cat([seen, chosen[:, None]], dim=1)
         cache = output.past_key_values if cached else None

@@ -1,52 +1,59 @@
 """The composition root of training: the one module that knows every part and joins them.
 
-settings ─► tokenizer ─► template ─► data ─► loader ─► model ─► Trainer ─► checkpoints
+settings ─► tokenizer ─► template ─► data ─► loader ─► model ─► strategy ─► Trainer ─► checkpoints
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from xtuner.config.load import LoadedSettings
 from xtuner.data.build import TrainingData
-from xtuner.data.loader import Collate, Loader
-from xtuner.data.packing.pack import PackedDataset
-from xtuner.device import host
+from xtuner.data.loader import Collate
 from xtuner.device.select import name_of, pick_device, resolve_dtype
-from xtuner.engine import checkpoint as checkpoints
-from xtuner.engine.checked_loss import checked_loss
+from xtuner.engine import strategies
 from xtuner.engine.checkpoint import CheckpointStore
-from xtuner.engine.counting import Counter
+from xtuner.engine.counting import Counter, counting_of
 from xtuner.engine.hooks.base import Run, make_hooks
-from xtuner.engine.optimizer import flat_check, optim
-from xtuner.engine.optimizer.flat import FlatOptimizer
+from xtuner.engine.optimizer import optim
 from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.resume import check_shape, identity_of
-from xtuner.engine.trainer import Interrupted, Trainer
+from xtuner.engine.signals import Interrupted
+from xtuner.engine.trainer import Trainer
 from xtuner.engine.work_dir import WorkPlace
-from xtuner.errors import CheckpointError, LaunchError
-from xtuner.generation.generate import GenerationOptions, stream
-from xtuner.kernels import compiled, threads
 from xtuner.kernels.attention.packed import without_cudnn
-from xtuner.kernels.attention.summary import attention_line
-from xtuner.kernels.fused import liger
 from xtuner.memory.plan import plan_memory
-from xtuner.models.can_pack import resolve_packing
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.load import located_config
 from xtuner.models.prepare import llm_autocast, make_trainable
-from xtuner.models.run_info import RunInfo, installed_versions
-from xtuner.models.save import save_model
 from xtuner.parallel.processes import Processes
+from xtuner.train.checkpoint_writer import CheckpointWriter
+from xtuner.train.computing import choose_attention, prepare_computing
 from xtuner.train.data_parts import DataParts
-from xtuner.train.opening_lines import lines_of_model, opening_lines
+from xtuner.train.evaluate import SampleAnswers, Validation
+from xtuner.train.opening_lines import opening_lines
 from xtuner.train.vision import RunVision
-from xtuner.types import Algorithm, Message
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        work_dir: where it wrote.
+        checkpoint: the newest in the work dir; None if there is none.
+        step: optimizer steps done.
+        metrics: the numbers of the last step, as in ``scalars.jsonl``; empty if none was taken.
+    """
+
+    work_dir: Path
+    checkpoint: Path | None
+    step: int
+    metrics: dict[str, float]
 
 
 def train(
@@ -55,8 +62,8 @@ def train(
     work_dir: Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
-) -> Path:
-    """Train as `loaded` says and return the work dir.
+) -> TrainResult:
+    """Train as `loaded` says.
 
     Args:
         loaded: checked settings with their name.
@@ -65,54 +72,23 @@ def train(
         overwrite: delete the checkpoints of an earlier run in the work dir.
 
     Raises:
-        XTunerError: a fault that the user can hint.
+        XTunerError: a fault that the user can mend.
         Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
     """
     settings = loaded.settings
-    processes = Processes(pick_device(settings.device))
+    processes = Processes(
+        pick_device(settings.device), sequence_parallel_size=settings.sequence_parallel_size
+    )
     try:
         with without_cudnn(processes.device):
-            path = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+            result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:
         processes.close()
         raise
     # After a fault the others may be in the middle of a sum, where leaving would wait for them or
     # reach them before this process has told why.
     processes.close()
-    return path
-
-
-def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int = 1) -> bool:
-    """Print what training would take, without reading weights or data; whether it fits.
-
-    Args:
-        loaded: checked settings with their name.
-        memory: bytes to plan for; None takes what is free on the device.
-        processes: how many would train; those on a CPU share `memory`.
-
-    Raises:
-        XTunerError: the model cannot be found, the forecast failed, or nobody says how much memory
-            a GPU has that is not here.
-    """
-    settings = loaded.settings
-    device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
-    settings, packing = resolve_packing(settings)
-    plan = plan_memory(settings, device, memory=memory, processes=processes)
-    console = Console(highlight=False, soft_wrap=True)
-    for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
-        console.print(line, markup=False)
-    if packing:
-        console.print(f"Samples      {packing}", markup=False)
-    if plan.forecast.failure:
-        raise LaunchError("nothing can be said of the memory of this run; training may work")
-    console.print(
-        f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
-        f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "
-        f"{settings.max_length:,} tokens{' plus one image' if settings.has_vision else ''}, "
-        f"{settings.batch_size} per micro-batch. Nothing was trained.",
-        markup=False,
-    )
-    return plan.fits
+    return result
 
 
 class _TrainingRun:
@@ -128,102 +104,116 @@ class _TrainingRun:
         self.loss_scaler = LossScaler.for_dtype(self.dtype)
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
         self.vision: RunVision | None = None
-        self.means = list(self._means())
+        self.computing = prepare_computing(self.settings, processes, self.dtype)
 
-    def _means(self) -> Iterator[str]:
-        """Get threads and kernels ready, and say which."""
-        on_cpu, wanted = self.device == "cpu", self.settings.num_threads
-        if on_cpu and host.keep_freed_memory():
-            host.ask_for_huge_pages()
-        if on_cpu or wanted:  # a GPU's run does not wait for products on the CPU to be measured
-            yield threads.choose_threads(wanted, self.dtype, self.processes.world_size)
-        yield compiled.state() if on_cpu else liger.state(self.processes.device)
-
-    def _attention(self) -> str:
-        """Choose the kernels of attention, and say which."""
-        s = self.settings
-        config = located_config(
-            s.pretrained_model_name_or_path, trust_remote_code=s.trust_remote_code
-        )
-        return attention_line(
-            config, self.processes.device, self.dtype, implementation=s.attn_implementation
-        )
-
-    def train(self, resume: str | None, overwrite: bool) -> Path:
+    def train(self, resume: str | None, overwrite: bool) -> TrainResult:
         """Make everything, then run the loop."""
-        settings, console = self.settings, self.console
         source = self._resumable(resume) if resume else None
         self.parts = DataParts.open(self.loaded)
         self.settings = settings = self.parts.settings
-        self.tokenizer, self.template = self.parts.tokenizer, self.parts.template
-        algorithm = self.parts.algorithm
+        self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
-            self.vision = RunVision.of(settings, self.tokenizer, folder=self.loaded.folder)
+            self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
         place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
-        data = self._build_data(place)
-        loader = self._loader(data.train, algorithm)
-        counter = Counter(
-            unit=settings.steps_are,
-            steps_per_epoch=loader.steps_per_epoch,
-            micro_batches_per_epoch=loader.micro_batches_per_epoch,
-            accumulative_counts=settings.accumulative_counts,
+        data = self.parts.build_once(
+            self.processes, report_dir=place.log_dir if self.processes.is_main else None
         )
-        total = loader.steps_per_epoch * settings.max_epochs
-        total = counter.steps_for(settings.max_steps, most=total) if settings.max_steps else total
+        loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
+        counter, total = counting_of(settings, loader)
         self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
         self._tell(data, counter, total)
         model = self._make_model(source)
-        optimizer = self._make_optimizer(model)
-        run = Run(
-            settings=settings,
-            work_dir=self.work_dir,
-            log_dir=place.log_dir,
-            console=console,
-            answer=lambda question, *images: self._answer(model, question, images),
-            total_steps=total,
-            validate=self._validation(model, data.validation, algorithm),
-            counter=counter,
-        )
-        self.identity = identity_of(
-            settings,
-            data.train.fingerprint(),
-            processes=self.processes.world_size,
-            dtype=name_of(self.dtype),
-        )
+        self._prepare(model)
+        run = self._run(place, model, data, counter, total)
+        writer = self._writer(model, data)
         if source is not None:
-            self._restore(source, optimizer, run)
+            writer.restore(source, run)
         if run.step >= total:
-            console.print(
+            self.console.print(
                 f"Nothing to do: {source} is at step {run.step} of {total}. "
                 "To go on, raise max_epochs or max_steps.",
                 markup=False,
             )
-            return self.work_dir
-        self.model, self.optimizer = model, optimizer
+            return self._result(run)
         trainer = Trainer(
-            model=model,
-            algorithm=algorithm,
+            strategy=self.strategy,
+            algorithm=self.parts.algorithm,
             loader=loader,
-            optimizer=optimizer,
-            processes=self.processes,
             run=run,
-            hooks=(
-                make_hooks(run, custom=settings.custom_hooks, folder=self.loaded.folder)
-                if self.processes.is_main
-                else []
-            ),
-            save=self._save,
+            hooks=make_hooks(run, custom=settings.custom_hooks, folder=self.loaded.folder),
+            save=writer.save,
             memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
         )
         if overwrite and self.processes.is_main:
-            self._clear()
+            self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
         trainer.fit()
-        console.print(
-            f"Done. The result is in {self.store.find()}\nTalk to it:  xtuner chat {self.work_dir}",
+        result = self._result(run)
+        self.console.print(
+            f"Done. The result is in {result.checkpoint}\nTalk to it:  xtuner chat {self.work_dir}",
             markup=False,
         )
-        return self.work_dir
+        return result
+
+    def _result(self, run: Run) -> TrainResult:
+        saved = self.store.find() if self.store.all() else None
+        return TrainResult(self.work_dir, saved, run.step, dict(run.scalars))
+
+    def _run(
+        self,
+        place: WorkPlace,
+        model: PackedCausalLM,
+        data: TrainingData,
+        counter: Counter,
+        total: int,
+    ) -> Run:
+        """The state that hooks see, and what they may ask for."""
+        asked = SampleAnswers(
+            settings=self.settings,
+            model=model,
+            tokenizer=self.parts.tokenizer,
+            template=self.parts.template,
+            processes=self.processes,
+            sharded=self.strategy.sharded,
+            vision=self.vision,
+        )
+        validate = None
+        if data.validation is not None:
+            split, algorithm = data.validation, self.parts.algorithm
+            validate = Validation(self.strategy, split, algorithm, self._collate()).measure
+        return Run(
+            settings=self.settings,
+            work_dir=self.work_dir,
+            log_dir=place.log_dir,
+            console=self.console,
+            answer=asked.answer,
+            ask_all=asked.answers,
+            validate=validate,
+            total_steps=total,
+            counter=counter,
+            is_main=self.processes.is_main,
+        )
+
+    def _writer(self, model: PackedCausalLM, data: TrainingData) -> CheckpointWriter:
+        identity = identity_of(
+            self.settings,
+            data.train.fingerprint(),
+            processes=self.processes.world_size,
+            dtype=name_of(self.dtype),
+        )
+        return CheckpointWriter(
+            settings=self.settings,
+            store=self.store,
+            strategy=self.strategy,
+            model=model.model,
+            tokenizer=self.parts.tokenizer,
+            template=self.parts.template,
+            identity=identity,
+            dtype=self.dtype,
+            loss_scaler=self.loss_scaler,
+            vision=self.vision,
+            console=self.console,
+        )
 
     def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
         """The main process makes the folders; the others look nothing up there."""
@@ -233,39 +223,8 @@ class _TrainingRun:
         place.keep_settings(self.loaded)
         return place
 
-    def _build_data(self, place: WorkPlace) -> TrainingData:
-        """Encode in the main process first; the others then find everything in the cache."""
-
-        def once() -> TrainingData:
-            return self.parts.build(
-                report_dir=place.log_dir if self.processes.is_main else None,
-                quiet=not self.processes.is_main,
-            )
-
-        if not self.processes.is_main:
-            self.processes.wait()
-        data = once()
-        if self.processes.is_main:
-            self.processes.wait()
-        return data
-
-    def _loader(self, dataset: PackedDataset, algorithm: Algorithm) -> Loader:
-        s = self.settings
-        return Loader(
-            dataset,
-            collate=self._collate(algorithm),
-            batch_size=s.batch_size,
-            accumulative_counts=s.accumulative_counts,
-            seed=s.seed,
-            shuffle=s.shuffle,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-            num_workers=s.dataloader_num_workers,
-            pin_memory=self.device == "cuda",
-            grouped=s.has_vision and s.group_by_modality and s.shuffle,
-        )
-
-    def _collate(self, algorithm: Algorithm) -> Collate:
+    def _collate(self) -> Collate:
+        algorithm = self.parts.algorithm
         return self.vision.collate(algorithm) if self.vision else algorithm.collate
 
     def _make_model(self, source: Path | None) -> PackedCausalLM:
@@ -294,28 +253,23 @@ class _TrainingRun:
             self.console.print(line, markup=False)
         return wrapped
 
-    def _make_optimizer(self, model: PackedCausalLM) -> Any:
-        """The optimizer, over flat buffers where its steps are many and stay the same."""
+    def _prepare(self, model: PackedCausalLM) -> None:
+        """Give the model to the strategy, and say what the user should know of what it chose."""
         s = self.settings
-        made = optim.make_optimizer(
-            s.optim_type,
-            model,
-            lr=s.lr,
-            betas=s.betas,
-            weight_decay=s.weight_decay,
-            paged=self.plan.paged,
-        )
-        if not flat_check.wants_flat_steps(made):
-            return made
-        fault = flat_check.fault_in_flat_steps(made)
-        if faults := self.processes.gather([fault] if fault else []):
-            self.console.print(
-                f"Note: {type(made).__name__} steps over one parameter at a time: over flat "
-                f"buffers {faults[0]}.",
-                markup=False,
+
+        def make(prepared: nn.Module) -> torch.optim.Optimizer:
+            return optim.make_optimizer(
+                s.optim_type,
+                prepared,
+                lr=s.lr,
+                betas=s.betas,
+                weight_decay=s.weight_decay,
+                paged=self.plan.paged,
             )
-            return made
-        return FlatOptimizer(made)
+
+        self.strategy.prepare(model, make)
+        for note in self.strategy.notes:
+            self.console.print(f"Note: {note}", markup=False)
 
     def _tell(self, data: TrainingData, counter: Counter, total: int) -> None:
         """Say in a few lines what will be done."""
@@ -324,7 +278,7 @@ class _TrainingRun:
             self.settings,
             self.plan,
             dtype=self.dtype,
-            means=("; ".join(self.means), self._attention()),
+            means=(self.computing, choose_attention(self.settings, self.processes, self.dtype)),
             processes=self.processes.world_size,
             steps=(total, counter),
             data=data.report.lines(),
@@ -335,104 +289,7 @@ class _TrainingRun:
         for line in lines:
             self.console.print(line, markup=False)
 
-    def _answer(self, model: PackedCausalLM, question: str, images: Sequence[str] = ()) -> str:
-        s = self.settings
-        options = GenerationOptions(
-            max_new_tokens=s.evaluation_max_new_tokens, stop_words=s.evaluation_stop_words
-        )
-        asked = self.vision.question(question, images) if self.vision else Message("user", question)
-        system = s.evaluation_system
-        messages = [asked] if system is None else [Message("system", system), asked]
-        with torch.autocast(self.device, dtype=model.autocast, enabled=model.autocast is not None):
-            pieces = stream(
-                model.model,
-                self.tokenizer,
-                template=self.template,
-                messages=messages,
-                options=options,
-                vision=self.vision.image_input if self.vision else None,
-            )
-            return "".join(pieces)
-
-    def _validation(
-        self, model: PackedCausalLM, dataset: PackedDataset | None, algorithm: Algorithm
-    ) -> Any:
-        """A function that returns the mean loss a supervised token over the validation split."""
-        if dataset is None:
-            return None
-        device = self.processes.device
-
-        def measure() -> float:
-            model.eval()
-            total = count = 0.0
-            with torch.no_grad():
-                for index in range(len(dataset)):
-                    batch = self._collate(algorithm)(dataset[index])
-                    total += float(checked_loss(algorithm, model, batch.to(device)).loss)
-                    count += algorithm.count(batch)
-            model.train()
-            return total / max(1.0, count)
-
-        return measure
-
-    def _clear(self) -> None:
-        """Delete the checkpoints of an earlier run, now that everything else has worked."""
-        base = Path(self.settings.pretrained_model_name_or_path).resolve()
-        if any(base.is_relative_to(path.resolve()) for path in self.store.all()):
-            raise CheckpointError(
-                f"--overwrite would delete {base}, the model that this run starts from: "
-                "train elsewhere with --work-dir DIR"
-            )
-        self.store.clear()
-
     def _resumable(self, resume: str) -> Path:
         source = self.store.find(None if resume == "last" else resume)
         check_shape(source, self.settings)
         return source
-
-    def _restore(self, source: Path, optimizer: Any, run: Run) -> None:
-        """Bring back the optimizer and the step."""
-        run.step, changed = checkpoints.load_state(
-            source, optimizer=optimizer, identity=self.identity, loss_scaler=self.loss_scaler
-        )
-        run.start_step = run.step
-        self.console.print(f"Resuming from {source} at step {run.step}.", markup=False)
-        if changed:
-            self.console.print(
-                "Note: what changed since makes this run differ from a straight one: "
-                + "; ".join(changed),
-                markup=False,
-            )
-
-    def _save(self, run: Run) -> None:
-        if self.processes.is_main:
-            path = self.store.save(run.count, lambda folder: self._write_checkpoint(folder, run))
-            self.console.print(f"Saved {path}", markup=False)
-        self.processes.wait()
-
-    def _write_checkpoint(self, folder: Path, run: Run) -> None:
-        base = self.settings.pretrained_model_name_or_path
-        if self.vision:
-            self.vision.save(folder)
-        else:
-            save_model(self.model.model, folder)
-        self.tokenizer.save_pretrained(str(folder))
-        RunInfo(
-            kind="llava" if self.vision else "adapter" if self.settings.uses_adapter else "model",
-            base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
-            prompt_template=self.template.name,
-            system=self.settings.SYSTEM,
-            step=run.step,
-            epoch=round(run.epoch, 6),
-            settings=self.settings.model_dump(mode="json"),
-            versions=installed_versions(),
-            visual_encoder=self.vision.encoder if self.vision else "",
-            dtype=name_of(self.dtype),
-        ).write(folder)
-        checkpoints.save_state(
-            folder,
-            step=run.step,
-            optimizer=self.optimizer,
-            identity=self.identity,
-            loss_scaler=self.loss_scaler,
-        )
