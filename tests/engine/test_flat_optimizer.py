@@ -19,7 +19,7 @@ from xtuner.engine.optimizer.optim import clip_gradients, make_optimizer, set_le
 from xtuner.errors import ConfigError, TrainingError
 from xtuner.testing.fake_cuda import device
 from xtuner.testing.run_distributed import run_distributed
-from xtuner.train import run
+from xtuner.training import run
 
 LIBRARY = sorted(
     name

@@ -61,6 +61,7 @@ def command(
 ) -> None:
     """Fine-tune a model as a settings file says."""
     from xtuner.config.load import load_settings
+    from xtuner.device.environment import set_up_memory
 
     if migrate:
         config = _migrated(config)
@@ -71,14 +72,14 @@ def command(
         raise typer.BadParameter("--memory goes with --dry-run")
     if dry_run:
         from xtuner.memory.forecast import parse_memory
-        from xtuner.train import run
+        from xtuner.training import run
 
         stated = None if memory is None else parse_memory(memory)
         fits = run.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
-    _set_up_memory(loaded.settings.device)
+    set_up_memory(loaded.settings.device)
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.parallel.launch import launch
 
@@ -86,7 +87,7 @@ def command(
         raise typer.Exit(launch(again, nproc))
 
     from xtuner.engine.trainer import Interrupted
-    from xtuner.train.run import train
+    from xtuner.training.run import train
 
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
@@ -109,19 +110,3 @@ def _migrated(config: str) -> str:
         for line in done.draft.report():
             typer.echo(line)
     return str(done.path)
-
-
-def _set_up_memory(device: str) -> None:
-    """Let a GPU's memory grow in place, and keep the matrix library of a CPU from growing.
-
-    Rows differ in length at every step. A GPU's allocator then extends what it holds; oneDNN keeps
-    compiled code for the last 1,024 shapes it has seen, two thirds of a MiB each (a step needs some
-    hundred). To be called before torch is imported; what the user has set stays. torch 2.8 does not
-    know the first name yet.
-    """
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    here = device != "cpu" and sys.platform == "linux"
-    if here and not any(name in os.environ for name in names):
-        os.environ[names[0]] = "expandable_segments:True"
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "256")

@@ -72,9 +72,9 @@ def _resolve_aliases(reading: Reading) -> list[Problem]:
         if entry is None:
             continue
         other = reading.entries.get(name)
-        if other is not None and OVERRIDE not in (entry.line, other.line):
+        if other is not None and not (entry.overrides or other.overrides):
             problems.append(entry.problem(alias, f"is {name}, which is given as well; keep one"))
-        if other is None or entry.line == OVERRIDE:
+        if other is None or entry.overrides:
             reading.entries[name] = entry
     return problems
 

@@ -16,7 +16,7 @@ from xtuner.data.images.expansion import ImageLayout
 from xtuner.models.can_pack import resolve_packing
 from xtuner.models.load import load_tokenizer
 from xtuner.templates.base import Template
-from xtuner.train.vision import image_layout_of
+from xtuner.training.vision import image_layout_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DataParts:
         tokenizer: of the model; knows the token ``<image>`` if the model takes images.
         algorithm: which records it takes, and which sequences it makes of them.
         template: lays out conversations.
-        sight: how images are laid out; None if the model takes none.
+        image_layout: how images are laid out; None if the model takes none.
         packing: a line to show where the model decided against packing.
     """
 
@@ -61,7 +61,7 @@ class DataParts:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `data.build.build` and `data.report.check.bad_rows`."""
-        names = ("template", "tokenizer", "folder", "algorithm", "sight")
+        names = ("template", "tokenizer", "folder", "algorithm", "image_layout")
         return {name: getattr(self, name) for name in names}
 
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:

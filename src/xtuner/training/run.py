@@ -42,9 +42,9 @@ from xtuner.models.prepare import make_trainable
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model
 from xtuner.parallel.processes import Processes
-from xtuner.train.data_parts import DataParts
-from xtuner.train.opening_lines import lines_of_model, opening_lines
-from xtuner.train.vision import RunVision
+from xtuner.training.data_parts import DataParts
+from xtuner.training.opening_lines import lines_of_model, opening_lines
+from xtuner.training.vision import RunVision
 from xtuner.types import Algorithm, Message
 
 
