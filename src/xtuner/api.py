@@ -9,7 +9,6 @@ nor transformers before a function needs them.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -266,7 +265,7 @@ def _last_metrics(work_dir: Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _process_restored() -> Iterator[None]:
-    """Give the process its number of threads back, and the memory of the run free."""
+    """Give the process its number of threads back, and the GPU the memory that torch caches."""
     import torch
 
     threads = torch.get_num_threads()
@@ -274,6 +273,5 @@ def _process_restored() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        gc.collect()  # model and optimizer refer to each other in cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

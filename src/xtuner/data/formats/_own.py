@@ -11,11 +11,11 @@ from xtuner import plugins
 from xtuner.data.formats.base import Format, RowError, conversation
 from xtuner.data.formats.openai import read_messages
 from xtuner.errors import ConfigError
-from xtuner.types import Conversation, Message, Record, Row, Text
+from xtuner.types import Conversation, Message, Preference, Record, Row, Text
 
 _RETURNS = (
     "it must return a list of messages such as {'role': 'user', 'content': 'Hi'}, "
-    "or a text, or a Conversation or Text of xtuner.types"
+    "or a text, or a Conversation, Text or Preference of xtuner.types"
 )
 
 
@@ -48,6 +48,10 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
         raise RowError("", f"{name} raised {type(error).__name__}: {error}") from error
     if isinstance(made, Conversation):
         return conversation(made.messages, tools=made.tools, column=name)
+    if isinstance(made, Preference):
+        for part in (made.chosen, made.rejected):
+            conversation(part.messages, column=name)
+        return made
     if isinstance(made, str):
         made = Text(made)
     if isinstance(made, Text):
