@@ -91,7 +91,7 @@ test-gpu: dev
 # kernels/cpu is optional: the same tests without that folder, on a copy of the tree.
 test-without-cpu-kernels: dev
 	@rm -rf build/without-cpu-kernels && mkdir -p build/without-cpu-kernels
-	@git ls-files -z src tests docs examples README.md Makefile pyproject.toml | xargs -0 cp --parents -t build/without-cpu-kernels
+	@git ls-files -z src tests docs examples README.md CONTRIBUTING.md Makefile pyproject.toml | xargs -0 cp --parents -t build/without-cpu-kernels
 	@rm -r build/without-cpu-kernels/src/xtuner/kernels/cpu
 	cd build/without-cpu-kernels && PYTHONPATH=$(CURDIR)/build/without-cpu-kernels/src $(CURDIR)/$(BIN)/python -m pytest $(SPREAD)
 	@rm -rf build/without-cpu-kernels
