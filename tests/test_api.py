@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console
 
 import xtuner
+from xtuner import api
 from xtuner.config.schema import ALIASES
 from xtuner.engine.hooks import progress
-from xtuner.errors import ConfigError, DataError
+from xtuner.errors import ConfigError, DataError, LaunchError
 
 INTERRUPTING_HOOK = """
 import os, signal
@@ -155,6 +156,15 @@ def test_training_off_the_main_thread_gives_the_same(settings, tmp_path):
     thread.join()
     assert len(results) == 2 and results[0].metrics["loss"] == results[1].metrics["loss"]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_two_trainings_at_a_time_and_a_second_one_under_torchrun_are_refused(monkeypatch, settings):
+    with api._training, pytest.raises(LaunchError, match="another training runs"):
+        xtuner.train(settings)
+    monkeypatch.setattr(api, "_groups_left", ["0"])
+    with pytest.raises(LaunchError, match="start torchrun once per training"):
+        xtuner.train(settings)
+    assert not api._training.locked()
 
 
 def test_an_interrupt_saves_raises_restores_the_handler_and_can_be_resumed(settings, tmp_path):

@@ -57,6 +57,11 @@ def test_links_lead_somewhere():
                 assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
+def test_the_readme_leads_to_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in ROOT.glob("docs/*.md") if f"docs/{page.name})" not in text]
+
+
 def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,12 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xtuner.config import load
 from xtuner.config.load import LoadedSettings
-from xtuner.errors import ConfigError, did_you_mean
+from xtuner.errors import ConfigError, LaunchError, did_you_mean
 
 if TYPE_CHECKING:
     from xtuner.chat.session import Session
     from xtuner.generation.generate import GenerationOptions
     from xtuner.types import Message
+
+_training = threading.Lock()
+_groups_left: list[str] = []
+"""Ranks of this process in process groups of earlier runs; torch cannot join one again."""
 
 Config = str | Path | Mapping[str, Any]
 
@@ -117,7 +123,7 @@ def train(
     folder = Path(work_dir or loaded.settings.work_dir or Path("work_dirs") / loaded.name)
     folder = folder.expanduser()
     which = "last" if resume is True else resume or None
-    with _process_restored():
+    with _only_training(), _process_restored():
         try:
             run.train(loaded, work_dir=folder, resume=which, overwrite=overwrite)
         except Interrupted as stopped:
@@ -261,6 +267,36 @@ def _last_metrics(work_dir: Path) -> dict[str, float]:
             merged = {name: value for line in last for name, value in line.items()}
             return {n: float(v) for n, v in merged.items() if n not in ("step", "epoch")}
     return {}
+
+
+@contextlib.contextmanager
+def _only_training() -> Iterator[None]:
+    """Refuse a second training at the same time, or after one of several processes."""
+    if not _training.acquire(blocking=False):
+        raise LaunchError(
+            "another training runs in this process, and both would share one random state; wait "
+            "for it, or train in another process"
+        )
+    try:
+        if _groups_left:
+            raise LaunchError(
+                "this process has left the process group of an earlier training; with several "
+                "processes, start torchrun once per training"
+            )
+        try:
+            yield
+        except TrainInterrupted:
+            _leave_group()
+            raise
+        _leave_group()
+    finally:
+        _training.release()
+
+
+def _leave_group() -> None:
+    """Note that a finished run has left its process group; one that failed has not."""
+    if rank := os.environ.get("RANK"):
+        _groups_left.append(rank)
 
 
 @contextlib.contextmanager
