@@ -7,12 +7,12 @@ import sys
 
 
 def set_up_memory(device: str) -> None:
-    """Let a GPU's memory grow in place, and keep the matrix library of a CPU from growing.
+    """Enable expandable segments on a GPU, and limit the primitive cache of oneDNN on a CPU.
 
-    Rows differ in length at every step. A GPU's allocator then extends what it holds; oneDNN keeps
-    compiled code for the last 1,024 shapes it has seen, two thirds of a MiB each (a step needs some
-    hundred). It has no effect after torch is imported; what the user has set stays. torch 2.8 does
-    not know the first name yet.
+    Rows have another length at every step. Expandable segments keep the GPU allocator from
+    fragmenting. oneDNN caches compiled code for the last 1,024 shapes, two thirds of a MiB each (a
+    step needs about a hundred). Has no effect once torch is imported; variables that the user has
+    set are kept. torch 2.8 does not support the first name.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     may_use_gpu = device != "cpu" and sys.platform == "linux"

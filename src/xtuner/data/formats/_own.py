@@ -49,9 +49,8 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
     if isinstance(made, Conversation):
         return conversation(made.messages, tools=made.tools, column=name)
     if isinstance(made, Preference):
-        for part in (made.chosen, made.rejected):
-            conversation(part.messages, column=name)
-        return made
+        parts = {"chosen": made.chosen, "rejected": made.rejected}
+        return Preference(**{side: _side(part, side, name) for side, part in parts.items()})
     if isinstance(made, str):
         made = Text(made)
     if isinstance(made, Text):
@@ -65,3 +64,10 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
     if all(isinstance(message, Message) for message in made):
         return conversation(made, column=name)
     return conversation(read_messages(made, column=name), column=name)
+
+
+def _side(part: Any, side: str, name: str) -> Conversation:
+    """One of the two conversations of a preference."""
+    if not isinstance(part, Conversation):
+        raise RowError("", f"{name}: {side} is {type(part).__name__}", "it must be a Conversation")
+    return conversation(part.messages, tools=part.tools, column=f"{name}: {side}")
