@@ -198,8 +198,8 @@ def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
         x = torch.ones(1, 2, 3, 8, dtype=torch.bfloat16, device="cuda")
         with without_cudnn(x.device): torch.nn.functional.scaled_dot_product_attention(x, x, x)
         assert card.plans == 0
-        from xtuner.kernels.attention.packed import packed_attention, varlen_attention
-        varlen_attention.functions_for = lambda device: varlen_attention.Functions((9, 0))
+        from xtuner.kernels.attention.packed import packed_attention, varlen
+        varlen.functions_for = lambda device: varlen.Functions((9, 0))
         ends = torch.tensor([0, 1, 3], dtype=torch.int32)
         packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)  # sample by sample
         assert card.plans == 0

@@ -99,18 +99,13 @@ def stream(
     """
     prompt = template.prompt_ids(messages)
     prompt = vision.widened(prompt) if vision else prompt
-    limit = context_length(model)
-    room = limit - len(prompt)
-    if room < 1:
-        raise ModelError(
-            f"the conversation has {len(prompt)} tokens, and the model takes {limit}: "
-            "shorten the question"
-        )
-    ends = _end_tokens(model, tokenizer, template, options)
+    room = room_for_answer(model, prompt)
+    ends = end_tokens(model, tokenizer, template, options)
     words = StopWords([*template.stop_words, *options.stop_words])
     text = Detokenizer(tokenizer)
     with generation_mode(model):
-        first = vision.inputs(prompt, messages) if vision else {}
+        with packed.without_cudnn(next(model.parameters()).device):
+            first = vision.inputs(prompt, messages) if vision else {}
         ids = _token_ids(model, prompt, options, first)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
@@ -121,6 +116,21 @@ def stream(
                 return
     if rest := words.add(text.rest()) + words.rest():
         yield rest
+
+
+def room_for_answer(model: Any, prompt: Sequence[int]) -> int:
+    """Tokens that `model` has left for an answer to `prompt`.
+
+    Raises:
+        ModelError: there are none.
+    """
+    limit = context_length(model)
+    if len(prompt) >= limit:
+        raise ModelError(
+            f"the conversation has {len(prompt)} tokens, and the model takes {limit}: "
+            "shorten the question"
+        )
+    return limit - len(prompt)
 
 
 def context_length(model: Any) -> int:
@@ -158,14 +168,14 @@ def _token_ids(
     images."""
     embedding = model.get_input_embeddings().weight
     device = next(model.parameters()).device  # an embedding may lie elsewhere
-    choose = _chooser(options, device)
+    choose = chooser(options, device)
     # The token of an image may lie beyond the vocabulary, and is no word that was said.
     said = [i for i in prompt if i < embedding.shape[0]] if first else prompt
     seen = torch.tensor([said], device=device)
     step, cache = seen, None
     inputs: dict[str, Any] = dict(first) or {"input_ids": step}
-    extra: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
-    cached = _takes(model, "past_key_values")  # models with a state of another kind go without
+    extra: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    cached = takes(model, "past_key_values")  # models with a state of another kind go without
     while True:
         # Neither grad mode nor the choice of kernels may stay while the caller has the piece.
         with torch.no_grad(), packed.without_cudnn(device):
@@ -180,14 +190,13 @@ def _token_ids(
         inputs = {"input_ids": step}
 
 
-def _takes(model: Any, argument: str) -> bool:
+def takes(model: Any, argument: str) -> bool:
+    """Whether the forward pass of `model` has this argument."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return argument in inspect.signature(base.forward).parameters
 
 
-def _chooser(
-    options: GenerationOptions, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
+def chooser(options: GenerationOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of (ids so far ``[1, T]``, scores ``[1, V]``) that returns the next id ``[1]``."""
     from transformers import (
         LogitsProcessorList,
@@ -217,7 +226,7 @@ def _chooser(
     return draw
 
 
-def _end_tokens(
+def end_tokens(
     model: Any, tokenizer: Any, template: Template, options: GenerationOptions
 ) -> frozenset[int]:
     """Ids at which an answer ends, of the template, the tokenizer and the model."""

@@ -1,4 +1,4 @@
-/* A GPU on paper: tensors that claim to lie on the device "cuda", in the memory of the CPU.
+/* A fake CUDA device: tensors that claim to lie on the device "cuda", in the memory of the CPU.
  *
  * Registered with a torch that was built without CUDA. Every operation on such tensors is done by the
  * CPU's function on the same memory, so results are those of a CPU, while devices, what is copied
@@ -81,7 +81,7 @@ DataPtr memory_of(const Tensor& x) {
   if (limit && now > limit) {
     held -= bytes;
     C10_THROW_ERROR(OutOfMemoryError, "CUDA out of memory. Tried to allocate " +
-                                          std::to_string(bytes >> 20) + " MiB (a GPU on paper).");
+                                          std::to_string(bytes >> 20) + " MiB (the fake CUDA device).");
   }
   for (int64_t before = most; now > before && !most.compare_exchange_weak(before, now);) {
   }
