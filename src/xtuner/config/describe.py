@@ -18,9 +18,9 @@ from xtuner.config.schema import Settings
 _WORDS = {str: "text", int: "a whole number", float: "a number"}
 
 
-def allowed(name: str) -> str:
+def allowed(name: str, kind: type[Settings] = Settings) -> str:
     """The values that setting `name` takes, as in "a whole number, 1 or more, or None"."""
-    field = Settings.model_fields[name]
+    field = kind.model_fields[name]
     return _describe(field.annotation, list(field.metadata))
 
 
@@ -29,9 +29,9 @@ def choices(name: str) -> tuple[str, ...]:
     return tuple(_literals(Settings.model_fields[name].annotation))
 
 
-def takes_one(name: str) -> bool:
+def takes_one(name: str, kind: type[Settings] = Settings) -> bool:
     """Whether setting `name` is a list that may be written as one text."""
-    field = Settings.model_fields[name]
+    field = kind.model_fields[name]
     return _takes_one(list(field.metadata))
 
 
@@ -39,9 +39,9 @@ def _takes_one(metadata: list[Any]) -> bool:
     return _has_validator(metadata, one_as_tuple)
 
 
-def is_dict(name: str) -> bool:
+def is_dict(name: str, kind: type[Settings] = Settings) -> bool:
     """Whether setting `name` is written as a dict."""
-    return _has_validator(list(Settings.model_fields[name].metadata), as_pairs)
+    return _has_validator(list(kind.model_fields[name].metadata), as_pairs)
 
 
 def _has_validator(metadata: list[Any], function: Any) -> bool:

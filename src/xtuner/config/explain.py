@@ -9,7 +9,7 @@ import textwrap
 
 from xtuner.config.check import named_parts, unknown_setting
 from xtuner.config.describe import allowed
-from xtuner.config.parts import PARTS, Part
+from xtuner.config.parts import Part
 from xtuner.config.render import literal
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import ConfigError
@@ -25,25 +25,25 @@ A settings file assigns these names, in Python or YAML syntax. What it leaves ou
 """
 
 
-def explain(name: str) -> str:
+def explain(name: str, kind: type[Settings] = Settings) -> str:
     """Explain setting `name`.
 
     Raises:
         ConfigError: there is no such setting.
     """
-    parts = field_parts()
+    parts = field_parts(kind)
     name = ALIASES.get(name, name)
     if name not in parts:
         raise ConfigError(f"{name}: {unknown_setting(name)}")
     words = named_parts(name)
     lines = [
         name,
-        f"  takes    {allowed(name)}",
-        f"  default  {_default(name)}",
+        f"  takes    {allowed(name, kind)}",
+        f"  default  {_default(name, kind)}",
         f"  in       {parts[name].__doc__}",
         *([_wrapped("  names    ", ", ".join(words))] if words else []),
         "",
-        _wrapped("  ", _meaning(name)),
+        _wrapped("  ", _meaning(name, kind)),
     ]
     return "\n".join(lines)
 
@@ -51,7 +51,7 @@ def explain(name: str) -> str:
 def table() -> str:
     """List all settings by part, with their defaults and the first sentence of their meaning."""
     sections = []
-    for part in PARTS:
+    for part in Settings.parts():
         rows = [(name, _default(name), _first_sentence(name)) for name in part.model_fields]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [
@@ -65,7 +65,7 @@ def table() -> str:
 def page() -> str:
     """The reference page of all settings, in Markdown."""
     sections = [_PAGE_HEAD]
-    for part in PARTS:
+    for part in Settings.parts():
         sections.append(f"## {_title(part)}\n")
         sections += [
             f"### `{name}`\n\n{_meaning(name)}\n\n"
@@ -80,17 +80,17 @@ def _title(part: type[Part]) -> str:
     return f"{number.capitalize()}: {text}"
 
 
-def _meaning(name: str) -> str:
-    return " ".join((Settings.model_fields[name].description or "").split())
+def _meaning(name: str, kind: type[Settings] = Settings) -> str:
+    return " ".join((kind.model_fields[name].description or "").split())
 
 
 def _first_sentence(name: str) -> str:
     return _meaning(name).split(". ")[0].split(": ")[0].rstrip(".")
 
 
-def _default(name: str) -> str:
-    field = Settings.model_fields[name]
-    return "must be set" if field.is_required() else literal(name, field.default)
+def _default(name: str, kind: type[Settings] = Settings) -> str:
+    field = kind.model_fields[name]
+    return "must be set" if field.is_required() else literal(name, field.default, kind)
 
 
 def _default_in_page(name: str) -> str:

@@ -333,13 +333,3 @@ class RuntimePart(Part):
     """Write TensorBoard events."""
     custom_hooks: Annotated[Strings, Mark("free")] = ()
     """Your own hooks, each as 'my_file.py:MyHook'."""
-
-
-PARTS: tuple[type[Part], ...] = (
-    ModelPart,
-    VisionPart,
-    DataPart,
-    OptimPart,
-    EvaluationPart,
-    RuntimePart,
-)

@@ -11,24 +11,24 @@ from typing import Any
 from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS
 from xtuner.config.describe import is_dict, takes_one
-from xtuner.config.parts import PARTS
 from xtuner.config.schema import Settings, field_parts
 
 _WIDTH = 100
 _COMMENT_COLUMN = 40
 
 
-def render(values: Mapping[str, Any], *, title: str) -> str:
+def render(values: Mapping[str, Any], *, title: str, kind: type[Settings] = Settings) -> str:
     """Write `values` as a settings file with what a user may want to change.
 
     Args:
         values: settings by name; those that are absent have their defaults.
         title: the first lines of the file.
+        kind: the settings that there are.
     """
-    fields = Settings.model_fields
-    given = Settings.model_construct(**values)
+    fields = kind.model_fields
+    given = kind.model_construct(**values)
     unit = {"micro_batches": "micro-batches"}.get(given.steps_are, "steps")
-    marks = {name: Settings.mark(name).comment for name in fields}
+    marks = {name: kind.mark(name).comment for name in fields}
     comments = {n: c.replace("{steps}", unit) for n, c in marks.items() if c is not None}
     absent = {*given.idle(), *_uncommon(given.algorithm)}
     shown = {name: fields[name].default for name in comments if name not in absent}
@@ -37,7 +37,7 @@ def render(values: Mapping[str, Any], *, title: str) -> str:
         for name, value in values.items()
         if name in comments or not _same(value, fields[name].default)
     }
-    return _file({**shown, **changed}, comments=comments, title=title)
+    return _file({**shown, **changed}, comments=comments, title=title, kind=kind)
 
 
 def _uncommon(algorithm: str) -> tuple[str, ...]:
@@ -51,25 +51,34 @@ def _uncommon(algorithm: str) -> tuple[str, ...]:
 
 def render_all(settings: Settings, *, title: str) -> str:
     """Write all settings, without a comment on each: the record of a run."""
-    return _file(settings.model_dump(), comments={}, title=title)
+    return _file(settings.model_dump(), comments={}, title=title, kind=type(settings))
 
 
-def literal(name: str, value: Any) -> str:
+def literal(name: str, value: Any, kind: type[Settings] = Settings) -> str:
     """Write the value of setting `name` on one line."""
-    if is_dict(name):
+    if is_dict(name, kind):
         return repr(dict(value))
-    if takes_one(name) and not isinstance(value, str) and len(value) == 1:
+    if takes_one(name, kind) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
     return _literal(value)
 
 
-def _file(values: Mapping[str, Any], *, comments: Mapping[str, str], title: str) -> str:
+def _file(
+    values: Mapping[str, Any],
+    *,
+    comments: Mapping[str, str],
+    title: str,
+    kind: type[Settings],
+) -> str:
     sections = [_docstring(title)]
-    parts = field_parts()
-    for part in PARTS:
+    parts = field_parts(kind)
+    for part in kind.parts():
         names = [name for name in part.model_fields if name in values and parts[name] is part]
         if names:
-            lines = [_assignment(n, values[n], comment=comments.get(n, "")) for n in names]
+            lines = [
+                _assignment(n, literal(n, values[n], kind), values[n], comment=comments.get(n, ""))
+                for n in names
+            ]
             sections.append("\n".join([*_heading(part.__doc__ or ""), *lines]))
     return "\n\n".join(sections) + "\n"
 
@@ -85,8 +94,8 @@ def _docstring(text: str) -> str:
     return f'"""{safe}"""' if "\n" not in safe else f'"""{safe}\n"""'
 
 
-def _assignment(name: str, value: Any, *, comment: str) -> str:
-    line = f"{name} = {literal(name, value)}"
+def _assignment(name: str, text: str, value: Any, *, comment: str) -> str:
+    line = f"{name} = {text}"
     if len(line) > _WIDTH:
         line = f"{name} = {_long(value)}"
         return f"# {comment}\n{line}" if comment else line

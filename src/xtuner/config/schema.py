@@ -11,7 +11,6 @@ from typing import Literal
 
 from xtuner.config.marks import Mark, OnResume, mark_of
 from xtuner.config.parts import (
-    PARTS,
     DataPart,
     EvaluationPart,
     ModelPart,
@@ -67,6 +66,11 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         return self.pack_to_max_length is not False
 
     @classmethod
+    def parts(cls) -> tuple[type[Part], ...]:
+        """The parts of a settings file, in order."""
+        return tuple(base for base in cls.__mro__ if Part in base.__bases__)
+
+    @classmethod
     def mark(cls, name: str) -> Mark:
         """The mark of setting `name`."""
         return mark_of(list(cls.model_fields[name].metadata))
@@ -95,6 +99,6 @@ ALIASES = {"llm_name_or_path": "pretrained_model_name_or_path"}
 """Other names that settings may be written under."""
 
 
-def field_parts() -> dict[str, type[Part]]:
+def field_parts(kind: type[Settings] = Settings) -> dict[str, type[Part]]:
     """The part that each setting belongs to, in the order of a settings file."""
-    return {name: part for part in PARTS for name in part.model_fields}
+    return {name: part for part in kind.parts() for name in part.model_fields}

@@ -65,7 +65,7 @@ def build(
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first: that of the settings file.
         algorithm: which records it takes, and which sequences it makes of them.
-        sight: how images are laid out; None for a model without a vision tower. Every caller
+        image_layout: how images are laid out; None for a model without a vision tower. Every caller
             says it, for a model that sees reads the same rows as another.
         report_dir: where data_report.json is written; None writes none.
         quiet: show no progress.

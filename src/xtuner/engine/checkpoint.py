@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.optimizer.optim import load_optimizer
+from xtuner.engine.resume import DATA, completed
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models.save import flush, flush_tree
 
@@ -194,7 +195,7 @@ def load_state(
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         load_optimizer(optimizer, state["optimizer"])
-        step, before = int(state["step"]), dict(state["identity"])
+        step, before = int(state["step"]), completed(state["identity"])
         if loss_scaler is not None:
             loss_scaler.load_state_dict(state.get("loss_scaler", {}))
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -202,8 +203,8 @@ def load_state(
             f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"
         ) from error
     changed = [
-        "the data" if key == "dataset" else f"{key}: {before.get(key)!r} then, {value!r} now"
+        "the data" if key == DATA else f"{key}: {before.get(key)!r} then, {value!r} now"
         for key, value in identity.items()
-        if before.get(key) != value
+        if before.get(key) != value and (key in before or key != DATA)
     ]
     return step, changed

@@ -26,6 +26,7 @@ from xtuner.config.schema import Settings
 from xtuner.device.host import memory_mb
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine import faults
+from xtuner.engine.checked_loss import checked_loss
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.optimizer import optim
 from xtuner.engine.optimizer.flat import FlatOptimizer
@@ -257,7 +258,7 @@ class Trainer:
             torch.manual_seed(
                 _micro_seed(self.settings.seed, self.run.step, index, self.processes.rank)
             )
-            output = self.algorithm.loss(self.model, batch.to(self.processes.device))
+            output = checked_loss(self.algorithm, self.model, batch.to(self.processes.device))
             loss = output.loss / max(divisor, 1.0)
             if loss.requires_grad:  # text does not reach a projector that alone is trained
                 self.loss_scaler.backward(loss)

@@ -19,6 +19,7 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.device import host
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import checkpoint as checkpoints
+from xtuner.engine.checked_loss import checked_loss
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.counting import Counter
 from xtuner.engine.hooks.base import Run, make_hooks
@@ -370,7 +371,7 @@ class _TrainingRun:
             with torch.no_grad():
                 for index in range(len(dataset)):
                     batch = self._collate(algorithm)(dataset[index])
-                    total += float(algorithm.loss(model, batch.to(device)).loss)
+                    total += float(checked_loss(algorithm, model, batch.to(device)).loss)
                     count += algorithm.count(batch)
             model.train()
             return total / max(1.0, count)

@@ -46,7 +46,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 100], ids="window={}".format)
-@pytest.mark.parametrize("boundaries", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("cu_seqlens", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 def test_values_and_gradients_equal_the_formula(cu_seqlens, window, heads, kv_heads):
     inputs = row(cu_seqlens, heads, kv_heads)

@@ -55,7 +55,7 @@ def formula(q, k, v, cu_seqlens, *, scale, window, rotation):
 @pytest.mark.parametrize(
     "heads", [(4, 4, 32), (9, 3, 64), (2, 1, 96), (2, 1, 256)], ids="{0[0]}:{0[1]}x{0[2]}".format
 )
-@pytest.mark.parametrize("boundaries", BORDERS.values(), ids=BORDERS)
+@pytest.mark.parametrize("cu_seqlens", BORDERS.values(), ids=BORDERS)
 def test_values_and_gradients(cu_seqlens, heads, window, rotated):
     inputs, rotation, pull = inputs_of(cu_seqlens, *heads, rotated=rotated)
     options = {"scale": heads[2] ** -0.5, "window": window, "rotation": rotation}

@@ -101,7 +101,7 @@ class ImageCollate:
 
     Attributes:
         collate: of the algorithm; lays out the tokens.
-        sight: where images are and how long.
+        image_layout: where images are and how long.
         pixels: makes a decoded image ``[3, H, W]``.
         kept: finds the features of an image by the hash of its content, or None; None where
             features are not kept.

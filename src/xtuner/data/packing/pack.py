@@ -165,7 +165,8 @@ class PackedDataset:
         """A hash of all tokens and their order: equal exactly where the packs are."""
         digest = hashlib.sha256()
         for store in self._stores:
-            digest.update(store.key.encode())
+            digest.update(np.ascontiguousarray(store.hashes).data)
+            digest.update(np.ascontiguousarray(store.sequence_lengths).data)
         table = self._samples
         for array in (table.source, table.row, table.start, table.length, self._starts):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)

@@ -83,7 +83,7 @@ def _write(file: Path, members: Ints, starts: Ints) -> None:
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            np.savez(draft, members=members.astype(np.int32), starts=starts.astype(np.int32))
+            np.savez(draft, members=members.astype(np.int32), boundaries=starts.astype(np.int32))
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)

@@ -127,7 +127,7 @@ def refuse_unusable(encoded: Sequence[Encoded]) -> None:
 
 def _refuse_overlong(encoded: Sequence[Encoded]) -> None:
     found = [
-        (each.store.length(row), each.place(row))
+        (max(each.store.sequences_of(row)), each.place(row))
         for each in encoded
         for row in each.fitted.overlong.tolist()
     ]

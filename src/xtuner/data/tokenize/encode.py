@@ -33,7 +33,7 @@ class Encoding:
         tokenizer: of the model that is trained.
         folder: where relative paths are looked up first.
         algorithm: which records it takes, and which sequences it makes of them.
-        sight: how images are laid out; None for a model without a vision tower.
+        image_layout: how images are laid out; None for a model without a vision tower.
         quiet: show no progress.
     """
 

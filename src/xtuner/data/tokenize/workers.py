@@ -58,7 +58,7 @@ class Encoder:
         template: lays out conversations.
         tokenizer: encodes plain text.
         algorithm: which records it takes, and which sequences it makes of them.
-        sight: how images are laid out; None where the model has no vision tower.
+        image_layout: how images are laid out; None where the model has no vision tower.
     """
 
     formats: Sequence[Format]
@@ -82,9 +82,11 @@ class Encoder:
         record = self.record(task)
         if isinstance(record, Fault):
             return record, ()
-        images = record.images if isinstance(record, Conversation) else ()
+        images = _images_of(record)
         if images and self.image_layout is None:
             return Fault(_NO_IMAGES, "images"), ()
+        if images and isinstance(record, Preference):
+            return Fault("a preference with images cannot be trained on yet", "images"), ()
         parts = self._encode(record)
         if self.image_layout is None or isinstance(parts, Fault) or isinstance(record, Preference):
             return parts, images
@@ -103,6 +105,11 @@ class Encoder:
             parts = list(algorithm.encode(record, self))
         except Exception as error:  # a template is its author's code: one row must not end the run
             return Fault(_one_line(error))
+        if wrong := next((part for part in parts if not isinstance(part, Encoded)), None):
+            raise ConfigError(
+                f"{type(algorithm).__name__}.encode made a {type(wrong).__name__}; every sequence "
+                "must be an Encoded of xtuner.types, as encoder.conversation and encoder.text give"
+            )
         if len(parts) != algorithm.sequences_per_row:
             raise ConfigError(
                 f"{type(algorithm).__name__}.encode made {len(parts)} sequences of a row; its "
@@ -142,6 +149,15 @@ class Encoder:
         """The begin-of-text token, if the tokenizer puts one before texts by itself."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
+
+
+def _images_of(record: Record) -> tuple[str, ...]:
+    match record:
+        case Conversation():
+            return record.images
+        case Preference():
+            return (*record.chosen.images, *record.rejected.images)
+    return ()
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -105,8 +105,9 @@ def backward(
         grad_x: whether `x` needs one.
     """
     grads = []
+    call.norm[:] = [address(norm) for norm in layer.norms]  # all may have been away meanwhile
     for linears, group in zip(call.linears(), layer.groups, strict=True):
-        linears.describe(len(x), group)  # all may have been away in the meantime
+        linears.describe(len(x), group)
         grads += linears.give_gradients(group)
     out = torch.empty_like(x) if grad_x else None
     call.x, call.saved, call.grad, call.dx = map(address, (x, saved, grad, out))
