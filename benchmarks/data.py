@@ -53,7 +53,7 @@ def measure(file: Path, model: Path) -> None:
     from xtuner.algorithms.sft import Algorithm
     from xtuner.config.schema import Settings
     from xtuner.data.build import build
-    from xtuner.data.collate import lay_out
+    from xtuner.data.collate import concatenate
     from xtuner.data.loader import Loader
 
     settings = Settings(
@@ -76,7 +76,7 @@ def measure(file: Path, model: Path) -> None:
     seconds, peak = time.perf_counter() - began, memory("VmHWM") - before
     loader = Loader(
         data.train,
-        collate=lay_out,
+        collate=concatenate,
         batch_size=1,
         accumulative_counts=16,
         seed=0,

@@ -144,7 +144,7 @@ def _merged(name: str, bench: Bench, model: Path, work: Path, merged: Path) -> I
     from xtuner.convert.merge import merge
 
     device: Any = bench.device
-    report = merge(model, work, merged, device=device, tell=lambda line: None)
+    report = merge(model, work, merged, device=device, log=lambda line: None)
     # The sum of weight and adapter is rounded once more, in bfloat16.
     bound = 8 * torch.finfo(torch.bfloat16).eps
     found = float("nan") if report.relative is None else report.relative

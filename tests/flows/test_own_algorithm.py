@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from xtuner.train.data_parts import DataParts
 
 from xtuner.cli.app import main
 from xtuner.config.load import load_settings
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import make_trainable
+from xtuner.training.data_parts import DataParts
 
 ALGORITHM = '''
 import torch

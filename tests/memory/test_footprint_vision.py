@@ -6,7 +6,7 @@ import torch
 from losses import loss_of
 
 from xtuner.config.schema import Settings
-from xtuner.data.collate import lay_out
+from xtuner.data.collate import concatenate
 from xtuner.data.images.expansion import ImageCollate, ImageLayout
 from xtuner.data.images.files import ImageFolder
 from xtuner.kernels.attention import packed as attention
@@ -66,7 +66,7 @@ def test_equals_the_real_step(folder, case, accumulate):
     )
     parts.packed.train()
     image_layout = ImageLayout(ImageFolder(folder / "images"), IMAGE_ID, each)
-    collate = ImageCollate(lay_out, image_layout, Processor(str(folder / "clip")))
+    collate = ImageCollate(concatenate, image_layout, Processor(str(folder / "clip")))
     ids = np.array([*[IMAGE_ID] * each, *range(text)])
     mask = np.arange(len(ids)) >= each
     samples = [

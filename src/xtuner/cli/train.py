@@ -13,14 +13,14 @@ import typer
 
 def command(
     config: Annotated[
-        str, typer.Argument(help="A settings file, or the name of a built-in config.")
+        str, typer.Argument(help="A settings file or the name of built-in settings.")
     ],
-    work_dir: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="[iter_N]",
-            help="Go on from the newest checkpoint of the work dir, or from this one.",
+            help="Resume from the newest checkpoint of the work dir, or from this one.",
         ),
     ] = None,
     overwrite: Annotated[
@@ -37,29 +37,33 @@ def command(
         bool,
         typer.Option(
             "--migrate",
-            help="CONFIG is one of XTuner 0.x, LLaMA-Factory or torchtune: migrate it first.",
+            help="CONFIG is a config of XTuner 0.x, LLaMA-Factory or torchtune; migrate it first.",
         ),
     ] = False,
     nproc: Annotated[
         int,
-        typer.Option(envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one a GPU."),
+        typer.Option(
+            envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one per GPU."
+        ),
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what memory the run takes, and if it fits.")
+        bool, typer.Option("--dry-run", help="Estimate memory without training.")
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="With --dry-run: plan for a device of 8GB, say."),
+        typer.Option(
+            metavar="SIZE", help="With --dry-run: plan for a device of this size, e.g. 8GB."
+        ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
             metavar="[cpu|cuda]",
-            help="As --set device=...; with --dry-run --memory SIZE also a GPU that is not here.",
+            help="Same as --set device=...; with --dry-run --memory SIZE, cuda needs no GPU.",
         ),
     ] = None,
 ) -> None:
-    """Fine-tune a model as a settings file says."""
+    """Fine-tune a model."""
     from xtuner.config.load import load_settings
     from xtuner.device.environment import set_up_memory
 
@@ -69,7 +73,7 @@ def command(
         overrides = [*(overrides or ()), f"device={device}"]
     loaded = load_settings(config, overrides=overrides or ())
     if memory and not dry_run:
-        raise typer.BadParameter("--memory goes with --dry-run")
+        raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
         from xtuner.memory.forecast import parse_memory
         from xtuner.training import run
@@ -78,7 +82,7 @@ def command(
         fits = run.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
-        raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
+        raise typer.BadParameter("--resume and --overwrite cannot be combined")
     set_up_memory(loaded.settings.device)
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.parallel.launch import launch
@@ -96,12 +100,12 @@ def command(
         again += [word for override in overrides or () for word in ("--set", override)]
         again += ["--nproc", str(nproc)] if nproc > 1 else []
         again += ["--resume"] if stopped.can_resume else []
-        print(f"\n{stopped} Go on with:\n  {shlex.join(again)}", file=sys.stderr)
+        print(f"\n{stopped} Continue with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
 def _migrated(config: str) -> str:
-    """Write the settings file that `config` means, once, and return its name."""
+    """Convert `config` to a settings file and return its name."""
     from xtuner.migrate.file import migrate
 
     done = migrate(Path(config))

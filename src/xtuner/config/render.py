@@ -1,4 +1,4 @@
-"""Write settings as a commented file in the five parts, which reads back to the same settings."""
+"""Write settings as a commented file in parts, which reads back to the same settings."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _COMMENT_COLUMN = 40
 
 
 def render(values: Mapping[str, Any], *, title: str, kind: type[Settings] = Settings) -> str:
-    """Write `values` as a settings file with what a user may want to change.
+    """Write `values` as a settings file with the settings that users often change.
 
     Args:
-        values: settings by name; those that are absent have their defaults.
-        title: the first lines of the file.
-        kind: the settings that there are.
+        values: settings by name; absent ones have their defaults.
+        title: the docstring of the file.
+        kind: the class of settings.
     """
     fields = kind.model_fields
     given = kind.model_construct(**values)
     unit = {"micro_batches": "micro-batches"}.get(given.steps_are, "steps")
     marks = {name: kind.mark(name).comment for name in fields}
     comments = {n: c.replace("{steps}", unit) for n, c in marks.items() if c is not None}
-    absent = {*given.idle(), *_uncommon(given.algorithm)}
-    shown = {name: fields[name].default for name in comments if name not in absent}
+    left_out = {*given.idle(), *_uncommon(given.algorithm)}
+    shown = {name: fields[name].default for name in comments if name not in left_out}
     changed = {
         name: value
         for name, value in values.items()
@@ -41,7 +41,7 @@ def render(values: Mapping[str, Any], *, title: str, kind: type[Settings] = Sett
 
 
 def _uncommon(algorithm: str) -> tuple[str, ...]:
-    """Settings that a copied file leaves out, as the algorithm says."""
+    """Settings that the algorithm leaves out of a copied file."""
     if algorithm not in plugins.names(ALGORITHMS):
         return ()
     module = plugins.load(ALGORITHMS, algorithm, setting="algorithm")
@@ -50,12 +50,12 @@ def _uncommon(algorithm: str) -> tuple[str, ...]:
 
 
 def render_all(settings: Settings, *, title: str) -> str:
-    """Write all settings, without a comment on each: the record of a run."""
+    """Write all settings without comments: the record of a run."""
     return _file(settings.model_dump(), comments={}, title=title, kind=type(settings))
 
 
 def literal(name: str, value: Any, kind: type[Settings] = Settings) -> str:
-    """Write the value of setting `name` on one line."""
+    """Format the value of setting `name` on one line."""
     if is_dict(name, kind):
         return repr(dict(value))
     if takes_one(name, kind) and not isinstance(value, str) and len(value) == 1:
@@ -101,8 +101,8 @@ def _assignment(name: str, text: str, value: Any, *, comment: str) -> str:
         return f"# {comment}\n{line}" if comment else line
     if not comment:
         return line
-    beside = f"{line:<{_COMMENT_COLUMN}}  # {comment}"
-    return beside if len(beside) <= _WIDTH else f"# {comment}\n{line}"
+    commented = f"{line:<{_COMMENT_COLUMN}}  # {comment}"
+    return commented if len(commented) <= _WIDTH else f"# {comment}\n{line}"
 
 
 def _literal(value: Any) -> str:
@@ -119,7 +119,7 @@ def _literal(value: Any) -> str:
 
 
 def _long(value: Any) -> str:
-    """A value that needs several lines: one item of a list each, a text in pieces."""
+    """Format a value over several lines: a list with one item per line, a string in pieces."""
     if isinstance(value, str):
         return f"(\n{_indented(_pieces(value))}\n)"
     return f"[\n{_indented(_items(value))}\n]"
@@ -147,7 +147,7 @@ def _text(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    """The shortest form that reads back to `value`; 2e-4 rather than 0.0002."""
+    """The shortest form that reads back as `value`; 2e-4 rather than 0.0002."""
     if not 0 < abs(value) < 1e-2:
         return repr(value)
     for digits in range(17):
@@ -159,6 +159,6 @@ def _number(value: float) -> str:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Whether two forms of a setting mean the same; a list and a tuple do."""
+    """Whether two values of a setting are equal, with lists and tuples treated alike."""
     as_list = [list(v) if isinstance(v, list | tuple) else v for v in (left, right)]
     return bool(as_list[0] == as_list[1])

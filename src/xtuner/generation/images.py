@@ -56,7 +56,7 @@ class ImageInput:
         with torch.no_grad():
             images = BatchImages(
                 pixel_values=torch.empty(0),
-                places=places,
+                token_mask=places,
                 counts=(len(names),),
                 features=tuple(self._seen(name, device) for name in names),
             )

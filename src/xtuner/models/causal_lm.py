@@ -251,7 +251,7 @@ def _filled(batch: Batch) -> Batch:
     positions[0, count:] = torch.arange(missing, device=positions.device)
     images = batch.images and replace(
         batch.images,
-        places=F.pad(batch.images.places, (0, missing)),
+        token_mask=F.pad(batch.images.token_mask, (0, missing)),
         counts=(*batch.images.counts, 0),
     )
     return Batch(

@@ -29,7 +29,7 @@ class DataParts:
         tokenizer: of the model; knows the token ``<image>`` if the model takes images.
         algorithm: which records it takes, and which sequences it makes of them.
         template: lays out conversations.
-        image_layout: how images are laid out; None if the model takes none.
+        image_layout: how images are expanded to tokens; None if the model takes no images.
         packing: a line to show where the model decided against packing.
     """
 

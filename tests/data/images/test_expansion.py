@@ -42,5 +42,5 @@ def test_max_length_and_one_image_are_the_room_of_every_row(tmp_path, images, te
         data = built(tmp_path, images=images, answer=answer, max_length=96)
         changed = data.report.sources[0].changed
         assert [group.what for group in changed] == surplus * [
-            "cut to 100 tokens (max_length = 96 tokens and the 4 of an image)"
+            "cut to 100 tokens (max_length = 96 tokens plus 4 for one image)"
         ]

@@ -10,7 +10,7 @@ from torch import nn
 
 from xtuner.config.builtin import catalog
 from xtuner.config.schema import Settings
-from xtuner.data.collate import lay_out
+from xtuner.data.collate import concatenate
 from xtuner.data.images.expansion import ImageCollate, ImageLayout
 from xtuner.data.images.files import ImageFolder
 from xtuner.errors import ModelError
@@ -47,7 +47,7 @@ def collate(tmp_path):
     assert names[:2] == ["0.png", "1.png"]
     encoder = tiny_vision_tower_folder(tmp_path / "clip")
     image_layout = ImageLayout(ImageFolder(tmp_path), IMAGE_ID, TOKENS)
-    return ImageCollate(lay_out, image_layout, Processor(str(encoder)))
+    return ImageCollate(concatenate, image_layout, Processor(str(encoder)))
 
 
 IMAGE = [IMAGE_ID] * TOKENS

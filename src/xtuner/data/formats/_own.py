@@ -1,4 +1,4 @@
-"""A format of the user's own: a function in a file of theirs."""
+"""User-defined formats: a function in the user's file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from xtuner.types import Conversation, Message, Preference, Record, Row, Text
 
 _RETURNS = (
     "it must return a list of messages such as {'role': 'user', 'content': 'Hi'}, "
-    "or a text, or a Conversation, Text or Preference of xtuner.types"
+    "a string, or a Conversation, Text or Preference of xtuner.types"
 )
 
 
 def load(name: str, *, setting: str, folder: Path | None) -> Format:
-    """Make a format of the function that `name` names.
+    """Create a format from the function `name`.
 
     Raises:
-        ConfigError: it cannot be loaded or called.
+        ConfigError: it cannot be loaded, or is not callable.
     """
     function = plugins.load_user_object(name, setting=setting, folder=folder)
     if not callable(function):
@@ -32,7 +32,7 @@ def load(name: str, *, setting: str, folder: Path | None) -> Format:
         )
     return Format(
         name=name,
-        description="Your own.",
+        description="User-defined.",
         columns=(),
         example={},
         convert=partial(_convert, function, name.rpartition(":")[2]),
@@ -44,7 +44,7 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
         made = function(row)
     except RowError:
         raise
-    except Exception as error:  # one bad row must be named, not end the run with a traceback
+    except Exception as error:  # a bad row is reported, rather than ending the run
         raise RowError("", f"{name} raised {type(error).__name__}: {error}") from error
     if isinstance(made, Conversation):
         return conversation(made.messages, tools=made.tools, column=name)
@@ -55,7 +55,7 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
         made = Text(made)
     if isinstance(made, Text):
         if not made.text.strip():
-            raise RowError("", f"{name} returned an empty text", "remove the row")
+            raise RowError("", f"{name} returned an empty string", "remove the row")
         return made
     if not isinstance(made, list | tuple):
         raise RowError("", f"{name} returned {type(made).__name__}", _RETURNS)

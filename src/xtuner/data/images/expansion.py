@@ -126,7 +126,7 @@ class ImageCollate:
         pixels = [values for _, values, _ in found if values is not None]
         images = BatchImages(
             pixel_values=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, 3, 1, 1),
-            places=batch.input_ids == self.image_layout.token_id,
+            token_mask=batch.input_ids == self.image_layout.token_id,
             counts=tuple(len(sample.images) for sample in whole),
             features=tuple(features for _, _, features in found),
             keys=tuple(key for key, _, _ in found if key),

@@ -1,4 +1,4 @@
-"""Go through the rows of a table: csv, tsv or parquet."""
+"""Read the rows of a table: csv, tsv or parquet."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from xtuner.data.sources.rows import NOT_UTF8, Fault
 from xtuner.errors import DataError
 from xtuner.types import Row
 
-_LARGEST_CELL = 2**31 - 1
+_MAX_CELL = 2**31 - 1
 
 
 def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int, Row | Fault]]:
-    """Yield the line at which each row begins, and the row. The first line names the columns.
+    """Yield the first line of each row, and the row. The first line of the file is the header.
 
     Raises:
-        DataError: the header is broken.
+        DataError: the header is invalid.
     """
-    csv.field_size_limit(_LARGEST_CELL)
-    # undecodable bytes become surrogates here, so that a bad cell costs its row only
+    csv.field_size_limit(_MAX_CELL)
+    # undecodable bytes become surrogates, so that a bad cell affects only its row
     with io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline="") as text:
         table = csv.reader(text, delimiter=delimiter, strict=True)
         header = _header(table, name)
@@ -33,7 +33,7 @@ def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int
             except StopIteration:
                 return
             except csv.Error as error:
-                yield line, _broken(error)
+                yield line, _fault(error)
                 continue
             if cells:
                 yield line, _row(header, cells)
@@ -43,7 +43,7 @@ def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row, float]]:
     """Yield each row, and the share of the file read.
 
     Raises:
-        DataError: the file is not a whole parquet file.
+        DataError: the file is not a complete parquet file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -56,7 +56,7 @@ def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row, float]]:
                     number += 1
                     yield row, number / table.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: is not a whole parquet file: {error}") from error
+        raise DataError(f"{name}: is not a complete parquet file: {error}") from error
 
 
 def _header(table: Any, name: str) -> list[str]:
@@ -64,25 +64,25 @@ def _header(table: Any, name: str) -> list[str]:
         header: list[str] = next((cells for cells in table if cells), [])
     except csv.Error as error:
         raise DataError(f"{name} line 1: is not valid CSV: {error}") from error
-    double = sorted({column for column in header if header.count(column) > 1})
-    if double:
-        raise DataError(f"{name} line 1: the header names {', '.join(double)} more than once")
+    duplicates = sorted({column for column in header if header.count(column) > 1})
+    if duplicates:
+        raise DataError(f"{name} line 1: duplicate columns in the header: {', '.join(duplicates)}")
     return header
 
 
-def _broken(error: csv.Error) -> Fault:
+def _fault(error: csv.Error) -> Fault:
     if "unexpected end" in str(error):
-        return Fault("opens a quote that is never closed: all lines after it are lost with it")
+        return Fault("opens a quote that is never closed, so all following lines are lost")
     return Fault("is not valid CSV", detail=str(error))
 
 
 def _row(header: list[str], cells: list[str]) -> Row | Fault:
     if len(cells) != len(header):
-        reason = f"does not have as many cells as the header, which has {len(header)}"
+        reason = f"must have as many cells as the header, {len(header)}"
         return Fault(reason, detail=f"it has {len(cells)}")
     text = "".join(cells)
     if "\0" in text:
-        return Fault("holds NUL bytes; remove them")
+        return Fault("contains NUL bytes; remove them")
     try:
         text.encode()
     except UnicodeEncodeError:

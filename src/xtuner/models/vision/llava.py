@@ -147,7 +147,7 @@ class ImageEmbedder(nn.Module):
 
     def embed(self, input_ids: Tensor, images: BatchImages) -> Tensor:
         """Input embeddings ``[1, N, H]`` of ``[1, N]`` token ids."""
-        places = images.places
+        places = images.token_mask
         embedding = self.llava.get_input_embeddings()
         vectors: Tensor = embedding(input_ids.masked_fill(places, 0))
         features = self._all_features(images)
