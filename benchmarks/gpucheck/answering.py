@@ -1,4 +1,4 @@
-"""Tokens a second of answers, beside transformers' generate, and seconds of a merge."""
+"""Tokens per second of generation, compared with transformers' generate, and time of a merge."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ This module does not import torch at run time, so that ``xtuner list-cfg`` start
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -127,22 +127,23 @@ class RowRef:
         return f"{self.source} {self.unit} {self.line}"
 
 
+class ImageRef(NamedTuple):
+    """An image of a row: its name in the data, and how many tokens stand for it."""
+
+    name: str
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One encoded row.
-
-    Attributes:
-        input_ids: int64 ``[T]``.
-        loss_mask: bool ``[T]``.
-        row: where the row came from.
-        images: names of the images whose placeholders are among the tokens.
-        lengths: the lengths of its sequences, if it has several.
-    """
+    """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, where it came from,
+    the images whose tokens are among these, and the lengths of its sequences where it has
+    several."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     row: RowRef
-    images: tuple[str, ...] = ()
+    images: tuple[ImageRef, ...] = ()
     lengths: tuple[int, ...] = ()
 
     @property
@@ -153,20 +154,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class BatchImages:
-    """The P images of a batch, in the order of their placeholders among the tokens.
+    """The P images of a batch, in the order of their tokens.
 
     Attributes:
-        pixel_values: float32 ``[M, 3, H, W]``, the images that the vision tower still has to
-            process.
-        token_mask: bool ``[1, N]``, true at the tokens that stand for patches.
+        pixel_values: float32 ``[3, H, W]`` of each image that has to go through the vision tower.
+        mask: bool ``[1, N]``, true at the tokens of images.
+        sizes: width and height in pixels of each of the P images as decoded.
         counts: number of images of each sample.
         features: for each of the P images its cached output of the vision tower ``[T, H]``, or None
             if it is the next of `pixel_values`.
         keys: for each image a hash of its content, if features are cached; else empty.
     """
 
-    pixel_values: Tensor
-    token_mask: Tensor
+    pixel_values: tuple[Tensor, ...]
+    mask: Tensor
+    sizes: tuple[tuple[int, int], ...]
     counts: tuple[int, ...]
     features: tuple[Tensor | None, ...]
     keys: tuple[str, ...] = ()
@@ -181,7 +183,8 @@ class BatchImages:
         end = begin + sum(f is None for f in self.features[first:last])
         return BatchImages(
             pixel_values=self.pixel_values[begin:end],
-            token_mask=self.token_mask[:, start:stop],
+            mask=self.mask[:, start:stop],
+            sizes=self.sizes[first:last],
             counts=(self.counts[index],),
             features=self.features[first:last],
             keys=self.keys[first:last],
@@ -191,10 +194,48 @@ class BatchImages:
         """Return a copy with `move` applied to every tensor."""
         return replace(
             self,
-            pixel_values=move(self.pixel_values),
-            token_mask=move(self.token_mask),
+            pixel_values=tuple(map(move, self.pixel_values)),
+            mask=move(self.mask),
             features=tuple(None if f is None else move(f) for f in self.features),
         )
+
+
+class ImageProcessor(Protocol):
+    """The half of an image model that needs no weights: what lays out data uses it."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of one image; a row may have `max_length` tokens and these."""
+        ...
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of an image of `size` pixels (width, height)."""
+        ...
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """Pixels ``[3, H, W]`` in float32 of a decoded RGB image."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """What `num_tokens` depends on; part of the cache key of encoded rows."""
+        ...
+
+
+class ImageEmbedder(Protocol):
+    """The half of an image model that has weights: training and generation use it."""
+
+    def features(self, pixel_values: Sequence[Tensor]) -> Iterable[Tensor]:
+        """The features ``[T, H]`` of each image ``[3, H, W]``."""
+        ...
+
+    def embed(self, input_ids: Tensor, images: BatchImages) -> Tensor:
+        """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their
+        places."""
+        ...
+
+    def positions(self, batch: Batch) -> Tensor:
+        """The position ids that the language model takes for `batch`, which has images."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -227,6 +268,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Number of tokens in the batch."""
         return int(self.input_ids.shape[-1])
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences in the batch."""
+        return len(self.cu_seqlens) - 1
 
     @property
     def num_supervised(self) -> int:

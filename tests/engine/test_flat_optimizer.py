@@ -279,20 +279,20 @@ def steps(optimizer, parameters, first):
     for step in (first, first + 1):
         for i, p in enumerate(parameters):
             p.grad = torch.cos(torch.arange(40000.) * step + i).view(200, 200).cuda()
-        waits = card.waits
+        waits = card.syncs
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return card.waits - waits
+    return card.syncs - waits
 
 report = {}
 for kind in (bnb.optim.PagedAdamW8bit, bnb.optim.AdamW32bit):
     parameters, flat = made(), made()
     plain = kind(parameters)
     assert wants_flat_steps(plain) and fault_in_flat_steps(plain) == ""
-    held = card.held
-    card.forget_most()
+    held = card.allocated
+    card.reset_peak()
     optimizer = FlatOptimizer(kind(flat))
-    move = card.most - held, card.held - held
+    move = card.peak - held, card.allocated - held
     waits = [steps(plain, parameters, 1), steps(optimizer, flat, 1)]
     again = made()
     for p, value in zip(again, flat):

@@ -19,7 +19,7 @@ from xtuner.data.images.files import open_image
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import question
-from xtuner.models.vision.llava import ImageEmbedder
+from xtuner.models.vision.llava import LlavaEmbedder
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
 from xtuner.types import Message
@@ -335,14 +335,14 @@ def test_a_place_in_an_answer_is_no_place_for_a_image(workshop, monkeypatch):
     assert "".join(session.ask("And?")) is not None
     assert len(session.messages) == 4
     with pytest.raises(DataError, match="no image"):
-        session.vision.inputs([261], [Message("user", "<image>")])
+        session.vision.expanded([261], [Message("user", "<image>")])
 
 
 ADAPTER = "finetune/iter_8/llm_adapter"
 
 
 def test_an_adapter_is_put_on_the_language_model_of_a_llava(workshop, tmp_path):
-    """--adapter keeps the vision tower, on a work dir and with --llava alike."""
+    """--adapter keeps the image input, for a work dir and with --llava."""
     joined = tmp_path / "joined"
     shutil.copytree("pretrain/iter_4", joined)
     shutil.copytree(ADAPTER, joined / "llm_adapter")
@@ -406,13 +406,13 @@ def test_a_whole_model_is_held_in_four_bits(workshop):
 
 def test_the_encoder_looks_at_a_image_once_a_conversation(workshop, monkeypatch):
     looked = []
-    features = ImageEmbedder.features
+    features = LlavaEmbedder.features
 
     def counted(self, pixels):
         looked.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr(ImageEmbedder, "features", counted)
+    monkeypatch.setattr(LlavaEmbedder, "features", counted)
     session = open_chat(
         "finetune", dtype="float32", options=GenerationOptions(max_new_tokens=2, temperature=0)
     )

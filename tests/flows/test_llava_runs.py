@@ -1,5 +1,4 @@
-"""What can befall a run with images: an image that goes bad, rows without any, settings that do
-not fit; on tiny models."""
+"""Runs with images on tiny models: broken images, rows without images, invalid settings."""
 
 import json
 import os

@@ -106,5 +106,5 @@ def test_a_model_with_a_state_answers_one_conversation_at_a_time():
 def test_a_conversation_that_fills_the_context_is_refused():
     model = tiny_model(max_position_embeddings=64)
     long = [Message("user", "x" * 80)]
-    with pytest.raises(ModelError, match="shorten the question"):
+    with pytest.raises(ModelError, match="shorten the conversation"):
         together(model, [CONVERSATIONS[0], long])

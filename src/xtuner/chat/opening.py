@@ -22,8 +22,8 @@ from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, read_config
 from xtuner.models.quantize import Quantization, Rounding
 from xtuner.models.run_info import RunInfo
-from xtuner.models.vision.load import ImageModel, Sources, load_llava, load_whole
-from xtuner.models.vision.parts import LLM, is_llava_folder, run_of
+from xtuner.models.vision.folder import LLM, is_llava_folder, run_of
+from xtuner.models.vision.load import Sources, VisionLanguageModel, load_complete, load_llava
 from xtuner.models.vision.tower import add_image_token
 from xtuner.templates import load as load_template
 from xtuner.templates.base import Template
@@ -117,7 +117,7 @@ def open_chat(
     }
     options = options or GenerationOptions()
     if found.llava == "huggingface":
-        image_model = load_whole(Path(found.model), **how)
+        image_model = load_complete(Path(found.model), **how)
         return _image_session(image_model, tokenizer, template, options)
     how["trust_remote_code"] = trust_remote_code
     if found.llava:
@@ -130,7 +130,7 @@ def open_chat(
 
 
 def _image_session(
-    image_model: ImageModel, tokenizer: Any, template: Template, options: GenerationOptions
+    image_model: VisionLanguageModel, tokenizer: Any, template: Template, options: GenerationOptions
 ) -> Session:
     vision = ImageInput(image_model, keep_features=True)
     return Session(image_model.model, tokenizer, template=template, options=options, vision=vision)

@@ -9,7 +9,7 @@ from typing import Any
 
 from xtuner.errors import DataError
 from xtuner.generation.generate import GenerationOptions, context_length, stream
-from xtuner.generation.images import ImageInput, question, without_places
+from xtuner.generation.images import ImageInput, question, without_image_tokens
 from xtuner.templates.base import Template
 from xtuner.types import IMAGE, Message
 
@@ -78,7 +78,7 @@ class Session:
         finally:
             if keep:
                 text = "".join(pieces)
-                text = without_places(text) if self.vision else text
+                text = without_image_tokens(text) if self.vision else text
                 self.messages = [*messages, Message("assistant", text)]
 
     def reset(self) -> None:
@@ -106,4 +106,4 @@ class Session:
 
     def _length(self, messages: list[Message]) -> int:
         ids = self.template.prompt_ids(messages)
-        return len(self.vision.widened(ids) if self.vision else ids)
+        return len(self.vision.expanded(ids, messages) if self.vision else ids)

@@ -83,7 +83,7 @@ def pth_to_hf(
     base = settings.pretrained_model_name_or_path
 
     from xtuner.convert.to_hf import find_checkpoint, same_base, to_hf
-    from xtuner.models.vision.parts import is_llava_folder
+    from xtuner.models.vision.folder import is_llava_folder
 
     source = find_checkpoint(checkpoint)
     if is_llava_folder(source):

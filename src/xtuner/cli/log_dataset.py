@@ -78,7 +78,10 @@ def _print_pack(
 
     from xtuner.data.report.show_tokens import draw
 
-    samples = [image_layout.whole(sample) if image_layout else sample for sample in packs[number]]
+    samples = [
+        image_layout.without_cut_image(sample) if image_layout else sample
+        for sample in packs[number]
+    ]
     tokens = sum(len(sample.input_ids) for sample in samples)
     title = f"pack {number + 1:,} of {len(packs):,}: {tokens:,} tokens"
     console.print(Rule(title, characters="═", style="none"))

@@ -75,7 +75,7 @@ def command(
     if memory and not dry_run:
         raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
-        from xtuner.memory.forecast import parse_memory
+        from xtuner.memory.available import parse_memory
         from xtuner.training import run
 
         stated = None if memory is None else parse_memory(memory)

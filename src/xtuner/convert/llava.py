@@ -30,6 +30,7 @@ from xtuner.convert.weights import (
     write_config,
     write_shards,
 )
+from xtuner.data.images.expansion import expand
 from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import CheckpointError, ModelError
 from xtuner.models.adapters import load_adapter
@@ -37,10 +38,11 @@ from xtuner.models.load import load_tokenizer, located, quiet_transformers, read
 from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import Rounding
 from xtuner.models.run_info import RunInfo
-from xtuner.models.vision import parts as parts_of
+from xtuner.models.vision import folder as parts_of
+from xtuner.models.vision.image_processor import LlavaImageProcessor
 from xtuner.models.vision.llava import portable_config
-from xtuner.models.vision.load import ImageModel, Sources, load_llava
-from xtuner.models.vision.tower import Processor, add_image_token, load_vision_tower, strategy_of
+from xtuner.models.vision.load import Sources, VisionLanguageModel, load_llava
+from xtuner.models.vision.tower import add_image_token, load_vision_tower, strategy_of
 from xtuner.templates.base import Template
 from xtuner.templates.jinja import as_jinja
 from xtuner.types import IMAGE, Message
@@ -192,7 +194,7 @@ def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:
     return DTYPES.get(info.computed_in if info else "", torch.bfloat16)
 
 
-def _self_contained(image_model: ImageModel) -> Any:
+def _self_contained(image_model: VisionLanguageModel) -> Any:
     """The model with a configuration for plain transformers and an embedding row for ``<image>``.
 
     Raises:
@@ -253,13 +255,13 @@ def _with_mean_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _save_processor(
-    image_model: ImageModel, tokenizer: Any, chat_template: str, folder: Path
+    image_model: VisionLanguageModel, tokenizer: Any, chat_template: str, folder: Path
 ) -> None:
     """Write tokenizer, image processor and chat template as one LlavaProcessor."""
     from transformers import LlavaProcessor
 
     vision = image_model.model.config.vision_config
-    upstream = getattr(image_model.pixels, "upstream", None)
+    upstream = getattr(image_model.processor, "upstream", None)
     if upstream is None:
         raise ModelError("the image processor of this model cannot be saved")
     tokenizer.chat_template = chat_template
@@ -289,7 +291,9 @@ def _disable_special_tokens(tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.post_processor = None
 
 
-def _compare_prompts(folder: Path, image_model: ImageModel, template: Template, log: Log) -> None:
+def _compare_prompts(
+    folder: Path, image_model: VisionLanguageModel, template: Template, log: Log
+) -> None:
     """Load the saved processor, and warn if its prompt differs from that of xtuner chat."""
     from PIL import Image
     from transformers import AutoProcessor
@@ -298,13 +302,14 @@ def _compare_prompts(folder: Path, image_model: ImageModel, template: Template, 
         processor = AutoProcessor.from_pretrained(str(folder))
     question = "What is it?"
     ids = template.prompt_ids([Message("user", f"{IMAGE}\n{question}")])
-    token, times = image_model.image_token_id, image_model.tokens_each
-    expected = [i for i in ids for _ in range(times if i == token else 1)]
+    image = Image.new("RGB", (32, 32))
+    token_id, tokens = image_model.image_token_id, image_model.processor.num_tokens(image.size)
+    expected, _ = expand(ids, token_id, [tokens] * ids.count(token_id))
     parts = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
     )
-    actual = processor(text=text, images=Image.new("RGB", (32, 32)))["input_ids"][0]
+    actual = processor(text=text, images=image)["input_ids"][0]
     if list(actual) != expected:
         log(
             f"Warning: the saved processor encodes a test question differently from xtuner chat "
@@ -358,7 +363,7 @@ def merge_encoder(
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             merged.save_pretrained(str(draft))
-        Processor(visual_encoder, True).upstream.save_pretrained(str(draft))
+        LlavaImageProcessor.of_tower(visual_encoder).upstream.save_pretrained(str(draft))
     return difference
 
 

@@ -40,7 +40,7 @@ from xtuner.models.load import load_tokenizer, read_config
 from xtuner.models.quantize import Rounding
 from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
-from xtuner.models.vision.parts import LLM_ADAPTER, run_of
+from xtuner.models.vision.folder import LLM_ADAPTER, run_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Log = Callable[[str], None]

@@ -24,7 +24,7 @@ from xtuner.device.select import DTYPES
 from xtuner.errors import CheckpointError
 from xtuner.hub import fetch
 from xtuner.models.run_info import RunInfo
-from xtuner.models.vision.parts import LLM, LLM_ADAPTER, PROJECTOR, run_of
+from xtuner.models.vision.folder import LLM, LLM_ADAPTER, PROJECTOR, run_of
 
 _MARKS = ("adapter_config.json", "config.json")
 LEFT_OUT = (

@@ -98,7 +98,9 @@ def build(
 
 def length_limit(settings: Settings, image_layout: ImageLayout | None) -> LengthLimit:
     """The maximum length of a sample."""
-    return LengthLimit(settings.max_length, image_layout.tokens_each if image_layout else 0)
+    return LengthLimit(
+        settings.max_length, image_layout.processor.max_tokens if image_layout else 0
+    )
 
 
 class _Assembly:

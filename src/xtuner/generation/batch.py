@@ -35,7 +35,7 @@ NEEDED = ("attention_mask", "position_ids", "past_key_values", "use_cache")
 
 
 class _Row:
-    """One answer while it grows."""
+    """An unfinished answer."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class _Row:
 def takes_batches(model: Any) -> bool:
     """Whether `model` can answer several prompts of different lengths at once."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(base, "_is_stateful", False):  # a state has no mask for padding
+    if getattr(base, "_is_stateful", False):  # recurrent states cannot mask padding
         return False
     parameters = inspect.signature(base.forward).parameters
     return all(name in parameters for name in NEEDED)
@@ -88,15 +88,15 @@ def generate_batch(
     """The assistant's answers to `conversations`, in their order.
 
     Args:
-        model: a causal language model; may be in training, and is set back to it.
-        tokenizer: of the model.
-        template: lays out each conversation.
+        model: a causal language model; its training mode is restored afterwards.
+        tokenizer: the tokenizer of the model.
+        template: the chat template.
         conversations: messages without images.
-        options: of every answer; with a seed each row draws from a generator of its own.
+        options: options of every answer; with a seed each row has its own random generator.
 
     Raises:
-        ModelError: a conversation fills the model's context.
-        DataError: the template cannot lay out a conversation.
+        ModelError: a conversation leaves no room in the model's context.
+        DataError: the template does not support a conversation.
     """
     if len(conversations) < 2 or not takes_batches(model):
         return [
@@ -124,7 +124,7 @@ def generate_batch(
 
 @torch.no_grad()
 def _fill(model: Any, rows: Sequence[_Row], ends: frozenset[int], device: torch.device) -> None:
-    """Let every row grow to its end; rows that have ended are carried along and not looked at."""
+    """Generate until every row has ended; rows that have ended stay in the batch, ignored."""
     longest = max(len(row.ids) for row in rows)
     padding = [longest - len(row.ids) for row in rows]
     pairs = list(zip(rows, padding, strict=True))

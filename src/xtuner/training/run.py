@@ -32,14 +32,14 @@ from xtuner.engine.work_dir import WorkPlace
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.generation.generate import GenerationOptions, stream
 from xtuner.kernels import compiled, threads
-from xtuner.kernels.attention.line import attention_line
 from xtuner.kernels.attention.packed import without_cudnn
+from xtuner.kernels.attention.summary import attention_line
 from xtuner.kernels.fused import liger
-from xtuner.memory.forecast import plan_memory
+from xtuner.memory.plan import plan_memory
 from xtuner.models.can_pack import resolve_packing
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import located_config
-from xtuner.models.prepare import make_trainable
+from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model
 from xtuner.parallel.processes import Processes
@@ -280,9 +280,6 @@ class _TrainingRun:
             embedding_on_cpu=self.plan.embedding_on_cpu,
             source=source,
         )
-        mixed = self.dtype != torch.float32 and (
-            s.llm_training == "full" or bool(s.lora_modules_to_save)
-        )
         if self.vision:
             wrapped: PackedCausalLM = self.vision.join(
                 llm, dtype=self.dtype, device=device, source=source
@@ -290,7 +287,7 @@ class _TrainingRun:
             if recompute and s.visual_encoder_training != "frozen":
                 self.vision.recompute()
         else:
-            wrapped = PackedCausalLM(llm, autocast=self.dtype if mixed else None)
+            wrapped = PackedCausalLM(llm, autocast=llm_autocast(s, self.dtype))
         if note := wrapped.verify(packed=s.packs):
             self.console.print(f"Note: {note}.")
         for line in self.vision.trained() if self.vision else ():
@@ -353,7 +350,7 @@ class _TrainingRun:
                 template=self.template,
                 messages=messages,
                 options=options,
-                vision=self.vision.shown if self.vision else None,
+                vision=self.vision.image_input if self.vision else None,
             )
             return "".join(pieces)
 

@@ -2,6 +2,7 @@
 
 import pytest
 from data_makers import settings, write_jsonl
+from image_makers import FixedImages
 
 from xtuner import templates
 from xtuner.algorithms.sft import Algorithm
@@ -17,7 +18,7 @@ EACH = 4
 
 def built(folder, *, images, answer, max_length, **changes):
     own = tiny_tokenizer()
-    image_layout = ImageLayout(ImageFolder(folder), add_image_token(own), EACH)
+    image_layout = ImageLayout(ImageFolder(folder), add_image_token(own), FixedImages(EACH))
     row = {
         "image": tiny_images(folder, images),
         "conversations": [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 from rich.text import Text
@@ -37,12 +37,13 @@ def draw(
         image_layout: how images are expanded to tokens; the tokens of an image are rendered as its
             name.
     """
-    output, names = Text(), iter(sample.images)
+    output, images = Text(), iter(sample.images)
     for supervised, start, stop in _spans(sample, image_layout):
         if image_layout and sample.images and sample.input_ids[start] == image_layout.token_id:
-            for name in islice(names, (stop - start) // image_layout.tokens_each):
-                label = visible(f"[{IMAGE} {name}: {image_layout.tokens_each} tokens]")
+            while start < stop and (ref := next(images, None)):
+                label = visible(f"[{IMAGE} {ref.name}: {ref.num_tokens} tokens]")
                 output.append(label + (" " if show in _NUMBERS else ""), style=_IMAGE)
+                start += ref.num_tokens
             continue
         if show == "masked_text" and not supervised:
             unit = "token" if stop - start == 1 else "tokens"

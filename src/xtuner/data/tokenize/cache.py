@@ -23,7 +23,7 @@ from xtuner.data import formats
 from xtuner.data.tokenize.store import RowStore, StoreWriter
 from xtuner.errors import DataError
 
-_LAYOUT = 4
+_LAYOUT = 5
 """Increment it when stores of older versions must no longer be used."""
 
 

@@ -5,7 +5,7 @@ offsets.npy int64 [R+1]                              start of each row, then T
 sequence_lengths.npy int32 [R*k]                     for rows of k > 1 sequences; else empty
 lines.npy int32 [R]    files.npy int32 [R]           line of the row, number of its file
 supervised.npy int32 [R]  hashes.npy uint64 [R]      supervised tokens, hash of the row
-image_names.npy uint8 [B]  image_ends.npy int64 [R]  image names as JSON, end of each row's names
+image_names.npy uint8 [B]  image_ends.npy int64 [R]  images (name, tokens) as JSON, end of each row
 about.json                                           counts, and the failed rows by reason
 bad_files.jsonl                                      names of faulty referenced files
 """
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from xtuner.data.sources.rows import Fault
 from xtuner.data.tokenize.columns import Column, ColumnWriter
-from xtuner.types import RowRef
+from xtuner.types import ImageRef, RowRef
 
 ABOUT = "about.json"
 BAD_FILES = "bad_files.jsonl"
@@ -102,9 +102,9 @@ class EncodedChunk:
     faults: list[BadRow]
 
 
-def packed_names(names: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """Image names as JSON bytes; empty if there are none."""
-    text = json.dumps(list(names), ensure_ascii=False) if names else ""
+def packed_images(images: Sequence[ImageRef]) -> npt.NDArray[np.uint8]:
+    """The images of a row as JSON bytes; empty if there are none."""
+    text = json.dumps(images, ensure_ascii=False) if images else ""
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
@@ -304,13 +304,14 @@ class RowStore:
         first = self._value("offsets", row) + start
         return int(np.count_nonzero(self._columns["mask"].read(first + 1, length - 1)))
 
-    def images(self, row: int) -> tuple[str, ...]:
-        """Names of the images of one row."""
+    def images(self, row: int) -> tuple[ImageRef, ...]:
+        """The images of one row."""
         if not len(self._columns["image_names"]):
             return ()
         start = self._value("image_ends", row - 1) if row else 0
         packed = self._columns["image_names"].read(start, self._value("image_ends", row) - start)
-        return tuple(json.loads(packed.tobytes())) if len(packed) else ()
+        pairs = json.loads(packed.tobytes()) if len(packed) else ()
+        return tuple(ImageRef(*pair) for pair in pairs)
 
     @property
     def has_images(self) -> npt.NDArray[np.bool_]:

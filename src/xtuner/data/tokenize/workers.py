@@ -29,10 +29,10 @@ import numpy.typing as npt
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, RawRow, parse
-from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_names
+from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_images
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.templates.base import Template
-from xtuner.types import Algorithm, Conversation, Encoded, Preference, Record, Row, Text
+from xtuner.types import Algorithm, Conversation, Encoded, ImageRef, Preference, Record, Row, Text
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 1 << 20
@@ -78,8 +78,8 @@ class Encoder:
         """Encode one row; faults are returned, not raised."""
         return self.encode_with_images(task)[0]
 
-    def encode_with_images(self, task: Task) -> tuple[list[Encoded] | Fault, tuple[str, ...]]:
-        """Encode one row and check its images; return the names of the images too."""
+    def encode_with_images(self, task: Task) -> tuple[list[Encoded] | Fault, tuple[ImageRef, ...]]:
+        """Encode one row and check its images; return the images too."""
         record = self.record(task)
         if isinstance(record, Fault):
             return record, ()
@@ -90,9 +90,11 @@ class Encoder:
             return Fault("a preference with images cannot be trained on yet", "images"), ()
         parts = self._encode(record)
         if self.image_layout is None or isinstance(parts, Fault) or isinstance(record, Preference):
-            return parts, images
-        laid_out = self.image_layout.laid_out(parts[0], images)
-        return (laid_out if isinstance(laid_out, Fault) else [laid_out, *parts[1:]]), images
+            return parts, ()
+        expanded = self.image_layout.expanded(parts[0], images)
+        if isinstance(expanded, Fault):
+            return expanded, ()
+        return [expanded[0], *parts[1:]], expanded[1]
 
     def _encode(self, record: Record) -> list[Encoded] | Fault:
         algorithm = self.algorithm
@@ -200,14 +202,14 @@ def encode_chunk(encoder: Encoder, tasks: Sequence[Task]) -> EncodedChunk:
     rows: list[_Row] = []
     faults: list[BadRow] = []
     for task in tasks:
-        parts, names = encoder.encode_with_images(task)
+        parts, images = encoder.encode_with_images(task)
         if isinstance(parts, Fault):
             faults.append(BadRow(task.file, task.row.line, parts))
             continue
         ids = np.concatenate([np.array(part.input_ids, np.int32) for part in parts])
         mask = np.concatenate([np.array(part.loss_mask, np.bool_) for part in parts])
         lengths = [len(part.input_ids) for part in parts]
-        rows.append(_Row(task, ids, mask, lengths, packed_names(names)))
+        rows.append(_Row(task, ids, mask, lengths, packed_images(images)))
     several = encoder.algorithm.sequences_per_row > 1
     return EncodedChunk(
         token_ids=np.concatenate([np.zeros(0, np.int32), *(row.token_ids for row in rows)]),
