@@ -92,7 +92,7 @@ test-gpu: dev
 WITHOUT_CPU := tests/kernels tests/models tests/memory tests/engine tests/generation tests/flows
 test-without-cpu-kernels: dev
 	@rm -rf build/without-cpu-kernels && mkdir -p build/without-cpu-kernels
-	@git ls-files -z src tests docs examples README.md Makefile pyproject.toml | xargs -0 cp --parents -t build/without-cpu-kernels
+	@git ls-files -z src tests docs examples README.md CONTRIBUTING.md Makefile pyproject.toml | xargs -0 cp --parents -t build/without-cpu-kernels
 	@rm -r build/without-cpu-kernels/src/xtuner/kernels/cpu
 	cd build/without-cpu-kernels && PYTHONPATH=$(CURDIR)/build/without-cpu-kernels/src $(CURDIR)/$(BIN)/python -m pytest $(SPREAD) $(WITHOUT_CPU)
 	@rm -rf build/without-cpu-kernels

@@ -18,7 +18,7 @@ from xtuner.data.build import build
 from xtuner.models.load import load_tokenizer
 from xtuner.models.prepare import make_trainable
 from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
-from xtuner.train.vision import RunVision
+from xtuner.training.vision import RunVision
 from xtuner.types import Batch
 
 STAGES: dict[str, dict[str, Any]] = {

@@ -85,7 +85,7 @@ def test_the_record_of_a_run_has_all_and_absolute_paths(tmp_path):
 
 def test_it_is_explained():
     text = explain("port", Extended)
-    assert "a whole number, 1 or more" in text
+    assert "an integer, 1 or more" in text
     assert "default  80" in text and "PART 6  Serving" in text and "Port of the server." in text
 
 

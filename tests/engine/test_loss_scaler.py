@@ -114,7 +114,7 @@ class Watch(BaseHook):
 def make_trainer(
     folder, dtype, *, steps, full=False, groups=None, scale=None, algorithm=None, **settings
 ):
-    """A run as `xtuner.train.run` makes it, and the hook that sees its numbers."""
+    """A run as `xtuner.training.run` makes it, and the hook that sees its numbers."""
     torch.manual_seed(0)
     model = tiny_model(initializer_range=0.2)
     packed.register()

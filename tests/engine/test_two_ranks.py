@@ -21,7 +21,7 @@ from xtuner.errors import DataError, LaunchError
 from xtuner.parallel.processes import Processes
 from xtuner.testing.run_distributed import run_distributed
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
-from xtuner.train.evaluate import SampleAnswers, Validation
+from xtuner.training.evaluate import SampleAnswers, Validation
 
 pytestmark = pytest.mark.distributed
 SPLIT = [make_samples(2, seed=seed) for seed in range(5)]

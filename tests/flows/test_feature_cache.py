@@ -14,7 +14,7 @@ from xtuner.data.images.feature_store import FeatureStore
 from xtuner.models.vision.llava import LlavaEmbedder
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower, tiny_vision_tower_folder
-from xtuner.train.vision import RunVision
+from xtuner.training.vision import RunVision
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from xtuner.cli.app import main
 from xtuner.config.load import load_settings
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import make_trainable
-from xtuner.train.data_parts import DataParts
+from xtuner.training.data_parts import DataParts
 
 ALGORITHM = '''
 import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 import recording_strategy
 
 from xtuner.config.load import load_settings
-from xtuner.train.run import train
+from xtuner.training.run import train
 
 
 def test_a_run_with_a_users_strategy(tmp_path, tiny_model_path, monkeypatch):

@@ -36,7 +36,7 @@ def command(
     from xtuner.data.report.check import bad_rows
     from xtuner.data.report.show_tokens import visible
     from xtuner.errors import DataError
-    from xtuner.train.data_parts import DataParts
+    from xtuner.training.data_parts import DataParts
 
     parts = DataParts.open(load_settings(config, overrides=overrides or ()))
     count = 0

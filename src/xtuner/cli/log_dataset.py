@@ -54,7 +54,7 @@ def command(
     from rich.rule import Rule
 
     from xtuner.config.load import load_settings
-    from xtuner.train.data_parts import DataParts
+    from xtuner.training.data_parts import DataParts
 
     parts = DataParts.open(load_settings(config, overrides=overrides or ()))
     data = parts.build()

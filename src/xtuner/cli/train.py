@@ -65,6 +65,7 @@ def command(
 ) -> None:
     """Fine-tune a model."""
     from xtuner.config.load import load_settings
+    from xtuner.device.environment import set_up_memory
 
     if migrate:
         config = _migrated(config)
@@ -75,14 +76,14 @@ def command(
         raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
         from xtuner.memory.available import parse_memory
-        from xtuner.train import dry_run as planning
+        from xtuner.training import dry_run as planning
 
         stated = None if memory is None else parse_memory(memory)
         fits = planning.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
-    _set_up_memory(loaded.settings.device)
+    set_up_memory(loaded.settings.device)
     if nproc > 1 and "RANK" not in os.environ:
         from xtuner.parallel.launch import launch
 
@@ -90,7 +91,7 @@ def command(
         raise typer.Exit(launch(again, nproc))
 
     from xtuner.engine.signals import Interrupted
-    from xtuner.train.run import train
+    from xtuner.training.run import train
 
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
@@ -113,19 +114,3 @@ def _migrated(config: str) -> str:
         for line in done.draft.report():
             typer.echo(line)
     return str(done.path)
-
-
-def _set_up_memory(device: str) -> None:
-    """Enable expandable segments on a GPU, and limit the primitive cache of oneDNN on a CPU.
-
-    Rows have another length at every step. Expandable segments keep the GPU allocator from
-    fragmenting. oneDNN caches compiled code for the last 1,024 shapes, two thirds of a MiB each (a
-    step needs about a hundred). Must be called before torch is imported; variables that the user
-    has set are kept. torch 2.8 does not support the first name.
-    """
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    supported = device != "cpu" and sys.platform == "linux"
-    if supported and not any(name in os.environ for name in names):
-        os.environ[names[0]] = "expandable_segments:True"
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "256")

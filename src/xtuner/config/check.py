@@ -73,11 +73,11 @@ def _resolve_aliases(reading: Reading) -> list[Problem]:
         if entry is None:
             continue
         other = reading.entries.get(name)
-        if other is not None and OVERRIDE not in (entry.line, other.line):
+        if other is not None and not (entry.overrides or other.overrides):
             problems.append(
                 entry.problem(alias, f"is an alias of {name}, which is also set; keep one")
             )
-        if other is None or entry.line == OVERRIDE:
+        if other is None or entry.overrides:
             reading.entries[name] = entry
     return problems
 

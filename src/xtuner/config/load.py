@@ -16,7 +16,15 @@ from xtuner.config.builtin import catalog
 from xtuner.config.check import check
 from xtuner.config.read import foreign, python, yaml
 from xtuner.config.read import overrides as override_reader
-from xtuner.config.read.entries import BUILT_IN, OVERRIDE, Entry, Reading, report
+from xtuner.config.read.entries import (
+    ARGUMENT,
+    BUILT_IN,
+    OVERRIDE,
+    Entry,
+    Problem,
+    Reading,
+    report,
+)
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
 
@@ -40,19 +48,28 @@ class LoadedSettings:
     path: Path | None
 
 
-def load_settings(config: str | Path, *, overrides: Sequence[str] = ()) -> LoadedSettings:
-    """Load the settings file or the built-in settings called `config`.
+def load_settings(
+    config: str | Path | Mapping[str, Any], *, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> LoadedSettings:
+    """Load the settings file or the built-in settings called `config`, or a dictionary.
 
     Args:
-        config: a .py, .yaml or .yml file, or a name that `xtuner list-cfg` shows.
-        overrides: strings ``"name=value"`` that override `config`.
+        config: a .py, .yaml or .yml file, a name that `xtuner list-cfg` shows, or settings by name.
+        overrides: strings ``"name=value"``, or values by name, that override `config`.
 
     Raises:
         ConfigError: there is no such file or name, or it has problems; all are listed.
     """
-    values, problems = override_reader.read(overrides)
-    path = _file(config)
-    if path is None:
+    problems: list[Problem] = []
+    if isinstance(overrides, Mapping):
+        values, line = _plain(overrides), ARGUMENT
+    else:
+        (values, problems), line = override_reader.read(overrides), OVERRIDE
+    path = None if isinstance(config, Mapping) else _file(config)
+    if isinstance(config, Mapping):
+        name = "settings"
+        reading = Reading({key: Entry(value, BUILT_IN) for key, value in _plain(config).items()})
+    elif path is None:
         name = str(config)
         composed = catalog.compose(name)
         reading = Reading({key: Entry(value, BUILT_IN) for key, value in composed.items()})
@@ -62,7 +79,9 @@ def load_settings(config: str | Path, *, overrides: Sequence[str] = ()) -> Loade
         if origin := foreign.origin(text, path.suffix):
             raise ConfigError(foreign.offer(str(config), origin))
         reading = _READERS[path.suffix.lower()](text, overrides=values)
-    _add_overrides(reading, values)
+    for key, value in values.items():
+        reading.entries[key] = Entry(value, line)
+        reading.broken.discard(key)
     settings, found = check(reading)
     found = [*reading.problems, *found, *problems]
     if settings is None or found:
@@ -71,10 +90,15 @@ def load_settings(config: str | Path, *, overrides: Sequence[str] = ()) -> Loade
     return LoadedSettings(settings, name, folder, path)
 
 
-def _add_overrides(reading: Reading, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        reading.entries[name] = Entry(value, OVERRIDE)
-        reading.broken.discard(name)
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with paths as text, as a settings file has them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {str(name): plain(value) for name, value in values.items()}
 
 
 def _file(config: str | Path) -> Path | None:

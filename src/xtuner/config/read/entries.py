@@ -15,16 +15,23 @@ from xtuner.errors import listed
 OVERRIDE = 0
 """The line of an entry that was given on the command line."""
 BUILT_IN = -1
-"""The line of an entry that comes from the tables of the built-in settings."""
+"""The line of an entry that comes from the tables of the built-in settings, or a dictionary."""
+ARGUMENT = -2
+"""The line of an entry that was given as a keyword argument."""
 _MAX_SHOWN = 56
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One setting as given: its value and its line (or OVERRIDE, or BUILT_IN)."""
+    """One setting as given: its value and its line (or OVERRIDE, BUILT_IN, ARGUMENT)."""
 
     value: Any
     line: int
+
+    @property
+    def overrides(self) -> bool:
+        """Whether it replaces what a file says."""
+        return self.line in (OVERRIDE, ARGUMENT)
 
     def problem(self, name: str, message: str) -> Problem:
         """Make a problem about this entry, the setting `name`."""

@@ -19,7 +19,7 @@ from xtuner.models.can_pack import resolve_packing
 from xtuner.models.load import load_tokenizer
 from xtuner.parallel.processes import Processes
 from xtuner.templates.base import Template
-from xtuner.train.vision import image_layout_of
+from xtuner.training.vision import image_layout_of
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from xtuner.engine.training_state import load_state, save_state
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model
 from xtuner.templates.base import Template
-from xtuner.train.vision import RunVision
+from xtuner.training.vision import RunVision
 
 _WRAPPED = "model."
 """What stands before a name of the language model in `PackedCausalLM`."""

@@ -9,7 +9,7 @@ from xtuner.device.select import pick_device, resolve_dtype
 from xtuner.errors import LaunchError
 from xtuner.memory.plan import plan_memory
 from xtuner.models.can_pack import resolve_packing
-from xtuner.train.opening_lines import lines_of_model
+from xtuner.training.opening_lines import lines_of_model
 
 
 def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int = 1) -> bool:

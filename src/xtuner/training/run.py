@@ -5,7 +5,6 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,29 +30,13 @@ from xtuner.memory.plan import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
-from xtuner.train.checkpoint_writer import CheckpointWriter
-from xtuner.train.computing import choose_attention, prepare_computing
-from xtuner.train.data_parts import DataParts
-from xtuner.train.evaluate import SampleAnswers, Validation
-from xtuner.train.opening_lines import opening_lines
-from xtuner.train.vision import RunVision
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run left behind.
-
-    Attributes:
-        work_dir: where it wrote.
-        checkpoint: the newest in the work dir; None if there is none.
-        step: optimizer steps done.
-        metrics: the numbers of the last step, as in ``scalars.jsonl``; empty if none was taken.
-    """
-
-    work_dir: Path
-    checkpoint: Path | None
-    step: int
-    metrics: dict[str, float]
+from xtuner.training.checkpoint_writer import CheckpointWriter
+from xtuner.training.computing import choose_attention, prepare_computing
+from xtuner.training.data_parts import DataParts
+from xtuner.training.evaluate import SampleAnswers, Validation
+from xtuner.training.opening_lines import opening_lines
+from xtuner.training.result import TrainResult
+from xtuner.training.vision import RunVision
 
 
 def train(

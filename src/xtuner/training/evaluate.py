@@ -25,7 +25,7 @@ from xtuner.generation.generate import GenerationOptions, stream
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.parallel.processes import Processes
 from xtuner.templates.base import Template
-from xtuner.train.vision import RunVision
+from xtuner.training.vision import RunVision
 from xtuner.types import Algorithm, Batch, Message
 
 

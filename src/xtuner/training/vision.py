@@ -1,4 +1,4 @@
-"""The parts of a run with image input, joined by `xtuner.train.run`."""
+"""The parts of a run with image input, joined by `xtuner.training.run`."""
 
 from __future__ import annotations
 
