@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from xtuner.config import load
 from xtuner.config.load import LoadedSettings
 from xtuner.errors import ConfigError, LaunchError, did_you_mean
-from xtuner.training.result import TrainResult
+from xtuner.training.result import TrainResult as TrainResult
 
 if TYPE_CHECKING:
     from xtuner.chat.session import Session
