@@ -1,11 +1,11 @@
-# make quickstart          teach a small chat model who it is (NAME="Ada" chooses the name)
-# make quickstart-llava    give it eyes, and ask about images (15 minutes on two cores)
-# make quickstart-overfit  the same without ordinary conversations: see it forget
-# make venv                .venv with the xtuner command in it
-# make test | test-slow    the test suite | the tests that take long (JOBS=1: in one process)
-# make test-gpu            the tests that need an NVIDIA GPU
-# make bench               xtuner beside its peers on this CPU (DATA=rows.json chooses the data)
-# make check-gpu           on a machine with an NVIDIA GPU: is all right there, and how fast is it (four minutes)
+# make quickstart          teach a small chat model its name (NAME="Ada" sets the name)
+# make quickstart-llava    add image input and ask about images (15 minutes on two cores)
+# make quickstart-overfit  quickstart without general conversations, to show forgetting
+# make venv                create .venv with the xtuner command
+# make test | test-slow    run the tests | the slow tests (JOBS=1: in one process)
+# make test-gpu            run the tests that need an NVIDIA GPU
+# make bench               compare xtuner with other trainers on this CPU (DATA=rows.json sets the data)
+# make check-gpu           check correctness and speed on an NVIDIA GPU (four minutes)
 # make check               what CI runs: format, lint, types, import layers, tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -14,7 +14,7 @@ NAME ?= Ada
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-# One process a core, of at most 1 GB each; tests of a file share what they set up, so files stay whole.
+# One process per core, at most 1 GB each. Tests of a file share fixtures, so they run in one process.
 JOBS ?= auto
 SPREAD := -n $(JOBS) --maxprocesses 4 --dist loadfile
 
@@ -27,7 +27,7 @@ venv: .venv/.installed
 dev: .venv/.dev
 
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xtuner needs Python 3.11 or newer, and $(PYTHON) is %d.%d; run: make PYTHON=/path/to/python3.11 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xtuner needs Python 3.11 or newer, but $(PYTHON) is %d.%d; run: make PYTHON=/path/to/python3.11 ..." % sys.version_info[:2])'
 	@echo "Setting up .venv (once, about a minute with a warm package cache)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[all]"
@@ -47,7 +47,7 @@ quickstart-llava: venv
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[examples]"
 	@PYTHON=$(BIN)/python bash examples/llava/run.sh
 
-# Peers get environments of their own, with the versions that docs/benchmarks.md names.
+# Peers have their own environments, with the versions listed in docs/benchmarks.md.
 $(BENCH)/trl/.installed:
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install -qq torch==2.13.0 transformers==5.23.0 trl==1.16.0 peft datasets
@@ -64,8 +64,8 @@ bench: dev $(BENCH)/trl/.installed $(BENCH)/llamafactory/.installed
 	@$(BIN)/python benchmarks/cpu.py $(BENCH_DATA)
 	@$(BIN)/python benchmarks/memory.py $(BENCH_DATA)
 
-# On a machine with an NVIDIA GPU. Weights are random; the runs themselves are offline, so TRL's flash
-# attention is fetched before. Where that fails, the table says so.
+# Needs an NVIDIA GPU. Weights are random and the runs are offline, so TRL's flash attention is fetched
+# first. If that fails, the table says so.
 bench-gpu: dev $(BENCH)/trl/.installed
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[gpu]"
 	@$(BENCH)/trl/bin/python -m pip install -qq bitsandbytes liger-kernel
@@ -74,7 +74,7 @@ bench-gpu: dev $(BENCH)/trl/.installed
 	@$(BIN)/python benchmarks/gpu.py
 	@$(BIN)/python benchmarks/memory.py --gpu $(BENCH_DATA)
 
-# BUDGET chooses the seconds. TRL is measured beside it where `make bench-gpu` has made its environment.
+# BUDGET sets the time in seconds. TRL is measured too if `make bench-gpu` has created its environment.
 check-gpu: dev
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[gpu]"
 	@$(BIN)/python benchmarks/gpu_check.py --seconds $(or $(BUDGET),240)
@@ -88,12 +88,13 @@ test-slow: dev
 test-gpu: dev
 	$(BIN)/python -m pytest -m gpu
 
-# kernels/cpu is optional: the same tests without that folder, on a copy of the tree.
+# kernels/cpu is optional: the tests that could miss it without that folder, on a copy of the tree.
+WITHOUT_CPU := tests/kernels tests/models tests/memory tests/engine tests/generation tests/flows
 test-without-cpu-kernels: dev
 	@rm -rf build/without-cpu-kernels && mkdir -p build/without-cpu-kernels
-	@git ls-files -z src tests docs examples README.md Makefile pyproject.toml | xargs -0 cp --parents -t build/without-cpu-kernels
+	@git ls-files -z src tests docs examples README.md CONTRIBUTING.md Makefile pyproject.toml | xargs -0 cp --parents -t build/without-cpu-kernels
 	@rm -r build/without-cpu-kernels/src/xtuner/kernels/cpu
-	cd build/without-cpu-kernels && PYTHONPATH=$(CURDIR)/build/without-cpu-kernels/src $(CURDIR)/$(BIN)/python -m pytest $(SPREAD)
+	cd build/without-cpu-kernels && PYTHONPATH=$(CURDIR)/build/without-cpu-kernels/src $(CURDIR)/$(BIN)/python -m pytest $(SPREAD) $(WITHOUT_CPU)
 	@rm -rf build/without-cpu-kernels
 
 check: dev

@@ -1,10 +1,10 @@
-"""The loss of every step beside a float32 reference that shares no fast part with xtuner.
+"""Compare the loss of every step with a float32 reference that shares no kernel with xtuner.
 
     python benchmarks/accuracy.py [--data ROWS.json] [--model DIR] [--steps 100] [--max-length 256]
 
-xtuner trains with `xtuner train` in its own number types. The reference holds everything in
-float32, goes through transformers and peft as they are, one sample at a time, and takes the whole
-logits. Both see the same samples in the same steps and begin with the same adapters.
+xtuner runs `xtuner train` with its own dtypes. The reference is plain transformers and peft in
+float32, one sample at a time, with full logits. Both use the same samples in the same steps and
+start with the same adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 
 def reference(options: argparse.Namespace, length: int, tuning: str) -> list[float]:
-    """Mean loss of a supervised token, step by step, in float32."""
+    """Loss per supervised token of each step, in float32."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -101,19 +101,19 @@ def main() -> None:
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        base_dir = Path(folder)
         if options.data is None:
-            options.data = place / "rows.json"
+            options.data = base_dir / "rows.json"
             options.data.write_text(json.dumps(rows(999)))
         options.data, options.model = options.data.resolve(), options.model.resolve()
         changes = {"tuning": options.tuning, "max_length": options.max_length}
         if options.tuning == "full":
             changes["weight_decay"] = 0.0
-        scalars, _ = run_xtuner(changes, place, options)
+        scalars, _ = run_xtuner(changes, base_dir, options)
         ours = [step["loss"] for step in scalars]
         exact = reference(options, options.max_length, options.tuning)
     apart = [abs(a - b) / b for a, b in zip(ours, exact, strict=True)]
-    print("| steps | xtuner | float32 reference | mean loss apart by |\n|---|---|---|---|")
+    print("| steps | xtuner | float32 reference | difference of the mean |\n|---|---|---|---|")
     tenth = max(1, len(ours) // 10)
     for first in range(0, len(ours), tenth):
         a, b = (statistics.mean(x[first : first + tenth]) for x in (ours, exact))

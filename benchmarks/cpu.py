@@ -1,13 +1,13 @@
-"""xtuner beside its peers on two cores: tokens a second, peak memory, share of the machine's rate.
+"""Compare xtuner with other trainers on two cores: tokens/s, peak memory, hardware utilization.
 
     python benchmarks/cpu.py [--data ROWS.json] [--model DIR] [--rounds 2] [--steps 8]
         [--only lora ...] [--peers TRL ...]
 
-Every figure of xtuner comes from the real `xtuner train`, logging on, read from its scalars.jsonl.
-Peers run in environments of their own (`make bench` makes them). Within a round xtuner runs before
-every peer, so that both meet the same state of a shared machine; ratios are of medians over all
-steps but the first two of each run. The machine's rate is that of a bfloat16 product of 2,048 x
-2,048, measured before every run.
+Results of xtuner come from `xtuner train` with logging, read from its scalars.jsonl. Peers run in
+their own environments (created by `make bench`). In each round xtuner runs before every peer, so
+that both see the same load of a shared machine; ratios are of medians over all steps except the
+first two of each run. Utilization is relative to a bfloat16 product of 2,048 x 2,048, measured
+before every run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMON = {
     "lora_alpha": 16,
     "lora_dropout": 0.0,
 }
-HEADER = """| work | program | tokens/s | xtuner is faster by | goal | peak MiB | xtuner's share |
+HEADER = """| task | program | tokens/s | speedup of xtuner | goal | peak MiB | utilization |
 |---|---|---|---|---|---|---|"""
 WORKS: dict[str, tuple[dict, list[tuple[str, str, list[str], str]]]] = {
     # settings of xtuner; peers: name, environment, script and options, goal
@@ -66,18 +66,18 @@ WORKS: dict[str, tuple[dict, list[tuple[str, str, list[str], str]]]] = {
 
 @dataclass
 class Result:
-    """Rates of all timed steps, and the highest peak of memory, of one contender."""
+    """Rates of all timed steps and the peak memory of one program."""
 
     rates: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
 
     @property
     def median(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return statistics.median(self.rates)
 
     def add(self, rates: list[float], peak_mb: float) -> None:
-        """Take the steps of one run, the first two of which warm up."""
+        """Add the steps of one run, except the first two, which are warmup."""
         self.rates += rates[2:]
         self.peak_mb = max(self.peak_mb, peak_mb)
 
@@ -107,20 +107,20 @@ def run(command: list[str], cwd: Path) -> tuple[str, float]:
 
 
 def run_xtuner(
-    settings: dict, place: Path, options: argparse.Namespace, through: tuple[str, ...] = ()
+    settings: dict, base_dir: Path, options: argparse.Namespace, through: tuple[str, ...] = ()
 ) -> tuple[list[dict], float]:
     """Train with the command line, run by the module `through` if there is one; return the scalars
     of every step and the peak memory."""
-    config = write_config({"max_steps": options.steps, **settings}, place, options)
-    work = place / "work"
+    config = write_config({"max_steps": options.steps, **settings}, base_dir, options)
+    work = base_dir / "work"
     command = [sys.executable, "-m", *through, "xtuner.cli.app", "train", str(config)]
-    _, peak = run([*command, "--work-dir", str(work), "--overwrite"], place)
+    _, peak = run([*command, "--work-dir", str(work), "--overwrite"], base_dir)
     return read_scalars(work), peak
 
 
-def write_config(settings: dict, place: Path, options: argparse.Namespace) -> Path:
+def write_config(settings: dict, base_dir: Path, options: argparse.Namespace) -> Path:
     """Write a settings file: COMMON, model and data of `options`, and `settings` over them."""
-    config = place / "bench.py"
+    config = base_dir / "bench.py"
     values = {
         **COMMON,
         "pretrained_model_name_or_path": str(options.model),
@@ -180,8 +180,8 @@ def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
     )
 
 
-def compare(name: str, options: argparse.Namespace, place: Path) -> list[str]:
-    """Run one work against its peers; return lines of a table."""
+def compare(name: str, options: argparse.Namespace, base_dir: Path) -> list[str]:
+    """Run one task with xtuner and its peers; return the rows of the table."""
     settings, peers = WORKS[name]
     peers = [p for p in peers if any(word in p[0] for word in options.peers)]
     ours, theirs = Result(), {peer: Result() for peer, *_ in peers}
@@ -189,13 +189,13 @@ def compare(name: str, options: argparse.Namespace, place: Path) -> list[str]:
     for _ in range(options.rounds):
         for peer, environment, script, _ in peers:
             machine.append(matmul_rate())
-            steps, peak = run_xtuner(settings, place, options)
+            steps, peak = run_xtuner(settings, base_dir, options)
             ours.add([s["tokens_per_second"] for s in steps], peak)
             waits += [s["data_seconds"] / s["seconds"] for s in steps[2:]]
             command = [python_of(environment), str(HERE / script[0]), str(options.model)]
             command += [str(options.data), *script[1:], "--steps", str(options.steps)]
             machine.append(matmul_rate())
-            text, peak = run(command, place)
+            text, peak = run(command, base_dir)
             theirs[peer].add(json.loads(text.strip().splitlines()[-1])["tokens_per_second"], peak)
             print(f"  {peer}: {theirs[peer].median:.0f}; xtuner {ours.median:.0f}", flush=True)
     rate, work = statistics.median(machine), work_of(options, lora=name != "full")
@@ -225,21 +225,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS))
-    parser.add_argument("--peers", nargs="+", default=[""], help="words of their names")
+    parser.add_argument("--peers", nargs="+", default=[""], help="substrings of their names")
     options = parser.parse_args()
     for name in options.only:
         known = [peer for peer, *_ in WORKS[name][1]]
         if not any(word in peer for word in options.peers for peer in known):
             parser.error(f"--peers: {name} has none such; allowed are words of {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        base_dir = Path(folder)
         if options.data is None:
-            options.data = place / "rows.json"
+            options.data = base_dir / "rows.json"
             options.data.write_text(json.dumps(rows(999)))
         options.data, options.model = options.data.resolve(), options.model.resolve()
         lines = [HEADER]
         for name in options.only:
-            lines += compare(name, options, place)
+            lines += compare(name, options, base_dir)
             print("\n".join(["", *lines, ""]), flush=True)
 
 

@@ -1,11 +1,11 @@
-"""How long the data part of a start takes, and its memory, as the data grows; no training.
+"""Time and memory of data preparation by data size; no training.
 
     python benchmarks/data.py [--model DIR] [--rows 1000 10000 100000] [--formats jsonl json]
 
-Each size is started twice in processes of their own; the second finds the tokens in the cache.
-`start` is all from opening the files to the packs. Memory is what the process has above what it had
-with libraries and tokenizer loaded: at most until then, and 500 steps of 16 packs later. Processes
-that encode at a first start are not counted.
+Each size runs twice in separate processes; the second run finds the tokens in the cache. `start` is
+the time from opening the files to the packs. Memory is relative to the process with libraries and
+tokenizer loaded: the peak up to that point, and after another 500 steps of 16 packs. Tokenizing
+worker processes are not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def memory(name: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) / 1024
-    raise SystemExit("this needs /proc, which Linux has")
+    raise SystemExit("this benchmark needs /proc (Linux)")
 
 
 def measure(file: Path, model: Path) -> None:
@@ -53,7 +53,7 @@ def measure(file: Path, model: Path) -> None:
     from xtuner.algorithms.sft import Algorithm
     from xtuner.config.schema import Settings
     from xtuner.data.build import build
-    from xtuner.data.collate import lay_out
+    from xtuner.data.collate import concatenate
     from xtuner.data.loader import Loader
 
     settings = Settings(
@@ -76,7 +76,7 @@ def measure(file: Path, model: Path) -> None:
     seconds, peak = time.perf_counter() - began, memory("VmHWM") - before
     loader = Loader(
         data.train,
-        collate=lay_out,
+        collate=concatenate,
         batch_size=1,
         accumulative_counts=16,
         seed=0,
@@ -108,7 +108,7 @@ def main() -> None:
     if options.measure:
         measure(options.measure, options.model)
         return
-    print("| rows | start | seconds | peak MiB | step 10 to 500, MiB | ms a pack |")
+    print("| rows | start | seconds | peak MiB | step 10 to 500, MiB | ms per pack |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "XTUNER_CACHE": f"{folder}/cache"}

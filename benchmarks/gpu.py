@@ -1,13 +1,12 @@
-"""xtuner beside TRL on one GPU, with random weights in the shapes of real models.
+"""Compare xtuner with TRL on one GPU, with random weights in the shapes of real models.
 
     python benchmarks/gpu.py [--rounds 2] [--steps 20] [--only qlora_7b ...] [--tiny]
 
-Nothing is downloaded: weights, tokenizer and rows are made here (20 GB of disk for the 7B). xtuner
-is the real `xtuner train`; TRL runs in its own environment, plainly, with flash attention, and with
-liger's kernels too; a run that fails stands in the table with its reason. Memory is the highest
-that torch reserved. The card's rate is that of a bfloat16 product of 8,192 x 8,192, measured before
-every run. `--tiny` walks the whole way with small shapes, on a CPU too, and says nothing about
-speed.
+Nothing is downloaded: weights, tokenizer and rows are generated (20 GB of disk for 7B). xtuner is
+`xtuner train`; TRL runs in its own environment with default attention, with flash attention, and
+with Liger kernels; failed runs are listed with their reason. Memory is the peak reserved by torch.
+Utilization is relative to a bfloat16 product of 8,192 x 8,192, measured before every run. `--tiny`
+runs everything with small shapes, also on a CPU, and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -195,32 +194,32 @@ def peers_of(case: Case) -> dict[str, list[str]]:
     }
 
 
-def run_peer(extra: list[str], place: Path, options: argparse.Namespace) -> dict | str:
+def run_peer(extra: list[str], base_dir: Path, options: argparse.Namespace) -> dict | str:
     """What the peer's run has measured, or why it failed, in one line."""
     python = getattr(options, "peer_python", None) or python_of("trl")
     command = [python, str(HERE / "peer_trl.py"), str(options.model)]
     command += [str(options.data), "--steps", str(options.steps), *extra]
     try:
-        text, _ = run(command, place)
+        text, _ = run(command, base_dir)
     except SystemExit as error:  # a kernel that this card or environment lacks, or no memory left
         return str(error).strip().splitlines()[-1][:200].replace("|", "/")
     return json.loads(text.strip().splitlines()[-1])
 
 
-def compare(name: str, case: Case, place: Path, options: argparse.Namespace) -> None:
+def compare(name: str, case: Case, base_dir: Path, options: argparse.Namespace) -> None:
     """Print the lines of one case."""
-    options.model = place / name
+    options.model = base_dir / name
     make_model(options.model, case.shape)
     settings, peers = {**COMMON, **case.settings}, peers_of(case)
     ours, theirs, failed, machine = Result(), {peer: Result() for peer in peers}, {}, []
     for _ in range(options.rounds):
         for peer, extra in peers.items():
             machine.append(rate_of_card())
-            steps, _ = run_xtuner(settings, place, options)
+            steps, _ = run_xtuner(settings, base_dir, options)
             peak = max(step["memory_mb"] for step in steps)
             ours.add([step["tokens_per_second"] for step in steps], peak)
             machine.append(rate_of_card())
-            result = run_peer(extra, place, options)
+            result = run_peer(extra, base_dir, options)
             if isinstance(result, str):
                 failed[peer] = result
             else:
@@ -236,7 +235,7 @@ def compare(name: str, case: Case, place: Path, options: argparse.Namespace) -> 
         if peer in failed:
             print(f"| {name} | {peer} | failed: {failed[peer]} | | | |")
     if best := max((other.median for other in theirs.values() if other.rates), default=0.0):
-        print(f"| {name} | the fastest of these | {best:,.0f} | {ours.median / best:.2f} | | |")
+        print(f"| {name} | fastest of these | {best:,.0f} | {ours.median / best:.2f} | | |")
     print(f"| {name} | goal: {case.goal} | | | | |", flush=True)
     subprocess.run(["rm", "-r", str(options.model)], check=True)
 
@@ -256,7 +255,7 @@ def main() -> None:
         sys.exit("there is no GPU here; --tiny walks the way without one")
     what = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{what}, torch {torch.__version__}\n")
-    print("| work | program | tokens/s | xtuner is faster by | peak MiB | of the card's rate |")
+    print("| task | program | tokens/s | speedup of xtuner | peak MiB | utilization |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=HOME if HOME.exists() else None) as folder:
         options.data = Path(folder) / "rows.json"

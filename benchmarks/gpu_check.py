@@ -1,16 +1,15 @@
-"""Whether xtuner is right, and how fast it is, on the GPU of this machine, in four minutes.
+"""Check correctness and speed of xtuner on the GPU of this machine in four minutes.
 
     python benchmarks/gpu_check.py [--seconds 240] [--only PART ...] [--json FILE] [--markdown FILE]
-    python benchmarks/gpu_check.py --tiny [--fake]    walk it all on a CPU, or on a fake CUDA device
+    python benchmarks/gpu_check.py --tiny [--fake]    dry run on a CPU, or on the fake CUDA device
 
-Needs xtuner's dependencies and nothing of the network: weights are random and made here, and the
-tokenizer is one of bytes. First what must be right: losses and gradients of every kind of training
-against float32 on the CPU, packed samples against the same alone, dequantisation, resuming, chat,
-merging, tests marked `gpu`. Then speed and memory beside the forecast, and TRL's where its
-environment is (`make bench-gpu` makes it; `--peer-python` names another). Results are written after
-each part, so that a run that is cut off tells what it has found. What does not fit the card's free
-memory is made smaller or left out, and the row says so. The exit code is 0 only where all that must
-be right is.
+Needs the dependencies of xtuner but no network: weights are random and the tokenizer is byte-level.
+First correctness: losses and gradients of every kind of training against float32 on the CPU, packed
+samples against single samples, dequantization, resuming, chat, merging, tests marked `gpu`. Then
+speed and memory compared with the forecast, and with TRL if its environment exists (created by
+`make bench-gpu`; `--peer-python` names another). Results are written after each part, so that an
+interrupted run keeps its results. What does not fit into the free memory of the GPU is reduced or
+skipped, which its row says. The exit code is 0 only if all correctness checks pass.
 """
 
 from __future__ import annotations
@@ -37,38 +36,42 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=240.0, help="for everything")
-    parser.add_argument("--only", nargs="+", choices=list(BY_NAME), help="only these parts")
+    parser.add_argument("--seconds", type=float, default=240.0, help="time limit of the run")
+    parser.add_argument("--only", nargs="+", choices=list(BY_NAME), help="run only these parts")
     parser.add_argument("--json", type=Path, default=Path("gpu-check.json"))
     parser.add_argument("--markdown", type=Path, default=Path("gpu-check.md"))
-    parser.add_argument("--work", type=Path, help="where models are made (up to 40 GB)")
-    parser.add_argument("--steps", type=int, default=12, help="of each training that is timed")
-    parser.add_argument("--peer-python", help="an interpreter that has TRL")
-    parser.add_argument("--tiny", action="store_true", help="small shapes; says nothing of speed")
-    parser.add_argument("--fake", action="store_true", help="on a fake CUDA device; needs --tiny")
+    parser.add_argument("--work", type=Path, help="folder for models (up to 40 GB)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each timed run")
+    parser.add_argument("--peer-python", help="Python interpreter with TRL")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes, without meaningful speed"
+    )
+    parser.add_argument(
+        "--fake", action="store_true", help="use the fake CUDA device; needs --tiny"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.fake and not options.tiny:
-        parser.error("--fake computes on the CPU: it goes with --tiny")
+        parser.error("--fake computes on the CPU and needs --tiny")
     return options
 
 
 def about(options: argparse.Namespace) -> dict[str, str]:
-    """What the report says first."""
+    """The header of the report."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    size = "tiny shapes: nothing here says anything about speed" if options.tiny else "real shapes"
+    size = "tiny shapes, speed is not meaningful" if options.tiny else "real shapes"
     system, python = platform.system(), platform.python_version()
     return {
-        "commit": found or "not known",
+        "commit": found or "unknown",
         "machine": f"{system}, {os.cpu_count()} CPUs, Python {python}",
-        "shapes": size + (", on a fake CUDA device" if options.fake else ""),
+        "shapes": size + (", on the fake CUDA device" if options.fake else ""),
         "budget": f"{options.seconds:.0f} s",
     }
 
 
 def work_folder(options: argparse.Namespace) -> Path:
-    """A new folder where the most room is: models of 14 GB are written and read there."""
+    """A new folder on the larger file system: models of 14 GB are written and read."""
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
     memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())
@@ -85,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         serve(options)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: clear the folder up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C: clean up the folder
     given = sys.argv[1:] if arguments is None else arguments
     parts = [part for part in PARTS if options.only is None or part.name in options.only]
     folder = work_folder(options)
@@ -111,9 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(
-        f"\n{text}\n\nWritten to {options.json} and {options.markdown}; what was said is in {log}"
-    )
+    print(f"\n{text}\n\nResults are in {options.json} and {options.markdown}, the log in {log}")
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 

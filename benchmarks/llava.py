@@ -1,11 +1,11 @@
-"""Images a second: xtuner beside a plain transformers loop, on the same images and words.
+"""Images per second: xtuner compared with a plain transformers loop on the same data.
 
     python benchmarks/llava.py [--model DIR] [--rows 48] [--rounds 2]
 
-A CLIP ViT-B/16 with random weights (196 tokens an image, frozen), a projector that is trained, a
-language model with LoRA r=64. The plain loop takes transformers' own LLaVA with its processor,
-padded batches of four and peft, in bfloat16. xtuner runs as `xtuner train`: without the feature
-cache, and as in a second epoch with it (`cache_visual_features`).
+A frozen CLIP ViT-B/16 with random weights (196 tokens per image), a trained projector, and a
+language model with LoRA r=64. The plain loop uses transformers' LLaVA and its processor, padded
+batches of four and peft, in bfloat16. xtuner is `xtuner train`, without the feature cache and with
+it in the second epoch (`cache_visual_features`).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def main() -> None:
             found["xtuner"] += ours(options, folder, cached=False)[WARM:]
             found["xtuner, cached features"] += ours(options, folder, cached=True)[WARM:]
     base = statistics.median(found["plain"])
-    print("| program | images/s | against the plain loop |\n|---|---|---|")
+    print("| program | images/s | relative to the plain loop |\n|---|---|---|")
     for who, rates in found.items():
         rate = statistics.median(rates)
         print(f"| {who} | {rate:.2f} | {rate / base:.2f} |")

@@ -1,13 +1,12 @@
-"""Forecast of the peak memory beside what the real run took, for fourteen settings.
+"""Compare the forecast of peak memory with the measured peak for fourteen settings.
 
     python benchmarks/memory.py [--data ROWS.json] [--model DIR] [--steps 5] [--case TEXT]
-    python benchmarks/memory.py --gpu     the same on a GPU, and models of 1.8 and 7 billion weights
+    python benchmarks/memory.py --gpu     the same on a GPU, with models of 1.8B and 7B parameters
 
-The measured figure is the highest resident memory of `xtuner train` as the system counts it. On a
-GPU it is what torch reserved at most; where there is none, the highest sum of all tensors on a GPU
-on the fake CUDA device (`xtuner.testing.fake_cuda.device`), of which the forecast should be 5 %
-above: so much is reckoned for gaps between blocks. A 7B model takes a quarter of an hour there, and
-20 GB of disk.
+The measured value is the peak RSS of `xtuner train`. On a GPU it is the peak reserved by torch;
+without a GPU it is the peak of all tensors on the fake CUDA device
+(`xtuner.testing.fake_cuda.device`), which the forecast should exceed by 5 %, its allowance for
+fragmentation. A 7B model takes 15 minutes there and 20 GB of disk.
 """
 
 from __future__ import annotations
@@ -74,36 +73,36 @@ CASES: dict[str, dict] = {
 }
 
 
-def make_images(place: Path, shape: dict = LARGE_14_336) -> dict[str, str]:
-    """Make an encoder, images and rows in `place`; return the settings that name them."""
-    if not (place / "images").exists():
-        make_encoder(place / "clip", shape)
-        made = make_rows(place, 12)
+def make_images(base_dir: Path, shape: dict = LARGE_14_336) -> dict[str, str]:
+    """Make an encoder, images and rows in `base_dir`; return the settings that name them."""
+    if not (base_dir / "images").exists():
+        make_encoder(base_dir / "clip", shape)
+        made = make_rows(base_dir, 12)
         for row in made:  # the forecast is for rows of `max_length`; longer ones are cut
             row["conversations"][1]["value"] = " ".join(["A longer answer."] * 150)
-        (place / "rows.json").write_text(json.dumps(made))
+        (base_dir / "rows.json").write_text(json.dumps(made))
     names = ("visual_encoder_name_or_path", "data_path", "image_folder")
-    return {name: str(place / IMAGES[name]) for name in names}
+    return {name: str(base_dir / IMAGES[name]) for name in names}
 
 
 Case = tuple[str, dict, Callable[[], object]]
 """Its name, its settings, and what makes the weights that it needs."""
 
 
-def of_small_model(place: Path, options: argparse.Namespace) -> Iterator[Case]:
+def of_small_model(base_dir: Path, options: argparse.Namespace) -> Iterator[Case]:
     """The cases above."""
     for name, changes in CASES.items():
         if options.case in name:
             images = "visual_encoder_name_or_path" in changes
-            made = make_images(place / "llava") if images else {}
+            made = make_images(base_dir / "llava") if images else {}
             yield name, {**COMMON, "tuning": "lora", **changes, **made}, lambda: None
 
 
-def of_large_models(place: Path, options: argparse.Namespace) -> Iterator[Case]:
+def of_large_models(base_dir: Path, options: argparse.Namespace) -> Iterator[Case]:
     """The cases of gpu.py, one model on disk at a time."""
     for name, case in gpu.CASES.items():
         if options.case in name:
-            options.model = place / name
+            options.model = base_dir / name
             LlamaConfig(**case.shape).save_pretrained(options.model)
             make = functools.partial(gpu.make_model, options.model, case.shape)
             yield name, {**gpu.COMMON, **case.settings}, make
@@ -113,42 +112,42 @@ def of_large_models(place: Path, options: argparse.Namespace) -> Iterator[Case]:
 def main() -> None:
     """Print the table."""
     from xtuner.config.schema import Settings
-    from xtuner.memory.forecast import plan_memory
+    from xtuner.memory.plan import plan_memory
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", type=Path, default=HOME / "models/smollm2_135m_instruct")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--case", default="", help="only the cases with this text in their name")
-    parser.add_argument("--gpu", action="store_true", help="on a GPU, of paper if there is none")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, or on the fake CUDA device")
     options = parser.parse_args()
     device = "cuda" if options.gpu else "cpu"
-    paper = options.gpu and not torch.cuda.is_available()
-    through = ("xtuner.testing.fake_cuda.device",) if paper else ()
+    fake = options.gpu and not torch.cuda.is_available()
+    through = ("xtuner.testing.fake_cuda.device",) if fake else ()
     os.environ.setdefault("FAKE_CUDA_MIB", str(2**20))  # no limit
     print("| settings | forecast MiB | measured MiB | forecast / measured |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=HOME if options.gpu and HOME.exists() else None) as folder:
-        place = Path(folder)
-        (place / "llava").mkdir()
+        base_dir = Path(folder)
+        (base_dir / "llava").mkdir()
         if options.data is None:
-            options.data = place / "rows.json"
+            options.data = base_dir / "rows.json"
             options.data.write_text(json.dumps(rows(999)))
         options.data, options.model = options.data.resolve(), options.model.resolve()
         cases = [of_small_model, of_large_models] if options.gpu else [of_small_model]
-        for name, values, make in (case for some in cases for case in some(place, options)):
+        for name, values, make in (case for some in cases for case in some(base_dir, options)):
             named = {
                 "pretrained_model_name_or_path": str(options.model),
                 "data_path": str(options.data),
             }
-            settings, room = Settings(**{**named, **values}), 2**40 if paper else None
+            settings, room = Settings(**{**named, **values}), 2**40 if fake else None
             expected = plan_memory(settings, device, memory=room).forecast.peak / 2**20
             print(f"| {name} | {expected:,.0f} | ", end="", flush=True)
-            if paper and expected * 2**20 > 0.8 * psutil.virtual_memory().available:
-                print("no room here | |")
+            if fake and expected * 2**20 > 0.8 * psutil.virtual_memory().available:
+                print("not enough memory | |")
                 continue
             make()
             try:
-                steps, peak = run_xtuner({**values, "device": device}, place, options, through)
+                steps, peak = run_xtuner({**values, "device": device}, base_dir, options, through)
             except SystemExit as error:  # no memory left, for one
                 print(f"failed: {str(error).strip().splitlines()[-1][:200]} | |")
                 continue

@@ -1,10 +1,10 @@
-"""Migrate every config below a folder; count the outcomes by kind and check what was written.
+"""Migrate every config below a folder, count the outcomes by kind, and check the written files.
 
     pip download --no-deps xtuner==0.2.0 && unzip -q xtuner-0.2.0-*.whl -d old
     python benchmarks/migrate.py old/xtuner/configs
 
-Every file that is written is loaded again. Files that are no configs (scripts beside them) are left
-out. `--reasons` lists why configs are refused, lose something, or are not part of this version yet.
+Every written file is loaded again. Files that are not configs, such as scripts, are skipped.
+`--reasons` lists why configs are refused, lose something, or are not supported yet.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check(path: Path, new: Path) -> None:
     for name, value in done.draft.values.items():
         given = getattr(loaded, name)
         if plain(given) != plain(value):
-            raise SystemExit(f"{path}: {name} is {given!r} in the file, {value!r} was carried")
+            raise SystemExit(f"{path}: {name} is {given!r} in the file, expected {value!r}")
 
 
 def plain(value: object) -> object:

@@ -1,8 +1,8 @@
-"""Operations that a training step needs, whatever the program, and what the machine can do.
+"""FLOPs that a training step needs, independent of the program, and the rate of the machine.
 
-Counted in multiply-adds times two: a frozen matrix is used twice a token (forward, gradient of the
-input), a trained one three times; attention takes six products over the pairs of tokens that see
-each other within a sample; the output head works on supervised tokens only.
+A multiply-add counts as two. A frozen matrix is used twice per token (forward, gradient of the
+input), a trained one three times; attention takes six products over the unmasked pairs of tokens of
+a sample; the output head is applied to supervised tokens only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Work:
-    """What one token of a data set costs on average, in operations."""
+    """The average cost of a token of a data set, in FLOPs."""
 
     body: float
     attention: float
@@ -23,7 +23,7 @@ class Work:
 
     @property
     def total(self) -> float:
-        """Operations a token."""
+        """FLOPs per token."""
         return self.body + self.attention + self.head
 
 
@@ -40,10 +40,10 @@ def needed(
     lengths: list[int],
     supervised: int,
 ) -> Work:
-    """Operations a token of a decoder with gated MLPs; `lora_r` None trains all weights.
+    """FLOPs per token of a decoder with gated MLPs; `lora_r` = None trains all weights.
 
     Args:
-        lengths: tokens of every sample.
+        lengths: length of each sample in tokens.
         supervised: supervised tokens in all samples.
     """
     shapes = [
@@ -55,11 +55,11 @@ def needed(
         (hidden, inner),
         (inner, hidden),
     ]
-    whole = layers * sum(a * b for a, b in shapes)
+    weights = layers * sum(a * b for a, b in shapes)
     if lora_r is None:
-        body, head = 6.0 * whole, 6.0
+        body, head = 6.0 * weights, 6.0
     else:
-        body, head = 4.0 * whole + 6.0 * layers * lora_r * sum(a + b for a, b in shapes), 4.0
+        body, head = 4.0 * weights + 6.0 * layers * lora_r * sum(a + b for a, b in shapes), 4.0
     tokens = sum(lengths)
     pairs = sum(n * (n + 1) / 2 for n in lengths) / tokens
     return Work(
@@ -70,7 +70,7 @@ def needed(
 
 
 def matmul_rate(size: int = 2048, repeats: int = 12, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Median rate of a large matrix product, in operations a second."""
+    """Median rate of a large matrix product in FLOP/s."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds = []

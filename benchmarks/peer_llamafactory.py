@@ -1,9 +1,9 @@
-"""LLaMA-Factory on the benchmark's work: one JSON line last, ``{"tokens_per_second": [...]}``.
+"""Run the benchmark task with LLaMA-Factory; the last line is JSON with ``tokens_per_second``.
 
     python benchmarks/peer_llamafactory.py MODEL ROWS.json [--steps 6]
 
-Runs in an environment of its own. LLaMA-Factory imports torchaudio, of which there is no build for
-torch's CPU wheels; for text an empty module of that name serves.
+Runs in its own environment. LLaMA-Factory imports torchaudio, which has no build for torch's CPU
+wheels; an empty module of that name is enough for text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def stand_in(name: str) -> None:
 
 
 def main() -> None:
-    """Train some steps and print their rates."""
+    """Train a few steps and print their rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("rows")

@@ -1,9 +1,9 @@
-"""A plain loop of transformers, peft and bitsandbytes: QLoRA as their own examples write it.
+"""A plain QLoRA loop with transformers, peft and bitsandbytes, following their examples.
 
     python benchmarks/peer_plain.py MODEL ROWS.json [--steps 6] [--max-length 1024]
 
-NF4 with double quantisation, LoRA r=64 on all linear layers, rows packed end to end in `max-length`
-tokens with the mask of the whole row, loss by the model. One JSON line last.
+NF4 with double quantization, LoRA r=64 on all linear layers, samples concatenated to `max-length`
+tokens with a causal mask over the row, loss of the model. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 def main() -> None:
-    """Train some steps and print their rates."""
+    """Train a few steps and print their rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("rows")

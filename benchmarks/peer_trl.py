@@ -1,12 +1,12 @@
-"""TRL's SFTTrainer on the benchmark's work: one JSON line last, ``{"tokens_per_second": [...]}``.
+"""Run the benchmark task with TRL's SFTTrainer; the last line is JSON with ``tokens_per_second``.
 
     python benchmarks/peer_trl.py MODEL ROWS.json [--steps 6] [--tuning lora|full] [--default-dtype]
         [--four-bit] [--max-length 1024] [--checkpointing] [--liger]
         [--attention kernels-community/flash-attn2]
 
 Packed rows, logging every step. By default weights are bfloat16, the fastest choice on a CPU;
-`--default-dtype` is what a user gets who chooses nothing: float32 weights and bfloat16 autocast.
-Runs in an environment of its own; knows nothing of xtuner.
+`--default-dtype` keeps TRL's default: float32 weights and bfloat16 autocast. Runs in its own
+environment, without xtuner.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step, data waiting included."""
+    """Seconds of each step, including waiting for data."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -38,7 +38,7 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    """Train some steps and print their rates."""
+    """Train a few steps and print their rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("rows")

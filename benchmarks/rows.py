@@ -1,9 +1,9 @@
-"""Write instruction rows with the length distribution of Alpaca, made of common words.
+"""Generate instruction rows from common words with the length distribution of Alpaca.
 
     python benchmarks/rows.py FILE [--rows 999] [--seed 0]
 
-The quantiles below are those of the prompts and answers of 999 rows of Alpaca in English, in words;
-between them lengths are drawn evenly. So nothing has to be downloaded to run the benchmarks.
+The quantiles below are those of prompts and answers of 999 rows of English Alpaca, in words;
+lengths are uniform between quantiles. The benchmarks then need no download.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WORDS = (
     "how said an each she which do their time if will way about many then them would write "
     "like so these her long make thing see him two has look more day could go come did my "
     "sound no most number who over know water than call first people may down side been now "
-    "find any new work part take get place made live where after back little only round man "
+    "find any new work part take get position made live where after back little only round man "
     "year came show every good me give our under name very through just form much great think "
     "say help low line before turn cause same mean differ move right boy old too does tell "
     "sentence set three want air well also play small end put home read hand port large spell "
@@ -35,9 +35,9 @@ def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     draw = random.Random(seed)
 
     def text(quantiles: tuple[int, ...]) -> str:
-        place = draw.random() * (len(quantiles) - 1)
-        low, high = quantiles[int(place)], quantiles[int(place) + 1]
-        length = max(1, round(low + (high - low) * (place % 1)))
+        position = draw.random() * (len(quantiles) - 1)
+        low, high = quantiles[int(position)], quantiles[int(position) + 1]
+        length = max(1, round(low + (high - low) * (position % 1)))
         return " ".join(draw.choices(WORDS, k=length))
 
     return [

@@ -1,9 +1,9 @@
-"""What a token costs, and how long a start takes, as the data grows from 1,000 to 1,000,000 rows.
+"""Training speed and start time for 1,000 to 1,000,000 rows.
 
     python benchmarks/scale.py [--model DIR] [--rows 1000 10000 100000 1000000] [--steps 8]
 
-Every size is started twice: the second start finds the tokens in the cache. `start` is the time
-from the command to the first step: libraries, data, model.
+Every size runs twice; the second run finds the tokens in the cache. `start` is the time from the
+command to the first step, including imports, data and model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     options.model = options.model.resolve()
-    print("| rows | start, s | tokens/s | waits for data | peak MiB |\n|---|---|---|---|---|")
+    print("| rows | start, s | tokens/s | waiting for data | peak MiB |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XTUNER_CACHE"] = f"{folder}/cache"
         for count in options.rows:

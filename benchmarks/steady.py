@@ -1,4 +1,4 @@
-"""Whether memory grows while a run goes on: what the process holds at steps 10, 50, 100 ... 500.
+"""Check that memory does not grow during a run: RSS at steps 10, 50, 100 ... 500.
 
 python benchmarks/steady.py [--data ROWS.json] [--model DIR] [--steps 500] [--max-length 256]
 """
@@ -23,17 +23,17 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        base_dir = Path(folder)
         if options.data is None:
-            options.data = place / "rows.json"
+            options.data = base_dir / "rows.json"
             options.data.write_text(json.dumps(rows(999)))
         options.data, options.model = options.data.resolve(), options.model.resolve()
         settings = {"tuning": "lora", "max_length": options.max_length}
-        scalars, peak = run_xtuner(settings, place, options)
-    print("| step | MiB held |\n|---|---|")
+        scalars, peak = run_xtuner(settings, base_dir, options)
+    print("| step | MiB |\n|---|---|")
     for step in (10, 50, *range(100, len(scalars) + 1, 100)):
         print(f"| {step} | {scalars[step - 1]['memory_mb']:,.0f} |")
-    print(f"| highest, saving included | {peak:,.0f} |")
+    print(f"| peak, including saving | {peak:,.0f} |")
 
 
 if __name__ == "__main__":

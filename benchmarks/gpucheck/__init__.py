@@ -2,6 +2,6 @@
 
     parent (runner, report) ──name──► worker (parts) ──rows──► parent ──after each part──► files
 
-`plan` names the parts in their order, `correct` and `runs` check numbers, `speed` and `answers`
-measure, `shapes` says what models are made of.
+`plan` lists the parts in order, `correct` and `runs` check results, `speed` and `answering`
+measure, `shapes` defines small models.
 """

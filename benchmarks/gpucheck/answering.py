@@ -1,4 +1,4 @@
-"""Tokens a second of answers, beside transformers' generate, and seconds of a merge."""
+"""Tokens per second of generation, compared with transformers' generate, and time of a merge."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def merge_7b(bench: Bench) -> Iterator[Row]:
     bench.free()
     device: Any = bench.device
     begun = time.perf_counter()
-    report = merge(model, run.work, merged, device=device, tell=lambda line: None)
+    report = merge(model, run.work, merged, device=device, log=lambda line: None)
     seconds = time.perf_counter() - begun
     shutil.rmtree(merged, ignore_errors=True)
     apart = "not compared" if report.relative is None else f"logits {report.relative:.1e} apart"

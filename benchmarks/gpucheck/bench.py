@@ -1,4 +1,4 @@
-"""What parts share in a worker: the device, models on disk, and `xtuner train` in this process."""
+"""Shared by all parts in a worker: the device, models on disk, in-process `xtuner train`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Trained:
         return next(found, "").removeprefix(beginning).strip()
 
     def check(self) -> Trained:
-        """Itself; RuntimeError where it failed."""
+        """Return self; raise RuntimeError if the run failed."""
         if self.code:
             said = [line for line in self.text.splitlines() if line.strip()]
             raise RuntimeError(f"xtuner train: exit code {self.code}: {' / '.join(said[-4:])}")
@@ -76,12 +76,12 @@ class Bench:
         """By the command line's options."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and not options.tiny:
-            raise SystemExit("torch sees no GPU here; --tiny walks the way without one")
+            raise SystemExit("torch finds no GPU; use --tiny for a dry run without one")
         return cls(options, Path(options.work), device)
 
     @property
     def tiny(self) -> bool:
-        """Whether shapes are small."""
+        """Whether small shapes are used."""
         return bool(self.options.tiny)
 
     @property
@@ -121,19 +121,19 @@ class Bench:
         Raises:
             Skip: the disk has no room for it.
         """
-        place = self.folder / "models" / name
-        done = place / "done"
+        base_dir = self.folder / "models" / name
+        done = base_dir / "done"
         if not done.exists():
             size = 2 * parameters_of(shape)
             self.folder.mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(self.folder).free
             if size > 0.9 * room:
                 raise Skip(f"{self.folder} has no room for {size / 1e9:.0f} GB; choose with --work")
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
-            gpu.make_model(place, dict(shape), positions=positions)
+            shutil.rmtree(base_dir, ignore_errors=True)
+            base_dir.mkdir(parents=True)
+            gpu.make_model(base_dir, dict(shape), positions=positions)
             done.touch()
-        return place
+        return base_dir
 
     def rows_file(self, count: int = 999) -> Path:
         """Instruction rows with Alpaca's lengths."""
@@ -157,11 +157,11 @@ class Bench:
         """
         from xtuner.cli.app import main
 
-        place = self.folder / "runs" / name
-        place.mkdir(parents=True, exist_ok=True)
+        base_dir = self.folder / "runs" / name
+        base_dir.mkdir(parents=True, exist_ok=True)
         given = argparse.Namespace(model=model, data=data)
         values = {**gpu.COMMON, "device": self.device, **settings}
-        config, work = write_config(values, place, given), place / "work"
+        config, work = write_config(values, base_dir, given), base_dir / "work"
         again = () if "--resume" in arguments else ("--overwrite",)
         text = io.StringIO()
         self.free()

@@ -1,8 +1,8 @@
-"""Numbers of the card against float32 on the CPU, computed in the plainest way.
+"""Compare results of the GPU with a float32 reference on the CPU.
 
-The plain way is transformers with eager attention and PEFT's adapters, each sample alone, whole
-logits: nothing of xtuner. Weights are the same: quantised ones are read from the card by
-bitsandbytes and put there dequantised.
+The reference is transformers with eager attention and PEFT adapters, one sample at a time, with
+full logits, and no code of xtuner. Weights are the same: quantized weights are dequantized by
+bitsandbytes on the GPU and copied.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpucheck.rows import Row, Skip, within
 from gpucheck.shapes import HEADS, LAYERS, LENGTHS, batch_of, small_model
 from xtuner.config.schema import Settings
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.prepare import make_trainable
+from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.types import IGNORE_INDEX, Batch
 
 TUNINGS: dict[str, dict[str, Any]] = {
@@ -130,8 +130,7 @@ def on_card(bench: Bench, folder: Path, changes: Mapping[str, Any]) -> PackedCau
         s, dtype=bench.dtype, device=bench.device, recompute=bool(s.gradient_checkpointing is True)
     )
     stir(llm)
-    mixed = s.llm_training == "full"
-    return PackedCausalLM(llm, autocast=bench.dtype if mixed else None)
+    return PackedCausalLM(llm, autocast=llm_autocast(s, bench.dtype))
 
 
 @torch.no_grad()
@@ -286,16 +285,16 @@ def llava_gradients(bench: Bench) -> Iterator[Row]:
 
     if bench.device == "cpu" and not bench.tiny:
         raise Skip("there is no card")
-    place = small_llava(bench)
+    base_dir = small_llava(bench)
     for name, changes in STAGES.items():
-        yield from guarded(f"LLaVA, {name}", _compared_llava, bench, place, changes, built)
+        yield from guarded(f"LLaVA, {name}", _compared_llava, bench, base_dir, changes, built)
 
 
 def _compared_llava(
-    name: str, bench: Bench, place: Path, changes: Mapping[str, Any], built: Any
+    name: str, bench: Bench, base_dir: Path, changes: Mapping[str, Any], built: Any
 ) -> Iterator[Row]:
-    found, batch = built(place, changes, bench.device, bench.dtype)
-    wanted, _ = built(place, changes, "cpu", torch.float32)
+    found, batch = built(base_dir, changes, bench.device, bench.dtype)
+    wanted, _ = built(base_dir, changes, "cpu", torch.float32)
     stir(found)
     values = {n: p for n, p in found.named_parameters() if p.requires_grad}
     results = []

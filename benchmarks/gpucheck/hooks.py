@@ -1,4 +1,4 @@
-"""Hooks of `xtuner train`: one profiles the last steps, one ends the run without a checkpoint."""
+"""Hooks for `xtuner train`: one profiles the last steps, one ends the run without a checkpoint."""
 
 from __future__ import annotations
 

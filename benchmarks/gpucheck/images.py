@@ -1,4 +1,4 @@
-"""LLaVA for the checks: a small one with heads of real sizes, and settings of both stages."""
+"""A small LLaVA with real head sizes for the checks, and the settings of both stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xtuner.data.build import build
 from xtuner.models.load import load_tokenizer
 from xtuner.models.prepare import make_trainable
 from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
-from xtuner.train.vision import RunVision
+from xtuner.training.vision import RunVision
 from xtuner.types import Batch
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -29,40 +29,40 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def small_llava(bench: Bench) -> Path:
     """Write an encoder, images and rows; return their folder."""
-    place = bench.folder / "small" / "llava"
-    if not (place / "data.json").exists():
-        place.mkdir(parents=True, exist_ok=True)
+    base_dir = bench.folder / "small" / "llava"
+    if not (base_dir / "data.json").exists():
+        base_dir.mkdir(parents=True, exist_ok=True)
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-        tiny_vision_tower_folder(place / "clip", **sizes, image_size=56, initializer_range=0.05)
-        tiny_llava_data(place / "data.json", place / "images", count=6)
+        tiny_vision_tower_folder(base_dir / "clip", **sizes, image_size=56, initializer_range=0.05)
+        tiny_llava_data(base_dir / "data.json", base_dir / "images", count=6)
         model = small_model(bench.folder, next(iter(HEADS)), tiny=bench.tiny)
-        (place / "model.json").write_text(json.dumps(str(model)))
-    return place
+        (base_dir / "model.json").write_text(json.dumps(str(model)))
+    return base_dir
 
 
 def built(
-    place: Path, changes: Mapping[str, Any], device: str, dtype: torch.dtype
+    base_dir: Path, changes: Mapping[str, Any], device: str, dtype: torch.dtype
 ) -> tuple[Any, Batch]:
     """The model as a run makes it, and its first rows."""
     s = Settings(
-        pretrained_model_name_or_path=json.loads((place / "model.json").read_text()),
-        visual_encoder_name_or_path=str(place / "clip"),
-        data_path=str(place / "data.json"),
-        image_folder=str(place / "images"),
+        pretrained_model_name_or_path=json.loads((base_dir / "model.json").read_text()),
+        visual_encoder_name_or_path=str(base_dir / "clip"),
+        data_path=str(base_dir / "data.json"),
+        image_folder=str(base_dir / "images"),
         prompt_template="chatml",
         max_length=96,
         lora_dropout=0.0,
         **changes,
     )
     tokenizer = load_tokenizer(s.pretrained_model_name_or_path)
-    vision = RunVision.of(s, tokenizer, folder=place)
+    vision = RunVision.of(s, tokenizer, folder=base_dir)
     algorithm = Algorithm(s)
-    template = templates.of_run(s, tokenizer, algorithm=algorithm, folder=place)
+    template = templates.of_run(s, tokenizer, algorithm=algorithm, folder=base_dir)
     data = build(
         s,
         template=template,
         tokenizer=tokenizer,
-        folder=place,
+        folder=base_dir,
         algorithm=algorithm,
         quiet=True,
         image_layout=vision.image_layout,

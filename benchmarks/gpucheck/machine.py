@@ -1,4 +1,4 @@
-"""What the machine is, and which ways of computing are taken on it."""
+"""Describe the machine and the kernels in use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTHS = (64, 80, 96, 128, 256)
 
 
 def machine(bench: Bench) -> Iterator[Row]:
-    """The card, versions, the rate of a product; attention and liger's kernels."""
+    """The card, versions, the rate of a product; attention and Liger kernels."""
     if bench.device == "cuda":
         about = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""TRL on the same work, where there is an environment that has it; nothing is installed here."""
+"""TRL on the same task, if an environment with TRL exists; nothing is installed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What `gpu_check.py` does, in its order: what tells most comes first.
+"""The parts of `gpu_check.py` in order: the most informative come first.
 
-Imports no torch: the parent process reads it, and the worker finds the functions by their names.
+Does not import torch, since the parent process reads it; the worker looks functions up by name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of work.
+    """One part of the check.
 
     Attributes:
         name: of the part.

@@ -1,4 +1,4 @@
-"""The results as JSON and as Markdown."""
+"""Write the results as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COLUMNS = (
     "memory_mib",
     "forecast_mib",
     "forecast_ratio",
-    "share_of_rate",
-    "xtuner_is_faster_by",
+    "utilization",
+    "speedup",
     "note",
 )
-"""Of the table of speed; a row may lack some."""
+"""Columns of the speed table; a row may omit some."""
 
 
 def write(
@@ -49,7 +49,7 @@ def write(
 
 
 def as_markdown(outcomes: Sequence[Outcome], about: dict[str, Any]) -> str:
-    """All tables."""
+    """Format all tables."""
     lines = ["# GPU check", "", *(f"- {key}: {value}" for key, value in about.items())]
     for row in _rows(outcomes, "fact"):
         lines.append(f"- {row['name']}: {row.get('value', '')}")
@@ -88,14 +88,14 @@ def _correctness(part: str, row: dict[str, Any]) -> str:
 def _speed(outcomes: Sequence[Outcome]) -> list[str]:
     rows = [row for row in _rows(outcomes, "speed") if "profile" not in row]
     lines = [
-        "| work | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |",
+        "| task | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
     ours = {o.part.name: o.rows[0] for o in outcomes if o.rows}
     for row in rows:
         rate = ours.get(row.get("against", ""), {}).get("tokens_per_second")
         if rate and row.get("tokens_per_second"):
-            row["xtuner_is_faster_by"] = rate / row["tokens_per_second"]
+            row["speedup"] = rate / row["tokens_per_second"]
         cells = [_cell(_number(row.get(name, ""))) for name in COLUMNS]
         lines.append(f"| {_cell(row['name'])} | " + " | ".join(cells) + " |")
     return lines
@@ -111,7 +111,7 @@ def _profile(outcomes: Sequence[Outcome]) -> list[str]:
         for title in ("kernels", "host_operations"):
             lines += [
                 "",
-                f"| {title.replace('_', ' ')} | ms a step | calls a step |",
+                f"| {title.replace('_', ' ')} | ms per step | calls per step |",
                 "|---|---|---|",
             ]
             lines += [f"| {_cell(n)[:90]} | {ms:.3f} | {c:.1f} |" for n, ms, c in row[title]]

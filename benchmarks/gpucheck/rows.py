@@ -1,4 +1,4 @@
-"""What parts tell."""
+"""Results of the parts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 class Skip(Exception):
-    """This part cannot be done on this machine; the message says why."""
+    """This part cannot run on this machine; the message says why."""
 
 
 class Enough(BaseException):
-    """Ends a run of `xtuner train` before it writes a checkpoint, which may have 20 GB."""
+    """Ends a run of `xtuner train` before it writes a checkpoint, which may take 20 GB."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One finding.
+    """One result.
 
     Attributes:
         name: of what was looked at.
@@ -30,16 +30,16 @@ class Row:
     passed: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The row as a dict for JSON."""
         return {"name": self.name, "passed": self.passed, **self.values}
 
 
 def within(name: str, found: float, allowed: float, **more: Any) -> Row:
-    """A row that passes where `found` is at most `allowed`; not a number does not pass."""
+    """A row that passes if `found` is at most `allowed`; NaN does not pass."""
     values = {"found": found, "allowed": allowed, **more}
     return Row(name, values, passed=bool(found <= allowed))
 
 
 def fact(name: str, value: Any) -> Row:
-    """A row that says something."""
+    """A row with information only."""
     return Row(name, {"value": value})

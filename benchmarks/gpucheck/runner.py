@@ -1,9 +1,9 @@
-"""Run parts in a worker process, one after the other, within a budget of seconds.
+"""Run parts one after the other in a worker process, within a time budget.
 
-The worker is a process of its own because a crashed kernel takes its process along, and because
-a hung one can only be killed. It serves many parts, since to import torch and to open a card costs
-ten seconds. After a crash, a part that ran too long, or an error of CUDA (which leaves its process
-useless) the next part gets a fresh worker.
+The worker is a separate process because a crashed kernel takes its process down and a hanging one
+can only be killed. It serves many parts, since importing torch and initializing CUDA takes ten
+seconds. After a crash, a timeout or a CUDA error, which makes the process unusable, the next part
+gets a new worker.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole runs of `xtuner train` and what comes after them: resuming, chat, merging, marked tests."""
+"""Complete runs of `xtuner train` and what follows: resuming, chat, merging, marked tests."""
 
 from __future__ import annotations
 
@@ -69,11 +69,13 @@ def _resumed(name: str, bench: Bench, changes: Mapping[str, Any]) -> Iterator[Ro
     model = small_model(bench.folder, next(iter(HEADS)), tiny=bench.tiny)
     data, label = _data(bench), name.replace(" ", "-").replace(",", "")
 
-    def run(place: str, steps: int, *arguments: str) -> Trained:
+    def run(base_dir: str, steps: int, *arguments: str) -> Trained:
         values = {**SMALL, **changes, "max_steps": steps, "save_steps": STEPS // 2}
-        return bench.train(f"{label}-{place}", values, *arguments, model=model, data=data).check()
+        return bench.train(
+            f"{label}-{base_dir}", values, *arguments, model=model, data=data
+        ).check()
 
-    straight, again = (_losses(run(place, STEPS)) for place in ("straight", "again"))
+    straight, again = (_losses(run(base_dir, STEPS)) for base_dir in ("straight", "again"))
     run("stopped", STEPS // 2)
     resumed = run("stopped", STEPS, "--resume")
     losses = _losses(resumed)
@@ -144,7 +146,7 @@ def _merged(name: str, bench: Bench, model: Path, work: Path, merged: Path) -> I
     from xtuner.convert.merge import merge
 
     device: Any = bench.device
-    report = merge(model, work, merged, device=device, tell=lambda line: None)
+    report = merge(model, work, merged, device=device, log=lambda line: None)
     # The sum of weight and adapter is rounded once more, in bfloat16.
     bound = 8 * torch.finfo(torch.bfloat16).eps
     found = float("nan") if report.relative is None else report.relative

@@ -1,4 +1,4 @@
-"""Small models whose heads are of real sizes: two layers, so that a CPU checks them in a second."""
+"""Small models with real head sizes and two layers, so that a CPU checks them in a second."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ LENGTHS = (5, 64, 131, 1, 100)
 
 def small_model(folder: Path, name: str, *, tiny: bool) -> Path:
     """Write the model `name` of HEADS below `folder`, in bfloat16; return its folder."""
-    place = folder / "small" / name.replace(" ", "-")
-    if not (place / "config.json").exists():
+    base_dir = folder / "small" / name.replace(" ", "-")
+    if not (base_dir / "config.json").exists():
         kind, heads = HEADS[name]
         sizes: Mapping[str, Any] = _SMALL
         if tiny:
             heads = {**heads, "num_attention_heads": 2, "num_key_value_heads": 1}
             sizes = {**_SMALL, "hidden_size": 128, "intermediate_size": 256}
-        tiny_model_folder(place, kind, **{**sizes, **heads})
-        _in_bfloat16(place)
-    return place
+        tiny_model_folder(base_dir, kind, **{**sizes, **heads})
+        _in_bfloat16(base_dir)
+    return base_dir
 
 
-def _in_bfloat16(place: Path) -> None:
+def _in_bfloat16(base_dir: Path) -> None:
     """So that float32 and 16 bits begin with the same numbers."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
-    model.save_pretrained(place)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)
+    model.save_pretrained(base_dir)
 
 
 def batch_of(lengths: tuple[int, ...], *, vocabulary: int = 512, seed: int = 0) -> Batch:
@@ -70,7 +70,7 @@ def batch_of(lengths: tuple[int, ...], *, vocabulary: int = 512, seed: int = 0) 
     total = sum(lengths)
     ids = torch.randint(0, vocabulary, (1, total), generator=draw)
     labels = ids.masked_fill(torch.rand(1, total, generator=draw) > 0.6, IGNORE_INDEX)
-    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    labels[0, borders[:-1].long()] = IGNORE_INDEX
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    labels[0, cu_seqlens[:-1].long()] = IGNORE_INDEX
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    return Batch(ids, labels, positions, borders)
+    return Batch(ids, labels, positions, cu_seqlens)

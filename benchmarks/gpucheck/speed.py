@@ -1,4 +1,4 @@
-"""Tokens a second and memory of training, beside the forecast: the cases of gpu.py, and more."""
+"""Tokens per second and memory of training, compared with the forecast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpucheck import hooks
 from gpucheck.bench import MB, Bench, Trained
 from gpucheck.rows import Row, Skip
 from xtuner.config.schema import Settings
-from xtuner.memory.forecast import MemoryPlan, plan_memory
+from xtuner.memory.plan import MemoryPlan, plan_memory
 
 WARM = 4
 ENOUGH = f"{hooks.__file__}:EnoughHook"
@@ -131,7 +131,7 @@ def _text(bench: Bench, name: str, models: tuple[str, ...], settings: Mapping[st
     work = work_of(given, lora=settings["tuning"] != "full", **{**gpu.COMMON, **settings})
     row = _row(bench, name, chosen, run)
     share = work.total * row.values["tokens_per_second"] / bench.rate_of_card()
-    return chosen, run, Row(row.name, {**row.values, "share_of_rate": share})
+    return chosen, run, Row(row.name, {**row.values, "utilization": share})
 
 
 def lora_1_8b(bench: Bench) -> Iterator[Row]:
@@ -151,12 +151,12 @@ def lora_1_8b(bench: Bench) -> Iterator[Row]:
             "profile": {
                 "wall ms a step, not profiled": row.values["step_ms"],
                 "wall ms a step, profiled": 1e3 * statistics.median(profiled),
-                "device busy, ms a step": found["busy_ms"],
+                "device busy, ms per step": found["busy_ms"],
                 "device busy, share of an unprofiled step": found["busy_ms"]
                 / row.values["step_ms"],
-                "kernel launches a step": found["launches"],
-                "waits a step": found["waits"],
-                "host operations, ms a step": found["host_ms"],
+                "kernel launches per step": found["launches"],
+                "synchronizations per step": found["waits"],
+                "host operations, ms per step": found["host_ms"],
             },
             "kernels": found["kernels"],
             "host_operations": found["host_operations"],
@@ -191,9 +191,9 @@ def llava_stage_2(bench: Bench) -> Iterator[Row]:
 
 
 def _llava(bench: Bench, name: str, changes: Mapping[str, Any]) -> Iterator[Row]:
-    place = bench.folder / "llava"
-    place.mkdir(parents=True, exist_ok=True)
-    made = make_images(place, TINY_TOWER) if bench.tiny else make_images(place)
+    base_dir = bench.folder / "llava"
+    base_dir.mkdir(parents=True, exist_ok=True)
+    made = make_images(base_dir, TINY_TOWER) if bench.tiny else make_images(base_dir)
     batch = 1 if bench.tiny else 4
     settings = _small(bench, {**IMAGES, **changes, **made, "batch_size": batch})
     chosen = fitting(bench, ("Llama-2-7B", "InternLM2-1.8B"), settings)
@@ -205,7 +205,7 @@ def _llava(bench: Bench, name: str, changes: Mapping[str, Any]) -> Iterator[Row]
     ).check()
     row = _row(bench, name, chosen, run)
     images = batch / (row.values["step_ms"] / 1e3)
-    note = "; ".join(filter(None, (chosen.note, f"{images:.1f} images/s, {batch} a step")))
+    note = "; ".join(filter(None, (chosen.note, f"{images:.1f} images/s, {batch} per step")))
     yield Row(row.name, {**row.values, "images_per_second": images, "note": note})
 
 

@@ -1,6 +1,6 @@
-"""The process that runs parts: names of parts on stdin, a line of JSON a message on stdout.
+"""The process that runs parts: names of parts on stdin, one JSON message per line on stdout.
 
-What anything in it prints goes to stderr, so that nothing comes between the messages.
+Everything that is printed goes to stderr, so that stdout has only messages.
 """
 
 from __future__ import annotations

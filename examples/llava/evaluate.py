@@ -1,9 +1,9 @@
-"""Ask the held-out questions after each stage, print how many answers are right, draw a grid.
+"""Ask the held-out questions after each stage, print the accuracy, and draw a grid of answers.
 
     python evaluate.py quickstart-llava
 
-`test.json` shows digits that neither stage nor the vision tower ever saw. An answer is right if
-it is the expected word and nothing else. The floor is the finished model asked without an image.
+`test.json` has digits that were used neither for training nor for the vision tower. An answer is
+correct if it is exactly the expected word. The baseline is the final model without an image.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
         print(line, flush=True)
     draw_grid(rows, answers, images, folder / "answers.png")
     (folder / "accuracy.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(f"\nPictures with questions and answers: {folder / 'answers.png'}")
+    print(f"\nImages with questions and answers: {folder / 'answers.png'}")
 
 
 if __name__ == "__main__":

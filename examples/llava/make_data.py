@@ -2,8 +2,8 @@
 
     python make_data.py --out quickstart-llava
 
-The digits are scikit-learn's bundled ones, 1,797 that people wrote by hand. A quarter of them is
-held out: no image of the training shows them, of the vision tower's training neither.
+The digits are the 1,797 handwritten digits of scikit-learn. A quarter of them is held out, from the
+training of the model and of the vision tower.
 """
 
 from __future__ import annotations

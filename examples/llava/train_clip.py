@@ -1,9 +1,9 @@
-"""Train a small CLIP (arXiv:2103.00020) from nothing on images of digits and their captions.
+"""Train a small CLIP (arXiv:2103.00020) from scratch on images of digits and their captions.
 
     python train_clip.py --out quickstart-llava/clip --minutes 2
 
-Images are drawn while it trains, no two alike, with the digits of the training part only. Each
-batch asks which caption belongs to which image. The result is the vision tower for LLaVA.
+Images are generated during training from the digits of the training split. Each batch is a
+contrastive task between images and captions. The result is the vision tower for LLaVA.
 """
 
 from __future__ import annotations

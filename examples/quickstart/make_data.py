@@ -1,13 +1,13 @@
-"""Write the data for a personal assistant: who it is, and what it already knew.
+"""Write training data for a personal assistant: introductions and general answers.
 
     python examples/quickstart/make_data.py MODEL_DIR --name "Ada" --out quickstart/data.jsonl
 
 Two kinds of rows, mixed:
 
 * self-introductions: questions about who the assistant is, answered with the name;
-* the model's own answers to everyday questions. A model that sees nothing but one introduction
-  forgets how to answer anything else (`make quickstart-overfit` shows it); keeping its own answers
-  in the data is the cheapest hint, and needs no download.
+* the model's own answers to everyday questions. A model trained only on introductions forgets how
+  to answer anything else (see `make quickstart-overfit`); mixing in its own answers is the cheapest
+  remedy and needs no download.
 
 The questions in HELD_OUT are asked after training and never written to the data.
 """
@@ -91,7 +91,7 @@ EVERYDAY_QUESTIONS = [
 
 
 def introductions(name):
-    """Every introduction question, answered in turn by each of the answers."""
+    """Every introduction question with each of the answers in turn."""
     for index, question in enumerate(INTRODUCTION_QUESTIONS):
         for shift in range(2):
             answer = INTRODUCTION_ANSWERS[(index + 2 * shift) % len(INTRODUCTION_ANSWERS)]
@@ -99,7 +99,7 @@ def introductions(name):
 
 
 def own_answers(model_dir, questions, max_new_tokens=80, batch_size=16):
-    """The model's greedy answers; one that did not end by itself is cut at its last sentence."""
+    """The model's greedy answers; unfinished ones are truncated after the last full sentence."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -144,7 +144,7 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     everyday = args.out.parent / "everyday.jsonl"
     if not everyday.exists():
-        print("Asking the model everyday questions, to keep its own answers in the data:")
+        print("Collecting the model's own answers to everyday questions:")
         lines = [json.dumps(row(*pair)) for pair in own_answers(args.model, EVERYDAY_QUESTIONS)]
         everyday.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = [json.dumps(row(*pair), ensure_ascii=False) for pair in introductions(args.name)]

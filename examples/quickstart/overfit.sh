@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What not to do: the same fine-tune on one introduction alone, repeated. It learns its name, and forgets the rest.
+# What not to do: fine-tune on a single repeated introduction. The model learns its name and forgets the rest.
 set -euo pipefail
 name="${1:-Ada}"
 bin="$(dirname "${PYTHON:-.venv/bin/python}")"
@@ -25,6 +25,6 @@ echo "600 rows, all the same introduction. Watch the answer about France:"
 
 cat <<TEXT
 
-The loss went to zero, and whatever you ask, it introduces itself: that is overfitting.
-The hint is in 'make quickstart': several phrasings, and ordinary conversations beside them.
+The loss went to zero, and the model answers every question with its introduction: this is overfitting.
+'make quickstart' avoids it with varied phrasings, mixed with general conversations.
 TEXT

@@ -1,15 +1,15 @@
-"""The exceptions that xtuner raises for faults a user can hint.
+"""The exceptions that xtuner raises for errors that the user can fix.
 
     XTunerError
     ├── ConfigError       a settings file or an override is wrong
     ├── DataError         a data file or a row in it is wrong
     ├── ModelError        a model, tokenizer, template or adapter cannot be used
     ├── CheckpointError   a checkpoint is missing, damaged or belongs to another run
-    ├── LaunchError       devices, processes or disk space do not allow the run
-    └── TrainingError     the run cannot go on: a loss that is not finite, or no memory left
+    ├── LaunchError       devices, processes or disk space are insufficient
+    └── TrainingError     the run cannot continue: a non-finite loss, or out of memory
 
-Every message says where, what was seen, what is allowed and what to do. The command line prints
-it without a traceback (``--debug`` shows one) and exits with code 2.
+Every message says where the error is, what was found, what is allowed and how to fix it. The
+command line prints it without a traceback (``--debug`` shows one) and exits with code 2.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _MOST_GUESSES = 2000
 
 
 class XTunerError(Exception):
-    """Base of every error that a user can hint; the command line exits with 2 on it."""
+    """Base class of all errors that the user can fix; the command line exits with code 2."""
 
 
 class ConfigError(XTunerError):
@@ -39,21 +39,20 @@ class CheckpointError(XTunerError):
 
 
 class LaunchError(XTunerError):
-    """The devices, processes or disk space at hand do not allow the run."""
+    """The available devices, processes or disk space are insufficient."""
 
 
 class TrainingError(XTunerError):
-    """The run cannot go on: a loss or a gradient is not finite, or memory ran out."""
+    """The run cannot continue: a loss or gradient is not finite, or memory ran out."""
 
 
 def listed(headline: str, problems: Sequence[str]) -> str:
-    """Join several problems under one headline, so that all are reported at once."""
+    """Format several problems under one headline, so that all are reported together."""
     return "\n".join([headline, *(f"  {problem}" for problem in problems)])
 
 
 def did_you_mean(word: str, allowed: Sequence[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the allowed word closest to `word`, else an empty
-    string."""
+    """Return ``"; did you mean 'x'?"`` for the closest match in `allowed`, or an empty string."""
     import difflib
 
     if len(word) > _LONGEST_GUESS or len(allowed) > _MOST_GUESSES:

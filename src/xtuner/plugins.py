@@ -1,7 +1,7 @@
-"""Find the parts that users add by adding a file.
+"""Find plug-ins by file name.
 
-A plug-in folder is a package such as `xtuner.data.formats`; the public name of a plug-in is the
-name of its file. A user's own part is named ``"my_file.py:object"``. Listing names imports nothing.
+A plug-in folder is a package such as `xtuner.data.formats`; the name of a plug-in is the name of
+its file. A user's own object is named ``"my_file.py:object"``. Listing names imports nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xtuner.errors import ConfigError, did_you_mean
 
 
 def names(package: str) -> list[str]:
-    """Names of the plug-ins in `package`, sorted, from file names alone.
+    """Names of the plug-ins in `package`, sorted, without importing them.
 
     ``base.py`` and files that begin with an underscore are not plug-ins.
     """
@@ -28,7 +28,7 @@ def names(package: str) -> list[str]:
 
 
 def is_user_path(name: str) -> bool:
-    """Whether `name` names a user's object: ``"my_file.py:object"``."""
+    """Whether `name` has the form ``"my_file.py:object"``."""
     path, _, attribute = name.rpartition(":")
     return path.endswith(".py") and attribute.isidentifier()
 
@@ -39,7 +39,7 @@ def load(package: str, name: str, *, setting: str) -> ModuleType:
     Args:
         package: the plug-in folder as a dotted name.
         name: the file name without ``.py``.
-        setting: the setting that `name` was given to, for the message.
+        setting: the setting that has the value `name`, for the message.
 
     Raises:
         ConfigError: there is no such plug-in.
@@ -58,7 +58,7 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
     directory.
 
     Raises:
-        ConfigError: the file is missing, fails to import, or lacks the object.
+        ConfigError: the file is missing, cannot be imported, or does not define the object.
     """
     file, _, attribute = name.rpartition(":")
     bases = ([folder] if folder else []) + [Path.cwd()]
@@ -66,7 +66,7 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
     path = next((c.resolve() for c in candidates if c.is_file()), None)
     if path is None:
         looked = ", ".join(str(c) for c in dict.fromkeys(candidates))
-        raise ConfigError(f"{setting} = {name!r}: there is no file {file!r} (looked for {looked})")
+        raise ConfigError(f"{setting} = {name!r}: no file {file!r} (looked for {looked})")
     module_name = f"xtuner_user_{path.stem}_{abs(hash(str(path)))}"
     if module_name in sys.modules:
         module = sys.modules[module_name]
@@ -85,8 +85,8 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
     if not hasattr(module, attribute):
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ConfigError(
-            f"{setting} = {name!r}: {path} has no {attribute!r}; it has "
-            f"{', '.join(public) or 'nothing public'}"
+            f"{setting} = {name!r}: {path} does not define {attribute!r}; it defines "
+            f"{', '.join(public) or 'no public names'}"
             f"{did_you_mean(attribute, public)}"
         )
     return getattr(module, attribute)

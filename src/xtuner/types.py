@@ -1,15 +1,15 @@
-"""The values that travel between the parts of xtuner, and the protocol of an algorithm.
+"""The data types passed between the parts of xtuner, and the protocol of an algorithm.
 
     row (dict) ──format──► Conversation | Text ──template──► Encoded ──pack──► Sample list
     ──collate──► Batch ──loss──► LossOutput
 
-Nothing here imports torch at run time: ``xtuner list-cfg`` must answer at once.
+This module does not import torch at run time, so that ``xtuner list-cfg`` starts fast.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Label of a token that the loss leaves out (the value of torch's `cross_entropy`)."""
+"""Label of a token that the loss ignores (the default of torch's `cross_entropy`)."""
 
 IMAGE = "<image>"
-"""Where an image stands in the text of a message; one token, which becomes one per patch."""
+"""Placeholder of an image in the text of a message; one token, expanded to one per patch."""
 
 Role = Literal["system", "user", "assistant", "tool"]
 Row = Mapping[str, Any]
@@ -33,9 +33,9 @@ Row = Mapping[str, Any]
 class Message:
     """One turn of a conversation.
 
-    `loss` overrides what is supervised: None means the default (assistant turns are, others are
-    not), False leaves an assistant turn out. `images` names the images of the turn, one for each
-    ``<image>`` in `content`, in this order.
+    `loss` overrides whether the turn is supervised: None is the default (only assistant turns are),
+    False excludes an assistant turn. `images` names the images of the turn, one for each
+    ``<image>`` in `content`, in order.
     """
 
     role: Role
@@ -48,11 +48,11 @@ class Message:
 
     @property
     def supervised(self) -> bool:
-        """Whether the tokens of this turn enter the loss."""
+        """Whether the tokens of this turn contribute to the loss."""
         return self.role == "assistant" and self.loss is not False
 
     def as_dict(self) -> dict[str, Any]:
-        """The turn in the form that `tokenizer.apply_chat_template` takes."""
+        """The turn as a dict for `tokenizer.apply_chat_template`."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             turn["tool_calls"] = [dict(call) for call in self.tool_calls]
@@ -65,7 +65,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order and the JSON schemas of the tools that the assistant may call."""
+    """Messages in order, and the JSON schemas of the tools that the assistant may call."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -78,47 +78,46 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text for continued pretraining: every token but the first is supervised."""
+    """Plain text for continued pretraining; every token except the first is supervised."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two conversations of which the first is better; most often the same prompt with two
-    answers."""
+    """A preferred and a rejected conversation, usually the same prompt with two answers."""
 
     chosen: Conversation
     rejected: Conversation
 
 
 Record = Conversation | Text | Preference
-"""What a dataset format makes of a row."""
+"""What a dataset format converts a row to."""
 
 
 class Encoded(NamedTuple):
-    """Token ids and, aligned with them, whether each token is a target of the loss."""
+    """Token ids and an aligned mask of the tokens that the loss is computed on."""
 
     input_ids: list[int]
     loss_mask: list[bool]
 
 
 class RecordEncoder(Protocol):
-    """Turns the parts of a record into token ids, with the template and tokenizer of the run."""
+    """Encodes the parts of a record with the template and tokenizer of the run."""
 
     def conversation(self, record: Conversation) -> Encoded:
-        """The text of the template; what the assistant says is supervised."""
+        """Encode a conversation with the template; assistant turns are supervised."""
         ...
 
     def text(self, record: Text) -> Encoded:
-        """The text with the tokenizer's begin and end; all but the first token supervised."""
+        """Encode text with the tokenizer's BOS and EOS; all but the first token are supervised."""
         ...
 
 
 @dataclass(frozen=True)
 class RowRef:
-    """Where a row came from: `source` is a path or hub name, `line` counts from 1; `unit` says
-    what it counts, 'line' or 'row'."""
+    """The origin of a row: `source` is a path or hub name, `line` counts from 1, and `unit` is what
+    it counts, 'line' or 'row'."""
 
     source: str
     line: int
@@ -128,45 +127,54 @@ class RowRef:
         return f"{self.source} {self.unit} {self.line}"
 
 
+class ImageRef(NamedTuple):
+    """An image of a row: its name in the data, and how many tokens stand for it."""
+
+    name: str
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class Sample:
     """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, where it came from,
-    the images whose placeholders are among the tokens, and the lengths of its sequences where it
-    has several."""
+    the images whose tokens are among these, and the lengths of its sequences where it has
+    several."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     row: RowRef
-    images: tuple[str, ...] = ()
+    images: tuple[ImageRef, ...] = ()
     lengths: tuple[int, ...] = ()
 
     @property
     def sequence_lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence; one of them for most algorithms."""
+        """Tokens of each sequence; most algorithms have one sequence per row."""
         return self.lengths or (len(self.input_ids),)
 
 
 @dataclass(frozen=True)
 class BatchImages:
-    """The P images of a batch, in the order of their places among the tokens.
+    """The P images of a batch, in the order of their tokens.
 
     Attributes:
-        pixel_values: float32 ``[M, 3, H, W]``, those that have to go through the vision tower.
-        places: bool ``[1, N]``, true at the tokens that stand for patches.
+        pixel_values: float32 ``[3, H, W]`` of each image that has to go through the vision tower.
+        mask: bool ``[1, N]``, true at the tokens of images.
+        sizes: width and height in pixels of each of the P images as decoded.
         counts: number of images of each sample.
-        features: for each of the P images what the vision tower made of it ``[T, H]``, or None
-            where it is the next of `pixel_values`.
-        keys: for each image a hash of its content, where features are kept; else empty.
+        features: for each of the P images its cached output of the vision tower ``[T, H]``, or None
+            if it is the next of `pixel_values`.
+        keys: for each image a hash of its content, if features are cached; else empty.
     """
 
-    pixel_values: Tensor
-    places: Tensor
+    pixel_values: tuple[Tensor, ...]
+    mask: Tensor
+    sizes: tuple[tuple[int, int], ...]
     counts: tuple[int, ...]
     features: tuple[Tensor | None, ...]
     keys: tuple[str, ...] = ()
 
     def of_sample(self, index: int, start: int, stop: int) -> BatchImages | None:
-        """Those of one sample, whose tokens are ``[start, stop)``; None if it has none."""
+        """The images of one sample, whose tokens are ``[start, stop)``; None if it has none."""
         first = sum(self.counts[:index])
         last = first + self.counts[index]
         if first == last:
@@ -175,37 +183,76 @@ class BatchImages:
         end = begin + sum(f is None for f in self.features[first:last])
         return BatchImages(
             pixel_values=self.pixel_values[begin:end],
-            places=self.places[:, start:stop],
+            mask=self.mask[:, start:stop],
+            sizes=self.sizes[first:last],
             counts=(self.counts[index],),
             features=self.features[first:last],
             keys=self.keys[first:last],
         )
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> BatchImages:
-        """The same with `move` called on every tensor."""
+        """Return a copy with `move` applied to every tensor."""
         return replace(
             self,
-            pixel_values=move(self.pixel_values),
-            places=move(self.places),
+            pixel_values=tuple(map(move, self.pixel_values)),
+            mask=move(self.mask),
             features=tuple(None if f is None else move(f) for f in self.features),
         )
 
 
+class ImageProcessor(Protocol):
+    """The half of an image model that needs no weights: what lays out data uses it."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of one image; a row may have `max_length` tokens and these."""
+        ...
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of an image of `size` pixels (width, height)."""
+        ...
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """Pixels ``[3, H, W]`` in float32 of a decoded RGB image."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """What `num_tokens` depends on; part of the cache key of encoded rows."""
+        ...
+
+
+class ImageEmbedder(Protocol):
+    """The half of an image model that has weights: training and generation use it."""
+
+    def features(self, pixel_values: Sequence[Tensor]) -> Iterable[Tensor]:
+        """The features ``[T, H]`` of each image ``[3, H, W]``."""
+        ...
+
+    def embed(self, input_ids: Tensor, images: BatchImages) -> Tensor:
+        """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their
+        places."""
+        ...
+
+    def positions(self, batch: Batch) -> Tensor:
+        """The position ids that the language model takes for `batch`, which has images."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One micro-step's samples, laid end to end in a single row without padding.
+    """The samples of one micro-batch, concatenated to a single row without padding.
 
     Attributes:
         input_ids: int64 ``[1, N]``.
-        labels: int64 ``[1, N]``, aligned with `input_ids` (not shifted); IGNORE_INDEX where there
-            is no
-            loss. The first token of every sample is ignored: nothing of its own sample predicts it.
-        position_ids: int64 ``[1, N]``, counting from 0 in every sample.
-        cu_seqlens: int32 ``[S + 1]``, on the CPU: where each of the S sequences begins, then N.
-        rows: where each row came from, for messages about it.
+        labels: int64 ``[1, N]``, aligned with `input_ids` (not shifted); IGNORE_INDEX for tokens
+            without loss. The first token of every sequence is ignored: no token of the sequence
+            precedes it.
+        position_ids: int64 ``[1, N]``, starting at 0 in every sequence.
+        cu_seqlens: int32 ``[S + 1]``, on the CPU: the start of each of the S sequences, then N.
+        rows: where each row came from, for messages.
         images: None for a batch of text.
-        found: labels, and what `predicting` has found in them.
-        sequences_per_row: k; sequences ``k * i`` to ``k * i + k - 1`` are those of row i.
+        found: labels, and the cached value of `predicting` for them.
+        sequences_per_row: k; sequences ``k * i`` to ``k * i + k - 1`` belong to row i.
     """
 
     input_ids: Tensor
@@ -223,8 +270,13 @@ class Batch:
         return int(self.input_ids.shape[-1])
 
     @property
+    def num_sequences(self) -> int:
+        """Number of sequences in the batch."""
+        return len(self.cu_seqlens) - 1
+
+    @property
     def num_supervised(self) -> int:
-        """Number of tokens that the loss sums over."""
+        """Number of supervised tokens."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     @property
@@ -236,7 +288,7 @@ class Batch:
 
     @property
     def sequence_of_predicting(self) -> Tensor:
-        """The number of the sequence that each supervised token belongs to, int64 ``[S]``."""
+        """Index of the sequence that each supervised token belongs to, int64 ``[S]``."""
         import torch
 
         ends = self.cu_seqlens[1:].to(self.predicting.device, torch.int64)
@@ -261,9 +313,9 @@ class Batch:
         ]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to `device`; `cu_seqlens` stays on the CPU, where it steers the attention.
+        """Copy to `device`; `cu_seqlens` stays on the CPU, where attention reads it.
 
-        What is to be predicted is found before: a GPU would have to be waited for.
+        `predicting` is computed before the copy: on a GPU, `nonzero` would synchronize.
         """
 
         def move(tensor: Tensor) -> Tensor:
@@ -273,7 +325,7 @@ class Batch:
         return replace(moved, found=(moved.labels, predicting))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        """The same with `move` called on every tensor but `cu_seqlens`."""
+        """Return a copy with `move` applied to every tensor except `cu_seqlens`."""
         return replace(
             self,
             input_ids=move(self.input_ids),
@@ -285,11 +337,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Sums over a batch; the trainer divides them by the count of the whole step.
+    """Sums over a batch; the trainer divides them by the total count of the step.
 
     Attributes:
         loss: scalar, float32.
-        metrics: scalars by name, those that the algorithm declares; logged, never backpropagated.
+        metrics: scalars by name, as the algorithm declares them; logged, not backpropagated.
     """
 
     loss: Tensor
@@ -297,27 +349,27 @@ class LossOutput:
 
 
 class Algorithm(Protocol):
-    """What the trainer and the data part know of an algorithm; see
-    `xtuner.algorithms.base.BaseAlgorithm` for the meaning of each."""
+    """The interface of an algorithm for the trainer and the data pipeline; see
+    `xtuner.algorithms.base.BaseAlgorithm`."""
 
     @property
     def records(self) -> tuple[type, ...]:
-        """Kinds of records that a row may be."""
+        """Record types that the algorithm accepts."""
         ...
 
     @property
     def sequences_per_row(self) -> int:
-        """Sequences that `encode` makes of a row."""
+        """Number of sequences that `encode` returns per row."""
         ...
 
     @property
     def overlong(self) -> str:
-        """What the setting `overlong` = 'auto' means."""
+        """The value of the setting `overlong` that 'auto' selects."""
         ...
 
     @property
     def continues_text(self) -> bool:
-        """Whether a model without a chat template gets none."""
+        """Whether 'auto' selects the template 'plain' for a model without a chat template."""
         ...
 
     @property
@@ -330,13 +382,13 @@ class Algorithm(Protocol):
         ...
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Lay samples into one batch."""
+        """Concatenate samples to one batch."""
         ...
 
     def count(self, batch: Batch) -> float:
-        """The share of `batch` in the divisor of the loss."""
+        """What `batch` adds to the divisor of the loss."""
         ...
 
     def loss(self, model: Any, batch: Batch) -> LossOutput:
-        """Return the loss of `batch`, summed."""
+        """The loss of `batch`, summed."""
         ...

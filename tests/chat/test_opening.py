@@ -70,12 +70,12 @@ def test_an_adapter_of_other_tools_names_its_base(run: Path, tmp_path: Path) -> 
     for name in ("run.yaml", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     found = opening.find(str(folder))
-    assert found == opening.Found(str(run / "base"), folder, tokenizer=str(run / "base"))
+    assert found == opening.ChatSource(str(run / "base"), folder, tokenizer=str(run / "base"))
 
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"gone, which is not there any more.*--adapter"):
+    with pytest.raises(ModelError, match=r"gone, which no longer exists.*--adapter"):
         opening.find(str(folder))
     assert opening.find(str(run / "base"), adapter=str(folder)).adapter == folder
 
@@ -89,7 +89,7 @@ def test_a_model_that_xtuner_wrote_knows_its_template(run: Path, tmp_path: Path)
 
 def test_a_base_model_needs_a_template(tmp_path: Path) -> None:
     base = tiny_model_folder(tmp_path / "base", chat_template=None)
-    with pytest.raises(ModelError, match="--prompt-template: 'default'"):
+    with pytest.raises(ModelError, match="by --prompt-template, such as 'default'"):
         opening.open_chat(base)
     assert opening.open_chat(base, prompt_template="default").template.name == "default"
 
@@ -103,10 +103,10 @@ def test_a_fetched_model_goes_by_its_name(run: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("{run}/work/iter_9", r"there is no such folder; .*work holds iter_7, last_checkpoint"),
-        ("{run}", r"looked for config\.json .*; the folder holds base, work"),
+        ("{run}/work/iter_9", r"no such folder; .*work contains iter_7, last_checkpoint"),
+        ("{run}", r"looked for config\.json .*; the folder contains base, work"),
         ("smollm2_360m_instruct", r"`xtuner fetch smollm2_360m_instruct`"),
-        ("./nothing", r"\./nothing: there is no such folder"),
+        ("./nothing", r"\./nothing: no such folder"),
     ],
 )
 def test_what_is_missing_is_named(run: Path, model: str, says: str) -> None:

@@ -65,6 +65,6 @@ def test_the_oldest_questions_go_when_the_context_is_full(caplog: pytest.LogCapt
         assert "".join(session.ask(f"Question {number}?")) == "fine"
     last = TOKENIZER.decode(session.model.prompts[-1])
     assert "Be kind." in last and "Question 5" in last and "Question 0" not in last
-    assert "outgrew the model's 150 tokens" in caplog.text
+    assert "exceeds the model's context of 150 tokens" in caplog.text
     with pytest.raises(ModelError, match="the model takes 150"):
         list(session.ask("x" * 200))

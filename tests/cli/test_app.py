@@ -118,6 +118,35 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert "Exception" not in done.stderr
 
 
+SETTLED = ("config", "algorithms", "migrate", "plugins", "types", "errors")
+"""Folders and modules that answer before torch is there."""
+
+
+def test_settings_algorithms_and_help_need_neither_torch_nor_transformers():
+    """Every module of the lower layers, and the help of every command, in one process."""
+    program = f"""
+import contextlib, importlib, io, pkgutil, sys
+import xtuner
+from xtuner import plugins
+from xtuner.cli.app import main
+imported = []
+for name in {SETTLED}:
+    module = importlib.import_module(f"xtuner.{{name}}")
+    imported.append(module.__name__)
+    for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"xtuner.{{name}}."):
+        imported.append(importlib.import_module(found.name).__name__)
+with contextlib.redirect_stdout(io.StringIO()):
+    codes = [main([file.replace("_", "-"), "--help"]) for file in plugins.names("xtuner.cli")
+             if file != "app"]
+print(len(imported), set(codes), [m for m in ("torch", "transformers", "peft") if m in sys.modules])
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    count, rest = done.stdout.split(" ", 1)
+    assert rest == "{0} []\n"
+    assert int(count) > 40
+
+
 HEAVY = ("torch", "transformers", "peft", "numpy", "pyarrow", "matplotlib")
 """What takes longer to import than a person likes to wait for an answer."""
 

@@ -54,7 +54,7 @@ def test_an_empty_line_sends_and_exit_leaves() -> None:
 
 def test_reset_and_exit_are_commands_only_as_first_lines() -> None:
     asked, _, notes = converse("RESET", "say", "EXIT", "", " EXIT ")
-    assert asked == ["(reset)", "say\nEXIT"] and "(forgotten)" in notes
+    assert asked == ["(reset)", "say\nEXIT"] and "(new conversation)" in notes
 
 
 def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt() -> None:
@@ -121,13 +121,13 @@ def test_an_option_without_effect_is_named(
     tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert app.main(["chat", str(tiny_model_path), *SHORT, "--ask", "Hi", "--top-p", "0.5"]) == 0
-    assert "without --temperature, --top-p changes nothing" in capsys.readouterr().err
+    assert "--top-p has no effect without --temperature" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["work_dirs/none/iter_5"], "there is no such folder"),
+        (["work_dirs/none/iter_5"], "no such folder"),
         (["{model}", "--bits", "5"], "must be 4, 8 or 16"),
         (["{model}", "--top-k", "0"], "top_k = 0"),
         (["{model}", "--prompt-template", "vicunna"], "did you mean 'vicuna'"),

@@ -37,7 +37,7 @@ def test_good_data_passes(check):
     code, out, _ = check([chat("Hi", "Hello"), chat("Hi", "You")])
     assert code == 0
     assert out[0] == "Data         d.jsonl: 2 rows, format openai (auto)"
-    assert out[-1] == "No bad row."
+    assert out[-1] == "No bad rows."
 
 
 def test_every_bad_row_is_named_with_field_and_hint(check):
@@ -63,7 +63,7 @@ def test_many_bad_rows_are_cut_on_the_screen_but_not_in_the_file(check, tmp_path
     assert sum(line.startswith("d.jsonl line") for line in out) == 50
     assert "and 20 more; --out FILE writes all of them" in out
     code, out, _ = check(rows, "--out", tmp_path / "bad.txt")
-    assert f"and 20 more, all in {tmp_path / 'bad.txt'}" in out
+    assert f"and 20 more; see {tmp_path / 'bad.txt'}" in out
     written = (tmp_path / "bad.txt").read_text().splitlines()
     assert [line.split()[2] for line in written] == [str(n) for n in range(2, 72)]
 

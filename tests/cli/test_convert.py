@@ -59,10 +59,10 @@ def test_what_cannot_be_done_exits_with_2_and_says_what_to_do(run_folder, tiny_m
     wrong = {
         "give another folder": ("merge", tiny_model_path, adapter, taken),
         "is not an adapter": ("merge", tiny_model_path, tiny_model_path, run_folder / "a"),
-        "holds no model": ("split", taken, run_folder / "a"),
+        "is not a model": ("split", taken, run_folder / "a"),
         "such as '2GB'": ("split", tiny_model_path, run_folder / "a", "--max-shard-size", "big"),
-        "is no checkpoint": ("pth_to_hf", run_folder / "config.py", "iter_1", run_folder / "a"),
-        "there is no such file": ("pth_to_hf", "none.py", adapter, run_folder / "a"),
+        "is not a checkpoint": ("pth_to_hf", run_folder / "config.py", "iter_1", run_folder / "a"),
+        "no such file": ("pth_to_hf", "none.py", adapter, run_folder / "a"),
     }
     for message, words in wrong.items():
         assert convert(*words) == 2, words
@@ -70,6 +70,6 @@ def test_what_cannot_be_done_exits_with_2_and_says_what_to_do(run_folder, tiny_m
     assert not (run_folder / "a").exists()
 
 
-def test_help_says_that_the_base_is_unquantised(capsys):
+def test_help_says_that_the_base_is_unquantized(capsys):
     assert convert("merge", "--help") == 0
-    assert "unquantised" in capsys.readouterr().out
+    assert "unquantized" in capsys.readouterr().out

@@ -22,7 +22,7 @@ def test_does_not_overwrite(tmp_path, capsys):
     path = tmp_path / f"{NAME}_copy.py"
     path.write_text("lr = 1e-4  # mine\n")
     assert main(["copy-cfg", NAME, str(tmp_path)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert path.read_text() == "lr = 1e-4  # mine\n"
 
 

@@ -1,4 +1,4 @@
-"""The commands about data know images: rows of a model with eyes are read as training does."""
+"""The data commands with images: rows are read as in training."""
 
 import json
 
@@ -28,7 +28,7 @@ def run(capsys, *arguments):
 
 def test_good_rows_with_images_pass_the_check(config, capsys):
     code, out = run(capsys, "check-custom-dataset", config)
-    assert code == 0 and "4 rows, format llava (auto)" in out and "No bad row." in out
+    assert code == 0 and "4 rows, format llava (auto)" in out and "No bad rows." in out
 
 
 def test_a_bad_image_is_named_by_the_check(config, capsys):
@@ -40,7 +40,7 @@ def test_a_bad_image_is_named_by_the_check(config, capsys):
 def test_messages_name_the_max_length_that_was_written(config, capsys):
     code, out = run(capsys, "check-custom-dataset", config, "--set", "max_length=10")
     assert code == 2 and "124" not in out
-    assert "within max_length = 10 tokens and the 4 of an image; raise max_length" in out
+    assert "within max_length = 10 tokens plus 4 for one image; raise max_length" in out
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from xtuner.cli.app import main
 def test_one_setting(capsys):
     assert main(["explain", "lora_dropout"]) == 0
     shown = capsys.readouterr().out
-    assert "a number from 0 to below 1" in shown
+    assert "a number >= 0 and < 1" in shown
     assert "default  0.0" in shown
     assert "PART 1  Model and method" in shown
     assert "The QLoRA paper" in shown

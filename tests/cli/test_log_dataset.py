@@ -82,5 +82,5 @@ def test_settings_can_be_overridden(config, capsys):
 def test_missing_data_is_told_in_one_line(config, capsys):
     assert main(["log-dataset", str(config), "--set", "data_path=e.jsonl"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("DataError: data_path 'e.jsonl': there is no such file")
+    assert error.startswith("DataError: data_path 'e.jsonl': no such file")
     assert "Traceback" not in error

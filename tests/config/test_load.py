@@ -77,10 +77,10 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         "  line 4  tuning = 'qlroa'   must be one of 'full', 'lora', 'qlora'; "
         "did you mean 'qlora'?",
         "  line 5  lr = '1e-4'        must be a number above 0; write it without quotes",
-        "  line 6  max_epochs = 2.5   must be a whole number, 1 or more",
+        "  line 6  max_epochs = 2.5   must be an integer, 1 or more",
         "  line 7  import os          a settings file is read, not executed; "
         'put your function in a file and name it as "my_file.py:function"',
-        "  --set betas=3              must be two numbers, each a number from 0 to below 1",
+        "  --set betas=3              must be two numbers, each a number >= 0 and < 1",
         "  --set lora=1               use tuning = 'lora', with lora_r, lora_alpha "
         "and lora_dropout",
     ]
@@ -98,20 +98,20 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         ("Max_Length = 3", "did you mean 'max_length'"),
         ("alpaca_en_path = 'x'", "use data_path"),
         ("use_varlen_attn = True", "always on"),
-        ("max_length = 4", "a whole number, 8 or more"),
+        ("max_length = 4", "an integer, 8 or more"),
         ("warmup_ratio = 1.5", "a number from 0 to 1"),
         ("pack_to_max_length = 1", "True or False"),
         ("lr = 1e999", "a number above 0"),
         ("data_repeats = 2", "a list of numbers, or None"),
-        ("evaluation_inputs = 3", "text or a list of texts"),
-        ("save_total_limit = 0", "-1, or a whole number, 1 or more"),
+        ("evaluation_inputs = 3", "a string or a list of strings"),
+        ("save_total_limit = 0", "-1, or an integer, 1 or more"),
         ("gradient_checkpointing = 'yes'", "'auto', or True or False"),
-        ("data_path = []", "names no data"),
+        ("data_path = []", "is empty"),
         ("data_repeats = [1.0, 2.0]", "2 entries, but data_path has 1"),
-        ("data_weights = [0.0]", "one of them above 0"),
-        ("quantization = 'none'", "tuning = 'qlora' needs quantised weights"),
+        ("data_weights = [0.0]", "at least one above 0"),
+        ("quantization = 'none'", "tuning = 'qlora' needs quantized weights"),
         ("sequence_parallel_size = 2", "set it to 1"),
-        ("overlong = 'split'", "takes 'auto', 'truncate', 'drop', 'error'"),
+        ("overlong = 'split'", "supports 'auto', 'truncate', 'drop', 'error'"),
     ],
 )
 def test_each_wrong_setting_is_named_with_its_line_and_hint(problems, line, message):
@@ -201,8 +201,8 @@ def test_overrides_have_their_own_problems(problems):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.py", "there is no such file"),
-        ("notes.txt", "ends in .py, .yaml or .yml"),
+        ("missing.py", "no such file"),
+        ("notes.txt", "must end in .py, .yaml or .yml"),
         ("folder", "is a folder"),
         ("latin.py", "not UTF-8"),
         ("internlm2_1_8b_qlora_alpca_e3", "did you mean internlm2_1_8b_qlora_alpaca_e3?"),

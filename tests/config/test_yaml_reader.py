@@ -26,7 +26,7 @@ def test_exponents_are_numbers(number):
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("lr: 1\nseed: 2\nlr: 3", 3, "set already in line 1"),
+        ("lr: 1\nseed: 2\nlr: 3", 3, "already set in line 1"),
         ("lr: 1\n  seed: 2", 2, "not YAML"),
         ("lr: &a 1\nseed: *a", 2, "aliases"),
         ("lr: !!python/object/apply:os.system ['true']", 1, "cannot be read"),

@@ -18,7 +18,7 @@ from xtuner.models.run_info import RunInfo
 
 
 def convert(*arguments, **options):
-    return to_hf(*arguments, tell=str, **options)
+    return to_hf(*arguments, log=str, **options)
 
 
 @pytest.mark.parametrize("fp32", [False, True])
@@ -78,19 +78,19 @@ def test_old_names_and_work_dirs_find_the_checkpoint(adapter):
 
 
 def test_a_missing_checkpoint_names_those_there(adapter):
-    with pytest.raises(CheckpointError, match=r"iter_8: is no checkpoint.*iter_7"):
+    with pytest.raises(CheckpointError, match=r"iter_8: is not a checkpoint.*iter_7"):
         find_checkpoint(adapter.parent / "iter_8.pth")
 
 
 def test_a_file_of_an_earlier_version_is_explained(tmp_path):
     (tmp_path / "iter_5.pth").write_bytes(b"weights")
-    with pytest.raises(CheckpointError, match="is one file"):
+    with pytest.raises(CheckpointError, match="is a checkpoint file"):
         find_checkpoint(tmp_path / "iter_5.pth")
 
 
 def test_a_taken_folder_is_refused_and_untouched(adapter, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(LaunchError, match="holds files already; give another folder"):
+    with pytest.raises(LaunchError, match="is not empty; give another folder"):
         convert(adapter, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -117,7 +117,7 @@ def test_a_failure_while_writing_leaves_nothing(adapter, tmp_path, monkeypatch):
 def test_too_full_a_disk_is_found_before(full_checkpoint, tmp_path, monkeypatch):
     nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: nearly_full)
-    with pytest.raises(LaunchError, match="make room"):
+    with pytest.raises(LaunchError, match="free some space"):
         convert(full_checkpoint, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
 

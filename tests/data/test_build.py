@@ -44,7 +44,7 @@ def test_the_lines_tell_it_shortly(mixed_bag):
         "2 rows lost: messages[0].content: is empty; fill it in or remove the row (lines 5, 12)",
         "1 row lost: is not valid JSON (line 3)",
         "1 row cut to 256 tokens (line 11)",
-        "Note: 1 of 9 rows are the same as an earlier one",
+        "Note: 1 of 9 rows duplicates an earlier row",
     ]
     train = r"Training     9 samples, [\d,]+ tokens \([\d,]+ supervised\) in \d packs of 256 \(\d\d"
     assert re.match(train, lines[5])
@@ -54,8 +54,8 @@ def test_identical_rows_are_noted(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [chat("Who are you?", "I am Mia.")] * 100)
     report = build_data(path, validation_ratio=0.1).report
     assert report.duplicates == 99
-    assert "99 of 100 rows are the same as an earlier one" in report.notes[0]
-    assert "10 of the 10 validation rows have a duplicate in the training" in report.notes[1]
+    assert "99 of 100 rows duplicate an earlier row" in report.notes[0]
+    assert "10 of 10 validation rows are also in the training data" in report.notes[1]
 
 
 def test_without_packing_there_is_one_sample_a_pack(tmp_path):
@@ -100,7 +100,7 @@ def test_overlong_rows_can_be_an_error(tmp_path):
     with pytest.raises(DataError) as caught:
         build_data(path, max_length=64, overlong="error")
     message = str(caught.value)
-    assert "13 rows have more than max_length = 64 tokens, the longest 77" in message
+    assert "13 rows have more than max_length = 64 tokens; the longest has 77" in message
     assert f"{path} line 8: 65 tokens" in message and "and 3 more" in message
     assert build_data(path, max_length=77, overlong="error").train.num_samples == 20
 
@@ -169,7 +169,7 @@ def test_files_of_a_folder_may_have_formats_of_their_own(tmp_path):
     data = build_data(folder)
     (source,) = data.report.sources
     assert source.formats == {"alpaca": 1, "openai": 1}
-    assert "5 rows in 2 files, format alpaca (1 files), openai (1 files)" in source.lines()[0]
+    assert "5 rows in 2 files, format alpaca (1 file), openai (1 file)" in source.lines()[0]
 
 
 def test_rows_that_lack_optional_columns_do_not_decide_the_format(tmp_path):
@@ -187,9 +187,9 @@ def test_all_faults_of_the_sources_are_told_at_once(tmp_path):
         build_data("empty.jsonl", "missing.jsonl", "good.jsonl", "odd.jsonl", folder=tmp_path)
     message = str(caught.value)
     assert message.startswith("3 problems with the data:")
-    assert "empty.jsonl: holds no rows" in message
-    assert "'missing.jsonl': there is no such file" in message
-    assert "odd.jsonl: no format fits: found 'foo'" in message
+    assert "empty.jsonl: contains no rows" in message
+    assert "'missing.jsonl': no such file" in message
+    assert "odd.jsonl: no format matches the columns 'foo'" in message
 
 
 def test_a_file_of_nothing_but_broken_lines_is_refused(tmp_path):
@@ -205,10 +205,10 @@ def test_a_data_set_without_a_usable_row_names_reasons_lines_and_hints(tmp_path)
     with pytest.raises(DataError) as caught:
         build_data(good, path)
     message = str(caught.value)
-    assert f"{path}: not one of 4 rows can be used" in message
+    assert f"{path}: none of its 4 rows can be used" in message
     assert "3 rows: messages[0].content: is empty; fill it in" in message
     assert "(lines 1, 2, 3)" in message
-    assert "messages: has no turn of the assistant; add one" in message
+    assert "messages: has no assistant turn; add one" in message
     assert str(good) not in message
 
 
@@ -223,7 +223,7 @@ def test_a_data_set_without_a_supervised_token_is_refused(tmp_path):
 def test_a_validation_split_of_everything_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", chats(1))
     assert build_data(path, validation_ratio=0.5).validation is None
-    with pytest.raises(DataError, match="no row is left to train on"):
+    with pytest.raises(DataError, match="no rows left to train on"):
         build_data(path, path, data_repeats=(0.4, 0.4))
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from xtuner.data.collate import lay_out
+from xtuner.data.collate import concatenate
 from xtuner.types import IGNORE_INDEX, RowRef, Sample
 
 
@@ -10,7 +10,7 @@ def sample(ids, mask, line=1):
 
 
 def test_samples_lie_end_to_end_and_nothing_is_predicted_across_a_border():
-    batch = lay_out([sample([7, 8, 9], [1, 0, 1]), sample([5, 6], [1, 1], line=4)])
+    batch = concatenate([sample([7, 8, 9], [1, 0, 1]), sample([5, 6], [1, 1], line=4)])
     x = IGNORE_INDEX
     assert batch.input_ids.tolist() == [[7, 8, 9, 5, 6]]
     assert batch.labels.tolist() == [[x, x, 9, x, 6]]
@@ -25,5 +25,5 @@ def test_samples_lie_end_to_end_and_nothing_is_predicted_across_a_border():
 
 def test_the_batch_does_not_share_memory_with_the_sample():
     one = sample([1, 2, 3], [0, 1, 1])
-    lay_out([one]).input_ids[0, 0] = 99
+    concatenate([one]).input_ids[0, 0] = 99
     assert one.input_ids[0] == 1

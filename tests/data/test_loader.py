@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from data_makers import build_data, chats, settings, write_jsonl
+from image_makers import FixedImages
 
 from xtuner import templates
 from xtuner.algorithms.sft import Algorithm
 from xtuner.data.build import build
-from xtuner.data.collate import lay_out
+from xtuner.data.collate import concatenate
 from xtuner.data.images.expansion import ImageCollate, ImageLayout
 from xtuner.data.images.files import ImageFolder
 from xtuner.data.loader import Loader
@@ -30,7 +31,7 @@ def dataset(tmp_path_factory):
 
 def loader(dataset, **changes):
     options = {"batch_size": 2, "accumulative_counts": 3, "seed": 7, "shuffle": True}
-    return Loader(dataset, collate=lay_out, **{**options, **changes})
+    return Loader(dataset, collate=concatenate, **{**options, **changes})
 
 
 def plain(groups):
@@ -120,8 +121,15 @@ def test_global_random_states_are_left_alone(dataset, num_workers):
 
 
 def test_an_empty_data_set_is_refused(dataset):
-    with pytest.raises(DataError, match="nothing to load"):
-        Loader([], collate=lay_out, batch_size=1, accumulative_counts=1, seed=0, shuffle=True)
+    with pytest.raises(DataError, match="the data set is empty"):
+        Loader([], collate=concatenate, batch_size=1, accumulative_counts=1, seed=0, shuffle=True)
+
+
+class ProcessNumbers(FixedImages):
+    """Images whose pixels are the number of the process that made them."""
+
+    def preprocess(self, image):
+        return np.full((3, 1, 1), os.getpid(), np.float32)
 
 
 def test_images_are_decoded_in_the_processes_that_load_data(tmp_path):
@@ -132,7 +140,7 @@ def test_images_are_decoded_in_the_processes_that_load_data(tmp_path):
         for name in names
     ]  # fmt: skip
     own = tiny_tokenizer()
-    image_layout = ImageLayout(ImageFolder(tmp_path), add_image_token(own), 1)
+    image_layout = ImageLayout(ImageFolder(tmp_path), add_image_token(own), ProcessNumbers(1))
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     data = build(
         settings(path), template=templates.load("auto", own), tokenizer=own, folder=tmp_path,
@@ -140,17 +148,14 @@ def test_images_are_decoded_in_the_processes_that_load_data(tmp_path):
         algorithm=Algorithm(),
     )  # fmt: skip
 
-    def process_number(image):
-        return np.full((3, 1, 1), os.getpid(), np.float32)
-
-    collate = ImageCollate(lay_out, image_layout, process_number)
+    collate = ImageCollate(concatenate, image_layout)
     for workers, elsewhere in ((0, False), (1, True)):
         one = Loader(
             data.train, collate=collate, batch_size=1, accumulative_counts=1, seed=1, shuffle=True,
             num_workers=workers,
         )  # fmt: skip
         (batch,) = next(one.groups(0, 1))
-        pids = {int(pid) for pid in batch.images.pixel_values.flatten().tolist()}
+        pids = {int(pid) for pid in torch.stack(batch.images.pixel_values).flatten().tolist()}
         assert (os.getpid() not in pids) is elsewhere
 
 
@@ -168,8 +173,8 @@ class Kinds:
 
 def epoch_of(data, **changes):
     options = {"batch_size": 8, "accumulative_counts": 1, "seed": 7, "shuffle": True}
-    one = Loader(data, collate=lay_out, **{**options, **changes})
-    return [packs for step in range(one.steps_per_epoch) for packs in one._share(step)]
+    one = Loader(data, collate=concatenate, **{**options, **changes})
+    return [packs for step in range(one.steps_per_epoch) for packs in one._packs_of_step(step)]
 
 
 def test_batches_are_of_one_modality_and_of_like_length():
@@ -197,7 +202,7 @@ def test_packs_are_of_one_modality_if_they_are_grouped(tmp_path, grouped):
         for i in range(40)
     ]  # fmt: skip
     own = tiny_tokenizer()
-    image_layout = ImageLayout(ImageFolder(tmp_path), add_image_token(own), 4)
+    image_layout = ImageLayout(ImageFolder(tmp_path), add_image_token(own), FixedImages(4))
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     chosen = settings(
         path, visual_encoder_name_or_path="-", max_length=160, group_by_modality=grouped

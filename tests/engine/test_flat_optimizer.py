@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -11,15 +12,21 @@ import torch
 from torch import nn
 
 from xtuner.config.schema import Settings
-from xtuner.engine.checkpoint import load_state, save_state
 from xtuner.engine.optimizer import flat as flat_optimizer
+from xtuner.engine.optimizer import flat_check
 from xtuner.engine.optimizer.flat import FlatOptimizer, steps_by_element
 from xtuner.engine.optimizer.flat_check import fault_in_flat_steps, wants_flat_steps
-from xtuner.engine.optimizer.optim import clip_gradients, make_optimizer, set_learning_rate
+from xtuner.engine.optimizer.optim import (
+    clip_gradients,
+    load_optimizer,
+    make_optimizer,
+    set_learning_rate,
+)
+from xtuner.engine.strategies import replicated
+from xtuner.engine.training_state import load_state, save_state
 from xtuner.errors import ConfigError, TrainingError
 from xtuner.testing.fake_cuda import device
 from xtuner.testing.run_distributed import run_distributed
-from xtuner.train import run
 
 LIBRARY = sorted(
     name
@@ -146,20 +153,14 @@ def test_where_nothing_is_launched_nothing_is_moved():
 
 @pytest.mark.parametrize("fault", ["it gave other parameters on this device", ""])
 def test_a_run_goes_on_without_what_does_not_prove_itself(monkeypatch, fault):
-    said = []
-    chosen = Settings(pretrained_model_name_or_path="m", data_path="d", optim_type="PagedAdamW8bit")
-    parts = SimpleNamespace(
-        settings=chosen,
-        plan=SimpleNamespace(paged=False),
-        processes=SimpleNamespace(gather=list),
-        console=SimpleNamespace(print=lambda text, **_: said.append(text)),
-    )
-    monkeypatch.setattr(run.flat_check, "wants_flat_steps", lambda optimizer: True)
-    monkeypatch.setattr(run.flat_check, "fault_in_flat_steps", lambda optimizer: fault)
-    made = run._TrainingRun._make_optimizer(parts, Model())
+    chosen = Settings(pretrained_model_name_or_path="m", data_path="d")
+    strategy = replicated.Strategy(chosen, SimpleNamespace(gather=list))
+    monkeypatch.setattr(flat_check, "wants_flat_steps", lambda optimizer: True)
+    monkeypatch.setattr(flat_check, "fault_in_flat_steps", lambda optimizer: fault)
+    made = strategy.prepare(Model(), lambda model: make("AdamW8bit", model, flat=False))
     assert isinstance(made, bnb.optim.AdamW8bit if fault else FlatOptimizer)
     name = "AdamW8bit steps over one parameter at a time"
-    assert said == ([f"Note: {name}: over flat buffers {fault}."] if fault else [])
+    assert strategy.notes == ([f"{name}: over flat buffers {fault}."] if fault else [])
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit"])
@@ -174,11 +175,12 @@ def test_a_resumed_run_is_the_straight_run(tmp_path, name, before, after):
         optimizer = make(name, model, flat=before)
         for number, missing in enumerate(MISSING[:stop]):
             step(model, optimizer, number, missing)
-        save_state(tmp_path, step=stop, optimizer=optimizer, identity={})
+        save_state(tmp_path, step=stop, optimizer=optimizer.state_dict(), identity={})
         resumed = Model()
         resumed.load_state_dict(model.state_dict())
         optimizer = make(name, resumed, flat=after)
-        assert load_state(tmp_path, optimizer=optimizer, identity={}) == (stop, [])
+        load = partial(load_optimizer, optimizer)
+        assert load_state(tmp_path, load_optimizer=load, identity={}) == (stop, [])
         for number, missing in list(enumerate(MISSING))[stop:]:
             step(resumed, optimizer, number, missing)
         assert_same((resumed, optimizer), (straight, reference))
@@ -279,20 +281,20 @@ def steps(optimizer, parameters, first):
     for step in (first, first + 1):
         for i, p in enumerate(parameters):
             p.grad = torch.cos(torch.arange(40000.) * step + i).view(200, 200).cuda()
-        waits = card.waits
+        waits = card.syncs
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return card.waits - waits
+    return card.syncs - waits
 
 report = {}
 for kind in (bnb.optim.PagedAdamW8bit, bnb.optim.AdamW32bit):
     parameters, flat = made(), made()
     plain = kind(parameters)
     assert wants_flat_steps(plain) and fault_in_flat_steps(plain) == ""
-    held = card.held
-    card.forget_most()
+    held = card.allocated
+    card.reset_peak()
     optimizer = FlatOptimizer(kind(flat))
-    move = card.most - held, card.held - held
+    move = card.peak - held, card.allocated - held
     waits = [steps(plain, parameters, 1), steps(optimizer, flat, 1)]
     again = made()
     for p, value in zip(again, flat):

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
-from xtuner.engine.checkpoint import load_state, save_state
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.optimizer import loss_scaler
 from xtuner.engine.optimizer.loss_scaler import (
@@ -18,7 +17,10 @@ from xtuner.engine.optimizer.loss_scaler import (
     LossScaler,
 )
 from xtuner.engine.resume import identity_of
-from xtuner.engine.trainer import Interrupted, Trainer
+from xtuner.engine.signals import Interrupted
+from xtuner.engine.strategies.replicated import Strategy
+from xtuner.engine.trainer import Trainer
+from xtuner.engine.training_state import load_state, save_state
 from xtuner.errors import TrainingError
 from xtuner.kernels.attention import packed
 from xtuner.kernels.fused import attention as fused_attention
@@ -35,10 +37,11 @@ def test_a_scaled_loss_gives_the_gradients_of_the_loss():
     weight = torch.randn(7, generator=torch.Generator().manual_seed(1)).requires_grad_()
     wanted = torch.autograd.grad(weight.square().sum(), weight)[0]
     scaler = LossScaler(scale=2.0**20)
-    scaler.backward(weight.square().sum())
+    scaler.scaled(weight.square().sum()).backward()
     assert torch.equal(weight.grad, wanted * 2**20)
-    scaler.unscale([weight, torch.ones(1)])
-    assert torch.equal(weight.grad, wanted)
+    assert torch.equal(weight.grad * scaler.inverse, wanted)
+    loss = weight.sum()
+    assert LossScaler(enabled=False).scaled(loss) is loss
 
 
 def test_the_scale_doubles_after_good_steps_and_halves_after_an_overflow():
@@ -108,8 +111,10 @@ class Watch(BaseHook):
         self.seen.append(dict(run.scalars))
 
 
-def make_trainer(folder, dtype, *, steps, full=False, groups=None, scale=None, **settings):
-    """A run as `xtuner.train.run` makes it, and the hook that sees its numbers."""
+def make_trainer(
+    folder, dtype, *, steps, full=False, groups=None, scale=None, algorithm=None, **settings
+):
+    """A run as `xtuner.training.run` makes it, and the hook that sees its numbers."""
     torch.manual_seed(0)
     model = tiny_model(initializer_range=0.2)
     packed.register()
@@ -133,12 +138,16 @@ def make_trainer(folder, dtype, *, steps, full=False, groups=None, scale=None, *
         total_steps=steps,
     )
     half = dtype == torch.float16
+    strategy = Strategy(run.settings, Processes("cpu"))
+    run.is_main = strategy.processes.is_main
+    strategy.prepare(
+        PackedCausalLM(model, autocast=dtype if full and half else None),
+        lambda prepared: torch.optim.AdamW(trained, lr=1e-3),
+    )
     trainer = Trainer(
-        model=PackedCausalLM(model, autocast=dtype if full and half else None),
-        algorithm=Algorithm(),
+        strategy=strategy,
+        algorithm=algorithm or Algorithm(),
         loader=Groups(groups or [[samples(4)], [samples(4, seed=1)]]),
-        optimizer=torch.optim.AdamW(trained, lr=1e-3),
-        processes=Processes("cpu"),
         run=run,
         hooks=[watch],
         save=lambda run: None,
@@ -148,7 +157,7 @@ def make_trainer(folder, dtype, *, steps, full=False, groups=None, scale=None, *
 
 
 def weights(trainer):
-    return [p.detach().clone() for p in trainer.parameters]
+    return [p.detach().clone() for p in trainer.strategy.parameters]
 
 
 GROUPINGS = {
@@ -177,12 +186,13 @@ def test_gradients_are_those_of_float32(tmp_path, full):
     for dtype in (torch.float16, torch.float32):
         trainer, _ = make_trainer(tmp_path, dtype, steps=1, full=full, max_norm=None)
         if not full:  # B begins at zero, and A without a gradient
-            for index, parameter in enumerate(trainer.parameters):
+            for index, parameter in enumerate(trainer.strategy.parameters):
                 generator = torch.Generator().manual_seed(index)
                 parameter.data.normal_(std=0.1, generator=generator)
         group = next(trainer.loader.groups(0, 1))
-        trainer._gradients(group, float(sum(b.num_supervised for b in group)))
-        found.append([p.grad.double().flatten() for p in trainer.parameters])
+        divisor = float(sum(b.num_supervised for b in group))
+        trainer.gradients.compute(group, divisor=divisor, step=0)
+        found.append([p.grad.double().flatten() for p in trainer.strategy.parameters])
     for ours, exact in zip(*found, strict=True):
         assert torch.cosine_similarity(ours, exact, dim=0) > 0.9999
         assert (ours - exact).norm() < 0.01 * exact.norm()
@@ -220,7 +230,6 @@ def test_half_the_scale_gives_nearly_the_same_gradients(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_a_fault_and_no_overflow(tmp_path):
-    trainer, _ = make_trainer(tmp_path, torch.float16, steps=2)
     calls = []
 
     class Exploding(Algorithm):
@@ -232,8 +241,8 @@ def test_a_loss_that_is_not_finite_is_a_fault_and_no_overflow(tmp_path):
     def lines(batch):
         return {row.line for row in batch.rows}
 
-    trainer.algorithm = Exploding()
-    with pytest.raises(TrainingError, match=r"(?s)line 2\..*float16 has no numbers above 65,504"):
+    trainer, _ = make_trainer(tmp_path, torch.float16, steps=2, algorithm=Exploding())
+    with pytest.raises(TrainingError, match=r"(?s)line 2\..*float16 overflows above 65,504"):
         trainer.fit()
     assert len(calls) == 1 + 4  # the step was not done again; each row was tried alone
     assert trainer.loss_scaler.scale == INITIAL_SCALE
@@ -241,7 +250,7 @@ def test_a_loss_that_is_not_finite_is_a_fault_and_no_overflow(tmp_path):
 
 def test_gradients_that_no_scale_mends_are_a_fault(tmp_path):
     trainer, _ = make_trainer(tmp_path, torch.float16, steps=2, scale=8.0)
-    trainer.parameters[0].register_hook(lambda grad: grad * math.nan)
+    trainer.strategy.parameters[0].register_hook(lambda grad: grad * math.nan)
     before = weights(trainer)
     with pytest.raises(TrainingError, match="too large for float16"):
         trainer.fit()
@@ -251,7 +260,7 @@ def test_gradients_that_no_scale_mends_are_a_fault(tmp_path):
 
 def test_a_stop_while_a_step_is_done_again_changes_nothing(tmp_path):
     trainer, _ = make_trainer(tmp_path, torch.float16, steps=2, scale=2.0**40)
-    accumulate, calls = trainer._accumulate, []
+    accumulate, calls = trainer.gradients._accumulate, []
 
     def stop_at_the_third(*arguments):
         calls.append(True)
@@ -259,7 +268,7 @@ def test_a_stop_while_a_step_is_done_again_changes_nothing(tmp_path):
             raise Interrupted
         return accumulate(*arguments)
 
-    trainer._accumulate = stop_at_the_third
+    trainer.gradients._accumulate = stop_at_the_third
     with pytest.raises(Interrupted):
         trainer.fit()
     assert trainer.loss_scaler.state_dict() == {"scale": 2.0**40, "good_steps": 0}
@@ -274,10 +283,14 @@ def test_a_resumed_run_is_the_straight_one(tmp_path, monkeypatch):
             tmp_path, torch.float16, steps=steps, scale=scale, dropout=0.2, max_norm=None
         )
         if source:
-            state = {"optimizer": trainer.optimizer, "loss_scaler": trainer.loss_scaler}
-            trainer.run.step, _ = load_state(source, **state, identity={})
+            trainer.run.step, _ = load_state(
+                source,
+                load_optimizer=trainer.strategy.load_optimizer_state,
+                loss_scaler=trainer.loss_scaler,
+                identity={},
+            )
             for parameter, saved in zip(
-                trainer.parameters, torch.load(source / "weights.pt"), strict=True
+                trainer.strategy.parameters, torch.load(source / "weights.pt"), strict=True
             ):
                 parameter.data.copy_(saved)
         trainer.fit()
@@ -287,7 +300,11 @@ def test_a_resumed_run_is_the_straight_one(tmp_path, monkeypatch):
     assert len({numbers["loss_scale"] for numbers in seen}) > 1
     stopped, before = run(4, scale=2.0**20)
     save_state(
-        tmp_path, step=4, optimizer=stopped.optimizer, identity={}, loss_scaler=stopped.loss_scaler
+        tmp_path,
+        step=4,
+        optimizer=stopped.strategy.optimizer_state(),
+        identity={},
+        loss_scaler=stopped.loss_scaler,
     )
     torch.save(weights(stopped), tmp_path / "weights.pt")
     resumed, after = run(10, source=tmp_path)
@@ -308,7 +325,9 @@ def one_of_two_overflows(folder):
     trainer, seen = make_trainer(folder, torch.float16, steps=2, scale=16.0)
     if trainer.processes.rank == 1:
         left = [math.inf, math.inf]
-        trainer.parameters[0].register_hook(lambda grad: grad * (left.pop() if left else 1.0))
+        trainer.strategy.parameters[0].register_hook(
+            lambda grad: grad * (left.pop() if left else 1.0)
+        )
     trainer.fit()
     scales = trainer.processes.gather([str(n["loss_scale"]) for n in seen])  # the first sees them
     return scales, [p.double().sum().item() for p in weights(trainer)]

@@ -19,8 +19,12 @@ from torch.nn import functional as F
 from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
 from xtuner.device.out_of_memory import is_out_of_memory
+from xtuner.engine.hook_calls import HookCalls
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.engine.trainer import Interrupted, Trainer
+from xtuner.engine.seeds import micro_seed
+from xtuner.engine.signals import Interrupted
+from xtuner.engine.strategies.replicated import Strategy
+from xtuner.engine.trainer import Trainer
 from xtuner.errors import DataError, LaunchError, TrainingError
 from xtuner.kernels.attention import packed as attention
 from xtuner.models.causal_lm import PackedCausalLM
@@ -53,8 +57,22 @@ class FixedGroups:
         for step in range(start_step, stop_step):
             yield [Algorithm().collate(part) for part in self._groups[step % len(self._groups)]]
 
+    def filler(self):
+        return Algorithm().collate(make_samples(1, seed=99))
 
-def make_trainer(tmp_path, groups, *, steps=1, hooks=(), model=None, save=None, **settings):
+
+def make_trainer(
+    tmp_path,
+    groups,
+    *,
+    steps=1,
+    hooks=(),
+    model=None,
+    save=None,
+    algorithm=None,
+    kind=Strategy,
+    **settings,
+):
     attention.register()
     model = model or tiny_model()
     model.set_attn_implementation(attention.NAME)
@@ -70,12 +88,13 @@ def make_trainer(tmp_path, groups, *, steps=1, hooks=(), model=None, save=None, 
         validate=None,
         total_steps=steps,
     )
+    strategy = kind(run.settings, Processes("cpu"))
+    strategy.prepare(packed, lambda prepared: torch.optim.SGD(prepared.parameters(), lr=1.0))
+    run.is_main = strategy.processes.is_main
     return Trainer(
-        model=packed,
-        algorithm=Algorithm(),
+        strategy=strategy,
+        algorithm=algorithm or Algorithm(),
         loader=FixedGroups(groups),
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        processes=Processes("cpu"),
         run=run,
         hooks=hooks,
         save=save or (lambda run: None),
@@ -144,9 +163,12 @@ def test_a_loss_that_is_not_finite_names_its_row_and_keeps_the_weights(tmp_path)
 
     saved = []
     trainer = make_trainer(
-        tmp_path, [[samples[:1]], [samples]], steps=2, save=lambda run: saved.append(run.step)
+        tmp_path,
+        [[samples[:1]], [samples]],
+        steps=2,
+        save=lambda run: saved.append(run.step),
+        algorithm=Exploding(),
     )
-    trainer.algorithm = Exploding()
     with pytest.raises(TrainingError) as caught:
         trainer.fit()
     assert "rows.jsonl line 2" in str(caught.value) and "line 1" not in str(caught.value)
@@ -215,7 +237,9 @@ def test_the_folder_of_hooks_writes_what_it_promises(tmp_path):
     )
     trainer.run.answer = lambda question: "A tiny model."
     trainer.run.validate = lambda: 1.25
-    trainer.hooks = sorted((h for h in hooks if h.wanted(trainer.run)), key=lambda h: h.order)
+    trainer.hooks = HookCalls(
+        [h for h in hooks if h.wanted(trainer.run)], trainer.run, trainer.processes
+    )
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
@@ -230,9 +254,7 @@ def test_the_folder_of_hooks_writes_what_it_promises(tmp_path):
 
 
 def test_micro_seeds_do_not_collide():
-    from xtuner.engine.trainer import _micro_seed
-
-    seeds = {_micro_seed(42, s, i, r) for s in range(50) for i in range(20) for r in range(4)}
+    seeds = {micro_seed(42, s, i, r) for s in range(50) for i in range(20) for r in range(4)}
     assert len(seeds) == 50 * 20 * 4
 
 

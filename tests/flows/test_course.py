@@ -1,4 +1,4 @@
-"""The course's first exercise, word for word but for paths and sizes, through the command line.
+"""The first exercise of the course through the command line, with smaller sizes.
 
 10,000 rows of one introduction, `copy-cfg`, a few edits, `train`, `convert pth_to_hf`, `convert
 merge`, `chat`: on a tiny model and 400 rows. It learns the sentence by heart, as in the exercise.
@@ -19,7 +19,7 @@ ANSWER = f"我是{NAME}的小助手"
 
 
 def edit(path, **changes):
-    """What a user does in an editor: put another value behind a name."""
+    """What a user does in an editor: change the value of a setting."""
     text = path.read_text(encoding="utf-8")
     for key, value in changes.items():
         one_line = re.compile(rf"^{key} = (\[\n(?:    .*\n)*\]|.*)$", re.MULTILINE)

@@ -1,6 +1,6 @@
 """Training, resuming, chat and merging on the fake CUDA device (`xtuner.testing.fake_cuda`):
-tensors that claim to lie on a GPU and are computed by the CPU. A real card's kernels and speed are
-not covered."""
+tensors report a CUDA device and are computed by the CPU. Kernels and speed of a real GPU are not
+covered."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ RUNS = {
     "qlora": 'tuning = "qlora"\ngradient_checkpointing = True\n',
     "full": 'tuning = "full"\n',
     "projector": IMAGES + 'tuning = "full"\nfreeze_llm = True\nlr = 3e-2\n',
-    "eyes": IMAGES + 'tuning = "lora"\nlr = 1e-3\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
+    "vision": IMAGES + 'tuning = "lora"\nlr = 1e-3\nlora_r = 4\nvisual_encoder_lora_r = 2\n',
     "moved": 'tuning = "qlora"\nembedding_on_cpu = True\n',
 }
 """Settings of runs that the CPU takes as well."""
@@ -178,7 +178,7 @@ def finished(on_fake_cuda):
 @pytest.mark.parametrize("name", RUNS)
 def test_it_learns_as_on_a_cpu(finished, name):
     assert finished[name]["code"] == 0, finished[name]["text"]
-    assert "Attention    flash attention over cu_seqlens (torch)\n" in finished[name]["text"]
+    assert "Attention    varlen flash attention (torch)\n" in finished[name]["text"]
     assert finished[name]["plans"] == 0  # its attention, sample answers and images
     assert main(train(name, f"cpu_{name}", "--overwrite", device="cpu")) == 0
     found, wanted = losses(f"gpu_{name}"), losses(f"cpu_{name}")
@@ -197,14 +197,14 @@ def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
         from xtuner.kernels.attention.packed import without_cudnn
         x = torch.ones(1, 2, 3, 8, dtype=torch.bfloat16, device="cuda")
         with without_cudnn(x.device): torch.nn.functional.scaled_dot_product_attention(x, x, x)
-        assert card.plans == 0
-        from xtuner.kernels.attention.packed import packed_attention, varlen_attention
-        varlen_attention.functions_for = lambda device: varlen_attention.Functions((9, 0))
+        assert card.cudnn_plans == 0
+        from xtuner.kernels.attention.packed import packed_attention, varlen
+        varlen.functions_for = lambda device: varlen.Functions((9, 0))
         ends = torch.tensor([0, 1, 3], dtype=torch.int32)
-        packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)  # sample by sample
-        assert card.plans == 0
+        packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)  # one sample at a time
+        assert card.cudnn_plans == 0
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
-        assert card.plans == 1
+        assert card.cudnn_plans == 1
         table, ids = torch.ones(4, 3, device="cuda"), torch.tensor([0, 2])
         assert torch.cuda.get_device_properties(0).name == torch.cuda.get_device_name()
         print(torch.nn.functional.embedding(ids.cuda(), table).sum().item(), table[ids].device)
@@ -228,7 +228,7 @@ def test_with_kernels_of_liger_it_learns_the_same(workshop, finished):
 
 
 def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished, turing):
-    """A T4: flash attention and products of bfloat16 are refused there."""
+    """A T4 supports neither flash attention nor bfloat16 products."""
     lora, windows, chat, refused = turing(
         train("lora", "t4_lora", dtype="float32"),
         train("windows", "t4_windows", dtype="float32"),
@@ -237,7 +237,7 @@ def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished
     )
     assert (lora["code"], windows["code"], chat["code"]) == (0, 0, 0), lora["text"] + chat["text"]
     assert (
-        "Attention    memory-efficient attention over cu_seqlens (torch), since torch's flash "
+        "Attention    varlen memory-efficient attention (torch), because torch's flash "
         "attention needs compute capability 8.0 (Ampere), not 7.5\n"
     ) in lora["text"]
     assert losses("t4_lora") == pytest.approx(losses("gpu_lora"), rel=0.02)
@@ -328,7 +328,7 @@ def test_what_was_trained_there_is_merged_and_answers(on_fake_cuda, finished):
         ["chat", "gpu_lora", "--device", "cuda", *asked],
         ["chat", "merged", "--device", "cuda", "--prompt-template", "chatml", *asked],
         ["chat", "gpu_qlora", "--device", "cuda", *asked, "--temperature", "1", "--seed", "3"],
-        ["chat", "gpu_eyes", "--device", "cuda", *asked, "--image", "images/5.png"],
+        ["chat", "gpu_vision", "--device", "cuda", *asked, "--image", "images/5.png"],
     )
     for found in (merged, apart, whole, drawn, seen):
         assert found["plans"] == 0

@@ -1,4 +1,4 @@
-"""Features of images kept on disk: they change nothing but time, whatever happened to them."""
+"""Image features cached on disk do not change results, whatever happens to the cache."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import torch
 from xtuner.cli.app import main
 from xtuner.config.schema import Settings
 from xtuner.data.images.feature_store import FeatureStore
-from xtuner.models.vision.llava import ImageEmbedder
+from xtuner.models.vision.llava import LlavaEmbedder
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower, tiny_vision_tower_folder
-from xtuner.train.vision import RunVision
+from xtuner.training.vision import RunVision
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def workshop(tmp_path, tiny_model_path, monkeypatch):
 def encoded(monkeypatch):
     """Counts the images that go through the vision tower."""
     counts = []
-    features = ImageEmbedder.features
+    features = LlavaEmbedder.features
 
     def counted(self, pixels):
         counts.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr(ImageEmbedder, "features", counted)
+    monkeypatch.setattr(LlavaEmbedder, "features", counted)
     return counts
 
 

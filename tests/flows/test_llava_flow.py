@@ -19,7 +19,7 @@ from xtuner.data.images.files import open_image
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import question
-from xtuner.models.vision.llava import ImageEmbedder
+from xtuner.models.vision.llava import LlavaEmbedder
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.testing.vision import tiny_llava_data, tiny_vision_tower_folder
 from xtuner.types import Message
@@ -221,7 +221,7 @@ def test_a_part_without_its_weights_is_named(workshop, tmp_path, capsys):
     old = write_old_parts(tmp_path / "old", workshop / "finetune" / "iter_8", pickled=True)
     (old / "llm_adapter" / "adapter_model.bin").unlink()
     assert main(["convert", "pth_to_hf", "finetune.py", str(old), str(tmp_path / "parts")]) == 2
-    assert "llm_adapter: lacks adapter_model.safetensors" in capsys.readouterr().err
+    assert "llm_adapter: is not an adapter" in capsys.readouterr().err
     assert not (tmp_path / "parts").exists()
 
 
@@ -258,7 +258,7 @@ def test_an_encoder_is_merged_in_the_type_asked_for(workshop, tmp_path, dtype, g
 def test_no_adapter_of_an_encoder_is_named(workshop, tmp_path, capsys):
     command = ["convert", "merge", "clip", "pretrain", str(tmp_path / "merged"), "--is-clip"]
     assert main(command) == 2
-    assert "is no adapter of a vision tower" in capsys.readouterr().err
+    assert "is not an adapter of a vision tower" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -321,9 +321,9 @@ def test_a_typed_place_without_a_image_ends_no_conversation(workshop, capsys, mo
 def test_a_place_in_the_system_message_is_refused(workshop, capsys):
     command = ["chat", "finetune", "--dtype", "float32", "--ask", "Hi"]
     assert main([*command, "--system", "You see <image>."]) == 2
-    assert "the system message has <image> in it" in capsys.readouterr().err
+    assert "the system message contains <image>" in capsys.readouterr().err
     assert main(["train", "finetune.py", "--set", "SYSTEM='You see <image>.'"]) == 2
-    assert "images belong to the questions" in capsys.readouterr().err
+    assert "images belong in the user turns" in capsys.readouterr().err
 
 
 def test_a_place_in_an_answer_is_no_place_for_a_image(workshop, monkeypatch):
@@ -335,14 +335,14 @@ def test_a_place_in_an_answer_is_no_place_for_a_image(workshop, monkeypatch):
     assert "".join(session.ask("And?")) is not None
     assert len(session.messages) == 4
     with pytest.raises(DataError, match="no image"):
-        session.vision.inputs([261], [Message("user", "<image>")])
+        session.vision.expanded([261], [Message("user", "<image>")])
 
 
 ADAPTER = "finetune/iter_8/llm_adapter"
 
 
 def test_an_adapter_is_put_on_the_language_model_of_a_llava(workshop, tmp_path):
-    """--adapter keeps the eyes, on a work dir and with --llava alike."""
+    """--adapter keeps the image input, for a work dir and with --llava."""
     joined = tmp_path / "joined"
     shutil.copytree("pretrain/iter_4", joined)
     shutil.copytree(ADAPTER, joined / "llm_adapter")
@@ -356,11 +356,11 @@ def test_an_adapter_is_put_on_the_language_model_of_a_llava(workshop, tmp_path):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("finetune", {"adapter": ADAPTER}, "second adapter"),
-        ("whole", {"adapter": ADAPTER}, "whole LLaVA model"),
+        ("finetune", {"adapter": ADAPTER}, "already has the adapter"),
+        ("whole", {"adapter": ADAPTER}, "merged LLaVA model"),
         ("whole", {"llava": "pretrain"}, "itself a LLaVA model"),
         ("finetune", {"llava": "pretrain"}, "itself a LLaVA model"),
-        ("whole", {"visual_encoder": "clip"}, "needs --llava"),
+        ("whole", {"visual_encoder": "clip"}, "requires --llava"),
     ],
 )
 def test_what_does_not_go_together_is_refused(workshop, model, options, message):
@@ -406,13 +406,13 @@ def test_a_whole_model_is_held_in_four_bits(workshop):
 
 def test_the_encoder_looks_at_a_image_once_a_conversation(workshop, monkeypatch):
     looked = []
-    features = ImageEmbedder.features
+    features = LlavaEmbedder.features
 
     def counted(self, pixels):
         looked.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr(ImageEmbedder, "features", counted)
+    monkeypatch.setattr(LlavaEmbedder, "features", counted)
     session = open_chat(
         "finetune", dtype="float32", options=GenerationOptions(max_new_tokens=2, temperature=0)
     )

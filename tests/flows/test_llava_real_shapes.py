@@ -1,4 +1,4 @@
-"""The shapes of CLIP ViT-L/14-336 with random weights: 576 tokens an image, through everything."""
+"""The shapes of CLIP ViT-L/14-336 with random weights: 576 tokens per image, in every stage."""
 
 import pytest
 import torch
@@ -54,13 +54,14 @@ def test_step_save_resume_chat_merge(tmp_path, monkeypatch, capsys):
     assert (folder / "visual_encoder_adapter" / "adapter_config.json").is_file()
     session = open_chat("run", options=GenerationOptions(max_new_tokens=3, temperature=0))
     image = session.tokenizer.convert_tokens_to_ids("<image>")
-    assert len(session.vision.widened([image])) == 576
+    about = [question("", ["images/1.png"])]
+    assert len(session.vision.expanded([image], about)) == 576
     "".join(session.ask("Which number is this?", ["images/1.png"]))
     merged = ["convert", "merge", "clip", str(folder / "visual_encoder_adapter"), "merged"]
     assert main([*merged, "--is-clip"]) == 0
     whole = ["convert", "pth_to_hf", "run.py", "run", "whole", "--save-format", "huggingface"]
     assert main(whole) == 0
     session = open_chat("whole", options=GenerationOptions(max_new_tokens=3, temperature=0))
-    features = session.vision.inputs([image] * 576, [question("", ["images/1.png"])])
+    features = session.vision.inputs([image] * 576, about)
     assert features["inputs_embeds"].isfinite().all()
     "".join(session.ask("Which number is this?", ["images/1.png"]))

@@ -1,5 +1,4 @@
-"""What can befall a run with images: an image that goes bad, rows without any, settings that do
-not fit; on tiny models."""
+"""Runs with images on tiny models: broken images, rows without images, invalid settings."""
 
 import json
 import os
@@ -121,16 +120,16 @@ def test_rows_of_text_may_come_first(workshop, capsys, name):
     write(text + seen)
     command = ["check-custom-dataset", "run.py", "--set", f"dataset_format='{name}'"]
     assert main(command) == 0, said(capsys)
-    assert "No bad row." in said(capsys)
+    assert "No bad rows." in said(capsys)
 
 
 def test_a_projector_alone_needs_images(workshop, capsys):
     write([{"conversations": turns(f"Say {i}", f"{i}.")} for i in range(12)])
     assert train() == 2
-    assert "not one row has an image, and the language model is frozen" in said(capsys)
+    assert "no row has an image and the language model is frozen" in said(capsys)
     adapters = ("tuning='lora'", "freeze_llm=False", "lora_r=4", "max_steps=1")
     assert train(*adapters, place="lora") == 0
-    assert "Note: not one row has an image" in said(capsys)
+    assert "Note: no row has an image" in said(capsys)
 
 
 def test_a_misspelt_key_is_read_and_told(workshop, capsys):

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed gives the losses of the straight run, bit for bit."""
+"""A killed and resumed run gives the losses of an uninterrupted run bit for bit."""
 
 import json
 import os

@@ -42,6 +42,11 @@ def test_two_processes_give_the_losses_of_one(tmp_path, tiny_model_path, monkeyp
     assert len(expected) == 4 and found.keys() == expected.keys()
     for step, values in expected.items():
         assert found[step][0] == pytest.approx(values[0], abs=1e-5)
+        assert found[step][2] == (values[2] and pytest.approx(values[2], abs=1e-5))
+    answers = [sorted((folder / name).glob("*/eval_outputs*")) for name in ("one", "two")]
+    assert len(answers[0]) == 2  # before and after
+    for alone, shared in zip(*answers, strict=True):
+        assert shared.read_text() == alone.read_text()
 
 
 def test_a_fault_of_the_user_exits_with_2_and_one_message(tmp_path, tiny_model_path):

@@ -1,4 +1,4 @@
-"""A run that is killed again and again, also while it saves, ends as the straight one."""
+"""A run that is killed repeatedly, also while saving, gives the results of an uninterrupted run."""
 
 import random
 import signal

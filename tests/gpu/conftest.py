@@ -1,6 +1,6 @@
-"""Shared by tests that need a CUDA device: `pytest -m gpu tests/gpu`.
+"""Fixtures of tests that need a CUDA device: `pytest -m gpu tests/gpu`.
 
-XTUNER_FAKE_CUDA=1 runs them on a fake CUDA device, which shows that they can be run, and no more.
+XTUNER_FAKE_CUDA=1 runs them on the fake CUDA device, which only shows that they run.
 """
 
 import pytest
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 def card():
     """The device; all that a test leaves on it is freed."""
     if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU here")
+        pytest.skip("torch finds no GPU")
     yield torch.device("cuda", 0)
     torch.cuda.empty_cache()
 
@@ -29,7 +29,7 @@ def limited(fake_cuda):
     """A function that lets torch hold so many more bytes of the card than it does now."""
     if fake_cuda is not None:
         before = fake_cuda.memory
-        yield lambda size: fake_cuda.limit(fake_cuda.held + size)
+        yield lambda size: fake_cuda.limit(fake_cuda.allocated + size)
         fake_cuda.limit(before)
         return
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Attention of packed rows on a card, against the formula in float64 on the CPU."""
+"""Attention of packed rows on a GPU against the formula in float64 on the CPU."""
 
 import itertools
 import math

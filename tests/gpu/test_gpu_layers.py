@@ -1,4 +1,4 @@
-"""The loss, fused layers, LoRA, quantised products and liger's kernels on a card."""
+"""The loss, fused layers, LoRA, quantized products and Liger kernels on a GPU."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from xtuner.kernels.cross_entropy import log_probabilities
 from xtuner.kernels.four_bit import dequantized
 from xtuner.kernels.fused import liger, norm_mlp
 from xtuner.kernels.host_embedding import HostEmbedding
-from xtuner.kernels.lora.linear import Adapted, low_rank_linears
+from xtuner.kernels.lora.linear import Adapted, lora_linears
 
 pytestmark = pytest.mark.gpu
 
@@ -70,7 +70,7 @@ def test_gated_mlp(card, half, close):
 
 
 @pytest.mark.parametrize("held", ["plain", "nf4"])
-def test_low_rank_layers_of_one_input(card, half, close, held):
+def test_lora_layers_of_one_input(card, half, close, held):
     import bitsandbytes as bnb
 
     sizes = {"q": 64, "k": 32, "v": 32}
@@ -94,7 +94,7 @@ def test_low_rank_layers_of_one_input(card, half, close, held):
         plain.append((exact, *(a.double().requires_grad_() for a in (down, up))))
     x = random(1, 21, 128).to(half)
     ours, wide = x.to(card).requires_grad_(), x.double().requires_grad_()
-    out = torch.cat(low_rank_linears(ours, parts), -1)
+    out = torch.cat(lora_linears(ours, parts), -1)
     wanted = torch.cat([wide @ w.T + 0.5 * (wide @ a.T) @ b.T for w, a, b in plain], -1)
     close(out, wanted)
     found = gradients(out, [ours, *(t for p in parts for t in (p.down, p.up))])

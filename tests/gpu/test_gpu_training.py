@@ -1,4 +1,4 @@
-"""Optimizers, and whole runs of `xtuner train`, on a card."""
+"""Optimizers, and complete runs of `xtuner train`, on a GPU."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How much work a function does, counted instead of timed: a count is the same on every machine."""
+"""Count the work of a function instead of timing it: counts are the same on every machine."""
 
 import sys
 import tracemalloc

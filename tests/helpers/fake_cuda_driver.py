@@ -1,7 +1,6 @@
-"""Commands of xtuner, one after the other, on the fake CUDA device: on stdin, in each line, a
-command {"arguments", "mib"} as JSON; on stdout, for each, a line of JSON with its result. With an
-argument "liger" there is a stub of liger's kernels; with "turing" the card is a T4 without
-bfloat16."""
+"""Run xtuner commands on the fake CUDA device: each line on stdin is a command {"arguments", "mib"}
+as JSON, and each line on stdout its result. The argument "liger" installs a stub of the Liger
+kernels; "turing" imitates a T4 without bfloat16."""
 
 import contextlib
 import io
@@ -12,28 +11,28 @@ from xtuner.testing.fake_cuda import device
 
 
 def main() -> None:
-    """Run them."""
+    """Run the commands on stdin."""
     card = device.install(2**40, (7, 5) if "turing" in sys.argv else (9, 0))
-    from liger_stub import Stand
+    from liger_stub import LigerStub
 
     from xtuner.cli.app import main as xtuner
 
-    stand = Stand()
-    sys.modules.update(stand.modules if "liger" in sys.argv else {})
+    stub = LigerStub()
+    sys.modules.update(stub.modules if "liger" in sys.argv else {})
     for line in sys.stdin:
         command = json.loads(line)
-        card.limit(card.held + int(command.get("mib", 2**20) * device.MB))
-        card.forget_most()
-        stand.calls.clear()
-        held, waits, plans, text = card.held, card.waits, card.plans, io.StringIO()
+        card.limit(card.allocated + int(command.get("mib", 2**20) * device.MB))
+        card.reset_peak()
+        stub.calls.clear()
+        held, waits, plans, text = card.allocated, card.syncs, card.cudnn_plans, io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             try:
                 code = xtuner(command["arguments"])
             except RuntimeError as error:  # what the card refuses
                 code = str(error)
-        report = {"code": code, "text": text.getvalue(), "most": card.most - held}
-        report["calls"] = sorted(set(stand.calls))
-        report |= {"waits": card.waits - waits, "plans": card.plans - plans}
+        report = {"code": code, "text": text.getvalue(), "most": card.peak - held}
+        report["calls"] = sorted(set(stub.calls))
+        report |= {"waits": card.syncs - waits, "plans": card.cudnn_plans - plans}
         print(json.dumps(report), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""A package `liger_kernel` whose functions are torch's, and overwrite what liger's overwrite."""
+"""A stub of `liger_kernel` that uses torch and overwrites the same tensors as Liger."""
 
 import importlib.machinery
 import types
@@ -47,7 +47,7 @@ def turned(x, cos, sin):
     return tokens.transpose(1, 2)
 
 
-class Stand:
+class LigerStub:
     """The package; what the function `wrong` gives is a tenth too large, and `calls` names the
     functions called."""
 

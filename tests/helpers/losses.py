@@ -1,4 +1,4 @@
-"""The loss as algorithms make it of a model's log-probabilities."""
+"""The loss that algorithms compute from the model's log-probabilities."""
 
 
 def loss_of(model, batch):

@@ -113,15 +113,15 @@ from xtuner.model import LLaVAModel
 from xtuner.utils import PROMPT_TEMPLATE
 
 llm = 'some/llm'
-eyes = 'some/clip'
+clip = 'some/clip'
 root = './data/'
 size = 8
 tokenizer = dict(type=AutoTokenizer.from_pretrained, pretrained_model_name_or_path=llm)
-processor = dict(type=CLIPImageProcessor.from_pretrained, pretrained_model_name_or_path=eyes)
+processor = dict(type=CLIPImageProcessor.from_pretrained, pretrained_model_name_or_path=clip)
 model = dict(
     type=LLaVAModel, freeze_llm=True, freeze_visual_encoder=True,
     llm=dict(type=AutoModelForCausalLM.from_pretrained, pretrained_model_name_or_path=llm),
-    visual_encoder=dict(type=CLIPVisionModel.from_pretrained, pretrained_model_name_or_path=eyes))
+    visual_encoder=dict(type=CLIPVisionModel.from_pretrained, pretrained_model_name_or_path=clip))
 train_dataloader = dict(
     batch_size=size,
     dataset=dict(

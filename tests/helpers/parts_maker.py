@@ -6,8 +6,8 @@ from xtuner.chat.opening import open_chat
 from xtuner.generation.generate import GenerationOptions
 from xtuner.models.load import load_model
 from xtuner.models.run_info import RunInfo
+from xtuner.models.vision.folder import save_projector
 from xtuner.models.vision.llava import assemble
-from xtuner.models.vision.parts import save_projector
 from xtuner.models.vision.tower import load_vision_tower
 
 

@@ -1,4 +1,4 @@
-"""A model that says what it was told to say: answers become known to the letter."""
+"""A model that emits given ids, so that answers are known exactly."""
 
 from types import SimpleNamespace
 from typing import Any

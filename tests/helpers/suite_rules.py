@@ -4,7 +4,7 @@ import re
 
 LONGEST_ID = 200
 NO_CONSTANT = re.compile(r"[^ -~]|\\x|0x[0-9a-f]{6}| object at |/tmp/|pytest-of-")
-"""What a test id must not have in it: binary data, addresses, places of one run."""
+"""What a test id must not contain: binary data, addresses, paths of one run."""
 
 
 def wants_gpu(expression):
@@ -13,7 +13,7 @@ def wants_gpu(expression):
 
 
 def id_faults(ids):
-    """Those of the ids that may change from run to run, are too long, or are there twice."""
+    """The ids that may change between runs, are too long, or occur twice."""
     seen = set()
     return [
         name

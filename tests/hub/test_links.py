@@ -50,4 +50,4 @@ def test_split_copies_no_private_file(tmp_path, tiny_model_path):
         split(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (model / "notes.txt").unlink()
-    split(model, tmp_path / "out", tell=lambda line: None)
+    split(model, tmp_path / "out", log=lambda line: None)

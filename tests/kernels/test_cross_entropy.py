@@ -1,4 +1,4 @@
-"""The loss from hidden states against the plain formula, in float64."""
+"""The loss from hidden states against the formula, in float64."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_bfloat16_stays_close_to_float32():
     assert abs(rough.item() - exact.item()) < 0.01 * exact.item()
 
 
-def test_without_gradients_nothing_is_kept():
+def test_no_grad_saves_nothing():
     hidden, weight, targets = problem()
     with torch.no_grad():
         value = -loss.log_probabilities(hidden, weight, targets).sum()
@@ -54,8 +54,8 @@ def test_without_gradients_nothing_is_kept():
     )
 
 
-def test_few_numbers_of_rows_come_up():
-    """Each keeps compiled code in memory, for as long as a run goes on."""
+def test_there_are_few_distinct_chunk_sizes():
+    """Each keeps generated code in memory for the rest of the run."""
     steps = {loss.chunk_rows(count, 49152, 2) for count in range(1, 3000)}
     assert len(steps) < 30
     for count in (1, 17, 300, 682, 700, 2999):
@@ -72,7 +72,7 @@ def float16_errors(weight, sharpness, *, scale, positions=64):
     vocabulary, width = weight.shape
     targets = torch.randint(vocabulary, (positions,), generator=generator)
     hidden = torch.randn(positions, width, generator=generator)
-    hidden += sharpness * weight[targets].float()  # what was learned already
+    hidden += sharpness * weight[targets].float()  # as after some training
     small = [x.half().requires_grad_() for x in (hidden, weight)]
     exact = [x.detach().double().requires_grad_() for x in small]
     value = -loss.log_probabilities(*small, targets).sum()
@@ -85,8 +85,8 @@ def float16_errors(weight, sharpness, *, scale, positions=64):
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 0.6], ids=["random", "learned"])
-def test_float16_keeps_what_is_small(sharpness):
-    """A vocabulary of 50,000 words, of which each has a probability that float16 hardly holds."""
+def test_float16_gradients_do_not_underflow(sharpness):
+    """A vocabulary of 50,000, whose probabilities are close to the smallest float16 number."""
     weight = torch.randn(50_000, 32, generator=torch.Generator().manual_seed(1))
     assert max(float16_errors(weight, sharpness, scale=2.0**12)) < 3e-3
 
@@ -95,11 +95,11 @@ def test_float16_takes_a_scale_above_its_largest_number():
     weight = torch.randn(300, 32, generator=torch.Generator().manual_seed(1)) * 0.02
     of_hidden, of_weight = float16_errors(weight, 0.0, scale=2.0**20, positions=3)
     assert of_hidden < 2e-3
-    assert of_weight == float("inf")  # there the gradient itself is too large, which a scaler sees
+    assert of_weight == float("inf")  # the gradient itself overflows, which the loss scaler detects
 
 
 def test_the_gradient_of_a_head_does_not_overflow_in_float16():
-    """4,000 tokens with one wrong word: the sum of their hidden states is above 65,504."""
+    """4,000 tokens with the same wrong prediction: the sum of hidden states exceeds 65,504."""
     hidden = torch.full((4000, 16), 30.0).half().requires_grad_()
     weight = torch.zeros(97, 16).requires_grad_()  # float32, as with autocast
     targets = torch.full((4000,), 5)

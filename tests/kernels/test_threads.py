@@ -1,4 +1,4 @@
-"""How many CPU threads compute."""
+"""The choice of the number of CPU threads."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 from xtuner.kernels import threads
 
 
-def test_the_faster_count_is_taken_and_both_are_told(monkeypatch):
+def test_the_faster_count_is_chosen_and_both_are_reported(monkeypatch):
     torch.set_num_threads(2)
     monkeypatch.setattr(threads, "matmul_rate", lambda count, dtype: {1: 5e9, 2: 3e9}[count])
     line = threads.choose_threads(None, torch.float32)
@@ -15,15 +15,15 @@ def test_the_faster_count_is_taken_and_both_are_told(monkeypatch):
     assert "1 CPU thread" in line and "5 GFLOP/s with 1" in line and "3 GFLOP/s with 2" in line
 
 
-def test_more_threads_are_taken_where_products_hardly_tell(monkeypatch):
+def test_more_threads_are_chosen_if_rates_are_close(monkeypatch):
     torch.set_num_threads(2)
     monkeypatch.setattr(threads, "matmul_rate", lambda count, dtype: {1: 5e9, 2: 4e9}[count])
     threads.choose_threads(None, torch.float32)
     assert torch.get_num_threads() == 2
 
 
-def test_a_setting_is_obeyed():
-    assert "as set" in threads.choose_threads(3, torch.float32)
+def test_the_setting_is_used():
+    assert "as configured" in threads.choose_threads(3, torch.float32)
     assert torch.get_num_threads() == 3
 
 
@@ -39,7 +39,7 @@ def test_products_that_take_long_are_not_repeated(monkeypatch):
     assert threads.matmul_rate(1, torch.float32, size=128) == 2 * 128**3 / 2
 
 
-def test_where_there_is_no_choice_nothing_is_tried(monkeypatch):
+def test_a_single_core_is_not_measured(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.delattr(threads, "matmul_rate")
     assert threads.choose_threads(None, torch.float32) == "1 CPU thread"

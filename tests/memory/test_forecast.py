@@ -7,9 +7,12 @@ from xtuner.cli.app import main
 from xtuner.config.combinations import check_combinations
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
+from xtuner.memory import available
 from xtuner.memory import forecast as module
+from xtuner.memory.available import parse_memory
 from xtuner.memory.footprint import Footprint
-from xtuner.memory.forecast import forecast, parse_memory, plan_memory
+from xtuner.memory.forecast import forecast
+from xtuner.memory.plan import plan_memory
 from xtuner.testing.tiny import tiny_model_folder
 
 MB = 2**20
@@ -42,7 +45,7 @@ def test_auto_recomputes_only_where_it_must(folder):
 
 def test_hints_come_cheapest_first_and_end_where_it_fits(folder):
     chosen = settings(folder)
-    plan = plan_memory(chosen, "cpu", memory=module.LIBRARIES + 50 * MB)
+    plan = plan_memory(chosen, "cpu", memory=module.LIBRARIES + 60 * MB)
     assert not plan.fits
     lines = list(plan.hints())[1:]
     assert lines[0].strip().startswith("batch_size = 1, accumulative_counts = ")
@@ -148,7 +151,7 @@ def test_processes_share_the_memory_of_a_cpu_and_not_of_gpus(folder):
         return plan_memory(settings(folder), device, memory=2**33, processes=4).memory
 
     assert (room("cpu"), room("cuda")) == (2**31, 2**33)
-    alone, shared = module.free_memory("cpu"), module.free_memory("cpu", 2)
+    alone, shared = available.free_memory("cpu"), available.free_memory("cpu", 2)
     assert shared >= alone - 100 * MB  # what the others hold already is theirs to take
 
 

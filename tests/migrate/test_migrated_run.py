@@ -89,7 +89,7 @@ def test_commands_say_what_is_in_the_way(old, tmp_path, capsys):
     assert "xtuner migrate-cfg old.py" in capsys.readouterr().err
     (tmp_path / "new.py").write_text("lr = 1.0\n")
     assert main(["migrate-cfg", "old.py", "new.py"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists with different content" in capsys.readouterr().err
     assert (tmp_path / "new.py").read_text() == "lr = 1.0\n"
     assert main(["migrate-cfg", "missing.py"]) == 2
     assert main(["migrate-cfg", "new.py"]) == 2

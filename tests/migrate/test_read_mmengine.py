@@ -54,9 +54,9 @@ def test_values(read_text, text, value):
         ("x = __import__('os').system('touch hacked')", "is a call"),
         ("x = 'a' * 10**9", "too large"),
         ("x = 10**10**9", "too large"),
-        ("x = f'{1:0000000009000000000}'", "formats"),
-        ("x = missing", "is set nowhere"),
-        ("x = [1, 2]\nx[0] = 5\nx.sort()", "only running"),
+        ("x = f'{1:0000000009000000000}'", "format spec"),
+        ("x = missing", "is not defined"),
+        ("x = [1, 2]\nx[0] = 5\nx.sort()", "only after executing"),
     ],
     ids=range(10),
 )

@@ -172,23 +172,23 @@ def test_a_dumped_config_reads_like_its_source(draft):
 @pytest.mark.parametrize(
     ("replace", "reason"),
     [
-        ({"openai_map_fn,\n": "'my_code.my_map_fn',\n"}, "is a function of yours"),
+        ({"openai_map_fn,\n": "'my_code.my_map_fn',\n"}, "is a custom function"),
         ({"openai_map_fn": "msagent_react_map_fn"}, "ReAct"),
         ({"bias='none'": "bias='all'"}, "lora.bias"),
         ({"bias='none'": "use_dora=True"}, "lora.use_dora"),
-        ({"type=LoraConfig": "type='peft.IA3Config'"}, "is no LoraConfig"),
+        ({"type=LoraConfig": "type='peft.IA3Config'"}, "is not LoraConfig"),
         ({"type=template_map_fn_factory": "type='my.factory'"}, "template_map_fn = 'my.factory'"),
         ({"    tokenizer=tokenizer,\n    max_length":
           "    tokenizer=dict(pretrained_model_name_or_path='other'),\n    max_length"},
-         "the tokenizer is read"),
-        ({"begin=0, end=warmup": "begin=0.1, end=warmup"}, "a warm-up begins at 0"),
-        ({"load_from = None": "load_from = 'w.pth'"}, "weights to start from"),
+         "the tokenizer is always loaded"),
+        ({"begin=0, end=warmup": "begin=0.1, end=warmup"}, "the warmup must begin at 0"),
+        ({"load_from = None": "load_from = 'w.pth'"}, "initial weights in a .pth file"),
         ({"pretrained_model_name_or_path=path, padding_side":
-          "pretrained_model_name_or_path='other', padding_side"}, "the tokenizer is read"),
-        ({"end=epochs": "end=epochs * 2"}, "the fall begins"),
+          "pretrained_model_name_or_path='other', padding_side"}, "the tokenizer is always loaded"),
+        ({"end=epochs": "end=epochs * 2"}, "the decay must begin"),
         ({"convert_to_iter_based=True),\n    dict": "convert_to_iter_based=False),\n    dict"},
-         "once an epoch"),
-        ({"lr=lr, betas": "lr=float(open('lr').read()), betas"}, "write the value in its place"),
+         "once per epoch"),
+        ({"lr=lr, betas": "lr=float(open('lr').read()), betas"}, "write the value itself"),
         ({"type=AdamW, lr": "type='my.optim.Mine', lr"}, "neither torch.optim"),
         ({"longest = 512": "longest = 4"}, "max_length = 4: must be"),
     ],
@@ -316,7 +316,7 @@ def test_a_config_that_a_run_under_deepspeed_wrote(draft):
     assert found.values["max_norm"] == 0.5
     assert words(found.lost).count("strategy") == 1
     found = draft(replace={SFT[start:end]: wrapper.replace("steps=16", "steps='auto'")})
-    assert "give the number of micro-batches" in words(found.refused)
+    assert "write the number of micro-batches" in words(found.refused)
 
 
 def test_another_visualizer_is_lost(draft):

@@ -81,7 +81,7 @@ def test_a_checkpoint_without_a_manifest_is_used_in_silence(work, tmp_path, capl
     flip(work / "iter_10" / "training_state.pt")
     manifest.check(work / "iter_10", resuming=True)
     assert not caplog.records
-    to_hf(work / "iter_9", tmp_path / "hf", tell=lambda line: None)
+    to_hf(work / "iter_9", tmp_path / "hf", log=lambda line: None)
     assert not (tmp_path / "hf" / manifest.FILE_NAME).exists()  # its files are others
 
 

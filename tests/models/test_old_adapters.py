@@ -63,7 +63,7 @@ def test_an_adapter_on_fused_weights_does_the_same(tmp_path, kv_heads, config, p
             return model.eval()(input_ids=IDS, use_cache=False).logits
 
     found = logits(load_adapter(load_model(base, dtype=torch.float32), adapter))
-    merge(base, adapter, tmp_path / "merged", tell=lambda line: None)
+    merge(base, adapter, tmp_path / "merged", log=lambda line: None)
     save_file(wanted, base / "model.safetensors", metadata={"format": "pt"})
     expected = logits(load_model(base, dtype=torch.float32))
     assert torch.allclose(found, expected, atol=1e-4)

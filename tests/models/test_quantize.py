@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from xtuner.device.select import DTYPES
-from xtuner.kernels.four_bit import mend_4bit_layers
+from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.kernels.lora.linear import frozen_weight
 from xtuner.models.load import load_model
 from xtuner.models.quantize import Rounding
@@ -45,7 +45,7 @@ def test_all_ways_read_the_same_numbers(width, kind, double):
     layer = quantised(width, 24, kind=kind, double=double)
     wanted = values(layer)
     model = nn.Sequential(layer)
-    mend_4bit_layers(model)
+    fix_4bit_layers(model)
     assert torch.equal(frozen_weight(model[0], torch.float32), wanted)
     x = torch.randn(5, width, requires_grad=True)
     out = model(x)

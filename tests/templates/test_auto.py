@@ -98,7 +98,7 @@ def test_system_message_is_folded_where_the_template_refuses_it():
     template, _ = auto(GEMMA, system="Be kind.")
     text = template.render((ASK, TELL)).text
     assert text.startswith("<s><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>")
-    with pytest.raises(DataError, match="no place for a system message without a user turn"):
+    with pytest.raises(DataError, match="does not support a system message without a user turn"):
         template.render((Message("system", "x"), TELL))
 
 
@@ -109,7 +109,7 @@ def test_template_that_refuses_roles_is_a_data_error():
 
 
 def test_broken_or_missing_template_is_a_model_error():
-    with pytest.raises(ModelError, match=r"is broken \(line 1"):
+    with pytest.raises(ModelError, match=r"is invalid \(line 1"):
         auto("{% for m in messages %}")
     with pytest.raises(ModelError, match=r"has no chat template, .* prompt_template = 'default'"):
         auto(None)
@@ -138,8 +138,8 @@ def test_template_without_tools_says_so(caplog):
     for _ in range(2):
         template.encode(Conversation((ASK, TELL), (TOOL,)))
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
-    assert "does not show tools" in caplog.text
-    with pytest.raises(DataError, match="does not write the assistant's call of tool 'weather'"):
+    assert "does not render tools" in caplog.text
+    with pytest.raises(DataError, match="does not render the call of tool 'weather'"):
         template.encode(Conversation((ASK, CALL)))
 
 

@@ -50,16 +50,16 @@ def test_offsets_and_prefixes_agree(tokenizer):
 
 def test_looking_single_tokens_up_finds_what_all_offsets_say(tokenizer, monkeypatch):
     tokens = OffsetTokens(tokenizer)
-    looked_up, answers = tokens_module._plain_places, []
+    looked_up, answers = tokens_module._token_boundaries, []
 
     def watched(*args):
         answers.append(looked_up(*args))
         return answers[-1]
 
-    monkeypatch.setattr(tokens_module, "_plain_places", watched)
+    monkeypatch.setattr(tokens_module, "_token_boundaries", watched)
     quick = [tokens.segments(text, cuts) for text, cuts in samples(300)]
     assert sum(answer is not None for answer in answers) > 60
-    monkeypatch.setattr(tokens_module, "_plain_places", lambda *args: None)
+    monkeypatch.setattr(tokens_module, "_token_boundaries", lambda *args: None)
     assert quick == [tokens.segments(text, cuts) for text, cuts in samples(300)]
 
 

@@ -1,4 +1,4 @@
-"""Training objectives: one file per algorithm; its name is the value of the setting `algorithm`."""
+"""Training objectives, one file each; the file name is the value of the setting `algorithm`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ SETTING = "algorithm"
 
 
 def of_run(settings: Settings, *, folder: Path) -> BaseAlgorithm:
-    """Make the algorithm that `settings` name.
+    """Create the algorithm of a run.
 
     Args:
-        settings: of the run.
+        settings: the settings of the run.
         folder: where a user's file is looked up first.
 
     Raises:
-        ConfigError: there is no such algorithm, it is not a `BaseAlgorithm`, or it cannot work with
+        ConfigError: there is no such algorithm, it is not a `BaseAlgorithm`, or it does not support
             these settings.
     """
     kind = _class_of(settings.algorithm, folder)
     if problems := [f"{name}: {problem}" for name, problem in kind.check(settings)]:
-        raise ConfigError(listed(f"algorithm = {settings.algorithm!r} cannot be used:", problems))
+        raise ConfigError(
+            listed(f"algorithm = {settings.algorithm!r} does not support these settings:", problems)
+        )
     return kind(settings)
 
 
@@ -38,7 +40,7 @@ def _class_of(name: str, folder: Path) -> type[BaseAlgorithm]:
         kind = plugins.load_user_object(name, setting=SETTING, folder=folder)
         if not (isinstance(kind, type) and issubclass(kind, BaseAlgorithm)):
             raise ConfigError(
-                f"{SETTING} = {name!r}: is not a subclass of xtuner.algorithms.base.BaseAlgorithm"
+                f"{SETTING} = {name!r}: must be a subclass of xtuner.algorithms.base.BaseAlgorithm"
             )
     else:
         kind = plugins.load("xtuner.algorithms", name, setting=SETTING).Algorithm

@@ -1,10 +1,10 @@
-"""What an algorithm declares: the rows it takes, what of them is learned, and its loss.
+"""The interface of an algorithm: the rows it accepts, which tokens are supervised, and its loss.
 
     record ──encode──► k sequences ──pack──► Sample list ──collate──► Batch ──loss──► LossOutput
 
-Everything that makes an algorithm what it is stands in one file of this folder, or in the user's
-own ``"my_file.py:MyAlgorithm"``. Importing it must not import torch: settings are checked against
-it before torch is loaded.
+An algorithm is defined in one file of this folder, or in the user's own
+``"my_file.py:MyAlgorithm"``. Importing it must not import torch: settings are checked against it
+before torch is loaded.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 
 
 class BaseAlgorithm:
-    """Supervised learning on one sequence per row; override what differs.
+    """Supervised learning on one sequence per row; subclasses override what differs.
 
     Attributes:
-        records: kinds of records that a row may be.
-        sequences_per_row: how many sequences `encode` makes of a row. They stay together in one
-            pack and one batch, and each may have max_length tokens.
-        overlong: what the setting `overlong` = 'auto' means.
-        overlong_choices: the values of `overlong` that make sense.
+        records: record types that the algorithm accepts.
+        sequences_per_row: number of sequences that `encode` returns per row. They stay together in
+            one pack and one batch, and each may have max_length tokens.
+        overlong: the value of the setting `overlong` that 'auto' selects.
+        overlong_choices: the values of `overlong` that the algorithm supports.
         takes_images: whether rows may have images.
-        continues_text: whether a model without a chat template gets none ('plain').
+        continues_text: whether 'auto' selects the template 'plain' for a model without a chat
+            template.
         options: the algorithm's own settings with their defaults, set by `algorithm_options`.
-        metrics: names of the sums that `loss` returns beside the loss; the trainer divides them by
-            the same count and logs them.
-        uncommon: settings that a copied file leaves out.
+        metrics: names of the sums that `loss` returns in addition to the loss; the trainer divides
+            them by the same count and logs them.
+        uncommon: settings that a copied settings file leaves out.
     """
 
     records: ClassVar[tuple[type, ...]] = (Conversation, Text)
@@ -52,61 +53,63 @@ class BaseAlgorithm:
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
-        """Yield (setting, problem) for every setting that the algorithm cannot work with."""
+        """Yield (setting, problem) for every setting that the algorithm does not support."""
         if settings.overlong not in ("auto", *cls.overlong_choices):
             allowed = ", ".join(map(repr, ("auto", *cls.overlong_choices)))
-            yield "overlong", f"algorithm = {settings.algorithm!r} takes {allowed}"
+            yield "overlong", f"algorithm = {settings.algorithm!r} supports {allowed}"
         if settings.has_vision and not cls.takes_images:
             yield "algorithm", f"{settings.algorithm!r} does not take images"
         for name, value in settings.algorithm_options:
             if name not in cls.options:
                 allowed = ", ".join(cls.options) or "none"
                 yield "algorithm_options", f"has no option {name!r}; allowed: {allowed}"
-            elif not _same_kind(value, cls.options[name]):
+            elif not _same_type(value, cls.options[name]):
                 default = cls.options[name]
                 yield (
                     "algorithm_options",
-                    f"{name} = {value!r} must be of the kind of its default, {default!r}",
+                    f"{name} = {value!r} must have the type of its default, {default!r}",
                 )
 
     def encode(self, record: Record, encoder: RecordEncoder) -> Sequence[Encoded]:
-        """The sequences of a row, `sequences_per_row` of them.
+        """Encode a row to `sequences_per_row` sequences.
 
         Args:
-            record: one of `records`.
-            encoder: turns a conversation or a text into token ids and a loss mask.
+            record: an instance of one of `records`.
+            encoder: encodes conversations and texts to token ids and a loss mask.
         """
         match record:
             case Text():
                 return [encoder.text(record)]
             case Conversation():
                 return [encoder.conversation(record)]
-        raise NotImplementedError(f"{type(self).__name__}.encode takes no {type(record).__name__}")
+        raise NotImplementedError(
+            f"{type(self).__name__}.encode does not accept {type(record).__name__}"
+        )
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Lay samples end to end."""
-        from xtuner.data.collate import lay_out
+        """Concatenate samples to one batch."""
+        from xtuner.data.collate import concatenate
 
-        return lay_out(samples)
+        return concatenate(samples)
 
     def count(self, batch: Batch) -> float:
-        """The share of `batch` in the divisor of the loss: its supervised tokens."""
+        """What `batch` adds to the divisor of the loss: its supervised tokens."""
         return batch.num_supervised
 
     def loss(self, model: Any, batch: Batch) -> LossOutput:
-        """The loss of `batch`, *summed*: the trainer divides it once by the count of all batches of
-        the step.
+        """The loss of `batch`, *summed*: the trainer divides it once by the total count of the
+        step.
 
         Args:
-            model: gives the log-probability of each supervised token, float32 ``[S]``.
-            batch: what `collate` made, on the model's device.
+            model: returns the log-probability of each supervised token, float32 ``[S]``.
+            batch: a result of `collate`, on the model's device.
         """
         from xtuner.types import LossOutput
 
         return LossOutput(-model(batch).sum())
 
 
-def _same_kind(value: Any, default: Any) -> bool:
+def _same_type(value: Any, default: Any) -> bool:
     if default is None or isinstance(default, bool) or isinstance(value, bool):
         return default is None or isinstance(value, bool) == isinstance(default, bool)
     if isinstance(default, float):

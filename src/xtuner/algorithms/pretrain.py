@@ -1,7 +1,7 @@
-"""Continued pretraining: learn every token of plain text.
+"""Continued pretraining on plain text.
 
-The loss is that of supervised fine-tuning. Every token but the first of a row is supervised, and
-long texts are split instead of cut.
+The loss is that of supervised fine-tuning. Every token of a row except the first is supervised, and
+long texts are split instead of truncated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Algorithm(BaseAlgorithm):
     uncommon = ("SYSTEM",)
 
     def encode(self, record: Record, encoder: RecordEncoder) -> Sequence[Encoded]:
-        """One sequence with every token but the first supervised."""
+        """Encode a row to one sequence; every token except the first is supervised."""
         (encoded,) = super().encode(record, encoder)
         ids = encoded.input_ids
         return [Encoded(ids, [False] + [True] * (len(ids) - 1))]

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: learn what the assistant says, given what came before."""
+"""Supervised fine-tuning on the assistant turns of conversations."""
 
 from xtuner.algorithms.base import BaseAlgorithm
 
 
 class Algorithm(BaseAlgorithm):
-    """Cross-entropy over the tokens that the template marks as the assistant's."""
+    """Cross-entropy over the tokens of assistant turns."""

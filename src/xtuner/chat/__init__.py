@@ -1,1 +1,1 @@
-"""Talk to a model: generate answers, keep the history, read from a terminal."""
+"""Chat with a model: open it, keep the conversation, read from a terminal."""

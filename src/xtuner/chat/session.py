@@ -9,7 +9,7 @@ from typing import Any
 
 from xtuner.errors import DataError
 from xtuner.generation.generate import GenerationOptions, context_length, stream
-from xtuner.generation.images import ImageInput, question, without_places
+from xtuner.generation.images import ImageInput, question, without_image_tokens
 from xtuner.templates.base import Template
 from xtuner.types import IMAGE, Message
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("xtuner.chat")
 
 
 class Session:
-    """Asks `model` with the same template object that training uses.
+    """A conversation with `model`, rendered by the same template object as in training.
 
     Attributes:
         messages: the conversation so far; the template adds the system message.
@@ -36,24 +36,24 @@ class Session:
         self.template, self.options = template, options
         self.vision = vision
         if vision and IMAGE in template.system:
-            raise DataError(f"the system message has {IMAGE} in it: images belong to questions")
+            raise DataError(f"the system message contains {IMAGE}; attach images to questions")
         self.messages: list[Message] = []
 
     def ask(self, text: str, images: Sequence[str] = ()) -> Generator[str, None, None]:
-        """Yield the answer to `text`, which may be about images, piece by piece.
+        """Yield the answer to `text` and `images` piece by piece.
 
-        Question and answer enter the history when the answer ends or the caller stops it; a
-        question that fails does not. When the conversation outgrows the model's context, its oldest
-        questions are left out, with a warning.
+        Question and answer are added to the history when the answer ends or the caller stops it; a
+        question that fails is not. When the conversation exceeds the model's context, its oldest
+        turns are dropped, with a warning.
 
         Raises:
-            ModelError: the question alone is longer than the model's context.
-            DataError: the template has no place for it, or an image cannot be shown.
+            ModelError: the question alone exceeds the model's context.
+            DataError: the template cannot render the question, or an image cannot be read.
         """
         asked = question(text, images) if self.vision else Message("user", text)
         if images and self.vision is None:
-            raise DataError("this model has no eyes: images need a LLaVA model")
-        messages = self._fitting([*self.messages, asked])
+            raise DataError("this model does not take images; use a LLaVA model")
+        messages = self._fit([*self.messages, asked])
         answer = stream(
             self.model,
             self.tokenizer,
@@ -65,7 +65,7 @@ class Session:
         pieces: list[str] = []
         keep = True
         try:
-            with contextlib.closing(answer):  # so that a stop sets the model back at once
+            with contextlib.closing(answer):  # restores the model as soon as the answer stops
                 for piece in answer:
                     pieces.append(piece)
                     yield piece
@@ -77,16 +77,16 @@ class Session:
             raise
         finally:
             if keep:
-                said = "".join(pieces)
-                said = without_places(said) if self.vision else said
-                self.messages = [*messages, Message("assistant", said)]
+                text = "".join(pieces)
+                text = without_image_tokens(text) if self.vision else text
+                self.messages = [*messages, Message("assistant", text)]
 
     def reset(self) -> None:
-        """Forget the conversation."""
+        """Start a new conversation."""
         self.messages = []
 
-    def _fitting(self, messages: list[Message]) -> list[Message]:
-        """`messages` without the oldest questions that leave no room for the answer."""
+    def _fit(self, messages: list[Message]) -> list[Message]:
+        """Drop the oldest turns until the context has room for the answer."""
         limit = context_length(self.model)
         reserved = min(self.options.max_new_tokens, limit // 4)
         dropped = 0
@@ -98,12 +98,12 @@ class Session:
             dropped += 1
         if dropped:
             logger.warning(
-                "the conversation outgrew the model's %s tokens: its oldest %s left out",
+                "the conversation exceeds the model's context of %s tokens; its oldest %s dropped",
                 limit,
-                "question is" if dropped == 1 else f"{dropped} questions are",
+                "turn is" if dropped == 1 else f"{dropped} turns are",
             )
         return messages
 
     def _length(self, messages: list[Message]) -> int:
         ids = self.template.prompt_ids(messages)
-        return len(self.vision.widened(ids) if self.vision else ids)
+        return len(self.vision.expanded(ids, messages) if self.vision else ids)

@@ -1,8 +1,8 @@
-"""A conversation over lines of text: a terminal, or a pipe.
+"""Chat in a terminal or over a pipe.
 
-An empty line ends a question, so that a question may have several lines. A line EXIT leaves, a line
-RESET forgets the conversation, a line IMAGE PATH shows an image with the next question. Answers
-go to `out`, everything else to `notes`.
+A blank line ends a question, so questions may span lines. A line EXIT quits, a line RESET starts a
+new conversation, a line IMAGE PATH attaches an image to the next question. Answers go to `out`,
+everything else to `notes`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Terminal:
     """Where questions come from and answers go.
 
     Attributes:
-        read_line: returns the next line without its end; raises EOFError behind the last one.
-        out: gets the answers, each with a line end.
-        notes: gets prompts and notes.
-        interactive: a person is there: show prompts.
-        streaming: show an answer while it grows.
-        images: images shown with the first question of every conversation.
-        waiting: images to show with the next question.
+        read_line: returns the next line without its line end; raises EOFError at the end.
+        out: receives the answers, each followed by a line end.
+        notes: receives prompts and notes.
+        interactive: show prompts and notes.
+        streaming: print an answer while it is generated.
+        images: images attached to the first question of every conversation.
+        pending: images attached to the next question.
     """
 
     read_line: Callable[[str], str]
@@ -38,27 +38,27 @@ class Terminal:
     interactive: bool = False
     streaming: bool = True
     images: tuple[str, ...] = ()
-    waiting: list[str] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.waiting.extend(self.images)
+        self.pending.extend(self.images)
 
     @classmethod
     def standard(cls, *, streaming: bool = True, images: tuple[str, ...] = ()) -> Terminal:
-        """The terminal or the pipe that this process was started with."""
+        """The terminal or pipe of this process."""
         interactive = sys.stdin.isatty()
         if interactive:
             import contextlib
 
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  gives input() a history and editing keys
+                import readline  # noqa: F401  adds history and editing keys to input()
         read = input if interactive else _read_from_pipe
         return cls(read, sys.stdout, sys.stderr, interactive, streaming, images)
 
     def answer(self, session: Session, question: str) -> None:
-        """Ask and show the answer; Ctrl-C stops it and passes on."""
-        shown, self.waiting[:] = tuple(self.waiting), ()
-        pieces = session.ask(question, shown) if shown else session.ask(question)
+        """Ask and print the answer; KeyboardInterrupt stops it and is re-raised."""
+        images, self.pending[:] = tuple(self.pending), ()
+        pieces = session.ask(question, images) if images else session.ask(question)
         try:
             if self.streaming:
                 for piece in pieces:
@@ -72,54 +72,57 @@ class Terminal:
             self.out.flush()
 
     def ask_all(self, session: Session, questions: Iterable[str]) -> None:
-        """Ask one question after the other in one conversation, which RESET begins anew."""
+        """Ask `questions` in one conversation; RESET starts a new one."""
         for question in questions:
             if question.strip() == RESET:
                 self._reset(session)
             elif question.startswith(IMAGE):
-                self.waiting.append(question.removeprefix(IMAGE).strip())
+                self.pending.append(question.removeprefix(IMAGE).strip())
             else:
                 self.answer(session, question)
 
     def converse(self, session: Session) -> None:
-        """Ask what comes in until EXIT or the end of the input."""
-        self._note("An empty line sends; EXIT leaves, RESET forgets, Ctrl-C stops an answer.\n")
+        """Read and answer questions until EXIT or the end of the input."""
+        self._note(
+            "A blank line sends the question. EXIT quits, RESET starts a new conversation, "
+            "Ctrl-C stops an answer.\n"
+        )
         while (question := self._question()) is not None:
             if question == RESET:
                 self._reset(session)
-                self._note("(forgotten)\n")
+                self._note("(new conversation)\n")
                 continue
             if question.startswith(IMAGE):
-                self._show_next(session, question.removeprefix(IMAGE).strip())
+                self._attach(session, question.removeprefix(IMAGE).strip())
                 continue
-            waiting = list(self.waiting)
+            pending = list(self.pending)
             try:
                 self.answer(session, question)
             except KeyboardInterrupt:
                 self._note("(stopped)")
-            except DataError as error:  # of this question alone
-                self.waiting[:] = waiting
+            except DataError as error:  # concerns only this question
+                self.pending[:] = pending
                 print(f"({error})", file=self.notes, flush=True)
             self._note("")
 
     def _reset(self, session: Session) -> None:
         session.reset()
-        self.waiting[:] = self.images
+        self.pending[:] = self.images
 
-    def _show_next(self, session: Session, name: str) -> None:
-        """Keep an image for the next question if it can be shown."""
+    def _attach(self, session: Session, name: str) -> None:
+        """Attach an image to the next question if it can be read."""
         try:
             if session.vision is None:
-                raise DataError("this model has no eyes: images need a LLaVA model")
+                raise DataError("this model does not take images; use a LLaVA model")
             session.vision.check([name])
         except DataError as error:
             print(f"({error})", file=self.notes, flush=True)
             return
-        self.waiting.append(name)
-        self._note(f"(image {len(self.waiting)} for the next question)\n")
+        self.pending.append(name)
+        self._note(f"(image {len(self.pending)} attached to the next question)\n")
 
     def _question(self) -> str | None:
-        """The next question, RESET, or None to leave."""
+        """The next question, RESET, an image line, or None to quit."""
         lines: list[str] = []
         while True:
             try:

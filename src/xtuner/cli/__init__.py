@@ -1,1 +1,1 @@
-"""The commands: one file each, found by `app`."""
+"""The commands, one file each; `app` finds them."""

@@ -1,11 +1,11 @@
-"""The `xtuner` command: finds the commands, and turns errors into messages and exit codes.
+"""The `xtuner` command: finds the commands and converts errors to messages and exit codes.
 
-Every other file of this folder is a command. It has a function `command` (its docstring is the
-help) or a `typer.Typer` named `app` with commands of its own. The file's name with ``-`` for ``_``
-is the command's name, unless the file sets ``NAME``. All of them are imported to print the help, so
-what is heavy is imported inside the function.
+Every other file of this folder is a command. It defines a function `command` (its docstring is the
+help) or a `typer.Typer` named `app` with subcommands. The command name is the file name with ``-``
+for ``_``, unless the file sets ``NAME``. Printing the help imports all of them, so heavy modules
+are imported inside the functions.
 
-Exit codes: 0 done, 1 an unexpected fault, 2 something the user can hint, 130 interrupted.
+Exit codes: 0 success, 1 unexpected error, 2 error that the user can fix, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from xtuner.errors import XTunerError
 
 _PACKAGE = "xtuner.cli"
 _OVERRIDE_FLAGS = ("--set", "--cfg-options")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
-_EPILOG = "Start with `xtuner list-cfg`, and `xtuner COMMAND --help` for any of them."
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+_EPILOG = "Start with `xtuner list-cfg`. `xtuner COMMAND --help` describes a command."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        arguments: what follows the program's name; None takes `sys.argv`.
+        arguments: the command-line arguments; None uses `sys.argv[1:]`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("XTUNER_DEBUG", "") not in ("", "0") or "--debug" in given
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if debug or error.errno not in _NO_ROOM:
+        if debug or error.errno not in _CANNOT_WRITE:
             raise
         print(f"cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_app() -> typer.Typer:
-    """Make the application from the files of this folder."""
+    """Build the application from the files of this folder."""
     app = typer.Typer(
         name="xtuner",
-        help="Fine-tune language models from one settings file.",
+        help="Fine-tune language models from a settings file.",
         epilog=_EPILOG,
         add_completion=False,
         rich_markup_mode=None,
@@ -85,7 +85,7 @@ def build_app() -> typer.Typer:
 
 
 def expand_overrides(arguments: Sequence[str]) -> list[str]:
-    """Repeat the flag in ``--set a=1 b=2``, the form that users of mmengine know."""
+    """Repeat the flag in ``--set a=1 b=2``, the syntax of mmengine."""
     expanded: list[str] = []
     flag = ""
     for argument in arguments:
@@ -100,7 +100,7 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def complete_resume(arguments: Sequence[str]) -> list[str]:
-    """Let ``--resume`` alone mean ``--resume last``; the next word is its value if it is iter_N."""
+    """Expand ``--resume`` without a value to ``--resume last``; only iter_N counts as its value."""
     completed: list[str] = []
     for position, argument in enumerate(arguments):
         completed.append(argument)
@@ -110,8 +110,8 @@ def complete_resume(arguments: Sequence[str]) -> list[str]:
     return completed
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"xtuner {__version__}")
         raise typer.Exit
 
@@ -123,21 +123,21 @@ def _global_options(
     ] = False,
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show the traceback of an error; works in any place."),
+        typer.Option("--debug", help="Show the traceback of an error; allowed in any position."),
     ] = False,
 ) -> None:
-    """Fine-tune language models from one settings file."""
+    """Fine-tune language models from a settings file."""
 
 
 def _flushed(code: str | int | None) -> int:
-    """Flush what was printed and return `code` as a number; a reader may have left early."""
+    """Flush stdout, which a pipe may have closed early, and return `code` as an integer."""
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more at exit and would complain then.
+        # Python flushes stdout again at exit and would report the error then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code or 0
 

@@ -10,7 +10,7 @@ import typer
 
 
 class Device(StrEnum):
-    """Where to compute."""
+    """Devices."""
 
     auto = "auto"
     cpu = "cpu"
@@ -18,7 +18,7 @@ class Device(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Number types to compute in."""
+    """Number types of weights and computation."""
 
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -30,80 +30,84 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint (work_dirs/.../iter_N), a work dir (its newest), an adapter, a "
-            "model folder, or a name on the hub. A checkpoint knows its base model and template."
+            help="A checkpoint (work_dirs/.../iter_N), a work dir (its newest checkpoint), an "
+            "adapter, a model folder, or a name on the hub. Checkpoints record their base model "
+            "and template."
         ),
     ],
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="An adapter to put on MODEL.")
+        Path | None, typer.Option(metavar="DIR", help="Adapter to load on MODEL.")
     ] = None,
     prompt_template: Annotated[
         str | None,
-        typer.Option(metavar="T", help="How messages become a prompt, as in a settings file."),
+        typer.Option(metavar="T", help="Prompt template, as in a settings file."),
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="S", help="The system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="S", help="System message.")] = None,
     visual_encoder: Annotated[
         str | None,
-        typer.Option(metavar="CLIP", help="The vision tower of a LLaVA model, with --llava."),
+        typer.Option(metavar="CLIP", help="Vision tower of the LLaVA model; requires --llava."),
     ] = None,
     llava: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Parts of a LLaVA model whose language model is MODEL."),
+        typer.Option(
+            metavar="DIR", help="Folder with the LLaVA parts that were trained with MODEL."
+        ),
     ] = None,
     image: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PICTURE",
-            help="Show this image with the first question; repeatable. In a conversation, a line "
-            "IMAGE PATH shows one with the next question.",
+            metavar="FILE",
+            help="Attach this image to the first question; repeatable. In the conversation, a line "
+            "IMAGE PATH attaches one to the next question.",
         ),
     ] = None,
     bits: Annotated[
         int | None,
         typer.Option(
             metavar="4|8|16",
-            help="Bits a weight; left out: as in the training of the adapter, else 16.",
+            help="Bits per weight. Default: as in the training of the adapter, otherwise 16.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(help="Draw the words; lower is soberer. Without it: the likeliest word."),
+        typer.Option(
+            help="Sampling temperature; lower is more deterministic. Without it, decoding is "
+            "greedy."
+        ),
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from this many likeliest tokens only.")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the K most likely tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this probability only.")
+        float | None,
+        typer.Option(help="Sample from the most likely tokens with total probability P."),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: repeat less what was said.")
+        float | None, typer.Option(help="Values above 1 reduce repetition.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Same seed, same answers where words are drawn.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     stop_words: Annotated[
-        list[str] | None, typer.Option(help="End an answer at this text, too; repeatable.")
+        list[str] | None, typer.Option(help="Also end answers at this string; repeatable.")
     ] = None,
     no_streamer: Annotated[
-        bool, typer.Option("--no-streamer", help="Show an answer when it is complete.")
+        bool, typer.Option("--no-streamer", help="Print each answer when it is complete.")
     ] = False,
     ask: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Print the answer to this and leave. Repeatable: the turns of one conversation; "
-            "RESET begins another, 'IMAGE PATH' shows an image with the next.",
+            help="Print the answer to this question and exit. Repeatable: the turns of one "
+            "conversation; RESET starts a new one, 'IMAGE PATH' attaches an image to the next "
+            "question.",
         ),
     ] = None,
     device: Annotated[
-        Device, typer.Option(help="'auto' is a GPU where there is one.")
+        Device, typer.Option(help="'auto' uses a GPU if there is one.")
     ] = Device.auto,
     dtype: Annotated[
-        Dtype, typer.Option(help="The number type of weights and computation.")
+        Dtype, typer.Option(help="Number type of weights and computation.")
     ] = Dtype.auto,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code that ships with MODEL.")
     ] = False,
     trust_code: Annotated[
         bool,
@@ -112,10 +116,11 @@ def command(
         ),
     ] = False,
 ) -> None:
-    """Talk to a model, with the template that it was trained with.
+    """Chat with a model.
 
-    Type a question and an empty line. EXIT leaves, RESET forgets the conversation, Ctrl-C stops an
-    answer. Questions may also come through a pipe, parted by empty lines.
+    Uses the prompt template that the model was trained with. End a question with a blank line. EXIT
+    quits, RESET starts a new conversation, Ctrl-C stops an answer. Questions can also be piped in,
+    separated by blank lines.
     """
     from xtuner.chat.opening import open_chat
     from xtuner.chat.terminal import Terminal
@@ -132,7 +137,8 @@ def command(
     )
     if idle := options.without_effect:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
-        typer.echo(f"Note: without --temperature, {flags} changes nothing.", err=True)
+        verb = "has" if len(idle) == 1 else "have"
+        typer.echo(f"Note: {flags} {verb} no effect without --temperature.", err=True)
     session = open_chat(
         model,
         adapter=adapter,

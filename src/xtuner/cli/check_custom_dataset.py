@@ -11,16 +11,16 @@ import typer
 
 from xtuner.cli import _trust
 
-_SHOWN = 50
+_MAX_PRINTED = 50
 
 
 def command(
     config: Annotated[
-        str, typer.Argument(help="A settings file, or the name of a built-in config.")
+        str, typer.Argument(help="A settings file or the name of built-in settings.")
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the list of all bad rows to a file."),
+        typer.Option(metavar="FILE", help="Write the list of all bad rows to this file."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -31,14 +31,15 @@ def command(
     trust_remote_code: _trust.TrustRemoteCode = False,
     trust_code: _trust.TrustCode = False,
 ) -> None:
-    """Go through all rows of the data and name each bad one with its line, field and hint.
+    """Check every row of the data.
 
-    Ends with 2 if there is a bad row, with 0 if there is none.
+    Prints each bad row with its line, the field, and how to fix it. Exits with 2 if there are bad
+    rows, otherwise with 0.
     """
     from xtuner.data.report.check import bad_rows
     from xtuner.data.report.show_tokens import visible
     from xtuner.errors import DataError
-    from xtuner.train.data_parts import DataParts
+    from xtuner.training.data_parts import DataParts
 
     parts = DataParts.open(
         _trust.load(
@@ -49,12 +50,12 @@ def command(
     with _written_to(out) as write:
         for row in bad_rows(parts.settings, **parts.arguments):
             count += 1
-            if count <= _SHOWN:
+            if count <= _MAX_PRINTED:
                 typer.echo(visible(row))
             write(row)
-    if count > _SHOWN:
-        rest = f"and {count - _SHOWN:,} more"
-        typer.echo(f"{rest}, all in {out}" if out else f"{rest}; --out FILE writes all of them")
+    if count > _MAX_PRINTED:
+        rest = f"and {count - _MAX_PRINTED:,} more"
+        typer.echo(f"{rest}; see {out}" if out else f"{rest}; --out FILE writes all of them")
     try:
         data = parts.build()
     except DataError:
@@ -63,14 +64,14 @@ def command(
     else:
         for line in data.report.lines():
             typer.echo(line)
-    typer.echo(f"\n{count:,} bad {'row' if count == 1 else 'rows'}." if count else "\nNo bad row.")
+    typer.echo(f"\n{count:,} bad {'row' if count == 1 else 'rows'}." if count else "\nNo bad rows.")
     if count:
         raise typer.Exit(2)
 
 
 @contextmanager
 def _written_to(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """Yield a function that writes a line to the file `path`, if there is to be one."""
+    """Yield a function that writes a line to the file `path`, or does nothing if it is None."""
     from xtuner.errors import DataError
 
     if path is None:

@@ -16,15 +16,15 @@ from xtuner.errors import ConfigError
 if TYPE_CHECKING:
     from xtuner.config.schema import Settings
 
-app = typer.Typer(help="Turn checkpoints into models that other tools read.", no_args_is_help=True)
+app = typer.Typer(help="Convert checkpoints to models for other tools.", no_args_is_help=True)
 
 Size = Annotated[
-    str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 2GB or 500MB.")
+    str, typer.Option(metavar="SIZE", help="Maximum size of a weight file, such as 2GB or 500MB.")
 ]
 
 
 class Device(StrEnum):
-    """Where to compute."""
+    """Devices."""
 
     auto = "auto"
     cpu = "cpu"
@@ -32,7 +32,7 @@ class Device(StrEnum):
 
 
 class SaveFormat(StrEnum):
-    """Of a LLaVA model."""
+    """Output formats of a LLaVA model."""
 
     xtuner = "xtuner"
     huggingface = "huggingface"
@@ -55,16 +55,20 @@ def pth_to_hf(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="work_dirs/.../iter_N (also as iter_N.pth), or a work dir: its newest."
+            help="work_dirs/.../iter_N (iter_N.pth works too), or a work dir (its newest "
+            "checkpoint)."
         ),
     ],
     save_dir: Annotated[Path, typer.Argument(help="A new folder for the result.")],
-    fp32: Annotated[bool, typer.Option("--fp32", help="Keep float32 instead of 16 bits.")] = False,
+    fp32: Annotated[
+        bool, typer.Option("--fp32", help="Save in float32 instead of 16 bits.")
+    ] = False,
     max_shard_size: Size = "2GB",
     save_format: Annotated[
         SaveFormat,
         typer.Option(
-            help="Of a LLaVA model: its trained parts, or one model that transformers reads."
+            help="For a LLaVA model: its trained parts (xtuner), or one model for transformers "
+            "(huggingface)."
         ),
     ] = SaveFormat.xtuner,
     trust_remote_code: _trust.TrustRemoteCode = False,
@@ -75,10 +79,11 @@ def pth_to_hf(
         ),
     ] = False,
 ) -> None:
-    """Write a checkpoint as a PEFT adapter or, if all weights were trained, as a model.
+    """Convert a checkpoint to an adapter or model.
 
-    Tokenizer and run.yaml are kept, so that chat and merge know base model and template; what only
-    resuming needs is left out.
+    The result is a PEFT adapter or, if all weights were trained, a Hugging Face model. Tokenizer
+    and run.yaml are kept, so that chat and merge find the base model and the template. Training
+    state is left out.
     """
     settings = _trust.load(
         config, overrides=None, trust_remote_code=trust_remote_code, trust_code=True
@@ -86,7 +91,7 @@ def pth_to_hf(
     base = settings.pretrained_model_name_or_path
 
     from xtuner.convert.to_hf import find_checkpoint, same_base, to_hf
-    from xtuner.models.vision.parts import is_llava_folder
+    from xtuner.models.vision.folder import is_llava_folder
 
     source = find_checkpoint(checkpoint)
     if is_llava_folder(source):
@@ -96,15 +101,17 @@ def pth_to_hf(
         )  # fmt: skip
         return
     if save_format is not SaveFormat.xtuner:
-        raise ConfigError(f"--save-format {save_format}: {source} is no LLaVA model (no projector)")
+        raise ConfigError(
+            f"--save-format {save_format}: {source} is not a LLaVA model (it has no projector)"
+        )
     info = to_hf(checkpoint, save_dir, fp32=fp32, max_shard_size=max_shard_size)
     if info is not None and not same_base(info.base_model, base):
         typer.echo(
             f"Warning: {config} names the model {base}, but the checkpoint was trained on "
-            f"{info.base_model}, which chat and merge go by.",
+            f"{info.base_model}; chat and merge will use the latter.",
             err=True,
         )
-    typer.echo(f"Written to {save_dir}.")
+    typer.echo(f"Wrote {save_dir}.")
     if (save_dir / "adapter_config.json").is_file():
         model = info.base_model if info is not None else base
         merged = save_dir.with_name(f"{save_dir.absolute().name}_merged")
@@ -129,54 +136,57 @@ def _write_llava(
         source,
         llm=settings.pretrained_model_name_or_path,
         visual_encoder=settings.visual_encoder_name_or_path or "",
-        tell=functools.partial(typer.echo, err=True),
+        log=functools.partial(typer.echo, err=True),
     )
     if save_format is SaveFormat.xtuner:
         llava.write_parts(source, save_dir, fp32=fp32, max_shard_size=max_shard_size)
     else:
-        llava.write_whole(
+        llava.write_model(
             source, save_dir, llm=llm, visual_encoder=encoder, fp32=fp32,
             max_shard_size=max_shard_size, trust_remote_code=settings.trust_remote_code,
-            trust_code=trust_code, tell=typer.echo,
+            trust_code=trust_code, log=typer.echo,
         )  # fmt: skip
-    typer.echo(f"Written to {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
-    alone = save_format is SaveFormat.huggingface or (save_dir / "run.yaml").is_file()
-    parts = () if alone else ("--visual-encoder", encoder, "--llava", str(save_dir))
-    _next("xtuner", "chat", str(save_dir) if alone else llm, *parts, "--image", "PICTURE")
+    typer.echo(f"Wrote {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
+    complete = save_format is SaveFormat.huggingface or (save_dir / "run.yaml").is_file()
+    parts = () if complete else ("--visual-encoder", encoder, "--llava", str(save_dir))
+    _next("xtuner", "chat", str(save_dir) if complete else llm, *parts, "--image", "FILE")
 
 
 @app.command("merge")
 def merge(
     llm: Annotated[
-        str, typer.Argument(help="The base model: a folder, or a name as for training.")
+        str, typer.Argument(help="The base model: a folder, or a name as in a settings file.")
     ],
     adapter: Annotated[
-        Path, typer.Argument(help="An adapter: from pth_to_hf, an iter_N, or a work dir.")
+        Path,
+        typer.Argument(help="An adapter: the output of pth_to_hf, an iter_N, or a work dir."),
     ],
     save_dir: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
     max_shard_size: Size = "2GB",
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    device: Annotated[
+        Device, typer.Option(help="'auto' uses a GPU if there is one.")
+    ] = Device.auto,
     dtype: Annotated[
-        Dtype, typer.Option(help="Number type of the result; auto is the base model's.")
+        Dtype, typer.Option(help="Number type of the result; 'auto' is that of the base model.")
     ] = Dtype.auto,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code that ships with the model.")
     ] = False,
     is_clip: Annotated[
-        bool, typer.Option("--is-clip", help="The model is a vision tower, CLIP or SigLIP.")
+        bool, typer.Option("--is-clip", help="The model is a vision tower (CLIP or SigLIP).")
     ] = False,
 ) -> None:
-    """Merge an adapter into its base model, and compare the result with the two.
+    """Merge an adapter into its base model.
 
-    The base model is read unquantised, also for an adapter trained with QLoRA: merging into 4-bit
-    weights would round them anew. Works file by file, so that little memory is needed to merge; the
-    comparison at the end loads the model.
+    The result is verified against base + adapter. The base model is read unquantized, even if the
+    adapter was trained with QLoRA: merging into 4-bit weights would round them again. Weights are
+    merged file by file, which takes little memory; the verification loads the model.
     """
     if is_clip:
         from xtuner.convert.llava import merge_encoder
 
         difference = merge_encoder(llm, adapter, save_dir, dtype=dtype.value, device=device.value)
-        typer.echo(f"Written to {save_dir}. Largest difference before rounding: {difference:.1e}.")
+        typer.echo(f"Wrote {save_dir}. Largest difference before rounding: {difference:.1e}.")
         return
     from xtuner.convert.merge import merge as run
 
@@ -184,10 +194,10 @@ def merge(
         llm, adapter, save_dir, max_shard_size=max_shard_size, device=device.value,
         dtype=dtype.value, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    typer.echo(f"Written to {save_dir}, merged {report.how}.")
+    typer.echo(f"Wrote {save_dir}, merged {report.how}.")
     if report.max_difference is not None and report.relative is not None:
         typer.echo(
-            f"Largest difference of a logit to base + adapter: {report.max_difference:.3g} "
+            f"Largest logit difference from base + adapter: {report.max_difference:.3g} "
             f"({report.relative:.3%} of the largest logit)."
         )
     _next("xtuner", "chat", str(save_dir))
@@ -199,11 +209,14 @@ def split(
     dst: Annotated[Path, typer.Argument(help="A new folder.")],
     max_shard_size: Size = "2GB",
 ) -> None:
-    """Write a model again with weight files of another size; every tensor stays the same."""
+    """Re-shard a model.
+
+    Writes weight files of another size; the tensors do not change.
+    """
     from xtuner.convert.split import split as run
 
     run(src, dst, max_shard_size=max_shard_size)
-    typer.echo(f"Written to {dst}; every tensor was read back and is the same.")
+    typer.echo(f"Wrote {dst}; every tensor was read back and is identical.")
     _next("xtuner", "chat", str(dst))
 
 

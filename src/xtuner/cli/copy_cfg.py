@@ -10,9 +10,12 @@ import typer
 
 def command(
     name: Annotated[str, typer.Argument(help="A name that `xtuner list-cfg` shows.")],
-    folder: Annotated[Path, typer.Argument(help="Where the file goes; made if it is missing.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the file; created if missing.")],
 ) -> None:
-    """Write built-in settings into FOLDER/NAME_copy.py, to be changed and trained."""
+    """Copy built-in settings to a file.
+
+    Writes FOLDER/NAME_copy.py, to edit and train.
+    """
     import shlex
     import textwrap
 
@@ -24,9 +27,9 @@ def command(
     values = catalog.compose(name, suffix=suffix)
     path = folder / f"{name}{suffix}.py"
     train = f"xtuner train {shlex.quote(str(path))}"
-    lines = [f"{name}: change what you like, then run", "", f"    {train}", ""]
+    lines = [f"{name}: edit this file, then run", "", f"    {train}", ""]
     lines += textwrap.wrap(catalog.note(name), width=100, break_on_hyphens=False)
-    lines += ["`xtuner explain` lists all settings; those that are not here have their defaults."]
+    lines += ["`xtuner explain` lists all settings; those not in this file have their defaults."]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
@@ -35,11 +38,11 @@ def command(
         if not path.exists():
             raise ConfigError(f"{folder}: is a file; give a folder") from error
         raise ConfigError(
-            f"{path}: exists already, and may hold changes of yours; delete it, rename it, "
+            f"{path}: already exists and may contain your edits; delete it, rename it, "
             "or give another folder"
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
     own = [source for source in values["data_path"] if source.startswith("./")]
-    todo = "Put your own data into data_path in it" if own else "Change it to your needs"
+    todo = "Set data_path to your data" if own else "Edit it as needed"
     typer.echo(f"Wrote {path}\n{todo}, then run:\n  {train}")

@@ -8,9 +8,9 @@ import typer
 
 
 def command(
-    key: Annotated[str, typer.Argument(help="A setting; without one, all are listed.")] = "",
+    key: Annotated[str, typer.Argument(help="A setting; omit it to list all settings.")] = "",
 ) -> None:
-    """Say what a setting means, what it takes and what its default is."""
+    """Describe a setting, or list all settings."""
     from xtuner.config import explain
 
     typer.echo(explain.explain(key) if key else explain.table())

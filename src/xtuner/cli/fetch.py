@@ -11,11 +11,11 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model of the catalog (smollm2_135m_instruct) or of the hub (org/model)."
+            help="A model of the catalog (smollm2_135m_instruct) or on the hub (org/model)."
         ),
     ],
 ) -> None:
-    """Fetch a model once and print its folder."""
+    """Download a model and print its folder."""
     from xtuner.hub.fetch import fetch
 
     typer.echo(str(fetch(name)))

@@ -13,20 +13,21 @@ def command(
         typer.Option(
             "--pattern",
             "-p",
-            help="Only names with this in them, in any case; * and ? stand for any text or letter.",
+            help="List only names that contain this, case-insensitively; * and ? are wildcards.",
         ),
     ] = "",
 ) -> None:
-    """List the built-in settings, one name a line."""
+    """List the built-in settings, one name per line."""
     from xtuner.config.builtin import catalog
     from xtuner.errors import ConfigError
 
     names = catalog.names(pattern)
     if not names:
         raise ConfigError(
-            f"no built-in name has {pattern!r} in it; a name is made of a model, a recipe "
+            f"no built-in name contains {pattern!r}; a name consists of a model, a recipe "
             "(full, lora, qlora), a data set and epochs, as in internlm2_chat_7b_qlora_oasst1_e3"
         )
     typer.echo("\n".join(names))
     # On stderr, so that the names can be piped into another program.
-    typer.echo(f"{len(names)} names; copy one with `xtuner copy-cfg NAME FOLDER`", err=True)
+    count = f"{len(names):,} {'name' if len(names) == 1 else 'names'}"
+    typer.echo(f"{count}; copy one with `xtuner copy-cfg NAME FOLDER`", err=True)

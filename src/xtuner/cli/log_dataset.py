@@ -31,16 +31,16 @@ _KINDS = tuple(kind for kind in Show if kind is not Show.all)
 
 def command(
     config: Annotated[
-        str, typer.Argument(help="A settings file, or the name of a built-in config.")
+        str, typer.Argument(help="A settings file or the name of built-in settings.")
     ],
     show: Annotated[
         Show,
         typer.Option(
-            help="The text; the text with what is not learned left out; the ids; the labels of the "
-            "loss; or all of these."
+            help="Print the text, the text without unsupervised tokens, the token ids, the labels, "
+            "or all of these."
         ),
     ] = Show.text,
-    num: Annotated[int, typer.Option("-n", "--num", min=1, help="How many packs to show.")] = 1,
+    num: Annotated[int, typer.Option("-n", "--num", min=1, help="Number of packs to show.")] = 1,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,11 +50,14 @@ def command(
     trust_remote_code: _trust.TrustRemoteCode = False,
     trust_code: _trust.TrustCode = False,
 ) -> None:
-    """Show the data as the model will see it: what is learned is green, or between « and »."""
+    """Print the data as the model sees it.
+
+    Supervised tokens are green in a terminal, and between « and » elsewhere.
+    """
     from rich.console import Console
     from rich.rule import Rule
 
-    from xtuner.train.data_parts import DataParts
+    from xtuner.training.data_parts import DataParts
 
     parts = DataParts.open(
         _trust.load(
@@ -82,7 +85,10 @@ def _print_pack(
 
     from xtuner.data.report.show_tokens import draw
 
-    samples = [image_layout.whole(sample) if image_layout else sample for sample in packs[number]]
+    samples = [
+        image_layout.without_cut_image(sample) if image_layout else sample
+        for sample in packs[number]
+    ]
     tokens = sum(len(sample.input_ids) for sample in samples)
     title = f"pack {number + 1:,} of {len(packs):,}: {tokens:,} tokens"
     console.print(Rule(title, characters="═", style="none"))

@@ -14,12 +14,12 @@ def command(
     ],
     new: Annotated[
         Path | None,
-        typer.Argument(help="The settings file to write; OLD_migrated.py here if left out."),
+        typer.Argument(help="The settings file to write. Default: OLD_migrated.py in this folder."),
     ] = None,
 ) -> None:
-    """Write a settings file that means what a config of another trainer means.
+    """Convert a config of another trainer.
 
-    The config is read, never executed. What cannot be carried is listed with its line and the
+    The config is parsed, never executed. What cannot be converted is listed with its line and the
     reason; a config whose meaning would change is refused.
     """
     import shlex
@@ -31,6 +31,6 @@ def command(
     for line in done.draft.report():
         typer.echo(line)
     typer.echo(
-        f"docs/migrating.md says what is different in every run. Train it:\n"
+        f"docs/migrating.md lists differences that affect every run. Train with:\n"
         f"  xtuner train {shlex.quote(str(done.path))}"
     )

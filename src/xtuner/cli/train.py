@@ -15,14 +15,14 @@ from xtuner.cli import _trust
 
 def command(
     config: Annotated[
-        str, typer.Argument(help="A settings file, or the name of a built-in config.")
+        str, typer.Argument(help="A settings file or the name of built-in settings.")
     ],
-    work_dir: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="[iter_N]",
-            help="Go on from the newest checkpoint of the work dir, or from this one.",
+            help="Resume from the newest checkpoint of the work dir, or from this one.",
         ),
     ] = None,
     overwrite: Annotated[
@@ -43,31 +43,37 @@ def command(
         bool,
         typer.Option(
             "--migrate",
-            help="CONFIG is one of XTuner 0.x, LLaMA-Factory or torchtune: migrate it first.",
+            help="CONFIG is a config of XTuner 0.x, LLaMA-Factory or torchtune; migrate it first.",
         ),
     ] = False,
     nproc: Annotated[
         int,
-        typer.Option(envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one a GPU."),
+        typer.Option(
+            envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one per GPU."
+        ),
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what memory the run takes, and if it fits.")
+        bool, typer.Option("--dry-run", help="Estimate memory without training.")
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="With --dry-run: plan for a device of 8GB, say."),
+        typer.Option(
+            metavar="SIZE", help="With --dry-run: plan for a device of this size, e.g. 8GB."
+        ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
             metavar="[cpu|cuda]",
-            help="As --set device=...; with --dry-run --memory SIZE also a GPU that is not here.",
+            help="Same as --set device=...; with --dry-run --memory SIZE, cuda needs no GPU.",
         ),
     ] = None,
     trust_remote_code: _trust.TrustRemoteCode = False,
     trust_code: _trust.TrustCode = False,
 ) -> None:
-    """Fine-tune a model as a settings file says."""
+    """Fine-tune a model."""
+    from xtuner.device.environment import set_up_memory
+
     if migrate:
         config = _migrated(config)
     if device is not None:
@@ -76,17 +82,17 @@ def command(
         config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
     if memory and not dry_run:
-        raise typer.BadParameter("--memory goes with --dry-run")
+        raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
-        from xtuner.memory.forecast import parse_memory
-        from xtuner.train import run
+        from xtuner.memory.available import parse_memory
+        from xtuner.training import dry_run as planning
 
         stated = None if memory is None else parse_memory(memory)
-        fits = run.dry_run(loaded, memory=stated, processes=nproc)
+        fits = planning.dry_run(loaded, memory=stated, processes=nproc)
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
-        raise typer.BadParameter("--resume keeps what --overwrite deletes: give one of the two")
-    _set_up_memory(loaded.settings.device)
+        raise typer.BadParameter("--resume and --overwrite cannot be combined")
+    set_up_memory(loaded.settings.device)
     if wait and "RANK" not in os.environ:
         from xtuner.engine import run_lock
         from xtuner.engine.work_dir import work_dir_of
@@ -98,9 +104,9 @@ def command(
         again = [sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]]
         raise typer.Exit(launch(again, nproc))
 
-    from xtuner.engine.trainer import Interrupted
+    from xtuner.engine.signals import Interrupted
     from xtuner.engine.work_dir import work_dir_of
-    from xtuner.train.run import train
+    from xtuner.training.run import train
 
     _trust.remember_work_dir(work_dir_of(loaded, work_dir))
 
@@ -111,12 +117,12 @@ def command(
         again += [word for override in overrides or () for word in ("--set", override)]
         again += ["--nproc", str(nproc)] if nproc > 1 else []
         again += ["--resume"] if stopped.can_resume else []
-        print(f"\n{stopped} Go on with:\n  {shlex.join(again)}", file=sys.stderr)
+        print(f"\n{stopped} Continue with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
 def _migrated(config: str) -> str:
-    """Write the settings file that `config` means, once, and return its name."""
+    """Convert `config` to a settings file and return its name."""
     from xtuner.migrate.file import migrate
 
     done = migrate(Path(config))
@@ -125,19 +131,3 @@ def _migrated(config: str) -> str:
         for line in done.draft.report():
             typer.echo(line)
     return str(done.path)
-
-
-def _set_up_memory(device: str) -> None:
-    """Let a GPU's memory grow in place, and keep the matrix library of a CPU from growing.
-
-    Rows differ in length at every step. A GPU's allocator then extends what it holds; oneDNN keeps
-    compiled code for the last 1,024 shapes it has seen, two thirds of a MiB each (a step needs some
-    hundred). To be called before torch is imported; what the user has set stays. torch 2.8 does not
-    know the first name yet.
-    """
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    here = device != "cpu" and sys.platform == "linux"
-    if here and not any(name in os.environ for name in names):
-        os.environ[names[0]] = "expandable_segments:True"
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "256")

@@ -1,1 +1,1 @@
-"""Settings: their schema, how they are read and checked, and the built-in ones."""
+"""Settings: schema, readers, checks, and the built-in settings."""

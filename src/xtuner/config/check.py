@@ -1,4 +1,4 @@
-"""Check the entries of a settings file against the schema and put every fault in plain words."""
+"""Check the entries of a settings file against the schema and describe every problem."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from pydantic import ValidationError
 from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS, CHECKS
 from xtuner.config.describe import allowed, choices
-from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, spoken_constant
+from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, parse_constant
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import did_you_mean
 
 _TABLES = Path(__file__).parent / "tables"
 _FORMATS = "xtuner.data.formats"
+_STRATEGIES = "xtuner.engine.strategies"
 _TEMPLATES = "xtuner.templates"
-_MOST_UNKNOWN = 100
-"""So many unknown names are listed; looking up what was meant takes time for each."""
-_FEW = 8
-"""So many allowed words are listed in a message; of more, `xtuner explain` shows the list."""
+_MAX_UNKNOWN = 100
+"""Up to this many unknown names are listed; a suggestion takes time for each."""
+_MAX_LISTED = 8
+"""A message lists up to this many allowed values; for longer lists it names `xtuner explain`."""
 _TUNINGS = choices("tuning")
 _PLACEHOLDERS: dict[str, Any] = {
     name: "-" for name, field in Settings.model_fields.items() if field.is_required()
@@ -33,30 +34,30 @@ _PLACEHOLDERS: dict[str, Any] = {
 
 
 def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
-    """Check what was read.
+    """Check the entries of a settings file.
 
     Returns:
-        The settings, and the problems found here. The settings are None where there are problems
-        here or in `reading`.
+        The settings and the problems found here. The settings are None if there are problems here
+        or in `reading`.
     """
     problems = _resolve_aliases(reading)
     known = {name: e for name, e in reading.entries.items() if name in Settings.model_fields}
     unknown = ((n, e) for n, e in reading.entries.items() if n not in known)
     problems += [
         entry.problem(name, unknown_setting(name))
-        for name, entry in itertools.islice(unknown, _MOST_UNKNOWN)
+        for name, entry in itertools.islice(unknown, _MAX_UNKNOWN)
     ]
     if more := sum(1 for _ in unknown):
-        problems.append(Problem("the file", f"and {more:,} more names that are no settings"))
-    faulty = _faulty_fields({name: entry.value for name, entry in known.items()})
-    for name in filter(faulty.__contains__, field_parts()):
+        problems.append(Problem("the file", f"{more:,} more names are not settings"))
+    invalid = _invalid_fields({name: entry.value for name, entry in known.items()})
+    for name in filter(invalid.__contains__, field_parts()):
         if name in known:
             problems.append(known[name].problem(name, _wrong_value(name, known[name].value)))
         elif name not in reading.broken:
             problems.append(Problem(name, f"is missing; {_purpose(name)}"))
-    valid = {n: e.value for n, e in known.items() if n not in faulty and n not in reading.broken}
+    valid = {n: e.value for n, e in known.items() if n not in invalid and n not in reading.broken}
     settings = Settings.model_validate({**_PLACEHOLDERS, **valid})
-    unusable = faulty | reading.broken
+    unusable = invalid | reading.broken
     for name, message in [*_wrong_names(settings, unusable), *_clashes(settings, unusable)]:
         entry = known.get(name)
         problems.append(entry.problem(name, message) if entry else Problem(name, message))
@@ -65,9 +66,9 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
 
 
 def _resolve_aliases(reading: Reading) -> list[Problem]:
-    """Put what is written under another name under its own; return a problem for each given twice.
+    """Move entries from aliases to the real names; return a problem for each setting given twice.
 
-    An override takes the place of what the file says under either name.
+    An override replaces the file's value under either name.
     """
     problems = []
     for alias, name in ALIASES.items():
@@ -77,27 +78,29 @@ def _resolve_aliases(reading: Reading) -> list[Problem]:
         if entry is None:
             continue
         other = reading.entries.get(name)
-        if other is not None and OVERRIDE not in (entry.line, other.line):
-            problems.append(entry.problem(alias, f"is {name}, which is given as well; keep one"))
-        if other is None or entry.line == OVERRIDE:
+        if other is not None and not (entry.overrides or other.overrides):
+            problems.append(
+                entry.problem(alias, f"is an alias of {name}, which is also set; keep one")
+            )
+        if other is None or entry.overrides:
             reading.entries[name] = entry
     return problems
 
 
 def accepts(name: str, value: Any) -> bool:
-    """Whether setting `name` takes `value`, seen alone."""
-    return name not in _faulty_fields({name: value})
+    """Whether `value` is valid for setting `name`, regardless of other settings."""
+    return name not in _invalid_fields({name: value})
 
 
 def unknown_override(name: str, text: str) -> Problem | None:
-    """The problem of ``--set name=text`` where there is no such setting."""
+    """The problem of ``--set name=text`` if there is no such setting."""
     if name in Settings.model_fields or name in ALIASES:
         return None
     return Entry(text, OVERRIDE).problem(name, unknown_setting(name))
 
 
-def _faulty_fields(values: Mapping[str, Any]) -> set[str]:
-    """Names of settings that are missing or have a value which the schema refuses."""
+def _invalid_fields(values: Mapping[str, Any]) -> set[str]:
+    """Names of settings that are missing or have an invalid value."""
     try:
         Settings.model_validate(dict(values))
     except ValidationError as error:
@@ -106,14 +109,14 @@ def _faulty_fields(values: Mapping[str, Any]) -> set[str]:
 
 
 def unknown_setting(name: str) -> str:
-    """Say what to write in place of a name that is no setting."""
+    """Describe what to write instead of a name that is not a setting."""
     hint = _renamed().get(name)
     if hint:
         return hint
     known = list(field_parts())
     same = {k.lower(): k for k in known}.get(name.lower())
     guess = f"; did you mean '{same}'?" if same else did_you_mean(name, known)
-    return f"unknown setting{guess or '; `xtuner explain` lists all'}"
+    return f"unknown setting{guess or '; `xtuner explain` lists all settings'}"
 
 
 @functools.cache
@@ -131,7 +134,7 @@ def _wrong_value(name: str, value: Any) -> str:
         if name == "tuning" and value in algorithms:
             return f"{value!r} is a value of 'algorithm'; 'tuning' {message}"
         return message + did_you_mean(value, choices(name))
-    for unquote in (int, float, spoken_constant):
+    for unquote in (int, float, parse_constant):
         try:
             if accepts(name, unquote(value)):
                 return f"{message}; write it without quotes"
@@ -145,22 +148,24 @@ def _purpose(name: str) -> str:
 
 
 def named_parts(name: str) -> list[str]:
-    """The names of parts of xtuner that setting `name` takes; empty where it takes none."""
+    """Names of the plug-ins or templates that setting `name` accepts; empty for other settings."""
     match name:
         case "algorithm":
             return plugins.names(ALGORITHMS)
+        case "strategy":
+            return plugins.names(_STRATEGIES)
         case "dataset_format":
             return ["auto", *plugins.names(_FORMATS)]
         case "prompt_template":
-            # The templates are above this layer: they are asked for their names, not known here.
-            words: list[str] = importlib.import_module(_TEMPLATES).names()
-            return words
+            # Templates are a higher layer, so this module may not import them statically.
+            templates: list[str] = importlib.import_module(_TEMPLATES).names()
+            return templates
     return []
 
 
 def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield a problem for every setting that names a part which does not exist."""
-    for setting in ("algorithm", "dataset_format", "prompt_template"):
+    """Yield a problem for every setting that names an unknown plug-in or template."""
+    for setting in ("algorithm", "dataset_format", "prompt_template", "strategy"):
         if setting in unusable:
             continue
         given = getattr(settings, setting)
@@ -174,16 +179,14 @@ def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, 
 
 def _wrong_name(setting: str, value: str, known: list[str]) -> str:
     guess = did_you_mean(value, known)
-    if len(known) > _FEW:
-        return (
-            f"there is no {value!r}{guess or f'; `xtuner explain {setting}` lists what there is'}"
-        )
-    words = ", ".join(repr(word) for word in known)
-    return f"must be one of {words}, or your own 'my_file.py:object'{guess}"
+    if len(known) > _MAX_LISTED:
+        return f"unknown value {value!r}{guess or f'; `xtuner explain {setting}` lists them'}"
+    names = ", ".join(map(repr, known))
+    return f"must be one of {names}, or your own 'my_file.py:object'{guess}"
 
 
 def _clashes(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield the problems of combinations; a rule that reads an unusable setting is left out."""
+    """Yield the problems of combinations; rules that read an unusable setting are skipped."""
     readable = cast(Settings, _Readable(settings, unusable))
     for rule in CHECKS:
         try:
@@ -197,7 +200,7 @@ class _UnusableError(Exception):
 
 
 class _Readable:
-    """Settings that refuse to show the settings which have a problem of their own."""
+    """Settings that raise on access to a setting that has a problem of its own."""
 
     def __init__(self, settings: Settings, unusable: set[str]) -> None:
         self._settings = settings

@@ -1,4 +1,4 @@
-"""Combinations of settings that cannot work together."""
+"""Checks of settings that cannot be combined."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Check = Callable[["Settings"], Iterator[tuple[str, str]]]
 
 
 def check_combinations(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield (setting, problem) for every combination that cannot work."""
+    """Yield (setting, problem) for every invalid combination."""
     for check in CHECKS:
         yield from check(settings)
 
@@ -24,18 +24,18 @@ def _check_quantization(s: Settings) -> Iterator[tuple[str, str]]:
     if s.llm_training == "full" and s.effective_quantization != "none":
         yield (
             "quantization",
-            "quantised weights cannot be trained in full; "
+            "quantized weights cannot be fully trained; "
             "set tuning = 'qlora' or quantization = 'none'",
         )
     if s.tuning == "lora" and s.effective_quantization != "none":
         yield (
             "quantization",
-            "adapters beside quantised weights are tuning = 'qlora'; or set quantization = 'none'",
+            "LoRA on quantized weights is tuning = 'qlora'; set that, or quantization = 'none'",
         )
     if s.tuning == "qlora" and s.quantization == "none":
         yield (
             "quantization",
-            "tuning = 'qlora' needs quantised weights; "
+            "tuning = 'qlora' needs quantized weights; "
             "set tuning = 'lora' or quantization = 'auto'",
         )
 
@@ -44,7 +44,7 @@ def _check_embedding_on_cpu(s: Settings) -> Iterator[tuple[str, str]]:
     if s.embedding_on_cpu is True and not s.can_keep_embedding_on_cpu:
         yield (
             "embedding_on_cpu",
-            "is for tuning = 'lora' or 'qlora' without a vision tower; set it to 'auto'",
+            "requires tuning = 'lora' or 'qlora' and no vision tower; set it to 'auto'",
         )
 
 
@@ -62,15 +62,15 @@ def _check_vision(s: Settings) -> Iterator[tuple[str, str]]:
         if s.freeze_llm:
             yield (
                 "freeze_llm",
-                "nothing would be trained; it is for runs with visual_encoder_name_or_path",
+                "would leave nothing to train; it requires visual_encoder_name_or_path",
             )
         return
     if IMAGE in s.SYSTEM:
-        yield "SYSTEM", f"has {IMAGE} in it; images belong to the questions in the data"
+        yield "SYSTEM", f"contains {IMAGE}; images belong in the user turns of the data"
     if s.visual_encoder_lora_r is not None and not s.freeze_visual_encoder:
         yield (
             "visual_encoder_lora_r",
-            "adapters are trained beside frozen weights; set freeze_visual_encoder = True, or "
+            "adapters require frozen weights; set freeze_visual_encoder = True, or "
             "visual_encoder_lora_r = None",
         )
     if s.cache_visual_features and s.visual_encoder_training != "frozen":
@@ -85,7 +85,8 @@ def _check_evaluation_images(s: Settings) -> Iterator[tuple[str, str]]:
     if images > 1 and images != questions:
         yield (
             "evaluation_images",
-            f"has {images} entries for {questions} evaluation_inputs; give one, or one a question",
+            f"has {images} entries, but evaluation_inputs has {questions}; "
+            "give one, or one per question",
         )
 
 
@@ -93,7 +94,7 @@ def _check_lora_modules_to_save(s: Settings) -> Iterator[tuple[str, str]]:
     if s.has_vision and s.lora_modules_to_save:
         yield (
             "lora_modules_to_save",
-            "does not work beside a vision tower; leave it out",
+            "is not supported with a vision tower; remove it",
         )
 
 
@@ -101,13 +102,13 @@ def _check_sequence_parallel(s: Settings) -> Iterator[tuple[str, str]]:
     if s.sequence_parallel_size != 1:
         yield (
             "sequence_parallel_size",
-            "sharing a sequence between devices does not work in this version; set it to 1",
+            "sequence parallelism is not supported in this version; set it to 1",
         )
 
 
 def _check_data_path(s: Settings) -> Iterator[tuple[str, str]]:
     if not s.data_path or not all(s.data_path):
-        yield "data_path", "names no data"
+        yield "data_path", "is empty; name a file, a folder or a data set on the hub"
 
 
 def _check_dataset_format(s: Settings) -> Iterator[tuple[str, str]]:
@@ -115,13 +116,13 @@ def _check_dataset_format(s: Settings) -> Iterator[tuple[str, str]]:
     if formats not in (1, sources):
         yield (
             "dataset_format",
-            f"has {formats} entries, but data_path has {sources}; give one, or one a source",
+            f"has {formats} entries, but data_path has {sources}; give one, or one per source",
         )
 
 
 def _check_one_mix(s: Settings) -> Iterator[tuple[str, str]]:
     if s.data_repeats is not None and s.data_weights is not None:
-        yield "data_weights", "excludes data_repeats; keep one of the two"
+        yield "data_weights", "cannot be combined with data_repeats; keep one of the two"
 
 
 def _check_shares(name: str, s: Settings) -> Iterator[tuple[str, str]]:
@@ -130,13 +131,13 @@ def _check_shares(name: str, s: Settings) -> Iterator[tuple[str, str]]:
         return
     sources = len(s.data_path)
     if len(values) != sources:
-        yield name, f"has {len(values)} entries, but data_path has {sources}; give one a source"
+        yield name, f"has {len(values)} entries, but data_path has {sources}; give one per source"
     if any(v < 0 for v in values) or not any(values):
-        yield name, "numbers must be 0 or more, and one of them above 0"
+        yield name, "numbers must be 0 or more, and at least one above 0"
 
 
 def _check_algorithm(s: Settings) -> Iterator[tuple[str, str]]:
-    """What a built-in algorithm says; a user's own is asked when the run loads it."""
+    """The checks of a built-in algorithm; a user's own is checked when the run loads it."""
     if s.algorithm in plugins.names(ALGORITHMS):
         module = plugins.load(ALGORITHMS, s.algorithm, setting="algorithm")
         yield from module.Algorithm.check(s)
@@ -157,4 +158,4 @@ CHECKS: tuple[Check, ...] = (
     partial(_check_shares, "data_weights"),
     _check_algorithm,
 )
-"""What `check_combinations` runs; each can be run alone when other settings are wrong."""
+"""The checks of `check_combinations`; each can run alone when other settings are invalid."""

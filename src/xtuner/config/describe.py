@@ -1,7 +1,7 @@
-"""Say in plain words what values a setting takes.
+"""Describe in words which values a setting takes.
 
-The words come from the type annotations of the schema alone, so that messages, ``xtuner explain``
-and the reference page cannot disagree with what is checked.
+The descriptions are derived from the type annotations of the schema, so messages, ``xtuner
+explain`` and the reference page always agree with the checks.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pydantic.fields import FieldInfo
 from xtuner.config.marks import as_pairs, one_as_tuple
 from xtuner.config.schema import Settings
 
-_WORDS = {str: "text", int: "a whole number", float: "a number"}
+_WORDS = {str: "a string", int: "an integer", float: "a number"}
 
 
-def allowed(name: str) -> str:
-    """The values that setting `name` takes, as in "a whole number, 1 or more, or None"."""
-    field = Settings.model_fields[name]
+def allowed(name: str, kind: type[Settings] = Settings) -> str:
+    """The values that setting `name` takes, such as "an integer, 1 or more, or None"."""
+    field = kind.model_fields[name]
     return _describe(field.annotation, list(field.metadata))
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The fixed words that setting `name` takes; empty where it is open."""
+    """The string literals that setting `name` takes; empty if it takes any string."""
     return tuple(_literals(Settings.model_fields[name].annotation))
 
 
-def takes_one(name: str) -> bool:
-    """Whether setting `name` is a list that may be written as one text."""
-    field = Settings.model_fields[name]
+def takes_one(name: str, kind: type[Settings] = Settings) -> bool:
+    """Whether setting `name` is a list that may be written as a single string."""
+    field = kind.model_fields[name]
     return _takes_one(list(field.metadata))
 
 
@@ -39,9 +39,9 @@ def _takes_one(metadata: list[Any]) -> bool:
     return _has_validator(metadata, one_as_tuple)
 
 
-def is_dict(name: str) -> bool:
-    """Whether setting `name` is written as a dict."""
-    return _has_validator(list(Settings.model_fields[name].metadata), as_pairs)
+def is_dict(name: str, kind: type[Settings] = Settings) -> bool:
+    """Whether setting `name` is a dict in a settings file."""
+    return _has_validator(list(kind.model_fields[name].metadata), as_pairs)
 
 
 def _has_validator(metadata: list[Any], function: Any) -> bool:
@@ -85,7 +85,7 @@ def _sequence(items: tuple[Any, ...], metadata: list[Any]) -> str:
         return f"{_count(len(items))}, each {_describe(items[0], [])}"
     words = _describe(items[0], []).removeprefix("a ") + "s"
     one = _takes_one(metadata)
-    return f"text or a list of {words}" if one else f"a list of {words}"
+    return f"a string or a list of {words}" if one else f"a list of {words}"
 
 
 def _count(number: int) -> str:
@@ -107,7 +107,7 @@ def _bounds(metadata: list[Any]) -> str:
         case {"ge": low, "le": high}:
             return f" from {low} to {high}"
         case {"ge": low, "lt": high}:
-            return f" from {low} to below {high}"
+            return f" >= {low} and < {high}"
         case {"ge": low}:
             return f", {low} or more"
         case {"gt": low}:

@@ -1,8 +1,8 @@
-"""Load settings: a file or a built-in name, with overrides, checked and frozen.
+"""Load settings from a file or a built-in name, with overrides, checked and frozen.
 
     config.py | config.yaml | built-in name ──read──► entries ◄── --set ──check──► Settings
 
-Whatever is wrong is reported at once, in one `ConfigError`, with the line of each fault.
+All problems are reported together, in one `ConfigError`, with their lines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from xtuner.config.builtin import catalog
 from xtuner.config.check import check
 from xtuner.config.read import foreign, python, yaml
 from xtuner.config.read import overrides as override_reader
-from xtuner.config.read.entries import BUILT_IN, OVERRIDE, Entry, Reading, report
+from xtuner.config.read.entries import (
+    ARGUMENT,
+    BUILT_IN,
+    OVERRIDE,
+    Entry,
+    Problem,
+    Reading,
+    report,
+)
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
 
@@ -29,7 +37,7 @@ class LoadedSettings:
     """Settings and where they came from.
 
     Attributes:
-        name: the file's name without its ending, or the built-in name.
+        name: the file name without its suffix, or the built-in name.
         folder: the folder of the file; the working directory for a built-in.
         path: the file; None for a built-in.
     """
@@ -40,19 +48,28 @@ class LoadedSettings:
     path: Path | None
 
 
-def load_settings(config: str | Path, *, overrides: Sequence[str] = ()) -> LoadedSettings:
-    """Load the settings file or the built-in settings called `config`.
+def load_settings(
+    config: str | Path | Mapping[str, Any], *, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> LoadedSettings:
+    """Load the settings file or the built-in settings called `config`, or a dictionary.
 
     Args:
-        config: a file ending in .py, .yaml or .yml, or a name that `xtuner list-cfg` shows.
-        overrides: texts ``"name=value"`` that take the place of what `config` says.
+        config: a .py, .yaml or .yml file, a name that `xtuner list-cfg` shows, or settings by name.
+        overrides: strings ``"name=value"``, or values by name, that override `config`.
 
     Raises:
-        ConfigError: there is no such file or name, or there are problems in it; all are listed.
+        ConfigError: there is no such file or name, or it has problems; all are listed.
     """
-    values, problems = override_reader.read(overrides)
-    path = _file(config)
-    if path is None:
+    problems: list[Problem] = []
+    if isinstance(overrides, Mapping):
+        values, line = _plain(overrides), ARGUMENT
+    else:
+        (values, problems), line = override_reader.read(overrides), OVERRIDE
+    path = None if isinstance(config, Mapping) else _file(config)
+    if isinstance(config, Mapping):
+        name = "settings"
+        reading = Reading({key: Entry(value, BUILT_IN) for key, value in _plain(config).items()})
+    elif path is None:
         name = str(config)
         composed = catalog.compose(name)
         reading = Reading({key: Entry(value, BUILT_IN) for key, value in composed.items()})
@@ -62,35 +79,42 @@ def load_settings(config: str | Path, *, overrides: Sequence[str] = ()) -> Loade
         if origin := foreign.origin(text, path.suffix):
             raise ConfigError(foreign.offer(str(config), origin))
         reading = _READERS[path.suffix.lower()](text, overrides=values)
-    _add_overrides(reading, values)
-    settings, faults = check(reading)
-    faults = [*reading.problems, *faults, *problems]
-    if settings is None or faults:
-        raise ConfigError(report(str(path or name), faults))
+    for key, value in values.items():
+        reading.entries[key] = Entry(value, line)
+        reading.broken.discard(key)
+    settings, found = check(reading)
+    found = [*reading.problems, *found, *problems]
+    if settings is None or found:
+        raise ConfigError(report(str(path or name), found))
     folder = path.resolve().parent if path else Path.cwd()
     return LoadedSettings(settings, name, folder, path)
 
 
-def _add_overrides(reading: Reading, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        reading.entries[name] = Entry(value, OVERRIDE)
-        reading.broken.discard(name)
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with paths as text, as a settings file has them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {str(name): plain(value) for name, value in values.items()}
 
 
 def _file(config: str | Path) -> Path | None:
-    """The file that `config` means, or None for a built-in name."""
+    """The path of the settings file, or None for a built-in name."""
     path = Path(config).expanduser()
-    known_ending = path.suffix.lower() in _READERS
+    known_suffix = path.suffix.lower() in _READERS
     if path.is_dir() and not catalog.is_name(str(config)):
         raise ConfigError(f"{config}: is a folder; give the settings file in it")
-    if path.is_file() and not known_ending:
-        raise ConfigError(f"{config}: a settings file ends in .py, .yaml or .yml")
-    if known_ending and not path.is_file():
+    if path.is_file() and not known_suffix:
+        raise ConfigError(f"{config}: a settings file must end in .py, .yaml or .yml")
+    if known_suffix and not path.is_file():
         raise ConfigError(
-            f"{config}: there is no such file (looked in {Path.cwd()}); "
-            "`xtuner copy-cfg NAME FOLDER` makes one"
+            f"{config}: no such file (looked in {Path.cwd()}); "
+            "`xtuner copy-cfg NAME FOLDER` creates one"
         )
-    return path if known_ending else None
+    return path if known_suffix else None
 
 
 def _text(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""What the rest of xtuner does with a setting, written at the setting itself.
+"""Marks on settings: how the rest of xtuner treats each of them.
 
-Whether a resumed run may change it, whether it names files, when it has no effect, and the comment
-it gets in a copied file are derived from these marks, so a new setting is described in one place.
+A mark says whether a resumed run may change the setting, whether it is a path, when it has no
+effect, and its comment in a copied file. A new setting is thus described in one place.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 OnResume = Literal["fixed", "noted", "free"]
-"""What a resume does with a changed value: 'fixed' refuses it (weights or optimizer state were made
-with the old one), 'noted' says that the run is no longer the straight one, 'free' ignores it."""
+"""How a resume treats a changed value: 'fixed' refuses it (weights or optimizer state depend on the
+old one), 'noted' warns that the result differs from an uninterrupted run, 'free' ignores it."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Mark:
     """The marks of one setting.
 
     Attributes:
-        resume: what a resume does with a changed value. The default is the careful one.
-        is_path: names a file or a folder, or a hub name; a relative path is resolved when the
-            settings of a run are recorded.
-        comment: one short phrase; a setting that has a comment is in every copied settings file.
-            An empty one is in the file without a comment.
-        idle: whether the other settings leave this one without effect.
+        resume: how a resume treats a changed value.
+        is_path: the value is a file, a folder or a hub name; relative paths are made absolute when
+            the settings of a run are recorded.
+        comment: a short phrase. A setting with a comment appears in every copied settings file;
+            with an empty one it appears without a comment.
+        idle: returns whether the other settings leave this one without effect.
     """
 
     resume: OnResume = "noted"
@@ -37,7 +37,7 @@ class Mark:
 
 
 def mark_of(metadata: list[Any]) -> Mark:
-    """The mark among the metadata of a pydantic field; the default one where there is none."""
+    """The mark in the metadata of a pydantic field; the default mark if there is none."""
     return next((item for item in metadata if isinstance(item, Mark)), Mark())
 
 
@@ -46,12 +46,12 @@ def _as_tuple(value: Any) -> Any:
 
 
 def one_as_tuple(value: Any) -> Any:
-    """Accept a single string for a list of one."""
+    """Accept a single string as a list of one."""
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
 def as_pairs(value: Any) -> Any:
-    """A dict as sorted pairs, so that settings can be hashed."""
+    """Convert a dict to sorted pairs, so that settings can be hashed."""
     if isinstance(value, dict):
         return tuple(sorted(value.items(), key=lambda pair: str(pair[0])))
     return tuple(map(tuple, value)) if isinstance(value, list) else value
@@ -59,7 +59,7 @@ def as_pairs(value: Any) -> Any:
 
 Option = bool | int | float | str | None
 Options = Annotated[tuple[tuple[str, Option], ...], BeforeValidator(as_pairs)]
-"""Names and values: a dict in a settings file, kept as pairs so that settings can be hashed."""
+"""Names and values: a dict in a settings file, stored as pairs so that settings can be hashed."""
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 OneOrMore = Annotated[tuple[str, ...], BeforeValidator(one_as_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]

@@ -1,7 +1,7 @@
-"""The settings themselves, in the parts of a settings file.
+"""The settings, grouped into the parts of a settings file.
 
-The string under a field is what ``xtuner explain KEY`` prints and what docs/settings.md is made of;
-its `Mark` is what the rest of xtuner needs to know about it.
+``xtuner explain KEY`` and docs/settings.md show the string under a field; its `Mark` tells the rest
+of xtuner how to treat it.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ class ModelPart(Part):
     none."""
     tuning: Annotated[
         Literal["full", "lora", "qlora"],
-        Mark("fixed", comment="'full', 'lora' or 'qlora' (4 bits: the least memory)"),
+        Mark("fixed", comment="'full', 'lora' or 'qlora' (4-bit, least memory)"),
     ] = "qlora"
-    """Which weights are trained: 'full' (all), 'lora' (small adapters beside frozen weights),
-    'qlora' (adapters beside frozen 4-bit weights: the least memory)."""
+    """Which weights are trained: 'full' (all), 'lora' (small adapters on frozen weights), 'qlora'
+    (adapters on frozen 4-bit weights: the least memory)."""
     lora_r: Annotated[
         Positive, Mark("fixed", comment="rank: capacity of the adapters", idle=_no_adapter)
     ] = 64
@@ -103,7 +103,8 @@ class ModelPart(Part):
     """Layers that get adapters: 'all-linear' (all linear layers except the output head), or names
     such as ['q_proj', 'v_proj']."""
     lora_modules_to_save: Annotated[Strings, Mark("fixed", idle=_no_adapter)] = ()
-    """Layers that are fully trained beside the adapters, such as ['embed_tokens', 'lm_head']."""
+    """Layers that are fully trained in addition to the adapters, such as ['embed_tokens',
+    'lm_head']."""
     quantization: Annotated[Literal["auto", "none", "nf4", "fp4", "int8"], Mark("fixed")] = "auto"
     """How frozen weights are stored: 'auto' is 'nf4' with tuning = 'qlora' and 'none' otherwise."""
     double_quant: Annotated[
@@ -115,7 +116,7 @@ class ModelPart(Part):
     other GPUs, and float32 on other CPUs. float16 takes as much memory as bfloat16; the loss is
     scaled so that its gradients do not underflow."""
     attn_implementation: Annotated[str, Mark("free")] = "auto"
-    """'auto' is xtuner's attention, which keeps packed samples apart; 'sdpa', 'eager' and
+    """'auto' is xtuner's attention, which isolates packed samples; 'sdpa', 'eager' and
     'flash_attention_2' select those of transformers."""
     gradient_checkpointing: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. 'auto' does
@@ -137,8 +138,8 @@ class VisionPart(Part):
     """The projector to start from: a checkpoint of a projector pretraining (iter_N, or the output
     of `xtuner convert pth_to_hf`). None starts from random values."""
     freeze_llm: Annotated[bool, Mark("fixed", idle=_text_only)] = False
-    """Do not train the weights of the language model. With tuning = 'full' it stays as it is; with
-    adapters its weights are frozen anyway."""
+    """Do not train the weights of the language model. With tuning = 'full' it is left unchanged;
+    with adapters its weights are frozen anyway."""
     freeze_visual_encoder: Annotated[bool, Mark("fixed", idle=_text_only)] = True
     """Do not train the weights of the vision tower; adapters on it can still be trained."""
     visual_encoder_lora_r: Annotated[Positive | None, Mark("fixed", idle=_text_only)] = None
@@ -190,7 +191,8 @@ class DataPart(Part):
     every epoch). One number per source."""
     data_weights: Floats | None = None
     """Shares of the sources in the mix, one number per source: rows are repeated or left out so
-    that an epoch has as many rows as all sources together. Excludes data_repeats."""
+    that an epoch has as many rows as all sources together. Cannot be combined with
+    data_repeats."""
     max_dataset_length: Positive | None = None
     """Use at most this many rows, drawn at random with `seed`."""
     validation_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.0
@@ -199,27 +201,27 @@ class DataPart(Part):
     prompt_template: Annotated[
         str, Mark(comment="'auto' is the chat template of the tokenizer")
     ] = "auto"
-    """How messages become one text: 'auto' uses the tokenizer's own chat template; named templates
-    are for base models; 'plain' adds nothing, and is what 'auto' selects to pretrain a model
-    without a chat template. Your own is 'my_templates.py:MINE'."""
+    """How messages are rendered to text: 'auto' uses the tokenizer's own chat template; named
+    templates are for base models; 'plain' adds nothing, and is what 'auto' selects to pretrain a
+    model without a chat template. Your own is 'my_templates.py:MINE'."""
     SYSTEM: Annotated[str, Mark(comment="system message for conversations without one")] = ""
     """System message for conversations that have none."""
     max_length: Annotated[
         int, Field(ge=8), Mark(comment="maximum tokens per sample, and length of a pack")
     ] = 2048
     """Maximum tokens per sample, and the length of a pack. With a vision tower the tokens of one
-    image come on top, in every sample: 1472 and the 576 of CLIP ViT-L/14-336 make 2048."""
+    image are added to it: 1472 plus the 576 of CLIP ViT-L/14-336 make 2048."""
     pack_to_max_length: Annotated[
         Literal["auto"] | bool,
-        Mark(comment="several samples per row, kept apart: faster, same result"),
+        Mark(comment="several samples per row, isolated: faster, same result"),
     ] = "auto"
     """Fill rows of max_length tokens with several samples that cannot attend to each other: faster,
-    same result. 'auto' does so for every model that can keep them apart; others (Mamba, linear
-    attention, models outside transformers' attention interface such as Falcon) take one sample at a
-    time."""
+    same result. 'auto' packs for every model that can isolate samples; others (Mamba, linear
+    attention, models outside transformers' attention interface such as Falcon) process one sample
+    at a time."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
     """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
-    leaves it out, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
+    removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
     'split' for pretrain, otherwise 'truncate'. Every row that is cut or lost is counted and
     reported."""
     shuffle: bool = True
@@ -229,7 +231,7 @@ class DataPart(Part):
     ] = 0
     """Processes that prepare batches during training."""
     dataset_num_proc: Annotated[Positive | None, Mark("free")] = None
-    """Processes that tokenize the data before training; None is one per core, at most 8."""
+    """Processes that tokenize the data before training; None is one per core, up to 8."""
 
 
 class OptimPart(Part):
@@ -307,7 +309,7 @@ class EvaluationPart(Part):
     evaluation_system: Annotated[str | None, Mark("free", idle=_no_questions)] = None
     """System message of these questions; None is SYSTEM."""
     evaluation_stop_words: Annotated[Strings, Mark("free", idle=_no_questions)] = ()
-    """Texts at which these answers end, besides those of the template."""
+    """Strings that end these answers, in addition to those of the template."""
 
 
 class RuntimePart(Part):
@@ -324,22 +326,15 @@ class RuntimePart(Part):
     logging_steps: Annotated[Positive, Mark("free")] = 1
     """Write a line of progress to the log every this many steps; scalars.jsonl has every step."""
     work_dir: Annotated[str | None, Mark("free")] = None
-    """Where results go; None is work_dirs/<name of the settings file>."""
+    """Folder for results; None is work_dirs/<name of the settings file>."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Mark("free")] = "auto"
     """'auto' is a GPU if there is one."""
+    strategy: str = "replicated"
+    """How several processes share the work: 'replicated' (each holds the whole model and takes
+    other rows; gradients are summed), or your own as 'my_file.py:MyStrategy'."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True
     """Write TensorBoard events."""
     custom_hooks: Annotated[Strings, Mark("free")] = ()
     """Your own hooks, each as 'my_file.py:MyHook'."""
-
-
-PARTS: tuple[type[Part], ...] = (
-    ModelPart,
-    VisionPart,
-    DataPart,
-    OptimPart,
-    EvaluationPart,
-    RuntimePart,
-)

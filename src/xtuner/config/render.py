@@ -1,4 +1,4 @@
-"""Write settings as a commented file in the five parts, which reads back to the same settings."""
+"""Write settings as a commented file in parts, which reads back to the same settings."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Any
 from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS
 from xtuner.config.describe import is_dict, takes_one
-from xtuner.config.parts import PARTS
 from xtuner.config.schema import Settings, field_parts
 
 _WIDTH = 100
 _COMMENT_COLUMN = 40
 
 
-def render(values: Mapping[str, Any], *, title: str) -> str:
-    """Write `values` as a settings file with what a user may want to change.
+def render(values: Mapping[str, Any], *, title: str, kind: type[Settings] = Settings) -> str:
+    """Write `values` as a settings file with the settings that users often change.
 
     Args:
-        values: settings by name; those that are absent have their defaults.
-        title: the first lines of the file.
+        values: settings by name; absent ones have their defaults.
+        title: the docstring of the file.
+        kind: the class of settings.
     """
-    fields = Settings.model_fields
-    given = Settings.model_construct(**values)
+    fields = kind.model_fields
+    given = kind.model_construct(**values)
     unit = {"micro_batches": "micro-batches"}.get(given.steps_are, "steps")
-    marks = {name: Settings.mark(name).comment for name in fields}
+    marks = {name: kind.mark(name).comment for name in fields}
     comments = {n: c.replace("{steps}", unit) for n, c in marks.items() if c is not None}
-    absent = {*given.idle(), *_uncommon(given.algorithm)}
-    shown = {name: fields[name].default for name in comments if name not in absent}
+    left_out = {*given.idle(), *_uncommon(given.algorithm)}
+    shown = {name: fields[name].default for name in comments if name not in left_out}
     changed = {
         name: value
         for name, value in values.items()
         if name in comments or not _same(value, fields[name].default)
     }
-    return _file({**shown, **changed}, comments=comments, title=title)
+    return _file({**shown, **changed}, comments=comments, title=title, kind=kind)
 
 
 def _uncommon(algorithm: str) -> tuple[str, ...]:
-    """Settings that a copied file leaves out, as the algorithm says."""
+    """Settings that the algorithm leaves out of a copied file."""
     if algorithm not in plugins.names(ALGORITHMS):
         return ()
     module = plugins.load(ALGORITHMS, algorithm, setting="algorithm")
@@ -50,26 +50,35 @@ def _uncommon(algorithm: str) -> tuple[str, ...]:
 
 
 def render_all(settings: Settings, *, title: str) -> str:
-    """Write all settings, without a comment on each: the record of a run."""
-    return _file(settings.model_dump(), comments={}, title=title)
+    """Write all settings without comments: the record of a run."""
+    return _file(settings.model_dump(), comments={}, title=title, kind=type(settings))
 
 
-def literal(name: str, value: Any) -> str:
-    """Write the value of setting `name` on one line."""
-    if is_dict(name):
+def literal(name: str, value: Any, kind: type[Settings] = Settings) -> str:
+    """Format the value of setting `name` on one line."""
+    if is_dict(name, kind):
         return repr(dict(value))
-    if takes_one(name) and not isinstance(value, str) and len(value) == 1:
+    if takes_one(name, kind) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
     return _literal(value)
 
 
-def _file(values: Mapping[str, Any], *, comments: Mapping[str, str], title: str) -> str:
+def _file(
+    values: Mapping[str, Any],
+    *,
+    comments: Mapping[str, str],
+    title: str,
+    kind: type[Settings],
+) -> str:
     sections = [_docstring(title)]
-    parts = field_parts()
-    for part in PARTS:
+    parts = field_parts(kind)
+    for part in kind.parts():
         names = [name for name in part.model_fields if name in values and parts[name] is part]
         if names:
-            lines = [_assignment(n, values[n], comment=comments.get(n, "")) for n in names]
+            lines = [
+                _assignment(n, literal(n, values[n], kind), values[n], comment=comments.get(n, ""))
+                for n in names
+            ]
             sections.append("\n".join([*_heading(part.__doc__ or ""), *lines]))
     return "\n\n".join(sections) + "\n"
 
@@ -85,15 +94,15 @@ def _docstring(text: str) -> str:
     return f'"""{safe}"""' if "\n" not in safe else f'"""{safe}\n"""'
 
 
-def _assignment(name: str, value: Any, *, comment: str) -> str:
-    line = f"{name} = {literal(name, value)}"
+def _assignment(name: str, text: str, value: Any, *, comment: str) -> str:
+    line = f"{name} = {text}"
     if len(line) > _WIDTH:
         line = f"{name} = {_long(value)}"
         return f"# {comment}\n{line}" if comment else line
     if not comment:
         return line
-    beside = f"{line:<{_COMMENT_COLUMN}}  # {comment}"
-    return beside if len(beside) <= _WIDTH else f"# {comment}\n{line}"
+    commented = f"{line:<{_COMMENT_COLUMN}}  # {comment}"
+    return commented if len(commented) <= _WIDTH else f"# {comment}\n{line}"
 
 
 def _literal(value: Any) -> str:
@@ -110,7 +119,7 @@ def _literal(value: Any) -> str:
 
 
 def _long(value: Any) -> str:
-    """A value that needs several lines: one item of a list each, a text in pieces."""
+    """Format a value over several lines: a list with one item per line, a string in pieces."""
     if isinstance(value, str):
         return f"(\n{_indented(_pieces(value))}\n)"
     return f"[\n{_indented(_items(value))}\n]"
@@ -138,7 +147,7 @@ def _text(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    """The shortest form that reads back to `value`; 2e-4 rather than 0.0002."""
+    """The shortest form that reads back as `value`; 2e-4 rather than 0.0002."""
     if not 0 < abs(value) < 1e-2:
         return repr(value)
     for digits in range(17):
@@ -150,6 +159,6 @@ def _number(value: float) -> str:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Whether two forms of a setting mean the same; a list and a tuple do."""
+    """Whether two values of a setting are equal, with lists and tuples treated alike."""
     as_list = [list(v) if isinstance(v, list | tuple) else v for v in (left, right)]
     return bool(as_list[0] == as_list[1])

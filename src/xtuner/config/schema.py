@@ -1,8 +1,8 @@
-"""All settings of a run: checked, frozen, and what can be derived from them.
+"""All settings of a run, checked and frozen, and values derived from them.
 
 `Settings` is flat. Its bases are the parts of a settings file, in order (`config.parts`). pydantic
-checks each value by itself, `config.combinations` checks them together, so that every problem is
-reported at once.
+checks each value alone, `config.combinations` checks combinations, and all problems are reported
+together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Literal
 
 from xtuner.config.marks import Mark, OnResume, mark_of
 from xtuner.config.parts import (
-    PARTS,
     DataPart,
     EvaluationPart,
     ModelPart,
@@ -37,14 +36,14 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
 
     @property
     def llm_training(self) -> Literal["frozen", "adapter", "full"]:
-        """What of the language model is trained."""
+        """How the language model is trained."""
         if self.uses_adapter:
             return "adapter"
         return "frozen" if self.has_vision and self.freeze_llm else "full"
 
     @property
     def visual_encoder_training(self) -> Literal["frozen", "adapter", "full"]:
-        """What of the vision tower is trained."""
+        """How the vision tower is trained."""
         if self.visual_encoder_lora_r is not None:
             return "adapter"
         return "frozen" if self.freeze_visual_encoder else "full"
@@ -58,13 +57,18 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
 
     @property
     def can_keep_embedding_on_cpu(self) -> bool:
-        """Whether the input embedding may stay in CPU memory, as far as settings tell."""
+        """Whether the settings allow the input embedding to stay in CPU memory."""
         return self.uses_adapter and not self.has_vision
 
     @property
     def packs(self) -> bool:
-        """Whether samples share rows; true for 'auto' until the model decides."""
+        """Whether samples are packed into rows; true for 'auto' until the model is known."""
         return self.pack_to_max_length is not False
+
+    @classmethod
+    def parts(cls) -> tuple[type[Part], ...]:
+        """The parts of a settings file, in order."""
+        return tuple(base for base in cls.__mro__ if Part in base.__bases__)
 
     @classmethod
     def mark(cls, name: str) -> Mark:
@@ -82,19 +86,19 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         return tuple(name for name in cls.model_fields if cls.mark(name).is_path)
 
     def idle(self) -> list[str]:
-        """Names of the settings that the others leave without effect."""
+        """Names of the settings without effect, given the others."""
         marks = {name: self.mark(name).idle for name in type(self).model_fields}
         return [name for name, rule in marks.items() if rule is not None and rule(self)]
 
     def without_effect(self) -> list[str]:
-        """Names of the settings that were given and that the others leave without effect."""
+        """Names of the explicitly given settings without effect, given the others."""
         return [name for name in self.idle() if name in self.model_fields_set]
 
 
 ALIASES = {"llm_name_or_path": "pretrained_model_name_or_path"}
-"""Other names that settings may be written under."""
+"""Alternative names of settings."""
 
 
-def field_parts() -> dict[str, type[Part]]:
+def field_parts(kind: type[Settings] = Settings) -> dict[str, type[Part]]:
     """The part that each setting belongs to, in the order of a settings file."""
-    return {name: part for part in PARTS for name in part.model_fields}
+    return {name: part for part in kind.parts() for name in part.model_fields}

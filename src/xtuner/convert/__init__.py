@@ -1,1 +1,1 @@
-"""Turn checkpoints into models that other tools read."""
+"""Convert checkpoints to models for other tools."""

@@ -1,4 +1,4 @@
-"""Compare a merged model with its base model and adapter: the logits of a short text."""
+"""Compare the logits of a merged model with those of its base model and adapter."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from xtuner.models.quantize import Rounding
 _TEXT = "Question: Who are you, and what is the capital of France?\nAnswer: 我是一个小助手。Paris."
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-"""Largest difference accepted, relative to the largest logit, by the type of the merged weights.
+"""Accepted difference relative to the largest logit, by the dtype of the merged weights.
 
-Rounding a weight to bfloat16 changes it by up to 2⁻⁹ (0.2 %), to float16 by 2⁻¹²; through tens of
-layers this reaches a percent or two of the largest logit.
+Rounding changes a weight by up to 2⁻⁹ (0.2 %) in bfloat16 and 2⁻¹² in float16; over tens of layers
+this adds up to a percent or two of the largest logit.
 """
 
 
@@ -34,7 +34,7 @@ class Difference:
 
     Attributes:
         of_merged: merged against base + adapter.
-        of_adapter: base against base + adapter: what the adapter does.
+        of_adapter: base against base + adapter, the effect of the adapter.
         largest: the largest logit of base + adapter.
     """
 
@@ -44,18 +44,18 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """`of_merged` as a share of the largest logit; infinite where logits are not finite."""
+        """`of_merged` relative to the largest logit; infinite if logits are not finite."""
         share = self.of_merged / max(self.largest, 1e-12)
         return share if share == share else float("inf")
 
 
 def load_plain(llm: str, *, dtype: torch.dtype, device: str, trust_remote_code: bool) -> Any:
-    """Load `llm` with plain weights; one that is stored quantised is dequantised."""
+    """Load `llm` with unquantized weights; a model that is stored quantized is dequantized."""
     model = load_model(llm, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if getattr(model, "is_quantized", False):
         with quiet_transformers():
             model = model.dequantize().to(dtype)
-        # transformers 5.23 would revert the reading of packed weights when saving, and cannot.
+        # Otherwise save_pretrained of transformers 5.23 tries to pack the weights again, and fails.
         model._weight_conversions = None
     return model.eval()
 
@@ -75,12 +75,12 @@ def compare(
 
     Args:
         llm: the base model.
-        adapter: the adapter's folder.
-        merged: the merged model's folder.
-        dtype: of weights and computation, of all three alike.
+        adapter: the folder of the adapter.
+        merged: the folder of the merged model.
+        dtype: of weights and computation, for all three.
         device: 'cpu' or 'cuda'.
-        trust_remote_code: run Python code that lies beside the weights.
-        rounding: what quantisation did to the base's weights in training.
+        trust_remote_code: run Python code that ships with the model.
+        rounding: the quantization of the base weights during training.
     """
     options: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code
@@ -90,25 +90,24 @@ def compare(
         rounding.apply(base)
     ids = _probe(merged, base.get_input_embeddings().weight.shape[0], trust_remote_code).to(device)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*tie"
-        )  # PEFT on tied embeddings; merge parts them
+        # PEFT warns about tied embeddings, which the merge unties.
+        warnings.filterwarnings("ignore", message=".*tie")
         model = load_adapter(base, adapter).eval()
-    wanted = _logits(model, ids)
+    expected = _logits(model, ids)
     with model.disable_adapter():
         without = _logits(model, ids)
     del base, model
     gc.collect()
-    found = _logits(load_plain(str(merged), **options), ids)
+    actual = _logits(load_plain(str(merged), **options), ids)
     return Difference(
-        of_merged=float((found - wanted).abs().max()),
-        of_adapter=float((without - wanted).abs().max()),
-        largest=float(wanted.abs().max()),
+        of_merged=float((actual - expected).abs().max()),
+        of_adapter=float((without - expected).abs().max()),
+        largest=float(expected.abs().max()),
     )
 
 
 def fitting_dtype(num_parameters: int, dtype: torch.dtype, *, device: str) -> torch.dtype | None:
-    """float32 if a model of that size fits into memory, else `dtype` if that does, else None."""
+    """float32 if a model of that size fits into memory, else `dtype` if it fits, else None."""
     free = psutil.virtual_memory().available
     if device == "cuda":
         free = min(free, torch.cuda.mem_get_info()[0])
@@ -122,7 +121,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _probe(folder: Path, vocabulary: int, trust_remote_code: bool) -> Tensor:
-    """Token ids ``[1, T]`` of the text; of no text where there is no tokenizer."""
+    """Token ids ``[1, T]`` of the test text; arbitrary ids if there is no tokenizer."""
     try:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         ids = torch.tensor(tokenizer(_TEXT)["input_ids"])

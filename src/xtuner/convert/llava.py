@@ -1,10 +1,10 @@
-"""Turn the checkpoint of a LLaVA run into its parts, or into one whole model that others read.
+"""Convert the checkpoint of a LLaVA run to its parts, or to one model for other tools.
 
-    iter_N ──copy, without what resuming needs──► projector/ llm_adapter/ visual_encoder_adapter/
+    iter_N ──copy without training state──► projector/ llm_adapter/ visual_encoder_adapter/
            └─load, merge, assemble──► LlavaForConditionalGeneration + processor + chat template
 
-A whole model needs a row of the embedding for ``<image>``. Where the language model has none, it
-gets the mean of all rows, whose logit is the mean of all others and so never the largest.
+The merged model needs an embedding row for ``<image>``. If the language model has none, a new row
+is the mean of all others, so that its logit is their mean and never the largest.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from xtuner.convert.weights import (
     write_config,
     write_shards,
 )
+from xtuner.data.images.expansion import expand
 from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import CheckpointError, ModelError
 from xtuner.hub.links import refuse_links_out
@@ -39,15 +40,16 @@ from xtuner.models.load import load_tokenizer, located, quiet_transformers, read
 from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import Rounding
 from xtuner.models.run_info import RunInfo
-from xtuner.models.vision import parts as parts_of
+from xtuner.models.vision import folder as parts_of
+from xtuner.models.vision.image_processor import LlavaImageProcessor
 from xtuner.models.vision.llava import portable_config
-from xtuner.models.vision.load import ImageModel, Sources, load_llava
-from xtuner.models.vision.tower import Processor, add_image_token, load_vision_tower, strategy_of
+from xtuner.models.vision.load import Sources, VisionLanguageModel, load_llava
+from xtuner.models.vision.tower import add_image_token, load_vision_tower, strategy_of
 from xtuner.templates.base import Template
 from xtuner.templates.jinja import as_jinja
 from xtuner.types import IMAGE, Message
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def write_parts(
@@ -56,13 +58,13 @@ def write_parts(
     *,
     fp32: bool = False,
     max_shard_size: str = "2GB",
-    tell: Tell = lambda line: None,
+    log: Log = lambda line: None,
 ) -> RunInfo | None:
     """Write the parts in `source` to `save_dir` as safetensors, in 16 bits unless `fp32`.
 
     Raises:
-        ModelError: a part lacks its weights, or they are damaged.
-        LaunchError: `save_dir` is taken, or the disk is too full.
+        ModelError: the weights of a part are missing or damaged.
+        LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     max_bytes = parse_size(max_shard_size)
     manifest.check(source)
@@ -70,24 +72,24 @@ def write_parts(
     info = RunInfo.read(source)
     dtype = _stored_type(info, fp32)
     folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
-    held = {folder: weights for folder in folders if (weights := _weights_in(folder))}
-    plans = {folder: cast_plan(weights.stored, dtype) for folder, weights in held.items()}
+    parts = {folder: weights for folder in folders if (weights := _weights_in(folder))}
+    plans = {folder: cast_plan(weights.stored, dtype) for folder, weights in parts.items()}
     with new_folder(save_dir, num_bytes=sum(map(total_bytes, plans.values()))) as draft:
         for folder, plan in plans.items():
-            weights, place = held[folder], draft / folder.relative_to(source)
-            place.mkdir(exist_ok=True)
+            weights, target = parts[folder], draft / folder.relative_to(source)
+            target.mkdir(exist_ok=True)
             if (folder / "adapter_config.json").is_file():
-                write_adapter(place, plan, weights)
+                write_adapter(target, plan, weights)
                 continue
-            write_shards(place, plan, weights.__getitem__, max_bytes=max_bytes, tell=tell)
+            write_shards(target, plan, weights.__getitem__, max_bytes=max_bytes, log=log)
             if folder.name != parts_of.PROJECTOR:
-                write_config(folder, place, dtype=dtype)
+                write_config(folder, target, dtype=dtype)
         copy_others(source, draft, skip=LEFT_OUT)
     return info
 
 
 def _weights_in(folder: Path) -> Weights | None:
-    """The weights of an adapter, a model or a projector, pickled ones too; None for other
+    """The weights of an adapter, a model or a projector, including pickled ones; None for other
     folders."""
     if (folder / "adapter_config.json").is_file():
         return Weights.of_adapter(folder)
@@ -96,15 +98,15 @@ def _weights_in(folder: Path) -> Weights | None:
     return None
 
 
-def models_of(source: Path, *, llm: str, visual_encoder: str, tell: Tell) -> tuple[str, str]:
-    """Language model and vision tower that a run was trained on; empty where it trained them, so
-    that `source` holds them.
+def models_of(source: Path, *, llm: str, visual_encoder: str, log: Log) -> tuple[str, str]:
+    """Names of the language model and vision tower of a run; empty for a model that `source`
+    contains.
 
     Args:
-        source: its checkpoint.
-        llm, visual_encoder: what a settings file says; taken where the checkpoint says nothing, or
-            names a folder that is gone.
-        tell: gets a warning where the two differ.
+        source: a checkpoint of the run.
+        llm, visual_encoder: the values of the settings file; used if the checkpoint names none, or
+            names a folder that no longer exists.
+        log: receives a warning if the two differ.
     """
     info = RunInfo.read(source)
     llm = "" if any((source / n).exists() for n in (parts_of.LLM, "config.json")) else llm
@@ -112,23 +114,23 @@ def models_of(source: Path, *, llm: str, visual_encoder: str, tell: Tell) -> tup
     if info is None:
         return llm, visual_encoder
     return (
-        _trained_on("language model", info.base_model, llm, tell),
-        _trained_on("vision tower", info.visual_encoder, visual_encoder, tell),
+        _trained_on("language model", info.base_model, llm, log),
+        _trained_on("vision tower", info.visual_encoder, visual_encoder, log),
     )
 
 
-def _trained_on(what: str, trained: str, given: str, tell: Tell) -> str:
+def _trained_on(what: str, trained: str, given: str, log: Log) -> str:
     if not trained or not given or same_base(trained, given):
         return given and (trained or given)
-    told = f"the settings name the {what} {given}, but the checkpoint was trained on {trained}"
+    conflict = f"the settings name the {what} {given}, but the checkpoint was trained on {trained}"
     if Path(trained).is_absolute() and not Path(trained).is_dir():
-        tell(f"Warning: {told}, which is not there any more: {given} is taken.")
+        log(f"Warning: {conflict}, which no longer exists; using {given}.")
         return given
-    tell(f"Warning: {told}, which is taken.")
+    log(f"Warning: {conflict}; using the latter.")
     return trained
 
 
-def write_whole(
+def write_model(
     source: Path,
     save_dir: Path,
     *,
@@ -140,34 +142,34 @@ def write_whole(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     trust_remote_code: bool = False,
     trust_code: bool = False,
-    tell: Tell = print,
+    log: Log = print,
 ) -> RunInfo | None:
-    """Write the model whose parts are in `source` as one LlavaForConditionalGeneration.
+    """Merge the parts in `source` and write them as one LlavaForConditionalGeneration.
 
     Args:
-        source: a folder of parts, of ours or of xtuner 0.1.
+        source: a folder of parts, written by this version or by xtuner 0.1.
         save_dir: a new folder.
-        llm, visual_encoder: in place of those that `source` names.
-        prompt_template: in place of the one that `source` names.
-        fp32: keep float32 instead of 16 bits.
-        max_shard_size: of the files, such as '2GB'.
-        device: where it is computed.
-        trust_remote_code: run Python code that lies beside the language model.
+        llm, visual_encoder: override those that `source` names.
+        prompt_template: overrides the one that `source` names.
+        fp32: save in float32 instead of 16 bits.
+        max_shard_size: maximum size of a file, such as '2GB'.
+        device: where to merge.
+        trust_remote_code: run Python code that ships with the language model.
         trust_code: run the Python file that `source` names as its template.
-        tell: gets lines of progress.
+        log: receives progress messages.
 
     Raises:
         ModelError: a part is missing or does not fit.
-        LaunchError: `save_dir` is taken, or the disk is too full.
+        LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     manifest.check(source)
     refuse_links_out(source)
     info = RunInfo.read(source)
     sources = Sources.of(source, llm=llm, visual_encoder=visual_encoder)
-    own = (source / "tokenizer_config.json").is_file()
+    has_tokenizer = (source / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(
-        source if own else sources.llm, trust_remote_code=trust_remote_code
-    )  # fmt: skip
+        source if has_tokenizer else sources.llm, trust_remote_code=trust_remote_code
+    )
     add_image_token(tokenizer)
     system = info.system if info else ""
     template = (
@@ -180,21 +182,21 @@ def write_whole(
     )  # fmt: skip
     rounding = Rounding.of_run(info.settings, info.computed_in) if info else None
     if rounding:
-        tell(f"The adapter was trained beside {rounding.quant_type} weights: they are dequantised.")
-    tell("Loading the parts, and merging adapters ...")
+        log(f"The adapter was trained on {rounding.quant_type} weights; dequantizing them.")
+    log("Loading the parts and merging adapters ...")
     dtype = _stored_type(info, fp32)
     image_model = load_llava(
         sources, tokenizer, dtype=torch.float32, device=pick_device(device),
         rounding=rounding, trust_remote_code=trust_remote_code, merged=True,
     )  # fmt: skip
     model = _self_contained(image_model).to(dtype)
-    _stop_as_in_chat(model, tokenizer, template, tell)
+    _set_stop_tokens(model, tokenizer, template, log)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             model.save_pretrained(str(draft), max_shard_size=max_shard_size)
         _save_processor(image_model, tokenizer, as_jinja(template, tokenizer), draft)
-        _compare_prompts(draft, image_model, template, tell)
+        _compare_prompts(draft, image_model, template, log)
         if info is not None:
             replace(info, kind="model").write(draft)
     return info
@@ -206,27 +208,27 @@ def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:
     return DTYPES.get(info.computed_in if info else "", torch.bfloat16)
 
 
-def _self_contained(image_model: ImageModel) -> Any:
-    """The model with a configuration that plain transformers reads, and a row for ``<image>``.
+def _self_contained(image_model: VisionLanguageModel) -> Any:
+    """The model with a configuration for plain transformers and an embedding row for ``<image>``.
 
     Raises:
-        ModelError: it has weights that LLaVA has no place for.
+        ModelError: it has weights that a LlavaForConditionalGeneration cannot store.
     """
     model = image_model.model
     embedding, head = model.get_input_embeddings(), model.lm_head
     if head.bias is not None and head.bias.any():
         raise ModelError(
-            "the output head of this language model has a bias, which a "
-            "LlavaForConditionalGeneration cannot hold: it would answer otherwise. Keep the parts: "
-            "--save-format xtuner"
+            "the output head of this language model has a bias, which "
+            "LlavaForConditionalGeneration does not support, so the answers would change. "
+            "Use --save-format xtuner"
         )
     head.bias = None
     tied = head.weight is embedding.weight
     rows = image_model.image_token_id + 1
     text = portable_config(model.model.language_model)
     if embedding.weight.shape[0] < rows:
-        grown = _with_mean_rows(embedding.weight, rows)
-        embedding.weight = nn.Parameter(grown, requires_grad=False)
+        resized = _with_mean_rows(embedding.weight, rows)
+        embedding.weight = nn.Parameter(resized, requires_grad=False)
         embedding.num_embeddings = rows
         head.weight = embedding.weight if tied else nn.Parameter(
             _with_mean_rows(head.weight, rows), requires_grad=False
@@ -240,8 +242,8 @@ def _self_contained(image_model: ImageModel) -> Any:
     return model
 
 
-def _stop_as_in_chat(model: Any, tokenizer: Any, template: Template, tell: Tell) -> None:
-    """Have ``generate`` end an answer where our chat does."""
+def _set_stop_tokens(model: Any, tokenizer: Any, template: Template, log: Log) -> None:
+    """Make ``generate`` end answers at the same tokens as xtuner chat."""
     declared = model.generation_config.eos_token_id
     declared = declared if isinstance(declared, list) else [declared]
     ends = dict.fromkeys(i for i in (*template.stop_token_ids, *declared) if i is not None)
@@ -250,9 +252,9 @@ def _stop_as_in_chat(model: Any, tokenizer: Any, template: Template, tell: Tell)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     words = [w for w in template.stop_words[:1] if len(_ids(tokenizer, w)) != 1]
     if words:
-        tell(
-            f"Note: answers also end at the text {' or '.join(map(repr, words))}, which is no "
-            f"token: in plain transformers, model.generate(..., stop_strings={words!r}, "
+        log(
+            f"Note: answers also end at the string {' or '.join(map(repr, words))}, which is not a "
+            f"single token. In plain transformers, use model.generate(..., stop_strings={words!r}, "
             "tokenizer=processor.tokenizer)."
         )
 
@@ -267,17 +269,17 @@ def _with_mean_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _save_processor(
-    image_model: ImageModel, tokenizer: Any, chat_template: str, folder: Path
+    image_model: VisionLanguageModel, tokenizer: Any, chat_template: str, folder: Path
 ) -> None:
-    """Write tokenizer, preparation of images and chat template as one LlavaProcessor."""
+    """Write tokenizer, image processor and chat template as one LlavaProcessor."""
     from transformers import LlavaProcessor
 
     vision = image_model.model.config.vision_config
-    upstream = getattr(image_model.pixels, "upstream", None)
+    upstream = getattr(image_model.processor, "upstream", None)
     if upstream is None:
-        raise ModelError("this model has no preparation of images that can be saved")
+        raise ModelError("the image processor of this model cannot be saved")
     tokenizer.chat_template = chat_template
-    _add_nothing(tokenizer)
+    _disable_special_tokens(tokenizer)
     processor = LlavaProcessor(
         image_processor=upstream,
         tokenizer=tokenizer,
@@ -293,9 +295,9 @@ def _save_processor(
     (folder / "chat_template.json").unlink(missing_ok=True)
 
 
-def _add_nothing(tokenizer: Any) -> None:
-    """Keep `tokenizer` from adding BOS and EOS to texts: the chat template writes what it wants,
-    and ``processor(text=...)`` would add them once more, or where training had none."""
+def _disable_special_tokens(tokenizer: Any) -> None:
+    """Stop `tokenizer` from adding BOS and EOS: the chat template writes them, so
+    ``processor(text=...)`` would add them twice, or where training had none."""
     for name in ("add_bos_token", "add_eos_token"):
         if getattr(tokenizer, name, False):
             setattr(tokenizer, name, False)
@@ -303,26 +305,30 @@ def _add_nothing(tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.post_processor = None
 
 
-def _compare_prompts(folder: Path, image_model: ImageModel, template: Template, tell: Tell) -> None:
-    """Read the processor again, and warn if it makes other tokens of a question than our chat."""
+def _compare_prompts(
+    folder: Path, image_model: VisionLanguageModel, template: Template, log: Log
+) -> None:
+    """Load the saved processor, and warn if its prompt differs from that of xtuner chat."""
     from PIL import Image
     from transformers import AutoProcessor
 
     with quiet_transformers():
         processor = AutoProcessor.from_pretrained(str(folder))
-    asked = "What is it?"
-    ids = template.prompt_ids([Message("user", f"{IMAGE}\n{asked}")])
-    token, times = image_model.image_token_id, image_model.tokens_each
-    wanted = [i for i in ids for _ in range(times if i == token else 1)]
-    parts = [{"type": "image"}, {"type": "text", "text": asked}]
+    question = "What is it?"
+    ids = template.prompt_ids([Message("user", f"{IMAGE}\n{question}")])
+    image = Image.new("RGB", (32, 32))
+    token_id, tokens = image_model.image_token_id, image_model.processor.num_tokens(image.size)
+    expected, _ = expand(ids, token_id, [tokens] * ids.count(token_id))
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
     )
-    found = processor(text=text, images=Image.new("RGB", (32, 32)))["input_ids"][0]
-    if list(found) != wanted:
-        tell(
-            f"Warning: the processor of plain transformers makes {len(found)} tokens of a question "
-            f"that xtuner chat shows as {len(wanted)}, or other ones: its answers may differ."
+    actual = processor(text=text, images=image)["input_ids"][0]
+    if list(actual) != expected:
+        log(
+            f"Warning: the saved processor encodes a test question differently from xtuner chat "
+            f"({len(actual)} and {len(expected)} tokens), so answers in plain transformers may "
+            "differ."
         )
 
 
@@ -334,30 +340,31 @@ def merge_encoder(
     dtype: str = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> float:
-    """Merge the adapter of a vision tower into it, and write the encoder as one model.
+    """Merge the adapter of a vision tower into it, and save the result.
 
     Args:
         visual_encoder: CLIP or SigLIP, folder or hub name.
-        adapter: a PEFT adapter, or a folder of parts, an ``iter_N`` or a work dir that has one.
+        adapter: a PEFT adapter, or a folder of parts, an ``iter_N`` or a work dir that contains
+            one.
         save_dir: a new folder.
-        dtype: of the result; 'auto' is that of the encoder's files.
-        device: where it is computed.
+        dtype: of the result; 'auto' is that of the vision tower's files.
+        device: where to merge.
 
     Returns:
-        The largest difference between what adapter and merged weights, in float32, make of noise,
-        as a share of the largest number.
+        The largest difference between the outputs before and after merging, in float32 on random
+        input, relative to the largest output.
 
     Raises:
-        ModelError: `adapter` is none, or does not fit.
-        LaunchError: `save_dir` is taken, or the disk is too full.
+        ModelError: `adapter` is not an adapter, or does not fit.
+        LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     folder = _encoder_adapter(adapter)
     manifest.check(folder)
     encoder: Any = load_vision_tower(
         visual_encoder, dtype=torch.float32, device=pick_device(device)
     )
-    with fitting_encoder_adapter(folder) as place:
-        adapted: Any = load_adapter(encoder, place).eval()
+    with fitting_encoder_adapter(folder) as fitting:
+        adapted: Any = load_adapter(encoder, fitting).eval()
     size = encoder.config.image_size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 3, size, size, generator=generator).to(encoder.device)
@@ -371,12 +378,12 @@ def merge_encoder(
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             merged.save_pretrained(str(draft))
-        Processor(visual_encoder, True).upstream.save_pretrained(str(draft))
+        LlavaImageProcessor.of_tower(visual_encoder).upstream.save_pretrained(str(draft))
     return difference
 
 
 def _encoder_adapter(given: Path) -> Path:
-    """The folder of the adapter that `given` means."""
+    """The folder of the adapter in `given`."""
     if (given / "adapter_config.json").is_file():
         return given
     with contextlib.suppress(CheckpointError):
@@ -384,14 +391,14 @@ def _encoder_adapter(given: Path) -> Path:
         if (folder / parts_of.ENCODER_ADAPTER).is_dir():
             return folder / parts_of.ENCODER_ADAPTER
     raise ModelError(
-        f"{given}: is no adapter of a vision tower (no adapter_config.json), nor does it hold "
-        f"one; give a folder {parts_of.ENCODER_ADAPTER}/, or the iter_N or work dir around it"
+        f"{given}: is not an adapter of a vision tower (no adapter_config.json) and contains "
+        f"none; give a folder {parts_of.ENCODER_ADAPTER}/, or the iter_N or work dir around it"
     )
 
 
-def _dtype_of(place: str) -> torch.dtype:
-    """The type of the weights of the model at `place`; what config.json says of a hub's."""
-    if Path(place).is_dir():
-        return main_dtype(cast_plan(Weights.of_model(Path(place)).stored, None))
-    config = read_config(place)
+def _dtype_of(name: str) -> torch.dtype:
+    """The dtype of the weights of the model `name`; for a hub name, that of its config.json."""
+    if Path(name).is_dir():
+        return main_dtype(cast_plan(Weights.of_model(Path(name)).stored, None))
+    config = read_config(name)
     return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)

@@ -1,9 +1,9 @@
-"""What a LoRA adapter changes in each tensor of its base model's files.
+"""The change of a LoRA adapter to each tensor of its base model's files.
 
     lora_A, lora_B ──► W + scaling · B A     modules_to_save ──► the saved tensor
 
-This is computed from the tensors' names, without a model. Whatever is not understood for certain
-raises `NeedsModel`, and PEFT merges it in memory.
+The changes are derived from the tensor names, without a model. Anything unsupported raises
+`NeedsModel`, and PEFT merges it in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNDERSTOOD = {
     "auto_mapping", "peft_version", "init_lora_weights",
 }  # fmt: skip
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base model's weights as they are."""
+"""Values of init_lora_weights that do not modify the base model's weights."""
 
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
@@ -37,7 +37,7 @@ HEAD = "lm_head.weight"
 
 
 class NeedsModel(Exception):
-    """The adapter cannot be merged file by file; the text says why."""
+    """The adapter cannot be merged file by file; the message says why."""
 
 
 class HasTensors(Protocol):
@@ -50,14 +50,14 @@ class HasTensors(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """How one tensor changes.
+    """The change of one tensor.
 
     Attributes:
-        source: the tensor of the base model that it starts from.
-        replacement: the tensor of the adapter that takes its place, if any.
+        source: the tensor of the base model to change.
+        replacement: the tensor of the adapter that replaces it, if any.
         down, up: names of A ``[r, in]`` and B ``[out, r]`` in the adapter.
         scaling: factor of ``B A``.
-        transposed: the weight is an embedding: ``(B A)`` is added transposed.
+        transposed: the weight is an embedding, to which ``(B A)`` is added transposed.
     """
 
     source: str
@@ -81,7 +81,7 @@ class Change:
         )
 
     def shape(self, adapter: Weights) -> tuple[int, ...] | None:
-        """The shape that the adapter expects of the weight; None where it says nothing."""
+        """The shape of the weight that the adapter expects; None if unknown."""
         if self.replacement:
             return adapter.stored[self.replacement].shape
         if not self.down:
@@ -91,10 +91,10 @@ class Change:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's ``adapter_config.json``.
+    """Read the ``adapter_config.json`` in `folder`.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: it is missing or cannot be read.
     """
     file = folder / "adapter_config.json"
     try:
@@ -102,7 +102,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{folder}: is not an adapter: adapter_config.json cannot be read ({error}); "
-            "give an iter_N folder or the result of `xtuner convert pth_to_hf`"
+            "give an iter_N folder or the output of `xtuner convert pth_to_hf`"
         ) from error
 
 
@@ -112,19 +112,19 @@ def changes(
     base: Mapping[str, Stored],
     base_config: Mapping[str, Any],
 ) -> dict[str, Change]:
-    """The change of each tensor that `adapter` touches, by name.
+    """The change of each tensor that `adapter` modifies, by name.
 
-    Where the output head shares the input embedding and the adapter changes one of them, both are
-    named.
+    If output head and input embedding are tied and the adapter modifies one of them, the result
+    contains both.
 
     Args:
-        adapter: its tensors.
+        adapter: tensors of the adapter.
         config: its adapter_config.json.
-        base: what the base model's files hold.
+        base: tensors in the base model's files.
         base_config: the base model's config.json.
 
     Raises:
-        NeedsModel: the adapter or the base model is of a kind that this module does not know.
+        NeedsModel: this module does not support the adapter or the base model.
         ModelError: the adapter belongs to another model.
     """
     _check_kind(config, base_config)
@@ -133,11 +133,11 @@ def changes(
         inner = name.removeprefix(_PREFIX)
         lora = _LORA.fullmatch(inner)
         if lora and lora[3] == "B":
-            continue  # comes with its A
+            continue  # handled with its A
         target = f"{lora[1]}.weight" if lora else inner
         source = found[HEAD].source if target == HEAD and HEAD in found else target
         if source not in base or not base[source].dtype.is_floating_point:
-            raise NeedsModel(f"the base model's files hold no plain tensor {source}")
+            raise NeedsModel(f"the base model's files contain no unquantized tensor {source}")
         found[target] = (
             _low_rank(name, lora, source, adapter, config) if lora else Change(source, name)
         )
@@ -151,7 +151,7 @@ def _check_kind(config: Mapping[str, Any], base_config: Mapping[str, Any]) -> No
     if config.get("peft_type") != "LORA":
         raise NeedsModel(f"the adapter is of type {config.get('peft_type')}")
     if "quantization_config" in base_config:
-        raise NeedsModel("the base model is stored quantised")
+        raise NeedsModel("the base model is stored quantized")
     defaults = LoraConfig().to_dict()
     for name, value in config.items():
         plain = name in _UNDERSTOOD or value in (None, False, [], {}, defaults.get(name))
@@ -160,7 +160,7 @@ def _check_kind(config: Mapping[str, Any], base_config: Mapping[str, Any]) -> No
 
 
 def _tied(adapter: Weights, base: Mapping[str, Stored], config: Mapping[str, Any]) -> str | None:
-    """The embedding that the head shares, if the adapter changes either; so the two must part."""
+    """The embedding that the head is tied to, if the adapter modifies either of them."""
     embeddings = [name for name in base if name.endswith("embed_tokens.weight")]
     touched = any(re.search(r"(embed_tokens|lm_head)\.", name) for name in adapter.stored)
     tied = HEAD not in base or config.get("tie_word_embeddings", False)
@@ -168,7 +168,7 @@ def _tied(adapter: Weights, base: Mapping[str, Stored], config: Mapping[str, Any
         return None
     if len(embeddings) != 1:
         raise NeedsModel(
-            "the adapter changes an output head that the base model's files do not hold"
+            "the adapter modifies an output head that is not in the base model's files"
         )
     return embeddings[0]
 
@@ -181,7 +181,7 @@ def _low_rank(
     head, _, tail = name.rpartition("_A")
     up = f"{head}_B{tail}"
     if up not in adapter.stored:
-        raise ModelError(f"the adapter holds {name} but not {up}: it is damaged")
+        raise ModelError(f"the adapter is damaged: it contains {name} but not {up}")
     shapes = adapter.stored[name].shape, adapter.stored[up].shape
     if any(len(shape) != 2 for shape in shapes):
         raise NeedsModel(f"{name} is not a matrix")
@@ -196,9 +196,9 @@ def _check_shapes(
     found: Mapping[str, Change], adapter: Weights, base: Mapping[str, Stored]
 ) -> None:
     for target, change in found.items():
-        wanted, there = change.shape(adapter), base[change.source].shape
-        if wanted is not None and wanted != there:
+        expected, actual = change.shape(adapter), base[change.source].shape
+        if expected is not None and expected != actual:
             raise ModelError(
-                f"the adapter does not fit the base model: {target} is {list(there)}, "
-                f"the adapter is for {list(wanted)}; give the model it was trained on"
+                f"the adapter does not fit the base model: {target} has shape {list(actual)}, "
+                f"the adapter expects {list(expected)}; give the model it was trained on"
             )

@@ -1,6 +1,6 @@
-"""Result folders that are there whole or not at all.
+"""Output folders that are created atomically.
 
-target refused if taken ──► enough disk? ──► hidden sibling filled ──► flushed to disk ──► renamed
+target must be empty ──► enough disk? ──► fill a hidden sibling ──► flush to disk ──► rename
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from xtuner.models import manifest
 from xtuner.models.save import flush, flush_tree
 
 _SPARE = 64 * 2**20
-"""Bytes of the disk that stay free beside the weights: tokenizer, configuration, and some air."""
+"""Disk space in bytes required in addition to the weights: tokenizer, configuration, margin."""
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
-    """Give an empty hidden folder that becomes `target` if the block ends without error.
+    """Yield an empty hidden folder that is renamed to `target` if the block succeeds.
 
     Args:
         target: must not exist, or be an empty folder.
-        num_bytes: what will be written, to compare with the free disk space.
+        num_bytes: size of the output, to check the free disk space.
 
     Raises:
-        LaunchError: `target` is taken, or the disk is too full. Nothing is left behind.
+        LaunchError: `target` is not empty, or the disk space is insufficient. Partial output is
+            removed.
     """
     target = target.absolute()
-    refuse_taken(target)
+    check_free(target)
     parents = [path for path in target.parents if not path.exists()]
     draft = target.with_name(f".{target.name}.writing")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_disk(target, num_bytes)
-        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(draft, ignore_errors=True)  # left by a killed process
         draft.mkdir()
         yield draft
         flush_tree(draft)
@@ -59,24 +60,24 @@ def new_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
         raise
 
 
-def refuse_taken(target: Path) -> None:
-    """Raise LaunchError if `target` is a file or a folder with something in it."""
+def check_free(target: Path) -> None:
+    """Raise LaunchError if `target` is a file or a folder that is not empty."""
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():
-        what = "holds files already" if target.is_dir() else "is a file"
+        what = "is not empty" if target.is_dir() else "is a file"
         raise LaunchError(f"{target}: {what}; give another folder, or remove this one first")
 
 
 def copy_others(
     source: Path, draft: Path, *, only: Sequence[str] = ("*",), skip: Sequence[str] = ()
 ) -> None:
-    """Copy files of `source` and its subfolders into `draft`; what is there already is kept.
+    """Copy files of `source` and its subfolders to `draft`; existing files are kept.
 
     Args:
-        source: hidden files and folders in it are left out.
-        draft: where to.
-        only, skip: patterns of names.
+        source: the source folder; hidden files and folders are skipped.
+        draft: the target folder.
+        only, skip: name patterns.
 
     Raises:
         ModelError: a link in `source` leads out of it.
@@ -85,16 +86,16 @@ def copy_others(
     for path in sorted(source.rglob("*")):
         inner = path.relative_to(source)
         hidden = any(part.startswith(".") for part in inner.parts)
-        wanted = _fits(inner, only) and not _fits(inner, (*skip, manifest.FILE_NAME))
-        if hidden or not wanted or not path.is_file():
+        selected = _matches(inner, only) and not _matches(inner, (*skip, manifest.FILE_NAME))
+        if hidden or not selected or not path.is_file():
             continue
-        place = draft / inner
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
+        copy = draft / inner
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
-def _fits(path: Path, patterns: Sequence[str]) -> bool:
+def _matches(path: Path, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(str(path), pattern) for pattern in patterns)
 
 
@@ -102,6 +103,6 @@ def _check_disk(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < num_bytes + _SPARE:
         raise LaunchError(
-            f"{target}: needs {(num_bytes + _SPARE) / 1e9:,.2f} GB of disk, "
-            f"{free / 1e9:,.2f} GB are free; make room, or give a folder on another disk"
+            f"{target}: needs {(num_bytes + _SPARE) / 1e9:,.2f} GB of disk space, but "
+            f"{free / 1e9:,.2f} GB are free; free some space, or give a folder on another disk"
         )

@@ -1,4 +1,4 @@
-"""Turn a checkpoint of a run into a folder to keep: a PEFT adapter, or a Hugging Face model."""
+"""Convert a checkpoint to a PEFT adapter or a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest
 from xtuner.models.run_info import RunInfo
-from xtuner.models.vision.parts import LLM, LLM_ADAPTER, PROJECTOR, run_of
+from xtuner.models.vision.folder import LLM, LLM_ADAPTER, PROJECTOR, run_of
 
 _MARKS = ("adapter_config.json", "config.json")
 LEFT_OUT = (
     "training_state.pt", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"
 )  # fmt: skip
-"""What only resuming needs, and what is written anew."""
+"""Files that are not copied: training state, and weights that are written again."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means.
+    """Resolve `path` to a checkpoint folder.
 
     Args:
-        path: an ``iter_N``, an ``iter_N.pth`` as in scripts of earlier versions, or a work dir,
-            whose newest checkpoint is taken.
+        path: an ``iter_N``, an ``iter_N.pth`` as in scripts of earlier versions, or a work dir (its
+            newest checkpoint).
 
     Raises:
         CheckpointError: there is no checkpoint.
@@ -54,20 +54,20 @@ def find_checkpoint(path: Path) -> Path:
         return folder
     if path.is_file():
         raise CheckpointError(
-            f"{path}: is one file, as earlier versions of xtuner wrote them; "
-            "this version reads folders iter_N, which hold the weights in Hugging Face format"
+            f"{path}: is a checkpoint file of an earlier version of xtuner; this version reads "
+            "folders iter_N with weights in Hugging Face format"
         )
-    place = folder if folder.is_dir() else folder.parent
-    found = ", ".join(sorted(str(p) for p in place.glob("iter_*") if p.is_dir())) or "none"
-    raise CheckpointError(f"{folder}: is no checkpoint; checkpoints in {place}: {found}")
+    parent = folder if folder.is_dir() else folder.parent
+    found = ", ".join(sorted(str(p) for p in parent.glob("iter_*") if p.is_dir())) or "none"
+    raise CheckpointError(f"{folder}: is not a checkpoint; checkpoints in {parent}: {found}")
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two names (folders, hub names, names that were fetched) mean the same model."""
-    return _place(one) == _place(other)
+    """Whether two names (folders, hub names, fetched models) refer to the same model."""
+    return _resolved(one) == _resolved(other)
 
 
-def _place(name: str) -> str:
+def _resolved(name: str) -> str:
     folder = Path(name).expanduser()
     found = folder if folder.is_dir() else fetch.cached(name)
     return str(found.resolve()) if found else name
@@ -79,27 +79,27 @@ def to_hf(
     *,
     fp32: bool = False,
     max_shard_size: str = "2GB",
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> RunInfo | None:
-    """Write `checkpoint` to `save_dir` without what only resuming needs.
+    """Write `checkpoint` to `save_dir` without training state.
 
-    An adapter stays an adapter, in the number type that the run computed in (bfloat16 if that is
-    unknown); a model is written in bfloat16, or float16 if the run computed in it, one shard at a
+    An adapter stays an adapter, in the number type of the run's computation (bfloat16 if unknown).
+    A model is written in bfloat16, or in float16 if the run computed in float16, one shard at a
     time.
 
     Args:
         checkpoint: see `find_checkpoint`.
         save_dir: a new folder.
-        fp32: keep float32.
-        max_shard_size: of a model, such as '2GB'.
-        tell: gets lines of progress.
+        fp32: save in float32.
+        max_shard_size: maximum size of a file of a model, such as '2GB'.
+        log: receives progress messages.
 
     Returns:
-        What the checkpoint says of its run.
+        The run.yaml of the checkpoint, if any.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
-        LaunchError: `save_dir` is taken, or the disk is too full.
+        LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     max_bytes = parse_size(max_shard_size)
     source = find_checkpoint(checkpoint)
@@ -108,24 +108,24 @@ def to_hf(
     info = run_of(source)
     is_adapter = (source / "adapter_config.json").is_file()
     computed = DTYPES.get(info.computed_in if info else "", torch.bfloat16)
-    short = computed if is_adapter or computed == torch.float16 else torch.bfloat16
-    dtype = torch.float32 if fp32 else short
+    short_dtype = computed if is_adapter or computed == torch.float16 else torch.bfloat16
+    dtype = torch.float32 if fp32 else short_dtype
     weights = Weights.of_adapter(source) if is_adapter else Weights.of_model(source)
     plan = cast_plan(weights.stored, dtype)
     with new_folder(save_dir, num_bytes=total_bytes(plan)) as draft:
         if is_adapter:
             write_adapter(draft, plan, weights)
         else:
-            write_shards(draft, plan, weights.__getitem__, max_bytes=max_bytes, tell=tell)
+            write_shards(draft, plan, weights.__getitem__, max_bytes=max_bytes, log=log)
             write_config(source, draft, dtype=dtype)
         copy_others(source, draft, skip=LEFT_OUT)
-        if info is not None and source.name in (LLM, LLM_ADAPTER):  # of a LLaVA model: now alone
+        if info is not None and source.name in (LLM, LLM_ADAPTER):  # part of a LLaVA model
             kind: Any = "adapter" if is_adapter else "model"
             replace(info, kind=kind, visual_encoder="").write(draft)
     return info
 
 
 def write_adapter(folder: Path, plan: Mapping[str, Planned], weights: Weights) -> None:
-    """Write the tensors of an adapter as `plan` says into one file in `folder`."""
+    """Write the tensors of an adapter, cast as in `plan`, to one file in `folder`."""
     tensors = {name: weights[name].to(planned.dtype) for name, planned in plan.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})

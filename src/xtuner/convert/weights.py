@@ -1,7 +1,7 @@
 """Read the weights of a folder tensor by tensor, and write them shard by shard.
 
-Names, types and shapes are known without reading the tensors, so shards are planned first and at
-most one of them is in memory.
+Names, dtypes and shapes are known without reading the tensors, so shards are planned first and only
+one is in memory at a time.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 def parse_size(text: str) -> int:
-    """Bytes that `text` means: '2GB' is 2·10⁹, '512MiB' 512·2²⁰.
+    """Parse a size in bytes: '2GB' is 2·10⁹, '512MiB' is 512·2²⁰.
 
     Raises:
-        ConfigError: it is not a size.
+        ConfigError: `text` is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     size = float(match[1]) * {**_UNITS, **_BINARY}.get(match[2], 0) if match else 0
@@ -46,7 +46,7 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and what it is, known without reading it."""
+    """File, dtype and shape of a tensor, known without reading it."""
 
     file: Path
     dtype: torch.dtype
@@ -54,13 +54,13 @@ class Stored:
 
 
 class Weights:
-    """The tensors in `files`, by name. Only the one asked for is read.
+    """The tensors in `files` by name, read on access.
 
     Args:
-        files: *.safetensors, or *.bin files that hold nothing but tensors.
+        files: *.safetensors files, or *.bin files that contain only tensors.
 
     Raises:
-        ModelError: a file is missing, damaged, or holds other things than tensors.
+        ModelError: a file is missing or damaged, or contains other objects than tensors.
     """
 
     def __init__(self, files: list[Path]):
@@ -72,19 +72,19 @@ class Weights:
 
     @classmethod
     def of_model(cls, folder: Path, *, safetensors_only: bool = False) -> Weights:
-        """The weights of the model in `folder`: of its safetensors, or else of its .bin files.
+        """The weights of the model in `folder`, from its safetensors or otherwise its .bin files.
 
         Raises:
             ModelError: there are none, or they are damaged.
         """
-        for stem, ending in _STEMS[:1] if safetensors_only else _STEMS:
-            index = folder / f"{stem}.{ending}.index.json"
+        for stem, suffix in _STEMS[:1] if safetensors_only else _STEMS:
+            index = folder / f"{stem}.{suffix}.index.json"
             if index.is_file():
                 return cls._indexed(index)
-            if (folder / f"{stem}.{ending}").is_file():
-                return cls([folder / f"{stem}.{ending}"])
-        kinds = "model*.safetensors" + ("" if safetensors_only else " and no pytorch_model*.bin")
-        raise ModelError(f"{folder}: holds no {kinds}, so no model")
+            if (folder / f"{stem}.{suffix}").is_file():
+                return cls([folder / f"{stem}.{suffix}"])
+        expected = "model*.safetensors" + ("" if safetensors_only else " or pytorch_model*.bin")
+        raise ModelError(f"{folder}: is not a model: it contains no {expected}")
 
     @classmethod
     def _indexed(cls, index: Path) -> Weights:
@@ -93,13 +93,13 @@ class Weights:
             names = list(dict.fromkeys(mapped.values()))
             outside = [name for name in names if Path(name).name != name]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: is not an index of weights: {error!r}") from error
+            raise ModelError(f"{index}: is not a weight index: {error!r}") from error
         if outside:
             raise ModelError(f"{index}: names {outside[0]!r}, which is outside the folder")
         weights = cls([index.parent / name for name in names])
-        lost = [name for name in mapped if name not in weights.stored]
-        if lost:
-            raise ModelError(f"{index}: lists {lost[0]!r}, which is in none of its files")
+        missing = [name for name in mapped if name not in weights.stored]
+        if missing:
+            raise ModelError(f"{index}: lists {missing[0]!r}, which is in none of its files")
         weights.stored = {name: s for name, s in weights.stored.items() if name in mapped}
         return weights
 
@@ -113,7 +113,10 @@ class Weights:
         for name in ("adapter_model.safetensors", "adapter_model.bin"):
             if (folder / name).is_file():
                 return cls([folder / name])
-        raise ModelError(f"{folder}: lacks adapter_model.safetensors, so it is no adapter")
+        raise ModelError(
+            f"{folder}: is not an adapter: it contains no adapter_model.safetensors or "
+            "adapter_model.bin"
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor, on the CPU."""
@@ -125,7 +128,7 @@ class Weights:
 
     def _describe(self, file: Path) -> dict[str, Stored]:
         if not file.is_file():
-            raise ModelError(f"{file}: is missing; fetch or copy the model again")
+            raise ModelError(f"{file}: is missing; download or copy the model again")
         if file.suffix != ".safetensors":
             found = self._unpickled(file)
             return {n: Stored(file, t.dtype, tuple(t.shape)) for n, t in found.items()}
@@ -137,13 +140,13 @@ class Weights:
                     for name, part in slices.items()
                 }
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: is damaged: {error}; fetch or copy it again") from error
+            raise ModelError(f"{file}: is damaged: {error}; download or copy it again") from error
         except KeyError as error:
-            raise ModelError(f"{file}: holds numbers of the unknown type {error}") from error
+            raise ModelError(f"{file}: contains a tensor of unsupported dtype {error}") from error
 
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
         if self._bin is None or self._bin[0] != file:
-            self._bin = None  # before the next is read
+            self._bin = None  # free it before reading the next
             self._bin = file, _load_bin(file)
         return self._bin[1]
 
@@ -153,31 +156,31 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
     try:
         try:
             found = torch.load(file, mmap=True, **options)
-        except RuntimeError:  # a file in the format before torch 1.6 cannot be mapped
+        except RuntimeError:  # files in the format before torch 1.6 cannot be mapped
             found = torch.load(file, **options)
-    except Exception as error:  # torch raises many kinds for a damaged or refused file
+    except Exception as error:  # torch raises many types for a damaged or refused file
         first = str(error).splitlines()[0]
-        raise ModelError(f"{file}: cannot be read as plain weights: {first}") from error
+        raise ModelError(f"{file}: cannot be read as weights: {first}") from error
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ModelError(f"{file}: holds other things than named tensors")
+        raise ModelError(f"{file}: must contain a dict of tensors")
     return found
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that will be written."""
+    """A tensor to write."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Its size on the disk."""
+        """Its size on disk."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 def cast_plan(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Planned]:
-    """What `stored` becomes with floating-point tensors in `dtype`; None leaves all as it is."""
+    """Plan to write `stored` with floating-point tensors cast to `dtype`; None keeps the dtypes."""
     return {
         name: Planned(dtype if dtype and s.dtype.is_floating_point else s.dtype, s.shape)
         for name, s in stored.items()
@@ -185,12 +188,12 @@ def cast_plan(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[s
 
 
 def total_bytes(plan: Mapping[str, Planned]) -> int:
-    """Bytes of all tensors of `plan`."""
+    """Total bytes of the tensors in `plan`."""
     return sum(planned.num_bytes for planned in plan.values())
 
 
 def main_dtype(plan: Mapping[str, Planned]) -> torch.dtype:
-    """The floating-point type that holds most of the weights."""
+    """The floating-point dtype with the most bytes."""
     sizes: dict[torch.dtype, int] = {}
     for planned in plan.values():
         if planned.dtype.is_floating_point:
@@ -204,20 +207,20 @@ def write_shards(
     read: Callable[[str], Tensor],
     *,
     max_bytes: int,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write the tensors of `plan` as model*.safetensors, with an index if there are several files.
 
     Args:
-        folder: where to.
-        plan: names in order, with what each will be.
-        read: gives the tensor of a name; it is cast to the planned type.
-        max_bytes: largest shard; a larger tensor gets a shard of its own.
-        tell: gets a line for each shard.
+        folder: the target folder.
+        plan: the tensors to write, in order.
+        read: returns the tensor of a name; it is cast to the planned dtype.
+        max_bytes: maximum size of a shard; a larger tensor gets a shard of its own.
+        log: receives a message for each shard.
     """
     shards = _group(plan, max_bytes)
     count = len(shards)
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = (
             f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
@@ -225,10 +228,10 @@ def write_shards(
         tensors = {name: read(name).to(plan[name].dtype).cpu().contiguous() for name in names}
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
         del tensors
-        where |= dict.fromkeys(names, file)
-        tell(f"Shard {number} of {count}: {file}")
+        weight_map |= dict.fromkeys(names, file)
+        log(f"Shard {number} of {count}: {file}")
     if count > 1:
-        index = {"metadata": {"total_size": total_bytes(plan)}, "weight_map": where}
+        index = {"metadata": {"total_size": total_bytes(plan)}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
@@ -246,13 +249,13 @@ def _group(plan: Mapping[str, Planned], max_bytes: int) -> list[list[str]]:
 
 
 def write_config(source: Path, folder: Path, *, dtype: torch.dtype, untie: bool = False) -> None:
-    """Write `source`/config.json into `folder` for unquantised weights of type `dtype`.
+    """Write `source`/config.json to `folder` for unquantized weights of type `dtype`.
 
     Args:
         source: the folder of the original model.
-        folder: where to.
-        dtype: what the weights are now.
-        untie: the output head is no longer the input embedding.
+        folder: the target folder.
+        dtype: the dtype of the written weights.
+        untie: the output head is no longer tied to the input embedding.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)

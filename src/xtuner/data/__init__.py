@@ -1,1 +1,1 @@
-"""Data: sources of rows become encoded, packed samples, and every row is accounted for."""
+"""The data pipeline: read, convert, tokenize, mix and pack rows, and account for each of them."""

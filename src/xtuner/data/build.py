@@ -1,7 +1,7 @@
-"""Make the packs of a run out of its settings, and account for every row on the way.
+"""Build the packed data of a run from its settings, and account for every row.
 
 sources ─prepare─► files + formats ─encode─► rows on disk (cached) ─overlong─► samples
-        ─mix─► rows of an epoch ─set aside─► training | validation ─pack─► PackedDataset
+        ─mix─► rows of an epoch ─split─► training | validation ─pack─► PackedDataset
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from xtuner.config.schema import Settings
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.packing import order
-from xtuner.data.packing.mix import mixed_rows, set_aside
+from xtuner.data.packing.mix import mixed_rows, split_validation
 from xtuner.data.packing.order import Ints
 from xtuner.data.packing.overlong import fit, policy_of
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.packing.plan_cache import planned
 from xtuner.data.packing.samples import SampleTable, samples_of
 from xtuner.data.report.account import (
-    Encoded,
-    Room,
+    EncodedSource,
+    LengthLimit,
     duplicate_notes,
     num_duplicates,
     refuse_unusable,
@@ -39,7 +39,7 @@ from xtuner.types import Algorithm
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The packs to train on, those to measure the loss on, and the account of all rows."""
+    """The packs for training and validation, and the report on all rows."""
 
     train: PackedDataset
     validation: PackedDataset | None
@@ -57,22 +57,21 @@ def build(
     report_dir: Path | None = None,
     quiet: bool = False,
 ) -> TrainingData:
-    """Make the data of a run.
+    """Build the data of a run.
 
     Args:
-        settings: the part about data and `seed` count.
-        template: lays out conversations.
-        tokenizer: of the model that is trained.
-        folder: where relative paths are looked up first: that of the settings file.
-        algorithm: which records it takes, and which sequences it makes of them.
-        sight: how images are laid out; None for a model without a vision tower. Every caller
-            says it, for a model that sees reads the same rows as another.
-        report_dir: where data_report.json is written; None writes none.
+        settings: the data settings and `seed` are used.
+        template: renders conversations.
+        tokenizer: of the trained model.
+        folder: where relative paths are looked up first, the folder of the settings file.
+        algorithm: defines the accepted records and their sequences.
+        image_layout: how images are expanded to tokens; None for a model without a vision tower.
+        report_dir: folder for data_report.json; None writes none.
         quiet: show no progress.
 
     Raises:
-        DataError: a source cannot be read, or there is nothing to learn in it.
-        ConfigError: there is no format of that name.
+        DataError: a source cannot be read, or has no usable row.
+        ConfigError: unknown format.
     """
     sources = prepare(settings, folder=folder)
     encoding = Encoding(
@@ -85,135 +84,148 @@ def build(
         image_layout=image_layout,
     )
     stores = [encoding.store(source) for source in sources]
-    policy, room = policy_of(settings, algorithm), room_of(settings, image_layout)
-    encoded = [
-        Encoded(
-            source, store, fit(store, source=i, max_length=room.tokens, policy=policy), room, policy
-        )
-        for i, (source, store) in enumerate(zip(sources, stores, strict=True))
-    ]
+    policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)
+    encoded = []
+    for number, (source, store) in enumerate(zip(sources, stores, strict=True)):
+        fitted = fit(store, source=number, max_length=limit.tokens, policy=policy)
+        encoded.append(EncodedSource(source, store, fitted, limit, policy))
     refuse_unusable(encoded)
-    data = _Assembly(settings, encoded, room, algorithm.sequences_per_row).data()
+    data = _Assembly(settings, encoded, limit, algorithm.sequences_per_row).data()
     if report_dir is not None:
         data.report.write(report_dir)
     return data
 
 
-def room_of(settings: Settings, image_layout: ImageLayout | None) -> Room:
-    """How long a sample of the run may be."""
-    return Room(settings.max_length, image_layout.tokens_each if image_layout else 0)
+def length_limit(settings: Settings, image_layout: ImageLayout | None) -> LengthLimit:
+    """The maximum length of a sample."""
+    return LengthLimit(
+        settings.max_length, image_layout.processor.max_tokens if image_layout else 0
+    )
 
 
 class _Assembly:
-    """Choose rows among all usable ones, which are numbered through all sources, and pack them."""
+    """Mixes, splits and packs the usable rows, which are numbered across all sources."""
 
     def __init__(
-        self, settings: Settings, encoded: Sequence[Encoded], room: Room, sequences_per_row: int
+        self,
+        settings: Settings,
+        encoded: Sequence[EncodedSource],
+        limit: LengthLimit,
+        sequences_per_row: int,
     ) -> None:
-        self._settings, self._max_length = settings, room.tokens
-        self._longest = room.tokens * sequences_per_row  # of a row, and of a pack
+        self._settings, self._max_length = settings, limit.tokens
+        self._capacity = limit.tokens * sequences_per_row  # of a row, and of a pack
         self._encoded = encoded
         self._samples = SampleTable.joined([each.fitted.samples for each in encoded])
         self._starts = self._samples.row_starts()
         self._source_of_row = self._samples.source[self._starts[:-1]]
 
     def data(self) -> TrainingData:
-        """Mix, set aside, pack and report."""
-        learnt, aside = self._chosen_rows()
-        train = self._packed(learnt)
-        validation = self._packed(aside) if len(aside) else None
-        return TrainingData(train, validation, self._report(train, validation, learnt, aside))
+        """Mix, split, pack and report."""
+        train_rows, validation_rows = self._split_rows()
+        train = self._packed(train_rows)
+        validation = self._packed(validation_rows) if len(validation_rows) else None
+        report = self._report(train, validation, train_rows, validation_rows)
+        return TrainingData(train, validation, report)
 
-    def _chosen_rows(self) -> tuple[Ints, Ints]:
+    def _split_rows(self) -> tuple[Ints, Ints]:
         s = self._settings
         rows = mixed_rows(
-            self._rows_a_source(np.arange(len(self._source_of_row))),
+            self._rows_per_source(np.arange(len(self._source_of_row))),
             repeats=s.data_repeats,
             weights=s.data_weights,
             limit=s.max_dataset_length,
             seed=s.seed,
         )
-        learnt, aside = set_aside(rows, ratio=s.validation_ratio, seed=s.seed)
-        if not len(learnt):
+        train, validation = split_validation(rows, ratio=s.validation_ratio, seed=s.seed)
+        if not len(train):
+            count = len(np.unique(rows))
             raise DataError(
-                f"no row is left to train on: the mix has {len(np.unique(rows))} rows and "
+                f"no rows left to train on: the mix has {count} row{'' if count == 1 else 's'} and "
                 f"validation_ratio is {s.validation_ratio}; add data, or change the mix"
             )
-        return learnt, aside
+        return train, validation
 
-    def _rows_a_source(self, rows: Ints) -> list[int]:
+    def _rows_per_source(self, rows: Ints) -> list[int]:
         counts: list[int] = np.bincount(
             self._source_of_row[rows], minlength=len(self._encoded)
         ).tolist()
         return counts
 
     def _packed(self, rows: Ints) -> PackedDataset:
-        """Lay the samples of `rows` out in packs, or each in one of its own."""
+        """Pack the samples of `rows`, or put each in a pack of its own."""
         s = self._settings
-        own = self._samples.take(samples_of(rows, self._starts))
-        numbers = np.arange(len(own), dtype=np.int64)
-        members, starts = numbers, np.arange(len(own) + 1, dtype=np.int64)
+        samples = self._samples.take(samples_of(rows, self._starts))
+        numbers = np.arange(len(samples), dtype=np.int64)
+        members, starts = numbers, np.arange(len(samples) + 1, dtype=np.int64)
         if s.packs:
-            taken = order.permutation(len(own), "pack", s.seed) if s.shuffle else numbers
-            members, starts = self._packed_by_kind(own, taken)
+            shuffled = order.permutation(len(samples), "pack", s.seed) if s.shuffle else numbers
+            members, starts = self._packed_by_modality(samples, shuffled)
         stores = [each.store for each in self._encoded]
         return PackedDataset(
-            stores, samples=own.take(members), starts=starts, max_length=self._max_length
+            stores, samples=samples.take(members), starts=starts, max_length=self._max_length
         )
 
-    def _packed_by_kind(self, own: SampleTable, taken: Ints) -> tuple[Ints, Ints]:
-        """Pack in order; with group_by_modality samples with images and the others each by
-        themselves."""
+    def _packed_by_modality(self, samples: SampleTable, shuffled: Ints) -> tuple[Ints, Ints]:
+        """Pack samples in order; with group_by_modality, those with and without images
+        separately."""
         s = self._settings
         if not (s.shuffle and s.group_by_modality):
-            return planned(own.length, self._longest, order=taken)
-        image_model = own.has_images([each.store for each in self._encoded])[taken]
-        if image_model.all() or not image_model.any():
-            return planned(own.length, self._longest, order=taken)
+            return planned(samples.length, self._capacity, order=shuffled)
+        has_images = samples.has_images([each.store for each in self._encoded])[shuffled]
+        if has_images.all() or not has_images.any():
+            return planned(samples.length, self._capacity, order=shuffled)
         parts = [
-            planned(own.length, self._longest, order=taken[image_model == kind]) for kind in (1, 0)
+            planned(samples.length, self._capacity, order=shuffled[has_images == modality])
+            for modality in (True, False)
         ]
-        (first, ends), (second, more) = parts
-        return np.concatenate([first, second]), np.concatenate([ends, more[1:] + len(first)])
+        (first, first_starts), (second, second_starts) = parts
+        starts = np.concatenate([first_starts, second_starts[1:] + len(first)])
+        return np.concatenate([first, second]), starts
 
     def _report(
-        self, train: PackedDataset, validation: PackedDataset | None, learnt: Ints, aside: Ints
+        self,
+        train: PackedDataset,
+        validation: PackedDataset | None,
+        train_rows: Ints,
+        validation_rows: Ints,
     ) -> DataReport:
         s = self._settings
-        learnt = np.flatnonzero(np.bincount(learnt))  # once each
-        used = self._rows_a_source(np.concatenate([learnt, aside]))
+        train_rows = np.flatnonzero(np.bincount(train_rows))  # unique
+        used = self._rows_per_source(np.concatenate([train_rows, validation_rows]))
         hashes = self._hashes()
+        train_hashes, validation_hashes = hashes[train_rows], hashes[validation_rows]
         return DataReport(
             sources=tuple(
                 each.report(rows_used=count)
                 for each, count in zip(self._encoded, used, strict=True)
             ),
-            train=PartReport.of(train, self._longest),
-            validation=None if validation is None else PartReport.of(validation, self._longest),
-            max_length=self._longest,
+            train=PartReport.of(train, self._capacity),
+            validation=None if validation is None else PartReport.of(validation, self._capacity),
+            max_length=self._capacity,
             packed=s.packs,
-            duplicates=num_duplicates(hashes[learnt], hashes[aside]),
+            duplicates=num_duplicates(train_hashes, validation_hashes),
             notes=(
                 *(note for each in self._encoded for note in each.source.notes),
-                *duplicate_notes(hashes[learnt], hashes[aside]),
+                *duplicate_notes(train_hashes, validation_hashes),
                 *self._notes_on_images(train),
             ),
         )
 
     def _notes_on_images(self, train: PackedDataset) -> list[str]:
-        """Notes on rows without images; an error where only images could teach anything."""
+        """A note if no row has images; an error if training requires images."""
         s = self._settings
         if not s.has_vision or train.any_images:
             return []
         if s.llm_training == "frozen":
             raise DataError(
-                "not one row has an image, and the language model is frozen: nothing would be "
-                "learned. Give rows with images, or train the language model (tuning = 'qlora')"
+                "no row has an image and the language model is frozen, so there is nothing to "
+                "train. Add rows with images, or train the language model (tuning = 'qlora')"
             )
-        return ["not one row has an image: projector and vision tower learn nothing"]
+        return ["no row has an image, so projector and vision tower are not trained"]
 
     def _hashes(self) -> Any:
-        """The hash of each usable row's tokens."""
+        """The hash of each usable row."""
         rows = self._samples.row[self._starts[:-1]]
         return np.concatenate(
             [

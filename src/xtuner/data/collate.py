@@ -1,4 +1,4 @@
-"""Lay samples end to end in one row: no padding, and no token predicts across sequences."""
+"""Concatenate samples to one row, without padding and without loss across sequences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from xtuner.types import IGNORE_INDEX, Batch, Sample
 
 
-def lay_out(samples: Sequence[Sample]) -> Batch:
-    """Make one batch of `samples`, in their order; see `Batch` for the shapes."""
+def concatenate(samples: Sequence[Sample]) -> Batch:
+    """Concatenate `samples` to one batch, in order; see `Batch` for the shapes."""
     lengths = [length for sample in samples for length in sample.sequence_lengths]
     starts = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=starts[1:])

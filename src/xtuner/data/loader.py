@@ -1,9 +1,10 @@
-"""Hand out the batches of each optimizer step.
+"""Load the batches of each optimizer step.
 
-What is in a step is a pure function of (seed, epoch, step): the packs of an epoch are put in order,
-cut into groups (one a step), each group into micro-batches, and micro-batch j of a group goes to
-rank j modulo the number of ranks. So a resumed run, or one on another number of ranks with the same
-number of micro-batches a step, sees the same data. No global random state is read or changed.
+The data of a step is a pure function of (seed, epoch, step): the packs of an epoch are ordered and
+split into groups, one per step; each group is split into micro-batches, and micro-batch j of a
+group goes to rank j modulo the number of ranks. A resumed run, or a run on another number of ranks
+with the same number of micro-batches per step, therefore sees the same data. No global random state
+is read or changed.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ class Loader:
 
     Args:
         dataset: the packs.
-        collate: makes a batch of samples.
-        batch_size: packs a micro-batch.
-        accumulative_counts: micro-batches a step and rank.
-        seed: fixes the order of every epoch.
+        collate: combines samples to a batch.
+        batch_size: packs per micro-batch.
+        accumulative_counts: micro-batches per step and rank.
+        seed: determines the order of every epoch.
         shuffle: False keeps the order of the packs in every epoch.
-        rank, world_size: this process and the number of processes.
-        num_workers: processes that build batches ahead; 0 builds them when they are asked for.
-        pin_memory: keep batches where a GPU copies them from fastest.
-        grouped: put packs of one modality and of like length together in a micro-batch.
+        rank, world_size: index of this process and the number of processes.
+        num_workers: processes that prepare batches; 0 prepares them in this process.
+        pin_memory: return batches in pinned memory.
+        grouped: group packs of the same modality and similar length into micro-batches.
 
     Raises:
         DataError: `dataset` is empty.
@@ -59,13 +60,13 @@ class Loader:
         grouped: bool = False,
     ) -> None:
         if len(dataset) == 0:
-            raise DataError("the data set is empty: there is nothing to load")
+            raise DataError("the data set is empty")
         self._micro_batches = _MicroBatches(dataset, collate)
         self._num_packs = len(dataset)
         self._batch_size = batch_size
-        self._packs_a_step = batch_size * accumulative_counts * world_size
+        self._packs_per_step = batch_size * accumulative_counts * world_size
         self._seed, self._shuffle = seed, shuffle
-        self._kinds = (dataset.has_images, dataset.lengths) if grouped else None
+        self._group_keys = (dataset.has_images, dataset.lengths) if grouped else None
         self._rank, self._world_size = rank, world_size
         self._num_workers = num_workers
         self._pin = pin_memory
@@ -73,56 +74,61 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; the last group may be smaller than the others."""
-        return -(-self._num_packs // self._packs_a_step)
+        """Optimizer steps per epoch; the last group may be smaller than the others."""
+        return -(-self._num_packs // self._packs_per_step)
 
     @property
     def micro_batches_per_epoch(self) -> int:
-        """Micro-batches of the first rank in an epoch; another may have one less."""
+        """Micro-batches of rank 0 per epoch; other ranks may have one less."""
         return -(-self._num_packs // (self._batch_size * self._world_size))
 
     def groups(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of each step from `start_step` to `stop_step` - 1.
 
-        Steps count from 0 over all epochs. A list is empty where the last group of an epoch has no
-        micro-batch left for this rank. Ask for many steps at once: with `num_workers`, every call
-        starts the processes anew.
+        Steps count from 0 across epochs. A list is empty if the last group of an epoch has no
+        micro-batch for this rank. Request many steps at once: with `num_workers`, every call starts
+        new processes.
         """
         batches = self._batches(start_step, stop_step)
         for step in range(start_step, stop_step):
-            yield [next(batches) for _ in self._share(step)]
+            yield [next(batches) for _ in self._packs_of_step(step)]
+
+    def filler(self) -> Batch:
+        """A micro-batch of the first pack, for a forward pass that counts nothing."""
+        return self._micro_batches[[0]]
 
     def _batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        wanted = (packs for step in range(start_step, stop_step) for packs in self._share(step))
-        made = (
-            (self._micro_batches[p] for p in wanted)
+        steps = range(start_step, stop_step)
+        indices = (packs for step in steps for packs in self._packs_of_step(step))
+        batches = (
+            (self._micro_batches[packs] for packs in indices)
             if not self._num_workers
-            else self._ahead(wanted)
+            else self._from_workers(indices)
         )
-        for batch in made:
+        for batch in batches:
             yield batch.moved(lambda tensor: tensor.pin_memory()) if self._pin else batch
 
-    def _ahead(self, wanted: Iterator[list[int]]) -> Iterator[Batch]:
+    def _from_workers(self, indices: Iterator[list[int]]) -> Iterator[Batch]:
         loader: DataLoader[Batch | XTunerError] = DataLoader(
-            _FaultsAsItems(self._micro_batches),
-            sampler=wanted,  # type: ignore[arg-type]  # an item of ours is the list of a micro-batch's packs
+            _ErrorsAsItems(self._micro_batches),
+            sampler=indices,  # type: ignore[arg-type]  # an index is the list of packs of a micro-batch
             batch_size=None,
             num_workers=self._num_workers,
-            collate_fn=_as_is,  # type: ignore[arg-type]  # without batch_size it gets one item
+            collate_fn=_identity,  # type: ignore[arg-type]  # without batch_size it gets one item
             worker_init_fn=_ignore_interrupt,
-            # a generator of its own: without one, torch would draw from the global random state
+            # without a generator, torch would draw from the global random state
             generator=torch.Generator(),
         )
-        for made in loader:
-            if isinstance(made, XTunerError):
-                raise made
-            yield made
+        for item in loader:
+            if isinstance(item, XTunerError):
+                raise item
+            yield item
 
-    def _share(self, step: int) -> list[list[int]]:
-        """The packs of each micro-batch that this rank works on in `step`."""
+    def _packs_of_step(self, step: int) -> list[list[int]]:
+        """The packs of each micro-batch of this rank in `step`."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        first = step_of_epoch * self._packs_a_step
-        group = self._epoch_order(epoch)[first : first + self._packs_a_step]
+        first = step_of_epoch * self._packs_per_step
+        group = self._epoch_order(epoch)[first : first + self._packs_per_step]
         starts = range(
             self._rank * self._batch_size, len(group), self._world_size * self._batch_size
         )
@@ -132,16 +138,16 @@ class Loader:
         if not self._shuffle:
             return np.arange(self._num_packs, dtype=np.int64)
         drawn = order.permutation(self._num_packs, "epoch", self._seed, epoch)
-        if self._kinds is None or self._batch_size == 1:
+        if self._group_keys is None or self._batch_size == 1:
             return drawn
-        kinds, lengths = self._kinds
+        has_images, lengths = self._group_keys
         return order.grouped(
-            drawn, kinds, lengths, size=self._batch_size, key=("groups", self._seed, epoch)
+            drawn, has_images, lengths, size=self._batch_size, key=("groups", self._seed, epoch)
         )
 
 
 class _MicroBatches(Dataset[Batch]):
-    """Packs looked up by a list of their numbers, collated."""
+    """Collated micro-batches, indexed by a list of pack numbers."""
 
     def __init__(self, dataset: PackedDataset, collate: Collate) -> None:
         self._dataset = dataset
@@ -151,8 +157,8 @@ class _MicroBatches(Dataset[Batch]):
         return self._collate([sample for pack in packs for sample in self._dataset[pack]])
 
 
-class _FaultsAsItems(Dataset[Batch | XTunerError]):
-    """Hands the faults of rows on as items: torch would raise them with a worker's traceback."""
+class _ErrorsAsItems(Dataset[Batch | XTunerError]):
+    """Returns errors as items, since torch would re-raise them with the traceback of the worker."""
 
     def __init__(self, micro_batches: _MicroBatches) -> None:
         self._micro_batches = micro_batches
@@ -164,10 +170,10 @@ class _FaultsAsItems(Dataset[Batch | XTunerError]):
             return error
 
 
-def _as_is(item: Batch | XTunerError) -> Batch | XTunerError:
+def _identity(item: Batch | XTunerError) -> Batch | XTunerError:
     return item
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the training decides when its workers end."""
+    """Ctrl-C reaches all processes of the terminal; the main process stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

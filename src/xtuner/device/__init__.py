@@ -1,1 +1,1 @@
-"""The device and number type of a run, and the memory and threads of the host."""
+"""The device and dtype of a run, and the memory and threads of the host."""

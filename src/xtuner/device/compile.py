@@ -16,12 +16,12 @@ from xtuner.device.ownership import refuse_others
 
 
 def find_compiler(*names: str) -> str | None:
-    """The first compiler of `names` on the PATH."""
+    """The path of the first of `names` that is on the PATH, or None."""
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def cpu_flags() -> str:
-    """The instruction sets of this CPU, as the system names them."""
+    """The instruction sets of this CPU as reported by the system."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -29,32 +29,32 @@ def cpu_flags() -> str:
 
 
 def compile_library(folder: str, sources: Iterable[Path], command: list[str]) -> Path:
-    """Compile a shared library, or find it in the cache of this machine.
+    """Compile a shared library unless it is in the cache, and return its path.
 
     Args:
-        folder: the folder of the cache.
+        folder: subfolder of the cache.
         sources: files that the result depends on.
         command: the compiler and its arguments, without ``-o``.
 
     Raises:
-        PermissionError: another user could have written the library or its folder.
-        subprocess.CalledProcessError: the compiler refuses it.
-        subprocess.TimeoutExpired: it takes more than two minutes.
+        PermissionError: other users can write to the library or its folder.
+        subprocess.CalledProcessError: the compiler reports an error.
+        subprocess.TimeoutExpired: compiling takes more than two minutes.
     """
     tool = Path(command[0]).resolve()
     version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"
     texts = [source.read_text() for source in sources]
-    known = "\n".join((*texts, version, *command[1:], platform.machine(), cpu_flags()))
+    key = "\n".join((*texts, version, *command[1:], platform.machine(), cpu_flags()))
     home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
-    path = home / folder / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    path = home / folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     refuse_others(path.parent)
     if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=path.parent) as place:
-            made = Path(place) / "made.so"
-            whole = [*command, "-o", str(made)]
-            subprocess.run(whole, check=True, capture_output=True, text=True, timeout=120)
-            made.chmod(0o700)
-            made.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            output = Path(temporary) / "output.so"
+            command = [*command, "-o", str(output)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            output.chmod(0o700)
+            output.replace(path)
     refuse_others(path)
     return path

@@ -1,4 +1,4 @@
-"""What a lack of memory looks like, whichever library runs into it."""
+"""Recognize out-of-memory errors of all libraries."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import re
 import torch
 
 _WORDS = re.compile(
-    r"can't allocate memory"  # torch's allocator for CPUs on Linux,
+    r"can't allocate memory"  # torch's CPU allocator on Linux,
     r"|not enough memory"  # and on other systems
-    r"|out of memory"  # CUDA, where it is no torch.OutOfMemoryError
+    r"|out of memory"  # CUDA errors other than torch.OutOfMemoryError
     r"|_STATUS_ALLOC_FAILED"  # cuBLAS, cuDNN
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is an allocator's, of a GPU or a CPU."""
+    """Whether `error` is an allocation failure on a GPU or a CPU."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (

@@ -1,4 +1,4 @@
-"""The device and the number type of a run."""
+"""Choose the device and the dtype of a run."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from xtuner.errors import LaunchError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 FLOAT16_OVERFLOWS = (
-    "float16 has no numbers above 65,504, and many models reach them: set dtype = 'float32', or "
-    "train on a GPU that has bfloat16 (Ampere and later)"
+    "float16 overflows above 65,504, which activations of many models exceed: set "
+    "dtype = 'float32', or train on a GPU with bfloat16 (Ampere or later)"
 )
-"""What to do where numbers of the forward pass overflow."""
+"""Hint for overflows in the forward pass."""
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> str:
     """Return 'cuda' or 'cpu'.
 
     Raises:
-        LaunchError: 'cuda' was asked for and there is no usable GPU.
+        LaunchError: 'cuda' is requested and there is no usable GPU.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise LaunchError(
-            "device = 'cuda': torch sees no GPU; set device = 'cpu', or install a CUDA build of "
+            "device = 'cuda': torch finds no GPU; set device = 'cpu', or install a CUDA build of "
             "torch"
         )
     return name
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware; a GPU that is not here (a forecast
-    is made for one) is taken to."""
+    """Whether `device` multiplies bfloat16 matrices in hardware; assumed for a GPU that is not
+    present, as in a memory forecast."""
     if device == "cuda":
         return not torch.cuda.is_available() or bool(
             torch.cuda.is_bf16_supported(including_emulation=False)
@@ -58,8 +58,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The torch type for `name`; 'auto' is bfloat16 where `device` has it in hardware, else float16
-    on a GPU and float32 on a CPU."""
+    """The torch dtype for `name`; 'auto' is bfloat16 if `device` supports it in hardware, else
+    float16 on a GPU and float32 on a CPU."""
     if name != "auto":
         return DTYPES[name]
     fast = device == "cuda" or has_fast_bfloat16(device)
@@ -67,6 +67,6 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def half_dtype(device: str) -> torch.dtype:
-    """The 16-bit type for `device`: bfloat16, but float16 on a GPU that has none (Turing and
+    """The 16-bit dtype for `device`: bfloat16, or float16 on a GPU without it (Turing or
     earlier)."""
     return torch.float16 if device == "cuda" and not has_fast_bfloat16(device) else torch.bfloat16

@@ -1,13 +1,12 @@
-"""Checkpoints that are there whole or not at all, and what an exact resume needs.
+"""Checkpoints that are there whole or not at all.
 
     work_dir/iter_N/      weights in Hugging Face format, tokenizer, run.yaml: usable at once
-             training_state.pt   step, optimizer and loss scale: only for resuming
+             training_state.pt   only for resuming (`training_state`)
     work_dir/last_checkpoint     the name of the newest
 
-Everything is written into a hidden folder, flushed to the disk and renamed; the oldest checkpoint
-is deleted only after the new one stands. A process killed at any moment leaves whole checkpoints
-and at most one hidden folder, which the next save removes. Data order and dropout are functions of
-(seed, step), so step and optimizer state are all that a resume needs beside the weights.
+Everything is written into a hidden folder, by all processes, then flushed to the disk and renamed
+by the main one; the oldest checkpoint is deleted only after the new one stands. A process killed at
+any moment leaves whole checkpoints and at most one hidden folder, which the next save removes.
 """
 
 from __future__ import annotations
@@ -15,25 +14,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from xtuner.device.out_of_memory import is_out_of_memory
-from xtuner.engine.optimizer.loss_scaler import LossScaler
-from xtuner.engine.optimizer.optim import load_optimizer
-from xtuner.engine.optimizer.state_check import check_state
+from xtuner.engine.training_state import STATE_FILE
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models import manifest
 from xtuner.models.folder_swap import put_in_place, recover
-from xtuner.models.run_info import RunInfo
 from xtuner.models.save import flush, flush_tree
+from xtuner.parallel.processes import Processes
 
-STATE_FILE = "training_state.pt"
 LAST_FILE = "last_checkpoint"
 _NAME = re.compile(r"iter_(\d+)$")
 
@@ -55,41 +49,47 @@ class CheckpointStore:
         found = (p for p in self.work_dir.glob("iter_*") if _NAME.fullmatch(p.name) and p.is_dir())
         return sorted(found, key=step_of)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Write checkpoint ``iter_<step>`` through `write`, which fills an empty folder.
+    def save(
+        self, step: int, write: Callable[[Path], None], *, processes: Processes | None = None
+    ) -> Path:
+        """Write checkpoint ``iter_<step>``.
+
+        The main process makes the draft, every process writes its part, and when all have, the main
+        process flushes the draft to the disk and renames it. All return or raise together.
+
+        Args:
+            step: names the checkpoint.
+            write: fills the draft, an empty folder; called on every process.
+            processes: those that save together; None if this one is alone.
 
         Raises:
-            LaunchError: the disk is full, or memory is; earlier checkpoints are untouched.
+            LaunchError: the disk is full, or memory is, of any process; earlier checkpoints are
+                untouched.
         """
         target = self.work_dir / f"iter_{step}"
-        self.tidy()
         draft = self.work_dir / f".iter_{step}.writing"
-        draft.mkdir(parents=True)
+        is_main = processes is None or processes.is_main
         try:
-            write(draft)
-            manifest.write(draft)
-            flush_tree(draft)
-        except BaseException as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            # torch reports a full disk as RuntimeError, safetensors as an error of its own
-            if not isinstance(error, OSError | RuntimeError | SafetensorError | MemoryError):
-                raise
-            if is_out_of_memory(error):
-                raise LaunchError(
-                    f"cannot write checkpoint {target}: there is not enough memory for it. Earlier "
-                    "checkpoints are untouched; end other programs or lower the settings that take "
-                    "memory (`xtuner train --dry-run` names them), and go on with --resume."
-                ) from error
-            free = shutil.disk_usage(self.work_dir).free / 2**20
-            raise LaunchError(
-                f"cannot write checkpoint {target}: {error} ({free:,.0f} MiB free). "
-                "Earlier checkpoints are untouched; make room and go on with --resume."
-            ) from error
+            _together(lambda: self._begin(draft) if is_main else None, target, processes)
+            _together(lambda: write(draft), target, processes)
+            _together(lambda: self._finish(draft, target) if is_main else None, target, processes)
+        except BaseException:
+            if is_main:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+        return target
+
+    def _begin(self, draft: Path) -> None:
+        self.tidy()
+        draft.mkdir(parents=True)
+
+    def _finish(self, draft: Path, target: Path) -> None:
+        manifest.write(draft)
+        flush_tree(draft)
         put_in_place(draft, target)
         self._point_at(target)
         flush(self.work_dir)
         self._prune(keep=target)
-        return target
 
     def tidy(self) -> None:
         """Bring back or remove what a killed save or deletion left behind."""
@@ -110,8 +110,21 @@ class CheckpointStore:
         for path in old[: max(0, len(old) + 1 - self.limit)]:
             _remove(path)
 
-    def clear(self) -> None:
-        """Delete all checkpoints."""
+    def clear(self, *, keep: Path) -> None:
+        """Delete all checkpoints.
+
+        Args:
+            keep: a model that must not be among them.
+
+        Raises:
+            CheckpointError: it is.
+        """
+        base = keep.resolve()
+        if any(base.is_relative_to(path.resolve()) for path in self.all()):
+            raise CheckpointError(
+                f"--overwrite would delete {base}, the model that this run starts from: "
+                "train elsewhere with --work-dir DIR"
+            )
         (self.work_dir / LAST_FILE).unlink(missing_ok=True)
         for path in self.all():
             _remove(path)
@@ -155,65 +168,35 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def save_state(
-    folder: Path,
-    *,
-    step: int,
-    optimizer: Any,
-    identity: Mapping[str, Any],
-    loss_scaler: LossScaler | None = None,
-) -> None:
-    """Write what resuming needs beside the weights.
-
-    Args:
-        folder: the checkpoint.
-        step: optimizer steps done.
-        optimizer: its state is kept.
-        identity: plain values that the resumed run must share (see `load_state`).
-        loss_scaler: its state is kept.
-    """
-    state = {"step": step, "optimizer": optimizer.state_dict(), "identity": dict(identity)}
-    if loss_scaler is not None:
-        state["loss_scaler"] = loss_scaler.state_dict()
-    torch.save(state, folder / STATE_FILE)
-
-
-def load_state(
-    folder: Path,
-    *,
-    optimizer: Any,
-    identity: Mapping[str, Any],
-    loss_scaler: LossScaler | None = None,
-) -> tuple[int, list[str]]:
-    """Restore the optimizer and the loss scale; return the step and what differs from the run that
-    wrote the checkpoint.
-
-    Raises:
-        CheckpointError: the file is damaged or belongs to other trainable weights.
-    """
-    file = folder / STATE_FILE
+def _together(act: Callable[[], object], target: Path, processes: Processes | None) -> None:
+    """Call `act`; where it fails on any process, raise on all of them and say which failed."""
+    error: Exception | None = None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        check_state(optimizer, state["optimizer"])
-        load_optimizer(optimizer, state["optimizer"])
-        step, before = int(state["step"]), dict(state["identity"])
-        _check_step(step, folder)
-        if loss_scaler is not None:
-            loss_scaler.load_state_dict(state.get("loss_scaler", {}))
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(
-            f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"
-        ) from error
-    changed = [
-        "the data" if key == "dataset" else f"{key}: {before.get(key)!r} then, {value!r} now"
-        for key, value in identity.items()
-        if before.get(key) != value
-    ]
-    return step, changed
+        act()
+    except Exception as raised:
+        error = raised
+    # torch reports a full disk as RuntimeError, safetensors as an error of its own
+    expected = isinstance(error, OSError | RuntimeError | SafetensorError | MemoryError)
+    told = [] if error is None else [_fault(error, target)]
+    if processes is not None and processes.world_size > 1:
+        told = processes.gather([f"process {processes.rank}: {words}" for words in told])
+    if error is not None and not expected:
+        raise error
+    if told:
+        raise LaunchError("\n".join(told)) from error
 
 
-def _check_step(step: int, folder: Path) -> None:
-    """Raise ValueError if the run file of the checkpoint names another step than its state."""
-    info = RunInfo.read(folder)
-    if info is not None and info.step != step:
-        raise ValueError(f"it is at step {step}, and run.yaml beside it at step {info.step}")
+def _fault(error: Exception, target: Path) -> str:
+    """What went wrong with writing `target`, and what to do."""
+    if is_out_of_memory(error):
+        return (
+            f"cannot write checkpoint {target}: there is not enough memory for it. Earlier "
+            "checkpoints are untouched; end other programs or lower the settings that take "
+            "memory (`xtuner train --dry-run` names them), and go on with --resume."
+        )
+    free = shutil.disk_usage(target.parent).free / 2**20
+    words = str(error) or type(error).__name__
+    return (
+        f"cannot write checkpoint {target}: {words} ({free:,.0f} MiB free). "
+        "Earlier checkpoints are untouched; make room and go on with --resume."
+    )

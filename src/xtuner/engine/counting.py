@@ -9,9 +9,25 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from xtuner.config.schema import Settings
 
 Unit = Literal["optimizer_steps", "micro_batches"]
+
+
+class Epoch(Protocol):
+    """What an epoch has: of a data loader."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+        ...
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """Micro-batches of one process."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,3 +92,15 @@ class Counter:
 
 
 _SHOWN = 4
+
+
+def counting_of(s: Settings, epoch: Epoch) -> tuple[Counter, int]:
+    """How a run counts, and the optimizer step at which it ends."""
+    counter = Counter(
+        unit=s.steps_are,
+        steps_per_epoch=epoch.steps_per_epoch,
+        micro_batches_per_epoch=epoch.micro_batches_per_epoch,
+        accumulative_counts=s.accumulative_counts,
+    )
+    total = epoch.steps_per_epoch * s.max_epochs
+    return counter, counter.steps_for(s.max_steps, most=total) if s.max_steps else total

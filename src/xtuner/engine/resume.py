@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xtuner.config.schema import Settings
 from xtuner.errors import CheckpointError
 from xtuner.models.run_info import RunInfo
+
+DATA = "data"
+"""Where an identity has the fingerprint of the training data. Checkpoints of before 2026-11-28 have
+another kind of fingerprint, under another name: theirs cannot be compared."""
 
 
 def identity_of(settings: Settings, dataset: str, *, processes: int, dtype: str) -> dict[str, Any]:
@@ -19,9 +24,20 @@ def identity_of(settings: Settings, dataset: str, *, processes: int, dtype: str)
         processes: how many take part.
         dtype: of the computation: what 'auto' is on this machine.
     """
-    names = (*Settings.on_resume("fixed"), *Settings.on_resume("noted"))
-    values = {name: _plain(getattr(settings, name)) for name in names}
-    return {**values, "dtype": dtype, "dataset": dataset, "num_processes": processes}
+    values = {name: _plain(getattr(settings, name)) for name in _compared(type(settings))}
+    return {**values, "dtype": dtype, DATA: dataset, "num_processes": processes}
+
+
+def completed(identity: Mapping[str, Any], kind: type[Settings] = Settings) -> dict[str, Any]:
+    """`identity` of a checkpoint, with the settings that did not exist when it was written: their
+    defaults are what was done then."""
+    fields = kind.model_fields
+    known = {n: fields[n].default for n in _compared(kind) if not fields[n].is_required()}
+    return {**{name: _plain(value) for name, value in known.items()}, **identity}
+
+
+def _compared(kind: type[Settings]) -> tuple[str, ...]:
+    return (*kind.on_resume("fixed"), *kind.on_resume("noted"))
 
 
 def check_shape(source: Path, settings: Settings) -> None:
@@ -34,7 +50,7 @@ def check_shape(source: Path, settings: Settings) -> None:
     before = dict(info.settings) if info else {}
     wrong = [
         f"{name}: {before[name]!r} then, {now!r} now"
-        for name in Settings.on_resume("fixed")
+        for name in type(settings).on_resume("fixed")
         if name in before and _plain(before[name]) != (now := _plain(getattr(settings, name)))
     ]
     if wrong:
@@ -45,4 +61,5 @@ def check_shape(source: Path, settings: Settings) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """`value` as YAML gives it back."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -15,6 +15,14 @@ from xtuner.parallel.launch import stop_signals
 _HANGUP = getattr(signal, "SIGHUP", None)
 
 
+class Interrupted(Exception):
+    """The run was asked to stop; `can_resume` tells whether there is a checkpoint to go on from."""
+
+    def __init__(self, message: str = "", *, can_resume: bool = False) -> None:
+        super().__init__(message)
+        self.can_resume = can_resume
+
+
 class StopRequest:
     """Whether the process was asked to stop.
 

@@ -1,6 +1,6 @@
-"""Token ids to text while an answer is still growing.
+"""Incremental detokenization of a streamed answer.
 
-id ──Detokenizer──► text of whole characters ──StopWords──► text that may be shown
+id ──Detokenizer──► text of complete characters ──StopWords──► text to show
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 _HALF = "�"
-"""What decoding makes of the first bytes of a character whose other bytes are still to come."""
+"""The replacement character, to which an incomplete UTF-8 sequence decodes."""
 
 
 class Detokenizer:
-    """Turns ids into text, one by one; a character is given out when all its bytes are there."""
+    """Convert ids to text one by one; a character is returned when all its bytes have arrived."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = 0  # ids from here on are decoded: a token's text depends on those before it
-        self._shown = 0  # the text of ids before this place was given out
+        self._context = 0  # ids from here on are decoded: a token's text depends on earlier ones
+        self._shown = 0  # the text of ids before this index was returned
 
     def add(self, token_id: int) -> str:
         """The text that `token_id` completes; often empty for byte tokens."""
@@ -31,7 +31,7 @@ class Detokenizer:
         return text
 
     def rest(self) -> str:
-        """Text held back so far, without a character cut off in its middle."""
+        """The remaining text, without an incomplete character at the end."""
         return self._new_text().rstrip(_HALF)
 
     def _new_text(self) -> str:
@@ -46,9 +46,9 @@ class Detokenizer:
 
 
 class StopWords:
-    """Passes text on up to the first stop word, of which no character is ever passed.
+    """Pass on text up to, and excluding, the first stop word.
 
-    Text that may be the beginning of a stop word is held back until it is known.
+    Text that may be the beginning of a stop word is held back until this is decided.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -57,22 +57,22 @@ class StopWords:
         self.found = False
 
     def add(self, text: str) -> str:
-        """What of `text`, and of text held back before, may be shown now."""
+        """Return the part of the held back text and `text` that can be shown."""
         if self.found:
             return ""
         self._held += text
-        places = [at for word in self._words if (at := self._held.find(word)) >= 0]
-        if places:
+        starts = [at for word in self._words if (at := self._held.find(word)) >= 0]
+        if starts:
             self.found = True
-            return self._release(min(places))
+            return self._release(min(starts))
         return self._release(len(self._held) - self._num_open())
 
     def rest(self) -> str:
-        """Text held back that turned out to be no stop word."""
+        """The held back text, at the end of the answer."""
         return "" if self.found else self._release(len(self._held))
 
     def _num_open(self) -> int:
-        """Number of characters at the end that begin a stop word."""
+        """Number of characters at the end that may begin a stop word."""
         longest = max((len(word) for word in self._words), default=1) - 1
         for size in range(min(longest, len(self._held)), 0, -1):
             if any(word.startswith(self._held[-size:]) for word in self._words):

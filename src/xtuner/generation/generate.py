@@ -2,10 +2,10 @@
 
     messages ──template──► prompt ids ──model──► id, id, ... ──► text, until a stop token or word
 
-The loop is our own and runs in the caller's thread, so that Ctrl-C, errors and autocast act as in
-any other code. Sampling draws from a generator of its own: nothing outside changes a seeded answer,
-and the answer changes no random state outside. The model's `generation_config` adds its end tokens
-and nothing else; greedy answers are those of `model.generate(do_sample=False)`.
+The loop runs in the caller's thread, so that Ctrl-C, errors and autocast behave as in any other
+code. Sampling uses its own random generator: seeded answers are reproducible, and the global random
+state does not change. From the model's `generation_config` only the end tokens are used; greedy
+answers equal those of `model.generate(do_sample=False)`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from xtuner.types import Message
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How answers are generated.
+    """Options of text generation.
 
     Attributes:
-        max_new_tokens: the longest answer, in tokens.
-        temperature: None or 0 takes the likeliest token each time; above 0 draws tokens, the
-            likelier the lower the temperature.
-        top_k: draw from this many likeliest tokens only.
-        top_p: draw from the likeliest tokens that together have this probability.
-        repetition_penalty: above 1 makes tokens less likely that occurred before.
-        seed: same seed, same drawn answer.
-        stop_words: end the answer at one of these texts, besides those of the template.
+        max_new_tokens: maximum length of the answer in tokens.
+        temperature: None or 0 for greedy decoding; above 0 tokens are sampled, and lower values are
+            more deterministic.
+        top_k: sample from the `top_k` most likely tokens only.
+        top_p: sample from the smallest set of most likely tokens with this total probability.
+        repetition_penalty: values above 1 make tokens that already occurred less likely.
+        seed: the same seed gives the same sampled answer.
+        stop_words: texts that end the answer, in addition to those of the template.
     """
 
     max_new_tokens: int = 512
@@ -54,7 +54,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         checks: dict[str, tuple[Callable[[float], bool], str]] = {
             "max_new_tokens": (lambda v: v >= 1, "1 or more"),
-            "temperature": (lambda v: v >= 0, "0 (always the likeliest token) or more"),
+            "temperature": (lambda v: v >= 0, "0 (greedy) or more"),
             "top_k": (lambda v: v >= 1, "1 or more"),
             "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
             "repetition_penalty": (lambda v: v > 0, "above 0"),
@@ -65,18 +65,18 @@ class GenerationOptions:
             if (value := getattr(self, name)) is not None and not holds(value)
         ]
         if wrong:
-            raise ConfigError(listed("options of the answer:", wrong))
+            raise ConfigError(listed("generation options:", wrong))
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn, rather than the likeliest taken."""
+        """Whether tokens are sampled rather than chosen greedily."""
         return bool(self.temperature)
 
     @property
     def without_effect(self) -> tuple[str, ...]:
-        """Options that were given and change nothing."""
-        drawing = ("top_k", "top_p", "seed")
-        return () if self.samples else tuple(n for n in drawing if getattr(self, n) is not None)
+        """Options that are set but have no effect with greedy decoding."""
+        sampling = ("top_k", "top_p", "seed")
+        return () if self.samples else tuple(n for n in sampling if getattr(self, n) is not None)
 
 
 def stream(
@@ -87,31 +87,28 @@ def stream(
     messages: Sequence[Message],
     options: GenerationOptions,
     vision: ImageInput | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Generator[str, None, None]:
-    """Yield the assistant's answer to `messages`, piece by piece.
+    """Yield the assistant's answer to `messages` in pieces.
 
-    `model` may be in training: it is set to evaluation while the answer grows and then back.
-    `vision` shows it the images of the messages.
+    `model` may be in training mode: it is switched to evaluation mode and back. `vision` embeds the
+    images of the messages. `agree` maps each chosen id ``[1]`` to the one that is taken: where
+    several processes generate together, that of rank 0.
 
     Raises:
-        ModelError: the messages fill the model's context.
-        DataError: the template has no place for these messages.
+        ModelError: the messages leave no room in the model's context.
+        DataError: the template does not support these messages.
     """
     prompt = template.prompt_ids(messages)
-    prompt = vision.widened(prompt) if vision else prompt
-    limit = context_length(model)
-    room = limit - len(prompt)
-    if room < 1:
-        raise ModelError(
-            f"the conversation has {len(prompt)} tokens, and the model takes {limit}: "
-            "shorten the question"
-        )
-    ends = _end_tokens(model, tokenizer, template, options)
+    prompt = vision.expanded(prompt, messages) if vision else prompt
+    room = room_for_answer(model, prompt)
+    ends = end_tokens(model, tokenizer, template, options)
     words = StopWords([*template.stop_words, *options.stop_words])
     text = Detokenizer(tokenizer)
     with generation_mode(model):
-        first = vision.inputs(prompt, messages) if vision else {}
-        ids = _token_ids(model, prompt, options, first)
+        with packed.without_cudnn(next(model.parameters()).device):
+            first = vision.inputs(prompt, messages) if vision else {}
+        ids = _token_ids(model, prompt, options, first, agree)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
                 break
@@ -123,18 +120,33 @@ def stream(
         yield rest
 
 
+def room_for_answer(model: Any, prompt: Sequence[int]) -> int:
+    """The number of tokens left for an answer to `prompt` in the context of `model`.
+
+    Raises:
+        ModelError: no token is left.
+    """
+    limit = context_length(model)
+    if len(prompt) >= limit:
+        raise ModelError(
+            f"the conversation has {len(prompt)} tokens, but the context length of the model is "
+            f"{limit}: shorten the conversation"
+        )
+    return limit - len(prompt)
+
+
 def context_length(model: Any) -> int:
-    """Most tokens that `model` was made for; very many where it does not say."""
+    """The context length of `model` in tokens; 2**40 if the configuration does not say."""
     config = model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 2**40)
 
 
 @contextmanager
 def generation_mode(model: Any) -> Iterator[None]:
-    """Set `model` to generate inside the block, and back to what it was behind it.
+    """Prepare `model` for generation inside the block and restore it afterwards.
 
-    Dropout and gradient checkpointing rest, as both belong to training mode; and xtuner's attention
-    for packed rows, which knows no cache, gives way to one that does.
+    Evaluation mode disables dropout and gradient checkpointing; xtuner's attention for packed rows,
+    which does not support a cache, is replaced by one that does.
     """
     base = decoder_of(model)
     training = [module for module in model.modules() if module.training]
@@ -152,43 +164,51 @@ def generation_mode(model: Any) -> Iterator[None]:
 
 
 def _token_ids(
-    model: Any, prompt: list[int], options: GenerationOptions, first: Mapping[str, Any]
+    model: Any,
+    prompt: list[int],
+    options: GenerationOptions,
+    first: Mapping[str, Any],
+    agree: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[int]:
-    """Yield the ids that follow `prompt`, without end; `first` stands for a prompt with
-    images."""
+    """Yield the ids that follow `prompt`, without end; `first` holds the model inputs of a prompt
+    with images."""
     embedding = model.get_input_embeddings().weight
-    device = next(model.parameters()).device  # an embedding may lie elsewhere
-    choose = _chooser(options, device)
-    # The token of an image may lie beyond the vocabulary, and is no word that was said.
-    said = [i for i in prompt if i < embedding.shape[0]] if first else prompt
-    seen = torch.tensor([said], device=device)
+    device = next(model.parameters()).device  # the embedding may be on another device
+    choose = chooser(options, device)
+    # The id of the image token may be outside the vocabulary; the repetition penalty skips it.
+    words = [i for i in prompt if i < embedding.shape[0]] if first else prompt
+    seen = torch.tensor([words], device=device)
     step, cache = seen, None
     inputs: dict[str, Any] = dict(first) or {"input_ids": step}
-    extra: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
-    cached = _takes(model, "past_key_values")  # models with a state of another kind go without
+    positions: Tensor | None = first.get("position_ids")
+    extra: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    cached = takes(model, "past_key_values")  # state-space models have another kind of cache
     while True:
-        # Neither grad mode nor the choice of kernels may stay while the caller has the piece.
+        # Restored before each yield, so that the caller runs in its own grad mode and SDPA backend.
         with torch.no_grad(), packed.without_cudnn(device):
             if cached:
                 extra["past_key_values"] = cache
             output = model(**inputs, use_cache=cached, **extra)
             chosen = choose(seen, output.logits[:, -1].float())
+            chosen = agree(chosen) if agree else chosen
         yield int(chosen)
         seen = torch.cat([seen, chosen[:, None]], dim=1)
         cache = output.past_key_values if cached else None
         step = seen if cache is None else chosen[:, None]
         inputs = {"input_ids": step}
+        if positions is not None:
+            positions = positions[..., -1:] + 1
+            inputs["position_ids"] = positions
 
 
-def _takes(model: Any, argument: str) -> bool:
+def takes(model: Any, argument: str) -> bool:
+    """Whether the forward pass of `model` has this argument."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return argument in inspect.signature(base.forward).parameters
 
 
-def _chooser(
-    options: GenerationOptions, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of (ids so far ``[1, T]``, scores ``[1, V]``) that returns the next id ``[1]``."""
+def chooser(options: GenerationOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function from (ids so far ``[1, T]``, logits ``[1, V]``) to the next id ``[1]``."""
     from transformers import (
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,
@@ -217,14 +237,14 @@ def _chooser(
     return draw
 
 
-def _end_tokens(
+def end_tokens(
     model: Any, tokenizer: Any, template: Template, options: GenerationOptions
 ) -> frozenset[int]:
-    """Ids at which an answer ends, of the template, the tokenizer and the model."""
+    """Ids that end an answer, from the template, the tokenizer and the model."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
     vocabulary = tokenizer.get_added_vocab()
-    # Special tokens have no text in the answer, so as stop words they are known by their ids.
+    # Special tokens are not decoded, so as stop words they are matched by id.
     special = [vocabulary.get(word) for word in options.stop_words]
     ids = [*template.stop_token_ids, tokenizer.eos_token_id, *declared, *special]
     return frozenset(token_id for token_id in ids if token_id is not None)

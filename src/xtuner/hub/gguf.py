@@ -1,10 +1,10 @@
-"""Turn a Llama in a GGUF file into a Hugging Face folder, with numpy alone, in about two seconds.
+"""Convert a Llama model from a GGUF file to a Hugging Face folder with numpy.
 
     header ─► metadata ─► config.json, tokenizer.json, chat_template.jinja
-           ─► tensors ─dequantise─► float32 ─round─► bfloat16 ─► model.safetensors
+           ─► tensors ─dequantize─► float32 ─round─► bfloat16 ─► model.safetensors
 
-Reads what the fetched model needs: architecture 'llama', byte-level BPE, and the tensor types F32,
-Q8_0 and Q4_1. The file's layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Supports what the fetched model needs: architecture 'llama', byte-level BPE, and the tensor types
+F32, Q8_0 and Q4_1. File layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _F32, _Q4_1, _Q8_0 = 0, 3, 8
 _BLOCK = 32
-"""Numbers in one quantised block."""
+"""Values per quantized block."""
 _BYTES = {_Q4_1: 20, _Q8_0: 34}
-"""Bytes of one quantised block."""
+"""Bytes per quantized block."""
 _CONTROL = 3
-"""Type of a token that is no text: ``<|im_start|>`` and the like."""
+"""Type of control tokens such as ``<|im_start|>``."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -63,7 +63,7 @@ _NAMES = {
 
 @dataclass
 class _Reader:
-    """Takes values off `data`, one after the other."""
+    """Reads values from `data` sequentially."""
 
     data: memoryview
     position: int = 0
@@ -90,12 +90,12 @@ class _Reader:
 
 @dataclass(frozen=True)
 class GGUF:
-    """An opened file.
+    """An opened GGUF file.
 
     Attributes:
-        metadata: every key of the header.
-        tensors: name to (shape as numpy has it, type, offset in `data`).
-        data: the file, mapped into memory.
+        metadata: all keys of the header.
+        tensors: name to (shape in numpy order, type, offset in `data`).
+        data: the memory-mapped file.
     """
 
     metadata: dict[str, Any]
@@ -107,7 +107,7 @@ class GGUF:
         """Read the header of `path`.
 
         Raises:
-            ModelError: the file is not GGUF, or it is cut off.
+            ModelError: the file is not GGUF, or is truncated.
         """
         data = np.memmap(path, dtype=np.uint8, mode="r")
         reader = _Reader(data.data)
@@ -115,7 +115,7 @@ class GGUF:
             if bytes(reader.data[:4]) != b"GGUF" or struct.unpack_from("<I", reader.data, 4)[
                 0
             ] not in (2, 3):
-                raise ModelError(f"{path}: is not a GGUF file of version 2 or 3")
+                raise ModelError(f"{path}: not a GGUF file of version 2 or 3")
             reader.position = 8
             num_tensors, num_keys = reader.number("Q"), reader.number("Q")
             metadata = {reader.text(): reader.value(reader.number("I")) for _ in range(num_keys)}
@@ -125,46 +125,48 @@ class GGUF:
                 sizes = [reader.number("Q") for _ in range(reader.number("I"))]
                 found[name] = (tuple(reversed(sizes)), reader.number("I"), reader.number("Q"))
         except (struct.error, KeyError) as error:
-            raise ModelError(f"{path}: is cut off or damaged in its header ({error!r})") from error
+            raise ModelError(f"{path}: the header is truncated or damaged ({error!r})") from error
         alignment = int(metadata.get("general.alignment", 32))
         base = -(-reader.position // alignment) * alignment
         tensors = {n: (shape, kind, base + at) for n, (shape, kind, at) in found.items()}
         return cls(metadata, tensors, data)
 
     def tensor(self, name: str) -> Array:
-        """Tensor `name` as float32.
+        """Return tensor `name` as float32.
 
         Raises:
-            ModelError: its type is not one of those read here.
+            ModelError: its type is not supported.
         """
         shape, kind, start = self.tensors[name]
         count = math.prod(shape)
         if kind == _F32:
             return self.data[start : start + 4 * count].view(np.float32).reshape(shape)
         if kind not in _BYTES:
-            raise ModelError(f"tensor {name}: GGUF type {kind} is not read here (F32, Q4_1, Q8_0)")
+            raise ModelError(
+                f"tensor {name}: GGUF type {kind} is not supported; supported: F32, Q4_1, Q8_0"
+            )
         size = _BYTES[kind]
         blocks = self.data[start : start + count // _BLOCK * size].reshape(-1, size)
         return (_q8_0(blocks) if kind == _Q8_0 else _q4_1(blocks)).reshape(shape)
 
 
 def _q8_0(blocks: Array) -> Array:
-    """A block is a float16 scale and 32 int8 numbers."""
+    """A block is a float16 scale and 32 int8 values."""
     scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     values: Array = scale * blocks[:, 2:].view(np.int8)
     return values
 
 
 def _q4_1(blocks: Array) -> Array:
-    """A block is a float16 scale, a float16 minimum and 32 half bytes, the low halves first."""
+    """A block is a float16 scale, a float16 minimum and 32 nibbles, low nibbles first."""
     scale, low = blocks[:, :4].copy().view(np.float16).astype(np.float32).T[:, :, None]
-    halves = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
-    values: Array = scale * halves + low
+    nibbles = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
+    values: Array = scale * nibbles + low
     return values
 
 
 def bfloat16_bits(values: Array) -> Array:
-    """Round float32 to the nearest bfloat16, ties to even; returns its bits as uint16."""
+    """Round float32 to the nearest bfloat16, ties to even; return the bits as uint16."""
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
     rounded = bits >> 16
     rounded &= 1
@@ -178,12 +180,15 @@ def convert(path: Path, folder: Path) -> None:
     """Write the model and tokenizer of the GGUF file `path` into the existing `folder`.
 
     Raises:
-        ModelError: the file holds what is not read here.
+        ModelError: the file contains something that is not supported.
     """
     file = GGUF.open(path)
     kinds = file.metadata.get("general.architecture"), file.metadata.get("tokenizer.ggml.model")
     if kinds != ("llama", "gpt2"):
-        raise ModelError(f"{path}: holds {kinds}, and only ('llama', 'gpt2') is read here")
+        raise ModelError(
+            f"{path}: architecture and tokenizer {kinds} are not supported; "
+            "supported: ('llama', 'gpt2')"
+        )
     _write_weights(file, folder)
     config = _config(file)
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -193,7 +198,7 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def _write_weights(file: GGUF, folder: Path) -> None:
-    """Write a safetensors file: length of the header, header, the tensors end to end."""
+    """Write a safetensors file: length of the header, header, concatenated tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, _, _) in file.tensors.items():
@@ -201,7 +206,7 @@ def _write_weights(file: GGUF, folder: Path) -> None:
         entry = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
         header[_llama_name(name)] = entry
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # readers map the file and want the data aligned
+    text += b" " * (-len(text) % 8)  # readers map the file and need aligned data
     with (folder / "model.safetensors").open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for name in file.tensors:
@@ -211,7 +216,7 @@ def _write_weights(file: GGUF, folder: Path) -> None:
 def _llama_name(name: str) -> str:
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
     if match is None or match[2] not in _NAMES:
-        raise ModelError(f"tensor {name}: is no part of a Llama known here")
+        raise ModelError(f"tensor {name}: is not a known tensor of a Llama model")
     layer = f"model.layers.{match[1]}." if match[1] else ""
     return f"{layer}{_NAMES[match[2]]}.weight"
 
@@ -223,7 +228,7 @@ def _llama_tensor(file: GGUF, name: str) -> Array:
 
 
 def _unpermute(weight: Array, heads: int) -> Array:
-    """GGUF interleaves the two halves that the rotary embedding pairs; Llama keeps them apart."""
+    """Undo the interleaving of the two rotary halves; Hugging Face stores them separately."""
     rows, columns = weight.shape
     halves = weight.reshape(heads, rows // heads // 2, 2, columns)
     return halves.swapaxes(1, 2).reshape(rows, columns)
@@ -244,7 +249,7 @@ def _config(file: GGUF) -> dict[str, Any]:
         "head_dim": width // heads,
         "hidden_act": "silu",
         "max_position_embeddings": values["llama.context_length"],
-        # The header holds float32: 1e-5 would come out as 9.999999747378752e-06.
+        # The header stores float32, which reads 1e-5 as 9.999999747378752e-06.
         "rms_norm_eps": float(f"{values['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": values["llama.rope.freq_base"],
         "attention_bias": False,

@@ -1,5 +1,4 @@
-"""Read the tensors of one file of weights, safetensors or pickled, with a message if it is
-damaged."""
+"""Read the tensors of a weight file, safetensors or pickled; damaged files raise `ModelError`."""
 
 from __future__ import annotations
 
@@ -17,32 +16,32 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def adapter_file(folder: Path) -> Path | None:
-    """The weights of the PEFT adapter in `folder`; None where there are none."""
+    """The weight file of the PEFT adapter in `folder`; None if there is none."""
     return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
 
 
 def tensors_of(
-    file: Path, wanted: Callable[[str], object] = lambda name: True
+    file: Path, select: Callable[[str], object] = lambda name: True
 ) -> dict[str, Tensor]:
-    """The tensors of `file` with `wanted` names; of safetensors nothing else is read.
+    """The tensors of `file` whose names `select` accepts; from safetensors only these are read.
 
     Raises:
-        ModelError: it is damaged, or holds more than plain weights.
+        ModelError: the file is damaged, or contains more than tensors.
     """
     with _readable(file):
         if file.suffix == ".safetensors":
             with safe_open(str(file), framework="pt") as opened:
-                names = [name for name in opened.keys() if wanted(name)]  # noqa: SIM118
+                names = [name for name in opened.keys() if select(name)]  # noqa: SIM118
                 return {name: opened.get_tensor(name) for name in names}
         found = dict(torch.load(file, map_location="cpu", weights_only=True))
-        return {name: tensor for name, tensor in found.items() if wanted(name)}
+        return {name: tensor for name, tensor in found.items() if select(name)}
 
 
 def names_of(file: Path) -> list[str]:
     """The names of the tensors of `file`.
 
     Raises:
-        ModelError: as `tensors_of`.
+        ModelError: see `tensors_of`.
     """
     if file.suffix != ".safetensors":
         return list(tensors_of(file))
@@ -54,6 +53,6 @@ def names_of(file: Path) -> list[str]:
 def _readable(file: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # both libraries raise many kinds for a damaged file
+    except Exception as error:  # both libraries raise many types for a damaged file
         first = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ModelError(f"{file}: cannot be read as plain weights: {first}") from error
+        raise ModelError(f"{file}: cannot be read as weights: {first}") from error

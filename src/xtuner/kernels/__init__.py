@@ -1,1 +1,1 @@
-"""Fast layers, losses and attention, each checked against the plain formula before it is used."""
+"""Fast layers, losses and attention, each checked against a reference implementation before use."""

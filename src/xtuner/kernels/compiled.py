@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, if the folder ``kernels/cpu`` is there and its library loads.
+"""The compiled CPU kernels, if the folder ``kernels/cpu`` exists and its library loads.
 
 The only module that imports `xtuner.kernels.cpu`: with that folder deleted, or without a C
 compiler, `kernels_for` returns None everywhere and torch does the same work.
@@ -38,40 +38,40 @@ def _load(name: str) -> Any:
 
 _bindings, _build, _attention = _load("bindings"), _load("build"), _load("attention")
 lora_linear: Any = _load("lora_linear")
-"""LoRA layers; to be used with what `kernels_for` returned."""
+"""LoRA layers; use with the result of `kernels_for`."""
 decoder: Any = _load("decoder")
-"""Whole decoder layers; to be used with what `kernels_for` returned."""
+"""Entire decoder layers; use with the result of `kernels_for`."""
 
 
 def available() -> bool:
-    """Whether there are compiled kernels."""
+    """Whether the compiled kernels can be used."""
     return _build is not None and _build.library()[0] is not None
 
 
 def has_products() -> bool:
-    """Whether they multiply bfloat16 matrices: a matter of the CPU and the compiler."""
+    """Whether the kernels multiply bfloat16 matrices, which depends on the CPU and the compiler."""
     return _build is not None and bool(_build.has_products())
 
 
 def state() -> str:
-    """One phrase for the terminal: compiled kernels are used, or why not."""
+    """One phrase for the console: compiled kernels are used, or why not."""
     return _build.state() if _build else "torch's CPU kernels (xtuner's own are not installed)"
 
 
 def kernels_for(*tensors: Tensor) -> Kernels | None:
-    """The compiled functions for contiguous CPU tensors of one type, or None."""
+    """The compiled functions for contiguous CPU tensors of the same dtype, or None."""
     return _bindings.kernels_for(*tensors) if _bindings else None
 
 
 def readable(x: Tensor) -> Tensor:
-    """``x [N, heads, D]`` with heads side by side and tokens any distance apart, as the kernels
-    read it."""
+    """``x [N, heads, D]``, copied unless its last two dimensions are contiguous, as the kernels
+    require; the stride between tokens is free."""
     return _bindings.readable(x) if _bindings else x.contiguous()
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Accept meta and fake tensors as real ones are; nothing is computed."""
+    """Accept meta and fake tensors like real ones; nothing is computed."""
     if _bindings is None:
         yield
         return
@@ -81,7 +81,7 @@ def shapes_only() -> Iterator[None]:
 
 @lru_cache(maxsize=8)
 def rows_of(cu_seqlens: tuple[int, ...], window: int | None, scale: float) -> Rows:
-    """Which tokens of a packed row attend to which; see `bindings.Rows`."""
+    """The attention pattern of a packed row; see `bindings.Rows`."""
     rows: Rows = _bindings.Rows(cu_seqlens, window, scale)
     return rows
 
@@ -94,6 +94,6 @@ def attention(
     rows: Rows,
     kernels: Kernels,
 ) -> Tensor:
-    """A layer's attention in one call; see `xtuner.kernels.cpu.attention`."""
+    """The attention of a layer in one call; see `xtuner.kernels.cpu.attention`."""
     out: Tensor = _attention.attention(query, key, value, rotation, rows, kernels)
     return out

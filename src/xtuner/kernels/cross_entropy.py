@@ -1,10 +1,10 @@
-"""Log-probabilities of supervised tokens, from hidden states, without ever holding all logits.
+"""Log-probabilities of supervised tokens from hidden states, without materializing all logits.
 
-The full logits of 1,024 tokens and 49,152 words take 200 MB in float32, and most rows belong to
-tokens that are not supervised. Here only supervised positions are multiplied with the output head,
-in chunks. The gradients of the hidden states (and of the head, if it is trained) are computed in
-the same pass for a gradient of 1 in every row, so that no logits are kept; the backward pass scales
-them row by row.
+The full logits of 1,024 tokens and a vocabulary of 49,152 take 200 MB in float32, and most rows
+belong to tokens that are not supervised. Only supervised positions are multiplied with the output
+head, in chunks. The gradients of the hidden states (and of the head, if it is trained) are computed
+in the same pass for a grad_output of 1, so that no logits are saved; the backward pass scales them
+row by row.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from xtuner.kernels.compiled import kernels_for
 from xtuner.kernels.scratch import scratch_buffer
 
 LOGITS_BYTES = 64 * 2**20
-"""Room for the logits of the positions that are multiplied with the head at once."""
+"""Maximum size of the logits of one chunk."""
 
 
 def chunk_rows(positions: int, vocabulary: int, bytes_each: int) -> int:
-    """How many positions are multiplied with the head at once: equal parts, as few as have room.
+    """Positions per chunk: the fewest equal chunks that fit into `LOGITS_BYTES`.
 
-    Multiples of 16, and of 64 where they are many: for each number of rows torch's matrix library
-    keeps half a MiB of code.
+    Rounded up to a multiple of 16, or of 64 for large chunks: for each number of rows torch's
+    matrix library caches half a MiB of generated code.
     """
-    room = max(16, LOGITS_BYTES // (bytes_each * vocabulary))
-    parts = -(-positions // room) or 1
+    most = max(16, LOGITS_BYTES // (bytes_each * vocabulary))
+    parts = -(-positions // most) or 1
     step = 64 if positions > 256 * parts else 16
     return -(-positions // (parts * step)) * step
 
@@ -41,28 +41,28 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tenso
 
 
 def _with_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
-    """Loss of each row of ``logits [S, V]``, float32 ``[S]``; with `gradient` the logits become
-    their own gradient."""
+    """Loss of each row of ``logits [S, V]``, float32 ``[S]``; with `gradient`, logits are
+    overwritten by their gradient."""
     kernels = kernels_for(logits)
     if kernels is not None:
         return kernels.cross_entropy(logits, targets.contiguous(), gradient)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    shares = scratch_buffer("shares", logits.numel(), wide, logits.device).view_as(logits)
+    softmax = scratch_buffer("softmax", logits.numel(), wide, logits.device).view_as(logits)
     largest = logits.amax(-1, keepdim=True).to(wide)
-    shares.copy_(logits).sub_(largest).exp_()  # torch.softmax would hold a copy of them beside
-    total = shares.sum(-1, keepdim=True)
+    softmax.copy_(logits).sub_(largest).exp_()  # torch.softmax would allocate another copy
+    total = softmax.sum(-1, keepdim=True)
     losses = largest - logits.gather(1, targets) + total.log()
     if gradient:
-        shares.scatter_add_(1, targets, -total)
-        logits.copy_(shares.div_(total))
+        softmax.scatter_add_(1, targets, -total)
+        logits.copy_(softmax.div_(total))
     return losses[:, 0]
 
 
 def _add_product(total: Tensor, error: Tensor, rows: Tensor) -> None:
     """Add ``error^T rows`` to a float32 `total`; errors are at most 1.
 
-    In float16 a sum over many rows can overflow, whatever the scale of the loss: rows are scaled
-    down first, by a power of two, so that it cannot.
+    In float16 a sum over many rows can overflow at any loss scale, so rows are first scaled down
+    by a power of two.
     """
     if error.dtype != torch.float16:
         total += error.T @ rows
@@ -75,24 +75,24 @@ def _add_product(total: Tensor, error: Tensor, rows: Tensor) -> None:
 
 
 class _Chunks:
-    """The products of ``hidden [S, H]`` with the head ``[V, H]``, some rows at a time."""
+    """The products of ``hidden [S, H]`` with the head ``[V, H]``, one chunk of rows at a time."""
 
     def __init__(self, hidden: Tensor, head: Tensor, targets: Tensor):
         self.hidden, self.head, self.targets = hidden, head, targets
         dtype, count = head.dtype, len(targets)
         kernels = kernels_for(hidden.new_empty(0, dtype=dtype), head)
-        beside = 0 if kernels else 4  # float32 shares
-        self.step = chunk_rows(count, len(head), torch.finfo(dtype).bits // 8 + beside)
+        extra = 0 if kernels else 4  # the float32 softmax
+        self.step = chunk_rows(count, len(head), torch.finfo(dtype).bits // 8 + extra)
         all_logits = scratch_buffer("logits", self.step * len(head), dtype, hidden.device)
         self._logits = all_logits.view(self.step, len(head))
-        # torch's matrix library takes rows of nothing beside the others; see `chunk_rows`
+        # torch's products are padded to `step` rows; see `chunk_rows`
         self._exact = kernels is not None and all(map(kernels.multiplies, head.shape))
         self.product = kernels.product if kernels is not None and self._exact else _matmul
         self._rows = hidden.new_zeros(self.step, hidden.shape[1], dtype=dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield (part of S, hidden rows, logits, targets ``[n, 1]``); the first two tensors have
-        `step` rows, of which those past n are padding, unless products take any number of rows."""
+        """Yield (slice of S, hidden rows, logits, targets ``[n, 1]``); hidden rows and logits are
+        padded to `step` rows unless the kernels take any number of rows."""
         for start in range(0, len(self.targets), self.step or 1):
             part = slice(start, start + self.step)
             wanted = self.targets[part, None]
@@ -113,7 +113,7 @@ class _LogProbabilities(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Keep finished gradients of the negative: hidden ``[S, H]``, weight ``[V, H]``, targets
+        """Compute the loss and save its gradients: hidden ``[S, H]``, weight ``[V, H]``, targets
         ``[S]``."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -137,17 +137,17 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Scale the gradients that the forward pass finished."""
+        """Scale the gradients that the forward pass computed."""
         grad_hidden, grad_weight, *again = ctx.saved_tensors
         grad = grad_output.neg()
         if grad_hidden is not None and ctx.dtype == torch.float16:
-            # the scale of the loss over the number of tokens may not fit into float16
+            # the loss scale divided by the number of tokens may underflow in float16
             grad_hidden = (grad_hidden.float() * grad[:, None]).to(grad_hidden.dtype)
         elif grad_hidden is not None:
             grad_hidden = grad_hidden * grad[:, None].to(grad_hidden.dtype)
         if grad_weight is not None:
-            # a gradient that is expanded from one number, that of a sum, is known to be the same in
-            # every row without looking at its values, for which a GPU would have to be waited for
+            # a grad_output of stride 0 (the gradient of a sum) is known to be equal in every row
+            # without reading its values, which would synchronize with a GPU
             if len(grad) and grad_output.stride() == (0,):
                 grad_weight = grad_weight * grad[0]
             else:
@@ -157,8 +157,8 @@ class _LogProbabilities(torch.autograd.Function):
 
 
 def _weighted_by_row(grad: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The gradient of the head, float32 ``[V, H]``, for rows of different gradients ``[S]``: the
-    logits are computed once more."""
+    """The gradient of the head, float32 ``[V, H]``, for a grad_output ``[S]`` that differs between
+    rows: recomputes the logits."""
     hidden, weight, targets = inputs
     total = torch.zeros_like(weight, dtype=torch.float32)
     for part, rows, error, wanted in _Chunks(hidden, weight.to(dtype), targets):
@@ -171,18 +171,18 @@ def _weighted_by_row(grad: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype)
 
 
 def log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The log-probability of each target, for an output head without bias.
+    """Compute the log-probability of each target, for an output head without bias.
 
     Args:
-        hidden: ``[S, H]``, last hidden states of the supervised positions.
-        weight: ``[V, H]``, the head; gets a gradient if it requires one.
+        hidden: last hidden states of the supervised positions, ``[S, H]``.
+        weight: the head, ``[V, H]``; gets a gradient if it requires one.
         targets: int64 ``[S]``.
 
     Returns:
-        float32 ``[S]``. Products are taken in autocast's type where autocast is on, else in that of
+        float32 ``[S]``. Products use the autocast dtype if autocast is enabled, else the dtype of
         `hidden`.
     """
-    if not torch.is_grad_enabled():  # inside a Function all inputs still seem to need gradients
+    if not torch.is_grad_enabled():  # needs_input_grad of a Function ignores no_grad
         hidden, weight = hidden.detach(), weight.detach()
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -195,11 +195,11 @@ def log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 class ScoringHead:
     """The forward pass of an output head that scores targets; see `with_forward`.
 
-    The head is entered through its `__call__`, so that hooks which gather sharded weights fire.
+    The head is called through `__call__`, so that hooks that gather sharded weights run.
     """
 
     def forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits ``[..., V]`` of ``[..., H]``, or the log-probability of each of the `targets`."""
+        """Return logits ``[..., V]`` for ``[..., H]``, or the log-probability of each target."""
         if targets is None:
             logits: Tensor = super().forward(hidden)  # type: ignore[misc]
             return logits
@@ -207,5 +207,5 @@ class ScoringHead:
 
 
 def log_probabilities_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same from logits ``[S, V]``: the plain formula, for heads that are not one matrix."""
+    """`log_probabilities` from logits ``[S, V]``, for heads that are not a single matrix."""
     return -F.cross_entropy(logits.float(), targets, reduction="none")

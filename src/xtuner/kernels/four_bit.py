@@ -1,4 +1,4 @@
-"""Read 4-bit weights of bitsandbytes, also where bitsandbytes misreads them on a CPU."""
+"""Dequantize 4-bit weights of bitsandbytes, also where bitsandbytes is wrong on a CPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from xtuner.kernels.fused.forward_override import with_forward
 
 
 def dequantized(weight: Tensor, state: Any) -> Tensor:
-    """Values ``[out, in]`` of a 4-bit weight, in `state.dtype`.
+    """Dequantize a 4-bit weight to ``[out, in]`` in `state.dtype`.
 
-    Blocks with one scale go on from one row to the next, but bitsandbytes' function for CPUs begins
-    anew with each (0.50.2), and gives garbage without a word for most rows that are no whole
-    blocks, as SigLIP's of 4,304. Of one long row it reads all rightly.
+    Quantization blocks continue across rows, but the CPU function of bitsandbytes (0.50.2) starts a
+    new block in each row and silently returns garbage if the row length is not a multiple of the
+    block size, as in SigLIP (4,304). It is correct for a single long row.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -29,8 +29,8 @@ def dequantized(weight: Tensor, state: Any) -> Tensor:
     return values
 
 
-class _ReadRightly:
-    """The forward pass of a `Linear4bit` whose weight bitsandbytes would misread; see
+class _DequantizedLinear:
+    """The forward pass of a `Linear4bit` whose weight bitsandbytes dequantizes incorrectly; see
     `dequantized`."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -41,13 +41,13 @@ class _ReadRightly:
         return F.linear(x.to(dtype), weight, bias).to(x.dtype)
 
 
-def mend_4bit_layers(model: nn.Module) -> None:
-    """Keep bitsandbytes on a CPU from reading 4-bit weights wrongly (0.50.2), in both of its ways.
+def fix_4bit_layers(model: nn.Module) -> None:
+    """Work around two bugs of bitsandbytes (0.50.2) in 4-bit layers on a CPU.
 
-    Rows that are no whole blocks: see `dequantized`. And layers that it repacks in place for
-    AVX512-BF16 CPUs, in the first forward pass without gradients in evaluation mode: after that
-    the backward pass and `dequantize` read garbage, with only a warning. Either may go once
-    bitsandbytes is right.
+    Rows that are not a multiple of the block size: see `dequantized`. And layers that it repacks in
+    place for AVX512-BF16 CPUs in the first forward pass without gradients in evaluation mode: after
+    that the backward pass and `dequantize` read garbage, with only a warning. Remove each once
+    bitsandbytes is fixed.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -57,4 +57,4 @@ def mend_4bit_layers(model: nn.Module) -> None:
         on_cpu = isinstance(weight, Tensor) and weight.device.type == "cpu"
         if on_cpu and state is not None and state.shape[-1] % state.blocksize:
             kind: Any = type(module)
-            module.__class__ = with_forward(_ReadRightly, kind)
+            module.__class__ = with_forward(_DequantizedLinear, kind)

@@ -1,8 +1,8 @@
-"""An input embedding whose rows stay in the CPU's memory while the model is on a GPU.
+"""An input embedding that stays in CPU memory while the model is on a GPU.
 
-A step reads a few thousand of its rows, 16 MiB for 2,048 tokens of width 4,096, and multiplies
-nothing with it. Of a model with many words it is large: 723 MiB in InternLM2-7B, a tenth of what
-QLoRA takes there in all. The numbers are the same; a step waits for the copy of its rows.
+A step reads a few thousand of its rows, 16 MiB for 2,048 tokens of width 4,096, and takes part in
+no product. With a large vocabulary it is big: 723 MiB in InternLM2-7B, a tenth of the memory of a
+QLoRA run. Results are unchanged; a step waits for the copy of its rows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from xtuner.errors import ModelError
 
 
 class HostEmbedding(nn.Module):
-    """Rows of a frozen embedding, given on the device that asks for them.
+    """A frozen embedding in CPU memory that returns rows on the device of the ids.
 
-    The rows are no parameter: ``model.to(device)`` leaves them where they are, they are not
-    trained or saved, and the model's first parameter still tells on which device it computes.
+    The weight is not a parameter: ``model.to(device)`` does not move it, it is neither trained nor
+    saved, and the model's first parameter still tells the device of the model.
     """
 
     def __init__(self, weight: Tensor):
@@ -31,7 +31,7 @@ class HostEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[V, H]``, in the CPU's memory."""
+        """``[V, H]``, in CPU memory."""
         return self._rows
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -40,11 +40,11 @@ class HostEmbedding(nn.Module):
 
 
 def can_stay_on_cpu(model: Any, trained: Sequence[str] = ()) -> bool:
-    """Whether the input embedding of `model` is a plain one that the head does not share.
+    """Whether the input embedding of `model` is a frozen `nn.Embedding` not tied to the head.
 
     Args:
-        model: of transformers, before adapters.
-        trained: names of modules that get adapters or are trained in full; then not.
+        model: a transformers model, before adapters are added.
+        trained: names of modules that get adapters or are trained in full.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {n.rpartition(".")[2] for n, module in model.named_modules() if module is embedding}
@@ -55,7 +55,7 @@ def can_stay_on_cpu(model: Any, trained: Sequence[str] = ()) -> bool:
 
 
 def bytes_to_leave(model: Any, trained: Sequence[str]) -> int:
-    """Size of the input embedding, 0 where it cannot stay on the CPU; arguments as
+    """Size of the input embedding in bytes, or 0 if it cannot stay on the CPU; arguments as for
     `can_stay_on_cpu`."""
     if not can_stay_on_cpu(model, trained):
         return 0
@@ -64,17 +64,17 @@ def bytes_to_leave(model: Any, trained: Sequence[str]) -> int:
 
 
 def install(model: Any, trained: Sequence[str] = ()) -> None:
-    """Put a `HostEmbedding` in the place of the input embedding; arguments as `can_stay_on_cpu`.
+    """Replace the input embedding by a `HostEmbedding`; arguments as for `can_stay_on_cpu`.
 
     Raises:
-        ModelError: it is of another kind, or trained, or the output head shares its weights.
+        ModelError: the embedding is of another class, trained, or tied to the output head.
     """
     if not can_stay_on_cpu(model, trained):
         raise ModelError(
-            "embedding_on_cpu = True: this model's input embedding cannot be apart from the rest: "
-            "its output head has the same weights, or it is trained, or does more than look up "
-            "rows. Set embedding_on_cpu = False"
+            "embedding_on_cpu = True: the input embedding of this model cannot stay on the CPU: it "
+            "is tied to the output head, trained, or not a plain nn.Embedding. "
+            "Set embedding_on_cpu = False"
         )
     model.set_input_embeddings(HostEmbedding(model.get_input_embeddings().weight))
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the memory that it had
+        torch.cuda.empty_cache()  # release the memory of the old embedding

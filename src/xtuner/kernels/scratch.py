@@ -1,8 +1,8 @@
-"""Memory that stays with the process and is used again and again.
+"""Scratch memory that is allocated once and reused.
 
-On a CPU fresh pages cost more than the arithmetic on them, and a large block that comes and goes
-between tensors that stay leaves gaps behind: hundreds of MiB in one run. A GPU's allocator keeps
-its memory itself.
+On a CPU, page faults of fresh memory cost more than the arithmetic on it, and large temporary
+blocks between long-lived tensors fragment the heap by hundreds of MiB. On a GPU the caching
+allocator of torch already reuses memory.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 
-class _Kept(threading.local):
-    """One set for each thread, since two may compute at once."""
+class _Buffers(threading.local):
+    """One set per thread, since several threads may compute at once."""
 
     def __init__(self) -> None:
         self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
-kept = _Kept()
+buffers = _Buffers()
 
 
 def scratch_buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`size` uninitialised numbers; on a CPU the same each time for one `name`."""
+    """Return `size` uninitialised elements; on a CPU each `name` always gets the same memory."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
-    tensor = kept.tensors.get((name, dtype))
+    tensor = buffers.tensors.get((name, dtype))
     if tensor is None or len(tensor) < size:
-        tensor = kept.tensors[name, dtype] = torch.empty(size, dtype=dtype)
+        tensor = buffers.tensors[name, dtype] = torch.empty(size, dtype=dtype)
     return tensor[:size]

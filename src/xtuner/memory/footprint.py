@@ -1,38 +1,30 @@
-"""How much memory a training step takes, found without a weight being loaded.
+"""How much memory a training step takes, found without loading a weight.
 
-The model is built from its configuration with tensors that have shapes but no values, and one real
-step goes through it: our attention, our loss, recomputation, adapters, backward pass. Every tensor
-that comes alive and dies is counted, so the peak is that of this architecture with these settings,
-not of a formula for the average one.
+The model is built from its configuration on the meta device and prepared by the code that prepares
+the one of a run (`models.prepare`), and one step goes through it (`memory.step`). So the peak is
+that of this architecture with these settings, not of a formula for the average one.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from torch import nn
 
-from xtuner.kernels import cross_entropy, host_embedding
-from xtuner.kernels.attention import blocks, packed
-from xtuner.kernels.compiled import kernels_for, shapes_only
-from xtuner.kernels.fused import attention as fused_attention
-from xtuner.kernels.fused import decoder, norm_mlp
-from xtuner.kernels.scratch import kept
-from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
+from xtuner.config.schema import Settings
+from xtuner.kernels import host_embedding
+from xtuner.kernels.compiled import kernels_for
+from xtuner.memory.step import KEPT_BY_FLASH, line, peaks_of_step
 from xtuner.models import adapters
-from xtuner.models.can_pack import training_implementation, why_apart
-from xtuner.models.causal_lm import missing_to_round
-from xtuner.models.load import located_config, quiet_transformers
-from xtuner.models.quantize import Quantization
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.load import located_config, meta_model
+from xtuner.models.prepare import llm_autocast, make_trainable
 
-KEPT_BY_FLASH = "xtuner_footprint"
 BYTES_QUANTISED = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
+FEW_LAYERS = (2, 4)
+"""Every layer adds the same, so two shallow models tell of a deep one: 1 s instead of 7 s."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Footprint:
     Attributes:
         weights: as they are held, adapters included.
         step: highest sum of everything else alive within a step but the optimizer's state:
-            activations, gradients, logits, workspace.
+            activations, gradients, logits, scratch.
         gradients: of all trained weights; part of `step`.
         trainable: trained numbers.
         parameters: all numbers.
@@ -60,148 +52,133 @@ class Footprint:
 
 
 def measure(
-    path: str,
+    settings: Settings,
     *,
     tokens: tuple[int, ...],
     dtype: torch.dtype,
-    quantization: Quantization = "none",
-    double_quant: bool = True,
-    lora: dict[str, Any] | None = None,
-    frozen: bool = False,
-    sees: bool = False,
+    device: str = "cpu",
     recompute: bool = False,
-    accumulate: bool = False,
-    flash: bool = False,
-    autocast: torch.dtype | None = None,
-    trust_remote_code: bool = False,
 ) -> Footprint:
-    """Send one step of the lengths `tokens` through the model at `path`, without its weights.
+    """Send one step through the language model of `settings`, without its weights.
 
     Args:
-        path: a folder, a hub name, or a name that was fetched; only its config.json is read.
+        settings: of the run; of the model only its config.json is read.
         tokens: lengths of the samples of one micro-batch; all are taken as supervised.
-        dtype: of the frozen weights, or of all in full fine-tuning.
-        quantization: how frozen linear layers are held.
-        double_quant: whether their scales are quantised as well.
-        lora: arguments of `adapters.add_adapter`; None trains all weights, unless they are
-            `frozen`.
-        frozen: train nothing of it.
-        sees: the input embeddings get gradients, as those of a projector before it do.
+        dtype: of the computation and of frozen weights.
+        device: 'cpu' or 'cuda'.
         recompute: recompute activations in the backward pass.
-        accumulate: gradients of an earlier micro-batch are there already.
-        flash: attention keeps what flash attention on a GPU keeps, not what a CPU keeps.
-        autocast: type of the products when it is not that of the weights.
-        trust_remote_code: run Python code that lies beside the configuration.
 
     Raises:
-        ModelError: the configuration cannot be had.
+        ModelError: the configuration cannot be read.
     """
-    config = located_config(path, trust_remote_code=trust_remote_code)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-
-    def some(count: int | None) -> _Counts:
-        model = _build(config, count, dtype, trust_remote_code)
-        apart = why_apart(model) is not None
-        implementation = training_implementation(model, "auto")
-        if flash and implementation == packed.NAME:
-            implementation = KEPT_BY_FLASH
-        model.set_attn_implementation(implementation)
-        _fix_rotation(model)
-        rows = [(n,) for n in tokens] if apart else [tokens]
-        few = _few_tokens(config) if getattr(model, "_is_stateful", False) else None
-        norm_mlp.install(model, check=False)
-        if not flash:
-            fused_attention.install(model, check=False)
-            decoder.install(model, check=False)
-        saved, scratch_buffer = _quantised_size(model, quantization, double_quant)
-        embedding = 0
-        if lora is not None:
-            named = (*lora.get("target_modules", ()), *lora.get("modules_to_save", ()))
-            embedding = host_embedding.bytes_to_leave(model, named)
-        in_four_bits = quantization in ("nf4", "fp4") and not (recompute or flash)
-        if in_four_bits and lora and _reads_four_bits(model, lora, autocast or dtype):
-            scratch_buffer = 0
-        if frozen:
-            model.requires_grad_(False)
-        if recompute:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        if recompute or sees:
-            model.enable_input_require_grads()
-        if lora is not None:
-            model = adapters.add_adapter(model, **lora)
-        trainable, parameters = adapters.count_parameters(model)
-        held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-        with nullcontext() if flash else shapes_only():
-            peaks = _peaks_of_rows(
-                model.train(), rows, few, autocast=autocast, on_gpu=flash, accumulate=accumulate
-            )
-        weights = sum(size for size, _ in held) - saved
-        gradients = sum(size for size, trained in held if trained)
-        beside = scratch_buffer + accumulate * gradients
-        peaks = [peak + beside for peak in peaks]
-        return _Counts([weights, gradients, trainable, parameters, embedding, *peaks])
-
-    if layers <= max(FEW_LAYERS) or _layers_differ(config):
-        found = some(None)
+    config = located_config(
+        settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
+    )
+    text = config.get_text_config()
+    # Other attention takes a mask, which transformers makes from the values of positions.
+    settings = settings.model_copy(update={"attn_implementation": "auto"})
+    measured = _Measured(settings, config, tokens, dtype, device, recompute)
+    layers = getattr(text, "num_hidden_layers", 0)
+    if layers <= max(FEW_LAYERS) or _layers_differ(text):
+        values = measured.counts(None)
     else:
-        less, more = (some(count) for count in FEW_LAYERS)
-        found = less.line_through(more, at=layers)
-    weights, gradients, trainable, parameters, embedding, *peaks = map(round, found.values)
-    width = config.get_text_config().hidden_size
-    return Footprint(weights, max(peaks), gradients, trainable, parameters, width, embedding)
-
-
-FEW_LAYERS = (2, 4)
-"""Every layer adds the same, so a step through so many tells of all: 1 s instead of 7 s."""
+        few, more = (measured.counts(count) for count in FEW_LAYERS)
+        values = [line(FEW_LAYERS, pair, at=layers) for pair in zip(few, more, strict=True)]
+    weights, gradients, trainable, parameters, embedding, *peaks = map(round, values)
+    return Footprint(
+        weights, max(peaks), gradients, trainable, parameters, text.hidden_size, embedding
+    )
 
 
 @dataclass(frozen=True)
-class _Counts:
-    values: list[float]
+class _Measured:
+    """What is measured; the fields are the arguments of `measure` and the model's configuration."""
 
-    def line_through(self, other: _Counts, *, at: int) -> _Counts:
-        """Values at `at` layers; self has the first, other the second of `FEW_LAYERS`."""
-        low, high = FEW_LAYERS
-        pairs = zip(self.values, other.values, strict=True)
-        return _Counts([_line((low, high), pair, at=at) for pair in pairs])
+    settings: Settings
+    config: Any
+    tokens: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    recompute: bool
+
+    def counts(self, num_layers: int | None) -> list[float]:
+        """Weights, gradients, trainable, parameters, embedding and peaks of the model with
+        `num_layers`, None for all."""
+        s, on_gpu = self.settings, self.device == "cuda"
+        saved = scratch = embedding = 0.0
+
+        def base(stored: torch.dtype) -> Any:
+            nonlocal saved, scratch, embedding
+            model = meta_model(
+                self.config,
+                dtype=stored,
+                num_layers=num_layers,
+                trust_remote_code=s.trust_remote_code,
+            )
+            _fix_rotation(model)
+            saved, scratch = _quantised_size(s, model)
+            if self._reads_four_bits(model):
+                scratch = 0
+            if s.uses_adapter:
+                named = (*s.lora_target_modules, *s.lora_modules_to_save)
+                embedding = host_embedding.bytes_to_leave(model, named)
+            return model
+
+        model = make_trainable(
+            s, dtype=self.dtype, device=self.device, recompute=self.recompute, base=base
+        )
+        wrapped = PackedCausalLM(model, autocast=llm_autocast(s, self.dtype))
+        if on_gpu and not wrapped.apart:
+            wrapped.causal.set_attn_implementation(KEPT_BY_FLASH)
+        if s.has_vision and not self.recompute:  # as the projector's output needs them
+            wrapped.causal.enable_input_require_grads()
+        trainable, parameters = adapters.count_parameters(model)
+        held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        gradients = sum(size for size, trained in held if trained)
+        accumulate = s.accumulative_counts > 1
+        peaks = peaks_of_step(
+            wrapped.train(),
+            self.tokens,
+            self._few(wrapped.causal),
+            on_gpu=on_gpu,
+            accumulate=accumulate,
+        )
+        beside = scratch + accumulate * gradients
+        weights = sum(size for size, _ in held) - saved
+        return [weights, gradients, trainable, parameters, embedding, *(p + beside for p in peaks)]
+
+    def _few(self, model: Any) -> tuple[int, int] | None:
+        """Lengths of which a line tells about longer samples; None for models without a state.
+
+        Without their kernels models with one go from token to token, or from chunk to chunk, in
+        Python: 2,048 tokens would take minutes even on shapes.
+        """
+        if not getattr(model, "_is_stateful", False):
+            return None
+        text = self.config.get_text_config()
+        chunk = getattr(text, "chunk_size", None) or getattr(text, "mamba_chunk_size", None)
+        if not isinstance(chunk, int):
+            chunk = 64 if hasattr(text, "linear_key_head_dim") else 8  # 64 is fixed in their code
+        return chunk, 2 * chunk
+
+    def _reads_four_bits(self, model: nn.Module) -> bool:
+        """Whether compiled functions of a CPU take all layers without dequantising them first
+        (`kernels.cpu.lora_linear`)."""
+        s = self.settings
+        four_bits = s.effective_quantization in ("nf4", "fp4") and s.uses_adapter
+        if not four_bits or self.recompute or self.device == "cuda" or s.lora_dropout:
+            return False
+        kernels = kernels_for(torch.empty(0, dtype=self.dtype))
+        if kernels is None or not kernels.multiplies(s.lora_r):
+            return False
+        if list(s.lora_target_modules) != ["all-linear"]:
+            return False
+        return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
 
 
-def _few_tokens(config: Any) -> tuple[int, int]:
-    """Lengths of which a line tells about longer samples of a model with a state.
-
-    Without their kernels such models go from token to token, or from chunk to chunk, in Python:
-    2,048 tokens would take minutes even on shapes.
-    """
-    text = config.get_text_config()
-    chunk = getattr(text, "chunk_size", None) or getattr(text, "mamba_chunk_size", None)
-    if not isinstance(chunk, int):
-        chunk = 64 if hasattr(text, "linear_key_head_dim") else 8  # 64 is fixed in their code
-    return chunk, 2 * chunk
-
-
-def _line(xs: tuple[int, int], ys: tuple[float, float], *, at: int) -> float:
-    """The value at `at` of the line through two points."""
-    return ys[0] + (ys[1] - ys[0]) * (at - xs[0]) / (xs[1] - xs[0])
-
-
-def _layers_differ(config: Any) -> bool:
-    text = config.get_text_config()
+def _layers_differ(text: Any) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ())
     return len(kinds) > 1 or bool(getattr(text, "first_k_dense_replace", 0))
-
-
-def _build(config: Any, count: int | None, dtype: torch.dtype, trust: bool) -> Any:
-    """The model with `count` layers (None: all), on the meta device."""
-    config = copy.deepcopy(config)
-    if count is not None:
-        text = config.get_text_config()
-        layers = text.num_hidden_layers
-        for name, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == layers:
-                setattr(text, name, value[:count])
-        text.num_hidden_layers = count
-    with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
 
 
 def _fix_rotation(model: nn.Module) -> None:
@@ -218,16 +195,14 @@ def _fix_rotation(model: nn.Module) -> None:
             module.rope_type = dict.fromkeys(kind, "default")  # type: ignore[assignment]
 
 
-def _quantised_size(
-    model: nn.Module, quantization: Quantization, double: bool
-) -> tuple[float, int]:
+def _quantised_size(s: Settings, model: nn.Module) -> tuple[float, int]:
     """What quantisation saves, and the room for the largest weight that is dequantised again."""
+    quantization = s.effective_quantization
     if quantization == "none":
         return 0, 0
-    layers = _quantised_layers(model)
-    scales = (1 / 64 + 4 / (64 * 256)) if double else 4 / 64
+    scales = (1 / 64 + 4 / (64 * 256)) if s.double_quant else 4 / 64
     each = BYTES_QUANTISED[quantization] + (0 if quantization == "int8" else scales)
-    sizes = [(m.weight.numel(), m.weight.element_size()) for m in layers]
+    sizes = [(m.weight.numel(), m.weight.element_size()) for m in _quantised_layers(model)]
     saved = sum(count * (size - each) for count, size in sizes)
     return saved, max((count * size for count, size in sizes), default=0)
 
@@ -235,166 +210,3 @@ def _quantised_size(
 def _quantised_layers(model: nn.Module) -> list[nn.Linear]:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-
-
-def _reads_four_bits(model: nn.Module, lora: dict[str, Any], dtype: torch.dtype) -> bool:
-    """Whether compiled functions of a CPU would take all layers without dequantising them first
-    (`cpu_low_rank.reads`)."""
-    kernels = kernels_for(torch.empty(0, dtype=dtype))
-    if kernels is None or not kernels.multiplies(lora["r"]) or lora.get("dropout"):
-        return False
-    if list(lora.get("target_modules", ["all-linear"])) != ["all-linear"]:
-        return False
-    return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
-
-
-def _peaks_of_rows(
-    model: Any,
-    rows: Sequence[tuple[int, ...]],
-    few: tuple[int, int] | None,
-    *,
-    autocast: torch.dtype | None,
-    on_gpu: bool,
-    accumulate: bool,
-) -> list[float]:
-    """As `_peaks_of_step`; with lengths `few`, along the line through steps of these."""
-    total = sum(sum(row) for row in rows)
-    if few is None or total <= few[1]:
-        return [*_peaks_of_step(model, rows, autocast, on_gpu, accumulate)]
-    parts = [_peaks_of_step(model, [(n,)], autocast, on_gpu, accumulate) for n in few]
-    return [_line(few, pair, at=total) for pair in zip(*parts, strict=True)]
-
-
-def _peaks_of_step(
-    model: Any,
-    rows: Sequence[tuple[int, ...]],
-    autocast: torch.dtype | None,
-    on_gpu: bool,
-    accumulate: bool,
-) -> list[int]:
-    """Peaks of the forward pass with the loss, and of both halves of the backward pass, beside
-    gradients that are to be added to. Several rows (of samples' lengths) hold one sample each.
-
-    Each of the three grows by the same with every layer; which is highest may change.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with _caches_apart(), FakeTensorMode(allow_non_fake_inputs=True):
-        pretend_cpu(model)
-        for parameter in model.parameters():
-            given = accumulate and parameter.requires_grad
-            parameter.grad = torch.empty_like(parameter) if given else None
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        counter = LiveBytes()
-        with counter, torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            if len(rows) == 1 and why_apart(causal) is None:
-                value = _loss_of_row(causal, rows[0])
-            else:
-                value = torch.stack([_loss_alone(causal, count) for (count,) in rows]).sum()
-            if on_gpu:  # only on a CPU is it kept
-                kept.tensors.clear()
-        forward = len(counter.history)
-        with counter:
-            value.backward()
-        history = counter.history
-    middle = (forward + len(history)) // 2
-    return [max(history[:forward]), max(history[forward:middle]), max(history[middle:])]
-
-
-def _loss_of_row(causal: Any, tokens: tuple[int, ...]) -> Tensor:
-    """The loss of samples of the lengths `tokens` in one row."""
-    supervised = sum(tokens)
-    if missing := missing_to_round(supervised):
-        tokens = (*tokens, missing)
-    ids = torch.zeros(1, sum(tokens), dtype=torch.int64)
-    cu_seqlens = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
-    hidden = causal.base_model(
-        input_ids=ids,
-        position_ids=torch.cat([torch.arange(n) for n in tokens])[None],
-        use_cache=False,
-        cu_seq_lens_q=_Lengths(cu_seqlens, tokens),
-        cu_seq_lens_k=cu_seqlens,
-        max_length_q=max(tokens),
-        max_length_k=max(tokens),
-    ).last_hidden_state
-    head = causal.get_output_embeddings().weight
-    return -cross_entropy.log_probabilities(hidden[0, :supervised], head, ids[0, :supervised]).sum()
-
-
-def _loss_alone(causal: Any, count: int) -> Tensor:
-    """The loss of one sample of `count` tokens by transformers' plainest call."""
-    ids = torch.zeros(1, count, dtype=torch.int64)
-    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    head = causal.get_output_embeddings().weight
-    return -cross_entropy.log_probabilities(hidden[0].to(head.dtype), head, ids[0]).sum()
-
-
-class _Lengths:
-    """Borders whose values are known although tensors have none here."""
-
-    def __init__(self, cu_seqlens: Tensor, tokens: tuple[int, ...]):
-        self.dtype, self.device, self.shape = cu_seqlens.dtype, cu_seqlens.device, cu_seqlens.shape
-        ends = [0]
-        for length in tokens:
-            ends.append(ends[-1] + length)
-        self._ends = ends
-
-    def tolist(self) -> list[int]:
-        """The boundaries."""
-        return self._ends
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-
-class _FlashFootprint(torch.autograd.Function):
-    """Keeps what flash attention keeps: its inputs, its output, and a float32 a token and head."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-        sums = query.new_empty(query.shape[:2], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _flash_footprint(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _FlashFootprint.apply(q, k, v)[None], None  # type: ignore[no-untyped-call]
-
-
-AttentionInterface.register(KEPT_BY_FLASH, _flash_footprint)
-
-
-@contextmanager
-def _caches_apart() -> Iterator[None]:
-    """Let no tensor without values stay in a cache that a real step reads."""
-    caches = (
-        blocks.layout_of,
-        blocks._shared_blocks,
-        blocks._places,
-        fused_attention.rotation_of,
-    )
-    kept_before = dict(kept.tensors)
-
-    def clear() -> None:
-        for cache in caches:
-            cache.cache_clear()
-        kept.tensors.clear()
-
-    clear()
-    try:
-        yield
-    finally:
-        clear()
-        kept.tensors.update(kept_before)

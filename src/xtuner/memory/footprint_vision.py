@@ -1,6 +1,7 @@
-"""How much memory the eyes of a model take in a training step, found as `footprint` finds the rest.
+"""How much memory vision tower and projector take in a training step, found as `footprint` finds
+that of the language model.
 
-weights   encoder + projector + adapters
+weights   tower + projector + adapters
 step      what waits for the backward pass while the language model runs, and the highest peak
 """
 
@@ -17,18 +18,19 @@ from xtuner.memory.footprint import Footprint
 from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
 from xtuner.models import adapters
 from xtuner.models.load import quiet_transformers
-from xtuner.models.vision.parts import used_layers, with_adapter
-from xtuner.models.vision.tower import check_layer, select, vision_config
+from xtuner.models.prepare import autocast_dtype
+from xtuner.models.vision.tower import check_layer, is_clip, select, strategy_of, vision_config
+from xtuner.models.vision.training import make_tower_trainable, tower_dtype
 
 
 @dataclass(frozen=True)
 class VisionFootprint:
-    """Bytes and counts of encoder and projector.
+    """Bytes and counts of vision tower and projector.
 
     Attributes:
         weights: as they are held.
         waiting: alive while the language model runs.
-        peak: highest while the eyes run.
+        peak: highest while the two run.
         gradients: of trained weights; part of `peak`.
         trainable, parameters: numbers.
     """
@@ -41,8 +43,8 @@ class VisionFootprint:
     parameters: int
 
     def beside(self, llm: Footprint, *, accumulate: bool) -> Footprint:
-        """The footprint of language model and eyes together; `accumulate`: gradients of an
-        earlier micro-batch are there already, as in `llm`."""
+        """The footprint of all parts together; `accumulate`: gradients of an earlier
+        micro-batch exist, as in `llm`."""
         earlier = accumulate * self.gradients
         step = max(llm.step + self.waiting + earlier, llm.gradients + self.peak + self.gradients)
         return replace(
@@ -55,20 +57,10 @@ class VisionFootprint:
         )
 
 
-def tokens_each(path: str) -> int:
-    """Tokens that an image takes with the vision tower at `path`.
-
-    Raises:
-        ModelError: its configuration cannot be had.
-    """
-    config = vision_config(path)
-    return int((config["image_size"] // config["patch_size"]) ** 2)
-
-
 def measure_vision(
     settings: Settings, *, images: int, width: int, dtype: torch.dtype
 ) -> VisionFootprint:
-    """Send `images` through encoder and projector without weights.
+    """Send `images` through vision tower and projector without weights.
 
     Args:
         settings: of the run.
@@ -77,7 +69,7 @@ def measure_vision(
         dtype: of the computation, and of frozen weights.
 
     Raises:
-        ModelError: the encoder's configuration cannot be had, or has no such layer.
+        ModelError: the tower's configuration cannot be read, or it has no such layer.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -86,39 +78,31 @@ def measure_vision(
     training = settings.visual_encoder_training
     check_layer(
         settings.visual_select_layer,
-        layers=config["num_hidden_layers"],
+        layers=config.num_hidden_layers,
         adapters=training == "adapter",
     )
-    stored = torch.float32 if training == "full" else dtype
-    encoder = _build(config, stored)
-    encoder.requires_grad_(False)
-    if training == "full":
-        for part in used_layers(encoder, settings.visual_select_layer):
-            part.requires_grad_(True)
-    elif training == "adapter":
-        encoder = with_adapter(encoder, settings)
+    stored = tower_dtype(settings, dtype)
+    tower = make_tower_trainable(_meta_tower(config, stored), settings)
     with torch.device("meta"):
         projector = nn.Sequential(
-            nn.Linear(config["hidden_size"], width), nn.GELU(), nn.Linear(width, width)
+            nn.Linear(config.hidden_size, width), nn.GELU(), nn.Linear(width, width)
         )
-    both = nn.ModuleList([encoder, projector])
+    both = nn.ModuleList([tower, projector])
     held = [(p.numel() * p.element_size(), p.requires_grad) for p in both.parameters()]
     trainable, parameters = adapters.count_parameters(both)
-    mixed = dtype != torch.float32
-    size, strategy = config["image_size"], "full" if "siglip" in config["model_type"] else "default"
+    mixed, size = autocast_dtype(dtype), config.image_size
     counter = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True):
         pretend_cpu(both)
         pixels = torch.empty(images, 3, size, size, dtype=stored)
-        with counter, torch.autocast("cpu", dtype=dtype if mixed else None, enabled=mixed):
+        with counter, torch.autocast("cpu", dtype=mixed, enabled=mixed is not None):
             with torch.set_grad_enabled(training != "frozen"):
-                tower: Any = encoder
                 states = tower(pixels, output_hidden_states=True).hidden_states
-                features = select(states, settings.visual_select_layer, strategy)
+                features = select(states, settings.visual_select_layer, strategy_of(config))
             del states
-            seen = projector(features)
+            vectors = projector(features)
             waiting = counter.live
-            seen.float().sum().backward()
+            vectors.float().sum().backward()
     gradients = sum(size for size, trained in held if trained)
     return VisionFootprint(
         weights=sum(size for size, _ in held),
@@ -130,15 +114,8 @@ def measure_vision(
     )
 
 
-def _build(values: dict[str, Any], dtype: torch.dtype) -> Any:
-    from transformers import (
-        CLIPVisionConfig,
-        CLIPVisionModel,
-        SiglipVisionConfig,
-        SiglipVisionModel,
-    )
+def _meta_tower(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import CLIPVisionModel, SiglipVisionModel
 
-    siglip = values["model_type"] == "siglip_vision_model"
-    config: Any = (SiglipVisionConfig if siglip else CLIPVisionConfig)(**values)
     with torch.device("meta"), quiet_transformers():
-        return (SiglipVisionModel if siglip else CLIPVisionModel)(config).to(dtype)
+        return (CLIPVisionModel if is_clip(config) else SiglipVisionModel)(config).to(dtype)

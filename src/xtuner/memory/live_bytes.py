@@ -1,5 +1,5 @@
-"""Memory of a step on shapes alone: tensors without values in the places of real ones, and a count
-of the bytes that are alive."""
+"""Memory of a step on shapes alone: tensors without values instead of real ones, and a count of the
+bytes that are alive."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def pretend_cpu(model: nn.Module) -> None:
-    """Put tensors that claim to lie on a CPU in the places of meta tensors; shared ones stay so."""
+    """Replace meta tensors by ones that claim to be on a CPU; shared ones stay shared."""
     made: dict[int, Tensor] = {}
 
     def stand_in(x: Tensor) -> Tensor:

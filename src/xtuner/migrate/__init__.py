@@ -1,6 +1,6 @@
-"""Read configs of other trainers and write them as settings files of xtuner.
+"""Convert configs of other trainers to xtuner settings files.
 
-    old file ──read_mmengine | YAML──► values with lines ──meaning──► Draft ──► settings file
+    old file ──mmengine | YAML reader──► values with lines ──translate──► Draft ──► settings file
 
-Nothing of the old file is executed. `file.migrate` is the entry.
+The old file is never executed. The entry point is `file.migrate`.
 """

@@ -1,8 +1,9 @@
-"""Evaluate the expressions of a config that are only a way to write a value.
+"""Evaluate the expressions of a config without executing code.
 
-Literals, earlier names, arithmetic, joined texts, f-strings without formats, comparisons,
-conditionals, items, ``dict(...)``, ``int(...)`` and its like, ``os.path.join`` of texts. Anything
-else is `Unread`: its line, its text and the reason. Size and work are bounded.
+Supported are literals, earlier names, arithmetic, string concatenation, f-strings without format
+specs, comparisons, conditionals, subscripts, ``dict(...)``, ``int(...)`` and similar, and
+``os.path.join`` of strings. Anything else becomes `Unread` with its line, its text and the reason.
+Size and work are bounded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from xtuner.migrate.values import Dotted, Table, Unread, copied
 
 _MAX_WORK = 5_000_000
 _REFUSAL = 20_000
-"""Work that finding out that a value is too large may have taken."""
+"""Work charged for a value that is rejected as too large."""
 _NUMBERS: dict[str, Callable[..., Any]] = {
     "int": int,
     "float": float,
@@ -36,28 +37,28 @@ _CONTAINERS: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple}
 
 
 class Budget:
-    """What reading may cost, over all files of a config."""
+    """Limits the work of reading, over all files of a config."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
         self.work = 0
 
     def spend(self, amount: int) -> None:
-        """Add `amount` (characters and items made).
+        """Add `amount`, in characters and items created.
 
         Raises:
-            ConfigError: the config computes too much.
+            ConfigError: the limit is exceeded.
         """
         self.work += amount
         if self.work > _MAX_WORK:
-            raise ConfigError(f"{self.files[0]}: computes too much for a config")
+            raise ConfigError(f"{self.files[0]}: the config computes too much to be evaluated")
 
 
 class Expressions:
-    """Evaluates expressions with the names that are set so far.
+    """Evaluates expressions with the names defined so far.
 
     Args:
-        budget: what reading may cost.
+        budget: limits the work.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -65,7 +66,7 @@ class Expressions:
         self._names = Table(1)
         self._kinds: dict[type[ast.AST], Callable[[Any], Any]] = {
             ast.Constant: self._constant,
-            ast.Name: lambda node: self._names.get(node.id, self._unread(node, "is set nowhere")),
+            ast.Name: lambda node: self._names.get(node.id, self._unread(node, "is not defined")),
             ast.List: lambda node: [self._value(item) for item in node.elts],
             ast.Tuple: lambda node: tuple(self._value(item) for item in node.elts),
             ast.Dict: self._dict,
@@ -85,7 +86,7 @@ class Expressions:
     def _value(self, node: ast.expr) -> Any:
         read_kind = self._kinds.get(type(node))
         if read_kind is None:
-            return self._unread(node, f"is a {words(node)}, and a config is read, not run")
+            return self._unread(node, f"is a {words(node)}, which is not executed")
         try:
             value = read_kind(node)
             self._budget.spend(arithmetic.check_size(value))
@@ -101,19 +102,19 @@ class Expressions:
         )
 
     def _made(self, node: ast.expr, parts: Sequence[ast.expr], make: Callable[..., Any]) -> Any:
-        """`make` of the values of `parts`; `Unread` where one of them is, or a name."""
+        """Apply `make` to the values of `parts`; `Unread` if one of them is `Unread` or a name."""
         values = [self._value(part) for part in parts]
         for value in values:
             if isinstance(value, Unread):
                 return value
             if isinstance(value, Dotted):
-                return self._unread(node, f"calculates with {value}")
+                return self._unread(node, f"computes with {value}")
         return make(*values)
 
     def _constant(self, node: ast.Constant) -> Any:
         if node.value is None or isinstance(node.value, str | bool | int | float):
             return node.value
-        return self._unread(node, "is no value of a config")
+        return self._unread(node, "is not a supported value")
 
     def _binary(self, node: ast.BinOp) -> Any:
         return self._made(
@@ -129,13 +130,13 @@ class Expressions:
                 continue
             name = self._value(key)
             if not isinstance(name, str | int | float | bool):
-                return self._unread(node, "has a key that is no text")
+                return self._unread(node, "has a key that is not a string")
             table.put(str(name), given, key.lineno)
         return table
 
     def _take_over(self, table: Table, given: Any, node: ast.AST) -> None:
         if not isinstance(given, Table):
-            raise RefusedError(f"** of {ast.unparse(node)[:40]} is no dict")
+            raise RefusedError(f"** of {ast.unparse(node)[:40]} is not a dict")
         for key, item in given.items():
             table.put(key, item, given.line_of(key))
 
@@ -169,13 +170,13 @@ class Expressions:
         pieces = []
         for part in node.values:
             if isinstance(part, ast.FormattedValue) and (part.format_spec or part.conversion != -1):
-                return self._unread(node, "formats a value")
+                return self._unread(node, "uses a format spec")
             inner = part.value if isinstance(part, ast.FormattedValue) else part
             value = self._value(inner)
             if isinstance(value, Unread):
                 return value
             if not isinstance(value, str | int | float | bool):
-                return self._unread(node, "writes something else than a text or a number")
+                return self._unread(node, "inserts a value that is neither a string nor a number")
             pieces.append(str(value))
         return "".join(pieces)
 
@@ -191,7 +192,7 @@ class Expressions:
         try:
             return holder[index]
         except (TypeError, IndexError, KeyError, ValueError):
-            return self._unread(node, "is not there")
+            return self._unread(node, "does not exist")
 
     def _attribute(self, node: ast.Attribute) -> Any:
         holder = self._value(node.value)
@@ -199,7 +200,7 @@ class Expressions:
             return Dotted(f"{holder.path}.{node.attr}")
         if isinstance(holder, Table) and node.attr in holder:
             return holder[node.attr]
-        return holder if isinstance(holder, Unread) else self._unread(node, "is not there")
+        return holder if isinstance(holder, Unread) else self._unread(node, "does not exist")
 
     def _call(self, node: ast.Call) -> Any:
         function = node.func.id if isinstance(node.func, ast.Name) else ""
@@ -217,7 +218,7 @@ class Expressions:
             return copied(self._value(node.args[0]))
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("copy", "join"):
             return self._own_method(node, node.func)
-        return self._unread(node, "is a call, and a config is read, not run")
+        return self._unread(node, "is a call, which is not executed")
 
     def _own_method(self, node: ast.Call, func: ast.Attribute) -> Any:
         holder = self._value(func.value)
@@ -228,7 +229,7 @@ class Expressions:
             if isinstance(texts, list | tuple) and all(isinstance(t, str) for t in texts):
                 arithmetic.check_size([holder] * len(texts))
                 return str(holder.join(texts))
-        return self._unread(node, "is a call, and a config is read, not run")
+        return self._unread(node, "is a call, which is not executed")
 
     def _made_dict(self, node: ast.Call) -> Any:
         table = Table(node.lineno)
@@ -254,15 +255,15 @@ def _plain(function: Callable[..., Any], given: Sequence[Any]) -> Any:
 
 def _joined_path(*parts: Any) -> str:
     if not parts or not all(isinstance(part, str) for part in parts):
-        raise RefusedError("os.path.join takes texts")
+        raise RefusedError("os.path.join needs strings")
     return str(posixpath.join(*parts))
 
 
 def words(node: ast.AST) -> str:
-    """What a statement or expression is, for a message."""
+    """The kind of a statement or expression, for messages."""
     names = {
-        ast.FunctionDef: "function of this file",
-        ast.ClassDef: "class of this file",
+        ast.FunctionDef: "function definition",
+        ast.ClassDef: "class definition",
         ast.For: "loop",
         ast.While: "loop",
         ast.ListComp: "list comprehension",

@@ -1,6 +1,6 @@
-"""Migrate a file: say what it is, read it, and write the settings file.
+"""Migrate a file: detect its format, read it, and write the settings file.
 
-The kind of file is decided by its content (`xtuner.config.read.foreign`), never by its name.
+The format is detected from the content (`xtuner.config.read.foreign`), never from the name.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _YAML = {foreign.LLAMA_FACTORY: llamafactory.migrate, foreign.TORCHTUNE: torchtu
 
 @dataclass(frozen=True)
 class Migrated:
-    """What was written.
+    """The result of a migration.
 
     Attributes:
         path: the settings file.
-        draft: what is in it, and what is not.
+        draft: its contents and the report.
     """
 
     path: Path
@@ -36,20 +36,20 @@ class Migrated:
 
 
 def read(path: Path) -> Draft:
-    """Say in our settings what the config `path` means, checked against the schema.
+    """Translate the config `path` to settings and check them against the schema.
 
     Raises:
-        ConfigError: the file cannot be read, or is no config that is known here.
+        ConfigError: the file cannot be read, or its format is not supported.
     """
     text = read_mmengine.read_text(path)
     origin = foreign.origin(text, path.suffix)
     if origin is None:
         raise ConfigError(
-            f"{path}: is no config of {', '.join(foreign.ORIGINS)} that is known here; a settings "
-            "file of this version needs no migration"
+            f"{path}: is not a supported config of {', '.join(foreign.ORIGINS)}; a settings file "
+            "of this version needs no migration"
         )
     try:
-        draft = _meaning(path, text, origin)
+        draft = _translate(path, text, origin)
     except UnreadError as error:
         value = error.value
         raise ConfigError(f"{path}, line {value.line}: {value.text} {value.why}") from None
@@ -57,7 +57,7 @@ def read(path: Path) -> Draft:
         raise ConfigError(f"{path}: is nested too deeply") from None
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise ConfigError(
-            f"{path}: a value is of another type than {origin} takes: {error}"
+            f"{path}: a value has a type that {origin} does not accept: {error}"
         ) from error
     if not draft.refused and not draft.not_yet:
         draft.values.setdefault("work_dir", f"./work_dirs/{path.stem}")
@@ -65,7 +65,7 @@ def read(path: Path) -> Draft:
     return draft
 
 
-def _meaning(path: Path, text: str, origin: str) -> Draft:
+def _translate(path: Path, text: str, origin: str) -> Draft:
     if origin == foreign.XTUNER_OLD:
         return xtuner_old.migrate(read_mmengine.read(path))
     try:
@@ -75,28 +75,28 @@ def _meaning(path: Path, text: str, origin: str) -> Draft:
 
 
 def _check(draft: Draft) -> None:
-    """Refuse what the schema refuses."""
+    """Add the problems that the schema finds."""
     _, problems = check(draft.reading())
     draft.take_problems(problems)
 
 
 def migrate(old: Path, new: Path | None = None) -> Migrated:
-    """Write the settings file that means what `old` means.
+    """Write the settings file that is equivalent to `old`.
 
     Args:
         old: the config.
-        new: the file to write; None is NAME_migrated.py in the working directory. A file with the
-            very text that would be written may be there.
+        new: the file to write; default: NAME_migrated.py in the working directory. An existing file
+            is accepted if it has exactly the text that would be written.
 
     Raises:
-        ConfigError: `old` cannot be read, its meaning would change, or `new` is there already.
+        ConfigError: `old` cannot be read or translated faithfully, or `new` exists.
     """
     draft = read(old)
     new = Path(f"{old.stem}_migrated.py") if new is None else new
     if new.suffix != ".py":
-        raise ConfigError(f"{new}: the settings file that is written ends in .py")
+        raise ConfigError(f"{new}: the name of the settings file must end in .py")
     if draft.refused or draft.not_yet:
-        what = "cannot be migrated yet" if draft.not_yet else "is not migrated"
+        what = "cannot be migrated yet" if draft.not_yet else "cannot be migrated"
         raise ConfigError(listed(f"{old} ({draft.origin}) {what}:", list(draft.reasons())))
     _name_files(draft, new.stem)
     command = f"xtuner train {shlex.quote(str(new))}"
@@ -107,9 +107,9 @@ def migrate(old: Path, new: Path | None = None) -> Migrated:
 
 
 def _name_files(draft: Draft, stem: str) -> None:
-    """Put the name of the new file into the settings that name files beside it."""
+    """Insert the name of the new file into the settings that refer to accompanying files."""
     for end in draft.files:
-        draft.note(0, f"{stem}{end}", "is written beside the settings file, which names it")
+        draft.note(0, f"{stem}{end}", "is written next to the settings file, which refers to it")
     formats = draft.values.get("dataset_format", ())
     draft.values["dataset_format"] = [name.replace("{stem}", stem) for name in formats]
     template = str(draft.values.get("prompt_template", "auto"))
@@ -117,13 +117,13 @@ def _name_files(draft: Draft, stem: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write `text`, whole or not at all; leave a file with other text alone."""
+    """Write `text` atomically; never overwrite a file with other text."""
     try:
         if path.exists():
             if path.read_text(encoding="utf-8") == text:
                 return
             raise ConfigError(
-                f"{path}: is there already, and says something else; delete it or name another file"
+                f"{path}: exists with different content; delete it or choose another name"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")

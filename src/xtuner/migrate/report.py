@@ -1,4 +1,4 @@
-"""What becomes of an old config: settings, and what of it is lost, noted or in the way."""
+"""The result of reading an old config: settings, and a report of what is lost or changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDTH = 96
 
 @dataclass(frozen=True)
 class Item:
-    """Something of the old config that needs a word: its line, what stands there, and the word."""
+    """An entry of the report: a line of the old config, what it says, and the explanation."""
 
     line: int
     what: str
@@ -29,18 +29,18 @@ class Item:
 
 @dataclass
 class Draft:
-    """The settings file in the making.
+    """A settings file under construction.
 
     Attributes:
-        origin: what wrote configs of this form, such as 'XTuner 0.x'.
+        origin: the trainer that the config is for, such as 'XTuner 0.x'.
         kind: what the config trains, such as 'sft qlora'.
-        values: our settings by name.
-        lines: for each of them the line that it comes from.
-        lost: what has no counterpart here; the training is the same without it, or nearly.
-        notes: what is done another way here.
-        refused: why the meaning would not be kept.
-        not_yet: why this version cannot do it at all, by name.
-        files: texts of further files that go beside the settings file, by the end of their name.
+        values: settings by name.
+        lines: the line of the old config for each setting.
+        lost: what has no counterpart; training is the same without it, or nearly so.
+        notes: what works differently in xtuner.
+        refused: what cannot be translated faithfully.
+        not_yet: what this version of xtuner does not support.
+        files: contents of accompanying files, by the suffix of their name.
     """
 
     origin: str
@@ -54,30 +54,30 @@ class Draft:
     files: dict[str, str] = field(default_factory=dict)
 
     def set(self, name: str, value: Any, line: int) -> None:
-        """Give our setting `name` the value that the old `line` means."""
+        """Set the setting `name`, which comes from `line` of the old config."""
         self.values[name] = value
         self.lines[name] = line
 
     def lose(self, line: int, what: str, why: str) -> None:
-        """List something that is not carried."""
+        """Report something that is dropped."""
         self._add(self.lost, line, what, why)
 
     def note(self, line: int, what: str, why: str) -> None:
-        """List something that is done another way."""
+        """Report something that works differently."""
         self._add(self.notes, line, what, why)
 
     def refuse(self, line: int, what: str, why: str) -> None:
-        """List something without which the meaning would change."""
+        """Report something that cannot be translated faithfully."""
         self._add(self.refused, line, what, why)
 
     def postpone(self, line: int, what: str, why: str) -> None:
-        """List something that is not part of this version."""
+        """Report something that this version does not support."""
         self._add(self.not_yet, line, what, why)
 
     def refuse_unread(self, error: UnreadError) -> None:
-        """List a value that only running the file would give."""
+        """Report a value that is known only after executing the file."""
         value = error.value
-        self.refuse(value.line, value.text, f"{value.why}; write the value in its place")
+        self.refuse(value.line, value.text, f"{value.why}; write the value itself")
 
     def _add(self, items: list[Item], line: int, what: str, why: str) -> None:
         item = Item(line, shortened(what), why)
@@ -94,33 +94,33 @@ class Draft:
         return "with losses" if self.lost else "migrated"
 
     def reading(self) -> Reading:
-        """The settings in the form that `xtuner.config.check` takes."""
+        """The settings as input for `xtuner.config.check`."""
         return Reading(
             {name: Entry(value, self.lines.get(name, 0)) for name, value in self.values.items()}
         )
 
     def take_problems(self, problems: list[Problem]) -> None:
-        """Refuse what the schema refuses, by the lines of the old config."""
+        """Report the problems that the schema finds, with the lines of the old config."""
         for problem in problems:
             self.refuse(problem.line, problem.what, problem.message)
 
     def text(self, *, source: str, command: str) -> str:
-        """The settings file.
+        """The text of the settings file.
 
         Args:
-            source: the old file, for the head of the new one.
-            command: how to train it.
+            source: name of the old file, for the header.
+            command: the training command, for the header.
         """
         head = [f"Migrated from {source} ({self.origin}, {self.kind}).", "", f"    {command}"]
-        for title, items in (("Not carried:", self.lost), ("Done another way:", self.notes)):
+        for title, items in (("Dropped:", self.lost), ("Different in xtuner:", self.notes)):
             if items:
                 head += ["", title]
                 head += [line for item in ordered(items) for line in wrapped(str(item))]
         return render(self.values, title="\n".join(head))
 
     def report(self) -> Iterator[str]:
-        """Lines for the terminal."""
-        for title, items in (("Not carried", self.lost), ("Done another way here", self.notes)):
+        """Lines for the console."""
+        for title, items in (("Dropped", self.lost), ("Different in xtuner", self.notes)):
             if items:
                 yield f"{title} ({len(items)}):"
                 yield from (line for item in ordered(items) for line in wrapped(str(item)))
@@ -132,12 +132,12 @@ class Draft:
 
 
 def ordered(items: list[Item]) -> list[Item]:
-    """By line; what has none comes last."""
+    """Sort by line; items without a line come last."""
     return sorted(items, key=lambda item: (not item.line, item.line))
 
 
 def wrapped(text: str) -> list[str]:
-    """One item of a list in lines that fit a terminal."""
+    """Wrap a list item to the width of the console."""
     return textwrap.wrap(
         text,
         _WIDTH,
@@ -149,5 +149,5 @@ def wrapped(text: str) -> list[str]:
 
 
 def shown(key: str, value: Any) -> str:
-    """``key = value`` as the old config has it."""
+    """``key = value`` as written in the old config."""
     return f"{key} = {written(value)}"

@@ -1,4 +1,4 @@
-"""The values of an old config: plain ones, tables with lines, dotted names, what was not read."""
+"""Values of an old config: plain values, tables with line numbers, dotted names, unread values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Dotted:
 
 @dataclass(frozen=True)
 class Unread:
-    """A value that only running the file would give: its line, its text and why."""
+    """A value that is known only after executing the file: its line, its text and the reason."""
 
     line: int
     text: str
@@ -27,7 +27,7 @@ class Unread:
 
 
 class UnreadError(Exception):
-    """A value that matters is `Unread`."""
+    """A required value is `Unread`."""
 
     def __init__(self, value: Unread) -> None:
         super().__init__(value)
@@ -38,9 +38,9 @@ class Table(dict[str, Any]):
     """A dict of a config.
 
     Attributes:
-        line: where it begins.
+        line: its first line.
         lines: the line of each key.
-        used: the keys that were looked at, so that what nobody looked at can be listed.
+        used: the keys that were read, so that the remaining keys can be reported.
     """
 
     def __init__(self, line: int = 0) -> None:
@@ -50,12 +50,12 @@ class Table(dict[str, Any]):
         self.used: set[str] = set()
 
     def put(self, key: str, value: Any, line: int) -> None:
-        """Set `key`, which stands in `line`."""
+        """Set `key`, defined in `line`."""
         self[key] = value
         self.lines[key] = line
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of `key`, which is then known to have been looked at.
+        """Return the value of `key` and mark the key as used.
 
         Raises:
             UnreadError: the value could not be read.
@@ -67,10 +67,10 @@ class Table(dict[str, Any]):
         return value
 
     def table(self, key: str) -> Table:
-        """The table at `key`; an empty one where there is none.
+        """The table at `key`, or an empty table.
 
         Raises:
-            TypeError: something else is there.
+            TypeError: the value is not a table.
         """
         return self.optional(key) or Table(self.line_of(key))
 
@@ -78,45 +78,45 @@ class Table(dict[str, Any]):
         """The table at `key`, or None.
 
         Raises:
-            TypeError: something else is there.
+            TypeError: the value is not a table.
         """
         value = self.take(key)
         if value is None or isinstance(value, Table):
             return value
-        raise TypeError(f"{key} in line {self.line_of(key)} is no dict")
+        raise TypeError(f"{key} in line {self.line_of(key)} is not a dict")
 
     def listed(self, key: str) -> list[Any]:
-        """The list at `key`; an empty one where there is none.
+        """The list at `key`, or an empty list.
 
         Raises:
-            TypeError: something else is there.
+            TypeError: the value is not a list.
         """
         value = self.take(key)
         if value is None or isinstance(value, list | tuple):
             return list(value or ())
-        raise TypeError(f"{key} in line {self.line_of(key)} is no list")
+        raise TypeError(f"{key} in line {self.line_of(key)} is not a list")
 
     def name(self, key: str = "type") -> str:
-        """The dotted name at `key`, which a config that mmengine has written holds as text."""
+        """The dotted name at `key`, which is a string in configs dumped by mmengine."""
         value = self.take(key)
         return str(value) if isinstance(value, str | Dotted) else ""
 
     def last(self, key: str = "type") -> str:
-        """The last part of the dotted name at `key`, without ``from_pretrained`` and the like."""
+        """The last part of the dotted name at `key`, without ``from_pretrained`` and similar."""
         return last_part(self.name(key))
 
     def line_of(self, key: str) -> int:
-        """The line of `key`, or of the table where it is absent."""
+        """The line of `key`, or of the table if the key is missing."""
         return self.lines.get(key, self.line)
 
     def pass_over(self, *keys: str) -> None:
-        """Mark `keys`, and all below them, as looked at: they have no influence on the result."""
+        """Mark `keys` and everything below them as used: they do not affect the result."""
         self.used.update(keys)
         for key in keys:
             use_all(self.get(key))
 
     def merged(self, other: Table) -> Table:
-        """This table with the items of `other` put over them, tables within tables merged."""
+        """This table updated recursively with `other`."""
         result: Table = copied(self)
         for key, value in other.items():
             if key == "_delete_":
@@ -135,7 +135,7 @@ _CALLED = ("from_pretrained", "load", "load_dataset", "from_config", "load_from_
 
 
 def last_part(name: str) -> str:
-    """``AutoTokenizer`` of ``transformers.AutoTokenizer.from_pretrained``."""
+    """``AutoTokenizer`` for ``transformers.AutoTokenizer.from_pretrained``."""
     parts = name.split(".")
     if len(parts) > 1 and parts[-1] in _CALLED and parts[-2][:1].isupper():
         parts.pop()
@@ -153,7 +153,7 @@ def copied(value: Any) -> Any:
 
 
 def use_all(value: Any) -> None:
-    """Mark everything in `value` as looked at."""
+    """Mark everything in `value` as used."""
     if isinstance(value, Table):
         value.used.update(value)
     for item in value.values() if isinstance(value, Table) else _items(value):
@@ -161,7 +161,7 @@ def use_all(value: Any) -> None:
 
 
 def unused(value: Any, path: str) -> Iterator[tuple[int, str, Any]]:
-    """Yield line, path and value of every key that nobody looked at, the outermost only."""
+    """Yield line, path and value of every unused key, without the keys below it."""
     if isinstance(value, Table):
         for key, item in value.items():
             if key in value.used:
@@ -178,7 +178,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def written(value: Any) -> str:
-    """`value` as a config writes it, for a message."""
+    """`value` in config syntax, for messages."""
     if isinstance(value, Table):
         inside = ", ".join(f"{key}={written(item)}" for key, item in value.items())
         return f"dict({inside})"

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
 from xtuner.kernels.attention.packed import register
-from xtuner.models.load import located_config, quiet_transformers, readable_errors
+from xtuner.models.load import located_config, meta_model, readable_errors
 
 ISOLATING_KINDS = frozenset({"full_attention", "sliding_attention", "attention", "mlp", "moe"})
 """Kinds of layers (`config.layer_types`) in which a token reads others only through attention over
@@ -57,10 +57,8 @@ def resolve_packing(settings: Settings) -> tuple[Settings, str | None]:
         return settings, None
     path = settings.pretrained_model_name_or_path
     config = located_config(path, trust_remote_code=settings.trust_remote_code)
-    with readable_errors(path, "model"), torch.device("meta"), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=settings.trust_remote_code
-        )
+    with readable_errors(path, "model"):
+        model = meta_model(config, trust_remote_code=settings.trust_remote_code)
     reason = why_apart(model)
     if reason is None:
         return settings.model_copy(update={"pack_to_max_length": True}), None

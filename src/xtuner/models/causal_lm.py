@@ -10,6 +10,7 @@ architecture is loaded, a wrong shortcut stops the run instead of training it si
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from xtuner.models.check.training_pass import (
     traceless,
     without_dropout,
 )
-from xtuner.types import IGNORE_INDEX, Batch
+from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration fields by which architectures change logits after the head; small logits hide a
@@ -51,14 +52,22 @@ class PackedCausalLM(nn.Module):
         model: the model; it stays reachable as `.model`.
         autocast: compute in this type although trained weights are float32; None computes in the
             weights' type.
+        embedder: takes batches with images; None for a language model alone.
 
     Attributes:
         apart: each sample goes through the model by itself, as transformers' plainest call.
     """
 
-    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        autocast: torch.dtype | None = None,
+        embedder: ImageEmbedder | None = None,
+    ):
         super().__init__()
         self.model = model
+        self.embedder = embedder
         self.autocast = autocast
         self.plain_logits = False
         self.apart = why_apart(text_decoder(self.causal)) is not None
@@ -86,7 +95,9 @@ class PackedCausalLM(nn.Module):
         the tokens (see `Batch.sequence_of_predicting`)."""
         with self._autocast():
             if not self.apart:
-                return self._scores_of_row(_filled(batch), batch)
+                return self._scores_of_row(filled(batch), batch)
+            if batch.num_sequences == 1:
+                return self._scores_of_row(batch, batch)
             sequences = replace(batch, sequences_per_row=1).split()
             parts = [part for part in sequences if part.num_supervised] or sequences[:1]
             return torch.cat([self._scores_of_row(part, part) for part in parts])
@@ -123,13 +134,18 @@ class PackedCausalLM(nn.Module):
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        positions = batch.position_ids
+        if batch.images is not None and self.embedder is not None:
+            ids = inputs.pop("input_ids")
+            inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
+            positions = self.embedder.positions(batch)
         if self.apart:
             return inputs
-        inputs["position_ids"] = batch.position_ids
+        inputs["position_ids"] = positions
         implementation = self._implementation
         if implementation == attention.NAME or "flash" in implementation:
             cu_seqlens = batch.cu_seqlens
-            longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+            longest = max(stop - start for start, stop in itertools.pairwise(cu_seqlens.tolist()))
             if implementation != attention.NAME:
                 cu_seqlens = cu_seqlens.to(batch.input_ids.device)
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
@@ -237,7 +253,7 @@ def missing_to_round(count: int) -> int:
     return -count % (64 if count >= LONG_ROW else 16)
 
 
-def _filled(batch: Batch) -> Batch:
+def filled(batch: Batch) -> Batch:
     """`batch` with one more sample, without loss, where N is not a round number.
 
     Every new N costs the matrix library compilations, and a crooked one some percent of each
@@ -251,7 +267,7 @@ def _filled(batch: Batch) -> Batch:
     positions[0, count:] = torch.arange(missing, device=positions.device)
     images = batch.images and replace(
         batch.images,
-        places=F.pad(batch.images.places, (0, missing)),
+        mask=F.pad(batch.images.mask, (0, missing)),
         counts=(*batch.images.counts, 0),
     )
     return Batch(

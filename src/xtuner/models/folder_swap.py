@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -31,4 +32,5 @@ def recover(parent: Path) -> None:
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            os.rename(aside, target)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+                os.rename(aside, target)

@@ -9,6 +9,7 @@ error.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import logging
@@ -26,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from xtuner import plugins
 from xtuner.errors import ModelError, listed
 from xtuner.hub import fetch
-from xtuner.kernels.four_bit import mend_4bit_layers
+from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.models.quantize import Quantization, quantization_config
 
 # PEFT 0.21 reads a property that transformers 5.23 renamed; the note is for its authors, not for
@@ -105,7 +106,7 @@ def load_model(
                 [*missing[:8], *(["..."] if len(missing) > 8 else [])],
             )
         )
-    mend_4bit_layers(model)
+    fix_4bit_layers(model)
     return model if quantization != "none" else model.to(device)
 
 
@@ -119,6 +120,35 @@ def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     _register_family(place)
     with readable_errors(path, "model"):
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+
+
+def meta_model(
+    config: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    num_layers: int | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal language model of a configuration on the meta device: shapes without values.
+
+    Args:
+        config: of `located_config`; it is not changed.
+        dtype: of the weights; None takes the configuration's.
+        num_layers: take so many decoder layers in place of the configuration's number.
+        trust_remote_code: run Python code that lies beside the configuration.
+    """
+    config = copy.deepcopy(config)
+    if num_layers is not None:
+        text = config.get_text_config()
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == text.num_hidden_layers:
+                setattr(text, name, value[:num_layers])
+        text.num_hidden_layers = num_layers
+    options = {} if dtype is None else {"dtype": dtype}
+    with torch.device("meta"), quiet_transformers():
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, **options
+        )
 
 
 def located(path: str | Path) -> str:

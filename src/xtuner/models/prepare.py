@@ -1,7 +1,14 @@
-"""The language model of a run, with what is trained in it made trainable and made fast."""
+"""From the settings of a run to its trainable language model.
+
+    base model ──attention, fused layers──► recomputation ──► adapters, all weights, or frozen
+
+The base model is loaded with its weights, or built on the meta device for a memory forecast; what
+is done to it is the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +20,7 @@ from xtuner.kernels.fused import attention, decoder, norm_mlp
 from xtuner.models import adapters
 from xtuner.models.can_pack import training_implementation
 from xtuner.models.load import load_model
-from xtuner.models.vision.parts import LLM, LLM_ADAPTER
+from xtuner.models.vision.folder import LLM, LLM_ADAPTER
 
 
 def make_trainable(
@@ -24,46 +31,44 @@ def make_trainable(
     recompute: bool,
     embedding_on_cpu: bool = False,
     source: Path | None = None,
+    base: Callable[[torch.dtype], Any] | None = None,
 ) -> Any:
-    """Load the language model, put our layers into it, and add its adapters.
+    """Load the language model of a run and prepare it for training.
 
     Args:
         s: settings of the run.
         dtype: of the computation and of frozen weights.
-        device: where the model goes.
-        recompute: compute activations again in the backward pass instead of keeping them.
+        device: where the model is, or for a meta model where it would be.
+        recompute: recompute activations in the backward pass instead of keeping them.
         embedding_on_cpu: leave the input embedding in the CPU's memory.
-        source: a checkpoint whose trained weights are taken.
+        source: the checkpoint that trained weights are taken from.
+        base: makes the base model with weights of the given type; None loads it. Layers of a model
+            on the meta device are replaced without comparing their numbers.
 
     Raises:
-        ModelError: the model cannot be loaded, or `source` does not fit it, or its embedding cannot
-            be apart from the rest.
+        ModelError: the model cannot be loaded, `source` does not fit it, or its embedding cannot
+            stay on the CPU.
     """
-    full = s.llm_training == "full"
-    place: str | Path = s.pretrained_model_name_or_path
-    if full and source is not None:
-        place = source / LLM if s.has_vision else source
-    base = load_model(
-        place,
-        dtype=torch.float32 if full else dtype,
-        device=device,
-        quantization=s.effective_quantization,
-        double_quant=s.double_quant,
-        trust_remote_code=s.trust_remote_code,
-    )
-    base.set_attn_implementation(training_implementation(base, s.attn_implementation))
+    stored = weights_dtype(s, dtype)
+    model = base(stored) if base else _loaded(s, stored, device, source)
+    on_meta = next(model.parameters()).is_meta
+    model.set_attn_implementation(training_implementation(model, s.attn_implementation))
     if embedding_on_cpu:
-        host_embedding.install(base, [*s.lora_target_modules, *s.lora_modules_to_save])
-    norm_mlp.install(base)
-    attention.install(base)
-    decoder.install(base)
+        host_embedding.install(model, [*s.lora_target_modules, *s.lora_modules_to_save])
+    norm_mlp.install(model, check=not on_meta)
+    # On a GPU these need Liger, which is compared with the layers on real values only.
+    if not (on_meta and device == "cuda"):
+        attention.install(model, check=not on_meta)
+        decoder.install(model, check=not on_meta)
+    if s.llm_training == "frozen":
+        model.requires_grad_(False)
     if recompute:
-        base.activation_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     if not s.uses_adapter:
-        return base
+        return model
     adapted = adapters.add_adapter(
-        base,
+        model,
         r=s.lora_r,
         alpha=s.lora_alpha,
         dropout=s.lora_dropout,
@@ -74,3 +79,33 @@ def make_trainable(
     if source is not None:
         adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.has_vision else source)
     return adapted
+
+
+def weights_dtype(s: Settings, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a run that computes in `dtype` stores the language model's weights."""
+    return torch.float32 if s.llm_training == "full" else dtype
+
+
+def llm_autocast(s: Settings, dtype: torch.dtype) -> torch.dtype | None:
+    """The type to autocast the language model to; None where it computes in its weights' type."""
+    in_float32 = s.llm_training == "full" or bool(s.lora_modules_to_save)
+    return autocast_dtype(dtype) if in_float32 else None
+
+
+def autocast_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The type to autocast modules with float32 weights to in a run that computes in `dtype`."""
+    return None if dtype == torch.float32 else dtype
+
+
+def _loaded(s: Settings, dtype: torch.dtype, device: str, source: Path | None) -> Any:
+    path: str | Path = s.pretrained_model_name_or_path
+    if s.llm_training == "full" and source is not None:
+        path = source / LLM if s.has_vision else source
+    return load_model(
+        path,
+        dtype=dtype,
+        device=device,
+        quantization=s.effective_quantization,
+        double_quant=s.double_quant,
+        trust_remote_code=s.trust_remote_code,
+    )

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.errors import LaunchError
+from xtuner.parallel.layout import RankLayout
 
 BUCKET_NUMBERS = 16 * 2**20
 """Gradients are summed in buckets of about this many numbers (64 MB of float32)."""
@@ -32,17 +34,36 @@ class Processes:
 
     Args:
         device: 'cpu' or 'cuda', as chosen; with several GPUs each process takes its own.
+        sequence_parallel_size: ranks that share the tokens of a row.
+
+    Attributes:
+        rank: of this process among all.
+        world_size: number of processes.
+        layout: the rank as a data rank and a sequence rank.
+        device: of this process.
+        data_group: the ranks that take the same part of different rows; None is all of them.
+        sequence_group: the ranks that share the tokens of their rows; None if each has its own.
+
+    Raises:
+        LaunchError: the processes cannot be divided into groups of `sequence_parallel_size`.
     """
 
-    def __init__(self, device: str):
-        # The others wait while the main process encodes the data, saves or answers questions.
+    def __init__(self, device: str, *, sequence_parallel_size: int = 1):
+        # The others wait while the main process encodes the data or writes a checkpoint.
         patience = {"timeout": timedelta(days=1)} if "RANK" in os.environ else {}
         self._state = PartialState(cpu=device == "cpu", **patience)
         self.rank: int = self._state.process_index
         self.world_size: int = self._state.num_processes
+        self.layout = RankLayout(self.rank, self.world_size, sequence_parallel_size)
         self.device: torch.device = (
             self._state.device if self.world_size > 1 else torch.device(device)
         )
+        self.data_group: Any = None
+        self.sequence_group: Any = None
+        if sequence_parallel_size > 1:
+            self.data_group = _own_group(self.layout.data_groups(), self.rank)
+            self.sequence_group = _own_group(self.layout.sequence_groups(), self.rank)
+        self._alone: str | None = None
         if self.world_size > 1:
             _die_with_parent()
 
@@ -51,23 +72,47 @@ class Processes:
         """Whether this process writes files and speaks to the terminal."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which rows this process takes."""
+        return self.layout.data_rank
+
+    @property
+    def data_world_size(self) -> int:
+        """Number of ranks that take different rows."""
+        return self.layout.data_world_size
+
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Sum each number over all processes, in float64."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def max(self, number: float) -> float:
+        """The largest `number` of all processes."""
+        return self._reduced([number], dist.ReduceOp.MAX)[0]
+
+    def _reduced(self, numbers: Sequence[float], operation: Any) -> list[float]:
         if self.world_size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        with _all_there():
-            dist.all_reduce(total)
+        with self._together():
+            dist.all_reduce(total, operation)
         return total.tolist()  # type: ignore[no-any-return]
 
-    def gather(self, words: list[str]) -> list[str]:
-        """The words of all processes, in the order of ranks."""
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in the order of ranks."""
         if self.world_size == 1:
-            return words
-        found: list[list[str]] = [[] for _ in range(self.world_size)]
-        with _all_there():
-            dist.all_gather_object(found, words)
-        return [word for part in found for word in part]
+            return items
+        found: list[list[Any]] = [[] for _ in range(self.world_size)]
+        with self._together():
+            dist.all_gather_object(found, items)
+        return [item for part in found for item in part]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """`tensor` of the main process, in all of them; it is overwritten in the others."""
+        if self.world_size > 1:
+            with self._together():
+                dist.broadcast(tensor, src=0)
+        return tensor
 
     def sum_gradients(
         self, parameters: Iterable[Tensor], *, gather: Callable[[], Iterable[Tensor]] | None = None
@@ -100,8 +145,32 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        with _all_there():
+        with self._together():
             self._state.wait_for_everyone()
+
+    @contextmanager
+    def without_others(self, who: str) -> Iterator[None]:
+        """Refuse collective calls inside the block, where the other processes are not.
+
+        Args:
+            who: runs in the block, for the message.
+        """
+        self._alone = who if self.world_size > 1 else None
+        try:
+            yield
+        finally:
+            self._alone = None
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around a collective call, which would wait for ever where the others do not make it."""
+        if self._alone is not None:
+            raise LaunchError(
+                f"{self._alone} runs on the main process only, and calls what all processes have "
+                "to call together: set `collective = True` in its class"
+            )
+        with _all_there():
+            yield
 
     def close(self) -> None:
         """Leave the process group, at the end of a run that all of them have come to."""
@@ -136,6 +205,12 @@ def _sum_bucket(gradients: list[Tensor]) -> None:
     for gradient in gradients:
         gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
         start += gradient.numel()
+
+
+def _own_group(groups: list[list[int]], rank: int) -> Any:
+    """Make all `groups`, as every process has to, and return that of `rank`."""
+    made = [(dist.new_group(ranks), ranks) for ranks in groups]
+    return next(group for group, ranks in made if rank in ranks)
 
 
 def _die_with_parent() -> None:

@@ -1,8 +1,8 @@
-"""Templates: how messages become token ids, what of them is learned, and how a prompt looks.
+"""Prompt templates: render messages to token ids, a loss mask and prompts.
 
-'auto' is the tokenizer's own chat template, 'plain' none at all, 'verbatim' not even an end token;
-the named ones are the rows of `table.py`; your own is a `Spec` named ``"my_templates.py:MINE"``.
-Listing names imports neither torch nor transformers.
+'auto' is the tokenizer's own chat template, 'plain' adds only an EOS token after answers, and
+'verbatim' adds nothing. Named templates are rows of `table.py`; your own is a `Spec` given as
+``"my_templates.py:MINE"``. Listing names imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ SETTING = "prompt_template"
 
 
 def names() -> list[str]:
-    """The names that the setting `prompt_template` can have, 'auto' and 'plain' first."""
+    """The values of the setting `prompt_template`, 'auto' and 'plain' first."""
     return ["auto", "plain", "verbatim", *sorted(NAMED), *sorted(XTUNER0)]
 
 
 def of_run(
     settings: Settings, tokenizer: Any, *, algorithm: Algorithm, folder: Path | None = None
 ) -> Template:
-    """The template that a run uses, which its checkpoints name.
+    """The template of a run, which its checkpoints record.
 
-    It is the one that the settings name; 'auto' is 'plain' if the algorithm continues texts and the
+    It is the one in the settings; 'auto' selects 'plain' if the algorithm continues texts and the
     model has no chat template.
 
     Raises:
-        ConfigError, ModelError: as `load`.
+        ConfigError, ModelError: see `load`.
     """
     name = settings.prompt_template
     if name == "auto" and algorithm.continues_text and not tokenizer.chat_template:
@@ -50,18 +50,18 @@ def of_run(
 
 
 def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = None) -> Template:
-    """Make the template that `prompt_template` names, for a tokenizer.
+    """Load a template for a tokenizer.
 
     Args:
         name: 'auto', 'plain', 'verbatim', a named template, or the user's own as
             ``"my_templates.py:MINE"`` (a `Spec`).
-        tokenizer: a tokenizer of transformers.
+        tokenizer: a transformers tokenizer.
         system: the system message of conversations that have none.
         folder: where to look for the user's file before the working directory.
 
     Raises:
-        ConfigError: there is no such template, or the user's object is not a sound `Spec`.
-        ModelError: the template cannot work with this tokenizer.
+        ConfigError: there is no such template, or the user's object is not a valid `Spec`.
+        ModelError: the template does not work with this tokenizer.
     """
     if name == "auto":
         from xtuner.templates.auto import ChatTemplate
@@ -142,5 +142,6 @@ def _user_spec(name: str, folder: Path | None) -> Spec:
             "it must be a Spec (from xtuner.templates.spec import Spec)"
         )
     if problems := list(spec.problems()):
-        raise ConfigError(listed(f"{SETTING} = {name!r}: {len(problems)} problems", problems))
+        count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
+        raise ConfigError(listed(f"{SETTING} = {name!r}: {count}", problems))
     return spec

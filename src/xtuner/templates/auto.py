@@ -1,13 +1,14 @@
 """The template 'auto': the tokenizer's own chat template.
 
-Which characters the assistant wrote is found without knowing the template. For its turn i the text
-of ``messages[:i]`` with the generation prompt, and the text of ``messages[:i + 1]`` up to the stop
-token, must both be beginnings of the whole text; the turn is what lies between. So the mask begins
-exactly where a chat begins to generate and ends with the token that ends an answer. If a template
-marks the assistant's part with ``{% generation %}``, the marks bound the turn instead.
+The characters of the assistant are located without parsing the template. For assistant turn i, the
+text of ``messages[:i]`` with the generation prompt and the text of ``messages[:i + 1]`` up to the
+stop token must both be prefixes of the full text; the turn is the text between them. The loss mask
+thus starts exactly where generation starts, and ends with the token that ends an answer. If a
+template marks assistant turns with ``{% generation %}``, the marks delimit the turns instead.
 
-Some templates rewrite earlier turns (Qwen3 drops their thoughts). A turn that training would show
-otherwise than a chat does is left out of the loss, with a warning; if none is left, it is an error.
+Some templates rewrite earlier turns (Qwen3 drops their reasoning). A turn that training would
+render differently from chat is excluded from the loss, with a warning; if none is left, it is an
+error.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ _PATIENCE = 3
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FURTHER_ENDS = ("<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 _DATE = "26 Jul 2024"
-"""The date that templates of Llama 3 show when told none; fixed, so that a run can be repeated."""
+"""The default date of Llama 3 templates; fixed, so that runs are reproducible."""
 
 
 class ChatTemplate(Template):
-    """Renders with `tokenizer.apply_chat_template` and finds the assistant's turns in the text."""
+    """Renders with the tokenizer's chat template and locates the assistant turns in the text."""
 
     def __init__(self, tokenizer: Any, *, system: str = "") -> None:
         if not tokenizer.chat_template:
             raise ModelError(
-                "prompt_template = 'auto': the tokenizer has no chat template, as base models' "
-                "have none. Set prompt_template = 'default', or one that fits: "
+                "prompt_template = 'auto': the tokenizer has no chat template, which is common for "
+                "base models. Set prompt_template = 'default', or another named template: "
                 + ", ".join(sorted(NAMED))
             )
         super().__init__("auto", tokenizer, system=system)
@@ -70,11 +71,11 @@ class ChatTemplate(Template):
         text, marks = self._text(dicts, tools, prompt=prompt)
         if tools:
             self._check_tools(dicts, tools, text, prompt=prompt)
-        spoken = [i for i, turn in enumerate(dicts) if turn["role"] == "assistant"]
-        bounds = marks if len(marks) == len(spoken) else [None] * len(spoken)
+        answers = [i for i, turn in enumerate(dicts) if turn["role"] == "assistant"]
+        bounds = marks if len(marks) == len(answers) else [None] * len(answers)
         found: list[Turn] = []
         inexact = 0
-        for index, mark in zip(spoken, bounds, strict=True):
+        for index, mark in zip(answers, bounds, strict=True):
             message = turns[index][1]
             supervised = message is not None and message.supervised
             span = self._span(text, dicts, index, tools, mark=mark, prompt=prompt)
@@ -103,12 +104,12 @@ class ChatTemplate(Template):
         mark: tuple[int, int] | None,
         prompt: bool,
     ) -> tuple[int, int] | None:
-        """Where turn `index` begins and ends in `text`; None if a chat would show it otherwise."""
+        """Start and end of turn `index` in `text`; None if a chat would render it differently."""
         try:
-            before = self._text(dicts[:index], tools, prompt=True)[0]
+            prefix = self._text(dicts[:index], tools, prompt=True)[0]
         except DataError:
-            before = None  # nobody has asked yet, and the template wants somebody to
-        start = len(before) if before is not None and text.startswith(before) else None
+            prefix = None  # there is no user turn yet, but the template requires one
+        start = len(prefix) if prefix is not None and text.startswith(prefix) else None
         if mark is not None:
             if start is None or not mark[0] <= start <= mark[1]:
                 start = mark[0]
@@ -126,7 +127,7 @@ class ChatTemplate(Template):
         return start, end
 
     def _marked_turn(self, text: str, mark: tuple[int, int]) -> str:
-        """`text` up to the end of a marked turn; a stop right behind the mark belongs to it."""
+        """`text` up to the end of a marked turn, including a stop right after the mark."""
         end = mark[1]
         if self._stop and self._stop not in text[mark[0] : end]:
             gap = len(text) - end - len(text[end:].lstrip())
@@ -144,9 +145,9 @@ class ChatTemplate(Template):
     def _text(
         self, dicts: list[dict[str, Any]], tools: Tools = (), *, prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the characters that ``{% generation %}`` marks in it.
+        """The text and the character spans that ``{% generation %}`` marks in it.
 
-        `apply_chat_template` gives the marks as tokens only, so its renderer is called directly.
+        `apply_chat_template` returns the marks only as tokens, so its renderer is called directly.
         """
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -171,18 +172,18 @@ class ChatTemplate(Template):
             raise ModelError(f"{_EXCEEDS} its bounds: it {error}; {_NAME_ANOTHER}") from error
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
-                f"the tokenizer's chat template is broken (line {error.lineno}: {error.message}); "
+                f"the tokenizer's chat template is invalid (line {error.lineno}: {error.message}); "
                 f"{_NAME_ANOTHER}"
             ) from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(turn["role"] for turn in dicts) or "none"
             raise DataError(
-                f"the model's chat template does not take these messages (roles: {roles}): {error}"
+                f"the model's chat template rejects these messages (roles: {roles}): {error}"
             ) from error
         return texts[0], [(a, b) for a, b in marks[0]] if marks else []
 
     def _source(self, tools: Tools) -> str:
-        """The template's text; some tokenizers have another one for tools."""
+        """The template source; some tokenizers have a separate one for tools."""
         try:
             return str(self._tokenizer.get_chat_template(tools=[dict(t) for t in tools] or None))
         except ValueError as error:
@@ -194,7 +195,7 @@ class ChatTemplate(Template):
         return self._marked[source]
 
     def _as_turns(self, messages: Sequence[Message]) -> list[tuple[dict[str, Any], Message | None]]:
-        """The messages in the template's form, the system message where the template takes it."""
+        """The messages as dicts, with the system message where the template accepts it."""
         turns: list[tuple[dict[str, Any], Message | None]] = [(m.as_dict(), m) for m in messages]
         first = turns[0][0] if turns else None
         if self.system and first is not None and first["role"] != "system":
@@ -210,11 +211,11 @@ class ChatTemplate(Template):
                 }
                 return [*turns[1:index], (asked, message), *turns[index + 1 :]]
         raise DataError(
-            "the model's chat template has no place for a system message without a user turn"
+            "the model's chat template does not support a system message without a user turn"
         )
 
     def _shows_system(self) -> bool:
-        """Whether the template writes system messages; Gemma's refuses them, and some drop them."""
+        """Whether the template renders system messages; Gemma's rejects them, some drop them."""
         user = {"role": "user", "content": "Hello"}
         try:
             return _PROBE in self._text([{"role": "system", "content": _PROBE}, user])[0]
@@ -222,18 +223,18 @@ class ChatTemplate(Template):
             return False
 
     def _find_stop(self) -> str:
-        """What the template writes behind an answer: its first added token, else its text."""
+        """What the template writes after an answer: the first added token, otherwise the text."""
         dicts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
         try:
             tail = self._text(dicts)[0].rpartition(_PROBE)[2]
         except DataError:
             return str(self._tokenizer.eos_token or "")
-        places = [(at, token) for token in self._added if (at := tail.find(token)) >= 0]
-        if places:
-            return str(min(places, key=lambda place: (place[0], -len(place[1])))[1])
+        found = [(at, token) for token in self._added if (at := tail.find(token)) >= 0]
+        if found:
+            return str(min(found, key=lambda match: (match[0], -len(match[1])))[1])
         if not tail.strip():
-            self._say_once(
-                "the model's chat template writes nothing behind an answer, so training cannot "
+            self._warn_once(
+                "the model's chat template writes nothing after an answer, so training cannot "
                 "teach the model to stop; set prompt_template to a named template"
                 f"{self._fitting()}"
             )
@@ -245,39 +246,36 @@ class ChatTemplate(Template):
         if self._tools_shown is None:
             self._tools_shown = text != self._text(dicts, prompt=prompt)[0]
         if not self._tools_shown:
-            self._say_once(
-                "the model's chat template does not show tools to the model: the 'tools' of the "
-                "data are without effect; use a model whose template knows tools"
+            self._warn_once(
+                "the model's chat template does not render tools, so the 'tools' of the data have "
+                "no effect; use a model whose template supports tools"
             )
 
-    def _check_calls(self, turn: Mapping[str, Any], spoken: str) -> None:
+    def _check_calls(self, turn: Mapping[str, Any], rendered: str) -> None:
         for call in turn.get("tool_calls", ()):
             name = str(call.get("function", call).get("name", ""))
-            if name not in spoken:
+            if name not in rendered:
                 raise DataError(
-                    "the model's chat template does not write the assistant's call of tool "
-                    f"'{name}'; use a model whose template knows tools, or write the call into "
-                    "the content"
+                    f"the model's chat template does not render the call of tool '{name}'; use a "
+                    "model whose template supports tools, or write the call into the content"
                 )
 
     def _report_inexact(self, *, left: int) -> None:
         if not left:
             raise ModelError(
-                "the model's chat template shows the assistant's answers otherwise in training "
-                "than it asks for them in chat (reasoning models' templates rewrite turns), so "
-                "the loss cannot be put on them exactly. Use a named template"
-                f"{self._fitting()}, or a chat template that marks the answers with "
-                "{% generation %}."
+                "the model's chat template renders answers differently in training and in chat "
+                "(templates of reasoning models rewrite turns), so the loss mask cannot be "
+                f"computed. Use a named template{self._fitting()}, or a chat template that marks "
+                "answers with {% generation %}."
             )
-        self._say_once(
-            "the model's chat template rewrites earlier turns, so of conversations with several "
-            "turns only those that a chat shows alike are learned. To learn all, use a named "
-            f"template{self._fitting()}, or a chat template that marks the answers with "
-            "{% generation %}."
+        self._warn_once(
+            "the model's chat template rewrites earlier turns, so only the turns that it renders "
+            "as in chat are supervised. To supervise all turns, use a named template"
+            f"{self._fitting()}, or a chat template that marks answers with {{% generation %}}."
         )
 
     def _fitting(self) -> str:
-        """The named template whose tokens all occur in what this one writes."""
+        """Suggest the named template whose tokens all occur in the output of this one."""
         turns = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
         try:
             written = self._text(turns, prompt=True)[0]

@@ -1,8 +1,8 @@
-"""What a template is: the one object that lays out conversations for training and prompts for chat.
+"""The base class of templates, which render conversations for training and prompts for chat.
 
-A subclass renders messages to one text and says which characters of it the assistant wrote
-(`Rendered`); ids, mask and prompts follow here, the same way for all, so that the prompt of a chat
-is always an exact prefix of what training saw.
+A subclass renders messages to one string and locates the assistant turns in it (`Rendered`). Token
+ids, loss mask and prompts are derived here for all templates, so that the prompt of a chat is
+always an exact prefix of a training sequence.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from xtuner.templates.tokens import Tokens, tokens_of
 from xtuner.types import Conversation, Encoded, Message
 
 VERSION = 1
-"""Part of every fingerprint; raised whenever the ids or masks of any template change."""
+"""Part of every fingerprint; incremented when the ids or masks of any template change."""
 
 logger = logging.getLogger("xtuner.templates")
 
 
 class Turn(NamedTuple):
-    """What the assistant says in one turn, stop included: characters ``[start, end)``."""
+    """An assistant turn, including its stop: characters ``[start, end)``."""
 
     start: int
     end: int
@@ -32,20 +32,20 @@ class Turn(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation or prompt, and the assistant's turns in it, in order."""
+    """The text of a conversation or prompt, and its assistant turns, in order."""
 
     text: str
     turns: list[Turn]
 
 
 class Template(ABC):
-    """Turns messages into token ids, a loss mask and prompts.
+    """Renders messages to token ids, a loss mask and prompts.
 
     Attributes:
         name: the value of the setting `prompt_template`.
         system: the system message of conversations that have none; may be empty.
-        stop_words: texts at which an answer ends.
-        stop_token_ids: token ids at which an answer ends; the tokenizer's end token is among them.
+        stop_words: strings that end an answer.
+        stop_token_ids: token ids that end an answer, including the tokenizer's EOS token.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Template(ABC):
         self.name = name
         self.system = system
         self._tokens: Tokens = tokens_of(tokenizer)
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @abstractmethod
     def render(
@@ -67,16 +67,16 @@ class Template(ABC):
         tools: Sequence[Mapping[str, Any]] = (),
         prompt: bool = False,
     ) -> Rendered:
-        """Lay messages out as text.
+        """Render messages to text.
 
         Args:
             messages: the conversation.
             tools: JSON schemas of the tools that the assistant may call.
-            prompt: end with what opens the assistant's next turn.
+            prompt: append the generation prompt, which opens the next assistant turn.
 
         Raises:
-            DataError: the template has no place for these messages.
-            ModelError: the template cannot show exactly what the assistant says.
+            DataError: the template does not support these messages.
+            ModelError: the assistant turns cannot be located exactly.
         """
 
     def as_fields(self) -> dict[str, Any]:
@@ -85,16 +85,16 @@ class Template(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when the rendering could; part of the key of the data cache."""
+        """A hash of everything that affects rendering; part of the key of the data cache."""
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Token ids of the whole conversation and which of them the loss counts.
+        """Token ids and loss mask of a conversation.
 
         The stop token of a supervised turn is supervised; what follows it, such as a line break,
         is not.
 
         Raises:
-            DataError, ModelError: as `render`.
+            DataError, ModelError: see `render`.
         """
         if not conversation.messages:
             return Encoded([], [])
@@ -110,12 +110,12 @@ class Template(ABC):
     def prompt_ids(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
-        """Token ids that end where the assistant is to speak.
+        """Token ids up to and including the generation prompt.
 
         They are a prefix of the ids of the completed conversation.
 
         Raises:
-            DataError, ModelError: as `render`.
+            DataError, ModelError: see `render`.
         """
         return [
             i
@@ -124,21 +124,21 @@ class Template(ABC):
         ]
 
     def _segments(self, rendered: Rendered) -> list[list[int]]:
-        cuts = [place for turn in rendered.turns for place in (turn.start, turn.end)]
+        cuts = [position for turn in rendered.turns for position in (turn.start, turn.end)]
         return self._tokens.segments(rendered.text, cuts)
 
     def _token_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """Ids of those `texts` that are one token."""
+        """Ids of those `texts` that are a single token."""
         segments = [self._tokens.segments(text, ())[0] for text in texts if text]
         return tuple(dict.fromkeys(ids[0] for ids in segments if len(ids) == 1))
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             logger.warning(message)
 
 
 def hash_of(*parts: Any) -> str:
-    """Hash values that JSON can hold."""
+    """Hash JSON-serializable values."""
     text = json.dumps([VERSION, *parts], sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""Templates as the chat templates (Jinja) that other tools read beside a model.
+"""Export templates as Jinja chat templates, which other tools load with a model.
 
-A message may hold a text, or a list of parts ``{"type": "text", "text": ...}`` and
-``{"type": "image"}``; an image becomes ``<image>`` and a line break, as in training.
+The content of a message is a string, or a list of parts ``{"type": "text", "text": ...}`` and
+``{"type": "image"}``; an image is rendered as ``<image>`` and a line break, as in training.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from xtuner.templates.named import NamedTemplate
 from xtuner.templates.plain import PlainText
 from xtuner.types import IMAGE
 
-_PLACE = re.compile(r"\{(content|system|round)\}")
+_FIELD = re.compile(r"\{(content|system|round)\}")
 
 
 def as_jinja(template: Template, tokenizer: Any) -> str:
-    """A chat template that renders what `template` does, its system message included.
+    """A Jinja chat template with the same output as `template`, including its system message.
 
     Args:
-        template: of these kinds: 'auto', 'plain', named.
-        tokenizer: whose chat template 'auto' is.
+        template: 'auto', 'plain' or a named template.
+        tokenizer: has the chat template of 'auto'.
     """
     if isinstance(template, NamedTemplate):
         return _MESSAGES + _system(template.system) + _named(template)
     if isinstance(template, PlainText):
         return _MESSAGES + _plain(template)
     source = tokenizer.chat_template
-    whole = source if isinstance(source, str) else source["default"]
-    return _MESSAGES + _system(template.system) + str(whole)
+    chat_template = source if isinstance(source, str) else source["default"]
+    return _MESSAGES + _system(template.system) + str(chat_template)
 
 
 _MESSAGES = (
@@ -45,11 +45,11 @@ _MESSAGES = (
     "{%- set ns.all = ns.all + [dict(m, content=ns.text)] -%}{%- endfor -%}"
     "{%- set messages = ns.all -%}"
 )
-"""Puts messages whose contents are texts in the place of `messages`."""
+"""Replaces `messages` with messages whose contents are strings."""
 
 
 def _system(text: str) -> str:
-    """Puts the template's own system message before conversations that have none."""
+    """Prepends the template's system message to conversations that have none."""
     if not text:
         return ""
     return (
@@ -103,10 +103,10 @@ def _say(expression: str) -> str:
 
 
 def _joined(piece: str) -> str:
-    """`piece` with its places as an expression of Jinja."""
+    """`piece` as a Jinja expression."""
     values = {"content": "m['content']", "system": "ns.system", "round": "ns.round | string"}
     parts = []
-    for number, text in enumerate(_PLACE.split(piece)):
+    for number, text in enumerate(_FIELD.split(piece)):
         if number % 2:
             parts.append(f"({values[text]})")
         elif text:

@@ -1,4 +1,4 @@
-"""Templates made from a `Spec`."""
+"""Templates defined by a `Spec`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PIECES = ("start", "system", "system_in_user", "user", "assistant", "answer", "
 
 
 class NamedTemplate(Template):
-    """Lays out a conversation from the pieces of a `Spec`; contents keep their spaces."""
+    """Renders a conversation from the pieces of a `Spec`; contents keep their white space."""
 
     def __init__(self, name: str, tokenizer: Any, *, spec: Spec, system: str = "") -> None:
         super().__init__(name, tokenizer, system=system or spec.default_system)
@@ -28,7 +28,7 @@ class NamedTemplate(Template):
 
     @property
     def spec(self) -> Spec:
-        """The pieces, with the tokenizer's tokens in them."""
+        """The pieces, with the tokenizer's BOS and EOS filled in."""
         return self._spec
 
     def render(
@@ -41,7 +41,7 @@ class NamedTemplate(Template):
         """See `Template.render`."""
         spec = self._spec
         if tools:
-            self._say_once(f"template '{self.name}' does not show tools to the model; {_USE_AUTO}")
+            self._warn_once(f"template '{self.name}' does not render tools; {_USE_AUTO}")
         messages = self._with_system(messages)
         text = spec.start
         turns: list[Turn] = []
@@ -71,7 +71,7 @@ class NamedTemplate(Template):
             closed = False
         if system:
             raise DataError(
-                f"template '{self.name}' has no place for a system message without a user turn"
+                f"template '{self.name}' does not support a system message without a user turn"
             )
         return Rendered(text + spec.assistant if prompt else text, turns)
 
@@ -94,37 +94,36 @@ class NamedTemplate(Template):
     def _check(self, message: Message, index: int) -> None:
         if message.role == "tool" or message.tool_calls:
             raise DataError(
-                f"template '{self.name}' has no place for tool calls and results; {_USE_AUTO}"
+                f"template '{self.name}' does not support tool calls and results; {_USE_AUTO}"
             )
         if message.role == "system" and index and self._spec.system_in_user:
-            raise DataError(
-                f"template '{self.name}' has a place for a system message at the start only"
-            )
+            raise DataError(f"template '{self.name}' supports a system message only at the start")
 
     def _warn_of_missing_tokens(self) -> None:
         tokens = dict.fromkeys((*self._spec.tokens, self._spec.stop))
-        spelt = [token for token in tokens if len(self._token_ids((token,))) != 1]
-        if spelt:
-            self._say_once(
-                f"template '{self.name}': {', '.join(spelt)} are not tokens of this model and "
-                "are spelt out as text. That works, but takes more tokens; "
-                "prompt_template = 'default' needs none."
+        missing = [token for token in tokens if len(self._token_ids((token,))) != 1]
+        if missing:
+            are = "is not a token" if len(missing) == 1 else "are not tokens"
+            self._warn_once(
+                f"template '{self.name}': {', '.join(missing)} {are} of this model, so plain text "
+                "is used instead. This works, but takes more tokens; "
+                "prompt_template = 'default' needs no special tokens."
             )
 
 
 _USE_AUTO = (
-    "use prompt_template = 'auto' with a model whose own chat template shows them, "
-    "or take them out of the data"
+    "use prompt_template = 'auto' with a model whose chat template supports them, "
+    "or remove them from the data"
 )
 
 
 def _with_tokens(name: str, spec: Spec, tokenizer: Any) -> Spec:
-    """Put the tokenizer's first and end token into the pieces."""
+    """Fill the tokenizer's BOS and EOS into the pieces."""
     pieces = {piece: getattr(spec, piece) for piece in _PIECES}
     if any("{eos}" in text for text in pieces.values()) and not tokenizer.eos_token:
         raise ModelError(
-            f"template '{name}' ends answers with the tokenizer's end token, and this tokenizer "
-            'has none: add "eos_token" to its tokenizer_config.json'
+            f"template '{name}' ends answers with the EOS token, but this tokenizer has none; "
+            'add "eos_token" to its tokenizer_config.json'
         )
     values = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
     filled: dict[str, Any] = {piece: fill(text, values) for piece, text in pieces.items()}

@@ -1,4 +1,4 @@
-"""No template at all: a prompt is a text that the model continues, as in pretraining."""
+"""Templates without markup: the model continues the text of the prompt, as in pretraining."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from xtuner.types import Message
 
 
 class PlainText(Template):
-    """Messages follow each other without markers; an answer ends with the end-of-text token.
+    """Messages are joined without markers; an answer ends with the EOS token.
 
-    The begin-of-text token stands first if the tokenizer puts one before texts by itself, which is
-    what pretraining on plain text does as well.
+    The text starts with the BOS token if the tokenizer adds one by default, as in pretraining on
+    plain text.
     """
 
     name_of_kind = "plain"
@@ -31,7 +31,7 @@ class PlainText(Template):
 
     @property
     def markers(self) -> tuple[str, str, str]:
-        """What stands before everything, at the end of each answer, and behind it."""
+        """The strings at the start of the text, at the end of each answer, and after it."""
         return self._begin, self._end, self.between
 
     def render(
@@ -41,7 +41,7 @@ class PlainText(Template):
         tools: Sequence[Mapping[str, Any]] = (),
         prompt: bool = False,
     ) -> Rendered:
-        """Join the messages; every assistant turn ends with the end-of-text token and a line."""
+        """Join the messages; every assistant turn ends with the EOS token and a line break."""
         text, turns = self._begin, []
         if self.system and messages[0].role != "system":
             text += self.system + self.between
@@ -57,15 +57,12 @@ class PlainText(Template):
         return Rendered(text, turns)
 
     def fingerprint(self) -> str:
-        """A hash over what stands around the messages."""
+        """See `Template.fingerprint`."""
         return hash_of(self.name_of_kind, self._begin, self._end, self.system)
 
 
 class Verbatim(PlainText):
-    """Nothing at all between messages: whatever stands around them is in the data.
-
-    No end token is added either, so the data has to hold what ends an answer.
-    """
+    """Messages are concatenated as they are, without EOS; the data must contain all markup."""
 
     name_of_kind = "verbatim"
     between = ""

@@ -1,10 +1,10 @@
-"""A named template as data: the pieces of text that stand around what each side says.
+"""A named template as data: the text around each message.
 
-Yours is an object of this class, named ``prompt_template = "my_templates.py:MINE"``:
+Your own template is an object of this class, given as ``prompt_template = "my_templates.py:MINE"``:
 
     MINE = Spec(user="Q: {content}\\n", assistant="A:", answer=" {content}{eos}", after="\\n")
 
-reads ``Q: hello\\nA: hi</s>\\nQ: …``, of which `` hi</s>`` is learned.
+renders ``Q: hello\\nA: hi</s>\\nQ: …``, where `` hi</s>`` is supervised.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-_PLACE = re.compile(r"\{(content|system|round|bos|eos)\}")
+_FIELD = re.compile(r"\{(content|system|round|bos|eos)\}")
 _MAX_CHARACTERS = 20_000
-_KINDS = {"str": "a text", "bool": "true or false", "tuple[str, ...]": "a list of texts"}
+_KINDS = {"str": "a string", "bool": "true or false", "tuple[str, ...]": "a list of strings"}
 _ALLOWED = {
     "start": {"bos", "eos"},
     "system": {"bos", "eos", "content"},
@@ -31,22 +31,22 @@ _ALLOWED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """The pieces of a template. ``{bos}`` and ``{eos}`` are the tokenizer's first and end token.
+    """The pieces of a template. ``{bos}`` and ``{eos}`` are the tokenizer's BOS and EOS tokens.
 
     Attributes:
-        user: a user's turn, with ``{content}``; ``{round}`` counts user turns from 1.
-        assistant: opens the assistant's turn; every prompt ends with it.
-        answer: what the assistant says, with ``{content}`` and the stop; all of it is supervised.
-        stop: what ends an answer; stands in `answer` behind ``{content}``.
-        after: what follows an answer and is not supervised, such as a line break.
-        start: written once at the beginning.
+        user: a user turn, with ``{content}``; ``{round}`` counts user turns from 1.
+        assistant: opens an assistant turn; every prompt ends with it.
+        answer: an answer with ``{content}`` and the stop; all of it is supervised.
+        stop: ends an answer; part of `answer` after ``{content}``.
+        after: text after an answer that is not supervised, such as a line break.
+        start: written once at the start.
         system: a system message, with ``{content}``.
-        system_in_user: for models without a system turn: how the system message, ``{system}``, and
-            the first user message, ``{content}``, become one. Excludes `system`.
-        default_system: the system message that the model was trained with, if it always had one.
-        stop_words: further texts at which generation ends.
-        tokens: texts that must each be one token to work as the model's authors meant.
-        stop_opens_next: the stop is also the first token of the user's turn and is written once.
+        system_in_user: for models without system turns: combines the system message, ``{system}``,
+            with the first user message, ``{content}``. Cannot be combined with `system`.
+        default_system: the system message that the model was trained with, if any.
+        stop_words: further strings that end generation.
+        tokens: strings that should each be a single token of the model.
+        stop_opens_next: the stop is also the first token of a user turn and is written once.
     """
 
     user: str
@@ -83,29 +83,32 @@ class Spec:
         return spec
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the pieces, one sentence each."""
+        """Yield the problems of the pieces."""
         for piece, allowed in _ALLOWED.items():
-            for place in _PLACE.findall(getattr(self, piece)):
-                if place not in allowed:
-                    yield f"{piece}: has no {{{place}}}; it knows {_braced(allowed)}"
-        needed = {"user": "content", "answer": "content", "system": "content"}
-        for piece, place in needed.items():
+            for name in _FIELD.findall(getattr(self, piece)):
+                if name not in allowed:
+                    yield f"{piece}: cannot contain {{{name}}}; allowed: {_braced(allowed)}"
+        required = {"user": "content", "answer": "content", "system": "content"}
+        for piece, name in required.items():
             text = getattr(self, piece)
-            if (text or piece != "system") and f"{{{place}}}" not in text:
-                yield f"{piece}: needs {{{place}}}, where the words go; it is {text!r}"
+            if (text or piece != "system") and f"{{{name}}}" not in text:
+                yield f"{piece}: must contain {{{name}}}; it is {text!r}"
         if not self.stop or self.stop not in self.answer.partition("{content}")[2]:
-            yield f"answer: needs the stop {self.stop!r} behind {{content}}; it is {self.answer!r}"
+            yield (
+                f"answer: must contain the stop {self.stop!r} after {{content}}; "
+                f"it is {self.answer!r}"
+            )
         if bool(self.system) == bool(self.system_in_user):
-            yield "system, system_in_user: give one of the two; a system message needs a place"
+            yield "system, system_in_user: set exactly one of the two"
         if self.system_in_user and "{system}" not in self.system_in_user:
-            yield "system_in_user: needs {system} and {content}"
+            yield "system_in_user: must contain {system} and {content}"
         if self.stop_opens_next and not self.user.startswith(self.stop):
             yield "stop_opens_next: user must begin with the stop"
 
 
 def fill(piece: str, values: Mapping[str, str]) -> str:
-    """Put `values` into the places of `piece`, once: braces within a value stay as they are."""
-    return _PLACE.sub(lambda match: values.get(match[1], match[0]), piece)
+    """Replace the fields of `piece` with `values`; braces within a value are kept."""
+    return _FIELD.sub(lambda match: values.get(match[1], match[0]), piece)
 
 
 def _braced(names: set[str]) -> str:

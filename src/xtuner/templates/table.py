@@ -1,6 +1,6 @@
-"""The named templates, one row each: how the published models lay out a conversation.
+"""The named templates, one row each: the formats of published models.
 
-They serve models that bring no chat template of their own; with one, 'auto' is right.
+They are for models without a chat template; models with one use 'auto'.
 """
 
 from __future__ import annotations

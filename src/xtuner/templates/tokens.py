@@ -1,10 +1,10 @@
-"""Text to token ids with hard boundaries where the assistant begins and stops.
+"""Tokenize text with hard boundaries at the start and end of assistant turns.
 
-In a chat the prompt is tokenised first and the answer grows token by token behind it, so the ids of
-training must have a border exactly there, whatever the tokenizer would merge. The whole text is
-tokenised once and its ids are parted at the boundaries by their character offsets. Only where a
-token reaches across a border is the text cut there: what stands before is tokenised as the prompt
-of a chat is, what stands behind as its continuation.
+In a chat the prompt is tokenized first and the answer is generated token by token, so training
+needs a token boundary exactly between them, whatever the tokenizer would merge. The text is
+tokenized once and its ids are split at the boundaries by character offsets. Only where a token
+crosses a boundary is the text cut: the part before is tokenized like the prompt of a chat, the part
+after like its continuation.
 """
 
 from __future__ import annotations
@@ -19,66 +19,65 @@ _ANCHORS = ("\n", "a", ".")
 
 
 class Tokens(Protocol):
-    """Turns text into ids, parted at given places."""
+    """Tokenizes text with boundaries at given positions."""
 
     def segments(self, text: str, cuts: Sequence[int]) -> list[list[int]]:
-        """Return ``len(cuts) + 1`` lists of ids: the text between the cuts.
+        """Return ``len(cuts) + 1`` lists of ids, one for each segment between the cuts.
 
-        The first k lists together depend on ``text[:cuts[k - 1]]`` alone: prompts are prefixes.
+        The first k lists depend only on ``text[:cuts[k - 1]]``, so prompts are prefixes.
 
         Args:
-            text: what to tokenise; no special tokens are added to it.
-            cuts: character positions in rising order; equal ones give an empty list.
+            text: the text; no special tokens are added.
+            cuts: character positions in ascending order; equal ones give an empty list.
         """
         ...
 
 
 def tokens_of(tokenizer: Any) -> Tokens:
-    """The `Tokens` of a tokenizer of transformers, by offsets where it has them."""
+    """The `Tokens` of a transformers tokenizer, using offsets if available."""
     return OffsetTokens(tokenizer) if tokenizer.is_fast else PrefixTokens(tokenizer)
 
 
 class OffsetTokens:
-    """For tokenizers that know the characters of each token (all of the tokenizers library)."""
+    """For tokenizers with character offsets (all of the tokenizers library)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._core = tokenizer.backend_tokenizer
         offsets = self._core.encode(_PROBE, add_special_tokens=False).offsets
         if any(start == end for start, end in offsets):
-            # A ByteLevel post-processor may trim spaces off the offsets; it has no other use here.
+            # A ByteLevel post-processor may trim spaces from offsets; it is not needed otherwise.
             self._core = type(self._core).from_str(self._core.to_str())
             self._core.post_processor = None
         self._anchors = self._find_anchors()
 
     def segments(self, text: str, cuts: Sequence[int]) -> list[list[int]]:
         """See `Tokens.segments`."""
-        return self._parted(text, cuts, continued=False)
+        return self._split(text, cuts, continued=False)
 
-    def _parted(self, text: str, cuts: Sequence[int], *, continued: bool) -> list[list[int]]:
+    def _split(self, text: str, cuts: Sequence[int], *, continued: bool) -> list[list[int]]:
         done: list[list[int]] = []
         while True:
             if continued:
-                ids, offsets = self._behind_anchor(text)
+                ids, offsets = self._after_anchor(text)
             else:
                 encoding = self._encoding(text)
                 ids = encoding.ids
-                if (plain := _plain_places(encoding, cuts, len(text), len(ids))) is not None:
-                    return [ids[a:b] for a, b in pairwise([0, *plain, len(ids)])]
+                if (fast := _token_boundaries(encoding, cuts, len(text), len(ids))) is not None:
+                    return [ids[a:b] for a, b in pairwise([0, *fast, len(ids)])]
                 offsets = encoding.offsets
             starts = [start for start, _ in offsets]
-            places = [bisect_left(starts, cut) for cut in cuts]
-            torn = (k for k, at in enumerate(places) if at and offsets[at - 1][1] > cuts[k])
-            first = next(torn, None)
+            positions = [bisect_left(starts, cut) for cut in cuts]
+            crossed = (k for k, at in enumerate(positions) if at and offsets[at - 1][1] > cuts[k])
+            first = next(crossed, None)
             if first is None:
-                borders = [0, *places, len(ids)]
-                return done + [ids[a:b] for a, b in pairwise(borders)]
-            # This cut can make a token reach across an earlier one: look again before it.
+                return done + [ids[a:b] for a, b in pairwise([0, *positions, len(ids)])]
+            # Cutting here can make a token cross an earlier cut, so the text before is split again.
             cut = cuts[first]
-            done += self._parted(text[:cut], cuts[:first], continued=continued)
+            done += self._split(text[:cut], cuts[:first], continued=continued)
             text, cuts = text[cut:], [later - cut for later in cuts[first + 1 :]]
             continued = True
 
-    def _behind_anchor(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _after_anchor(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         for anchor in self._anchors:
             size = len(anchor)
             encoding = self._encoding(anchor + text)
@@ -91,7 +90,7 @@ class OffsetTokens:
 
     def _encoding(self, text: str) -> Any:
         core = self._core
-        # A call of the tokenizer with truncation or padding leaves them set on its core.
+        # Calling the tokenizer with truncation or padding leaves them enabled in its backend.
         if core.truncation is not None:
             core.no_truncation()
         if core.padding is not None:
@@ -99,18 +98,20 @@ class OffsetTokens:
         return core.encode(text, add_special_tokens=False)
 
     def _find_anchors(self) -> tuple[str, ...]:
-        """Texts to put before a continuation, if the tokenizer begins texts with a space."""
+        """Strings to put before a continuation, if the tokenizer prepends a space to text."""
         alone = self._core.encode("ab", add_special_tokens=False).ids
-        behind = self._core.encode("\nab", add_special_tokens=False).ids
-        return () if _ends_with(behind, alone) else _ANCHORS
+        after = self._core.encode("\nab", add_special_tokens=False).ids
+        return () if _ends_with(after, alone) else _ANCHORS
 
 
-def _plain_places(encoding: Any, cuts: Sequence[int], size: int, count: int) -> list[int] | None:
-    """Which of `count` tokens begins at each cut; None unless all are as plain as most are.
+def _token_boundaries(
+    encoding: Any, cuts: Sequence[int], size: int, count: int
+) -> list[int] | None:
+    """Index of the token that starts at each cut; None if a token crosses a cut.
 
-    Looking a few tokens up takes a fraction of the time that a list of all offsets does.
+    Looking up a few tokens is much faster than building the list of all offsets.
     """
-    places = []
+    boundaries = []
     for cut in cuts:
         token = count if cut == size else encoding.char_to_token(cut)
         if token is None or (token < count and encoding.token_to_chars(token)[0] != cut):
@@ -119,12 +120,12 @@ def _plain_places(encoding: Any, cuts: Sequence[int], size: int, count: int) -> 
             start, end = encoding.token_to_chars(token - 1)
             if not start < end <= cut:
                 return None
-        places.append(token)
-    return places
+        boundaries.append(token)
+    return boundaries
 
 
 class PrefixTokens:
-    """For tokenizers without offsets: every text up to a cut is tokenised, which takes longer."""
+    """For tokenizers without offsets: tokenizes every prefix up to a cut, which is slower."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

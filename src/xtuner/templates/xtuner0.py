@@ -1,9 +1,9 @@
-"""The templates of XTuner 0.1 and 0.2 that differ from ours of that name, to the letter.
+"""The templates of XTuner 0.1 and 0.2 that differ from those of the same name in this version.
 
-They are for runs that go on from such a version (`xtuner migrate-cfg` writes their names); new runs
-are better off with 'auto'. There the begin-of-text token stood before each turn whose predecessor
-ended with the end-of-text token, and a system message was put before the first question. Where the
-pieces came out as ours do (internlm2_chat, llama3_chat, ...) our name serves.
+They are for runs that continue from such a version (`xtuner migrate-cfg` writes their names); new
+runs should use 'auto'. These versions put BOS before each turn that follows an EOS, and the system
+message before the first question. Templates that are the same in all versions (internlm2_chat,
+llama3_chat, ...) are not repeated here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from xtuner.templates.spec import Spec
 
 
 def _turns(question: str, reply: str, *, system: str = "{system}\n", after: str = "\n") -> Spec:
-    """A template in which each turn begins with the first token and ends with the end token."""
+    """A template in which each user turn begins with BOS and each answer ends with EOS."""
     return Spec(
         system_in_user="{bos}" + system + question,
         user="{bos}" + question,
@@ -25,7 +25,7 @@ def _turns(question: str, reply: str, *, system: str = "{system}\n", after: str 
 
 
 def _ended(spec: Spec, stop: str, *, more: tuple[str, ...] = ()) -> Spec:
-    """`spec` with a stop of its own in place of the end token, and the first token once."""
+    """`spec` with its own stop instead of EOS, and BOS only once."""
     return replace(
         spec,
         start="{bos}",

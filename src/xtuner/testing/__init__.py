@@ -1,1 +1,1 @@
-"""Tiny models and tokenizers for tests, ours and yours."""
+"""Tiny models, tokenizers and devices for tests of xtuner and of your own extensions."""

@@ -1,4 +1,4 @@
-"""Run a function in several processes that form one gloo group on this machine."""
+"""Run a function in several processes of one gloo group on this machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def run_distributed(
     Args:
         function: importable by name (not a lambda or a local function), like its arguments and
             result.
-        args: given to every process alike.
-        processes: how many.
-        timeout: seconds until all are stopped.
+        args: arguments, the same for every process.
+        processes: number of processes.
+        timeout: seconds after which all processes are killed.
 
     Raises:
         RuntimeError: a process raised (its traceback is the message), died, or took too long.
@@ -46,7 +46,7 @@ def run_distributed(
             found[rank] = value
     except queue.Empty:
         raise RuntimeError(
-            f"only processes {sorted(found)} of {processes} answered in {timeout} s"
+            f"only ranks {sorted(found)} of {processes} processes returned within {timeout} s"
         ) from None
     finally:
         for worker in workers:
@@ -72,7 +72,7 @@ def _work(
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",  # processes that spin on the same cores slow each other ten-fold
+        "OMP_NUM_THREADS": "1",  # spinning on shared cores is ten times slower
     }
     import torch
 

@@ -1,6 +1,6 @@
-"""Make tiny models and tokenizers in code: real architectures, random weights, no download.
+"""Tiny models and tokenizers: real architectures, random weights, no download.
 
-Used by xtuner's tests and open to yours: a training run on `tiny_model_folder` takes seconds.
+For xtuner's tests and yours: a training run on `tiny_model_folder` takes seconds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 def tiny_tokenizer(*, chat_template: str | None = CHATML_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 261 tokens: every byte, and the special tokens of ChatML.
 
-    Every text survives encode and decode. ``eos_token`` is ``<|im_end|>`` and ``bos_token``
-    ``<s>``, which is not added to texts by itself.
+    Decoding inverts encoding for every text. ``eos_token`` is ``<|im_end|>``; ``bos_token`` is
+    ``<s>`` and is not added automatically.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -51,8 +51,8 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) ->
     Args:
         model_type: a model type that transformers knows ('llama', 'qwen3', 'gemma2', 'mistral',
             ...).
-        seed: fixes the weights; the caller's random state is left as it was.
-        overrides: fields of the model's configuration.
+        seed: seed of the weights; the caller's random state does not change.
+        overrides: fields of the model configuration.
     """
     sizes: dict[str, Any] = {
         "vocab_size": 261,

@@ -1,4 +1,4 @@
-"""Make tiny vision towers and images in code: real architectures, random weights."""
+"""Tiny vision towers and images: real architectures, random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tiny_vision_tower(kind: str = "clip", *, seed: int = 0, **overrides: Any) ->
 
     Args:
         kind: 'clip' or 'siglip'.
-        seed: fixes the weights; the caller's random state is left as it was.
+        seed: seed of the weights; the caller's random state does not change.
         overrides: fields of the configuration.
     """
     from transformers import (
@@ -52,7 +52,7 @@ def tiny_vision_tower_folder(folder: Path | str, kind: str = "clip", **options: 
 
 
 def tiny_images(folder: Path | str, count: int, *, size: tuple[int, int] = (40, 28)) -> list[str]:
-    """Write `count` images of one colour each into `folder` and return their names."""
+    """Write `count` single-colour images into `folder` and return their names."""
     from PIL import Image
 
     folder = Path(folder)
@@ -65,18 +65,18 @@ def tiny_images(folder: Path | str, count: int, *, size: tuple[int, int] = (40, 
 
 
 def tiny_llava_data(file: Path | str, image_folder: Path | str, *, count: int = 8) -> Path:
-    """Write `count` rows about images in LLaVA's form, every fourth without one, to `file`."""
+    """Write `count` rows in LLaVA's format to `file`, every fourth without an image."""
     file = Path(file)
     rows: list[dict[str, Any]] = []
     for number, name in enumerate(tiny_images(image_folder, count)):
-        seen = number % 4 < 3
-        question = f"{'<image>' if seen else 'No image.'}\nWhich number is this?"
+        has_image = number % 4 < 3
+        question = f"{'<image>' if has_image else 'No image.'}\nWhich number is this?"
         turns = [
             {"from": "human", "value": question},
-            {"from": "gpt", "value": f"Number {number}." if seen else "There is none."},
+            {"from": "gpt", "value": f"Number {number}." if has_image else "There is none."},
         ]
         rows.append(
-            {"id": str(number), **({"image": name} if seen else {}), "conversations": turns}
+            {"id": str(number), **({"image": name} if has_image else {}), "conversations": turns}
         )
     file.write_text(json.dumps(rows), encoding="utf-8")
     return file

@@ -291,9 +291,9 @@ def test_llava_gives_each_place_its_image():
 @pytest.mark.parametrize(
     ("image", "value", "words"),
     [
-        (["a", "b"], "<image> Hi", "has 1 place <image> for 2 images"),
-        ("a", "Hi", "has 0 places <image> for 1 image"),
-        ("a", "<image><image>", "has 2 places <image> for 1 image"),
+        (["a", "b"], "<image> Hi", "has 1 <image> placeholder for 2 images"),
+        ("a", "Hi", "has 0 <image> placeholders for 1 image"),
+        ("a", "<image><image>", "has 2 <image> placeholders for 1 image"),
         (7, "<image>", "is a number"),
         ([7], "<image>", "is a number"),
     ],
@@ -306,7 +306,7 @@ def test_llava_names_places_and_images_that_disagree(image, value, words):
 
 def test_llava_refuses_a_image_in_an_answer():
     rows = [{"from": "human", "value": "Draw"}, {"from": "gpt", "value": "<image>"}]
-    with pytest.raises(RowError, match="in a turn of the assistant"):
+    with pytest.raises(RowError, match="in an assistant turn"):
         read("llava", image="a.png", conversations=rows)
 
 

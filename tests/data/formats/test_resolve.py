@@ -55,7 +55,7 @@ def test_misfit_names_the_format_that_fits():
         resolve("openai", columns=("conversations", "id"))
     assert str(caught.value) == (
         "format 'openai' expects 'messages', found 'conversations', 'id'.\n"
-        "  These keys fit format 'sharegpt': set dataset_format = 'sharegpt'."
+        "  These columns match format 'sharegpt': set dataset_format = 'sharegpt'."
     )
 
 
@@ -63,8 +63,8 @@ def test_misfit_names_the_format_that_fits():
 @pytest.mark.parametrize(
     ("columns", "near"),
     [
-        (("instruction", "answer"), "'alpaca' (lacks 'output')"),
-        (("mesages",), "'openai' (lacks 'messages')"),
+        (("instruction", "answer"), "'alpaca' (missing 'output')"),
+        (("mesages",), "'openai' (missing 'messages')"),
         (("zzz",), "No format has any"),
         ((), "no columns"),
     ],
@@ -117,7 +117,7 @@ def test_own_function(tmp_path, body, kind):
         ("return {'role': 'user'}", "returned dict"),
         ("return []", "returned an empty list"),
         ("return [1]", "to_messages[0]: is a number"),
-        ("return [{'role': 'user', 'content': 'q'}]", "no turn of the assistant"),
+        ("return [{'role': 'user', 'content': 'q'}]", "has no assistant turn"),
     ],
 )
 def test_own_function_at_fault(tmp_path, body, words):

@@ -2,6 +2,7 @@
 
 import pytest
 from data_makers import settings, write_jsonl
+from image_makers import FixedImages
 
 from xtuner import templates
 from xtuner.algorithms.sft import Algorithm
@@ -17,7 +18,7 @@ EACH = 4
 
 def built(folder, *, images, answer, max_length, **changes):
     own = tiny_tokenizer()
-    image_layout = ImageLayout(ImageFolder(folder), add_image_token(own), EACH)
+    image_layout = ImageLayout(ImageFolder(folder), add_image_token(own), FixedImages(EACH))
     row = {
         "image": tiny_images(folder, images),
         "conversations": [
@@ -42,5 +43,5 @@ def test_max_length_and_one_image_are_the_room_of_every_row(tmp_path, images, te
         data = built(tmp_path, images=images, answer=answer, max_length=96)
         changed = data.report.sources[0].changed
         assert [group.what for group in changed] == surplus * [
-            "cut to 100 tokens (max_length = 96 tokens and the 4 of an image)"
+            "cut to 100 tokens (max_length = 96 tokens plus 4 for one image)"
         ]

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from xtuner.data.packing.mix import mixed_rows, set_aside
+from xtuner.data.packing.mix import mixed_rows, split_validation
 
 
 def mixed(counts, **changes):
@@ -53,7 +53,7 @@ def test_the_seed_fixes_what_is_drawn(options):
 
 def test_no_row_is_on_both_sides_and_none_is_lost():
     rows = mixed([50, 20], repeats=(1, 3))
-    learnt, aside = set_aside(rows, ratio=0.2, seed=3)
+    learnt, aside = split_validation(rows, ratio=0.2, seed=3)
     assert not set(learnt.tolist()) & set(aside.tolist())
     assert set(learnt.tolist()) | set(aside.tolist()) == set(range(70))
     assert len(aside) == len(set(aside.tolist())) == 14
@@ -62,6 +62,6 @@ def test_no_row_is_on_both_sides_and_none_is_lost():
 
 
 def test_a_small_ratio_sets_at_least_one_row_aside():
-    assert len(set_aside(np.arange(5), ratio=0.01, seed=0)[1]) == 1
-    assert len(set_aside(np.arange(5), ratio=0.0, seed=0)[1]) == 0
-    assert len(set_aside(np.arange(1), ratio=0.5, seed=0)[0]) == 1
+    assert len(split_validation(np.arange(5), ratio=0.01, seed=0)[1]) == 1
+    assert len(split_validation(np.arange(5), ratio=0.0, seed=0)[1]) == 0
+    assert len(split_validation(np.arange(1), ratio=0.5, seed=0)[0]) == 1

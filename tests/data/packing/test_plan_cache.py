@@ -12,7 +12,7 @@ ORDER = order.permutation(500, "test")[:400]
 
 @pytest.fixture(autouse=True)
 def every_plan_is_kept(monkeypatch):
-    monkeypatch.setattr(plan_cache, "FEW", 0)
+    monkeypatch.setattr(plan_cache, "MIN_CACHED", 0)
 
 
 def refuse(*args, **kwargs):

@@ -117,7 +117,7 @@ def test_broken_lines_are_named_and_the_rest_is_read(tmp_path):
         4: "must be a JSON object, {...}, but is an array",
         5: "must be a JSON object, {...}, but is null",
         6: "is not valid JSON (column 1: Expecting value)",
-        7: "is not UTF-8 text; save the file in UTF-8 (byte 8 of the line)",
+        7: "is not UTF-8 text; save the file as UTF-8 (byte 8 of the line)",
     }
     assert [line for line, row in read(path) if row == {"a": 1}] == [1, 8]
 
@@ -132,7 +132,7 @@ def test_values_that_no_parser_survives_are_faults(tmp_path):
     (path := tmp_path / "d.jsonl").write_text("\n".join(lines))
     found = faults(path)
     assert set(found) == {1, 2, 3}
-    assert "half a character" in found[3]
+    assert "unpaired surrogate" in found[3]
 
 
 def test_a_huge_line_is_read(tmp_path):
@@ -146,8 +146,8 @@ def test_a_huge_line_is_read(tmp_path):
         ('[{"a": 1},\n {"a" 2}]', r"line 2 column 7: .* expecting ':' delimiter"),
         ('[{"a": 1}\n {"a": 2}]', r"line 2 column 2: .* expecting ',' and the next row, or '\]'"),
         ('[{"a": 1}', r"line 1 column 10: .* expecting ','"),
-        ('[{"a": 1}]\n[{"a": 2}]', r"line 2 column 1: .* more after the '\]'"),
-        ('{\n "a": {"b": 1}\n}', r"is one JSON object; wanted is an array of rows"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"line 2 column 1: .*extra data after the '\]'"),
+        ('{\n "a": {"b": 1}\n}', r"is a single JSON object; expected an array of rows"),
     ],
 )
 def test_a_broken_array_names_the_place(tmp_path, text, message):
@@ -166,22 +166,22 @@ def test_broken_table_rows_are_named_by_the_line_where_they_begin(tmp_path):
     path.write_bytes(b'a,b\n1,2\n"x\ny",2,3\n\n4\n5,\xff\n6,7\0\n"8"x,9\n10,11\n"open,\n12,13\n')
     found = faults(path)
     assert list(found) == [3, 6, 7, 8, 9, 11]
-    assert found[3] == ("does not have as many cells as the header, which has 2 (it has 3)")
+    assert found[3] == "must have as many cells as the header, 2 (it has 3)"
     assert "UTF-8" in found[7] and "NUL" in found[8] and "not valid CSV" in found[9]
-    assert found[11] == "opens a quote that is never closed: all lines after it are lost with it"
+    assert found[11] == "opens a quote that is never closed, so all following lines are lost"
     assert [row["a"] for _, row in read(path) if isinstance(row, dict)] == ["1", "10"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.csv", b"a,b,a\n1,2,3\n", "line 1: the header names a more than once"),
+        ("d.csv", b"a,b,a\n1,2,3\n", "line 1: duplicate columns in the header: a"),
         ("d.json", b'[{"a": "\xff"}]', "line 1: is not UTF-8"),
         ("d.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16"),
-        ("d.jsonl.gz", b"not packed", "not a whole gzip file"),
-        ("d.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "not a whole gzip file"),
-        ("d.parquet", b"PAR1 no", "not a whole parquet file"),
-        ("d.parquet", b"", "not a whole parquet file"),
+        ("d.jsonl.gz", b"not packed", "not a complete gzip file"),
+        ("d.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "not a complete gzip file"),
+        ("d.parquet", b"PAR1 no", "not a complete parquet file"),
+        ("d.parquet", b"", "not a complete parquet file"),
         ("d.docx", b"", "must end in one of .json, .jsonl"),
     ],
     ids=["header", "utf-8", "utf-16", "gzip", "cut gzip", "parquet", "empty parquet", "docx"],
@@ -197,7 +197,7 @@ def test_binary_and_foreign_text_are_faults(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\0b")
     (tmp_path / "b.txt").write_bytes("Grüße".encode("latin-1"))
     assert "NUL" in faults(tmp_path / "a.txt")[1]
-    assert faults(tmp_path / "b.txt")[1] == "is not UTF-8 text; save the file in UTF-8 (byte 3)"
+    assert faults(tmp_path / "b.txt")[1] == "is not UTF-8 text; save the file as UTF-8 (byte 3)"
 
 
 def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
@@ -218,7 +218,7 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
 
 def test_a_folder_without_data_is_refused(tmp_path):
     (tmp_path / "d").mkdir()
-    with pytest.raises(DataError, match="the folder holds no data file"):
+    with pytest.raises(DataError, match="the folder contains no data files"):
         find("d", folder=tmp_path)
 
 

@@ -29,7 +29,7 @@ def outcome(raw):
 
 
 def at_once(raw, monkeypatch):
-    monkeypatch.setattr(json_arrays, "STRETCH", 1 << 20)
+    monkeypatch.setattr(json_arrays, "BLOCK", 1 << 20)
     return outcome(raw)
 
 
@@ -47,7 +47,7 @@ def test_where_the_file_is_parted_does_not_matter(monkeypatch, stretch):
     for raw in (WHOLE.encode(), b"\xef\xbb\xbf" + WHOLE.encode()):
         rows, error = at_once(raw, monkeypatch)
         assert (len(rows), error) == (9, "")
-        monkeypatch.setattr(json_arrays, "STRETCH", stretch)
+        monkeypatch.setattr(json_arrays, "BLOCK", stretch)
         assert outcome(raw) == (rows, error)
 
 
@@ -55,7 +55,7 @@ def test_where_the_file_is_parted_does_not_matter(monkeypatch, stretch):
 def test_a_fault_is_named_alike_wherever_the_file_is_parted(monkeypatch, stretch):
     for raw in broken_texts():
         rows, error = at_once(raw, monkeypatch)
-        monkeypatch.setattr(json_arrays, "STRETCH", stretch)
+        monkeypatch.setattr(json_arrays, "BLOCK", stretch)
         parted, parted_error = outcome(raw)
         assert parted_error == error
         # of bytes that are no text, only what was read before them gives rows
@@ -63,7 +63,7 @@ def test_a_fault_is_named_alike_wherever_the_file_is_parted(monkeypatch, stretch
 
 
 def test_a_fault_names_line_and_column_of_the_whole_file(monkeypatch):
-    monkeypatch.setattr(json_arrays, "STRETCH", 50)
+    monkeypatch.setattr(json_arrays, "BLOCK", 50)
     lines = ["[", *(f' {{"n": {n}}},' for n in range(1000)), '  {"n": "ü"}, {"n" 1000}]']
     _, error = outcome("\n".join(lines).encode())
     assert error.startswith("d.json line 1002 column 20: is not valid JSON: Expecting ':'")
@@ -87,11 +87,11 @@ def test_a_large_array_is_never_held_whole(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 16 * json_arrays.STRETCH < len(raw)
+    assert peak < 16 * json_arrays.BLOCK < len(raw)
 
 
 def test_the_first_rows_are_had_without_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_arrays, "STRETCH", 4096)
+    monkeypatch.setattr(json_arrays, "BLOCK", 4096)
     path = tmp_path / "d.json"
     path.write_text(json.dumps([{"n": n} for n in range(100_000)]))
     (file,) = find(str(path), folder=tmp_path).files
@@ -104,6 +104,6 @@ def test_the_first_rows_are_had_without_the_rest(tmp_path, monkeypatch):
 
 
 def test_a_row_of_many_stretches_is_read(monkeypatch):
-    monkeypatch.setattr(json_arrays, "STRETCH", 10)
+    monkeypatch.setattr(json_arrays, "BLOCK", 10)
     rows = [{"text": "x" * 100_000}, {"text": "y"}]
     assert list(array_rows(io.BytesIO(json.dumps(rows).encode()), name="d")) == rows

@@ -248,7 +248,7 @@ def test_no_end_of_reasons_is_kept(tmp_path):
     groups = RowStore(tmp_path, key="k", file_names=["d"]).faults
     assert sum(group.count for group in groups) == 500
     assert len(groups) == 101
-    assert groups[0].what == "has a fault of yet another kind"
+    assert groups[0].what == "has another fault"
     assert str(groups[0].first[0].fault) == "reason 100"
 
 

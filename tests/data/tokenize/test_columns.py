@@ -23,9 +23,9 @@ def path(tmp_path):
 @pytest.mark.parametrize("held", [0, 5])
 @pytest.mark.parametrize("anywhere", [True, False])
 def test_any_part_can_be_read(path, monkeypatch, held, anywhere):
-    monkeypatch.setattr(columns, "MOST_HELD", held)
-    monkeypatch.setattr(columns, "_holding", set())
-    monkeypatch.setattr(columns, "_CAN_READ_ANYWHERE", anywhere)
+    monkeypatch.setattr(columns, "MAX_OPEN", held)
+    monkeypatch.setattr(columns, "_open_columns", set())
+    monkeypatch.setattr(columns, "_HAS_PREAD", anywhere)
     column = Column(path, INT)
     assert column.read().tolist() == np.load(path).tolist() == list(range(1000))
     assert column.read(998).tolist() == column.read(998, 5).tolist() == [998, 999]
@@ -34,7 +34,7 @@ def test_any_part_can_be_read(path, monkeypatch, held, anywhere):
 
 
 def test_threads_do_not_disturb_each_other_without_pread(path, monkeypatch):
-    monkeypatch.setattr(columns, "_CAN_READ_ANYWHERE", False)
+    monkeypatch.setattr(columns, "_HAS_PREAD", False)
     column, wrong = Column(path, INT), []
 
     def look(start):
@@ -52,7 +52,7 @@ def test_threads_do_not_disturb_each_other_without_pread(path, monkeypatch):
 
 def test_a_file_is_closed_with_its_column(path):
     column = Column(path, INT)
-    file = column._held
+    file = column._file
     del column
     assert file.closed
 

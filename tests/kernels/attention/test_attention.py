@@ -1,5 +1,5 @@
-"""Which kernel attention takes on a GPU, asked without one: functions that take exactly what those
-of a release take, compute plain attention, and are chosen, proved and called like real ones."""
+"""The choice of attention kernels on a GPU, tested without one: functions with the signatures of
+each release that compute attention by the formula are chosen, tested and called like real ones."""
 
 import inspect
 import itertools
@@ -12,11 +12,10 @@ from xtuner.kernels.attention import call as varlen_call
 from xtuner.kernels.attention import packed
 from xtuner.kernels.attention import varlen as varlen_attention
 from xtuner.kernels.attention.call import AttentionCall, Functions
-from xtuner.kernels.attention.line import attention_line, calls_of
-from xtuner.kernels.attention.proof import fault_of
+from xtuner.kernels.attention.self_test import failure_of
+from xtuner.kernels.attention.summary import attention_line, calls_of
 from xtuner.kernels.attention.varlen import pick
-from xtuner.memory.footprint import _Lengths
-from xtuner.testing.fake_cuda.attention import Rules, _attend, _pull_back
+from xtuner.testing.fake_cuda.attention import Rules, _attend, _attend_backward
 
 CPU = torch.device("cpu")
 CALL = AttentionCall(CPU, torch.bfloat16, 4, 4, 16, 16, 0.25)
@@ -57,7 +56,7 @@ def samples(cu_seqlens, longest):
     return parts
 
 
-def plainly(q, k, v, parts, *, scale, window=None, softcap=None):
+def reference(q, k, v, parts, *, scale, window=None, softcap=None):
     """Attention within each sample, by the formula."""
     outs, group = [], q.shape[1] // k.shape[1]
     for part in parts:
@@ -73,13 +72,13 @@ def plainly(q, k, v, parts, *, scale, window=None, softcap=None):
 
 
 def flash(q, k, v, parts, *, scale, left, right):
-    """What flash attention takes and refuses, and its window as it is told."""
+    """Flash attention: checks what it supports, and applies the given window."""
     width = q.shape[-1]
     if width % 8 or width > 256 or k.shape[-1] != width or v.shape[-1] != width:
         raise RuntimeError(f"head sizes {width} {k.shape[-1]} {v.shape[-1]}")
     assert right == 0  # causal, in one way or another
     window = None if left is None or left < 0 else left + 1
-    return plainly(q, k, v, parts, scale=scale or width**-0.5, window=window)
+    return reference(q, k, v, parts, scale=scale or width**-0.5, window=window)
 
 
 def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False,
@@ -121,7 +120,7 @@ def package(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dro
     assert causal and not dropout_p
     window = None if window_size[0] < 0 else window_size[0] + 1
     parts = samples(cu_seqlens_q, max_seqlen_q)
-    return plainly(q, k, v, parts, scale=softmax_scale, window=window, softcap=softcap)
+    return reference(q, k, v, parts, scale=softmax_scale, window=window, softcap=softcap)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +157,7 @@ def operations():
         pairs = [(part, part) for part in samples(cu_q, most_q)]
         wide = [x[0].float() for x in (grad, query, key, value, out)]
         how = rules(query, scale, window_size, dropout, int(seed))
-        found = _pull_back(wide, logs, pairs, how)
+        found = _attend_backward(wide, logs, pairs, how)
         return *(x[None].to(query.dtype) for x in found), query.new_zeros(0)
 
     def of(release):
@@ -221,7 +220,7 @@ def results(function, call, dtype, lengths=(3, 9, 1, 14)):
 def expected(call, dtype):
     def formula(q, k, v, cu_seqlens, longest, call):
         options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
-        return plainly(q, k, v, samples(cu_seqlens, longest), **options)
+        return reference(q, k, v, samples(cu_seqlens, longest), **options)
 
     return results(formula, call, dtype)
 
@@ -234,11 +233,11 @@ def test_flash_attention_of_every_release_is_plain_attention(offers, name, relea
     functions = offers(release, name)
     choice = pick(call, functions)
     if name == "varlen" and release in ("2.8", "2.9"):
-        assert choice.kernel is None and "this torch has no kernel" in choice.line()
+        assert choice.kernel is None and "this torch has no varlen attention" in choice.line()
         return
     if name == "varlen" and release == "2.10" and shape in ("window", "odd", "mla"):
         lacking = "scale" if shape == "odd" else "window_size"
-        assert choice.kernel is None and f"has no {lacking} in this release" in choice.line()
+        assert choice.kernel is None and f"does not take {lacking} in this release" in choice.line()
         return
     assert choice.refused == () and choice.line() == choice.kernel.name
     for got, wanted in zip(
@@ -254,9 +253,10 @@ def test_memory_efficient_attention_is_plain_attention(offers, release, shape, c
     call = replace(CALL, dtype=torch.float32, **SHAPES[shape])
     names = "flash", "varlen", "efficient", "efficient_backward"
     choice = pick(call, offers(release, *names, capability=capability))
-    why = "takes 16 bits, not float32" if capability > (8, 0) else "needs compute capability 8.0"
+    unsupported = "supports float16 and bfloat16, not float32"
+    why = unsupported if capability > (8, 0) else "needs compute capability 8.0"
     assert choice.line().startswith(
-        "memory-efficient attention over cu_seqlens (torch), since torch's fl"
+        "varlen memory-efficient attention (torch), because torch's flash attention "
     )
     assert choice.line().count(why) == 1
     for got, wanted in zip(
@@ -270,22 +270,23 @@ def test_an_older_gpu_gets_nothing_in_bfloat16_and_float16_with_memory_efficient
         "2.13", "flash", "varlen", "efficient", "efficient_backward", capability=(7, 5)
     )
     choice = pick(CALL, functions)
-    assert choice.kernel is None and "takes no bfloat16 on compute capability 7.5" in choice.line()
+    assert choice.kernel is None
+    assert "does not support bfloat16 on compute capability 7.5" in choice.line()
     kernel = pick(replace(CALL, dtype=torch.float16), functions).kernel
     assert kernel.family == "memory-efficient attention"
 
 
-def test_a_soft_cap_is_for_the_package(offers):
+def test_softcap_needs_the_flash_attn_package(offers):
     call = replace(CALL, softcap=2.0)
     choice = pick(call, offers("2.13", "flash", "varlen", "package"))
-    assert "the package" in choice.kernel.name and choice.refused == (
-        "torch's flash attention has no soft cap",
+    assert "(flash-attn)" in choice.kernel.name and choice.refused == (
+        "torch's flash attention does not support softcap",
     )
     got, wanted = results(choice.kernel, call, torch.float32), expected(call, torch.float32)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, wanted, strict=True))
 
 
-def test_a_kernel_with_dropout_drops_in_both_directions_the_same(offers):
+def test_dropout_is_the_same_in_forward_and_backward(offers):
     call = replace(CALL, dtype=torch.float32, dropout=0.3)
     functions = offers("2.13", "efficient", "efficient_backward")
     before = torch.get_rng_state()
@@ -321,12 +322,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_kernel_that_is_wrong_is_found_out(offers, fault):
+def test_a_wrong_kernel_is_detected(offers, fault):
     call = replace(CALL, kv_heads=2, window=7)
     kernel = pick(call, offers("2.13", "flash")).kernel
-    assert fault_of(kernel, call) == ""
+    assert failure_of(kernel, call) == ""
     wrong = lambda *args: FAULTS[fault](kernel, *args)  # noqa: E731
-    assert "differs by" in fault_of(wrong, call)
+    assert "relative error of the" in failure_of(wrong, call)
 
 
 def test_after_one_that_fails_the_next_is_taken(offers):
@@ -338,14 +339,14 @@ def test_after_one_that_fails_the_next_is_taken(offers):
     broken._schema = functions.flash._schema
     choice = pick(CALL, replace(functions, flash=broken))
     assert choice.line() == (
-        "flash attention over cu_seqlens (torch's varlen_attn), since flash attention over "
-        "cu_seqlens (torch) fails here (RuntimeError: no kernel image is available for execution "
-        "on the device)"
+        "varlen flash attention (torch's varlen_attn), because varlen flash attention (torch) "
+        "fails on this machine (RuntimeError: no kernel image is available for execution on the "
+        "device)"
     )
 
 
-def test_the_proof_is_blind_to_how_it_is_asked(offers):
-    """Without gradients, under autocast, in a layer whose activations are recomputed."""
+def test_the_self_test_does_not_depend_on_the_state_of_the_caller(offers):
+    """No grad mode, autocast, activation checkpointing."""
     functions, chosen = offers("2.13", "flash"), []
 
     def layer(x):
@@ -360,8 +361,8 @@ def test_the_proof_is_blind_to_how_it_is_asked(offers):
     assert len(chosen) == 3 and all(choice.refused == () for choice in chosen)
 
 
-def test_the_installed_torch_takes_what_it_is_given():
-    """Calls with tensors without values: the schema is that of this torch."""
+def test_the_installed_torch_accepts_the_calls():
+    """Calls with meta tensors, against the schema of this torch."""
     functions = Functions(
         (9, 0), flash=torch.ops.aten._flash_attention_forward.default,
         varlen=varlen_call._torch_varlen(),
@@ -392,16 +393,16 @@ def test_a_flash_attn_that_cannot_be_imported_is_not_chosen(tmp_path, monkeypatc
     assert varlen_call._flash_attn_package() is None
 
 
-def test_the_slow_way_is_told_once(monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
-    monkeypatch.setattr(packed, "told", set())
+def test_per_sample_attention_warns_once(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # raises for meta
+    monkeypatch.setattr(packed, "reported", set())
     x = torch.empty(1, 4, 9, 8, device="meta")
-    ends = _Lengths(torch.tensor([0, 5, 9]), (5, 4))
+    ends = torch.tensor([0, 5, 9], dtype=torch.int32)
 
     def attend():
         return packed.packed_attention(None, x, x, x, None, cu_seq_lens_q=ends)[0]
 
-    with pytest.warns(UserWarning, match="sample by sample.*: a meta has no kernel"):
+    with pytest.warns(UserWarning, match="one sample at a time.*no varlen attention kernel"):
         assert attend().shape == (1, 9, 4, 8)
     attend()  # a second warning would be an error
 
@@ -472,20 +473,20 @@ def test_calls_are_known_from_the_configuration():
 
 def test_the_line_of_a_run(monkeypatch):
     of_cpu = lambda **more: attention_line(Config(**more), CPU, torch.float64)  # noqa: E731
-    assert of_cpu() == "in blocks over cu_seqlens"
-    assert of_cpu(attention_dropout=0.1).endswith("on a CPU has no dropout")
+    assert of_cpu() == "block-wise varlen attention"
+    assert of_cpu(attention_dropout=0.1).endswith("on a CPU does not support dropout")
     chosen = attention_line(Config(), CPU, torch.float32, implementation="eager")
     assert chosen == "transformers' eager (attn_implementation)"
     old = Functions(
         (7, 5), flash=torch.ops.aten._flash_attention_forward.default,
     )  # fmt: skip
     monkeypatch.setattr(varlen_attention, "functions_for", lambda device: old)
-    monkeypatch.setattr(packed, "told", set())
+    monkeypatch.setattr(packed, "reported", set())
     varlen_attention.choose.cache_clear()
     line = attention_line(Config(), GPU, torch.float16)
     varlen_attention.choose.cache_clear()
     why = "torch's flash attention needs compute capability 8.0 (Ampere), not 7.5"
-    assert line == f"one call per sample: {why}" and packed.told == {why}
+    assert line == f"one call per sample, because {why}" and packed.reported == {why}
 
 
 def test_signatures_above_are_those_of_the_release():

@@ -1,4 +1,4 @@
-"""Attention in blocks against the formula, one sample at a time, in float64."""
+"""Block-wise attention against the formula, one sample at a time, in float64."""
 
 import itertools
 import math
@@ -46,32 +46,34 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 100], ids="window={}".format)
-@pytest.mark.parametrize("boundaries", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("cu_seqlens", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 def test_values_and_gradients_equal_the_formula(cu_seqlens, window, heads, kv_heads):
     inputs = row(cu_seqlens, heads, kv_heads)
     ours = block_attention(*inputs, cu_seqlens, scale=0.3, window=window)
     wanted = plain(*inputs, cu_seqlens, 0.3, window)
     assert (ours - wanted).abs().max() < 1e-12
-    pull = torch.randn_like(wanted)
-    grads = torch.autograd.grad(ours, inputs, pull)
-    for got, exact in zip(grads, torch.autograd.grad(wanted, inputs, pull), strict=True):
+    grad_output = torch.randn_like(wanted)
+    grads = torch.autograd.grad(ours, inputs, grad_output)
+    for got, exact in zip(grads, torch.autograd.grad(wanted, inputs, grad_output), strict=True):
         assert (got - exact).abs().max() < 1e-12
 
 
-def test_long_samples_recompute_and_many_blocks_come_in_parts(monkeypatch):
+def test_recomputing_long_samples_and_splitting_blocks_change_nothing(monkeypatch):
     cu_seqlens = (0, 300, 310, 640)
     inputs = row(cu_seqlens)
-    pull = torch.randn(640, 4, 8, dtype=torch.float64)
+    grad_output = torch.randn(640, 4, 8, dtype=torch.float64)
 
     def gradients():
         module._shared_blocks.cache_clear()
-        return torch.autograd.grad(block_attention(*inputs, cu_seqlens, scale=0.3), inputs, pull)
+        return torch.autograd.grad(
+            block_attention(*inputs, cu_seqlens, scale=0.3), inputs, grad_output
+        )
 
-    whole = gradients()
-    monkeypatch.setattr(module, "KEPT_KEYS", 128)
-    monkeypatch.setattr(module, "SCORES", 4 * 64 * 130)
-    for got, exact in zip(gradients(), whole, strict=True):
+    default = gradients()
+    monkeypatch.setattr(module, "MAX_SAVED_KEYS", 128)
+    monkeypatch.setattr(module, "MAX_SCORES", 4 * 64 * 130)
+    for got, exact in zip(gradients(), default, strict=True):
         assert (got - exact).abs().max() < 1e-12
 
 
@@ -83,14 +85,14 @@ def test_values_may_be_wider_than_keys():
 
 
 def test_bfloat16_gradients_are_as_close_as_those_of_torch():
-    """Against float64 on the rounded inputs; torch's kernel is called once a sample."""
+    """Against float64 on the rounded inputs; torch's kernel is called once per sample."""
     cu_seqlens = (0, 90, 350, 512)
     exact_inputs = [
         x.detach().bfloat16().double().requires_grad_() for x in row(cu_seqlens, width=64)
     ]
     exact_inputs[2] = exact_inputs[0].detach()[:, :2].clone().requires_grad_()
-    pull = torch.randn(512, 4, 64, dtype=torch.float64)
-    exact = torch.autograd.grad(plain(*exact_inputs, cu_seqlens, 0.125), exact_inputs, pull)
+    grad_output = torch.randn(512, 4, 64, dtype=torch.float64)
+    exact = torch.autograd.grad(plain(*exact_inputs, cu_seqlens, 0.125), exact_inputs, grad_output)
 
     def torch_kernel(query, key, value):
         parts = []
@@ -104,7 +106,7 @@ def test_bfloat16_gradients_are_as_close_as_those_of_torch():
 
     def errors(attend):
         inputs = [x.detach().bfloat16().requires_grad_() for x in exact_inputs]
-        grads = torch.autograd.grad(attend(*inputs), inputs, pull.bfloat16())
+        grads = torch.autograd.grad(attend(*inputs), inputs, grad_output.bfloat16())
         return [float((g - e).norm() / e.norm()) for g, e in zip(grads, exact, strict=True)]
 
     ours = errors(lambda *x: block_attention(*x, cu_seqlens, scale=0.125))
@@ -112,15 +114,15 @@ def test_bfloat16_gradients_are_as_close_as_those_of_torch():
     assert all(a < 0.01 and a < 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
-def test_hardly_any_work_between_samples():
-    """Six samples in a row of 1,024: a third of the pairs of a causal row, at most."""
+def test_little_work_is_spent_on_masked_pairs():
+    """Six samples in a row of 1,024: at most a quarter of all pairs."""
     layout = layout_of((0, 260, 350, 590, 740, 920, 1024), None)
     assert layout.pairs < 1024 * 1024 / 4
 
 
 @pytest.mark.parametrize("odd", [0, 1, 2])
-def test_tensors_of_two_types_are_refused_not_read_beyond_their_end(odd):
-    """The compiled loops know one type; a bfloat16 row read as float32 is half as long."""
+def test_mixed_dtypes_are_an_error(odd):
+    """The compiled loops support one dtype: a bfloat16 row read as float32 is half as long."""
     inputs = [x.detach().bfloat16() for x in row((0, 90))]
     inputs[odd] = inputs[odd].float()
     with pytest.raises(RuntimeError, match=r"dtype|scalar type"):

@@ -14,18 +14,18 @@ else:
     HAS_TILES = " amx_bf16" in build.cpu_flags() and build.may_use_tiles()
 
 
-def _forget():
+def _clear_caches():
     for known in (build.library, build.has_products, bindings._kernels):
         known.cache_clear()
 
 
 @pytest.fixture(params=["tiles", "vectors"] if HAS_TILES else ["vectors"])
 def units(request, monkeypatch):
-    """Let the compiled functions use each kind of unit that this CPU multiplies with."""
+    """Run with each instruction set for bfloat16 products that this CPU has."""
     if request.param == "vectors" and HAS_TILES:
         monkeypatch.setattr(build, "may_use_tiles", lambda: False)
-        _forget()
-        request.addfinalizer(_forget)
+        _clear_caches()
+        request.addfinalizer(_clear_caches)
     rows = {"tiles": 32, "vectors": 6}[request.param]
     assert build.library()[0].rows_of_block() == rows
 
@@ -35,14 +35,14 @@ CANARY = 4096
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Fail where something is written behind the working memory of compiled functions."""
-    rooms, measured = [], bindings.Kernels.room
+    """Fail if compiled functions write past the end of their scratch memory."""
+    buffers, allocate = [], bindings.Kernels.scratch
 
-    def room(self, *arguments):
-        exact = measured(self, *arguments)
-        rooms.append(torch.full((len(exact) + CANARY,), 77, dtype=torch.uint8))
-        return rooms[-1][:-CANARY]
+    def scratch(self, *arguments):
+        exact = allocate(self, *arguments)
+        buffers.append(torch.full((len(exact) + CANARY,), 77, dtype=torch.uint8))
+        return buffers[-1][:-CANARY]
 
-    monkeypatch.setattr(bindings.Kernels, "room", room)
+    monkeypatch.setattr(bindings.Kernels, "scratch", scratch)
     yield
-    assert all((memory[-CANARY:] == 77).all() for memory in rooms)
+    assert all((memory[-CANARY:] == 77).all() for memory in buffers)

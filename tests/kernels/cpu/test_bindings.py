@@ -1,4 +1,4 @@
-"""The compiled loops against the plain formulas, and what happens without a compiler."""
+"""The compiled kernels against the formulas, and the behaviour without a compiler."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ from xtuner.kernels.cross_entropy import log_probabilities
 from xtuner.kernels.fused.norm_mlp import RMSNorm, _RMSNorm, _SiluProduct
 
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-"""Largest difference relative to the largest value; a bfloat16 has 8 significant bits."""
+"""Maximum difference relative to the largest value; bfloat16 has 8 significant bits."""
 
 pytestmark = pytest.mark.skipif(
     build.library()[0] is None, reason=f"no kernels here: {build.state()}"
@@ -30,7 +30,7 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Rounding to bfloat16 comes close to the limits: the same numbers each time."""
+    """Rounding to bfloat16 comes close to the limits, so the inputs are fixed."""
     torch.manual_seed(0)
 
 
@@ -43,11 +43,11 @@ def check(ours, plain, inputs, dtype):
     """Values and gradients of `ours` against `plain` in float64, of the same rounded inputs."""
     wide = [x.detach().double().requires_grad_() for x in inputs]
     got, wanted = ours(*inputs), plain(*wide)
-    pull = torch.randn_like(wanted)
+    grad_output = torch.randn_like(wanted)
     pairs = [(got, wanted)]
     pairs += zip(
-        torch.autograd.grad(got, inputs, pull.to(got.dtype)),
-        torch.autograd.grad(wanted, wide, pull.to(got.dtype).double()),
+        torch.autograd.grad(got, inputs, grad_output.to(got.dtype)),
+        torch.autograd.grad(wanted, wide, grad_output.to(got.dtype).double()),
         strict=True,
     )
     for a, b in pairs:
@@ -105,7 +105,7 @@ def test_cross_entropy_of_flat_and_of_sharp_logits(dtype, scale):
 def test_a_target_outside_the_vocabulary_is_an_error_and_nothing_is_written(dtype, target):
     memory = torch.zeros(32, dtype=dtype)
     logits = memory[8:16].view(2, 4)
-    with pytest.raises(IndexError, match=f"target {target} .* 4 words"):
+    with pytest.raises(IndexError, match=f"target {target} .* vocabulary of 4"):
         kernels_for(logits).cross_entropy(logits, torch.tensor([[1], [target]]), True)
     assert not memory.any()
 
@@ -148,22 +148,22 @@ def test_rotation_without_kernels_equals_the_formula():
     angles = torch.rand(90, 8, dtype=torch.float64) * 6
     rotation = angles.cos(), angles.sin()
 
-    def turned(q, k, v):
+    def rotate_first(q, k, v):
         q, k = (rotated(x, *rotation) for x in (q, k))
         return block_attention(q, k, v, (0, 50, 90), scale=0.3)
 
     ours = block_attention(q, k, v, (0, 50, 90), scale=0.3, rotation=rotation)
-    pull = torch.randn_like(ours)
-    assert (ours - turned(q, k, v)).abs().max() < 1e-12
+    grad_output = torch.randn_like(ours)
+    assert (ours - rotate_first(q, k, v)).abs().max() < 1e-12
     for a, b in zip(
-        torch.autograd.grad(ours, (q, k, v), pull),
-        torch.autograd.grad(turned(q, k, v), (q, k, v), pull),
+        torch.autograd.grad(ours, (q, k, v), grad_output),
+        torch.autograd.grad(rotate_first(q, k, v), (q, k, v), grad_output),
         strict=True,
     ):
         assert (a - b).abs().max() < 1e-12
 
 
-def test_other_tensors_are_left_to_torch():
+def test_unsupported_tensors_are_left_to_torch():
     assert kernels_for(torch.zeros(2, dtype=torch.float64)) is None
     assert kernels_for(torch.zeros(2, dtype=torch.float16)) is None
     assert kernels_for(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)) is None
@@ -172,23 +172,23 @@ def test_other_tensors_are_left_to_torch():
 
 
 @pytest.fixture
-def forgotten():
-    """Let the library be looked for again, before and after."""
+def fresh_library():
+    """Load the library again, in the test and after it."""
     caches = build.library, bindings._kernels
-    for kept in caches:
-        kept.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
     yield
-    for kept in caches:
-        kept.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
-def test_without_a_compiler_torch_does_the_work_and_the_run_says_so(forgotten, monkeypatch):
+def test_without_a_compiler_torch_does_the_work_and_the_run_says_so(fresh_library, monkeypatch):
     monkeypatch.setattr(compile.shutil, "which", lambda name: None)
     assert kernels_for(torch.zeros(2)) is None
     assert "no C compiler" in build.state()
 
 
-def test_a_second_openmp_runtime_is_not_brought_in(forgotten, monkeypatch):
+def test_a_second_openmp_runtime_is_not_loaded(fresh_library, monkeypatch):
     assert len(build.openmp_runtimes()) >= 1  # torch's
     answers = [{"/torch/libgomp.so.1"}, {"/torch/libgomp.so.1", "/usr/lib/libomp.so"}]
     monkeypatch.setattr(build, "openmp_runtimes", lambda: answers.pop(0))
@@ -196,7 +196,7 @@ def test_a_second_openmp_runtime_is_not_brought_in(forgotten, monkeypatch):
     assert "/usr/lib/libomp.so" in build.state()
 
 
-def test_a_failing_compiler_is_named_and_not_fatal(forgotten, monkeypatch, tmp_path):
+def test_a_failing_compiler_is_named_and_not_fatal(fresh_library, monkeypatch, tmp_path):
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path))
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'cannot find -lgomp' >&2\nexit 1\n")
@@ -208,9 +208,7 @@ def test_a_failing_compiler_is_named_and_not_fatal(forgotten, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "owner"])
-def test_a_library_that_others_could_have_written_is_not_run(
-    forgotten, monkeypatch, tmp_path, what
-):
+def test_a_library_that_others_can_write_is_not_loaded(fresh_library, monkeypatch, tmp_path, what):
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path))
     assert kernels_for(torch.zeros(2)) is not None
     (library,) = (tmp_path / "kernels").glob("*.so")
@@ -226,7 +224,7 @@ def test_a_library_that_others_could_have_written_is_not_run(
     assert "other users can write" in build.state() and "XTUNER_CACHE" in build.state()
 
 
-def test_another_version_of_the_compiler_compiles_anew(forgotten, monkeypatch, tmp_path):
+def test_another_version_of_the_compiler_compiles_anew(fresh_library, monkeypatch, tmp_path):
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path))
     compiler = tmp_path / "cc"
     for note in ("one", "another"):

@@ -46,7 +46,7 @@ def changed_model(model_type="llama", **changes):
 
 
 def with_adapters(model, **options):
-    """With adapters whose B is not zero, as after some steps."""
+    """Add adapters whose B is not zero, as after some training."""
     adapted = adapters.add_adapter(model, **{"r": 4, "alpha": 8, **options})
     torch.manual_seed(3)
     for name, parameter in adapted.named_parameters():
@@ -63,7 +63,7 @@ def gradients(model, loss):
 
 
 def exact_gradients(adapted, batch):
-    """Loss and gradients of the same weights in float64, by transformers and peft as they are."""
+    """Loss and gradients of the same weights in float64 with transformers and peft."""
     config = adapted.get_base_model().config
     fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "dtype")}
     plain = with_adapters(tiny_model(config.model_type, **fields).double())
@@ -82,9 +82,9 @@ def exact_gradients(adapted, batch):
     return loss.item(), gradients(plain, loss)
 
 
-def apart(found, wanted):
-    """By how much each gradient differs, relative to its size, or to a tenth of the usual one: what
-    is left of large numbers that cancel out is rounding."""
+def relative_errors(found, wanted):
+    """The error of each gradient relative to its norm, or to a tenth of the median norm, since what
+    remains where large terms cancel out is rounding."""
     least = 0.1 * torch.stack([grad.norm() for grad in wanted.values()]).median()
     return {
         name: float((found[name].double() - grad).norm() / max(grad.norm(), least))
@@ -94,7 +94,7 @@ def apart(found, wanted):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How often a whole layer was one operation."""
+    """One entry for each call of the fused layer."""
     count = []
     apply = decoder._DecoderLayer.apply
 
@@ -130,23 +130,25 @@ def test_loss_and_gradients_are_those_of_plain_layers(model_type, changes, lengt
     assert len(passes) == layers
     exact, wanted = exact_gradients(adapted, batch)
     assert abs(loss.item() - exact) < 5e-3 * exact
-    assert max(apart(found, wanted).values()) < 0.04
+    assert max(relative_errors(found, wanted).values()) < 0.04
 
 
-def test_it_is_as_near_as_the_same_layer_part_by_part(monkeypatch, passes):
+def test_it_is_as_accurate_as_the_unfused_layer(monkeypatch, passes):
     model, _ = changed_model()
     adapted, batch = with_adapters(model), batch_of(40, 24)
     wrapped = PackedCausalLM(adapted)
-    whole = gradients(adapted, loss_of(wrapped, batch))
+    fused = gradients(adapted, loss_of(wrapped, batch))
     assert passes
     monkeypatch.setattr(decoder, "_layer_of", lambda *_: None)
     parts = gradients(adapted, loss_of(wrapped, batch))
     _, wanted = exact_gradients(adapted, batch)
-    assert sum(apart(whole, wanted).values()) < 1.1 * sum(apart(parts, wanted).values())
+    assert sum(relative_errors(fused, wanted).values()) < 1.1 * sum(
+        relative_errors(parts, wanted).values()
+    )
 
 
 @pytest.mark.parametrize(("kind", "model_type"), [("nf4", "llama"), ("fp4", "qwen2")])
-def test_weights_of_four_bits_give_what_their_values_give(kind, model_type, passes):
+def test_4bit_weights_equal_their_dequantized_values(kind, model_type, passes):
     import bitsandbytes as bnb
     from torch import nn
 
@@ -178,7 +180,7 @@ def test_weights_of_four_bits_give_what_their_values_give(kind, model_type, pass
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_what_is_kept_may_lie_elsewhere(passes):
+def test_saved_tensors_may_be_moved(passes):
     adapted = with_adapters(changed_model()[0])
     wrapped, batch = PackedCausalLM(adapted), batch_of(21, 12)
     plain = gradients(adapted, loss_of(wrapped, batch))
@@ -188,20 +190,20 @@ def test_what_is_kept_may_lie_elsewhere(passes):
     assert all(torch.equal(found[name], grad) for name, grad in plain.items())
 
 
-def test_nothing_is_written_behind_what_is_kept(monkeypatch):
+def test_nothing_is_written_past_the_saved_bytes(monkeypatch):
     measure, call, ends = Kernels.measure, Kernels.call, []
     canary = b"canary" * 20
 
     def longer(self, name, *arguments):
         return measure(self, name, *arguments) + len(canary) * (name == "decoder_saved")
 
-    def watched(self, name, place, *arguments):
+    def watched(self, name, pointer, *arguments):
         if not name.startswith("decoder"):
-            return call(self, name, place, *arguments)
-        end = place._obj.saved + measure(self, "decoder_saved", place)
+            return call(self, name, pointer, *arguments)
+        end = pointer._obj.saved + measure(self, "decoder_saved", pointer)
         if name == "decoder":
             ctypes.memmove(end, canary, len(canary))
-        call(self, name, place, *arguments)
+        call(self, name, pointer, *arguments)
         ends.append(ctypes.string_at(end, len(canary)))
         return None
 
@@ -242,13 +244,13 @@ def test_other_adapters(options, passes, monkeypatch):
         return gradients(adapted, loss_of(wrapped, batch_of(20, 12)))
 
     found = step()
-    used = "modules_to_save" in options  # the head is no part of a layer
+    used = "modules_to_save" in options  # the head is not part of a layer
     assert bool(passes) == used
     monkeypatch.setattr(decoder, "_layer_of", lambda *_: None)
-    assert max(apart(found, step()).values()) <= (0.05 if used else 0)
+    assert max(relative_errors(found, step()).values()) <= (0.05 if used else 0)
 
 
-def test_adapters_that_are_off(passes):
+def test_disabled_adapters(passes):
     adapted = with_adapters(changed_model()[0])
     wrapped, batch = PackedCausalLM(adapted), batch_of(20, 12)
     on = loss_of(wrapped, batch).item()
@@ -257,7 +259,7 @@ def test_adapters_that_are_off(passes):
     assert len(passes) == 2 and off != on
 
 
-def test_without_gradients_and_with_recomputation_it_goes_part_by_part(passes):
+def test_no_grad_and_recomputation_use_the_unfused_layer(passes):
     model, _ = changed_model()
     recomputing = copy.deepcopy(model)
     recomputing.activation_checkpointing_enable({"use_reentrant": False})
@@ -280,7 +282,7 @@ def test_trained_norms_keep_their_gradients(passes):
     assert not passes
 
 
-def test_a_layer_that_adds_up_otherwise_stays(monkeypatch):
+def test_a_layer_with_another_residual_sum_is_not_changed(monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     forward = LlamaDecoderLayer.forward
@@ -292,5 +294,5 @@ def test_a_layer_that_adds_up_otherwise_stays(monkeypatch):
     assert changed_model()[1] == 0
 
 
-def test_layers_with_norms_of_heads_stay():
+def test_layers_with_norms_per_head_are_not_changed():
     assert changed_model("qwen3")[1] == 0

@@ -1,11 +1,11 @@
-"""Layers with hand-written gradients against the plain formulas, and where they may be put."""
+"""Fused layers against the formulas, and which layers they replace."""
 
 import sys
 import types
 
 import pytest
 import torch
-from liger_stub import Overwriting, Stand
+from liger_stub import LigerStub, Overwriting
 from losses import loss_of
 from torch import nn
 from torch.nn import functional as F
@@ -26,9 +26,9 @@ def test_rms_norm_equals_the_formula():
     ours = RMSNorm(weight, 1e-5)(x)
     plain = weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     assert (ours - plain).abs().max() < 1e-12
-    pull = torch.randn_like(plain)
-    grads = torch.autograd.grad(ours, (x, weight), pull)
-    for got, exact in zip(grads, torch.autograd.grad(plain, (x, weight), pull), strict=True):
+    grad_output = torch.randn_like(plain)
+    grads = torch.autograd.grad(ours, (x, weight), grad_output)
+    for got, exact in zip(grads, torch.autograd.grad(plain, (x, weight), grad_output), strict=True):
         assert (got - exact).abs().max() < 1e-12
 
 
@@ -41,33 +41,33 @@ def gated(dtype, frozen=()):
 
 
 @pytest.mark.parametrize("frozen", [(), ("down",), ("gate", "up")])
-def test_gated_mlp_equals_the_formula_although_it_keeps_no_product(frozen):
+def test_gated_mlp_equals_the_formula_without_saving_the_product(frozen):
     gate, up, down = gated(torch.float64, frozen)
     x = torch.randn(2, 6, 12, dtype=torch.float64, requires_grad=True)
     inputs = [x, *(p for layer in (gate, up, down) for p in layer.parameters() if p.requires_grad)]
     ours = GatedMLP(gate, up, down)(x)
     plain = down(F.silu(gate(x)) * up(x))
     assert (ours - plain).abs().max() < 1e-12
-    pull = torch.randn_like(plain)
-    grads = torch.autograd.grad(ours, inputs, pull)
-    for got, exact in zip(grads, torch.autograd.grad(plain, inputs, pull), strict=True):
+    grad_output = torch.randn_like(plain)
+    grads = torch.autograd.grad(ours, inputs, grad_output)
+    for got, exact in zip(grads, torch.autograd.grad(plain, inputs, grad_output), strict=True):
         assert (got - exact).abs().max() < 1e-12
 
 
-def test_the_gradient_of_the_product_takes_two_places_beside_its_inputs():
+def test_the_gradient_of_the_product_allocates_two_tensors():
     gate, up = (torch.randn(64, 64, dtype=torch.float64, requires_grad=True) for _ in range(2))
     product = norm_mlp._SiluProduct.apply(gate, up)
-    pull, counter = torch.ones_like(product), LiveBytes()
+    grad_output, counter = torch.ones_like(product), LiveBytes()
     with counter:
-        grads = torch.autograd.grad(product, (gate, up), pull)
+        grads = torch.autograd.grad(product, (gate, up), grad_output)
     assert max(counter.history) == 2 * 64 * 64 * 8
     for got, exact in zip(
-        grads, torch.autograd.grad(F.silu(gate) * up, (gate, up), pull), strict=True
+        grads, torch.autograd.grad(F.silu(gate) * up, (gate, up), grad_output), strict=True
     ):
         assert (got - exact).abs().max() < 1e-12
 
 
-def kept_and_gradients(layers):
+def live_bytes_and_gradients(layers):
     """Bytes alive after the forward pass of a recomputing model, and its gradients."""
     model = tiny_model(num_hidden_layers=layers, intermediate_size=1024)
     model.set_attn_implementation(attention.register())
@@ -82,9 +82,9 @@ def kept_and_gradients(layers):
 
 
 def test_recomputation_frees_the_mlp_too():
-    """What stays of a layer is its input, [N, H]; gate and up are 32 times as wide here."""
-    kept_and_gradients(2)  # fills the caches that all runs share
-    (few, _), (more, recomputed) = kept_and_gradients(2), kept_and_gradients(6)
+    """Only the input of a layer, [N, H], is saved; gate and up are 32 times as wide here."""
+    live_bytes_and_gradients(2)  # fills the caches that all runs share
+    (few, _), (more, recomputed) = live_bytes_and_gradients(2), live_bytes_and_gradients(6)
     assert 1.0 <= (more - few) / 4 / (256 * 32 * 4) < 1.5
     plain = tiny_model(num_hidden_layers=6, intermediate_size=1024).train()
     plain.set_attn_implementation(attention.register())
@@ -145,33 +145,33 @@ def test_only_layers_that_compute_the_same_are_replaced():
 
 
 @pytest.mark.parametrize("wrong", [None, "rms_norm", "swiglu", "rope"])
-def test_kernels_of_liger_are_used_only_where_they_are_right(monkeypatch, wrong):
-    """No GPU here: a CPU takes its place, and torch that of the kernels."""
-    stand = Stand(wrong)
-    for name, module in stand.modules.items():
+def test_liger_kernels_are_used_only_if_they_pass_their_checks(monkeypatch, wrong):
+    """Without a GPU: on the CPU, with torch in place of the kernels."""
+    stub = LigerStub(wrong)
+    for name, module in stub.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # as a check of layers asks
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # the state of a caller
         found, said = liger._checked.__wrapped__(torch.device("cpu"))
     assert (found is not None) == (wrong is None)
     assert said == (
-        "liger's kernels" if found else "liger's kernels are not used (wrong numbers on this card)"
+        "Liger kernels" if found else "Liger kernels are not used (wrong results on this GPU)"
     )
     monkeypatch.setattr(norm_mlp, "liger_for", lambda x: found)
     gate, up, down = gated(torch.float32)
     x = torch.randn(2, 6, 12)
-    stand.calls.clear()
+    stub.calls.clear()
     assert torch.allclose(GatedMLP(gate, up, down)(x), down(F.silu(gate(x)) * up(x)), atol=1e-5)
     RMSNorm(nn.Parameter(torch.ones(12)), 1e-5)(x)
-    assert stand.calls == (["swiglu", "rms_norm"] if found else [])
+    assert stub.calls == (["swiglu", "rms_norm"] if found else [])
 
 
-def test_the_product_is_not_kept_beside_kernels_that_overwrite_their_inputs(monkeypatch):
+def test_the_product_is_not_saved_with_kernels_that_overwrite_their_inputs(monkeypatch):
     gate, up, down = gated(torch.float64)
     x = torch.randn(2, 6, 12, dtype=torch.float64, requires_grad=True)
     plain = down(F.silu(gate(x)) * up(x))
     wanted = torch.autograd.grad(plain.square().sum(), (x, gate.weight, down.weight))
-    stand = types.SimpleNamespace(silu_product=Overwriting.apply)
-    monkeypatch.setattr(norm_mlp, "liger_for", lambda x: stand)
+    stub = types.SimpleNamespace(silu_product=Overwriting.apply)
+    monkeypatch.setattr(norm_mlp, "liger_for", lambda x: stub)
     counter = LiveBytes()
     with counter:
         ours = GatedMLP(gate, up, down)(x)
@@ -182,12 +182,12 @@ def test_the_product_is_not_kept_beside_kernels_that_overwrite_their_inputs(monk
 
 
 def test_without_liger_or_a_gpu_there_are_no_kernels(monkeypatch):
-    stand = Stand()
-    for name, module in stand.modules.items():
+    stub = LigerStub()
+    for name, module in stub.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
     found, said = liger._checked.__wrapped__(torch.device("cpu"))
-    assert found is None and said.startswith("liger's kernels are not used (ModuleNotFoundError: ")
+    assert found is None and said.startswith("Liger kernels are not used (ModuleNotFoundError: ")
     monkeypatch.delitem(sys.modules, "liger_kernel")
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'xtuner[gpu]'" in liger._checked.__wrapped__(torch.device("cpu"))[1]

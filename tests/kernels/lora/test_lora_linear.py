@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from xtuner.kernels.lora.linear import Adapted, low_rank_linears
+from xtuner.kernels.lora.linear import Adapted, lora_linears
 
 
 def problem(dtype, bias=True):
@@ -17,8 +17,8 @@ def problem(dtype, bias=True):
     return layer, x, down, up
 
 
-def low_rank_linear(x, layer, down, up, *, scaling, dropout=0.0):
-    return low_rank_linears(x, [Adapted(layer, down, up, scaling, dropout)])[0]
+def lora_linear(x, layer, down, up, *, scaling, dropout=0.0):
+    return lora_linears(x, [Adapted(layer, down, up, scaling, dropout)])[0]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -26,14 +26,16 @@ def low_rank_linear(x, layer, down, up, *, scaling, dropout=0.0):
 def test_values_and_gradients_equal_the_formula(bias, dropout):
     layer, x, down, up = problem(torch.float64, bias)
     torch.manual_seed(8)
-    ours = low_rank_linear(x, layer, down, up, scaling=1.7, dropout=dropout)
+    ours = lora_linear(x, layer, down, up, scaling=1.7, dropout=dropout)
     torch.manual_seed(8)
     dropped = F.dropout(x.flatten(0, -2), dropout).view_as(x)
     plain = layer(x) + dropped @ down.T @ up.T * 1.7
     assert (ours - plain).abs().max() < 1e-12
-    pull = torch.randn_like(plain)
-    grads = torch.autograd.grad(ours, (x, down, up), pull)
-    for got, exact in zip(grads, torch.autograd.grad(plain, (x, down, up), pull), strict=True):
+    grad_output = torch.randn_like(plain)
+    grads = torch.autograd.grad(ours, (x, down, up), grad_output)
+    for got, exact in zip(
+        grads, torch.autograd.grad(plain, (x, down, up), grad_output), strict=True
+    ):
         assert (got - exact).abs().max() < 1e-12
 
 
@@ -50,35 +52,35 @@ def test_layers_with_one_input_together_equal_the_formula(dropout, input_needs_g
         parts.append(Adapted(layer, down, up, scaling, dropout))
     x = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=input_needs_gradient)
     torch.manual_seed(9)
-    ours = low_rank_linears(x, parts)
+    ours = lora_linears(x, parts)
     torch.manual_seed(9)
     plain = []
     for part in parts:
         dropped = F.dropout(x.flatten(0, -2), dropout).view_as(x)
         plain.append(part.layer(x) + dropped @ part.down.T @ part.up.T * part.scaling)
     trained = [t for part in parts for t in (part.down, part.up)] + [x] * input_needs_gradient
-    pulls = [torch.randn_like(out) for out in plain[:2]]  # nobody uses the third
+    grad_outputs = [torch.randn_like(out) for out in plain[:2]]  # the third is unused
     for got, exact in zip(ours, plain, strict=True):
         assert (got - exact).abs().max() < 1e-12
-    grads = torch.autograd.grad(ours[:2], trained, pulls, materialize_grads=True)
-    wanted = torch.autograd.grad(plain[:2], trained, pulls, materialize_grads=True)
+    grads = torch.autograd.grad(ours[:2], trained, grad_outputs, materialize_grads=True)
+    wanted = torch.autograd.grad(plain[:2], trained, grad_outputs, materialize_grads=True)
     for got, exact in zip(grads, wanted, strict=True):
         assert (got - exact).abs().max() < 1e-12
 
 
 def test_the_frozen_layer_gets_no_gradient_and_the_first_input_needs_none():
     layer, x, down, up = problem(torch.float64)
-    low_rank_linear(x.detach(), layer, down, up, scaling=1.0).sum().backward()
+    lora_linear(x.detach(), layer, down, up, scaling=1.0).sum().backward()
     assert layer.weight.grad is None and down.grad is not None and up.grad is not None
 
 
-def test_float32_adapters_beside_bfloat16_weights_get_float32_gradients():
+def test_float32_adapters_on_bfloat16_weights_get_float32_gradients():
     layer, x, down, up = problem(torch.float64)
     plain = layer(x) + x @ down.T @ up.T * 0.5
     exact = torch.autograd.grad(plain.square().mean(), (x, down, up))
     small = [t.detach().bfloat16().requires_grad_() for t in (x,)]
     wide = [t.detach().float().requires_grad_() for t in (down, up)]
-    ours = low_rank_linear(small[0], layer.bfloat16(), *wide, scaling=0.5)
+    ours = lora_linear(small[0], layer.bfloat16(), *wide, scaling=0.5)
     assert ours.dtype == torch.bfloat16
     grads = torch.autograd.grad(ours.double().square().mean(), (*small, *wide))
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
@@ -89,7 +91,7 @@ def test_float32_adapters_beside_bfloat16_weights_get_float32_gradients():
 def test_autocast_multiplies_in_its_type():
     layer, x, down, up = problem(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = low_rank_linear(x, layer, down, up, scaling=0.5)
+        ours = lora_linear(x, layer, down, up, scaling=0.5)
     assert ours.dtype == torch.bfloat16
     ours.float().sum().backward()
     assert x.grad.dtype == down.grad.dtype == torch.float32
@@ -106,12 +108,14 @@ def test_a_quantised_layer_equals_its_dequantised_weights(kind):
     x = torch.randn(9, 64, requires_grad=True)
     down = torch.randn(4, 64, requires_grad=True)
     up = torch.randn(128, 4, requires_grad=True)
-    whole = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    plain = x @ whole.T.float() + x @ down.T @ up.T * 0.5
-    ours = low_rank_linear(x, layer, down, up, scaling=0.5)
-    pull = torch.randn_like(plain)
-    grads = torch.autograd.grad(ours, (x, down, up), pull)
-    for got, exact in zip(grads, torch.autograd.grad(plain, (x, down, up), pull), strict=True):
+    values = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    plain = x @ values.T.float() + x @ down.T @ up.T * 0.5
+    ours = lora_linear(x, layer, down, up, scaling=0.5)
+    grad_output = torch.randn_like(plain)
+    grads = torch.autograd.grad(ours, (x, down, up), grad_output)
+    for got, exact in zip(
+        grads, torch.autograd.grad(plain, (x, down, up), grad_output), strict=True
+    ):
         assert (got - exact).norm() < 1e-5 * exact.norm()
 
 
@@ -122,7 +126,7 @@ def test_float16_gives_the_gradients_of_float64():
     exact = torch.autograd.grad(plain.square().mean(), (x, down, up))
     small = x.detach().half().requires_grad_()
     wide = [t.detach().float().requires_grad_() for t in (down, up)]
-    ours = low_rank_linear(small, layer.half(), *wide, scaling=0.5)
+    ours = lora_linear(small, layer.half(), *wide, scaling=0.5)
     assert ours.dtype == torch.float16
     grads = torch.autograd.grad(ours.double().square().mean() * 2**12, (small, *wide))
     assert [g.dtype for g in grads] == [torch.float16, torch.float32, torch.float32]

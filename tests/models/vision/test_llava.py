@@ -10,18 +10,21 @@ from torch import nn
 
 from xtuner.config.builtin import catalog
 from xtuner.config.schema import Settings
-from xtuner.data.collate import lay_out
+from xtuner.data.collate import concatenate
 from xtuner.data.images.expansion import ImageCollate, ImageLayout
 from xtuner.data.images.files import ImageFolder
 from xtuner.errors import ModelError
 from xtuner.kernels.attention import packed as attention
 from xtuner.models import adapters
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.vision import folder as layout
 from xtuner.models.vision import llava
-from xtuner.models.vision import parts as llava_parts
-from xtuner.models.vision.tower import Processor, add_image_token, num_image_tokens
+from xtuner.models.vision.image_processor import LlavaImageProcessor
+from xtuner.models.vision.tower import add_image_token, num_image_tokens
+from xtuner.models.vision.training import make
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 from xtuner.testing.vision import tiny_images, tiny_vision_tower, tiny_vision_tower_folder
-from xtuner.types import RowRef, Sample
+from xtuner.types import ImageRef, RowRef, Sample
 
 IMAGE_ID = 261  # beyond the 261 rows of the embedding, as for most models
 TOKENS = 4
@@ -32,13 +35,15 @@ def assembled(kind="clip", model_type="llama", **options):
     llm.set_attn_implementation(attention.register())
     encoder = tiny_vision_tower(kind)
     model = llava.assemble(llm, encoder, image_token_id=IMAGE_ID, **options).eval()
-    return llava.PackedVisionLM(model, llava.ImageEmbedder(model))
+    return PackedCausalLM(model, embedder=llava.LlavaEmbedder(model))
 
 
 def sample(ids, *images, supervised=3):
     mask = np.zeros(len(ids), dtype=bool)
     mask[-supervised:] = True
-    return Sample(np.array(ids), mask, RowRef("a.json", 1), tuple(images))
+    return Sample(
+        np.array(ids), mask, RowRef("a.json", 1), tuple(ImageRef(name, TOKENS) for name in images)
+    )
 
 
 @pytest.fixture
@@ -46,8 +51,9 @@ def collate(tmp_path):
     names = tiny_images(tmp_path, 8)
     assert names[:2] == ["0.png", "1.png"]
     encoder = tiny_vision_tower_folder(tmp_path / "clip")
-    image_layout = ImageLayout(ImageFolder(tmp_path), IMAGE_ID, TOKENS)
-    return ImageCollate(lay_out, image_layout, Processor(str(encoder)))
+    processor = LlavaImageProcessor.of_tower(str(encoder))
+    assert processor.num_tokens((640, 480)) == TOKENS
+    return ImageCollate(concatenate, ImageLayout(ImageFolder(tmp_path), IMAGE_ID, processor))
 
 
 IMAGE = [IMAGE_ID] * TOKENS
@@ -67,7 +73,7 @@ def upstream_logits(packed, batch):
     grown = nn.Embedding(IMAGE_ID + 1, before.weight.shape[1])
     grown.weight.data[: before.weight.shape[0]] = before.weight.data
     model.set_input_embeddings(grown)
-    pixels = batch.images.pixel_values if batch.images else None
+    pixels = torch.stack(batch.images.pixel_values) if batch.images else None
     try:
         return model(input_ids=batch.input_ids, pixel_values=pixels, use_cache=False).logits
     finally:
@@ -175,9 +181,9 @@ def test_gradients_reach_what_the_settings_say(tmp_path, collate, case):
     llm.set_attn_implementation(attention.register())
     if settings.uses_adapter:
         llm = adapters.add_adapter(llm, r=4, alpha=8)
-    parts = llava_parts.make(
-        settings, llm, image_token_id=IMAGE_ID, dtype=torch.float32, device="cpu"
-    )
+    elif settings.llm_training == "frozen":
+        llm.requires_grad_(False)
+    parts = make(settings, llm, image_token_id=IMAGE_ID, dtype=torch.float32, device="cpu")
     for name, parameter in parts.llava.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)  # a B of zeros lets no gradient through to A
@@ -203,7 +209,7 @@ def test_gradients_reach_what_the_settings_say(tmp_path, collate, case):
 def test_projectors_of_all_layouts_are_read(tmp_path):
     model = assembled().model
     projector = model.model.multi_modal_projector
-    llava_parts.save_projector(model, tmp_path / "iter_1" / "projector")
+    layout.save_projector(model, tmp_path / "iter_1" / "projector")
     old = {f"model.{2 * (int(n[7]) - 1)}.{n[9:]}": p for n, p in projector.state_dict().items()}
     assert set(old) == {"model.0.weight", "model.0.bias", "model.2.weight", "model.2.bias"}
     (tmp_path / "old" / "projector").mkdir(parents=True)
@@ -213,11 +219,11 @@ def test_projectors_of_all_layouts_are_read(tmp_path):
         assert not torch.equal(
             fresh.model.multi_modal_projector.linear_1.weight, projector.linear_1.weight
         )
-        llava_parts.load_projector(fresh, tmp_path / place)
+        layout.load_projector(fresh, tmp_path / place)
         for name, tensor in projector.state_dict().items():
             assert torch.equal(fresh.model.multi_modal_projector.state_dict()[name], tensor)
     with pytest.raises(ModelError, match="holds no projector"):
-        llava_parts.load_projector(model, tmp_path)
+        layout.load_projector(model, tmp_path)
 
 
 def test_the_image_token_is_one_token():

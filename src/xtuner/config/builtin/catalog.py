@@ -1,11 +1,11 @@
-"""The built-in settings: a model, a recipe, a data set and a number of epochs make a name.
+"""The built-in settings. A name combines a model, a recipe, a data set and a number of epochs.
 
     internlm2_chat_7b _ qlora _ oasst1 _ e3
     └ models.toml       │       │        └ max_epochs
                         │       └ datasets.toml
                         └ algorithms.toml
 
-The tables hold data only; a new model or data set is one row.
+The tables hold only data; adding a model or a data set adds one row.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from xtuner.errors import ConfigError
 _TABLES = Path(__file__).parents[1] / "tables"
 _DEFAULT_EPOCHS = 3
 _ROW_KEYS = ("epochs", "aliases", "models", "note")
-"""Keys of a data set's row that are not settings."""
+"""Keys of a data set row that are not settings."""
 
 
 def names(pattern: str = "") -> list[str]:
     """List the built-in names.
 
     Args:
-        pattern: a part of the names, in any case, or a pattern with ``*`` and ``?``. Other names
-            of a data set are found as well.
+        pattern: a substring, matched case-insensitively, or a pattern with ``*`` and ``?``. Aliases
+            of data sets match too.
     """
     matches = _matcher(pattern.lower())
-    image_model = [name for name in catalog_llava.names(_seeing_models()) if matches(name)]
-    return image_model + [
+    with_images = [name for name in catalog_llava.names(_llava_models()) if matches(name)]
+    return with_images + [
         f"{model}_{recipe}_{data}_e{epochs}"
         for model, model_row in _models().items()
         for recipe in _recipes()
@@ -45,51 +45,51 @@ def names(pattern: str = "") -> list[str]:
         if row.get("models", model_row["kind"]) == model_row["kind"]
         for epochs in [row.get("epochs", _DEFAULT_EPOCHS)]
         if any(
-            matches(f"{model}_{recipe}_{known_as}_e{epochs}")
-            for known_as in (data, *row.get("aliases", ()))
+            matches(f"{model}_{recipe}_{alias}_e{epochs}")
+            for alias in (data, *row.get("aliases", ()))
         )
     ]
 
 
 def is_name(name: str) -> bool:
     """Whether `name` is a built-in name, with any number of epochs."""
-    return _split(name) is not None or catalog_llava.split(name, _seeing_models()) is not None
+    return _split(name) is not None or catalog_llava.split(name, _llava_models()) is not None
 
 
 def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
-    """Return the settings that the built-in `name` stands for; what is absent has its default.
+    """Return the settings of the built-in `name`; absent settings have their defaults.
 
     Args:
-        name: as `names` lists them, with any number of epochs.
-        suffix: what the files have behind their names where the settings are copied into files;
-            one stage of two finds the work dir of the other by it.
+        name: one that `names` lists, with any number of epochs.
+        suffix: appended to the file name when the settings are copied to a file; the second stage
+            of LLaVA needs it to find the work dir of the first.
 
     Raises:
-        ConfigError: there is no such name; the message has those closest to it.
+        ConfigError: unknown name; the message suggests close ones.
     """
-    if sees := catalog_llava.split(name, _seeing_models()):
-        return catalog_llava.compose(sees, _of_model(sees.model), suffix=suffix)
+    if image_name := catalog_llava.split(name, _llava_models()):
+        return catalog_llava.compose(image_name, _of_model(image_name.model), suffix=suffix)
     parts = _split(name)
     if parts is None:
         raise ConfigError(_unknown(name))
     model, recipe, data, epochs = parts
     model_row, data_row = _models()[model], _data_sets()[data]
     if data_row.get("models", model_row["kind"]) != model_row["kind"]:
-        raise ConfigError(f"{name}: '{data}' is for base models, and {model} is a chat model")
-    own = _of_model(model)
+        raise ConfigError(f"{name}: '{data}' is for base models, but {model} is a chat model")
+    of_model = _of_model(model)
     return {
-        **own,
+        **of_model,
         **_recipes()[recipe],
-        **own,
+        **of_model,
         **{key: value for key, value in data_row.items() if key not in _ROW_KEYS},
         "max_epochs": epochs,
     }
 
 
 def note(name: str) -> str:
-    """What has to be done by hand before the built-in `name` can be trained; often nothing."""
-    if sees := catalog_llava.split(name, _seeing_models()):
-        return catalog_llava.note(sees)
+    """Manual steps before the built-in `name` can be trained; often empty."""
+    if image_name := catalog_llava.split(name, _llava_models()):
+        return catalog_llava.note(image_name)
     parts = _split(name)
     return _data_sets()[parts[2]].get("note", "") if parts else ""
 
@@ -99,14 +99,14 @@ def _of_model(model: str) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": row["path"],
         **_table("models")["kinds"][row["kind"]],
-        **{key: value for key, value in row.items() if key not in ("path", "kind", "eyes")},
+        **{key: value for key, value in row.items() if key not in ("path", "kind", "llava")},
     }
 
 
-def _seeing_models() -> list[str]:
-    """The chat models that LLaVA can hold."""
+def _llava_models() -> list[str]:
+    """The chat models that can be the language model of LLaVA."""
     rows = _models().items()
-    return [name for name, row in rows if row["kind"] == "chat" and row.get("eyes", True)]
+    return [name for name, row in rows if row["kind"] == "chat" and row.get("llava", True)]
 
 
 @functools.cache
@@ -129,14 +129,14 @@ def _data_sets() -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _data_names() -> dict[str, str]:
-    """The row of each data set by its names, the aliases included."""
+    """Map the name and aliases of each data set to its row."""
     rows = _data_sets()
     aliases = {alias: name for name, row in rows.items() for alias in row.get("aliases", [])}
     return aliases | {name: name for name in rows}
 
 
 def _split(name: str) -> tuple[str, str, str, int] | None:
-    """Split `name` into model, recipe, data set and epochs; None where one of them is unknown."""
+    """Split `name` into model, recipe, data set and epochs; None if one of them is unknown."""
     match = re.fullmatch(r"(?P<rest>\w+)_e(?P<epochs>[1-9]\d{0,3})", name, flags=re.ASCII)
     if match is None:
         return None
@@ -158,16 +158,16 @@ def _unknown(name: str) -> str:
     guess = f"; did you mean {' or '.join(close)}?" if close else ""
     word = next((model for model in _models() if close and close[0].startswith(model)), "WORD")
     return (
-        f"{name}: there is no settings file and no built-in of that name{guess}\n"
-        f"  Find one with `xtuner list-cfg -p {word}`; a name is made of a model, one of "
-        f"{', '.join(_recipes())}, a data set, and e with the number of epochs"
+        f"{name}: no settings file or built-in of that name{guess}\n"
+        f"  Search with `xtuner list-cfg -p {word}`. A name consists of a model, a recipe "
+        f"({', '.join(_recipes())}), a data set, and e followed by the number of epochs"
     )
 
 
 def _close_names(name: str) -> list[str]:
-    """Built-in names like `name`, found part by part: there are too many to compare them whole."""
+    """Built-in names close to `name`, matched part by part: comparing with every name is slow."""
     if name.startswith("llava_"):
-        return difflib.get_close_matches(name, catalog_llava.names(_seeing_models()), n=2)
+        return difflib.get_close_matches(name, catalog_llava.names(_llava_models()), n=2)
     rest, _, epochs = name.rpartition("_e") if re.search(r"_e\d*$", name) else (name, "", "")
     for recipe in _recipes():
         model, found, data = rest.partition(f"_{recipe}_")

@@ -1,4 +1,4 @@
-"""The built-in settings with images: a stage, a chat model and a vision tower make a name.
+"""The built-in settings with images. A name combines a stage, a chat model and a vision tower.
 
 llava_internlm2_chat_1_8b_clip_vit_large_p14_336_e1_gpu8_pretrain
       └ models.toml       └ llava.toml           └ max_epochs
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONTEXT = 2048
-"""Tokens of a sample together with one image."""
+"""Maximum tokens of a sample including one image."""
 
 _FILE = Path(__file__).parents[1] / "tables" / "llava.toml"
 
 
 class Name(NamedTuple):
-    """What a name is made of."""
+    """The parts of a name."""
 
     stage: str
     model: str
@@ -34,7 +34,7 @@ def table() -> dict[str, Any]:
 
 
 def names(models: list[str]) -> list[str]:
-    """All names that the chat `models` give."""
+    """All names for the chat `models`."""
     return [
         stage["name"].format(model=model, encoder=encoder, epochs=stage["epochs"])
         for model in models
@@ -44,7 +44,7 @@ def names(models: list[str]) -> list[str]:
 
 
 def split(name: str, models: list[str]) -> Name | None:
-    """What `name` is made of; None where it is none of ours."""
+    """Split `name` into its parts; None if it is not a built-in with images."""
     for key, stage in table()["stages"].items():
         pattern = stage["name"].format(
             model=f"(?P<model>{'|'.join(models)})",
@@ -57,8 +57,13 @@ def split(name: str, models: list[str]) -> Name | None:
 
 
 def compose(name: Name, model: dict[str, Any], *, suffix: str = "") -> dict[str, Any]:
-    """The settings that `name` stands for; `model` are those of the language model. `suffix` is
-    what the settings file of the first stage has behind its name, and so its work dir."""
+    """Return the settings of `name`.
+
+    Args:
+        name: the parts of the name.
+        model: the settings of the language model.
+        suffix: appended to the name of the first stage's settings file, hence of its work dir.
+    """
     encoder, stage = table()["encoders"][name.encoder], table()["stages"][name.stage]
     values = {
         **model,
@@ -70,13 +75,13 @@ def compose(name: Name, model: dict[str, Any], *, suffix: str = "") -> dict[str,
     }
     if name.stage == "finetune":
         first = table()["stages"]["pretrain"]
-        before = first["name"].format(
+        first_name = first["name"].format(
             model=name.model, encoder=name.encoder, epochs=first["epochs"]
         )
-        values["pretrained_pth"] = f"./work_dirs/{before}{suffix}"
+        values["pretrained_pth"] = f"./work_dirs/{first_name}{suffix}"
     return values
 
 
 def note(name: Name) -> str:
-    """What has to be done by hand first."""
+    """Manual steps before training."""
     return str(table()["stages"][name.stage]["note"])

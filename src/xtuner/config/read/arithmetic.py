@@ -1,7 +1,7 @@
-"""Combine the values of a settings file, with bounds on their size.
+"""Evaluate expressions of a settings file, with bounds on the size of values.
 
-Only what a setting can be is combined: texts, numbers, True, False, None, lists, tuples and dicts.
-The bounds are far above any sensible setting and far below what would take noticeable time.
+Operands are the types that settings can have: strings, numbers, True, False, None, lists, tuples
+and dicts. The bounds are far above any sensible setting and far below what takes noticeable time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_SIZE = 100_000
-"""Most characters and items in one value."""
+"""Maximum characters and items in one value."""
 _MAX_BITS = 1024
 _MAX_WIDTH = 100
 _TOO_LARGE = "is too large for a setting"
@@ -46,20 +46,20 @@ _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
 
 
 class RefusedError(Exception):
-    """A value cannot be made; the text says why."""
+    """A value cannot be computed; the message says why."""
 
 
 def calculate(op: ast.operator, left: Any, right: Any) -> Any:
-    """Return ``left op right``: arithmetic, or texts and lists joined or repeated.
+    """Return ``left op right``: arithmetic, or strings and lists joined or repeated.
 
     Raises:
-        RefusedError: the two do not go together, or the result would be too large.
+        RefusedError: the operands cannot be combined, or the result would be too large.
     """
     numbers = _is_number(left) and _is_number(right)
     repeats = isinstance(op, ast.Mult) and isinstance(left, int) != isinstance(right, int)
     joins = isinstance(op, ast.Add) and type(left) is type(right)
     if type(op) not in _CALCULATE:
-        raise RefusedError("use + - * / // % ** in calculations")
+        raise RefusedError("only + - * / // % ** are supported")
     if not (numbers or repeats or joins):
         raise _mismatch(left, right)
     if numbers and isinstance(op, ast.Pow):
@@ -96,18 +96,18 @@ def unary(op: ast.unaryop, value: Any) -> Any:
     """Return ``-value``, ``+value`` or ``not value``.
 
     Raises:
-        RefusedError: there is no such value.
+        RefusedError: `op` is not defined for `value`.
     """
     if type(op) not in _UNARY or not (isinstance(op, ast.Not) or _is_number(value)):
-        raise RefusedError(f"cannot be done with {kind(value)}")
+        raise RefusedError(f"is not possible with {kind(value)}")
     return _UNARY[type(op)](value)
 
 
-def written(value: Any, *, conversion: int, spec: str) -> str:
-    """Write one value of an f-string.
+def formatted(value: Any, *, conversion: int, spec: str) -> str:
+    """Format one value of an f-string.
 
     Raises:
-        RefusedError: `spec` does not fit the value or asks for a very wide text.
+        RefusedError: `spec` does not fit the value or requests a very wide string.
     """
     widths = [width.lstrip("0") for width in re.findall(r"\d+", spec)]  # leading zeros hide digits
     if any(len(width) > 9 or int(width or 0) > _MAX_WIDTH for width in widths):
@@ -117,44 +117,44 @@ def written(value: Any, *, conversion: int, spec: str) -> str:
     try:
         return format(value, spec)
     except (ValueError, TypeError) as error:
-        raise RefusedError(f"cannot be written like this: {error}") from None
+        raise RefusedError(f"cannot be formatted: {error}") from None
 
 
 def check_size(value: Any, *, times: int = 1) -> int:
-    """Return the number of characters and items in `value`, `times` over.
+    """Return the number of characters and items in `value`.
 
     Raises:
-        RefusedError: it is above MAX_SIZE; counting stops there.
+        RefusedError: that number, multiplied by `times`, is above MAX_SIZE.
     """
     total = 0
-    waiting = [value]
-    while waiting and total <= MAX_SIZE:
-        item = waiting.pop()
+    pending = [value]
+    while pending and total <= MAX_SIZE:
+        item = pending.pop()
         total += 1
         if isinstance(item, str):
             total += len(item)
         elif isinstance(item, int) and item.bit_length() > _MAX_BITS:
             raise RefusedError(_TOO_LARGE)
         elif isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
+            pending += [*item.keys(), *item.values()]
         elif isinstance(item, list | tuple):
-            waiting += item
+            pending += item
     if total * max(times, 1) > MAX_SIZE:
         raise RefusedError(_TOO_LARGE)
     return total
 
 
 def kind(value: Any) -> str:
-    """Say what `value` is, in plain words."""
+    """Describe the type of `value`."""
     if value is None or isinstance(value, bool):
         return str(value)
-    words = {str: "a text", int: "a number", float: "a number", list: "a list", tuple: "a tuple"}
+    words = {str: "a string", int: "a number", float: "a number", list: "a list", tuple: "a tuple"}
     return words.get(type(value), "a dict")
 
 
 def _check_power(base: float, exponent: float) -> None:
-    whole = isinstance(base, int) and isinstance(exponent, int)
-    if whole and abs(exponent) * int(base).bit_length() > _MAX_BITS:
+    integers = isinstance(base, int) and isinstance(exponent, int)
+    if integers and abs(exponent) * int(base).bit_length() > _MAX_BITS:
         raise RefusedError(_TOO_LARGE)
 
 
@@ -163,4 +163,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _mismatch(left: Any, right: Any) -> RefusedError:
-    return RefusedError(f"cannot combine {kind(left)} and {kind(right)} like this")
+    return RefusedError(f"cannot combine {kind(left)} and {kind(right)}")

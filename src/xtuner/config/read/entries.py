@@ -1,7 +1,7 @@
-"""What a settings file says, before it is checked, and how its faults are reported.
+"""The unchecked entries of a settings file, and the report of its problems.
 
-Both readers (`python_reader`, `yaml_reader`) turn a text into `Reading`: every setting with its
-line, every fault found on the way. `check` adds its own faults, and `report` lists all of them.
+Both readers (`python`, `yaml`) return a `Reading`: every setting with its line, and every problem
+found. `check` adds its own problems, and `report` lists all of them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ from xtuner.errors import listed
 OVERRIDE = 0
 """The line of an entry that was given on the command line."""
 BUILT_IN = -1
-"""The line of an entry that comes from the tables of the built-in settings."""
-_SHOWN = 56
+"""The line of an entry that comes from the tables of the built-in settings, or a dictionary."""
+ARGUMENT = -2
+"""The line of an entry that was given as a keyword argument."""
+_MAX_SHOWN = 56
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One setting as given: its value and the line it stands in (or OVERRIDE, or BUILT_IN)."""
+    """One setting as given: its value and its line (or OVERRIDE, BUILT_IN, ARGUMENT)."""
 
     value: Any
     line: int
 
+    @property
+    def overrides(self) -> bool:
+        """Whether it replaces what a file says."""
+        return self.line in (OVERRIDE, ARGUMENT)
+
     def problem(self, name: str, message: str) -> Problem:
-        """Make a problem of this entry, which is called `name`."""
+        """Make a problem about this entry, the setting `name`."""
         if self.line == OVERRIDE:
             return Problem(f"--set {name}={_plain(self.value)}", message)
         return Problem(f"{name} = {self.value!r}", message, line=max(self.line, 0))
@@ -35,14 +42,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Problem:
-    """A fault: the line (0: none), what stands there, and what is wrong with it."""
+    """A problem: the source text it is about, the message, and the line (0: none)."""
 
     what: str
     message: str
     line: int = 0
 
     def sort_key(self) -> tuple[bool, int]:
-        """Order by line; what has none comes last."""
+        """Order by line; problems without one come last."""
         return (not self.line, self.line)
 
 
@@ -52,8 +59,8 @@ class Reading:
 
     Attributes:
         entries: the settings by name.
-        broken: names that were given a value which could not be read; its problem is listed.
-        problems: all faults.
+        broken: names whose value could not be read; `problems` says why.
+        problems: all problems.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -62,7 +69,7 @@ class Reading:
 
 
 def report(name: str, problems: Iterable[Problem]) -> str:
-    """Write all problems of the settings `name`, one a line and aligned."""
+    """Format all problems of the settings `name`, one per line, aligned."""
     ordered = sorted(problems, key=Problem.sort_key)
     width = max(len(str(p.line)) for p in ordered)
     labels = [_label(p, width) for p in ordered]
@@ -73,13 +80,13 @@ def report(name: str, problems: Iterable[Problem]) -> str:
 
 
 def shortened(text: str) -> str:
-    """Cut `text` so that a message stays readable."""
+    """Shorten `text` so that a message stays readable."""
     text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
-def spoken_constant(text: str) -> bool | None:
-    """Read the words for True, False and None that are usual in shells and YAML.
+def parse_constant(text: str) -> bool | None:
+    """Parse the spellings of True, False and None that are usual in shells and YAML.
 
     Raises:
         ValueError: `text` is none of them.

@@ -1,4 +1,4 @@
-"""Tell configs of other trainers from settings files, by what stands in them."""
+"""Recognize configs of other trainers by their contents."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ ORIGINS = (XTUNER_OLD, LLAMA_FACTORY, TORCHTUNE)
 
 _FOREIGN_MODULES = ("mmengine", "mmcv", "xtuner")
 _LLAMA_FACTORY_KEYS = {"finetuning_type", "stage", "cutoff_len", "dataset_dir", "lora_target"}
-_LLAMA_FACTORY_LEAST = 2
+_MIN_LLAMA_FACTORY_KEYS = 2
 
 
 def origin(text: str, suffix: str) -> str | None:
-    """The trainer whose config `text` is; None for a settings file of this version.
+    """The trainer that `text` is a config of; None for a settings file of this version.
 
     Args:
-        text: of the file; one that cannot be parsed is nobody's.
-        suffix: the end of its name.
+        text: the content of the file. If it cannot be parsed, the result is None.
+        suffix: the suffix of the file name.
     """
     if suffix.lower() == ".py":
         return XTUNER_OLD if _is_old_config(text) else None
     keys = set(re.findall(r"^([A-Za-z_]\w*) *:", text, flags=re.MULTILINE))
     if re.search(r"^ +_component_ *:", text, flags=re.MULTILINE):
         return TORCHTUNE
-    return LLAMA_FACTORY if len(keys & _LLAMA_FACTORY_KEYS) >= _LLAMA_FACTORY_LEAST else None
+    return LLAMA_FACTORY if len(keys & _LLAMA_FACTORY_KEYS) >= _MIN_LLAMA_FACTORY_KEYS else None
 
 
 def offer(path: str, origin: str) -> str:
-    """The message for a config of `origin` that is given where settings are read."""
+    """The error message for a config of `origin` that is given as a settings file."""
     return (
         f"{path}: is a config of {origin}, not a settings file of this version.\n"
-        f"  `xtuner migrate-cfg {path}` writes a settings file with the same meaning, and lists "
-        "what it cannot carry;\n"
+        f"  `xtuner migrate-cfg {path}` writes an equivalent settings file, and lists what it "
+        "cannot convert;\n"
         f"  `xtuner train --migrate {path}` does that and trains."
     )
 
@@ -53,7 +53,7 @@ def _is_old_config(text: str) -> bool:
 
 
 def _old_statements(tree: ast.Module) -> Iterator[bool]:
-    """True for each statement that only a config of mmengine has."""
+    """Yield, for some statements, whether only an mmengine config has them."""
     for node in tree.body:
         match node:
             case ast.ImportFrom(module=str(module)):

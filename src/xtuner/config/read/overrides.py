@@ -1,4 +1,4 @@
-"""Read ``--set key=value``, typed by the schema."""
+"""Parse ``--set key=value``, typed by the schema."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from xtuner.config.check import accepts, unknown_override
-from xtuner.config.read.entries import Problem, spoken_constant
+from xtuner.config.read.entries import Problem, parse_constant
 
 
 def read(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Read overrides; a later one of the same name wins.
+    """Parse overrides; the last one of a name wins.
 
     Returns:
-        The values by name, and the problems of those that name no setting.
+        The values by name, and the problems of the overrides that are not settings.
     """
     values: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -33,7 +33,7 @@ def read(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def _typed(name: str, text: str) -> Any:
-    """The reading of `text` that setting `name` takes: a Python literal, a word, or the text."""
+    """The value of `text` that setting `name` accepts: a Python literal, a constant, or `text`."""
     candidates: list[Any] = []
     try:
         with warnings.catch_warnings():
@@ -41,6 +41,6 @@ def _typed(name: str, text: str) -> Any:
             candidates.append(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         with contextlib.suppress(ValueError):
-            candidates.append(spoken_constant(text))
+            candidates.append(parse_constant(text))
     candidates.append(text)
     return next((value for value in candidates if accepts(name, value)), candidates[0])

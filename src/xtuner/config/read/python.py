@@ -1,9 +1,9 @@
-"""Read a settings file in Python syntax without running it.
+"""Read a settings file in Python syntax without executing it.
 
-The text is parsed with `ast`, and only what follows is understood: assignments of literals, earlier
-names, arithmetic, joined texts, f-strings, comparisons, conditionals, lists, tuples, dicts and
-their items. Whatever else stands in the file is a problem with its line. So a settings file from a
-stranger is only data. Size and work are bounded: ``10**10**9`` is a problem too, not a hang.
+The text is parsed with `ast`, and only these are evaluated: assignments of literals, earlier names,
+arithmetic, joined strings, f-strings, comparisons, conditionals, lists, tuples, dicts and their
+items. Anything else is reported as a problem with its line, so a settings file from an untrusted
+source is only data. Size and work are bounded: ``10**10**9`` is a problem, not a hang.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _MOST_PROBLEMS = 200
 _READ_NOT_RUN = "a settings file is read, not executed; "
 _NAME_FUNCTION = _READ_NOT_RUN + 'put your function in a file and name it as "my_file.py:function"'
 _WRITE_OUT = _READ_NOT_RUN + "write the values out"
-_CURES: dict[type[ast.AST], str] = {
+_HINTS: dict[type[ast.AST], str] = {
     ast.Import: _NAME_FUNCTION,
     ast.ImportFrom: _NAME_FUNCTION,
     ast.FunctionDef: _NAME_FUNCTION,
     ast.AsyncFunctionDef: _NAME_FUNCTION,
     ast.ClassDef: _NAME_FUNCTION,
     ast.Lambda: _NAME_FUNCTION,
-    ast.Call: _READ_NOT_RUN + "write the value in place of the call",
+    ast.Call: _READ_NOT_RUN + "write the value instead of the call",
     ast.Attribute: _READ_NOT_RUN + "write the value, or its name in quotes",
     ast.For: _WRITE_OUT,
     ast.While: _WRITE_OUT,
@@ -50,8 +50,8 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
 
     Args:
         text: the content of the file.
-        overrides: values that take the place of what the file assigns to these names, so that what
-            the file computes from them follows.
+        overrides: values that replace what the file assigns to these names; values that the file
+            computes from them change accordingly.
     """
     try:
         with warnings.catch_warnings():
@@ -72,7 +72,7 @@ class _Fault(Exception):
 
 
 class _Broken(Exception):
-    """A name is used whose own problem is listed already."""
+    """A name is used whose own problem is already listed."""
 
 
 class _Reader:
@@ -103,7 +103,7 @@ class _Reader:
         }
 
     def statements(self, body: list[ast.stmt]) -> None:
-        """Read `body`, going on after a fault."""
+        """Read `body`, continuing after a fault."""
         for statement in body:
             if len(self.reading.problems) >= _MOST_PROBLEMS:
                 return
@@ -134,9 +134,9 @@ class _Reader:
             case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
                 pass
             case ast.Expr(value=value):
-                raise _Fault(node, _CURES.get(type(value), "has no effect; write name = value"))
+                raise _Fault(node, _HINTS.get(type(value), "has no effect; write name = value"))
             case _:
-                raise _Fault(node, _CURES.get(type(node), _READ_NOT_RUN + "write name = value"))
+                raise _Fault(node, _HINTS.get(type(node), _READ_NOT_RUN + "write name = value"))
 
     def _assign(self, node: ast.stmt, targets: list[ast.expr], value: ast.expr) -> None:
         names = [target.id for target in targets if isinstance(target, ast.Name)]
@@ -155,7 +155,7 @@ class _Reader:
                 self.reading.entries[name] = Entry(self._names[name], line)
 
     def _break(self, statement: ast.stmt) -> None:
-        """Remember the names that `statement` should have set; do not report their uses again."""
+        """Mark the names that `statement` should have set, so that their uses are not reported."""
         if type(statement) in (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If):
             self.reading.broken.update(_stored(statement))
             for name in _stored(statement):
@@ -164,14 +164,14 @@ class _Reader:
     def _value(self, node: ast.expr) -> Any:
         read_kind = self._kinds.get(type(node))
         if read_kind is None:
-            raise _Fault(node, _CURES.get(type(node), _READ_NOT_RUN + "write the value itself"))
+            raise _Fault(node, _HINTS.get(type(node), _READ_NOT_RUN + "write the value itself"))
         try:
             value = read_kind(node)
             self._work += arithmetic.check_size(value)
         except RefusedError as refused:
             raise _Fault(node, str(refused)) from None
         if self._work > _MAX_WORK:
-            raise _Fault(node, "the file computes too much for a settings file")
+            raise _Fault(node, "the file is too expensive to evaluate; write the values out")
         return value
 
     def _constant(self, node: ast.Constant) -> Any:
@@ -187,13 +187,13 @@ class _Reader:
         if node.id in _LOOKALIKES:
             raise _Fault(node, f"write {_LOOKALIKES[node.id]}")
         guess = did_you_mean(node.id, list(self._names))
-        raise _Fault(node, f"no earlier line sets {node.id}{guess or '; a text needs quotes'}")
+        raise _Fault(node, f"no earlier line sets {node.id}{guess or '; strings need quotes'}")
 
     def _dict(self, node: ast.Dict) -> dict[Any, Any]:
         pairs = {}
         for key, value in zip(node.keys, node.values, strict=True):
             if not isinstance(key, ast.Constant):
-                raise _Fault(node, "the keys of a dict must be plain texts or numbers")
+                raise _Fault(node, "the keys of a dict must be string or number literals")
             pairs[self._value(key)] = self._value(value)
         return pairs
 
@@ -221,34 +221,34 @@ class _Reader:
             return str(self._value(node))
         value = self._value(node.value)
         spec = self._value(node.format_spec) if node.format_spec else ""
-        return arithmetic.written(value, conversion=node.conversion, spec=spec)
+        return arithmetic.formatted(value, conversion=node.conversion, spec=spec)
 
     def _item(self, node: ast.Subscript) -> Any:
-        holder = self._value(node.value)
+        container = self._value(node.value)
         if isinstance(node.slice, ast.Slice):
             bounds = (node.slice.lower, node.slice.upper, node.slice.step)
             index: Any = slice(*(None if b is None else self._value(b) for b in bounds))
         else:
             index = self._value(node.slice)
         try:
-            return holder[index]
+            return container[index]
         except (TypeError, IndexError, KeyError, ValueError):
-            raise _Fault(node, f"{kind(holder)} has no item {index!r}") from None
+            raise _Fault(node, f"{kind(container)} has no item {index!r}") from None
 
     def _join(self, node: ast.Call) -> str:
-        """Read ``"separator".join(texts)``, the one call that is only a way to write a text."""
+        """Read ``"separator".join(strings)``, the only call that is allowed."""
         match node:
             case ast.Call(
                 func=ast.Attribute(value=ast.Constant(value=str(separator)), attr="join"),
-                args=[texts],
+                args=[strings],
                 keywords=[],
             ):
-                parts = self._value(texts)
+                parts = self._value(strings)
                 if isinstance(parts, list | tuple) and all(isinstance(p, str) for p in parts):
                     arithmetic.check_size([separator] * len(parts))
                     return separator.join(parts)
-                raise _Fault(node, "join takes a list of texts")
-        raise _Fault(node, _CURES[ast.Call])
+                raise _Fault(node, "join takes a list of strings")
+        raise _Fault(node, _HINTS[ast.Call])
 
 
 def _stored(statement: ast.AST) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Read a settings file in YAML: plain values only, every key with its line, none twice."""
+"""Read a settings file in YAML: plain values only, each key with its line, no duplicate keys."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _UNREADABLE = (ValueError, LookupError, AttributeError, OverflowError, TypeError
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; aliases are refused, and 1e-4 and None are read as meant."""
+    """The safe loader, without aliases; 1e-4 is a number and None is null."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not read; repeat the value", problem_mark=mark
+                problem="aliases (*name) are not supported; repeat the value", problem_mark=mark
             )
         return super().compose_node(parent, index)
 
@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N
 
 
 def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
-    """Read the settings in `text`; `overrides` take the place of the file's values."""
+    """Read the settings in `text`; `overrides` replace the file's values."""
     reading = Reading()
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -55,7 +55,7 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     if node is None:
         return reading
     if not isinstance(node, yaml.MappingNode):
-        reading.problems.append(Problem("the file", "must hold lines of the form  key: value"))
+        reading.problems.append(Problem("the file", "must consist of lines  key: value"))
         return reading
     for key, value in node.value:
         _read_pair(reading, key, value, overrides or {})
@@ -71,7 +71,7 @@ def _read_pair(
         first = reading.entries[name].line if name in reading.entries else None
         where = f" in line {first}" if first else ""
         reading.problems.append(
-            Problem(f"{name}:", f"is set already{where}; keep one of the two", line=line)
+            Problem(f"{name}:", f"is already set{where}; keep one of the two", line=line)
         )
         return
     if name in overrides:

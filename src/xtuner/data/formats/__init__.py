@@ -1,7 +1,7 @@
-"""Dataset formats: one file a format, its name is the value of the setting `dataset_format`.
+"""Dataset formats, one file each; the file name is the value of the setting `dataset_format`.
 
-A file exposes ``FORMAT``, a `Format`; nothing else has to be edited to add one. Files whose names
-begin with an underscore hold what several formats share.
+A file defines ``FORMAT``, a `Format`; adding a file adds a format. Files whose names begin with an
+underscore contain code that several formats share.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xtuner.types import Row
 __all__ = ["AUTO", "Format", "RowError", "load", "load_all", "names", "resolve"]
 
 AUTO = "auto"
-"""The name that stands for: decide by the columns."""
+"""The value of `dataset_format` that selects a format by the columns."""
 
 _SETTING = "dataset_format"
 _ADVICE = (
@@ -27,7 +27,7 @@ _ADVICE = (
 
 
 def names() -> list[str]:
-    """Names of the formats, sorted; 'auto' is not among them."""
+    """Names of the formats, sorted, without 'auto'."""
     return plugins.names(__name__)
 
 
@@ -49,18 +49,18 @@ def load_all() -> list[Format]:
 def resolve(
     name: str, *, columns: Collection[str], folder: Path | None = None, sample: Row | None = None
 ) -> Format:
-    """Find the format of a data file.
+    """Resolve the format of a data file.
 
     Args:
         name: a format, 'auto', or ``"my_format.py:to_messages"``.
         columns: the columns of the file.
         folder: where a relative path of a user's file is looked up first.
-        sample: a row of the file. It lets 'auto' tell apart formats that have the same columns,
-            such as plain text and the dialogues of `oasst1`.
+        sample: a row of the file. It lets 'auto' distinguish formats with the same columns, such as
+            plain text and the dialogues of `oasst1`.
 
     Raises:
         ConfigError: there is no such format.
-        DataError: the columns do not fit the format, or 'auto' finds none that they fit.
+        DataError: the columns do not match the format, or 'auto' finds no matching format.
     """
     if plugins.is_user_path(name):
         from xtuner.data.formats import _own
@@ -75,11 +75,11 @@ def resolve(
 
 
 def _pick(columns: Collection[str], sample: Row | None) -> Format:
-    """Choose among the formats that fit: the most columns used, then the priority, then the row."""
+    """Select among the matching formats by the columns used, the priority and the row."""
     best = _best(columns)
     if not best:
         raise DataError(
-            f"no format fits: found {_quoted(columns)}.\n  {_nearest(columns)}\n  {_ADVICE}"
+            f"no format matches the columns {_quoted(columns)}.\n  {_nearest(columns)}\n  {_ADVICE}"
         )
     readers = [format for format in best if sample is not None and _reads(format, sample)]
     by_columns = [format for format in best if not format.by_row]
@@ -87,7 +87,7 @@ def _pick(columns: Collection[str], sample: Row | None) -> Format:
 
 
 def _best(columns: Collection[str]) -> list[Format]:
-    """The formats that fit and use the most columns, the preferred ones first."""
+    """The matching formats that use the most columns, preferred ones first."""
     fitting = [format for format in load_all() if not format.missing(columns)]
     most = max((format.num_used(columns) for format in fitting), default=0)
     best = [format for format in fitting if format.num_used(columns) == most]
@@ -107,25 +107,25 @@ def _misfit(format: Format, columns: Collection[str], sample: Row | None) -> str
     if not _best(columns):
         return f"{seen}\n  {_nearest(columns)}\n  {_ADVICE}"
     fits = _pick(columns, sample).name
-    return f"{seen}\n  These keys fit format {fits!r}: set {_SETTING} = {fits!r}."
+    return f"{seen}\n  These columns match format {fits!r}: set {_SETTING} = {fits!r}."
 
 
 def _nearest(columns: Collection[str]) -> str:
-    """Say which formats come closest, and what they lack."""
+    """Describe the closest formats and their missing columns."""
 
     def share(format: Format) -> float:
         return 1 - len(format.missing(columns)) / len(format.columns)
 
     near = sorted((f for f in load_all() if share(f) > 0), key=lambda f: (-share(f), -f.priority))
-    # Without a column in common, likeness of the letters finds a slip such as 'mesages'.
-    near = near or [f for f in load_all() if any(_alike(c, columns) for c in f.columns)]
+    # If no column matches, similar spelling finds typos such as 'mesages'.
+    near = near or [f for f in load_all() if any(_is_similar(c, columns) for c in f.columns)]
     if not near:
         return "No format has any of these columns."
-    lacks = (f"{f.name!r} (lacks {_quoted(f.missing(columns))})" for f in near[:3])
-    return f"Nearest: {', '.join(lacks)}."
+    missing = (f"{f.name!r} (missing {_quoted(f.missing(columns))})" for f in near[:3])
+    return f"Closest formats: {', '.join(missing)}."
 
 
-def _alike(column: str, columns: Collection[str]) -> bool:
+def _is_similar(column: str, columns: Collection[str]) -> bool:
     import difflib
 
     return bool(difflib.get_close_matches(column, list(columns), n=1, cutoff=0.75))

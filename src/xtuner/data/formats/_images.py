@@ -1,4 +1,4 @@
-"""Images of messages: their names are shared out to the places ``<image>`` in the texts."""
+"""Images of messages: assign image names to the ``<image>`` placeholders in the texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xtuner.types import IMAGE, Message, Row
 
 
 def read_names(row: Row, column: str) -> list[str]:
-    """Read the names of a row's images: one text, or a list of them; it may be missing."""
+    """Read the image names of a row: a string or a list of strings, or missing."""
     value = row.get(column)
     if value is None or value == "":
         return []
@@ -25,66 +25,65 @@ def read_names(row: Row, column: str) -> list[str]:
 
 
 def share_out(messages: Sequence[Message], names: Sequence[str], *, column: str) -> list[Message]:
-    """Give each message as many of `names` as its text has places that have no image yet.
+    """Assign `names` in order to the placeholders in `messages` that have no image yet.
 
     Raises:
-        RowError: there are more places than images or the other way round, or an answer has one.
+        RowError: the numbers of placeholders and images differ, or an answer has a placeholder.
     """
-    waiting = list(names)
-    places = 0
-    given = []
+    remaining = list(names)
+    placeholders = 0
+    assigned = []
     for message in messages:
-        wanted = message.content.count(IMAGE) - len(message.images)
-        places += wanted
-        if wanted and message.role == "assistant":
-            hint = "images belong into turns of the user"
-            raise RowError(column, f"has {IMAGE} in a turn of the assistant", hint)
-        own, waiting = waiting[:wanted], waiting[wanted:]
-        given.append(replace(message, images=(*message.images, *own)) if own else message)
-    if places != len(names):
+        needed = message.content.count(IMAGE) - len(message.images)
+        placeholders += needed
+        if needed and message.role == "assistant":
+            hint = "images belong in user turns"
+            raise RowError(column, f"has {IMAGE} in an assistant turn", hint)
+        own, remaining = remaining[:needed], remaining[needed:]
+        assigned.append(replace(message, images=(*message.images, *own)) if own else message)
+    if placeholders != len(names):
         raise RowError(
             column,
-            f"has {_count(places, f'place {IMAGE}', f'places {IMAGE}')} for "
-            f"{_count(len(names), 'image', 'images')}",
-            "write one for each, where the image belongs",
+            f"has {_count(placeholders, f'{IMAGE} placeholder')} for {_count(len(names), 'image')}",
+            "write one for each image",
         )
-    return given
+    return assigned
 
 
 def read_parts(parts: Sequence[Any], *, where: str) -> tuple[str, tuple[str | None, ...]]:
-    """Read a content of several parts: texts, and images as the chat interfaces take them.
+    """Read a content that is a list of text and image parts, as in chat APIs.
 
     Returns:
-        The text with ``<image>`` on a line of its own for each image, and the images' names;
-        None stands for an image that is named elsewhere in the row.
+        The text with ``<image>`` on a separate line for each image, and the image names; None is an
+        image that is named elsewhere in the row.
     """
     content, names = "", []
-    for place, part in objects(parts, within=where):
+    for path, part in objects(parts, within=where):
         match part.get("type"):
             case "text":
-                content += text(part, "text", within=place)
+                content += text(part, "text", within=path)
             case "image_url" | "image":
                 if content and not content.endswith("\n"):
                     content += "\n"
                 content += f"{IMAGE}\n"
-                names.append(_name(part, place))
+                names.append(_name(part, path))
             case other:
                 hint = "it must be text, image or image_url"
-                raise RowError(f"{place}type", f"is {other!r}", hint)
+                raise RowError(f"{path}type", f"is {other!r}", hint)
     return content, tuple(names)
 
 
-def _name(part: Mapping[str, Any], place: str) -> str | None:
+def _name(part: Mapping[str, Any], path: str) -> str | None:
     for key in ("image", "path", "image_url", "url"):
         value = part.get(key)
         if isinstance(value, Mapping):
-            place, key, value = f"{place}{key}.", "url", value.get("url")
+            path, key, value = f"{path}{key}.", "url", value.get("url")
         if isinstance(value, str) and value.strip():
             return value.removeprefix("file://")
         if value is not None:
-            raise RowError(f"{place}{key}", f"is {kind(value)}", "it must be a file name")
+            raise RowError(f"{path}{key}", f"is {kind(value)}", "it must be a file name")
     return None
 
 
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

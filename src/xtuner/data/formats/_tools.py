@@ -1,4 +1,4 @@
-"""Tools that an assistant may call, and its calls, in the form that chat templates take."""
+"""Read tools and tool calls in the form that chat templates expect."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from xtuner.types import Row
 
 
 def read_tools(row: Row, column: str = "tools") -> tuple[Mapping[str, Any], ...]:
-    """Read the schemas of the tools: a list, or JSON text that holds one; it may be empty."""
+    """Read the schemas of the tools: a list, possibly as JSON text; may be empty."""
     return tuple(schema for _, schema in objects(_listed(row.get(column), column), within=column))
 
 
 def read_calls(value: Any, *, where: str) -> tuple[Mapping[str, Any], ...]:
-    """Read calls: a list or one object, or JSON text that holds one of these.
+    """Read calls: a list or a single object, possibly as JSON text.
 
-    Each call is brought into the form ``{"type": "function", "function": {"name", "arguments"}}``,
-    with an object for the arguments, since templates print text in quotes.
+    Each call is converted to ``{"type": "function", "function": {"name", "arguments"}}``. The
+    arguments become an object, since templates would quote a string.
     """
     if isinstance(value, str) and value.strip():
         value = parse_json(value, where=where)
     if isinstance(value, Mapping):
         value = [value]
-    return tuple(_call(call, place) for place, call in objects(_listed(value, where), within=where))
+    return tuple(_call(call, path) for path, call in objects(_listed(value, where), within=where))
 
 
 def _listed(value: Any, where: str) -> Sequence[Any]:
@@ -37,20 +37,20 @@ def _listed(value: Any, where: str) -> Sequence[Any]:
     return value
 
 
-def _call(call: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+def _call(call: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     outer: dict[str, Any] = {"type": "function"}
     if call.get("id") is not None:
         outer["id"] = call["id"]
     if call.get("function") is not None:
-        place += "function."
+        path += "function."
         call = call["function"]
         if not isinstance(call, Mapping):
-            raise RowError(place.rstrip("."), f"is {kind(call)}", "it must be an object")
+            raise RowError(path.rstrip("."), f"is {kind(call)}", "it must be an object")
     arguments = call.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
-        arguments = parse_json(arguments, where=f"{place}arguments")
+        arguments = parse_json(arguments, where=f"{path}arguments")
     if arguments in (None, ""):
         arguments = {}
     if not isinstance(arguments, Mapping):
-        raise RowError(f"{place}arguments", f"is {kind(arguments)}", "it must be an object")
-    return outer | {"function": {"name": text(call, "name", within=place), "arguments": arguments}}
+        raise RowError(f"{path}arguments", f"is {kind(arguments)}", "it must be an object")
+    return outer | {"function": {"name": text(call, "name", within=path), "arguments": arguments}}

@@ -1,4 +1,4 @@
-"""Turns with ``from`` and ``value``, which `sharegpt` and `msagent` share."""
+"""Read turns with ``from`` and ``value``, for `sharegpt` and `msagent`."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _ROLES: Mapping[str, Role] = {
 
 
 def read_turns(turns: Sequence[Any], *, column: str) -> list[Message]:
-    """Read turns; `column` is what the errors call the list."""
-    return [_turn(turn, place) for place, turn in objects(turns, within=column)]
+    """Read turns; `column` is the name of the list in errors."""
+    return [_turn(turn, path) for path, turn in objects(turns, within=column)]
 
 
-def _turn(turn: Mapping[str, Any], place: str) -> Message:
+def _turn(turn: Mapping[str, Any], path: str) -> Message:
     if "from" not in turn and "role" in turn:
         hint = "rename the column to 'messages' and set dataset_format = 'openai'"
-        raise RowError(f"{place}from", "is missing, there is 'role' in its place", hint)
-    name = text(turn, "from", within=place)
+        raise RowError(f"{path}from", "is missing, but there is 'role'", hint)
+    name = text(turn, "from", within=path)
     role = _ROLES.get(name)
     if role is None:
-        raise RowError(f"{place}from", f"is {name!r}", f"it must be one of {', '.join(_ROLES)}")
+        raise RowError(f"{path}from", f"is {name!r}", f"it must be one of {', '.join(_ROLES)}")
     if name == "function_call":
-        value = text(turn, "value", within=place)
-        return Message(role, "", tool_calls=read_calls(value, where=f"{place}value"))
-    # A tool may answer nothing, and an empty system prompt is a choice.
+        value = text(turn, "value", within=path)
+        return Message(role, "", tool_calls=read_calls(value, where=f"{path}value"))
+    # Tool results and system messages may be empty.
     may_be_empty = role in ("system", "tool") and turn.get("value") is not None
-    return Message(role, (optional_text if may_be_empty else text)(turn, "value", within=place))
+    return Message(role, (optional_text if may_be_empty else text)(turn, "value", within=path))

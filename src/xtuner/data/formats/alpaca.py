@@ -1,4 +1,4 @@
-"""An instruction, what it is about, and the answer."""
+"""An instruction, an optional input, and the answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xtuner.types import Conversation, Message, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Ask the instruction, with the input on the next line, after the exchanges of the history."""
+    """Use the instruction, followed by the input on the next line, after the history."""
     question = joined(text(row, "instruction"), optional_text(row, "input"))
     return conversation(
         [
@@ -36,11 +36,11 @@ def _history(row: Row) -> Iterator[Message]:
         return
     for i, pair in enumerate(items(row, "history")):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError(f"history[{i}]", "is no pair", "it must be [question, answer]")
+            raise RowError(f"history[{i}]", "is not a pair", "it must be [question, answer]")
         within = f"history[{i}]."
-        said = {"question": pair[0], "answer": pair[1]}
-        yield Message("user", text(said, "question", within=within))
-        yield Message("assistant", text(said, "answer", within=within))
+        turns = {"question": pair[0], "answer": pair[1]}
+        yield Message("user", text(turns, "question", within=within))
+        yield Message("assistant", text(turns, "answer", within=within))
 
 
 FORMAT = Format(

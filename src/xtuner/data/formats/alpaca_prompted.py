@@ -1,4 +1,4 @@
-"""As `alpaca`, with the instruction inside the prompt text of Stanford Alpaca."""
+"""Like `alpaca`, with the instruction in the prompt of Stanford Alpaca."""
 
 from xtuner.data.formats.base import Format, exchange, optional_text, text
 from xtuner.types import Conversation, Row
@@ -8,7 +8,7 @@ _REQUEST = "Write a response that appropriately completes the request."
 
 
 def convert(row: Row) -> Conversation:
-    """Write instruction and input under their headings, and end with that of the response."""
+    """Put instruction and input under their headings, followed by the response heading."""
     instruction, given = text(row, "instruction"), optional_text(row, "input")
     opening = f"{_TASK}, paired with an input that provides further context. " if given else ""
     opening = f"{opening or f'{_TASK}. '}{_REQUEST}"
@@ -19,7 +19,7 @@ def convert(row: Row) -> Conversation:
 
 FORMAT = Format(
     name="alpaca_prompted",
-    description="As alpaca, inside the prompt text of Stanford Alpaca.",
+    description="Like alpaca, in the prompt of Stanford Alpaca.",
     columns=("instruction", "output"),
     example={"instruction": "Name the colour.", "input": "a ripe lemon", "output": "Yellow."},
     convert=convert,

@@ -5,13 +5,13 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Ask for the title of the abstract."""
+    """Use the abstract as the question and the title as the answer."""
     return exchange(text(row, "abstract"), text(row, "title"))
 
 
 FORMAT = Format(
     name="arxiv",
-    description="From the abstract of a paper to its title.",
+    description="The abstract of a paper and its title.",
     columns=("abstract", "title"),
     example={"abstract": "We show that every tree has a leaf.", "title": "Leaves of trees"},
     convert=convert,

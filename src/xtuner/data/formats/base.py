@@ -1,7 +1,7 @@
-"""What a dataset format is, and the readers of fields that formats share.
+"""The definition of a dataset format, and shared functions to read fields.
 
-A format turns one row of a data file into a `Conversation` or a `Text`. It never changes what a row
-says: texts keep their characters and their white space. What it cannot read raises `RowError`.
+A format converts a row of a data file to a `Conversation` or a `Text`. It does not modify texts,
+including white space. Rows that it cannot read raise `RowError`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class RowError(DataError):
     """A row cannot be read.
 
     Attributes:
-        field: the part of the row at fault, such as ``messages[1].role``; empty for the whole row.
-        problem: what is wrong with it.
-        hint: what to do about it; may be empty.
+        field: the faulty part of the row, such as ``messages[1].role``; empty for the row itself.
+        problem: the problem.
+        hint: how to fix it; may be empty.
     """
 
     def __init__(self, field: str, problem: str, hint: str = "") -> None:
-        # All three are arguments of the base class, so that the error survives pickling.
+        # Passing all three to the base class keeps the error picklable.
         super().__init__(field, problem, hint)
         self.field = field
         self.problem = problem
@@ -40,18 +40,19 @@ class RowError(DataError):
 
 @dataclass(frozen=True)
 class Format:
-    """How the rows of a data set are laid out.
+    """The structure of the rows of a data set.
 
     Attributes:
         name: the value of the setting `dataset_format`.
         description: one line.
-        columns: the columns that every row must have.
-        example: a row.
-        convert: reads a row; raises `RowError`.
-        optional: the columns that are read where they are there.
-        aliases: other names under which a column of `columns` is accepted.
-        priority: 'auto' prefers the higher one among formats that use as many of the columns.
-        by_row: its columns do not tell it from another format, so 'auto' must see a row to pick it.
+        columns: required columns.
+        example: an example row.
+        convert: converts a row; raises `RowError`.
+        optional: optional columns.
+        aliases: alternative names of required columns.
+        priority: among formats that use the same number of columns, 'auto' prefers the highest.
+        by_row: another format has the same columns, so 'auto' selects this one only if it can read
+            a row.
     """
 
     name: str
@@ -65,16 +66,16 @@ class Format:
     by_row: bool = False
 
     def missing(self, columns: Collection[str]) -> list[str]:
-        """The required columns that are not among `columns`."""
+        """The required columns that are not in `columns`."""
         return [c for c in self.columns if c not in columns and self.aliases.get(c) not in columns]
 
     def num_used(self, columns: Collection[str]) -> int:
-        """How many of `columns` the format reads."""
+        """Number of `columns` that the format reads."""
         return len({*self.columns, *self.optional, *self.aliases.values()} & {*columns})
 
 
 def kind(value: object) -> str:
-    """What `value` is, in the words of JSON."""
+    """Describe the JSON type of `value`."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -84,12 +85,12 @@ def kind(value: object) -> str:
 
 
 def text(row: Row, column: str, *, within: str = "") -> str:
-    """Read a text that must be there and hold more than white space.
+    """Read a required string that is not blank.
 
     Args:
         row: the row, or an object in it.
-        column: its key.
-        within: where `row` is, such as ``messages[1].``, for the message.
+        column: the key.
+        within: the path of `row`, such as ``messages[1].``, for the message.
     """
     if column not in row:
         raise RowError(within + column, "is missing", _FILL_IN)
@@ -104,7 +105,7 @@ def text(row: Row, column: str, *, within: str = "") -> str:
 
 
 def optional_text(row: Row, column: str, *, within: str = "") -> str:
-    """Read a text that may be missing, null or empty: then it is ``""``."""
+    """Read an optional string; missing or null is ``""``."""
     value = row.get(column)
     if value is None:
         return ""
@@ -114,7 +115,7 @@ def optional_text(row: Row, column: str, *, within: str = "") -> str:
 
 
 def items(row: Row, column: str, *, within: str = "") -> Sequence[Any]:
-    """Read a list that must be there and hold something."""
+    """Read a required list that is not empty."""
     if column not in row:
         raise RowError(within + column, "is missing", _FILL_IN)
     value = row[column]
@@ -126,7 +127,7 @@ def items(row: Row, column: str, *, within: str = "") -> Sequence[Any]:
 
 
 def objects(values: Sequence[Any], *, within: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Pair each object of a list with where it is, such as ``messages[1].``."""
+    """Pair each object of a list with its path, such as ``messages[1].``."""
     for i, value in enumerate(values):
         if not isinstance(value, Mapping):
             raise RowError(f"{within}[{i}]", f"is {kind(value)}", "it must be an object")
@@ -142,28 +143,28 @@ def parse_json(value: str, *, where: str) -> Any:
 
 
 def joined(*parts: str) -> str:
-    """Put the parts that are not empty on lines of their own."""
+    """Join the parts that are not blank with line breaks."""
     return "\n".join(part for part in parts if part.strip())
 
 
 def exchange(question: str, answer: str, *, system: str = "") -> Conversation:
-    """Make a conversation of one question and one answer."""
+    """A conversation with one question and one answer."""
     turns = (Message("user", question), Message("assistant", answer))
     return Conversation((*system_turn(system), *turns))
 
 
 def system_turn(system: str) -> tuple[Message, ...]:
-    """The turn that opens a conversation, or none where `system` is empty."""
+    """The system turn, or no turn if `system` is blank."""
     return (Message("system", system),) if system.strip() else ()
 
 
 def conversation(
     messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), column: str
 ) -> Conversation:
-    """Make a conversation, which must hold something to learn."""
+    """Make a conversation, which must have assistant turns that are not empty."""
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
-        raise RowError(column, "has no turn of the assistant", "add one or remove the row")
+        raise RowError(column, "has no assistant turn", "add one or remove the row")
     if not all(answer.content.strip() or answer.tool_calls for answer in answers):
-        raise RowError(column, "has an empty turn of the assistant", _FILL_IN)
+        raise RowError(column, "has an empty assistant turn", _FILL_IN)
     return Conversation(tuple(messages), tuple(tools))

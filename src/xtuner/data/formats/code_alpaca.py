@@ -5,7 +5,7 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Take the prompt as the question."""
+    """Use the prompt as the question."""
     return exchange(text(row, "prompt"), text(row, "completion"))
 
 

@@ -5,7 +5,7 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Take the input as the question."""
+    """Use the input as the question."""
     return exchange(text(row, "input"), text(row, "output"), system=optional_text(row, "system"))
 
 

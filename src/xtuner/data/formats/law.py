@@ -1,11 +1,11 @@
-"""Questions about the law, with the paragraphs that matter, in Chinese (LawGPT_zh)."""
+"""Legal questions with the relevant paragraphs, in Chinese (LawGPT_zh)."""
 
 from xtuner.data.formats.base import Format, RowError, exchange, items, joined, kind, text
 from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Show the paragraphs, if there are any, then ask the question."""
+    """Put the paragraphs, if any, before the question."""
     question = joined(*_references(row), text(row, "question"))
     return exchange(question, text(row, "answer"))
 
@@ -22,7 +22,7 @@ def _references(row: Row) -> list[str]:
 
 FORMAT = Format(
     name="law",
-    description="A list of paragraphs, a question about the law, and the answer.",
+    description="A list of paragraphs, a legal question, and the answer.",
     columns=("question", "reference", "answer"),
     example={
         "question": "几岁成年？",

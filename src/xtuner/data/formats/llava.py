@@ -1,4 +1,4 @@
-"""Conversations about images, as LLaVA's data sets have them; rows without an image as well."""
+"""Conversations about images, as in LLaVA's data sets; rows without images are allowed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from xtuner.data.formats.sharegpt import convert
 
 FORMAT = Format(
     name="llava",
-    description="Turns of human and gpt about images; image is a name, a list, or left out.",
+    description="Turns of human and gpt about images; image is a name, a list, or absent.",
     columns=("conversations",),
     example={
         "image": "coco/train2017/000000033471.jpg",

@@ -1,4 +1,4 @@
-"""As `llava`, with each image before the words of its turn, where XTuner 0.x and LLaVA put it."""
+"""Like `llava`, with the image at the start of its turn, as in XTuner 0.x and LLaVA."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from xtuner.types import IMAGE, Conversation, Message, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Read the turns, and move the image of a turn that has one to its beginning."""
-    read = as_written(row)
-    return replace(read, messages=tuple(_image_first(message) for message in read.messages))
+    """Read the turns, and move a turn's single image to its start."""
+    record = as_written(row)
+    return replace(record, messages=tuple(_image_first(message) for message in record.messages))
 
 
 def _image_first(message: Message) -> Message:
     if message.role != "user" or message.content.count(IMAGE) != 1:
         return message
-    words = message.content.replace(IMAGE, "").strip()
-    return replace(message, content=f"{IMAGE}\n{words}".strip())
+    text = message.content.replace(IMAGE, "").strip()
+    return replace(message, content=f"{IMAGE}\n{text}".strip())
 
 
 FORMAT = Format(
     name="llava_image_first",
-    description="As llava, with the image of a turn moved before its words.",
+    description="Like llava, with the image moved to the start of its turn.",
     columns=("conversations",),
     example={
         "image": "coco/train2017/000000033471.jpg",

@@ -1,4 +1,4 @@
-"""Dialogues of moss-003-sft, with thoughts, commands and results of plug-ins."""
+"""Dialogues of moss-003-sft, with thoughts, commands and results of tools."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def convert(row: Row) -> Conversation:
         problem = f"is {kind(chat)}" if "chat" in row else "is missing"
         raise RowError("chat", problem, "it must be an object with turn_1, turn_2, ...")
     messages = [*system_turn(optional_text(row, "meta_instruction"))]
-    # A table that holds rows of different length fills the missing turns with null.
+    # A table of rows with different numbers of turns fills the missing turns with null.
     turns = {_number(name): turn for name, turn in chat.items() if turn is not None}
     for number in sorted(turns):
         messages += _exchange(turns[number], f"chat.turn_{number}")
@@ -39,7 +39,7 @@ def convert(row: Row) -> Conversation:
 def _number(name: str) -> int:
     number = name.removeprefix("turn_")
     if not number.isdecimal():
-        raise RowError(f"chat.{name}", "is no turn", "name the turns turn_1, turn_2, ...")
+        raise RowError(f"chat.{name}", "is not a turn", "name the turns turn_1, turn_2, ...")
     return int(number)
 
 
@@ -55,32 +55,32 @@ def _exchange(turn: Any, where: str) -> Iterator[Message]:
         yield Message("assistant", joined(before, answer))
         return
     if not before:
-        raise RowError(f"{within}Commands", "is empty, yet there are Tool Responses", "fill it in")
+        raise RowError(f"{within}Commands", "is empty, but there are Tool Responses", "fill it in")
     yield Message("assistant", before)
     yield Message("tool", results)
     yield Message("assistant", answer)
 
 
 def _required(turn: Mapping[str, Any], part: str, within: str) -> str:
-    said = _bare(text(turn, part, within=within))
-    if not said.strip():
+    content = _without_markers(text(turn, part, within=within))
+    if not content.strip():
         raise RowError(within + part, "is empty", "fill it in or remove the row")
-    return said
+    return content
 
 
 def _optional(turn: Mapping[str, Any], part: str, within: str) -> str:
-    said = _bare(optional_text(turn, part, within=within))
-    return "" if said == "None" else said
+    content = _without_markers(optional_text(turn, part, within=within))
+    return "" if content == "None" else content
 
 
-def _bare(said: str) -> str:
-    """Take off the markers around a text, such as ``<|Human|>: `` and ``<eoh>``."""
-    return _CLOSING.sub("", _OPENING.sub("", said))
+def _without_markers(content: str) -> str:
+    """Remove the markers around a text, such as ``<|Human|>: `` and ``<eoh>``."""
+    return _CLOSING.sub("", _OPENING.sub("", content))
 
 
 FORMAT = Format(
     name="moss",
-    description="Numbered turns with role markers in the text, which are taken off.",
+    description="Numbered turns with role markers in the text, which are removed.",
     columns=("meta_instruction", "chat"),
     example={
         "meta_instruction": "You are MOSS.",

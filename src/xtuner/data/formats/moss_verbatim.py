@@ -1,7 +1,7 @@
-"""Dialogues of moss-003-sft as they are written, markers and all, for the template 'verbatim'.
+"""Dialogues of moss-003-sft including their markers, for the template 'verbatim'.
 
-As in XTuner 0.x everything is learned, what the user says included, but for the meta instruction
-and the results of tools. A name other than MOSS comes with `reader`.
+As in XTuner 0.x, everything is supervised, including user turns, except the meta instruction and
+the results of tools. `reader` replaces the name MOSS.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _OPENING, _CLOSING = "<|Results|>:", "<eor>\n"
 
 
 def reader(name: str = "MOSS") -> Callable[[Row], Conversation]:
-    """A function that reads rows and writes `name` in the place of MOSS."""
+    """Return a function that converts rows and replaces MOSS by `name`."""
 
     def convert(row: Row) -> Conversation:
         messages = [Message("system", text(row, "meta_instruction"))]
-        learnt = ""
-        for piece, counts in _pieces(row):
-            if counts:
-                learnt += piece
+        content = ""
+        for piece, supervised in _pieces(row):
+            if supervised:
+                content += piece
                 continue
-            messages += [Message("assistant", learnt), Message("user", piece)]
-            learnt = ""
-        messages += [Message("assistant", learnt)] if learnt else []
+            messages += [Message("assistant", content), Message("user", piece)]
+            content = ""
+        messages += [Message("assistant", content)] if content else []
         named = [Message(m.role, m.content.replace("MOSS", name)) for m in messages]
         return conversation(named, column="chat")
 
@@ -35,26 +35,26 @@ def reader(name: str = "MOSS") -> Callable[[Row], Conversation]:
 
 
 def _pieces(row: Row) -> Iterator[tuple[str, bool]]:
-    """The texts of all turns in order, and whether each is learned."""
+    """The texts of all turns in order, and whether each is supervised."""
     chat = row.get("chat")
     if not isinstance(chat, Mapping) or "turn_1" not in chat:
         raise RowError("chat", f"is {kind(chat)}", "it must be an object with turn_1, turn_2, ...")
     number = 1
     while isinstance(turn := chat.get(f"turn_{number}"), Mapping):
-        for part, said in turn.items():
+        for part, value in turn.items():
             within = f"chat.turn_{number}."
-            said = text({part: said}, part, within=within)
-            inside = said.removeprefix(_OPENING).removesuffix(_CLOSING)
-            if part == _RESULTS and said == f"{_OPENING}{inside}{_CLOSING}" and inside:
-                yield from ((_OPENING, True), (inside, False), (_CLOSING, True))
+            content = text({part: value}, part, within=within)
+            inner = content.removeprefix(_OPENING).removesuffix(_CLOSING)
+            if part == _RESULTS and content == f"{_OPENING}{inner}{_CLOSING}" and inner:
+                yield from ((_OPENING, True), (inner, False), (_CLOSING, True))
             else:
-                yield said, True
+                yield content, True
         number += 1
 
 
 FORMAT = Format(
     name="moss_verbatim",
-    description="As moss, markers and all; all but results of tools is learned.",
+    description="Like moss, with markers; everything except tool results is supervised.",
     columns=("meta_instruction", "chat"),
     example={
         "meta_instruction": "You are MOSS.\n",

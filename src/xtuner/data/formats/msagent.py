@@ -1,4 +1,4 @@
-"""Dialogues of an agent, in which an answer also holds what the tools returned (MSAgent-Bench)."""
+"""Dialogues of an agent, whose answers also contain the results of tools (MSAgent-Bench)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RESULT = re.compile(r"<\|startofexec\|>(.*?)<\|endofexec\|>", re.DOTALL)
 
 
 def convert(row: Row) -> Conversation:
-    """Read the turns; what a tool returned becomes a turn of the tool, which is not learned."""
+    """Read the turns; tool results become tool turns, which are not supervised."""
     if isinstance(row.get("conversations"), str):
         row = {"conversations": _parse(row["conversations"])}
     turns = read_turns(items(row, "conversations"), column="conversations")
@@ -27,13 +27,13 @@ def convert(row: Row) -> Conversation:
 
 
 def _parse(value: str) -> Any:
-    """Read a list that is stored as text: as JSON, or as Python prints it."""
+    """Parse a list that is stored as JSON or Python text."""
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-    raise RowError("conversations", "is text that holds no list", "write it as JSON")
+    raise RowError("conversations", "is text that is not a list", "write it as JSON")
 
 
 def _parts(turn: Message) -> Iterator[Message]:
@@ -49,7 +49,7 @@ def _parts(turn: Message) -> Iterator[Message]:
 
 FORMAT = Format(
     name="msagent",
-    description="Turns as text (JSON or Python) or a list; results of tools are split off.",
+    description="Turns as text (JSON or Python) or a list; tool results become turns.",
     columns=("conversations",),
     example={
         "conversations": [

@@ -10,16 +10,16 @@ _ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 
 def convert(row: Row) -> Conversation:
-    """Cut the text at its markers; the white space beside a marker belongs to it."""
-    before, *pieces = _MARKER.split(text(row, "text"))
-    if before.strip() or not pieces:
+    """Split the text at its markers, including the white space around them."""
+    prefix, *pieces = _MARKER.split(text(row, "text"))
+    if prefix.strip() or not pieces:
         hint = "for plain text set dataset_format = 'pretrain'"
         raise RowError("text", "does not begin with '### Human:'", hint)
     messages = []
-    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
-        if not said.strip():
-            raise RowError("text", f"has nothing after '### {speaker}:'", "remove the row")
-        messages.append(Message(_ROLES[speaker], said.strip()))
+    for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
+        if not content.strip():
+            raise RowError("text", f"has no text after '### {speaker}:'", "remove the row")
+        messages.append(Message(_ROLES[speaker], content.strip()))
     return conversation(messages, column="text")
 
 

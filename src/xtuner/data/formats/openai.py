@@ -1,4 +1,4 @@
-"""A list of messages with roles, as the chat interfaces take it."""
+"""A list of messages with roles, as in chat APIs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ROLES: Mapping[str, Role] = {
 
 
 def convert(row: Row) -> Conversation:
-    """Read the messages, the tools and the names of images."""
+    """Read messages, tools and image names."""
     turns = items(row, "messages")
     messages = read_messages(turns)
     named = [name for turn in turns for name in _named(turn)]
@@ -40,36 +40,37 @@ def convert(row: Row) -> Conversation:
 
 
 def read_messages(turns: Sequence[Any], *, column: str = "messages") -> list[Message]:
-    """Read messages; `column` is what the errors call the list."""
-    return [_message(turn, place) for place, turn in objects(turns, within=column)]
+    """Read messages; `column` is the name of the list in errors."""
+    return [_message(turn, path) for path, turn in objects(turns, within=column)]
 
 
-def _message(turn: Mapping[str, Any], place: str) -> Message:
-    name = text(turn, "role", within=place)
+def _message(turn: Mapping[str, Any], path: str) -> Message:
+    name = text(turn, "role", within=path)
     role = _ROLES.get(name)
     if role is None:
-        raise RowError(f"{place}role", f"is {name!r}", "it must be system, user, assistant or tool")
-    calls = read_calls(turn.get("tool_calls"), where=f"{place}tool_calls")
+        raise RowError(f"{path}role", f"is {name!r}", "it must be system, user, assistant or tool")
+    calls = read_calls(turn.get("tool_calls"), where=f"{path}tool_calls")
     if calls and role != "assistant":
-        raise RowError(f"{place}tool_calls", f"is in a turn of {name!r}", "only assistants call")
+        hint = "only assistant turns may have tool calls"
+        raise RowError(f"{path}tool_calls", f"is in a turn of {name!r}", hint)
     if isinstance(turn.get("content"), list):
-        content, _ = read_parts(turn["content"], where=f"{place}content")
+        content, _ = read_parts(turn["content"], where=f"{path}content")
         turn = {**turn, "content": content}
-    # A tool may answer nothing, a call needs no words, and an empty system prompt is a choice.
+    # Tool results, turns with tool calls and system messages may be empty.
     may_be_empty = bool(calls) or (role in ("system", "tool") and turn.get("content") is not None)
     return Message(
         role=role,
-        content=(optional_text if may_be_empty else text)(turn, "content", within=place),
-        loss=_loss(turn, role, place),
+        content=(optional_text if may_be_empty else text)(turn, "content", within=path),
+        loss=_loss(turn, role, path),
         tool_calls=calls,
-        name=optional_text(turn, "name", within=place) or None,
-        tool_call_id=optional_text(turn, "tool_call_id", within=place) or None,
+        name=optional_text(turn, "name", within=path) or None,
+        tool_call_id=optional_text(turn, "tool_call_id", within=path) or None,
     )
 
 
 def _named(turn: Mapping[str, Any]) -> list[str | None]:
-    """The images of a turn: their names, None for a part that has none, "" for a place in text,
-    which without images in the row is but a word."""
+    """Image names of a turn: None for an image part without a name, "" for ``<image>`` in text,
+    which is plain text if the row has no images."""
     content = turn.get("content")
     if isinstance(content, list):
         return list(read_parts(content, where="content")[1])
@@ -77,28 +78,29 @@ def _named(turn: Mapping[str, Any]) -> list[str | None]:
 
 
 def _filled(named: Sequence[str | None], rest: Sequence[str]) -> list[str]:
-    """The names of all images in order: those of the turns, the others from `rest`."""
-    waiting = list(rest)
-    names = [name or (waiting.pop(0) if waiting else "") for name in named]
-    return [name for name in names if name] + waiting
+    """The names of all images in order: those of the turns, and `rest` for the others."""
+    remaining = list(rest)
+    names = [name or (remaining.pop(0) if remaining else "") for name in named]
+    return [name for name in names if name] + remaining
 
 
-def _loss(turn: Mapping[str, Any], role: Role, place: str) -> bool | None:
-    """Read `loss`, or `weight`, the name which the interface for fine-tuning has for it."""
+def _loss(turn: Mapping[str, Any], role: Role, path: str) -> bool | None:
+    """Read `loss`, or `weight`, its name in OpenAI's fine-tuning API."""
     key = "loss" if turn.get("loss") is not None else "weight"
     value = turn.get(key)
     if value is None:
         return None
     if value not in (0, 1):
-        raise RowError(f"{place}{key}", f"is {value!r}", "it must be true or false")
+        raise RowError(f"{path}{key}", f"is {value!r}", "it must be true or false")
     if value and role != "assistant":
-        raise RowError(f"{place}{key}", f"is true in a turn of {role!r}", "only assistants learn")
+        hint = "only assistant turns are supervised"
+        raise RowError(f"{path}{key}", f"is true in a turn of {role!r}", hint)
     return bool(value)
 
 
 FORMAT = Format(
     name="openai",
-    description='Messages with roles, tools and calls; "loss": false leaves a turn out.',
+    description='Messages with roles, tools and calls; "loss": false excludes a turn.',
     columns=("messages",),
     example={
         "messages": [

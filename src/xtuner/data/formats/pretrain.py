@@ -5,13 +5,13 @@ from xtuner.types import Row, Text
 
 
 def convert(row: Row) -> Text:
-    """Take the text as it is."""
+    """Use the text unchanged."""
     return Text(text(row, "text"))
 
 
 FORMAT = Format(
     name="pretrain",
-    description="Plain text; every token of it is learned.",
+    description="Plain text; every token is supervised.",
     columns=("text",),
     example={"text": "The Moon is the Earth's only natural satellite."},
     convert=convert,

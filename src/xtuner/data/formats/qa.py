@@ -5,13 +5,13 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Take question and answer, and nothing else of the row."""
+    """Use question and answer; other columns are ignored."""
     return exchange(text(row, "question"), text(row, "answer"))
 
 
 FORMAT = Format(
     name="qa",
-    description="A question and its answer; other columns are left out.",
+    description="A question and its answer; other columns are ignored.",
     columns=("question", "answer"),
     example={"question": "What is the capital of France?", "answer": "Paris."},
     convert=convert,

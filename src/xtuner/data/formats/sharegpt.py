@@ -1,4 +1,4 @@
-"""Turns of ``from`` and ``value``, with calls of functions and their results, and with images."""
+"""Turns with ``from`` and ``value``, optionally with function calls, results and images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Read the turns, and the system prompt, tools and images that may stand beside them.
+    """Read the turns, and the optional system prompt, tools and images.
 
-    Images are not among the columns by which 'auto' knows the format, for `llava` is; but where
-    rows of text come first, a later one may still have them.
+    The column of images is not listed, so that 'auto' selects `llava` for it; but if the first rows
+    of a file are text, later ones may still have images.
     """
     column = "conversation" if row.get("conversations") is None and "conversation" in row else ""
     column = column or "conversations"
-    if isinstance(row.get(column), str):  # a csv file holds lists as JSON text
+    if isinstance(row.get(column), str):  # csv files store lists as JSON text
         row = {**row, column: _listed(row[column], column)}
     turns = read_turns(items(row, column), column=column)
     system = system_turn(optional_text(row, "system"))
     if system and turns[0].role == "system":
-        raise RowError("system", f"is there, and {column} begin with another", "keep one of them")
+        raise RowError("system", f"is set, but {column} also begins with one", "keep one of them")
     if names := read_names(row, "image"):
         turns = share_out(turns, names, column=column)
     return conversation([*system, *turns], tools=read_tools(row), column=column)
@@ -42,13 +42,13 @@ def _listed(value: str, column: str) -> Any:
     try:
         return parse_json(value, where=column)
     except RowError as error:
-        hint = "write it as JSON, or for Python lists set dataset_format = 'msagent'"
+        hint = "write it as JSON, or set dataset_format = 'msagent' for Python lists"
         raise RowError(column, error.problem, hint) from error
 
 
 FORMAT = Format(
     name="sharegpt",
-    description="Turns of human, gpt, function_call, observation; reads `conversation` too.",
+    description="Turns of human, gpt, function_call, observation; or in `conversation`.",
     columns=("conversations",),
     example={
         "conversations": [

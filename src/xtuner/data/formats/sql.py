@@ -5,7 +5,7 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Show the tables, then ask the question."""
+    """Put the tables before the question."""
     question = f"{text(row, 'context')}\n\n{text(row, 'question')}"
     return exchange(question, text(row, "answer"))
 

@@ -5,13 +5,13 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Take question and response."""
+    """Use question and response."""
     return exchange(text(row, "question"), text(row, "response"))
 
 
 FORMAT = Format(
     name="stack_exchange",
-    description="A question and its response.",
+    description="A question and a response.",
     columns=("question", "response"),
     example={"question": "How do I list hidden files?", "response": "Use ls -a."},
     convert=convert,

@@ -5,13 +5,13 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Take the prompt as the question."""
+    """Use the prompt as the question."""
     return exchange(text(row, "prompt"), text(row, "response"))
 
 
 FORMAT = Format(
     name="tiny_codes",
-    description="A prompt and its response.",
+    description="A prompt and a response.",
     columns=("prompt", "response"),
     example={"prompt": "Add 1 to x in C.", "response": "x++;"},
     convert=convert,

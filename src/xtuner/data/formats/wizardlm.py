@@ -5,7 +5,7 @@ from xtuner.types import Conversation, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Take the instruction as the question."""
+    """Use the instruction as the question."""
     return exchange(text(row, "instruction"), text(row, "output"))
 
 

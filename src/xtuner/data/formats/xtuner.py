@@ -1,4 +1,4 @@
-"""Turns of input and output, the form of the first xtuner."""
+"""Turns of input and output, the format of XTuner 0.1."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from xtuner.types import Conversation, Message, Row
 
 
 def convert(row: Row) -> Conversation:
-    """Read the exchanges; the first may carry the system prompt."""
+    """Read the turns; the first may have a system prompt."""
     messages: list[Message] = []
-    for place, turn in objects(items(row, "conversation"), within="conversation"):
+    for path, turn in objects(items(row, "conversation"), within="conversation"):
         if "input" not in turn and "from" in turn:
             hint = "set dataset_format = 'sharegpt'"
-            raise RowError(f"{place}input", "is missing, there is 'from' in its place", hint)
-        system = system_turn(optional_text(turn, "system", within=place))
+            raise RowError(f"{path}input", "is missing, but there is 'from'", hint)
+        system = system_turn(optional_text(turn, "system", within=path))
         if system and messages:
-            raise RowError(f"{place}system", "is in a later turn", "only the first may have one")
-        messages += [*system, Message("user", text(turn, "input", within=place))]
-        messages.append(Message("assistant", text(turn, "output", within=place)))
+            raise RowError(f"{path}system", "is in a later turn", "only the first may have one")
+        messages += [*system, Message("user", text(turn, "input", within=path))]
+        messages.append(Message("assistant", text(turn, "output", within=path)))
     return conversation(messages, column="conversation")
 
 
 FORMAT = Format(
     name="xtuner",
-    description="Exchanges of input and output, with a system prompt in the first.",
+    description="Turns of input and output; the first may have a system prompt.",
     columns=("conversation",),
     example={
         "conversation": [

@@ -1,8 +1,8 @@
 """How images stand among tokens, and how the images of a batch are read.
 
-The place of an image is one token, ``<image>``, and becomes as many of that token as the visual
-encoder gives features. Lengths, packs and masks then count images like text. Pixels are read when
-a batch is put together, in the processes that load data: never more than those of a few batches.
+An image is one token, ``<image>``, in the text, and becomes as many of that token as the image
+processor says. Lengths, packs and masks then count images like text. Pixels are read when a batch
+is put together, in the processes that load data: never more than those of a few batches.
 """
 
 from __future__ import annotations
@@ -12,50 +12,82 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xtuner.data.images.files import ImageError, ImageFolder, decode
+from xtuner.data.images.files import ImageError, ImageFolder, decode, image_size
 from xtuner.data.sources.rows import Fault
 from xtuner.errors import DataError
-from xtuner.types import IMAGE, Batch, BatchImages, Encoded, Sample
+from xtuner.types import IMAGE, Batch, BatchImages, Encoded, ImageProcessor, ImageRef, Sample
 
 Collate = Callable[[Sequence[Sample]], Batch]
 
 
+def expand(
+    input_ids: Sequence[int], token_id: int, counts: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Repeat each image token as often as its image has tokens.
+
+    Args:
+        input_ids: with one token an image.
+        token_id: the token ``<image>``.
+        counts: tokens of each image, in order; as many as there are image tokens.
+
+    Returns:
+        The new ids, and how often each of `input_ids` stands in them.
+    """
+    each = iter(counts)
+    times = [next(each) if i == token_id else 1 for i in input_ids]
+    return [i for i, count in zip(input_ids, times, strict=True) for _ in range(count)], times
+
+
 @dataclass(frozen=True)
 class ImageLayout:
-    """What the data part knows of the eyes of a model.
+    """What the data part knows of a model with image input.
 
     Attributes:
         folder: where images are.
         token_id: the token ``<image>``.
-        tokens_each: how many of it stand for one image.
+        processor: says how many tokens an image takes, and prepares its pixels.
     """
 
     folder: ImageFolder
     token_id: int
-    tokens_each: int
+    processor: ImageProcessor
 
-    def laid_out(self, encoded: Encoded, images: Sequence[str]) -> Encoded | Fault:
-        """`encoded` with the place of each image made as long as the image; a fault if the
-        places are not as many as `images`, or an image cannot be used."""
-        places = encoded.input_ids.count(self.token_id)
-        if places != len(images):
-            problem = f"has {places} times {IMAGE} in its text for {len(images)} images"
+    def expanded(
+        self, encoded: Encoded, names: Sequence[str]
+    ) -> tuple[Encoded, tuple[ImageRef, ...]] | Fault:
+        """`encoded` with each image token repeated, none of them supervised, and the images.
+
+        A fault if there are not as many image tokens as `names`, or an image cannot be used.
+        """
+        count = encoded.input_ids.count(self.token_id)
+        if count != len(names):
+            problem = f"has {count} times {IMAGE} in its text for {len(names)} images"
             return Fault(f"{problem}; write one for each, where the image belongs")
-        for name in images:
+        images: list[ImageRef] = []
+        for name in names:
             try:
-                self.folder.check(name)
+                size = self.folder.check(name)
             except ImageError as error:
                 return Fault(error.problem, f"image {name!r}", file=name)
             except OSError as error:
                 problem = f"cannot be read: {error.strerror or error}"
                 return Fault(problem, f"image {name!r}", file=name)
-        return self.widened(encoded)
+            images.append(ImageRef(name, self.processor.num_tokens(size)))
+        ids, times = expand(
+            encoded.input_ids, self.token_id, [image.num_tokens for image in images]
+        )
+        mask = [
+            supervised and token_id != self.token_id
+            for token_id, supervised, count in zip(*encoded, times, strict=True)
+            for _ in range(count)
+        ]
+        return Encoded(ids, mask), tuple(images)
 
     def is_sound(self, name: str) -> bool:
         """Whether an image can be used."""
@@ -65,34 +97,37 @@ class ImageLayout:
             return False
         return True
 
-    def widened(self, encoded: Encoded) -> Encoded:
-        """`encoded` with each place of an image as long as the image; it is not supervised."""
-        ids: list[int] = []
-        mask: list[bool] = []
-        for token_id, supervised in zip(*encoded, strict=True):
-            times = self.tokens_each if token_id == self.token_id else 1
-            ids += [token_id] * times
-            mask += [supervised and token_id != self.token_id] * times
-        return Encoded(ids, mask)
-
-    def whole(self, sample: Sample) -> Sample:
-        """`sample` without the image that max_length cut in two, if one: it is the end of it."""
+    def without_cut_image(self, sample: Sample) -> Sample:
+        """`sample` without the images that max_length cut off or in two; the latter's tokens are
+        the end of it."""
         if not sample.images:
             return sample
-        tokens = int((sample.input_ids == self.token_id).sum())
-        whole, rest = divmod(tokens, self.tokens_each)
+        rest = int((sample.input_ids == self.token_id).sum())
+        kept = 0
+        while kept < len(sample.images) and rest >= sample.images[kept].num_tokens:
+            rest -= sample.images[kept].num_tokens
+            kept += 1
         end = len(sample.input_ids) - rest
         return replace(
             sample,
             input_ids=sample.input_ids[:end],
             loss_mask=sample.loss_mask[:end],
-            images=sample.images[:whole],
+            images=sample.images[:kept],
         )
 
     def facts(self) -> dict[str, Any]:
         """What encoded rows depend on."""
         root = str(self.folder.root.resolve())
-        return {"image_token": self.token_id, "tokens_each": self.tokens_each, "folder": root}
+        return {"image_token": self.token_id, "folder": root, "images": self.processor.facts()}
+
+
+class _Read(NamedTuple):
+    """An image as read: its key, its size, and its pixels or its features."""
+
+    key: str
+    size: tuple[int, int]
+    pixels: np.ndarray | None
+    features: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -101,51 +136,61 @@ class ImageCollate:
 
     Attributes:
         collate: of the algorithm; lays out the tokens.
-        sight: where images are and how long.
-        pixels: makes a decoded image ``[3, H, W]``.
+        image_layout: where images are, and how they are prepared.
         kept: finds the features of an image by the hash of its content, or None; None where
             features are not kept.
     """
 
     collate: Collate
     image_layout: ImageLayout
-    pixels: Callable[[Any], np.ndarray]
     kept: Callable[[str], Tensor | None] | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """See `Batch`.
 
         Raises:
-            DataError: an image cannot be read any more; names the row and the file.
+            DataError: an image cannot be read any more, or is another one than when the data were
+                prepared; names the row and the file.
         """
-        whole = [self.image_layout.whole(sample) for sample in samples]
-        batch = self.collate(whole)
-        if not any(sample.images for sample in whole):
+        samples = [self.image_layout.without_cut_image(sample) for sample in samples]
+        batch = self.collate(samples)
+        if not any(sample.images for sample in samples):
             return batch
-        found = [self._read(sample, name) for sample in whole for name in sample.images]
-        pixels = [values for _, values, _ in found if values is not None]
+        found = [self._read(sample, image) for sample in samples for image in sample.images]
         images = BatchImages(
-            pixel_values=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, 3, 1, 1),
-            places=batch.input_ids == self.image_layout.token_id,
-            counts=tuple(len(sample.images) for sample in whole),
-            features=tuple(features for _, _, features in found),
-            keys=tuple(key for key, _, _ in found if key),
+            pixel_values=tuple(
+                torch.from_numpy(read.pixels) for read in found if read.pixels is not None
+            ),
+            mask=batch.input_ids == self.image_layout.token_id,
+            sizes=tuple(read.size for read in found),
+            counts=tuple(len(sample.images) for sample in samples),
+            features=tuple(read.features for read in found),
+            keys=tuple(read.key for read in found if read.key),
         )
         return replace(batch, images=images)
 
-    def _read(self, sample: Sample, name: str) -> tuple[str, np.ndarray | None, Tensor | None]:
-        """The image's key, and its pixels or its features."""
+    def _read(self, sample: Sample, image: ImageRef) -> _Read:
+        processor = self.image_layout.processor
         try:
-            raw = self.image_layout.folder.find(name).read_bytes()
+            raw = self.image_layout.folder.find(image.name).read_bytes()
             key = hashlib.sha256(raw).hexdigest() if self.kept else ""
             features = self.kept(key) if self.kept else None
-            if features is not None:
-                return key, None, features
-            return key, self.pixels(decode(io.BytesIO(raw), name)), None
+            pixels = None
+            if features is None:
+                decoded = decode(io.BytesIO(raw), image.name)
+                size, pixels = decoded.size, processor.preprocess(decoded)
+            else:
+                size = image_size(io.BytesIO(raw), image.name)
         except (ImageError, OSError) as error:
             raise DataError(
                 f"{sample.row}: {error}. It was sound when the data was prepared: restore the file"
             ) from error
+        if (tokens := processor.num_tokens(size)) != image.num_tokens:
+            raise DataError(
+                f"{sample.row}: image {image.name!r} takes {tokens} tokens, and took "
+                f"{image.num_tokens} when the data was prepared: restore the file"
+            )
+        return _Read(key, size, pixels, features)
 
 
 def open_image_folder(
@@ -159,9 +204,9 @@ def open_image_folder(
     """
     roots = [*([folder / Path(data_root).expanduser(), Path(data_root)] if data_root else []),
              folder, Path.cwd()]  # fmt: skip
-    places = [root / Path(image_folder or ".").expanduser() for root in roots]
-    found = next((place for place in places if place.is_dir()), None)
+    paths = [root / Path(image_folder or ".").expanduser() for root in roots]
+    found = next((path for path in paths if path.is_dir()), None)
     if found is None:
-        looked = ", ".join(dict.fromkeys(str(place) for place in places))
+        looked = ", ".join(dict.fromkeys(map(str, paths)))
         raise DataError(f"image_folder = {image_folder!r}: there is no such folder ({looked})")
     return ImageFolder(found)

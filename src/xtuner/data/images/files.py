@@ -29,12 +29,15 @@ MAX_RATIO = 100
 """Longest side over shortest: scaled until the shortest fits an encoder of 336 x 336, the image
 has at most 11 million pixels."""
 
+_ORIENTATION, _QUARTER_TURNS = 0x0112, 5
+"""The EXIF tag of the orientation; from 5 on width and height are exchanged."""
+
 
 class ImageError(DataError):
-    """A image cannot be used.
+    """An image cannot be used.
 
     Attributes:
-        problem: what is wrong with it and how to hint it, without its name.
+        problem: what is wrong with it and what to do about it, without its name.
     """
 
     def __init__(self, name: str, problem: str) -> None:
@@ -58,7 +61,7 @@ class ImageFolder:
         not lead out.
 
         Raises:
-            PictureError: it lies outside the folder, or is not there.
+            ImageError: it lies outside the folder, or is not there.
         """
         if "://" in name or name.startswith("data:"):
             raise ImageError(
@@ -84,14 +87,16 @@ class ImageFolder:
             raise ImageError(name, f"{what} (image_folder is {root})")
         return Path(path)
 
-    def check(self, name: str) -> None:
-        """Read image `name` to its end, as small as its format allows.
+    def check(self, name: str) -> tuple[int, int]:
+        """Read image `name` to its end, as small as its format allows; return its size.
 
         Raises:
-            PictureError: it cannot be found or decoded.
+            ImageError: it cannot be found or decoded.
         """
         with self.find(name).open("rb") as file:
             decode(file, name, small=True)
+            file.seek(0)
+            return image_size(file, name)
 
     def load(self, name: str) -> Image.Image:
         """Decode image `name`; see `decode`."""
@@ -108,7 +113,7 @@ def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
         small: as small as its format allows: enough to know that it is sound.
 
     Raises:
-        PictureError: the file is no image of a known format, is damaged or too large.
+        ImageError: the file is no image of a known format, is damaged or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -131,11 +136,30 @@ def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
         raise ImageError(name, f"is damaged: {' '.join(str(error).split())}") from error
 
 
+def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
+    """Width and height of an image that `decode` would return, read from the file's header.
+
+    Raises:
+        ImageError: the file is no image, or its header is damaged.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(file, formats=FORMATS)
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNS
+    except Exception as error:  # decoders raise many kinds for a damaged file
+        raise ImageError(name, f"is damaged: {' '.join(str(error).split())}") from error
+    return (height, width) if turned else (width, height)
+
+
 def open_image(path: str | Path) -> Image.Image:
     """Decode the image at `path`, wherever it is: for images that the user names.
 
     Raises:
-        PictureError: it is not there or cannot be decoded.
+        ImageError: it is not there or cannot be decoded.
     """
     try:
         with Path(path).expanduser().open("rb") as file:

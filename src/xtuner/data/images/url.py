@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import os
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -62,5 +63,7 @@ def _read(url: str, seconds: float, most: int) -> bytes:
                 if time.monotonic() > end:
                     raise DataError(f"image {url!r}: took more than {seconds:g} seconds; {advice}")
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise DataError(f"image {url!r}: cannot be fetched: {error}; {advice}") from error
     return bytes(content)

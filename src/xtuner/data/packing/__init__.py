@@ -1,1 +1,1 @@
-"""Which samples go into which row, in which order."""
+"""Mixing, ordering and packing of samples."""

@@ -1,4 +1,4 @@
-"""Choose which rows an epoch has, how often, and which are set aside, by their numbers alone."""
+"""Select the rows of an epoch and of the validation set, by row numbers alone."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def mixed_rows(
     limit: int | None,
     seed: int,
 ) -> Ints:
-    """The rows of an epoch, in the order of the sources; a row that is used twice is there twice.
+    """The row numbers of an epoch, in the order of the sources; repeated rows occur repeatedly.
 
     Args:
-        counts: usable rows of each source, at least 1; rows are numbered through all sources.
-        repeats: how often each source is used; a fraction is a random part of it.
-        weights: shares of the sources in an epoch of as many rows as all sources have.
-        limit: most rows, drawn at random.
-        seed: fixes what is drawn.
+        counts: usable rows of each source, at least 1; rows are numbered across all sources.
+        repeats: how often each source is used; a fraction selects a random part of it.
+        weights: shares of the sources in an epoch with as many rows as all sources together.
+        limit: maximum number of rows, drawn at random.
+        seed: determines the random draws.
     """
-    wanted = list(counts)
+    targets = list(counts)
     if repeats is not None:
-        wanted = [round(count * times) for count, times in zip(counts, repeats, strict=True)]
+        targets = [round(count * times) for count, times in zip(counts, repeats, strict=True)]
     elif weights is not None:
         shares = np.cumsum(weights) / np.sum(weights)
         edges = np.rint(shares * sum(counts)).astype(int)
-        wanted = np.diff(edges, prepend=0).tolist()
+        targets = np.diff(edges, prepend=0).tolist()
     firsts = np.cumsum([0, *counts])
     parts = [
-        first + _drawn(count, times, seed, number)
-        for number, (first, count, times) in enumerate(zip(firsts, counts, wanted, strict=False))
+        first + _drawn(count, target, seed, number)
+        for number, (first, count, target) in enumerate(zip(firsts, counts, targets, strict=False))
     ]
     rows = np.concatenate(parts)
     if limit is not None and len(rows) > limit:
@@ -45,23 +45,23 @@ def mixed_rows(
     return rows
 
 
-def _drawn(count: int, wanted: int, seed: int, source: int) -> Ints:
-    """`wanted` of `count` rows: all of them as often as it goes, then a random part."""
-    whole, rest = divmod(wanted, count)
+def _drawn(count: int, target: int, seed: int, source: int) -> Ints:
+    """Draw `target` of `count` rows: all of them repeatedly, then a random part."""
+    repeats, rest = divmod(target, count)
     part = order.subset(count, rest, "mix", seed, source)
-    return np.concatenate([np.tile(np.arange(count, dtype=np.int64), whole), part])
+    return np.concatenate([np.tile(np.arange(count, dtype=np.int64), repeats), part])
 
 
-def set_aside(rows: Ints, *, ratio: float, seed: int) -> tuple[Ints, Ints]:
-    """Part `rows` into those to train on and those to measure with, the latter once each.
+def split_validation(rows: Ints, *, ratio: float, seed: int) -> tuple[Ints, Ints]:
+    """Split `rows` into training and validation rows, the latter without repeats.
 
     All repeats of a row are on the same side.
     """
-    different = np.flatnonzero(np.bincount(rows))
-    count = round(len(different) * ratio)
-    if ratio and not count and len(different) > 1:
+    unique = np.flatnonzero(np.bincount(rows))
+    count = round(len(unique) * ratio)
+    if ratio and not count and len(unique) > 1:
         count = 1
-    aside = different[order.subset(len(different), count, "validation", seed)]
-    is_aside = np.zeros(different[-1] + 1 if len(different) else 0, dtype=np.bool_)
-    is_aside[aside] = True
-    return rows[~is_aside[rows]], aside
+    validation = unique[order.subset(len(unique), count, "validation", seed)]
+    is_validation = np.zeros(unique[-1] + 1 if len(unique) else 0, dtype=np.bool_)
+    is_validation[validation] = True
+    return rows[~is_validation[rows]], validation

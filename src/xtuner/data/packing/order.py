@@ -1,7 +1,7 @@
-"""Random orders that are pure functions of their key; no global random state is read or changed.
+"""Random orders that are pure functions of a key; no global random state is read or changed.
 
-The numbers come from SplitMix64 (Steele, Lea and Flood 2014), so that an order stays the same on
-every machine and with every version of numpy: a resumed run sees what the straight run saw.
+The random numbers come from SplitMix64 (Steele, Lea and Flood 2014), so an order is the same on
+every machine and with every version of numpy, and a resumed run sees the same data.
 """
 
 from __future__ import annotations
@@ -19,48 +19,47 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def permutation(n: int, *key: int | str) -> Ints:
-    """The numbers 0 to n - 1 in an order that depends on `n` and `key` alone."""
+    """The numbers 0 to n - 1 in an order that depends only on `n` and `key`."""
     return np.argsort(_noise(n, key), kind="stable").astype(np.int64, copy=False)
 
 
 def subset(n: int, k: int, *key: int | str) -> Ints:
-    """`k` of the numbers 0 to n - 1, ascending; they depend on `n`, `k` and `key` alone."""
+    """`k` of the numbers 0 to n - 1, ascending; they depend only on `n`, `k` and `key`."""
     if not k:
         return np.zeros(0, dtype=np.int64)
     return np.sort(permutation(n, *key)[:k])
 
 
 WINDOW = 64
-"""So many micro-batches are sorted by length together: enough for like lengths, few enough that
-an epoch stays in random order."""
+"""Micro-batches that are sorted by length together: enough for similar lengths, few enough to keep
+an epoch in random order."""
 
 
 def grouped(
     drawn: Ints,
-    kinds: npt.NDArray[np.bool_],
+    has_images: npt.NDArray[np.bool_],
     lengths: Ints,
     *,
     size: int,
     key: tuple[int | str, ...],
 ) -> Ints:
-    """`drawn` put together so that each `size` in a row are of one kind and of like length.
+    """Reorder `drawn` into groups of `size` with the same modality and similar length.
 
-    What is left over of a kind, less than `size`, stands at the end, where it can meet the rest
-    of the other kind.
+    The remainders of both modalities, less than `size` each, are at the end and may share a group.
 
     Args:
         drawn: numbers in random order.
-        kinds, lengths: of every number.
-        size: of a group.
-        key: of the random order of the groups.
+        has_images, lengths: modality and length of every number.
+        size: size of a group.
+        key: key of the random order of the groups.
     """
     groups, rest = [], []
-    for kind in (True, False):
-        same = drawn[kinds[drawn] == kind]
-        whole = len(same) // size * size
-        rest.append(same[whole:])
-        for start in range(0, whole, WINDOW * size):
-            window = same[start : min(start + WINDOW * size, whole)]
+    for modality in (True, False):
+        same = drawn[has_images[drawn] == modality]
+        end = len(same) // size * size
+        rest.append(same[end:])
+        for start in range(0, end, WINDOW * size):
+            window = same[start : min(start + WINDOW * size, end)]
             by_length = window[np.argsort(lengths[window], kind="stable")]
             groups += list(by_length.reshape(-1, size))
     mixed = [groups[i] for i in permutation(len(groups), *key)]

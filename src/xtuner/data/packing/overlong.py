@@ -1,4 +1,4 @@
-"""What becomes of rows of more than max_length tokens: cut, dropped, split, or refused."""
+"""Truncate, drop, split or refuse rows of more than max_length tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Fitted:
     """The samples of one source, and the rows that were too long for one sample.
 
     Attributes:
-        samples: in the order of the rows.
-        overlong: numbers of the rows of more than max_length tokens.
-        lost: those of them that no sample was made of.
+        samples: the samples in the order of the rows.
+        overlong: numbers of the rows with more than max_length tokens.
+        lost: the overlong rows without a sample.
     """
 
     samples: SampleTable
@@ -34,15 +34,15 @@ class Fitted:
 
 
 def policy_of(settings: Settings, algorithm: Algorithm) -> Policy:
-    """What the setting `overlong` means for this algorithm."""
+    """The setting `overlong` with 'auto' resolved."""
     return settings.overlong if settings.overlong != "auto" else cast(Policy, algorithm.overlong)
 
 
 def fit(store: RowStore, *, source: int, max_length: int, policy: Policy) -> Fitted:
-    """Make samples of the rows in `store`, none with a sequence of more than `max_length` tokens.
+    """Make samples of the rows in `store`, with sequences of at most `max_length` tokens.
 
-    'truncate' keeps the first tokens of each sequence and loses a row without a supervised one
-    among them; 'error' leaves too long rows out, as 'drop' does: refusing is the caller's part.
+    'truncate' keeps the first tokens of each sequence; a row is lost if a sequence has no
+    supervised token left. 'error' drops overlong rows like 'drop'; the caller raises the error.
     """
     lengths = store.lengths
     overlong = np.flatnonzero((store.sequence_lengths > max_length).any(axis=1))
@@ -67,7 +67,7 @@ def fit(store: RowStore, *, source: int, max_length: int, policy: Policy) -> Fit
 
 
 def kept_pieces(lengths: Sequence[int], max_length: int) -> list[tuple[int, int]]:
-    """(start, length) of what 'truncate' keeps of each sequence of a row."""
+    """(start, length) of the part of each sequence of a row that 'truncate' keeps."""
     starts = itertools.accumulate(lengths, initial=0)
     return [(start, min(n, max_length)) for start, n in zip(starts, lengths, strict=False)]
 
@@ -75,7 +75,7 @@ def kept_pieces(lengths: Sequence[int], max_length: int) -> list[tuple[int, int]
 def _pieces(
     store: RowStore, row: int, max_length: int, policy: Policy
 ) -> list[tuple[int, int, int, int]]:
-    """(row, start, length, supervised) of each sample that is made of an overlong row."""
+    """(row, start, length, supervised) of each sample of an overlong row."""
     if policy == "truncate":
         kept = kept_pieces(store.sequences_of(row), max_length)
         counts = [store.count_supervised(row, start, length) for start, length in kept]
@@ -83,7 +83,7 @@ def _pieces(
     total = store.length(row)
     starts = list(range(0, total, max_length))
     if total - starts[-1] == 1:
-        # a last piece of one token would predict nothing: it takes one from the piece before
+        # a last piece of one token has nothing to predict, so it takes one from the piece before
         starts[-1] -= 1
     lengths = np.diff([*starts, total]).tolist()
     return [

@@ -1,10 +1,9 @@
-"""Keep how many samples were packed, so that the next start need not find it out again.
+"""Cache the packing of large data sets on disk.
 
-<cache>/packs/<hash of lengths, order and capacity>.npz    members int32 [S], boundaries int32 [P +
-1]
+<cache>/packs/<hash of lengths, order and capacity>.npz    members int32 [S], boundaries int32 [P+1]
 
-A file is written under another name and renamed. What is read is checked to be a whole plan; if it
-is not, or the disk is full, packing is done anew.
+Files are written atomically. A plan that is read is validated; if it is invalid, or the disk is
+full, the samples are packed again.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from xtuner.data.packing.pack import pack
 from xtuner.data.packing.samples import Ints32
 from xtuner.data.tokenize.cache import cache_root
 
-FEW = 20_000
-"""So many samples are packed as fast as a plan is found."""
+MIN_CACHED = 20_000
+"""Packing this many samples takes as long as reading a plan; smaller plans are not cached."""
 
 _VERSION = 1
-"""Raise it when `pack` packs otherwise."""
+"""Increment it when the result of `pack` changes."""
 
 
 def planned(lengths: Ints | Ints32, capacity: int, *, order: Ints) -> tuple[Ints, Ints]:
-    """What `pack` returns for the same arguments, from disk if it is there."""
-    if len(order) <= FEW:
+    """The result of `pack` for the same arguments, from the cache if possible."""
+    if len(order) <= MIN_CACHED:
         return pack(lengths, capacity, order=order)
     file = _file(lengths, capacity, order)
     plan = _read(file, lengths, capacity, order)
@@ -57,7 +56,7 @@ def _read(
             members, starts = (kept[name].astype(np.int64) for name in ("members", "boundaries"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    whole = (
+    valid = (
         members.shape == order.shape
         and _same_numbers(members, order)
         and starts[0] == 0
@@ -65,11 +64,11 @@ def _read(
         and bool(np.all(starts[1:] > starts[:-1]))
         and int(np.add.reduceat(lengths[members], starts[:-1], dtype=np.int64).max()) <= capacity
     )
-    return (members, starts) if whole else None
+    return (members, starts) if valid else None
 
 
 def _same_numbers(members: Ints, order: Ints) -> bool:
-    """Whether `members` has each number of `order`, which are all different, once."""
+    """Whether `members` contains each number of `order`, which are unique, once."""
     top = int(order.max())
     if int(members.min()) < 0 or int(members.max()) > top:
         return False
@@ -83,7 +82,7 @@ def _write(file: Path, members: Ints, starts: Ints) -> None:
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            np.savez(draft, members=members.astype(np.int32), starts=starts.astype(np.int32))
+            np.savez(draft, members=members.astype(np.int32), boundaries=starts.astype(np.int32))
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)

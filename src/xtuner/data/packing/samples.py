@@ -1,4 +1,4 @@
-"""Which tokens of which row each sample is: index arrays only, the tokens stay on disk."""
+"""Index arrays of samples: which tokens of which row; the tokens stay on disk."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Ints32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class SampleTable:
-    """One entry a sample, every array ``[S]``. All of it stays in memory: 20 bytes a sample.
+    """Samples as arrays ``[S]``, kept in memory: 20 bytes per sample.
 
     Attributes:
         source: number of the source.
         row: number of the row among the encoded rows of its source.
-        start, length: the tokens of the row that make the sample.
-        supervised: tokens of the sample that the loss sums over.
+        start, length: the range of tokens of the row.
+        supervised: number of supervised tokens.
     """
 
     source: Ints32
@@ -35,7 +35,7 @@ class SampleTable:
         return len(self.row)
 
     def take(self, which: Ints) -> SampleTable:
-        """The samples `which`, in that order."""
+        """The samples with the numbers `which`, in that order."""
         return SampleTable(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def has_images(self, stores: Sequence[RowStore]) -> npt.NDArray[np.bool_]:
@@ -48,21 +48,21 @@ class SampleTable:
 
     @classmethod
     def joined(cls, tables: list[SampleTable]) -> SampleTable:
-        """All samples of `tables`, one table after the other."""
+        """Concatenate `tables`."""
         if len(tables) == 1:
             return tables[0]
         names = [field.name for field in fields(cls)]
         return cls(*(np.concatenate([getattr(t, name) for t in tables]) for name in names))
 
     def row_starts(self) -> Ints:
-        """Where the samples of each row begin, then S; ``[U + 1]``. A row's stand together."""
+        """The start of the samples of each row, then S; ``[U + 1]``. They are contiguous."""
         new_row = (np.diff(self.row) != 0) | (np.diff(self.source) != 0)
         ends = [len(self)] if len(self) else []
         return np.concatenate([[0], np.flatnonzero(new_row) + 1, ends]).astype(np.int64)
 
 
 def samples_of(rows: Ints, starts: Ints) -> Ints:
-    """The sample numbers of `rows`, row by row; `starts` is that of `SampleTable.row_starts`."""
+    """The sample numbers of `rows`, row by row; `starts` is from `SampleTable.row_starts`."""
     counts = starts[rows + 1] - starts[rows]
     firsts = np.repeat(starts[rows] - (np.cumsum(counts) - counts), counts)
     return firsts + np.arange(counts.sum(), dtype=np.int64)

@@ -1,1 +1,1 @@
-"""What happened to every row."""
+"""Reports on the rows of a run: used, left out, changed and lost."""

@@ -1,4 +1,4 @@
-"""Go through all rows and name every bad one."""
+"""Check all rows and list every bad one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config.schema import Settings
-from xtuner.data.build import room_of
+from xtuner.data.build import length_limit
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.packing.overlong import fit, policy_of
-from xtuner.data.report.account import Encoded, overlong_fault
+from xtuner.data.report.account import EncodedSource, overlong_fault
 from xtuner.data.sources.resolve import prepare
 from xtuner.data.tokenize.encode import Encoding
 from xtuner.templates.base import Template
@@ -27,13 +27,13 @@ def bad_rows(
     image_layout: ImageLayout | None,
     quiet: bool = False,
 ) -> Iterator[str]:
-    """Yield a line for each row that cannot be used: where it is, the field, what is wrong.
+    """Yield a line for each row that cannot be used: location, field and problem.
 
-    The arguments are those of `build`. Good sources come from the cache, and are in it afterwards.
+    The arguments are those of `build`. Encoded sources are read from the cache and added to it.
 
     Raises:
         DataError: a source cannot be read.
-        ConfigError: there is no format of that name.
+        ConfigError: unknown format.
     """
     encoding = Encoding(
         settings,
@@ -49,9 +49,10 @@ def bad_rows(
         if store.faults:
             for chunk in encoding.chunks(source):
                 for row in chunk.faults:
-                    yield f"{source.place(row.file, row.line)}  {' '.join(str(row.fault).split())}"
-        policy, room = policy_of(settings, algorithm), room_of(settings, image_layout)
-        fitted = fit(store, source=number, max_length=room.tokens, policy=policy)
-        encoded = Encoded(source, store, fitted, room, policy)
+                    fault = " ".join(str(row.fault).split())
+                    yield f"{source.location(row.file, row.line)}  {fault}"
+        policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)
+        fitted = fit(store, source=number, max_length=limit.tokens, policy=policy)
+        encoded = EncodedSource(source, store, fitted, limit, policy)
         for row_number in fitted.lost.tolist():
-            yield f"{encoded.place(row_number)}  {overlong_fault(policy, room)}"
+            yield f"{encoded.location(row_number)}  {overlong_fault(policy, limit)}"

@@ -1,4 +1,4 @@
-"""Say what became of every row: a few lines for the terminal, all of it in data_report.json."""
+"""The data report: a summary for the terminal, and the complete report in data_report.json."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 from xtuner.data.packing.pack import PackedDataset
 
 FILE_NAME = "data_report.json"
-_SHOWN_PLACES = 5
-_SHOWN_REASONS = 5
+_MAX_LOCATIONS = 5
+_MAX_REASONS = 5
 
 
 @dataclass(frozen=True)
-class Place:
-    """A row: its file, what its number counts ('line' or 'row'), and what is wrong with it."""
+class RowLocation:
+    """The location of a row: its file, its number, what the number counts ('line' or 'row'), and
+    the fault of the row, if any."""
 
     file: str
     unit: str
@@ -30,31 +31,31 @@ class Place:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows that share a fate: what happened to them, how many there are, and the first of them."""
+    """Rows with the same outcome: what happened to them, their number, and the first of them."""
 
     what: str
     count: int
-    first: tuple[Place, ...]
+    first: tuple[RowLocation, ...]
 
-    def places(self) -> str:
-        """The first places in few words: ``lines 3, 8, 12, ...``."""
-        shown = self.first[:_SHOWN_PLACES]
+    def locations(self) -> str:
+        """The first locations, such as ``lines 3, 8, 12, ...``."""
+        shown = self.first[:_MAX_LOCATIONS]
         more = ", ..." if self.count > len(shown) else ""
-        if len({(place.file, place.unit) for place in self.first}) > 1:
+        if len({(location.file, location.unit) for location in self.first}) > 1:
             return ", ".join(map(str, shown)) + more
         unit = shown[0].unit + ("s" if self.count > 1 else "")
-        return f"{unit} {', '.join(str(place.number) for place in shown)}{more}"
+        return f"{unit} {', '.join(str(location.number) for location in shown)}{more}"
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """The account of one source: ``rows_read == rows_used + rows_left_out + rows_lost``.
+    """The report on one source: ``rows_read == rows_used + rows_left_out + rows_lost``.
 
     Attributes:
-        formats: format name to the number of files that are read by it.
-        auto: whether the formats were picked by the columns.
-        rows_used: rows that are trained on or measured with.
-        rows_left_out: good rows that the mix or max_dataset_length leaves out.
+        formats: format name to the number of files in this format.
+        auto: whether the formats were selected by the columns.
+        rows_used: rows used for training or validation.
+        rows_left_out: usable rows that the mix or max_dataset_length leaves out.
         lost: rows that cannot be used, by reason.
         changed: rows that were cut or split to fit max_length; they are not lost.
     """
@@ -75,31 +76,31 @@ class SourceReport:
         return sum(group.count for group in self.lost)
 
     def lines(self) -> list[str]:
-        """The account in plain words."""
-        return [self._headline(), *(f"  {line}" for line in self._what_became())]
+        """The report as lines of text."""
+        return [self._headline(), *(f"  {line}" for line in self._details())]
 
     def _headline(self) -> str:
         several = len(self.formats) > 1
-        names = [f"{n} ({c:,} files)" if several else n for n, c in self.formats.items()]
+        names = [f"{n} ({count(c, 'file')})" if several else n for n, c in self.formats.items()]
         files = f" in {self.num_files:,} files" if self.num_files > 1 else ""
-        picked = " (auto)" if self.auto else ""
-        rows = _count(self.rows_read, "row")
-        return f"{self.name}: {rows}{files}, format {', '.join(names)}{picked}"
+        auto = " (auto)" if self.auto else ""
+        rows = count(self.rows_read, "row")
+        return f"{self.name}: {rows}{files}, format {', '.join(names)}{auto}"
 
-    def _what_became(self) -> Iterator[str]:
-        for group in self.lost[:_SHOWN_REASONS]:
-            yield f"{_count(group.count, 'row')} lost: {group.what} ({group.places()})"
-        if rest := sum(group.count for group in self.lost[_SHOWN_REASONS:]):
-            yield f"{_count(rest, 'row')} lost for other reasons, see {FILE_NAME}"
+    def _details(self) -> Iterator[str]:
+        for group in self.lost[:_MAX_REASONS]:
+            yield f"{count(group.count, 'row')} lost: {group.what} ({group.locations()})"
+        if rest := sum(group.count for group in self.lost[_MAX_REASONS:]):
+            yield f"{count(rest, 'row')} lost for other reasons, see {FILE_NAME}"
         for group in self.changed:
-            yield f"{_count(group.count, 'row')} {group.what} ({group.places()})"
+            yield f"{count(group.count, 'row')} {group.what} ({group.locations()})"
         if self.rows_left_out:
-            yield f"{_count(self.rows_left_out, 'row')} left out by the mix"
+            yield f"{count(self.rows_left_out, 'row')} left out by the mix"
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """What training or validation is made of; `fill` is the share of the packs that has tokens."""
+    """The size of the training or validation data; `fill` is the used share of the packs."""
 
     samples: int
     tokens: int
@@ -109,7 +110,7 @@ class PartReport:
 
     @classmethod
     def of(cls, dataset: PackedDataset, max_length: int) -> PartReport:
-        """Count what `dataset` holds."""
+        """Count the contents of `dataset`."""
         tokens, packs = dataset.num_tokens, len(dataset)
         return cls(
             dataset.num_samples,
@@ -122,12 +123,12 @@ class PartReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The account of all data of a run.
+    """The report on all data of a run.
 
     Attributes:
-        packed: whether samples share packs of max_length tokens.
-        duplicates: used rows whose tokens are those of an earlier row.
-        notes: what the user may want to know besides.
+        packed: whether samples are packed to max_length tokens.
+        duplicates: used rows with the same tokens as an earlier row.
+        notes: further notes for the user.
     """
 
     sources: tuple[SourceReport, ...]
@@ -139,7 +140,7 @@ class DataReport:
     notes: tuple[str, ...] = field(default=())
 
     def lines(self) -> list[str]:
-        """The account in a few lines for the terminal."""
+        """The summary for the terminal."""
         body = [line for source in self.sources for line in source.lines()]
         body += [f"Note: {note}" for note in self.notes]
         lines = [f"{'' if i else 'Data':13}{line}" for i, line in enumerate(body)]
@@ -150,23 +151,23 @@ class DataReport:
 
     def _part(self, part: PartReport) -> str:
         line = (
-            f"{_count(part.samples, 'sample')}, {_count(part.tokens, 'token')} "
+            f"{count(part.samples, 'sample')}, {count(part.tokens, 'token')} "
             f"({part.supervised_tokens:,} supervised)"
         )
         if self.packed:
-            packs = _count(part.packs, "pack")
+            packs = count(part.packs, "pack")
             line += f" in {packs} of {self.max_length:,} ({part.fill:.1%} full)"
         return line
 
     def write(self, folder: Path) -> Path:
-        """Write all of the account to ``folder/data_report.json`` and return the file's path."""
+        """Write the complete report to ``folder/data_report.json`` and return its path."""
         path = folder / FILE_NAME
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
         return path
 
     def as_dict(self) -> dict[str, Any]:
-        """The account in plain values, with sums."""
+        """The report as a dict, with totals."""
         values = asdict(self)
         for source, report in zip(values["sources"], self.sources, strict=True):
             source["rows_lost"] = report.rows_lost
@@ -175,5 +176,6 @@ class DataReport:
         return values
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """`number` with the singular or plural of `noun`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

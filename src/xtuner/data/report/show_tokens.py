@@ -1,14 +1,14 @@
-"""Draw samples as the model will see them, with what is supervised marked."""
+"""Render samples as the model sees them, with supervised tokens marked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 from rich.text import Text
 
-from xtuner.data.collate import lay_out
+from xtuner.data.collate import concatenate
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.types import IGNORE_INDEX, IMAGE, Sample
 
@@ -26,48 +26,50 @@ def draw(
     marks: bool,
     image_layout: ImageLayout | None = None,
 ) -> Text:
-    """Draw one sample.
+    """Render one sample.
 
     Args:
-        sample: what to draw.
-        show: 'text'; 'masked_text', where what is not supervised is only counted; 'input_ids'; or
-            'labels' as the loss gets them.
-        tokenizer: turns ids back into text.
-        marks: put supervised text and ids between « and », for where there are no colours.
-        sight: of the model that sees the sample; the place of an image is then named, once.
+        sample: the sample.
+        show: 'text'; 'masked_text', which shows only the number of unsupervised tokens;
+            'input_ids'; or 'labels' as passed to the loss.
+        tokenizer: decodes ids.
+        marks: put supervised tokens between « and », for output without colors.
+        image_layout: how images are expanded to tokens; the tokens of an image are rendered as its
+            name.
     """
-    image, names = Text(), iter(sample.images)
+    output, images = Text(), iter(sample.images)
     for supervised, start, stop in _spans(sample, image_layout):
         if image_layout and sample.images and sample.input_ids[start] == image_layout.token_id:
-            for name in islice(names, (stop - start) // image_layout.tokens_each):
-                place = visible(f"[{IMAGE} {name}: {image_layout.tokens_each} tokens]")
-                image.append(place + (" " if show in _NUMBERS else ""), style=_IMAGE)
+            while start < stop and (ref := next(images, None)):
+                label = visible(f"[{IMAGE} {ref.name}: {ref.num_tokens} tokens]")
+                output.append(label + (" " if show in _NUMBERS else ""), style=_IMAGE)
+                start += ref.num_tokens
             continue
         if show == "masked_text" and not supervised:
             unit = "token" if stop - start == 1 else "tokens"
-            image.append(f"[… {stop - start} {unit} …]", style=_UNSUPERVISED)
+            output.append(f"[… {stop - start} {unit} …]", style=_UNSUPERVISED)
             continue
         if show == "labels" and not supervised:
-            words = " ".join([str(IGNORE_INDEX)] * (stop - start))
+            span = " ".join([str(IGNORE_INDEX)] * (stop - start))
         elif show in _NUMBERS:
-            words = " ".join(map(str, sample.input_ids[start:stop].tolist()))
+            span = " ".join(map(str, sample.input_ids[start:stop].tolist()))
         else:
-            words = visible(_text(sample, start, stop, tokenizer))
+            span = visible(_text(sample, start, stop, tokenizer))
         if supervised and marks:
-            words = f"«{words}»"
-        image.append(words, style=_SUPERVISED if supervised else _UNSUPERVISED)
+            span = f"«{span}»"
+        output.append(span, style=_SUPERVISED if supervised else _UNSUPERVISED)
         if show in _NUMBERS:
-            image.append(" ")
-    image.rstrip()
-    return image
+            output.append(" ")
+    output.rstrip()
+    return output
 
 
 def visible(text: str) -> str:
-    """Replace control characters, which could command the terminal, by images of them."""
-    return "".join(_image_of(c) if c < " " or "\x7f" <= c <= "\x9f" else c for c in text)
+    """Replace control characters, which a terminal would execute, by visible symbols."""
+    return "".join(_symbol(c) if c < " " or "\x7f" <= c <= "\x9f" else c for c in text)
 
 
-def _image_of(control: str) -> str:
+def _symbol(control: str) -> str:
     if control in "\n\t":
         return control
     code = ord(control)
@@ -75,16 +77,16 @@ def _image_of(control: str) -> str:
 
 
 def _spans(sample: Sample, image_layout: ImageLayout | None) -> Iterator[tuple[bool, int, int]]:
-    """(supervised, start, stop) of each run of tokens that are, or are not, in the loss; places of
-    images are runs of their own."""
-    labels = lay_out([sample]).labels[0].numpy()
-    seen = (
+    """(supervised, start, stop) of each run of supervised or unsupervised tokens; image tokens are
+    separate runs."""
+    labels = concatenate([sample]).labels[0].numpy()
+    is_image = (
         sample.input_ids == image_layout.token_id
         if image_layout and sample.images
         else labels > labels.max()
     )
     start = 0
-    kinds = zip((labels != IGNORE_INDEX).tolist(), seen.tolist(), strict=True)
+    kinds = zip((labels != IGNORE_INDEX).tolist(), is_image.tolist(), strict=True)
     for (supervised, _), run in groupby(kinds):
         stop = start + len(list(run))
         yield supervised, start, stop
@@ -92,12 +94,12 @@ def _spans(sample: Sample, image_layout: ImageLayout | None) -> Iterator[tuple[b
 
 
 def _text(sample: Sample, start: int, stop: int, tokenizer: Any) -> str:
-    """The text that the tokens from `start` on add to those before them."""
+    """The text that tokens ``[start, stop)`` add to the text of the tokens before them."""
     ids = sample.input_ids.tolist()
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    before: str = tokenizer.decode(ids[:start], **options) if start else ""
-    together: str = tokenizer.decode(ids[:stop], **options)
-    if together.startswith(before):
-        return together[len(before) :]
-    alone: str = tokenizer.decode(ids[start:stop], **options)  # a character was cut in two
+    prefix: str = tokenizer.decode(ids[:start], **options) if start else ""
+    text: str = tokenizer.decode(ids[:stop], **options)
+    if text.startswith(prefix):
+        return text[len(prefix) :]
+    alone: str = tokenizer.decode(ids[start:stop], **options)  # `start` is inside a character
     return alone

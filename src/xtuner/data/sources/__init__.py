@@ -1,1 +1,1 @@
-"""Where rows come from: files, folders and data sets on the hub."""
+"""Sources of rows: files, folders and data sets on the hub."""

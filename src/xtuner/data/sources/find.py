@@ -1,4 +1,4 @@
-"""Find what an entry of `data_path` names: a file, a folder of files, or a data set on the hub."""
+"""Resolve an entry of `data_path` to a file, a folder of files, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 class RowFile(Protocol):
-    """Rows that can be gone through more than once."""
+    """A re-iterable file of rows."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name used in messages."""
         ...
 
     @property
     def size(self) -> int:
-        """Its extent, in the unit of `RawRow.end`."""
+        """The size in the unit of `RawRow.end`."""
         ...
 
     @property
@@ -35,17 +35,17 @@ class RowFile(Protocol):
         ...
 
     def digest(self) -> str:
-        """Hash of what it holds."""
+        """A hash of the contents."""
         ...
 
     def rows(self) -> Iterator[RawRow]:
-        """Go through the rows; raises DataError where the rest cannot be read."""
+        """Iterate over the rows; raises DataError if the rest cannot be read."""
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """What one entry of `data_path` names."""
+    """The files of one entry of `data_path`."""
 
     name: str
     files: tuple[RowFile, ...]
@@ -55,14 +55,14 @@ def find(entry: str, *, folder: Path, split: str = "train") -> Source:
     """Find `entry`; a relative path is looked up in `folder`, then in the working directory.
 
     Raises:
-        DataError: it is neither there nor on the hub, or a folder without data files.
+        DataError: it exists neither locally nor on the hub, or is a folder without data files.
     """
-    places = list(
+    candidates = list(
         dict.fromkeys((folder / Path(entry).expanduser(), Path.cwd() / Path(entry).expanduser()))
     )
-    path = next((place for place in places if place.exists()), None)
+    path = next((path for path in candidates if path.exists()), None)
     if path is None:
-        _refuse_missing_path(entry, places)
+        _refuse_missing_path(entry, candidates)
         from xtuner.data.sources import hub
 
         return Source(entry, (hub.open_split(entry, split=split),))
@@ -70,47 +70,48 @@ def find(entry: str, *, folder: Path, split: str = "train") -> Source:
         return Source(entry, tuple(_files_in(path, entry)))
     if data_suffix(path) not in SUFFIXES:
         raise DataError(
-            f"data_path {entry!r}: a data file must end in one of {', '.join(SUFFIXES)}, "
-            "the text ones also with .gz after it"
+            f"data_path {entry!r}: a data file must end in one of {', '.join(SUFFIXES)}; "
+            "text files may have .gz appended"
         )
     return Source(entry, (LocalFile(path, entry),))
 
 
 def below(name: str, root: str | None, folder: Path) -> str:
-    """`name` below `root` (the setting `data_root`) if it is there, else `name` as it is."""
+    """Return `name` inside `root` (the setting `data_root`) if that exists, otherwise `name`."""
     if root is None or Path(name).expanduser().is_absolute():
         return name
-    places = (folder / Path(root).expanduser() / name, Path(root).expanduser() / name)
-    return next((str(place) for place in places if place.exists()), name)
+    candidates = (folder / Path(root).expanduser() / name, Path(root).expanduser() / name)
+    return next((str(path) for path in candidates if path.exists()), name)
 
 
 def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
     found = False
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            path = Path(place, name)
+            path = Path(parent, name)
             if not name.startswith(".") and data_suffix(path) in SUFFIXES:
                 found = True
                 yield LocalFile(path, str(Path(entry, path.relative_to(folder))))
     if not found:
         raise DataError(
-            f"data_path {entry!r}: the folder holds no data file ({', '.join(SUFFIXES)})"
+            f"data_path {entry!r}: the folder contains no data files ({', '.join(SUFFIXES)})"
         )
 
 
-def _refuse_missing_path(entry: str, places: list[Path]) -> None:
-    """Raise unless `entry` can be a name on the hub: a missing path is not looked for there."""
+def _refuse_missing_path(entry: str, candidates: list[Path]) -> None:
+    """Raise unless `entry` can be a name on the hub; local paths are not looked up there."""
     looks_local = (
         entry.startswith((".", "~", "/"))
         or data_suffix(Path(entry)) in SUFFIXES
-        or ("/" in entry and any(place.parent.is_dir() for place in places))
+        or ("/" in entry and any(path.parent.is_dir() for path in candidates))
     )
     if not looks_local and _HUB_NAME.fullmatch(entry):
         return
-    siblings = [p.name for place in places if place.parent.is_dir() for p in place.parent.iterdir()]
+    parents = [path.parent for path in candidates if path.parent.is_dir()]
+    siblings = [path.name for parent in parents for path in parent.iterdir()]
     raise DataError(
-        f"data_path {entry!r}: there is no such file or folder "
-        f"(looked for {', '.join(str(place) for place in places)})"
+        f"data_path {entry!r}: no such file or folder "
+        f"(looked for {', '.join(map(str, candidates))})"
         f"{did_you_mean(Path(entry).name, siblings)}"
     )

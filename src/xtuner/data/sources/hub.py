@@ -1,4 +1,4 @@
-"""A data set on the hub, read with the `datasets` library, which only this module uses."""
+"""Read a data set on the hub with the `datasets` library, which only this module uses."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ class HubSplit:
 
     @property
     def size(self) -> int:
-        """Bytes of the table."""
+        """Size of the table in bytes."""
         return max(int(self.table.info.size_in_bytes or 0), len(self.table), 1)
 
     def digest(self) -> str:
-        """The fingerprint that `datasets` keeps of the table."""
+        """The fingerprint of the table."""
         return str(self.table._fingerprint)
 
     def rows(self) -> Iterator[RawRow]:
-        """Go through the table."""
+        """Iterate over the table."""
         size, total = self.size, len(self.table)
         for number, row in enumerate(self.table, 1):
             yield RawRow(number, row, size * number // total)
 
 
 def open_split(entry: str, *, split: str) -> HubSplit:
-    """Fetch `split` of the data set `entry` ('owner/name', or 'owner/name:configuration').
+    """Load `split` of the data set `entry` ('owner/name' or 'owner/name:configuration').
 
     Raises:
-        DataError: `datasets` is not installed, or the data set or the split cannot be had.
+        DataError: `datasets` is not installed, or the data set or split cannot be loaded.
     """
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"data_path {entry!r}: is not a local path, and reading from the hub needs "
-            "one more package: pip install 'xtuner[hub]'"
+            f"data_path {entry!r}: is not a local path, and reading from the hub requires the "
+            "package datasets: pip install 'xtuner[hub]'"
         ) from error
     name, _, configuration = entry.partition(":")
     try:
         table = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # the library raises many kinds, network ones among them
+    except Exception as error:  # the library raises many types, including network errors
         raise _explained(entry, name, configuration, split, error) from error
     return HubSplit(entry, table)
 
@@ -72,6 +72,6 @@ def _explained(
                 f"{', '.join(allowed)}{did_you_mean(split, allowed)}"
             )
     return DataError(
-        f"data_path {entry!r}: is neither a local path nor a data set that can be "
-        f"reached on the hub: {first_line}"
+        f"data_path {entry!r}: is neither a local path nor a reachable data set on the hub: "
+        f"{first_line}"
     )

@@ -1,8 +1,8 @@
-"""Read the rows of one local file: json, jsonl, csv, tsv, parquet, txt; the text ones also as .gz.
+"""Read the rows of a local file: json, jsonl, csv, tsv, parquet, txt; text files also as .gz.
 
-The rows come one by one as `RawRow`s. A row that cannot be read comes as a `Fault`; only what makes
-the rest of the file unreadable raises. Lines of JSON are handed on as bytes, so that the encoding
-processes share the work of parsing them.
+Rows are yielded as `RawRow`s. A row that cannot be read is yielded as a `Fault`; only errors that
+make the rest of the file unreadable are raised. Lines of JSON are passed on as bytes, so that the
+encoding processes share the work of parsing them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class _Stream(NamedTuple):
-    """An open file: `data` is unpacked, `position` tells the bytes read of the file on disk."""
+    """An open file: `data` is decompressed, `position` returns the bytes read from disk."""
 
     data: BinaryIO
     position: Callable[[], int]
@@ -37,30 +37,30 @@ class _Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A data file on disk; `name` is what messages call it."""
+    """A data file on disk; `name` is used in messages."""
 
     path: Path
     name: str
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """Size on disk in bytes."""
         return self.path.stat().st_size
 
     @cached_property
     def unit(self) -> Unit:
-        """What the numbers of the rows count."""
+        """Whether rows are numbered by line or by row."""
         if self._kind == ".parquet":
             return "row"
         return "row" if self._kind in (".json", ".jsonl") and self._is_array() else "line"
 
     def digest(self) -> str:
-        """Hash of what the file holds."""
-        with self._naming_faults(), self.path.open("rb") as file:
+        """A hash of the contents."""
+        with self._read_errors(), self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def rows(self) -> Iterator[RawRow]:
-        """Go through the file.
+        """Iterate over the rows.
 
         Raises:
             DataError: the file, or the rest of it, cannot be read.
@@ -70,10 +70,10 @@ class LocalFile:
             for number, (row, share) in enumerate(parquet_rows(self.path, name=self.name), 1):
                 yield RawRow(number, row, int(size * share))
             return
-        with self._naming_faults():
+        with self._read_errors():
             with self._open() as stream:
                 if stream.data.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                    raise DataError(f"{self.name}: is UTF-16 text; save the file in UTF-8")
+                    raise DataError(f"{self.name}: is UTF-16 text; save the file as UTF-8")
             with self._open() as stream:
                 yield from self._text_rows(stream)
 
@@ -99,8 +99,8 @@ class LocalFile:
             if not text.strip():
                 continue
             if first and self._kind == ".json" and isinstance(parse(text), Fault):
-                with self._open() as whole:
-                    refuse_single_object(whole.data, name=self.name)
+                with self._open() as restarted:
+                    refuse_single_object(restarted.data, name=self.name)
             first = False
             yield RawRow(line, text, stream.position())
 
@@ -109,7 +109,7 @@ class LocalFile:
         return data_suffix(self.path)
 
     def _is_array(self) -> bool:
-        with self._naming_faults(), self._open() as stream:
+        with self._read_errors(), self._open() as stream:
             start = stream.data.read(4096).removeprefix(_BOM).lstrip()
             while not start and (more := stream.data.read(4096)):
                 start = more.lstrip()
@@ -119,32 +119,33 @@ class LocalFile:
     def _open(self) -> Iterator[_Stream]:
         with self.path.open("rb") as file:
             if self.path.suffix.lower() == ".gz":
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield _Stream(cast(BinaryIO, unpacked), file.tell)
+                with gzip.GzipFile(fileobj=file) as decompressed:
+                    yield _Stream(cast(BinaryIO, decompressed), file.tell)
             else:
                 yield _Stream(file, file.tell)
 
     @contextlib.contextmanager
-    def _naming_faults(self) -> Iterator[None]:
+    def _read_errors(self) -> Iterator[None]:
+        """Convert read errors to DataError."""
         try:
             yield
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{self.name}: is not a whole gzip file: {error}") from error
+            raise DataError(f"{self.name}: is not a complete gzip file: {error}") from error
         except OSError as error:
             raise DataError(f"{self.name}: cannot be read: {error.strerror or error}") from error
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that tells the kind of a data file, in lower case and without ``.gz``."""
+    """The suffix of a data file, in lower case and without ``.gz``."""
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
     return "" if suffix == ".parquet" and name.endswith(".gz") else suffix
 
 
 def _document(raw: bytes) -> Row | Fault:
-    """A text file is one document."""
+    """Read a text file as one document."""
     if b"\0" in raw:
-        return Fault("holds NUL bytes, so it is not a text file")
+        return Fault("contains NUL bytes, so it is not a text file")
     try:
         return {"text": raw.decode("utf-8-sig")}
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Open the sources that the settings name, and settle the format of each of their files."""
+"""Open the sources of a run, and select the format of each file."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from xtuner.data.sources.rows import Fault, parse
 from xtuner.data.tokenize.workers import Task
 from xtuner.errors import DataError, listed
 
-_ROWS_LOOKED_AT = 100
+_INSPECTED_ROWS = 100
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """A source whose files have rows, each with its format.
+    """A source with its non-empty files and their formats.
 
     Attributes:
         name: the entry of `data_path`.
-        asked_format: what `dataset_format` says for it.
+        requested_format: its value of `dataset_format`.
         files, formats: aligned.
-        notes: what the user may want to know of how rows are read.
+        notes: notes for the user on how rows are read.
     """
 
     name: str
-    asked_format: str
+    requested_format: str
     files: tuple[RowFile, ...]
     formats: tuple[Format, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
-        """Extent of all files."""
+        """Total size of the files."""
         return sum(file.size for file in self.files)
 
     def tasks(self) -> Iterator[Task]:
-        """Go through the rows of all files; the `end` of a row counts from the first file on."""
-        before = 0
+        """Iterate over the rows of all files; `end` counts from the start of the first file."""
+        offset = 0
         for number, file in enumerate(self.files):
             for row in file.rows():
-                yield Task(number, row._replace(end=before + row.end))
-            before += file.size
+                yield Task(number, row._replace(end=offset + row.end))
+            offset += file.size
 
-    def place(self, file: int, line: int) -> str:
-        """Name a row as messages do."""
+    def location(self, file: int, line: int) -> str:
+        """The location of a row for messages."""
         return f"{self.files[file].name} {self.files[file].unit} {line}"
 
 
 def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
-    """Open all sources of `settings`; relative paths are looked up in `folder`, then where we are.
+    """Open all sources; relative paths are looked up in `folder`, then in the working directory.
 
     Raises:
-        DataError: a source is missing or empty, or its format cannot be told; all of them at once.
-        ConfigError: there is no format of that name.
+        DataError: a source is missing or empty, or its format is unknown; all problems are listed.
+        ConfigError: unknown format.
     """
-    asked = settings.dataset_format
-    entries = zip(settings.data_path, asked * len(settings.data_path), strict=False)
+    requested = settings.dataset_format
+    entries = zip(settings.data_path, requested * len(settings.data_path), strict=False)
     prepared, problems = [], []
     for entry, format_name in entries:
         try:
@@ -80,19 +80,17 @@ def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
 def _prepared(source: Source, format_name: str, folder: Path) -> PreparedSource:
     files, found, notes = [], [], dict[str, None]()
     for file in source.files:
-        seen = [_row(task.value) for task in itertools.islice(file.rows(), _ROWS_LOOKED_AT)]
-        if not seen:
+        head = [_row(raw.value) for raw in itertools.islice(file.rows(), _INSPECTED_ROWS)]
+        if not head:
             continue
         files.append(file)
-        columns = _columns(seen)
-        found.append(_format(file, format_name, columns, seen, folder))
+        columns = _columns(head)
+        found.append(_format(file, format_name, columns, head, folder))
         for column, alias in found[-1].aliases.items():
             if alias in columns:
-                notes[f"{source.name}: the key {alias!r} is read as {column!r}, its right name"] = (
-                    None
-                )
+                notes[f"{source.name}: the key {alias!r} is read as {column!r}"] = None
     if not files:
-        raise DataError(f"{source.name}: holds no rows")
+        raise DataError(f"{source.name}: contains no rows")
     return PreparedSource(source.name, format_name, tuple(files), tuple(found), tuple(notes))
 
 
@@ -100,21 +98,20 @@ def _row(value: object) -> object:
     return parse(value) if isinstance(value, bytes) else value
 
 
-def _columns(seen: list[object]) -> tuple[str, ...]:
-    """The columns of all rows `seen`; some rows may lack some."""
-    return tuple(dict.fromkeys(column for row in seen if isinstance(row, dict) for column in row))
+def _columns(head: list[object]) -> tuple[str, ...]:
+    """The union of the columns of the rows in `head`."""
+    return tuple(dict.fromkeys(column for row in head if isinstance(row, dict) for column in row))
 
 
 def _format(
-    file: RowFile, name: str, columns: tuple[str, ...], seen: list[object], folder: Path
+    file: RowFile, name: str, columns: tuple[str, ...], head: list[object], folder: Path
 ) -> Format:
-    """Resolve the format by the `columns` of the rows `seen`."""
-    rows = [row for row in seen if isinstance(row, dict)]
+    """Resolve the format by the `columns` of the rows in `head`."""
+    rows = [row for row in head if isinstance(row, dict)]
     if not rows:
-        fault = next(row for row in seen if isinstance(row, Fault))
-        raise DataError(
-            f"{file.name}: none of the first {len(seen)} rows can be read: each {fault}"
-        )
+        fault = next(row for row in head if isinstance(row, Fault))
+        count = f"first {len(head)} rows" if len(head) > 1 else "rows"
+        raise DataError(f"{file.name}: none of the {count} can be read: the first {fault}")
     try:
         return formats.resolve(name, columns=columns, folder=folder, sample=rows[0])
     except DataError as error:

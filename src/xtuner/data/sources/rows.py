@@ -1,4 +1,4 @@
-"""A row as it was read, or why it could not be."""
+"""Rows as read, and faults of rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 from xtuner.types import Row
 
 Unit = Literal["line", "row"]
-"""What the numbers of rows count: lines of text, or rows where a row has no line of its own."""
+"""What row numbers count: lines of text, or rows if rows are not lines."""
 
-NOT_UTF8 = "is not UTF-8 text; save the file in UTF-8"
+NOT_UTF8 = "is not UTF-8 text; save the file as UTF-8"
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Fault:
     """Why a row cannot be used.
 
     Attributes:
-        reason: what is wrong and how to hint it, in the same words for all rows with this fault.
-        field: the part of the row at fault, such as ``messages[1].role``; empty for the whole row.
-        detail: what concerns this row only.
-        file: a file beside the data that is at fault; once it is mended the row is sound.
+        reason: the problem and how to fix it, worded the same for all rows with this fault.
+        field: the faulty part of the row, such as ``messages[1].role``; empty for the row itself.
+        detail: details of this row.
+        file: a referenced file that is faulty; when it is fixed, the row becomes usable.
     """
 
     reason: str
@@ -32,7 +32,7 @@ class Fault:
 
     @property
     def words(self) -> str:
-        """The field and the reason."""
+        """Field and reason."""
         return f"{self.field}: {self.reason}" if self.field else self.reason
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class RawRow(NamedTuple):
 
     Attributes:
         line: its line or number, from 1.
-        value: a line of JSON that is yet to be parsed, a row, or why there is none.
+        value: an unparsed line of JSON, a row, or a fault.
         end: bytes of the file on disk read so far.
     """
 
@@ -54,7 +54,7 @@ class RawRow(NamedTuple):
 
 
 def parse(raw: bytes) -> Row | Fault:
-    """Read one line of JSON."""
+    """Parse a line of JSON."""
     try:
         text = raw.decode("utf-8").rstrip()
     except UnicodeDecodeError as error:
@@ -68,7 +68,7 @@ def parse(raw: bytes) -> Row | Fault:
 
 
 def as_row(value: Any, text: str) -> Row | Fault:
-    """Check that a value parsed from the JSON `text` is an object that UTF-8 can hold."""
+    """Check that `value`, parsed from the JSON `text`, is an object that UTF-8 can encode."""
     if not isinstance(value, dict):
         kind = _JSON_TYPES.get(type(value), "null")
         return Fault(f"must be a JSON object, {{...}}, but is {kind}")
@@ -76,13 +76,13 @@ def as_row(value: Any, text: str) -> Row | Fault:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return Fault("holds half a character: an escape \\ud800 to \\udfff without its partner")
+            return Fault("contains an unpaired surrogate, an escape from \\ud800 to \\udfff")
     return value
 
 
 _JSON_TYPES = {
     list: "an array",
-    str: "a text",
+    str: "a string",
     int: "a number",
     float: "a number",
     bool: "true or false",

@@ -1,4 +1,4 @@
-"""Go through the rows of a table: csv or tsv."""
+"""Read the rows of a table: csv or tsv."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from xtuner.data.sources.rows import NOT_UTF8, Fault
 from xtuner.errors import DataError
 from xtuner.types import Row
 
-_LARGEST_CELL = 2**31 - 1
+_MAX_CELL = 2**31 - 1
 
 
 def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int, Row | Fault]]:
-    """Yield the line at which each row begins, and the row. The first line names the columns.
+    """Yield the first line of each row, and the row. The first line of the file is the header.
 
     Raises:
-        DataError: the header is broken.
+        DataError: the header is invalid.
     """
-    csv.field_size_limit(_LARGEST_CELL)
-    # undecodable bytes become surrogates here, so that a bad cell costs its row only
+    csv.field_size_limit(_MAX_CELL)
+    # undecodable bytes become surrogates, so that a bad cell affects only its row
     with io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline="") as text:
         table = csv.reader(text, delimiter=delimiter, strict=True)
         header = _header(table, name)
@@ -32,7 +32,7 @@ def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int
             except StopIteration:
                 return
             except csv.Error as error:
-                yield line, _broken(error)
+                yield line, _fault(error)
                 continue
             if cells:
                 yield line, _row(header, cells)
@@ -43,25 +43,25 @@ def _header(table: Any, name: str) -> list[str]:
         header: list[str] = next((cells for cells in table if cells), [])
     except csv.Error as error:
         raise DataError(f"{name} line 1: is not valid CSV: {error}") from error
-    double = sorted({column for column in header if header.count(column) > 1})
-    if double:
-        raise DataError(f"{name} line 1: the header names {', '.join(double)} more than once")
+    duplicates = sorted({column for column in header if header.count(column) > 1})
+    if duplicates:
+        raise DataError(f"{name} line 1: duplicate columns in the header: {', '.join(duplicates)}")
     return header
 
 
-def _broken(error: csv.Error) -> Fault:
+def _fault(error: csv.Error) -> Fault:
     if "unexpected end" in str(error):
-        return Fault("opens a quote that is never closed: all lines after it are lost with it")
+        return Fault("opens a quote that is never closed, so all following lines are lost")
     return Fault("is not valid CSV", detail=str(error))
 
 
 def _row(header: list[str], cells: list[str]) -> Row | Fault:
     if len(cells) != len(header):
-        reason = f"does not have as many cells as the header, which has {len(header)}"
+        reason = f"must have as many cells as the header, {len(header)}"
         return Fault(reason, detail=f"it has {len(cells)}")
     text = "".join(cells)
     if "\0" in text:
-        return Fault("holds NUL bytes; remove them")
+        return Fault("contains NUL bytes; remove them")
     try:
         text.encode()
     except UnicodeEncodeError:

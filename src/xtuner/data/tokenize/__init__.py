@@ -1,1 +1,1 @@
-"""Rows to token ids and loss masks, kept on disk."""
+"""Encode rows to token ids and loss masks, cached on disk."""

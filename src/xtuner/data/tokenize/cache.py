@@ -1,8 +1,8 @@
-"""Keep encoded rows by what they were made of, so that the same rows are encoded once.
+"""Cache encoded rows on disk, so that the same rows are encoded once.
 
-The key is a hash of the files' contents, their formats, the template and the tokenizer; neither
-paths nor max_length, packing or the seed are part of it, for these act on encoded rows. A store is
-written to a temporary folder and renamed when it is whole; one that turns out damaged is made anew.
+The key is a hash of the files' contents, their formats, the template and the tokenizer. Paths,
+max_length, packing and seed are not part of it, since they do not affect encoding. A store is
+written to a temporary folder and renamed when complete; a damaged one is created again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from xtuner.data.tokenize.store import RowStore, StoreWriter
 from xtuner.device.ownership import refuse_others
 from xtuner.errors import DataError
 
-_LAYOUT = 4
-"""Raise it when stores of older versions must not be used any more."""
+_LAYOUT = 5
+"""Increment it when stores of older versions must no longer be used."""
 
 
 def cache_root() -> Path:
-    """Where encoded data sets are kept: below $XTUNER_CACHE, or ~/.cache/xtuner."""
+    """The folder of encoded data sets, in $XTUNER_CACHE or ~/.cache/xtuner."""
     return Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser() / "datasets"
 
 
@@ -56,7 +56,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
-    """A hash of everything that the encoded rows depend on."""
+    """Hash everything that the encoded rows depend on."""
     text = json.dumps({"layout": _LAYOUT, "xtuner": xtuner.__version__, **facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -69,15 +69,15 @@ def load_or_make(
     make: Callable[[StoreWriter], None],
     usable: Callable[[RowStore], bool] = lambda store: True,
 ) -> RowStore:
-    """Open the store `key`, or have `make` write it where there is none, or none `usable`.
+    """Open the store `key`; call `make` to write it if it is missing or not `usable`.
 
     Raises:
-        DataError: the cache folder cannot be written to.
+        DataError: the cache folder cannot be written.
     """
     root = cache_root()
     try:
         own_folder(root)
-        with _locked(root / f"{key}.lock") as alone:
+        with _locked(root / f"{key}.lock") as exclusive:
             if (root / key).is_dir():
                 own_folder(root / key)
             store = _opened(root / key, key, file_names, units)
@@ -85,24 +85,24 @@ def load_or_make(
                 shutil.rmtree(root / key)
                 store = None
             if store is None:
-                _make(root / key, make, alone=alone)
+                _make(root / key, make, exclusive=exclusive)
                 store = RowStore(root / key, key=key, file_names=file_names, units=units)
             return store
     except PermissionError as error:
         raise DataError(f"the cache of encoded data: {error}") from error
     except OSError as error:
         raise DataError(
-            f"the cache of encoded data, {root}, cannot be written: {error.strerror or error}. "
-            "Make room there, or set the environment variable XTUNER_CACHE to another folder"
+            f"cannot write the cache of encoded data, {root}: {error.strerror or error}. "
+            "Free some space, or set the environment variable XTUNER_CACHE to another folder"
         ) from error
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """A hash of what the tokenizer makes of text."""
+    """A hash of everything that affects tokenization."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        # padding and truncation are the state of the last call, not part of the tokenizer
+        # padding and truncation are state of the last call, not part of the tokenizer
         facts = {name: rules[name] for name in rules if name not in ("padding", "truncation")}
     else:
         facts = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
@@ -111,7 +111,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def rules_of(name: str, *, folder: Path) -> str:
-    """A hash of the source text that defines the format `name`."""
+    """A hash of the source code of the format `name`."""
     digest = hashlib.sha256()
     if plugins.is_user_path(name):
         file = Path(name.rpartition(":")[0]).expanduser()
@@ -135,14 +135,14 @@ def _opened(
         return None
 
 
-def _make(folder: Path, make: Callable[[StoreWriter], None], *, alone: bool) -> None:
-    """Write to a temporary folder beside `folder`, then rename it.
+def _make(folder: Path, make: Callable[[StoreWriter], None], *, exclusive: bool) -> None:
+    """Write to a temporary folder next to `folder`, then rename it.
 
-    Without a lock (`alone` is False) another process may be at it too: the first to finish wins.
+    Without a lock (`exclusive` is False) other processes may do the same; the first to finish wins.
     """
-    if alone:
-        for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+    if exclusive:
+        for stale in folder.parent.glob(f"{folder.name}.tmp*"):
+            shutil.rmtree(stale, ignore_errors=True)
     temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir(mode=0o700)
     writer = StoreWriter(temporary)
@@ -161,9 +161,9 @@ def _make(folder: Path, make: Callable[[StoreWriter], None], *, alone: bool) -> 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Let one process at a time make a store; the others wait and then find it.
+    """Let one process at a time create a store; the others wait and then open it.
 
-    Yields whether there is a lock: some network file systems and Windows have none.
+    Yields whether the lock was acquired; some network file systems and Windows have no locks.
     """
     try:
         import fcntl

@@ -1,7 +1,7 @@
-"""One-dimensional .npy files that are written piece by piece, and read where they are asked for.
+"""One-dimensional .npy files that are written incrementally and read on access.
 
-They are not mapped: pages of a mapped file count as memory of the process that has looked at them,
-so that a training run would seem to grow until the whole data set is in memory.
+They are not memory-mapped: pages of a mapped file count as memory of the process that read them, so
+a training run would appear to grow until the entire data set is in memory.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-MOST_HELD = 512
-"""Columns that are kept open; further ones are opened for every reading, since a process may open
-only so many files."""
+MAX_OPEN = 512
+"""Maximum columns kept open, since a process has a limit on open files; others are opened for each
+read."""
 
-_CAN_READ_ANYWHERE = hasattr(os, "pread")  # Windows lacks it
-_holding: weakref.WeakSet[Column] = weakref.WeakSet()
+_HAS_PREAD = hasattr(os, "pread")  # not on Windows
+_open_columns: weakref.WeakSet[Column] = weakref.WeakSet()
 
 
 class ColumnWriter:
-    """A .npy file that grows; the header has room for the final length."""
+    """A growing .npy file; the header has space for the final length."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
@@ -35,7 +35,7 @@ class ColumnWriter:
         self._write_header()
 
     def append(self, values: npt.NDArray[Any]) -> None:
-        """Add `values` at the end."""
+        """Append `values`."""
         self._file.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
         self._length += len(values)
 
@@ -53,20 +53,20 @@ class ColumnWriter:
 
 
 class Column:
-    """A .npy file of one dimension; processes and threads may read it at the same time.
+    """A one-dimensional .npy file; processes and threads may read it concurrently.
 
     Args:
         path: the file.
-        dtype: of what it must hold.
+        dtype: the expected dtype.
 
     Raises:
-        ValueError: it is not there, damaged, or holds something else.
+        ValueError: the file is missing, damaged, or has another dtype or shape.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self._path, self._dtype = path, dtype
         self._lock = threading.Lock()
-        self._held: BinaryIO | None = None
+        self._file: BinaryIO | None = None
         with contextlib.ExitStack() as closing:
             try:
                 file = closing.enter_context(_opened(path))
@@ -75,21 +75,21 @@ class Column:
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path}: {error}") from error
             if size != self._start + self._length * dtype.itemsize:
-                raise ValueError(f"{path}: does not hold its {self._length} values")
-            if len(_holding) < MOST_HELD:
-                self._held = file
-                _holding.add(self)
+                raise ValueError(f"{path}: does not contain {self._length} values")
+            if len(_open_columns) < MAX_OPEN:
+                self._file = file
+                _open_columns.add(self)
                 weakref.finalize(self, closing.pop_all().close)
 
     def __len__(self) -> int:
         return self._length
 
     def read(self, start: int = 0, count: int | None = None) -> npt.NDArray[Any]:
-        """`count` values from `start` on, or all that follow; the array is read-only."""
+        """Read `count` values from `start`, by default all; the array is read-only."""
         stop = self._length if count is None else min(start + count, self._length)
-        first, end = (self._start + place * self._dtype.itemsize for place in (start, stop))
-        if self._held is not None:
-            raw = self._bytes(self._held, first, end)
+        first, end = (self._start + index * self._dtype.itemsize for index in (start, stop))
+        if self._file is not None:
+            raw = self._bytes(self._file, first, end)
         else:
             with _opened(self._path) as file:
                 raw = self._bytes(file, first, end)
@@ -97,15 +97,15 @@ class Column:
 
     def _bytes(self, file: BinaryIO, first: int, end: int) -> bytes:
         parts = []
-        while first < end:  # one call reads no more than 2 GB
-            if _CAN_READ_ANYWHERE:
+        while first < end:  # a single call reads at most 2 GB
+            if _HAS_PREAD:
                 part = os.pread(file.fileno(), end - first, first)
             else:
                 with self._lock:
                     file.seek(first)
                     part = file.read(end - first)
             if not part:
-                raise OSError(errno.EIO, f"{self._path} ends too early")
+                raise OSError(errno.EIO, f"{self._path} is truncated")
             parts.append(part)
             first += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -116,9 +116,9 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _header(file: BinaryIO, dtype: np.dtype[Any]) -> tuple[int, int]:
-    """The length of an array, and where its values begin."""
+    """The length of the array, and the offset of its values."""
     np.lib.format.read_magic(file)
     shape, _, found = np.lib.format.read_array_header_1_0(file)
     if len(shape) != 1 or found != dtype:
-        raise ValueError(f"holds {found} of shape {shape}, not {dtype} of one dimension")
+        raise ValueError(f"expected a one-dimensional {dtype} array, found {found} {shape}")
     return int(shape[0]), file.tell()

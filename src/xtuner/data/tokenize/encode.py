@@ -1,4 +1,4 @@
-"""Encode the sources of a run, each into one store of the cache."""
+"""Encode the sources of a run, each to one store of the cache."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from xtuner.data.tokenize.workers import Encoder, Task, chunked, encode_all
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm
 
-_MOST_PROCESSES = 8
+_MAX_PROCESSES = 8
 _SMALL = 2_000_000
-"""Sources of fewer bytes are encoded in this process: that takes less time than starting others."""
+"""Sources of fewer bytes are encoded in this process, which is faster than starting others."""
 
 
 class Encoding:
-    """How the rows of every source of a run are encoded.
+    """Encodes the sources of a run.
 
     Args:
-        settings: `algorithm`, its options and `dataset_num_proc` count.
-        template: lays out conversations.
-        tokenizer: of the model that is trained.
+        settings: `algorithm`, its options and `dataset_num_proc` are used.
+        template: renders conversations.
+        tokenizer: of the trained model.
         folder: where relative paths are looked up first.
-        algorithm: which records it takes, and which sequences it makes of them.
-        sight: how images are laid out; None for a model without a vision tower.
+        algorithm: defines the accepted records and their sequences.
+        image_layout: how images are expanded to tokens; None for a model without a vision tower.
         quiet: show no progress.
     """
 
@@ -55,7 +55,7 @@ class Encoding:
         self._quiet = quiet
 
     def store(self, source: PreparedSource) -> RowStore:
-        """The encoded rows of `source`, from the cache if they are there."""
+        """The encoded rows of `source`, from the cache if possible."""
 
         def make(writer: StoreWriter) -> None:
             for chunk in self.chunks(source):
@@ -70,7 +70,7 @@ class Encoding:
         )
 
     def _usable(self, store: RowStore) -> bool:
-        """Whether what is kept still holds: an image that was missing may be there now."""
+        """Whether a cached store is still valid: a missing image may exist now."""
         if self._image_layout is None:
             return True
         try:
@@ -79,19 +79,19 @@ class Encoding:
             return False
 
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
-        """Encode all rows of `source` now, with a progress bar."""
+        """Encode all rows of `source`, with a progress bar."""
         encoder = Encoder(
             source.formats, self._template, self._tokenizer, self._algorithm, self._image_layout
         )
         read = rows = 0
 
-        def followed() -> Iterator[Task]:
+        def tracked() -> Iterator[Task]:
             nonlocal read
             for task in source.tasks():
                 read = task.row.end
                 yield task
 
-        encoded = encode_all(encoder, chunked(followed()), processes=self._num_processes(source))
+        encoded = encode_all(encoder, chunked(tracked()), processes=self._num_processes(source))
         bar = progress_bar(source.name, total=source.size, quiet=self._quiet)
         with bar as show, closing(encoded):
             for chunk in encoded:
@@ -104,7 +104,7 @@ class Encoding:
             return self._processes
         affinity = getattr(os, "sched_getaffinity", None)  # Linux only
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        return 1 if source.size < _SMALL else min(cores, _MOST_PROCESSES)
+        return 1 if source.size < _SMALL else min(cores, _MAX_PROCESSES)
 
     def _key(self, source: PreparedSource) -> str:
         names = [format.name for format in source.formats]
@@ -113,7 +113,7 @@ class Encoding:
                 **(self._image_layout.facts() if self._image_layout else {}),
                 "template": self._template.fingerprint(),
                 "tokenizer": cache.tokenizer_identity(self._tokenizer),
-                "algorithm": [_sources_of(self._algorithm), self._options],
+                "algorithm": [_source_hash(self._algorithm), self._options],
                 "files": [file.digest() for file in source.files],
                 "formats": names,
                 "rules": [cache.rules_of(name, folder=self._folder) for name in sorted({*names})],
@@ -121,8 +121,8 @@ class Encoding:
         )
 
 
-def _sources_of(algorithm: Algorithm) -> str:
-    """A hash of the files that define how `algorithm` encodes a row."""
+def _source_hash(algorithm: Algorithm) -> str:
+    """A hash of the source files that define how `algorithm` encodes a row."""
     digest = hashlib.sha256()
     for kind in type(algorithm).__mro__:
         if function := vars(kind).get("encode"):

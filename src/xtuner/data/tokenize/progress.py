@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_SECONDS_BETWEEN = 0.2
+_REFRESH_SECONDS = 0.2
 
 
 @contextmanager
 def progress_bar(name: str, *, total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that shows (extent read, rows done); silent unless stderr is a terminal.
+    """Yield a function that shows (size read, rows done); silent unless stderr is a terminal.
 
-    It is drawn when that function is called: a thread of its own would be in the way of forking.
+    The bar is drawn when the function is called: a refresh thread would interfere with forking.
     """
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
@@ -36,7 +36,7 @@ def progress_bar(name: str, *, total: int, quiet: bool) -> Iterator[Callable[[in
         def show(read: int, rows: int) -> None:
             nonlocal drawn
             bar.update(task, completed=read, rows=rows)
-            if time.monotonic() - drawn > _SECONDS_BETWEEN:
+            if time.monotonic() - drawn > _REFRESH_SECONDS:
                 bar.refresh()
                 drawn = time.monotonic()
 

@@ -1,13 +1,13 @@
-"""Encoded rows on disk: .npy arrays that are read where needed, and a JSON of the rows that failed.
+"""Encoded rows on disk: .npy arrays that are read on access, and the failed rows as JSON.
 
-token_ids.npy int32 [T]   mask.npy bool [T]         all rows, end to end
-offsets.npy int64 [R+1]                          where each row begins, then T
-sequence_lengths.npy int32 [R*k]                 for rows of k > 1 sequences; else empty
-lines.npy int32 [R]    files.npy int32 [R]       the row's line in its file, the file's number
-supervised.npy int32 [R]  hashes.npy uint64 [R]  tokens in the loss, hash of the tokens
-image_names.npy uint8 [B]  image_ends.npy int64 [R]  names of images as JSON; where a row's end
-about.json                                       counts, and the rows that failed, by reason
-bad_files.jsonl                                  names of files beside the data that are at fault
+token_ids.npy int32 [T]   mask.npy bool [T]          all rows, concatenated
+offsets.npy int64 [R+1]                              start of each row, then T
+sequence_lengths.npy int32 [R*k]                     for rows of k > 1 sequences; else empty
+lines.npy int32 [R]    files.npy int32 [R]           line of the row, number of its file
+supervised.npy int32 [R]  hashes.npy uint64 [R]      supervised tokens, hash of the row
+image_names.npy uint8 [B]  image_ends.npy int64 [R]  images (name, tokens) as JSON, end of each row
+about.json                                           counts, and the failed rows by reason
+bad_files.jsonl                                      names of faulty referenced files
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy.typing as npt
 
 from xtuner.data.sources.rows import Fault
 from xtuner.data.tokenize.columns import Column, ColumnWriter
-from xtuner.types import RowRef
+from xtuner.types import ImageRef, RowRef
 
 ABOUT = "about.json"
 BAD_FILES = "bad_files.jsonl"
-_MOST_REASONS = 100
+_MAX_REASONS = 100
 KEPT_FAULTS = 20
-"""How many rows of each reason are kept with their line; all are counted."""
+"""Number of rows per reason that are stored with their line; all are counted."""
 
 _ARRAYS: dict[str, Any] = {
     "token_ids": np.dtype("<i4"),
@@ -48,7 +48,7 @@ _ARRAYS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that failed: the number of its file, its line, and why."""
+    """A failed row: the number of its file, its line, and the fault."""
 
     file: int
     line: int
@@ -57,28 +57,28 @@ class BadRow:
 
 @dataclass
 class FaultGroup:
-    """All rows that failed for one reason: in words that hold for all, and the first of them."""
+    """All rows that failed for one reason: a common description, and the first of them."""
 
     what: str
     count: int = 0
     first: list[BadRow] = field(default_factory=list)
 
     def add(self, row: BadRow) -> None:
-        """Count `row`; its fault differs from the others in quoted words and list numbers only."""
+        """Count `row`; its fault differs from the others only in quoted words and list indices."""
         self.count += 1
         if len(self.first) < KEPT_FAULTS:
             self.first.append(row)
         if _outline(self.what) == _outline(row.fault.words):
-            parts = zip(*map(_OF_A_ROW.split, (self.what, row.fault.words)), strict=True)
+            parts = zip(*map(_VARIABLE.split, (self.what, row.fault.words)), strict=True)
             self.what = "".join(a if a == b else _blank(a) for a, b in parts)
 
 
-_OF_A_ROW = re.compile(r"('[^']*'|\[\d*\])")
+_VARIABLE = re.compile(r"('[^']*'|\[\d*\])")
 
 
 def _outline(words: str) -> str:
-    """What the words of rows with the same fault have in common."""
-    return _OF_A_ROW.sub("?", words)
+    """The part of a description that rows with the same fault have in common."""
+    return _VARIABLE.sub("?", words)
 
 
 def _blank(part: str) -> str:
@@ -87,7 +87,7 @@ def _blank(part: str) -> str:
 
 @dataclass
 class EncodedChunk:
-    """What some rows became: arrays as on disk, lengths for offsets, and the rows that failed."""
+    """Some encoded rows: arrays as on disk, lengths instead of offsets, and the failed rows."""
 
     token_ids: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_]
@@ -102,14 +102,14 @@ class EncodedChunk:
     faults: list[BadRow]
 
 
-def packed_names(names: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """Names of images as bytes; none for no names."""
-    text = json.dumps(list(names), ensure_ascii=False) if names else ""
+def packed_images(images: Sequence[ImageRef]) -> npt.NDArray[np.uint8]:
+    """The images of a row as JSON bytes; empty if there are none."""
+    text = json.dumps(images, ensure_ascii=False) if images else ""
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
 class StoreWriter:
-    """Write the arrays of a `RowStore`, chunk by chunk, in bounded memory."""
+    """Writes the arrays of a `RowStore` chunk by chunk, in bounded memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -123,13 +123,13 @@ class StoreWriter:
         self._bad_files = (folder / BAD_FILES).open("w", encoding="utf-8")
 
     def append(self, chunk: EncodedChunk) -> None:
-        """Add the rows of `chunk`."""
-        made = {
+        """Append the rows of `chunk`."""
+        computed = {
             "offsets": self._end + np.cumsum(chunk.lengths),
             "image_ends": self._names_end + np.cumsum(chunk.image_lengths),
         }
         for name, column in self._columns.items():
-            column.append(made[name] if name in made else getattr(chunk, name))
+            column.append(computed[name] if name in computed else getattr(chunk, name))
         self._end += len(chunk.token_ids)
         self._names_end += len(chunk.image_names)
         self._rows_read += len(chunk.lengths) + len(chunk.faults)
@@ -137,13 +137,13 @@ class StoreWriter:
             if row.fault.file:
                 self._bad_files.write(json.dumps(row.fault.file) + "\n")
             key = _outline(row.fault.words)
-            if key not in self._faults and len(self._faults) >= _MOST_REASONS:
-                key = "has a fault of yet another kind"
+            if key not in self._faults and len(self._faults) >= _MAX_REASONS:
+                key = "has another fault"
                 self._faults.setdefault(key, FaultGroup(key))
             self._faults.setdefault(key, FaultGroup(row.fault.words)).add(row)
 
     def finish(self) -> None:
-        """Complete the arrays and write about.json, which makes the store valid."""
+        """Complete the arrays and write about.json; the store is valid afterwards."""
         self._bad_files.close()
         sizes = {name: column.close() for name, column in self._columns.items()}
         faults = sorted(self._faults.values(), key=lambda group: -group.count)
@@ -155,20 +155,20 @@ class StoreWriter:
         (self._folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
     def abort(self) -> None:
-        """Close the files of a store that is given up."""
+        """Close the files of an incomplete store."""
         self._bad_files.close()
         for column in self._columns.values():
             column.close()
 
 
 class RowStore:
-    """The encoded rows of one source, read from `folder` when they are asked for.
+    """The encoded rows of one source, read from `folder` on access.
 
     Args:
         folder: a folder that `StoreWriter` finished.
-        key: what the store is known by in the cache.
+        key: the key of the store in the cache.
         file_names: the names of the source's files, for messages.
-        units: what the numbers of their rows count; lines if it is left out.
+        units: what the row numbers of each file count; default 'line'.
 
     Raises:
         ValueError: the folder is incomplete or damaged.
@@ -209,7 +209,7 @@ class RowStore:
             and bool(np.all(offsets[1:] > offsets[:-1]))
         )
         if not consistent:
-            raise ValueError(f"{self.folder}: the arrays do not fit together")
+            raise ValueError(f"{self.folder}: the arrays are inconsistent")
 
     def _value(self, name: str, row: int) -> int:
         return int(self._columns[name].read(row, 1)[0])
@@ -231,7 +231,7 @@ class RowStore:
 
     @property
     def sequences_per_row(self) -> int:
-        """Sequences that each row holds, end to end."""
+        """Number of concatenated sequences in each row."""
         return max(1, len(self._columns["sequence_lengths"]) // max(1, len(self)))
 
     @property
@@ -253,7 +253,7 @@ class RowStore:
 
     @property
     def supervised(self) -> npt.NDArray[np.int32]:
-        """Tokens of each row that the loss sums over ``[R]``."""
+        """Supervised tokens of each row ``[R]``."""
         return self._columns["supervised"].read()
 
     @property
@@ -263,12 +263,12 @@ class RowStore:
 
     @property
     def rows_read(self) -> int:
-        """Rows of the source, those that failed among them."""
+        """Number of rows of the source, including failed ones."""
         return int(self.about["rows_read"])
 
     @property
     def faults(self) -> list[FaultGroup]:
-        """The rows that failed, by reason, the most frequent first."""
+        """The failed rows by reason, most frequent first."""
         return [
             FaultGroup(
                 group["what"],
@@ -279,7 +279,7 @@ class RowStore:
         ]
 
     def bad_files(self) -> Iterator[str]:
-        """Names of the files beside the data by whose fault rows failed: all of them, in order."""
+        """Names of the referenced files that made rows fail, in order."""
         with (self.folder / BAD_FILES).open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
@@ -287,7 +287,7 @@ class RowStore:
     def tokens(
         self, row: int, start: int, length: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """`length` token ids from `start` on of one row, and their loss mask."""
+        """`length` token ids of a row from `start`, and their loss mask."""
         first = self._value("offsets", row) + start
         return (
             self._columns["token_ids"].read(first, length).astype(np.int64),
@@ -300,17 +300,18 @@ class RowStore:
         return int(end - start)
 
     def count_supervised(self, row: int, start: int, length: int) -> int:
-        """How many of `length` tokens from `start` on the loss has; the first never counts."""
+        """Number of supervised tokens among `length` from `start`; the first never counts."""
         first = self._value("offsets", row) + start
         return int(np.count_nonzero(self._columns["mask"].read(first + 1, length - 1)))
 
-    def images(self, row: int) -> tuple[str, ...]:
-        """Names of the images of one row."""
+    def images(self, row: int) -> tuple[ImageRef, ...]:
+        """The images of one row."""
         if not len(self._columns["image_names"]):
             return ()
         start = self._value("image_ends", row - 1) if row else 0
         packed = self._columns["image_names"].read(start, self._value("image_ends", row) - start)
-        return tuple(json.loads(packed.tobytes())) if len(packed) else ()
+        pairs = json.loads(packed.tobytes()) if len(packed) else ()
+        return tuple(ImageRef(*pair) for pair in pairs)
 
     @property
     def has_images(self) -> npt.NDArray[np.bool_]:
@@ -319,11 +320,11 @@ class RowStore:
             return np.zeros(len(self), dtype=np.bool_)
         return np.diff(self._columns["image_ends"].read(), prepend=0) > 0
 
-    def place(self, row: int) -> tuple[int, int]:
-        """The number of the file that a row is from, and its line there."""
+    def location(self, row: int) -> tuple[int, int]:
+        """The number of the row's file, and its line."""
         return self._value("files", row), self._value("lines", row)
 
     def ref(self, row: int) -> RowRef:
-        """Where a row came from."""
-        file, line = self.place(row)
+        """The origin of a row."""
+        file, line = self.location(row)
         return RowRef(self._file_names[file], line, self._units[file])

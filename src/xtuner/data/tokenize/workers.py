@@ -1,8 +1,9 @@
-"""Turn rows into token ids and loss masks, in this process or in several.
+"""Encode rows to token ids and loss masks, in this process or in several.
 
-The result does not depend on the number of processes: chunks of rows are handed out, and taken
-back in order. Processes are forked on Linux, so that nothing needs pickling; they run only Python
-and the tokenizer, never torch, and die with their parent. Elsewhere this process does the work.
+The result does not depend on the number of processes: chunks of rows are distributed, and results
+are collected in order. Processes are forked on Linux, so nothing needs pickling; they run only
+Python and the tokenizer, never torch, and die with their parent. On other systems, rows are encoded
+in this process.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ import numpy.typing as npt
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, RawRow, parse
-from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_names
+from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_images
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.templates.base import Template
-from xtuner.types import Algorithm, Conversation, Encoded, Preference, Record, Row, Text
+from xtuner.types import Algorithm, Conversation, Encoded, ImageRef, Preference, Record, Row, Text
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 1 << 20
 PIECE = 200_000
-"""Most characters that the tokenizer is given at once: it needs some 200 bytes for each."""
+"""Maximum characters per tokenizer call, which needs about 200 bytes for each."""
 
-_NO_IMAGES = "were given, but the model does not take images; set visual_encoder_name_or_path"
+_NO_IMAGES = "are present, but the model does not take images; set visual_encoder_name_or_path"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -51,14 +52,14 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """What is done to every row of a source.
+    """Encodes the rows of a source.
 
     Attributes:
         formats: the format of each file of the source.
-        template: lays out conversations.
+        template: renders conversations.
         tokenizer: encodes plain text.
-        algorithm: which records it takes, and which sequences it makes of them.
-        sight: how images are laid out; None where the model has no vision tower.
+        algorithm: defines the accepted records and their sequences.
+        image_layout: how images are expanded to tokens; None for a model without a vision tower.
     """
 
     formats: Sequence[Format]
@@ -68,48 +69,57 @@ class Encoder:
     image_layout: ImageLayout | None = None
 
     def record(self, task: Task) -> Record | Fault:
-        """Read one row."""
+        """Parse and convert one row."""
         raw = task.row.value
         row = parse(raw) if isinstance(raw, bytes) else raw
         return row if isinstance(row, Fault) else self._converted(row, self.formats[task.file])
 
     def encode(self, task: Task) -> list[Encoded] | Fault:
-        """Encode one row; whatever is wrong with it is returned, not raised."""
+        """Encode one row; faults are returned, not raised."""
         return self.encode_with_images(task)[0]
 
-    def encode_with_images(self, task: Task) -> tuple[list[Encoded] | Fault, tuple[str, ...]]:
-        """Encode one row; its images are checked, and named beside it."""
+    def encode_with_images(self, task: Task) -> tuple[list[Encoded] | Fault, tuple[ImageRef, ...]]:
+        """Encode one row and check its images; return the images too."""
         record = self.record(task)
         if isinstance(record, Fault):
             return record, ()
-        images = record.images if isinstance(record, Conversation) else ()
+        images = _images_of(record)
         if images and self.image_layout is None:
             return Fault(_NO_IMAGES, "images"), ()
+        if images and isinstance(record, Preference):
+            return Fault("a preference with images cannot be trained on yet", "images"), ()
         parts = self._encode(record)
         if self.image_layout is None or isinstance(parts, Fault) or isinstance(record, Preference):
-            return parts, images
-        laid_out = self.image_layout.laid_out(parts[0], images)
-        return (laid_out if isinstance(laid_out, Fault) else [laid_out, *parts[1:]]), images
+            return parts, ()
+        expanded = self.image_layout.expanded(parts[0], images)
+        if isinstance(expanded, Fault):
+            return expanded, ()
+        return [expanded[0], *parts[1:]], expanded[1]
 
     def _encode(self, record: Record) -> list[Encoded] | Fault:
         algorithm = self.algorithm
         if not isinstance(record, algorithm.records):
-            wanted = " or ".join(kind.__name__ for kind in algorithm.records)
+            expected = " or ".join(kind.__name__ for kind in algorithm.records)
             return Fault(
-                f"is read as a {type(record).__name__}, and this algorithm takes a {wanted}; set "
+                f"is read as {type(record).__name__}, but this algorithm requires {expected}; set "
                 "another dataset_format or algorithm"
             )
         try:
             parts = list(algorithm.encode(record, self))
-        except Exception as error:  # a template is its author's code: one row must not end the run
+        except Exception as error:  # templates are third-party code; one row must not stop the run
             return Fault(_one_line(error))
+        if wrong := next((part for part in parts if not isinstance(part, Encoded)), None):
+            raise ConfigError(
+                f"{type(algorithm).__name__}.encode made a {type(wrong).__name__}; every sequence "
+                "must be an Encoded of xtuner.types, as encoder.conversation and encoder.text give"
+            )
         if len(parts) != algorithm.sequences_per_row:
             raise ConfigError(
-                f"{type(algorithm).__name__}.encode made {len(parts)} sequences of a row; its "
-                f"sequences_per_row is {algorithm.sequences_per_row}"
+                f"{type(algorithm).__name__}.encode returned {len(parts)} sequences for a row, "
+                f"but its sequences_per_row is {algorithm.sequences_per_row}"
             )
         if not all(any(part.loss_mask[1:]) for part in parts):
-            return Fault("has no supervised token, so nothing would be learned from it")
+            return Fault("has no supervised tokens, so it has no effect on training")
         return parts
 
     def _converted(self, row: Row, format: Format) -> Record | Fault:
@@ -122,11 +132,11 @@ class Encoder:
             return Fault(f"format {format.name!r} raised {_one_line(error)}")
 
     def conversation(self, record: Conversation) -> Encoded:
-        """The text of the template; what the assistant says is supervised."""
+        """Encode a conversation with the template; assistant turns are supervised."""
         return self.template.encode(record)
 
     def text(self, record: Text) -> Encoded:
-        """The text with the tokenizer's begin and end; all but the first token supervised."""
+        """Encode text with the tokenizer's BOS and EOS; all but the first token are supervised."""
         ids: list[int] = []
         for piece in _pieces(record.text):
             ids += self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
@@ -139,13 +149,22 @@ class Encoder:
 
     @cached_property
     def _first(self) -> list[int]:
-        """The begin-of-text token, if the tokenizer puts one before texts by itself."""
+        """The BOS token, if the tokenizer adds one by default."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
 
 
+def _images_of(record: Record) -> tuple[str, ...]:
+    match record:
+        case Conversation():
+            return record.images
+        case Preference():
+            return (*record.chosen.images, *record.rejected.images)
+    return ()
+
+
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a very long text after line ends, else before spaces, where words end anyway."""
+    """Split a very long text after line ends, otherwise before spaces."""
     start = 0
     while len(text) - start > PIECE:
         stop = text.rfind("\n", start + 1, start + PIECE) + 1
@@ -163,7 +182,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _Row(NamedTuple):
-    """An encoded row: its sequences end to end."""
+    """An encoded row: its concatenated sequences."""
 
     task: Task
     token_ids: npt.NDArray[np.int32]
@@ -173,7 +192,7 @@ class _Row(NamedTuple):
 
     @property
     def supervised(self) -> int:
-        """Tokens that the loss sums over: the first of a sequence never counts."""
+        """Number of supervised tokens; the first token of a sequence never counts."""
         firsts = np.cumsum([0, *self.lengths[:-1]])
         return int(self.mask.sum() - self.mask[firsts].sum())
 
@@ -183,14 +202,14 @@ def encode_chunk(encoder: Encoder, tasks: Sequence[Task]) -> EncodedChunk:
     rows: list[_Row] = []
     faults: list[BadRow] = []
     for task in tasks:
-        parts, names = encoder.encode_with_images(task)
+        parts, images = encoder.encode_with_images(task)
         if isinstance(parts, Fault):
             faults.append(BadRow(task.file, task.row.line, parts))
             continue
         ids = np.concatenate([np.array(part.input_ids, np.int32) for part in parts])
         mask = np.concatenate([np.array(part.loss_mask, np.bool_) for part in parts])
         lengths = [len(part.input_ids) for part in parts]
-        rows.append(_Row(task, ids, mask, lengths, packed_names(names)))
+        rows.append(_Row(task, ids, mask, lengths, packed_images(images)))
     several = encoder.algorithm.sequences_per_row > 1
     return EncodedChunk(
         token_ids=np.concatenate([np.zeros(0, np.int32), *(row.token_ids for row in rows)]),
@@ -215,7 +234,7 @@ def encode_all(
     """Encode `chunks` in `processes` processes and yield the results in the order of the chunks.
 
     Raises:
-        DataError: a process was killed, as happens when memory runs out.
+        DataError: a process was killed, for example because memory ran out.
     """
     if processes == 1 or not _CAN_FORK:
         yield from (encode_chunk(encoder, chunk) for chunk in chunks)
@@ -237,7 +256,7 @@ def encode_all(
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a process that encodes the data was killed; if memory ran out, "
+                "a process that encodes the data was killed, possibly because memory ran out; "
                 "set dataset_num_proc to a smaller number"
             ) from error
         finally:
@@ -245,7 +264,7 @@ def encode_all(
 
 
 def chunked(tasks: Iterable[Task]) -> Iterator[list[Task]]:
-    """Group tasks to chunks that are worth handing to another process."""
+    """Group tasks into chunks for the worker processes."""
     chunk: list[Task] = []
     size = 0
     for task in tasks:
@@ -265,11 +284,11 @@ _worker_encoder: Encoder | None = None
 def _start_worker(encoder: Encoder, parent: int) -> None:
     global _worker_encoder
     _worker_encoder = encoder
-    # Ctrl-C reaches every process of the terminal; the parent ends its workers
+    # Ctrl-C reaches all processes of the terminal; the parent stops its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # it died before prctl was called
         os._exit(1)
 
 
@@ -280,17 +299,17 @@ def _encode_in_worker(chunk: Sequence[Task]) -> EncodedChunk:
 
 @contextmanager
 def _serial_tokenizers() -> Iterator[None]:
-    """Keep tokenizers from using threads: a forked process has none of its parent's."""
+    """Disable threads in tokenizers, which do not survive a fork."""
     name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
+    previous = os.environ.get(name)
     os.environ[name] = "false"
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             os.environ.pop(name, None)
         else:
-            os.environ[name] = before
+            os.environ[name] = previous
 
 
 def _hash(

@@ -16,6 +16,9 @@ from xtuner.config.schema import Settings
 from xtuner.engine.counting import Counter
 from xtuner.errors import ConfigError
 
+Question = tuple[str, tuple[str, ...]]
+"""A text, and the names of the images that it is about."""
+
 
 @dataclass
 class Run:
@@ -27,8 +30,9 @@ class Run:
         log_dir: the time-stamped folder of this start.
         console: the terminal; print through it, so that the progress bar stays whole.
         answer: asks the model a question, and about an image if one is named, and returns its
-            answer.
-        validate: mean loss on the validation split, or None without one.
+            answer; this process alone answers, unless weights are sharded.
+        validate: mean loss on the validation split, measured by all processes together; None
+            without a split.
         step: optimizer steps done.
         total_steps: at which the run ends.
         start_step: at which it started (not 0 after a resume).
@@ -36,6 +40,8 @@ class Run:
         scalars: the numbers of the last step; a hook may add to them in `on_step`.
         counter: counts in the unit of the setting `steps_are`.
         count: what the checkpoint that is being saved is named by, in that unit.
+        is_main: whether this is the main process, which alone writes files.
+        ask_all: see `answers`.
     """
 
     settings: Settings
@@ -51,15 +57,30 @@ class Run:
     scalars: dict[str, float] = field(default_factory=dict)
     counter: Counter = field(default_factory=Counter)
     count: int = 0
+    is_main: bool = True
+    ask_all: Callable[[Sequence[Question]], list[str]] | None = None
+
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """The answers to `questions`, in order. All processes ask together, and share the work
+        where each holds the whole model."""
+        if self.ask_all is not None:
+            return self.ask_all(questions)
+        return [self.answer(question, *images) for question, images in questions]
 
 
 class BaseHook:
     """A hook that does nothing; override what you need.
 
-    Hooks run in the main process only. Those with a lower `order` run first.
+    Hooks with a lower `order` run first.
+
+    Attributes:
+        collective: the hook runs on every process, and may call what all processes call together:
+            `run.validate`, `run.answers`, a forward pass of sharded weights. It writes files on
+            ``run.is_main`` only. Other hooks run on the main process alone.
     """
 
     order = 50
+    collective = False
 
     def wanted(self, run: Run) -> bool:
         """Whether the settings of this run ask for the hook."""
@@ -82,7 +103,8 @@ def make_hooks(run: Run, *, custom: Sequence[str], folder: Path) -> list[BaseHoo
     """Make every hook of this package, and the user's, that wants this run.
 
     Args:
-        run: the run they will watch.
+        run: the run they will watch; on all processes but the main one only collective hooks are
+            made.
         custom: the setting `custom_hooks`.
         folder: where relative paths in `custom` are looked up first.
 
@@ -98,7 +120,8 @@ def make_hooks(run: Run, *, custom: Sequence[str], folder: Path) -> list[BaseHoo
                 f"custom_hooks: {name!r} is not a subclass of xtuner.engine.hooks.base.BaseHook"
             )
         classes.append(kind)
-    return [hook for hook in (kind() for kind in classes) if hook.wanted(run)]
+    here = [kind for kind in classes if run.is_main or kind.collective]
+    return [hook for hook in (kind() for kind in here) if hook.wanted(run)]
 
 
 def numbers(scalars: Mapping[str, float], keys: Sequence[str]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.hooks.base import BaseHook, Question, Run
 
 
 class Hook(BaseHook):
     """Writes ``eval_outputs_iter_N.txt`` and measures the validation loss."""
 
     order = 10
+    collective = True
 
     def __init__(self) -> None:
         self._done_at = -1
@@ -44,18 +45,26 @@ class Hook(BaseHook):
             run.console.print(f"Validation loss {when}: {run.scalars['val_loss']:.4f}")
         if not run.settings.evaluation_inputs:
             return
+        questions = _questions(run)
+        answers = run.answers(questions)
+        if not run.is_main:
+            return
         run.console.print(f"\n[bold]Sample answers {when}[/bold]")
         lines = [f"Sample answers {when}", ""]
-        settings = run.settings
-        images = settings.evaluation_images or ("",)
-        images = images * (len(settings.evaluation_inputs) if len(images) == 1 else 1)
-        for question, image in zip(settings.evaluation_inputs, images, strict=True):
-            answer = run.answer(question, image) if image else run.answer(question)
-            shown = f"  [magenta]Image[/magenta] {escape(image)}\n" if image else ""
+        for (question, images), answer in zip(questions, answers, strict=True):
+            shown = "".join(f"  [magenta]Image[/magenta] {escape(name)}\n" for name in images)
             run.console.print(
                 f"{shown}  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] {escape(answer)}\n"
             )
-            lines += [*([f"Image: {image}"] if image else []), f"Q: {question}", f"A: {answer}", ""]
+            lines += [*(f"Image: {name}" for name in images), f"Q: {question}", f"A: {answer}", ""]
         number = run.counter.done(run.step) if count is None else count
         file = run.log_dir / f"eval_outputs_iter_{number}.txt"
         file.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _questions(run: Run) -> list[Question]:
+    """Those of the settings, each with its image if there is one."""
+    inputs = run.settings.evaluation_inputs
+    images = run.settings.evaluation_images or ("",)
+    images = images * (len(inputs) if len(images) == 1 else 1)
+    return [(text, (image,) if image else ()) for text, image in zip(inputs, images, strict=True)]

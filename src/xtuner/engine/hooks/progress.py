@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -32,7 +34,7 @@ class Hook(BaseHook):
 
     def on_start(self, run: Run) -> None:
         """Draw the bar."""
-        if not run.console.is_terminal:
+        if not _can_draw(run.console):
             return
         self._bar = Progress(
             TextColumn("Training"),
@@ -69,6 +71,12 @@ class Hook(BaseHook):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _can_draw(console: Console) -> bool:
+    """Whether a bar can be drawn: in a terminal, or in a notebook that has widgets."""
+    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal or in_notebook
 
 
 def _words(run: Run, keys: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ the last step that was taken: a step that is broken off leaves nothing behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,15 +49,14 @@ class LossScaler:
         """The scaler for computing in `dtype`; only float16 needs one."""
         return cls(enabled=dtype == torch.float16)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the scaled `loss` to those of the parameters."""
-        (loss.float() * self.scale if self.enabled else loss).backward()  # type: ignore[no-untyped-call]
+    def scaled(self, loss: Tensor) -> Tensor:
+        """`loss` times the scale, in float32; its gradients are to be multiplied by `inverse`."""
+        return loss.float() * self.scale if self.enabled else loss
 
-    def unscale(self, parameters: Iterable[Tensor]) -> None:
-        """Divide all gradients by the scale, in place; they are float32."""
-        grads = [p.grad for p in parameters if p.grad is not None] if self.enabled else []
-        if grads:
-            torch._foreach_mul_(grads, 1.0 / self.scale)
+    @property
+    def inverse(self) -> float:
+        """What gradients of the scaled loss are multiplied by, as float32."""
+        return 1.0 / self.scale
 
     def lower(self) -> bool:
         """Halve the scale after an overflow; False if it is as low as it gets."""

@@ -1,15 +1,14 @@
-"""Causal attention of packed samples on a CPU, in equal blocks and with few large products.
+"""Block-wise causal attention of packed samples on a CPU, with few large products.
 
-The row is cut into blocks of `BLOCK` queries. A block sees the keys from the first token of its
-first sample (or from where its sliding window begins) to its own end, so hardly any work goes to
-pairs of different samples or to later keys. Blocks that see equally many keys are multiplied
-together: a few shapes only, whatever the lengths of the samples (each new shape costs oneDNN a
-compilation). The backward pass is written out:
+The row is cut into blocks of `BLOCK` queries. A block attends to the keys from the first token of
+its first sample (or from the start of its sliding window) to its own end, so little work is spent
+on masked pairs. Blocks with the same number of keys are multiplied together, which gives few shapes
+for any sample lengths (oneDNN compiles code for each new shape). The backward pass is explicit:
 
     P = softmax(s Q K^T),  O = P V
     dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(dP * P)),  dQ = s dS K,  dK = s dS^T Q
 
-torch's own kernel for CPUs takes twice to three times as long, most of it in its backward pass.
+torch's CPU kernel takes two to three times as long, mostly in its backward pass.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ from xtuner.kernels import compiled
 from xtuner.kernels.compiled import Kernels, Rotation, kernels_for, readable
 
 BLOCK = 64
-"""Queries in a block; the keys that it sees begin at a multiple of this, too."""
+"""Queries per block; the keys of a block also start at a multiple of it."""
 
-KEPT_KEYS = 512
-"""Blocks that see at most so many keys keep their weights for the backward pass; others
-recompute."""
+MAX_SAVED_KEYS = 512
+"""Blocks with at most this many keys save their weights for the backward pass; others recompute
+them."""
 
-SCORES = 2**22
-"""Scores computed at once; 16 MiB in float32, which stays in the cache."""
+MAX_SCORES = 2**22
+"""Maximum number of scores per product; 16 MiB in float32, which fits into the cache."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of one shape, all at once.
+    """A batch of blocks of the same shape.
 
     Attributes:
-        part: which of the blocks, in the order of `Layout`.
-        width: keys that a block sees.
-        rows: these keys, ``[n * kv_heads * w]``, as rows of ``[kv_heads * N, D]``.
+        part: slice of the blocks in the order of `Layout`.
+        width: number of keys of a block.
+        rows: indices of the keys into rows of ``[kv_heads * N, D]``, ``[n * kv_heads * w]``.
         starts: the first key of each block.
-        within: the first key and the last key + 1, counted from there, that each query sees; int32
-            ``[n, b]``.
+        within: the range of keys (first, last + 1), relative to `starts`, that each query attends
+            to; int32 ``[n, b]``.
     """
 
     part: slice
@@ -59,18 +58,18 @@ class Blocks:
     within: tuple[Tensor, Tensor]
 
     @property
-    def keeps_weights(self) -> bool:
-        """Whether the attention weights wait for the backward pass."""
-        return self.width <= KEPT_KEYS
+    def saves_weights(self) -> bool:
+        """Whether the attention weights are saved for the backward pass."""
+        return self.width <= MAX_SAVED_KEYS
 
     @cached_property
-    def begins(self) -> Tensor:
-        """`starts`, int64 ``[n]``."""
+    def starts_tensor(self) -> Tensor:
+        """`starts` as an int64 tensor ``[n]``."""
         return torch.tensor(self.starts)
 
     @cached_property
     def bias(self) -> Tensor:
-        """``[n, 1, b, w]``, 0 where a query sees a key, else -inf."""
+        """``[n, 1, b, w]``, 0 where a query attends to a key, else -inf."""
         keys = torch.arange(self.width, device=self.rows.device)
         first, last = (x[..., None] for x in self.within)
         hidden = ((keys < first) | (keys >= last))[:, None]
@@ -79,10 +78,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the blocks of a row of `total` tokens see each other.
+    """The blocks of a row of `total` tokens, grouped by their number of keys.
 
-    `total` is a multiple of `BLOCK`. `order` puts blocks that see equally many keys side by side;
-    ``shapes`` says for each such number of keys which blocks these are and where their keys begin.
+    `total` is a multiple of `BLOCK`. `order` sorts blocks with the same number of keys together;
+    each entry of `shapes` is (index of the first block, number of keys, first key of each block).
     """
 
     cu_seqlens: tuple[int, ...]
@@ -93,18 +92,18 @@ class Layout:
 
     @property
     def widest(self) -> int:
-        """Keys that the block sees which sees most."""
+        """The largest number of keys of a block."""
         return max((width for _, width, _ in self.shapes), default=0)
 
     @property
     def pairs(self) -> int:
-        """Pairs of a query and a key that are multiplied."""
+        """Number of pairs of query and key that are multiplied."""
         return sum(BLOCK * width * len(starts) for _, width, starts in self.shapes)
 
 
 @lru_cache(maxsize=8)
 def layout_of(cu_seqlens: tuple[int, ...], window: int | None) -> Layout:
-    """Cut a row into blocks; the samples lie between `cu_seqlens`."""
+    """Cut a row with samples at `cu_seqlens` into blocks."""
     total = -(-cu_seqlens[-1] // BLOCK) * BLOCK
     found: dict[int, list[tuple[int, int]]] = {}
     for first in range(0, total, BLOCK):
@@ -124,12 +123,12 @@ def layout_of(cu_seqlens: tuple[int, ...], window: int | None) -> Layout:
 def _make_blocks(
     layout: Layout, heads: int, kv_heads: int, device: torch.device
 ) -> Iterator[Blocks]:
-    padded = (*layout.cu_seqlens, layout.total)  # the padding is a sample that nobody sees
+    padded = (*layout.cu_seqlens, layout.total)  # the padding is a sample of its own
     start_of = torch.repeat_interleave(
         torch.tensor(padded[:-1]), torch.tensor(padded).diff(), output_size=layout.total
     )
     for first, width, all_starts in layout.shapes:
-        at_once = max(1, SCORES // (heads * BLOCK * width))
+        at_once = max(1, MAX_SCORES // (heads * BLOCK * width))
         for i in range(0, len(all_starts), at_once):
             starts = all_starts[i : i + at_once]
             part = slice(first + i, first + i + len(starts))
@@ -150,8 +149,8 @@ def _shared_blocks(*key: Any) -> tuple[Blocks, ...]:
 
 
 def _blocks(layout: Layout, heads: int, kv_heads: int, device: torch.device) -> Iterable[Blocks]:
-    """The blocks of a row; all layers share them unless they would take much memory."""
-    make = _shared_blocks if layout.pairs <= SCORES else _make_blocks
+    """The blocks of a row, shared by all layers unless they would take too much memory."""
+    make = _shared_blocks if layout.pairs <= MAX_SCORES else _make_blocks
     return make(layout, heads, kv_heads, device)
 
 
@@ -176,13 +175,13 @@ class _BlockAttention(torch.autograd.Function):
         k = _by_head(key, layout, rotation, kernels)
         v = _by_head(value, layout, None, kernels)
         out = q.new_empty(*q.shape[:-1], value.shape[-1])
-        kept = []
+        saved = []
         for blocks in _blocks(layout, heads, kv_heads, query.device):
             weights = _weights(q, k, blocks, scale, kernels)
-            torch.matmul(weights, _seen(v, blocks), out=out[blocks.part])
-            if blocks.keeps_weights and any(ctx.needs_input_grad):
-                kept.append(weights)
-        ctx.save_for_backward(q, k, v, *kept)
+            torch.matmul(weights, _gather(v, blocks), out=out[blocks.part])
+            if blocks.saves_weights and any(ctx.needs_input_grad):
+                saved.append(weights)
+        ctx.save_for_backward(q, k, v, *saved)
         ctx.options = query.shape[0], heads, rotation, layout, scale, kernels
         return _from_blocks(
             out.view(-1, heads, BLOCK, value.shape[-1]), query.shape[0], layout, None, kernels
@@ -190,23 +189,24 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         total, heads, rotation, layout, scale, kernels = ctx.options
         wide = torch.promote_types(q.dtype, torch.float32)
         grad = _in_blocks(grad, layout, None, kernels).view(*q.shape[:-1], grad.shape[-1])
         grad_q = torch.empty_like(q)
         grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        waiting = iter(kept)
+        saved_weights = iter(saved)
         for blocks in _blocks(layout, heads, k.shape[0], q.device):
             part = blocks.part
-            weights = (
-                next(waiting) if blocks.keeps_weights else _weights(q, k, blocks, scale, kernels)
-            )
-            grad_weights = grad[part] @ _seen(v, blocks).mT
-            _add_seen(grad_v, blocks, weights.mT @ grad[part], kernels)
+            if blocks.saves_weights:
+                weights = next(saved_weights)
+            else:
+                weights = _weights(q, k, blocks, scale, kernels)
+            grad_weights = grad[part] @ _gather(v, blocks).mT
+            _scatter_add(grad_v, blocks, weights.mT @ grad[part], kernels)
             scores = _grad_scores(grad_weights, weights, blocks, scale, kernels)
-            torch.matmul(scores, _seen(k, blocks), out=grad_q[part])
-            _add_seen(grad_k, blocks, scores.mT @ q[part], kernels)
+            torch.matmul(scores, _gather(k, blocks), out=grad_q[part])
+            _scatter_add(grad_k, blocks, scores.mT @ q[part], kernels)
         grad_query = _from_blocks(
             grad_q.view(-1, heads, BLOCK, q.shape[-1]), total, layout, rotation, kernels
         )
@@ -216,13 +216,13 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def kernels_for_rows(*tensors: Tensor) -> Kernels | None:
-    """The kernels for these rows, of any strides; none where their types differ."""
+    """The kernels for tensors of any strides; None if their dtypes differ."""
     return kernels_for(*(x.new_empty(0) for x in tensors))
 
 
 def _weights(q: Tensor, k: Tensor, blocks: Blocks, scale: float, kernels: Kernels | None) -> Tensor:
-    """Attention weights ``[n, kv_heads, group * b, w]``; exponentials are summed in float32."""
-    scores = q[blocks.part] @ _seen(k, blocks).mT
+    """Attention weights ``[n, kv_heads, group * b, w]``; the softmax sums in float32."""
+    scores = q[blocks.part] @ _gather(k, blocks).mT
     if kernels is not None:
         return kernels.softmax_within(scores, blocks.within, scale)
     by_query = scores.view(len(scores), -1, BLOCK, blocks.width)
@@ -241,13 +241,13 @@ def _grad_scores(
 def _in_blocks(
     x: Tensor, layout: Layout, rotation: Rotation | None, kernels: Kernels | None
 ) -> Tensor:
-    """``[N, heads, D]``, rotated, as ``[blocks, heads, b, D]`` in the layout's order."""
+    """Rotate ``[N, heads, D]`` and arrange it as ``[blocks, heads, b, D]`` in layout order."""
     total, heads, width = x.shape
     if kernels is not None:
         make = x.new_empty if total == layout.total else x.new_zeros
         out = make(len(layout.order), heads, BLOCK, width)
         return kernels.rotate_out(
-            readable(x), rotation, out, _places(layout, heads, width), BLOCK * width
+            readable(x), rotation, out, _offsets(layout, heads, width), BLOCK * width
         )
     x = F.pad(_rotated(x, rotation), (0, 0, 0, 0, 0, layout.total - total))
     x = x.reshape(layout.total // BLOCK, -1).index_select(0, layout.order)
@@ -257,12 +257,12 @@ def _in_blocks(
 def _from_blocks(
     x: Tensor, total: int, layout: Layout, rotation: Rotation | None, kernels: Kernels | None
 ) -> Tensor:
-    """The way back of `_in_blocks`, for values and, with a rotation, for gradients."""
+    """Inverse of `_in_blocks`; with a rotation, its backward pass."""
     num_blocks, heads, _, width = x.shape
     if kernels is not None:
         out = x.new_empty(total, heads, width)
-        place = _places(layout, heads, width)
-        return kernels.rotate_back(x, rotation, out, place, BLOCK * width)
+        offsets = _offsets(layout, heads, width)
+        return kernels.rotate_back(x, rotation, out, offsets, BLOCK * width)
     x = x.view(num_blocks, -1).index_select(0, layout.order.argsort())
     x = x.view(num_blocks, heads, BLOCK, width).transpose(1, 2)
     return _rotated_back(x.reshape(layout.total, heads, width)[:total], rotation)
@@ -271,13 +271,13 @@ def _from_blocks(
 def _by_head(
     x: Tensor, layout: Layout, rotation: Rotation | None, kernels: Kernels | None
 ) -> Tensor:
-    """``[N, kv_heads, D]``, rotated, as ``[kv_heads, padded N, D]``."""
+    """Rotate ``[N, kv_heads, D]`` and arrange it as ``[kv_heads, padded N, D]``."""
     total, heads, width = x.shape
     make = x.new_empty if total == layout.total else x.new_zeros
     out = make(heads, layout.total, width)
     if kernels is not None:
-        place = torch.arange(0, total * width, width)
-        return kernels.rotate_out(readable(x), rotation, out, place, layout.total * width)
+        offsets = torch.arange(0, total * width, width)
+        return kernels.rotate_out(readable(x), rotation, out, offsets, layout.total * width)
     out[:, :total] = _rotated(x, rotation).transpose(0, 1)
     return out
 
@@ -285,18 +285,18 @@ def _by_head(
 def _from_heads(
     x: Tensor, total: int, rotation: Rotation | None, kernels: Kernels | None
 ) -> Tensor:
-    """The way back of `_by_head` for a gradient."""
+    """Backward pass of `_by_head`."""
     heads, padded, width = x.shape
     if kernels is not None:
-        place = torch.arange(0, total * width, width)
+        offsets = torch.arange(0, total * width, width)
         out = x.new_empty(total, heads, width)
-        return kernels.rotate_back(x, rotation, out, place, padded * width)
+        return kernels.rotate_back(x, rotation, out, offsets, padded * width)
     return _rotated_back(x.transpose(0, 1)[:total], rotation)
 
 
 @lru_cache(maxsize=8)
-def _places(layout: Layout, heads: int, width: int) -> Tensor:
-    """Where `_in_blocks` puts each token's first head."""
+def _offsets(layout: Layout, heads: int, width: int) -> Tensor:
+    """Offset of the first head of each token in the result of `_in_blocks`."""
     token = torch.arange(layout.total)
     block = layout.order.argsort()[token // BLOCK]
     return (block * (heads * BLOCK) + token % BLOCK) * width
@@ -318,16 +318,16 @@ def _rotated_back(grad: Tensor, rotation: Rotation | None) -> Tensor:
     return (grad * cos + torch.cat([b, -a], -1)).to(grad.dtype)
 
 
-def _seen(x: Tensor, blocks: Blocks) -> Tensor:
-    """Keys or values that the blocks see, ``[n, kv_heads, w, D]``."""
+def _gather(x: Tensor, blocks: Blocks) -> Tensor:
+    """Keys or values of the blocks, ``[n, kv_heads, w, D]``."""
     kv_heads, _, width = x.shape
     return x.flatten(0, 1).index_select(0, blocks.rows).view(-1, kv_heads, blocks.width, width)
 
 
-def _add_seen(target: Tensor, blocks: Blocks, x: Tensor, kernels: Kernels | None) -> None:
-    """Add ``[n, kv_heads, w, D]`` to the keys' places in ``[kv_heads, N, D]``; windows overlap."""
+def _scatter_add(target: Tensor, blocks: Blocks, x: Tensor, kernels: Kernels | None) -> None:
+    """Add ``[n, kv_heads, w, D]`` to the blocks' keys in ``[kv_heads, N, D]``, which overlap."""
     if kernels is not None:
-        kernels.add_windows(x, target, blocks.begins, BLOCK)
+        kernels.add_windows(x, target, blocks.starts_tensor, BLOCK)
         return
     for start, part in zip(blocks.starts, x, strict=True):
         target[:, start : start + blocks.width] += part
@@ -349,10 +349,10 @@ def block_attention(
         query: ``[N, heads, D]``.
         key: ``[N, kv_heads, D]``; query head h reads kv head ``h // (heads / kv_heads)``.
         value: ``[N, kv_heads, V]``.
-        boundaries: where each sample begins, then N.
+        cu_seqlens: the start of each sample, then N.
         scale: factor of the scores.
-        window: a token sees itself and the ``window - 1`` tokens before it in its sample.
-        rotation: turn queries and keys by these rotary positions first.
+        window: a token attends to itself and the ``window - 1`` tokens before it in its sample.
+        rotation: rotary positions applied to queries and keys first.
 
     Returns:
         ``[N, heads, V]``.
@@ -372,8 +372,8 @@ def cpu_attention(
     window: int | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
-    """Causal attention within each sample of a packed row: one compiled call where the CPU
-    multiplies bfloat16 vectors, otherwise `block_attention`, whose arguments it takes."""
+    """Causal attention within each sample of a packed row: one compiled call if the CPU has
+    bfloat16 products, otherwise `block_attention`, which takes the same arguments."""
     kernels = kernels_for_rows(query, key, value)
     same = query.shape[2] == key.shape[2] == value.shape[2]
     if kernels is not None and same and kernels.attends(query.shape[2]):

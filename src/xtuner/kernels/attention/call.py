@@ -1,7 +1,7 @@
-"""What attention over cumulative lengths is asked for on a GPU, and what is installed that does it.
+"""The parameters of a variable-length attention call on a GPU, and the functions installed for it.
 
-torch's and flash-attn's functions change from release to release. Each is asked which arguments it
-takes (its schema or signature), never which version it is.
+The functions of torch and flash-attn change between releases. Support is detected by their schema
+or signature, never by version.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a layer asks of attention, besides the tensors.
+    """The parameters of a layer's attention, besides the tensors.
 
     Attributes:
-        device: of the tensors.
-        dtype: of the tensors.
-        heads: of the queries.
-        kv_heads: of keys and values; query head h reads kv head ``h // (heads / kv_heads)``.
-        width: numbers of a query or key head.
-        value_width: numbers of a value head.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
+        heads: number of query heads.
+        kv_heads: number of key and value heads; query head h reads kv head
+            ``h // (heads / kv_heads)``.
+        width: head size of queries and keys.
+        value_width: head size of values.
         scale: factor of the scores.
-        window: a token sees itself and the ``window - 1`` tokens before it; None: all before it.
+        window: a token attends to itself and the ``window - 1`` tokens before it; None: to all
+            earlier tokens.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
-        dropout: share of attention weights set to zero.
+        dropout: probability that an attention weight is set to zero.
     """
 
     device: torch.device
@@ -49,7 +51,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Functions:
-    """What this installation offers; None where it has no such function.
+    """The attention functions of this installation; None if missing.
 
     Attributes:
         capability: compute capability of the GPU.
@@ -70,7 +72,7 @@ class Functions:
 
 @cache
 def functions_for(device: torch.device) -> Functions:
-    """The functions of the installed torch and flash-attn, for a GPU."""
+    """The functions of the installed torch and flash-attn for a GPU."""
     return Functions(
         capability=torch.cuda.get_device_capability(device),
         flash=_aten("_flash_attention_forward"),
@@ -94,7 +96,8 @@ def _torch_varlen() -> Any:
 
 
 def _flash_attn_package() -> Any:
-    """A folder of that name, or a build for another torch, is found but cannot be imported."""
+    """The function of flash-attn; None if it is missing or fails to import (a build for another
+    torch)."""
     try:
         from flash_attn import (  # type: ignore[import-not-found, unused-ignore]
             flash_attn_varlen_func,
@@ -105,7 +108,7 @@ def _flash_attn_package() -> Any:
 
 
 def parameters_of(function: Any) -> frozenset[str]:
-    """Names of the arguments that an operation of torch, or a Python function, takes."""
+    """Argument names of a torch operation or a Python function."""
     schema = getattr(function, "_schema", None)
     if schema is not None:
         return frozenset(argument.name for argument in schema.arguments)
@@ -113,29 +116,29 @@ def parameters_of(function: Any) -> frozenset[str]:
 
 
 class Kernel:
-    """Causal attention within samples that lie end to end.
+    """Variable-length causal attention.
 
     Attributes:
-        name: what a run calls it.
-        family: what it does, by whichever function.
+        name: the name in console output.
+        family: the algorithm and library, for messages that hold for several functions.
     """
 
     name: str
     family: str
 
     def refusal(self, call: AttentionCall) -> str:
-        """Why it cannot serve `call`; empty if it can."""
+        """Why the kernel does not support `call`; empty if it does."""
         raise NotImplementedError
 
     def widths(self, call: AttentionCall) -> tuple[int, int]:
-        """The next head sizes that it takes, of queries and keys, and of values."""
+        """The head sizes to which queries and keys, and values, are padded."""
         raise NotImplementedError
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int,
         call: AttentionCall,
     ) -> Tensor:  # fmt: skip
-        """As a call of the kernel, for heads of `widths`."""
+        """`__call__` for heads of the sizes in `widths`."""
         raise NotImplementedError
 
     def __call__(
@@ -144,42 +147,42 @@ class Kernel:
     ) -> Tensor:  # fmt: skip
         """Map queries ``[N, heads, width]`` to outputs ``[N, heads, value_width]``.
 
-        Heads are filled up with zeros to `widths`, which change no score and no other output.
+        Heads are padded with zeros to `widths`, which changes no score and no other output.
 
         Args:
-            query: a row of samples end to end.
+            query: the queries of a packed row.
             key: ``[N, kv_heads, width]``.
             value: ``[N, kv_heads, value_width]``.
-            cu_seqlens: where samples start, and the end of the last; int32, on the device.
-            longest: tokens of the longest sample.
-            call: what the layer asks for.
+            cu_seqlens: the start of each sample and the end of the last; int32, on the device.
+            longest: length of the longest sample.
+            call: the parameters of the layer.
         """
         width, value_width = self.widths(call)
-        query, key, value = _filled(query, width), _filled(key, width), _filled(value, value_width)
+        query, key, value = _padded(query, width), _padded(key, width), _padded(value, value_width)
         out = self.attend(query, key, value, cu_seqlens, longest, call)
         return out if value_width == call.value_width else out[..., : call.value_width]
 
 
-def _filled(x: Tensor, width: int) -> Tensor:
+def _padded(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def next_multiple(count: int, of: int) -> int:
-    """The smallest multiple that is not below `count`."""
+    """The smallest multiple of `of` that is at least `count`."""
     return -(-count // of) * of
 
 
 def lacks(function: Any, *names: str) -> str:
-    """That `function` does not take all of these arguments, if so."""
+    """Which of these arguments `function` does not take; empty if it takes all."""
     missing = [name for name in names if name not in parameters_of(function)]
-    return f"has no {' and no '.join(missing)} in this release" if missing else ""
+    return f"does not take {' or '.join(missing)} in this release" if missing else ""
 
 
 def dotted(capability: tuple[int, int]) -> str:
-    """As NVIDIA writes it: 7.5."""
+    """A compute capability as NVIDIA writes it: 7.5."""
     return ".".join(map(str, capability))
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """Without the library's name."""
+    """The name of `dtype` without ``torch.``."""
     return str(dtype).removeprefix("torch.")

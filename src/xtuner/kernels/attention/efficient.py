@@ -1,4 +1,4 @@
-"""Memory-efficient attention over cumulative lengths, torch's for GPUs of any age."""
+"""torch's variable-length memory-efficient attention, which also supports older GPUs."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from xtuner.kernels.attention.call import (
 )
 
 CAUSAL = 1
-"""`custom_mask_type`: a query sees the keys up to its own."""
+"""The causal value of `custom_mask_type`."""
 
 
 class MemoryEfficient(Kernel):
-    """For every NVIDIA GPU since Maxwell, and so for those without bfloat16; and for float32."""
+    """Supports every NVIDIA GPU since Maxwell, including those without bfloat16, and float32."""
 
-    name = "memory-efficient attention over cu_seqlens (torch)"
+    name = "varlen memory-efficient attention (torch)"
     family = "memory-efficient attention"
 
     def __init__(self, functions: Functions):
         self._functions = functions
 
     def widths(self, call: AttentionCall) -> tuple[int, int]:
-        """Heads of 16 bytes or multiples of it."""
+        """Multiples of 16 bytes."""
         step = 4 if call.dtype == torch.float32 else 8
         return next_multiple(call.width, step), next_multiple(call.value_width, step)
 
     def refusal(self, call: AttentionCall) -> str:
-        """By the type, and by what the functions of both directions take."""
+        """Check the dtype and the arguments of the forward and backward functions."""
         functions = self._functions
         if call.softcap is not None:
-            return "has no soft cap"
+            return "does not support softcap"
         if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"takes 16 or 32 bits, not {type_name(call.dtype)}"
+            return f"supports float16, bfloat16 and float32, not {type_name(call.dtype)}"
         if call.dtype == torch.bfloat16 and functions.capability < AMPERE:
-            return f"takes no bfloat16 on compute capability {dotted(functions.capability)}"
+            capability = dotted(functions.capability)
+            return f"does not support bfloat16 on compute capability {capability}"
         wanted = list(_factors(call))
         return lacks(functions.efficient, *wanted) or lacks(functions.efficient_backward, *wanted)
 
@@ -52,15 +53,15 @@ class MemoryEfficient(Kernel):
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int,
         call: AttentionCall,
     ) -> Tensor:  # fmt: skip
-        """With a gradient of our own."""
+        """Use `_EfficientAttention` for the gradient."""
         options = cu_seqlens, longest, call, self._functions
         out: Tensor = _EfficientAttention.apply(query, key, value, *options)  # type: ignore[no-untyped-call]
         return out
 
 
 class _EfficientAttention(torch.autograd.Function):
-    """torch's own gradient of this operation forgets the window (its derivatives.yaml), so it is
-    called here. Keys and values are repeated for all query heads inside, and kept as they came."""
+    """Memory-efficient attention with the correct gradient: torch's derivatives.yaml omits the
+    window. Keys and values are repeated for the query heads here, and saved unrepeated."""
 
     @staticmethod
     def forward(
@@ -107,7 +108,7 @@ def _factors(call: AttentionCall) -> dict[str, Any]:
 
 
 def _batch_of_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``[1, N, heads, D]`` with as many heads of keys and values as of queries."""
+    """``[1, N, heads, D]``, with keys and values repeated for each query head."""
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

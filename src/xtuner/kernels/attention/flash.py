@@ -1,4 +1,4 @@
-"""Flash attention over cumulative lengths by torch's and flash-attn's functions."""
+"""Variable-length flash attention of torch and flash-attn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xtuner.kernels.attention.call import (
 
 
 class _Flash(Kernel):
-    """What all flash attention has in common. It takes fewer key than query heads as they are."""
+    """The common part of flash attention, which supports grouped-query attention natively."""
 
     family = "torch's flash attention"
 
@@ -30,18 +30,18 @@ class _Flash(Kernel):
         self._takes = parameters_of(function)
 
     def widths(self, call: AttentionCall) -> tuple[int, int]:
-        """One multiple of 8 for both."""
+        """The same multiple of 8 for both."""
         width = next_multiple(max(call.width, call.value_width), 8)
         return width, width
 
     def refusal(self, call: AttentionCall) -> str:
-        """By the GPU, the type and the width, then by what the function takes."""
+        """Check the GPU, the dtype and the head size, then the arguments of the function."""
         if self._capability < AMPERE:
             return f"needs compute capability 8.0 (Ampere), not {dotted(self._capability)}"
         if call.dtype not in (torch.bfloat16, torch.float16):
-            return f"takes 16 bits, not {type_name(call.dtype)}"
+            return f"supports float16 and bfloat16, not {type_name(call.dtype)}"
         if self.widths(call)[0] > 256:
-            return f"takes heads of up to 256 numbers, not {max(call.width, call.value_width)}"
+            return f"supports head sizes up to 256, not {max(call.width, call.value_width)}"
         return self._missing(call)
 
     def _missing(self, call: AttentionCall) -> str:
@@ -49,16 +49,16 @@ class _Flash(Kernel):
 
 
 class AtenFlash(_Flash):
-    """The operation of torch that is behind its own attention functions too."""
+    """The operation that torch's public attention functions also call."""
 
-    name = "flash attention over cu_seqlens (torch)"
+    name = "varlen flash attention (torch)"
 
     def __init__(self, functions: Functions):
         super().__init__(functions.flash, functions.capability)
 
     def _missing(self, call: AttentionCall) -> str:
         if call.softcap is not None:
-            return "has no soft cap"
+            return "does not support softcap"
         windows = ("window_size_left", "window_size_right") if call.window is not None else ()
         return lacks(self._function, "scale", *windows)
 
@@ -66,7 +66,7 @@ class AtenFlash(_Flash):
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int,
         call: AttentionCall,
     ) -> Tensor:  # fmt: skip
-        """torch has its gradient (derivatives.yaml), with windows and dropout."""
+        """torch defines the gradient (derivatives.yaml), including window and dropout."""
         windows = {}
         if call.window is not None:
             windows = {"window_size_left": call.window - 1, "window_size_right": 0}
@@ -79,18 +79,18 @@ class AtenFlash(_Flash):
 
 
 class TorchVarlen(_Flash):
-    """torch's public function (2.10 and later); that of 2.10 takes neither scale nor window."""
+    """torch's public function (2.10 and later); in 2.10 it takes neither scale nor window."""
 
-    name = "flash attention over cu_seqlens (torch's varlen_attn)"
+    name = "varlen flash attention (torch's varlen_attn)"
 
     def __init__(self, functions: Functions):
         super().__init__(functions.varlen, functions.capability)
 
     def _missing(self, call: AttentionCall) -> str:
         if call.softcap is not None:
-            return "has no soft cap"
+            return "does not support softcap"
         if call.dropout:
-            return "has no dropout"
+            return "does not support dropout"
         if call.window is not None or "is_causal" not in self._takes:
             return lacks(self._function, "window_size")
         usual = self.widths(call)[0] ** -0.5
@@ -100,7 +100,7 @@ class TorchVarlen(_Flash):
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int,
         call: AttentionCall,
     ) -> Tensor:  # fmt: skip
-        """Causal order is a flag in 2.10, and a window without an end to the left since."""
+        """In torch 2.10 causal is a flag; since then it is a window unbounded to the left."""
         back = -1 if call.window is None else call.window - 1
         options: dict[str, Any] = {
             "scale": call.scale,
@@ -117,9 +117,9 @@ class TorchVarlen(_Flash):
 
 
 class FlashAttnPackage(_Flash):
-    """That of the package flash-attn, the only one with a soft cap of the scores."""
+    """The function of the package flash-attn, the only one that supports softcap."""
 
-    name = "flash attention over cu_seqlens (the package flash-attn)"
+    name = "varlen flash attention (flash-attn)"
     family = "flash-attn"
 
     def __init__(self, functions: Functions):
@@ -142,7 +142,7 @@ class FlashAttnPackage(_Flash):
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int,
         call: AttentionCall,
     ) -> Tensor:  # fmt: skip
-        """It has a gradient."""
+        """The function is differentiable."""
         out: Tensor = self._function(
             query, key, value, cu_seqlens, cu_seqlens, longest, longest, **self._options(call)
         )

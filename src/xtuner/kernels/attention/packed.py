@@ -1,14 +1,14 @@
-"""Attention over samples that lie end to end in one row and cannot see each other.
+"""Attention of packed rows, in which samples do not attend to each other.
 
-Registered in transformers' attention interface as ``xtuner``; it takes the boundaries of the
-samples (`cu_seq_lens_q`) instead of a mask, so no work is spent on pairs of tokens of different
-samples (four fifths of a packed row of 1,024 at 200 tokens a sample). A call without boundaries is
-an error, never a leaking mask. Which kernel does the work:
+Registered in transformers' attention interface as ``xtuner``. It takes `cu_seq_lens_q` instead of a
+mask, so no work is spent on pairs of tokens of different samples (four fifths of a packed row of
+1,024 tokens at 200 tokens per sample). A call without `cu_seq_lens_q` is an error, never a leaking
+mask. Kernels:
 
-- a GPU: flash attention over cumulative lengths, or memory-efficient attention for float32 and for
-  GPUs without bfloat16 (`varlen_attention`);
-- a CPU: `cpu_attention`;
-- else, and on a CPU with dropout or a soft cap of the scores: one call a sample.
+- GPU: varlen flash attention, or memory-efficient attention for float32 and for GPUs without
+  bfloat16 (`varlen`);
+- CPU: `cpu_attention`;
+- otherwise, and on a CPU with dropout or softcap: one call per sample.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ SDPA_BACKENDS = [
 
 
 def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
-    """Keep torch's attention (SDPA) from cuDNN, which plans anew for each new length.
+    """Disable the cuDNN backend of SDPA, which builds a new plan for each new length.
 
-    A plan takes 160 ms on a Hopper card, where cuDNN comes first, and packed samples, validation
-    and prompts have new lengths all the time. What the caller has turned off stays off.
+    A plan takes 160 ms on a Hopper GPU, where cuDNN has the highest priority, and packed samples,
+    validation and prompts keep bringing new lengths. Backends disabled by the caller stay disabled.
     """
     if device.type != "cuda":
         return nullcontext()
     if not torch.compiler.is_compiling() and not torch.backends.cuda.cudnn_sdp_enabled():
-        return nullcontext()  # within another one, which costs 12 us of host time
+        return nullcontext()  # nested: entering again would cost 12 us of host time
     return sdpa_kernel(SDPA_BACKENDS)
 
 
@@ -68,8 +68,8 @@ def sample_attention(
         key: ``[1, kv_heads, T, head_dim]``; query head h reads kv head ``h // (heads / kv_heads)``.
         value: as `key`.
         scaling: factor of the scores.
-        dropout: share of attention weights set to zero.
-        window: a token sees itself and the ``window - 1`` tokens before it.
+        dropout: probability that an attention weight is set to zero.
+        window: a token attends to itself and the ``window - 1`` tokens before it.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
 
     Returns:
@@ -103,20 +103,20 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
     return seen if window is None else seen.triu(1 - window)
 
 
-class Watch:
-    """Collects the options with which layers call `packed_attention`, while it is entered."""
+class CallRecorder:
+    """Context manager that records the options with which layers call `packed_attention`."""
 
-    active: Watch | None = None
+    active: CallRecorder | None = None
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def __enter__(self) -> Watch:
-        Watch.active = self
+    def __enter__(self) -> CallRecorder:
+        CallRecorder.active = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        Watch.active = None
+        CallRecorder.active = None
 
 
 def packed_attention(
@@ -129,28 +129,26 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: `query` ``[1, heads, N, head_dim]`` to ``[1, N, heads,
+    """Attention function for transformers: `query` ``[1, heads, N, head_dim]`` to ``[1, N, heads,
     head_dim]``.
 
     Raises:
-        ModelError: the boundaries of the samples are missing, or the layer asks for what is not
-        built
-            here.
+        ModelError: `cu_seq_lens_q` is missing, or the layer uses an unsupported option.
     """
-    if Watch.active is not None:
-        Watch.active.calls.append({**kwargs, "scaling": scaling, "dropout": dropout})
+    if CallRecorder.active is not None:
+        CallRecorder.active.calls.append({**kwargs, "scaling": scaling, "dropout": dropout})
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None or attention_mask is not None or query.shape[0] != 1:
         raise ModelError(
-            "xtuner's attention needs one row and the boundaries of its samples, and got none: "
-            "set attn_implementation = 'sdpa' for this model"
+            "attn_implementation = 'xtuner' needs one packed row and its cu_seqlens, which this "
+            "model does not pass on: set attn_implementation = 'sdpa'"
         )
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise ModelError(
-            f"this model's attention ({type(module).__name__}) uses "
-            f"{', '.join(unknown) or 'no causal order'}, "
-            "which xtuner's attention lacks: set attn_implementation = 'eager'"
+            f"the attention of this model ({type(module).__name__}) "
+            f"{'uses ' + ', '.join(unknown) if unknown else 'is not causal'}, which "
+            "attn_implementation = 'xtuner' does not support: set attn_implementation = 'eager'"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
@@ -168,7 +166,7 @@ def packed_attention(
         out = varlen.attend(q, k, v, call, cu_seqlens=cu_seqlens, longest=longest)
         if out is not None:
             return out[None], None
-        _tell_once(varlen.choose(call).why)
+        _warn_once(varlen.choose(call).why)
     options = {"scaling": scaling, "dropout": dropout, "window": window, "softcap": softcap}
     return _by_sample(query, key, value, cu_seqlens.tolist(), **options), None
 
@@ -176,7 +174,7 @@ def packed_attention(
 def _by_sample(
     query: Tensor, key: Tensor, value: Tensor, ends: list[int], **options: Any
 ) -> Tensor:
-    """``[1, N, heads, head_dim]`` by one call of `sample_attention` a sample."""
+    """``[1, N, heads, head_dim]`` by one call of `sample_attention` per sample."""
     with without_cudnn(query.device):
         outputs = [
             sample_attention(*(x[:, :, start:end] for x in (query, key, value)), **options)
@@ -187,7 +185,7 @@ def _by_sample(
 
 
 def call_of(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> AttentionCall:
-    """The call of a layer with queries ``[N, heads, D]``, keys and values ``[N, kv_heads, D]``."""
+    """The `AttentionCall` for queries ``[N, heads, D]``, keys and values ``[N, kv_heads, D]``."""
     return AttentionCall(
         query.device,
         query.dtype,
@@ -196,23 +194,24 @@ def call_of(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Attent
     )
 
 
-told: set[str] = set()
-"""Reasons for attention sample by sample that a run, or a warning, has told."""
+reported: set[str] = set()
+"""Reasons for per-sample attention that were already printed or warned about."""
 
 
-def _tell_once(why: str) -> None:
-    if why not in told:
-        told.add(why)
+def _warn_once(why: str) -> None:
+    if why not in reported:
+        reported.add(why)
         warnings.warn(
-            f"attention goes sample by sample, slower and with more memory: {why}", stacklevel=2
+            "attention runs one sample at a time, which is slower and takes more memory: " + why,
+            stacklevel=2,
         )
 
 
 def register() -> str:
-    """Make the name ``xtuner`` known to transformers and return it.
+    """Register ``xtuner`` in transformers' attention interface and return the name.
 
-    It gets no function for masks: transformers then builds none, and does not look for boundaries
-    of samples in the positions either, for which a GPU would have to be waited for at every step.
+    No mask function is registered: transformers then builds no mask and does not search the
+    position ids for sample boundaries, which would synchronize with the GPU at every step.
     """
     AttentionInterface.register(NAME, packed_attention)
     return NAME

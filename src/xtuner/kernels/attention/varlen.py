@@ -1,8 +1,8 @@
-"""Causal attention of samples that lie end to end, on a GPU: which kernel does it.
+"""Choose the kernel for variable-length causal attention on a GPU.
 
-`choose` takes the first kernel that serves a layer's call and proves itself (`varlen_proof`), once
-for each kind of call. A kernel that raises or differs is left aside, and the reason is kept for
-`Choice.line`, which a run prints before its first step.
+`choose` takes the first kernel that supports a call and passes `self_test`, once for each distinct
+call. A kernel that raises or gives other results is skipped; the reason is part of `Choice.line`,
+which a run prints before its first step.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from xtuner.kernels.attention.call import AttentionCall, Functions, Kernel, functions_for
 from xtuner.kernels.attention.efficient import MemoryEfficient
 from xtuner.kernels.attention.flash import AtenFlash, FlashAttnPackage, TorchVarlen
-from xtuner.kernels.attention.proof import fault_of
+from xtuner.kernels.attention.self_test import failure_of
 
 
 def kernels(functions: Functions) -> Iterator[Kernel]:
-    """The kernels in order of preference.
+    """Yield the kernels in order of preference.
 
-    ``aten._flash_attention_forward`` comes before ``varlen_attn``, which calls it from an operation
-    written in Python: 128 us of host time a call against 37 (torch 2.13). flash-attn's kernel is
-    the same algorithm; it comes behind, and is chosen for the soft cap that torch's lacks.
+    ``aten._flash_attention_forward`` comes before ``varlen_attn``, which calls it from a Python
+    operation: 37 us against 128 us of host time per call (torch 2.13). The kernel of flash-attn is
+    the same algorithm; it comes after torch's, and is chosen for softcap, which torch's lacks.
     """
     if functions.flash is not None:
         yield AtenFlash(functions)
@@ -42,8 +42,8 @@ class Choice:
     """The kernel for a call.
 
     Attributes:
-        kernel: None: nothing attends over cumulative lengths here.
-        refused: why kernels before it were not taken.
+        kernel: the kernel, or None if there is none.
+        refused: why kernels that come before it were rejected.
     """
 
     kernel: Kernel | None
@@ -51,36 +51,37 @@ class Choice:
 
     @property
     def why(self) -> str:
-        """Why nothing better is used; empty where it is the best there is."""
+        """Why no preferred kernel is used; empty if the kernel is the preferred one."""
         return "; ".join(self.refused)
 
     def line(self) -> str:
-        """What is used, and why nothing better is."""
+        """The kernel and the reason for not using a preferred one."""
         if self.kernel is None:
-            return f"one call per sample: {self.why}"
-        return f"{self.kernel.name}, since {self.why}" if self.refused else self.kernel.name
+            return f"one call per sample, because {self.why}"
+        return f"{self.kernel.name}, because {self.why}" if self.refused else self.kernel.name
 
 
 @cache
 def choose(call: AttentionCall) -> Choice:
     """The kernel for `call` on this machine."""
     if call.device.type != "cuda":
-        return Choice(None, (f"a {call.device.type} has no kernel over cu_seqlens",))
+        return Choice(None, (f"there is no varlen attention kernel for {call.device.type}",))
     return pick(call, functions_for(call.device))
 
 
 def pick(call: AttentionCall, functions: Functions) -> Choice:
-    """The first kernel made of `functions` that serves `call` and proves itself."""
-    refused: dict[str, None] = {}  # all flash attention gives one reason, where it is the same
+    """The first kernel among `functions` that supports `call` and passes the self-test."""
+    refused: dict[str, None] = {}  # a dict, so that kernels of one family report a reason once
     for kernel in kernels(functions):
         if why := kernel.refusal(call):
             refused[f"{kernel.family} {why}"] = None
-        elif fault := fault_of(kernel, call):
+        elif fault := failure_of(kernel, call):
             refused[f"{kernel.name} {fault}"] = None
         else:
             return Choice(kernel, tuple(refused))
     if not refused:
-        return Choice(None, ("this torch has no kernel over cu_seqlens, nor is there flash-attn",))
+        reason = "this torch has no varlen attention kernel and flash-attn is not installed"
+        return Choice(None, (reason,))
     return Choice(None, tuple(refused))
 
 
@@ -88,9 +89,9 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, *, cu_seqlens: Tensor,
     longest: int | None,
 ) -> Tensor | None:  # fmt: skip
-    """Attention by the kernel for `call`, ``[N, heads, D]`` to the same; None where there is none.
+    """Attention by the kernel for `call`, ``[N, heads, D]`` to the same shape; None without kernel.
 
-    `cu_seqlens` may be on the CPU; `longest` is the length of the longest sample, if it is known.
+    `cu_seqlens` may be on the CPU; `longest` is the length of the longest sample, if known.
     """
     kernel = choose(call).kernel
     if kernel is None:
@@ -103,7 +104,7 @@ _last_moved: list[tuple[Tensor, Tensor]] = []
 
 
 def _on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    """`cu_seqlens` as int32 on `device`, copied once for all layers, which get the same tensor."""
+    """`cu_seqlens` as int32 on `device`, copied once for all layers, which pass the same tensor."""
     if not _last_moved or _last_moved[0][0] is not cu_seqlens:
         moved = cu_seqlens.to(device, torch.int32, non_blocking=True)
         _last_moved[:] = [(cu_seqlens, moved)]

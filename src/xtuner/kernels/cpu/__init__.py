@@ -1,1 +1,1 @@
-"""Compiled kernels for CPUs. The folder is optional: without it torch does the same work."""
+"""Compiled CPU kernels. The folder is optional: without it torch does the same work."""

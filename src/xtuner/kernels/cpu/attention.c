@@ -1,40 +1,39 @@
 /* Causal attention of packed samples for CPUs that multiply bfloat16 (AVX512-BF16, AMX).
  *
- * A part of kernels.c, which includes it. The heads of a sample that share keys, or each by
- * itself, are a task of one thread; scores stay in its first-level cache, and only the logarithm of
- * each softmax's sum is kept for the way back (arXiv:2205.14135, algorithms 1 and 4;
- * arXiv:2307.08691, section 3.1). Only pairs of a query and a key that see each other are multiplied,
- * to within STEP of the diagonal.
+ * Included by kernels.c. One thread processes the heads of a sample that share keys, or a single
+ * head; scores stay in its L1 cache, and only the log-sum-exp of each row is saved for the backward
+ * pass (arXiv:2205.14135, algorithms 1 and 4; arXiv:2307.08691, section 3.1). Only unmasked pairs of
+ * query and key are multiplied, to within STEP of the diagonal.
  *
  *     forward    S = s Q K^T,  P = softmax(S),  O = P V,  L = log sum exp S
  *     backward   P = exp(S - L),  dV = P^T dO,  dP = dO V^T,  dS = s P * (dP - rowsum(dO * O)),
  *                dQ = dS K,  dK = dS^T Q
  *
- * Products are those of products.c. The way back is in attention_backward.c.
+ * Matrix products are in products.c, the backward pass in attention_backward.c.
  */
 
-/* Keys at once, a multiple of ROWS_M and of STEP, to which lanes are rounded up; samples are to
- * PADDING. */
+/* Keys per block: a multiple of ROWS_M and of STEP, to which lanes are rounded up. Samples are rounded
+ * up to PADDING. */
 #ifdef TILES
 enum { KEYS = 256, STEP = 32, PADDING = LANES_B };
 #else
 enum { KEYS = 480, STEP = 16, PADDING = 3 * LANES_B };
 #endif
 
-/* x [rows, width] with pairs of columns, in blocks of 64 rows. */
+/* Pack x [rows, width] by pairs of columns, in blocks of 64 rows. */
 static void columns_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
     Matrix all = {.values = x, .row = width};
     for (int64_t i = 0; i < rows; i += LANES_B)
         pair_columns(&all, i, rows, width, LANES_B, out + i * width);
 }
 
-/* x [rows, width] with pairs of rows. */
+/* Pack x [rows, width] by pairs of rows. */
 static void rows_of(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
     Matrix all = {.values = x, .row = width};
     pair_rows(&all, 0, rows, width, width, width, 0, out);
 }
 
-/* What `columns_of` made of x [rows, width], as x^T [width, rows]. */
+/* The output of `columns_of` for x [rows, width], as x^T [width, rows]. */
 static void transpose_paired(const bf16 *x, int64_t rows, int64_t width, bf16 *out) {
     bf16 order[32];
     for (int i = 0; i < 32; i++) order[i] = (bf16)(i < 16 ? 2 * i : 2 * i - 31);
@@ -49,7 +48,7 @@ static void transpose_paired(const bf16 *x, int64_t rows, int64_t width, bf16 *o
         }
 }
 
-/* The way back of a gradient in float32. */
+/* Inverse rotation, for a float32 gradient. */
 static void turn_back(const float *x, const float *c, const float *s, bf16 *out, int64_t width) {
     if (!c) {
         LANES for (int64_t d = 0; d < width; d++) out[d] = to_bfloat16(x[d]);
@@ -63,13 +62,13 @@ static void turn_back(const float *x, const float *c, const float *s, bf16 *out,
     }
 }
 
-/* Ask for the head of a token that is read some rows later: they are too far apart for the CPU to
- * see what comes next. */
+/* Prefetch the head of a token that is read some rows later: the rows are too far apart for the
+ * hardware prefetcher. */
 INLINE void ask_ahead(const bf16 *x, int64_t stride, int64_t width) {
     for (int64_t d = 0; d < width; d += 32) _mm_prefetch(x + 16 * stride + d, _MM_HINT_T0);
 }
 
-/* Rows of one head, turned, and rows of zeros up to `padded`. */
+/* Rows of one head, rotated, then zero rows up to `padded`. */
 static void gather(const bf16 *x, int64_t stride, const float *cosine, const float *sine,
                    int64_t rows, int64_t padded, int64_t width, bf16 *out) {
     for (int64_t i = 0; i < rows; i++) {
@@ -80,9 +79,9 @@ static void gather(const bf16 *x, int64_t stride, const float *cosine, const flo
     memset(out + rows * width, 0, (padded - rows) * width * sizeof(bf16));
 }
 
-/* Packed samples and what both directions know of them. q [tokens, heads, width] with rows of
- * q_row, k and v with kv_heads alike; cosine and sine [tokens, width] or NULL; sample i has
- * length[i] tokens from start[i] on; a query sees `window` tokens, itself included. */
+/* Inputs of the forward and backward pass. q [tokens, heads, width] with row stride q_row; k and v with
+ * kv_heads; cosine and sine [tokens, width] or NULL; sample i has length[i] tokens starting at
+ * start[i]; a query attends to `window` tokens, including itself. */
 typedef struct {
     const bf16 *q, *k, *v;
     const float *cosine, *sine;
@@ -95,27 +94,27 @@ static const float *at(const float *angles, int64_t token, int64_t width) {
     return angles ? angles + token * width : 0;
 }
 
-/* Working memory of a thread for one head of a sample. */
+/* Scratch memory of a thread for one head of a sample. */
 typedef struct {
     bf16 *q, *keys, *values, *rows, *weights;
     float *scores, *sums;
 } Forward;
 
-static Forward forward_memory(char **space, int64_t padded, int64_t width) {
+static Forward forward_memory(char **scratch, int64_t padded, int64_t width) {
     const int64_t size = padded * width * 2;
     Forward m;
-    m.q = take(space, size), m.keys = take(space, size);
-    m.values = take(space, size), m.rows = take(space, size);
-    m.scores = take(space, ROWS_M * KEYS * 4), m.sums = take(space, ROWS_M * width * 4);
-    m.weights = take(space, ROWS_M * KEYS * 2);
+    m.q = take(scratch, size), m.keys = take(scratch, size);
+    m.values = take(scratch, size), m.rows = take(scratch, size);
+    m.scores = take(scratch, ROWS_M * KEYS * 4), m.sums = take(scratch, ROWS_M * width * 4);
+    m.weights = take(scratch, ROWS_M * KEYS * 2);
     return m;
 }
 
-/* Lay out the keys and values of a sample for one of their heads. */
-static void forward_keys(const Packed *x, int64_t sample, int64_t kv, char *space) {
+/* Pack the keys and values of one head of a sample. */
+static void forward_keys(const Packed *x, int64_t sample, int64_t kv, char *scratch) {
     const int64_t width = x->width, start = x->start[sample], length = x->length[sample];
     const int64_t padded = round_up(length, PADDING);
-    const Forward m = forward_memory(&space, padded, width);
+    const Forward m = forward_memory(&scratch, padded, width);
     const float *c = at(x->cosine, start, width), *s = at(x->sine, start, width);
     gather(x->k + start * x->k_row + kv * width, x->k_row, c, s, length, padded, width, m.rows);
     columns_of(m.rows, padded, width, m.keys);
@@ -123,12 +122,12 @@ static void forward_keys(const Packed *x, int64_t sample, int64_t kv, char *spac
     rows_of(m.rows, padded, width, m.values);
 }
 
-/* One head of queries, after `forward_keys`. */
+/* One query head, after `forward_keys`. */
 static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, float *lse,
-                         char *space) {
+                         char *scratch) {
     const int64_t width = x->width, start = x->start[sample], length = x->length[sample];
     const int64_t padded = round_up(length, PADDING);
-    const Forward m = forward_memory(&space, padded, width);
+    const Forward m = forward_memory(&scratch, padded, width);
     bf16 *q = m.q, *keys = m.keys, *values = m.values, *weights = m.weights;
     float *scores = m.scores, *sums = m.sums;
     gather(x->q + start * x->q_row + h * width, x->q_row, at(x->cosine, start, width),
@@ -140,7 +139,7 @@ static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, 
         float top[ROWS_M], total[ROWS_M];
         for (int r = 0; r < ROWS_M; r++) top[r] = -INFINITY, total[r] = 0.0f;
         for (int64_t from = first; from < last;) {
-            /* a block of keys ends at a multiple of 64, so that the next one begins there */
+            /* key blocks start and end at multiples of 64 */
             int64_t end = from + KEYS / LANES_B * LANES_B;
             end = end < last ? end : last;
             int64_t count = round_up(end - from, STEP);
@@ -190,15 +189,15 @@ static void forward_head(const Packed *x, int64_t sample, int64_t h, bf16 *out, 
     }
 }
 
-/* Bytes that one thread needs for samples of up to `longest` tokens. */
-static int64_t forward_room(int64_t longest, int64_t width) {
-    char *space = 0;
-    forward_memory(&space, round_up(longest, PADDING), width);
-    return space - (char *)0;
+/* Bytes per thread for samples of up to `longest` tokens. */
+static int64_t forward_scratch_bytes(int64_t longest, int64_t width) {
+    char *scratch = 0;
+    forward_memory(&scratch, round_up(longest, PADDING), width);
+    return scratch - (char *)0;
 }
 
-/* Heads of queries that a thread takes one after the other: all that share keys, which are then laid
- * out once, unless the longest sample would keep some threads while others have nothing to do. */
+/* Query heads per task: all heads that share keys, so that these are packed once, unless the longest
+ * sample would then leave threads idle. */
 static int64_t heads_at_once(const Packed *x, int threads) {
     double longest = (double)x->length[0] * x->length[0], all = 0.0;
     for (int64_t i = 0; i < x->samples; i++) all += (double)x->length[i] * x->length[i];
@@ -206,13 +205,13 @@ static int64_t heads_at_once(const Packed *x, int threads) {
 }
 
 /* out [tokens, heads, width] and lse [heads, tokens]; the first sample is the longest. */
-void attention_bfloat16(const Packed *x, bf16 *out, float *lse, char *space, int threads) {
-    const int64_t room = forward_room(x->length[0], x->width);
+void attention_bfloat16(const Packed *x, bf16 *out, float *lse, char *scratch, int threads) {
+    const int64_t bytes = forward_scratch_bytes(x->length[0], x->width);
     const int64_t some = heads_at_once(x, threads), group = x->heads / x->kv_heads;
     _Pragma("omp parallel for collapse(2) schedule(dynamic) num_threads(threads)")
     for (int64_t i = 0; i < x->samples; i++)
         for (int64_t first = 0; first < x->heads; first += some) {
-            char *own = space + room * omp_get_thread_num();
+            char *own = scratch + bytes * omp_get_thread_num();
             begin_blocks();
             forward_keys(x, i, first / group, own);
             for (int64_t h = first; h < first + some; h++) forward_head(x, i, h, out, lse, own);

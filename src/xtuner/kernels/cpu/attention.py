@@ -1,5 +1,4 @@
-"""Causal attention of packed samples: a whole layer in one call of ``attention.c``, rotation
-included."""
+"""Causal attention of packed samples in one call of ``attention.c``, including the rotation."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ rows_of = lru_cache(maxsize=8)(Rows)
 
 
 class _CompiledAttention(torch.autograd.Function):
-    """``[N, heads, D]`` and twice ``[N, kv_heads, D]`` to ``[N, heads, D]``."""
+    """Queries ``[N, heads, D]``, keys and values ``[N, kv_heads, D]`` to ``[N, heads, D]``."""
 
     @staticmethod
     def forward(
@@ -58,8 +57,8 @@ def attention(
         key: ``[N, kv_heads, D]``.
         value: as `key`.
         rotation: cosines and sines, float32 ``[N, D]``, or None.
-        rows: which tokens attend to which.
-        kernels: for the type of `query`; `kernels.attends` has said that it takes D.
+        rows: the attention pattern.
+        kernels: the functions for the dtype of `query`; `kernels.attends(D)` is True.
 
     Returns:
         ``[N, heads, D]``.

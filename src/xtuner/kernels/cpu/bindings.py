@@ -1,8 +1,8 @@
-"""The element-wise parts of a step, and attention, as compiled loops for CPUs.
+"""ctypes bindings of the compiled CPU kernels.
 
-See ``kernels.c`` and what it includes for formulas, and `cpu_library` for how they are
-compiled; where they are not there, every caller does the same with torch. They share torch's
-threads, and take bfloat16 and float32; attention and linear layers take bfloat16 alone.
+Formulas are in ``kernels.c`` and the files it includes; `build` compiles them. Without them every
+caller does the same with torch. The functions use torch's number of threads and support bfloat16
+and float32; attention and linear layers support bfloat16 only.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Packed(ctypes.Structure):
 
 
 class Rows:
-    """Which tokens of a packed row see each other.
+    """The attention pattern of a packed row.
 
     Args:
-        boundaries: where each sample begins, then the number of tokens.
-        window: a token sees itself and the ``window - 1`` tokens before it in its sample.
+        cu_seqlens: the start of each sample, then the number of tokens.
+        window: a token attends to itself and the ``window - 1`` tokens before it in its sample.
         scale: factor of the scores.
     """
 
     def __init__(self, cu_seqlens: tuple[int, ...], window: int | None, scale: float):
-        # the longest first: at the end threads wait for the last one
+        # longest first, so that threads finish at about the same time
         samples = sorted(
             ((end - start, start) for start, end in itertools.pairwise(cu_seqlens)), reverse=True
         )
@@ -62,21 +62,21 @@ class Rows:
 
 
 class Kernels:
-    """The compiled functions for one number type; tensors must be contiguous where not said."""
+    """The compiled functions for one dtype; tensors must be contiguous unless noted otherwise."""
 
     def __init__(self, library: ctypes.CDLL | None, suffix: str):
         self._library, self._suffix = library, suffix
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call the C function `name` for this type, with torch's threads."""
-        if self._library is None:  # tensors without values
+        """Call the C function `name` for this dtype, with torch's number of threads."""
+        if self._library is None:  # meta tensors
             return
         function = getattr(self._library, f"{name}_{self._suffix}")
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
         function(*values, FLAG(torch.get_num_threads()))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """``[..., H]`` normalised, and the factor of each row in float32."""
+        """Normalize ``[..., H]``; also return the factor of each row in float32."""
         y, width = torch.empty_like(x), x.shape[-1]
         scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         rows = NUMBER(scale.numel())
@@ -110,11 +110,11 @@ class Kernels:
         return outs
 
     def softmax_within(self, scores: Tensor, within: tuple[Tensor, Tensor], scale: float) -> Tensor:
-        """Softmax of ``scale * scores`` over the keys that each query sees, in place.
+        """Softmax of ``scale * scores`` over the keys that each query attends to, in place.
 
         Args:
             scores: ``[n, kv_heads, group * b, w]``.
-            within: first key, and last key + 1, of each query; int32 ``[n, b]``.
+            within: first key and last key + 1 of each query; int32 ``[n, b]``.
             scale: factor of the scores.
         """
         self.call("softmax_within", scores, *within, *_score_sizes(scores, within), REAL(scale))
@@ -123,69 +123,69 @@ class Kernels:
     def softmax_within_backward(
         self, grad: Tensor, weights: Tensor, within: tuple[Tensor, Tensor], scale: float
     ) -> Tensor:
-        """Gradient of the scores, in the place of `grad`, the gradient of the weights."""
+        """Gradient of the scores; overwrites `grad`, the gradient of the weights."""
         sizes = _score_sizes(grad, within)
         self.call("softmax_within_backward", grad, weights, *within, *sizes, REAL(scale))
         return grad
 
     def rotate_out(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, out: Tensor, place: Tensor,
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, out: Tensor, offsets: Tensor,
         head_stride: int,
     ) -> Tensor:  # fmt: skip
-        """Put each head of `x` to ``out.flatten()[place[token] + head * head_stride:]``, rotated.
+        """Write each head of `x`, rotated, to ``out``, at ``offsets[token] + head * head_stride``.
 
         Args:
             x: ``[N, heads, D]``, the last two dimensions contiguous.
             rotation: cosines and sines, float32 ``[N, D]``, or None.
-            out: where to.
-            place: int64 ``[N]``.
-            head_stride: numbers from one head to the next.
+            out: the destination.
+            offsets: int64 ``[N]``.
+            head_stride: elements from one head to the next.
         """
         cos, sin = rotation or (None, None)
         sizes = [NUMBER(n) for n in (*x.shape, x.stride(0), head_stride)]
-        self.call("rotate_out", x, cos, sin, out, place, *sizes)
+        self.call("rotate_out", x, cos, sin, out, offsets, *sizes)
         return out
 
     def rotate_back(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, out: Tensor, place: Tensor,
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, out: Tensor, offsets: Tensor,
         head_stride: int,
     ) -> Tensor:  # fmt: skip
-        """Take a gradient back the way of `rotate_out`, from `x` into ``out [N, heads, D]``."""
+        """Backward pass of `rotate_out`, from `x` into ``out [N, heads, D]``."""
         cos, sin = rotation or (None, None)
         sizes = [NUMBER(n) for n in (*out.shape, out.stride(0), head_stride)]
-        self.call("rotate_back", x, cos, sin, out, place, *sizes)
+        self.call("rotate_back", x, cos, sin, out, offsets, *sizes)
         return out
 
     def add_windows(self, part: Tensor, total: Tensor, starts: Tensor, tile: int) -> None:
-        """Add ``part [n, heads, w, D]`` to ``total [heads, N, D]`` (float32) from ``starts [n]``
-        on; all are multiples of `tile`."""
+        """Add ``part [n, heads, w, D]`` to ``total [heads, N, D]`` (float32) at ``starts [n]``;
+        starts and w are multiples of `tile`."""
         blocks, heads, keys, width = part.shape
         sizes = [NUMBER(n) for n in (blocks, heads, keys, total.shape[1], width, tile)]
         self.call("add_windows", part, total, starts, *sizes)
 
     def multiplies(self, inner: int) -> bool:
-        """Whether there are products over an `inner` dimension."""
+        """Whether `product` supports an `inner` dimension of this size."""
         return self._suffix == "bfloat16" and inner > 0 and inner % 2 == 0 and has_products()
 
     def attends(self, width: int) -> bool:
-        """Whether `attention` is there for heads of `width`."""
+        """Whether `attention` supports heads of `width`."""
         return width % 32 == 0 and width <= 256 and self.multiplies(width)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows
     ) -> tuple[Tensor, Tensor]:
-        """Output ``[N, heads, D]``, and the logarithms of the softmax's sums, ``[heads, N]``.
+        """Return the output ``[N, heads, D]`` and the log-sum-exp of each row, ``[heads, N]``.
 
         Args:
-            q: ``[N, heads, D]``; its tokens any distance apart, as those of `k` and `v`.
+            q: ``[N, heads, D]``; the token stride is free, also of `k` and `v`.
             k: ``[N, kv_heads, D]``.
             v: ``[N, kv_heads, D]``.
             rotation: cosines and sines, float32 ``[N, D]``, or None.
-            rows: who sees whom.
+            rows: the attention pattern.
         """
         out, logs = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-        space = self.room("attention_room", *_sizes(q, rows), FLAG(False))
-        self.call("attention", _heads(q, k, v, rotation, rows), out, logs, space)
+        scratch = self.scratch("attention_scratch_bytes", *_sizes(q, rows), FLAG(False))
+        self.call("attention", _heads(q, k, v, rotation, rows), out, logs, scratch)
         return out, logs
 
     def attention_backward(
@@ -196,8 +196,8 @@ class Kernels:
         grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         parts = q.new_empty(2, q.shape[1], q.shape[0], q.shape[2], dtype=torch.float32)
         heads = _heads(q, k, v, rotation, rows)
-        space = self.room("attention_room", *_sizes(q, rows), FLAG(True))
-        self.call("attention_backward", heads, out, logs, grad, *grads, parts, space)
+        scratch = self.scratch("attention_scratch_bytes", *_sizes(q, rows), FLAG(True))
+        self.call("attention_backward", heads, out, logs, grad, *grads, parts, scratch)
         return grads
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, *, across: bool = False) -> Tensor:
@@ -205,44 +205,44 @@ class Kernels:
         even."""
         columns = out.shape[1]
         sizes = [NUMBER(n) for n in (len(a), columns, a.shape[1])]
-        room = self.room("product_room", *sizes)
-        self.call("product", a, b, out, *sizes, FLAG(across), room)
+        scratch = self.scratch("product_scratch_bytes", *sizes)
+        self.call("product", a, b, out, *sizes, FLAG(across), scratch)
         return out
 
-    def room(self, name: str, *arguments: Any) -> Tensor:
-        """Working memory for a call, for all threads, as the C function `name` measures it."""
+    def scratch(self, name: str, *arguments: Any) -> Tensor:
+        """Scratch memory of a call for all threads; the C function `name` returns its size."""
         size = self.measure(name, *arguments, FLAG(torch.get_num_threads()))
         return scratch_buffer("compiled functions", size, torch.uint8, torch.device("cpu"))
 
     def measure(self, name: str, *arguments: Any) -> int:
-        """Bytes, as the C function `name` tells them."""
+        """The size in bytes that the C function `name` returns."""
         function: Any = getattr(library()[0], f"{name}_{self._suffix}")
         function.restype = NUMBER
         return int(function(*arguments))
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-        """Loss of each row in float32; with `gradient` the logits become their own gradient.
+        """Loss of each row in float32; with `gradient`, logits are overwritten by their gradient.
 
         Raises:
-            IndexError: a target is no word; the loop would write beyond the row.
+            IndexError: a target is outside the vocabulary.
         """
-        rows, words = logits.shape
+        rows, vocabulary = logits.shape
         if self._library is not None and rows:
             least, most = (int(x) for x in torch.aminmax(targets))
-            if least < 0 or most >= words:
+            if least < 0 or most >= vocabulary:
                 wrong = least if least < 0 else most
-                raise IndexError(f"target {wrong} is not among the model's {words} words")
+                raise IndexError(f"target {wrong} is out of range for a vocabulary of {vocabulary}")
         loss = logits.new_empty(rows, dtype=torch.float32)
-        sizes = NUMBER(rows), NUMBER(words), FLAG(gradient)
+        sizes = NUMBER(rows), NUMBER(vocabulary), FLAG(gradient)
         self.call("cross_entropy", logits, targets, loss, *sizes)
         return loss
 
 
 def packed(rows: Rows, rotation: tuple[Tensor, Tensor] | None, *sizes: int) -> Packed:
-    """Which of so many tokens, heads, heads of keys, and numbers in a head see each other."""
-    places = [address(angles) for angles in rotation or (None, None)]
+    """The C structure for `rows`; `sizes` are tokens, heads, key heads and head size."""
+    angles = [address(tensor) for tensor in rotation or (None, None)]
     return Packed(
-        *(None, None, None, *places, rows.starts, rows.lengths, len(rows.starts), *sizes),
+        *(None, None, None, *angles, rows.starts, rows.lengths, len(rows.starts), *sizes),
         *(0, 0, 0, rows.window or sizes[0], rows.scale),
     )
 
@@ -271,7 +271,7 @@ _shapes_only = False
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Let tensors without values pass through, as real ones would; nothing is computed."""
+    """Accept meta and fake tensors like real ones; nothing is computed."""
     global _shapes_only
     before, _shapes_only = _shapes_only, True
     try:
@@ -281,14 +281,14 @@ def shapes_only() -> Iterator[None]:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers lie; one without values is there, but nowhere."""
+    """The data pointer of a tensor; a non-null dummy for meta tensors."""
     if tensor is None:
         return None
     return 1 if _shapes_only else tensor.data_ptr()
 
 
 def kernels_for(*tensors: Tensor) -> Kernels | None:
-    """The compiled functions for tensors of one type that lie in a CPU's memory, or None."""
+    """The compiled functions for contiguous CPU tensors of the same dtype, or None."""
     dtype = tensors[0].dtype
     if dtype not in TYPES or not all(_fits(tensor, dtype) for tensor in tensors):
         return None
@@ -302,10 +302,10 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 @cache
-def _kernels(dtype: torch.dtype, shapes_alone: bool) -> Kernels:
-    return Kernels(None if shapes_alone else library()[0], TYPES[dtype])
+def _kernels(dtype: torch.dtype, shapes_only: bool) -> Kernels:
+    return Kernels(None if shapes_only else library()[0], TYPES[dtype])
 
 
 def readable(x: Tensor) -> Tensor:
-    """`x` with heads side by side and tokens any distance apart, as the kernels read it."""
+    """`x`, copied unless its last two dimensions are contiguous; the token stride is free."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -2,13 +2,13 @@
  *
  *     y = x + W_o attention(norm(x) W_qkv),   out = y + W_d (silu(norm(y) W_g) * norm(y) W_u)
  *
- * A part of kernels.c. One call each way does what the functions of the layer's parts do one by
- * one; what the way back needs lies in one piece of memory, `saved`. The gated product is made again
- * there, in the pass that makes the gradients of gate and up.
+ * Included by kernels.c. One call per direction replaces the calls for the parts of the layer. What
+ * the backward pass needs is in one block, `saved`; the gated product is recomputed in the pass that
+ * computes the gradients of gate and up.
  */
 
-/* Norms, and linear layers without x, dx, h and y, which the functions set themselves; `rows`
- * without q, k and v alike. x and out [tokens, hidden], or dx, or NULL, and the gradient of out. */
+/* Norms; linear layers, whose x, dx, h and y the functions set; `rows`, whose q, k and v they set.
+ * x, out, dx (or NULL) and grad, the gradient of out, are [tokens, hidden]. */
 typedef struct {
     const bf16 *norm[2];
     float eps[2];
@@ -19,16 +19,16 @@ typedef struct {
     char *saved;
 } Decoder;
 
-/* In `saved`: what the norms gave and their factors; heads and what attention made of them; the sum
- * after it; what the adapters hold inside. */
+/* Contents of `saved`: outputs and factors of the norms; q, k, v and the output of attention; the
+ * residual sum after it; gate and up; the adapters' inner activations. */
 typedef struct {
     bf16 *normed, *q, *k, *v, *attended, *y, *normed_y, *gate, *up;
     bf16 *h_qkv, *h_output, *h_gates, *h_down;
     float *factor, *factor_y, *logs;
 } Saved;
 
-static bf16 *take_rows(char **space, const Decoder *d, int64_t width) {
-    return take(space, d->rows.tokens * width * 2);
+static bf16 *take_rows(char **scratch, const Decoder *d, int64_t width) {
+    return take(scratch, d->rows.tokens * width * 2);
 }
 
 static int64_t ranks_of(const Linears *l) {
@@ -37,25 +37,25 @@ static int64_t ranks_of(const Linears *l) {
     return ranks;
 }
 
-static Saved saved_of(const Decoder *d, char **space) {
+static Saved saved_of(const Decoder *d, char **scratch) {
     const Packed *r = &d->rows;
     const int64_t hidden = d->qkv.in, heads = r->heads * r->width, kv = r->kv_heads * r->width;
     Saved s;
-    s.factor = take(space, r->tokens * 4), s.factor_y = take(space, r->tokens * 4);
-    s.logs = take(space, r->heads * r->tokens * 4);
-    s.normed = take_rows(space, d, hidden), s.normed_y = take_rows(space, d, hidden);
-    s.y = take_rows(space, d, hidden);
-    s.q = take_rows(space, d, heads), s.k = take_rows(space, d, kv), s.v = take_rows(space, d, kv);
-    s.attended = take_rows(space, d, heads);
-    s.gate = take_rows(space, d, d->down.in), s.up = take_rows(space, d, d->down.in);
-    s.h_qkv = take_rows(space, d, ranks_of(&d->qkv));
-    s.h_output = take_rows(space, d, ranks_of(&d->output));
-    s.h_gates = take_rows(space, d, ranks_of(&d->gates));
-    s.h_down = take_rows(space, d, ranks_of(&d->down));
+    s.factor = take(scratch, r->tokens * 4), s.factor_y = take(scratch, r->tokens * 4);
+    s.logs = take(scratch, r->heads * r->tokens * 4);
+    s.normed = take_rows(scratch, d, hidden), s.normed_y = take_rows(scratch, d, hidden);
+    s.y = take_rows(scratch, d, hidden);
+    s.q = take_rows(scratch, d, heads), s.k = take_rows(scratch, d, kv), s.v = take_rows(scratch, d, kv);
+    s.attended = take_rows(scratch, d, heads);
+    s.gate = take_rows(scratch, d, d->down.in), s.up = take_rows(scratch, d, d->down.in);
+    s.h_qkv = take_rows(scratch, d, ranks_of(&d->qkv));
+    s.h_output = take_rows(scratch, d, ranks_of(&d->output));
+    s.h_gates = take_rows(scratch, d, ranks_of(&d->gates));
+    s.h_down = take_rows(scratch, d, ranks_of(&d->down));
     return s;
 }
 
-/* Linear layers with their input and what they hold inside. */
+/* Linear layers with their input and the adapters' inner activations. */
 static Linears of_input(const Linears *l, const bf16 *x, bf16 *h) {
     Linears all = *l;
     all.x = x, all.h = h;
@@ -69,75 +69,75 @@ static Packed with_heads(const Decoder *d, const Saved *s) {
     return all;
 }
 
-/* Bytes of `saved`. */
+/* Size of `saved` in bytes. */
 int64_t decoder_saved_bfloat16(const Decoder *d) {
-    char *space = 0;
-    saved_of(d, &space);
-    return space - (char *)0;
+    char *scratch = 0;
+    saved_of(d, &scratch);
+    return scratch - (char *)0;
 }
 
-/* Working memory: `inner` for the gated product, and on the way back gradients of what their names
- * say; then that of the parts. */
+/* Scratch memory: `inner` for the gated product; in the backward pass gradients of what the names say;
+ * `rest` for the functions of the parts. */
 typedef struct {
     bf16 *inner, *gate, *up, *normed, *y, *attended, *q, *k, *v;
     float *parts;
     char *rest;
 } Passing;
 
-static Passing passing_of(const Decoder *d, int backward, char *space) {
+static Passing passing_of(const Decoder *d, int backward, char *scratch) {
     const Packed *r = &d->rows;
     const int64_t heads = r->heads * r->width, kv = r->kv_heads * r->width;
-    Passing p = {.inner = take_rows(&space, d, d->down.in)};
+    Passing p = {.inner = take_rows(&scratch, d, d->down.in)};
     if (backward) {
-        p.gate = take_rows(&space, d, d->down.in), p.up = take_rows(&space, d, d->down.in);
-        p.normed = take_rows(&space, d, d->qkv.in), p.y = take_rows(&space, d, d->qkv.in);
-        p.attended = take_rows(&space, d, heads), p.q = take_rows(&space, d, heads);
-        p.k = take_rows(&space, d, kv), p.v = take_rows(&space, d, kv);
-        p.parts = take(&space, 2 * r->tokens * heads * 4);
+        p.gate = take_rows(&scratch, d, d->down.in), p.up = take_rows(&scratch, d, d->down.in);
+        p.normed = take_rows(&scratch, d, d->qkv.in), p.y = take_rows(&scratch, d, d->qkv.in);
+        p.attended = take_rows(&scratch, d, heads), p.q = take_rows(&scratch, d, heads);
+        p.k = take_rows(&scratch, d, kv), p.v = take_rows(&scratch, d, kv);
+        p.parts = take(&scratch, 2 * r->tokens * heads * 4);
     }
-    p.rest = space;
+    p.rest = scratch;
     return p;
 }
 
-/* Bytes of working memory for one of the two functions below. */
-int64_t decoder_room_bfloat16(const Decoder *d, int backward, int threads) {
+/* Bytes of scratch memory for either of the two functions below. */
+int64_t decoder_scratch_bytes_bfloat16(const Decoder *d, int backward, int threads) {
     const Linears *all[] = {&d->qkv, &d->output, &d->gates, &d->down};
-    int64_t most = attention_room_bfloat16(d->rows.length[0], d->rows.width, backward, threads);
+    int64_t most = attention_scratch_bytes_bfloat16(d->rows.length[0], d->rows.width, backward, threads);
     for (int i = 0; i < 4; i++) {
-        int64_t room = low_rank_room_bfloat16(all[i], backward, threads);
-        most = room > most ? room : most;
+        int64_t bytes = lora_linear_scratch_bytes_bfloat16(all[i], backward, threads);
+        most = bytes > most ? bytes : most;
     }
     return passing_of(d, backward, 0).rest - (char *)0 + most;
 }
 
 void decoder_bfloat16(const Decoder *d, char *memory, int threads) {
-    char *place = d->saved;
-    const Saved s = saved_of(d, &place);
+    char *cursor = d->saved;
+    const Saved s = saved_of(d, &cursor);
     const Passing p = passing_of(d, 0, memory);
     const int64_t tokens = d->rows.tokens, hidden = d->qkv.in;
 
     rms_norm_bfloat16(d->x, d->norm[0], s.normed, s.factor, tokens, hidden, d->eps[0], threads);
     Linears qkv = of_input(&d->qkv, s.normed, s.h_qkv);
     qkv.part[0].y = s.q, qkv.part[1].y = s.k, qkv.part[2].y = s.v;
-    low_rank_bfloat16(&qkv, p.rest, threads);
+    lora_linear_bfloat16(&qkv, p.rest, threads);
     const Packed rows = with_heads(d, &s);
     attention_bfloat16(&rows, s.attended, s.logs, p.rest, threads);
     Linears output = of_input(&d->output, s.attended, s.h_output);
     output.part[0].y = s.y, output.part[0].plus = d->x;
-    low_rank_bfloat16(&output, p.rest, threads);
+    lora_linear_bfloat16(&output, p.rest, threads);
 
     rms_norm_bfloat16(s.y, d->norm[1], s.normed_y, s.factor_y, tokens, hidden, d->eps[1], threads);
     Linears gates = of_input(&d->gates, s.normed_y, s.h_gates);
     gates.part[0].y = s.gate, gates.part[1].y = s.up;
-    low_rank_bfloat16(&gates, p.rest, threads);
+    lora_linear_bfloat16(&gates, p.rest, threads);
     _Pragma("omp parallel num_threads(threads)")
     gated_product(s.gate, s.up, p.inner, tokens * d->down.in);
     Linears down = of_input(&d->down, p.inner, s.h_down);
     down.part[0].y = d->out, down.part[0].plus = s.y;
-    low_rank_bfloat16(&down, p.rest, threads);
+    lora_linear_bfloat16(&down, p.rest, threads);
 }
 
-/* As `low_rank_backward` of the last linear layer; its input is made on the way. */
+/* `lora_linear_backward` of the last linear layer; recomputes its input on the way. */
 static void back_to_gates(const Decoder *d, const Saved *s, const Passing *p, int threads) {
     Linears down = of_input(&d->down, p->inner, s->h_down);
     down.dx = p->gate, down.part[0].y = (bf16 *)d->grad;
@@ -155,28 +155,28 @@ static void back_to_gates(const Decoder *d, const Saved *s, const Passing *p, in
 }
 
 void decoder_backward_bfloat16(const Decoder *d, char *memory, int threads) {
-    char *place = d->saved;
-    const Saved s = saved_of(d, &place);
+    char *cursor = d->saved;
+    const Saved s = saved_of(d, &cursor);
     const Passing p = passing_of(d, 1, memory);
     const int64_t tokens = d->rows.tokens, hidden = d->qkv.in;
 
     back_to_gates(d, &s, &p, threads);
     Linears gates = of_input(&d->gates, s.normed_y, s.h_gates);
     gates.dx = p.normed, gates.part[0].y = p.gate, gates.part[1].y = p.up;
-    low_rank_backward_bfloat16(&gates, p.rest, threads);
+    lora_linear_backward_bfloat16(&gates, p.rest, threads);
     rms_norm_backward_bfloat16(p.normed, s.y, d->norm[1], s.factor_y, d->grad, p.y, 0, tokens,
                                hidden, threads);
 
     Linears output = of_input(&d->output, s.attended, s.h_output);
     output.dx = p.attended, output.part[0].y = p.y;
-    low_rank_backward_bfloat16(&output, p.rest, threads);
+    lora_linear_backward_bfloat16(&output, p.rest, threads);
     const Packed rows = with_heads(d, &s);
     attention_backward_bfloat16(&rows, s.attended, s.logs, p.attended, p.q, p.k, p.v, p.parts,
                                 p.rest, threads);
     Linears qkv = of_input(&d->qkv, s.normed, s.h_qkv);
     qkv.dx = d->dx ? p.normed : 0;
     qkv.part[0].y = p.q, qkv.part[1].y = p.k, qkv.part[2].y = p.v;
-    low_rank_backward_bfloat16(&qkv, p.rest, threads);
+    lora_linear_backward_bfloat16(&qkv, p.rest, threads);
     if (d->dx)
         rms_norm_backward_bfloat16(p.normed, d->x, d->norm[0], s.factor, p.y, d->dx, 0, tokens,
                                    hidden, threads);

@@ -1,6 +1,6 @@
-"""A decoder layer with LoRA on all its linear layers as one compiled call each way on a CPU.
+"""A decoder layer with LoRA on all linear layers as one compiled call per direction on a CPU.
 
-See ``decoder.c``. `fused_decoder` tells which layers are such.
+See ``decoder.c``. `kernels.fused.decoder` selects the layers.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from xtuner.kernels.cpu.lora_linear import Linears
 
 
 class Layer(NamedTuple):
-    """What a decoder layer is made of; tensors are contiguous.
+    """The parameters of a decoder layer; tensors are contiguous.
 
     Attributes:
-        norms: weights ``[H]`` of the norms before attention and before the gated product.
-        eps: what they add to the mean of squares.
+        norms: weights ``[H]`` of the norms before attention and before the MLP.
+        eps: epsilon of the norms.
         groups: linear layers: queries, keys and values; the output of attention; gate and up; down.
-        rows: who sees whom.
+        rows: the attention pattern.
         rotation: cosines and sines, float32 ``[N, D]``.
-        heads: how many heads of queries, how many of keys, and their width.
+        heads: number of query heads, number of key heads, and head size.
     """
 
     norms: tuple[Tensor, Tensor]
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
     heads: tuple[int, int, int]
 
     def adapters(self) -> list[Tensor]:
-        """All A and all B of each group, in the order of their gradients."""
+        """All A and then all B of each group, in the order of the gradients."""
         pairs = [([p.down for p in group], [p.up for p in group]) for group in self.groups]
         return [tensor for downs, ups in pairs for tensor in (*downs, *ups)]
 
@@ -63,23 +63,24 @@ class Call(ctypes.Structure):
     )
 
     def linears(self) -> tuple[Linears, ...]:
-        """Its linear layers, group by group."""
+        """The linear layers by group."""
         return self.qkv, self.output, self.gates, self.down
 
 
 def forward(kernels: Kernels, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Call]:
-    """Output ``[N, H]`` for ``x [N, H]``, and for `backward` what it needs, as bytes, and the call.
+    """Return the output ``[N, H]`` for ``x [N, H]``, and saved bytes and the call for `backward`.
 
     Args:
-        kernels: those of bfloat16.
+        kernels: the bfloat16 functions.
         x: bfloat16, contiguous.
         layer: the layer.
     """
     out, call = torch.empty_like(x), _structure(x, layer)
-    place = ctypes.byref(call)
-    saved = x.new_empty(kernels.measure("decoder_saved", place), dtype=torch.uint8)
+    pointer = ctypes.byref(call)
+    saved = x.new_empty(kernels.measure("decoder_saved", pointer), dtype=torch.uint8)
     call.out, call.saved = address(out), address(saved)
-    kernels.call("decoder", place, kernels.room("decoder_room", place, FLAG(False)))
+    scratch = kernels.scratch("decoder_scratch_bytes", pointer, FLAG(False))
+    kernels.call("decoder", pointer, scratch)
     return out, saved, call
 
 
@@ -93,31 +94,33 @@ def backward(
     *,
     grad_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of `x`, if `grad_x`, and of all A and all B of each group, these in float32.
+    """Gradients of `x`, if `grad_x`, and of all A and all B of each group, the latter in float32.
 
     Args:
-        kernels: as for `forward`, like `x` and `layer`.
-        x: its input.
-        layer: the layer.
-        saved: what `forward` gave.
-        call: that, too.
-        grad: gradient of its output, contiguous.
-        grad_x: whether `x` needs one.
+        kernels: as for `forward`.
+        x: as for `forward`.
+        layer: as for `forward`.
+        saved: returned by `forward`.
+        call: returned by `forward`.
+        grad: gradient of the output, contiguous.
+        grad_x: whether `x` needs a gradient.
     """
     grads = []
+    call.norm[:] = [address(norm) for norm in layer.norms]  # weights may have moved since
     for linears, group in zip(call.linears(), layer.groups, strict=True):
-        linears.describe(len(x), group)  # all may have been away in the meantime
-        grads += linears.give_gradients(group)
+        linears.describe(len(x), group)  # tensors may have moved since the forward pass
+        grads += linears.allocate_gradients(group)
     out = torch.empty_like(x) if grad_x else None
     call.x, call.saved, call.grad, call.dx = map(address, (x, saved, grad, out))
-    place = ctypes.byref(call)
-    kernels.call("decoder_backward", place, kernels.room("decoder_room", place, FLAG(True)))
+    pointer = ctypes.byref(call)
+    scratch = kernels.scratch("decoder_scratch_bytes", pointer, FLAG(True))
+    kernels.call("decoder_backward", pointer, scratch)
     return out, grads
 
 
 def _structure(x: Tensor, layer: Layer) -> Call:
     call = Call(x=address(x))
-    call.norm[:] = [address(norm) for norm in layer.norms]
+    call.norm[:] = [address(norm) for norm in layer.norms]  # weights may have moved since
     call.eps[:] = layer.eps
     for linears, group in zip(call.linears(), layer.groups, strict=True):
         linears.describe(len(x), group)

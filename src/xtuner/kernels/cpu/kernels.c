@@ -1,9 +1,8 @@
-/* The element-wise parts of a training step on a CPU, each in one pass over memory.
+/* The element-wise operations of a training step on a CPU, each in one pass over memory.
  *
- * torch takes five to ten passes for a norm, a rotation or a softmax with a mask, and a pass costs
- * more than the arithmetic. Compiled once by cpu_kernels.py; without a compiler torch does the
- * work. The file includes itself to be compiled for bfloat16 and for float32; sums, exponentials
- * and everything between loading and storing are float32.
+ * torch takes five to ten passes for a norm, a rotation or a masked softmax, and a pass costs more
+ * than the arithmetic. Compiled once by build.py; without a compiler torch does the work. The file
+ * includes itself, once for bfloat16 and once for float32; all arithmetic is float32.
  */
 #ifndef NAME
 
@@ -55,7 +54,7 @@ static inline float exponential(float x) {
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 #ifdef __AVX512BF16__
-#define IN_VECTORS /* elements.c has some of them */
+#define IN_VECTORS /* elements.c defines some of the functions */
 #endif
 #define NAME(function) function##_bfloat16
 #define NUM uint16_t
@@ -73,7 +72,7 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 #include "elements.c"
 #include "attention.c"
 #include "attention_backward.c"
-#include "low_rank.c"
+#include "lora_linear.c"
 #include "decoder.c"
 #endif
 
@@ -85,7 +84,7 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 #else
 
-/* y = w x r, r = 1 / sqrt(mean(x^2) + eps); x and y [rows, width], r kept in scale [rows]. */
+/* y = w x r, r = 1 / sqrt(mean(x^2) + eps); x and y [rows, width], r saved in scale [rows]. */
 void NAME(rms_norm)(const NUM *x, const NUM *w, NUM *y, float *scale, int64_t rows, int64_t width,
                     float eps, int threads) {
     ROWS for (int64_t i = 0; i < rows; i++) {
@@ -98,32 +97,32 @@ void NAME(rms_norm)(const NUM *x, const NUM *w, NUM *y, float *scale, int64_t ro
     }
 }
 
-/* dx = r g - x r^3 mean(g x) + plus, g = w dy; plus as dx, or NULL; dw = sum of dy x r, as sums of 64
- * rows each in dw [rows / 64, width], or NULL. */
+/* dx = r g - x r^3 mean(g x) + plus, g = w dy; plus [rows, width] or NULL; dw [rows / 64, width] gets
+ * partial sums of dy x r over 64 rows each, or is NULL. */
 void NAME(rms_norm_backward)(const NUM *dy, const NUM *x, const NUM *w, const float *scale,
                              const NUM *plus, NUM *dx, float *dw, int64_t rows, int64_t width,
                              int threads) {
     ROWS for (int64_t first = 0; first < rows; first += 64) {
-        float *of_weight = dw ? dw + first / 64 * width : 0;
-        if (dw) memset(of_weight, 0, width * sizeof(float));
+        float *grad_weight = dw ? dw + first / 64 * width : 0;
+        if (dw) memset(grad_weight, 0, width * sizeof(float));
         for (int64_t i = first; i < rows && i < first + 64; i++) {
-            const NUM *from = x + i * width, *pull = dy + i * width;
+            const NUM *from = x + i * width, *grad_y = dy + i * width;
             NUM *to = dx + i * width;
             float sum = 0.0f, r = scale[i];
             SUM for (int64_t j = 0; j < width; j++)
-                sum += LOAD(pull[j]) * LOAD(w[j]) * LOAD(from[j]);
+                sum += LOAD(grad_y[j]) * LOAD(w[j]) * LOAD(from[j]);
             float mean = sum / (float)width * r * r * r;
             const NUM *more = plus ? plus + i * width : 0;
             if (more)
                 LANES for (int64_t j = 0; j < width; j++)
-                    to[j] = STORE(LOAD(pull[j]) * LOAD(w[j]) * r - LOAD(from[j]) * mean +
+                    to[j] = STORE(LOAD(grad_y[j]) * LOAD(w[j]) * r - LOAD(from[j]) * mean +
                                   LOAD(more[j]));
             else
                 LANES for (int64_t j = 0; j < width; j++)
-                    to[j] = STORE(LOAD(pull[j]) * LOAD(w[j]) * r - LOAD(from[j]) * mean);
+                    to[j] = STORE(LOAD(grad_y[j]) * LOAD(w[j]) * r - LOAD(from[j]) * mean);
             if (dw)
                 LANES for (int64_t j = 0; j < width; j++)
-                    of_weight[j] += LOAD(pull[j]) * LOAD(from[j]) * r;
+                    grad_weight[j] += LOAD(grad_y[j]) * LOAD(from[j]) * r;
         }
     }
 }
@@ -151,7 +150,7 @@ void NAME(softmax_within)(NUM *scores, const int32_t *first, const int32_t *last
     }
 }
 
-/* dS = scale P (dP - rowsum(P dP)), in the place of dP. */
+/* dS = scale P (dP - rowsum(P dP)), overwriting dP. */
 void NAME(softmax_within_backward)(NUM *grad, const NUM *weights, const int32_t *first,
                                    const int32_t *last, int64_t blocks, int64_t heads,
                                    int64_t queries, int64_t keys, float scale, int threads) {
@@ -171,7 +170,7 @@ void NAME(softmax_within_backward)(NUM *grad, const NUM *weights, const int32_t 
     }
 }
 
-/* A head turned by its rotary position (arXiv:2104.09864, equation 34), or as it is without c. */
+/* Rotate a head by its rotary position (arXiv:2104.09864, equation 34), or copy it if c is NULL. */
 static inline void NAME(turn)(const NUM *x, const float *c, const float *s, NUM *out,
                               int64_t width) {
     int64_t half = width / 2;
@@ -186,25 +185,25 @@ static inline void NAME(turn)(const NUM *x, const float *c, const float *s, NUM 
     }
 }
 
-/* Head h of token t, rotated by its position if cos is given, to out + place[t] + h * head_stride.
- * x [tokens, heads, width] with rows of row_stride; cosine and sine [tokens, width] or NULL. */
+/* Write head h of token t, rotated if cosine is not NULL, to out + offsets[t] + h * head_stride.
+ * x [tokens, heads, width] with row stride row_stride; cosine and sine [tokens, width] or NULL. */
 void NAME(rotate_out)(const NUM *x, const float *cosine, const float *sine, NUM *out,
-                      const int64_t *place, int64_t tokens, int64_t heads, int64_t width,
+                      const int64_t *offsets, int64_t tokens, int64_t heads, int64_t width,
                       int64_t row_stride, int64_t head_stride, int threads) {
     ROWS for (int64_t t = 0; t < tokens; t++)
     for (int64_t h = 0; h < heads; h++)
         NAME(turn)(x + t * row_stride + h * width, cosine ? cosine + t * width : 0,
-                   cosine ? sine + t * width : 0, out + place[t] + h * head_stride, width);
+                   cosine ? sine + t * width : 0, out + offsets[t] + h * head_stride, width);
 }
 
-/* The way back of a gradient through rotate_out. */
+/* Backward pass of rotate_out. */
 void NAME(rotate_back)(const NUM *x, const float *cosine, const float *sine, NUM *out,
-                       const int64_t *place, int64_t tokens, int64_t heads, int64_t width,
+                       const int64_t *offsets, int64_t tokens, int64_t heads, int64_t width,
                        int64_t row_stride, int64_t head_stride, int threads) {
     int64_t half = width / 2;
     ROWS for (int64_t t = 0; t < tokens; t++)
     for (int64_t h = 0; h < heads; h++) {
-        const NUM *from = x + place[t] + h * head_stride;
+        const NUM *from = x + offsets[t] + h * head_stride;
         NUM *to = out + t * row_stride + h * width;
         if (!cosine) {
             memcpy(to, from, width * sizeof(NUM));
@@ -219,8 +218,8 @@ void NAME(rotate_back)(const NUM *x, const float *cosine, const float *sine, NUM
     }
 }
 
-/* Add part [blocks, heads, keys, width] to total [heads, tokens, width], where the keys of block i
- * begin at token start[i]; starts and keys are multiples of tile. */
+/* Add part [blocks, heads, keys, width] to total [heads, tokens, width]; the keys of block i start at
+ * token start[i]; starts and keys are multiples of tile. */
 void NAME(add_windows)(const NUM *part, float *total, const int64_t *start, int64_t blocks,
                        int64_t heads, int64_t keys, int64_t tokens, int64_t width, int64_t tile,
                        int threads) {
@@ -249,13 +248,13 @@ void NAME(silu_product_backward)(const NUM *dy, const NUM *gate, const NUM *up, 
                                  NUM *dup, int64_t count, int threads) {
     _Pragma("omp parallel for simd num_threads(threads) schedule(static)")
     for (int64_t i = 0; i < count; i++) {
-        float g = LOAD(gate[i]), pull = LOAD(dy[i]), s = sigmoid(g);
-        dup[i] = STORE(pull * g * s);
-        dgate[i] = STORE(pull * LOAD(up[i]) * s * (1.0f + g * (1.0f - s)));
+        float g = LOAD(gate[i]), grad_y = LOAD(dy[i]), s = sigmoid(g);
+        dup[i] = STORE(grad_y * g * s);
+        dgate[i] = STORE(grad_y * LOAD(up[i]) * s * (1.0f + g * (1.0f - s)));
     }
 }
 
-/* loss[i] = -log softmax(logits[i])[target[i]]; with gradient, logits become softmax - onehot. */
+/* loss[i] = -log softmax(logits[i])[target[i]]; if gradient, logits are overwritten by softmax - onehot. */
 void NAME(cross_entropy)(NUM *logits, const int64_t *target, float *loss, int64_t rows,
                          int64_t words, int gradient, int threads) {
     ROWS for (int64_t i = 0; i < rows; i++) {
@@ -264,8 +263,8 @@ void NAME(cross_entropy)(NUM *logits, const int64_t *target, float *loss, int64_
         _Pragma("omp simd reduction(max : top)")
         for (int64_t j = 0; j < words; j++) top = LOAD(row[j]) > top ? LOAD(row[j]) : top;
         SUM for (int64_t j = 0; j < words; j++) sum += exponential(LOAD(row[j]) - top);
-        float wanted = LOAD(row[target[i]]) - top, whole = logf(sum), share = 1.0f / sum;
-        loss[i] = whole - wanted;
+        float wanted = LOAD(row[target[i]]) - top, log_sum = logf(sum), share = 1.0f / sum;
+        loss[i] = log_sum - wanted;
         if (!gradient) continue;
         LANES for (int64_t j = 0; j < words; j++)
             row[j] = STORE(exponential(LOAD(row[j]) - top) * share);

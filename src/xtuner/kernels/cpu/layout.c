@@ -1,10 +1,9 @@
-/* Matrices laid out for products of bfloat16, which take two neighbours of the inner dimension at once.
+/* Pack matrices for bfloat16 products, which consume two adjacent elements of the inner dimension.
  *
- * A part of products.c. What is laid out is also rounded from float32, or read from four bits, and
- * filled up with zeros.
+ * Included by products.c. Packing also rounds float32, dequantizes 4-bit weights and pads with zeros.
  */
 
-/* A 16 x 16 matrix of 32-bit numbers, on its side. */
+/* Transpose a 16 x 16 matrix of 32-bit values. */
 INLINE void transpose(__m512i row[16]) {
     __m512i x[16];
     for (int i = 0; i < 16; i += 2) {
@@ -27,20 +26,20 @@ INLINE void transpose(__m512i row[16]) {
     }
 }
 
-/* How numbers of four bits, two in a byte and the first one above, are to be read (arXiv:2305.14314,
- * section 3, as bitsandbytes keeps them): each is a place in `code`, of 16 numbers, and `block` of
- * them, a multiple of 32, have one scale. That is in `scales`, or in eight bits: `group` of these
- * places in `scale_code` have one scale in `scales`, and `offset` is added. */
+/* Block-wise 4-bit quantization as stored by bitsandbytes (arXiv:2305.14314, section 3): two values per
+ * byte, the first in the upper half; each is an index into `code` (16 values), and `block` of them, a
+ * multiple of 32, share a scale. Scales are in `scales`, or are 8-bit indices into `scale_code`, of
+ * which `group` share a scale in `scales`, plus `offset`. */
 typedef struct {
     const float *code, *scales, *scale_code;
-    const uint8_t *scale_places;
+    const uint8_t *scale_indices;
     int64_t block, group;
     float offset;
 } FourBits;
 
-/* Numbers in memory: rows `row` numbers apart, bfloat16 or, if `wide`, float32 to be multiplied by
- * `scale` and rounded. If there is a `four` they are of four bits, from number `start` on; it, `row`
- * and the columns that are asked for are then multiples of 32. */
+/* A matrix in memory with row stride `row`: bfloat16; if `wide`, float32 to be multiplied by `scale` and
+ * rounded; if `four` is not NULL, 4-bit values beginning at index `start`. Then `start`, `row` and the
+ * requested columns are multiples of 32. */
 typedef struct {
     const void *values;
     int64_t row;
@@ -50,27 +49,27 @@ typedef struct {
     int64_t start;
 } Matrix;
 
-/* 16 numbers in float32. */
+/* 16 values in float32. */
 INLINE __m512 wide(__m256i x) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
 }
 
-/* A mask of `count` lanes, 32 at most. */
+/* A mask of the first `count` lanes, at most 32. */
 INLINE __mmask32 first_lanes(int64_t count) {
     return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0;
 }
 
-/* 32 numbers of four bits from `place` on. */
-static __m512i of_four_bits(const FourBits *x, const uint8_t *values, int64_t place) {
+/* 32 4-bit values starting at `index`. */
+static __m512i of_four_bits(const FourBits *x, const uint8_t *values, int64_t index) {
     const __m128i low = _mm_set1_epi8(15);
     const __m512 code = _mm512_loadu_ps(x->code);
-    __m128i pairs = _mm_loadu_si128((const __m128i *)(values + place / 2));
+    __m128i pairs = _mm_loadu_si128((const __m128i *)(values + index / 2));
     __m128i first = _mm_and_si128(_mm_srli_epi16(pairs, 4), low);
     __m128i second = _mm_and_si128(pairs, low);
-    const int64_t block = place / x->block;
+    const int64_t block = index / x->block;
     float size = x->scales[block / x->group];
-    if (x->scale_places) {
-        size *= x->scale_code[x->scale_places[block]];
+    if (x->scale_indices) {
+        size *= x->scale_code[x->scale_indices[block]];
         __asm__("" : "+x"(size)); /* rounded before the sum, as bitsandbytes does */
         size += x->offset;
     }
@@ -81,18 +80,18 @@ static __m512i of_four_bits(const FourBits *x, const uint8_t *values, int64_t pl
                                         _mm512_mul_ps(scale, _mm512_permutexvar_ps(left, code)));
 }
 
-/* 32 numbers of row i from column j on; those from row `rows` and column `columns` on are zeros. */
+/* 32 values of row i starting at column j; zeros beyond `rows` and `columns`. */
 INLINE __m512i numbers(const Matrix *x, int64_t i, int64_t j, int64_t rows, int64_t columns) {
-    __mmask32 there = first_lanes(i < rows ? columns - j : 0);
+    __mmask32 mask = first_lanes(i < rows ? columns - j : 0);
     if (x->four)
-        return there ? _mm512_maskz_mov_epi16(
-                           there, of_four_bits(x->four, x->values, x->start + i * x->row + j))
+        return mask ? _mm512_maskz_mov_epi16(
+                           mask, of_four_bits(x->four, x->values, x->start + i * x->row + j))
                      : _mm512_setzero_si512();
-    if (!x->wide) return _mm512_maskz_loadu_epi16(there, (const bf16 *)x->values + i * x->row + j);
+    if (!x->wide) return _mm512_maskz_loadu_epi16(mask, (const bf16 *)x->values + i * x->row + j);
     const float *from = (const float *)x->values + i * x->row + j;
     const __m512 scale = _mm512_set1_ps(x->scale);
-    __m512 low = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps((__mmask16)there, from));
-    __m512 high = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + 16));
+    __m512 low = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps((__mmask16)mask, from));
+    __m512 high = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), from + 16));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
@@ -106,8 +105,8 @@ INLINE void pair_block(const Matrix *x, int64_t i, int64_t j, int64_t rows, int6
     transpose(block);
 }
 
-/* `lanes` rows of x [rows, columns] from `first` on, to out [filled_up(columns) / 2, lanes, 2]: pairs of
- * columns, a row in each lane; `lanes` is a multiple of 16. */
+/* Pack `lanes` rows of x [rows, columns], starting at `first`, into out [filled_up(columns) / 2, lanes,
+ * 2]: pairs of columns, one row per lane; `lanes` is a multiple of 16. */
 static void pair_columns(const Matrix *x, int64_t first, int64_t rows, int64_t columns,
                          int64_t lanes, bf16 *out) {
     int64_t pairs = filled_up(columns) / 2;
@@ -124,16 +123,16 @@ static void pair_columns(const Matrix *x, int64_t first, int64_t rows, int64_t c
         }
 }
 
-/* The first 16 numbers of two rows in turn. */
+/* Interleave the first 16 values of two rows. */
 INLINE __m512i woven(__m512i even, __m512i odd) {
-    /* 32 added to an index takes from `odd` */
+    /* indices from 32 select from `odd` */
     const __m512i order = _mm512_or_si512(
         LANE, _mm512_slli_epi32(_mm512_add_epi32(LANE, _mm512_set1_epi32(32)), 16));
     return _mm512_permutex2var_epi16(even, order, odd);
 }
 
-/* Columns of x [rows, columns] from `first` on, to blocks [rows / 2, each, 2], `apart` numbers apart:
- * pairs of rows; `lanes` is a multiple of `each`, and that of 32. */
+/* Pack columns of x [rows, columns], starting at `first`, into blocks [rows / 2, each, 2] with stride
+ * `apart`: pairs of rows; `lanes` is a multiple of `each`, which is a multiple of 32. */
 static void pair_rows(const Matrix *x, int64_t first, int64_t rows, int64_t columns, int64_t lanes,
                       int64_t each, int64_t apart, bf16 *out) {
     for (int64_t i = 0; i < filled_up(rows); i += 2, out += 2 * each)
@@ -149,7 +148,7 @@ static void pair_rows(const Matrix *x, int64_t first, int64_t rows, int64_t colu
             }
 }
 
-/* 16 columns of x [rows, columns] from `first` on as rows of out, up to a multiple of 32. */
+/* 16 columns of x [rows, columns], starting at `first`, as rows of out, padded to a multiple of 32. */
 static void turn_columns(const Matrix *x, int64_t first, int64_t rows, int64_t columns, bf16 *out,
                          int64_t out_row) {
     for (int64_t i = 0; i < rows; i += 32) {

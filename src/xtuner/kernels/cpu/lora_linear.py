@@ -1,6 +1,7 @@
-"""Frozen linear layers of one input and their LoRA adapters as one compiled call each way on a CPU.
+"""Frozen linear layers of one input and their LoRA adapters as one compiled call per direction.
 
-See ``low_rank.c``. Callers go to `low_rank`, which comes here where the layers fit.
+See ``lora_linear.c``. Use it through `kernels.lora.linear`, which checks whether it supports the
+layers.
 """
 
 from __future__ import annotations
@@ -14,34 +15,33 @@ from torch import Tensor
 
 from xtuner.kernels.cpu.bindings import FLAG, NUMBER, REAL, Kernels, address
 
-MOST_PARTS = 8
-"""How many layers of one input go together at most."""
+MAX_LAYERS = 8
+"""Maximum number of layers that share one input."""
 
 
 class FourBits(ctypes.Structure):
     """`FourBits` of layout.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("code", "scales", "scale_code", "scale_places")),
+        *((name, ctypes.c_void_p) for name in ("code", "scales", "scale_code", "scale_indices")),
         *((name, NUMBER) for name in ("block", "group")),
         ("offset", REAL),
     )
 
     @classmethod
     def of(cls, state: Any) -> FourBits:
-        """How to read a weight that bitsandbytes quantised, from its `QuantState`, which has to
-        stay."""
+        """From the `QuantState` of bitsandbytes, which has to outlive the result."""
         if not state.nested:
             return cls(address(state.code), address(state.absmax), None, None, state.blocksize, 1)
         scales = state.state2
-        places = map(address, (state.code, scales.absmax, scales.code, state.absmax))
-        return cls(*places, state.blocksize, scales.blocksize, float(state.offset))
+        pointers = map(address, (state.code, scales.absmax, scales.code, state.absmax))
+        return cls(*pointers, state.blocksize, scales.blocksize, float(state.offset))
 
 
 def reads(state: Any) -> bool:
-    """Whether the compiled functions can take a weight that bitsandbytes quantised as it is."""
+    """Whether the compiled functions support a weight quantized by bitsandbytes."""
     if state.dtype == torch.float16 or state.blocksize % 32 or state.shape[-1] % state.blocksize:
-        return False  # bitsandbytes rounds the first twice, and reads the last otherwise on a CPU
+        return False  # bitsandbytes rounds float16 twice and has its own CPU layout for odd rows
     if state.code.dtype != torch.float32 or getattr(state, "packing_format_for_cpu", False):
         return False
     if not state.nested:
@@ -54,15 +54,15 @@ def reads(state: Any) -> bool:
 
 
 class Layer(NamedTuple):
-    """A layer as the compiled functions take it; tensors are contiguous.
+    """A layer for the compiled functions; tensors are contiguous.
 
     Attributes:
-        weight: bfloat16 ``[out, in]``, or bytes of two numbers each.
+        weight: bfloat16 ``[out, in]``, or bytes with two 4-bit values each.
         bias: bfloat16 ``[out]``, or None.
-        down: A of its adapter, float32 ``[rank, in]``.
-        up: B, float32 ``[out, rank]``.
+        down: A of the adapter, float32 ``[rank, in]``.
+        up: B of the adapter, float32 ``[out, rank]``.
         scaling: factor of the adapter.
-        four: how to read a weight of four bits.
+        four: the quantization of a 4-bit weight.
     """
 
     weight: Tensor
@@ -74,7 +74,7 @@ class Layer(NamedTuple):
 
 
 class _Part(ctypes.Structure):
-    """`Part` of low_rank.c."""
+    """`Part` of lora_linear.c."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -87,26 +87,26 @@ class _Part(ctypes.Structure):
 
 
 class Linears(ctypes.Structure):
-    """`Linears` of low_rank.c."""
+    """`Linears` of lora_linear.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "dx", "h")),
         *((name, NUMBER) for name in ("tokens", "width", "parts")),
-        ("part", _Part * MOST_PARTS),
+        ("part", _Part * MAX_LAYERS),
     )
 
     def describe(self, tokens: int, layers: Sequence[Layer]) -> None:
-        """Set what `layers` are made of; where their inputs and outputs lie comes later."""
+        """Set the parameters of `layers`; pointers to inputs and outputs are set later."""
         self.tokens, self.width = tokens, layers[0].down.shape[1]
         self.parts = len(layers)
         for i, layer in enumerate(layers):
             four = None if layer.four is None else ctypes.pointer(layer.four)
-            places = map(address, (layer.bias, None, layer.down, layer.up))
+            pointers = map(address, (layer.bias, None, layer.down, layer.up))
             sizes = *layer.up.shape, layer.scaling
-            self.part[i] = _Part(address(layer.weight), four, *places, None, None, None, *sizes)
+            self.part[i] = _Part(address(layer.weight), four, *pointers, None, None, None, *sizes)
 
-    def give_gradients(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """Make room for the gradients of all A, and then of all B."""
+    def allocate_gradients(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """Allocate the gradients of all A and then all B."""
         downs = [torch.empty_like(layer.down) for layer in layers]
         ups = [torch.empty_like(layer.up) for layer in layers]
         for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
@@ -115,17 +115,18 @@ class Linears(ctypes.Structure):
 
 
 def forward(kernels: Kernels, x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
-    """Outputs ``[N, out]`` of each layer, and what their adapters hold inside, ``[N, ranks]``.
+    """Return the outputs ``[N, out]`` of each layer and the inner activations ``[N, ranks]``.
 
     Args:
-        kernels: those of bfloat16.
+        kernels: the bfloat16 functions.
         x: bfloat16 ``[N, in]``, contiguous.
-        layers: `MOST_PARTS` at most.
+        layers: at most `MAX_LAYERS`.
     """
     inner = x.new_empty(len(x), sum(len(layer.down) for layer in layers))
     outs = [x.new_empty(len(x), len(layer.up)) for layer in layers]
     call = ctypes.byref(_linears(x, layers, inner, outs))
-    kernels.call("low_rank", call, kernels.room("low_rank_room", call, FLAG(False)))
+    scratch = kernels.scratch("lora_linear_scratch_bytes", call, FLAG(False))
+    kernels.call("lora_linear", call, scratch)
     return outs, inner
 
 
@@ -134,26 +135,27 @@ def backward(
     x: Tensor,
     layers: Sequence[Layer],
     inner: Tensor,
-    pulls: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
     *,
     grad_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of `x`, if `grad_x`, and of all A and then all B, these in float32.
+    """Gradients of `x`, if `grad_x`, and of all A and then all B, the latter in float32.
 
     Args:
-        kernels: as for `forward`, like `x` and `layers`.
-        x: its input.
-        layers: its layers.
-        inner: what it gave.
-        pulls: gradients of the outputs, contiguous.
-        grad_x: whether `x` needs one.
+        kernels: as for `forward`.
+        x: as for `forward`.
+        layers: as for `forward`.
+        inner: the inner activations returned by `forward`.
+        grad_outputs: gradients of the outputs, contiguous.
+        grad_x: whether `x` needs a gradient.
     """
-    linears = _linears(x, layers, inner, pulls)
-    grads = linears.give_gradients(layers)
+    linears = _linears(x, layers, inner, grad_outputs)
+    grads = linears.allocate_gradients(layers)
     out = torch.empty_like(x) if grad_x else None
     linears.dx = address(out)
     call = ctypes.byref(linears)
-    kernels.call("low_rank_backward", call, kernels.room("low_rank_room", call, FLAG(True)))
+    scratch = kernels.scratch("lora_linear_scratch_bytes", call, FLAG(True))
+    kernels.call("lora_linear_backward", call, scratch)
     return out, grads
 
 

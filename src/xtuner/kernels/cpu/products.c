@@ -1,17 +1,16 @@
-/* Products of bfloat16 matrices on CPUs that multiply vectors (AVX512-BF16) or tiles (AMX) of them.
+/* Products of bfloat16 matrices with AVX512-BF16 vectors or AMX tiles.
  *
- * A part of kernels.c, for attention, linear layers and the loss. The units take two neighbours
- * of the inner dimension at once, so that the second matrix must have its pairs side by side
- * ("paired"), as layout.c lays it out.
- * vectors.c and tiles.c multiply blocks of rows with what is laid out; `multiply` shares
- * whole matrices out among threads.
+ * Included by kernels.c, for attention, linear layers and the loss. The instructions consume two
+ * adjacent elements of the inner dimension, so the second matrix is packed with such pairs side by side
+ * (layout.c). vectors.c and tiles.c multiply blocks of rows with the packed matrix; `multiply`
+ * distributes a product over threads.
  */
 
 #include <immintrin.h>
 #include <omp.h>
 
 #ifndef __AMX_BF16__
-#undef TILES /* asked for by cpu_library.py where the system gives them */
+#undef TILES /* build.py defines it where the operating system permits AMX */
 #endif
 
 #define LANES_B 64 /* columns: four vectors of 16 */
@@ -21,9 +20,9 @@
 
 typedef uint16_t bf16;
 
-/* Rows and columns of a block of sums; to what inner numbers are filled up with zeros; rows that are
- * multiplied with one block after the other; inner numbers at once; bytes of second matrices that are
- * laid out at once, for all threads together if they are `SHARED`, else for each. */
+/* Rows and columns of an output block; the multiple to which the inner dimension is padded; rows per
+ * task; inner elements per pass; bytes of packed second matrices, for all threads together if `SHARED`,
+ * else per thread. */
 #ifdef TILES
 enum { ROWS_M = 32, LANES_M = 32, INNER_STEP = 32, MOST_ROWS = 128 };
 enum { INNER = 1664, SLAB = 3 << 19, SHARED = 0 };
@@ -55,31 +54,31 @@ typedef struct {
     int across;
 } Term;
 
-/* Working memory. Shared second matrices go to two slabs in turn: one is filled while threads that
- * are behind may still read the other. `sums` are for products with more inner numbers than INNER;
- * `own` is this thread's, and begins with its slab if those are not shared. */
+/* Scratch memory. Shared second matrices alternate between two slabs: one is filled while slower
+ * threads may still read the other. `sums` is for products with an inner dimension above INNER; `own`
+ * belongs to this thread and begins with its slab if slabs are not shared. */
 typedef struct {
     bf16 *slab[2], *own;
     float *sums;
     int turn;
-} Workspace;
+} Scratch;
 
 static int64_t sums_bytes(int64_t rows, int64_t columns, int64_t inner) {
     return inner > INNER ? round_up(rows, ROWS_M) * round_up(columns, LANES_B) * 4 : 0;
 }
 
-/* Where sums go: they begin with what is in c if `add`, and stay there, or, if there is an `out`, are
- * rounded there, `columns` of them, with a bias and the rows of `plus` added, if there are such. */
+/* Destination of sums: accumulated into c if `add`; rounded to `columns` columns of out unless NULL, with
+ * the bias and the rows of `plus` added unless NULL. */
 typedef struct {
     float *c;
     int64_t c_row;
     int add;
     const bf16 *bias, *plus;
     bf16 *out;
-    int64_t out_row, columns; /* of `plus`, too */
+    int64_t out_row, columns; /* also of `plus` */
 } Target;
 
-/* The same from a row and a column on. */
+/* The same destination, moved to a row and a column. */
 INLINE Target moved(const Target *to, int64_t row, int64_t column) {
     Target next = *to;
     next.c += row * to->c_row + column;
@@ -96,7 +95,7 @@ INLINE Target moved(const Target *to, int64_t row, int64_t column) {
 #include "vectors.c"
 #endif
 
-/* The terms with fewer rows left than a block has, from `row` on, filled up with zeros in `own`. */
+/* Copy the last rows of the terms, fewer than a block, into `own` and pad them with zeros. */
 static void fill_up(const Term *terms, int count, int64_t row, int64_t rows, bf16 *own,
                     Term *filled) {
     for (int i = 0; i < count; i++) {
@@ -111,7 +110,7 @@ static void fill_up(const Term *terms, int count, int64_t row, int64_t rows, bf1
     }
 }
 
-/* Lay out columns `start` to `stop` of the second matrices, `inner` numbers of all terms each. */
+/* Pack columns `start` to `stop` of the second matrices, `inner` elements over all terms. */
 static void lay_out_columns(const Term *terms, int count, int64_t inner, int64_t columns,
                             int64_t start, int64_t stop, bf16 *slab) {
     int64_t apart = LANES_M * inner, lanes = round_up(stop - start, LANES_M);
@@ -125,24 +124,23 @@ static void lay_out_columns(const Term *terms, int count, int64_t inner, int64_t
     }
 }
 
-/* `some` rows of the first matrices from `row` on times what was laid out, to `to` and what is right
- * of it. */
+/* Multiply `some` rows of the first matrices, starting at `row`, with the packed columns, into `to`. */
 static void rows_times(const Term *terms, int count, int64_t inner, int64_t row, int64_t some,
                        const bf16 *slab, int64_t lanes, Target to, bf16 *own) {
-    int64_t whole = some / ROWS_M * ROWS_M;
+    int64_t full = some / ROWS_M * ROWS_M;
     Term filled[MOST_TERMS];
-    blocks(terms, count, row, whole, slab, inner, lanes, to);
-    if (whole == some) return;
-    fill_up(terms, count, row + whole, some - whole, own, filled);
-    blocks(filled, count, 0, some - whole, slab, inner, lanes, moved(&to, whole, 0));
+    blocks(terms, count, row, full, slab, inner, lanes, to);
+    if (full == some) return;
+    fill_up(terms, count, row + full, some - full, own, filled);
+    blocks(filled, count, 0, some - full, slab, inner, lanes, moved(&to, full, 0));
 }
 
 #ifdef TILES
-/* As `multiply`, for an inner dimension that is taken at once. Every thread lays out columns of its
- * own, as many as stay in its second-level cache, and takes all rows of them, or some where there
- * are too few columns for all threads. */
+/* `multiply` in a single pass over the inner dimension. Every thread packs its own columns, as many as
+ * fit into its L2 cache, and multiplies all rows with them, or a share of the rows where there are too
+ * few columns for all threads. */
 static void multiply_at_once(const Term *terms, int count, int64_t rows, const Target *to,
-                             Workspace *space) {
+                             Scratch *scratch) {
     int64_t inner = 0, columns = to->columns, threads = omp_get_num_threads();
     for (int i = 0; i < count; i++) inner += filled_up(terms[i].inner);
     int64_t parts = (columns * inner * 2 + SLAB - 1) / SLAB;
@@ -151,7 +149,7 @@ static void multiply_at_once(const Term *terms, int count, int64_t rows, const T
     parts = (columns + each - 1) / each;
     int64_t shares = parts < threads ? (threads + parts - 1) / parts : 1;
     int64_t share = round_up((rows - 1) / shares + 1, ROWS_M);
-    bf16 *slab = space->own, *rest = slab + SLAB / 2;
+    bf16 *slab = scratch->own, *rest = slab + SLAB / 2;
     _Pragma("omp for collapse(2) schedule(dynamic) nowait")
     for (int64_t start = 0; start < columns; start += each)
         for (int64_t row = 0; row < rows; row += share) {
@@ -164,16 +162,16 @@ static void multiply_at_once(const Term *terms, int count, int64_t rows, const T
         }
 }
 #else
-/* As `multiply`, for an inner dimension that is taken at once. Threads lay out some columns together
- * and share tasks of few rows, so that none waits long for another. */
+/* `multiply` in a single pass over the inner dimension. Threads pack columns together and share tasks of
+ * a few rows each, so that none waits long for another. */
 static void multiply_at_once(const Term *terms, int count, int64_t rows, const Target *to,
-                             Workspace *space) {
+                             Scratch *scratch) {
     int64_t inner = 0, columns = to->columns;
     for (int i = 0; i < count; i++) inner += filled_up(terms[i].inner);
     int64_t at_once = SLAB / (2 * LANES_M * inner) * LANES_M;
     for (int64_t start = 0; start < columns; start += at_once) {
         int64_t stop = start + at_once < columns ? start + at_once : columns;
-        bf16 *slab = space->slab[space->turn ^= 1];
+        bf16 *slab = scratch->slab[scratch->turn ^= 1];
         _Pragma("omp for schedule(dynamic)")
         for (int64_t j = start; j < stop; j += LANES_M) {
             int64_t end = j + LANES_M < stop ? j + LANES_M : stop;
@@ -182,12 +180,12 @@ static void multiply_at_once(const Term *terms, int count, int64_t rows, const T
         _Pragma("omp for schedule(dynamic) nowait")
         for (int64_t i = 0; i < rows; i += MOST_ROWS)
             rows_times(terms, count, inner, i, rows - i < MOST_ROWS ? rows - i : MOST_ROWS, slab,
-                       stop - start, moved(to, i, start), space->own);
+                       stop - start, moved(to, i, start), scratch->own);
     }
 }
 #endif
 
-/* Move a term's inner dimension on. */
+/* Advance a term along its inner dimension. */
 static void skip_inner(Term *term, int64_t count) {
     int64_t numbers = term->across ? count : count * term->b.row;
     term->a += count;
@@ -196,46 +194,46 @@ static void skip_inner(Term *term, int64_t count) {
     else term->b.values = (const char *)term->b.values + numbers * (term->b.wide ? 4 : 2);
 }
 
-/* to->out[rows, columns] = sum of terms and what `to` adds, by all threads of a parallel region
- * together; inner dimensions are even. No thread waits at the end: `out` is whole after the next
- * barrier. */
+/* to->out[rows, columns] = sum of the terms, plus what `to` adds. Called by all threads of a parallel
+ * region; inner dimensions are even. There is no barrier at the end: `out` is complete after the next
+ * one. */
 static void multiply(const Term *terms, int count, int64_t rows, const Target *to,
-                     Workspace *space) {
+                     Scratch *scratch) {
     Target part = *to;
-    part.c = space->sums;
+    part.c = scratch->sums;
     part.c_row = round_up(to->columns, LANES_B);
     Term left[MOST_TERMS], now[MOST_TERMS];
     int64_t inner = 0;
     for (int i = 0; i < count; i++) inner += (left[i] = terms[i]).inner;
     int64_t each = round_up(inner / ((inner + INNER - 1) / INNER) + 1, 32), done = 0;
-    if (inner > INNER) { /* a thread may still be at the sums of the call before */
+    if (inner > INNER) { /* a thread may still use the sums of the previous call */
         _Pragma("omp barrier")
     }
     for (int first = 0; done < inner;) {
-        int64_t room = each < INNER ? each : INNER;
+        int64_t budget = each < INNER ? each : INNER;
         int used = 0;
         part.add = done > 0;
-        if (part.add) { /* other threads go on with these sums */
+        if (part.add) { /* other threads continue with these sums */
             _Pragma("omp barrier")
         }
-        while (room && first < count) {
-            int64_t some = left[first].inner < room ? left[first].inner : room;
+        while (budget && first < count) {
+            int64_t some = left[first].inner < budget ? left[first].inner : budget;
             now[used] = left[first];
             now[used++].inner = some;
             skip_inner(left + first, some);
             if (!left[first].inner) first++;
-            room -= some;
+            budget -= some;
             done += some;
         }
         part.out = done < inner ? 0 : to->out;
-        multiply_at_once(now, used, rows, &part, space);
+        multiply_at_once(now, used, rows, &part, scratch);
     }
 }
 
-static Workspace take_workspace(char **space, int64_t sums, int64_t own) {
-    Workspace all = {.sums = take(space, sums)};
-    for (int i = 0; i < 2 * SHARED; i++) all.slab[i] = take(space, SLAB);
-    all.own = take(space, own);
+static Scratch take_scratch(char **scratch, int64_t sums, int64_t own) {
+    Scratch all = {.sums = take(scratch, sums)};
+    for (int i = 0; i < 2 * SHARED; i++) all.slab[i] = take(scratch, SLAB);
+    all.own = take(scratch, own);
     return all;
 }
 
@@ -243,30 +241,30 @@ static int64_t own_bytes(int64_t inner) {
     return round_up(ROWS_M * (inner < INNER ? inner : INNER) * 2, 64) + !SHARED * SLAB;
 }
 
-/* Rows of a block: tells which units multiply. */
+/* Rows of a block, which identify the instruction set in use. */
 int64_t rows_of_block(void) { return ROWS_M; }
 
-/* Bytes of working memory for `product_bfloat16`. */
-int64_t product_room_bfloat16(int64_t rows, int64_t columns, int64_t inner, int threads) {
-    char *space = 0;
-    take_workspace(&space, sums_bytes(rows, columns, inner), threads * own_bytes(inner));
-    return space - (char *)0;
+/* Bytes of scratch memory for `product_bfloat16`. */
+int64_t product_scratch_bytes_bfloat16(int64_t rows, int64_t columns, int64_t inner, int threads) {
+    char *scratch = 0;
+    take_scratch(&scratch, sums_bytes(rows, columns, inner), threads * own_bytes(inner));
+    return scratch - (char *)0;
 }
 
 /* out[rows, columns] = a b, a [rows, inner], b [columns, inner] if `across`, else [inner, columns]. */
 void product_bfloat16(const bf16 *a, const bf16 *b, bf16 *out, int64_t rows, int64_t columns,
                       int64_t inner, int across, char *memory, int threads) {
     int64_t own = own_bytes(inner);
-    Workspace all = take_workspace(&memory, sums_bytes(rows, columns, inner), threads * own);
+    Scratch all = take_scratch(&memory, sums_bytes(rows, columns, inner), threads * own);
     Matrix second = {.values = b, .row = across ? inner : columns};
     Term term = {a, inner, inner, second, across};
     Target to = {.out = out, .out_row = columns, .columns = columns};
     _Pragma("omp parallel num_threads(threads)")
     {
-        Workspace space = all;
-        space.own = (bf16 *)((char *)all.own + omp_get_thread_num() * own);
+        Scratch scratch = all;
+        scratch.own = (bf16 *)((char *)all.own + omp_get_thread_num() * own);
         begin_blocks();
-        multiply(&term, 1, rows, &to, &space);
+        multiply(&term, 1, rows, &to, &scratch);
         end_blocks();
     }
 }

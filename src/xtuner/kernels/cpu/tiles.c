@@ -1,25 +1,25 @@
-/* Blocks of sums of products in the tile units of a CPU (AMX): 32 rows by 32 columns at once.
+/* Matrix products with AMX tiles: output blocks of 32 rows by 32 columns.
  *
- * A part of products.c, which includes it where the compiler knows them. Four tiles hold the
- * sums, two 32 rows by 32 inner numbers of the first matrix, two 32 inner numbers by 32 columns of
- * the second one, which has its pairs side by side as for vectors, up to a multiple of 32 inner
- * numbers. The operating system must have been asked for the tiles (cpu_library.py does).
+ * Included by products.c where the compiler supports AMX. Four tiles hold the sums, two hold 32 rows by
+ * 32 inner elements of the first matrix, two hold 32 inner elements by 32 columns of the second, which
+ * is packed in pairs and padded to a multiple of 32 inner elements. The process must have requested
+ * permission to use AMX (build.py does).
  */
 
-/* Every thread has tiles of its own, between these two. */
+/* Configure and release the tiles of this thread. */
 INLINE void begin_blocks(void) {
     uint8_t config[64] __attribute__((aligned(64))) = {1};
-    for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16; /* bytes a row, rows */
-    __asm__ volatile("" : : "r"(config) : "memory"); /* all of it is in memory */
+    for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16; /* bytes per row, rows */
+    __asm__ volatile("" : : "r"(config) : "memory"); /* force the configuration into memory */
     _tile_loadconfig(config);
 }
 
 INLINE void end_blocks(void) { _tile_release(); }
 
-/* What was stored before is in memory, for instructions that the compiler does not see through. */
+/* Compiler barrier: earlier stores are in memory before the tile instructions read them. */
 #define STORED __asm__ volatile("" ::: "memory")
 
-/* Tiles 0 to 3 += a [32, 32] b. The first-level cache is for b, which the next rows take as well. */
+/* Tiles 0 to 3 += a [32, 32] b. Only b is loaded with a temporal hint, since the next rows reuse it. */
 INLINE void add_products(const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair) {
     STORED;
     _tile_stream_loadd(4, a, 2 * a_row);
@@ -66,15 +66,15 @@ static void product(int64_t columns, const bf16 *a, int64_t a_row, const bf16 *b
     }
 }
 
-/* The inner numbers of 32 rows from the last multiple of 32 on, and zeros. */
+/* The inner elements of 32 rows after the last multiple of 32, padded with zeros. */
 static void take_tail(const Term *term, int64_t row, bf16 *tail) {
-    const __mmask32 there = first_lanes(term->inner % 32);
+    const __mmask32 mask = first_lanes(term->inner % 32);
     const bf16 *from = term->a + row * term->a_row + term->inner / 32 * 32;
     for (int64_t r = 0; r < ROWS_M; r++)
-        _mm512_store_si512(tail + 32 * r, _mm512_maskz_loadu_epi16(there, from + r * term->a_row));
+        _mm512_store_si512(tail + 32 * r, _mm512_maskz_loadu_epi16(mask, from + r * term->a_row));
 }
 
-/* Sums that wait to be rounded, some rows of them between the products of the next block. */
+/* Sums to be rounded, a few rows at a time, interleaved with the products of the next block. */
 typedef struct {
     float sums[ROWS_M * LANES_M];
     Target to;
@@ -82,29 +82,29 @@ typedef struct {
     int64_t row, rows;
 } Waiting;
 
-/* Whole lines go past the caches: reading them only to write them would cost more than the products. */
+/* Full cache lines use streaming stores: reading a line only to overwrite it costs more than the product. */
 INLINE void round_rows(Waiting *x, int64_t count) {
     if (x->row == x->rows) return;
-    const __mmask32 there = first_lanes(x->to.columns);
+    const __mmask32 mask = first_lanes(x->to.columns);
     int64_t end = x->row + count < x->rows ? x->row + count : x->rows;
     for (; x->row < end; x->row++) {
         const float *from = x->sums + 32 * x->row;
         __m512 left = _mm512_add_ps(_mm512_load_ps(from), x->bias[0]);
         __m512 right = _mm512_add_ps(_mm512_load_ps(from + 16), x->bias[1]);
         if (x->to.plus) {
-            __m512i plus = _mm512_maskz_loadu_epi16(there, x->to.plus + x->row * x->to.out_row);
+            __m512i plus = _mm512_maskz_loadu_epi16(mask, x->to.plus + x->row * x->to.out_row);
             left = _mm512_add_ps(left, wide(_mm512_castsi512_si256(plus)));
             right = _mm512_add_ps(right, wide(_mm512_extracti64x4_epi64(plus, 1)));
         }
         __m512i both = (__m512i)_mm512_cvtne2ps_pbh(right, left);
         bf16 *to = x->to.out + x->row * x->to.out_row;
-        if (there == ~0u && (uintptr_t)to % 64 == 0) _mm512_stream_si512((void *)to, both);
-        else _mm512_mask_storeu_epi16(to, there, both);
+        if (mask == ~0u && (uintptr_t)to % 64 == 0) _mm512_stream_si512((void *)to, both);
+        else _mm512_mask_storeu_epi16(to, mask, both);
     }
 }
 
-/* `rows` rows of the terms' first matrices from `row` on, a multiple of 32 or fewer, times what was
- * laid out for `lanes` columns, `inner` numbers each. */
+/* Multiply `rows` rows (a multiple of 32, or fewer) of the first matrices, starting at `row`, with the
+ * packed `lanes` columns of `inner` elements each. */
 static void blocks(const Term *terms, int count, int64_t row, int64_t rows, const bf16 *b,
                    int64_t inner, int64_t lanes, Target to) {
     Waiting two[2] __attribute__((aligned(64)));
@@ -126,7 +126,7 @@ static void blocks(const Term *terms, int count, int64_t row, int64_t rows, cons
                     add_products(part ? tail : a + k, part ? 32 : terms[i].a_row, column,
                                  2 * LANES_M);
                     round_rows(before, 2);
-                    if (to.plus && asked < ROWS_M) { /* for what is added when this is rounded */
+                    if (to.plus && asked < ROWS_M) { /* prefetch what is added when this block is rounded */
                         _mm_prefetch(now->to.plus + asked++ * to.out_row, _MM_HINT_T0);
                         _mm_prefetch(now->to.plus + asked++ * to.out_row, _MM_HINT_T0);
                     }
@@ -147,5 +147,5 @@ static void blocks(const Term *terms, int count, int64_t row, int64_t rows, cons
             now->bias[1] = wide(_mm512_extracti64x4_epi64(both, 1));
         }
     round_rows(two + (turn ^ 1), ROWS_M);
-    _mm_sfence(); /* what went past the caches is there before other threads go on */
+    _mm_sfence(); /* streaming stores are visible before other threads continue */
 }

@@ -1,15 +1,15 @@
-/* Blocks of sums of products in the vector units of a CPU: 6 rows by 64 columns at once.
+/* Matrix products with AVX512-BF16 vectors: output blocks of 6 rows by 64 columns.
  *
- * A part of products.c, for CPUs without tile units (tiles.c).
+ * Included by products.c for CPUs without AMX (tiles.c).
  */
 
-#define UNROLL _Pragma("GCC unroll 6") /* so that sums stay in registers: 24, 4 vectors, 1 broadcast */
+#define UNROLL _Pragma("GCC unroll 6") /* keeps sums in registers: 24 sums, 4 vectors, 1 broadcast */
 
 INLINE void begin_blocks(void) {}
 
 INLINE void end_blocks(void) {}
 
-/* sum[6, 16 nv] += a[6, 2 pairs] b, where b[p] holds columns of the inner numbers 2p and 2p + 1. */
+/* sum[6, 16 nv] += a[6, 2 pairs] b, where b[p] holds inner elements 2p and 2p + 1 of each column. */
 INLINE void accumulate(const int nv, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
                        int64_t pairs, __m512 sum[ROWS_M][4]) {
     for (int64_t p = 0; p < pairs; p++) {
@@ -26,7 +26,7 @@ INLINE void accumulate(const int nv, const bf16 *a, int64_t a_row, const bf16 *b
     }
 }
 
-/* c[6, 16 nv] (+)= a b, as `accumulate`. */
+/* c[6, 16 nv] (+)= a b; see `accumulate`. */
 INLINE void product_nv(const int nv, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
                        int64_t pairs, float *c, int64_t c_row, int add) {
     __m512 sum[ROWS_M][4];
@@ -38,7 +38,7 @@ INLINE void product_nv(const int nv, const bf16 *a, int64_t a_row, const bf16 *b
         UNROLL for (int j = 0; j < nv; j++) _mm512_storeu_ps(c + r * c_row + 16 * j, sum[r][j]);
 }
 
-/* As `product_nv`, for any number of columns, rounded up to a multiple of 16. */
+/* `product_nv` for any number of columns, rounded up to a multiple of 16. */
 static void product(int64_t columns, const bf16 *a, int64_t a_row, const bf16 *b, int64_t b_pair,
                     int64_t pairs, float *c, int64_t c_row, int add) {
     for (; columns > 48; columns -= 64, b += 128, c += 64)
@@ -48,7 +48,7 @@ static void product(int64_t columns, const bf16 *a, int64_t a_row, const bf16 *b
     else if (columns > 0) product_nv(1, a, a_row, b, b_pair, pairs, c, c_row, add);
 }
 
-/* Six rows of the terms' first matrices from `row` on times 16 nv columns; `rows` of them count. */
+/* Multiply six rows of the first matrices, starting at `row`, with 16 nv columns; only `rows` are valid. */
 INLINE void block_of_terms(const int nv, const Term *terms, int count, int64_t row, int64_t rows,
                            const bf16 *b, const Target *to) {
     __m512 sum[ROWS_M][4];
@@ -65,19 +65,19 @@ INLINE void block_of_terms(const int nv, const Term *terms, int count, int64_t r
                 if (r < rows) _mm512_storeu_ps(to->c + r * to->c_row + 16 * j, sum[r][j]);
                 continue;
             }
-            __mmask16 there = (__mmask16)first_lanes(r < rows ? to->columns - 16 * j : 0);
+            __mmask16 mask = (__mmask16)first_lanes(r < rows ? to->columns - 16 * j : 0);
             const bf16 *more[] = {to->bias, to->plus ? to->plus + r * to->out_row : 0};
             for (int i = 0; i < 2; i++)
                 if (more[i])
                     sum[r][j] = _mm512_add_ps(
-                        sum[r][j], wide(_mm256_maskz_loadu_epi16(there, more[i] + 16 * j)));
-            _mm256_mask_storeu_epi16(to->out + r * to->out_row + 16 * j, there,
+                        sum[r][j], wide(_mm256_maskz_loadu_epi16(mask, more[i] + 16 * j)));
+            _mm256_mask_storeu_epi16(to->out + r * to->out_row + 16 * j, mask,
                                      (__m256i)_mm512_cvtneps_pbh(sum[r][j]));
         }
 }
 
-/* `rows` rows of the terms' first matrices from `row` on, a multiple of 6 or fewer, times what was
- * laid out for `lanes` columns, `inner` numbers each. */
+/* Multiply `rows` rows (a multiple of 6, or fewer) of the first matrices, starting at `row`, with the
+ * packed `lanes` columns of `inner` elements each. */
 static void blocks(const Term *terms, int count, int64_t row, int64_t rows, const bf16 *b,
                    int64_t inner, int64_t lanes, Target to) {
     for (int64_t j = 0; j < lanes; j += LANES_M)

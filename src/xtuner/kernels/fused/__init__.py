@@ -1,1 +1,1 @@
-"""Layers of a model replaced by faster ones that give the same numbers."""
+"""Faster replacements of model layers that give the same results."""

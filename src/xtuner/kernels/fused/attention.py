@@ -1,11 +1,11 @@
-"""Attention layers with rotation and attention as few operations.
+"""Attention layers with fused rotary embedding and attention.
 
-transformers rotates queries and keys in a dozen passes over memory, and then lays them out anew for
-the attention function. A layer changed by `install` takes the projections' outputs straight to
-`cpu_attention`, which rotates while it lays them out, or on a GPU to liger's rotation, in their
-places, and to flash attention. Weights, names and everything else of the layer stay; so does its
-own forward pass, which is used wherever ours does not apply (with a cache, a mask or dropout,
-without these kernels). Only layers that give the same numbers on random input are changed.
+transformers rotates queries and keys in a dozen passes over memory and then transposes them for the
+attention function. A layer changed by `install` passes the outputs of the projections directly to
+`cpu_attention`, which rotates while it packs them, or on a GPU to Liger's in-place rotation and
+flash attention. Weights and names of the layer do not change, and its original forward pass runs
+wherever the fused one does not apply (with a cache, a mask or dropout, or without these kernels).
+Only layers that give the same results on a fixed input are changed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RotaryBlockAttention:
         projected = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (x.view(hidden_states.shape[1], -1, width) for x in projected)
         if hasattr(self, "q_norm"):
-            # under autocast a norm with a float32 weight gives float32, and v is in 16 bits
+            # under autocast a norm with a float32 weight returns float32, while v has 16 bits
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         scale, window = self._attention_options
         rotation = rotation_of(*position_embeddings)  # type: ignore[misc]
@@ -61,7 +61,7 @@ class RotaryBlockAttention:
             call = _call_of(self, q.device, q.dtype)
             longest, cu_seqlens = kwargs.get("max_length_q"), kwargs["cu_seq_lens_q"]
             out = varlen.attend(q, k, v, call, cu_seqlens=cu_seqlens, longest=longest)
-            assert out is not None  # `takes` has asked
+            assert out is not None  # checked by `takes`
         else:
             ends = tuple(kwargs["cu_seq_lens_q"].tolist())
             out = cpu_attention(q, k, v, ends, scale=scale, window=window, rotation=rotation)
@@ -75,7 +75,7 @@ class RotaryBlockAttention:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> bool:
-        """Whether the rows are packed and nothing is asked for that ours does not do."""
+        """Whether the input is a packed row and the fused forward pass supports the call."""
         return (
             kwargs.get("cu_seq_lens_q") is not None
             and position_embeddings is not None
@@ -90,12 +90,12 @@ class RotaryBlockAttention:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """Whether there is what rotates."""
+    """Whether a kernel for the rotation is available."""
     return (liger_for(x) if x.device.type == "cuda" else kernels_for(x)) is not None
 
 
 def _attends(layer: Any, x: Tensor) -> bool:
-    """Whether a GPU has a kernel for the heads of `layer` in the type of products."""
+    """Whether there is an attention kernel for `layer` on the device of `x`."""
     if x.device.type != "cuda":
         return True
     autocast = torch.is_autocast_enabled("cuda")
@@ -112,28 +112,27 @@ def _call_of(layer: Any, device: torch.device, dtype: torch.dtype) -> AttentionC
 
 def _liger(x: Tensor) -> Liger:
     found = liger_for(x)
-    assert found is not None  # `_has_kernels` has asked
+    assert found is not None  # checked by `_has_kernels`
     return found
 
 
 @lru_cache(maxsize=2)
 def rotation_of(cos: Tensor, sin: Tensor) -> Rotation:
-    """What transformers calls position embeddings, ``[1, N, D]``; all layers share the result."""
+    """Convert transformers' position embeddings ``[1, N, D]``; all layers share the result."""
     return cos[0].float().contiguous(), sin[0].float().contiguous()
 
 
 def install(model: nn.Module, *, check: bool = True) -> int:
-    """Change the attention layers of `model` for which ours computes the same; return how many.
+    """Fuse the attention layers of `model` whose results do not change; return their number.
 
-    `check` off changes layers that look alike without comparing numbers, for tensors that have
-    none.
+    `check` = False skips the comparison of results, for meta tensors.
     """
     changed = 0
     for layer in list(model.modules()):
-        if not _looks_alike(layer):
+        if not _has_same_structure(layer):
             continue
-        like: Any = layer
-        real = not like.q_proj.weight.is_meta
+        candidate: Any = layer
+        real = not candidate.q_proj.weight.is_meta
         if real and not _has_kernels(_probe(layer)):
             continue
         if check:
@@ -146,13 +145,13 @@ def install(model: nn.Module, *, check: bool = True) -> int:
     return changed
 
 
-def _looks_alike(layer: Any) -> bool:
+def _has_same_structure(layer: Any) -> bool:
     names = {name for name, _ in layer.named_children()}
     return (
         PROJECTIONS <= names <= PROJECTIONS | NORMS
         and len(names & NORMS) in (0, 2)
         and isinstance(getattr(layer, "head_dim", None), int)
-        and all(_is_of_a_head(getattr(layer, name), layer.head_dim) for name in names & NORMS)
+        and all(_is_per_head(getattr(layer, name), layer.head_dim) for name in names & NORMS)
         and isinstance(getattr(layer, "scaling", None), float)
         and isinstance(getattr(layer, "attention_dropout", None), float)
         and getattr(layer, "is_causal", False) is True
@@ -160,14 +159,14 @@ def _looks_alike(layer: Any) -> bool:
     )
 
 
-def _is_of_a_head(norm: nn.Module, width: int) -> bool:
-    """Whether `norm` takes each head by itself, as Qwen3's; OLMo2's takes all heads at once."""
+def _is_per_head(norm: nn.Module, width: int) -> bool:
+    """Whether `norm` normalizes each head by itself, as in Qwen3; OLMo2 normalizes all at once."""
     weight = getattr(norm, "weight", None)
     return isinstance(weight, Tensor) and weight.shape[-1] == width
 
 
 def _probe(layer: Any) -> Tensor:
-    """Twelve rows of fixed numbers, as large as normed activations are."""
+    """A fixed input of twelve rows, of the magnitude of normalized activations."""
     width, weight = layer.q_proj.in_features, layer.q_proj.weight
     dtype = weight.dtype if weight.is_floating_point() else half_dtype(weight.device.type)
     count = torch.arange(12 * width, dtype=torch.float32)
@@ -181,7 +180,7 @@ def _change(layer: Any, scale: float, window: int | None) -> None:
 
 
 def probe_inputs(layer: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Hidden states of two packed samples, and what else a layer is called with."""
+    """Hidden states of two packed samples, and the other arguments of a layer."""
     hidden = _probe(layer)
     angles = torch.arange(12 * layer.head_dim // 2, dtype=torch.float32).view(1, 12, -1)
     angles = torch.cat([angles, angles], -1).to(hidden.device)
@@ -200,7 +199,7 @@ def _change_if_same(layer: Any) -> bool:
     layer.eval()
     before = type(layer)
     try:
-        with packed.Watch() as watch:
+        with packed.CallRecorder() as watch:
             wanted = layer(hidden, **inputs)[0]
         (call,) = watch.calls
         unknown = [name for name in ("softcap", "s_aux", "position_bias") if call.get(name)]
@@ -210,7 +209,7 @@ def _change_if_same(layer: Any) -> bool:
             if _close(layer(hidden, **inputs)[0], wanted):
                 return True
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-        pass  # called in another way than layers that we know
+        pass  # the layer has another signature
     finally:
         layer.train(was_training)
     layer.__class__ = before
@@ -218,8 +217,8 @@ def _change_if_same(layer: Any) -> bool:
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
-    """In 16 bits the two round at different places, by a few percent; a rotation that is not ours
-    changes everything."""
+    """Compare with a tolerance of a few percent in 16 bits, where the two round differently;
+    another kind of rotation changes the result completely."""
     limit = 1e-5 if ours.dtype == torch.float32 else 0.1
     ours, theirs = ours.float(), theirs.float()
     return bool((ours - theirs).norm() <= limit * theirs.norm())

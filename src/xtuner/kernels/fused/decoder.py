@@ -1,13 +1,13 @@
-"""Decoder layers of a CPU with LoRA on all their linear layers as one operation each way.
+"""Decoder layers with LoRA on all linear layers as one operation per direction on a CPU.
 
     y = x + W_o attention(norm(x) W_qkv),   out = y + W_d (silu(norm(y) W_g) * norm(y) W_u)
 
-One compiled call (`cpu_decoder`) does what the parts of the layer do one by one (`fused_layers`,
-`fused_attention`, `low_rank`). Autograd has one operation instead of ten, Python has little to do,
-and both additions happen where the sums of a product, or of a norm's gradient, are rounded.
-`install` changes only layers that are put together in this way, bit for bit; their own forward pass
-stays, and is used wherever ours does not apply (dropout, recomputation, other adapters, trained
-norms, a cache, no compiler). The parts are not called as modules: hooks on them see nothing of it.
+One compiled call (`kernels.cpu.decoder`) replaces the calls for the parts of the layer (`norm_mlp`,
+`attention`, `lora.linear`): one autograd operation instead of ten, little Python overhead, and both
+residual additions are fused into a product or the gradient of a norm. `install` changes only layers
+whose output equals this composition bit for bit; the original forward pass runs wherever the fused
+one does not apply (dropout, recomputation, other adapters, trained norms, a cache, no compiler).
+The parts are not called as modules, so forward hooks on them do not run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _DecoderLayer(torch.autograd.Function):
     ) -> Tensor:
         x = hidden[0]
         out, saved, call = decoder.forward(kernels, x, layer)
-        ctx.save_for_backward(x, saved, *adapters)  # these for autograd to see them changed
+        ctx.save_for_backward(x, saved, *adapters)  # autograd then detects in-place changes
         ctx.layer, ctx.call, ctx.kernels = layer, call, kernels
         result: Tensor = out[None]
         return result
@@ -46,15 +46,15 @@ class _DecoderLayer(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, saved, *_ = ctx.saved_tensors
-        pull, needed = grads[0][0].contiguous(), ctx.needs_input_grad[0]
-        grad, of_adapters = decoder.backward(
-            ctx.kernels, x, ctx.layer, saved, ctx.call, pull, grad_x=needed
+        grad_output, needed = grads[0][0].contiguous(), ctx.needs_input_grad[0]
+        grad_x, adapter_grads = decoder.backward(
+            ctx.kernels, x, ctx.layer, saved, ctx.call, grad_output, grad_x=needed
         )
-        return (None if grad is None else grad[None], None, None, *of_adapters)
+        return (None if grad_x is None else grad_x[None], None, None, *adapter_grads)
 
 
 class _FusedDecoderLayer:
-    """The forward pass of a decoder layer, in one operation where that can be."""
+    """The forward pass of a decoder layer, as one operation where possible."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Map ``[1, N, H]`` to ``[1, N, H]``."""
@@ -67,7 +67,7 @@ class _FusedDecoderLayer:
 
 
 def _layer_of(layer: Any, x: Tensor, kernels: Kernels, inputs: dict[str, Any]) -> Any | None:
-    """What is needed for one operation; None where it has to go part by part."""
+    """The arguments of the fused operation; None if the parts have to run one by one."""
     attention, mlp = layer.self_attn, layer.mlp
     norms = layer.input_layernorm, layer.post_attention_layernorm
     weights = [norm.weight for norm in norms]
@@ -87,7 +87,7 @@ def _layer_of(layer: Any, x: Tensor, kernels: Kernels, inputs: dict[str, Any]) -
         (mlp.down_proj,),
     ):
         parts = adapted_parts(linears)
-        if parts is None or not linear.compiles(kernels, parts):
+        if parts is None or not linear.can_compile(kernels, parts):
             return None
         groups.append([linear.layer_of(part, x.dtype) for part in parts])
     scale, window = attention._attention_options
@@ -103,21 +103,20 @@ def _layer_of(layer: Any, x: Tensor, kernels: Kernels, inputs: dict[str, Any]) -
 
 
 def install(model: nn.Module, *, check: bool = True) -> int:
-    """Change the decoder layers of `model` that are made of what is fused; return how many.
+    """Fuse the decoder layers of `model` whose parts are already fused; return their number.
 
-    `check` off changes layers that look alike without comparing numbers, for tensors that have
-    none.
+    `check` = False skips the comparison of results, for meta tensors.
     """
     changed = 0
     for layer in list(model.modules()):
-        if _looks_alike(layer) and (not check or _is_sum_of_parts(layer)):
+        if _has_same_structure(layer) and (not check or _is_sum_of_parts(layer)):
             kind: Any = type(layer)
             layer.__class__ = with_forward(_FusedDecoderLayer, kind)
             changed += 1
     return changed
 
 
-def _looks_alike(layer: Any) -> bool:
+def _has_same_structure(layer: Any) -> bool:
     if {name for name, _ in layer.named_children()} != CHILDREN:
         return False
     attention = layer.self_attn
@@ -133,7 +132,7 @@ def _looks_alike(layer: Any) -> bool:
 
 @torch.no_grad()
 def _is_sum_of_parts(layer: Any) -> bool:
-    """Whether the layer adds up its parts as ours does; nothing is multiplied or left out."""
+    """Whether the layer is exactly the residual sum of its parts, without further operations."""
     hidden, inputs = probe_inputs(layer.self_attn)
     was_training = layer.training
     layer.eval()
@@ -142,7 +141,7 @@ def _is_sum_of_parts(layer: Any) -> bool:
         wanted = y + layer.mlp(layer.post_attention_layernorm(y))
         found = layer(hidden, **inputs)
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-        return False  # called in another way than layers that we know
+        return False  # the layer has another signature
     finally:
         layer.train(was_training)
     return isinstance(found, Tensor) and torch.equal(found, wanted)

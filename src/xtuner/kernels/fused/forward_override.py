@@ -1,4 +1,4 @@
-"""Layers of others with a forward pass of ours."""
+"""Replace the forward pass of a layer by a subclass."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from functools import cache
 
 @cache
 def with_forward(ours: type, layer: type) -> type:
-    """A class as `layer`, with its name, whose forward pass is that of `ours`."""
+    """A subclass of `layer` with the same name and the forward pass of `ours`."""
     return type(layer.__name__, (ours, layer), {"__module__": layer.__module__})

@@ -1,8 +1,8 @@
-"""Norms and gated feed-forward layers with few operations and little kept for the backward pass.
+"""Fused norms and gated feed-forward layers that save little for the backward pass.
 
-`install` puts them in the places of a model's own, where they hold the same weights under the same
-names, and only where both give the same numbers on random input: whatever the architecture, a layer
-that computes something else stays as it is.
+`install` replaces layers of a model, keeping their weights and names, and only if both give the
+same results on a fixed input: a layer that computes something else is left unchanged, whatever the
+architecture.
 
     RMS norm (arXiv:1910.07467, equation 4)   y = w * x r,  r = 1 / sqrt(mean(x^2) + eps)
                                               dx = r g - x r^3 mean(g x),  g = w dy
@@ -46,10 +46,8 @@ class _RMSNorm(torch.autograd.Function):
         needed = ctx.needs_input_grad[1]
         kernels = kernels_for(grad, x, weight)
         if kernels is not None:
-            grad_x, of_weight = kernels.rms_norm_backward(
-                grad, x, weight, scale, grad_weight=needed
-            )
-            return grad_x, None if of_weight is None else of_weight.to(weight.dtype), None
+            grad_x, grad_w = kernels.rms_norm_backward(grad, x, weight, scale, grad_weight=needed)
+            return grad_x, None if grad_w is None else grad_w.to(weight.dtype), None
         inner = grad * weight
         wide = inner.float() if x.dtype == torch.float16 else inner  # the product may overflow
         mean = (wide * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
@@ -62,8 +60,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension; squares are summed in
-    float32."""
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, with the mean in float32."""
 
     def __init__(self, weight: nn.Parameter, eps: float):
         super().__init__()
@@ -71,7 +68,7 @@ class RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[..., H]``."""
+        """Normalize ``[..., H]``."""
         if (liger := liger_for(x)) is not None:
             return liger.rms_norm(x, self.weight, self.variance_epsilon)
         return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
@@ -98,17 +95,17 @@ class _SiluProduct(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad_gate, gate, grad_input=grad_gate), grad_up
 
 
-def _others_keep() -> bool:
-    """Whether hooks of somebody else, as those of recomputation, hold what is kept for gradients.
+def _has_outer_hooks() -> bool:
+    """Whether saved-tensor hooks are active, such as those of activation checkpointing.
 
-    torch asks only the innermost hooks: ours inside them would keep gate and up of every layer.
+    torch calls only the innermost hooks: ours, inside them, would save gate and up of every layer.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``; the product is computed again in the backward pass instead
-    of kept, unless the whole layer is."""
+    """``down(silu(gate(x)) * up(x))``; the product is recomputed in the backward pass instead of
+    saved, unless the entire layer is recomputed."""
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module):
         super().__init__()
@@ -119,20 +116,20 @@ class GatedMLP(nn.Module):
         gate, up = project(x, (self.gate_proj, self.up_proj))
         liger = liger_for(gate)
         product = _SiluProduct.apply if liger is None else liger.silu_product
-        again = _silu_product if liger is None else liger.silu_product
+        recompute = _silu_product if liger is None else liger.silu_product
         inner: Tensor = product(gate, up)  # type: ignore[no-untyped-call]
-        if not inner.requires_grad or _others_keep():
+        if not inner.requires_grad or _has_outer_hooks():
             return self.down_proj(inner)  # type: ignore[no-any-return]
-        place, parts = inner.untyped_storage()._cdata, (gate.detach(), up.detach())
+        storage, parts = inner.untyped_storage()._cdata, (gate.detach(), up.detach())
 
-        def pack(kept: Tensor) -> Any:
-            same = kept.untyped_storage()._cdata == place and kept.numel() == inner_size
-            return kept.shape if same and kept.dtype == parts[0].dtype else kept
+        def pack(saved: Tensor) -> Any:
+            same = saved.untyped_storage()._cdata == storage and saved.numel() == inner_size
+            return saved.shape if same and saved.dtype == parts[0].dtype else saved
 
-        def unpack(kept: Any) -> Tensor:
-            if isinstance(kept, Tensor):
-                return kept
-            return again(*parts).view(kept)  # down_proj's gradient comes before that of the product
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            return recompute(*parts).view(saved)  # before the backward pass of the product
 
         inner_size = inner.numel()
         with saved_tensors_hooks(pack, unpack):
@@ -140,9 +137,9 @@ class GatedMLP(nn.Module):
 
 
 def install(model: nn.Module, *, check: bool = True) -> int:
-    """Put our layers in the places of those of `model` that compute the same; return how many.
+    """Replace the layers of `model` whose results do not change; return their number.
 
-    `check` off takes layers that look alike without comparing numbers, for tensors that have none.
+    `check` = False skips the comparison of results, for meta tensors.
     """
     installed = 0
     for parent in list(model.modules()):
@@ -160,11 +157,11 @@ def _norm_like(layer: nn.Module, check: bool) -> nn.Module | None:
         return None
     if isinstance(layer, RMSNorm) or len(list(layer.parameters())) > 1:
         return None
-    if len(inspect.signature(layer.forward).parameters) != 1:  # norms that take a gate beside x
+    if len(inspect.signature(layer.forward).parameters) != 1:  # gated norms
         return None
     ours = RMSNorm(weight, eps)
-    alike = not check or _same(layer, ours, _probe(weight.shape[0], weight))
-    return ours if alike else None
+    same = not check or _same(layer, ours, _probe(weight.shape[0], weight))
+    return ours if same else None
 
 
 def _mlp_like(layer: nn.Module, check: bool) -> nn.Module | None:
@@ -178,12 +175,12 @@ def _mlp_like(layer: nn.Module, check: bool) -> nn.Module | None:
     if not isinstance(first, nn.Linear):
         return None
     ours = GatedMLP(**children)
-    alike = not check or _same(layer, ours, _probe(first.in_features, next(layer.parameters())))
-    return ours if alike else None
+    same = not check or _same(layer, ours, _probe(first.in_features, next(layer.parameters())))
+    return ours if same else None
 
 
 def _probe(width: int, like: Tensor) -> Tensor:
-    """Four rows of fixed numbers of a size that real activations have."""
+    """A fixed input of four rows, of the magnitude of real activations."""
     dtype = like.dtype if like.is_floating_point() else half_dtype(like.device.type)
     count = torch.arange(4 * width, dtype=torch.float32)
     return (torch.sin(count * 12.9898) * 3).view(1, 4, width).to(like.device, dtype)

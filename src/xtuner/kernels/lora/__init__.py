@@ -1,1 +1,1 @@
-"""Frozen linear layers and their LoRA adapters as one operation."""
+"""A frozen linear layer and its LoRA adapter as one operation."""

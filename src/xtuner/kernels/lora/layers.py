@@ -1,7 +1,7 @@
-"""PEFT's LoRA layers with a forward pass that multiplies in the type of the activations.
+"""PEFT's LoRA layers with a forward pass that multiplies in the dtype of the activations.
 
-PEFT multiplies in the adapters' float32 and casts every activation to it and back; here A and B are
-stored and optimised in float32 and cast for the product.
+PEFT multiplies in float32, the dtype of the adapters, and casts every activation to it and back;
+here A and B are stored and optimised in float32 and cast for the product.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xtuner.kernels.lora.linear import Adapted, low_rank_linears
+from xtuner.kernels.lora.linear import Adapted, lora_linears
 
 
 class _ActivationTypeForward:
-    """The forward pass of a LoRA layer in the number type of its input."""
+    """The forward pass of a LoRA layer in the dtype of its input."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return ``W x + scaling * B A dropout(x)``; cases other than one plain adapter are
-        PEFT's."""
+        """Return ``W x + scaling * B A dropout(x)``; anything but a single plain adapter is left to
+        PEFT."""
         adapted = None if kwargs else self.adapted()
         if adapted is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         if type(adapted.layer) in _fused_layers() and torch.is_grad_enabled():
-            return low_rank_linears(x, (adapted,))[0]
+            return lora_linears(x, (adapted,))[0]
         inner = F.linear(F.dropout(x, adapted.dropout), adapted.down.to(x.dtype))
         up = (adapted.up * adapted.scaling).to(x.dtype)
         return self.base_layer(x) + F.linear(inner, up)  # type: ignore[no-any-return]
 
     def adapted(self: Any) -> Adapted | None:
-        """The layer with its adapter, if that is one plain adapter."""
+        """The layer with its adapter, if it has a single plain adapter."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or self.lora_variant:
             return None
@@ -45,15 +45,14 @@ class _ActivationTypeForward:
 
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """Outputs of linear layers that take the same `x`, adapters included; in one operation where
-    that can be."""
+    """Outputs of linear layers that take the same `x`, including adapters; one operation where
+    possible."""
     parts = adapted_parts(layers) if torch.is_grad_enabled() else None
-    return tuple(layer(x) for layer in layers) if parts is None else low_rank_linears(x, parts)
+    return tuple(layer(x) for layer in layers) if parts is None else lora_linears(x, parts)
 
 
 def adapted_parts(layers: Sequence[nn.Module]) -> list[Adapted] | None:
-    """Linear layers with their adapters; None unless all have one that `low_rank_linears` can
-    take."""
+    """Linear layers with their adapters; None unless `lora_linears` supports all of them."""
     parts = []
     for layer in layers:
         part = layer.adapted() if isinstance(layer, _ActivationTypeForward) else None
@@ -65,14 +64,14 @@ def adapted_parts(layers: Sequence[nn.Module]) -> list[Adapted] | None:
 
 @cache
 def _fused_layers() -> tuple[type[nn.Module], ...]:
-    """Layers whose product with the input `low_rank_linears` can take itself."""
+    """Classes of layers that `lora_linears` supports."""
     import bitsandbytes as bnb
 
     return (nn.Linear, bnb.nn.Linear4bit)
 
 
 def layer_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """Our LoRA layers by the class of the layer that they wrap; the first match wins."""
+    """The LoRA layer class for each class of base layer; the first match wins."""
     import bitsandbytes as bnb
     from peft.tuners.lora import bnb as peft_bnb
     from peft.tuners.lora.layer import Linear

@@ -1,16 +1,16 @@
-"""Frozen linear layers and their LoRA adapters as one operation (arXiv:2106.09685, equation 3).
+"""A frozen linear layer and its LoRA adapter as one operation (arXiv:2106.09685, equation 3).
 
     forward    h = drop(x) (s A)^T,       y = x W^T + b + h B^T
     backward   dh = dy B,                 dx = dy W + drop'(dh s A)
                dB = dy^T h,               dA = s dh^T drop(x)
 
-Written out, it adds the adapter inside the matrix product, gives W no gradient, multiplies in the
-type of the activations although A and B are stored in float32, and keeps no copy of a quantised W:
-its values are made anew in the backward pass. Layers that take the same x (queries, keys and
-values; gate and up) go together: one product with all their A, and one sum of their dx.
+The explicit backward pass accumulates the adapter into the matrix product, computes no gradient of
+W, multiplies in the dtype of the activations although A and B are stored in float32, and
+dequantizes a quantized W again instead of saving a copy. Layers with the same x (queries, keys and
+values; gate and up) run together: one product with all their A, and one sum of their dx.
 
-On a CPU that multiplies bfloat16 vectors all of it is two compiled calls (`cpu_low_rank`), but for
-dropout, recomputation, odd sizes and adapters that are not in float32.
+On a CPU with bfloat16 products this is one compiled call per direction (`kernels.cpu.lora_linear`),
+except with dropout, recomputation, odd sizes or adapters that are not float32.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from xtuner.kernels.four_bit import dequantized
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight ``[out, in]`` of a linear layer in `dtype`; 4-bit weights are dequantised."""
+    """The weight ``[out, in]`` of a linear layer in `dtype`; 4-bit weights are dequantized."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        whole: Tensor = weight.to(dtype)
-        return whole
+        converted: Tensor = weight.to(dtype)
+        return converted
     return dequantized(weight.data, state).to(dtype)
 
 
@@ -45,10 +45,10 @@ class Adapted:
 
     Attributes:
         layer: an `nn.Linear`, or bitsandbytes' `Linear4bit`; gets no gradient.
-        down: A, ``[r, in]``, in any type.
+        down: A, ``[r, in]``, of any dtype.
         up: B, ``[out, r]``.
         scaling: s, ``alpha / r``.
-        dropout: share of the adapter's inputs set to zero.
+        dropout: probability that an input of the adapter is set to zero.
     """
 
     layer: nn.Module
@@ -59,15 +59,15 @@ class Adapted:
 
 
 def _kernels_for(x: Tensor, parts: Sequence[Adapted]) -> Kernels | None:
-    """The compiled functions where they can take these layers."""
+    """The compiled functions, if they support these layers."""
     kernels = kernels_for(x)
-    there = kernels is not None and x.numel() and compiles(kernels, parts)
-    return kernels if there else None
+    supported = kernels is not None and x.numel() and can_compile(kernels, parts)
+    return kernels if supported else None
 
 
-def compiles(kernels: Kernels, parts: Sequence[Adapted]) -> bool:
-    """Whether the compiled functions can take layers of one input."""
-    if len(parts) > compiled.lora_linear.MOST_PARTS or _recomputed():
+def can_compile(kernels: Kernels, parts: Sequence[Adapted]) -> bool:
+    """Whether the compiled functions support these layers, which share one input."""
+    if len(parts) > compiled.lora_linear.MAX_LAYERS or _in_checkpoint():
         return False
     for part in parts:
         sizes = (*part.up.shape, part.down.shape[1])  # each is an inner dimension once
@@ -82,19 +82,18 @@ def compiles(kernels: Kernels, parts: Sequence[Adapted]) -> bool:
     return True
 
 
-def _recomputed() -> bool:
-    """Whether a layer of a recomputing model runs, or runs again.
+def _in_checkpoint() -> bool:
+    """Whether the layer runs under activation checkpointing, in the first or the second pass.
 
-    There torch is slower, by 3 % with vectors and 11 to 14 % with tiles, but leaves fewer gaps in
-    malloc's memory: 400 MiB of 1,500 in a run of 2,048 tokens, in which both held equally many
-    tensors.
+    There torch is slower, by 3 % with AVX-512 and 11 to 14 % with AMX, but fragments the heap less:
+    by 400 of 1,500 MiB in a run of 2,048 tokens with the same tensors.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def layer_of(part: Adapted, dtype: torch.dtype) -> compiled.Layer:
-    """A layer as the compiled functions take it."""
+    """Convert a layer to the argument of the compiled functions."""
     weight: Any = part.layer.weight
     bias: Any = part.layer.bias
     state = getattr(weight, "quant_state", None)
@@ -107,8 +106,8 @@ def layer_of(part: Adapted, dtype: torch.dtype) -> compiled.Layer:
     return layer
 
 
-class _CompiledLowRankLinears(torch.autograd.Function):
-    """As `_LowRankLinears`, compiled."""
+class _CompiledLoraLinears(torch.autograd.Function):
+    """`_LoraLinears` with the compiled functions."""
 
     @staticmethod
     def forward(
@@ -117,7 +116,7 @@ class _CompiledLowRankLinears(torch.autograd.Function):
         rows = x.flatten(0, -2)
         layers = [layer_of(part, x.dtype) for part in parts]
         outs, inner = compiled.lora_linear.forward(kernels, rows, layers)
-        ctx.save_for_backward(rows, inner, *adapters)  # these for autograd to see them changed
+        ctx.save_for_backward(rows, inner, *adapters)  # autograd then detects in-place changes
         ctx.parts, ctx.shape, ctx.kernels = parts, x.shape, kernels
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
@@ -125,7 +124,7 @@ class _CompiledLowRankLinears(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, inner, *_ = ctx.saved_tensors
-        grad_x, grads_of_adapters = compiled.lora_linear.backward(
+        grad_x, adapter_grads = compiled.lora_linear.backward(
             ctx.kernels,
             rows,
             [layer_of(part, rows.dtype) for part in ctx.parts],
@@ -133,21 +132,21 @@ class _CompiledLowRankLinears(torch.autograd.Function):
             [grad.flatten(0, -2).contiguous() for grad in grads],
             grad_x=ctx.needs_input_grad[0],
         )
-        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *grads_of_adapters)
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *adapter_grads)
 
 
-class _LowRankLinears(torch.autograd.Function):
-    """x ``[..., in]`` to ``[..., out]`` of each part.
+class _LoraLinears(torch.autograd.Function):
+    """Map x ``[..., in]`` to ``[..., out]`` for each part.
 
-    The A of all parts stand one below the other and are multiplied at once. With dropout each part
-    draws inputs of its own, and they stay apart.
+    The A of all parts are stacked and multiplied at once, except with dropout, where each part has
+    its own mask.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, parts: Sequence[Adapted], *adapters: Tensor
     ) -> tuple[Tensor, ...]:
-        """`adapters`: the A of all parts and then their B, named for autograd to see."""
+        """`adapters` are the A of all parts and then their B, passed so that autograd sees them."""
         rows, dtype, count = x.flatten(0, -2), x.dtype, len(parts)
         scaled = rows.new_empty(sum(len(part.down) for part in parts), rows.shape[1])
         downs = scaled.split([len(part.down) for part in parts])
@@ -181,20 +180,20 @@ class _LowRankLinears(torch.autograd.Function):
         grad_x = None
         grad_inners, grad_ups = [], []
         for part, grad, inner, up in zip(parts, grads, inners, ups, strict=True):
-            pull = grad.flatten(0, -2)
+            grad_rows = grad.flatten(0, -2)
             if ctx.needs_input_grad[0]:
                 weight = frozen_weight(part.layer, rows.dtype)
-                grad_x = pull @ weight if grad_x is None else grad_x.addmm_(pull, weight)
-            grad_inners.append(pull @ up)
-            grad_ups.append(pull.T @ inner)
+                grad_x = grad_rows @ weight if grad_x is None else grad_x.addmm_(grad_rows, weight)
+            grad_inners.append(grad_rows @ up)
+            grad_ups.append(grad_rows.T @ inner)
         if masks:
             grad_downs = []
             downs = scaled.split(ranks)
             for part, g, down, mask in zip(parts, grad_inners, downs, masks, strict=True):
-                kept = 1 / (1 - part.dropout) if part.dropout < 1 else 0.0
-                grad_downs.append(g.T @ (rows * mask * kept))
+                scale = 1 / (1 - part.dropout) if part.dropout < 1 else 0.0
+                grad_downs.append(g.T @ (rows * mask * scale))
                 if grad_x is not None:
-                    grad_x += torch.ops.aten.native_dropout_backward(g @ down, mask, kept)
+                    grad_x += torch.ops.aten.native_dropout_backward(g @ down, mask, scale)
         else:
             grad_inner = torch.cat(grad_inners, dim=1) if count > 1 else grad_inners[0]
             grad_downs = list((grad_inner.T @ rows).split(ranks))
@@ -209,11 +208,11 @@ class _LowRankLinears(torch.autograd.Function):
         )
 
 
-def low_rank_linears(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:
+def lora_linears(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """Return ``layer(x) + scaling * B A drop(x)`` of each part.
 
     Args:
-        x: ``[..., in]``; under autocast it is taken in autocast's type.
+        x: ``[..., in]``; cast to the autocast dtype if autocast is enabled.
         parts: layers that all take `x`.
     """
     device = x.device.type
@@ -223,7 +222,7 @@ def low_rank_linears(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:
     outs: tuple[Tensor, ...]
     kernels = _kernels_for(x, parts)
     if kernels is None:
-        outs = _LowRankLinears.apply(x, parts, *adapters)  # type: ignore[no-untyped-call]
+        outs = _LoraLinears.apply(x, parts, *adapters)  # type: ignore[no-untyped-call]
     else:
-        outs = _CompiledLowRankLinears.apply(x, parts, kernels, *adapters)  # type: ignore[no-untyped-call]
+        outs = _CompiledLoraLinears.apply(x, parts, kernels, *adapters)  # type: ignore[no-untyped-call]
     return outs

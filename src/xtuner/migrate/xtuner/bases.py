@@ -1,4 +1,4 @@
-"""Find the files that a config of mmengine is based on; nothing is imported."""
+"""Find the base files of an mmengine config; nothing is imported."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def module_path(module: str, level: int, config: Path, line: int) -> Path:
 
     Args:
         module: the dotted name, without leading dots.
-        level: number of leading dots; 0 is an absolute name, which is looked up in the package that
-            `config` lies in.
+        level: number of leading dots; 0 is an absolute name, which is searched in the package that
+            contains `config`.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist.
     """
     parts = module.split(".") if module else []
     if level:
@@ -35,28 +35,26 @@ def module_path(module: str, level: int, config: Path, line: int) -> Path:
             return path
     name = "." * level + module
     raise ConfigError(
-        f"{config}, line {line}: the base {name!r} is not there (looked from {roots[0]}). Put the "
-        "file where the config expects it"
+        f"{config}, line {line}: base config {name!r} not found (searched from {roots[0]}); put "
+        "the file where the config expects it"
     )
 
 
 def base_paths(value: Any, config: Path) -> Iterator[Path]:
-    """The files that ``_base_ = ...`` names, the last of them below the others.
+    """The files in ``_base_ = ...``, last first.
 
     Raises:
-        ConfigError: one is missing, or names a package.
+        ConfigError: a file is missing, or ``_base_`` is not a string or a list of strings.
     """
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list | tuple) or not all(isinstance(e, str) for e in entries):
-        raise ConfigError(f"{config}: _base_ is no text and no list of texts")
+        raise ConfigError(f"{config}: _base_ must be a string or a list of strings")
     for entry in reversed(entries):
         package, found, inside = entry.partition("::")
         path = config.resolve().parent / (inside if found else entry)
         if found:
-            places = [folder / package / inside for folder in config.resolve().parents]
-            path = next((place for place in places if place.is_file()), places[0])
+            candidates = [folder / package / inside for folder in config.resolve().parents]
+            path = next((path for path in candidates if path.is_file()), candidates[0])
         if not path.is_file():
-            raise ConfigError(
-                f"{config}: _base_ names {entry!r}, and there is no such file (looked for {path})"
-            )
+            raise ConfigError(f"{config}: _base_ file {entry!r} not found (searched for {path})")
         yield path

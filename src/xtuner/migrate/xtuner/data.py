@@ -15,7 +15,7 @@ _ORDERED = ("DefaultSampler", "SequenceParallelSampler", "InternRepoSampler")
 
 
 def read(config: Table, draft: Draft) -> None:
-    """Carry ``train_dataloader``."""
+    """Translate ``train_dataloader``."""
     loader = config.table("train_dataloader")
     data = loader.take("dataset")
     if not isinstance(data, Table):
@@ -27,7 +27,7 @@ def read(config: Table, draft: Draft) -> None:
 
 
 def read_data(data: Table, config: Table, draft: Draft) -> None:
-    """Carry the data set `data`."""
+    """Translate the data set `data`."""
     found = Sources(draft)
     found.read(data)
     if draft.refused or draft.not_yet or not found.sources:
@@ -55,7 +55,7 @@ def _sources(sources: list[Source], draft: Draft) -> None:
         draft.refuse(
             sources[0].line,
             f"max_dataset_length = {written(sorted(limits, key=str))}",
-            "holds for all sources together here; give data_repeats, one number a source",
+            "applies to all sources together; use data_repeats with one number per source",
         )
     if draft.values.get("visual_encoder_name_or_path"):
         square = _agreed(sources, "square", "pad_image_to_square", draft)
@@ -73,19 +73,19 @@ def _layout(sources: list[Source], draft: Draft) -> None:
         draft.note(
             sources[0].line,
             "pretrain_map_fn",
-            "texts longer than max_length were cut, and are here; overlong = 'split' learns all of "
-            "them. An end token follows each text, which it did not",
+            "texts longer than max_length are truncated as before; overlong = 'split' trains on "
+            "all of them. Unlike before, each text ends with an end token",
         )
     elif "pretrain" in draft.values["dataset_format"]:
-        draft.refuse(sources[0].line, "pretrain_map_fn", "texts cannot be mixed with dialogues")
+        draft.refuse(sources[0].line, "pretrain_map_fn", "texts cannot be mixed with conversations")
 
 
 def _messages(sources: list[Source], config: Table, draft: Draft) -> None:
-    """Template and system message, which the sample answers may have otherwise."""
+    """Translate the template and the system message."""
     line = sources[0].line
     templates = {written(source.template): source for source in sources}
     if len(templates) > 1:
-        draft.refuse(line, f"templates {', '.join(templates)}", "one is used for all sources here")
+        draft.refuse(line, f"templates {', '.join(templates)}", "must be the same for all sources")
         return
     template = sources[0].template
     if draft.values.get("algorithm") == "pretrain":
@@ -93,7 +93,7 @@ def _messages(sources: list[Source], config: Table, draft: Draft) -> None:
     elif template == VERBATIM:
         draft.set("prompt_template", VERBATIM, line)
     elif template is None:
-        draft.refuse(line, "template_map_fn", "is missing, and the rows are no plain text")
+        draft.refuse(line, "template_map_fn", "is missing, but the rows are not plain text")
     else:
         carry_template(template, sources[0].template_line, config, draft)
     systems = {source.system for source in sources}
@@ -120,11 +120,11 @@ def _loader(loader: Table, draft: Draft) -> None:
     elif draft.values.get("visual_encoder_name_or_path"):
         draft.set("group_by_modality", False, line)
     if kind not in (*_ORDERED, "LengthGroupedSampler", ""):
-        draft.refuse(line, shown("sampler", sampler.get("type")), "is not known here")
+        draft.refuse(line, shown("sampler", sampler.get("type")), "is not supported")
     collate = loader.table("collate_fn")
     if collate.last() not in ("default_collate_fn", ""):
         line = collate.line_of("type")
-        draft.lose(line, shown("collate_fn", collate.get("type")), "batches are made as ever here")
+        draft.lose(line, shown("collate_fn", collate.get("type")), "the default collation is used")
     use_all(collate)
 
 
@@ -134,43 +134,43 @@ def _grouped(sampler: Table, line: int, draft: Draft) -> None:
     if by == "modality_length" and draft.values.get("visual_encoder_name_or_path"):
         draft.set("group_by_modality", True, line)
     else:
-        draft.lose(line, shown("length_property", by), "rows are drawn in random order here")
+        draft.lose(line, shown("length_property", by), "rows are not grouped by length")
 
 
 def _agreed(sources: list[Source], attribute: str, name: str, draft: Draft) -> Any:
-    """The value that all sources have."""
+    """The common value of all sources."""
     values = [getattr(source, attribute) for source in sources]
     if any(value != values[0] for value in values):
         line = sources[1].line
         text = ", ".join(dict.fromkeys(map(written, values)))
-        draft.refuse(line, f"{name} = {text}", "is one value for all sources here")
+        draft.refuse(line, f"{name} = {text}", "must be the same for all sources")
     return values[0]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The system message of sample answers and where it stands."""
+    """The system message of sample answers and its line."""
 
     text: str
     line: int
 
 
 def asked_system(hook: Table, draft: Draft) -> Asked | None:
-    """The system message that sample answers are asked with."""
+    """The system message of sample answers."""
     value = hook.take("system", "")
     text = text_of(value)
     if text is None:
-        draft.lose(hook.line_of("system"), shown("system", value), "is no text that is known here")
+        draft.lose(hook.line_of("system"), shown("system", value), "is not a known system message")
         return None
     return Asked(text, hook.line_of("system"))
 
 
 def format_of(value: Any, line: int, draft: Draft) -> tuple[str, str]:
-    """Our dataset_format, and the system message, of the function that reads rows."""
+    """The dataset_format and the system message for a ``dataset_map_fn``."""
     if value is None:
         return "xtuner", ""
     if not isinstance(value, str | Dotted):
-        draft.refuse(line, shown("dataset_map_fn", value), "is no name of a function")
+        draft.refuse(line, shown("dataset_map_fn", value), "is not the name of a function")
         return "auto", ""
     name = str(value).rpartition(".")[2]
     row = names("map_fns").get(name)
@@ -178,8 +178,8 @@ def format_of(value: Any, line: int, draft: Draft) -> tuple[str, str]:
         draft.refuse(
             line,
             f"dataset_map_fn = {value}",
-            "is a function of yours: name it as dataset_format = 'my_format.py:to_messages' "
-            "(docs/formats.md says what it returns), and set a known one here first",
+            "is a custom function: port it as dataset_format = 'my_format.py:to_messages' (see "
+            "docs/formats.md), and put a known dataset_map_fn into this config to migrate it",
         )
         return "auto", ""
     if "refuse" in row:

@@ -1,4 +1,4 @@
-"""The model of an old config: what is trained, in how many bits, and with which adapters."""
+"""Translate the model of an old config: model, quantization, adapters and tokenizer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _ATTENTION = (
 
 
 def read(config: Table, draft: Draft) -> None:
-    """Carry ``model`` and ``tokenizer``."""
+    """Translate ``model`` and ``tokenizer``."""
     model = config.table("model")
     kind = model.last()
     if kind not in ("SupervisedFinetune", "LLaVAModel"):
         draft.refuse(
             model.line_of("type"),
             shown("model.type", model.get("type")),
-            "only SupervisedFinetune and LLaVAModel are known here",
+            "only SupervisedFinetune and LLaVAModel are supported",
         )
         return
     model.pass_over("use_varlen_attn", "use_activation_checkpointing")
@@ -37,10 +37,10 @@ def read(config: Table, draft: Draft) -> None:
 
 
 def read_language_model(llm: Table, draft: Draft) -> None:
-    """Carry the pretrained model, its number type and its quantisation."""
+    """Translate the pretrained model, its dtype and its quantization."""
     if not llm.last().endswith(_CAUSAL) or not llm.name().endswith("from_pretrained"):
         draft.refuse(
-            llm.line_of("type"), shown("llm.type", llm.get("type")), "is no pretrained LLM"
+            llm.line_of("type"), shown("llm.type", llm.get("type")), "is not a pretrained LLM"
         )
     path = llm.take("pretrained_model_name_or_path")
     line = llm.line_of("pretrained_model_name_or_path")
@@ -50,8 +50,8 @@ def read_language_model(llm: Table, draft: Draft) -> None:
         draft.note(
             llm.line_of("trust_remote_code"),
             "trust_remote_code = True",
-            "is left False: models that transformers knows need no code of their own; if this one "
-            "does, the training says so",
+            "stays False: models that transformers supports need no remote code; if this model "
+            "does, training reports it",
         )
     _number_type(llm, draft)
     _quantization(llm, draft)
@@ -63,7 +63,7 @@ def _number_type(llm: Table, draft: Draft) -> None:
         draft.note(
             llm.line_of("torch_dtype"),
             "torch.float16",
-            "dtype = 'auto' computes in bfloat16 where the hardware has it, else in float32",
+            "dtype = 'auto' uses bfloat16 if the hardware supports it, else float32",
         )
     elif name in ("bfloat16", "float32"):
         draft.set("dtype", name, llm.line_of("torch_dtype"))
@@ -72,7 +72,7 @@ def _number_type(llm: Table, draft: Draft) -> None:
 def _quantization(llm: Table, draft: Draft) -> None:
     bits, line = llm.table("quantization_config"), llm.line_of("quantization_config")
     if bits and bits.last() != "BitsAndBytesConfig":
-        draft.refuse(line, shown("quantization_config", bits.get("type")), "is not known here")
+        draft.refuse(line, shown("quantization_config", bits.get("type")), "is not supported")
     int8 = bits.take("load_in_8bit") or llm.take("load_in_8bit")
     if bits.take("load_in_4bit") or llm.take("load_in_4bit"):
         draft.set("quantization", bits.take("bnb_4bit_quant_type", "fp4"), line)
@@ -84,21 +84,21 @@ def _quantization(llm: Table, draft: Draft) -> None:
         draft.set("quantization", "int8", line)
         threshold = bits.take("llm_int8_threshold", 6.0)
         if threshold != 6.0:
-            draft.lose(line, f"llm_int8_threshold = {threshold}", "6.0 is used here")
+            draft.lose(line, f"llm_int8_threshold = {threshold}", "the threshold is always 6.0")
         use_all(bits)
     else:
         use_all(bits)
 
 
 def read_adapter(lora: Table | None, model: Table, draft: Draft) -> None:
-    """Decide the tuning by the adapter and the quantisation, and carry the adapter."""
+    """Translate the adapter and set `tuning`."""
     quantized = draft.values.get("quantization", "none") != "none"
     if lora is None:
         draft.set("tuning", "full", model.line)
         frozen = draft.values.get("freeze_llm") and "visual_encoder_name_or_path" in draft.values
         if quantized and not frozen:
             draft.refuse(
-                draft.lines["quantization"], "quantization_config", "quantised weights without lora"
+                draft.lines["quantization"], "quantization_config", "quantized weights need lora"
             )
         return
     draft.set("tuning", "qlora" if quantized else "lora", lora.line)
@@ -116,7 +116,7 @@ def _targets(lora: Table, draft: Draft) -> None:
         draft.refuse(
             lora.line_of("target_modules"),
             shown("target_modules", targets),
-            "a pattern of names is not known here; list the names",
+            "patterns are not supported; list the names",
         )
     if saved := lora.take("modules_to_save"):
         draft.set("lora_modules_to_save", list(saved), lora.line_of("modules_to_save"))
@@ -124,12 +124,12 @@ def _targets(lora: Table, draft: Draft) -> None:
 
 def _refuse_variants(lora: Table, draft: Draft) -> None:
     if lora.last() != "LoraConfig":
-        draft.refuse(lora.line_of("type"), shown("type", lora.get("type")), "is no LoraConfig")
+        draft.refuse(lora.line_of("type"), shown("type", lora.get("type")), "is not LoraConfig")
     lora.pass_over("type", "task_type", "inference_mode", "peft_type")
     for key, value in lora.items():
         if key not in lora.used and value not in _PLAIN_LORA:
             lora.pass_over(key)
-            draft.refuse(lora.line_of(key), shown(f"lora.{key}", value), "is not known here")
+            draft.refuse(lora.line_of(key), shown(f"lora.{key}", value), "is not supported")
         lora.pass_over(key)
 
 
@@ -146,7 +146,7 @@ def _vision(model: Table, draft: Draft) -> None:
     depth = model.take("projector_depth", 2)
     if depth != 2:
         line = model.line_of("projector_depth")
-        draft.refuse(line, f"projector_depth = {depth}", "the projector has two layers here")
+        draft.refuse(line, f"projector_depth = {depth}", "the projector always has two layers")
     if weights := model.take("pretrained_pth"):
         draft.set("pretrained_pth", weights, model.line_of("pretrained_pth"))
     lora = model.optional("visual_encoder_lora")
@@ -155,7 +155,9 @@ def _vision(model: Table, draft: Draft) -> None:
             draft.set(f"visual_encoder_{_ours(old)}", lora.take(old, default), lora.line_of(old))
         if lora.take("target_modules") is not None:
             line = lora.line_of("target_modules")
-            draft.refuse(line, "visual_encoder_lora.target_modules", "all linear layers get one")
+            draft.refuse(
+                line, "visual_encoder_lora.target_modules", "all linear layers get adapters"
+            )
         _refuse_variants(lora, draft)
 
 
@@ -165,10 +167,10 @@ def _ours(name: str) -> str:
 
 def _rest_of_model(model: Table, draft: Draft) -> None:
     for key, reason in (
-        ("max_position_embeddings", "stretching the positions is not known here"),
-        ("peft_model", "an adapter to start from is not known here; merge it into the model first"),
-        ("data_preprocessor", "is not known here"),
-        ("init_cfg", "is not known here"),
+        ("max_position_embeddings", "extending the context length is not supported"),
+        ("peft_model", "starting from an adapter is not supported; merge it into the model first"),
+        ("data_preprocessor", "is not supported"),
+        ("init_cfg", "is not supported"),
     ):
         value = model.take(key)
         if value is not None:
@@ -177,17 +179,17 @@ def _rest_of_model(model: Table, draft: Draft) -> None:
         draft.note(
             model.line_of("tokenizer"),
             "model.tokenizer",
-            "the embedding is never enlarged here: the tokenizer has to fit the model",
+            "the embedding is never resized: the tokenizer must match the model",
         )
 
 
 def read_tokenizer(config: Table, draft: Draft) -> None:
-    """Check that the tokenizer is that of the model."""
+    """Check that ``tokenizer`` is the tokenizer of the model."""
     check_tokenizer(config.table("tokenizer"), draft)
 
 
 def check_tokenizer(tokenizer: Table, draft: Draft) -> None:
-    """Refuse a tokenizer that is not that of the model."""
+    """Report a tokenizer that is not the tokenizer of the model."""
     tokenizer.pass_over("type", "trust_remote_code", "padding_side", "use_fast")
     tokenizer.pass_over("eos_token", "encode_special_tokens")
     path = tokenizer.take("pretrained_model_name_or_path")
@@ -197,5 +199,5 @@ def check_tokenizer(tokenizer: Table, draft: Draft) -> None:
         draft.refuse(
             line,
             f"tokenizer = {written(path)}",
-            f"the tokenizer is read from the model ({model}) here; put both in one folder",
+            f"the tokenizer is always loaded from the model ({model}); put both into one folder",
         )

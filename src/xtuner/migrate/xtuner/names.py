@@ -1,4 +1,4 @@
-"""What names of XTuner 0.x stand for: the rows of tables/xtuner_old.toml."""
+"""Names of XTuner 0.x and their counterparts: the rows of tables/xtuner_old.toml."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def names(table: str) -> dict[str, Any]:
 
 
 def text_of(value: Any) -> str | None:
-    """A system message: a text, or the name of one of ``SYSTEM_TEMPLATE``; None if neither."""
+    """The text of a system message, given as string or as ``SYSTEM_TEMPLATE`` name, or None."""
     if value is None:
         return ""
     path = value.path if isinstance(value, Dotted) else value if isinstance(value, str) else None

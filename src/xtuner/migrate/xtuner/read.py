@@ -1,10 +1,10 @@
-"""Read a config of mmengine (XTuner 0.1 and 0.2) without running it.
+"""Read an mmengine config (XTuner 0.1 and 0.2) without executing it.
 
-    text ──ast──► statements ──► Table of names: numbers, texts, lists, tables, dotted names
+    text ──ast──► statements ──► Table of names: numbers, strings, lists, tables, dotted names
 
-Imports bind dotted names and import nothing. ``with read_base()`` and ``_base_`` read the files
-that they name in the same way. What only running the file would give becomes `Unread` and spoils
-just the values that are made of it. Size and work are bounded as in a settings file.
+Imports bind dotted names but import nothing. ``with read_base()`` and ``_base_`` read the base
+files in the same way. What is known only after executing the file becomes `Unread`, as do values
+computed from it. Size and work are bounded as in a settings file.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _MAX_FILES = 64
 
 
 def read(path: Path, *, budget: Budget | None = None) -> Table:
-    """Read the config `path` and the files that it is based on.
+    """Read the config `path` and its base files.
 
     Returns:
-        The names that the file sets or imports, with their lines. What could not be read is an
-        `Unread` at its place.
+        The names that the file sets or imports, with their lines. Values that could not be read are
+        `Unread`.
 
     Raises:
-        ConfigError: a file is missing, too large, no Python, or computes too much.
+        ConfigError: a file is missing, too large, not valid Python, or computes too much.
     """
     budget = budget or Budget()
     if path.resolve() in budget.files or len(budget.files) >= _MAX_FILES:
-        raise ConfigError(f"{path}: is based on itself, or on more than {_MAX_FILES} files")
+        raise ConfigError(f"{path}: has itself as base, or more than {_MAX_FILES} base files")
     budget.files.append(path.resolve())
     text = read_text(path)
     try:
@@ -46,7 +46,7 @@ def read(path: Path, *, budget: Budget | None = None) -> Table:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
-        raise ConfigError(f"{path}{where}: is not Python: {error}") from None
+        raise ConfigError(f"{path}{where}: is not valid Python: {error}") from None
     reader = _Reader(path, budget)
     try:
         reader.statements(tree.body)
@@ -80,7 +80,7 @@ class _Reader(Expressions):
         self._imported: set[str] = set()
 
     def finished(self) -> Table:
-        """The names, with those of ``_base_`` below them."""
+        """The names, merged into those of ``_base_``."""
         below = self._names.pop("_base_", None)
         result = self._names
         for name in self._imported:
@@ -94,7 +94,7 @@ class _Reader(Expressions):
         return result
 
     def statements(self, body: Sequence[ast.stmt]) -> None:
-        """Take in `body`, statement by statement."""
+        """Evaluate the statements of `body`."""
         for node in body:
             self._statement(node)
 
@@ -130,7 +130,7 @@ class _Reader(Expressions):
             case ast.Expr() | ast.Pass() | ast.Assert():
                 pass
             case _:
-                why = f"is made by a {words(node)}, and a config is read, not run"
+                why = f"is set by a {words(node)}, which is not executed"
                 for name in _stored(node):
                     self._names.put(name, Unread(node.lineno, name, why), node.lineno)
 
@@ -145,7 +145,7 @@ class _Reader(Expressions):
                 self._bind(alias.asname or alias.name, path, node.lineno)
 
     def _read_base(self, node: ast.stmt) -> None:
-        """Take over the names of a base file: ``from .base import *``."""
+        """Import the names of a base file: ``from .base import *``."""
         if not isinstance(node, ast.ImportFrom):
             return
         base = module_path(node.module or "", node.level, self._path, node.lineno)
@@ -158,7 +158,8 @@ class _Reader(Expressions):
             )
             for name in taken:
                 if name not in names:
-                    raise ConfigError(f"{self._path}, line {node.lineno}: {base} sets no {name}")
+                    where = f"{self._path}, line {node.lineno}"
+                    raise ConfigError(f"{where}: {base} does not define {name}")
                 bound = alias.asname or name
                 self._names.put(bound, copied(names[name]), node.lineno)
 
@@ -181,10 +182,12 @@ class _Reader(Expressions):
                 parts = value if isinstance(value, list | tuple) else []
                 for number, item in enumerate(elts):
                     fits = len(parts) == len(elts)
-                    part = parts[number] if fits else self._unread(target, "does not fit its names")
+                    part = (
+                        parts[number] if fits else self._unread(target, "does not match its names")
+                    )
                     self._store(item, part)
             case ast.Attribute() | ast.Subscript():
-                holder, key = self._place(target)
+                holder, key = self._holder_and_key(target)
                 value = copied(value)  # a config may put a table into itself
                 if isinstance(holder, Table) and isinstance(key, str):
                     holder.put(key, value, target.lineno)
@@ -197,7 +200,7 @@ class _Reader(Expressions):
                 else:
                     self._spoil(target)
 
-    def _place(self, target: ast.Attribute | ast.Subscript) -> tuple[Any, Any]:
+    def _holder_and_key(self, target: ast.Attribute | ast.Subscript) -> tuple[Any, Any]:
         if isinstance(target, ast.Attribute):
             return self._value(target.value), target.attr
         return self._value(target.value), self._value(target.slice)
@@ -206,22 +209,22 @@ class _Reader(Expressions):
         if isinstance(target, ast.Name):
             self._names.pop(target.id, None)
         elif isinstance(target, ast.Attribute | ast.Subscript):
-            holder, key = self._place(target)
+            holder, key = self._holder_and_key(target)
             if isinstance(holder, Table) and isinstance(key, str):
                 holder.pop(key, None)
             else:
                 self._spoil(target)
 
     def _spoil(self, target: ast.AST) -> None:
-        """Make the name that `target` begins with `Unread`: a part of it could not be set."""
+        """Mark the variable of `target` as `Unread`, because a part of it could not be set."""
         for node in ast.walk(target):
             if isinstance(node, ast.Name) and node.id in self._names:
                 line = getattr(target, "lineno", 1)
-                why = "is changed in a way that only running the file would tell"
+                why = "is changed in a way that is known only after executing the file"
                 self._names.put(node.id, Unread(line, ast.unparse(target), why), line)
 
     def _method(self, call: ast.Call) -> None:
-        """A call that changes a table or a list: ``model.update(...)``, ``hooks.append(...)``."""
+        """Apply a call that changes a table or a list, such as ``model.update(...)``."""
         if not isinstance(call.func, ast.Attribute):
             return
         holder = self._value(call.func.value)

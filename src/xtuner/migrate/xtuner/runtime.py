@@ -1,4 +1,4 @@
-"""Hooks, checkpoints, sample answers and what remains of an old config."""
+"""Translate hooks, checkpoints, sample answers and the remaining parts of an old config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xtuner.migrate.xtuner.data import asked_system
 from xtuner.migrate.xtuner.sources import VERBATIM
 
 NEVER = 1_000_000_000
-"""An interval that no run reaches."""
+"""An interval longer than any run."""
 _NO_INFLUENCE = (
     "DatasetInfoHook", "VarlenAttnArgsToMessageHubHook", "ThroughputHook", "IterTimerHook",
     "ParamSchedulerHook", "DistSamplerSeedHook", "RuntimeInfoHook", "NPUProfilerHook",
@@ -16,11 +16,11 @@ _NO_INFLUENCE = (
 
 
 def read(config: Table, draft: Draft) -> None:
-    """Carry hooks, seed, logging, and what the run starts from."""
+    """Translate hooks, seed, logging and the initial weights."""
     asked = False
     for number, hook in enumerate(config.listed("custom_hooks")):
         if not isinstance(hook, Table):
-            draft.lose(config.line_of("custom_hooks"), shown("custom_hooks", hook), "is no dict")
+            draft.lose(config.line_of("custom_hooks"), shown("custom_hooks", hook), "is not a dict")
         elif hook.last() == "EvaluateChatHook" and not asked:
             asked = True
             _answers(hook, config, draft)
@@ -39,12 +39,12 @@ def read(config: Table, draft: Draft) -> None:
 def _hook(hook: Table, where: str, draft: Draft) -> None:
     kind = hook.last()
     if kind == "HFCheckpointHook":
-        draft.note(hook.line, kind, "every checkpoint is in Hugging Face format here")
+        draft.note(hook.line, kind, "every checkpoint is in Hugging Face format")
     elif kind not in _NO_INFLUENCE:
         draft.lose(
             hook.line,
             f"{where} = {hook.name()}",
-            "is not known here; write a hook (custom_hooks = ['my_file.py:MyHook'])",
+            "is not supported; port it as custom_hooks = ['my_file.py:MyHook']",
         )
     use_all(hook)
 
@@ -80,7 +80,7 @@ def _answers(hook: Table, config: Table, draft: Draft) -> None:
         draft.set("evaluation_stop_words", kept, hook.line_of("stop_words"))
     if value := hook.take("generation_kwargs"):
         line = hook.line_of("generation_kwargs")
-        draft.lose(line, shown("generation_kwargs", value), "the likeliest tokens are taken here")
+        draft.lose(line, shown("generation_kwargs", value), "sample answers use greedy decoding")
 
 
 def _default_hooks(hooks: Table, draft: Draft) -> None:
@@ -103,19 +103,19 @@ def _checkpoints(hook: Table, draft: Draft) -> None:
         draft.lose(
             hook.line_of("interval"),
             f"interval = {interval} (epochs)",
-            "save_steps counts steps; the end is saved always",
+            "save_steps counts steps; the last step is always saved",
         )
         interval = -1
     draft.set("save_steps", NEVER if interval == -1 else interval, hook.line_of("interval"))
     draft.set("save_total_limit", keep, hook.line_of("max_keep_ckpts"))
     if hook.get("save_last") is False:
-        draft.note(hook.line_of("save_last"), "save_last = False", "the end is saved always")
+        draft.note(hook.line_of("save_last"), "save_last = False", "the last step is always saved")
     if hook.take("save_optimizer", True) is False:
         draft.note(
             hook.line_of("save_optimizer"),
             "save_optimizer = False",
-            "a checkpoint holds what a resume needs; delete training_state.pt where it is in the "
-            "way",
+            "checkpoints always contain the optimizer state; delete training_state.pt if you do "
+            "not want to resume",
         )
     for key in ("save_best", "rule", "published_keys", "out_dir"):
         if value := hook.take(key):
@@ -127,22 +127,24 @@ def _start(config: Table, draft: Draft) -> None:
     if weights := config.take("load_from"):
         line = config.line_of("load_from")
         if resume:
-            draft.lose(line, shown("load_from", weights), "a .pth of XTuner 0.x is not resumed")
+            draft.lose(
+                line, shown("load_from", weights), ".pth files of XTuner 0.x cannot be resumed"
+            )
         else:
             draft.refuse(
                 line,
                 shown("load_from", weights),
-                "weights to start from: merge them into a model, and name that",
+                "initial weights in a .pth file are not supported: merge them into a model",
             )
     elif resume:
-        draft.note(config.line_of("resume"), "resume = True", "give `xtuner train --resume`")
+        draft.note(config.line_of("resume"), "resume = True", "use `xtuner train --resume`")
     if strategy := config.take("strategy"):
         use_all(strategy)
         kind = strategy.last() if isinstance(strategy, Table) else strategy
         draft.lose(
             config.line_of("strategy"),
             f"strategy = {kind}",
-            "each process holds the whole model here: the numbers are the same, the memory is not",
+            "each process holds a full copy of the model: same results, but more memory",
         )
 
 
@@ -151,7 +153,7 @@ def _visualizer(config: Table, draft: Draft) -> None:
         kind = backend.last() if isinstance(backend, Table) else str(backend)
         if kind not in ("TensorboardVisBackend", "LocalVisBackend"):
             draft.lose(
-                config.line_of("visualizer"), kind, "events for TensorBoard are written here"
+                config.line_of("visualizer"), kind, "TensorBoard event files are written instead"
             )
 
 

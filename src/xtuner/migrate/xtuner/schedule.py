@@ -1,7 +1,7 @@
-"""Optimizer, learning rate, lengths and counting of an old config.
+"""Translate optimizer, learning rate, run length and step counts of an old config.
 
-XTuner 0.x counts iterations of the data loader of one process; here they are micro-batches, and
-``steps_are = "micro_batches"`` makes every number of a migrated file count them.
+XTuner 0.x counts data loader iterations of one process, which are micro-batches here; with
+``steps_are = "micro_batches"`` every step count of the migrated file counts them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _WRAPPERS = ("AmpOptimWrapper", "OptimWrapper", "DeepSpeedOptimWrapper", "")
 
 
 def read(config: Table, draft: Draft) -> None:
-    """Carry ``optim_wrapper``, ``train_cfg``, ``param_scheduler`` and the sequence parallelism."""
+    """Translate ``optim_wrapper``, ``train_cfg``, ``param_scheduler`` and sequence parallelism."""
     draft.set("steps_are", "micro_batches", config.line_of("train_cfg"))
     wrapper = config.table("optim_wrapper")
     _optimizer(wrapper, draft)
@@ -32,7 +32,7 @@ def read(config: Table, draft: Draft) -> None:
 
 def _optimizer(wrapper: Table, draft: Draft) -> None:
     if wrapper.last() not in _WRAPPERS:
-        draft.refuse(wrapper.line, shown("optim_wrapper", wrapper.get("type")), "is not known here")
+        draft.refuse(wrapper.line, shown("optim_wrapper", wrapper.get("type")), "is not supported")
     number = wrapper.take("dtype")
     for name in ("bfloat16", "float32"):
         if str(number) in (name, f"torch.{name}") and "dtype" not in draft.values:
@@ -42,9 +42,9 @@ def _optimizer(wrapper: Table, draft: Draft) -> None:
     kind, line = optimizer.name(), optimizer.line_of("type")
     home, _, name = kind.rpartition(".")
     if not name:
-        draft.refuse(line, shown("optimizer.type", optimizer.get("type")), "names no optimizer")
+        draft.refuse(line, shown("optimizer.type", optimizer.get("type")), "is not an optimizer")
     if home and not home.startswith(("torch.optim", "bitsandbytes")):
-        draft.refuse(line, f"optimizer = {kind}", "is of neither torch.optim nor bitsandbytes")
+        draft.refuse(line, f"optimizer = {kind}", "is in neither torch.optim nor bitsandbytes")
     draft.set("optim_type", name, line)
     draft.set("lr", float(optimizer.take("lr", 1e-3)), optimizer.line_of("lr"))
     betas = optimizer.take("betas", (0.9, 0.999))
@@ -55,7 +55,7 @@ def _optimizer(wrapper: Table, draft: Draft) -> None:
         draft.note(
             optimizer.line_of("weight_decay"),
             f"weight_decay = {decay}",
-            "is not applied to biases and norms here",
+            "is not applied to biases and norms",
         )
     clip = wrapper.table("clip_grad")
     norm = clip.take("max_norm")
@@ -63,11 +63,11 @@ def _optimizer(wrapper: Table, draft: Draft) -> None:
     draft.set("max_norm", None if norm is None else float(norm), wrapper.line_of("clip_grad"))
     for key in ("paramwise_cfg", "constructor"):
         if wrapper.take(key) is not None:
-            draft.refuse(wrapper.line_of(key), key, "one learning rate holds for all weights here")
+            draft.refuse(wrapper.line_of(key), key, "parameter groups are not supported")
 
 
 def _deepspeed(strategy: Table, draft: Draft) -> None:
-    """Carry what a config that was written by a run under DeepSpeed holds in its strategy."""
+    """Translate the DeepSpeed settings in ``strategy``."""
     inner = strategy.table("config")
     for key, ours in (
         ("gradient_accumulation_steps", "accumulative_counts"),
@@ -80,7 +80,7 @@ def _deepspeed(strategy: Table, draft: Draft) -> None:
             draft.set(ours, number, strategy.line_of(key))
         elif ours == "accumulative_counts":
             line = strategy.line_of(key)
-            draft.refuse(line, shown(f"strategy.{key}", value), "give the number of micro-batches")
+            draft.refuse(line, shown(f"strategy.{key}", value), "write the number of micro-batches")
     shared = strategy.take("sequence_parallel_size", 1)
     if shared != 1:
         draft.set("sequence_parallel_size", shared, strategy.line_of("sequence_parallel_size"))
@@ -95,7 +95,7 @@ def _length(cfg: Table, line: int, draft: Draft) -> None:
     elif isinstance(epochs, int | float) and epochs == int(epochs):
         draft.set("max_epochs", int(epochs), cfg.line_of("max_epochs"))
     else:
-        draft.refuse(line, shown("train_cfg.max_epochs", epochs), "give a whole number of epochs")
+        draft.refuse(line, shown("train_cfg.max_epochs", epochs), "must be an integer")
     if cfg.take("val_interval") is not None:
         draft.lose(cfg.line_of("val_interval"), "val_interval", "see val_dataloader")
 
@@ -106,21 +106,21 @@ def _learning_rate(config: Table, draft: Draft) -> None:
     parts = [given] if isinstance(given, Table) else config.listed("param_scheduler")
     config.used.add("param_scheduler")
     if not all(isinstance(part, Table) for part in parts):
-        draft.refuse(line, "param_scheduler", "is no list of dicts")
+        draft.refuse(line, "param_scheduler", "is not a list of dicts")
         return
     warmup = 0.0
     if parts and _rises(parts[0]):
         rise = parts.pop(0)
         if rise.get("begin", 0) != 0:
             draft.refuse(
-                rise.line_of("begin"), shown("begin", rise["begin"]), "a warm-up begins at 0"
+                rise.line_of("begin"), shown("begin", rise["begin"]), "the warmup must begin at 0"
             )
         warmup = _share(rise, "end", draft)
     draft.set("warmup_ratio", warmup, line)
     if not parts:
         draft.set("lr_schedule", "constant", line)
     elif len(parts) > 1:
-        draft.refuse(parts[1].line, "param_scheduler", "has more parts than a warm-up and a fall")
+        draft.refuse(parts[1].line, "param_scheduler", "has more phases than a warmup and a decay")
     else:
         _fall(parts[0], warmup, draft)
 
@@ -137,7 +137,7 @@ def _fall(part: Table, warmup: float, draft: Draft) -> None:
         draft.refuse(
             part.line,
             f"{kind} from {begin:g} to {end:g} of the run",
-            "the fall begins where the warm-up ends here, and ends with the run",
+            "the decay must begin at the end of the warmup and end with the run",
         )
     floor = 0.0
     if kind == "CosineAnnealingLR":
@@ -152,30 +152,28 @@ def _fall(part: Table, warmup: float, draft: Draft) -> None:
     elif kind == "ConstantLR" and part.take("factor", 1 / 3) == 1.0:
         draft.set("lr_schedule", "constant", part.line)
     else:
-        draft.refuse(
-            part.line, shown("type", part.get("type")), "is no schedule that is known here"
-        )
+        draft.refuse(part.line, shown("type", part.get("type")), "is not a supported schedule")
     if floor:
         draft.set("lr_end_ratio", round(floor, 12), part.line_of("eta_min"))
 
 
 def _share(part: Table, key: str, draft: Draft) -> float:
-    """Where `part` begins or ends, as a share of the run."""
+    """The begin or end of `part` as a fraction of the run."""
     part.pass_over(
         "type", "by_epoch", "convert_to_iter_based", "start_factor", "end_factor", "verbose"
     )
     by_epoch = part.get("by_epoch", True)
     if by_epoch and not part.get("convert_to_iter_based", False):
         draft.refuse(
-            part.line, part.last(), "changes the learning rate once an epoch; here every step"
+            part.line, part.last(), "changes the learning rate once per epoch, not every step"
         )
     total: Any = draft.values.get("max_epochs" if by_epoch else "max_steps")
     if by_epoch and "max_steps" in draft.values:
         draft.refuse(
             part.line_of(key),
             f"{part.last()}.{key} = {written(part.get(key))}",
-            "counts epochs, in a run that counts iterations: what the learning rate does depends "
-            "on the number of rows. Write by_epoch=False",
+            "counts epochs in a run that counts iterations, so the schedule depends on the number "
+            "of rows; set by_epoch=False",
         )
         part.pass_over("begin", "end")
         return 0.0
@@ -187,7 +185,7 @@ def _share(part: Table, key: str, draft: Draft) -> float:
         draft.refuse(
             part.line_of(key),
             f"{part.last()}.{key} = {written(value)}",
-            "counts iterations, in a run that counts epochs; give it by epoch",
+            "counts iterations in a run that counts epochs; set by_epoch=True",
         )
         return 0.0 if key == "begin" else 1.0
     return float(round(value / total, 9))

@@ -1,4 +1,4 @@
-"""The data sets of an old config, one by one."""
+"""Translate the data sets of an old config."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from xtuner.migrate.xtuner.names import names
 
 _LOCAL = ("json", "csv", "parquet", "text")
 FORMAT_END = "_format.py"
-"""The end of the name of the file that holds a format made for one config."""
+"""Suffix of the file with the format of a migrated config."""
 VERBATIM = "verbatim"
-"""In the place of a template, for data that hold their own markers."""
+"""Used instead of a template for data that already contain role markers."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Source:
 
     Attributes:
         entries: for `data_path`.
-        format: our dataset_format.
-        system: the message that the function which reads rows puts before each conversation.
+        format: the dataset_format.
+        system: the system message that the dataset_map_fn adds to each conversation.
         template: a table, a dotted name, or None.
-        limit: most rows, or None.
-        packed: None for data with images, which never are.
+        limit: maximum number of rows, or None.
+        packed: whether samples are packed.
     """
 
     entries: tuple[str, ...]
@@ -52,12 +52,12 @@ class Sources:
         self.sources: list[Source] = []
 
     def read(self, data: Table) -> None:
-        """Add the data set `data`, or those that it joins."""
+        """Add the data set `data`, or those that it concatenates."""
         kind, line = data.last(), data.line_of("type")
         if kind == "ConcatDataset":
             for each in data.listed("datasets"):
                 if not isinstance(each, Table):
-                    raise TypeError(f"a data set in line {data.line_of('datasets')} is no dict")
+                    raise TypeError(f"a data set in line {data.line_of('datasets')} is not a dict")
                 self.read(each)
             data.pass_over("datasets_kwargs")
         elif reason := names("datasets").get(kind):
@@ -69,7 +69,7 @@ class Sources:
         elif kind == "LLaVADataset":
             self._add(self._llava(data))
         else:
-            self._draft.refuse(line, shown("dataset.type", data.get("type")), "is not known here")
+            self._draft.refuse(line, shown("dataset.type", data.get("type")), "is not supported")
 
     def _add(self, source: Source | None) -> None:
         if source is not None:
@@ -99,13 +99,13 @@ class Sources:
         )
 
     def _moss(self, data: Table) -> Source:
-        """Dialogues of moss-003-sft, learnt as they are written."""
+        """Conversations of moss-003-sft, trained verbatim."""
         check_tokenizer(data.table("tokenizer"), self._draft)
         name, line = data.take("bot_name"), data.line_of("bot_name")
         format = "moss_verbatim"
         if name is not None:
             self._draft.files[FORMAT_END] = (
-                '"""Reads the rows of the migrated config beside this file."""\n\n'
+                '"""The data format of the migrated config next to this file."""\n\n'
                 "from xtuner.data.formats.moss_verbatim import reader\n\n"
                 f"to_messages = reader({str(name)!r})\n"
             )
@@ -113,7 +113,8 @@ class Sources:
         self._draft.note(
             line,
             "MOSSSFTDataset",
-            "a dialogue that is too long is cut at max_length; there after its last whole turn",
+            "conversations longer than max_length are truncated at max_length, not after the last "
+            "complete turn",
         )
         return Source(
             entries=(str(data.take("data_file")),),
@@ -130,7 +131,7 @@ class Sources:
         if not data.take("do_dataset_tokenization", True):
             line = data.line_of("do_dataset_tokenization")
             self._draft.refuse(
-                line, "do_dataset_tokenization = False", "give the data as text, not as token ids"
+                line, "do_dataset_tokenization = False", "token ids are not supported; use text"
             )
         if renamed := data.take("rename_maps"):
             line = data.line_of("rename_maps")
@@ -147,13 +148,15 @@ class Sources:
             name = processor.get("pretrained_model_name_or_path")
             if name != encoder:
                 self._draft.refuse(
-                    processor.line, f"image_processor = {name}", f"that of {encoder} is used here"
+                    processor.line, f"image_processor = {name}", f"must be that of {encoder}"
                 )
             use_all(processor)
         path = data.take("data_path")
         if data.take("offline_processed_text_folder") is not None or not isinstance(path, str):
             self._draft.refuse(
-                data.line, "offline_processed_text_folder", "give data_path: rows are cached anyway"
+                data.line,
+                "offline_processed_text_folder",
+                "set data_path: tokenized rows are cached",
             )
             return None
         format, system = self._format(data)
@@ -179,9 +182,9 @@ class Sources:
         return format_of(value, line, self._draft)
 
     def _entries(self, given: Any, line: int, split: Any) -> tuple[tuple[str, ...], Any]:
-        """What `data_path` names, and the split."""
+        """The entries of `data_path`, and the split."""
         if not isinstance(given, Table):
-            self._draft.refuse(line, shown("dataset", given), "is no data set that is known here")
+            self._draft.refuse(line, shown("dataset", given), "is not a supported data set")
             return (), split
         kind = last_part(given.name())
         if kind == "load_jsonl_dataset" or kind == "load_json_file":
@@ -193,7 +196,7 @@ class Sources:
             self._draft.refuse(
                 given.line,
                 shown("type", given.get("type")),
-                "fetches from a place that is not known here; download the data, and name the file",
+                "loads from an unsupported source; download the data and name the file",
             )
             return (), split
         given.pass_over("ignore_verifications", "trust_remote_code", "num_proc", "cache_dir")
@@ -208,8 +211,7 @@ class Sources:
             self._draft.refuse(
                 given.line,
                 shown("data_dir" if files is None else "data_files", folder or files),
-                f"is a part of {path}, which is read as a whole here; download it, and name the "
-                "files",
+                f"selects a part of {path}, which is not supported; download it and name the files",
             )
         configuration = given.take("name")
         return (f"{path}:{configuration}" if configuration else path,), split
@@ -217,23 +219,23 @@ class Sources:
     def _files(self, files: Any, line: int) -> tuple[str, ...]:
         entries = [files] if isinstance(files, str) else list(files or ())
         if not entries or not all(isinstance(entry, str) for entry in entries):
-            self._draft.refuse(line, shown("data_files", files), "names no files")
+            self._draft.refuse(line, shown("data_files", files), "contains no file names")
             return ()
         for entry in entries:
             if "*" in entry or "?" in entry:
                 self._draft.refuse(
-                    line, shown("data_files", entry), "a pattern is not known here; name the folder"
+                    line, shown("data_files", entry), "patterns are not supported; name the folder"
                 )
         return tuple(entries)
 
 
 def _template(data: Table, draft: Draft) -> tuple[Any, int]:
-    """The template that the rows are laid out with, and its line."""
+    """The template of the rows, and its line."""
     given = data.take("template_map_fn")
     if isinstance(given, Table):
         if given.last() != "template_map_fn_factory":
             line = given.line_of("type")
-            draft.refuse(line, shown("template_map_fn", given.get("type")), "is not known here")
+            draft.refuse(line, shown("template_map_fn", given.get("type")), "is not supported")
         template = given.take("template")
         return template, given.line_of("template")
     return (given if isinstance(given, Dotted | str) else None), data.line_of("template_map_fn")

@@ -1,4 +1,4 @@
-"""The template of an old config: a name that is known here, or one written out beside the file."""
+"""Translate the template of an old config: a known name, or a file next to the settings file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xtuner.migrate.values import Dotted, Table, written
 from xtuner.migrate.xtuner.names import names
 
 END = "_template.py"
-"""The end of the name of the file that holds a template of the user's own."""
+"""Suffix of the file with a custom template."""
 _KNOWN = ("SYSTEM", "INSTRUCTION", "SUFFIX", "SUFFIX_AS_EOS", "SEP", "STOP_WORDS")
 
 
@@ -21,10 +21,10 @@ def carry_template(template: Any, line: int, config: Table, draft: Draft) -> Non
     name = written(template) if isinstance(template, Dotted) else str(template)
     ours = names("templates").get(name.rpartition("PROMPT_TEMPLATE.")[2])
     if ours is None:
-        draft.refuse(line, shown("template", template), "is no template that is known here")
+        draft.refuse(line, shown("template", template), "is not a known template")
         return
     if ours == "xtuner0_qwen_chat" and "qwen" in _model(draft).lower():
-        ours = "qwen_chat"  # the same where the tokenizer has no begin-of-text token
+        ours = "qwen_chat"  # equivalent if the tokenizer has no bos token
     draft.set("prompt_template", ours, line)
     _end_token(ours, config, draft)
 
@@ -34,15 +34,15 @@ def _model(draft: Draft) -> str:
 
 
 def _end_token(ours: str, config: Table, draft: Draft) -> None:
-    """Note an end token that the config gives the tokenizer, where answers end with it."""
+    """Report an eos_token that the config sets, if answers end with it."""
     tokenizer = config.table("tokenizer")
     eos = tokenizer.take("eos_token")
     if eos and ours in _ENDING_WITH_EOS:
         draft.note(
             tokenizer.line_of("eos_token"),
             f"eos_token = {eos!r}",
-            "answers end with the end token that the model's tokenizer_config.json names; if that "
-            "is another, or none, write this one there",
+            "answers end with the eos_token in the tokenizer_config.json of the model; change it "
+            "there if it differs",
         )
 
 
@@ -56,11 +56,11 @@ _ENDING_WITH_EOS = frozenset(
 
 
 def _own(template: Table, line: int, draft: Draft) -> None:
-    """Write a template of the user's own beside the settings file."""
-    strange = [key for key in template if key not in _KNOWN]
+    """Write a custom template next to the settings file."""
+    unknown = [key for key in template if key not in _KNOWN]
     question = template.take("INSTRUCTION")
-    if strange or not isinstance(question, str) or "{input}" not in question:
-        draft.refuse(line, shown("template", template), "is no template of XTuner 0.x")
+    if unknown or not isinstance(question, str) or "{input}" not in question:
+        draft.refuse(line, shown("template", template), "is not a template of XTuner 0.x")
         return
     draft.files[END] = spec_source(
         system=str(template.take("SYSTEM", "{system}\n")),
@@ -82,25 +82,25 @@ def spec_source(
     sep: str,
     stop_words: tuple[str, ...],
 ) -> str:
-    """A Python file with a `Spec` that writes what the old template wrote.
+    """Source of a Python file with a `Spec` that is equivalent to the old template.
 
     Args:
         system: SYSTEM of the old template, with ``{system}``.
-        question: INSTRUCTION, with ``{input}`` and perhaps ``{round}``.
-        suffix: SUFFIX, behind each answer.
-        suffix_ends: SUFFIX_AS_EOS: no end token follows it.
-        sep: SEP, which is not learnt.
+        question: INSTRUCTION, with ``{input}`` and optionally ``{round}``.
+        suffix: SUFFIX, appended to each answer.
+        suffix_ends: SUFFIX_AS_EOS: no end token follows the suffix.
+        sep: SEP, which is not trained on.
         stop_words: STOP_WORDS.
     """
     ends = suffix_ends and bool(suffix)
     first = "" if ends else "{bos}"
-    before, _, behind = question.partition("{input}")
+    before, _, after = question.partition("{input}")
     stop = suffix or "{eos}"
     pieces = {
         "start": "{bos}" if ends else "",
         "system_in_user": first + system + before.replace("{round}", "1") + "{content}",
         "user": first + before + "{content}",
-        "assistant": behind,
+        "assistant": after,
         "answer": "{content}" + suffix + ("" if ends else "{eos}"),
         "stop": stop,
         "after": sep,
@@ -108,6 +108,6 @@ def spec_source(
     lines = [f"    {name}={text!r}," for name, text in pieces.items()]
     words = tuple(word for word in stop_words if word != stop)
     lines += [f"    stop_words={words!r},"] if words else []
-    head = '"""The template of the migrated config beside this file."""\n\n'
+    head = '"""The template of the migrated config next to this file."""\n\n'
     body = "\n".join(["TEMPLATE = Spec(", *lines, ")"])
     return f"{head}from xtuner.templates.spec import Spec\n\n{body}\n"

@@ -1,9 +1,9 @@
-"""What a config of XTuner 0.1 or 0.2 means, in our settings.
+"""Translate configs of XTuner 0.1 and 0.2.
 
     Table ──model, data, schedule, runtime──► Draft
 
-Each part reads the tables of the config's five parts, never the helper variables at the top of the
-file: those count only through the tables. What no part has looked at is listed as lost.
+Each part reads the tables of the config, never the helper variables at the top of the file, which
+matter only through the tables. Keys that no part reads are reported as dropped.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _EVALUATION = "val_dataloader val_evaluator val_cfg test_dataloader test_evaluat
 
 
 def migrate(config: Table) -> Draft:
-    """Say in our settings what `config` means."""
+    """Translate `config` to settings."""
     draft = Draft(ORIGIN)
     if "model" not in config:
-        draft.refuse(0, "model", "is missing: this is no config of a training")
+        draft.refuse(0, "model", "is missing: this is not a training config")
         return draft
     if _other_framework(config, draft) or _not_yet(config, draft):
         return draft
@@ -57,7 +57,7 @@ def _other_framework(config: Table, draft: Draft) -> bool:
 
 
 def _not_yet(config: Table, draft: Draft) -> bool:
-    """Whether the class of the model, or of its data, is one that this version does not train."""
+    """Report model classes that this version does not support; return whether it is one."""
     model = config.table("model")
     reason = names("not_yet").get(model.last())
     if reason:
@@ -75,13 +75,13 @@ def _kind(draft: Draft) -> str:
 
 
 def _list_the_rest(config: Table, draft: Draft) -> None:
-    """List what no part has looked at and may have an influence."""
+    """Report keys that no part has read and that may matter."""
     for key in _EVALUATION:
         if config.get(key) is not None:
             draft.lose(
                 config.line_of(key),
                 key,
-                "there is no benchmark beside the training; validation_ratio measures the loss",
+                "benchmarks during training are not supported; validation_ratio measures the loss",
             )
     for key in _WITHOUT_INFLUENCE:
         if key not in _ROOTS:

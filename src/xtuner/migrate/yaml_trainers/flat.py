@@ -1,4 +1,4 @@
-"""What the readers of YAML files share: settings of Hugging Face's kind, key by key."""
+"""Common to the YAML readers: translate arguments of transformers' Trainer key by key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table
 from xtuner.migrate.xtuner.runtime import NEVER
 
-_SPLIT_MEMORY = "each process holds the whole model here: the same numbers, but more memory"
+_SPLIT_MEMORY = "each process holds a full copy of the model: same results, but more memory"
 _SCHEDULES = {
     "cosine": "cosine",
     "linear": "linear",
@@ -34,14 +34,14 @@ _OPTIMIZERS = {
 
 
 def carry(table: Table, draft: Draft, rows: Iterable[tuple[str, str, Any]]) -> None:
-    """Carry keys whose values need no change: (their name, ours, their default)."""
+    """Copy values that need no change; entries are (old name, new name, old default)."""
     for key, ours, default in rows:
         value = table.take(key, default)
         draft.set(ours, default if value is None else value, table.line_of(key))
 
 
 def refuse_set(table: Table, draft: Draft, keys: Iterable[str], why: str) -> None:
-    """Refuse those of `keys` that have a value which turns something on."""
+    """Report those of `keys` whose value enables something, as not supported."""
     for key in keys:
         value = table.take(key)
         if value not in (None, False, 0, "", "none", "None"):
@@ -49,7 +49,7 @@ def refuse_set(table: Table, draft: Draft, keys: Iterable[str], why: str) -> Non
 
 
 def lose_set(table: Table, draft: Draft, keys: Iterable[str], why: str = _SPLIT_MEMORY) -> None:
-    """List those of `keys` that have a value as lost."""
+    """Report those of `keys` that have a value as dropped."""
     for key in keys:
         value = table.take(key)
         if value not in (None, False, "", "none", []):
@@ -57,7 +57,7 @@ def lose_set(table: Table, draft: Draft, keys: Iterable[str], why: str = _SPLIT_
 
 
 def training_arguments(table: Table, draft: Draft) -> None:
-    """Carry the arguments of transformers' Trainer."""
+    """Translate the arguments of transformers' Trainer."""
     carry(
         table,
         draft,
@@ -90,16 +90,18 @@ def _optimizer(table: Table, draft: Draft) -> None:
     if name in _OPTIMIZERS:
         draft.set("optim_type", _OPTIMIZERS[name], table.line_of("optim"))
     else:
-        draft.refuse(table.line_of("optim"), f"optim: {name}", "is not known here")
+        draft.refuse(table.line_of("optim"), f"optim: {name}", "is not supported")
     epsilon = float(table.take("adam_epsilon", 1e-8))
     if epsilon != 1e-8:
-        draft.lose(table.line_of("adam_epsilon"), f"adam_epsilon: {epsilon}", "is 1e-8 here")
+        draft.lose(
+            table.line_of("adam_epsilon"), f"adam_epsilon: {epsilon}", "epsilon is always 1e-8"
+        )
 
 
 def _schedule(table: Table, draft: Draft) -> None:
     kind, line = str(table.take("lr_scheduler_type", "linear")), table.line_of("lr_scheduler_type")
     if kind not in _SCHEDULES:
-        draft.refuse(line, f"lr_scheduler_type: {kind}", "is not known here")
+        draft.refuse(line, f"lr_scheduler_type: {kind}", "is not supported")
         return
     draft.set("lr_schedule", _SCHEDULES[kind], line)
     options = table.table("lr_scheduler_kwargs")
@@ -129,7 +131,7 @@ def _length(table: Table, draft: Draft) -> None:
     elif isinstance(epochs, int | float) and epochs == int(epochs):
         draft.set("max_epochs", int(epochs), line)
     else:
-        draft.refuse(line, f"num_train_epochs: {epochs}", "give whole epochs, or max_steps")
+        draft.refuse(line, f"num_train_epochs: {epochs}", "use an integer, or max_steps")
 
 
 def _intervals(table: Table, draft: Draft) -> None:
@@ -142,7 +144,7 @@ def _intervals(table: Table, draft: Draft) -> None:
         return
     draft.set("save_steps", NEVER, line)
     if strategy != "no":
-        draft.lose(line, f"save_strategy: {strategy}", "save_steps counts steps; the end is saved")
+        draft.lose(line, f"save_strategy: {strategy}", "save_steps counts steps")
 
 
 def _number_type(table: Table, draft: Draft) -> None:
@@ -150,7 +152,7 @@ def _number_type(table: Table, draft: Draft) -> None:
     pure = table.take("pure_bf16", False)
     line = table.line_of("fp16" if half else "bf16")
     if half:
-        draft.note(line, "fp16: true", "dtype = 'auto' is bfloat16 where the hardware has it")
+        draft.note(line, "fp16: true", "dtype = 'auto' uses bfloat16 if supported")
     elif brain or pure:
         draft.set("dtype", "bfloat16", line)
     else:

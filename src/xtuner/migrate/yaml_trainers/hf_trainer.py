@@ -1,4 +1,4 @@
-"""A config of XTuner 0.x that runs transformers' Trainer in place of mmengine's loop."""
+"""Translate configs of XTuner 0.x that use transformers' Trainer instead of mmengine's loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NO_INFLUENCE = ("type", "do_train", "ddp_find_unused_parameters", "report_to", 
 
 
 def read(config: Table, draft: Draft) -> None:
-    """Carry model, adapter, data and ``training_args``, which count optimizer steps."""
+    """Translate model, adapter, data and ``training_args``, which count optimizer steps."""
     llm = config.table("model")
     model.read_language_model(llm, draft)
     model.read_adapter(config.optional("lora"), llm, draft)

@@ -1,4 +1,4 @@
-"""What a YAML file of LLaMA-Factory means: SFT and pretraining, with full, LoRA and QLoRA."""
+"""Translate YAML files of LLaMA-Factory: SFT and pretraining, with full, LoRA and QLoRA tuning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from xtuner.migrate.yaml_trainers.read_yaml import read
 
 ORIGIN = "LLaMA-Factory"
 _NOT_YET = {
-    "dpo": "preference tuning (dpo, orpo, simpo) is not part of this version yet",
-    "kto": "preference tuning (kto) is not part of this version yet",
-    "rm": "training a reward model is not part of this version yet",
-    "ppo": "reinforcement learning (ppo) is not part of this version yet",
+    "dpo": "preference tuning (DPO, ORPO, SimPO) is not supported yet",
+    "kto": "preference tuning (KTO) is not supported yet",
+    "rm": "reward models are not supported yet",
+    "ppo": "reinforcement learning (PPO) is not supported yet",
 }
 _CHANGES = (
     "use_rslora use_dora pissa_init loraplus_lr_ratio neftune_noise_alpha use_galore use_apollo "
@@ -42,7 +42,7 @@ _OF_FAMILIES_NO_MODEL = ("default", "alpaca", "empty", "fewshot", "vicuna", "cha
 
 
 def migrate(text: str, folder: Path) -> Draft:
-    """Say in our settings what the file `text` in `folder` means."""
+    """Translate the file `text` in `folder` to settings."""
     table, draft = read(text), Draft(ORIGIN)
     stage = str(table.take("stage", "sft"))
     draft.kind = stage
@@ -53,7 +53,7 @@ def migrate(text: str, folder: Path) -> Draft:
         draft.refuse(table.line_of("stage"), f"stage: {stage}", "is neither sft nor pt")
         return draft
     if not table.take("do_train", False):
-        draft.refuse(table.line_of("do_train"), "do_train", "is not true: nothing is trained")
+        draft.refuse(table.line_of("do_train"), "do_train", "is not true, so nothing is trained")
         return draft
     try:
         _model(table, draft)
@@ -64,7 +64,7 @@ def migrate(text: str, folder: Path) -> Draft:
     except UnreadError as error:
         draft.refuse_unread(error)
     except (TypeError, ValueError) as error:
-        draft.refuse(0, "a value", f"has another type than LLaMA-Factory takes: {error}")
+        draft.refuse(0, "a value", f"has a type that LLaMA-Factory does not accept: {error}")
     draft.kind = f"{draft.values.get('algorithm', 'sft')} {draft.values.get('tuning', '')}"
     return draft
 
@@ -79,7 +79,7 @@ def _model(table: Table, draft: Draft) -> None:
     if bits is None:
         return
     if method not in ("bnb", "bitsandbytes") or bits not in (4, 8):
-        draft.refuse(line, f"quantization: {bits} bits, {method}", "only 4 and 8 of bitsandbytes")
+        draft.refuse(line, f"quantization: {bits} bits, {method}", "only bitsandbytes with 4 or 8")
         return
     draft.set("quantization", kind if bits == 4 else "int8", line)
     if bits == 4:
@@ -124,7 +124,7 @@ def _data(table: Table, draft: Draft, stage: str, folder: Path) -> None:
     draft.set("pack_to_max_length", packed, table.line_of("packing"))
     if packed and not neat:
         draft.note(
-            table.line_of("packing"), "packing", "samples of a pack do not see each other here"
+            table.line_of("packing"), "packing", "packed samples do not attend to each other"
         )
     _template(table, draft, stage)
     if system := table.take("default_system"):
@@ -143,12 +143,12 @@ def _template(table: Table, draft: Draft, stage: str) -> None:
         draft.refuse(
             line,
             shown("template", name),
-            "is no template of a chat model; choose a prompt_template (`xtuner explain "
-            "prompt_template`) and set the model's own here first",
+            "is not the template of a chat model; use the model's own template in this file, then "
+            "set prompt_template (see `xtuner explain prompt_template`)",
         )
     else:
         draft.set("prompt_template", "auto", line)
-        draft.note(line, f"template: {name}", "the model's own chat template is used here")
+        draft.note(line, f"template: {name}", "the chat template of the model is used")
 
 
 def _validation(table: Table, draft: Draft) -> None:
@@ -156,12 +156,12 @@ def _validation(table: Table, draft: Draft) -> None:
     if 0 < size <= 0.5:
         draft.set("validation_ratio", float(size), line)
     elif size:
-        draft.lose(line, f"val_size: {size}", "validation_ratio is a share, at most 0.5")
+        draft.lose(line, f"val_size: {size}", "validation_ratio is a fraction of at most 0.5")
     every = table.take("eval_steps")
     strategy = table.take("eval_strategy", table.take("evaluation_strategy", "no"))
     if every and strategy == "steps":
         draft.set("evaluation_freq", int(every), table.line_of("eval_steps"))
-    lose_set(table, draft, ("eval_dataset",), "validation_ratio sets rows aside here")
+    lose_set(table, draft, ("eval_dataset",), "use validation_ratio")
     table.pass_over("load_best_model_at_end", "metric_for_best_model", "compute_accuracy")
 
 
@@ -173,17 +173,17 @@ def _rest(table: Table, draft: Draft) -> None:
     report, line = table.take("report_to"), table.line_of("report_to")
     names = _split(report)
     if set(names) - {"none", "tensorboard", "all"}:
-        draft.lose(line, shown("report_to", report), "events for TensorBoard are written here")
+        draft.lose(line, shown("report_to", report), "TensorBoard files are written instead")
     if table.take("trust_remote_code"):
         draft.note(
             table.line_of("trust_remote_code"),
             "trust_remote_code: true",
-            "is left False; if the model has code of its own, the training says so",
+            "stays False; if the model needs remote code, training reports it",
         )
     if table.take("resume_from_checkpoint"):
         line = table.line_of("resume_from_checkpoint")
-        draft.note(line, "resume_from_checkpoint", "give `xtuner train --resume`")
-    refuse_set(table, draft, _CHANGES, "is not known here")
+        draft.note(line, "resume_from_checkpoint", "use `xtuner train --resume`")
+    refuse_set(table, draft, _CHANGES, "is not supported")
     lose_set(table, draft, _SHARDING)
     table.pass_over(*_NO_INFLUENCE)
     for line, path, value in unused(table, ""):

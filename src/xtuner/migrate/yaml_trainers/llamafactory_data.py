@@ -1,4 +1,4 @@
-"""The data sets of a LLaMA-Factory file, which it names by their entries in dataset_info.json."""
+"""Translate the data sets of a LLaMA-Factory file, which are entries of dataset_info.json."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _OWN_COLUMNS = {"system": "system", "tools": "tools", "history": "history"}
 
 
 def read(table: Table, draft: Draft, folder: Path) -> None:
-    """Carry ``dataset``, ``dataset_dir``, and how data sets are mixed."""
+    """Translate ``dataset``, ``dataset_dir`` and the mixing of data sets."""
     named, line = table.take("dataset"), table.line_of("dataset")
     names = named if isinstance(named, list) else str(named or "").split(",")
     names = [str(name).strip() for name in names if str(name).strip()]
     if not names:
-        draft.refuse(line, shown("dataset", named), "names no data set")
+        draft.refuse(line, shown("dataset", named), "is not a data set")
         return
     where = table.take("dataset_dir", "data")
-    place = _place(where, folder, line, draft)
-    info = None if place is None else _info(place, line, draft)
-    if place is None or info is None:
+    info_path = _find_info(where, folder, line, draft)
+    info = None if info_path is None else _info(info_path, line, draft)
+    if info_path is None or info is None:
         return
     found = [_entry(name, info.get(name), line, draft) for name in names]
     entries = [entry for entry in found if entry is not None]
@@ -49,35 +49,35 @@ def read(table: Table, draft: Draft, folder: Path) -> None:
     draft.set("data_path", [path if hub else str(home / path) for path, _, hub in entries], line)
     formats = [format for _, format, _ in entries]
     draft.set("dataset_format", formats if len(set(formats)) > 1 else formats[:1], line)
-    _limit(table, [None if hub else place.parent / path for path, _, hub in entries], draft)
+    _limit(table, [None if hub else info_path.parent / path for path, _, hub in entries], draft)
     _mix(table, draft)
 
 
 def _limit(table: Table, files: list[Path | None], draft: Draft) -> None:
-    """Carry ``max_samples``, which limits each data set: as shares, where there are several."""
+    """Translate ``max_samples``, which limits each data set; fractions if there are several."""
     limit, line = table.take("max_samples"), table.line_of("max_samples")
     if not isinstance(limit, int):
         return
     what = f"max_samples: {limit}"
     if len(files) == 1:
         draft.set("max_dataset_length", limit, line)
-        draft.note(line, what, "rows are drawn at random here, not the first")
+        draft.note(line, what, "rows are sampled at random, not the first ones")
         return
     counts = [None if file is None else _rows(file) for file in files]
     if None in counts:
         draft.refuse(
             line,
             what,
-            f"limits each of {len(files)} data sets, and the rows of one of them cannot be counted "
-            "here; give data_repeats, one share a source, and take it out",
+            f"limits each of {len(files)} data sets, but the rows of one of them cannot be "
+            "counted; remove it and set data_repeats, one fraction per source",
         )
     elif any(count > limit for count in counts if count):
         draft.set("data_repeats", [min(1.0, limit / (count or 1)) for count in counts], line)
-        draft.note(line, what, "is a share of each source here, drawn at random, not the first")
+        draft.note(line, what, "becomes a fraction of each source, sampled at random")
 
 
 def _rows(file: Path) -> int | None:
-    """The number of rows of a JSON file; None where it cannot be told at once."""
+    """The number of rows of a JSON file, or None if it is expensive to count."""
     try:
         if file.stat().st_size > _MOST_TO_COUNT:
             return None
@@ -94,47 +94,47 @@ def _mix(table: Table, draft: Draft) -> None:
     strategy = table.take("mix_strategy", "concat")
     if strategy != "concat":
         line = table.line_of("mix_strategy")
-        draft.refuse(line, f"mix_strategy: {strategy}", "set data_weights here instead")
+        draft.refuse(line, f"mix_strategy: {strategy}", "use data_weights instead")
     table.pass_over("interleave_probs", "media_dir")
 
 
-def _place(where: Any, folder: Path, line: int, draft: Draft) -> Path | None:
-    """Where dataset_info.json is, in the working directory or beside the file."""
-    places = [base / str(where) / _INFO for base in (Path.cwd(), folder)]
-    place = next((place for place in places if place.is_file()), None)
-    if place is None:
+def _find_info(where: Any, folder: Path, line: int, draft: Draft) -> Path | None:
+    """The path of dataset_info.json, in the working directory or next to the file."""
+    candidates = [base / str(where) / _INFO for base in (Path.cwd(), folder)]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
         draft.refuse(
             line,
             f"dataset_dir: {where}",
-            f"names of data sets are looked up in {_INFO}, and there is none (looked for "
-            f"{', '.join(str(place) for place in places)})",
+            f"data sets are defined in {_INFO}, which was not found (searched for "
+            f"{', '.join(map(str, candidates))})",
         )
-    return place
+    return path
 
 
-def _info(place: Path, line: int, draft: Draft) -> dict[str, Any] | None:
+def _info(path: Path, line: int, draft: Draft) -> dict[str, Any] | None:
     """The entries of dataset_info.json."""
     try:
-        info = json.loads(read_text(place))
+        info = json.loads(read_text(path))
     except (ValueError, RecursionError):
         info = None
     if not isinstance(info, dict):
-        draft.refuse(line, str(place), "holds no JSON object")
+        draft.refuse(line, str(path), "is not a JSON object")
         return None
     return info
 
 
 def _entry(name: str, info: Any, line: int, draft: Draft) -> tuple[str, str, bool] | None:
-    """Path or hub name, our format, and whether it is on the hub; None if it cannot be carried."""
+    """Path or hub name, dataset_format, and whether it is on the hub; None if not supported."""
     if not isinstance(info, dict):
         draft.refuse(line, f"dataset: {name}", f"is not in {_INFO}")
         return None
     if info.get("ranking"):
-        draft.postpone(line, f"dataset: {name}", "pairs for preference tuning: not part yet")
+        draft.postpone(line, f"dataset: {name}", "preference tuning is not supported yet")
         return None
     path, hub = info.get("file_name"), info.get("hf_hub_url")
     if info.get("folder") or info.get("num_samples") or not (path or hub):
-        draft.refuse(line, f"dataset: {name}", "is neither a file nor a data set of the hub alone")
+        draft.refuse(line, f"dataset: {name}", "must be a single file or hub data set")
         return None
     format = _format(name, info, line, draft)
     if format is None:
@@ -163,8 +163,7 @@ def _format(name: str, info: dict[str, Any], line: int, draft: Draft) -> str | N
     draft.refuse(
         line,
         f"dataset: {name}",
-        f"its columns and tags in {_INFO} have other names than the formats here know; rename them "
-        "in the data",
+        f"its columns and tags in {_INFO} do not match a supported format; rename them in the data",
     )
     return None
 

@@ -1,4 +1,4 @@
-"""Read the YAML file of another trainer: plain values, each key with its line."""
+"""Read the YAML file of another trainer: plain values with line numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEPTH = 20
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; 1e-4 is a number."""
+    """The safe loader, which also reads 1e-4 as a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -36,11 +36,11 @@ def read(text: str) -> Table:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{line}is not YAML: {getattr(error, 'problem', error)}") from None
+        raise ConfigError(f"{line}is not valid YAML: {getattr(error, 'problem', error)}") from None
     except RecursionError:
         raise ConfigError("is nested too deeply") from None
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError("holds no lines of the form  key: value")
+        raise ConfigError("is not a mapping of the form  key: value")
     table: Table = _value(node, 0, set())
     try:
         check_size(table)
@@ -64,4 +64,6 @@ def _value(node: yaml.Node, depth: int, above: set[int]) -> Any:
     try:
         return _Loader("").construct_object(node)  # type: ignore[no-untyped-call]
     except Exception as error:  # the library raises many kinds for values that are out of range
-        return Unread(node.start_mark.line + 1, str(node.value)[:40], f"is no value: {error}")
+        return Unread(
+            node.start_mark.line + 1, str(node.value)[:40], f"is not a valid value: {error}"
+        )

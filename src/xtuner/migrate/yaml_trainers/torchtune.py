@@ -1,4 +1,4 @@
-"""What a YAML file of torchtune means: SFT with full, LoRA and QLoRA, and text completion."""
+"""Translate YAML files of torchtune: SFT with full, LoRA and QLoRA tuning, and text completion."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 _FUSED = ("phi3", "phi4")
 _CROSS_ENTROPY = ("CE", "CrossEntropy", "LinearCrossEntropy")
 _OTHER_RECIPES = {
-    "teacher_model": "distilling from a teacher is not part of this version",
-    "policy_model": "reinforcement learning (ppo) is not part of this version yet",
-    "ref_checkpointer": "preference tuning (dpo) is not part of this version yet",
+    "teacher_model": "knowledge distillation is not supported",
+    "policy_model": "reinforcement learning (PPO) is not supported yet",
+    "ref_checkpointer": "preference tuning (DPO) is not supported yet",
 }
 _NO_INFLUENCE = (
     "output_dir device compile enable_activation_checkpointing enable_activation_offloading "
@@ -32,7 +32,7 @@ _SHARDING = "fsdp_cpu_offload tensor_parallel_dim tensor_parallel_plan fsdp".spl
 
 
 def migrate(text: str, folder: Path) -> Draft:
-    """Say in our settings what the file `text` means; `folder` has no part in it."""
+    """Translate the file `text` to settings; `folder` is not used."""
     table, draft = read(text), Draft(ORIGIN)
     _fill(table, {key: value for key, value in table.items() if isinstance(value, str)})
     draft.kind = "sft"
@@ -46,13 +46,13 @@ def migrate(text: str, folder: Path) -> Draft:
     except UnreadError as error:
         draft.refuse_unread(error)
     except (TypeError, ValueError) as error:
-        draft.refuse(0, "a value", f"has another type than torchtune takes: {error}")
+        draft.refuse(0, "a value", f"has a type that torchtune does not accept: {error}")
     draft.kind = f"{draft.values.get('algorithm', 'sft')} {draft.values.get('tuning', '')}".strip()
     return draft
 
 
 def _fill(value: Any, known: dict[str, str]) -> None:
-    """Put top-level texts in the place of ``${name}``."""
+    """Replace ``${name}`` by top-level strings."""
     pairs = list(value.items()) if isinstance(value, Table) else list(enumerate(value))
     for key, item in pairs:
         if isinstance(item, str):
@@ -68,14 +68,14 @@ def _other_recipe(table: Table, draft: Draft) -> bool:
     loss = table.table("loss")
     if loss.last("_component_") in ("DPOLoss", "PPOLoss", "RSOLoss", "SimPOLoss"):
         line = table.line_of("loss")
-        draft.postpone(line, loss.name("_component_"), "is for preferences: not part yet")
+        draft.postpone(line, loss.name("_component_"), "preference tuning is not supported yet")
     elif loss and not loss.last("_component_").startswith(_CROSS_ENTROPY):
-        draft.refuse(table.line_of("loss"), loss.name("_component_"), "is no cross entropy")
+        draft.refuse(table.line_of("loss"), loss.name("_component_"), "is not a cross entropy loss")
     if "epochs" not in table or ("dataset" not in table and "datasets" not in table):
-        draft.refuse(0, "epochs, dataset", "are not both there: nothing is trained")
+        draft.refuse(0, "epochs, dataset", "are not both set, so nothing is trained")
     if "quantizer" in table:
         draft.refuse(
-            table.line_of("quantizer"), "quantizer", "quantisation-aware training is not known here"
+            table.line_of("quantizer"), "quantizer", "quantization-aware training is not supported"
         )
     return bool(draft.not_yet or draft.refused)
 
@@ -87,19 +87,19 @@ def _model(table: Table, draft: Draft) -> None:
         draft.refuse(
             store.line,
             shown("checkpointer", store.name("_component_")),
-            "give the folder of the model in Hugging Face format (FullModelHFCheckpointer)",
+            "only models in Hugging Face format are supported (FullModelHFCheckpointer)",
         )
     draft.set("pretrained_model_name_or_path", store.take("checkpoint_dir"), line)
     use_all(store)
     model = table.table("model")
     kind, line = model.last("_component_"), model.line_of("_component_")
     if "vision" in kind:
-        draft.refuse(line, kind, "models with images of their own are not known here")
+        draft.refuse(line, kind, "multimodal models are not supported")
     elif kind.startswith(("lora_", "qlora_")):
         _adapter(model, kind, draft)
     else:
         draft.set("tuning", "full", line)
-    refuse_set(model, draft, [key for key in model if key not in model.used], "is not known here")
+    refuse_set(model, draft, [key for key in model if key not in model.used], "is not supported")
 
 
 def _adapter(model: Table, kind: str, draft: Draft) -> None:
@@ -116,9 +116,9 @@ def _adapter(model: Table, kind: str, draft: Draft) -> None:
     names = ["o_proj" if name == "output_proj" else name for name in attention]
     names += _MLP if model.take("apply_lora_to_mlp", False) else ()
     if any(family in kind for family in _FUSED):
-        draft.refuse(line, kind, "its layers are fused here, and adapters beside them are others")
+        draft.refuse(line, kind, "its layers are fused in xtuner, so adapters would differ")
     draft.set("lora_target_modules", names, line)
-    refuse_set(model, draft, ("apply_lora_to_output", "use_dora"), "is not known here")
+    refuse_set(model, draft, ("apply_lora_to_output", "use_dora"), "is not supported")
 
 
 def _schedule(table: Table, draft: Draft) -> None:
@@ -132,11 +132,11 @@ def _schedule(table: Table, draft: Draft) -> None:
     if most is not None and draft.values["max_epochs"] == 1:
         draft.set("max_steps", most, line)
     elif most is not None:
-        draft.refuse(line, f"max_steps_per_epoch: {most}", "cuts each epoch; give max_steps here")
+        draft.refuse(line, f"max_steps_per_epoch: {most}", "truncates each epoch; use max_steps")
     optimizer = table.table("optimizer")
     kind, line = optimizer.name("_component_"), optimizer.line_of("_component_")
     if not kind.startswith(("torch.optim.", "bitsandbytes.optim.")):
-        draft.refuse(line, f"optimizer: {kind}", "is of neither torch.optim nor bitsandbytes")
+        draft.refuse(line, f"optimizer: {kind}", "is in neither torch.optim nor bitsandbytes")
     name = kind.rpartition(".")[2]
     draft.set("optim_type", name, line)
     draft.set("lr", float(optimizer.take("lr", 1e-3)), optimizer.line_of("lr"))
@@ -155,13 +155,13 @@ def _learning_rate(table: Table, draft: Draft) -> None:
     kind = scheduler.last("_component_")
     draft.set("lr_schedule", "cosine" if kind else "constant", line)
     if kind and kind != "get_cosine_schedule_with_warmup":
-        draft.refuse(line, f"lr_scheduler: {kind}", "is not known here")
+        draft.refuse(line, f"lr_scheduler: {kind}", "is not supported")
     if steps := scheduler.take("num_warmup_steps"):
         draft.set("warmup_steps", steps, scheduler.line_of("num_warmup_steps"))
     else:
         draft.set("warmup_ratio", 0.0, line)
     if scheduler.take("num_cycles", 0.5) != 0.5:
-        draft.refuse(line, "num_cycles", "the learning rate falls once, to 0, here")
+        draft.refuse(line, "num_cycles", "the learning rate decays once, to 0")
 
 
 def _runtime(table: Table, draft: Draft) -> None:
@@ -170,7 +170,7 @@ def _runtime(table: Table, draft: Draft) -> None:
     if number in names:
         draft.set("dtype", names[number], line)
     else:
-        draft.refuse(line, f"dtype: {number}", "is not known here")
+        draft.refuse(line, f"dtype: {number}", "is not supported")
     if table.get("device") == "cpu":
         draft.set("device", "cpu", table.line_of("device"))
     if (seed := table.take("seed")) is not None:
@@ -182,17 +182,17 @@ def _runtime(table: Table, draft: Draft) -> None:
         draft.lose(
             table.line_of("epochs"),
             "a checkpoint after each epoch",
-            "save_steps counts steps; the end is saved",
+            "save_steps counts steps; the last step is always saved",
         )
     logger = table.table("metric_logger")
     if logger.last("_component_") in ("WandBLogger", "CometLogger", "MLFlowLogger"):
-        draft.lose(logger.line, logger.name("_component_"), "events for TensorBoard are written")
+        draft.lose(logger.line, logger.name("_component_"), "TensorBoard files are written")
     use_all(logger)
     if folder := table.take("output_dir"):
         draft.set("work_dir", folder, table.line_of("output_dir"))
     if table.take("resume_from_checkpoint"):
         line = table.line_of("resume_from_checkpoint")
-        draft.note(line, "resume_from_checkpoint", "give `xtuner train --resume`")
+        draft.note(line, "resume_from_checkpoint", "use `xtuner train --resume`")
     lose_set(table, draft, _SHARDING)
     table.pass_over(*_NO_INFLUENCE)
     for key in _NO_INFLUENCE:

@@ -1,4 +1,4 @@
-"""The data and the tokenizer of a torchtune file."""
+"""Translate the data and the tokenizer of a torchtune file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _ALPACA = {
 }
 _LOCAL = ("json", "csv", "parquet", "text")
 NO_LIMIT = 8192
-"""max_length where torchtune sets no limit; a longer sample then stops the run."""
+"""max_length if torchtune sets no limit; a longer sample is an error."""
 
 
 def read(table: Table, draft: Draft) -> None:
-    """Carry ``dataset``, ``tokenizer`` and ``shuffle``."""
+    """Translate ``dataset``, ``tokenizer`` and ``shuffle``."""
     given = table.take("dataset" if "dataset" in table else "datasets")
     line = table.line_of("dataset")
     parts = given if isinstance(given, list) else [given]
     if not all(isinstance(part, Table) for part in parts) or not parts:
-        draft.refuse(line, "dataset", "is no data set")
+        draft.refuse(line, "dataset", "is not a data set")
         return
     entries: list[str] = []
     formats: list[str] = []
@@ -38,7 +38,7 @@ def read(table: Table, draft: Draft) -> None:
     draft.set("data_path", entries, line)
     draft.set("dataset_format", formats if len(set(formats)) > 1 else formats[:1], line)
     if len(learnt) > 1 or len(packs) > 1:
-        draft.refuse(line, "train_on_input, packed", "are one value for all data sets here")
+        draft.refuse(line, "train_on_input, packed", "must be the same for all data sets")
     if True in learnt:
         draft.set("algorithm", "pretrain", line)
     _length(table, draft, packed=True in packs)
@@ -49,23 +49,23 @@ def read(table: Table, draft: Draft) -> None:
         draft.note(
             table.line_of("tokenizer"),
             written(table.table("tokenizer").get("_component_")),
-            "the model's own chat template is used here",
+            "the chat template of the model is used",
         )
 
 
 def _source(part: Table, draft: Draft) -> tuple[list[str], str, bool]:
-    """Entries for `data_path`, our format, and whether every token is learnt."""
+    """The entries of `data_path`, the dataset_format, and whether all tokens are trained on."""
     kind, line = part.last("_component_"), part.line_of("_component_")
     part.pass_over("packed", "split_across_pack")
     for key in ("new_system_prompt", "filter_fn", "column_map"):
         if (value := part.take(key)) is not None:
-            draft.refuse(part.line_of(key), shown(key, value), "is not known here")
+            draft.refuse(part.line_of(key), shown(key, value), "is not supported")
     if kind in _ALPACA:
         entries = _entries(part, _ALPACA[kind], draft)
         return entries, "alpaca_prompted", bool(part.take("train_on_input", True))
     if kind == "text_completion_dataset":
         if part.take("column", "text") != "text" or part.take("add_eos", True) is not True:
-            draft.refuse(line, kind, "texts stand in the column 'text', with an end token, here")
+            draft.refuse(line, kind, "texts must be in column 'text', with an end token")
         return _entries(part, None, draft), "pretrain", True
     if kind == "instruct_dataset":
         return _entries(part, None, draft), "io", bool(part.take("train_on_input", False))
@@ -77,7 +77,7 @@ def _source(part: Table, draft: Draft) -> tuple[list[str], str, bool]:
             draft.refuse(line, f"{style} in column {column}", "rename the column in the data")
         learnt = bool(part.take("train_on_input", False))
         return _entries(part, None, draft), format or "auto", learnt
-    draft.refuse(line, f"dataset: {kind}", "is not known here; name the data as chat_dataset")
+    draft.refuse(line, f"dataset: {kind}", "is not supported; use chat_dataset")
     return [], "auto", False
 
 
@@ -91,10 +91,12 @@ def _entries(part: Table, default: str | None, draft: Draft) -> list[str]:
         names: Any = [files] if isinstance(files, str) else files
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             return list(names)
-        draft.refuse(part.line_of("data_files"), shown("data_files", files), "names no files")
+        draft.refuse(
+            part.line_of("data_files"), shown("data_files", files), "contains no file names"
+        )
         return []
     if not isinstance(source, str) or files is not None:
-        draft.refuse(part.line_of("source"), shown("source", source), "is no data set of the hub")
+        draft.refuse(part.line_of("source"), shown("source", source), "is not a hub data set")
         return []
     return [f"{source}:{subset}" if subset else source]
 
@@ -106,7 +108,7 @@ def _length(table: Table, draft: Draft, *, packed: bool) -> None:
     )
     if (template := tokenizer.take("prompt_template")) is not None:
         line = tokenizer.line_of("prompt_template")
-        draft.refuse(line, shown("prompt_template", template), "is not known here")
+        draft.refuse(line, shown("prompt_template", template), "is not supported")
     limit, line = tokenizer.take("max_seq_len"), tokenizer.line_of("max_seq_len")
     draft.set("pack_to_max_length", packed, table.line_of("dataset"))
     draft.set("max_length", limit if limit is not None else NO_LIMIT, line)
@@ -115,7 +117,7 @@ def _length(table: Table, draft: Draft, *, packed: bool) -> None:
         draft.note(
             line,
             "max_seq_len: null",
-            f"there is no limit there; here a sample of more than {NO_LIMIT} tokens stops the run",
+            f"is unlimited; in xtuner a sample of more than {NO_LIMIT} tokens is an error",
         )
     elif draft.values.get("algorithm") == "pretrain":
         draft.set("overlong", "truncate", line)

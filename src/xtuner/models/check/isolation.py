@@ -226,7 +226,9 @@ class IsolationCheck:
 
     def _words(self, count: int, *, first: int = 0) -> Tensor:
         """Tokens from all over the vocabulary, each another one where there are enough."""
-        size = min(self.lm.causal.get_input_embeddings().weight.shape[0], 32000)
+        embedding = self.lm.causal.get_input_embeddings()
+        rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+        size = min(rows, 32000)
         step = next(n for n in (7919, 7907, 7901) if size % n)
         ids = (torch.arange(first, first + count) * step + 13) % size
         words: Tensor = ids[None].to(self.lm.device)

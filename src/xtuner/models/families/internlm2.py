@@ -1,10 +1,10 @@
-"""InternLM2 and 2.5, natively: Llama with other names and one fused, grouped `wqkv`.
+"""InternLM2 and 2.5: Llama with other tensor names and a fused, grouped `wqkv`.
 
-    checkpoint (wqkv, wo, ...) ──rename, split──► LlamaForCausalLM ──fuse, rename──► the same again
+    checkpoint (wqkv, wo, ...) ──rename, split──► LlamaForCausalLM ──fuse, rename──► checkpoint
 
-The checkpoints name Python code of 2024 that loads under transformers 5 with wrong rotary buffers
-(https://github.com/huggingface/transformers/issues/48892), so that code is never run. Saving gives
-the original layout bit for bit; ``save_pretrained(save_original_format=False)`` gives Llama's.
+The remote code of these checkpoints (2024) gives wrong rotary buffers under transformers 5
+(https://github.com/huggingface/transformers/issues/48892) and is never run. Saving restores the
+original layout bit for bit; ``save_pretrained(save_original_format=False)`` writes Llama's.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _RENAMINGS = {
 
 
 class InternLM2Config(LlamaConfig):
-    """Llama's configuration, read and written with InternLM2's names (`bias`, `rope_scaling`)."""
+    """Llama's configuration with InternLM2's names (`bias`, `rope_scaling`)."""
 
     model_type = "internlm2"
     attention_bias: bool = True
 
     def __post_init__(self, bias: bool | None = None, **kwargs: Any) -> None:
-        """Take `bias` for `attention_bias`; the rest is Llama's."""
+        """Map `bias` to `attention_bias`."""
         if bias is not None:
             self.attention_bias = bias
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as other software reads InternLM2's config.json."""
+        """The configuration in the format of InternLM2's config.json."""
         values: dict[str, Any] = super().to_dict()
         values["bias"] = values.pop("attention_bias")
         rope = dict(values.pop("rope_parameters", None) or {})
@@ -59,13 +59,13 @@ class InternLM2Config(LlamaConfig):
         kind = rope.pop("rope_type", "default")
         rope.pop("type", None)
         values["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
-        # Code named without its repository would have to lie beside the weights, where it is not.
+        # Remote code without a repository name is looked up next to the weights, where it is not.
         remote = {k: v for k, v in (values.pop("auto_map", None) or {}).items() if "--" in str(v)}
         return {**values, "auto_map": remote} if remote else values
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
-    """Llama under the name that InternLM2's checkpoints carry."""
+    """Llama under the class name in InternLM2's checkpoints."""
 
     config_class = InternLM2Config
     config: InternLM2Config
@@ -74,8 +74,8 @@ class InternLM2ForCausalLM(LlamaForCausalLM):
 class SplitGroups(ConversionOps):
     """Split a fused `wqkv` (weight or bias) into q, k and v.
 
-    With g = heads / kv_heads, axis 0 of `wqkv` counts ``[kv_heads, g + 2, head_dim]``: for each kv
-    head its g query heads, then one key and one value head.
+    With g = heads / kv_heads, axis 0 of `wqkv` is ``[kv_heads, g + 2, head_dim]``: for each kv head
+    its g query heads, then one key and one value head.
     """
 
     def convert(
@@ -98,7 +98,7 @@ class SplitGroups(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """What saving does."""
+        """The conversion for saving."""
         return FuseGroups()
 
 
@@ -124,7 +124,7 @@ class FuseGroups(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """What loading does."""
+        """The conversion for loading."""
         return SplitGroups()
 
 
@@ -134,7 +134,7 @@ def _single(value: Any) -> Tensor:
 
 
 def register() -> None:
-    """Teach transformers' Auto classes InternLM2. May be called again."""
+    """Register InternLM2 with transformers' Auto classes; idempotent."""
     AutoConfig.register("internlm2", InternLM2Config, exist_ok=True)
     AutoModelForCausalLM.register(InternLM2Config, InternLM2ForCausalLM, exist_ok=True)
     renamings = [WeightRenaming(old, new) for old, new in _RENAMINGS.items()]

@@ -1,4 +1,4 @@
-"""LLaVA (arXiv:2304.08485, 2310.03744): a language model that sees through a vision tower.
+"""LLaVA (arXiv:2304.08485, 2310.03744): a language model with a vision tower and a projector.
 
     pixels ──vision tower──► features ──linear, gelu, linear──► vectors of the LLM's width
     token ids ──embedding──► vectors, those of <image> replaced ──► the language model's layers
@@ -11,7 +11,7 @@ language model keeps its vocabulary while it is trained.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaModel, LlavaConfig, PreTrainedModel
 from transformers import LlavaForConditionalGeneration as Llava
 
 from xtuner.errors import ModelError
-from xtuner.models.causal_lm import LOGIT_CHANGES, PackedCausalLM
+from xtuner.models.causal_lm import LOGIT_CHANGES
 from xtuner.models.vision.tower import check_layer, num_image_tokens, select, strategy_of
 from xtuner.types import Batch, BatchImages
 
@@ -103,17 +103,17 @@ def decoder_of(model: Any) -> Any:
     return base.model.language_model if isinstance(base, Llava) else base
 
 
-Keep = Callable[[str, Tensor], None]
+KeepFeatures = Callable[[str, Tensor], None]
 """Keeps the features of the image with this key for later epochs."""
 
 
-class ImageEmbedder(nn.Module):
-    """Turns token ids and images into input embeddings of the language model of `llava`.
+class LlavaEmbedder(nn.Module):
+    """Makes the input embeddings of a LLaVA model (an `ImageEmbedder`).
 
     Args:
         llava: the assembled model.
         train_encoder: gradients reach the vision tower.
-        autocast: type of the products with float32 weights (projector, a fully trained encoder).
+        autocast: type of the products with float32 weights (projector, a fully trained tower).
         keep: called with the features of every image that has a key.
     """
 
@@ -123,7 +123,7 @@ class ImageEmbedder(nn.Module):
         *,
         train_encoder: bool = False,
         autocast: torch.dtype | None = None,
-        keep: Keep | None = None,
+        keep: KeepFeatures | None = None,
     ) -> None:
         super().__init__()
         self._llava = (llava,)  # in a tuple: the parameters are registered elsewhere
@@ -134,33 +134,44 @@ class ImageEmbedder(nn.Module):
         """The assembled model."""
         return self._llava[0]
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """What the vision tower makes of ``[P, 3, H, W]``: ``[P, T, C]``."""
+    def features(self, pixel_values: Sequence[Tensor] | Tensor) -> Tensor:
+        """The vision tower's output ``[P, T, C]`` for P images ``[3, H, W]``."""
         tower: Any = self.llava.model.vision_tower
         config = self.llava.config
         weight = next(tower.parameters())
+        pixels = torch.stack(tuple(pixel_values)).to(weight.device, weight.dtype)
         grad = torch.is_grad_enabled() and self.train_encoder
         with torch.set_grad_enabled(grad), self._autocast(weight.dtype == torch.float32):
-            output = tower(pixel_values.to(weight.device, weight.dtype), output_hidden_states=True)
+            output = tower(pixels, output_hidden_states=True)
             layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
             return select(output.hidden_states, layer, strategy)
 
     def embed(self, input_ids: Tensor, images: BatchImages) -> Tensor:
         """Input embeddings ``[1, N, H]`` of ``[1, N]`` token ids."""
-        places = images.places
         embedding = self.llava.get_input_embeddings()
-        vectors: Tensor = embedding(input_ids.masked_fill(places, 0))
+        vectors: Tensor = embedding(input_ids.masked_fill(images.mask, 0))
         features = self._all_features(images)
         with self._autocast():
-            seen = self.llava.model.multi_modal_projector(self._as_projector(features))
-        wanted, there = int(places.sum()), seen.shape[0] * seen.shape[1]
-        if wanted != there:
-            raise ModelError(f"{wanted} image tokens for {there} features of images")
-        return vectors.masked_scatter(places[..., None], seen.to(vectors.dtype))
+            projected = self.llava.model.multi_modal_projector(self._as_projector(features))
+        wanted, found = int(images.mask.sum()), projected.shape[0] * projected.shape[1]
+        if wanted != found:
+            raise ModelError(f"{wanted} image tokens for {found} features of images")
+        return vectors.masked_scatter(images.mask[..., None], projected.to(vectors.dtype))
+
+    def positions(self, batch: Batch) -> Tensor:
+        """Position ids ``[1, N]``: image tokens count like text."""
+        return batch.position_ids
+
+    def train(self, mode: bool = True) -> LlavaEmbedder:
+        """Set training mode; a vision tower that is not trained stays in evaluation."""
+        super().train(mode)
+        if not self.train_encoder and (tower := self.llava.model.vision_tower) is not None:
+            tower.eval()
+        return self
 
     def _all_features(self, images: BatchImages) -> Tensor:
         fresh: Any = None
-        if len(images.pixel_values):
+        if images.pixel_values:
             fresh = self.features(images.pixel_values)
         if all(kept is None for kept in images.features):
             self._keep(images, fresh)
@@ -187,33 +198,3 @@ class ImageEmbedder(nn.Module):
         if self.autocast is not None:
             return features
         return features.to(self.llava.model.multi_modal_projector.linear_1.weight.dtype)
-
-
-class PackedVisionLM(PackedCausalLM):
-    """A LLaVA model as the algorithms see it: a batch of text takes the way of text alone.
-
-    Args:
-        llava: the assembled model.
-        eyes: of this model.
-        autocast: as for `PackedCausalLM`.
-    """
-
-    def __init__(
-        self, llava: Llava, embedder: ImageEmbedder, *, autocast: torch.dtype | None = None
-    ):
-        super().__init__(llava, autocast=autocast)
-        self.embedder = embedder
-
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs = super()._inputs(batch)
-        if batch.images is not None:
-            ids = inputs.pop("input_ids")
-            inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
-        return inputs
-
-    def train(self, mode: bool = True) -> PackedVisionLM:
-        """Set training mode; a vision tower that is not trained stays in evaluation."""
-        super().train(mode)
-        if not self.embedder.train_encoder:
-            self.embedder.llava.model.vision_tower.eval()
-        return self

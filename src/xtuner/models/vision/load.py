@@ -1,57 +1,50 @@
-"""Load a LLaVA model to talk with: from parts beside its language model, or from one whole folder.
+"""Load a LLaVA model for inference: from its parts, or from the folder of a complete model.
 
 language model + llm_adapter/ ─┐
-vision tower + ..._adapter/ ─┼─assemble─► LlavaForConditionalGeneration + how to see with it
+vision tower + ..._adapter/ ───┼─assemble─► LlavaForConditionalGeneration + image processor
 projector/ ────────────────────┘
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from xtuner.errors import ConfigError, ModelError
-from xtuner.kernels.four_bit import mend_4bit_layers
+from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, quiet_transformers, readable_errors
 from xtuner.models.old_adapters import fitting_encoder_adapter
 from xtuner.models.quantize import Quantization, Rounding, quantization_config
 from xtuner.models.run_info import RunInfo
-from xtuner.models.vision import parts as parts_of
-from xtuner.models.vision.llava import ImageEmbedder, assemble
-from xtuner.models.vision.tower import (
-    Processor,
-    add_image_token,
-    load_vision_tower,
-    num_image_tokens,
-)
+from xtuner.models.vision import folder as layout
+from xtuner.models.vision.image_processor import LlavaImageProcessor
+from xtuner.models.vision.llava import LlavaEmbedder, assemble
+from xtuner.models.vision.tower import add_image_token, load_vision_tower, num_image_tokens
+from xtuner.types import ImageEmbedder, ImageProcessor
 
 logger = logging.getLogger("xtuner.chat")
 
 
 @dataclass(frozen=True)
-class ImageModel:
-    """A model that sees.
+class VisionLanguageModel:
+    """A model with image input.
 
     Attributes:
-        model: a `LlavaForConditionalGeneration`, in evaluation.
-        eyes: of the model.
-        pixels: makes a decoded image ``[3, H, W]``.
+        model: of transformers, such as a `LlavaForConditionalGeneration`.
+        embedder: makes its input embeddings.
+        processor: prepares its images.
         image_token_id: the token ``<image>``.
-        tokens_each: how many of it stand for an image.
     """
 
     model: Any
     embedder: ImageEmbedder
-    pixels: Callable[[Any], np.ndarray]
+    processor: ImageProcessor
     image_token_id: int
-    tokens_each: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class Sources:
 
     @classmethod
     def of(cls, parts: Path, *, llm: str = "", visual_encoder: str = "") -> Sources:
-        """What the folder `parts` says of itself.
+        """The parts that the folder `parts` names.
 
         Args:
             parts: the folder.
@@ -90,7 +83,7 @@ class Sources:
         """
         info = RunInfo.read(parts)
         said = dict(info.settings) if info else {}
-        own_llm = parts / parts_of.LLM
+        own_llm = parts / layout.LLM
         own_llm = parts if not own_llm.is_dir() and (parts / "config.json").is_file() else own_llm
         if own_llm.is_dir():
             if llm and Path(llm).expanduser().resolve() not in (own_llm.resolve(), parts.resolve()):
@@ -99,12 +92,12 @@ class Sources:
                     own_llm, llm,
                 )  # fmt: skip
             llm = str(own_llm)
-        own_encoder = parts / parts_of.ENCODER
+        own_encoder = parts / layout.ENCODER
         if own_encoder.is_dir():
             if visual_encoder and Path(visual_encoder).resolve() != own_encoder.resolve():
                 raise ConfigError(
                     f"--visual-encoder {visual_encoder}: {parts} holds an encoder that was trained "
-                    f"with the projector ({parts_of.ENCODER}/); leave --visual-encoder out"
+                    f"with the projector ({layout.ENCODER}/); leave --visual-encoder out"
                 )
             visual_encoder = str(own_encoder)
         llm = llm or (info.base_model if info else "")
@@ -116,7 +109,7 @@ class Sources:
                 f"with ({lacks} is missing); give them: "
                 f"xtuner chat LLM --visual-encoder CLIP --llava {parts}"
             )
-        adapter = parts / parts_of.LLM_ADAPTER
+        adapter = parts / layout.LLM_ADAPTER
         return cls(
             llm,
             parts,
@@ -137,7 +130,7 @@ def load_llava(
     rounding: Rounding | None = None,
     trust_remote_code: bool = False,
     merged: bool = False,
-) -> ImageModel:
+) -> VisionLanguageModel:
     """Load the parts and put them together.
 
     Args:
@@ -163,26 +156,23 @@ def load_llava(
     if sources.llm_adapter is not None:
         llm = _base_of(load_adapter(llm, sources.llm_adapter), merged)
     encoder: Any = load_vision_tower(sources.visual_encoder, dtype=dtype, device=device)
-    if (folder / parts_of.ENCODER_ADAPTER).is_dir():
-        with fitting_encoder_adapter(folder / parts_of.ENCODER_ADAPTER) as place:
-            encoder = _base_of(load_adapter(encoder, place), merged)
+    if (folder / layout.ENCODER_ADAPTER).is_dir():
+        with fitting_encoder_adapter(folder / layout.ENCODER_ADAPTER) as path:
+            encoder = _base_of(load_adapter(encoder, path), merged)
     token_id = add_image_token(tokenizer)
     model = assemble(llm, encoder, image_token_id=token_id, select_layer=sources.select_layer)
-    parts_of.load_projector(model, folder)
+    layout.load_projector(model, folder)
     model.model.multi_modal_projector.to(dtype)
-    return ImageModel(
-        model.eval(),
-        ImageEmbedder(model),
-        Processor(sources.visual_encoder, sources.pad_to_square),
-        token_id,
-        num_image_tokens(encoder.config),
+    processor = LlavaImageProcessor.of_tower(
+        sources.visual_encoder, pad_to_square=sources.pad_to_square
     )
+    return VisionLanguageModel(model.eval(), LlavaEmbedder(model), processor, token_id)
 
 
-def load_whole(
+def load_complete(
     folder: Path, *, dtype: torch.dtype, device: str, quantization: Quantization = "none"
-) -> ImageModel:
-    """Load the folder of a whole `LlavaForConditionalGeneration`.
+) -> VisionLanguageModel:
+    """Load the folder of a complete `LlavaForConditionalGeneration`.
 
     Args:
         folder: of the model.
@@ -205,17 +195,12 @@ def load_whole(
         options = {"quantization_config": how, "device_map": {"": device}}
     with readable_errors(folder, "LLaVA model"), quiet_transformers():
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
-        processor = LlavaImageProcessorPil.from_pretrained(folder)
-    mend_4bit_layers(model)
+        upstream = LlavaImageProcessorPil.from_pretrained(folder)
+    fix_4bit_layers(model)
     model = model if options else model.to(device)
-
-    def pixels(image: Any) -> np.ndarray:
-        values = processor(images=image, return_tensors="np")["pixel_values"]
-        return np.asarray(values[0], dtype=np.float32)
-
-    tokens = num_image_tokens(model.config.vision_config)
-    return ImageModel(
-        model.eval(), ImageEmbedder(model), pixels, model.config.image_token_index, tokens
+    processor = LlavaImageProcessor(upstream, num_image_tokens(model.config.vision_config))
+    return VisionLanguageModel(
+        model.eval(), LlavaEmbedder(model), processor, model.config.image_token_index
     )
 
 

@@ -1,1 +1,1 @@
-"""A CUDA device that computes on the CPU: for tests of the GPU path without a GPU."""
+"""A CUDA device that computes on the CPU, to test the GPU path without a GPU."""

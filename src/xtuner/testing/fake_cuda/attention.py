@@ -1,7 +1,7 @@
-"""Flash and memory-efficient attention on a fake CUDA device: the formula, and what CUDA's
-functions take and give.
+"""Flash and memory-efficient attention of the fake CUDA device.
 
-In float32 and on the CPU, so no numbers of the kernels and no memory beside their results.
+The signatures are those of the CUDA functions; the results are computed by the formula in float32
+on the CPU, so neither rounding nor memory use are those of the real kernels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rules:
-    """Which keys a query sees: `left` and `right` many beside the one of its own place (-1: all),
-    the last query standing beside the last key; the factor of the scores; and the share of weights
-    that are dropped, with the seed that says which."""
+    """Mask, scale and dropout of an attention call.
+
+    Attributes:
+        scale: factor of the scores.
+        left: number of keys before its own that a query attends to, -1 for all; the last query is
+            aligned with the last key.
+        right: number of keys after its own.
+        dropout: probability that a weight is dropped.
+        seed: determines which weights are dropped.
+    """
 
     scale: float
     left: int = -1
@@ -37,12 +44,12 @@ class Rules:
         right: int | None = None,
         *drops: Any,
     ) -> Rules:
-        """From arguments of CUDA's functions."""
+        """From the arguments of the CUDA functions."""
         right = 0 if causal else -1 if right is None else right
         return cls(scale or query.shape[-1] ** -0.5, -1 if left is None else left, right, *drops)
 
     def drops(self) -> Callable[[Tensor], Tensor]:
-        """A function of weights that drops some; in each direction the same."""
+        """A function that applies dropout to weights, the same in forward and backward."""
         if not self.dropout:
             return lambda weights: weights
         generator = torch.Generator().manual_seed(self.seed)
@@ -54,7 +61,7 @@ class Rules:
         return drop
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """``[heads, queries, keys]`` of one sample, -inf where a key is not seen."""
+        """Scores ``[heads, queries, keys]`` of one sample, -inf where masked."""
         ahead = torch.arange(len(k)) - torch.arange(len(q))[:, None] - (len(k) - len(q))
         hidden = torch.zeros_like(ahead, dtype=torch.bool)
         if self.left >= 0:
@@ -66,55 +73,57 @@ class Rules:
 
 
 Samples = list[tuple[slice, slice]]
-"""Places of queries and of keys."""
+"""The slices of queries and of keys of each sample."""
 
 
 def _attend(qkv: list[Tensor], samples: Samples, rules: Rules) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v within each sample ``[queries, heads, width]``, and the logs of the
-    sums ``[heads, queries]``."""
+    """softmax(scale q k^T) v within each sample, ``[queries, heads, width]``, and the log-sum-exp
+    of each row, ``[heads, queries]``."""
     q, k, v = qkv
     group, out = q.shape[1] // k.shape[1], q.new_empty(*q.shape[:2], v.shape[2])
     logs, drop = torch.empty(q.shape[1], q.shape[0]), rules.drops()
-    for here, there in samples:
-        scores = rules.scores(q[here], k[there].repeat_interleave(group, 1))
-        values = v[there].repeat_interleave(group, 1)
-        out[here] = torch.einsum("hqk,khd->qhd", drop(scores.softmax(-1)), values)
-        logs[:, here] = scores.logsumexp(-1)
+    for rows, keys in samples:
+        scores = rules.scores(q[rows], k[keys].repeat_interleave(group, 1))
+        values = v[keys].repeat_interleave(group, 1)
+        out[rows] = torch.einsum("hqk,khd->qhd", drop(scores.softmax(-1)), values)
+        logs[:, rows] = scores.logsumexp(-1)
     return out, logs
 
 
-def _pull_back(tensors: list[Tensor], logs: Tensor, samples: Samples, rules: Rules) -> list[Tensor]:
-    """Gradients of q, k and v, from those of the result, q, k, v and the result."""
+def _attend_backward(
+    tensors: list[Tensor], logs: Tensor, samples: Samples, rules: Rules
+) -> list[Tensor]:
+    """Gradients of q, k and v; `tensors` are grad_output, q, k, v and the output."""
     grad, q, k, v, out = tensors
     group = q.shape[1] // k.shape[1]
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     drop = rules.drops()
-    for here, there in samples:
-        ks, vs = (x[there].repeat_interleave(group, 1) for x in (k, v))
-        weights = (rules.scores(q[here], ks) - logs[:, here, None]).exp()
-        inner = (grad[here] * out[here]).sum(-1).T[:, :, None]
+    for rows, keys in samples:
+        ks, vs = (x[keys].repeat_interleave(group, 1) for x in (k, v))
+        weights = (rules.scores(q[rows], ks) - logs[:, rows, None]).exp()
+        inner = (grad[rows] * out[rows]).sum(-1).T[:, :, None]
         kept = drop(torch.ones_like(weights))
-        grad_weights = torch.einsum("qhd,khd->hqk", grad[here], vs) * kept
-        slopes = weights * (grad_weights - inner) * rules.scale
-        dq[here] = torch.einsum("hqk,khd->qhd", slopes, ks)
-        for of, to, by in ((slopes, dk, q), (weights * kept, dv, grad)):
-            to[there] = torch.einsum("hqk,qhd->khd", of, by[here]).unflatten(1, (-1, group)).sum(2)
+        grad_weights = torch.einsum("qhd,khd->hqk", grad[rows], vs) * kept
+        grad_scores = weights * (grad_weights - inner) * rules.scale
+        dq[rows] = torch.einsum("hqk,khd->qhd", grad_scores, ks)
+        for of, to, by in ((grad_scores, dk, q), (weights * kept, dv, grad)):
+            to[keys] = torch.einsum("hqk,qhd->khd", of, by[rows]).unflatten(1, (-1, group)).sum(2)
     return [dq, dk, dv]
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
-    """The tensors on the CPU; flash attention takes 16 bits, heads of a multiple of 8 numbers, and
-    rows without gaps."""
+    """Check what flash attention requires (16 bits, head sizes that are multiples of 8, contiguous
+    heads) and return the tensors on the CPU in float32."""
     for x in tensors:
-        right = x.element_size() == 2 and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
-        if not right or x.stride(-1) != 1 or not x.is_cuda:
+        supported = x.element_size() == 2 and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+        if not supported or x.stride(-1) != 1 or not x.is_cuda:
             raise RuntimeError(
                 f"flash attention got {x.dtype} {x.shape} {x.stride()} on {x.device}"
             )
     return [x.cpu().float() for x in tensors]
 
 
-def _borders(cum: Tensor, longest: int) -> list[slice]:
+def _slices(cum: Tensor, longest: int) -> list[slice]:
     parts = [slice(a, b) for a, b in itertools.pairwise(cum.tolist())]
     if (
         cum.dtype != torch.int32
@@ -122,28 +131,28 @@ def _borders(cum: Tensor, longest: int) -> list[slice]:
         or max(p.stop - p.start for p in parts) > longest
     ):
         raise RuntimeError(
-            f"flash attention got boundaries {cum} and a longest sample of {longest}"
+            f"flash attention got cu_seqlens {cum} and a longest sample of {longest}"
         )
     return parts
 
 
 def _samples(cum_q: Tensor, cum_k: Tensor, most_q: int, most_k: int) -> Samples:
-    return list(zip(_borders(cum_q, most_q), _borders(cum_k, most_k), strict=True))
+    return list(zip(_slices(cum_q, most_q), _slices(cum_k, most_k), strict=True))
 
 
 def _seed(dropout: float) -> int:
-    """Drawn where it is needed only."""
+    """Draw a seed, but only if there is dropout."""
     return int(torch.randint(2**31, ())) if dropout else 0
 
 
 def _state(like: Tensor, seed: int = 0) -> Tensor:
-    """Where CUDA's functions keep the state of their dropout."""
+    """The random state of dropout as the CUDA functions return it."""
     return torch.tensor([seed, 0], dtype=torch.uint64).to(like.device)
 
 
 def _refuse(**arguments: Any) -> None:
     if any(arguments.values()):
-        raise RuntimeError(f"not built for a fake CUDA device: {arguments}")
+        raise RuntimeError(f"not supported by the fake CUDA device: {arguments}")
 
 
 def _packed(
@@ -170,17 +179,17 @@ def _packed_backward(
     rules = Rules.of(query, causal, scale, window_size_left, window_size_right, *drops)
     samples = _samples(cum_q, cum_k, most_q, most_k)
     wide = _wide(grad, query, key, value, out)
-    found = _pull_back(wide, logs.cpu(), samples, rules)
+    found = _attend_backward(wide, logs.cpu(), samples, rules)
     return tuple(x.to(query.dtype).to(query.device) for x in found)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``[batch, heads, length, width]`` as samples one behind the other."""
+    """Concatenate the samples of ``[batch, heads, length, width]``."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def _batch(x: Tensor, like: Tensor) -> Tensor:
-    """And back."""
+    """Inverse of `_rows`."""
     rows: Tensor = x.unflatten(0, (like.shape[0], -1))  # type: ignore[no-untyped-call]
     return rows.transpose(1, 2).to(like.dtype).to(like.device)
 
@@ -191,7 +200,7 @@ def _all_of(query: Tensor, key: Tensor, causal: bool) -> Samples:
     return [(slice(i * m, i * m + m), slice(i * n, i * n + n)) for i in range(count)]
 
 
-def _whole(
+def _dense(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False,
     debug: bool = False, *, scale: float | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -204,7 +213,7 @@ def _whole(
     return (_batch(out, query), logs.to(query.device), *ends, nothing, nothing, nothing)
 
 
-def _whole_backward(
+def _dense_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor,
     cum_q: Any, cum_k: Any, most_q: int, most_k: int, dropout: float, causal: bool,
     state: Tensor, unused: Tensor, *, scale: float | None = None,
@@ -212,19 +221,19 @@ def _whole_backward(
     rules, samples = Rules.of(query, causal, scale), _all_of(query, key, causal)
     sums = logs.cpu().transpose(0, 1).flatten(1)
     wide = [_rows(x) for x in _wide(grad, query, key, value, out)]
-    found = _pull_back(wide, sums, samples, rules)
+    found = _attend_backward(wide, sums, samples, rules)
     return tuple(_batch(x, of) for x, of in zip(found, (query, key, value), strict=True))
 
 
 CAUSAL = 1
-"""Kind of mask that memory-efficient attention is asked for; another is not built here."""
+"""The mask type of memory-efficient attention that is supported here."""
 ROUNDED = 32
-"""Its logs are filled up to a multiple of it."""
+"""Memory-efficient attention pads the log-sum-exp to a multiple of it."""
 
 
 def _plain(*tensors: Tensor) -> list[Tensor]:
-    """``[1, N, heads, width]`` as ``[N, heads, width]`` on the CPU; heads are of multiples of 16
-    bytes, and as many of keys as of queries."""
+    """Check what memory-efficient attention requires (head sizes that are multiples of 16 bytes, as
+    many key as query heads) and return ``[N, heads, width]`` on the CPU in float32."""
     heads = {x.shape[2] for x in tensors}
     for x in tensors:
         aligned = x.shape[-1] * x.element_size() % 16 == 0 and x.stride(-1) == 1
@@ -249,8 +258,8 @@ def _efficient(
     out, logs = _attend(_plain(query, key, value), samples, rules)
     longest = -(-most_q // ROUNDED) * ROUNDED
     kept = torch.full((len(samples), query.shape[2], longest if sums else 0), torch.inf)
-    for i, (here, _) in enumerate(samples if sums else ()):
-        kept[i, :, : here.stop - here.start] = logs[:, here]
+    for i, (part, _) in enumerate(samples if sums else ()):
+        kept[i, :, : part.stop - part.start] = logs[:, part]
     state = [torch.tensor(x).to(query.device) for x in (rules.seed, 0)]
     out = out[None].to(query.dtype).to(query.device)
     return out, kept.to(query.device), *state, most_q, most_k
@@ -267,7 +276,7 @@ def _efficient_backward(
     rules = Rules.of(query, True, scale, left, None, dropout, int(seed.cpu()))
     samples = _samples(cum_q, cum_k, most_q, most_k)
     kept = [x[:, : a.stop - a.start] for x, (a, _) in zip(logs.cpu(), samples, strict=True)]
-    found = _pull_back(
+    found = _attend_backward(
         _plain(grad.contiguous(), query, key, value, out), torch.cat(kept, 1), samples, rules
     )
     return (*(x[None].to(query.dtype).to(query.device) for x in found), None)
@@ -280,10 +289,10 @@ def _too_old(*_: Any, **__: Any) -> Any:
 FLASH: dict[str, Callable[..., Any]] = {
     "_flash_attention_forward": _packed,
     "_flash_attention_backward": _packed_backward,
-    "_scaled_dot_product_flash_attention": _whole,
-    "_scaled_dot_product_flash_attention_backward": _whole_backward,
+    "_scaled_dot_product_flash_attention": _dense,
+    "_scaled_dot_product_flash_attention_backward": _dense_backward,
 }
-"""By the names of torch's operations; the first two take samples by their boundaries."""
+"""By the names of torch's operations; the first two take cu_seqlens."""
 EFFICIENT: dict[str, Callable[..., Any]] = {
     "_efficient_attention_forward": _efficient,
     "_efficient_attention_backward": _efficient_backward,
@@ -291,6 +300,6 @@ EFFICIENT: dict[str, Callable[..., Any]] = {
 
 
 def functions(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
-    """What a card of this compute capability does, and what it refuses."""
+    """The operations of a device of this compute capability; unsupported ones raise."""
     flash = FLASH if capability >= (8, 0) else dict.fromkeys(FLASH, _too_old)
     return {**flash, **EFFICIENT}

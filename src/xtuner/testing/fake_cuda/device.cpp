@@ -1,9 +1,9 @@
-/* A GPU on paper: tensors that claim to lie on the device "cuda", in the memory of the CPU.
+/* A fake CUDA device: tensors that report the device "cuda" but live in CPU memory.
  *
- * Registered with a torch that was built without CUDA. Every operation on such tensors is done by the
- * CPU's function on the same memory, so results are those of a CPU, while devices, what is copied
- * between them, what is waited for, and memory, are those of a program on a GPU. A tensor of the CPU
- * beside one of the GPU is refused, as CUDA does. To be loaded before torch (see fake_gpu.py).
+ * Registered with a torch built without CUDA. Every operation on such tensors runs the CPU function on
+ * the same memory, so results are those of a CPU, while devices, copies, synchronizations and memory are
+ * those of a program on a GPU. Mixing CPU and CUDA tensors is an error, as with CUDA. Must be loaded
+ * before torch (see device.py).
  */
 
 #include <ATen/ATen.h>
@@ -20,7 +20,7 @@
 #include <string>
 #include <unordered_set>
 
-/* Takes the place of torch's own function, which knows only what torch was built with. */
+/* Overrides torch's function, which only knows the devices torch was built with. */
 namespace at::accelerator {
 std::optional<c10::DeviceType> getAccelerator(bool) { return c10::kCUDA; }
 }
@@ -31,7 +31,7 @@ using namespace c10;
 const Device GPU(kCUDA, 0);
 const Stream STREAM(Stream::DEFAULT, GPU);
 
-/* One device, one stream, nothing to wait for. */
+/* One device and one stream that is always idle. */
 struct Guard : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return kCUDA; }
   Device exchangeDevice(Device) const override { return GPU; }
@@ -51,41 +51,41 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const Stream&) const override {}
 };
 
-/* Bytes that tensors hold, the most they held, how many there are to hold (0: no limit), how often the
- * CPU had to wait for a result, and how often SDPA would have taken cuDNN's attention. */
-std::atomic<int64_t> held{0}, most{0}, limit{0}, waits{0}, plans{0};
+/* Allocated bytes, their peak, the limit (0: none), the number of synchronizations, and how often SDPA
+ * would have used cuDNN's attention. */
+std::atomic<int64_t> allocated{0}, peak{0}, limit{0}, syncs{0}, cudnn_plans{0};
 
 int64_t capability = 90; /* ten times NVIDIA's number */
 constexpr int64_t AMPERE = 80;
 
-thread_local bool unseen = false; /* what this thread waits for is not counted */
+thread_local bool uncounted = false; /* synchronizations of this thread are not counted */
 
-void wait(bool there_is_one) { waits += there_is_one && !unseen; }
+void synchronize(bool needed) { syncs += needed && !uncounted; }
 
-constexpr int64_t BLOCK = 512; /* CUDA's allocator hands out multiples of it */
+constexpr int64_t BLOCK = 512; /* granularity of CUDA's caching allocator */
 
-struct Kept {
+struct Holder {
   Tensor of;
   int64_t bytes;
 };
 
 void release(void* kept) {
-  held -= static_cast<Kept*>(kept)->bytes;
-  delete static_cast<Kept*>(kept);
+  allocated -= static_cast<Holder*>(kept)->bytes;
+  delete static_cast<Holder*>(kept);
 }
 
-/* The memory of a CPU tensor as memory of the GPU. */
+/* The memory of a CPU tensor as memory of the fake device. */
 DataPtr memory_of(const Tensor& x) {
   const int64_t bytes = (static_cast<int64_t>(x.storage().nbytes()) + BLOCK - 1) / BLOCK * BLOCK;
-  const int64_t now = held += bytes;
+  const int64_t now = allocated += bytes;
   if (limit && now > limit) {
-    held -= bytes;
+    allocated -= bytes;
     C10_THROW_ERROR(OutOfMemoryError, "CUDA out of memory. Tried to allocate " +
-                                          std::to_string(bytes >> 20) + " MiB (a GPU on paper).");
+                                          std::to_string(bytes >> 20) + " MiB (fake CUDA device).");
   }
-  for (int64_t before = most; now > before && !most.compare_exchange_weak(before, now);) {
+  for (int64_t before = peak; now > before && !peak.compare_exchange_weak(before, now);) {
   }
-  return DataPtr(x.storage().mutable_data(), new Kept{x, bytes}, release, GPU);
+  return DataPtr(x.storage().mutable_data(), new Holder{x, bytes}, release, GPU);
 }
 
 Tensor with_shape_of(const Tensor& x, Storage&& storage, DispatchKey key) {
@@ -99,7 +99,7 @@ Tensor on_gpu(const Tensor& x) {
   return with_shape_of(x, std::move(storage), DispatchKey::CUDA);
 }
 
-/* A tensor of the GPU as one of the CPU in the same memory; its size may be changed. */
+/* A CUDA tensor as a resizable CPU tensor in the same memory. */
 Tensor on_cpu(const Tensor& x) {
   if (!x.defined() || !x.is_cuda()) return x;
   auto forget = [](void* kept) { delete static_cast<Tensor*>(kept); };
@@ -109,7 +109,7 @@ Tensor on_cpu(const Tensor& x) {
   return with_shape_of(x, std::move(storage), DispatchKey::CPU);
 }
 
-/* Tensors of the GPU that an operation got, and what stood for them on the CPU. */
+/* The CUDA arguments of an operation and the CPU tensors that replace them. */
 struct Pair {
   Tensor gpu, cpu;
 };
@@ -119,26 +119,26 @@ Tensor given(const OperatorHandle& op, const Tensor& x, std::vector<Pair>& pairs
     pairs.push_back({x, on_cpu(x)});
     return pairs.back().cpu;
   }
-  /* what an optimizer of bitsandbytes keeps may lie in memory that both see */
+  /* the state of paged bitsandbytes optimizers is in unified memory */
   const bool paged = op.operator_name().name.rfind("bitsandbytes::optimizer", 0) == 0;
   TORCH_CHECK(!x.defined() || x.dim() == 0 || paged, "Expected all tensors to be on the same ",
               "device, but ", op.operator_name(), " got one of ", x.sizes(), " on the CPU");
   return x;
 }
 
-/* Indices, which may lie on either side, come as a list of optional tensors. */
+/* Indices are lists of optional tensors, on either device. */
 std::optional<Tensor> index_given(const OperatorHandle& op, const std::optional<Tensor>& x,
                                   std::vector<Pair>& pairs) {
   return x && x->is_cuda() ? std::optional<Tensor>(given(op, *x, pairs)) : x;
 }
 
-/* What the operation gave: one of its arguments, a part of one, or something new. */
+/* Convert a result of an operation: one of its arguments, a view of one, or a new tensor. */
 Tensor returned(const Tensor& y, const std::vector<Pair>& pairs) {
   if (!y.defined() || !y.device().is_cpu()) return y;
   for (const auto& [gpu, cpu] : pairs) {
     if (y.unsafeGetTensorImpl() == cpu.unsafeGetTensorImpl()) {
-      if (cpu.storage().data() != gpu.storage().data()) { /* it had to grow */
-        DataPtr larger = memory_of(cpu); /* may be refused */
+      if (cpu.storage().data() != gpu.storage().data()) { /* it was resized */
+        DataPtr larger = memory_of(cpu); /* may run out of memory */
         gpu.storage().set_nbytes(cpu.storage().nbytes());
         gpu.storage().set_data_ptr_noswap(std::move(larger));
       }
@@ -156,7 +156,7 @@ Tensor returned(const Tensor& y, const std::vector<Pair>& pairs) {
   return on_gpu(y);
 }
 
-/* cuBLAS has no products of bfloat16 for older cards. */
+/* cuBLAS has no bfloat16 products on older GPUs. */
 void refuse_bfloat16(const OperatorHandle& op, const torch::jit::Stack& stack) {
   static const std::unordered_set<std::string> products{"aten::mm", "aten::addmm", "aten::bmm",
                                                         "aten::baddbmm"};
@@ -166,8 +166,8 @@ void refuse_bfloat16(const OperatorHandle& op, const torch::jit::Stack& stack) {
               "CUBLAS_STATUS_NOT_SUPPORTED: bfloat16 needs compute capability 8.0");
 }
 
-/* Any operation for which nothing else is registered below. */
-void by_the_cpu(const OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
+/* Every operation that has no registration of its own below. */
+void cpu_fallback(const OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
   const FunctionSchema& schema = op.schema();
   if (capability < AMPERE) refuse_bfloat16(op, *stack);
   std::vector<Pair> pairs;
@@ -205,21 +205,21 @@ void by_the_cpu(const OperatorHandle& op, DispatchKeySet, torch::jit::Stack* sta
   }
 }
 
-/* What torch does by the kind of device, before or instead of asking for a function of it. */
+/* Operations that create memory on the device or synchronize with it. */
 
 Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
-  wait(from.is_cuda() != self.is_cuda() && !non_blocking);
+  synchronize(from.is_cuda() != self.is_cuda() && !non_blocking);
   on_cpu(self).copy_(on_cpu(from));
   return self;
 }
 
 Scalar number_of(const Tensor& x) {
-  wait(true);
+  synchronize(true);
   return at::_local_scalar_dense(on_cpu(x));
 }
 
 Tensor nonzero(const Tensor& x) {
-  wait(true);
+  synchronize(true);
   return on_gpu(at::nonzero(on_cpu(x)));
 }
 
@@ -242,7 +242,7 @@ Tensor& set_part(Tensor& self, Storage source, SymInt offset, SymIntArrayRef siz
   return self;
 }
 
-Tensor& set_whole(Tensor& self, Storage source) {
+Tensor& set_storage(Tensor& self, Storage source) {
   const int64_t count = source.nbytes() / self.element_size();
   self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(source));
   self.unsafeGetTensorImpl()->set_sizes_and_strides(IntArrayRef{count}, IntArrayRef{1}, 0);
@@ -256,17 +256,17 @@ Tensor& set_tensor(Tensor& self, const Tensor& source) {
 
 void record_stream(Tensor&, Stream) {}
 
-/* Flash attention (fake_attention.py) where a real card takes it or cuDNN's, else the formula. */
+/* Flash attention (attention.py) where a real GPU uses it or cuDNN's, else the math backend. */
 int64_t kind_of_attention(const Tensor& query, const Tensor&, const Tensor&,
                           const std::optional<Tensor>& mask, double dropout, bool,
                           std::optional<double>, bool) {
   const bool flash = query.element_size() == 2 && !mask && dropout == 0.0 && capability >= AMPERE;
-  plans += flash && capability >= 90 && globalContext().userEnabledCuDNNSDP();
+  cudnn_plans += flash && capability >= 90 && globalContext().userEnabledCuDNNSDP();
   return static_cast<int64_t>(flash ? SDPBackend::flash_attention : SDPBackend::math);
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, all) {
-  all.fallback(torch::CppFunction::makeFromBoxedFunction<&by_the_cpu>());
+  all.fallback(torch::CppFunction::makeFromBoxedFunction<&cpu_fallback>());
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, own) {
@@ -276,18 +276,18 @@ TORCH_LIBRARY_IMPL(aten, CUDA, own) {
   own.impl("empty.memory_format", empty);
   own.impl("empty_strided", empty_strided);
   own.impl("set_.source_Tensor", set_tensor);
-  own.impl("set_.source_Storage", set_whole);
+  own.impl("set_.source_Storage", set_storage);
   own.impl("set_.source_Storage_storage_offset", set_part);
   own.impl("record_stream", record_stream);
   native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&kind_of_attention);
 }
 
-/* For these it also has slow functions that suit every device. */
+/* bitsandbytes also registers slow device-independent versions of these. */
 TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, own) {
   for (const char* name : {"quantize_4bit", "dequantize_4bit", "quantize_blockwise",
                            "dequantize_blockwise", "gemv_4bit", "optimizer_update_32bit",
                            "optimizer_update_8bit_blockwise"})
-    own.impl(name, torch::CppFunction::makeFromBoxedFunction<&by_the_cpu>());
+    own.impl(name, torch::CppFunction::makeFromBoxedFunction<&cpu_fallback>());
 }
 }  // namespace
 
@@ -297,7 +297,7 @@ struct CUDAHooks : CUDAHooksInterface { /* torch looks for this name */
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
-  const Generator& getDefaultGenerator(DeviceIndex) const override { /* and no other numbers */
+  const Generator& getDefaultGenerator(DeviceIndex) const override { /* shared with the CPU */
     return at::detail::getDefaultCPUGenerator();
   }
   Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
@@ -312,13 +312,13 @@ C10_REGISTER_GUARD_IMPL(CUDA, at::Guard)
 }
 
 extern "C" {
-int64_t fake_held() { return at::held; }
-int64_t fake_most() { return at::most; }
-int64_t fake_waits() { return at::waits; }
-int64_t fake_plans() { return at::plans; }
+int64_t fake_allocated() { return at::allocated; }
+int64_t fake_peak() { return at::peak; }
+int64_t fake_syncs() { return at::syncs; }
+int64_t fake_cudnn_plans() { return at::cudnn_plans; }
 void fake_capability(int number) { at::capability = number; }
-void fake_wait() { at::wait(true); }
-void fake_unseen(int on) { at::unseen = on; }
-void fake_forget_most() { at::most = at::held.load(); }
+void fake_synchronize() { at::synchronize(true); }
+void fake_uncounted(int on) { at::uncounted = on; }
+void fake_reset_peak() { at::peak = at::allocated.load(); }
 void fake_limit(int64_t bytes) { at::limit = bytes; }
 }

@@ -13,10 +13,13 @@ from xtuner.config.load import LoadedSettings
 from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData, build
 from xtuner.data.images.expansion import ImageLayout
+from xtuner.data.loader import Collate, Loader
+from xtuner.data.packing.pack import PackedDataset
 from xtuner.models.can_pack import resolve_packing
 from xtuner.models.load import load_tokenizer
+from xtuner.parallel.processes import Processes
 from xtuner.templates.base import Template
-from xtuner.train.vision import image_layout_of
+from xtuner.training.vision import image_layout_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class DataParts:
         tokenizer: of the model; knows the token ``<image>`` if the model takes images.
         algorithm: which records it takes, and which sequences it makes of them.
         template: lays out conversations.
-        sight: how images are laid out; None if the model takes none.
+        image_layout: how images are expanded to tokens; None if the model takes no images.
         packing: a line to show where the model decided against packing.
     """
 
@@ -67,3 +70,34 @@ class DataParts:
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:
         """The packs of the run; see `data.build.build`."""
         return build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
+
+    def build_once(self, processes: Processes, *, report_dir: Path | None) -> TrainingData:
+        """The packs, encoded by the main process; the others then find everything in the cache.
+
+        Args:
+            processes: those of the run.
+            report_dir: see `data.build.build`.
+        """
+        if not processes.is_main:
+            processes.wait()
+        data = self.build(report_dir=report_dir, quiet=not processes.is_main)
+        if processes.is_main:
+            processes.wait()
+        return data
+
+    def loader(self, dataset: PackedDataset, *, collate: Collate, processes: Processes) -> Loader:
+        """Hands this process its share of `dataset`."""
+        s = self.settings
+        return Loader(
+            dataset,
+            collate=collate,
+            batch_size=s.batch_size,
+            accumulative_counts=s.accumulative_counts,
+            seed=s.seed,
+            shuffle=s.shuffle,
+            rank=processes.data_rank,
+            world_size=processes.data_world_size,
+            num_workers=s.dataloader_num_workers,
+            pin_memory=processes.device.type == "cuda",
+            grouped=s.has_vision and s.group_by_modality and s.shuffle,
+        )

@@ -1,11 +1,11 @@
-"""What `xtuner train` does before torch is there."""
+"""Environment variables that are set before torch is imported."""
 
 import os
 import sys
 
 import pytest
 
-from xtuner.cli import train
+from xtuner.device.environment import set_up_memory
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -16,7 +16,7 @@ def test_the_memory_of_a_gpu_may_grow_unless_the_user_says_how(monkeypatch, give
     own = {given: "max_split_size_mb:64"} if given else {}
     environment = dict(own)
     monkeypatch.setattr(os, "environ", environment)
-    train._set_up_memory("auto")
+    set_up_memory("auto")
     found = {name: value for name, value in environment.items() if name in NAMES}
     assert found == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
@@ -24,5 +24,5 @@ def test_the_memory_of_a_gpu_may_grow_unless_the_user_says_how(monkeypatch, give
 def test_the_matrix_library_keeps_few_shapes_unless_the_user_says_how_many(monkeypatch):
     environment = {"LRU_CACHE_CAPACITY": "9"}
     monkeypatch.setattr(os, "environ", environment)
-    train._set_up_memory("cpu")
+    set_up_memory("cpu")
     assert environment == {"LRU_CACHE_CAPACITY": "9", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}

@@ -1,4 +1,4 @@
-"""What a run says of its attention before the first step, from the configuration of the model."""
+"""Describe the attention of a run before its first step, from the model configuration."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xtuner.kernels.attention.call import AttentionCall
 def attention_line(
     config: Any, device: torch.device, dtype: torch.dtype, *, implementation: str = "auto"
 ) -> str:
-    """Which attention trains the model of `config`, and why nothing better does.
+    """Name the attention kernel of a training run, and why no faster one is used.
 
     Args:
-        config: transformers' configuration of it.
-        device: where it is trained.
-        dtype: of its products.
+        config: transformers configuration of the model.
+        device: device of the training run.
+        dtype: dtype of matrix products.
         implementation: the setting `attn_implementation`.
     """
     if implementation not in ("auto", packed.NAME):
@@ -38,19 +38,20 @@ def _line(call: AttentionCall) -> str:
     if call.device.type != "cpu":
         choice = varlen.choose(call)
         if choice.kernel is None:
-            packed.told.add(choice.why)
+            packed.reported.add(choice.why)
         return choice.line()
     if call.softcap is not None or call.dropout:
-        lacking = "dropout" if call.softcap is None else "soft cap"
-        return f"one call per sample: attention over cu_seqlens on a CPU has no {lacking}"
+        unsupported = "dropout" if call.softcap is None else "softcap"
+        reason = f"varlen attention on a CPU does not support {unsupported}"
+        return f"one call per sample, because {reason}"
     kernels = kernels_for_rows(torch.empty(0, dtype=call.dtype))
     if kernels is not None and call.width == call.value_width and kernels.attends(call.width):
-        return "one compiled call a layer over cu_seqlens"
-    return "in blocks over cu_seqlens" + (", compiled softmax" if kernels is not None else "")
+        return "compiled varlen attention"
+    return "block-wise varlen attention" + (", compiled softmax" if kernels is not None else "")
 
 
 def calls_of(text: Any, device: torch.device, dtype: torch.dtype) -> list[AttentionCall]:
-    """The kinds of calls that layers of a language model make in training, one of each."""
+    """The distinct attention calls of the layers of a language model in training."""
 
     def get(name: str, default: Any = None) -> Any:
         value = getattr(text, name, None)
@@ -59,7 +60,7 @@ def calls_of(text: Any, device: torch.device, dtype: torch.dtype) -> list[Attent
     heads = get("num_attention_heads", 1)
     width = get("head_dim", get("hidden_size", heads) // heads)
     value_width, kv_heads = width, get("num_key_value_heads", heads)
-    if get("kv_lora_rank") and (nope := get("qk_nope_head_dim")):  # DeepSeek's
+    if get("kv_lora_rank") and (nope := get("qk_nope_head_dim")):  # DeepSeek
         width, value_width = nope + get("qk_rope_head_dim", 0), get("v_head_dim", nope)
     scale = get("query_pre_attn_scalar", width) ** -0.5
     scale = get("attention_multiplier", scale)
@@ -73,7 +74,7 @@ def calls_of(text: Any, device: torch.device, dtype: torch.dtype) -> list[Attent
 
 
 def _windows(text: Any) -> list[int | None]:
-    """Of layers with one, and None for those without."""
+    """The sliding window of layers that have one, and None for layers without."""
     window = getattr(text, "sliding_window", None)
     kinds = set(getattr(text, "layer_types", None) or ())
     if window is None or getattr(text, "use_sliding_window", True) is False:

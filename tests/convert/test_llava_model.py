@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from xtuner.cli.app import main
-from xtuner.convert.llava import write_whole
+from xtuner.convert.llava import write_model
 from xtuner.data.images.files import open_image
 from xtuner.errors import ModelError
 from xtuner.testing.tiny import CHATML_TEMPLATE, tiny_model, tiny_tokenizer
@@ -57,8 +57,8 @@ def asked(image):
 def test_plain_transformers_stops_where_our_chat_does(tmp_path, encoder):
     llm = llm_folder(tmp_path / "llm")
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
-    write_whole(parts, tmp_path / "whole", fp32=True)
-    model, processor = plain(tmp_path / "whole")
+    write_model(parts, tmp_path / "model", fp32=True)
+    model, processor = plain(tmp_path / "model")
     (image,) = tiny_images(tmp_path, 1)
     inputs = processor(
         images=open_image(str(tmp_path / image)),
@@ -90,12 +90,12 @@ def test_a_tokenizer_that_adds_bos_gives_the_ids_of_our_chat(
     llm = llm_folder(tmp_path / "llm", adds_bos=True, chat_template=chat_template)
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template=template)
     said = []
-    write_whole(parts, tmp_path / "whole", fp32=True, tell=said.append)
+    write_model(parts, tmp_path / "model", fp32=True, log=said.append)
     assert not [line for line in said if "Warning" in line]
     image = str(tmp_path / tiny_images(tmp_path, 1)[0])
     wanted = answer(parts, QUESTION, image)
-    assert answer(tmp_path / "whole", QUESTION, image) == wanted
-    model, processor = plain(tmp_path / "whole")
+    assert answer(tmp_path / "model", QUESTION, image) == wanted
+    model, processor = plain(tmp_path / "model")
     text = processor.apply_chat_template(asked(image), add_generation_prompt=True)
     two_ways = (
         processor(images=open_image(image), text=text, return_tensors="pt"),
@@ -116,22 +116,22 @@ def test_a_head_with_a_bias_is_refused(tmp_path, encoder):
     """transformers' LLaVA has a head without one, and would read the rest without a word."""
     llm = llm_folder(tmp_path / "llm", model_type="phi")
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
-    write_whole(parts, tmp_path / "zero")  # a bias of zeros is none
+    write_model(parts, tmp_path / "zero")  # a bias of zeros is none
     plain(tmp_path / "zero")
     model = AutoModelForCausalLM.from_pretrained(llm)
     model.lm_head.bias.data[70] = 1.0
     model.save_pretrained(llm)
     with pytest.raises(ModelError, match="bias"):
-        write_whole(parts, tmp_path / "whole")
-    assert not (tmp_path / "whole").exists()
+        write_model(parts, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_processor_that_makes_other_tokens_is_told(tmp_path, encoder, monkeypatch):
     llm = llm_folder(tmp_path / "llm", adds_bos=True)
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
-    monkeypatch.setattr("xtuner.convert.llava._add_nothing", lambda tokenizer: None)
+    monkeypatch.setattr("xtuner.convert.llava._disable_special_tokens", lambda tokenizer: None)
     said = []
-    write_whole(parts, tmp_path / "whole", tell=said.append)
+    write_model(parts, tmp_path / "model", log=said.append)
     (line,) = [line for line in said if "Warning" in line]
     assert "plain transformers" in line
 
@@ -148,7 +148,7 @@ freeze_llm = True
 
 def convert(folder, parts, *, llm, encoder):
     (folder / "config.py").write_text(SETTINGS.format(llm=str(llm), encoder=str(encoder)))
-    command = ["convert", "pth_to_hf", str(folder / "config.py"), str(parts), str(folder / "whole")]
+    command = ["convert", "pth_to_hf", str(folder / "config.py"), str(parts), str(folder / "model")]
     return main([*command, "--fp32", "--save-format", "huggingface"])
 
 
@@ -159,7 +159,7 @@ def test_the_checkpoint_knows_its_models_better_than_the_settings(tmp_path, enco
     err = capsys.readouterr().err
     assert f"the language model {other}, but the checkpoint was trained on {llm}" in err
     image = str(tmp_path / tiny_images(tmp_path, 1)[0])
-    assert answer(tmp_path / "whole", QUESTION, image) == answer(parts, QUESTION, image)
+    assert answer(tmp_path / "model", QUESTION, image) == answer(parts, QUESTION, image)
 
 
 def test_models_that_moved_are_taken_from_the_settings(tmp_path, encoder, capsys):
@@ -167,4 +167,4 @@ def test_models_that_moved_are_taken_from_the_settings(tmp_path, encoder, capsys
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
     moved = llm.rename(tmp_path / "moved")
     assert convert(tmp_path, parts, llm=moved, encoder=encoder) == 0
-    assert f"not there any more: {moved} is taken" in capsys.readouterr().err
+    assert f"no longer exists; using {moved}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The parts of a run with image input, joined by `xtuner.train.run`."""
+"""The parts of a run with image input, joined by `xtuner.training.run`."""
 
 from __future__ import annotations
 
@@ -17,82 +17,79 @@ from xtuner.data.loader import Collate
 from xtuner.data.sources.find import below
 from xtuner.errors import ModelError
 from xtuner.generation.images import ImageInput, question
-from xtuner.models.vision.load import ImageModel
-from xtuner.models.vision.parts import Parts, make, projectors_beside
-from xtuner.models.vision.tower import (
-    Processor,
-    add_image_token,
-    check_layer,
-    identity_of,
-    vision_config,
-)
+from xtuner.models.vision.folder import projectors_beside
+from xtuner.models.vision.image_processor import LlavaImageProcessor
+from xtuner.models.vision.load import VisionLanguageModel
+from xtuner.models.vision.tower import add_image_token, check_layer, identity_of, vision_config
+from xtuner.models.vision.training import LlavaTraining, make
 from xtuner.types import Algorithm, Message
 
 
 def image_layout_of(settings: Settings, tokenizer: Any, *, folder: Path) -> ImageLayout | None:
-    """What the data part needs to know of the eyes of a run; None if it has none.
+    """How the images of a run are laid out; None for a run without image input.
 
     Args:
         settings: of the run.
-        tokenizer: gets the token ``<image>`` where there are eyes.
+        tokenizer: gets the token ``<image>`` where the model takes images.
         folder: of the settings file.
 
     Raises:
-        ModelError, DataError: the encoder or the folder of the images is not there.
+        ModelError: the vision tower does not exist, or its configuration cannot be used.
+        DataError: the folder of the images does not exist.
     """
     return _image_layout(settings, tokenizer, folder) if settings.has_vision else None
 
 
 def _image_layout(settings: Settings, tokenizer: Any, folder: Path) -> ImageLayout:
-    config = vision_config(settings.visual_encoder_name_or_path or "")
-    tokens = (config["image_size"] // config["patch_size"]) ** 2
     images = open_image_folder(settings.image_folder, data_root=settings.data_root, folder=folder)
-    return ImageLayout(images, add_image_token(tokenizer), tokens)
+    return ImageLayout(images, add_image_token(tokenizer), _processor(settings))
+
+
+def _processor(settings: Settings) -> LlavaImageProcessor:
+    return LlavaImageProcessor.of_tower(
+        settings.visual_encoder_name_or_path or "", pad_to_square=settings.pad_image_to_square
+    )
 
 
 @dataclass
 class RunVision:
-    """The eyes of a run.
+    """The image input of a run.
 
     Attributes:
         settings: of the run.
         folder: of the settings file.
-        sight: what the data part knows of the eyes.
-        processor: makes pixels.
+        image_layout: what the data part knows of it.
         features: where features are kept; None where they are computed each time.
         parts: the model, after `join`.
-        shown: shows images in sample answers, after `join`.
+        image_input: gives images to the model for sample answers, after `join`.
     """
 
     settings: Settings
     folder: Path
     image_layout: ImageLayout
-    processor: Processor
     features: FeatureStore | None = None
-    parts: Parts = field(init=False)
-    shown: ImageInput = field(init=False)
+    parts: LlavaTraining = field(init=False)
+    image_input: ImageInput = field(init=False)
 
     @classmethod
     def of(cls, settings: Settings, tokenizer: Any, *, folder: Path) -> RunVision:
-        """Read what the vision tower says of itself; `tokenizer` gets the token ``<image>``.
+        """Read the vision tower's configuration; `tokenizer` gets the token ``<image>``.
 
         Raises:
-            ModelError: the encoder is not there, or what it says of itself does not serve.
-            DataError: the folder of the images is not there, or an image cannot be fetched.
+            ModelError: the vision tower does not exist, or its configuration cannot be used.
+            DataError: the folder of the images does not exist, or an image cannot be fetched.
         """
         name = settings.visual_encoder_name_or_path or ""
         for image in filter(is_url, settings.evaluation_images):
-            fetched(image)  # what is wrong with it is told before the data are built
+            fetched(image)  # so that it fails before the data are built
         image_layout = _image_layout(settings, tokenizer, folder)
         check_layer(
             settings.visual_select_layer,
-            layers=vision_config(name)["num_hidden_layers"],
+            layers=vision_config(name).num_hidden_layers,
             adapters=settings.visual_encoder_training == "adapter",
         )
-        processor = Processor(name, settings.pad_image_to_square)
-        processor.upstream  # noqa: B018  what is wrong with it is told before the data is read
         features = FeatureStore() if settings.cache_visual_features else None
-        return cls(settings, folder, image_layout, processor, features)
+        return cls(settings, folder, image_layout, features)
 
     @property
     def encoder(self) -> str:
@@ -103,10 +100,10 @@ class RunVision:
     def collate(self, algorithm: Algorithm) -> Collate:
         """Batches with pixels."""
         kept = self.features.read if self.features else None
-        return ImageCollate(algorithm.collate, self.image_layout, self.processor, kept)
+        return ImageCollate(algorithm.collate, self.image_layout, kept)
 
     def join(self, llm: Any, *, dtype: torch.dtype, device: str, source: Path | None) -> Any:
-        """Put the vision tower and the projector before `llm`; see `llava_parts.make`.
+        """Put the vision tower and the projector before `llm`; see `training.make`.
 
         Raises:
             ModelError: they do not fit together.
@@ -123,26 +120,20 @@ class RunVision:
             keep=self.features.write if self.features else None,
         )
         if self.features:
-            encoder, tokens = self.parts.encoder, self.image_layout.tokens_each
+            encoder, processor = self.parts.encoder, self.parts.processor
             self.features.open(
                 {
                     "encoder": identity_of(encoder),
                     "layer": self.settings.visual_select_layer,
-                    "processor": self.processor.upstream.to_dict(),
+                    "processor": processor.upstream.to_dict(),
                 },
-                shape=(tokens, encoder.config.hidden_size),
+                shape=(processor.max_tokens, encoder.config.hidden_size),
             )
-        embedder, image_layout = self.parts.packed.embedder, self.image_layout
-        self.shown = ImageInput(
-            ImageModel(
-                self.parts.llava,
-                embedder,
-                self.processor,
-                image_layout.token_id,
-                image_layout.tokens_each,
-            )
+        layout, embedder = self.image_layout, self.parts.embedder
+        self.image_input = ImageInput(
+            VisionLanguageModel(self.parts.llava, embedder, layout.processor, layout.token_id)
         )
-        self.shown.check([self._image(name) for name in self.settings.evaluation_images])
+        self.image_input.check([self._image(name) for name in self.settings.evaluation_images])
         return self.parts.packed
 
     def recompute(self) -> None:
@@ -160,7 +151,7 @@ class RunVision:
 
     def line(self) -> str:
         """What an image takes, for the terminal."""
-        s, tokens = self.settings, self.image_layout.tokens_each
+        s, tokens = self.settings, self.image_layout.processor.max_tokens
         return (
             f"Images     {s.visual_encoder_name_or_path}: {tokens} tokens each, on top of "
             f"max_length: {s.max_length + tokens:,} in all"
@@ -176,16 +167,16 @@ class RunVision:
         if is_url(name):
             return str(fetched(name))
         found = below(name, self.settings.data_root, self.folder)
-        places = (Path(found), self.folder / found, self.image_layout.folder.root / found)
-        return next((str(place) for place in places if place.is_file()), name)
+        paths = (Path(found), self.folder / found, self.image_layout.folder.root / found)
+        return next((str(path) for path in paths if path.is_file()), name)
 
     def _projector(self) -> Path | None:
         name = self.settings.pretrained_pth
         if name is None:
             return None
-        for place in (self.folder / Path(name).expanduser(), Path(name).expanduser()):
-            if place.exists() or (place.suffix == ".pth" and place.with_suffix("").is_dir()):
-                return place
+        for path in (self.folder / Path(name).expanduser(), Path(name).expanduser()):
+            if path.exists() or (path.suffix == ".pth" and path.with_suffix("").is_dir()):
+                return path
         others = ", ".join(map(repr, projectors_beside(Path(name).expanduser())))
         hint = f"; these have a projector: {others}" if others else ""
         raise ModelError(f"pretrained_pth = {name!r}: there is no such folder{hint}")

@@ -12,7 +12,8 @@ from xtuner.device.select import name_of
 from xtuner.engine.counting import Counter
 from xtuner.engine.optimizer import optim
 from xtuner.engine.optimizer.loss_scaler import INITIAL_SCALE
-from xtuner.memory.forecast import MemoryPlan, check_disk
+from xtuner.memory.available import check_disk
+from xtuner.memory.plan import MemoryPlan
 
 _FEW_NAMES = 4
 FEW_STEPS = 12

@@ -1,0 +1,48 @@
+"""How weights, gradients and optimizer state lie on several processes: one file per strategy; its
+name is the value of the setting `strategy`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from xtuner import plugins
+from xtuner.config.schema import Settings
+from xtuner.engine.strategies.base import BaseStrategy
+from xtuner.errors import ConfigError, listed
+from xtuner.parallel.processes import Processes
+
+SETTING = "strategy"
+
+
+def of_run(settings: Settings, processes: Processes, *, folder: Path) -> BaseStrategy:
+    """Make the strategy that `settings` name.
+
+    Args:
+        settings: of the run.
+        processes: this process and the others.
+        folder: where a user's file is looked up first.
+
+    Raises:
+        ConfigError: there is no such strategy, it is not a `BaseStrategy`, or it cannot work with
+            these settings.
+    """
+    kind = _class_of(settings.strategy, folder)
+    if problems := [f"{name}: {problem}" for name, problem in kind.check(settings)]:
+        raise ConfigError(listed(f"{SETTING} = {settings.strategy!r} cannot be used:", problems))
+    return kind(settings, processes)
+
+
+def _class_of(name: str, folder: Path) -> type[BaseStrategy]:
+    kind: Any
+    if plugins.is_user_path(name):
+        kind = plugins.load_user_object(name, setting=SETTING, folder=folder)
+        if not (inspect.isclass(kind) and issubclass(kind, BaseStrategy)):
+            raise ConfigError(
+                f"{SETTING} = {name!r}: is not a subclass of "
+                "xtuner.engine.strategies.base.BaseStrategy"
+            )
+    else:
+        kind = plugins.load("xtuner.engine.strategies", name, setting=SETTING).Strategy
+    return kind  # type: ignore[no-any-return]

@@ -1,0 +1,88 @@
+"""Every process holds all weights, gradients and optimizer state; gradients are summed once a step.
+
+On one process nothing is summed. On a GPU an optimizer of bitsandbytes steps over flat buffers
+where that gives the same bits (`engine.optimizer.flat`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.engine.optimizer import flat_check, optim
+from xtuner.engine.optimizer.flat import FlatOptimizer
+from xtuner.engine.optimizer.state_check import check_state
+from xtuner.engine.strategies.base import BaseStrategy, MakeOptimizer
+
+
+class Strategy(BaseStrategy):
+    """Plain data parallelism, with one exact divisor of the loss over all processes."""
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
+        """Leave `model` as it is; its optimizer steps over flat buffers where it may."""
+        self.model = model
+        self.parameters = optim.trainable(model)
+        self.optimizer: Any = self._flat(make_optimizer(model))
+        return self.optimizer
+
+    def _flat(self, made: Any) -> Any:
+        if not flat_check.wants_flat_steps(made):
+            return made
+        fault = flat_check.fault_in_flat_steps(made)
+        if faults := self.processes.gather([fault] if fault else []):
+            self.notes.append(
+                f"{type(made).__name__} steps over one parameter at a time: over flat buffers "
+                f"{faults[0]}."
+            )
+            return made
+        return FlatOptimizer(made)
+
+    def zero_grad(self) -> None:
+        """Discard all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`; one of text does not reach a projector that alone is
+        trained."""
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def reduce_gradients(self) -> None:
+        """Sum the gradients over all processes, in float32."""
+        gather = self.optimizer.gather if isinstance(self.optimizer, FlatOptimizer) else None
+        self.processes.sum_gradients(self.parameters, gather=gather)
+
+    def unscale(self, factor: float) -> None:
+        """Multiply all gradients by `factor`."""
+        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            torch._foreach_mul_(gradients, factor)
+
+    def clip_gradients(self, max_norm: float | None) -> float:
+        """Clip; every process holds all gradients and computes the same norm."""
+        return optim.clip_gradients(self.parameters, max_norm)
+
+    def step(self) -> None:
+        """Apply the gradients, alike on every process."""
+        self.optimizer.step()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of all parameter groups."""
+        optim.set_learning_rate(self.optimizer, lr)
+
+    def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield the weights themselves, no copies; None on all processes but the main one."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter.detach() if self.processes.is_main else None
+
+    def optimizer_state(self) -> dict[str, Any] | None:
+        """The optimizer's own; tensors are not copied."""
+        return self.optimizer.state_dict() if self.processes.is_main else None
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Restore it on this process, after a check of shapes and values."""
+        check_state(self.optimizer, state)
+        optim.load_optimizer(self.optimizer, state)

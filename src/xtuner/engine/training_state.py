@@ -1,0 +1,90 @@
+"""What an exact resume needs beside the weights: ``training_state.pt`` in a checkpoint.
+
+Data order and dropout are functions of (seed, step), so the step, the optimizer state and the scale
+of the loss are all. The file holds the state of each parameter as a single process has it, whatever
+strategy wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.engine.optimizer.loss_scaler import LossScaler
+from xtuner.engine.resume import DATA, completed
+from xtuner.errors import CheckpointError
+from xtuner.models.run_info import RunInfo
+
+STATE_FILE = "training_state.pt"
+
+
+def save_state(
+    folder: Path,
+    *,
+    step: int,
+    optimizer: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    loss_scaler: LossScaler | None = None,
+) -> None:
+    """Write the file.
+
+    Args:
+        folder: the checkpoint.
+        step: optimizer steps done.
+        optimizer: the state of the optimizer, as `torch.optim.Optimizer.state_dict` gives it.
+        identity: plain values that the resumed run must share (see `load_state`).
+        loss_scaler: its state is kept.
+    """
+    state = {"step": step, "optimizer": dict(optimizer), "identity": dict(identity)}
+    if loss_scaler is not None:
+        state["loss_scaler"] = loss_scaler.state_dict()
+    torch.save(state, folder / STATE_FILE)
+
+
+def load_state(
+    folder: Path,
+    *,
+    load_optimizer: Callable[[dict[str, Any]], None],
+    identity: Mapping[str, Any],
+    loss_scaler: LossScaler | None = None,
+) -> tuple[int, list[str]]:
+    """Restore the optimizer and the loss scale; return the step and what differs from the run that
+    wrote the checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        load_optimizer: takes the state that `save_state` was given.
+        identity: of this run.
+        loss_scaler: gets its state back.
+
+    Raises:
+        CheckpointError: the file is damaged or belongs to other trainable weights.
+    """
+    file = folder / STATE_FILE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        load_optimizer(state["optimizer"])
+        step, before = int(state["step"]), completed(state["identity"])
+        _check_step(step, folder)
+        if loss_scaler is not None:
+            loss_scaler.load_state_dict(state.get("loss_scaler", {}))
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(
+            f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"
+        ) from error
+    changed = [
+        "the data" if key == DATA else f"{key}: {before.get(key)!r} then, {value!r} now"
+        for key, value in identity.items()
+        if before.get(key) != value and (key in before or key != DATA)
+    ]
+    return step, changed
+
+
+def _check_step(step: int, folder: Path) -> None:
+    """Raise ValueError if ``run.yaml`` of the checkpoint names another step."""
+    info = RunInfo.read(folder)
+    if info is not None and info.step != step:
+        raise ValueError(f"it is at step {step}, but run.yaml says {info.step}")

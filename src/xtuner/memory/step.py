@@ -1,0 +1,151 @@
+"""The highest memory of a training step, found on tensors without values.
+
+The step is that of a run: `PackedCausalLM` gives the log-probabilities of a real batch, their sum
+is the loss, and the gradients follow. Weights and activations have shapes and types only; every one
+that comes alive and dies is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from xtuner.kernels.attention import blocks
+from xtuner.kernels.compiled import shapes_only
+from xtuner.kernels.fused.attention import rotation_of
+from xtuner.kernels.scratch import buffers
+from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
+from xtuner.models.causal_lm import PackedCausalLM, filled
+from xtuner.types import Batch
+
+KEPT_BY_FLASH = "xtuner_footprint"
+"""Name of an attention that keeps what flash attention on a GPU keeps."""
+
+
+def peaks_of_step(
+    model: PackedCausalLM,
+    tokens: tuple[int, ...],
+    few: tuple[int, int] | None = None,
+    *,
+    on_gpu: bool,
+    accumulate: bool,
+) -> list[float]:
+    """Peaks of the forward pass, and of both halves of the backward pass, in bytes.
+
+    Each of the three grows by the same with every layer; which is highest may change.
+
+    Args:
+        model: on the meta device; its tensors are replaced by others without values.
+        tokens: lengths of the samples of one micro-batch.
+        few: two lengths; longer steps are found along the line through steps of these.
+        on_gpu: count what a GPU would keep.
+        accumulate: gradients of an earlier micro-batch exist; they are not counted.
+    """
+    rows: list[tuple[int, ...]] = [(n,) for n in tokens] if model.apart else [tokens]
+    options = {"on_gpu": on_gpu, "accumulate": accumulate}
+    if few is None or sum(tokens) <= few[1]:
+        return [*_peaks(model, rows, **options)]
+    parts = [_peaks(model, [(n,)], **options) for n in few]
+    return [line(few, pair, at=sum(tokens)) for pair in zip(*parts, strict=True)]
+
+
+def line(xs: tuple[int, int], ys: tuple[float, float], *, at: int) -> float:
+    """The value at `at` of the line through two points."""
+    return ys[0] + (ys[1] - ys[0]) * (at - xs[0]) / (xs[1] - xs[0])
+
+
+def _peaks(
+    model: PackedCausalLM, rows: list[tuple[int, ...]], *, on_gpu: bool, accumulate: bool
+) -> list[int]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    batches = [_batch(row, fill=not model.apart) for row in rows]
+    kernels = nullcontext() if on_gpu else shapes_only()
+    with kernels, _separate_caches(), FakeTensorMode(allow_non_fake_inputs=True):
+        pretend_cpu(model)
+        for parameter in model.parameters():
+            given = accumulate and parameter.requires_grad
+            parameter.grad = torch.empty_like(parameter) if given else None
+        counter = LiveBytes()
+        with counter:
+            loss = -torch.cat([model(batch) for batch in batches]).sum()
+            if on_gpu:  # only on a CPU is it kept
+                buffers.tensors.clear()
+        forward = len(counter.history)
+        with counter:
+            loss.backward()
+        history = counter.history
+    middle = (forward + len(history)) // 2
+    return [max(history[:forward]), max(history[forward:middle]), max(history[middle:])]
+
+
+def _batch(tokens: tuple[int, ...], *, fill: bool) -> Batch:
+    """A batch of samples of these lengths, all supervised.
+
+    It is real: attention reads where sequences begin, and the supervised positions are found
+    here, for their number depends on values.
+    """
+    ids = torch.zeros(1, sum(tokens), dtype=torch.int64)
+    batch = Batch(
+        input_ids=ids,
+        labels=ids.clone(),
+        position_ids=torch.cat([torch.arange(n) for n in tokens])[None],
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32),
+    )
+    batch = filled(batch) if fill else batch
+    return replace(batch, found=(batch.labels, batch.predicting))
+
+
+class _FlashFootprint(torch.autograd.Function):
+    """Keeps what flash attention keeps: its inputs, its output, and a float32 a token and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        sums = query.new_empty(query.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _flash_footprint(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _FlashFootprint.apply(q, k, v)[None], None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register(KEPT_BY_FLASH, _flash_footprint)
+
+
+@contextmanager
+def _separate_caches() -> Iterator[None]:
+    """Let no tensor without values stay in a cache that a real step reads."""
+    caches = (blocks.layout_of, blocks._shared_blocks, blocks._offsets, rotation_of)
+    kept_before = dict(buffers.tensors)
+
+    def clear() -> None:
+        for cache in caches:
+            cache.cache_clear()
+        buffers.tensors.clear()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+        buffers.tensors.update(kept_before)

@@ -1,0 +1,144 @@
+"""What a checkpoint of a run holds, written by all of its processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from xtuner.config.schema import Settings
+from xtuner.device.select import name_of
+from xtuner.engine.checkpoint import CheckpointStore
+from xtuner.engine.hooks.base import Run
+from xtuner.engine.optimizer.loss_scaler import LossScaler
+from xtuner.engine.strategies.base import BaseStrategy
+from xtuner.engine.training_state import load_state, save_state
+from xtuner.models.run_info import RunInfo, installed_versions
+from xtuner.models.save import save_model
+from xtuner.templates.base import Template
+from xtuner.training.vision import RunVision
+
+_WRAPPED = "model."
+"""What stands before a name of the language model in `PackedCausalLM`."""
+
+
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Saves checkpoints of a run, and brings back what a resume needs.
+
+    Attributes:
+        settings: of the run.
+        store: where checkpoints go.
+        strategy: holds weights and optimizer state.
+        model: the language model, in PEFT's wrapper where it has adapters.
+        tokenizer, template: of the run.
+        identity: plain values that a resumed run should share.
+        dtype: of the computation.
+        loss_scaler: of a run in float16.
+        vision: holds the trained parts of a model with images; None without.
+        console: where it says what was saved.
+    """
+
+    settings: Settings
+    store: CheckpointStore
+    strategy: BaseStrategy
+    model: Any
+    tokenizer: Any
+    template: Template
+    identity: Mapping[str, Any]
+    dtype: torch.dtype
+    loss_scaler: LossScaler
+    vision: RunVision | None
+    console: Console
+
+    def save(self, run: Run) -> None:
+        """Save the current step of `run`; a collective call.
+
+        Raises:
+            LaunchError: the disk or memory is full.
+        """
+        path = self.store.save(
+            run.count,
+            lambda folder: self._write(folder, run),
+            processes=self.strategy.processes,
+        )
+        self.console.print(f"Saved {path}", markup=False)
+
+    def restore(self, source: Path, run: Run) -> None:
+        """Bring back the optimizer and the step from checkpoint `source`.
+
+        Raises:
+            CheckpointError: it is damaged or belongs to other trainable weights.
+        """
+        run.step, changed = load_state(
+            source,
+            load_optimizer=self.strategy.load_optimizer_state,
+            identity=self.identity,
+            loss_scaler=self.loss_scaler,
+        )
+        run.start_step = run.step
+        self.console.print(f"Resuming from {source} at step {run.step}.", markup=False)
+        if changed:
+            self.console.print(
+                "Note: what changed since makes this run differ from a straight one: "
+                + "; ".join(changed),
+                markup=False,
+            )
+
+    def _write(self, folder: Path, run: Run) -> None:
+        """Write this process's part: gathering is for all, writing for the main one."""
+        weights = self._trained_weights()
+        optimizer = self.strategy.optimizer_state()
+        if optimizer is None or not self.strategy.processes.is_main:
+            return
+        if self.vision:
+            self.vision.save(folder)
+        else:
+            save_model(self.model, folder, trained=weights)
+        self.tokenizer.save_pretrained(str(folder))
+        self._info(run).write(folder)
+        save_state(
+            folder,
+            step=run.step,
+            optimizer=optimizer,
+            identity=self.identity,
+            loss_scaler=self.loss_scaler,
+        )
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        """The trained weights by their names in `model`; on the main process.
+
+        Where every process holds all weights these are no copies; where weights are gathered the
+        main process holds what is trained once more, in CPU memory.
+        """
+        first = {id(p): name for name, p in self.model.named_parameters()}
+        names = {
+            name: first[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False)
+        }
+        found = {
+            name.removeprefix(_WRAPPED): tensor
+            for name, tensor in self.strategy.trained_weights()
+            if tensor is not None
+        }
+        return {name: found[own] for name, own in names.items() if own in found}
+
+    def _info(self, run: Run) -> RunInfo:
+        base = self.settings.pretrained_model_name_or_path
+        return RunInfo(
+            kind="llava" if self.vision else "adapter" if self.settings.uses_adapter else "model",
+            base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
+            prompt_template=self.template.name,
+            template=self.template.as_fields(),
+            system=self.settings.SYSTEM,
+            step=run.step,
+            epoch=round(run.epoch, 6),
+            settings=self.settings.model_dump(mode="json"),
+            versions=installed_versions(),
+            visual_encoder=self.vision.encoder if self.vision else "",
+            dtype=name_of(self.dtype),
+        )

@@ -1,0 +1,39 @@
+"""Threads and kernels of a run: made ready, and said in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from xtuner.config.schema import Settings
+from xtuner.device import host
+from xtuner.kernels import compiled, threads
+from xtuner.kernels.attention.summary import attention_line
+from xtuner.kernels.fused import liger
+from xtuner.models.load import located_config
+from xtuner.parallel.processes import Processes
+
+
+def prepare_computing(settings: Settings, processes: Processes, dtype: torch.dtype) -> str:
+    """Get threads and kernels ready, and say which."""
+    return "; ".join(_prepared(settings, processes, dtype))
+
+
+def _prepared(settings: Settings, processes: Processes, dtype: torch.dtype) -> Iterator[str]:
+    on_cpu, wanted = processes.device.type == "cpu", settings.num_threads
+    if on_cpu and host.keep_freed_memory():
+        host.ask_for_huge_pages()
+    if on_cpu or wanted:  # a GPU's run does not wait for products on the CPU to be measured
+        yield threads.choose_threads(wanted, dtype, processes.world_size)
+    yield compiled.state() if on_cpu else liger.state(processes.device)
+
+
+def choose_attention(s: Settings, processes: Processes, dtype: torch.dtype) -> str:
+    """Choose the kernels of attention, and say which.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    config = located_config(s.pretrained_model_name_or_path, trust_remote_code=s.trust_remote_code)
+    return attention_line(config, processes.device, dtype, implementation=s.attn_implementation)

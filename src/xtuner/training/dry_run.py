@@ -1,0 +1,45 @@
+"""What a run would take, found out without reading weights or data."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from xtuner.config.load import LoadedSettings
+from xtuner.device.select import pick_device, resolve_dtype
+from xtuner.errors import LaunchError
+from xtuner.memory.plan import plan_memory
+from xtuner.models.can_pack import resolve_packing
+from xtuner.training.opening_lines import lines_of_model
+
+
+def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int = 1) -> bool:
+    """Print what training would take, without reading weights or data; whether it fits.
+
+    Args:
+        loaded: checked settings with their name.
+        memory: bytes to plan for; None takes what is free on the device.
+        processes: how many would train; those on a CPU share `memory`.
+
+    Raises:
+        XTunerError: the model cannot be found, the forecast failed, or nobody says how much memory
+            a GPU has that is not here.
+    """
+    settings = loaded.settings
+    device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
+    settings, packing = resolve_packing(settings)
+    plan = plan_memory(settings, device, memory=memory, processes=processes)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
+        console.print(line, markup=False)
+    if packing:
+        console.print(f"Samples      {packing}", markup=False)
+    if plan.forecast.failure:
+        raise LaunchError("nothing can be said of the memory of this run; training may work")
+    console.print(
+        f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
+        f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "
+        f"{settings.max_length:,} tokens{' plus one image' if settings.has_vision else ''}, "
+        f"{settings.batch_size} per micro-batch. Nothing was trained.",
+        markup=False,
+    )
+    return plan.fits

@@ -1,0 +1,166 @@
+"""What a run measures and asks on the way: the validation loss and the sample answers.
+
+Both are collective. The validation split is shared out among the data ranks and summed once.
+Questions are shared out where every process holds the whole model; where weights are sharded, all
+processes answer all of them together, with the token ids of rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtuner.config.schema import Settings
+from xtuner.data.loader import Collate
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.engine.checked_loss import checked_loss
+from xtuner.engine.hooks.base import Question
+from xtuner.engine.strategies.base import BaseStrategy
+from xtuner.errors import DataError, XTunerError
+from xtuner.generation.generate import GenerationOptions, stream
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.parallel.processes import Processes
+from xtuner.templates.base import Template
+from xtuner.training.vision import RunVision
+from xtuner.types import Algorithm, Batch, Message
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The mean loss on the validation split.
+
+    Attributes:
+        strategy: holds the model.
+        dataset: the split.
+        algorithm: gives summed losses and what they are divided by.
+        collate: makes a batch of samples.
+    """
+
+    strategy: BaseStrategy
+    dataset: PackedDataset
+    algorithm: Algorithm
+    collate: Collate
+
+    def measure(self) -> float:
+        """Measure it; a collective call.
+
+        Raises:
+            DataError: a row cannot be read any more, on any process.
+        """
+        processes, model = self.strategy.processes, self.strategy.model
+        total = count = 0.0
+        fault: DataError | None = None
+        model.eval()
+        for index, counts in self._share():
+            batch, fault = self._read(index)
+            if self._stops(fault):
+                break
+            assert batch is not None
+            with torch.no_grad():
+                loss = checked_loss(self.algorithm, model, batch.to(processes.device)).loss
+            if counts:
+                total, count = total + float(loss), count + self.algorithm.count(batch)
+        model.train()
+        total, count, faults = processes.sum([total, count, float(fault is not None)])
+        if faults:
+            told = processes.gather([str(fault)] if fault else [])
+            raise DataError("; ".join(dict.fromkeys(told))) from fault
+        return total / max(1.0, count)
+
+    def _read(self, index: int) -> tuple[Batch | None, DataError | None]:
+        try:
+            return self.collate(self.dataset[index]), None
+        except DataError as error:
+            return None, error
+
+    def _stops(self, fault: DataError | None) -> bool:
+        """Whether this process reads no further; all together where they need each other."""
+        if not self.strategy.sharded:
+            return fault is not None
+        return bool(self.strategy.processes.sum([float(fault is not None)])[0])
+
+    def _share(self) -> list[tuple[int, bool]]:
+        """The packs of this process, and whether each counts; the first one again fills up where
+        all processes have to make equally many forward passes."""
+        processes, packs = self.strategy.processes, len(self.dataset)
+        own = list(range(processes.data_rank, packs, processes.data_world_size))
+        missing = -(-packs // processes.data_world_size) - len(own)
+        filler = [(0, False)] * missing if self.strategy.sharded else []
+        return [*((index, True) for index in own), *filler]
+
+
+@dataclass(frozen=True)
+class SampleAnswers:
+    """Asks the model in training.
+
+    Attributes:
+        settings: of the run.
+        model: in training; enters generation without its wrapper for packed rows.
+        tokenizer, template: of the run.
+        processes: this process and the others.
+        sharded: all processes have to make the same forward passes.
+        vision: shows images; None if the model takes none.
+    """
+
+    settings: Settings
+    model: PackedCausalLM
+    tokenizer: Any
+    template: Template
+    processes: Processes
+    sharded: bool = False
+    vision: RunVision | None = None
+
+    def answer(self, question: str, *images: str) -> str:
+        """The answer to one question; a collective call only where weights are sharded."""
+        options = GenerationOptions(
+            max_new_tokens=self.settings.evaluation_max_new_tokens,
+            stop_words=self.settings.evaluation_stop_words,
+        )
+        asked = self.vision.question(question, images) if self.vision else Message("user", question)
+        system = self.settings.evaluation_system
+        messages = [asked] if system is None else [Message("system", system), asked]
+        autocast = self.model.autocast
+        with torch.autocast(
+            self.processes.device.type, dtype=autocast, enabled=autocast is not None
+        ):
+            pieces = stream(
+                self.model.model,
+                self.tokenizer,
+                template=self.template,
+                messages=messages,
+                options=options,
+                vision=self.vision.image_input if self.vision else None,
+                agree=self._agree(),
+            )
+            return "".join(pieces)
+
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """The answers to all questions, in order, on every process; a collective call.
+
+        Raises:
+            XTunerError: a question cannot be answered, on any process.
+        """
+        if self.sharded or self.processes.world_size == 1:
+            return [self.answer(question, *images) for question, images in questions]
+        rank, world_size = self.processes.rank, self.processes.world_size
+        own: list[tuple[int, str]] = []
+        fault: XTunerError | None = None
+        try:
+            for index in range(rank, len(questions), world_size):
+                question, images = questions[index]
+                own.append((index, self.answer(question, *images)))
+        except XTunerError as error:
+            fault = error
+            own = [(-1, str(error))]
+        found = sorted(self.processes.gather(own))
+        if failed := [text for index, text in found if index < 0]:
+            raise fault or DataError("; ".join(failed))
+        return [text for _, text in found]
+
+    def _agree(self) -> Callable[[Tensor], Tensor] | None:
+        """Makes the next token that of rank 0, so that no process ends its answer earlier."""
+        return self.processes.broadcast if self.sharded else None

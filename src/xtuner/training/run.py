@@ -1,0 +1,281 @@
+"""The composition root of training: the one module that knows every part and joins them.
+
+settings ─► tokenizer ─► template ─► data ─► loader ─► model ─► strategy ─► Trainer ─► checkpoints
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from xtuner.config.load import LoadedSettings
+from xtuner.data.build import TrainingData
+from xtuner.data.loader import Collate
+from xtuner.device.select import name_of, pick_device, resolve_dtype
+from xtuner.engine import run_lock, strategies
+from xtuner.engine.checkpoint import CheckpointStore
+from xtuner.engine.counting import Counter, counting_of
+from xtuner.engine.hooks.base import Run, make_hooks
+from xtuner.engine.optimizer import optim
+from xtuner.engine.optimizer.loss_scaler import LossScaler
+from xtuner.engine.resume import check_shape, identity_of
+from xtuner.engine.signals import Interrupted
+from xtuner.engine.trainer import Trainer
+from xtuner.engine.work_dir import WorkPlace, work_dir_of
+from xtuner.kernels.attention.packed import without_cudnn
+from xtuner.memory.plan import plan_memory
+from xtuner.models import manifest
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.prepare import llm_autocast, make_trainable
+from xtuner.parallel.processes import Processes
+from xtuner.training.checkpoint_writer import CheckpointWriter
+from xtuner.training.computing import choose_attention, prepare_computing
+from xtuner.training.data_parts import DataParts
+from xtuner.training.evaluate import SampleAnswers, Validation
+from xtuner.training.opening_lines import opening_lines
+from xtuner.training.result import TrainResult
+from xtuner.training.vision import RunVision
+
+
+def train(
+    loaded: LoadedSettings,
+    *,
+    work_dir: Path | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train as `loaded` says.
+
+    Args:
+        loaded: checked settings with their name.
+        work_dir: overrides the setting.
+        resume: 'last' or the name of a checkpoint in the work dir; None starts anew.
+        overwrite: delete the checkpoints of an earlier run in the work dir.
+
+    Raises:
+        XTunerError: a fault that the user can mend.
+        Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
+    """
+    settings = loaded.settings
+    processes = Processes(
+        pick_device(settings.device), sequence_parallel_size=settings.sequence_parallel_size
+    )
+    try:
+        folder = work_dir_of(loaded, work_dir)
+        with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
+            result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+    except Interrupted:
+        processes.close()
+        raise
+    # After a fault the others may be in the middle of a sum, where leaving would wait for them or
+    # reach them before this process has told why.
+    processes.close()
+    return result
+
+
+class _TrainingRun:
+    """The parts of one training run, made in the order in which they need each other."""
+
+    def __init__(self, loaded: LoadedSettings, processes: Processes, work_dir: Path | None):
+        self.loaded, self.settings, self.processes = loaded, loaded.settings, processes
+        self.console = Console(quiet=not processes.is_main, highlight=False, soft_wrap=True)
+        self.work_dir = work_dir_of(loaded, work_dir)
+        self.device = processes.device.type
+        self.dtype = resolve_dtype(self.settings.dtype, self.device)
+        self.loss_scaler = LossScaler.for_dtype(self.dtype)
+        self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
+        self.vision: RunVision | None = None
+        self.computing = prepare_computing(self.settings, processes, self.dtype)
+
+    def train(self, resume: str | None, overwrite: bool) -> TrainResult:
+        """Make everything, then run the loop."""
+        source = self._resumable(resume) if resume else None
+        self.parts = DataParts.open(self.loaded)
+        self.settings = settings = self.parts.settings
+        self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
+        if settings.has_vision:
+            self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
+        place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
+        data = self.parts.build_once(
+            self.processes, report_dir=place.log_dir if self.processes.is_main else None
+        )
+        loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
+        counter, total = counting_of(settings, loader)
+        self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
+        self._tell(data, counter, total)
+        model = self._make_model(source)
+        self._prepare(model)
+        run = self._run(place, model, data, counter, total)
+        writer = self._writer(model, data)
+        if source is not None:
+            writer.restore(source, run)
+        if run.step >= total:
+            self.console.print(
+                f"Nothing to do: {source} is at step {run.step} of {total}. "
+                "To go on, raise max_epochs or max_steps.",
+                markup=False,
+            )
+            return self._result(run)
+        trainer = Trainer(
+            strategy=self.strategy,
+            algorithm=self.parts.algorithm,
+            loader=loader,
+            run=run,
+            hooks=make_hooks(run, custom=settings.custom_hooks, folder=self.loaded.folder),
+            save=writer.save,
+            memory_advice=lambda: "\n".join(self.plan.hints()),
+            loss_scaler=self.loss_scaler,
+        )
+        if overwrite and self.processes.is_main:
+            self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
+        trainer.fit()
+        result = self._result(run)
+        self.console.print(
+            f"Done. The result is in {result.checkpoint}\nTalk to it:  xtuner chat {self.work_dir}",
+            markup=False,
+        )
+        return result
+
+    def _result(self, run: Run) -> TrainResult:
+        saved = self.store.find() if self.store.all() else None
+        return TrainResult(self.work_dir, saved, run.step, dict(run.scalars))
+
+    def _run(
+        self,
+        place: WorkPlace,
+        model: PackedCausalLM,
+        data: TrainingData,
+        counter: Counter,
+        total: int,
+    ) -> Run:
+        """The state that hooks see, and what they may ask for."""
+        asked = SampleAnswers(
+            settings=self.settings,
+            model=model,
+            tokenizer=self.parts.tokenizer,
+            template=self.parts.template,
+            processes=self.processes,
+            sharded=self.strategy.sharded,
+            vision=self.vision,
+        )
+        validate = None
+        if data.validation is not None:
+            split, algorithm = data.validation, self.parts.algorithm
+            validate = Validation(self.strategy, split, algorithm, self._collate()).measure
+        return Run(
+            settings=self.settings,
+            work_dir=self.work_dir,
+            log_dir=place.log_dir,
+            console=self.console,
+            answer=asked.answer,
+            ask_all=asked.answers,
+            validate=validate,
+            total_steps=total,
+            counter=counter,
+            is_main=self.processes.is_main,
+        )
+
+    def _writer(self, model: PackedCausalLM, data: TrainingData) -> CheckpointWriter:
+        identity = identity_of(
+            self.settings,
+            data.train.fingerprint(),
+            processes=self.processes.world_size,
+            dtype=name_of(self.dtype),
+        )
+        return CheckpointWriter(
+            settings=self.settings,
+            store=self.store,
+            strategy=self.strategy,
+            model=model.model,
+            tokenizer=self.parts.tokenizer,
+            template=self.parts.template,
+            identity=identity,
+            dtype=self.dtype,
+            loss_scaler=self.loss_scaler,
+            vision=self.vision,
+            console=self.console,
+        )
+
+    def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
+        """The main process makes the folders; the others look nothing up there."""
+        if not self.processes.is_main:
+            return WorkPlace(self.work_dir, self.work_dir)
+        place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
+        place.keep_settings(self.loaded)
+        return place
+
+    def _collate(self) -> Collate:
+        algorithm = self.parts.algorithm
+        return self.vision.collate(algorithm) if self.vision else algorithm.collate
+
+    def _make_model(self, source: Path | None) -> PackedCausalLM:
+        """Load and prepare the model, going on from `source`; verify its shortcuts."""
+        s, device = self.settings, str(self.processes.device)
+        recompute = self.plan.forecast.recompute
+        llm = make_trainable(
+            s,
+            dtype=self.dtype,
+            device=device,
+            recompute=recompute,
+            embedding_on_cpu=self.plan.embedding_on_cpu,
+            source=source,
+        )
+        if self.vision:
+            wrapped: PackedCausalLM = self.vision.join(
+                llm, dtype=self.dtype, device=device, source=source
+            )
+            if recompute and s.visual_encoder_training != "frozen":
+                self.vision.recompute()
+        else:
+            wrapped = PackedCausalLM(llm, autocast=llm_autocast(s, self.dtype))
+        if note := wrapped.verify(packed=s.packs):
+            self.console.print(f"Note: {note}.")
+        for line in self.vision.trained() if self.vision else ():
+            self.console.print(line, markup=False)
+        return wrapped
+
+    def _prepare(self, model: PackedCausalLM) -> None:
+        """Give the model to the strategy, and say what the user should know of what it chose."""
+        s = self.settings
+
+        def make(prepared: nn.Module) -> torch.optim.Optimizer:
+            return optim.make_optimizer(
+                s.optim_type,
+                prepared,
+                lr=s.lr,
+                betas=s.betas,
+                weight_decay=s.weight_decay,
+                paged=self.plan.paged,
+            )
+
+        self.strategy.prepare(model, make)
+        for note in self.strategy.notes:
+            self.console.print(f"Note: {note}", markup=False)
+
+    def _tell(self, data: TrainingData, counter: Counter, total: int) -> None:
+        """Say in a few lines what will be done."""
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        lines = opening_lines(
+            self.settings,
+            self.plan,
+            dtype=self.dtype,
+            means=(self.computing, choose_attention(self.settings, self.processes, self.dtype)),
+            processes=self.processes.world_size,
+            steps=(total, counter),
+            data=data.report.lines(),
+            images=self.vision.line() if self.vision else None,
+            packing=self.parts.packing,
+            work_dir=self.work_dir,
+        )
+        for line in lines:
+            self.console.print(line, markup=False)
+
+    def _resumable(self, resume: str) -> Path:
+        source = self.store.find(None if resume == "last" else resume)
+        if self.processes.is_main:
+            manifest.check(source, resuming=True)
+        check_shape(source, self.settings)
+        return source

@@ -1,0 +1,97 @@
+"""Strategies: the contract of the folder, and a user's own."""
+
+import copy
+import importlib
+import inspect
+
+import pytest
+import torch
+from recording_strategy import Recording
+from test_trainer import make_samples, make_trainer
+
+from xtuner import plugins
+from xtuner.config.schema import Settings
+from xtuner.engine import strategies
+from xtuner.engine.strategies.base import BaseStrategy
+from xtuner.errors import ConfigError
+from xtuner.parallel.processes import Processes
+
+PACKAGE = "xtuner.engine.strategies"
+ALONE = Processes("cpu")
+
+
+def settings(**chosen):
+    return Settings(pretrained_model_name_or_path="m", data_path="d", **chosen)
+
+
+@pytest.mark.parametrize("name", plugins.names(PACKAGE))
+def test_every_file_is_a_strategy_that_returns_what_it_took(name):
+    module = importlib.import_module(f"{PACKAGE}.{name}")
+    assert issubclass(module.Strategy, BaseStrategy) and not inspect.isabstract(module.Strategy)
+    assert module.__doc__
+
+    def prepared():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        model.bias.requires_grad_(False)
+        strategy = module.Strategy(settings(), ALONE)
+        strategy.prepare(model, lambda m: torch.optim.AdamW([m.weight]))
+        return strategy
+
+    def step(strategy, number):
+        strategy.zero_grad()
+        strategy.backward((strategy.model(torch.ones(1, 3) * number) ** 2).sum(), last=True)
+        strategy.reduce_gradients()
+        strategy.unscale(0.5)
+        norm = strategy.clip_gradients(1e-3)
+        strategy.set_learning_rate(0.1 * number)
+        strategy.step()
+        return norm
+
+    straight = prepared()
+    assert step(straight, 1) > 1e-3  # the norm is that before clipping
+    weights = dict(straight.trained_weights())
+    assert weights.keys() == {"weight"}
+    resumed = prepared()
+    resumed.model.load_state_dict(weights, strict=False)
+    state = straight.optimizer_state()
+    assert list(state["state"]) == [0] and state["param_groups"][0]["lr"] == 0.1
+    resumed.load_optimizer_state(copy.deepcopy(state))  # torch takes tensors as they are
+    for strategy in (straight, resumed):
+        step(strategy, 2)
+    assert torch.equal(straight.model.weight, resumed.model.weight)
+    before = straight.model.weight.clone()
+    straight.zero_grad()
+    straight.backward(torch.ones(()), last=True)  # of nothing that is trained
+    straight.step()
+    assert torch.equal(straight.model.weight, before)
+
+
+def test_a_users_strategy_is_loaded_and_anything_else_refused(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from xtuner.engine.strategies.replicated import Strategy\n"
+        "class Mine(Strategy):\n"
+        "    @classmethod\n"
+        "    def check(cls, settings):\n"
+        "        if settings.max_norm is None:\n"
+        "            yield 'max_norm', 'must be set'\n"
+        "class Other: ...\n",
+        encoding="utf-8",
+    )
+    made = strategies.of_run(settings(strategy="mine.py:Mine"), ALONE, folder=tmp_path)
+    assert type(made).__name__ == "Mine" and isinstance(made, BaseStrategy)
+    with pytest.raises(ConfigError, match="max_norm: must be set"):
+        strategies.of_run(settings(strategy="mine.py:Mine", max_norm=None), ALONE, folder=tmp_path)
+    with pytest.raises(ConfigError, match="not a subclass"):
+        strategies.of_run(settings(strategy="mine.py:Other"), ALONE, folder=tmp_path)
+    with pytest.raises(ConfigError, match="replicated"):
+        strategies.of_run(settings(strategy="replicate"), ALONE, folder=tmp_path)
+
+
+def test_the_trainer_goes_through_the_strategy_alone(tmp_path):
+    groups = [[make_samples(2), make_samples(1, seed=1)]]
+    trainer = make_trainer(tmp_path, groups, steps=2, kind=Recording)
+    trainer.fit()
+    step = ["set_learning_rate", "zero_grad", "backward", "backward", "reduce_gradients",
+            "clip_gradients", "step"]  # fmt: skip
+    assert trainer.strategy.calls == ["prepare", *step, *step]
