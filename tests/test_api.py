@@ -74,7 +74,7 @@ def test_the_surface_is_small_and_documented():
         (
             "load_chat",
             ["model", "adapter", "prompt_template", "system", "bits", "device", "dtype",
-             "trust_remote_code", "options"],
+             "trust_remote_code", "trust_code", "options"],
         ),
     ],
 )  # fmt: skip

@@ -85,11 +85,11 @@ def test_a_built_in_template_is_not_copied_into_the_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"user": 3}, "user: must be a text"),
+        ({"user": 3}, "user: must be a string"),
         ({"shell": "x"}, "no field 'shell'"),
         ({"stop_words": "Q:"}, "stop_words: must be a list"),
         ({"user": "{content}" * 5000}, "longer than"),
-        ({"answer": "x"}, "needs"),
+        ({"answer": "x"}, "must contain"),
     ],
     ids=["type", "unknown", "text-for-list", "long", "unsound"],
 )

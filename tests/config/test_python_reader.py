@@ -161,7 +161,7 @@ def test_many_unknown_names_are_counted(tmp_path):
     file = tmp_path / "c.py"
     names = "".join(f"name_{number} = {number}\n" for number in range(20_000))
     file.write_text(f"{names}{'x' * 5000} = 1\n")
-    with pytest.raises(ConfigError, match=r"and 19,9\d\d more names that are no settings"):
+    with pytest.raises(ConfigError, match=r"19,9\d\d more names are not settings"):
         load_settings(file)
 
 

@@ -1,4 +1,4 @@
-"""Go through the rows of a parquet file, read by another process.
+"""Read the rows of a parquet file, in a child process.
 
 A malformed file can end the process that reads it (pyarrow aborts). Processes are used again for
 the next file, since each takes a third of a second to start, and end with this one.
@@ -34,7 +34,7 @@ def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row | Fault, float]
     """Yield each row, or why it cannot be read, and the share of the file read.
 
     Raises:
-        DataError: the file is not a whole parquet file, or ends the process that reads it.
+        DataError: the file is not a complete parquet file, or ends the process that reads it.
     """
     child = _Child.get()
     try:
@@ -107,12 +107,12 @@ class _Child:
             code = self._process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise DataError(
-                f"{name}: is malformed: the process that read it ended ({how}); write the file anew"
+                f"{name}: is malformed: the process that read it ended ({how}); write the file again"
             )
         self._waiting -= 1
         found: dict[str, Any] = _Unpickler(io.BytesIO(content)).load()
         if "error" in found:
-            raise DataError(f"{name}: is not a whole parquet file: {found['error']}")
+            raise DataError(f"{name}: is not a complete parquet file: {found['error']}")
         return found if found["rows"] else None
 
 
