@@ -248,7 +248,7 @@ def test_pairs_are_shown_and_checked(folder, capsys):
     assert "No bad rows." in capsys.readouterr().out
     write_rows(folder, [*ROWS[:4], {"q": "?", "answers": ["y", " "]}])
     assert main(["check-custom-dataset", "config.py"]) == 2
-    assert "line 5  to_pair: rejected: has an empty turn" in capsys.readouterr().out
+    assert "line 5  to_pair: rejected: has an empty assistant turn" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_names_its_row(folder, capsys):
