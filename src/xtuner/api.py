@@ -9,6 +9,7 @@ nor transformers before a function needs them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import threading
@@ -293,7 +294,7 @@ def _leave_group() -> None:
 
 @contextlib.contextmanager
 def _process_restored() -> Iterator[None]:
-    """Give the process its number of threads back, and the GPU the memory that torch caches."""
+    """Restore the number of threads and free the memory of the run."""
     import torch
 
     threads = torch.get_num_threads()
@@ -301,5 +302,6 @@ def _process_restored() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+        gc.collect()  # the parts of a run refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -237,7 +237,7 @@ def test_an_overlong_row_is_dropped_or_refused(folder, capsys):
     error = capsys.readouterr().err
     assert "rows.jsonl line 5" in error and "max_length" in error
     assert main(["train", "config.py", "--set", "overlong=split"]) == 2
-    assert "'margin.py:Margin' takes 'auto', 'truncate'" in capsys.readouterr().err
+    assert "'margin.py:Margin' supports 'auto', 'truncate'" in capsys.readouterr().err
 
 
 def test_pairs_are_shown_and_checked(folder, capsys):
@@ -245,10 +245,10 @@ def test_pairs_are_shown_and_checked(folder, capsys):
     shown = capsys.readouterr().out
     assert "«y" in shown and "«no" in shown and "rows.jsonl line" in shown
     assert main(["check-custom-dataset", "config.py"]) == 0
-    assert "No bad row." in capsys.readouterr().out
+    assert "No bad rows." in capsys.readouterr().out
     write_rows(folder, [*ROWS[:4], {"q": "?", "answers": ["y", " "]}])
     assert main(["check-custom-dataset", "config.py"]) == 2
-    assert "line 5  to_pair: rejected: has an empty turn" in capsys.readouterr().out
+    assert "line 5  to_pair: rejected: has an empty assistant turn" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_names_its_row(folder, capsys):
@@ -272,14 +272,14 @@ def test_a_loss_that_is_not_finite_names_its_row(folder, capsys):
         ),
         (["algorithm='faulty.py:GivesVector'"], ["GivesVector.loss: loss is of shape"]),
         (["algorithm='faulty.py:LacksMetric'"], ["no metric 'gap'", "accuracy"]),
-        (["algorithm='faulty.py:OneSequence'"], ["made 1 sequences", "sequences_per_row is 2"]),
+        (["algorithm='faulty.py:OneSequence'"], ["returned 1 sequences", "sequences_per_row is 2"]),
         (["algorithm='faulty.py:NoEncoded'"], ["NoEncoded.encode made a list", "Encoded"]),
-        (["algorithm='faulty.py:Plain'"], ["not a subclass of", "BaseAlgorithm"]),
+        (["algorithm='faulty.py:Plain'"], ["must be a subclass of", "BaseAlgorithm"]),
         (["algorithm_options={'margn': 1.0}"], ["no option 'margn'", "allowed: margin"]),
         (["algorithm_options={'margin': 'x'}"], ["margin = 'x'", "its default, 1.0"]),
         (
             ["dataset_format='my_format.py:to_messages'"],
-            ["is read as a Conversation", "takes a Preference", "set another dataset_format"],
+            ["is read as Conversation", "requires Preference", "set another dataset_format"],
         ),
     ],
     ids=lambda value: value[0].split("=")[-1].strip("'{}") if "=" in value[0] else "",
