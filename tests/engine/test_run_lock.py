@@ -35,7 +35,7 @@ def other(tmp_path):
 
 
 def test_a_second_run_is_refused_and_names_the_first(tmp_path, other):
-    words = rf"another run is writing there \(process {other.pid} on .*started .*--wait"
+    words = rf"another run is writing to it \(process {other.pid} on .*started .*--wait"
     with pytest.raises(LaunchError, match=words), run_lock.hold(tmp_path):
         pass
     with run_lock.hold(tmp_path, needed=False):
@@ -110,7 +110,7 @@ def test_the_command_names_the_other_run_and_can_wait(tmp_path, other, monkeypat
     )
     command = ["train", "c.py", "--work-dir", str(tmp_path), "--device", "cpu"]
     assert main(command) == 2
-    assert f"another run is writing there (process {other.pid}" in capsys.readouterr().err
+    assert f"another run is writing to it (process {other.pid}" in capsys.readouterr().err
     other.stdin.write("\n")
     other.stdin.flush()
     assert main([*command, "--wait"]) == 2

@@ -2,8 +2,8 @@
 
 The lock is the system's on ``WORK_DIR/run.lock``, so it ends with its process, however that ends.
 It is a POSIX lock, which belongs to one process: with flock a worker that outlives a killed run for
-some seconds would go on holding it. The file says who holds it. A file system without locks is told
-of, and not locked.
+some seconds would go on holding it. The file says who holds it. On a file system
+without locks it warns and goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger("xtuner.engine")
 
 @contextlib.contextmanager
 def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
-    """Hold the lock of `work_dir`, which is made if it is not there.
+    """Hold the lock of `work_dir`, which is created if needed.
 
     Args:
         work_dir: of the run.
@@ -46,7 +46,7 @@ def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
     with (work_dir / FILE_NAME).open("a+", encoding="utf-8") as file:
         if not _take(file):
             raise LaunchError(
-                f"{work_dir}: another run is writing there ({_holder(file)}). Train elsewhere with "
+                f"{work_dir}: another run is writing to it ({_holder(file)}). Train elsewhere with "
                 "--work-dir DIR, or wait for its end with --wait"
             )
         file.truncate(0)
@@ -58,14 +58,14 @@ def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
 
 def wait_until_free(work_dir: Path, *, poll_seconds: float = _POLL_SECONDS) -> None:
     """Wait until no run holds the lock of `work_dir`, and say once for whom."""
-    path, told = work_dir / FILE_NAME, False
+    path, announced = work_dir / FILE_NAME, False
     while path.is_file():
         with path.open("a+", encoding="utf-8") as file:
             if _take(file):
                 return
-            if not told:
+            if not announced:
                 print(f"Waiting for the run in {work_dir} ({_holder(file)}).", file=sys.stderr)
-                told = True
+                announced = True
         time.sleep(poll_seconds)
 
 
@@ -81,8 +81,8 @@ def _take(file: Any) -> bool:
         return False
     except OSError as error:
         logger.warning(
-            "%s: the file system has no locks (%s); see to it yourself that no other run writes "
-            "there", file.name, error.strerror,
+            "%s: the file system has no locks (%s); make sure that no other run writes to this "
+            "work dir", file.name, error.strerror,
         )  # fmt: skip
     return True
 

@@ -61,7 +61,7 @@ class StopRequest:
 
 
 def _leave_terminal() -> None:
-    """Write to nothing from now on where a terminal was: it is gone, and writing there fails."""
+    """Send what goes to a terminal to the null device: the terminal is gone, writing would fail."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):

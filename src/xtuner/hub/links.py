@@ -28,7 +28,7 @@ def refuse_links_out(folder: Path) -> None:
         if not any(target.is_relative_to(root) for root in allowed):
             raise ModelError(
                 f"{path}: is a link to {target}, outside {folder}, and what it leads to would be "
-                "copied, which is refused. Put the file itself there if it belongs to the model"
+                "copied. If the file belongs to the model, replace the link with the file"
             )
 
 

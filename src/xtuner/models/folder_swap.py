@@ -1,4 +1,4 @@
-"""Put a new folder in the place of an old one, so that a kill at any moment loses neither."""
+"""Replace a folder by a new one, so that a kill at any moment loses neither."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ASIDE = re.compile(r"\.(.+)\.replaced")
 
 
 def put_in_place(draft: Path, target: Path) -> None:
-    """Rename `draft` to `target`; what is there is moved aside first and deleted last.
+    """Rename `draft` to `target`; an existing folder is moved aside first and deleted last.
 
     A kill between the two renames leaves the old folder as ``.NAME.replaced``, which `recover`
     brings back.

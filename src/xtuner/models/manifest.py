@@ -63,8 +63,8 @@ def check(folder: Path, *, resuming: bool = False) -> None:
 
 def _first_problem(folder: Path, *, resuming: bool) -> tuple[Path, str] | None:
     """The folder of the manifest, and the first file of `folder` that differs from it."""
-    places = (folder, folder.parent)
-    top = next((place for place in places if (place / FILE_NAME).is_file()), None)
+    candidates = (folder, folder.parent)
+    top = next((path for path in candidates if (path / FILE_NAME).is_file()), None)
     if top is None:
         return None
     try:

@@ -85,7 +85,7 @@ class _Child:
             self._process.communicate()
 
     def ask(self, request: dict[str, Any]) -> None:
-        """Send a request; that the process ended is told by `answer`."""
+        """Send a request; `answer` reports a process that has ended."""
         assert self._process.stdin
         self._waiting += 1
         try:
@@ -107,7 +107,7 @@ class _Child:
             code = self._process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise DataError(
-                f"{name}: is malformed: the process that read it ended ({how}); write the file again"
+                f"{name}: is malformed: the process that read it ended ({how}); write it again"
             )
         self._waiting -= 1
         found: dict[str, Any] = _Unpickler(io.BytesIO(content)).load()

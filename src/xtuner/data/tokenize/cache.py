@@ -34,7 +34,7 @@ def cache_root() -> Path:
 
 
 def own_folder(folder: Path) -> None:
-    """Make a folder of the cache, keep others from writing to it, and refuse one of theirs.
+    """Make a folder of the cache, keep others from writing to it, and refuse one that is theirs.
 
     Raises:
         PermissionError: another user owns it.
@@ -47,7 +47,7 @@ def own_folder(folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `own_folder` takes the folder, which is there."""
+    """Whether `own_folder` takes the folder, which exists."""
     try:
         own_folder(folder)
     except OSError:
