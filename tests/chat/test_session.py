@@ -66,5 +66,5 @@ def test_the_oldest_questions_go_when_the_context_is_full(caplog: pytest.LogCapt
     last = TOKENIZER.decode(session.model.prompts[-1])
     assert "Be kind." in last and "Question 5" in last and "Question 0" not in last
     assert "exceeds the model's context of 150 tokens" in caplog.text
-    with pytest.raises(ModelError, match="the model takes 150"):
+    with pytest.raises(ModelError, match="the context length of the model is 150"):
         list(session.ask("x" * 200))

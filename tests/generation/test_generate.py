@@ -116,7 +116,7 @@ def test_a_character_is_never_cut() -> None:
 def test_the_context_bounds_the_answer() -> None:
     size = len(TEMPLATE.prompt_ids(MESSAGES))
     assert answer(ScriptedModel([70], length=size + 3)) == TOKENIZER.decode([70] * 3)
-    with pytest.raises(ModelError, match=f"has {size} tokens, and the model takes {size}"):
+    with pytest.raises(ModelError, match=f"the context length of the model is {size}"):
         answer(ScriptedModel([70], length=size))
 
 

@@ -190,7 +190,7 @@ def test_attention_without_cu_seqlens_is_an_error():
     model = tiny_model()
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    with pytest.raises(ModelError, match="boundaries"):
+    with pytest.raises(ModelError, match="its cu_seqlens"):
         model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
 
 

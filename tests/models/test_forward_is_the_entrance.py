@@ -174,7 +174,7 @@ def test_layers_of_the_vision_tower_and_the_projector_are_units(tower, recompute
     joined = llava.assemble(llm, tiny_vision_tower(), image_token_id=261)
     trained = tower == "trained"
     joined.model.vision_tower.requires_grad_(trained)
-    model = llava.PackedVisionLM(joined, llava.ImageEmbedder(joined, train_encoder=trained))
+    model = PackedCausalLM(joined, embedder=llava.LlavaEmbedder(joined, train_encoder=trained))
     if recompute:
         joined.gradient_checkpointing_enable({"use_reentrant": False})
         llm.enable_input_require_grads()
@@ -182,7 +182,9 @@ def test_layers_of_the_vision_tower_and_the_projector_are_units(tower, recompute
     places = torch.zeros(1, 64, dtype=torch.bool)
     places[0, 3:7] = places[0, 40:44] = True
     pixels = torch.linspace(-1, 1, 2 * 3 * 28 * 28).sin().view(2, 3, 28, 28)
-    images = BatchImages(pixels, places, counts=(1, 1), features=(None, None))
+    images = BatchImages(
+        tuple(pixels), places, sizes=((28, 28),) * 2, counts=(1, 1), features=(None, None)
+    )
     labels = batch.labels.masked_fill(places, -100)
     unused = ("post_layernorm", "layers.2.")  # behind the layer whose features are taken
     batch = replace(batch, labels=labels, images=images)
