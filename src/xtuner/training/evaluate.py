@@ -21,6 +21,7 @@ from xtuner.engine.checked_loss import checked_loss
 from xtuner.engine.hooks.base import Question
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.errors import DataError, XTunerError
+from xtuner.generation.batch import generate_batch
 from xtuner.generation.generate import GenerationOptions, stream
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.parallel.processes import Processes
@@ -116,23 +117,13 @@ class SampleAnswers:
 
     def answer(self, question: str, *images: str) -> str:
         """The answer to one question; a collective call only where weights are sharded."""
-        options = GenerationOptions(
-            max_new_tokens=self.settings.evaluation_max_new_tokens,
-            stop_words=self.settings.evaluation_stop_words,
-        )
-        asked = self.vision.question(question, images) if self.vision else Message("user", question)
-        system = self.settings.evaluation_system
-        messages = [asked] if system is None else [Message("system", system), asked]
-        autocast = self.model.autocast
-        with torch.autocast(
-            self.processes.device.type, dtype=autocast, enabled=autocast is not None
-        ):
+        with self._autocast():
             pieces = stream(
                 self.model.model,
                 self.tokenizer,
                 template=self.template,
-                messages=messages,
-                options=options,
+                messages=self._messages(question, images),
+                options=self._options(),
                 vision=self.vision.image_input if self.vision else None,
                 agree=self._agree(),
             )
@@ -145,14 +136,12 @@ class SampleAnswers:
             XTunerError: a question cannot be answered, on any process.
         """
         if self.sharded or self.processes.world_size == 1:
-            return [self.answer(question, *images) for question, images in questions]
+            return self._answers(questions)
         rank, world_size = self.processes.rank, self.processes.world_size
-        own: list[tuple[int, str]] = []
         fault: XTunerError | None = None
         try:
-            for index in range(rank, len(questions), world_size):
-                question, images = questions[index]
-                own.append((index, self.answer(question, *images)))
+            share = self._answers(questions[rank::world_size])
+            own = [(rank + world_size * index, text) for index, text in enumerate(share)]
         except XTunerError as error:
             fault = error
             own = [(-1, str(error))]
@@ -160,6 +149,34 @@ class SampleAnswers:
         if failed := [text for index, text in found if index < 0]:
             raise fault or DataError("; ".join(failed))
         return [text for _, text in found]
+
+    def _answers(self, questions: Sequence[Question]) -> list[str]:
+        """The answers of this process: one batch, or one by one with images or sharded weights."""
+        if self.sharded or any(images for _, images in questions):
+            return [self.answer(question, *images) for question, images in questions]
+        with self._autocast():
+            return generate_batch(
+                self.model.model,
+                self.tokenizer,
+                template=self.template,
+                conversations=[self._messages(question, ()) for question, _ in questions],
+                options=self._options(),
+            )
+
+    def _messages(self, question: str, images: Sequence[str]) -> list[Message]:
+        asked = self.vision.question(question, images) if self.vision else Message("user", question)
+        system = self.settings.evaluation_system
+        return [asked] if system is None else [Message("system", system), asked]
+
+    def _options(self) -> GenerationOptions:
+        s = self.settings
+        return GenerationOptions(
+            max_new_tokens=s.evaluation_max_new_tokens, stop_words=s.evaluation_stop_words
+        )
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.model.autocast
+        return torch.autocast(self.processes.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _agree(self) -> Callable[[Tensor], Tensor] | None:
         """Makes the next token that of rank 0, so that no process ends its answer earlier."""
