@@ -17,7 +17,7 @@ import xtuner
 from xtuner import api
 from xtuner.config.schema import ALIASES
 from xtuner.engine.hooks import progress
-from xtuner.errors import ConfigError, DataError, LaunchError
+from xtuner.errors import CheckpointError, ConfigError, DataError, LaunchError
 
 INTERRUPTING_HOOK = """
 import os, signal
@@ -214,3 +214,27 @@ def test_a_notebook_gets_a_bar_where_it_has_widgets(monkeypatch):
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: object())
     assert progress._can_draw(notebook)
     assert not progress._can_draw(Console(force_terminal=False))
+
+
+OWN = """
+from xtuner.templates.spec import Spec
+
+MINE = Spec(user="Q: {content}\\n", assistant="A:", system="{content}\\n")
+"""
+
+
+def test_settings_of_the_caller_run_their_code_and_a_damaged_checkpoint_is_named(
+    settings, tmp_path
+):
+    (file := tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    settings |= {"prompt_template": f"{file}:MINE", "max_steps": 1}
+    saved = xtuner.train(settings).checkpoint
+    file.unlink()
+    assert xtuner.load_chat(saved, max_new_tokens=2, device="cpu").ask("Hello?") is not None
+    state = saved / "training_state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    file.write_text(OWN, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"training_state\.pt: is damaged"):
+        xtuner.train(settings | {"max_steps": 2}, resume=True)

@@ -27,7 +27,7 @@ def refuse_links_out(folder: Path) -> None:
         target = path.resolve()
         if not any(target.is_relative_to(root) for root in allowed):
             raise ModelError(
-                f"{path}: is a link to {target}, outside {folder}, and what it leads to would be "
+                f"{path}: is a link to {target}, outside {folder}, which is refused: it would be "
                 "copied. If the file belongs to the model, replace the link with the file"
             )
 
