@@ -46,3 +46,15 @@ def test_no_gpu_is_seen(pytestconfig):
 @pytest.mark.parametrize("time", ["first", "second"])
 def test_random_numbers_do_not_depend_on_the_tests_before(time):
     assert torch.rand(()).item() == torch.rand((), generator=torch.Generator().manual_seed(0))
+
+
+def test_no_module_imports_itself_through_others():
+    import grimp
+
+    graph = grimp.build_graph("xtuner")
+    imported = {m: graph.find_modules_directly_imported_by(m) - {"xtuner"} for m in graph.modules}
+    while leaves := [m for m, targets in imported.items() if not targets]:
+        for leaf in leaves:
+            del imported[leaf]
+        imported = {m: targets & imported.keys() for m, targets in imported.items()}
+    assert not imported, f"import cycle among {sorted(imported)}"

@@ -13,6 +13,7 @@ transformers. Code inside the package imports from the modules, never from here.
 from typing import TYPE_CHECKING, Any
 
 from xtuner.errors import XTunerError
+from xtuner.version import __version__
 
 if TYPE_CHECKING:
     from xtuner.api import (
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
         load_settings,
         train,
     )
-
-__version__ = "1.0.0.dev0"
 
 __all__ = [
     "Chat",

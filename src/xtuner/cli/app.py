@@ -20,8 +20,9 @@ from typing import Annotated
 
 import typer
 
-from xtuner import __version__, plugins
+from xtuner import plugins
 from xtuner.errors import XTunerError
+from xtuner.version import __version__
 
 _PACKAGE = "xtuner.cli"
 _OVERRIDE_FLAGS = ("--set", "--cfg-options")

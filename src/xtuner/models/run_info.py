@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
-from xtuner import __version__
 from xtuner.errors import CheckpointError
+from xtuner.version import __version__
 
 FILE_NAME = "run.yaml"
 

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xtuner
 from xtuner import plugins
 from xtuner.data import formats
 from xtuner.data.tokenize.store import RowStore, StoreWriter
 from xtuner.device.ownership import refuse_others
 from xtuner.errors import DataError
+from xtuner.version import __version__
 
 _LAYOUT = 5
 """Increment it when stores of older versions must no longer be used."""
@@ -57,7 +57,7 @@ def is_ours(folder: Path) -> bool:
 
 def key_of(facts: Mapping[str, Any]) -> str:
     """Hash everything that the encoded rows depend on."""
-    text = json.dumps({"layout": _LAYOUT, "xtuner": xtuner.__version__, **facts}, sort_keys=True)
+    text = json.dumps({"layout": _LAYOUT, "xtuner": __version__, **facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

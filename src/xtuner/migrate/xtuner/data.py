@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtuner.migrate.report import Draft, shown
-from xtuner.migrate.values import Dotted, Table, use_all, written
-from xtuner.migrate.xtuner.names import names, text_of
+from xtuner.migrate.values import Table, use_all, written
+from xtuner.migrate.xtuner.names import text_of
 from xtuner.migrate.xtuner.sources import VERBATIM, Source, Sources
 from xtuner.migrate.xtuner.template import carry_template
 
@@ -163,26 +163,3 @@ def asked_system(hook: Table, draft: Draft) -> Asked | None:
         draft.lose(hook.line_of("system"), shown("system", value), "is not a known system message")
         return None
     return Asked(text, hook.line_of("system"))
-
-
-def format_of(value: Any, line: int, draft: Draft) -> tuple[str, str]:
-    """The dataset_format and the system message for a ``dataset_map_fn``."""
-    if value is None:
-        return "xtuner", ""
-    if not isinstance(value, str | Dotted):
-        draft.refuse(line, shown("dataset_map_fn", value), "is not the name of a function")
-        return "auto", ""
-    name = str(value).rpartition(".")[2]
-    row = names("map_fns").get(name)
-    if row is None:
-        draft.refuse(
-            line,
-            f"dataset_map_fn = {value}",
-            "is a custom function: port it as dataset_format = 'my_format.py:to_messages' (see "
-            "docs/formats.md), and put a known dataset_map_fn into this config to migrate it",
-        )
-        return "auto", ""
-    if "refuse" in row:
-        draft.refuse(line, f"dataset_map_fn = {name}", row["refuse"])
-        return "auto", ""
-    return row["format"], names("systems").get(row.get("system", ""), "")

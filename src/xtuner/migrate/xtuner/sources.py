@@ -7,6 +7,7 @@ from typing import Any
 
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Dotted, Table, last_part, use_all
+from xtuner.migrate.xtuner.map_function import format_of
 from xtuner.migrate.xtuner.model import check_tokenizer
 from xtuner.migrate.xtuner.names import names
 
@@ -176,7 +177,6 @@ class Sources:
         )
 
     def _format(self, data: Table) -> tuple[str, str]:
-        from xtuner.migrate.xtuner.data import format_of
 
         value, line = data.take("dataset_map_fn"), data.line_of("dataset_map_fn")
         return format_of(value, line, self._draft)
