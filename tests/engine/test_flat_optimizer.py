@@ -322,7 +322,7 @@ print(json.dumps(report))
 
 @pytest.mark.skipif(device.find_compiler() is None, reason="the card has to be compiled")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch knows real ones")
-def test_on_a_gpu_on_paper_it_waits_once_a_buffer():
+def test_on_the_fake_cuda_device_it_waits_once_per_buffer():
     done = subprocess.run(
         [sys.executable, "-c", ON_PAPER], capture_output=True, text=True, check=False
     )

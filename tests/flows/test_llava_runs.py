@@ -91,7 +91,7 @@ def launched(*settings, place):
 
 
 @pytest.mark.distributed
-def test_a_image_of_one_process_that_goes_bad_stops_all_and_loses_no_step(workshop):
+def test_an_image_of_one_process_that_goes_bad_stops_all_and_loses_no_step(workshop):
     (workshop / "spoilt").write_text("5.png")  # of the second process, in step 3
     ended = launched("custom_hooks=['spoil.py:Spoil']", place="w")
     assert ended.returncode == 2, ended.stderr

@@ -168,7 +168,7 @@ def _token_ids(
     prompt: list[int],
     options: GenerationOptions,
     first: Mapping[str, Any],
-    agree: Callable[[Tensor], Tensor] | None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow `prompt`, without end; `first` holds the model inputs of a prompt
     with images."""
