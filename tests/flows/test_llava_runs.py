@@ -68,7 +68,7 @@ def test_a_image_that_goes_bad_loses_no_step(workshop, capsys, workers):
     assert train(spoil, f"dataloader_num_workers={workers}") == 2
     told = capsys.readouterr().err
     assert "data.json row 6: image '5.png' is damaged" in told
-    assert told.strip().endswith("restore the file; step 5 is saved, go on with --resume")
+    assert told.strip().endswith("restore the file; step 5 is saved, continue with --resume")
     assert "Traceback" not in told
     assert (workshop / "w" / "last_checkpoint").read_text().strip() == "iter_5"
 

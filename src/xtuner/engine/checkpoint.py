@@ -192,11 +192,11 @@ def _fault(error: Exception, target: Path) -> str:
         return (
             f"cannot write checkpoint {target}: there is not enough memory for it. Earlier "
             "checkpoints are untouched; end other programs or lower the settings that take "
-            "memory (`xtuner train --dry-run` names them), and go on with --resume."
+            "memory (`xtuner train --dry-run` names them), and continue with --resume."
         )
     free = shutil.disk_usage(target.parent).free / 2**20
     words = str(error) or type(error).__name__
     return (
         f"cannot write checkpoint {target}: {words} ({free:,.0f} MiB free). "
-        "Earlier checkpoints are untouched; make room and go on with --resume."
+        "Earlier checkpoints are untouched; make room and continue with --resume."
     )

@@ -29,7 +29,7 @@ def not_finite(
     """
     which = "these rows have a loss that is not finite" if certain else "it was made of these rows"
     more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
-    hint = "the step before is saved, go on with --resume" if step else "begin anew"
+    hint = "the step before is saved, continue with --resume" if step else "start again"
     advice = "lower lr, or set dtype = 'float32'"
     if float16 and not math.isfinite(loss):
         advice = f"or lower lr. {FLOAT16_OVERFLOWS}"
@@ -52,5 +52,5 @@ def out_of_memory(step: int, *, tokens: int, note: str, saved: bool, advice: str
         saved: whether there is a checkpoint to go on from.
         advice: what to change.
     """
-    resume = "Checkpoints are whole; go on with --resume. " if saved else ""
+    resume = "Checkpoints are intact; continue with --resume. " if saved else ""
     return f"step {step}: out of memory, with {tokens:,} tokens at once. {note}{resume}{advice}"

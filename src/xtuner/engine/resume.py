@@ -56,7 +56,7 @@ def check_shape(source: Path, settings: Settings) -> None:
     if wrong:
         raise CheckpointError(
             f"cannot resume from {source}: its weights were made by other settings: "
-            f"{'; '.join(wrong)}. Set them back, or train anew with --work-dir DIR"
+            f"{'; '.join(wrong)}. Set them back, or train again with --work-dir DIR"
         )
 
 

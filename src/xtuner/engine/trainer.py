@@ -162,7 +162,7 @@ class Trainer:
         """Save the last whole step; say what is wrong with the data and how to go on."""
         self._save_once()
         saved = max(self._saved_at, self.run.start_step)
-        hint = f"step {saved} is saved, go on with --resume" if saved > 0 else "then begin anew"
+        hint = f"step {saved} is saved, continue with --resume" if saved > 0 else "then start again"
         return DataError(f"{error}; {hint}")
 
     def _step(self, group: list[Batch], started: float, fault: XTunerError | None = None) -> None:

@@ -41,7 +41,7 @@ class WorkPlace:
         if there and not resuming and not overwrite:
             raise CheckpointError(
                 f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on, "
-                "--work-dir DIR to train elsewhere, or --overwrite to delete it and begin anew."
+                "--work-dir DIR to train elsewhere, or --overwrite to delete it and start again."
             )
         log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
         for number in range(1, 1000):

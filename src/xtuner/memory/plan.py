@@ -58,7 +58,7 @@ class MemoryPlan:
             why = "is not to be paged" if self.settings.paged_optimizer is False else "fits unpaged"
             yield f"             the optimizer's state {why}: {optim.unpaged(name)} for {name}"
         if not self.fits:
-            yield f"             more than the {self.memory / MB:,.0f} MiB there are for it"
+            yield f"             more than the {self.memory / MB:,.0f} MiB available"
             yield from self.hints()
 
     def hints(self) -> Iterator[str]:
@@ -67,7 +67,7 @@ class MemoryPlan:
             yield "Lower batch_size or max_length, or set gradient_checkpointing = True"
             return
         settings, last, fits = self.settings, self.forecast.peak, False
-        yield "Cheapest changes, each on top of those before:"
+        yield "Cheapest changes, applied one after another:"
         for changes in _hints(self.settings, self.forecast):
             tried = settings.model_copy(update=changes)
             if next(check_combinations(tried), None):

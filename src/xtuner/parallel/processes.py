@@ -188,8 +188,8 @@ def _all_there() -> Iterator[None]:
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LaunchError(
-            f"another process of this run ended, so this one cannot go on ({first}); look for its "
-            "message. Earlier checkpoints are untouched; go on with --resume"
+            f"another process of this run ended, so this one cannot continue ({first}): see its "
+            "message. Earlier checkpoints are untouched; continue with --resume"
         ) from error
 
 

@@ -56,7 +56,7 @@ def opening_lines(
     yield from data
     total, counter = steps
     yield (
-        f"Steps        {total:,} ({counter.steps_per_epoch:,} an epoch), each of "
+        f"Steps        {total:,} ({counter.steps_per_epoch:,} per epoch), each of "
         f"{s.batch_size} (batch_size) x {s.accumulative_counts} (accumulative_counts) x "
         f"{processes} (processes) {'packs' if s.packs else 'samples'}"
     )

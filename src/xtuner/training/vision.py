@@ -153,7 +153,7 @@ class RunVision:
         """What an image takes, for the terminal."""
         s, tokens = self.settings, self.image_layout.processor.max_tokens
         return (
-            f"Images     {s.visual_encoder_name_or_path}: {tokens} tokens each, on top of "
+            f"Images     {s.visual_encoder_name_or_path}: {tokens} tokens each, in addition to "
             f"max_length: {s.max_length + tokens:,} in all"
         )
 

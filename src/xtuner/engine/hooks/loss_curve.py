@@ -60,7 +60,7 @@ def draw(file: Path, losses: list[tuple[int, float]], validation: list[tuple[int
             *zip(*validation, strict=True), color="#c0504d", marker="o", label="validation loss"
         )
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss a supervised token (nats)")
+    axes.set_ylabel("loss per trained token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

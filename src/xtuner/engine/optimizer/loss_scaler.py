@@ -83,7 +83,7 @@ class LossScaler:
         return {"scale": scale, "good_steps": good}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; from an empty one, of a run without a scale, begin anew."""
+        """Go on from `state`; from an empty one, of a run without a scale, start again."""
         if self.enabled and state:
             self.scale = float(state["scale"])
             self._taken = (self.scale, int(state["good_steps"]))
