@@ -53,6 +53,7 @@ class Format:
         priority: among formats that use the same number of columns, 'auto' prefers the highest.
         by_row: another format has the same columns, so 'auto' selects this one only if it can read
             a row.
+        renames: columns that the file calls otherwise, and what the format calls them.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Format:
     aliases: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
     by_row: bool = False
+    renames: Mapping[str, str] = field(default_factory=dict)
 
     def missing(self, columns: Collection[str]) -> list[str]:
         """The required columns that are not in `columns`."""
