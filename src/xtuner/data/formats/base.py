@@ -54,6 +54,7 @@ class Format:
         priority: among formats that use the same number of columns, 'auto' prefers the highest.
         by_row: another format has the same columns, so 'auto' selects this one only if it can read
             a row.
+        renames: columns that the file calls otherwise, and what the format calls them.
         turn_keys: for a column that is a list of turns, the keys of a turn that are read; other
             keys are reported.
         unlisted: columns that are read, but do not count when 'auto' compares formats.
@@ -68,6 +69,7 @@ class Format:
     aliases: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
     by_row: bool = False
+    renames: Mapping[str, str] = field(default_factory=dict)
     turn_keys: Mapping[str, Collection[str]] = field(default_factory=dict)
     unlisted: tuple[str, ...] = ()
 
@@ -84,6 +86,7 @@ class Format:
         if not self.columns:
             return []
         read = {*self.columns, *self.optional, *self.aliases.values(), *self.unlisted}
+        read = (read - {*self.renames.values()}) | {*self.renames}
         return [column for column in columns if column not in read]
 
 
