@@ -180,8 +180,8 @@ def log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
         targets: int64 ``[S]``.
 
     Returns:
-        float32 ``[S]``, float64 for float64 states. Products use the autocast dtype if autocast is enabled, else the dtype of
-        `hidden`.
+        float32 ``[S]``, or float64 for float64 states. Products use the autocast dtype if autocast
+        is enabled, else the dtype of `hidden`.
     """
     if not torch.is_grad_enabled():  # needs_input_grad of a Function ignores no_grad
         hidden, weight = hidden.detach(), weight.detach()
