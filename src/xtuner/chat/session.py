@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from xtuner.errors import DataError
@@ -19,6 +19,10 @@ logger = logging.getLogger("xtuner.chat")
 class Session:
     """A conversation with `model`, rendered by the same template object as in training.
 
+    Args:
+        model, tokenizer, template, options, vision: arguments of `generation.generate.stream`.
+        generate: gives the pieces of an answer in place of `stream`, with its arguments.
+
     Attributes:
         messages: the conversation so far; the template adds the system message.
     """
@@ -31,10 +35,11 @@ class Session:
         template: Template,
         options: GenerationOptions,
         vision: ImageInput | None = None,
+        generate: Callable[..., Generator[str, None, None]] = stream,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.template, self.options = template, options
-        self.vision = vision
+        self.vision, self._generate = vision, generate
         if vision and IMAGE in template.system:
             raise DataError(f"the system message contains {IMAGE}; attach images to questions")
         self.messages: list[Message] = []
@@ -54,7 +59,7 @@ class Session:
         if images and self.vision is None:
             raise DataError("this model does not take images; use a LLaVA model")
         messages = self._fit([*self.messages, asked])
-        answer = stream(
+        answer = self._generate(
             self.model,
             self.tokenizer,
             template=self.template,
