@@ -247,7 +247,8 @@ class PackedCausalLM(nn.Module):
         Raises:
             ModelError: the model cannot be split, or gives other results when it is.
         """
-        if reason := cannot_split(text_decoder(self.causal), group.size):
+        reason = cannot_split(text_decoder(self.causal), group.size)
+        if reason := reason or ("samples go through it one at a time" if self.apart else None):
             raise ModelError(f"sequence_parallel_size = {group.size}: {reason}")
         batch = IsolationCheck(self).batch()
         with traceless(self), without_dropout(self), self._autocast(), torch.no_grad():

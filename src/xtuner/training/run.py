@@ -32,6 +32,7 @@ from xtuner.models import manifest
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
+from xtuner.training import preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
@@ -97,6 +98,7 @@ class _TrainingRun:
         source = self._resumable(resume) if resume else None
         self.parts = DataParts.open(self.loaded)
         self.settings = settings = self.parts.settings
+        preflight.check_run(settings)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
@@ -289,6 +291,7 @@ class _TrainingRun:
                 data=data.report.lines(),
                 images=self.vision.line() if self.vision else None,
                 packing=self.parts.packing,
+                positions=preflight.note_on_positions(self.settings, data.train),
                 work_dir=self.work_dir,
             )
         ]
