@@ -7,8 +7,8 @@ from typing import Any
 
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, use_all, written
-from xtuner.migrate.xtuner.systems import text_of
 from xtuner.migrate.xtuner.sources import VERBATIM, Source, Sources
+from xtuner.migrate.xtuner.systems import text_of
 from xtuner.migrate.xtuner.template import carry_template
 
 _ORDERED = ("DefaultSampler", "SequenceParallelSampler", "InternRepoSampler")

@@ -1,8 +1,8 @@
 """System messages that old configs name: ``SYSTEM_TEMPLATE.coder``.
 
 The text is in the old package, not in the config. If that package lies around the config (as in
-site-packages or a clone) its file is parsed for it; otherwise the message has xtuner's own words, and
-the report says so.
+site-packages or a clone) its file is parsed for it; otherwise the message has xtuner's own words,
+and the report says so.
 """
 
 from __future__ import annotations
