@@ -222,15 +222,23 @@ class ImageProcessor(Protocol):
 
 
 class ImageEmbedder(Protocol):
-    """The half of an image model that has weights: training and generation use it."""
+    """The half of an image model that has weights: training and generation use it.
+
+    Attributes:
+        always: a batch without images goes through the weights for images, too, with an image that
+            counts nothing. Where weights or gradients are divided among processes, all of them then
+            enter the same modules.
+    """
+
+    always: bool
 
     def features(self, pixel_values: Sequence[Tensor]) -> Iterable[Tensor]:
         """The features ``[T, H]`` of each image ``[3, H, W]``."""
         ...
 
-    def embed(self, input_ids: Tensor, images: BatchImages) -> Tensor:
-        """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their
-        places."""
+    def embed(self, input_ids: Tensor, images: BatchImages | None) -> Tensor:
+        """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their places;
+        None is a batch without images."""
         ...
 
     def positions(self, batch: Batch) -> Tensor:

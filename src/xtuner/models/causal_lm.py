@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -90,9 +91,18 @@ class PackedCausalLM(nn.Module):
         """Last hidden states ``[1, N, H]`` of a packed batch."""
         return self.causal.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | None, *, run: Callable[[], Any] | None = None) -> Any:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
-        the tokens (see `Batch.sequence_of_predicting`)."""
+        the tokens (see `Batch.sequence_of_predicting`).
+
+        Args:
+            batch: None with `run`.
+            run: called instead, and its result returned. Whatever else calls the model enters here,
+                so that hooks which gather sharded weights see the pass from its beginning.
+        """
+        if run is not None:
+            return run()
+        assert batch is not None
         with self._autocast():
             if not self.apart:
                 return self._scores_of_row(filled(batch), batch)
@@ -135,7 +145,7 @@ class PackedCausalLM(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         positions = batch.position_ids
-        if batch.images is not None and self.embedder is not None:
+        if self.embedder is not None and (batch.images is not None or self.embedder.always):
             ids = inputs.pop("input_ids")
             inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
             positions = self.embedder.positions(batch)

@@ -5,6 +5,7 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
-from xtuner.training.opening_lines import opening_lines
+from xtuner.training.opening_lines import holdings, opening_lines
 from xtuner.training.result import TrainResult
 from xtuner.training.vision import RunVision
 
@@ -60,6 +61,8 @@ def train(
         Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
     """
     settings = loaded.settings
+    # Where DeepSpeed is installed transformers imports it, and it would warn that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", pick_device(settings.device))
     processes = Processes(
         pick_device(settings.device), sequence_parallel_size=settings.sequence_parallel_size
     )
@@ -160,6 +163,7 @@ class _TrainingRun:
             processes=self.processes,
             sharded=self.strategy.sharded,
             vision=self.vision,
+            entrance=self.strategy.model,
         )
         validate = None
         if data.validation is not None:
@@ -251,7 +255,18 @@ class _TrainingRun:
                 paged=self.plan.paged,
             )
 
+        if model.embedder is not None:
+            model.embedder.always = self.strategy.lockstep and self.processes.world_size > 1
+        everything = sum(p.numel() * p.element_size() for p in model.parameters())
+        trained = sum(p.numel() * p.element_size() for p in optim.trainable(model))
         self.strategy.prepare(model, make)
+        for line in holdings(
+            self.strategy,
+            weights=everything,
+            gradients=trained,
+            optimizer=self.plan.forecast.optimizer,
+        ):
+            self.console.print(line, markup=False)
         for note in self.strategy.notes:
             self.console.print(f"Note: {note}", markup=False)
 
