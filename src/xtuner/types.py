@@ -35,7 +35,7 @@ class Message:
 
     `loss` overrides whether the turn is supervised: None is the default (only assistant turns are),
     False excludes an assistant turn. `images` names the images of the turn, one for each
-    ``<image>`` in `content`, in order.
+    ``<image>`` in `content`, in order. `reasoning` is what the assistant thinks before `content`.
     """
 
     role: Role
@@ -45,6 +45,7 @@ class Message:
     name: str | None = None
     tool_call_id: str | None = None
     images: tuple[str, ...] = ()
+    reasoning: str = ""
 
     @property
     def supervised(self) -> bool:
@@ -60,6 +61,8 @@ class Message:
             turn["name"] = self.name
         if self.tool_call_id is not None:
             turn["tool_call_id"] = self.tool_call_id
+        if self.reasoning:
+            turn["reasoning_content"] = self.reasoning
         return turn
 
 
@@ -222,23 +225,16 @@ class ImageProcessor(Protocol):
 
 
 class ImageEmbedder(Protocol):
-    """The half of an image model that has weights: training and generation use it.
-
-    Attributes:
-        always: a batch without images goes through the weights for images, too, with an image that
-            counts nothing. Where weights or gradients are divided among processes, all of them then
-            enter the same modules.
-    """
-
-    always: bool
+    """The half of an image model that has weights: training and generation use it."""
 
     def features(self, pixel_values: Sequence[Tensor]) -> Iterable[Tensor]:
         """The features ``[T, H]`` of each image ``[3, H, W]``."""
         ...
 
     def embed(self, input_ids: Tensor, images: BatchImages | None) -> Tensor:
-        """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their places;
-        None is a batch without images."""
+        """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their places.
+        None is a batch without images: its embeddings go through the weights for images as well,
+        with an image that counts nothing (see `PackedCausalLM.always_embeds`)."""
         ...
 
     def positions(self, batch: Batch) -> Tensor:

@@ -56,16 +56,13 @@ class Strategy(BaseStrategy):
         mesh = init_device_mesh(self.processes.device.type, (size,))
         policy = CPUOffloadPolicy() if self.option["cpu_offload"] else OffloadPolicy()
         units = _parts.units_of(model)
-        for unit in [*units, *([] if model in units else [model])]:
+        divided: list[Any] = [*units, *([] if model in units else [model])]
+        for unit in divided:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
-        root: Any = model
-        root.set_gradient_divide_factor(1.0)
-        for module in model.modules():
-            if hasattr(module, "set_force_sum_reduction_for_comms"):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-        if hasattr(root, "set_reduce_scatter_unused_params"):
-            root.set_reduce_scatter_unused_params(True)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+            if hasattr(unit, "set_reduce_scatter_unused_params"):
+                unit.set_reduce_scatter_unused_params(True)
         self.model = model
         self.parameters = optim.trainable(model)
         self.optimizer: Any = make_optimizer(model)

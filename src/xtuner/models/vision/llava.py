@@ -128,7 +128,6 @@ class LlavaEmbedder(nn.Module):
         super().__init__()
         self._llava = (llava,)  # in a tuple: the parameters are registered elsewhere
         self.train_encoder, self.autocast, self.keep = train_encoder, autocast, keep
-        self.always = False
 
     @property
     def llava(self) -> Any:
