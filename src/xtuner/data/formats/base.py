@@ -53,6 +53,9 @@ class Format:
         priority: among formats that use the same number of columns, 'auto' prefers the highest.
         by_row: another format has the same columns, so 'auto' selects this one only if it can read
             a row.
+        turn_keys: for a column that is a list of turns, the keys of a turn that are read; other
+            keys are reported.
+        unlisted: columns that are read, but do not count when 'auto' compares formats.
     """
 
     name: str
@@ -64,14 +67,23 @@ class Format:
     aliases: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
     by_row: bool = False
+    turn_keys: Mapping[str, Collection[str]] = field(default_factory=dict)
+    unlisted: tuple[str, ...] = ()
 
     def missing(self, columns: Collection[str]) -> list[str]:
         """The required columns that are not in `columns`."""
         return [c for c in self.columns if c not in columns and self.aliases.get(c) not in columns]
 
     def num_used(self, columns: Collection[str]) -> int:
-        """Number of `columns` that the format reads."""
+        """Number of `columns` that count when 'auto' compares formats."""
         return len({*self.columns, *self.optional, *self.aliases.values()} & {*columns})
+
+    def unread(self, columns: Collection[str]) -> list[str]:
+        """The `columns` that the format does not read; none for a user's own."""
+        if not self.columns:
+            return []
+        read = {*self.columns, *self.optional, *self.aliases.values(), *self.unlisted}
+        return [column for column in columns if column not in read]
 
 
 def kind(value: object) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from xtuner.data.formats._turns import read_turns
+from xtuner.data.formats._turns import TURN_KEYS, read_turns
 from xtuner.data.formats.base import Format, RowError, conversation, items
 from xtuner.types import Conversation, Message, Row
 
@@ -40,11 +40,13 @@ def _parts(turn: Message) -> Iterator[Message]:
     if turn.role != "assistant" or turn.tool_calls:
         yield turn
         return
+    reasoning = turn.reasoning
     for i, piece in enumerate(_RESULT.split(turn.content)):
         if i % 2:
             yield Message("tool", piece)
         elif piece.strip():
-            yield Message("assistant", piece)
+            yield Message("assistant", piece, loss=turn.loss, reasoning=reasoning)
+            reasoning = ""
 
 
 FORMAT = Format(
@@ -62,4 +64,5 @@ FORMAT = Format(
     },
     convert=convert,
     priority=-1,
+    turn_keys={"conversations": TURN_KEYS},
 )

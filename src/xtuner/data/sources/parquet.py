@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from xtuner.data.sources.rows import Fault
+from xtuner.data.sources.rows import Fault, without_nulls
 from xtuner.errors import DataError
 from xtuner.types import Row
 
@@ -42,8 +42,11 @@ def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row | Fault, float]
         while answer := child.answer(name):
             child.ask({})  # the next rows are read while these are used
             for row in answer["rows"]:
-                yield (Fault(row[1], row[0], row[2]) if isinstance(row, tuple) else row,
-                       answer["share"])  # fmt: skip
+                fault = isinstance(row, tuple)
+                yield (
+                    Fault(row[1], row[0], row[2]) if fault else without_nulls(row),
+                    answer["share"],
+                )
     finally:
         child.release()
 

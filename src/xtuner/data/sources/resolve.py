@@ -10,10 +10,12 @@ from pathlib import Path
 from xtuner.config.schema import Settings
 from xtuner.data import formats
 from xtuner.data.formats.base import Format
+from xtuner.data.sources import unread
 from xtuner.data.sources.find import RowFile, Source, below, find
 from xtuner.data.sources.rows import Fault, parse
 from xtuner.data.tokenize.workers import Task
 from xtuner.errors import DataError, listed
+from xtuner.types import Row
 
 _INSPECTED_ROWS = 100
 
@@ -89,6 +91,11 @@ def _prepared(source: Source, format_name: str, folder: Path) -> PreparedSource:
         for column, alias in found[-1].aliases.items():
             if alias in columns:
                 notes[f"{source.name}: the key {alias!r} is read as {column!r}"] = None
+        rest = found[-1].unread(columns)
+        for note in unread.notes(found[-1], _rows(head), rest):
+            notes[f"{source.name}: {note}"] = None
+        if format_name != formats.AUTO and (kind := unread.other_kind(_rows(head), rest)):
+            notes[f"{source.name}: {kind}"] = None
     if not files:
         raise DataError(f"{source.name}: contains no rows")
     return PreparedSource(source.name, format_name, tuple(files), tuple(found), tuple(notes))
@@ -107,12 +114,23 @@ def _format(
     file: RowFile, name: str, columns: tuple[str, ...], head: list[object], folder: Path
 ) -> Format:
     """Resolve the format by the `columns` of the rows in `head`."""
-    rows = [row for row in head if isinstance(row, dict)]
+    rows = _rows(head)
     if not rows:
         fault = next(row for row in head if isinstance(row, Fault))
         count = f"first {len(head)} rows" if len(head) > 1 else "rows"
         raise DataError(f"{file.name}: none of the {count} can be read: the first {fault}")
     try:
-        return formats.resolve(name, columns=columns, folder=folder, sample=rows[0])
+        format = formats.resolve(name, columns=columns, folder=folder, sample=rows[0])
     except DataError as error:
-        raise DataError(f"{file.name}: {error}") from error
+        kind = unread.other_kind(rows, columns)
+        raise DataError(f"{file.name}: {kind or error}") from error
+    if name == formats.AUTO and (kind := unread.other_kind(rows, format.unread(columns))):
+        raise DataError(
+            f"{file.name}: {kind}. To train on its other columns all the same, set "
+            f"dataset_format = {format.name!r}"
+        )
+    return format
+
+
+def _rows(head: list[object]) -> list[Row]:
+    return [row for row in head if isinstance(row, dict)]
