@@ -10,6 +10,7 @@ references to other files are not followed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _TYPES: Mapping[str, Callable[[Any], bool]] = {
@@ -18,7 +19,8 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
     "string": lambda v: isinstance(v, str),
     "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
     "integer": lambda v: (
-        not isinstance(v, bool) and (isinstance(v, int) or (isinstance(v, float) and v == int(v)))
+        not isinstance(v, bool)
+        and (isinstance(v, int) or (isinstance(v, float) and v.is_integer()))
     ),
     "boolean": lambda v: isinstance(v, bool),
     "null": lambda v: v is None,
@@ -46,16 +48,24 @@ def type_name(name: str) -> str | None:
 
 def problems(value: Any, schema: Mapping[str, Any], *, path: str = "") -> Iterator[str]:
     """Yield what of `value` does not fit `schema`, each with its path, such as ``days[0]``."""
-    yield from _problems(value, schema, path, schema, 0)
+    yield from _problems(value, schema, path, _Root(schema), 0)
 
 
-def _problems(
-    value: Any, schema: Any, path: str, root: Mapping[str, Any], depth: int
-) -> Iterator[str]:
-    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+@dataclass
+class _Root:
+    """The complete schema, and how many more parts of it are looked at: a schema that names itself
+    in several alternatives would take forever."""
+
+    schema: Mapping[str, Any]
+    left: int = 10_000
+
+
+def _problems(value: Any, schema: Any, path: str, root: _Root, depth: int) -> Iterator[str]:
+    root.left -= 1
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH or root.left < 0:
         return
     if isinstance(reference := schema.get("$ref"), str):
-        yield from _problems(value, _resolved(reference, root), path, root, depth + 1)
+        yield from _problems(value, _resolved(reference, root.schema), path, root, depth + 1)
         return
     if value is None and schema.get("nullable") is True:
         return
@@ -86,7 +96,7 @@ def _object(
     value: Mapping[str, Any],
     schema: Mapping[str, Any],
     path: str,
-    root: Mapping[str, Any],
+    root: _Root,
     depth: int,
 ) -> Iterator[str]:
     listed = schema.get("properties")
@@ -112,7 +122,7 @@ def _array(
     value: Sequence[Any],
     schema: Mapping[str, Any],
     path: str,
-    root: Mapping[str, Any],
+    root: _Root,
     depth: int,
 ) -> Iterator[str]:
     where = f"{path} " if path else ""
@@ -131,7 +141,7 @@ def _length(size: int, schema: Mapping[str, Any], key: str, unit: str, where: st
 
 
 def _combined(
-    value: Any, schema: Mapping[str, Any], path: str, root: Mapping[str, Any], depth: int
+    value: Any, schema: Mapping[str, Any], path: str, root: _Root, depth: int
 ) -> Iterator[str]:
     for part in _list(schema.get("allOf")):
         yield from _problems(value, part, path, root, depth + 1)

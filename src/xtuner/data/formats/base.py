@@ -52,7 +52,9 @@ class Format:
         aliases: alternative names of required columns.
         priority: among formats that use the same number of columns, 'auto' prefers the highest.
         by_row: another format has the same columns, so 'auto' selects this one only if it can read
-            a row.
+            a row, and recognises it.
+        recognise: whether a row is of this format rather than another with the same columns, by
+            what its text contains; 'auto' then selects this one.
         turn_keys: for a column that is a list of turns, the keys of a turn that are read; other
             keys are reported.
         unlisted: columns that are read, but do not count when 'auto' compares formats.
@@ -67,6 +69,7 @@ class Format:
     aliases: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
     by_row: bool = False
+    recognise: Callable[[Row], bool] | None = None
     turn_keys: Mapping[str, Collection[str]] = field(default_factory=dict)
     unlisted: tuple[str, ...] = ()
 

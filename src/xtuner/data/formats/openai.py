@@ -28,7 +28,7 @@ _ROLES: Mapping[str, Role] = {
     "function": "tool",
 }
 
-_TURN_KEYS = (
+TURN_KEYS = (
     "role", "content", "tool_calls", "function_call", "name", "tool_call_id", *SUPERVISION_KEYS,
 )  # fmt: skip
 
@@ -115,5 +115,5 @@ FORMAT = Format(
     convert=convert,
     optional=("tools", "images"),
     priority=10,
-    turn_keys={"messages": _TURN_KEYS},
+    turn_keys={"messages": TURN_KEYS},
 )

@@ -120,7 +120,9 @@ def _format(
         count = f"first {len(head)} rows" if len(head) > 1 else "rows"
         raise DataError(f"{file.name}: none of the {count} can be read: the first {fault}")
     try:
-        format = formats.resolve(name, columns=columns, folder=folder, sample=rows[0])
+        format = formats.resolve(
+            name, columns=columns, folder=folder, sample=formats.telling(rows, columns)
+        )
     except DataError as error:
         kind = unread.other_kind(rows, columns)
         raise DataError(f"{file.name}: {kind or error}") from error

@@ -6,9 +6,11 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from xtuner.calls.check import CallPolicy
 from xtuner.config.schema import Settings
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.resolve import PreparedSource
@@ -28,7 +30,8 @@ class Encoding:
     """Encodes the sources of a run.
 
     Args:
-        settings: `algorithm`, its options and `dataset_num_proc` are used.
+        settings: `algorithm`, its options, `tool_call_errors`, `thoughts` and `dataset_num_proc`
+            are used.
         template: renders conversations.
         tokenizer: of the trained model.
         folder: where relative paths are looked up first.
@@ -51,6 +54,7 @@ class Encoding:
         self._image_layout = image_layout
         self._template, self._tokenizer, self._folder = template, tokenizer, folder
         self._algorithm, self._options = algorithm, settings.algorithm_options
+        self._calls = CallPolicy(settings.tool_call_errors, settings.thoughts)
         self._processes = settings.dataset_num_proc
         self._quiet = quiet
 
@@ -81,7 +85,12 @@ class Encoding:
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
         """Encode all rows of `source`, with a progress bar."""
         encoder = Encoder(
-            source.formats, self._template, self._tokenizer, self._algorithm, self._image_layout
+            source.formats,
+            self._template,
+            self._tokenizer,
+            self._algorithm,
+            self._image_layout,
+            self._calls,
         )
         read = rows = 0
 
@@ -113,6 +122,7 @@ class Encoding:
                 **(self._image_layout.facts() if self._image_layout else {}),
                 "template": self._template.fingerprint(),
                 "tokenizer": cache.tokenizer_identity(self._tokenizer),
+                "calls": astuple(self._calls),
                 "algorithm": [_source_hash(self._algorithm), self._options],
                 "files": [file.digest() for file in source.files],
                 "formats": names,

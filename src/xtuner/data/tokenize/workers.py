@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, RawRow, parse
@@ -60,6 +61,7 @@ class Encoder:
         tokenizer: encodes plain text.
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
+        calls: what happens to wrong tool calls and to thoughts.
     """
 
     formats: Sequence[Format]
@@ -67,12 +69,21 @@ class Encoder:
     tokenizer: Any
     algorithm: Algorithm
     image_layout: ImageLayout | None = None
+    calls: CallPolicy = CallPolicy()
 
     def record(self, task: Task) -> Record | Fault:
-        """Parse and convert one row."""
+        """Parse and convert one row, and check its tool calls."""
         raw = task.row.value
         row = parse(raw) if isinstance(raw, bytes) else raw
-        return row if isinstance(row, Fault) else self._converted(row, self.formats[task.file])
+        if isinstance(row, Fault):
+            return row
+        converted = self._converted(row, self.formats[task.file])
+        if isinstance(converted, Fault):
+            return converted
+        checked = self.calls.applied(converted)
+        if isinstance(checked, Problem):
+            return Fault(f"{checked.problem}; {checked.cure}", checked.where)
+        return checked
 
     def encode(self, task: Task) -> list[Encoded] | Fault:
         """Encode one row; faults are returned, not raised."""
