@@ -18,6 +18,7 @@ from xtuner.config.marks import (
     Floats,
     Fraction,
     Mark,
+    Names,
     OneOrMore,
     Options,
     Positive,
@@ -184,6 +185,10 @@ class DataPart(Part):
     """How rows are read; 'auto' decides by the columns and reports its choice. One for all sources
     or a list with one per source. `xtuner list-dataset-format` lists them; your own is
     'my_format.py:to_messages'."""
+    columns: Annotated[Names, Mark("free")] = ()
+    """What the columns of the data are, such as {'问题': 'user', '回答': 'assistant'}: 'user',
+    'assistant', 'system', or a column that a format reads. Usual names are recognised without
+    it."""
     dataset_split: Annotated[str, Mark("free")] = "train"
     """The split of a data set on the hub."""
     data_repeats: Floats | None = None

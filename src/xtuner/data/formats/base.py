@@ -55,6 +55,7 @@ class Format:
             a row, and recognises it.
         recognise: whether a row is of this format rather than another with the same columns, by
             what its text contains; 'auto' then selects this one.
+        renames: columns that the file calls otherwise, and what the format calls them.
         turn_keys: for a column that is a list of turns, the keys of a turn that are read; other
             keys are reported.
         unlisted: columns that are read, but do not count when 'auto' compares formats.
@@ -70,6 +71,7 @@ class Format:
     priority: int = 0
     by_row: bool = False
     recognise: Callable[[Row], bool] | None = None
+    renames: Mapping[str, str] = field(default_factory=dict)
     turn_keys: Mapping[str, Collection[str]] = field(default_factory=dict)
     unlisted: tuple[str, ...] = ()
 
@@ -86,6 +88,7 @@ class Format:
         if not self.columns:
             return []
         read = {*self.columns, *self.optional, *self.aliases.values(), *self.unlisted}
+        read = (read - {*self.renames.values()}) | {*self.renames}
         return [column for column in columns if column not in read]
 
 

@@ -34,6 +34,11 @@ class RowFile(Protocol):
         """Whether rows are numbered by line or by row."""
         ...
 
+    @property
+    def note(self) -> str:
+        """What the user should know of how the file is read; usually empty."""
+        ...
+
     def digest(self) -> str:
         """A hash of the contents."""
         ...

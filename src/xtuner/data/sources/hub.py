@@ -17,6 +17,7 @@ class HubSplit:
     name: str
     table: Any
     unit: Unit = "row"
+    note: str = ""
 
     @property
     def size(self) -> int:

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple, cast
 from xtuner.data.sources.json_arrays import array_rows, refuse_single_object
 from xtuner.data.sources.parquet import parquet_rows
 from xtuner.data.sources.rows import NOT_UTF8, Fault, RawRow, Unit, parse
-from xtuner.data.sources.tables import csv_rows
+from xtuner.data.sources.tables import SEPARATORS, csv_rows, delimiter_of
 from xtuner.errors import DataError
 from xtuner.types import Row
 
@@ -54,6 +54,20 @@ class LocalFile:
             return "row"
         return "row" if self._kind in (".json", ".jsonl") and self._is_array() else "line"
 
+    @property
+    def note(self) -> str:
+        """What the user should know of how the file is read."""
+        usual = {".csv": ",", ".tsv": "\t"}.get(self._kind)
+        if usual is None or self.delimiter == usual:
+            return ""
+        return f"cells are separated by {SEPARATORS[self.delimiter]}"
+
+    @cached_property
+    def delimiter(self) -> str:
+        """What separates the cells of a table."""
+        with self._read_errors(), self._open() as stream:
+            return delimiter_of(stream.data, usual="\t" if self._kind == ".tsv" else ",")
+
     def digest(self) -> str:
         """A hash of the contents."""
         with self._read_errors(), self.path.open("rb") as file:
@@ -83,8 +97,7 @@ class LocalFile:
             if (raw := data.read()).removeprefix(_BOM).strip():
                 yield RawRow(1, _document(raw), self.size)
         elif self._kind in (".csv", ".tsv"):
-            delimiter = "\t" if self._kind == ".tsv" else ","
-            for line, row in csv_rows(data, name=self.name, delimiter=delimiter):
+            for line, row in csv_rows(data, name=self.name, delimiter=self.delimiter):
                 yield RawRow(line, row, stream.position())
         elif self.unit == "row":
             for number, row in enumerate(array_rows(data, name=self.name), 1):

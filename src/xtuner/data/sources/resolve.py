@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xtuner import plugins
 from xtuner.config.schema import Settings
 from xtuner.data import formats
 from xtuner.data.formats.base import Format
@@ -69,17 +70,30 @@ def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
         try:
             entry = below(entry, settings.data_root, folder)
             source = find(entry, folder=folder, split=settings.dataset_split)
-            prepared.append(_prepared(source, format_name, folder))
+            prepared.append(_prepared(source, format_name, folder, dict(settings.columns)))
         except DataError as error:
             problems.append(str(error))
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
         raise DataError(listed(f"{len(problems)} problems with the data:", problems))
+    _refuse_unknown_columns(settings, prepared)
     return prepared
 
 
-def _prepared(source: Source, format_name: str, folder: Path) -> PreparedSource:
+def _refuse_unknown_columns(settings: Settings, prepared: Sequence[PreparedSource]) -> None:
+    """Raise for an entry of the setting `columns` that no file has."""
+    kinds = [format for source in prepared for format in source.formats]
+    if any(plugins.is_user_path(format.name) for format in kinds):
+        return
+    read = {column for format in kinds for column in format.renames}
+    if missing := [repr(column) for column, _ in settings.columns if column not in read]:
+        raise DataError(f"columns: no file of data_path has a column {' or '.join(missing)}")
+
+
+def _prepared(
+    source: Source, format_name: str, folder: Path, names: Mapping[str, str]
+) -> PreparedSource:
     files, found, notes = [], [], dict[str, None]()
     for file in source.files:
         head = [_row(raw.value) for raw in itertools.islice(file.rows(), _INSPECTED_ROWS)]
@@ -87,7 +101,11 @@ def _prepared(source: Source, format_name: str, folder: Path) -> PreparedSource:
             continue
         files.append(file)
         columns = _columns(head)
-        found.append(_format(file, format_name, columns, head, folder))
+        found.append(_format(file, format_name, columns, head, folder, names))
+        if note := " and ".join(f"{c!r} as {n!r}" for c, n in found[-1].renames.items()):
+            notes[f"{source.name}: reads column {note}"] = None
+        if file.note:
+            notes[f"{source.name}: {file.note}"] = None
         for column, alias in found[-1].aliases.items():
             if alias in columns:
                 notes[f"{source.name}: the key {alias!r} is read as {column!r}"] = None
@@ -111,7 +129,12 @@ def _columns(head: list[object]) -> tuple[str, ...]:
 
 
 def _format(
-    file: RowFile, name: str, columns: tuple[str, ...], head: list[object], folder: Path
+    file: RowFile,
+    name: str,
+    columns: tuple[str, ...],
+    head: list[object],
+    folder: Path,
+    names: Mapping[str, str],
 ) -> Format:
     """Resolve the format by the `columns` of the rows in `head`."""
     rows = _rows(head)
@@ -120,9 +143,8 @@ def _format(
         count = f"first {len(head)} rows" if len(head) > 1 else "rows"
         raise DataError(f"{file.name}: none of the {count} can be read: the first {fault}")
     try:
-        format = formats.resolve(
-            name, columns=columns, folder=folder, sample=formats.telling(rows, columns)
-        )
+        sample = formats.telling(rows, columns)
+        format = formats.resolve(name, columns=columns, folder=folder, sample=sample, names=names)
     except DataError as error:
         kind = unread.other_kind(rows, columns)
         raise DataError(f"{file.name}: {kind or error}") from error

@@ -19,7 +19,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ class Encoder:
     tokenizer: Any
     algorithm: Algorithm
     image_layout: ImageLayout | None = None
-    calls: CallPolicy = CallPolicy()
+    calls: CallPolicy = field(default_factory=CallPolicy)
 
     def record(self, task: Task) -> Record | Fault:
         """Parse and convert one row, and check its tool calls."""
