@@ -17,7 +17,7 @@ from xtuner.calls.families.json_text import BareJson, TaggedJson
 from xtuner.calls.families.mistral import Mistral
 from xtuner.calls.families.python_text import Moss, Pythonic
 from xtuner.calls.families.react import React
-from xtuner.calls.families.xml_text import GlmXml, QwenXml
+from xtuner.calls.families.xml_text import GlmXml, NamedTag, QwenXml
 from xtuner.calls.read import arguments_of, make_call, name_of
 from xtuner.errors import ConfigError, did_you_mean
 
@@ -29,6 +29,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         # Qwen 2.5 and 3, Hermes, SmolLM3; the default
         TaggedJson("hermes", "<tool_call>", "</tool_call>", newline=True),
+        NamedTag("function_tags"),  # Functionary, and Llama 3.1 with tools of one's own
         QwenXml("qwen_xml"),  # Qwen3-Coder, Qwen 3.5
         GlmXml("glm4_5"),
         InternLM2("internlm2"),
@@ -93,27 +94,32 @@ PROBE_TOOL: Mapping[str, Any] = {
 """The tool of `PROBES`."""
 
 
+SIMPLE_PROBES = ((make_call("look_up", {"key": "x", "count": 3}, call_id="call00001"),),)
+"""For templates that do not quote what they render."""
+
+
 def find(rendered: Callable[[Sequence[Mapping[str, Any]]], str | None]) -> Family | None:
-    """The family that reads back what `rendered` makes of the calls of `PROBES`.
+    """The family that reads back what `rendered` makes of `PROBES`, or of simpler calls.
 
     Args:
         rendered: the text of an assistant turn with these calls and no content, without its stop;
             None if the template cannot render them (some take one call a turn).
     """
-    texts = [rendered(calls) for calls in PROBES]
-    if texts[0] is None:
-        return None
-    for family in FAMILIES.values():
-        if all(_same(family, text, calls) for text, calls in zip(texts, PROBES, strict=True)):
-            return family
+    for probes in (PROBES, SIMPLE_PROBES):
+        texts = [rendered(calls) for calls in probes]
+        if texts[0] is None:
+            return None
+        for family in FAMILIES.values():
+            if all(_same(family, text, calls) for text, calls in zip(texts, probes, strict=True)):
+                return family
     return None
 
 
 def _same(family: Family, text: str | None, calls: Sequence[Mapping[str, Any]]) -> bool:
     if text is None:
         return True
-    said, found = parse(family, text, tools=[PROBE_TOOL])
-    if said.strip() or len(found) != len(calls) or any(call.problem for call in found):
+    _, found = parse(family, text, tools=[PROBE_TOOL])  # text around the calls may be a header
+    if len(found) != len(calls) or any(call.problem for call in found):
         return False
     return all(
         (name_of(got.call), arguments_of(got.call)) == (name_of(call), arguments_of(call))

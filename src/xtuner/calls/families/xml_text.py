@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xtuner.calls.families.base import Found, Section
+from xtuner.calls.families.base import Found, Section, after, checked
 from xtuner.calls.families.json_text import dumped
 from xtuner.calls.read import arguments_of, make_call, name_of
-from xtuner.calls.scan import loads
+from xtuner.calls.scan import json_end, loads, skip_space
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n?(.*?)\n?</function>\s*", re.DOTALL)
@@ -55,6 +55,35 @@ class _Tagged:
     def ended(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
         """See `Family.ended`."""
         return None
+
+
+@dataclass(frozen=True)
+class NamedTag(_Tagged):
+    """``<function=NAME>{...}</function>``."""
+
+    opens: tuple[str, ...] = ("<function=",)
+    markers: tuple[str, ...] = ("</function>",)
+
+    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """See `Family.render`."""
+        return "\n".join(
+            f"<function={name_of(call)}>{dumped(arguments_of(call))}</function>" for call in calls
+        )
+
+    def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
+        """See `Family.read`."""
+        close = text.find(">")
+        start = skip_space(text, close + 1)
+        if close < 0 or start == len(text):
+            return None
+        end = json_end(text, start) if text[start] == "{" else None
+        if end is None:
+            return None if text[start] == "{" else Section((), 0)
+        stop = after(text, end, self.markers[0])
+        if stop is None:
+            return None
+        name = text[len(self.opens[0]) : close].strip()
+        return Section((checked(make_call(name, text[start:end]), text[:end]),), stop)
 
 
 class QwenXml(_Tagged):
