@@ -98,5 +98,6 @@ WITH_TOOLS = {
 
 TOKENS = (
     "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
-    "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "[TOOL_CALLS]", "[INST]", "[/INST]", "<|observation|>", "<|python_tag|>",
+    "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+    "[TOOL_CALLS]", "[INST]", "[/INST]", "<|observation|>", "<|python_tag|>",
 )  # fmt: skip

@@ -86,7 +86,7 @@ def _problems(value: Any, schema: Any, path: str, root: _Root, depth: int) -> It
         yield from _length(len(value), schema, "Length", "characters", where)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         for key, holds, words in _BOUNDS:
-            bound = schema.get(key)
+            bound: Any = schema.get(key)
             if _TYPES["number"](bound) and not holds(value, bound):
                 yield f"{where}must be {words} {bound}, and is {value}"
     yield from _combined(value, schema, path, root, depth)

@@ -176,8 +176,8 @@ class DataPart(Part):
         OneOrMore,
         Mark(is_path=True, comment="a file, a folder, a name on the hub, or a list of these"),
     ]
-    """A json, jsonl, csv, parquet or txt file, a folder of them, a name on the hub, or a list of
-    these."""
+    """A json, jsonl, csv, tsv, parquet, arrow or txt file, a folder of them or of `save_to_disk`, a
+    name on the hub, or a list of these."""
     dataset_format: Annotated[
         OneOrMore,
         Mark("free", comment="'auto' decides by the columns; one, or one per source"),
@@ -253,9 +253,11 @@ class OptimPart(Part):
     """Samples (or packs) per device and micro-batch."""
     accumulative_counts: Annotated[Positive, Mark(comment="micro-batches per optimizer step")] = 16
     """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
-    * accumulative_counts * number of processes."""
+    * accumulative_counts * number of processes / sequence_parallel_size."""
     sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
-    """Number of devices that share one sequence. This version supports 1."""
+    """Processes that share the tokens of each row (sequence parallelism, Ulysses): activations take
+    about this many times less memory in each. It divides the number of processes; the processes
+    of a group count once in the effective batch."""
     max_epochs: Annotated[Positive, Mark(comment="")] = 3
     """Passes over the data."""
     max_steps: Annotated[

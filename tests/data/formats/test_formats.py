@@ -1,6 +1,7 @@
 """Contract of every format in the folder, and what each one reads out of a row."""
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -152,6 +153,27 @@ def test_reasoning_of_the_assistant_is_read(key):
         read("openai", messages=[{**ask, key: "x"}, messages[1]])
 
 
+def test_messages_may_be_text_of_json_or_python():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    expected = read("openai", messages=messages)
+    for text in (json.dumps(messages), str(messages)):
+        assert read("openai", messages=text) == expected
+    with pytest.raises(RowError, match="messages: is text that is not a list; write it as JSON"):
+        read("openai", messages="[{'role': ...}")
+
+
+def test_prompt_and_completion_may_be_lists_of_messages():
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+              {"role": "user", "content": "c"}]  # fmt: skip
+    completion = [{"role": "assistant", "content": "d"}]
+    record = read("code_alpaca", prompt=prompt, completion=completion)
+    assert [m.content for m in record.messages if m.supervised] == ["d"]
+    assert turns(record)[:3] == [("user", "a"), ("assistant", "b"), ("user", "c")]
+    assert read("code_alpaca", prompt="[{1}] is what?", completion="a set").messages[0].content
+    with pytest.raises(RowError, match=r"completion\[0\].role: is 'user'"):
+        read("code_alpaca", prompt=prompt, completion=prompt)
+
+
 def test_function_call_is_a_call():
     call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
     rows = [
@@ -294,7 +316,10 @@ def test_moss_orders_turns_by_number_and_keeps_results_out_of_the_answers():
 def test_msagent_reads_text_as_json_and_as_python_and_splits_results():
     import json
 
-    example = formats.load("msagent").example
+    called = '<|startofthink|>{"api_name": "add", "parameters": {"a": 2, "b": 3}}<|endofthink|>'
+    said = f"I add.{called}<|startofexec|>5<|endofexec|>It is 5."
+    example = {"conversations": [{"from": "user", "value": "What is 2 + 3?"},
+                                 {"from": "assistant", "value": said}]}  # fmt: skip
     record = formats.load("msagent").convert(example)
     assert turns(record) == [
         ("user", "What is 2 + 3?"), ("assistant", "I add."),

@@ -72,7 +72,7 @@ def _next_bracket(text: str, start: int) -> int:
 
 def tools_in(values: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
     """The tools among `values` and in lists among them; what is no tool is skipped."""
-    tools = []
+    tools: list[Mapping[str, Any]] = []
     for value in values:
         if isinstance(value, list):
             tools += tools_in(value)

@@ -30,14 +30,10 @@ FORMAT = Format(
     columns=("conversation",),
     example={
         "conversation": [
-            {"role": "user", "content": "What is 2 + 3?", "loss": False},
-            {
-                "role": "assistant",
-                "content": 'Thought: I add.\nAction: add\nAction Input: {"a": 2, "b": 3}',
-                "loss": True,
-            },
-            {"role": "user", "content": "Response: 5", "loss": False},
-            {"role": "assistant", "content": "Final Answer: It is 5.", "loss": True},
+            {"role": "user", "content": "What day is it?", "loss": False},
+            {"role": "assistant", "content": "Action: today\nAction Input: {}", "loss": True},
+            {"role": "user", "content": "Response: Friday", "loss": False},
+            {"role": "assistant", "content": "Final Answer: It is Friday.", "loss": True},
         ]
     },
     convert=convert,

@@ -71,12 +71,8 @@ FORMAT = Format(
     description="Functions in the system prompt, and one text of all turns.",
     columns=("system", "chat"),
     example={
-        "system": "SYSTEM: You are a helpful assistant with access to the following functions. "
-        'Use them if required -\n{"name": "add", "description": "Add two numbers.", "parameters": '
-        '{"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}}}',
-        "chat": 'USER: What is 2 + 3?\n\n\nASSISTANT: <functioncall> {"name": "add", "arguments": '
-        '\'{"a": 2, "b": 3}\'} <|endoftext|>\n\n\nFUNCTION RESPONSE: 5\n\n\n'
-        "ASSISTANT: It is 5. <|endoftext|>",
+        "system": 'SYSTEM: Functions -\n{"name": "today", "parameters": {}}',
+        "chat": 'USER: Day?\n\nASSISTANT: <functioncall> {"name": "today"}',
     },
     convert=convert,
 )

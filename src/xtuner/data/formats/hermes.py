@@ -72,13 +72,10 @@ FORMAT = Format(
     columns=("conversations",),
     example={
         "conversations": [
-            {"from": "human", "value": "What is 2 + 3?"},
-            {
-                "from": "gpt",
-                "value": '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>',
-            },
-            {"from": "tool", "value": "<tool_response>5</tool_response>"},
-            {"from": "gpt", "value": "It is 5."},
+            {"from": "human", "value": "What day is it?"},
+            {"from": "gpt", "value": '<tool_call>{"name": "today"}</tool_call>'},
+            {"from": "tool", "value": "<tool_response>Friday</tool_response>"},
+            {"from": "gpt", "value": "It is Friday."},
         ]
     },
     convert=convert,

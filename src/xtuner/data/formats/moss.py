@@ -94,10 +94,8 @@ def _calls(
     command = _COMMAND.fullmatch(commands.strip())
     if command is None:
         raise RowError(where, "is no call", 'write it as NAME("TEXT")')
-    parameters = next(
-        (t["function"]["parameters"]["properties"] for t in tools
-         if t["function"]["name"] == command[1]), {}
-    )  # fmt: skip
+    named = [tool["function"] for tool in tools if tool["function"]["name"] == command[1]]
+    parameters = named[0]["parameters"]["properties"] if named else {}
     argument = next(iter(parameters), "argument_0")
     value = command[2].strip().removeprefix('"').removesuffix('"')
     return (make_call(command[1], {argument: value}),)

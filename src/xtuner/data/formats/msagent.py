@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from xtuner.calls.read import python_literal
 from xtuner.data.formats._react import texts
 from xtuner.data.formats._tools import objects_in, read_calls, tools_in
 from xtuner.data.formats._turns import TURN_KEYS, read_turns
-from xtuner.data.formats.base import Format, RowError, conversation, items
+from xtuner.data.formats.base import Format, conversation, items, listed
 from xtuner.types import Conversation, Message, Row
 
 _PART = re.compile(
@@ -23,9 +22,7 @@ _LISTING = "当前对话可以使用的插件信息"
 
 def convert(row: Row) -> Conversation:
     """Read the turns; calls become tool calls and results turns of tools."""
-    if isinstance(row.get("conversations"), str):
-        row = {**row, "conversations": _parse(row["conversations"])}
-    turns = read_turns(items(row, "conversations"), column="conversations")
+    turns = read_turns(items(listed(row, "conversations"), "conversations"), column="conversations")
     messages: list[Message] = []
     tools: tuple[Mapping[str, Any], ...] = ()
     for index, turn in enumerate(turns):
@@ -36,15 +33,6 @@ def convert(row: Row) -> Conversation:
         else:
             messages += _parts(turn, f"conversations[{index}].value")
     return conversation(messages, tools=tools, column="conversations")
-
-
-def _parse(value: str) -> Any:
-    """Parse a list that is stored as JSON or Python text."""
-    try:
-        return python_literal(value)
-    except ValueError as error:
-        hint = "write it as JSON"
-        raise RowError("conversations", "is text that is not a list", hint) from error
 
 
 def _plugins(content: str) -> tuple[Mapping[str, Any], ...]:
@@ -101,11 +89,10 @@ FORMAT = Format(
     columns=("conversations",),
     example={
         "conversations": [
-            {"from": "user", "value": "What is 2 + 3?"},
+            {"from": "user", "value": "What day is it?"},
             {
                 "from": "assistant",
-                "value": 'I add.<|startofthink|>{"api_name": "add", "parameters": {"a": 2, "b": 3}}'
-                "<|endofthink|><|startofexec|>5<|endofexec|>It is 5.",
+                "value": '<|startofthink|>{"api_name": "today"}<|endofthink|>',
             },
         ]
     },

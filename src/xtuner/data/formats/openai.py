@@ -13,6 +13,7 @@ from xtuner.data.formats.base import (
     RowError,
     conversation,
     items,
+    listed,
     objects,
     optional_text,
     text,
@@ -35,7 +36,7 @@ TURN_KEYS = (
 
 def convert(row: Row) -> Conversation:
     """Read messages, tools and image names."""
-    turns = items(row, "messages")
+    turns = items(listed(row, "messages"), "messages")
     messages = read_messages(turns)
     named = [name for turn in turns for name in _named(turn)]
     names = _filled(named, read_names(row, "images"))

@@ -27,13 +27,10 @@ FORMAT = Format(
     columns=("conversations",),
     example={
         "conversations": [
-            {"from": "user", "value": "What is 2 + 3?"},
-            {
-                "from": "assistant",
-                "value": 'Thought: I add.\nAction: add\nAction Input: {"a": 2, "b": 3}',
-            },
-            {"from": "function", "value": "5"},
-            {"from": "assistant", "value": "It is 5."},
+            {"from": "user", "value": "What day is it?"},
+            {"from": "assistant", "value": "Thought: Hm.\nAction: today\nAction Input: {}"},
+            {"from": "function", "value": "Friday"},
+            {"from": "assistant", "value": "It is Friday."},
         ]
     },
     convert=convert,

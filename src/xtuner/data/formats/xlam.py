@@ -24,10 +24,9 @@ FORMAT = Format(
     description="A question, its calls and the tools; lists may be JSON text.",
     columns=("query", "answers", "tools"),
     example={
-        "query": "What is 2 + 3?",
-        "answers": '[{"name": "add", "arguments": {"a": 2, "b": 3}}]',
-        "tools": '[{"name": "add", "description": "Add two numbers.", "parameters": {"a": {"type": '
-        '"int", "description": "One."}, "b": {"type": "int", "description": "Other."}}}]',
+        "query": "What day is it?",
+        "answers": '[{"name": "today", "arguments": {}}]',
+        "tools": '[{"name": "today", "parameters": {}}]',
     },
     convert=convert,
     optional=("id",),
