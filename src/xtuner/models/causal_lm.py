@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, XTunerError
 from xtuner.kernels.attention import packed as attention
 from xtuner.kernels.cross_entropy import ScoringHead, log_probabilities_of_logits
 from xtuner.kernels.fused.forward_override import with_forward
 from xtuner.models.can_pack import cannot_split, why_apart
 from xtuner.models.check.attention import ROUNDINGS, distance, wrong_attention
-from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck
+from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck, NotFiniteError
 from xtuner.models.check.training_pass import (
+    decoder_of,
     plain_attention,
     text_decoder,
     traceless,
@@ -98,7 +99,7 @@ class PackedCausalLM(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states ``[1, N, H]`` of a packed batch."""
-        return self.causal.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+        return decoder_of(self.causal)(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Tensor:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
@@ -193,31 +194,50 @@ class PackedCausalLM(nn.Module):
         sample or a later token, and the shortcut from hidden states to logits; see `isolation`.
 
         Args:
-            packed: samples share rows. Otherwise a model that lets them see each other takes them
-                one at a time from now on.
+            packed: samples must share rows, as the user asks. Otherwise a model that cannot keep
+                them apart takes them one at a time from now on, also those of one row.
 
         Returns:
             What the user should know of this architecture, if anything.
 
         Raises:
-            ModelError: samples in one row see each other, or are computed wrongly.
+            ModelError: samples in one row see each other, or are computed wrongly; or a sample
+                alone reads later tokens, or cannot be computed.
         """
         notes: list[str | None] = []
         with traceless(self), self._autocast():
             if not self.apart and (fault := self._fault_of_row(notes)):
                 if packed:
-                    raise ModelError(fault)
-                self.apart = True
-                if self._implementation == attention.NAME:
-                    decoder = text_decoder(self.causal)
-                    decoder.set_attn_implementation(plain_attention(decoder))
-                notes = [f"samples go through the model one at a time, for {fault}"]
+                    raise ModelError(f"{self._described()}: {fault}. {_PACK_NOT}")
+                self.take_apart()
+                notes = [f"samples go through the model one at a time: {fault}"]
             if self.apart:
-                alone = IsolationCheck(self, LENGTHS[1:2])
-                if leak := alone.leak():
-                    raise ModelError(f"{self._described()}: {leak}; it cannot be trained here")
+                self._check_alone()
             notes.append(self._check_head())
         return "; ".join(filter(None, notes)) or None
+
+    def take_apart(self) -> None:
+        """Let each sample go through the model by itself, with transformers' own attention."""
+        self.apart = True
+        if self._implementation == attention.NAME:
+            decoder = text_decoder(self.causal)
+            decoder.set_attn_implementation(plain_attention(decoder))
+
+    def _check_alone(self) -> None:
+        try:
+            leak = IsolationCheck(self, LENGTHS[1:2]).leak()
+        except (XTunerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # third-party code
+            raise ModelError(
+                f"{self._described()}: a training step of one sample fails, so it cannot be "
+                f"trained here: {_told(error)}"
+            ) from error
+        if leak:
+            raise ModelError(
+                f"{self._described()}: {leak}. It is not a causal language model as it is "
+                "configured (an encoder, for example), and cannot be trained here"
+            )
 
     def split_rows(self, group: SequenceGroup) -> None:
         """From now on, compute a part of each row here and the others on the processes of `group`,
@@ -248,12 +268,23 @@ class PackedCausalLM(nn.Module):
 
     def _fault_of_row(self, notes: list[str | None]) -> str | None:
         """What goes wrong in a row of several samples; adds what cannot be checked to `notes`."""
+        try:
+            return self._fault_of_checks(notes)
+        except torch.OutOfMemoryError:
+            raise
+        except NotFiniteError:
+            raise
+        except XTunerError as error:
+            return str(error)
+        except Exception as error:  # third-party code that does not expect a row of samples
+            return f"a row of several samples fails with {_told(error)}"
+
+    def _fault_of_checks(self, notes: list[str | None]) -> str | None:
         check = IsolationCheck(self)
-        hint = "Set pack_to_max_length = False, or attn_implementation = 'eager'"
         if leak := check.leak():
             return (
-                f"{self._described()}: a sample's result depends on its neighbours in the row or "
-                f"on later tokens ({leak}), so packing would train on leaked text. {hint}"
+                "in a packed row a sample's result depends on its neighbours or on later tokens "
+                f"({leak})"
             )
         if self._implementation == attention.NAME and (width := _head_width(self.causal)):
             dtype = self.autocast or self.causal.dtype
@@ -261,13 +292,12 @@ class PackedCausalLM(nn.Module):
                 self._implementation, width=width, device=self.device, dtype=dtype
             )
             if wrong:
-                return f"{self._described()}: {wrong}. {hint}"
+                return wrong
         found, allowed = check.displaced()
         if found > allowed:
             return (
-                f"{self._described()}: a sample in a row differs from the same sample alone by "
-                f"{found:.2g} of its size, and rounding explains {allowed:.2g}: positions or "
-                f"boundaries are wrong. {hint}"
+                f"a sample in a packed row differs from the same sample alone by {found:.2g} of "
+                f"its size, and rounding explains {allowed:.2g}: positions or boundaries are wrong"
             )
         if allowed > BLIND:
             notes.append(
@@ -297,6 +327,17 @@ class PackedCausalLM(nn.Module):
                 "the loss is computed from whole logits, which takes more memory"
             )
         return None
+
+
+_PACK_NOT = (
+    "Set pack_to_max_length = False, or leave it out: the samples then go through the model one at "
+    "a time"
+)
+
+
+def _told(error: Exception) -> str:
+    """An error of a library in one line, complete."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _head_width(causal: Any) -> int | None:

@@ -249,7 +249,7 @@ class _TrainingRun:
                 self.vision.recompute()
         else:
             wrapped = PackedCausalLM(llm, autocast=llm_autocast(s, self.dtype))
-        if note := wrapped.verify(packed=s.packs):
+        if note := wrapped.verify(packed=self.loaded.settings.pack_to_max_length is True):
             self.console.print(f"Note: {note}.")
         if self.processes.sequence is not None:
             wrapped.split_rows(self.processes.sequence)

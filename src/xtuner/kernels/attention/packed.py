@@ -144,15 +144,15 @@ def packed_attention(
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None or attention_mask is not None or query.shape[0] != 1:
         raise ModelError(
-            "attn_implementation = 'xtuner' needs one packed row and its cu_seqlens, which this "
-            "model does not pass on: set attn_implementation = 'sdpa'"
+            "xtuner's attention needs one packed row and its cu_seqlens, which this model does not "
+            "pass on"
         )
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise ModelError(
             f"the attention of this model ({type(module).__name__}) "
-            f"{'uses ' + ', '.join(unknown) if unknown else 'is not causal'}, which "
-            "attn_implementation = 'xtuner' does not support: set attn_implementation = 'eager'"
+            f"{'uses ' + ', '.join(unknown) if unknown else 'is not causal'}, which xtuner's "
+            "attention does not support"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
