@@ -37,6 +37,7 @@ class Encoding:
         folder: where relative paths are looked up first.
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
+        vocab_size: rows with token ids from here on cannot be used; None if there are none.
         quiet: show no progress.
     """
 
@@ -49,9 +50,10 @@ class Encoding:
         folder: Path,
         algorithm: Algorithm,
         image_layout: ImageLayout | None,
+        vocab_size: int | None = None,
         quiet: bool = False,
     ) -> None:
-        self._image_layout = image_layout
+        self._image_layout, self._vocab_size = image_layout, vocab_size
         self._template, self._tokenizer, self._folder = template, tokenizer, folder
         self._algorithm, self._options = algorithm, settings.algorithm_options
         self._calls = CallPolicy(settings.tool_call_errors, settings.thoughts)
@@ -90,7 +92,11 @@ class Encoding:
             self._tokenizer,
             self._algorithm,
             self._image_layout,
+<<<<<<< HEAD
             self._calls,
+=======
+            self._vocab_size,
+>>>>>>> main
         )
         read = rows = 0
 
@@ -121,6 +127,7 @@ class Encoding:
         return cache.key_of(
             {
                 **(self._image_layout.facts() if self._image_layout else {}),
+                **({"vocab_size": self._vocab_size} if self._vocab_size else {}),
                 "template": self._template.fingerprint(),
                 "tokenizer": cache.tokenizer_identity(self._tokenizer),
                 "calls": astuple(self._calls),

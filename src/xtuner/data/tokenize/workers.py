@@ -61,7 +61,11 @@ class Encoder:
         tokenizer: encodes plain text.
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
+<<<<<<< HEAD
         calls: what happens to wrong tool calls and to thoughts.
+=======
+        vocab_size: rows with token ids from here on cannot be used; None if there are none.
+>>>>>>> main
     """
 
     formats: Sequence[Format]
@@ -69,7 +73,11 @@ class Encoder:
     tokenizer: Any
     algorithm: Algorithm
     image_layout: ImageLayout | None = None
+<<<<<<< HEAD
     calls: CallPolicy = field(default_factory=CallPolicy)
+=======
+    vocab_size: int | None = None
+>>>>>>> main
 
     def record(self, task: Task) -> Record | Fault:
         """Parse and convert one row, and check its tool calls."""
@@ -129,9 +137,25 @@ class Encoder:
                 f"{type(algorithm).__name__}.encode returned {len(parts)} sequences for a row, "
                 f"but its sequences_per_row is {algorithm.sequences_per_row}"
             )
+        if self.vocab_size is not None and (fault := self._without_embedding(parts)):
+            return fault
         if not all(any(part.loss_mask[1:]) for part in parts):
             return Fault("has no supervised tokens, so it has no effect on training")
         return parts
+
+    def _without_embedding(self, parts: Sequence[Encoded]) -> Fault | None:
+        """Why a row cannot be used whose tokens are beyond the model's embedding."""
+        for part in parts:
+            for token in part.input_ids:
+                image = self.image_layout and token == self.image_layout.token_id
+                if self.vocab_size is not None and token >= self.vocab_size and not image:
+                    name = self.tokenizer.convert_ids_to_tokens(token)
+                    return Fault(
+                        "has a token for which the model has no embedding; remove it, or give the "
+                        "tokenizer that belongs to the model",
+                        detail=f"{name!r}, id {token}",
+                    )
+        return None
 
     def _converted(self, row: Row, format: Format) -> Record | Fault:
         try:
