@@ -92,11 +92,8 @@ class Encoding:
             self._tokenizer,
             self._algorithm,
             self._image_layout,
-<<<<<<< HEAD
-            self._calls,
-=======
             self._vocab_size,
->>>>>>> main
+            self._calls,
         )
         read = rows = 0
 

@@ -61,11 +61,8 @@ class Encoder:
         tokenizer: encodes plain text.
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
-<<<<<<< HEAD
-        calls: what happens to wrong tool calls and to thoughts.
-=======
         vocab_size: rows with token ids from here on cannot be used; None if there are none.
->>>>>>> main
+        calls: what happens to wrong tool calls and to thoughts.
     """
 
     formats: Sequence[Format]
@@ -73,11 +70,8 @@ class Encoder:
     tokenizer: Any
     algorithm: Algorithm
     image_layout: ImageLayout | None = None
-<<<<<<< HEAD
-    calls: CallPolicy = field(default_factory=CallPolicy)
-=======
     vocab_size: int | None = None
->>>>>>> main
+    calls: CallPolicy = field(default_factory=CallPolicy)
 
     def record(self, task: Task) -> Record | Fault:
         """Parse and convert one row, and check its tool calls."""
