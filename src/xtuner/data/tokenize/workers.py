@@ -19,13 +19,14 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, RawRow, parse
@@ -61,6 +62,7 @@ class Encoder:
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
         vocab_size: rows with token ids from here on cannot be used; None if there are none.
+        calls: what happens to wrong tool calls and to thoughts.
     """
 
     formats: Sequence[Format]
@@ -69,12 +71,21 @@ class Encoder:
     algorithm: Algorithm
     image_layout: ImageLayout | None = None
     vocab_size: int | None = None
+    calls: CallPolicy = field(default_factory=CallPolicy)
 
     def record(self, task: Task) -> Record | Fault:
-        """Parse and convert one row."""
+        """Parse and convert one row, and check its tool calls."""
         raw = task.row.value
         row = parse(raw) if isinstance(raw, bytes) else raw
-        return row if isinstance(row, Fault) else self._converted(row, self.formats[task.file])
+        if isinstance(row, Fault):
+            return row
+        converted = self._converted(row, self.formats[task.file])
+        if isinstance(converted, Fault):
+            return converted
+        checked = self.calls.applied(converted)
+        if isinstance(checked, Problem):
+            return Fault(f"{checked.problem}; {checked.cure}", checked.where)
+        return checked
 
     def encode(self, task: Task) -> list[Encoded] | Fault:
         """Encode one row; faults are returned, not raised."""
