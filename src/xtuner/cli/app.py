@@ -26,6 +26,7 @@ from xtuner.version import __version__
 
 _PACKAGE = "xtuner.cli"
 _OVERRIDE_FLAGS = ("--set", "--cfg-options")
+_PLUGINS = ("calculate", "solve", "search")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _EPILOG = "Start with `xtuner list-cfg`. `xtuner COMMAND --help` describes a command."
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("XTUNER_DEBUG", "") not in ("", "0") or "--debug" in given
     given = expand_overrides([argument for argument in given if argument != "--debug"])
-    given = complete_resume(given)
+    given = expand_plugins(complete_resume(given))
     try:
         build_app()(given or ["--help"], prog_name="xtuner")
     except XTunerError as error:
@@ -96,6 +97,18 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
             expanded.append(argument)
             continue
         flag = argument if argument in _OVERRIDE_FLAGS else ""
+        expanded.append(argument)
+    return expanded
+
+
+def expand_plugins(arguments: Sequence[str]) -> list[str]:
+    """Repeat the flag in ``--with-plugins calculate solve``, as XTuner 0.x takes it."""
+    expanded: list[str] = []
+    listing = False
+    for argument in arguments:
+        if listing and argument in _PLUGINS and expanded[-1] in _PLUGINS:
+            expanded.append("--with-plugins")
+        listing = argument == "--with-plugins" or (listing and argument in _PLUGINS)
         expanded.append(argument)
     return expanded
 
