@@ -12,6 +12,7 @@ any moment leaves whole checkpoints and at most one hidden folder, which the nex
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from xtuner.models.save import flush, flush_tree
 from xtuner.parallel.processes import Processes
 
 LAST_FILE = "last_checkpoint"
+_LITTLE_SPACE = 256 << 20
+"""With fewer bytes free, an error in writing of which nothing is known is due to the disk."""
 _NAME = re.compile(r"iter_(\d+)$")
 
 
@@ -213,9 +216,24 @@ def _fault(error: Exception, target: Path) -> str:
             "checkpoints are untouched; end other programs or lower the settings that take "
             "memory (`xtuner train --dry-run` names them), and continue with --resume."
         )
-    free = shutil.disk_usage(target.parent).free / 2**20
-    words = str(error) or type(error).__name__
+    words = " ".join(str(error).split()) or type(error).__name__
+    free = shutil.disk_usage(target.parent).free
+    if _is_full_disk(error, free):
+        words, cure = f"{words} ({free / 2**20:,.0f} MiB free)", "make room"
+    elif isinstance(error, OSError):
+        cure = "mend this"
+    else:
+        words, cure = f"{type(error).__name__}: {words}", "this is not the disk's fault: mend it"
     return (
-        f"cannot write checkpoint {target}: {words} ({free:,.0f} MiB free). "
-        "Earlier checkpoints are untouched; make room and continue with --resume."
+        f"cannot write checkpoint {target}: {words}. Earlier checkpoints are untouched; {cure} and "
+        "continue with --resume."
     )
+
+
+def _is_full_disk(error: Exception, free: int) -> bool:
+    """Whether `error` is due to a lack of space; torch and safetensors report it in their own
+    types."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    told = str(error).lower()
+    return free < _LITTLE_SPACE or "no space left" in told or "quota" in told

@@ -6,6 +6,7 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,10 +36,12 @@ from xtuner.models import manifest
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
+from xtuner.training import preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
+from xtuner.training.holdings import holdings
 from xtuner.training.opening_lines import opening_lines
 from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
@@ -65,6 +68,8 @@ def train(
         Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
     """
     settings = loaded.settings
+    # Where DeepSpeed is installed transformers imports it, and it would warn that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", pick_device(settings.device))
     processes = Processes(
         pick_device(settings.device), sequence_parallel_size=settings.sequence_parallel_size
     )
@@ -109,6 +114,7 @@ class _TrainingRun:
         source = self._resumable(resume) if resume else None
         self.parts = DataParts.open(self.loaded)
         self.settings = settings = self.parts.settings
+        preflight.check_run(settings)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
@@ -192,6 +198,7 @@ class _TrainingRun:
             processes=self.processes,
             sharded=self.strategy.sharded,
             vision=self.vision,
+            entrance=self.strategy.model if self.strategy.sharded else None,
         )
         validate = None
         if data.validation is not None:
@@ -285,7 +292,17 @@ class _TrainingRun:
                 paged=self.plan.paged,
             )
 
+        model.always_embeds = self.strategy.lockstep and self.processes.world_size > 1
+        everything = sum(p.numel() * p.element_size() for p in model.parameters())
+        trained = sum(p.numel() * p.element_size() for p in optim.trainable(model))
         self.strategy.prepare(model, make)
+        for line in holdings(
+            self.strategy,
+            weights=everything,
+            gradients=trained,
+            optimizer=self.plan.forecast.optimizer,
+        ):
+            self.console.print(line, markup=False)
         for note in self.strategy.notes:
             self.console.print(f"Note: {note}", markup=False)
 
@@ -303,6 +320,7 @@ class _TrainingRun:
                 data=data.report.lines(),
                 images=self.vision.line() if self.vision else None,
                 packing=self.parts.packing,
+                positions=preflight.note_on_positions(self.settings, data.train),
                 work_dir=self.work_dir,
             )
         ]
