@@ -33,6 +33,7 @@ from xtuner.hub import old_pth
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
 from xtuner.models import manifest
+from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
@@ -274,6 +275,8 @@ class _TrainingRun:
             self.console.print(f"Note: {note}.")
         if self.processes.sequence is not None:
             wrapped.split_rows(self.processes.sequence)
+        for note in notes_on_adapters(llm) if s.uses_adapter else ():
+            self.console.print(f"Note: {note}.", markup=False)
         for line in self.vision.trained() if self.vision else ():
             self.console.print(line, markup=False)
         return wrapped
