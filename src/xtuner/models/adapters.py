@@ -194,7 +194,8 @@ def load_adapter_weights(adapted: Any, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(f"{folder}: lacks adapter_model.safetensors")
-    saved = tensors_of(file)
+    with fitting_llm_adapter(adapted, folder) as place:
+        saved = tensors_of(place / file.name)
     try:
         result = set_peft_model_state_dict(adapted, saved)
     except RuntimeError as error:
