@@ -7,13 +7,9 @@ all ranks.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,6 +20,8 @@ from torch import Tensor
 from xtuner.errors import LaunchError
 from xtuner.parallel.collective import waiting
 from xtuner.parallel.layout import RankLayout
+from xtuner.parallel.parent import end_with_parent
+from xtuner.parallel.rendezvous import PATIENCE, join_group
 from xtuner.parallel.ulysses import SequenceGroup
 
 BUCKET_NUMBERS = 16 * 2**20
@@ -50,8 +48,8 @@ class Processes:
     """
 
     def __init__(self, device: str, *, sequence_parallel_size: int = 1):
-        # The others wait while the main process encodes the data or writes a checkpoint.
-        patience = {"timeout": timedelta(days=1)} if "RANK" in os.environ else {}
+        join_group(device)
+        patience = {"timeout": PATIENCE} if "RANK" in os.environ else {}
         self._state = PartialState(cpu=device == "cpu", **patience)
         self.rank: int = self._state.process_index
         self.world_size: int = self._state.num_processes
@@ -70,7 +68,7 @@ class Processes:
             )
         self._alone: str | None = None
         if self.world_size > 1:
-            _die_with_parent()
+            end_with_parent()
 
     @property
     def is_main(self) -> bool:
@@ -208,11 +206,3 @@ def _own_group(groups: list[list[int]], rank: int) -> Any:
     """Make all `groups`, as every process has to, and return that of `rank`."""
     made = [(dist.new_group(ranks), ranks) for ranks in groups]
     return next(group for group, ranks in made if rank in ranks)
-
-
-def _die_with_parent() -> None:
-    """Have Linux stop this process when its launcher dies, which torchrun's workers would
-    survive."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
