@@ -154,9 +154,9 @@ def test_a_wrong_cluster_names_all_that_is_wrong():
 def test_slurm_tells_a_task_its_place(monkeypatch):
     task = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}
     task |= {"SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "123456"}
-    task |= {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+    task |= {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1"}
     expected = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
-    expected |= {"MASTER_ADDR": "gpu07", "MASTER_PORT": "23456"}
+    expected |= {"MASTER_ADDR": "gpu07", "MASTER_PORT": "23456", "GROUP_RANK": "1"}
     assert joined_by_slurm(task) == expected
     assert joined_by_slurm(task | {"PORT": "1234"})["MASTER_PORT"] == "1234"
     with pytest.raises(LaunchError, match="not started by srun"):

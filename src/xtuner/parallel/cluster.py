@@ -138,6 +138,7 @@ def joined_by_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "RANK": rank,
         "WORLD_SIZE": count,
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "GROUP_RANK": environment.get("SLURM_NODEID", "0"),
         "LOCAL_WORLD_SIZE": per_node[0] if per_node else count,
         "MASTER_ADDR": address or LOOPBACK,
         "MASTER_PORT": port or str(20000 + job % 30000),

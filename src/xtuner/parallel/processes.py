@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
 from xtuner.errors import LaunchError
 from xtuner.parallel.collective import waiting
 from xtuner.parallel.layout import RankLayout
 from xtuner.parallel.parent import end_with_parent
-from xtuner.parallel.rendezvous import PATIENCE, join_group
+from xtuner.parallel.rendezvous import PATIENCE, client, join_group
 from xtuner.parallel.ulysses import SequenceGroup
 
 BUCKET_NUMBERS = 16 * 2**20
@@ -42,10 +44,15 @@ class Processes:
         device: of this process.
         data_group: the ranks that take the same part of different rows; None is all of them.
         sequence: the ranks that share the tokens of their rows; None if each has its own.
+        node: number of this machine.
+        nodes: number of machines.
+        node_leader: rank of the first process on this machine.
 
     Raises:
         LaunchError: the processes cannot be divided into groups of `sequence_parallel_size`.
     """
+
+    _made = 0
 
     def __init__(self, device: str, *, sequence_parallel_size: int = 1):
         join_group(device)
@@ -66,6 +73,12 @@ class Processes:
                 rank=self.layout.sequence_rank,
                 size=sequence_parallel_size,
             )
+        local, on_node = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE")
+        self.node = int(os.environ.get("GROUP_RANK", "0")) if self.world_size > 1 else 0
+        self.nodes = -(-self.world_size // int(on_node)) if on_node else 1
+        self.node_leader = self.rank - int(local) if self.world_size > 1 else 0
+        self._number = Processes._made
+        Processes._made += 1
         self._alone: str | None = None
         if self.world_size > 1:
             end_with_parent()
@@ -74,6 +87,11 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this process writes files and speaks to the terminal."""
         return self.rank == 0
+
+    @cached_property
+    def store(self) -> Any:
+        """What all processes read and write at any time, over a connection of its own."""
+        return PrefixStore(f"processes_{self._number}", client())
 
     @property
     def data_rank(self) -> int:
