@@ -155,16 +155,23 @@ class Attempt:
         deadline = float("inf")
         while any(child.poll() is None for child in self._children):
             now = time.monotonic()
-            if not self._failed:
-                self._failed = self._first_failed()
-                if self._failed:
-                    self._nodes.fail(self._describe(self._failed[0]))
+            self._look()
             if self._failed or self._nodes.failed() or PEER_LOST in self._codes():
                 deadline = min(deadline, now if self._stopped.ended else now + GRACE_SECONDS)
             if now > deadline or 0 in self._failed_ranks():
                 self._end()
             time.sleep(_POLL)
+        self._look()  # all may have ended since the last look
         return self._outcome()
+
+    def _look(self) -> None:
+        """Notice who failed first, and tell the other nodes."""
+        if self._failed:
+            return
+        failed = [index for index in self._first_failed() if index not in self._victims]
+        if failed:
+            self._failed = failed
+            self._nodes.fail(self._describe(failed[0]))
 
     def _codes(self) -> list[int | None]:
         return [child.poll() for child in self._children]
