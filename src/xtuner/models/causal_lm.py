@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, XTunerError
 from xtuner.kernels.attention import packed as attention
 from xtuner.kernels.cross_entropy import ScoringHead, log_probabilities_of_logits
 from xtuner.kernels.fused.forward_override import with_forward
 from xtuner.models.can_pack import cannot_split, why_apart
 from xtuner.models.check.attention import ROUNDINGS, distance, wrong_attention
-from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck
+from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck, NotFiniteError
 from xtuner.models.check.training_pass import (
+    decoder_of,
     plain_attention,
     text_decoder,
     traceless,
@@ -61,6 +63,8 @@ class PackedCausalLM(nn.Module):
         embedder: takes batches with images; None for a language model alone.
 
     Attributes:
+        always_embeds: a batch without images enters the weights for images, too. Where weights or
+            gradients are divided among processes, all of them then enter the same modules.
         apart: each sample goes through the model by itself, as transformers' plainest call.
         sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
             has all.
@@ -79,6 +83,7 @@ class PackedCausalLM(nn.Module):
         self.sequence: SequenceGroup | None = None
         self._rotary: SplitRotary | None = None
         self.autocast = autocast
+        self.always_embeds = False
         self.plain_logits = False
         self.apart = why_apart(text_decoder(self.causal)) is not None
         head: Any = self.causal.get_output_embeddings()
@@ -98,11 +103,20 @@ class PackedCausalLM(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states ``[1, N, H]`` of a packed batch."""
-        return self.causal.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+        return decoder_of(self.causal)(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | None, *, run: Callable[[], Any] | None = None) -> Any:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
-        the tokens (see `Batch.sequence_of_predicting`)."""
+        the tokens (see `Batch.sequence_of_predicting`).
+
+        Args:
+            batch: None with `run`.
+            run: called instead, and its result returned. Whatever else calls the model enters here,
+                so that hooks which gather sharded weights see the pass from its beginning.
+        """
+        if run is not None:
+            return run()
+        assert batch is not None
         with self._autocast():
             if self.sequence is not None and self._rotary is not None:
                 return self._scores_of_shares(batch, self.sequence, self._rotary)
@@ -145,7 +159,7 @@ class PackedCausalLM(nn.Module):
         """The log-probabilities of `targets` as next tokens of `positions`."""
         head: Any = self.causal.get_output_embeddings()
         if not self.plain_logits and isinstance(head, ScoringHead):
-            hidden = self.causal.base_model(**inputs).last_hidden_state[0, positions]
+            hidden = decoder_of(self.causal)(**inputs).last_hidden_state[0, positions]
             return head(self._for_head(hidden), targets)  # type: ignore[operator, no-any-return]
         return log_probabilities_of_logits(self._logits(inputs, positions), targets)
 
@@ -171,7 +185,7 @@ class PackedCausalLM(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         positions = batch.position_ids
-        if batch.images is not None and self.embedder is not None:
+        if self.embedder is not None and (batch.images is not None or self.always_embeds):
             ids = inputs.pop("input_ids")
             inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
             positions = self.embedder.positions(batch)
@@ -193,31 +207,50 @@ class PackedCausalLM(nn.Module):
         sample or a later token, and the shortcut from hidden states to logits; see `isolation`.
 
         Args:
-            packed: samples share rows. Otherwise a model that lets them see each other takes them
-                one at a time from now on.
+            packed: samples must share rows, as the user asks. Otherwise a model that cannot keep
+                them apart takes them one at a time from now on, also those of one row.
 
         Returns:
             What the user should know of this architecture, if anything.
 
         Raises:
-            ModelError: samples in one row see each other, or are computed wrongly.
+            ModelError: samples in one row see each other, or are computed wrongly; or a sample
+                alone reads later tokens, or cannot be computed.
         """
         notes: list[str | None] = []
         with traceless(self), self._autocast():
             if not self.apart and (fault := self._fault_of_row(notes)):
                 if packed:
-                    raise ModelError(fault)
-                self.apart = True
-                if self._implementation == attention.NAME:
-                    decoder = text_decoder(self.causal)
-                    decoder.set_attn_implementation(plain_attention(decoder))
-                notes = [f"samples go through the model one at a time, for {fault}"]
+                    raise ModelError(f"{self._described()}: {fault}. {_PACK_NOT}")
+                self.take_apart()
+                notes = [f"samples go through the model one at a time: {fault}"]
             if self.apart:
-                alone = IsolationCheck(self, LENGTHS[1:2])
-                if leak := alone.leak():
-                    raise ModelError(f"{self._described()}: {leak}; it cannot be trained here")
+                self._check_alone()
             notes.append(self._check_head())
         return "; ".join(filter(None, notes)) or None
+
+    def take_apart(self) -> None:
+        """Let each sample go through the model by itself, with transformers' own attention."""
+        self.apart = True
+        if self._implementation == attention.NAME:
+            decoder = text_decoder(self.causal)
+            decoder.set_attn_implementation(plain_attention(decoder))
+
+    def _check_alone(self) -> None:
+        try:
+            leak = IsolationCheck(self, LENGTHS[1:2]).leak()
+        except (XTunerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # third-party code
+            raise ModelError(
+                f"{self._described()}: a training step of one sample fails, so it cannot be "
+                f"trained here: {_told(error)}"
+            ) from error
+        if leak:
+            raise ModelError(
+                f"{self._described()}: {leak}. It is not a causal language model as it is "
+                "configured (an encoder, for example), and cannot be trained here"
+            )
 
     def split_rows(self, group: SequenceGroup) -> None:
         """From now on, compute a part of each row here and the others on the processes of `group`,
@@ -227,7 +260,8 @@ class PackedCausalLM(nn.Module):
         Raises:
             ModelError: the model cannot be split, or gives other results when it is.
         """
-        if reason := cannot_split(text_decoder(self.causal), group.size):
+        reason = cannot_split(text_decoder(self.causal), group.size)
+        if reason := reason or ("samples go through it one at a time" if self.apart else None):
             raise ModelError(f"sequence_parallel_size = {group.size}: {reason}")
         batch = IsolationCheck(self).batch()
         with traceless(self), without_dropout(self), self._autocast(), torch.no_grad():
@@ -248,12 +282,23 @@ class PackedCausalLM(nn.Module):
 
     def _fault_of_row(self, notes: list[str | None]) -> str | None:
         """What goes wrong in a row of several samples; adds what cannot be checked to `notes`."""
+        try:
+            return self._fault_of_checks(notes)
+        except torch.OutOfMemoryError:
+            raise
+        except NotFiniteError:
+            raise
+        except XTunerError as error:
+            return str(error)
+        except Exception as error:  # third-party code that does not expect a row of samples
+            return f"a row of several samples fails with {_told(error)}"
+
+    def _fault_of_checks(self, notes: list[str | None]) -> str | None:
         check = IsolationCheck(self)
-        hint = "Set pack_to_max_length = False, or attn_implementation = 'eager'"
         if leak := check.leak():
             return (
-                f"{self._described()}: a sample's result depends on its neighbours in the row or "
-                f"on later tokens ({leak}), so packing would train on leaked text. {hint}"
+                "in a packed row a sample's result depends on its neighbours or on later tokens "
+                f"({leak})"
             )
         if self._implementation == attention.NAME and (width := _head_width(self.causal)):
             dtype = self.autocast or self.causal.dtype
@@ -261,13 +306,12 @@ class PackedCausalLM(nn.Module):
                 self._implementation, width=width, device=self.device, dtype=dtype
             )
             if wrong:
-                return f"{self._described()}: {wrong}. {hint}"
+                return wrong
         found, allowed = check.displaced()
         if found > allowed:
             return (
-                f"{self._described()}: a sample in a row differs from the same sample alone by "
-                f"{found:.2g} of its size, and rounding explains {allowed:.2g}: positions or "
-                f"boundaries are wrong. {hint}"
+                f"a sample in a packed row differs from the same sample alone by {found:.2g} of "
+                f"its size, and rounding explains {allowed:.2g}: positions or boundaries are wrong"
             )
         if allowed > BLIND:
             notes.append(
@@ -297,6 +341,17 @@ class PackedCausalLM(nn.Module):
                 "the loss is computed from whole logits, which takes more memory"
             )
         return None
+
+
+_PACK_NOT = (
+    "Set pack_to_max_length = False, or leave it out: the samples then go through the model one at "
+    "a time"
+)
+
+
+def _told(error: Exception) -> str:
+    """An error of a library in one line, complete."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _head_width(causal: Any) -> int | None:

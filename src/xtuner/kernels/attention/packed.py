@@ -144,15 +144,15 @@ def packed_attention(
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None or attention_mask is not None or query.shape[0] != 1:
         raise ModelError(
-            "attn_implementation = 'xtuner' needs one packed row and its cu_seqlens, which this "
-            "model does not pass on: set attn_implementation = 'sdpa'"
+            "xtuner's attention needs one packed row and its cu_seqlens, which this model does not "
+            "pass on"
         )
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise ModelError(
             f"the attention of this model ({type(module).__name__}) "
-            f"{'uses ' + ', '.join(unknown) if unknown else 'is not causal'}, which "
-            "attn_implementation = 'xtuner' does not support: set attn_implementation = 'eager'"
+            f"{'uses ' + ', '.join(unknown) if unknown else 'is not causal'}, which xtuner's "
+            "attention does not support"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
@@ -164,10 +164,11 @@ def packed_attention(
     heads = q.shape[1]
     if group is not None:
         q, k, v = tokens_to_heads(q, k, v, group)
-    if q.shape[0] != cu_seqlens[-1]:
+    tokens = cu_seqlens.tolist()[-1]  # indexing would give a tensor without a value in a forecast
+    if q.shape[0] != tokens:
         raise ModelError(
             f"{type(module).__name__} gives its attention {q.shape[0]} tokens of a row of "
-            f"{cu_seqlens[-1]}, and no `sequence_group`: set sequence_parallel_size = 1"
+            f"{tokens}, and no `sequence_group`: set sequence_parallel_size = 1"
         )
     options = {"scale": scaling, "dropout": dropout, "window": window, "softcap": softcap}
     out = _of_row(q, k, v, cu_seqlens, longest=kwargs.get("max_length_q"), **options)
