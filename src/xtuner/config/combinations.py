@@ -144,6 +144,14 @@ def _check_algorithm(s: Settings) -> Iterator[tuple[str, str]]:
         yield from module.Algorithm.check(s)
 
 
+def _check_single_layout(s: Settings) -> Iterator[tuple[str, str]]:
+    """What needs whole rows, or parameter groups of its own."""
+    if s.neftune_noise_alpha is not None and s.sequence_parallel_size > 1:
+        yield "neftune_noise_alpha", "needs whole rows: set sequence_parallel_size = 1"
+    if s.loraplus_lr_ratio is not None and s.strategy.startswith("deepspeed"):
+        yield "loraplus_lr_ratio", "is not supported by DeepSpeed; set strategy = 'fsdp2'"
+
+
 CHECKS: tuple[Check, ...] = (
     _check_quantization,
     _check_embedding_on_cpu,
@@ -157,6 +165,7 @@ CHECKS: tuple[Check, ...] = (
     _check_one_mix,
     partial(_check_shares, "data_repeats"),
     partial(_check_shares, "data_weights"),
+    _check_single_layout,
     _check_algorithm,
 )
 """The checks of `check_combinations`; each can run alone when other settings are invalid."""

@@ -19,6 +19,7 @@ from xtuner.config.marks import (
     Fraction,
     Mark,
     Names,
+    Nested,
     OneOrMore,
     Options,
     Positive,
@@ -106,6 +107,14 @@ class ModelPart(Part):
     lora_modules_to_save: Annotated[Strings, Mark("fixed", idle=_no_adapter)] = ()
     """Layers that are fully trained in addition to the adapters, such as ['embed_tokens',
     'lm_head']."""
+    lora_config: Annotated[Nested, Mark("fixed", idle=_no_adapter)] = ()
+    """Further fields of PEFT's LoraConfig, by name: {'use_rslora': True} scales adapters by
+    lora_alpha / sqrt(lora_r), {'use_dora': True} trains their magnitudes (DoRA),
+    {'init_lora_weights': 'pissa'} starts from the principal parts of the weights. What leaves
+    xtuner's own forward pass of adapters is said, since it is slower."""
+    loraplus_lr_ratio: Annotated[AboveZero | None, Mark("fixed", idle=_no_adapter)] = None
+    """LoRA+: the learning rate of the second matrix of each adapter (B) is this times lr; 16 is
+    usual. None trains both alike."""
     quantization: Annotated[Literal["auto", "none", "nf4", "fp4", "int8"], Mark("fixed")] = "auto"
     """How frozen weights are stored: 'auto' is 'nf4' with tuning = 'qlora' and 'none' otherwise."""
     double_quant: Annotated[
@@ -302,6 +311,9 @@ class OptimPart(Part):
     constant."""
     lr_end_ratio: Annotated[Fraction, Mark(idle=lambda s: s.lr_schedule == "constant")] = 0.0
     """The learning rate at the end, as a share of lr: 0.1 ends at a tenth of it."""
+    neftune_noise_alpha: AboveZero | None = None
+    """NEFTune: noise on the input embeddings of training, uniform within
+    alpha / sqrt(length * width) for a sample of that length; 5 is usual. None adds none."""
     seed: Count = 42
     """Determines the order of the data, the initial adapters and dropout: same seed, same run."""
 

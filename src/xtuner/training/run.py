@@ -35,6 +35,7 @@ from xtuner.memory.plan import plan_memory
 from xtuner.models import manifest
 from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
 from xtuner.training import preflight
@@ -281,6 +282,9 @@ class _TrainingRun:
             self.console.print(f"Note: {note}.", markup=False)
         for line in self.vision.trained() if self.vision else ():
             self.console.print(line, markup=False)
+        if s.neftune_noise_alpha is not None:
+            embedding = wrapped.causal.get_input_embeddings()
+            wrapped.noise = EmbeddingNoise(embedding, s.neftune_noise_alpha)
         return wrapped
 
     def _prepare(self, model: PackedCausalLM) -> None:
@@ -294,6 +298,7 @@ class _TrainingRun:
                 lr=s.lr,
                 betas=s.betas,
                 weight_decay=s.weight_decay,
+                loraplus_lr_ratio=s.loraplus_lr_ratio,
                 paged=self.plan.paged,
             )
 
