@@ -15,9 +15,11 @@ from xtuner.data.build import TrainingData, build
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.tokenize.cache import cache_root
 from xtuner.models.can_pack import resolve_packing
 from xtuner.models.facts import facts_of
 from xtuner.models.load import load_tokenizer
+from xtuner.parallel.once import Once
 from xtuner.parallel.processes import Processes
 from xtuner.templates.base import Template
 from xtuner.training.preflight import check_tokenizer
@@ -91,19 +93,21 @@ class DataParts:
         held_out = build(self.settings.model_copy(update=changes), **self.arguments, quiet=quiet)
         return data.with_validation(held_out, report_dir=report_dir)
 
-    def build_once(self, processes: Processes, *, report_dir: Path | None) -> TrainingData:
-        """The packs, encoded by the main process; the others then find everything in the cache.
+    def build_once(
+        self, processes: Processes, *, report_dir: Path | None
+    ) -> tuple[TrainingData, str]:
+        """The packs, encoded by one process; the others then find everything in the cache.
 
         Args:
             processes: those of the run.
             report_dir: see `data.build.build`.
+
+        Returns:
+            The packs, and on several nodes where they were encoded.
         """
-        if not processes.is_main:
-            processes.wait()
-        data = self.build(report_dir=report_dir, quiet=not processes.is_main)
-        if processes.is_main:
-            processes.wait()
-        return data
+        once = Once(processes, cache_root())
+        data = once.run(lambda: self.build(report_dir=report_dir, quiet=not processes.is_main))
+        return data, once.note
 
     def loader(self, dataset: PackedDataset, *, collate: Collate, processes: Processes) -> Loader:
         """Hands this process its share of `dataset`."""

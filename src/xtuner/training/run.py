@@ -124,9 +124,11 @@ class _TrainingRun:
         place = self._prepare_place(
             resuming=source is not None and self.old_weights is None, overwrite=overwrite
         )
-        data = self.parts.build_once(
+        data, where = self.parts.build_once(
             self.processes, report_dir=place.log_dir if self.processes.is_main else None
         )
+        if where:
+            self.console.print(f"Tokenizing   {where}", markup=False)
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
         self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
