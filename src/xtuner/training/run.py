@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from xtuner.config.load import LoadedSettings
+from xtuner.convert import old_checkpoint
 from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import run_lock, strategies
+from xtuner.engine.best import BestMetric
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.counting import Counter, counting_of
 from xtuner.engine.hooks.base import Run, make_hooks
@@ -27,11 +30,13 @@ from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.work_dir import WorkPlace, work_dir_of
+from xtuner.hub import old_pth
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
 from xtuner.models import manifest
 from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
 from xtuner.training import preflight
@@ -74,7 +79,11 @@ def train(
     try:
         folder = work_dir_of(loaded, work_dir)
         with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
-            result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+            run = _TrainingRun(loaded, processes, work_dir)
+            try:
+                result = run.train(resume, overwrite)
+            finally:
+                run.close()
     except Interrupted:
         processes.close()
         raise
@@ -94,7 +103,12 @@ class _TrainingRun:
         self.device = processes.device.type
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.loss_scaler = LossScaler.for_dtype(self.dtype)
-        self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
+        self.store = CheckpointStore(
+            self.work_dir,
+            self.settings.save_total_limit,
+            alias=self.settings.steps_are == "micro_batches",
+        )
+        self.old_weights: TemporaryDirectory[str] | None = None
         self.vision: RunVision | None = None
         self.computing = prepare_computing(self.settings, processes, self.dtype)
 
@@ -107,10 +121,14 @@ class _TrainingRun:
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
-        place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
-        data = self.parts.build_once(
+        place = self._prepare_place(
+            resuming=source is not None and self.old_weights is None, overwrite=overwrite
+        )
+        data, where = self.parts.build_once(
             self.processes, report_dir=place.log_dir if self.processes.is_main else None
         )
+        if where:
+            self.console.print(f"Tokenizing   {where}", markup=False)
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
         self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
@@ -119,7 +137,7 @@ class _TrainingRun:
         self._prepare(model)
         run = self._run(place, model, data, counter, total)
         writer = self._writer(model, data)
-        if source is not None:
+        if source is not None and self.old_weights is None:
             writer.restore(source, run)
         if run.step >= total:
             self.console.print(
@@ -137,6 +155,8 @@ class _TrainingRun:
             save=writer.save,
             memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
+            best=self._best(resuming=source is not None),
+            mark_best=self._mark_best,
         )
         if overwrite and self.processes.is_main:
             self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
@@ -151,6 +171,17 @@ class _TrainingRun:
         if recorded:
             recorded.tell()
         return result
+
+    def _best(self, *, resuming: bool) -> BestMetric:
+        best = BestMetric(self.settings, self.work_dir, self.processes)
+        if resuming:
+            best.resume()
+        return best
+
+    def _mark_best(self, run: Run, told: str) -> None:
+        if self.processes.is_main:
+            self.store.mark_best(run.count, told)
+            self.console.print(f"Best so far: {told}", markup=False)
 
     def _recording(self, run: Run, lines: list[str]) -> Recording:
         return recording(
@@ -265,6 +296,9 @@ class _TrainingRun:
             self.console.print(f"Note: {note}.", markup=False)
         for line in self.vision.trained() if self.vision else ():
             self.console.print(line, markup=False)
+        if s.neftune_noise_alpha is not None:
+            embedding = wrapped.causal.get_input_embeddings()
+            wrapped.noise = EmbeddingNoise(embedding, s.neftune_noise_alpha)
         return wrapped
 
     def _prepare(self, model: PackedCausalLM) -> None:
@@ -278,6 +312,7 @@ class _TrainingRun:
                 lr=s.lr,
                 betas=s.betas,
                 weight_decay=s.weight_decay,
+                loraplus_lr_ratio=s.loraplus_lr_ratio,
                 paged=self.plan.paged,
             )
 
@@ -318,8 +353,27 @@ class _TrainingRun:
         return lines
 
     def _resumable(self, resume: str) -> Path:
+        if old_pth.is_old(old := Path(resume).expanduser()):
+            return self._old_weights(old)
         source = self.store.find(None if resume == "last" else resume)
         if self.processes.is_main:
             manifest.check(source, resuming=True)
         check_shape(source, self.settings)
         return source
+
+    def close(self) -> None:
+        """Delete temporary files."""
+        if self.old_weights is not None:
+            self.old_weights.cleanup()
+
+    def _old_weights(self, path: Path) -> Path:
+        """The weights of a checkpoint of XTuner 0.x, as a folder."""
+        self.old_weights = TemporaryDirectory(prefix="xtuner-")
+        folder = Path(self.old_weights.name) / path.stem
+        old_checkpoint.write_folder(path, self.settings, folder)
+        self.console.print(
+            f"Note: {path} is a checkpoint of XTuner 0.x: the run starts from its weights, at step "
+            "0 and with a new optimizer.",
+            markup=False,
+        )
+        return folder
