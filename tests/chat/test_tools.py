@@ -15,7 +15,8 @@ from xtuner.errors import ConfigError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.testing.tiny import tiny_tokenizer
 from xtuner.tools import loop
-from xtuner.tools.toolbox import Result, ToolBox
+from xtuner.tools.provider import Result
+from xtuner.tools.toolbox import ToolBox
 from xtuner.types import Conversation
 
 TOKENIZER = tiny_tokenizer()

@@ -5,7 +5,8 @@ from contextlib import closing
 from xtuner.calls.families import load
 from xtuner.calls.read import arguments_of, make_call
 from xtuner.tools.loop import Called, Malformed, Returned, Stopped, Text, converse
-from xtuner.tools.toolbox import Result, ToolBox
+from xtuner.tools.provider import Result
+from xtuner.tools.toolbox import ToolBox
 from xtuner.types import Message
 
 ASK = Message("user", "What is 37 times 49?")

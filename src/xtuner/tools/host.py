@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from xtuner.errors import ConfigError
-from xtuner.tools.toolbox import Result
+from xtuner.tools.provider import Result
 
 START_SECONDS = 60.0
 """How long importing the tools may take."""

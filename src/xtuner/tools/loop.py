@@ -13,7 +13,8 @@ from typing import Any
 from xtuner.calls.check import call_id
 from xtuner.calls.families.base import Family, Found, Parser, Said
 from xtuner.calls.read import name_of
-from xtuner.tools.toolbox import Result, ToolBox
+from xtuner.tools.provider import Result
+from xtuner.tools.toolbox import ToolBox
 from xtuner.types import Message
 
 Answer = Callable[[Sequence[Message]], Generator[str, None, None]]

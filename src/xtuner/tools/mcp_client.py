@@ -14,7 +14,7 @@ from typing import Any
 
 from xtuner.calls.read import read_tool
 from xtuner.errors import ConfigError
-from xtuner.tools.toolbox import Result
+from xtuner.tools.provider import Result
 
 logger = logging.getLogger("xtuner.tools")
 

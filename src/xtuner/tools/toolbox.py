@@ -12,47 +12,18 @@ A tool is named as
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from xtuner import plugins
 from xtuner.calls.read import arguments_of, name_of
 from xtuner.calls.schema import problems
 from xtuner.errors import ConfigError, did_you_mean, listed
+from xtuner.tools.provider import ALIAS, BUILTIN, Provider, Result
 
-BUILTIN = "xtuner.tools.builtin"
-ALIAS = re.compile(r"^([A-Za-z_]\w*)=")
 MOST_CHARACTERS = 20_000
 """Longest result that a model is given."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a call gave: its text, or the text of its error."""
-
-    text: str
-    failed: bool = False
-
-
-class Provider(Protocol):
-    """Something that has tools and runs them."""
-
-    @property
-    def schemas(self) -> Sequence[Mapping[str, Any]]:
-        """The tools."""
-        ...
-
-    def call(self, name: str, arguments: Mapping[str, Any], *, timeout: float) -> Result:
-        """Run a tool; errors and time-outs are results."""
-        ...
-
-    def close(self) -> None:
-        """End what runs."""
-        ...
 
 
 class ToolBox:
@@ -174,15 +145,3 @@ def _faults(name: str) -> Iterator[str]:
             yield f"{name}: there is no folder {setting}"
     elif setting:
         yield f"{name}: takes no setting"
-
-
-def as_text(value: Any) -> str:
-    """A function's value as the text that a model reads."""
-    if value is None:
-        return "(no result)"
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):
-        return str(value)

@@ -21,7 +21,7 @@ from typing import Any
 from xtuner import plugins
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.tools.function import schema_of
-from xtuner.tools.toolbox import ALIAS, BUILTIN, as_text
+from xtuner.tools.provider import ALIAS, BUILTIN, as_text
 
 Tools = dict[str, Callable[..., Any]]
 
