@@ -386,5 +386,16 @@ class RuntimePart(Part):
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True
     """Write TensorBoard events."""
+    report_to: Annotated[OneOrMore, Mark("free")] = ()
+    """Experiment trackers that get every scalar: 'tensorboard', 'wandb', 'mlflow', 'swanlab',
+    'trackio', or a list of these. Each needs its package: pip install 'xtuner[wandb]'."""
+    report_project: Annotated[str, Mark("free", idle=lambda s: not s.report_to)] = "xtuner"
+    """The project or experiment at the trackers of `report_to`; a run has the name of its work
+    dir."""
+    push_to_hub: Annotated[str | None, Mark("free")] = None
+    """Upload the result to the hub after training, as 'owner/name', without optimizer state and
+    local paths."""
+    hub_private_repo: Annotated[bool, Mark("free", idle=lambda s: s.push_to_hub is None)] = True
+    """Whether a repository that `push_to_hub` makes is private."""
     custom_hooks: Annotated[Strings, Mark("free")] = ()
     """Your own hooks, each as 'my_file.py:MyHook'."""

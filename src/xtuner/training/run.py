@@ -46,6 +46,7 @@ from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
 from xtuner.training.holdings import holdings
 from xtuner.training.opening_lines import opening_lines
+from xtuner.training.publish import publish
 from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
 from xtuner.training.vision import RunVision
@@ -170,6 +171,12 @@ class _TrainingRun:
         )
         if recorded:
             recorded.tell()
+        if settings.push_to_hub and result.checkpoint and self.processes.is_main:
+            self.console.print(f"Uploading to {settings.push_to_hub} ...", markup=False)
+            address = publish(
+                result.checkpoint, settings.push_to_hub, private=settings.hub_private_repo
+            )
+            self.console.print(f"Uploaded to {address}", markup=False)
         return result
 
     def _best(self, *, resuming: bool) -> BestMetric:
