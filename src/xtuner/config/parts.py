@@ -43,6 +43,10 @@ def _not_paged(s: Any) -> bool:
     return not s.optim_type.startswith("Paged")
 
 
+def _no_best(s: Any) -> bool:
+    return not s.keep_best and s.early_stopping_patience is None
+
+
 def _no_questions(s: Any) -> bool:
     return not s.evaluation_inputs
 
@@ -212,6 +216,9 @@ class DataPart(Part):
     validation_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the rows held out to measure the validation loss, whenever the evaluation questions
     are asked."""
+    validation_path: Annotated[OneOrMore, Mark(is_path=True)] = ()
+    """Rows to measure the validation loss on, in place of a share of the training data: a file, a
+    folder, a name on the hub, or a list of these."""
     prompt_template: Annotated[
         str, Mark(comment="'auto' is the chat template of the tokenizer")
     ] = "auto"
@@ -345,6 +352,18 @@ class RuntimePart(Part):
         500
     )
     """Save a checkpoint every this many steps; the end is always saved."""
+    save_epochs: Annotated[Positive | None, Mark("free")] = None
+    """Also save a checkpoint at the end of every this many epochs."""
+    keep_best: Annotated[bool, Mark("free")] = False
+    """Save a checkpoint whenever `best_metric` is better than before, keep it, and name it in the
+    file `best_checkpoint` of the work dir."""
+    early_stopping_patience: Annotated[Positive | None, Mark("free")] = None
+    """End the run after this many measurements of `best_metric` without a better one."""
+    best_metric: Annotated[str, Mark("free", idle=_no_best)] = "val_loss"
+    """What `keep_best` and `early_stopping_patience` compare: 'val_loss', which is measured every
+    evaluation_freq steps, or a scalar that a hook of your own adds."""
+    best_metric_goal: Annotated[Literal["min", "max"], Mark("free", idle=_no_best)] = "min"
+    """Whether a lower or a higher `best_metric` is better."""
     save_total_limit: Annotated[
         Literal[-1] | Positive, Mark("free", comment="checkpoints to keep; -1 keeps all")
     ] = 2

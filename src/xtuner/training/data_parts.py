@@ -79,8 +79,19 @@ class DataParts:
         return {name: getattr(self, name) for name in names}
 
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:
-        """The packs of the run; see `data.build.build`."""
-        return build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
+        """The packs of the run, and those of `validation_path`; see `data.build.build`."""
+        data = build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
+        if not self.settings.validation_path:
+            return data
+        formats = self.settings.dataset_format
+        changes = {
+            "data_path": self.settings.validation_path,
+            "dataset_format": formats if len(formats) == 1 else ("auto",),
+            **dict.fromkeys(("data_repeats", "data_weights", "max_dataset_length")),
+            "shuffle": False,
+        }
+        held_out = build(self.settings.model_copy(update=changes), **self.arguments, quiet=quiet)
+        return data.with_validation(held_out, report_dir=report_dir)
 
     def build_once(
         self, processes: Processes, *, report_dir: Path | None

@@ -20,6 +20,7 @@ from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import run_lock, strategies
+from xtuner.engine.best import BestMetric
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.counting import Counter, counting_of
 from xtuner.engine.hooks.base import Run, make_hooks
@@ -156,6 +157,8 @@ class _TrainingRun:
             save=writer.save,
             memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
+            best=self._best(resuming=source is not None),
+            mark_best=self._mark_best,
         )
         if overwrite and self.processes.is_main:
             self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
@@ -170,6 +173,17 @@ class _TrainingRun:
         if recorded:
             recorded.tell()
         return result
+
+    def _best(self, *, resuming: bool) -> BestMetric:
+        best = BestMetric(self.settings, self.work_dir, self.processes)
+        if resuming:
+            best.resume()
+        return best
+
+    def _mark_best(self, run: Run, told: str) -> None:
+        if self.processes.is_main:
+            self.store.mark_best(run.count, told)
+            self.console.print(f"Best so far: {told}", markup=False)
 
     def _recording(self, run: Run, lines: list[str]) -> Recording:
         return recording(
