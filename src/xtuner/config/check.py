@@ -129,6 +129,13 @@ def _renamed() -> dict[str, str]:
     return table["renamed"]
 
 
+@functools.cache
+def dotted() -> dict[str, str]:
+    """Names in the tables of an mmengine config, as ``--cfg-options`` takes them, and settings."""
+    table: dict[str, dict[str, str]] = tomllib.loads((_TABLES / "renamed.toml").read_text("utf-8"))
+    return table["dotted"]
+
+
 def _wrong_value(name: str, value: Any) -> str:
     message = f"must be {allowed(name)}"
     if not isinstance(value, str):

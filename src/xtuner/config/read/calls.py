@@ -20,7 +20,7 @@ _MODULES = ("os", "os.path", _JOIN)
 def _joined(*parts: Any) -> str:
     if not parts or not all(isinstance(part, str) for part in parts):
         raise RefusedError("os.path.join takes strings")
-    return posixpath.join(*parts)
+    return str(posixpath.join(*parts))
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

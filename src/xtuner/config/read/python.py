@@ -2,8 +2,9 @@
 
 The text is parsed with `ast`, and only these are evaluated: assignments of literals, earlier names,
 arithmetic, joined strings, f-strings, comparisons, conditionals, lists, tuples, dicts and their
-items, and the few calls of `calls`. Anything else is reported as a problem with its line, so a settings file from an untrusted
-source is only data. Size and work are bounded: ``10**10**9`` is a problem, not a hang.
+items, and the few calls of `calls`. Anything else is reported as a problem with its line, so a
+settings file from an untrusted source is only data. Size and work are bounded: ``10**10**9`` is a
+problem, not a hang.
 """
 
 from __future__ import annotations
