@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from xtuner.config.check import accepts, dotted, unknown_override
+from xtuner.config.check import accepts, unknown_override
 from xtuner.config.read.entries import Problem, parse_constant
+from xtuner.config.renames import dotted
 
 
 def read(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
