@@ -377,9 +377,13 @@ def _with_run(found: ChatSource, info: RunInfo | None) -> ChatSource:
 
 
 def _folder(name: str) -> Path | None:
-    """The folder of `name`: for a work dir its newest checkpoint, for x.pth the folder x."""
+    """The folder of `name`: for a work dir its newest checkpoint, for x.pth the folder x, for
+    `best_checkpoint` of a work dir the one it names."""
     path = Path(name).expanduser()
     path = path.with_suffix("") if path.suffix == ".pth" else path
+    if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
+        words = path.read_text(encoding="utf-8").split() or [""]
+        path = path.parent / Path(words[0]).name
     pointer = path / "last_checkpoint"
     if pointer.is_file():
         path = path / Path(pointer.read_text(encoding="utf-8").strip()).name

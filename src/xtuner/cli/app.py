@@ -5,7 +5,8 @@ help) or a `typer.Typer` named `app` with subcommands. The command name is the f
 for ``_``, unless the file sets ``NAME``. Printing the help imports all of them, so heavy modules
 are imported inside the functions.
 
-Exit codes: 0 success, 1 unexpected error, 2 error that the user can fix, 130 interrupted.
+Exit codes: 0 success, 1 unexpected error, 2 error that the user can fix, 75 ended because another
+process of the run did, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import typer
 
 from xtuner import plugins
 from xtuner.cli import _old_words
-from xtuner.errors import XTunerError
+from xtuner.errors import PeerLostError, XTunerError
+from xtuner.parallel.attempt import PEER_LOST
 from xtuner.version import __version__
 
 _PACKAGE = "xtuner.cli"
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stdout.flush()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return PEER_LOST if isinstance(error, PeerLostError) else 2
     except OSError as error:
         if debug or error.errno not in _CANNOT_WRITE:
             raise
