@@ -382,6 +382,9 @@ class RuntimePart(Part):
     strategy_options: Options = ()
     """Settings of the strategy itself, by name: for 'fsdp2' {'cpu_offload': True} keeps weights,
     gradients and optimizer state in the CPU's memory."""
+    hang_timeout: Annotated[Positive, Mark("free", comment="in seconds")] = 600
+    """Seconds that a process waits for the others before it says where each of them is. The run
+    then ends, unless one of them reads data, writes a checkpoint or runs a hook of its own."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True

@@ -75,7 +75,9 @@ def train(
     # Where DeepSpeed is installed transformers imports it, and it would warn that it found no GPU.
     os.environ.setdefault("DS_ACCELERATOR", pick_device(settings.device))
     processes = Processes(
-        pick_device(settings.device), sequence_parallel_size=settings.sequence_parallel_size
+        pick_device(settings.device),
+        sequence_parallel_size=settings.sequence_parallel_size,
+        hang_timeout=settings.hang_timeout,
     )
     try:
         folder = work_dir_of(loaded, work_dir)
