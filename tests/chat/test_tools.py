@@ -10,7 +10,7 @@ from xtuner.calls.families import load
 from xtuner.calls.read import make_call
 from xtuner.chat.session import Session, ToolUse
 from xtuner.chat.terminal import Terminal
-from xtuner.cli.app import expand_plugins, main
+from xtuner.cli.app import main
 from xtuner.errors import ConfigError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.testing.tiny import tiny_tokenizer
@@ -128,11 +128,12 @@ def test_chat_with_a_tool_runs(capsys, tiny_model_path):
 
 
 def test_the_words_of_xtuner_0():
-    from xtuner.cli import _chat_tools
+    from xtuner.cli import _chat_tools, _old_words
 
-    assert expand_plugins(["chat", "m", "--with-plugins", "calculate", "solve", "--bits", "4"]) == [
-        "chat", "m", "--with-plugins", "calculate", "--with-plugins", "solve", "--bits", "4",
-    ]  # fmt: skip
+    command = "chat m --with-plugins calculate solve --command-stop-word <eoc> --bits 4"
+    assert " ".join(_old_words.translated(command.split())) == (
+        "chat m --with-plugins calculate --with-plugins solve --stop-words <eoc> --bits 4"
+    )
     assert _chat_tools.names([], with_plugins=["calculate", "solve", "search"]) == [
         "Calculate=calculator", "Solve=solve",
     ]  # fmt: skip

@@ -22,13 +22,13 @@ from typing import Annotated
 import typer
 
 from xtuner import plugins
+from xtuner.cli import _old_words
 from xtuner.errors import PeerLostError, XTunerError
 from xtuner.parallel.attempt import PEER_LOST
 from xtuner.version import __version__
 
 _PACKAGE = "xtuner.cli"
 _OVERRIDE_FLAGS = ("--set", "--cfg-options")
-_PLUGINS = ("calculate", "solve", "search")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _EPILOG = "Start with `xtuner list-cfg`. `xtuner COMMAND --help` describes a command."
 
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("XTUNER_DEBUG", "") not in ("", "0") or "--debug" in given
-    given = expand_overrides([argument for argument in given if argument != "--debug"])
-    given = expand_plugins(complete_resume(given))
+    given = [argument for argument in given if argument != "--debug"]
     try:
+        given = complete_resume(expand_overrides(_old_words.translated(given)))
         build_app()(given or ["--help"], prog_name="xtuner")
     except XTunerError as error:
         if debug:
@@ -93,7 +93,7 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     flag = ""
     for argument in arguments:
-        if flag and re.match(r"[A-Za-z_]\w*=", argument):
+        if flag and re.match(r"[A-Za-z_][\w.]*=", argument):
             if expanded[-1] != flag:
                 expanded.append(flag)
             expanded.append(argument)
@@ -103,25 +103,18 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def expand_plugins(arguments: Sequence[str]) -> list[str]:
-    """Repeat the flag in ``--with-plugins calculate solve``, as XTuner 0.x takes it."""
-    expanded: list[str] = []
-    listing = False
-    for argument in arguments:
-        if listing and argument in _PLUGINS and expanded[-1] in _PLUGINS:
-            expanded.append("--with-plugins")
-        listing = argument == "--with-plugins" or (listing and argument in _PLUGINS)
-        expanded.append(argument)
-    return expanded
-
-
 def complete_resume(arguments: Sequence[str]) -> list[str]:
-    """Expand ``--resume`` without a value to ``--resume last``; only iter_N counts as its value."""
+    """Expand ``--resume`` without a value to ``--resume last``.
+
+    Only iter_N and files of XTuner 0.x count as its value.
+    """
     completed: list[str] = []
     for position, argument in enumerate(arguments):
         completed.append(argument)
         following = arguments[position + 1] if position + 1 < len(arguments) else ""
-        if argument == "--resume" and not re.search(r"(^|/)(iter_\d+(\.pth)?|last)/?$", following):
+        if argument == "--resume" and not re.search(
+            r"(^|/)(iter_\d+|last|[^/]+\.pth)/?$", following
+        ):
             completed.append("last")
     return completed
 

@@ -129,13 +129,6 @@ def command(
             help="As in XTuner 0.x: tools with the names of MOSS's plugins, Calculate and Solve.",
         ),
     ] = None,
-    command_stop_word: Annotated[
-        str | None,
-        typer.Option(metavar="WORD", help="As in XTuner 0.x; calls end by themselves."),
-    ] = None,
-    answer_stop_word: Annotated[
-        str | None, typer.Option(metavar="WORD", help="As in XTuner 0.x: --stop-words.")
-    ] = None,
     device: Annotated[
         Device, typer.Option(help="'auto' uses a GPU if there is one.")
     ] = Device.auto,
@@ -169,14 +162,11 @@ def command(
         top_p=top_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop_words=(*(stop_words or ()), *([answer_stop_word] if answer_stop_word else ())),
+        stop_words=tuple(stop_words or ()),
     )
     from xtuner.cli import _chat_tools
 
     named = _chat_tools.names(tools or (), lagent=lagent, with_plugins=with_plugins or ())
-    if command_stop_word:
-        typer.echo(f"Note: --command-stop-word {command_stop_word} is not needed: calls are read "
-                   "while they are written, and end by themselves.", err=True)  # fmt: skip
     _chat_tools.check(named, yes=yes)
     if idle := options.without_effect:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
