@@ -66,7 +66,7 @@ def test_loads_a_built_in(monkeypatch, tmp_path):
 
 def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
     lines = problems(
-        NEEDED + "max_lenght = 512\ntuning = 'qlroa'\nlr = '1e-4'\nmax_epochs = 2.5\nimport os\n",
+        NEEDED + "max_lenght = 512\ntuning = 'qlroa'\nlr = '1e-4'\nmax_epochs = 2.5\nimport re\n",
         "betas=3",
         "lora=1",
     )
@@ -78,7 +78,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         "did you mean 'qlora'?",
         "  line 5  lr = '1e-4'        must be a number above 0; write it without quotes",
         "  line 6  max_epochs = 2.5   must be an integer, 1 or more",
-        "  line 7  import os          a settings file is read, not executed; "
+        "  line 7  import re          a settings file is read, not executed; "
         'put your function in a file and name it as "my_file.py:function"',
         "  --set betas=3              must be two numbers, each a number >= 0 and < 1",
         "  --set lora=1               use tuning = 'lora', with lora_r, lora_alpha "
@@ -97,7 +97,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         ("system = 'x'", "use SYSTEM"),
         ("Max_Length = 3", "did you mean 'max_length'"),
         ("alpaca_en_path = 'x'", "use data_path"),
-        ("use_varlen_attn = True", "always on"),
+        ("use_varlen_attn = True", "never attend to each other"),
         ("max_length = 4", "an integer, 8 or more"),
         ("warmup_ratio = 1.5", "a number from 0 to 1"),
         ("pack_to_max_length = 1", "True or False"),

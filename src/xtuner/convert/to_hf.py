@@ -51,6 +51,9 @@ def find_checkpoint(path: Path) -> Path:
     """
     path = path.expanduser()
     folder = path.with_suffix("") if path.suffix == ".pth" else path
+    if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
+        words = path.read_text(encoding="utf-8").split() or [""]
+        folder = path.parent / Path(words[0]).name
     pointer = folder / "last_checkpoint"
     if pointer.is_file():
         folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
@@ -58,8 +61,8 @@ def find_checkpoint(path: Path) -> Path:
         return folder
     if path.is_file():
         raise CheckpointError(
-            f"{path}: is a checkpoint file of an earlier version of xtuner; this version reads "
-            "folders iter_N with weights in Hugging Face format"
+            f"{path}: is a checkpoint of XTuner 0.x; convert it first, with the config of its run: "
+            f"xtuner convert pth_to_hf CONFIG {path} DIR"
         )
     parent = folder if folder.is_dir() else folder.parent
     found = ", ".join(sorted(str(p) for p in parent.glob("iter_*") if p.is_dir())) or "none"

@@ -7,7 +7,7 @@ sources ─prepare─► files + formats ─encode─► rows on disk (cached) �
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ class TrainingData:
     validation: PackedDataset | None
     report: DataReport
 
+    def with_validation(self, held_out: TrainingData, *, report_dir: Path | None) -> TrainingData:
+        """These data, with the training part of `held_out` for validation."""
+        sources = tuple(replace(s, name=f"{s.name} (validation)") for s in held_out.report.sources)
+        report = replace(
+            self.report,
+            sources=(*self.report.sources, *sources),
+            validation=held_out.report.train,
+            notes=(*self.report.notes, *held_out.report.notes),
+        )
+        if report_dir is not None:
+            report.write(report_dir)
+        return TrainingData(self.train, held_out.train, report)
+
 
 def build(
     settings: Settings,
@@ -54,6 +67,7 @@ def build(
     folder: Path,
     algorithm: Algorithm,
     image_layout: ImageLayout | None,
+    vocab_size: int | None = None,
     report_dir: Path | None = None,
     quiet: bool = False,
 ) -> TrainingData:
@@ -66,6 +80,7 @@ def build(
         folder: where relative paths are looked up first, the folder of the settings file.
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
+        vocab_size: rows with token ids from here on cannot be used; None if there are none.
         report_dir: folder for data_report.json; None writes none.
         quiet: show no progress.
 
@@ -82,6 +97,7 @@ def build(
         quiet=quiet,
         algorithm=algorithm,
         image_layout=image_layout,
+        vocab_size=vocab_size,
     )
     stores = [encoding.store(source) for source in sources]
     policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from xtuner.config.check import check
 from xtuner.config.read import foreign
+from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, listed
 from xtuner.migrate.report import Draft
 from xtuner.migrate.values import UnreadError
 from xtuner.migrate.xtuner import read as read_mmengine
-from xtuner.migrate.xtuner import xtuner_old
+from xtuner.migrate.xtuner import systems, xtuner_old
 from xtuner.migrate.yaml_trainers import llamafactory, torchtune
 
 _YAML = {foreign.LLAMA_FACTORY: llamafactory.migrate, foreign.TORCHTUNE: torchtune.migrate}
@@ -67,7 +68,7 @@ def read(path: Path) -> Draft:
 
 def _translate(path: Path, text: str, origin: str) -> Draft:
     if origin == foreign.XTUNER_OLD:
-        return xtuner_old.migrate(read_mmengine.read(path))
+        return xtuner_old.migrate(read_mmengine.read(path), systems=systems.beside(path))
     try:
         return _YAML[origin](text, path.resolve().parent)
     except ConfigError as error:
@@ -104,6 +105,21 @@ def migrate(old: Path, new: Path | None = None) -> Migrated:
     for end, text in draft.files.items():
         _write(new.with_name(f"{new.stem}{end}"), text)
     return Migrated(new, draft)
+
+
+def settings_of(path: Path) -> Settings:
+    """The settings that `path`, a config of another trainer, is equivalent to.
+
+    Raises:
+        ConfigError: it cannot be read or translated.
+    """
+    draft = read(path)
+    settings, _ = check(draft.reading())
+    if draft.not_yet or draft.refused or settings is None:
+        raise ConfigError(
+            listed(f"{path} ({draft.origin}) cannot be migrated:", list(draft.reasons()))
+        )
+    return settings
 
 
 def _name_files(draft: Draft, stem: str) -> None:

@@ -5,18 +5,25 @@ PEFT creates, names and saves the adapters; their forward pass is `kernels.lora_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 
-from xtuner.errors import ModelError
+from xtuner.errors import ConfigError, ModelError, did_you_mean
 from xtuner.hub.weight_files import tensors_of
 from xtuner.kernels.lora.layers import layer_classes
+from xtuner.models.check.training_pass import text_decoder
 from xtuner.models.old_adapters import fitting_llm_adapter
+
+_FEW = 0.01
+"""A smaller share of weights without adapters is not worth a note."""
 
 OUTSIDE_PEFT = {
     kind: ["out_proj"] for kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -34,6 +41,7 @@ def add_adapter(
     modules_to_save: Sequence[str] = (),
     seed: int = 0,
     task_type: str | None = "CAUSAL_LM",
+    further: Mapping[str, Any] | None = None,
 ) -> Any:
     """Freeze `model` and put fresh adapters beside its linear layers.
 
@@ -42,28 +50,30 @@ def add_adapter(
         r: rank.
         alpha: the adapters' output is scaled by ``alpha / r``.
         dropout: share of the adapters' inputs set to zero in training.
-        target_modules: names of layers, or 'all-linear' (all but the output head and those of
-            `OUTSIDE_PEFT`).
+        target_modules: names of layers, or 'all-linear' (all but the output head, those of
+            `OUTSIDE_PEFT` and those that are `unsuitable`).
         modules_to_save: names of layers trained in full.
         seed: fixes the first values of A (B begins at zero); the global random state is kept.
         task_type: PEFT's word for what the model does; None for a vision tower.
+        further: other fields of PEFT's LoraConfig.
 
     Raises:
         ModelError: a name fits no layer.
+        ConfigError: PEFT cannot make adapters as `further` says.
     """
     from peft import LoraConfig, get_peft_model
 
     whole = list(target_modules) == ["all-linear"]
-    config: Any = model.config
-    outside = OUTSIDE_PEFT.get(config.model_type)
+    outside = [*OUTSIDE_PEFT.get(_kind(model), ()), *unsuitable(model)] if whole else []
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if whole else list(target_modules),
-        exclude_modules=outside if whole else None,
+        exclude_modules=outside or None,
         modules_to_save=list(modules_to_save) or None,
         task_type=task_type,
+        **(further or {}),
     )
     config._register_custom_module(layer_classes())
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -83,11 +93,101 @@ def add_adapter(
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
+            if not further:
+                raise
+            raise ConfigError(f"lora_config = {dict(further)}: {error}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _kind(model: Any) -> str:
+    return str(model.config.model_type)
+
+
+_OWN = {
+    "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save",
+}  # fmt: skip
+_NEED_DATA = ("eva", "corda", "lora_ga", "loftq")
+
+
+def check_config(further: Mapping[str, Any]) -> None:
+    """Check the setting `lora_config`.
+
+    Raises:
+        ConfigError: a field does not exist, has a setting of its own, or needs what a run lacks.
+    """
+    from peft import LoraConfig
+
+    fields = [f.name for f in dataclasses.fields(LoraConfig)]
+    problems = []
+    for name, value in further.items():
+        if name in _OWN:
+            problems.append(f"{name}: is the setting {_OWN[name]}")
+        elif name in ("task_type", "peft_type", "base_model_name_or_path", "exclude_modules"):
+            problems.append(f"{name}: is chosen by xtuner; remove it")
+        elif name not in fields:
+            problems.append(f"{name}: LoraConfig has no such field{did_you_mean(name, fields)}")
+        elif name == "init_lora_weights" and str(value).lower() in _NEED_DATA:
+            problems.append(
+                f"{name} = {value!r}: needs passes over data before training, which is not "
+                "available; use 'pissa', 'olora', 'gaussian' or 'orthogonal'"
+            )
+    if problems:
+        raise ConfigError(f"lora_config: {'; '.join(problems)}")
+    try:
+        LoraConfig(**further)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"lora_config = {dict(further)}: {error}") from error
+
+
+def unsuitable(model: Any) -> dict[str, str]:
+    """Linear layers of `model` by name that 'all-linear' leaves out, and why.
+
+    Layers of a router may return a tuple, and parts for images or sound are not reached by text.
+    """
+    causal = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    decoder = text_decoder(model) if causal else model
+    reached = {id(module) for module in decoder.modules()} if decoder is not model else None
+    head = model.get_output_embeddings() if causal else None
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        kind = type(module)
+        if reached is not None and id(module) not in reached:
+            found[name] = "text does not reach them"
+        elif kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers"):
+            found[name] = f"a {kind.__name__} does more than a linear layer"
+    return found
+
+
+def notes_on_adapters(adapted: Any) -> Iterator[str]:
+    """What adapters on all linear layers do not reach; `adapted` is of `add_adapter`."""
+    model, config = adapted.get_base_model(), next(iter(adapted.peft_config.values()))
+    if config.exclude_modules:
+        left = collections.Counter(unsuitable(model).values())
+        for reason, count in left.items():
+            layers = "1 linear layer gets" if count == 1 else f"{count:,} linear layers get"
+            yield f"{layers} no adapter: {reason}"
+    made = [m for m in adapted.modules() if hasattr(m, "adapted") and hasattr(m, "lora_A")]
+    if slow := sum(layer.adapted() is None for layer in made):
+        yield (
+            f"{slow:,} of {len(made):,} adapters are computed by PEFT, as lora_config asks for, "
+            "which takes more time and memory than xtuner's own forward pass"
+        )
+    experts = [p for p in model.parameters() if p.ndim == 3 and not p.requires_grad]
+    share = sum(p.numel() for p in experts) / max(1, sum(p.numel() for p in model.parameters()))
+    if share > _FEW:
+        yield (
+            f"{share:.0%} of the weights are experts in tensors of three dimensions, which are no "
+            "linear layers: they get no adapters and stay as they are"
+        )
 
 
 def load_adapter(
@@ -129,10 +229,10 @@ def load_adapter(
     except SafetensorError as error:
         raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
     except (RuntimeError, ValueError, OSError) as error:
-        first = str(error).splitlines()[0]
+        told = " ".join(str(error).split())
         raise ModelError(
             f"{folder}: the adapter does not fit the model "
-            f"{getattr(model, 'name_or_path', '')!r}: {first}"
+            f"{getattr(model, 'name_or_path', '')!r}: {told}"
         ) from error
 
 
@@ -147,7 +247,8 @@ def load_adapter_weights(adapted: Any, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(f"{folder}: lacks adapter_model.safetensors")
-    saved = tensors_of(file)
+    with fitting_llm_adapter(adapted, folder) as place:
+        saved = tensors_of(place / file.name)
     try:
         result = set_peft_model_state_dict(adapted, saved)
     except RuntimeError as error:

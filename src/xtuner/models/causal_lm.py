@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +34,7 @@ from xtuner.models.check.training_pass import (
     traceless,
     without_dropout,
 )
+from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.split_rotary import SplitRotary
 from xtuner.parallel.ulysses import SequenceGroup, gather_scores
 from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
@@ -62,6 +65,9 @@ class PackedCausalLM(nn.Module):
         embedder: takes batches with images; None for a language model alone.
 
     Attributes:
+        always_embeds: a batch without images enters the weights for images, too. Where weights or
+            gradients are divided among processes, all of them then enter the same modules.
+        noise: of NEFTune, in training; None without.
         apart: each sample goes through the model by itself, as transformers' plainest call.
         sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
             has all.
@@ -80,7 +86,9 @@ class PackedCausalLM(nn.Module):
         self.sequence: SequenceGroup | None = None
         self._rotary: SplitRotary | None = None
         self.autocast = autocast
+        self.always_embeds = False
         self.plain_logits = False
+        self.noise: EmbeddingNoise | None = None
         self.apart = why_apart(text_decoder(self.causal)) is not None
         head: Any = self.causal.get_output_embeddings()
         if type(head) is nn.Linear and head.bias is None:
@@ -101,9 +109,18 @@ class PackedCausalLM(nn.Module):
         """Last hidden states ``[1, N, H]`` of a packed batch."""
         return decoder_of(self.causal)(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | None, *, run: Callable[[], Any] | None = None) -> Any:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
-        the tokens (see `Batch.sequence_of_predicting`)."""
+        the tokens (see `Batch.sequence_of_predicting`).
+
+        Args:
+            batch: None with `run`.
+            run: called instead, and its result returned. Whatever else calls the model enters here,
+                so that hooks which gather sharded weights see the pass from its beginning.
+        """
+        if run is not None:
+            return run()
+        assert batch is not None
         with self._autocast():
             if self.sequence is not None and self._rotary is not None:
                 return self._scores_of_shares(batch, self.sequence, self._rotary)
@@ -118,7 +135,8 @@ class PackedCausalLM(nn.Module):
     def _scores_of_row(self, row: Batch, batch: Batch) -> Tensor:
         """The log-probabilities of `batch`, which `row` begins with."""
         positions = batch.predicting
-        return self._scores(self._inputs(row), positions, batch.labels[0, 1:][positions])
+        with self.noise.of_row(row.cu_seqlens) if self.noise else nullcontext():
+            return self._scores(self._inputs(row), positions, batch.labels[0, 1:][positions])
 
     def _scores_of_shares(self, batch: Batch, group: SequenceGroup, rotary: SplitRotary) -> Tensor:
         """The log-probabilities of `batch`, whose row is split over `group`.
@@ -146,7 +164,7 @@ class PackedCausalLM(nn.Module):
         """The log-probabilities of `targets` as next tokens of `positions`."""
         head: Any = self.causal.get_output_embeddings()
         if not self.plain_logits and isinstance(head, ScoringHead):
-            hidden = self.causal.base_model(**inputs).last_hidden_state[0, positions]
+            hidden = decoder_of(self.causal)(**inputs).last_hidden_state[0, positions]
             return head(self._for_head(hidden), targets)  # type: ignore[operator, no-any-return]
         return log_probabilities_of_logits(self._logits(inputs, positions), targets)
 
@@ -172,7 +190,7 @@ class PackedCausalLM(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         positions = batch.position_ids
-        if batch.images is not None and self.embedder is not None:
+        if self.embedder is not None and (batch.images is not None or self.always_embeds):
             ids = inputs.pop("input_ids")
             inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
             positions = self.embedder.positions(batch)
@@ -247,7 +265,8 @@ class PackedCausalLM(nn.Module):
         Raises:
             ModelError: the model cannot be split, or gives other results when it is.
         """
-        if reason := cannot_split(text_decoder(self.causal), group.size):
+        reason = cannot_split(text_decoder(self.causal), group.size)
+        if reason := reason or ("samples go through it one at a time" if self.apart else None):
             raise ModelError(f"sequence_parallel_size = {group.size}: {reason}")
         batch = IsolationCheck(self).batch()
         with traceless(self), without_dropout(self), self._autocast(), torch.no_grad():

@@ -373,12 +373,13 @@ def stream(engine: Engine, served: ServedModel) -> Callable[..., Generator[str, 
         template: Template,
         messages: Sequence[Message],
         options: GenerationOptions,
+        tools: Sequence[Mapping[str, Any]] = (),
         vision: ImageInput | None = None,
     ) -> Generator[str, None, None]:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         asked = replace(served, template=template)
         images = messages if any(message.images for message in messages) else ()
-        prompt = template.prompt_ids(messages)
+        prompt = template.prompt_ids(messages, tools=tools)
         job = Job(asked, prompt, options, events.put, messages=images)
         engine.submit(job)
         try:

@@ -15,10 +15,14 @@ from xtuner.data.build import TrainingData, build
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.tokenize.cache import cache_root
 from xtuner.models.can_pack import resolve_packing
+from xtuner.models.facts import facts_of
 from xtuner.models.load import load_tokenizer
+from xtuner.parallel.once import Once
 from xtuner.parallel.processes import Processes
 from xtuner.templates.base import Template
+from xtuner.training.preflight import check_tokenizer
 from xtuner.training.vision import image_layout_of
 
 
@@ -34,6 +38,7 @@ class DataParts:
         template: lays out conversations.
         image_layout: how images are expanded to tokens; None if the model takes no images.
         packing: a line to show where the model decided against packing.
+        vocab_size: number of embeddings of the model, if the tokenizer has tokens beyond them.
     """
 
     settings: Settings
@@ -43,6 +48,7 @@ class DataParts:
     template: Template
     image_layout: ImageLayout | None
     packing: str | None
+    vocab_size: int | None = None
 
     @classmethod
     def open(cls, loaded: LoadedSettings) -> DataParts:
@@ -57,33 +63,51 @@ class DataParts:
         tokenizer = load_tokenizer(
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
-        image_layout = image_layout_of(settings, tokenizer, folder=folder)
         template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
-        return cls(settings, folder, tokenizer, algorithm, template, image_layout, packing)
+        vocab_size = check_tokenizer(tokenizer, template, facts_of(settings))
+        image_layout = image_layout_of(settings, tokenizer, folder=folder)
+        if image_layout is not None:  # the token <image> may change what the template writes
+            template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
+        return cls(
+            settings, folder, tokenizer, algorithm, template, image_layout, packing, vocab_size
+        )
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `data.build.build` and `data.report.check.bad_rows`."""
-        names = ("template", "tokenizer", "folder", "algorithm", "image_layout")
+        names = ("template", "tokenizer", "folder", "algorithm", "image_layout", "vocab_size")
         return {name: getattr(self, name) for name in names}
 
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:
-        """The packs of the run; see `data.build.build`."""
-        return build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
+        """The packs of the run, and those of `validation_path`; see `data.build.build`."""
+        data = build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
+        if not self.settings.validation_path:
+            return data
+        formats = self.settings.dataset_format
+        changes = {
+            "data_path": self.settings.validation_path,
+            "dataset_format": formats if len(formats) == 1 else ("auto",),
+            **dict.fromkeys(("data_repeats", "data_weights", "max_dataset_length")),
+            "shuffle": False,
+        }
+        held_out = build(self.settings.model_copy(update=changes), **self.arguments, quiet=quiet)
+        return data.with_validation(held_out, report_dir=report_dir)
 
-    def build_once(self, processes: Processes, *, report_dir: Path | None) -> TrainingData:
-        """The packs, encoded by the main process; the others then find everything in the cache.
+    def build_once(
+        self, processes: Processes, *, report_dir: Path | None
+    ) -> tuple[TrainingData, str]:
+        """The packs, encoded by one process; the others then find everything in the cache.
 
         Args:
             processes: those of the run.
             report_dir: see `data.build.build`.
+
+        Returns:
+            The packs, and on several nodes where they were encoded.
         """
-        if not processes.is_main:
-            processes.wait()
-        data = self.build(report_dir=report_dir, quiet=not processes.is_main)
-        if processes.is_main:
-            processes.wait()
-        return data
+        once = Once(processes, cache_root())
+        data = once.run(lambda: self.build(report_dir=report_dir, quiet=not processes.is_main))
+        return data, once.note
 
     def loader(self, dataset: PackedDataset, *, collate: Collate, processes: Processes) -> Loader:
         """Hands this process its share of `dataset`."""
