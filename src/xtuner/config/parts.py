@@ -126,6 +126,11 @@ class ModelPart(Part):
     memory, the same numbers, 8 KiB copied per token of width 4,096. Requires adapters and a model
     whose output head has its own weights. 'auto' does so only if the run would not fit otherwise,
     according to the forecast."""
+    cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
+    """On an NVIDIA GPU, record the decoder's passes once and launch each as a whole: the same
+    results, and much faster where the GPU waits for the CPU, as with small models and 4-bit
+    weights. 'auto' does so for rows of equal size if the recording gives the numbers of the plain
+    passes; True ends the run where it cannot be done."""
 
 
 class VisionPart(Part):

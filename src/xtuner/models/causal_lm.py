@@ -25,6 +25,7 @@ from xtuner.kernels.fused.forward_override import with_forward
 from xtuner.models.can_pack import why_apart
 from xtuner.models.check.attention import ROUNDINGS, distance, wrong_attention
 from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck
+from xtuner.models.graphed_decoder import GraphedDecoder, Inputs, rounded
 from xtuner.models.check.training_pass import (
     plain_attention,
     text_decoder,
@@ -56,6 +57,7 @@ class PackedCausalLM(nn.Module):
 
     Attributes:
         apart: each sample goes through the model by itself, as transformers' plainest call.
+        graphs: replays the decoder in training where it can; None always computes.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class PackedCausalLM(nn.Module):
         self.model = model
         self.embedder = embedder
         self.autocast = autocast
+        self.graphs: GraphedDecoder | None = None
         self.plain_logits = False
         self.apart = why_apart(text_decoder(self.causal)) is not None
         head: Any = self.causal.get_output_embeddings()
@@ -88,6 +91,10 @@ class PackedCausalLM(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states ``[1, N, H]`` of a packed batch."""
+        if self.graphs is not None and self._may_replay:
+            found = self.graphs(self._graph_inputs(batch))
+            if found is not None:
+                return found
         return self.causal.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Tensor:
@@ -95,7 +102,9 @@ class PackedCausalLM(nn.Module):
         the tokens (see `Batch.sequence_of_predicting`)."""
         with self._autocast():
             if not self.apart:
-                return self._scores_of_row(filled(batch), batch)
+                fixed = self.graphs is not None and not self.graphs.off and self._may_replay
+                row = filled(batch, rounded(batch.num_tokens) if fixed else None)
+                return self._scores_of_row(row, batch)
             if batch.num_sequences == 1:
                 return self._scores_of_row(batch, batch)
             sequences = replace(batch, sequences_per_row=1).split()
@@ -151,6 +160,40 @@ class PackedCausalLM(nn.Module):
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
         return inputs
+
+    @property
+    def _may_replay(self) -> bool:
+        """Whether this is a training pass of a packed row."""
+        return self.training and torch.is_grad_enabled() and not self.apart
+
+    def _graph_inputs(self, batch: Batch) -> Inputs:
+        """The input of the decoder without its embedding, which runs as ever."""
+        inputs = self._inputs(batch)
+        embeddings = inputs.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = self.causal.get_input_embeddings()(inputs["input_ids"])
+        longest = inputs["max_length_q"]
+        return Inputs(embeddings, inputs["position_ids"], batch.cu_seqlens, longest)
+
+    def decoder(
+        self, embeddings: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int
+    ) -> Tensor:
+        """The decoder without its input embedding; see `graphed_decoder.Body`."""
+        found = self.causal.base_model(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            use_cache=False,
+            **{"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens},
+            **{"max_length_q": longest, "max_length_k": longest},
+        )
+        return found.last_hidden_state  # type: ignore[no-any-return]
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of `decoder`, and of what else the base model has but the input
+        embedding."""
+        outside = {id(p) for p in self.causal.get_input_embeddings().parameters()}
+        everything = self.causal.base_model.parameters()
+        return [p for p in everything if p.requires_grad and id(p) not in outside]
 
     def verify(self, *, packed: bool = True) -> str | None:
         """Check on a few random tokens, by passes as in training, that no token reads another
@@ -253,14 +296,14 @@ def missing_to_round(count: int) -> int:
     return -count % (64 if count >= LONG_ROW else 16)
 
 
-def filled(batch: Batch) -> Batch:
-    """`batch` with one more sample, without loss, where N is not a round number.
+def filled(batch: Batch, tokens: int | None = None) -> Batch:
+    """`batch` with one more sample, without loss, where N is not a round number, or not `tokens`.
 
     Every new N costs the matrix library compilations, and a crooked one some percent of each
     product; so packs that are nearly full are all of one size.
     """
     count = batch.num_tokens
-    missing = missing_to_round(count)
+    missing = missing_to_round(count) if tokens is None else tokens - count
     if not missing:
         return batch
     positions = F.pad(batch.position_ids, (0, missing))

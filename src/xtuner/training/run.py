@@ -34,6 +34,7 @@ from xtuner.parallel.processes import Processes
 from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
+from xtuner.training import graphs
 from xtuner.training.evaluate import SampleAnswers, Validation
 from xtuner.training.opening_lines import opening_lines
 from xtuner.training.result import TrainResult
@@ -108,6 +109,7 @@ class _TrainingRun:
         self._tell(data, counter, total)
         model = self._make_model(source)
         self._prepare(model)
+        graphs.use(model, settings, self.strategy, self.console)
         run = self._run(place, model, data, counter, total)
         writer = self._writer(model, data)
         if source is not None:
