@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from xtuner.config.schema import Settings
-from xtuner.engine.strategies import of_run
 from xtuner.kernels.cuda_graphs import CudaRecorder
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.graphed_decoder import GraphedDecoder

@@ -1,6 +1,5 @@
 """Stands in for `CudaRecorder` on a CPU: a replay calls the function again on the same memory."""
 
-
 import torch
 
 

@@ -2,12 +2,10 @@
 
 import contextlib
 
-
 import pytest
 import torch
 from replaying_recorder import ReplayingRecorder
 
-from xtuner.errors import TrainingError
 from xtuner.kernels.attention import packed as attention
 from xtuner.models.adapters import add_adapter
 from xtuner.models.causal_lm import PackedCausalLM
@@ -35,7 +33,13 @@ def made(tuning="lora", recorder=None, **options):
     model = tiny_model("llama", attn_implementation="sdpa")
     if tuning == "lora":
         model = add_adapter(
-            model, r=4, alpha=8, dropout=0.0, target_modules=("all-linear",), modules_to_save=(), seed=0
+            model,
+            r=4,
+            alpha=8,
+            dropout=0.0,
+            target_modules=("all-linear",),
+            modules_to_save=(),
+            seed=0,
         )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -162,6 +166,8 @@ def test_weights_that_moved_are_recorded_again():
     assert recorder.recorded == 4
 
 
-@pytest.mark.parametrize("tokens, wanted", [(1, 64), (64, 64), (65, 128), (4050, 4096), (2049, 2176)])
+@pytest.mark.parametrize(
+    "tokens, wanted", [(1, 64), (64, 64), (65, 128), (4050, 4096), (2049, 2176)]
+)
 def test_rows_are_filled_up_to_few_sizes(tokens, wanted):
     assert rounded(tokens) == wanted

@@ -25,13 +25,13 @@ from xtuner.kernels.fused.forward_override import with_forward
 from xtuner.models.can_pack import why_apart
 from xtuner.models.check.attention import ROUNDINGS, distance, wrong_attention
 from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck
-from xtuner.models.graphed_decoder import GraphedDecoder, Inputs, rounded
 from xtuner.models.check.training_pass import (
     plain_attention,
     text_decoder,
     traceless,
     without_dropout,
 )
+from xtuner.models.graphed_decoder import GraphedDecoder, Inputs, rounded
 from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -183,8 +183,10 @@ class PackedCausalLM(nn.Module):
             inputs_embeds=embeddings,
             position_ids=positions,
             use_cache=False,
-            **{"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens},
-            **{"max_length_q": longest, "max_length_k": longest},
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=longest,
+            max_length_k=longest,
         )
         return found.last_hidden_state  # type: ignore[no-any-return]
 

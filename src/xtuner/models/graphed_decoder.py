@@ -289,9 +289,7 @@ class GraphedDecoder:
             leaf.grad = None
         return hidden.detach(), gradients
 
-    def _record(
-        self, inputs: Inputs, capacity: Capacity, parameters: list[nn.Parameter]
-    ) -> Graph:
+    def _record(self, inputs: Inputs, capacity: Capacity, parameters: list[nn.Parameter]) -> Graph:
         """Record with a row of one sequence per `longest` tokens, of zeros."""
         like, device = inputs.embeddings, inputs.embeddings.device
         needed = like.requires_grad

@@ -48,9 +48,7 @@ def use(
     )
 
 
-def _obstacles(
-    model: PackedCausalLM, settings: Settings, strategy: BaseStrategy
-) -> Iterator[str]:
+def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy) -> Iterator[str]:
     """Why the decoder cannot be recorded, as far as it is known beforehand."""
     if not (torch.version.cuda or torch.version.hip):
         yield "this torch has none"

@@ -31,10 +31,10 @@ from xtuner.models import manifest
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
+from xtuner.training import graphs
 from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
-from xtuner.training import graphs
 from xtuner.training.evaluate import SampleAnswers, Validation
 from xtuner.training.opening_lines import opening_lines
 from xtuner.training.result import TrainResult
