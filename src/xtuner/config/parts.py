@@ -126,11 +126,11 @@ class ModelPart(Part):
     memory, the same numbers, 8 KiB copied per token of width 4,096. Requires adapters and a model
     whose output head has its own weights. 'auto' does so only if the run would not fit otherwise,
     according to the forecast."""
-    cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
-    """On an NVIDIA GPU, record the decoder's passes once and launch each as a whole: the same
-    results, and much faster where the GPU waits for the CPU, as with small models and 4-bit
-    weights. 'auto' does so for rows of equal size if the recording gives the numbers of the plain
-    passes; True ends the run where it cannot be done."""
+    cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = False
+    """On an NVIDIA GPU, record the decoder's forward and backward pass once and launch each as a
+    whole, which helps where the GPU waits for the CPU: small models, 4-bit weights. Only for packed
+    rows. 'auto' uses the recording if it gives the numbers of the plain passes on the first rows;
+    True ends the run otherwise. Not tested on a GPU yet, and so off by default."""
 
 
 class VisionPart(Part):
