@@ -35,7 +35,7 @@ class Message:
 
     `loss` overrides whether the turn is supervised: None is the default (only assistant turns are),
     False excludes an assistant turn. `images` names the images of the turn, one for each
-    ``<image>`` in `content`, in order.
+    ``<image>`` in `content`, in order. `reasoning` is what the assistant thinks before `content`.
     """
 
     role: Role
@@ -45,6 +45,7 @@ class Message:
     name: str | None = None
     tool_call_id: str | None = None
     images: tuple[str, ...] = ()
+    reasoning: str = ""
 
     @property
     def supervised(self) -> bool:
@@ -60,6 +61,8 @@ class Message:
             turn["name"] = self.name
         if self.tool_call_id is not None:
             turn["tool_call_id"] = self.tool_call_id
+        if self.reasoning:
+            turn["reasoning_content"] = self.reasoning
         return turn
 
 

@@ -50,7 +50,9 @@ def trained(name, device, steps):
         layer.bias.copy_(values((300,), 2))
     layer = layer.to(device)
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    optimizer = optim.make_optimizer(name, layer, paged=torch.device(device).type == "cuda", **options)
+    optimizer = optim.make_optimizer(
+        name, layer, paged=torch.device(device).type == "cuda", **options
+    )
     for step in steps:
         for seed, parameter in enumerate(layer.parameters()):
             grad = values(parameter.shape, 100 * step + seed)

@@ -125,6 +125,36 @@ def test_tools_and_calls_are_shown_and_calls_learnt():
     assert '"name": "weather"' in tokenizer.decode(template.prompt_ids((ASK,), tools=(TOOL,)))
 
 
+def test_reasoning_is_learned_where_the_template_renders_it(caplog):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.KEY %}<think>\n{{ m.KEY }}\n"
+        "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    thought = Message("assistant", "36", reasoning="Ten threes are thirty.")
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        template, tokenizer = auto(source.replace("KEY", key))
+        learned = learnt(template, tokenizer, ASK, thought)
+        assert learned == "<think>\nTen threes are thirty.\n</think>\n\n36<|im_end|>"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["auto", "plain", "chatml"])
+def test_template_without_reasoning_says_so_once(name, caplog):
+    tokenizer = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>")
+    template = load(name, tokenizer)
+    for _ in range(2):
+        learnt(template, tokenizer, ASK, Message("assistant", "36", reasoning="A thought."))
+    said = [r.message for r in caplog.records if "reasoning_content" in r.message]
+    assert len(said) == 1 and "not trained on" in said[0]
+
+
+def test_plain_template_refuses_calls():
+    tokenizer = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>")
+    with pytest.raises(DataError, match="'plain' does not render tool calls"):
+        learnt(load("plain", tokenizer), tokenizer, ASK, CALL)
+
+
 def test_tokenizer_with_a_template_of_its_own_for_tools():
     template, tokenizer = auto({"default": CHATML, "tool_use": TOOLS})
     assert learnt(template, tokenizer, ASK, TELL) == "Hello<|im_end|>"

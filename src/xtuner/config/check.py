@@ -27,6 +27,10 @@ _MAX_UNKNOWN = 100
 """Up to this many unknown names are listed; a suggestion takes time for each."""
 _MAX_LISTED = 8
 """A message lists up to this many allowed values; for longer lists it names `xtuner explain`."""
+_CONTROL_SIGN = (
+    "contains a line break, tab or other control character, as \\n or \\t in quotes mean; "
+    "write the path with / in place of each backslash"
+)
 _TUNINGS = choices("tuning")
 _PLACEHOLDERS: dict[str, Any] = {
     name: "-" for name, field in Settings.model_fields.items() if field.is_required()
@@ -165,6 +169,11 @@ def named_parts(name: str) -> list[str]:
 
 def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
     """Yield a problem for every setting that names an unknown plug-in or template."""
+    for setting in filter(lambda name: name not in unusable, Settings.paths()):
+        given = getattr(settings, setting)
+        for value in [given] if isinstance(given, str) else given or ():
+            if any(ord(sign) < 32 for sign in value):
+                yield setting, _CONTROL_SIGN
     for setting in ("algorithm", "dataset_format", "prompt_template", "strategy"):
         if setting in unusable:
             continue

@@ -79,6 +79,8 @@ def load_settings(
         if origin := foreign.origin(text, path.suffix):
             raise ConfigError(foreign.offer(str(config), origin))
         reading = _READERS[path.suffix.lower()](text, overrides=values)
+    if not reading.parsed:
+        raise ConfigError(report(str(path or name), reading.problems))
     for key, value in values.items():
         reading.entries[key] = Entry(value, line)
         reading.broken.discard(key)

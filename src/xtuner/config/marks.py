@@ -60,6 +60,8 @@ def as_pairs(value: Any) -> Any:
 Option = bool | int | float | str | None
 Options = Annotated[tuple[tuple[str, Option], ...], BeforeValidator(as_pairs)]
 """Names and values: a dict in a settings file, stored as pairs so that settings can be hashed."""
+Names = Annotated[tuple[tuple[str, str], ...], BeforeValidator(as_pairs)]
+"""Names by names: a dict in a settings file."""
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 OneOrMore = Annotated[tuple[str, ...], BeforeValidator(one_as_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]

@@ -18,6 +18,7 @@ from xtuner.config.marks import (
     Floats,
     Fraction,
     Mark,
+    Names,
     OneOrMore,
     Options,
     Positive,
@@ -180,8 +181,8 @@ class DataPart(Part):
         OneOrMore,
         Mark(is_path=True, comment="a file, a folder, a name on the hub, or a list of these"),
     ]
-    """A json, jsonl, csv, parquet or txt file, a folder of them, a name on the hub, or a list of
-    these."""
+    """A json, jsonl, csv, tsv, parquet, arrow or txt file, a folder of them or of `save_to_disk`, a
+    name on the hub, or a list of these."""
     dataset_format: Annotated[
         OneOrMore,
         Mark("free", comment="'auto' decides by the columns; one, or one per source"),
@@ -189,6 +190,10 @@ class DataPart(Part):
     """How rows are read; 'auto' decides by the columns and reports its choice. One for all sources
     or a list with one per source. `xtuner list-dataset-format` lists them; your own is
     'my_format.py:to_messages'."""
+    columns: Annotated[Names, Mark("free")] = ()
+    """What the columns of the data are, such as {'问题': 'user', '回答': 'assistant'}: 'user',
+    'assistant', 'system', or a column that a format reads. Usual names are recognised without
+    it."""
     dataset_split: Annotated[str, Mark("free")] = "train"
     """The split of a data set on the hub."""
     data_repeats: Floats | None = None

@@ -19,7 +19,7 @@ from datetime import date
 from typing import Any
 
 from xtuner.errors import DataError, ModelError
-from xtuner.templates.base import Rendered, Template, Turn, hash_of
+from xtuner.templates.base import NO_REASONING, Rendered, Template, Turn, hash_of
 from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
 from xtuner.templates.table import NAMED
 from xtuner.types import Message
@@ -56,6 +56,7 @@ class ChatTemplate(Template):
         self._exceeded = 0
         self._marked: dict[str, bool] = {}
         self._variables = {"date_string": _DATE} if "date_string" in self._source(()) else {}
+        self._reasoning_key = _reasoning_key(self._source(()))
         self._has_system_turn = self._shows_system()
         self._stop = self._find_stop()
         self.stop_words = (self._stop,) if self._stop else ()
@@ -124,6 +125,7 @@ class ChatTemplate(Template):
         if text[:end] != turn[:end]:
             return None
         self._check_calls(dicts[index], text[start:end])
+        self._check_reasoning(dicts[index], text[start:end])
         return start, end
 
     def _marked_turn(self, text: str, mark: tuple[int, int]) -> str:
@@ -196,7 +198,9 @@ class ChatTemplate(Template):
 
     def _as_turns(self, messages: Sequence[Message]) -> list[tuple[dict[str, Any], Message | None]]:
         """The messages as dicts, with the system message where the template accepts it."""
-        turns: list[tuple[dict[str, Any], Message | None]] = [(m.as_dict(), m) for m in messages]
+        turns: list[tuple[dict[str, Any], Message | None]] = [
+            (self._named_reasoning(m.as_dict()), m) for m in messages
+        ]
         first = turns[0][0] if turns else None
         if self.system and first is not None and first["role"] != "system":
             turns.insert(0, ({"role": "system", "content": self.system}, None))
@@ -213,6 +217,11 @@ class ChatTemplate(Template):
         raise DataError(
             "the model's chat template does not support a system message without a user turn"
         )
+
+    def _named_reasoning(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """`turn` with its reasoning under the key that the template reads."""
+        reasoning = turn.pop("reasoning_content", "")
+        return {**turn, self._reasoning_key: reasoning} if reasoning else turn
 
     def _shows_system(self) -> bool:
         """Whether the template renders system messages; Gemma's rejects them, some drop them."""
@@ -260,6 +269,11 @@ class ChatTemplate(Template):
                     "model whose template supports tools, or write the call into the content"
                 )
 
+    def _check_reasoning(self, turn: Mapping[str, Any], rendered: str) -> None:
+        reasoning = turn.get(self._reasoning_key, "").strip()
+        if reasoning and reasoning not in rendered:
+            self._warn_once(NO_REASONING.format(template="the model's chat template"))
+
     def _report_inexact(self, *, left: int) -> None:
         if not left:
             raise ModelError(
@@ -285,6 +299,12 @@ class ChatTemplate(Template):
         fits = {n: tokens for n, tokens in fits.items() if all(t in written for t in tokens)}
         best = max(fits, key=lambda name: len("".join(fits[name])), default="")
         return f" that fits, such as '{best}'" if best else ""
+
+
+def _reasoning_key(source: str) -> str:
+    """The key under which a chat template reads reasoning."""
+    keys = ("reasoning_content", "thinking", "reasoning")
+    return next((key for key in keys if re.search(rf"[.'\"]{key}\b", source)), keys[0])
 
 
 def _characters(value: Any) -> int:

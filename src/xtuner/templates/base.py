@@ -20,6 +20,16 @@ from xtuner.types import Conversation, Encoded, Message
 VERSION = 1
 """Part of every fingerprint; incremented when the ids or masks of any template change."""
 
+USE_AUTO = (
+    "use prompt_template = 'auto' with a model whose chat template supports them, "
+    "or remove them from the data"
+)
+NO_REASONING = (
+    "{template} does not render reasoning_content, so it is not trained on. Use a model whose "
+    "chat template renders it, or write it into the content, such as <think>...</think>"
+)
+"""The warning of a template that leaves out the reasoning of a turn."""
+
 logger = logging.getLogger("xtuner.templates")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from xtuner import plugins
 from xtuner.errors import DataError, ModelError
-from xtuner.templates.base import Rendered, Template, Turn, hash_of
+from xtuner.templates.base import NO_REASONING, USE_AUTO, Rendered, Template, Turn, hash_of
 from xtuner.templates.spec import Spec, fill
 from xtuner.types import Message
 
@@ -41,7 +41,7 @@ class NamedTemplate(Template):
         """See `Template.render`."""
         spec = self._spec
         if tools:
-            self._warn_once(f"template '{self.name}' does not render tools; {_USE_AUTO}")
+            self._warn_once(f"template '{self.name}' does not render tools; {USE_AUTO}")
         messages = self._with_system(messages)
         text = spec.start
         turns: list[Turn] = []
@@ -94,8 +94,10 @@ class NamedTemplate(Template):
     def _check(self, message: Message, index: int) -> None:
         if message.role == "tool" or message.tool_calls:
             raise DataError(
-                f"template '{self.name}' does not support tool calls and results; {_USE_AUTO}"
+                f"template '{self.name}' does not support tool calls and results; {USE_AUTO}"
             )
+        if message.reasoning:
+            self._warn_once(NO_REASONING.format(template=f"template '{self.name}'"))
         if message.role == "system" and index and self._spec.system_in_user:
             raise DataError(f"template '{self.name}' supports a system message only at the start")
 
@@ -109,12 +111,6 @@ class NamedTemplate(Template):
                 "is used instead. This works, but takes more tokens; "
                 "prompt_template = 'default' needs no special tokens."
             )
-
-
-_USE_AUTO = (
-    "use prompt_template = 'auto' with a model whose chat template supports them, "
-    "or remove them from the data"
-)
 
 
 def _with_tokens(name: str, spec: Spec, tokenizer: Any) -> Spec:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtuner.templates.base import Rendered, Template, Turn, hash_of
+from xtuner.errors import DataError
+from xtuner.templates.base import NO_REASONING, USE_AUTO, Rendered, Template, Turn, hash_of
 from xtuner.types import Message
 
 
@@ -46,6 +47,7 @@ class PlainText(Template):
         if self.system and messages[0].role != "system":
             text += self.system + self.between
         for message in messages:
+            self._check(message)
             start = len(text)
             text += message.content
             if message.role == "assistant":
@@ -55,6 +57,12 @@ class PlainText(Template):
             elif message.role == "system":
                 text += self.between
         return Rendered(text, turns)
+
+    def _check(self, message: Message) -> None:
+        if message.tool_calls:
+            raise DataError(f"template '{self.name}' does not render tool calls; {USE_AUTO}")
+        if message.reasoning:
+            self._warn_once(NO_REASONING.format(template=f"template '{self.name}'"))
 
     def fingerprint(self) -> str:
         """See `Template.fingerprint`."""

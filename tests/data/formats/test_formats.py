@@ -1,6 +1,7 @@
 """Contract of every format in the folder, and what each one reads out of a row."""
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -113,6 +114,79 @@ def test_openai_loss_names_and_roles():
     assert [m.role for m in record.messages][:3] == ["system", "user", "assistant"]
     assert [m.supervised for m in record.messages] == [False] * 5 + [True]
     assert record.messages[3].name == "Ann"
+
+
+@pytest.mark.parametrize("key", ["loss", "train", "training", "weight"])
+def test_every_name_of_supervision_is_read_in_every_format_with_turns(key):
+    def supervised(record):
+        return [m.supervised for m in record.messages if m.role == "assistant"]
+
+    ask, no, yes = {"role": "user", "content": "a"}, {key: False}, {key: True}
+    said = [{"role": "assistant", "content": "b", **each} for each in (no, yes)]
+    assert supervised(read("openai", messages=[ask, *said])) == [False, True]
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **no},
+             {"from": "gpt", "value": "c", **yes}]  # fmt: skip
+    for name in ("sharegpt", "llava", "msagent"):
+        assert supervised(read(name, conversations=turns)) == [False, True]
+    pairs = [{"input": "a", "output": "b", **no}, {"input": "a", "output": "b", **yes}]
+    assert supervised(read("xtuner", conversation=pairs)) == [False, True]
+
+
+def test_output_with_loss_of_xtuner_0_1_is_read():
+    said = [{"input": "a", "output": "b", "output_with_loss": on} for on in (False, True, None)]
+    record = read("xtuner", conversation=said)
+    assert [m.supervised for m in record.messages] == [False, False, False, True, False, True]
+
+
+def test_supervision_that_disagrees_with_itself_is_named():
+    turn = {"role": "assistant", "content": "b", "train": True, "weight": 0}
+    with pytest.raises(RowError, match=r"train: train and weight disagree"):
+        read("openai", messages=[{"role": "user", "content": "a"}, turn])
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_of_the_assistant_is_read(key):
+    ask = {"role": "user", "content": "a"}
+    messages = [ask, {"role": "assistant", "content": "b", key: "I think."}]
+    record = read("openai", messages=messages)
+    assert record.messages[1].reasoning == "I think."
+    assert record.messages[1].as_dict()["reasoning_content"] == "I think."
+    with pytest.raises(RowError, match=rf"messages\[0\].{key}.*only the assistant"):
+        read("openai", messages=[{**ask, key: "x"}, messages[1]])
+
+
+def test_messages_may_be_text_of_json_or_python():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    expected = read("openai", messages=messages)
+    for text in (json.dumps(messages), str(messages)):
+        assert read("openai", messages=text) == expected
+    with pytest.raises(RowError, match="messages: is text that is not a list; write it as JSON"):
+        read("openai", messages="[{'role': ...}")
+
+
+def test_prompt_and_completion_may_be_lists_of_messages():
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+              {"role": "user", "content": "c"}]  # fmt: skip
+    completion = [{"role": "assistant", "content": "d"}]
+    record = read("code_alpaca", prompt=prompt, completion=completion)
+    assert [m.content for m in record.messages if m.supervised] == ["d"]
+    assert turns(record)[:3] == [("user", "a"), ("assistant", "b"), ("user", "c")]
+    assert read("code_alpaca", prompt="[{1}] is what?", completion="a set").messages[0].content
+    with pytest.raises(RowError, match=r"completion\[0\].role: is 'user'"):
+        read("code_alpaca", prompt=prompt, completion=prompt)
+
+
+def test_function_call_is_a_call():
+    call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    rows = [
+        [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, **given}]
+        for given in ({"function_call": call}, {"tool_calls": [{"function": call}]})
+    ]
+    old, new = (read("openai", messages=messages) for messages in rows)
+    assert old == new and old.messages[1].tool_calls[0]["function"]["arguments"]["city"] == "Oslo"
+    both = {"role": "assistant", "function_call": call, "tool_calls": [call]}
+    with pytest.raises(RowError, match="is beside tool_calls"):
+        read("openai", messages=[rows[0][0], both])
 
 
 def test_openai_calls_and_tools_from_json_text_equal_those_from_objects():

@@ -63,7 +63,7 @@ def test_misfit_names_the_format_that_fits():
 @pytest.mark.parametrize(
     ("columns", "near"),
     [
-        (("instruction", "answer"), "'alpaca' (missing 'output')"),
+        (("instruction", "body"), "'alpaca' (missing 'output')"),
         (("mesages",), "'openai' (missing 'messages')"),
         (("zzz",), "No format has any"),
         ((), "no columns"),

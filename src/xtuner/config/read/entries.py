@@ -61,11 +61,13 @@ class Reading:
         entries: the settings by name.
         broken: names whose value could not be read; `problems` says why.
         problems: all problems.
+        parsed: whether the text follows the syntax; otherwise nothing else can be said of it.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    parsed: bool = True
 
 
 def report(name: str, problems: Iterable[Problem]) -> str:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from xtuner.config.read import arithmetic
+from xtuner.config.read import arithmetic, cures
 from xtuner.config.read.arithmetic import RefusedError, kind
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
 from xtuner.errors import did_you_mean
@@ -59,7 +59,7 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
             warnings.simplefilter("ignore", DeprecationWarning)
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return Reading(problems=[_syntax_problem(error)])
+        return Reading(problems=[_syntax_problem(error, text)], parsed=False)
     reader = _Reader(text.split("\n"), overrides or {})
     reader.statements(tree.body)
     return reader.reading
@@ -257,10 +257,13 @@ def _stored(statement: ast.AST) -> Iterator[str]:
             yield node.id
 
 
-def _syntax_problem(error: Exception) -> Problem:
+def _syntax_problem(error: Exception, text: str) -> Problem:
     if isinstance(error, SyntaxError):
-        text = (error.text or "").strip()
-        return Problem(text, f"is not Python: {error.msg}", line=error.lineno or 1)
+        number, lines = error.lineno or 1, text.split("\n")
+        line = lines[number - 1] if number <= len(lines) else error.text or ""
+        cure = cures.python_cure(line, error.msg)
+        reason = f"is not Python: {error.msg}{f'; {cure}' if cure else ''}"
+        return Problem(line.strip(), reason, line=number)
     if isinstance(error, ValueError):
         return Problem("the file", f"is not Python: {error}")
     return Problem("the file", "is nested too deeply")

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from xtuner.config.read import cures
 from xtuner.config.read.arithmetic import RefusedError, check_size
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
 
@@ -44,19 +45,17 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        reading.problems.append(_syntax_problem(text, error))
-        return reading
+        return Reading(problems=[_syntax_problem(text, error)], parsed=False)
     except RecursionError:
-        reading.problems.append(Problem("the file", "is nested too deeply"))
-        return reading
+        return Reading(problems=[Problem("the file", "is nested too deeply")], parsed=False)
     except (ValueError, OverflowError) as error:  # an escape such as "\U00110000"
-        reading.problems.append(Problem("the file", f"is not YAML: {error}"))
-        return reading
+        return Reading(problems=[Problem("the file", f"is not YAML: {error}")], parsed=False)
     if node is None:
         return reading
     if not isinstance(node, yaml.MappingNode):
-        reading.problems.append(Problem("the file", "must consist of lines  key: value"))
-        return reading
+        cure = cures.yaml_lines_cure(text)
+        reason = f"must consist of lines  key: value{f'; {cure}' if cure else ''}"
+        return Reading(problems=[Problem("the file", reason)], parsed=False)
     for key, value in node.value:
         _read_pair(reading, key, value, overrides or {})
     return reading
@@ -77,6 +76,10 @@ def _read_pair(
     if name in overrides:
         reading.entries[name] = Entry(overrides[name], OVERRIDE)
         return
+    if quoted := _chinese_quotes(value):
+        reading.problems.append(Problem(f"{name}:", quoted, line=line))
+        reading.broken.add(name)
+        return
     try:
         read_value = _construct(value)
         check_size(read_value)
@@ -88,6 +91,15 @@ def _read_pair(
         reading.broken.add(name)
         return
     reading.entries[name] = Entry(read_value, line)
+
+
+def _chinese_quotes(node: yaml.Node) -> str:
+    """The problem of a value in quotes that YAML takes for letters; empty for others."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    scalars = [n for n in nodes if isinstance(n, yaml.ScalarNode) and n.style is None]
+    if not any(n.value[:1] in cures.OPENING_QUOTES for n in scalars if n.value):
+        return ""
+    return "is in Chinese quotes, which would be part of the value; write ' or \""
 
 
 def _construct(node: yaml.Node) -> Any:
@@ -114,5 +126,8 @@ def _syntax_problem(text: str, error: yaml.YAMLError) -> Problem:
     if mark is None:
         return Problem("the file", f"is not YAML: {error}")
     lines = text.split("\n")
-    what = lines[mark.line].strip() if mark.line < len(lines) else ""
-    return Problem(what, f"is not YAML: {getattr(error, 'problem', '')}", line=mark.line + 1)
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    message = getattr(error, "problem", None) or ""
+    cure = cures.yaml_cure(line, message)
+    reason = f"is not YAML: {message}{f'; {cure}' if cure else ''}"
+    return Problem(line.strip(), reason, line=mark.line + 1)

@@ -6,10 +6,11 @@ underscore contain code that several formats share.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from xtuner import plugins
+from xtuner.data.formats import _columns
 from xtuner.data.formats.base import Format, RowError
 from xtuner.errors import DataError
 from xtuner.types import Row
@@ -21,8 +22,8 @@ AUTO = "auto"
 
 _SETTING = "dataset_format"
 _ADVICE = (
-    "`xtuner list-dataset-format` shows what each format expects; "
-    f"your own is {_SETTING} = 'my_format.py:to_messages'."
+    "`xtuner list-dataset-format` shows what each format expects; a function of your own is "
+    f"{_SETTING} = 'my_format.py:to_messages'."
 )
 
 
@@ -47,7 +48,12 @@ def load_all() -> list[Format]:
 
 
 def resolve(
-    name: str, *, columns: Collection[str], folder: Path | None = None, sample: Row | None = None
+    name: str,
+    *,
+    columns: Collection[str],
+    folder: Path | None = None,
+    sample: Row | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Format:
     """Resolve the format of a data file.
 
@@ -57,21 +63,41 @@ def resolve(
         folder: where a relative path of a user's file is looked up first.
         sample: a row of the file. It lets 'auto' distinguish formats with the same columns, such as
             plain text and the dialogues of `oasst1`.
+        names: the setting `columns`: what columns of the file are, by their names.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: there is no such format, or `names` is wrong.
         DataError: the columns do not match the format, or 'auto' finds no matching format.
     """
     if plugins.is_user_path(name):
         from xtuner.data.formats import _own
 
         return _own.load(name, setting=_SETTING, folder=folder)
+    known = {column for format in load_all() for column in (*format.columns, *format.optional)}
+    chosen = _columns.chosen(columns, names or {}, known)
+    if name == AUTO and {"question", "answer"} <= {*chosen.names.values()}:
+        name = "qa"
+    fits = _any_fits if name == AUTO else lambda found: not load(name).missing(found)
+    usual = _columns.by_usual_names(chosen.columns, fits) if not fits(chosen.columns) else None
+    renames = _chained(chosen.names, usual.names if usual else {})
+    found = usual.columns if usual else chosen.columns
     if name == AUTO:
-        return _pick(columns, sample)
+        sample = sample and {renames.get(column, column): value for column, value in sample.items()}
+        return _columns.with_names(_pick(found, sample), renames)
     format = load(name)
-    if format.missing(columns):
-        raise DataError(_misfit(format, columns, sample))
-    return format
+    if format.missing(found):
+        raise DataError(_misfit(format, found, sample))
+    return _columns.with_names(format, renames)
+
+
+def _any_fits(columns: Collection[str]) -> bool:
+    return any(not format.missing(columns) for format in load_all())
+
+
+def _chained(first: Mapping[str, str], then: Mapping[str, str]) -> dict[str, str]:
+    """What columns are called after both renamings."""
+    both = {column: then.get(name, name) for column, name in first.items()}
+    return {**{c: n for c, n in then.items() if c not in first.values()}, **both}
 
 
 def _pick(columns: Collection[str], sample: Row | None) -> Format:
@@ -79,7 +105,8 @@ def _pick(columns: Collection[str], sample: Row | None) -> Format:
     best = _best(columns)
     if not best:
         raise DataError(
-            f"no format matches the columns {_quoted(columns)}.\n  {_nearest(columns)}\n  {_ADVICE}"
+            f"no format matches the columns {_quoted(columns)}.\n  {_nearest(columns)}\n  "
+            f"{_columns.advice(columns)}\n  {_ADVICE}"
         )
     readers = [format for format in best if sample is not None and _reads(format, sample)]
     by_columns = [format for format in best if not format.by_row]
@@ -105,7 +132,7 @@ def _reads(format: Format, row: Row) -> bool:
 def _misfit(format: Format, columns: Collection[str], sample: Row | None) -> str:
     seen = f"format {format.name!r} expects {_quoted(format.columns)}, found {_quoted(columns)}."
     if not _best(columns):
-        return f"{seen}\n  {_nearest(columns)}\n  {_ADVICE}"
+        return f"{seen}\n  {_nearest(columns)}\n  {_columns.advice(columns)}\n  {_ADVICE}"
     fits = _pick(columns, sample).name
     return f"{seen}\n  These columns match format {fits!r}: set {_SETTING} = {fits!r}."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xtuner.data.formats._supervision import SUPERVISION_KEYS, read_loss, read_reasoning
 from xtuner.data.formats._tools import read_calls
 from xtuner.data.formats.base import RowError, objects, optional_text, text
 from xtuner.types import Message, Role
@@ -20,6 +21,9 @@ _ROLES: Mapping[str, Role] = {
     "tool": "tool",
 }
 
+TURN_KEYS = ("from", "value", *SUPERVISION_KEYS)
+"""The keys of a turn that are read."""
+
 
 def read_turns(turns: Sequence[Any], *, column: str) -> list[Message]:
     """Read turns; `column` is the name of the list in errors."""
@@ -34,9 +38,11 @@ def _turn(turn: Mapping[str, Any], path: str) -> Message:
     role = _ROLES.get(name)
     if role is None:
         raise RowError(f"{path}from", f"is {name!r}", f"it must be one of {', '.join(_ROLES)}")
+    loss, reasoning = read_loss(turn, role, path), read_reasoning(turn, role, path)
     if name == "function_call":
-        value = text(turn, "value", within=path)
-        return Message(role, "", tool_calls=read_calls(value, where=f"{path}value"))
+        calls = read_calls(text(turn, "value", within=path), where=f"{path}value")
+        return Message(role, "", loss=loss, tool_calls=calls, reasoning=reasoning)
     # Tool results and system messages may be empty.
     may_be_empty = role in ("system", "tool") and turn.get("value") is not None
-    return Message(role, (optional_text if may_be_empty else text)(turn, "value", within=path))
+    content = (optional_text if may_be_empty else text)(turn, "value", within=path)
+    return Message(role, content, loss=loss, reasoning=reasoning)

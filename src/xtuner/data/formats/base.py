@@ -6,6 +6,7 @@ including white space. Rows that it cannot read raise `RowError`.
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,10 @@ class Format:
         priority: among formats that use the same number of columns, 'auto' prefers the highest.
         by_row: another format has the same columns, so 'auto' selects this one only if it can read
             a row.
+        renames: columns that the file calls otherwise, and what the format calls them.
+        turn_keys: for a column that is a list of turns, the keys of a turn that are read; other
+            keys are reported.
+        unlisted: columns that are read, but do not count when 'auto' compares formats.
     """
 
     name: str
@@ -64,14 +69,25 @@ class Format:
     aliases: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
     by_row: bool = False
+    renames: Mapping[str, str] = field(default_factory=dict)
+    turn_keys: Mapping[str, Collection[str]] = field(default_factory=dict)
+    unlisted: tuple[str, ...] = ()
 
     def missing(self, columns: Collection[str]) -> list[str]:
         """The required columns that are not in `columns`."""
         return [c for c in self.columns if c not in columns and self.aliases.get(c) not in columns]
 
     def num_used(self, columns: Collection[str]) -> int:
-        """Number of `columns` that the format reads."""
+        """Number of `columns` that count when 'auto' compares formats."""
         return len({*self.columns, *self.optional, *self.aliases.values()} & {*columns})
+
+    def unread(self, columns: Collection[str]) -> list[str]:
+        """The `columns` that the format does not read; none for a user's own."""
+        if not self.columns:
+            return []
+        read = {*self.columns, *self.optional, *self.aliases.values(), *self.unlisted}
+        read = (read - {*self.renames.values()}) | {*self.renames}
+        return [column for column in columns if column not in read]
 
 
 def kind(value: object) -> str:
@@ -140,6 +156,20 @@ def parse_json(value: str, *, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(where, "is not valid JSON", "write it as JSON") from error
+
+
+def listed(row: Row, column: str) -> Row:
+    """`row` with the list in `column` read from its text: tables store lists as JSON, pandas as
+    Python."""
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        return row
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return {**row, column: parse(value)}
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    raise RowError(column, "is text that is not a list", "write it as JSON")
 
 
 def joined(*parts: str) -> str:

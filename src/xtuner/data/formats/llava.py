@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xtuner.data.formats._turns import TURN_KEYS
 from xtuner.data.formats.base import Format
 from xtuner.data.formats.sharegpt import convert
 
@@ -19,5 +20,6 @@ FORMAT = Format(
     convert=convert,
     optional=("image", "system", "tools"),
     aliases={"conversations": "conversation"},
+    turn_keys={"conversations": TURN_KEYS, "conversation": TURN_KEYS},
     priority=-5,
 )

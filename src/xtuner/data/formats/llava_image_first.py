@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from xtuner.data.formats._turns import TURN_KEYS
 from xtuner.data.formats.base import Format
 from xtuner.data.formats.sharegpt import convert as as_written
 from xtuner.types import IMAGE, Conversation, Message, Row
@@ -36,5 +37,6 @@ FORMAT = Format(
     convert=convert,
     optional=("image", "system", "tools"),
     aliases={"conversations": "conversation"},
+    turn_keys={"conversations": TURN_KEYS, "conversation": TURN_KEYS},
     priority=-6,
 )

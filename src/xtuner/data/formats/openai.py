@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtuner.data.formats._images import read_names, read_parts, share_out
+from xtuner.data.formats._supervision import SUPERVISION_KEYS, read_loss, read_reasoning
 from xtuner.data.formats._tools import read_calls, read_tools
 from xtuner.data.formats.base import (
     Format,
     RowError,
     conversation,
     items,
+    listed,
     objects,
     optional_text,
     text,
@@ -27,10 +29,14 @@ _ROLES: Mapping[str, Role] = {
     "function": "tool",
 }
 
+TURN_KEYS = (
+    "role", "content", "tool_calls", "function_call", "name", "tool_call_id", *SUPERVISION_KEYS,
+)  # fmt: skip
+
 
 def convert(row: Row) -> Conversation:
     """Read messages, tools and image names."""
-    turns = items(row, "messages")
+    turns = items(listed(row, "messages"), "messages")
     messages = read_messages(turns)
     named = [name for turn in turns for name in _named(turn)]
     names = _filled(named, read_names(row, "images"))
@@ -49,10 +55,7 @@ def _message(turn: Mapping[str, Any], path: str) -> Message:
     role = _ROLES.get(name)
     if role is None:
         raise RowError(f"{path}role", f"is {name!r}", "it must be system, user, assistant or tool")
-    calls = read_calls(turn.get("tool_calls"), where=f"{path}tool_calls")
-    if calls and role != "assistant":
-        hint = "only assistant turns may have tool calls"
-        raise RowError(f"{path}tool_calls", f"is in a turn of {name!r}", hint)
+    calls = _calls(turn, name, path)
     if isinstance(turn.get("content"), list):
         content, _ = read_parts(turn["content"], where=f"{path}content")
         turn = {**turn, "content": content}
@@ -61,11 +64,26 @@ def _message(turn: Mapping[str, Any], path: str) -> Message:
     return Message(
         role=role,
         content=(optional_text if may_be_empty else text)(turn, "content", within=path),
-        loss=_loss(turn, role, path),
+        loss=read_loss(turn, role, path),
         tool_calls=calls,
         name=optional_text(turn, "name", within=path) or None,
         tool_call_id=optional_text(turn, "tool_call_id", within=path) or None,
+        reasoning=read_reasoning(turn, role, path),
     )
+
+
+def _calls(turn: Mapping[str, Any], role: str, path: str) -> tuple[Mapping[str, Any], ...]:
+    """Read `tool_calls`, or `function_call`, the older name of a single call."""
+    calls: tuple[Mapping[str, Any], ...] = ()
+    for key in ("tool_calls", "function_call"):
+        found = read_calls(turn.get(key), where=f"{path}{key}")
+        if found and _ROLES[role] != "assistant":
+            hint = "only assistant turns may have tool calls"
+            raise RowError(f"{path}{key}", f"is in a turn of {role!r}", hint)
+        if found and calls:
+            raise RowError(f"{path}{key}", "is beside tool_calls", "keep one of them")
+        calls = calls or found
+    return calls
 
 
 def _named(turn: Mapping[str, Any]) -> list[str | None]:
@@ -84,20 +102,6 @@ def _filled(named: Sequence[str | None], rest: Sequence[str]) -> list[str]:
     return [name for name in names if name] + remaining
 
 
-def _loss(turn: Mapping[str, Any], role: Role, path: str) -> bool | None:
-    """Read `loss`, or `weight`, its name in OpenAI's fine-tuning API."""
-    key = "loss" if turn.get("loss") is not None else "weight"
-    value = turn.get(key)
-    if value is None:
-        return None
-    if value not in (0, 1):
-        raise RowError(f"{path}{key}", f"is {value!r}", "it must be true or false")
-    if value and role != "assistant":
-        hint = "only assistant turns are supervised"
-        raise RowError(f"{path}{key}", f"is true in a turn of {role!r}", hint)
-    return bool(value)
-
-
 FORMAT = Format(
     name="openai",
     description='Messages with roles, tools and calls; "loss": false excludes a turn.',
@@ -112,4 +116,5 @@ FORMAT = Format(
     convert=convert,
     optional=("tools", "images"),
     priority=10,
+    turn_keys={"messages": TURN_KEYS},
 )

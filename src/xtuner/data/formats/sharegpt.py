@@ -6,7 +6,7 @@ from typing import Any
 
 from xtuner.data.formats._images import read_names, share_out
 from xtuner.data.formats._tools import read_tools
-from xtuner.data.formats._turns import read_turns
+from xtuner.data.formats._turns import TURN_KEYS, read_turns
 from xtuner.data.formats.base import (
     Format,
     RowError,
@@ -59,4 +59,6 @@ FORMAT = Format(
     convert=convert,
     optional=("system", "tools"),
     aliases={"conversations": "conversation"},
+    turn_keys={"conversations": TURN_KEYS, "conversation": TURN_KEYS},
+    unlisted=("image",),
 )

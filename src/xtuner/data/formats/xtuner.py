@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner.data.formats._supervision import LOSS_KEYS, read_loss
 from xtuner.data.formats.base import (
     Format,
     RowError,
@@ -26,8 +30,17 @@ def convert(row: Row) -> Conversation:
         if system and messages:
             raise RowError(f"{path}system", "is in a later turn", "only the first may have one")
         messages += [*system, Message("user", text(turn, "input", within=path))]
-        messages.append(Message("assistant", text(turn, "output", within=path)))
+        answer = text(turn, "output", within=path)
+        messages.append(Message("assistant", answer, loss=_loss(turn, path)))
     return conversation(messages, column="conversation")
+
+
+def _loss(turn: Mapping[str, Any], path: str) -> bool | None:
+    """Read whether the answer is supervised; XTuner 0.1 names it `output_with_loss`."""
+    value = turn.get("output_with_loss")
+    if value is None:
+        return read_loss(turn, "assistant", path)
+    return read_loss({"loss": value}, "assistant", f"{path}output_with_")
 
 
 FORMAT = Format(
@@ -42,4 +55,5 @@ FORMAT = Format(
     },
     convert=convert,
     priority=1,
+    turn_keys={"conversation": ("input", "output", "system", "output_with_loss", *LOSS_KEYS)},
 )

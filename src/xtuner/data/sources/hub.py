@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from xtuner.data.sources.rows import RawRow, Unit
+from xtuner.data.sources.rows import RawRow, Unit, without_nulls
 from xtuner.errors import DataError, did_you_mean
 
 
@@ -17,6 +17,7 @@ class HubSplit:
     name: str
     table: Any
     unit: Unit = "row"
+    note: str = ""
 
     @property
     def size(self) -> int:
@@ -31,7 +32,7 @@ class HubSplit:
         """Iterate over the table."""
         size, total = self.size, len(self.table)
         for number, row in enumerate(self.table, 1):
-            yield RawRow(number, row, size * number // total)
+            yield RawRow(number, without_nulls(row), size * number // total)
 
 
 def open_split(entry: str, *, split: str) -> HubSplit:

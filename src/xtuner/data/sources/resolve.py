@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xtuner import plugins
 from xtuner.config.schema import Settings
 from xtuner.data import formats
 from xtuner.data.formats.base import Format
+from xtuner.data.sources import unread
 from xtuner.data.sources.find import RowFile, Source, below, find
 from xtuner.data.sources.rows import Fault, parse
 from xtuner.data.tokenize.workers import Task
 from xtuner.errors import DataError, listed
+from xtuner.types import Row
 
 _INSPECTED_ROWS = 100
 
@@ -67,17 +70,30 @@ def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
         try:
             entry = below(entry, settings.data_root, folder)
             source = find(entry, folder=folder, split=settings.dataset_split)
-            prepared.append(_prepared(source, format_name, folder))
+            prepared.append(_prepared(source, format_name, folder, dict(settings.columns)))
         except DataError as error:
             problems.append(str(error))
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
         raise DataError(listed(f"{len(problems)} problems with the data:", problems))
+    _refuse_unknown_columns(settings, prepared)
     return prepared
 
 
-def _prepared(source: Source, format_name: str, folder: Path) -> PreparedSource:
+def _refuse_unknown_columns(settings: Settings, prepared: Sequence[PreparedSource]) -> None:
+    """Raise for an entry of the setting `columns` that no file has."""
+    kinds = [format for source in prepared for format in source.formats]
+    if any(plugins.is_user_path(format.name) for format in kinds):
+        return
+    read = {column for format in kinds for column in format.renames}
+    if missing := [repr(column) for column, _ in settings.columns if column not in read]:
+        raise DataError(f"columns: no file of data_path has a column {' or '.join(missing)}")
+
+
+def _prepared(
+    source: Source, format_name: str, folder: Path, names: Mapping[str, str]
+) -> PreparedSource:
     files, found, notes = [], [], dict[str, None]()
     for file in source.files:
         head = [_row(raw.value) for raw in itertools.islice(file.rows(), _INSPECTED_ROWS)]
@@ -85,10 +101,19 @@ def _prepared(source: Source, format_name: str, folder: Path) -> PreparedSource:
             continue
         files.append(file)
         columns = _columns(head)
-        found.append(_format(file, format_name, columns, head, folder))
+        found.append(_format(file, format_name, columns, head, folder, names))
+        if note := " and ".join(f"{c!r} as {n!r}" for c, n in found[-1].renames.items()):
+            notes[f"{source.name}: reads column {note}"] = None
+        if file.note:
+            notes[f"{source.name}: {file.note}"] = None
         for column, alias in found[-1].aliases.items():
             if alias in columns:
                 notes[f"{source.name}: the key {alias!r} is read as {column!r}"] = None
+        rest = found[-1].unread(columns)
+        for note in unread.notes(found[-1], _rows(head), rest):
+            notes[f"{source.name}: {note}"] = None
+        if format_name != formats.AUTO and (kind := unread.other_kind(_rows(head), rest)):
+            notes[f"{source.name}: {kind}"] = None
     if not files:
         raise DataError(f"{source.name}: contains no rows")
     return PreparedSource(source.name, format_name, tuple(files), tuple(found), tuple(notes))
@@ -104,15 +129,31 @@ def _columns(head: list[object]) -> tuple[str, ...]:
 
 
 def _format(
-    file: RowFile, name: str, columns: tuple[str, ...], head: list[object], folder: Path
+    file: RowFile,
+    name: str,
+    columns: tuple[str, ...],
+    head: list[object],
+    folder: Path,
+    names: Mapping[str, str],
 ) -> Format:
     """Resolve the format by the `columns` of the rows in `head`."""
-    rows = [row for row in head if isinstance(row, dict)]
+    rows = _rows(head)
     if not rows:
         fault = next(row for row in head if isinstance(row, Fault))
         count = f"first {len(head)} rows" if len(head) > 1 else "rows"
         raise DataError(f"{file.name}: none of the {count} can be read: the first {fault}")
     try:
-        return formats.resolve(name, columns=columns, folder=folder, sample=rows[0])
+        format = formats.resolve(name, columns=columns, folder=folder, sample=rows[0], names=names)
     except DataError as error:
-        raise DataError(f"{file.name}: {error}") from error
+        kind = unread.other_kind(rows, columns)
+        raise DataError(f"{file.name}: {kind or error}") from error
+    if name == formats.AUTO and (kind := unread.other_kind(rows, format.unread(columns))):
+        raise DataError(
+            f"{file.name}: {kind}. To train on its other columns all the same, set "
+            f"dataset_format = {format.name!r}"
+        )
+    return format
+
+
+def _rows(head: list[object]) -> list[Row]:
+    return [row for row in head if isinstance(row, dict)]

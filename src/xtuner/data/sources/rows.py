@@ -53,6 +53,23 @@ class RawRow(NamedTuple):
     end: int
 
 
+def without_nulls(row: Row) -> Row:
+    """`row` of a table without the null values of objects inside its columns, at every depth.
+
+    All rows of a table share one schema, so an object has every key that any row has, null where
+    its own row had none. The columns themselves stay.
+    """
+    return {name: _stripped(value) for name, value in row.items()}
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _stripped(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_stripped(item) for item in value]
+    return value
+
+
 def parse(raw: bytes) -> Row | Fault:
     """Parse a line of JSON."""
     try:
@@ -77,6 +94,8 @@ def as_row(value: Any, text: str) -> Row | Fault:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             return Fault("contains an unpaired surrogate, an escape from \\ud800 to \\udfff")
+    if "NaN" in text:  # pandas writes an empty cell so
+        return {name: None if item != item else item for name, item in value.items()}
     return value
 
 

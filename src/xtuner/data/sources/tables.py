@@ -12,6 +12,26 @@ from xtuner.errors import DataError
 from xtuner.types import Row
 
 _MAX_CELL = 2**31 - 1
+_MAX_HEADER = 65_536
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+"""What may separate the cells of a table."""
+
+
+def delimiter_of(data: BinaryIO, *, usual: str) -> str:
+    """What separates the cells of a table: `usual`, unless that finds one cell in the header and
+    another separator finds more."""
+    lines = data.read(_MAX_HEADER).decode("utf-8-sig", "replace").splitlines()
+    header = next((line for line in lines if line.strip()), "")
+
+    def cells(delimiter: str) -> int:
+        try:
+            return len(next(csv.reader([header], delimiter=delimiter), []))
+        except csv.Error:
+            return 1
+
+    if cells(usual) != 1:
+        return usual
+    return max((usual, *SEPARATORS), key=cells)
 
 
 def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int, Row | Fault]]:
@@ -65,5 +85,5 @@ def _row(header: list[str], cells: list[str]) -> Row | Fault:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return Fault(NOT_UTF8)
+        return Fault(f"{NOT_UTF8} (in a spreadsheet: 'CSV UTF-8')")
     return dict(zip(header, cells, strict=True))

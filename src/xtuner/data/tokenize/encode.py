@@ -108,6 +108,7 @@ class Encoding:
 
     def _key(self, source: PreparedSource) -> str:
         names = [format.name for format in source.formats]
+        renames = [sorted(format.renames.items()) for format in source.formats]
         return cache.key_of(
             {
                 **(self._image_layout.facts() if self._image_layout else {}),
@@ -116,6 +117,8 @@ class Encoding:
                 "algorithm": [_source_hash(self._algorithm), self._options],
                 "files": [file.digest() for file in source.files],
                 "formats": names,
+                **({"columns": renames} if any(renames) else {}),
+                **({"delimiters": marks} if any(marks := [f.note for f in source.files]) else {}),
                 "rules": [cache.rules_of(name, folder=self._folder) for name in sorted({*names})],
             }
         )

@@ -1,0 +1,86 @@
+"""What to do about the usual syntax errors of settings files."""
+
+from __future__ import annotations
+
+import re
+
+_FULL_WIDTH = {
+    "“": '"', "”": '"', "‘": "'", "’": "'", "「": '"', "」": '"', "＂": '"', "＇": "'",
+    "，": ",", "、": ",", "：": ":", "；": ";", "＝": "=", "（": "(", "）": ")", "［": "[",
+    "］": "]", "【": "[", "】": "]", "｛": "{", "｝": "}", "＃": "#", "－": "-", "．": ".",
+    "\u3000": "a space", "\xa0": "a space",
+}  # fmt: skip
+"""Signs that Chinese input methods and word processors write, and what a settings file needs."""
+_NAMES = {"\u3000": "a full-width space", "\xa0": "a non-breaking space"}
+_BACKSLASH = (
+    "a backslash in quotes begins an escape such as \\n; write the path with / "
+    "('C:/data/a.csv'), or each backslash twice"
+)
+OPENING_QUOTES = "“‘「"
+
+
+def python_cure(line: str, message: str) -> str:
+    """What to do about a syntax error in `line`, which Python describes as `message`; may be empty.
+
+    Args:
+        line: the text of the line.
+        message: of the SyntaxError.
+    """
+    if "unicodeescape" in message or ("unexpected character after line" in message):
+        return _BACKSLASH
+    if sign := _sign_in(message) or ("invalid" in message and _full_width(_outside(line))):
+        return _replace(sign)
+    if "unterminated" in message:
+        if sign := next((sign for sign in "“”‘’" if sign in line), ""):
+            return f"a quote is not closed; {_replace(sign)}"
+        closing = line.rstrip().endswith(("\\'", '\\"'))
+        return _BACKSLASH if closing else "a quote is opened and not closed"
+    if "was never closed" in message:
+        return "add the closing bracket"
+    if "indent" in message:
+        return "begin the line without spaces or tabs"
+    if re.match(r"\s*[A-Za-z_]\w*\s+[^=\s]", line) and "=" not in line:
+        return "write name = value"
+    return ""
+
+
+def yaml_cure(line: str, message: str) -> str:
+    """What to do about a syntax error in `line`, which PyYAML describes as `message`."""
+    if "'\\t'" in message or ("\t" in line[: len(line) - len(line.lstrip())]):
+        return "the line has a tab; YAML takes spaces only"
+    if "escape" in message:
+        return _BACKSLASH
+    if sign := _full_width(line):
+        return _replace(sign)
+    if "mapping values are not allowed" in message:
+        return "write one  name: value  a line, and quotes around a value with a colon"
+    if re.match(r"\s*[A-Za-z_]\w*\s*=", line):
+        return "YAML takes  name: value ; a file with  name = value  must end in .py"
+    return ""
+
+
+def yaml_lines_cure(text: str) -> str:
+    """What to do about a file whose lines are not ``key: value``."""
+    first = next((line for line in text.split("\n") if line.strip() and line[0] != "#"), "")
+    return yaml_cure(first, "")
+
+
+def _sign_in(message: str) -> str:
+    """The sign that Python calls invalid."""
+    found = re.search(r"invalid (?:non-printable )?character (?:'(.)' \()?U\+([0-9A-F]+)", message)
+    sign = chr(int(found[2], 16)) if found else ""
+    return sign if sign in _FULL_WIDTH else ""
+
+
+def _outside(line: str) -> str:
+    """`line` without what is in quotes."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+
+
+def _full_width(line: str) -> str:
+    return next((sign for sign in line if sign in _FULL_WIDTH), "")
+
+
+def _replace(sign: str) -> str:
+    name = _NAMES.get(sign, f"the full-width sign {sign}")
+    return f"write {_FULL_WIDTH[sign]} in place of {name}"

@@ -1,0 +1,103 @@
+"""Name what a format does not read of a file, before it is trained on.
+
+Data for another purpose (preference pairs, good and bad answers, audio, video) often have the
+columns of a format as well. Trained on as conversations they teach something else, so 'auto'
+refuses them; a format that is set by name reads its columns, and the rest is a note.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from xtuner.data.formats.base import Format
+from xtuner.types import Row
+
+_HARMLESS = re.compile(
+    r"_?id|.*_id|uuid|uid|guid|idx|index|hash|sha\d*|source|src|origin|dataset\w*|file\w*|path|split"
+    r"|url|link|author|created\w*|updated\w*|date\w*|time\w*|lang\w*|categor\w+|topics?|domain|tags?"
+    r"|license|meta|metadata|num_\w+|n_\w+|\w*length|\w*tokens|__index_level_\d+__|Unnamed: \d+",
+    re.IGNORECASE,
+)
+"""Names that say where a row comes from, not what is learned from it."""
+
+_LABELS = ("label", "kto_tag")
+_MEDIA = {"audio": "audio", "audios": "audio", "video": "video", "videos": "video"}
+_MEDIA_TOKEN = re.compile(r"<(audio|video)>")
+_BLANKS = re.compile(r"\{\{\s*\w+\s*\}\}")
+_MOST_NAMES = 8
+_BOTH = ("chosen", "rejected")
+
+
+def other_kind(rows: Sequence[Row], unread: Sequence[str]) -> str:
+    """What a file is, if columns that are not read make it data of another kind; else empty.
+
+    Args:
+        rows: the first rows of the file.
+        unread: columns that the format does not read.
+    """
+    if all(column in unread for column in _BOTH):
+        return (
+            "the columns 'chosen' and 'rejected' make these preference pairs, which an algorithm "
+            "such as DPO learns from"
+        )
+    for column in _LABELS:
+        if column in unread and _is_label([row.get(column) for row in rows]):
+            return (
+                f"the column {column!r} says which answers are good and which are bad, which an "
+                "algorithm such as KTO learns from; as conversations, bad answers would be learned "
+                "like good ones"
+            )
+    for column, kind in _MEDIA.items():
+        if column in unread and any(row.get(column) for row in rows):
+            return f"the column {column!r} holds {kind}; xtuner trains on text and images"
+    return ""
+
+
+def notes(format: Format, rows: Sequence[Row], unread: Sequence[str]) -> Iterator[str]:
+    """Yield a note for everything in `rows` that the format leaves out or takes literally."""
+    if columns := [name for name in unread if not _HARMLESS.fullmatch(name)]:
+        several = len(columns) > 1
+        yield f"the column{'s' * several} {_quoted(columns)} {_are(several)} not read"
+    if keys := list(_unread_keys(format, rows)):
+        several = len(keys) > 1
+        yield f"the key{'s' * several} {_quoted(keys)} of turns {_are(several)} not read"
+    text = "\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+    if found := _MEDIA_TOKEN.search(text):
+        yield f"{found[0]} in a text is trained on as text; xtuner reads no {found[1]}"
+    if found := _BLANKS.search(text):
+        yield f"{found[0]} in a text is trained on as it stands; nothing fills it in"
+
+
+def _unread_keys(format: Format, rows: Sequence[Row]) -> Iterator[str]:
+    seen: set[str] = set()
+    for column, read in format.turn_keys.items():
+        for row in rows:
+            value = row.get(column)
+            for turn in value if isinstance(value, list | tuple) else ():
+                for key in turn if isinstance(turn, Mapping) else ():
+                    new = key not in seen and turn[key] not in (None, "", [], {})
+                    if new and key not in read and not _HARMLESS.fullmatch(key):
+                        seen.add(key)
+                        yield key
+
+
+def _is_label(values: Sequence[Any]) -> bool:
+    """Whether all values are true or false, as JSON or as text of a CSV file."""
+    given = [value for value in values if value is not None]
+    text = {"true", "false"}
+    return bool(given) and all(
+        isinstance(v, bool) or (isinstance(v, str) and v.strip().lower() in text) for v in given
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_MOST_NAMES]))
+    more = len(names) - _MOST_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _are(several: bool) -> str:
+    return "are" if several else "is"

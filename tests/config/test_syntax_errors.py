@@ -1,0 +1,63 @@
+"""A syntax error is the only thing that is reported, with what to do about the usual ones."""
+
+import pytest
+
+from xtuner.config.load import load_settings
+from xtuner.errors import ConfigError
+
+
+def problem(tmp_path, text, suffix):
+    file = tmp_path / f"settings{suffix}"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file, overrides=["max_epochs=2"])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("data_path = “my.csv”", 'write " in place of the full-width sign “'),
+        ("data_path = ['a.csv'，'b.csv']", "write , in place of the full-width sign ，"),
+        ("lr\u3000= 1e-4", "write a space in place of a full-width space"),
+        ("SYSTEM = 'a’", "a quote is not closed; write ' in place of the full-width sign ’"),
+        ('data_path = "C:\\Users\\a.csv"', "write the path with /"),
+        ('data_path = "C:\\data\\"', "write the path with /"),
+        ("data_path = 'a.csv", "a quote is opened and not closed"),
+        ("lr = 1e-4\n  max_epochs = 2", "begin the line without spaces or tabs"),
+        ("data_path = ['a.csv'\nlr = 1e-4", "add the closing bracket"),
+        ("max_epochs 2", "write name = value"),
+    ],
+    ids=lambda value: None,
+)
+def test_the_cure_of_python(tmp_path, text, cure):
+    message = problem(tmp_path, text, ".py")
+    assert cure in message and message.startswith("1 problem in") and "is missing" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("data_path: a.csv\n\tlr: 1", "the line has a tab; YAML takes spaces only"),
+        ('data_path: "C:\\Users\\a.csv"', "write the path with /"),
+        ("data_path：a.csv", "write : in place of the full-width sign ："),
+        ("data_path = a.csv", "must end in .py"),
+        ("data_path: [a.csv，b.csv", "write , in place of the full-width sign ，"),
+    ],
+    ids=lambda value: None,
+)
+def test_the_cure_of_yaml(tmp_path, text, cure):
+    message = problem(tmp_path, text, ".yaml")
+    assert cure in message and message.startswith("1 problem in") and "is missing" not in message
+
+
+def test_chinese_quotes_are_no_quotes_in_yaml(tmp_path):
+    text = "pretrained_model_name_or_path: m\ndata_path: “a.csv”\n"
+    assert "is in Chinese quotes, which would be part of the value" in problem(
+        tmp_path, text, ".yaml"
+    )
+
+
+def test_an_escape_in_a_path_is_named(tmp_path):
+    text = "pretrained_model_name_or_path = 'm'\ndata_path = 'C:\\new.csv'\n"
+    assert "write the path with / in place of each backslash" in problem(tmp_path, text, ".py")
