@@ -170,10 +170,10 @@ def lora_1_8b(bench: Bench) -> Iterator[Row]:
     yield from _profiled(bench, "LoRA 4096", ("InternLM2-1.8B",), settings)
 
 
-def lora_1_8b_graphs(bench: Bench) -> Iterator[Row]:
-    """The same with CUDA graphs."""
-    settings = {**gpu.CASES["lora_1_8b"].settings, "cuda_graphs": True}
-    yield from _profiled(bench, "LoRA 4096 with graphs", ("InternLM2-1.8B",), settings)
+def lora_1_8b_plain(bench: Bench) -> Iterator[Row]:
+    """The same without CUDA graphs."""
+    settings = {**gpu.CASES["lora_1_8b"].settings, "cuda_graphs": False}
+    yield from _profiled(bench, "LoRA 4096 without graphs", ("InternLM2-1.8B",), settings)
 
 
 def qlora_7b(bench: Bench) -> Iterator[Row]:
@@ -181,10 +181,10 @@ def qlora_7b(bench: Bench) -> Iterator[Row]:
     yield from _profiled(bench, "QLoRA 2048", ("Llama-2-7B",), gpu.QLORA)
 
 
-def qlora_7b_graphs(bench: Bench) -> Iterator[Row]:
-    """The same with CUDA graphs."""
-    settings = {**gpu.QLORA, "cuda_graphs": True}
-    yield from _profiled(bench, "QLoRA 2048 with graphs", ("Llama-2-7B",), settings)
+def qlora_7b_plain(bench: Bench) -> Iterator[Row]:
+    """The same without CUDA graphs."""
+    settings = {**gpu.QLORA, "cuda_graphs": False}
+    yield from _profiled(bench, "QLoRA 2048 without graphs", ("Llama-2-7B",), settings)
 
 
 def lora_7b(bench: Bench) -> Iterator[Row]:

@@ -127,7 +127,7 @@ class ModelPart(Part):
     memory, the same numbers, 8 KiB copied per token of width 4,096. Requires adapters and a model
     whose output head has its own weights. 'auto' does so only if the run would not fit otherwise,
     according to the forecast."""
-    cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = False
+    cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
     """On an NVIDIA GPU, record the decoder's forward and backward pass once and launch each as a
     whole, which helps where the GPU waits for the CPU: small models, 4-bit weights. Only for packed
     rows. 'auto' uses the recording if it gives the numbers of the plain passes on the first rows;
@@ -251,9 +251,11 @@ class OptimPart(Part):
     """Samples (or packs) per device and micro-batch."""
     accumulative_counts: Annotated[Positive, Mark(comment="micro-batches per optimizer step")] = 16
     """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
-    * accumulative_counts * number of processes."""
+    * accumulative_counts * number of processes / sequence_parallel_size."""
     sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
-    """Number of devices that share one sequence. This version supports 1."""
+    """Processes that share the tokens of each row (sequence parallelism, Ulysses): activations take
+    about this many times less memory in each. It divides the number of processes; the processes
+    of a group count once in the effective batch."""
     max_epochs: Annotated[Positive, Mark(comment="")] = 3
     """Passes over the data."""
     max_steps: Annotated[

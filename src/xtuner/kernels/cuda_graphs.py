@@ -35,6 +35,9 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool: tuple[int, int] = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+        # torch asserts that a pool is used by a graph (2.11): when a graph is replaced by a larger
+        # one, this one still uses it
+        self._first = self.record(lambda: torch.zeros(1, device="cuda"))
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """See `Recorder.record`.

@@ -332,13 +332,8 @@ class GraphedDecoder:
 
 
 def _kept(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """`gradients` on the GPU if it has three times their room, else on the CPU."""
-    some = [g for g in gradients if g is not None]
-    size = sum(g.numel() * g.element_size() for g in some)
-    on_gpu = bool(some) and some[0].is_cuda
-    if not on_gpu or torch.cuda.mem_get_info()[0] > 3 * size:
-        return list(gradients)
-    return [None if g is None else g.cpu() for g in gradients]
+    """`gradients` on the CPU: a comparison is not to need more of the GPU's memory than a step."""
+    return [None if g is None else g.to("cpu", copy=True) for g in gradients]
 
 
 def _distance(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> float:

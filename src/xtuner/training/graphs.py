@@ -54,6 +54,8 @@ def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy
         yield "this torch has none"
     if strategy.sharded:
         yield "weights are gathered from other processes"
+    if model.sequence is not None:
+        yield "processes share the tokens of a row"
     if model.apart:
         yield "samples go through the model one at a time"
     if model.causal.config.get_text_config()._attn_implementation != packed.NAME:
