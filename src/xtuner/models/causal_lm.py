@@ -32,7 +32,7 @@ from xtuner.models.check.training_pass import (
     traceless,
     without_dropout,
 )
-from xtuner.models.graphed_decoder import GraphedDecoder, Inputs, rounded
+from xtuner.models.graphed_decoder import GraphedDecoder, Row, rounded
 from xtuner.models.split_rotary import SplitRotary
 from xtuner.parallel.ulysses import SequenceGroup, gather_scores
 from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
@@ -102,11 +102,19 @@ class PackedCausalLM(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states ``[1, N, H]`` of a packed batch."""
-        if self.graphs is not None and self._may_replay:
-            found = self.graphs(self._graph_inputs(batch))
+        return self._decoded(self._inputs(batch))
+
+    def _decoded(self, inputs: dict[str, Any]) -> Tensor:
+        """Last hidden states of `inputs`, from a graph where there is one for such rows."""
+        if self.graphs is not None and self._may_replay and "sequence_group" not in inputs:
+            embeddings = inputs.get("inputs_embeds")
+            if embeddings is None:
+                embeddings = self.causal.get_input_embeddings()(inputs["input_ids"])
+            names = ("position_ids", "cu_seq_lens_q", "max_length_q")
+            found = self.graphs(Row(embeddings, *(inputs[name] for name in names)))
             if found is not None:
                 return found
-        return decoder_of(self.causal)(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+        return decoder_of(self.causal)(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Tensor:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
@@ -155,7 +163,7 @@ class PackedCausalLM(nn.Module):
         """The log-probabilities of `targets` as next tokens of `positions`."""
         head: Any = self.causal.get_output_embeddings()
         if not self.plain_logits and isinstance(head, ScoringHead):
-            hidden = self.causal.base_model(**inputs).last_hidden_state[0, positions]
+            hidden = self._decoded(inputs)[0, positions]
             return head(self._for_head(hidden), targets)  # type: ignore[operator, no-any-return]
         return log_probabilities_of_logits(self._logits(inputs, positions), targets)
 
@@ -202,15 +210,6 @@ class PackedCausalLM(nn.Module):
     def _may_replay(self) -> bool:
         """Whether this is a training pass of a packed row."""
         return self.training and torch.is_grad_enabled() and not self.apart
-
-    def _graph_inputs(self, batch: Batch) -> Inputs:
-        """The input of the decoder without its embedding, which runs as ever."""
-        inputs = self._inputs(batch)
-        embeddings = inputs.get("inputs_embeds")
-        if embeddings is None:
-            embeddings = self.causal.get_input_embeddings()(inputs["input_ids"])
-        longest = inputs["max_length_q"]
-        return Inputs(embeddings, inputs["position_ids"], batch.cu_seqlens, longest)
 
     def decoder(
         self, embeddings: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int

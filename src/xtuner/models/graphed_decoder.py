@@ -78,7 +78,7 @@ def rounded(tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Row:
     """A row for the decoder.
 
     Attributes:
@@ -117,14 +117,14 @@ class Graph:
     addresses: list[int] = field(init=False)
     waiting: Callable[[], object | None] = lambda: None
 
-    def load(self, inputs: Inputs) -> None:
+    def load(self, row: Row) -> None:
         """Copy a row into the memory of the graph."""
-        missing = len(self.cu_seqlens) - len(inputs.cu_seqlens)
-        ends = F.pad(inputs.cu_seqlens, (0, missing), value=int(inputs.cu_seqlens[-1]))
+        missing = len(self.cu_seqlens) - len(row.cu_seqlens)
+        ends = F.pad(row.cu_seqlens, (0, missing), value=int(row.cu_seqlens[-1]))
         self.cu_seqlens.copy_(ends, non_blocking=True)
-        self.positions.copy_(inputs.positions, non_blocking=True)
+        self.positions.copy_(row.positions, non_blocking=True)
         with torch.no_grad():
-            self.embeddings.copy_(inputs.embeddings)
+            self.embeddings.copy_(row.embeddings)
 
     def attach(self) -> None:
         """Let gradients gather in the memory of the graph: it adds to what is there."""
@@ -201,38 +201,38 @@ class GraphedDecoder:
         self.replays = 0
         self.off = ""
 
-    def __call__(self, inputs: Inputs) -> Tensor | None:
+    def __call__(self, row: Row) -> Tensor | None:
         """Hidden states ``[1, N, H]``; None where the plain pass has to be taken."""
         if self.off:
             return None
-        graph = self._graph_for(inputs)
+        graph = self._graph_for(row)
         if graph is None or graph.waiting() is not None:
             return None  # of a row before this one, gradients are still to come
-        graph.load(inputs)
+        graph.load(row)
         self.replays += 1
         anchor = graph.hidden.new_empty(0).requires_grad_()
-        return _Replay.apply(inputs.embeddings, anchor, graph)  # type: ignore[no-untyped-call, no-any-return]
+        return _Replay.apply(row.embeddings, anchor, graph)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _graph_for(self, inputs: Inputs) -> Graph | None:
-        row = inputs.capacity
-        graph = self.graphs.get(row.tokens)
-        if graph is not None and graph.capacity.holds(row) and not graph.moved():
+    def _graph_for(self, row: Row) -> Graph | None:
+        size = row.capacity
+        graph = self.graphs.get(size.tokens)
+        if graph is not None and graph.capacity.holds(size) and not graph.moved():
             return graph
-        before = self._seen.get(row.tokens)
-        wanted = Capacity.of(row.tokens, row.sequences, row.longest)
-        self._seen[row.tokens] = wanted.joined(before) if before else wanted
-        full = len(self.graphs) >= MOST_GRAPHS and row.tokens not in self.graphs
+        before = self._seen.get(size.tokens)
+        wanted = Capacity.of(size.tokens, size.sequences, size.longest)
+        self._seen[size.tokens] = wanted.joined(before) if before else wanted
+        full = len(self.graphs) >= MOST_GRAPHS and size.tokens not in self.graphs
         if before is None or full or any(p.grad is not None for p in self._parameters()):
             return None  # a row of a new size, or gradients that a comparison would disturb
-        self.graphs.pop(row.tokens, None)
+        self.graphs.pop(size.tokens, None)
         del graph
-        return self._recorded(inputs, self._seen[row.tokens])
+        return self._recorded(row, self._seen[size.tokens])
 
-    def _recorded(self, inputs: Inputs, capacity: Capacity) -> Graph | None:
+    def _recorded(self, row: Row, capacity: Capacity) -> Graph | None:
         """A new graph, compared with the plain pass; None if it cannot be used."""
         try:
-            with _random_state_kept(inputs.embeddings.device):
-                graph, fault = self._compared(inputs, capacity)
+            with _random_state_kept(row.embeddings.device):
+                graph, fault = self._compared(row, capacity)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             graph, fault = None, _reason(error)
         for parameter in self._parameters():
@@ -245,21 +245,21 @@ class GraphedDecoder:
         self.graphs[capacity.tokens] = graph
         return graph
 
-    def _compared(self, inputs: Inputs, capacity: Capacity) -> tuple[Graph, str]:
+    def _compared(self, row: Row, capacity: Capacity) -> tuple[Graph, str]:
         parameters = self._parameters()
-        draw = torch.Generator(inputs.embeddings.device).manual_seed(0)
-        like = inputs.embeddings
+        draw = torch.Generator(row.embeddings.device).manual_seed(0)
+        like = row.embeddings
         grad = torch.randn(like.shape, generator=draw, device=like.device, dtype=torch.float32)
         with self._autocast():
-            hidden, gradients = self._plain(inputs, grad, parameters)
+            hidden, gradients = self._plain(row, grad, parameters)
             wanted = _kept(gradients)
-            again, gradients = self._plain(inputs, grad, parameters)
+            again, gradients = self._plain(row, grad, parameters)
             noise = (_distance([again], [hidden]), _distance(gradients, wanted))
         del again, gradients
         used = [p for p, g in zip(parameters, wanted, strict=False) if g is not None]
-        graph = self._record(inputs, capacity, used)
-        graph.load(inputs)
-        with _seeded(inputs.embeddings.device):
+        graph = self._record(row, capacity, used)
+        graph.load(row)
+        with _seeded(row.embeddings.device):
             graph.forward()
             graph.grad_hidden.copy_(grad)
             graph.attach()
@@ -274,30 +274,30 @@ class GraphedDecoder:
         return graph, ""
 
     def _plain(
-        self, inputs: Inputs, grad: Tensor, parameters: Sequence[nn.Parameter]
+        self, row: Row, grad: Tensor, parameters: Sequence[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Hidden states and gradients of the plain pass."""
-        needed = inputs.embeddings.requires_grad
-        embeddings = inputs.embeddings.detach().requires_grad_(needed)
-        ends = inputs.cu_seqlens.to(embeddings.device, torch.int32)
+        needed = row.embeddings.requires_grad
+        embeddings = row.embeddings.detach().requires_grad_(needed)
+        ends = row.cu_seqlens.to(embeddings.device, torch.int32)
         leaves: list[Tensor] = [*parameters, *([embeddings] if needed else [])]
         with _seeded(embeddings.device):
-            hidden = self._body(embeddings, inputs.positions, ends, inputs.longest)
+            hidden = self._body(embeddings, row.positions, ends, row.longest)
             torch.autograd.backward([hidden], [grad.to(hidden.dtype)], inputs=leaves)
         gradients = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
         return hidden.detach(), gradients
 
-    def _record(self, inputs: Inputs, capacity: Capacity, parameters: list[nn.Parameter]) -> Graph:
+    def _record(self, row: Row, capacity: Capacity, parameters: list[nn.Parameter]) -> Graph:
         """Record with a row of one sequence per `longest` tokens, of zeros."""
-        like, device = inputs.embeddings, inputs.embeddings.device
+        like, device = row.embeddings, row.embeddings.device
         needed = like.requires_grad
         ends = torch.arange(capacity.sequences + 1, dtype=torch.int32) * capacity.longest
         graph = Graph(
             capacity=capacity,
             embeddings=torch.zeros_like(like.detach()).requires_grad_(needed),
-            positions=torch.zeros_like(inputs.positions),
+            positions=torch.zeros_like(row.positions),
             cu_seqlens=ends.clamp(max=capacity.tokens).to(device),
             grad_hidden=torch.zeros_like(like.detach()),
             parameters=parameters,
