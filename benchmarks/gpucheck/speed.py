@@ -23,6 +23,8 @@ from xtuner.config.schema import Settings
 from xtuner.memory.plan import MemoryPlan, plan_memory
 
 WARM = 4
+PAGED = {"paged_optimizer": True}
+"""As on a card whose memory is short."""
 ENOUGH = f"{hooks.__file__}:EnoughHook"
 SHAPES = {
     "Llama-2-7B": gpu.LLAMA_7B,
@@ -178,12 +180,12 @@ def lora_1_8b_plain(bench: Bench) -> Iterator[Row]:
 
 def qlora_7b(bench: Bench) -> Iterator[Row]:
     """QLoRA as on a card of 8 GB."""
-    yield from _profiled(bench, "QLoRA 2048", ("Llama-2-7B",), gpu.QLORA)
+    yield from _profiled(bench, "QLoRA 2048", ("Llama-2-7B",), {**gpu.QLORA, **PAGED})
 
 
 def qlora_7b_plain(bench: Bench) -> Iterator[Row]:
     """The same without CUDA graphs."""
-    settings = {**gpu.QLORA, "cuda_graphs": False}
+    settings = {**gpu.QLORA, **PAGED, "cuda_graphs": False}
     yield from _profiled(bench, "QLoRA 2048 without graphs", ("Llama-2-7B",), settings)
 
 
@@ -233,7 +235,7 @@ LIMIT = 8 * 2**30
 
 def longest_8b(bench: Bench) -> Iterator[Row]:
     """The longest row that QLoRA of an 8B, r=32, takes in 8 GiB: rows grow until memory ends."""
-    first, last, step = (64, 256, 64) if bench.tiny else (1024, 12288, 256)
+    first, last, step = (64, 256, 64) if bench.tiny else (2048, 12288, 512)
     lengths = list(range(first, last + 1, step))
     data = bench.folder / "growing.json"
     data.write_text(json.dumps([_row_of(n) for n in lengths]))
@@ -242,6 +244,7 @@ def longest_8b(bench: Bench) -> Iterator[Row]:
         "lora_r": 32,
         "optim_type": "PagedAdamW8bit",
         "embedding_on_cpu": True,
+        **PAGED,
         "pack_to_max_length": False,
         "shuffle": False,
         "max_length": 2 * last,

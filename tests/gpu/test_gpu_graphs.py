@@ -83,9 +83,10 @@ def model_of(folder, changes, dtype):
 def graphed(model, said):
     model.graphs = GraphedDecoder(
         model.decoder,
+        module=model.causal,
         parameters=model.decoder_parameters,
         gradients=lambda parameters: [torch.zeros_like(p) for p in parameters],
-        recorder=CudaRecorder(),
+        recorder=CudaRecorder,
         autocast=lambda: torch.autocast(
             "cuda", dtype=model.autocast, enabled=model.autocast is not None, cache_enabled=False
         ),

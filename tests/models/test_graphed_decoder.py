@@ -52,9 +52,10 @@ def made(tuning="lora", recorder=None, **options):
     if recorder is not None:
         packed.graphs = GraphedDecoder(
             packed.decoder,
+            module=packed.causal,
             parameters=packed.decoder_parameters,
             gradients=lambda parameters: [torch.zeros_like(p) for p in parameters],
-            recorder=recorder,
+            recorder=lambda: recorder,
             autocast=contextlib.nullcontext,
             say=said.append,
         )
@@ -99,7 +100,7 @@ def test_records_again_for_more_or_longer_sequences():
     long = [batch_of(*[20] * 9), batch_of(180)]
     gradients_of_steps(model, [[long[0]], [long[0]], [long[1]], [long[0]]])
     assert recorder.recorded == 4 and not said
-    assert model.graphs.graphs[192].capacity == Capacity(192, 16, 192)
+    assert model.graphs.graph.capacity == Capacity(192, 16, 192)
 
 
 def test_a_recording_that_keeps_its_inputs_is_not_used():

@@ -27,17 +27,15 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records with `torch.cuda.graph`; all graphs share one memory pool.
+    """Records with `torch.cuda.graph`; the graphs of one recorder share memory.
 
-    Graphs that are replayed one after the other, each with its own output, may share memory.
+    So they are to be replayed in the order of recording. A recorder is used up when its graphs are
+    gone: torch (2.11) fails an assertion when it records into a pool that no graph uses any more.
     """
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
-        # torch asserts that a pool is used by a graph (2.11): when a graph is replaced by a larger
-        # one, this one still uses it
-        self._first = self.record(lambda: torch.zeros(1, device="cuda"))
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """See `Recorder.record`.

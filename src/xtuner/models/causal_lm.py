@@ -32,7 +32,7 @@ from xtuner.models.check.training_pass import (
     traceless,
     without_dropout,
 )
-from xtuner.models.graphed_decoder import GraphedDecoder, Row, rounded
+from xtuner.models.graphed_decoder import GraphedDecoder, Row
 from xtuner.models.split_rotary import SplitRotary
 from xtuner.parallel.ulysses import SequenceGroup, gather_scores
 from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
@@ -100,6 +100,19 @@ class PackedCausalLM(nn.Module):
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type in which most products round: that of autocast, or the coarsest of the weights.
+
+        `model.dtype` is that of the first parameter with a fraction, which may be an adapter's:
+        adapters are stored in float32 and multiplied in the type of the activations.
+        """
+        if self.autocast:
+            return self.autocast
+        found = {p.dtype for p in self.causal.parameters() if p.is_floating_point()}
+        wide = {dtype for dtype in found if torch.finfo(dtype).bits >= 16}
+        return max(wide, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states ``[1, N, H]`` of a packed batch."""
         return self._decoded(self._inputs(batch))
@@ -123,9 +136,10 @@ class PackedCausalLM(nn.Module):
             if self.sequence is not None and self._rotary is not None:
                 return self._scores_of_shares(batch, self.sequence, self._rotary)
             if not self.apart:
-                fixed = self.graphs is not None and not self.graphs.off and self._may_replay
-                row = filled(batch, tokens=rounded(batch.num_tokens) if fixed else None)
-                return self._scores_of_row(row, batch)
+                tokens = longest = None
+                if self.graphs is not None and self._may_replay:
+                    tokens, longest = self.graphs.filling(batch.num_tokens)
+                return self._scores_of_row(filled(batch, tokens=tokens, longest=longest), batch)
             if batch.num_sequences == 1:
                 return self._scores_of_row(batch, batch)
             sequences = replace(batch, sequences_per_row=1).split()
@@ -298,7 +312,7 @@ class PackedCausalLM(nn.Module):
             alone = self(batch)
             self._rotary, self.sequence = SplitRotary(self.causal), group
             found = self(batch)
-        off, eps = distance(found, alone), torch.finfo(self.autocast or self.causal.dtype).eps
+        off, eps = distance(found, alone), torch.finfo(self.compute_dtype).eps
         if not off <= SPLIT_ROUNDINGS * eps:
             raise ModelError(
                 f"sequence_parallel_size = {group.size}: {type(self.causal).__name__} gives other "
@@ -331,7 +345,7 @@ class PackedCausalLM(nn.Module):
                 f"({leak})"
             )
         if self._implementation == attention.NAME and (width := _head_width(self.causal)):
-            dtype = self.autocast or self.causal.dtype
+            dtype = self.compute_dtype
             wrong = wrong_attention(
                 self._implementation, width=width, device=self.device, dtype=dtype
             )
@@ -397,7 +411,9 @@ def missing_to_round(count: int, parts: int = 1) -> int:
     return -count % (parts * (64 if count >= LONG_ROW * parts else 16))
 
 
-def filled(batch: Batch, *, tokens: int | None = None, parts: int = 1) -> Batch:
+def filled(
+    batch: Batch, *, tokens: int | None = None, longest: int | None = None, parts: int = 1
+) -> Batch:
     """`batch` with one more sample, without loss, where N is not a round number.
 
     Every new N costs the matrix library compilations, and a crooked one some percent of each
@@ -406,23 +422,28 @@ def filled(batch: Batch, *, tokens: int | None = None, parts: int = 1) -> Batch:
     Args:
         batch: a packed row.
         tokens: N of the result; None takes the next round number.
+        longest: most tokens of a sample that is added; more are added then. None adds one.
         parts: processes that share it; each gets as many tokens.
     """
     count = batch.num_tokens
     missing = missing_to_round(count, parts) if tokens is None else tokens - count
     if not missing:
         return batch
-    positions = F.pad(batch.position_ids, (0, missing))
-    positions[0, count:] = torch.arange(missing, device=positions.device)
+    starts = range(0, missing, longest or missing)
+    added = torch.arange(missing, device=batch.position_ids.device)
+    if longest:
+        added %= longest
+    positions = torch.cat([batch.position_ids, added[None]], dim=1)
+    ends = torch.tensor([*(count + n for n in starts[1:]), count + missing], dtype=torch.int32)
     images = batch.images and replace(
         batch.images,
         mask=F.pad(batch.images.mask, (0, missing)),
-        counts=(*batch.images.counts, 0),
+        counts=(*batch.images.counts, *(0 for _ in starts)),
     )
     return Batch(
         input_ids=F.pad(batch.input_ids, (0, missing)),
         labels=F.pad(batch.labels, (0, missing), value=IGNORE_INDEX),
         position_ids=positions,
-        cu_seqlens=F.pad(batch.cu_seqlens, (0, 1), value=count + missing),
+        cu_seqlens=torch.cat([batch.cu_seqlens, ends]),
         images=images,
     )

@@ -8,10 +8,11 @@ takes longer to launch them than the GPU to run them. A recorded pass is launche
 
 Embedding, head and loss stay outside: the number of supervised tokens changes. A graph has a fixed
 number of tokens, of sequences (the missing ones are empty) and a bound for the longest; rows are
-filled up. Before a graph is used, its outputs and gradients are compared with those of the plain
-pass on a row that it was not recorded with. The difference may not be larger than between two plain
-passes, which on a GPU may differ (attention sums in no fixed order). A fault turns graphs off and
-is said; the plain pass goes on.
+filled up. One pair of graphs is kept, for the largest row: a second one would need the memory of
+all activations again. Before a graph is used, its outputs and gradients are compared with those of
+the plain pass on a row that it was not recorded with. They may not differ by more than four times
+what two plain passes differ by (on a GPU attention may sum in no fixed order), or `FLOOR`. A fault
+turns graphs off and is said; the plain pass goes on.
 """
 
 from __future__ import annotations
@@ -33,9 +34,6 @@ from xtuner.kernels.cuda_graphs import Recorder
 Body = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """Hidden states ``[1, N, H]`` of embeddings ``[1, N, H]``, position ids ``[1, N]``, cu_seqlens
 ``[S + 1]`` and the length of the longest sequence."""
-
-MOST_GRAPHS = 2
-"""Different numbers of tokens that are recorded; rows of others take the plain pass."""
 
 FLOOR = 1e-3
 """Relative difference of gradients that is never a fault: some hundred roundings of 16 bits, added
@@ -62,8 +60,11 @@ class Capacity:
 
     def joined(self, other: Capacity) -> Capacity:
         """The smallest that holds both."""
-        longest = max(self.longest, other.longest)
-        return Capacity(self.tokens, max(self.sequences, other.sequences), longest)
+        return Capacity(
+            max(self.tokens, other.tokens),
+            max(self.sequences, other.sequences),
+            max(self.longest, other.longest),
+        )
 
 
 def _power(count: int) -> int:
@@ -109,6 +110,7 @@ class Graph:
     cu_seqlens: Tensor
     grad_hidden: Tensor
     parameters: list[nn.Parameter]
+    aliases: list[nn.Parameter]
     gradients: list[Tensor]
     hidden: Tensor = field(init=False)
     grad_embeddings: Tensor | None = None
@@ -139,6 +141,10 @@ class Graph:
             parameter.grad = gradient
         if fresh:
             torch._foreach_zero_(fresh)
+
+    def gathers(self) -> bool:
+        """Whether gradients of the step are in the memory of the graph."""
+        return any(p.grad is g for p, g in zip(self.parameters, self.gradients, strict=True))
 
     def moved(self) -> bool:
         """Whether a trained parameter is in other memory than when the graph was recorded."""
@@ -173,33 +179,51 @@ class _Replay(torch.autograd.Function):
 
 
 class GraphedDecoder:
-    """Records a decoder where rows of one size come again, and replays it.
+    """Records a decoder and replays it.
 
     Args:
         body: the decoder without its input embedding.
-        parameters: those of the decoder that are trained, without the input embedding's.
+        module: has all parameters that `body` reads.
+        parameters: those that are trained, without the input embedding's.
         gradients: gives each of some parameters the memory that its gradient stays in.
-        recorder: records.
+        recorder: makes a new recorder, whose graphs share memory.
         autocast: as the decoder is called; a cast weight may not outlive the graph.
         say: told once why no graph is used.
+
+    Attributes:
+        graph: the recorded passes, if there are any.
+        replays: forward passes that were replayed.
+        off: why no graph is used any more; empty otherwise.
     """
 
     def __init__(
         self,
         body: Body,
         *,
+        module: nn.Module,
         parameters: Callable[[], list[nn.Parameter]],
         gradients: Callable[[list[nn.Parameter]], list[Tensor]],
-        recorder: Recorder,
+        recorder: Callable[[], Recorder],
         autocast: Callable[[], Any],
         say: Callable[[str], None],
     ):
-        self._body, self._parameters, self._gradients = body, parameters, gradients
-        self._recorder, self._autocast, self._say = recorder, autocast, say
-        self._seen: dict[int, Capacity] = {}
-        self.graphs: dict[int, Graph] = {}
+        self._body, self._module, self._parameters = body, module, parameters
+        self._gradients, self._recorder = gradients, recorder
+        self._autocast, self._say = autocast, say
+        self._seen: Capacity | None = None
+        self.graph: Graph | None = None
         self.replays = 0
         self.off = ""
+
+    def filling(self, tokens: int) -> tuple[int | None, int | None]:
+        """To how many tokens a row of `tokens` is filled up, by sequences of how many at most; None
+        for no rule."""
+        if self.off:
+            return None, None
+        if self.graph is None:
+            return rounded(tokens), None
+        size = self.graph.capacity
+        return max(size.tokens, rounded(tokens)), size.longest
 
     def __call__(self, row: Row) -> Tensor | None:
         """Hidden states ``[1, N, H]``; None where the plain pass has to be taken."""
@@ -214,57 +238,54 @@ class GraphedDecoder:
         return _Replay.apply(row.embeddings, anchor, graph)  # type: ignore[no-untyped-call, no-any-return]
 
     def _graph_for(self, row: Row) -> Graph | None:
-        size = row.capacity
-        graph = self.graphs.get(size.tokens)
+        """The graph if it takes `row`, or a new one; None for the first row, and while gradients of
+        this step are in the memory of a graph that is too small."""
+        size, graph = row.capacity, self.graph
         if graph is not None and graph.capacity.holds(size) and not graph.moved():
             return graph
-        before = self._seen.get(size.tokens)
+        first = self._seen is None
         wanted = Capacity.of(size.tokens, size.sequences, size.longest)
-        self._seen[size.tokens] = wanted.joined(before) if before else wanted
-        full = len(self.graphs) >= MOST_GRAPHS and size.tokens not in self.graphs
-        if before is None or full or any(p.grad is not None for p in self._parameters()):
-            return None  # a row of a new size, or gradients that a comparison would disturb
-        self.graphs.pop(size.tokens, None)
-        del graph
-        return self._recorded(row, self._seen[size.tokens])
+        self._seen = wanted if self._seen is None else wanted.joined(self._seen)
+        if first or self._seen.tokens != size.tokens or (graph and graph.gathers()):
+            return None
+        self.graph = graph = None  # its memory is free from here on
+        with torch.no_grad():
+            self.graph, self.off = self._recorded(row, self._seen)
+        if self.off:
+            self._say(f"CUDA graphs are not used: {self.off}")
+        return self.graph
 
-    def _recorded(self, row: Row, capacity: Capacity) -> Graph | None:
-        """A new graph, compared with the plain pass; None if it cannot be used."""
+    def _recorded(self, row: Row, capacity: Capacity) -> tuple[Graph | None, str]:
+        """A new graph, compared with the plain pass; or why it cannot be used."""
         try:
-            with _random_state_kept(row.embeddings.device):
+            with _random_state_kept(row.embeddings.device), torch.enable_grad():
                 graph, fault = self._compared(row, capacity)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            graph, fault = None, _reason(error)
-        for parameter in self._parameters():
-            parameter.grad = None
-        if fault or graph is None:
-            self.graphs.clear()
-            self.off = fault
-            self._say(f"CUDA graphs are not used: {fault}")
-            return None
-        self.graphs[capacity.tokens] = graph
-        return graph
+            return None, _reason(error)
+        return (None if fault else graph), fault
 
     def _compared(self, row: Row, capacity: Capacity) -> tuple[Graph, str]:
         parameters = self._parameters()
         draw = torch.Generator(row.embeddings.device).manual_seed(0)
         like = row.embeddings
         grad = torch.randn(like.shape, generator=draw, device=like.device, dtype=torch.float32)
-        with self._autocast():
-            hidden, gradients = self._plain(row, grad, parameters)
-            wanted = _kept(gradients)
-            again, gradients = self._plain(row, grad, parameters)
-            noise = (_distance([again], [hidden]), _distance(gradients, wanted))
+        hidden, gradients = self._plain(row, grad, parameters)
+        wanted = _kept(gradients)
+        again, gradients = self._plain(row, grad, parameters)
+        noise = (_distance([again], [hidden]), _distance(gradients, wanted))
         del again, gradients
-        used = [p for p, g in zip(parameters, wanted, strict=False) if g is not None]
+        reached = [g is not None for g in wanted[: len(parameters)]]
+        used = [p for p, there in zip(parameters, reached, strict=True) if there]
         graph = self._record(row, capacity, used)
         graph.load(row)
         with _seeded(row.embeddings.device):
             graph.forward()
             graph.grad_hidden.copy_(grad)
-            graph.attach()
+            for gradient in graph.gradients:
+                gradient.zero_()
             graph.backward()
-        found = [p.grad for p in parameters]
+        gathered = iter(graph.gradients)
+        found = [next(gathered) if there else None for there in reached]
         if graph.grad_embeddings is not None:
             found.append(graph.grad_embeddings)
         apart = (_distance([graph.hidden], [hidden]), _distance(found, wanted))
@@ -277,58 +298,104 @@ class GraphedDecoder:
         self, row: Row, grad: Tensor, parameters: Sequence[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Hidden states and gradients of the plain pass."""
-        needed = row.embeddings.requires_grad
-        embeddings = row.embeddings.detach().requires_grad_(needed)
+        aliases = _aliases(parameters)
+        leaves: list[Tensor] = list(aliases)
+        embeddings = row.embeddings.detach()
+        if row.embeddings.requires_grad:
+            leaves.append(embeddings.requires_grad_())
         ends = row.cu_seqlens.to(embeddings.device, torch.int32)
-        leaves: list[Tensor] = [*parameters, *([embeddings] if needed else [])]
-        with _seeded(embeddings.device):
+        device = embeddings.device
+        with self._autocast(), _seeded(device), _swapped(self._module, parameters, aliases):
             hidden = self._body(embeddings, row.positions, ends, row.longest)
             torch.autograd.backward([hidden], [grad.to(hidden.dtype)], inputs=leaves)
-        gradients = [leaf.grad for leaf in leaves]
-        for leaf in leaves:
-            leaf.grad = None
-        return hidden.detach(), gradients
+        return hidden.detach(), [leaf.grad for leaf in leaves]
 
     def _record(self, row: Row, capacity: Capacity, parameters: list[nn.Parameter]) -> Graph:
-        """Record with a row of one sequence per `longest` tokens, of zeros."""
-        like, device = row.embeddings, row.embeddings.device
-        needed = like.requires_grad
+        """Record with a row of zeros, whose sequences have `longest` tokens."""
+        like = row.embeddings.detach()
+        needed = row.embeddings.requires_grad
         ends = torch.arange(capacity.sequences + 1, dtype=torch.int32) * capacity.longest
         graph = Graph(
             capacity=capacity,
-            embeddings=torch.zeros_like(like.detach()).requires_grad_(needed),
+            embeddings=torch.zeros_like(like).requires_grad_(needed),
             positions=torch.zeros_like(row.positions),
-            cu_seqlens=ends.clamp(max=capacity.tokens).to(device),
-            grad_hidden=torch.zeros_like(like.detach()),
+            cu_seqlens=ends.clamp(max=capacity.tokens).to(like.device),
+            grad_hidden=torch.zeros_like(like),
             parameters=parameters,
+            aliases=_aliases(parameters),
             gradients=self._gradients(parameters),
-            grad_embeddings=torch.zeros_like(like.detach()) if needed else None,
+            grad_embeddings=torch.zeros_like(like) if needed else None,
         )
-        live: dict[str, Tensor] = {}
-        leaves: list[Tensor] = [*parameters, *([graph.embeddings] if needed else [])]
-
-        def forward() -> Tensor:
-            live["hidden"] = self._body(
-                graph.embeddings, graph.positions, graph.cu_seqlens, capacity.longest
-            )
-            return live["hidden"].detach()
-
-        def backward() -> Tensor:
-            if graph.grad_embeddings is not None:
-                graph.grad_embeddings.zero_()
-            grad = graph.grad_hidden.to(live["hidden"].dtype)
-            torch.autograd.backward([live.pop("hidden")], [grad], inputs=leaves)
-            return graph.grad_hidden
-
-        graph.attach()
         graph.embeddings.grad = graph.grad_embeddings
+        for alias, gradient in zip(graph.aliases, graph.gradients, strict=True):
+            alias.grad = gradient
+        recorder, passes = self._recorder(), _Passes(graph, self._body, self._module)
         with self._autocast():
-            graph.hidden, graph.forward = self._recorder.record(forward)
-            _, graph.backward = self._recorder.record(backward)
+            graph.hidden, graph.forward = recorder.record(passes.forward)
+            _, graph.backward = recorder.record(passes.backward)
         graph.addresses = [p.data_ptr() for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
         return graph
+
+
+class _Passes:
+    """The two functions that are recorded for a graph."""
+
+    def __init__(self, graph: Graph, body: Body, module: nn.Module):
+        self._graph, self._body, self._module = weakref.proxy(graph), body, module
+        self._leaves: list[Tensor] = list(graph.aliases)
+        if graph.grad_embeddings is not None:
+            self._leaves.append(graph.embeddings)
+        self._hidden: Tensor | None = None
+
+    def _swapped(self) -> Any:
+        return _swapped(self._module, self._graph.parameters, self._graph.aliases)
+
+    def forward(self) -> Tensor:
+        """Hidden states of what is loaded."""
+        graph = self._graph
+        with self._swapped():
+            self._hidden = self._body(
+                graph.embeddings, graph.positions, graph.cu_seqlens, graph.capacity.longest
+            )
+        return self._hidden.detach()
+
+    def backward(self) -> Tensor:
+        """Add to the gradients, and replace that of the embeddings."""
+        hidden, self._hidden, graph = self._hidden, None, self._graph
+        assert hidden is not None
+        if graph.grad_embeddings is not None:
+            graph.grad_embeddings.zero_()
+        with self._swapped():  # recomputation reads weights, too
+            grad = graph.grad_hidden.to(hidden.dtype)
+            torch.autograd.backward([hidden], [grad], inputs=self._leaves)
+        return graph.grad_hidden  # type: ignore[no-any-return]
+
+
+def _aliases(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """New leaves that share the memory of `parameters`: their gradients and the streams that these
+    gather on are their own."""
+    return [nn.Parameter(parameter.detach()) for parameter in parameters]
+
+
+@contextmanager
+def _swapped(
+    module: nn.Module, parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter]
+) -> Iterator[None]:
+    """Let `module` compute with `others` in place of `parameters`."""
+    new = {id(p): other for p, other in zip(parameters, others, strict=True)}
+    changed = [
+        (part, name, p)
+        for part in module.modules()
+        for name, p in part._parameters.items()
+        if id(p) in new
+    ]
+    try:
+        for part, name, p in changed:
+            part._parameters[name] = new[id(p)]
+        yield
+    finally:
+        for part, name, p in changed:
+            part._parameters[name] = p
 
 
 def _kept(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -38,9 +38,10 @@ def use(
         return
     model.graphs = GraphedDecoder(
         model.decoder,
+        module=model.causal,
         parameters=model.decoder_parameters,
         gradients=strategy.gradient_memory,
-        recorder=CudaRecorder(),
+        recorder=CudaRecorder,
         autocast=lambda: torch.autocast(
             "cuda", dtype=model.autocast, enabled=model.autocast is not None, cache_enabled=False
         ),
