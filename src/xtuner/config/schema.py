@@ -68,8 +68,11 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
     def keeps_gradients(self, device: str) -> bool:
         """Whether gradients take memory during a forward pass: those of an earlier micro-batch, or
         the memory that a CUDA graph writes to."""
-        graphs = device == "cuda" and self.packs and self.cuda_graphs is not False
-        return self.accumulative_counts > 1 or graphs
+        return self.accumulative_counts > 1 or self.may_use_graphs(device)
+
+    def may_use_graphs(self, device: str) -> bool:
+        """Whether the decoder may be recorded as CUDA graphs."""
+        return device == "cuda" and self.packs and self.cuda_graphs is not False
 
     @classmethod
     def parts(cls) -> tuple[type[Part], ...]:

@@ -43,6 +43,7 @@ class Forecast:
         recompute: whether activations are recomputed.
         embedding_on_cpu: whether the input embedding stays in the CPU's memory.
         checkpoint: size of one on disk.
+        graphs: whether the decoder may be recorded as CUDA graphs.
     """
 
     footprint: Footprint
@@ -52,6 +53,7 @@ class Forecast:
     checkpoint: int
     embedding_on_cpu: bool = False
     paged: bool = False
+    graphs: bool = False
     failure: str = ""
 
     @property
@@ -122,6 +124,7 @@ def forecast(
         device=device,
         recompute=recompute,
         checkpoint=int(found.trainable * (4 + moments)),
+        graphs=settings.may_use_graphs(device),
     )
     return without_embedding(full, settings) if settings.embedding_on_cpu is True else full
 

@@ -142,10 +142,6 @@ class Graph:
         if fresh:
             torch._foreach_zero_(fresh)
 
-    def gathers(self) -> bool:
-        """Whether gradients of the step are in the memory of the graph."""
-        return any(p.grad is g for p, g in zip(self.parameters, self.gradients, strict=True))
-
     def moved(self) -> bool:
         """Whether a trained parameter is in other memory than when the graph was recorded."""
         return [p.data_ptr() for p in self.parameters] != self.addresses
@@ -230,30 +226,39 @@ class GraphedDecoder:
         if self.off:
             return None
         graph = self._graph_for(row)
-        if graph is None or graph.waiting() is not None:
-            return None  # of a row before this one, gradients are still to come
+        if graph is None:
+            return None
+        if graph.waiting() is not None:
+            self._turn_off("a row is computed before the gradients of the one before it")
+            return None
         graph.load(row)
         self.replays += 1
         anchor = graph.hidden.new_empty(0).requires_grad_()
         return _Replay.apply(row.embeddings, anchor, graph)  # type: ignore[no-untyped-call, no-any-return]
 
     def _graph_for(self, row: Row) -> Graph | None:
-        """The graph if it takes `row`, or a new one; None for the first row, and while gradients of
-        this step are in the memory of a graph that is too small."""
+        """The graph if it takes `row`, or a new one; None for the first row, and while there are
+        gradients of this step, whose memory a comparison would overwrite."""
         size, graph = row.capacity, self.graph
         if graph is not None and graph.capacity.holds(size) and not graph.moved():
             return graph
         first = self._seen is None
         wanted = Capacity.of(size.tokens, size.sequences, size.longest)
         self._seen = wanted if self._seen is None else wanted.joined(self._seen)
-        if first or self._seen.tokens != size.tokens or (graph and graph.gathers()):
+        self.graph = graph = None
+        _give_back_memory()  # of the graph, for a plain pass needs as much
+        gathering = any(parameter.grad is not None for parameter in self._parameters())
+        if first or gathering or self._seen.tokens != size.tokens:
             return None
-        self.graph = graph = None  # its memory is free from here on
-        with torch.no_grad():
-            self.graph, self.off = self._recorded(row, self._seen)
-        if self.off:
-            self._say(f"CUDA graphs are not used: {self.off}")
+        self.graph, fault = self._recorded(row, self._seen)
+        if fault:
+            self._turn_off(fault)
         return self.graph
+
+    def _turn_off(self, why: str) -> None:
+        self.graph, self.off = None, why
+        _give_back_memory()
+        self._say(f"CUDA graphs are not used: {why}")
 
     def _recorded(self, row: Row, capacity: Capacity) -> tuple[Graph | None, str]:
         """A new graph, compared with the plain pass; or why it cannot be used."""
@@ -421,10 +426,14 @@ def _distance(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -
     return ratio if ratio == ratio else float("inf")
 
 
+def _give_back_memory() -> None:
+    """Give the GPU what torch holds and nothing uses: the memory of a graph that is gone."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _reason(error: BaseException) -> str:
     if is_out_of_memory(error):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return "the memory of the GPU is short"
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"the model cannot be recorded ({type(error).__name__}: {first})"

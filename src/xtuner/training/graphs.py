@@ -17,9 +17,21 @@ from xtuner.models.graphed_decoder import GraphedDecoder
 
 
 def use(
-    model: PackedCausalLM, settings: Settings, strategy: BaseStrategy, console: Console
+    model: PackedCausalLM,
+    settings: Settings,
+    strategy: BaseStrategy,
+    *,
+    fits: bool,
+    console: Console,
 ) -> None:
     """Let `model` replay its decoder, as `cuda_graphs` says and as far as it can be done.
+
+    Args:
+        model: whose decoder is recorded.
+        settings: of the run.
+        strategy: prepared.
+        fits: whether the forecast has room for gradients during a forward pass.
+        console: for a note on why graphs are not used.
 
     Raises:
         TrainingError: `cuda_graphs` is True and it cannot be done; also later, by the model.
@@ -30,7 +42,7 @@ def use(
             raise TrainingError(f"{why}. Set cuda_graphs = 'auto' to train without them")
         console.print(f"Note: {why}.", markup=False)
 
-    if settings.cuda_graphs is False or model.device.type != "cuda":
+    if settings.cuda_graphs is False or not fits or model.device.type != "cuda":
         return
     if reason := next(_obstacles(model, settings, strategy), None):
         if settings.cuda_graphs is True:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xtuner.errors import ModelError
+from xtuner.hub import old_pth
 from xtuner.hub.weight_files import tensors_of
 from xtuner.models.run_info import RunInfo
 
@@ -42,10 +44,12 @@ def run_of(folder: Path) -> RunInfo | None:
     return RunInfo.read(folder.parent) if info is None and is_llava_folder(folder.parent) else info
 
 
-def save_projector(llava: Any, folder: Path) -> None:
-    """Write the projector alone."""
+def save_projector(
+    llava: Any, folder: Path, *, trained: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the projector alone; `trained` take the place of its own weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = llava.model.multi_modal_projector.state_dict()
+    state = {**llava.model.multi_modal_projector.state_dict(), **(trained or {})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     config = {
@@ -89,6 +93,9 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: there is none.
     """
+    if old_pth.is_old(folder):
+        tensors = old_pth.parts(old_pth.read(folder)).get(PROJECTOR, {})
+        return {renamed: t for n, t in tensors.items() if (renamed := _projector_name(n))}
     folder = folder.with_suffix("") if folder.suffix == ".pth" else folder
     if (folder / "last_checkpoint").is_file():
         folder = folder / (folder / "last_checkpoint").read_text(encoding="utf-8").strip()
