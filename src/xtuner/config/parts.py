@@ -129,10 +129,10 @@ class ModelPart(Part):
     according to the forecast."""
     cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
     """On an NVIDIA GPU, record the decoder's forward and backward pass once and launch each as a
-    whole. Twice to three times as fast where the GPU waits for the CPU: small models, 4-bit weights,
-    fast cards. Only for packed rows. 'auto' does so where the forecast has room for gradients during
-    a forward pass, and uses a recording that gives the numbers of the plain passes; True ends the
-    run where it cannot be used."""
+    whole: two to three times as fast where the GPU waits for the CPU (small models, 4-bit weights,
+    fast cards). Only for packed rows. 'auto' does so where the forecast has room for gradients
+    during a forward pass, and only if the recording gives the numbers of the plain passes; True
+    ends the run where it cannot be used."""
 
 
 class VisionPart(Part):

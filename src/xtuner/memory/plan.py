@@ -146,10 +146,10 @@ def _expected(settings: Settings, device: str, room: int) -> Forecast:
 
 
 def _ways(settings: Settings, device: str) -> Iterator[Forecast]:
-    """Forecasts of what is left to us, by what it costs: no CUDA graphs, which keep gradients during
-    a forward pass; an embedding on the CPU some MiB to copy a micro-batch; paging what does not fit
-    of the optimizer's state, at most all of it, to copy back and forth a step; recomputation a third
-    more time of every micro-batch."""
+    """Forecasts of what is left to us, by what it costs: no CUDA graphs, which keep gradients
+    during a forward pass; an embedding on the CPU some MiB to copy a micro-batch; paging what does
+    not fit of the optimizer's state, at most all of it, to copy back and forth a step;
+    recomputation a third more time of every micro-batch."""
     wanted, pageable = settings.gradient_checkpointing, may_page(settings, device)
     pages = (False, True) if pageable and settings.paged_optimizer == "auto" else (pageable,)
     for recompute in (False, True) if wanted == "auto" else (wanted,):
