@@ -144,6 +144,24 @@ def _check_algorithm(s: Settings) -> Iterator[tuple[str, str]]:
         yield from module.Algorithm.check(s)
 
 
+def _check_validation(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.validation_path and s.validation_ratio:
+        yield "validation_path", "is given, so validation_ratio must be 0"
+    wants_best = s.keep_best or s.early_stopping_patience is not None
+    measured = bool(s.validation_path) or s.validation_ratio > 0
+    if wants_best and s.best_metric == "val_loss" and not measured:
+        name = "keep_best" if s.keep_best else "early_stopping_patience"
+        yield name, "needs a validation loss: set validation_path or validation_ratio"
+
+
+def _check_single_layout(s: Settings) -> Iterator[tuple[str, str]]:
+    """What needs whole rows, or parameter groups of its own."""
+    if s.neftune_noise_alpha is not None and s.sequence_parallel_size > 1:
+        yield "neftune_noise_alpha", "needs whole rows: set sequence_parallel_size = 1"
+    if s.loraplus_lr_ratio is not None and s.strategy.startswith("deepspeed"):
+        yield "loraplus_lr_ratio", "is not supported by DeepSpeed; set strategy = 'fsdp2'"
+
+
 CHECKS: tuple[Check, ...] = (
     _check_quantization,
     _check_embedding_on_cpu,
@@ -157,6 +175,8 @@ CHECKS: tuple[Check, ...] = (
     _check_one_mix,
     partial(_check_shares, "data_repeats"),
     partial(_check_shares, "data_weights"),
+    _check_validation,
+    _check_single_layout,
     _check_algorithm,
 )
 """The checks of `check_combinations`; each can run alone when other settings are invalid."""

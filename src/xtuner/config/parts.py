@@ -19,6 +19,7 @@ from xtuner.config.marks import (
     Fraction,
     Mark,
     Names,
+    Nested,
     OneOrMore,
     Options,
     Positive,
@@ -40,6 +41,10 @@ def _no_vision_adapter(s: Any) -> bool:
 
 def _not_paged(s: Any) -> bool:
     return not s.optim_type.startswith("Paged")
+
+
+def _no_best(s: Any) -> bool:
+    return not s.keep_best and s.early_stopping_patience is None
 
 
 def _no_questions(s: Any) -> bool:
@@ -106,6 +111,14 @@ class ModelPart(Part):
     lora_modules_to_save: Annotated[Strings, Mark("fixed", idle=_no_adapter)] = ()
     """Layers that are fully trained in addition to the adapters, such as ['embed_tokens',
     'lm_head']."""
+    lora_config: Annotated[Nested, Mark("fixed", idle=_no_adapter)] = ()
+    """Further fields of PEFT's LoraConfig, by name: {'use_rslora': True} scales adapters by
+    lora_alpha / sqrt(lora_r), {'use_dora': True} trains their magnitudes (DoRA),
+    {'init_lora_weights': 'pissa'} starts from the principal parts of the weights. What leaves
+    xtuner's own forward pass of adapters is said, since it is slower."""
+    loraplus_lr_ratio: Annotated[AboveZero | None, Mark("fixed", idle=_no_adapter)] = None
+    """LoRA+: the learning rate of the second matrix of each adapter (B) is this times lr; 16 is
+    usual. None trains both alike."""
     quantization: Annotated[Literal["auto", "none", "nf4", "fp4", "int8"], Mark("fixed")] = "auto"
     """How frozen weights are stored: 'auto' is 'nf4' with tuning = 'qlora' and 'none' otherwise."""
     double_quant: Annotated[
@@ -209,6 +222,9 @@ class DataPart(Part):
     validation_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the rows held out to measure the validation loss, whenever the evaluation questions
     are asked."""
+    validation_path: Annotated[OneOrMore, Mark(is_path=True)] = ()
+    """Rows to measure the validation loss on, in place of a share of the training data: a file, a
+    folder, a name on the hub, or a list of these."""
     prompt_template: Annotated[
         str, Mark(comment="'auto' is the chat template of the tokenizer")
     ] = "auto"
@@ -308,6 +324,9 @@ class OptimPart(Part):
     constant."""
     lr_end_ratio: Annotated[Fraction, Mark(idle=lambda s: s.lr_schedule == "constant")] = 0.0
     """The learning rate at the end, as a share of lr: 0.1 ends at a tenth of it."""
+    neftune_noise_alpha: AboveZero | None = None
+    """NEFTune: noise on the input embeddings of training, uniform within
+    alpha / sqrt(length * width) for a sample of that length; 5 is usual. None adds none."""
     seed: Count = 42
     """Determines the order of the data, the initial adapters and dropout: same seed, same run."""
 
@@ -339,6 +358,18 @@ class RuntimePart(Part):
         500
     )
     """Save a checkpoint every this many steps; the end is always saved."""
+    save_epochs: Annotated[Positive | None, Mark("free")] = None
+    """Also save a checkpoint at the end of every this many epochs."""
+    keep_best: Annotated[bool, Mark("free")] = False
+    """Save a checkpoint whenever `best_metric` is better than before, keep it, and name it in the
+    file `best_checkpoint` of the work dir."""
+    early_stopping_patience: Annotated[Positive | None, Mark("free")] = None
+    """End the run after this many measurements of `best_metric` without a better one."""
+    best_metric: Annotated[str, Mark("free", idle=_no_best)] = "val_loss"
+    """What `keep_best` and `early_stopping_patience` compare: 'val_loss', which is measured every
+    evaluation_freq steps, or a scalar that a hook of your own adds."""
+    best_metric_goal: Annotated[Literal["min", "max"], Mark("free", idle=_no_best)] = "min"
+    """Whether a lower or a higher `best_metric` is better."""
     save_total_limit: Annotated[
         Literal[-1] | Positive, Mark("free", comment="checkpoints to keep; -1 keeps all")
     ] = 2

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xtuner.config.marks import thawed
 from xtuner.config.schema import Settings
 from xtuner.kernels import host_embedding
 from xtuner.kernels.fused import attention, decoder, norm_mlp
@@ -77,6 +78,7 @@ def make_trainable(
         target_modules=s.lora_target_modules,
         modules_to_save=s.lora_modules_to_save,
         seed=s.seed,
+        further=_further(s, on_meta=on_meta),
     )
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = lasting_name(s.pretrained_model_name_or_path)
@@ -85,12 +87,19 @@ def make_trainable(
     return adapted
 
 
+<<<<<<< HEAD
 def draws_random_numbers(model: Any) -> bool:
     """Whether a training pass of `model` drops anything out. Where it does not, recomputation need
     not restore the random state, which would wait for a GPU and cannot be recorded in a graph."""
     rates = [model.config.to_dict(), *(vars(module) for module in model.modules())]
     named = any("drop" in k and isinstance(v, float) and v > 0 for r in rates for k, v in r.items())
     return named or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+=======
+def _further(s: Settings, *, on_meta: bool) -> dict[str, Any]:
+    """The setting `lora_config`; tensors without values have no principal parts."""
+    further: dict[str, Any] = thawed(s.lora_config) or {}
+    return {k: v for k, v in further.items() if not (on_meta and k == "init_lora_weights")}
+>>>>>>> main
 
 
 def weights_dtype(s: Settings, dtype: torch.dtype) -> torch.dtype:

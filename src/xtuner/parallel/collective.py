@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from xtuner.device.out_of_memory import is_out_of_memory
-from xtuner.errors import LaunchError
+from xtuner.errors import PeerLostError
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def waiting(what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LaunchError(
+        raise PeerLostError(
             f"another process of this run ended, so this one cannot continue ({first}): see its "
             "message. Earlier checkpoints are untouched; continue with --resume"
         ) from error

@@ -8,10 +8,12 @@ from typing import Any
 
 from transformers import AttentionInterface
 
+from xtuner.config.marks import thawed
 from xtuner.config.schema import Settings
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.optimizer import optim
 from xtuner.errors import ConfigError, DataError, ModelError, XTunerError, did_you_mean, listed
+from xtuner.models.adapters import check_config
 from xtuner.models.facts import ModelFacts, facts_of
 from xtuner.templates.base import Template
 from xtuner.types import Conversation, Message
@@ -32,7 +34,7 @@ def check_run(settings: Settings) -> None:
     """
     facts = facts_of(settings)
     problems = [*_stored_weights(settings, facts), *_positions(settings, facts)]
-    for check in (_check_attention, _check_optimizer):
+    for check in (_check_attention, _check_optimizer, _check_adapters):
         try:
             check(settings)
         except XTunerError as error:
@@ -92,6 +94,11 @@ def _check_attention(s: Settings) -> None:
 
 def _check_optimizer(s: Settings) -> None:
     optim.check_name(s.optim_type)
+
+
+def _check_adapters(s: Settings) -> None:
+    if s.uses_adapter and s.lora_config:
+        check_config(thawed(s.lora_config))
 
 
 def tokens_without_embedding(tokenizer: Any, facts: ModelFacts) -> dict[str, int]:
