@@ -173,3 +173,18 @@ def test_weights_that_moved_are_recorded_again():
 )
 def test_rows_are_filled_up_to_few_sizes(tokens, wanted):
     assert rounded(tokens) == wanted
+
+
+def test_a_model_that_reads_token_ids_in_its_layers_is_known():
+    """Gemma 3n has embeddings in every layer."""
+    model, _ = made("full")
+    table = torch.nn.Embedding(261, 32)
+
+    def add(module, args, kwargs, output):
+        if "input_ids" in kwargs:
+            output.last_hidden_state = output.last_hidden_state + table(kwargs["input_ids"])
+        return output
+
+    assert model.reads_embeddings_alone()
+    model.causal.base_model.register_forward_hook(add, with_kwargs=True)
+    assert not model.reads_embeddings_alone()

@@ -34,11 +34,8 @@ from xtuner.models.check.training_pass import (
     traceless,
     without_dropout,
 )
-<<<<<<< HEAD
 from xtuner.models.graphed_decoder import GraphedDecoder, Row
-=======
 from xtuner.models.neftune import EmbeddingNoise
->>>>>>> main
 from xtuner.models.split_rotary import SplitRotary
 from xtuner.parallel.ulysses import SequenceGroup, gather_scores
 from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
@@ -131,11 +128,9 @@ class PackedCausalLM(nn.Module):
     def _decoded(self, inputs: dict[str, Any]) -> Tensor:
         """Last hidden states of `inputs`, from a graph where there is one for such rows."""
         if self.graphs is not None and self._may_replay and "sequence_group" not in inputs:
-            embeddings = inputs.get("inputs_embeds")
-            if embeddings is None:
-                embeddings = self.causal.get_input_embeddings()(inputs["input_ids"])
-            names = ("position_ids", "cu_seq_lens_q", "max_length_q")
-            found = self.graphs(Row(embeddings, *(inputs[name] for name in names)))
+            inputs = self._embedded(inputs)
+            names = ("inputs_embeds", "position_ids", "cu_seq_lens_q", "max_length_q")
+            found = self.graphs(Row(*(inputs[name] for name in names)))
             if found is not None:
                 return found
         return decoder_of(self.causal)(**inputs).last_hidden_state  # type: ignore[no-any-return]
@@ -240,6 +235,26 @@ class PackedCausalLM(nn.Module):
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
         return inputs
+
+    def _embedded(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` with embeddings in place of token ids."""
+        if "input_ids" not in inputs:
+            return inputs
+        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return {**rest, "inputs_embeds": self.causal.get_input_embeddings()(inputs["input_ids"])}
+
+    def reads_embeddings_alone(self) -> bool:
+        """Whether embeddings in place of token ids give the same hidden states to the bit; models
+        with embeddings in every layer need the ids."""
+        inputs = self._inputs(IsolationCheck(self).batch())
+        decoder = decoder_of(self.causal)
+        with torch.no_grad(), self._autocast(), without_dropout(self):
+            wanted = decoder(**inputs).last_hidden_state
+            try:
+                found = decoder(**self._embedded(inputs)).last_hidden_state
+            except (ValueError, TypeError, NotImplementedError):
+                return False
+            return torch.equal(found, wanted)
 
     @property
     def _may_replay(self) -> bool:

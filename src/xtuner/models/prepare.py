@@ -87,19 +87,18 @@ def make_trainable(
     return adapted
 
 
-<<<<<<< HEAD
 def draws_random_numbers(model: Any) -> bool:
     """Whether a training pass of `model` drops anything out. Where it does not, recomputation need
     not restore the random state, which would wait for a GPU and cannot be recorded in a graph."""
     rates = [model.config.to_dict(), *(vars(module) for module in model.modules())]
     named = any("drop" in k and isinstance(v, float) and v > 0 for r in rates for k, v in r.items())
     return named or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-=======
+
+
 def _further(s: Settings, *, on_meta: bool) -> dict[str, Any]:
     """The setting `lora_config`; tensors without values have no principal parts."""
     further: dict[str, Any] = thawed(s.lora_config) or {}
     return {k: v for k, v in further.items() if not (on_meta and k == "init_lora_weights")}
->>>>>>> main
 
 
 def weights_dtype(s: Settings, dtype: torch.dtype) -> torch.dtype:

@@ -77,3 +77,5 @@ def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy
         yield "8-bit weights look for outliers on the CPU"
     if not settings.packs:
         yield "rows have different lengths (pack_to_max_length = False)"
+    if not model.reads_embeddings_alone():
+        yield "the model reads token ids in its layers"
