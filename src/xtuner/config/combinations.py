@@ -7,6 +7,7 @@ from functools import partial
 
 from xtuner import plugins
 from xtuner.config.schema import Settings
+from xtuner.errors import did_you_mean
 from xtuner.types import IMAGE
 
 ALGORITHMS = "xtuner.algorithms"
@@ -154,6 +155,17 @@ def _check_validation(s: Settings) -> Iterator[tuple[str, str]]:
         yield name, "needs a validation loss: set validation_path or validation_ratio"
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
+"""Values of the setting `report_to`; each is a hook of that name."""
+
+
+def _check_trackers(s: Settings) -> Iterator[tuple[str, str]]:
+    for name in s.report_to:
+        if name not in TRACKERS:
+            guess = did_you_mean(name, TRACKERS)
+            yield "report_to", f"{name!r} is none of {', '.join(map(repr, TRACKERS))}{guess}"
+
+
 def _check_single_layout(s: Settings) -> Iterator[tuple[str, str]]:
     """What needs whole rows, or parameter groups of its own."""
     if s.neftune_noise_alpha is not None and s.sequence_parallel_size > 1:
@@ -176,6 +188,7 @@ CHECKS: tuple[Check, ...] = (
     partial(_check_shares, "data_repeats"),
     partial(_check_shares, "data_weights"),
     _check_validation,
+    _check_trackers,
     _check_single_layout,
     _check_algorithm,
 )

@@ -386,9 +386,23 @@ class RuntimePart(Part):
     strategy_options: Options = ()
     """Settings of the strategy itself, by name: for 'fsdp2' {'cpu_offload': True} keeps weights,
     gradients and optimizer state in the CPU's memory."""
+    hang_timeout: Annotated[Positive, Mark("free", comment="in seconds")] = 600
+    """Seconds that a process waits for the others before it says where each of them is. The run
+    then ends, unless one of them reads data, writes a checkpoint or runs a hook of its own."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True
     """Write TensorBoard events."""
+    report_to: Annotated[OneOrMore, Mark("free")] = ()
+    """Experiment trackers that get every scalar: 'tensorboard', 'wandb', 'mlflow', 'swanlab',
+    'trackio', or a list of these. Each needs its package: pip install 'xtuner[wandb]'."""
+    report_project: Annotated[str, Mark("free", idle=lambda s: not s.report_to)] = "xtuner"
+    """The project or experiment at the trackers of `report_to`; a run has the name of its work
+    dir."""
+    push_to_hub: Annotated[str | None, Mark("free")] = None
+    """Upload the result to the hub after training, as 'owner/name', without optimizer state and
+    local paths."""
+    hub_private_repo: Annotated[bool, Mark("free", idle=lambda s: s.push_to_hub is None)] = True
+    """Whether a repository that `push_to_hub` makes is private."""
     custom_hooks: Annotated[Strings, Mark("free")] = ()
     """Your own hooks, each as 'my_file.py:MyHook'."""

@@ -28,6 +28,7 @@ from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models import manifest
 from xtuner.models.folder_swap import put_in_place, recover
 from xtuner.models.save import flush, flush_tree
+from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
 
 LAST_FILE = "last_checkpoint"
@@ -210,7 +211,8 @@ def _together(act: Callable[[], object], target: Path, processes: Processes | No
     """Call `act`; where it fails on any process, raise on all of them and say which failed."""
     error: Exception | None = None
     try:
-        act()
+        with busy(f"writing {target}"):
+            act()
     except Exception as raised:
         error = raised
     # torch reports a full disk as RuntimeError, safetensors as an error of its own

@@ -30,6 +30,7 @@ from xtuner.engine.optimizer.optim import learning_rate
 from xtuner.engine.signals import Interrupted, StopRequest
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
+from xtuner.parallel import activity
 from xtuner.types import Algorithm, Batch
 
 __all__ = ["Groups", "Interrupted", "Trainer"]
@@ -117,6 +118,7 @@ class Trainer:
             for hook in self.hooks.hooks:
                 stack.callback(self.hooks.close, hook)
             stack.enter_context(self._stop.on_signals())
+            activity.current.busy = None
             self._call("on_start")
             self.model.train()
             groups = self.loader.groups(run.step, run.total_steps)
@@ -209,6 +211,7 @@ class Trainer:
             fault: why this process has no data; all processes then stop together.
         """
         data_seconds = time.perf_counter() - started
+        activity.current.doing = f"step {self.run.step + 1}"
         run = self.run
         counts = [float(sum(map(count, group))) for count in self._counts()]
         signs = [float(self._stop.made), float(fault is not None)]

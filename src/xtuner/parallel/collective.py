@@ -1,4 +1,5 @@
-"""What happens around a collective call: an error of it is told in plain words."""
+"""What happens around a collective call: the others see that this process waits, and an error is
+told in plain words."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.errors import PeerLostError
+from xtuner.parallel import activity
 
 
 @contextmanager
@@ -17,7 +19,8 @@ def waiting(what: str) -> Iterator[None]:
         what: is done together.
     """
     try:
-        yield
+        with activity.in_call(what):
+            yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise

@@ -20,11 +20,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from xtuner.errors import LaunchError
+from xtuner.parallel.activity import busy
 from xtuner.parallel.collective import waiting
 from xtuner.parallel.layout import RankLayout
 from xtuner.parallel.parent import end_with_parent
 from xtuner.parallel.rendezvous import PATIENCE, client, join_group
 from xtuner.parallel.ulysses import SequenceGroup
+from xtuner.parallel.watch import Watch
 
 BUCKET_NUMBERS = 16 * 2**20
 """Gradients are summed in buckets of about this many numbers (64 MB of float32)."""
@@ -36,6 +38,8 @@ class Processes:
     Args:
         device: 'cpu' or 'cuda', as chosen; with several GPUs each process takes its own.
         sequence_parallel_size: ranks that share the tokens of a row.
+        hang_timeout: seconds that a collective call may take before this process says where every
+            process is; None does not look.
 
     Attributes:
         rank: of this process among all.
@@ -54,7 +58,13 @@ class Processes:
 
     _made = 0
 
-    def __init__(self, device: str, *, sequence_parallel_size: int = 1):
+    def __init__(
+        self,
+        device: str,
+        *,
+        sequence_parallel_size: int = 1,
+        hang_timeout: float | None = None,
+    ):
         join_group(device)
         patience = {"timeout": PATIENCE} if "RANK" in os.environ else {}
         self._state = PartialState(cpu=device == "cpu", **patience)
@@ -80,8 +90,13 @@ class Processes:
         self._number = Processes._made
         Processes._made += 1
         self._alone: str | None = None
+        self._watch: Watch | None = None
         if self.world_size > 1:
             end_with_parent()
+            if hang_timeout is not None:
+                self._watch = Watch(
+                    self.rank, self.world_size, limit=hang_timeout, connect=self._connect
+                )
 
     @property
     def is_main(self) -> bool:
@@ -91,6 +106,9 @@ class Processes:
     @cached_property
     def store(self) -> Any:
         """What all processes read and write at any time, over a connection of its own."""
+        return self._connect()
+
+    def _connect(self) -> Any:
         return PrefixStore(f"processes_{self._number}", client())
 
     @property
@@ -191,7 +209,8 @@ class Processes:
         """
         self._alone = who if self.world_size > 1 else None
         try:
-            yield
+            with busy(who):
+                yield
         finally:
             self._alone = None
 
@@ -208,6 +227,8 @@ class Processes:
 
     def close(self) -> None:
         """Leave the process group, at the end of a run that all of them have come to."""
+        if self._watch is not None:
+            self._watch.stop()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

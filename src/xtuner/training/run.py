@@ -46,6 +46,7 @@ from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
 from xtuner.training.holdings import holdings
 from xtuner.training.opening_lines import opening_lines
+from xtuner.training.publish import publish
 from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
 from xtuner.training.vision import RunVision
@@ -74,7 +75,9 @@ def train(
     # Where DeepSpeed is installed transformers imports it, and it would warn that it found no GPU.
     os.environ.setdefault("DS_ACCELERATOR", pick_device(settings.device))
     processes = Processes(
-        pick_device(settings.device), sequence_parallel_size=settings.sequence_parallel_size
+        pick_device(settings.device),
+        sequence_parallel_size=settings.sequence_parallel_size,
+        hang_timeout=settings.hang_timeout,
     )
     try:
         folder = work_dir_of(loaded, work_dir)
@@ -171,6 +174,12 @@ class _TrainingRun:
         )
         if recorded:
             recorded.tell()
+        if settings.push_to_hub and result.checkpoint and self.processes.is_main:
+            self.console.print(f"Uploading to {settings.push_to_hub} ...", markup=False)
+            address = publish(
+                result.checkpoint, settings.push_to_hub, private=settings.hub_private_repo
+            )
+            self.console.print(f"Uploaded to {address}", markup=False)
         return result
 
     def _best(self, *, resuming: bool) -> BestMetric:
