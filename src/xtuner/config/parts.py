@@ -258,6 +258,10 @@ class DataPart(Part):
     removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
     'split' for pretrain, otherwise 'truncate'. Every row that is cut or lost is counted and
     reported."""
+    max_lost_rows: Annotated[Fraction, Mark("free")] = 0.05
+    """Share of the rows of a source that may be unusable (no answer, a column missing, an image
+    that cannot be read, ...); above it training does not start, and the reasons are listed. Rows
+    that overlong = 'drop' removes do not count. 1 accepts any."""
     shuffle: bool = True
     """Draw the samples of each epoch in random order, fixed by `seed`."""
     dataloader_num_workers: Annotated[

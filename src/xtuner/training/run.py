@@ -130,6 +130,7 @@ class _TrainingRun:
         data, where = self.parts.build_once(
             self.processes, report_dir=place.log_dir if self.processes.is_main else None
         )
+        data.report.refuse_lost(settings.max_lost_rows)
         if where:
             self.console.print(f"Tokenizing   {where}", markup=False)
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
