@@ -1,4 +1,4 @@
-"""At the end, the loss as an image: ``loss_curve.png``."""
+"""Draws the loss curve at the end: ``loss_curve.png``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from xtuner.engine.hooks.base import BaseHook, Run
 
 
 class Hook(BaseHook):
-    """Keeps each step's loss and draws them, with a running mean, when the run ends or stops."""
+    """Collects each step's loss and draws the curve, with a running mean, when the run ends or
+    stops."""
 
     order = 70
     records = True
@@ -19,7 +20,7 @@ class Hook(BaseHook):
         self._file: Path | None = None
 
     def on_start(self, run: Run) -> None:
-        """Note where the image goes."""
+        """Set the path of the image."""
         self._file = run.log_dir / "loss_curve.png"
         self.on_end(run)
 
@@ -30,13 +31,13 @@ class Hook(BaseHook):
             self._validation.append((run.step, run.scalars["val_loss"]))
 
     def on_end(self, run: Run) -> None:
-        """Keep a validation loss measured after the last step (or, from `on_start`, before the
+        """Record a validation loss measured after the last step (or, from `on_start`, before the
         first)."""
         if "val_loss" in run.scalars:
             self._validation.append((run.step, run.scalars["val_loss"]))
 
     def close(self) -> None:
-        """Draw, if there is anything to draw."""
+        """Draw the curve if there are values."""
         if self._file is not None and len(self._losses) > 1:
             draw(self._file, self._losses, self._validation)
 

@@ -1,4 +1,4 @@
-"""What the terminal shows while training: a bar, or plain lines where there is no terminal."""
+"""Training progress: a bar, or plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Hook(BaseHook):
-    """A progress bar with loss, learning rate, speed and the time left."""
+    """A progress bar with loss, learning rate, speed and remaining time."""
 
-    order = 5  # first, so that at the end the bar stands still before others print
+    order = 5  # first, so that the bar is finished before other hooks print
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -50,7 +50,7 @@ class Hook(BaseHook):
         self._bar.start()
 
     def on_step(self, run: Run) -> None:
-        """Advance the bar, or print a line now and then."""
+        """Advance the bar, or print a line from time to time."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=run.step, shown=_words(run, IN_BAR))
         elif (
@@ -63,7 +63,7 @@ class Hook(BaseHook):
             )
 
     def on_end(self, run: Run) -> None:
-        """Leave the full bar standing before other hooks print."""
+        """Finish the bar before other hooks print."""
         self.close()
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Hook(BaseHook):
 
 
 def _can_draw(console: Console) -> bool:
-    """Whether a bar can be drawn: in a terminal, or in a notebook that has widgets."""
+    """Whether a bar can be drawn: in a terminal, or in a notebook with widgets."""
     in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return console.is_terminal or in_notebook
 
