@@ -38,6 +38,10 @@ def _no_vision_adapter(s: Any) -> bool:
     return not s.has_vision or s.visual_encoder_lora_r is None
 
 
+def _not_packed(s: Any) -> bool:
+    return s.pack_to_max_length is False
+
+
 def _not_paged(s: Any) -> bool:
     return not s.optim_type.startswith("Paged")
 
@@ -94,9 +98,12 @@ class ModelPart(Part):
     ] = 64
     """Rank of the adapters. A higher rank has more capacity and takes more memory."""
     lora_alpha: Annotated[
-        AboveZero, Mark(comment="adapters are scaled by lora_alpha / lora_r", idle=_no_adapter)
-    ] = 16
-    """Scale of the adapters: their output is multiplied by lora_alpha / lora_r."""
+        Literal["auto"] | AboveZero,
+        Mark(comment="adapters are scaled by lora_alpha / lora_r", idle=_no_adapter),
+    ] = "auto"
+    """Scale of the adapters: their output is multiplied by lora_alpha / lora_r. 'auto' is 16 times
+    the square root of lora_r, the scale of rank-stabilized LoRA (arXiv:2312.03732): 2 for rank 64,
+    4 for rank 16."""
     lora_dropout: Annotated[Dropout, Mark(comment="", idle=_no_adapter)] = 0.0
     """Dropout on the input of the adapters. The QLoRA paper uses 0.1 for 7B and 13B models and 0.05
     for larger ones; 0 is fastest."""
@@ -224,6 +231,9 @@ class DataPart(Part):
     same result. 'auto' packs for every model that can isolate samples; others (Mamba, linear
     attention, models outside transformers' attention interface such as Falcon) process one sample
     at a time."""
+    pack_length: Annotated[Literal["auto"] | Positive, Mark(idle=_not_packed)] = "auto"
+    """Tokens of a pack, at most max_length. 'auto' is max_length; with few rows it is less, so that
+    an epoch has 16 packs and thus enough optimizer steps."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
     """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
     removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
@@ -244,13 +254,19 @@ class OptimPart(Part):
 
     batch_size: Annotated[Positive, Mark(comment="per device")] = 1
     """Samples (or packs) per device and micro-batch."""
-    accumulative_counts: Annotated[Positive, Mark(comment="micro-batches per optimizer step")] = 16
+    accumulative_counts: Annotated[
+        Literal["auto"] | Positive, Mark(comment="micro-batches per optimizer step")
+    ] = "auto"
     """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
-    * accumulative_counts * number of processes."""
+    * accumulative_counts * number of processes. 'auto' is 1 to 16: as many as leave an epoch 64
+    steps."""
     sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
     """Number of devices that share one sequence. This version supports 1."""
-    max_epochs: Annotated[Positive, Mark(comment="")] = 3
-    """Passes over the data."""
+    max_epochs: Annotated[
+        Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by the rows")
+    ] = "auto"
+    """Passes over the data. 'auto' is 3; with few rows it is up to 15, so that the run has 160
+    optimizer steps, and 1 if an epoch has 1,000."""
     max_steps: Annotated[
         Positive | None, Mark(comment="stop after this many steps; None: max_epochs decides")
     ] = None

@@ -56,6 +56,16 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         return self.quantization
 
     @property
+    def effective_lora_alpha(self) -> float:
+        """`lora_alpha` with 'auto' resolved."""
+        return 16 * self.lora_r**0.5 if self.lora_alpha == "auto" else self.lora_alpha
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients of several micro-batches are summed; true until 'auto' is decided."""
+        return self.accumulative_counts == "auto" or self.accumulative_counts > 1
+
+    @property
     def can_keep_embedding_on_cpu(self) -> bool:
         """Whether the settings allow the input embedding to stay in CPU memory."""
         return self.uses_adapter and not self.has_vision

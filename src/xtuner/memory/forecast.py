@@ -156,7 +156,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
     if not settings.has_vision:
         return llm
     vision = measure_vision(settings, images=len(lengths), width=llm.width, dtype=dtype)
-    return vision.beside(llm, accumulate=settings.accumulative_counts > 1)
+    return vision.beside(llm, accumulate=settings.accumulates)
 
 
 def _bytes_of_moments(optim_type: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ def opening_lines(
     processes: int,
     steps: tuple[int, Counter],
     data: Iterable[str],
+    chosen: Sequence[str],
     images: str | None,
     packing: str | None,
     work_dir: Path,
@@ -43,6 +44,7 @@ def opening_lines(
         processes: how many take part.
         steps: optimizer steps of the run, and how they are counted.
         data: lines about the rows.
+        chosen: settings that were 'auto' and are decided by the rows.
         images: line about the vision tower.
         packing: why samples are not packed, where the model decided.
         work_dir: where results go.
@@ -54,6 +56,9 @@ def opening_lines(
     yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{kernels}"
     yield f"Attention    {attention}"
     yield from data
+    if chosen:
+        taken = ", ".join(f"{name} {_taken(getattr(s, name))}" for name in chosen)
+        yield f"Recipe       {taken} ('auto': by the amount of data)"
     total, counter = steps
     yield (
         f"Steps        {total:,} ({counter.steps_per_epoch:,} per epoch), each of "
@@ -74,6 +79,10 @@ def opening_lines(
         notes.append("embedding_on_cpu changes nothing: all of the model is in the CPU's memory")
     yield from (f"Note         {note}" for note in notes)
     yield f"Results      {work_dir}\n"
+
+
+def _taken(value: float) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:
@@ -137,9 +146,9 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
             f"with {end}"
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
-        hint = "set accumulative_counts = 1, or " if s.accumulative_counts > 1 else ""
+        hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
         notes.append(
-            f"only {total} steps: with so little data hardly anything is learned; "
-            f"{hint}raise max_epochs"
+            f"only {total} steps: with so little data hardly anything is learned; set "
+            f"{hint}max_epochs = 'auto'"
         )
     return notes

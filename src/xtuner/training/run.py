@@ -5,12 +5,14 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import nn
 
+from xtuner.config import recipe
 from xtuner.config.load import LoadedSettings
 from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate
@@ -30,6 +32,7 @@ from xtuner.memory.plan import plan_memory
 from xtuner.models import manifest
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import llm_autocast, make_trainable
+from xtuner.models.run_info import RunInfo
 from xtuner.parallel.processes import Processes
 from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
@@ -88,12 +91,13 @@ class _TrainingRun:
         self.loss_scaler = LossScaler.for_dtype(self.dtype)
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
         self.vision: RunVision | None = None
+        self.chosen: tuple[str, ...] = ()
         self.computing = prepare_computing(self.settings, processes, self.dtype)
 
     def train(self, resume: str | None, overwrite: bool) -> TrainResult:
         """Make everything, then run the loop."""
         source = self._resumable(resume) if resume else None
-        self.parts = DataParts.open(self.loaded)
+        self.parts = DataParts.open(self._loaded(source))
         self.settings = settings = self.parts.settings
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
@@ -102,6 +106,8 @@ class _TrainingRun:
         data = self.parts.build_once(
             self.processes, report_dir=place.log_dir if self.processes.is_main else None
         )
+        self._settle(data)
+        settings = self.settings
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
         self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
@@ -138,6 +144,23 @@ class _TrainingRun:
             markup=False,
         )
         return result
+
+    def _loaded(self, source: Path | None) -> LoadedSettings:
+        """The settings; where they leave something to xtuner, a resume takes what the run had."""
+        info = RunInfo.read(source) if source else None
+        before = recipe.as_before(self.settings, info.settings if info else {})
+        return replace(self.loaded, settings=before)
+
+    def _settle(self, data: TrainingData) -> None:
+        """Decide the settings that depend on the amount of data."""
+        self.chosen = recipe.chosen(self.settings)
+        self.settings = recipe.resolved(
+            self.settings,
+            packs=len(data.train),
+            length=data.pack_length,
+            ranks=self.processes.data_world_size,
+        )
+        self.parts = replace(self.parts, settings=self.settings)
 
     def _result(self, run: Run) -> TrainResult:
         saved = self.store.find() if self.store.all() else None
@@ -266,6 +289,7 @@ class _TrainingRun:
             processes=self.processes.world_size,
             steps=(total, counter),
             data=data.report.lines(),
+            chosen=self.chosen,
             images=self.vision.line() if self.vision else None,
             packing=self.parts.packing,
             work_dir=self.work_dir,

@@ -1,0 +1,96 @@
+"""The settings that depend on the amount of data: what 'auto' means for them.
+
+A model learns facts from repetition. With few rows a run needs many epochs and small steps; with
+many rows, large steps and few epochs. benchmarks/recipe.py measures what these rules reach.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner.config.schema import Settings
+
+AUTOMATIC = ("lora_alpha", "pack_length", "accumulative_counts", "max_epochs")
+"""The settings that `resolved` decides where they are 'auto'."""
+EPOCH_PACKS = 16
+"""Packs are filled less than `max_length` where an epoch would have fewer than this."""
+EPOCH_STEPS = 64
+"""Gradients of several micro-batches are summed only if an epoch keeps this many steps."""
+RUN_STEPS = 160
+"""Epochs are added until a run has this many steps."""
+MOST_ACCUMULATED = 16
+LEAST_EPOCHS, MOST_EPOCHS = 3, 15
+LONG_EPOCH = 1_000
+"""Steps of an epoch that is not repeated."""
+
+
+def pack_length(settings: Settings, *, tokens: int, longest: int, limit: int) -> int:
+    """Tokens of a pack.
+
+    Args:
+        settings: `pack_length` and `batch_size` are used.
+        tokens: of all samples.
+        longest: tokens of the longest sample, which has to fit.
+        limit: tokens of a full pack.
+    """
+    given = settings.pack_length
+    few = math.ceil(tokens / (EPOCH_PACKS * settings.batch_size))
+    return min(limit, max(longest, few if given == "auto" else given))
+
+
+def resolved(settings: Settings, *, packs: int, length: int, ranks: int) -> Settings:
+    """`settings` with numbers in place of 'auto'.
+
+    Args:
+        settings: of the run.
+        packs: packs (or samples that are not packed) of an epoch.
+        length: tokens of a pack.
+        ranks: processes that take different rows.
+    """
+    micro_batches = math.ceil(packs / (settings.batch_size * ranks))
+    summed = min(MOST_ACCUMULATED, max(1, micro_batches // EPOCH_STEPS))
+    given = settings.accumulative_counts
+    accumulated = summed if given == "auto" else given
+    epochs = _epochs(math.ceil(micro_batches / accumulated), settings.max_steps)
+    values = {
+        "lora_alpha": settings.effective_lora_alpha,
+        "pack_length": length,
+        "accumulative_counts": accumulated,
+        "max_epochs": epochs,
+    }  # of these, only those that are 'auto' are taken
+    return settings.model_copy(update={n: values[n] for n in chosen(settings)})
+
+
+def chosen(settings: Settings) -> tuple[str, ...]:
+    """Names of the settings that are 'auto' and matter to this run."""
+    names = [name for name in AUTOMATIC if getattr(settings, name) == "auto"]
+    idle = {*settings.idle()}
+    return tuple(name for name in names if name not in idle)
+
+
+def as_before(settings: Settings, before: Mapping[str, Any]) -> Settings:
+    """`settings` with the numbers of an earlier run, which this one continues, in place of 'auto'.
+
+    Args:
+        settings: of the continuing run.
+        before: settings by name, as the checkpoint has them. Checkpoints of before `pack_length`
+            have full packs.
+    """
+    known = {"pack_length": settings.max_length, **before} if before else {}
+    numbers = {
+        name: known[name]
+        for name in AUTOMATIC
+        if getattr(settings, name) == "auto" and isinstance(known.get(name), int | float)
+    }
+    return settings.model_copy(update=numbers)
+
+
+def _epochs(steps: int, max_steps: int | None) -> int:
+    """Epochs of `steps` optimizer steps each."""
+    if max_steps is not None:
+        return math.ceil(max_steps / steps)
+    if steps >= LONG_EPOCH:
+        return 1
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(RUN_STEPS / steps)))
