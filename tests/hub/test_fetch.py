@@ -115,8 +115,9 @@ def test_a_name_of_the_hub_has_a_folder_of_its_own() -> None:
 def test_only_needed_files_are_taken_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     weights = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    weights += ["modeling_x.py"]  # copied with the model, run only with trust_remote_code
     other = [".gitattributes", "README.md", "onnx/model.onnx", "original/consolidated.00.pth"]
-    other += ["consolidated.safetensors", "pytorch_model.bin", "runs/events.json", "modeling_x.py"]
+    other += ["consolidated.safetensors", "pytorch_model.bin", "runs/events.json"]
     assert sorted(fetch.needed_files([*tokenizer, *weights, *other])) == sorted(tokenizer + weights)
     assert "pytorch_model.bin" in fetch.needed_files([*tokenizer, "pytorch_model.bin"])
     assert fetch.needed_files(["README.md"]) == []

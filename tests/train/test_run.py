@@ -6,10 +6,11 @@ from pathlib import Path
 import recording_strategy
 
 from xtuner.config.load import load_settings
+from xtuner.runs.folder import RunFolder
 from xtuner.training.run import train
 
 
-def test_a_run_with_a_users_strategy(tmp_path, tiny_model_path, monkeypatch):
+def test_a_run_with_a_users_strategy(tmp_path, tiny_model_path, monkeypatch, capsys):
     rows = [
         {"messages": [{"role": "user", "content": f"{i}?"},
                       {"role": "assistant", "content": f"It is {i}."}]}
@@ -39,6 +40,14 @@ def test_a_run_with_a_users_strategy(tmp_path, tiny_model_path, monkeypatch):
         return (tmp_path / "calls").read_text(encoding="utf-8").split()
 
     done = train(load_settings(str(config)))
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {tmp_path / 'w' / 'report.html'}"
+    record = RunFolder(done.work_dir).record
+    assert (record.outcome, record.total_steps, record.settings["strategy"]) == (
+        "finished",
+        2,
+        "mine.py:Recording",
+    )
+    assert record.forecast["peak"] > 0
     assert (done.work_dir, done.checkpoint, done.step) == (
         tmp_path / "w",
         tmp_path / "w" / "iter_2",

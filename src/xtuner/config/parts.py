@@ -183,8 +183,8 @@ class DataPart(Part):
         OneOrMore,
         Mark(is_path=True, comment="a file, a folder, a name on the hub, or a list of these"),
     ]
-    """A json, jsonl, csv, parquet or txt file, a folder of them, a name on the hub, or a list of
-    these."""
+    """A json, jsonl, csv, tsv, parquet, arrow or txt file, a folder of them or of `save_to_disk`, a
+    name on the hub, or a list of these."""
     dataset_format: Annotated[
         OneOrMore,
         Mark("free", comment="'auto' decides by the columns; one, or one per source"),

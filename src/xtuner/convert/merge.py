@@ -36,8 +36,9 @@ from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import ModelError
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
-from xtuner.models import manifest
+from xtuner.models import manifest, original
 from xtuner.models.adapters import load_adapter
+from xtuner.models.families import internlm2
 from xtuner.models.load import load_tokenizer, read_config
 from xtuner.models.quantize import Rounding
 from xtuner.models.run_info import RunInfo
@@ -47,10 +48,6 @@ from xtuner.models.vision.folder import LLM_ADAPTER, run_of
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Log = Callable[[str], None]
 
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "chat_template.*", "additional_chat_templates/*", "spiece.model", "*.tiktoken",
-)  # fmt: skip
 _NOT_COPIED = (
     "*.safetensors", "*.bin", "*.index.json", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack",
     "*.onnx*", "README.md", "run.yaml", "adapter_config.json",
@@ -195,7 +192,10 @@ class _Merge:
             base = Weights.of_model(self.folder, safetensors_only=True)
         except ModelError as error:
             raise lora.NeedsModel(str(error)) from error
-        changes = lora.changes(adapter, config, base.stored, read_config(self.source))
+        base_config = read_config(self.source)
+        changes = lora.changes(adapter, config, base.stored, base_config)
+        if self.rounding and base_config.get("model_type") in internlm2.MODEL_TYPES:
+            raise lora.NeedsModel("its files hold layers fused that were quantized one by one")
         sources = {n: base.stored[c.source] for n, c in changes.items()}
         return base, cast_plan({**base.stored, **sources}, self.dtype), changes
 
@@ -242,6 +242,8 @@ class _Merge:
                     f"use it unmerged: xtuner chat {self.llm} --adapter {self.adapter}"
                 ) from error
         save_model(merged, draft, max_shard_size=f"{max(1, self.max_bytes // 1000)}KB")
+        if self.folder is not None:
+            original.keep_config(self.folder, draft)
 
     def _memory_dtype(self) -> torch.dtype:
         """The requested dtype, or the one in the base model's config.json."""
@@ -250,12 +252,14 @@ class _Merge:
         return self.dtype or DTYPES.get(name, torch.bfloat16)
 
     def _copy_others(self, draft: Path) -> None:
-        """Copy the base model's other files; the adapter's tokenizer, if any, has precedence."""
-        has_tokenizer = (self.adapter / "tokenizer_config.json").is_file()
+        """Copy the base model's other files; a tokenizer with added tokens is the adapter's."""
+        has_tokenizer = (self.adapter / "tokenizer_config.json").is_file() and not (
+            self.folder is not None and original.has_tokenizer_of(self.adapter, self.folder)
+        )
         if has_tokenizer:
-            copy_others(self.adapter, draft, only=TOKENIZER_FILES)
+            copy_others(self.adapter, draft, only=original.TOKENIZER_FILES)
         if self.folder is not None:
-            skip = (*_NOT_COPIED, *(TOKENIZER_FILES if has_tokenizer else ()))
+            skip = (*_NOT_COPIED, *(original.TOKENIZER_FILES if has_tokenizer else ()))
             copy_others(self.folder, draft, skip=skip)
         elif not has_tokenizer:
             with contextlib.suppress(ModelError):  # the base model may have no tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from xtuner.convert.internlm2_adapter import original_adapter
 from xtuner.convert.output import copy_others, new_folder
 from xtuner.convert.weights import (
     Planned,
@@ -24,7 +26,9 @@ from xtuner.device.select import DTYPES
 from xtuner.errors import CheckpointError
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
-from xtuner.models import manifest
+from xtuner.hub.weight_files import tensors_of
+from xtuner.models import manifest, original
+from xtuner.models.load import read_config
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision.folder import LLM, LLM_ADAPTER, PROJECTOR, run_of
 
@@ -119,10 +123,27 @@ def to_hf(
             write_shards(draft, plan, weights.__getitem__, max_bytes=max_bytes, log=log)
             write_config(source, draft, dtype=dtype)
         copy_others(source, draft, skip=LEFT_OUT)
+        if is_adapter and info is not None:
+            _restore_layers(draft, info)
         if info is not None and source.name in (LLM, LLM_ADAPTER):  # part of a LLaVA model
             kind: Any = "adapter" if is_adapter else "model"
             replace(info, kind=kind, visual_encoder="").write(draft)
     return info
+
+
+def _restore_layers(folder: Path, info: RunInfo) -> None:
+    """Give an adapter in `folder` the layers of its base model's own code."""
+    base = original.folder_of(info.base_model)
+    if base is None:
+        return
+    file = folder / "adapter_model.safetensors"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    found = original_adapter(config, tensors_of(file), read_config(str(base)))
+    if found is None:
+        return
+    config, tensors = found
+    save_file(tensors, str(file), metadata={"format": "pt"})
+    original.write_json(folder / "adapter_config.json", config)
 
 
 def write_adapter(folder: Path, plan: Mapping[str, Planned], weights: Weights) -> None:

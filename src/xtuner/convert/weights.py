@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xtuner.errors import ConfigError, ModelError
+from xtuner.models.original import with_dtype, write_json
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -259,11 +260,9 @@ def write_config(source: Path, folder: Path, *, dtype: torch.dtype, untie: bool 
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config = with_dtype(config, str(dtype).removeprefix("torch."))
     if untie:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", config)

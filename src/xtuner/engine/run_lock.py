@@ -69,6 +69,29 @@ def wait_until_free(work_dir: Path, *, poll_seconds: float = _POLL_SECONDS) -> N
         time.sleep(poll_seconds)
 
 
+def is_held(work_dir: Path) -> bool:
+    """Whether another process holds the lock of `work_dir`.
+
+    Not for a process that holds it: closing the file would release its lock.
+    """
+    try:
+        with (work_dir / FILE_NAME).open("r+", encoding="utf-8") as file:
+            return not _take(file)
+    except FileNotFoundError:
+        return False
+
+
+def holder_pid(work_dir: Path) -> int | None:
+    """The process on this machine that holds the lock of `work_dir`; None if there is none."""
+    if not is_held(work_dir):
+        return None
+    try:
+        said = json.loads((work_dir / FILE_NAME).read_text(encoding="utf-8"))
+        return int(said["pid"]) if said["host"] == socket.gethostname() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _take(file: Any) -> bool:
     """Lock `file` until it is closed; False if another process has."""
     try:

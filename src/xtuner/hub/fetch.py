@@ -30,7 +30,7 @@ HUB_TIMEOUT = 5.0
 """Seconds after which the hub counts as unreachable."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NEEDED = re.compile(r"[^/]*\.(json|jinja|model|txt|tiktoken|safetensors)")
+_NEEDED = re.compile(r"[^/]*\.(json|jinja|model|txt|tiktoken|safetensors|py)")
 _SKIPPED = re.compile(r"consolidated.*|requirements.*|.*\.onnx.*")
 
 

@@ -28,7 +28,9 @@ from xtuner import plugins
 from xtuner.errors import ModelError, listed
 from xtuner.hub import fetch
 from xtuner.kernels.four_bit import fix_4bit_layers
+from xtuner.models import sentencepiece
 from xtuner.models.quantize import Quantization, quantization_config
+from xtuner.models.unsupported import check_remote_code, check_supported
 
 # PEFT 0.21 reads a property that transformers 5.23 renamed; the note is for its authors, not for
 # users.
@@ -48,8 +50,10 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         ModelError: there is none, or it cannot be read.
     """
     place = located(path)
-    with readable_errors(path, "tokenizer"):
+    register_family(place)
+    with readable_errors(path, "tokenizer"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        sentencepiece.correct(tokenizer, place)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
@@ -81,7 +85,8 @@ def load_model(
         ModelError: the model is not there, cannot be read, or lacks weights.
     """
     place = located(path)
-    _register_family(place)
+    check_supported(str(path), read_config(place))
+    register_family(place)
     options: dict[str, Any] = {}
     if quantization != "none":
         options["quantization_config"] = quantization_config(
@@ -107,7 +112,9 @@ def load_model(
             )
         )
     fix_4bit_layers(model)
-    return model if quantization != "none" else model.to(device)
+    model = model if quantization != "none" else model.to(device)
+    check_remote_code(str(path), model)
+    return model
 
 
 def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -117,7 +124,8 @@ def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         ModelError: there is none, or it cannot be read.
     """
     place = located(path)
-    _register_family(place)
+    check_supported(str(path), read_config(place))
+    register_family(place)
     with readable_errors(path, "model"):
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
 
@@ -188,7 +196,7 @@ def read_config(place: str) -> dict[str, Any]:
         return {}
 
 
-def _register_family(place: str) -> None:
+def register_family(place: str) -> None:
     """Teach transformers the architecture of `place` if one of our families serves it."""
     model_type = read_config(place).get("model_type")
     package = "xtuner.models.families"

@@ -18,6 +18,7 @@ from xtuner.engine.hooks.base import Run
 from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.engine.training_state import load_state, save_state
+from xtuner.models import original
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model
 from xtuner.templates.base import Template
@@ -100,7 +101,11 @@ class CheckpointWriter:
             self.vision.save(folder)
         else:
             save_model(self.model, folder, trained=weights)
-        self.tokenizer.save_pretrained(str(folder))
+        complete = not self.vision and not self.settings.uses_adapter
+        base = original.folder_of(self.settings.pretrained_model_name_or_path) if complete else None
+        if base is not None:
+            original.keep_config(base, folder)
+        original.keep_tokenizer(self.tokenizer, base, folder)
         self._info(run).write(folder)
         save_state(
             folder,

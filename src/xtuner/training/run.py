@@ -5,6 +5,7 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
 from xtuner.training.opening_lines import opening_lines
+from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
 from xtuner.training.vision import RunVision
 
@@ -111,7 +113,7 @@ class _TrainingRun:
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
         self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
-        self._tell(data, counter, total)
+        lines = self._tell(data, counter, total)
         model = self._make_model(source)
         self._prepare(model)
         run = self._run(place, model, data, counter, total)
@@ -137,12 +139,16 @@ class _TrainingRun:
         )
         if overwrite and self.processes.is_main:
             self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
-        trainer.fit()
+        recorded = self._recording(run, lines) if self.processes.is_main else None
+        with recorded.running() if recorded else contextlib.nullcontext():
+            trainer.fit()
         result = self._result(run)
         self.console.print(
             f"Done. The result is in {result.checkpoint}\nTalk to it:  xtuner chat {self.work_dir}",
             markup=False,
         )
+        if recorded:
+            recorded.tell()
         return result
 
     def _loaded(self, source: Path | None) -> LoadedSettings:
@@ -161,6 +167,18 @@ class _TrainingRun:
             ranks=self.processes.data_world_size,
         )
         self.parts = replace(self.parts, settings=self.settings)
+
+    def _recording(self, run: Run, lines: list[str]) -> Recording:
+        return recording(
+            self.loaded,
+            self.plan,
+            dtype=name_of(self.dtype),
+            processes=self.processes.world_size,
+            steps=(run.step, run.total_steps),
+            lines=lines,
+            folders=(run.log_dir, self.work_dir),
+            console=self.console,
+        )
 
     def _result(self, run: Run) -> TrainResult:
         saved = self.store.find() if self.store.all() else None
@@ -278,24 +296,27 @@ class _TrainingRun:
         for note in self.strategy.notes:
             self.console.print(f"Note: {note}", markup=False)
 
-    def _tell(self, data: TrainingData, counter: Counter, total: int) -> None:
-        """Say in a few lines what will be done."""
+    def _tell(self, data: TrainingData, counter: Counter, total: int) -> list[str]:
+        """Say in a few lines what will be done, and return them."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        lines = opening_lines(
-            self.settings,
-            self.plan,
-            dtype=self.dtype,
-            means=(self.computing, choose_attention(self.settings, self.processes, self.dtype)),
-            processes=self.processes.world_size,
-            steps=(total, counter),
-            data=data.report.lines(),
-            chosen=self.chosen,
-            images=self.vision.line() if self.vision else None,
-            packing=self.parts.packing,
-            work_dir=self.work_dir,
-        )
+        lines = [
+            *opening_lines(
+                self.settings,
+                self.plan,
+                dtype=self.dtype,
+                means=(self.computing, choose_attention(self.settings, self.processes, self.dtype)),
+                processes=self.processes.world_size,
+                steps=(total, counter),
+                data=data.report.lines(),
+                chosen=self.chosen,
+                images=self.vision.line() if self.vision else None,
+                packing=self.parts.packing,
+                work_dir=self.work_dir,
+            )
+        ]
         for line in lines:
             self.console.print(line, markup=False)
+        return lines
 
     def _resumable(self, resume: str) -> Path:
         source = self.store.find(None if resume == "last" else resume)

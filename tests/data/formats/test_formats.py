@@ -1,6 +1,7 @@
 """Contract of every format in the folder, and what each one reads out of a row."""
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -152,6 +153,27 @@ def test_reasoning_of_the_assistant_is_read(key):
     assert record.messages[1].as_dict()["reasoning_content"] == "I think."
     with pytest.raises(RowError, match=rf"messages\[0\].{key}.*only the assistant"):
         read("openai", messages=[{**ask, key: "x"}, messages[1]])
+
+
+def test_messages_may_be_text_of_json_or_python():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    expected = read("openai", messages=messages)
+    for text in (json.dumps(messages), str(messages)):
+        assert read("openai", messages=text) == expected
+    with pytest.raises(RowError, match="messages: is text that is not a list; write it as JSON"):
+        read("openai", messages="[{'role': ...}")
+
+
+def test_prompt_and_completion_may_be_lists_of_messages():
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+              {"role": "user", "content": "c"}]  # fmt: skip
+    completion = [{"role": "assistant", "content": "d"}]
+    record = read("code_alpaca", prompt=prompt, completion=completion)
+    assert [m.content for m in record.messages if m.supervised] == ["d"]
+    assert turns(record)[:3] == [("user", "a"), ("assistant", "b"), ("user", "c")]
+    assert read("code_alpaca", prompt="[{1}] is what?", completion="a set").messages[0].content
+    with pytest.raises(RowError, match=r"completion\[0\].role: is 'user'"):
+        read("code_alpaca", prompt=prompt, completion=prompt)
 
 
 def test_function_call_is_a_call():

@@ -135,6 +135,80 @@ def test_values_that_no_parser_survives_are_faults(tmp_path):
     assert "unpaired surrogate" in found[3]
 
 
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_that_wraps_the_rows_is_read(tmp_path, name, indent):
+    rows = [{"a": 1, "data": []}, {"a": 2}]
+    for wrapped in ({"version": "1", "data": rows, "n": 2}, {"data": rows}):
+        (tmp_path / name).write_text(json.dumps(wrapped, indent=indent))
+        assert read(tmp_path / name) == list(enumerate(rows, 1))
+
+
+def test_lines_whose_objects_have_such_a_key_are_lines(tmp_path):
+    rows = [{"data": [{"a": 1}]}, {"data": [{"a": 2}]}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert read(tmp_path / "d.jsonl") == list(enumerate(rows, 1))
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.jsonl.gz"])
+def test_objects_over_several_lines_are_read(tmp_path, name):
+    rows = [{"a": {"b": [1, 2]}}, {"a": 2}, {"a": 3}]
+    text = "\n".join(json.dumps(row, indent=2) for row in rows).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert read(tmp_path / name) == list(enumerate(rows, 1))
+    (tmp_path / "e.json").write_text('{\n "a": 1\n}\n{\n "a" 2\n}')
+    with pytest.raises(DataError, match=r"e\.json line 5 column 6: is not valid JSON"):
+        read(tmp_path / "e.json")
+
+
+def test_nan_is_an_empty_cell(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"a": NaN, "b": "NaN"}\n')
+    (tmp_path / "d.json").write_text('[{"a": NaN, "b": "NaN"}]')
+    for name in ("d.jsonl", "d.json"):
+        assert read(tmp_path / name) == [(1, {"a": None, "b": "NaN"})]
+
+
+def save_to_disk(folder, rows, *, files=2):
+    """What `datasets.Dataset.save_to_disk` writes."""
+    folder.mkdir(parents=True)
+    names = [f"data-{n:05}-of-{files:05}.arrow" for n in range(files)]
+    for number, name in enumerate(names):
+        table = pyarrow.Table.from_pylist(rows[number::files])
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table)
+    state = {"_data_files": [{"filename": name} for name in names], "_indices_data_files": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def test_a_saved_data_set_is_read_by_split(tmp_path):
+    rows = [{"a": str(n)} for n in range(200)]
+    save_to_disk(tmp_path / "d" / "train", rows)
+    save_to_disk(tmp_path / "d" / "test", rows[:2], files=1)
+    (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert [row for _, row in read(tmp_path / "d")] == rows[::2] + rows[1::2]
+    assert [row for _, row in read(tmp_path / "d" / "test")] == rows[:2]
+    assert [row for _, row in read(tmp_path / "d", split="test")] == rows[:2]
+    with pytest.raises(
+        DataError, match=r"without the split 'tset'; .* one of train, test; did you"
+    ):
+        read(tmp_path / "d", split="tset")
+    (tmp_path / "d" / "test" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(DataError, match=r"lacks data-00000-of-00001\.arrow; save it again"):
+        read(tmp_path / "d", split="test")
+
+
+def test_an_arrow_file_is_read_in_both_of_its_formats(tmp_path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    for name, writer in (("s.arrow", pyarrow.ipc.new_stream), ("f.arrow", pyarrow.ipc.new_file)):
+        with writer(tmp_path / name, table.schema) as file:
+            file.write_table(table)
+        assert read(tmp_path / name) == list(enumerate(ROWS, 1))
+    (tmp_path / "s.arrow").write_bytes((tmp_path / "s.arrow").read_bytes()[:40])
+    with pytest.raises(DataError, match=r"s\.arrow: is not a complete arrow file"):
+        read(tmp_path / "s.arrow")
+
+
 def test_a_huge_line_is_read(tmp_path):
     (path := tmp_path / "d.jsonl").write_text(json.dumps({"text": "x" * 10_000_000}))
     assert len(read(path)[0][1]["text"]) == 10_000_000
@@ -147,7 +221,6 @@ def test_a_huge_line_is_read(tmp_path):
         ('[{"a": 1}\n {"a": 2}]', r"line 2 column 2: .* expecting ',' and the next row, or '\]'"),
         ('[{"a": 1}', r"line 1 column 10: .* expecting ','"),
         ('[{"a": 1}]\n[{"a": 2}]', r"line 2 column 1: .*extra data after the '\]'"),
-        ('{\n "a": {"b": 1}\n}', r"is a single JSON object; expected an array of rows"),
     ],
 )
 def test_a_broken_array_names_the_place(tmp_path, text, message):

@@ -9,7 +9,7 @@ from test_find import read
 
 from xtuner.data.sources import json_arrays
 from xtuner.data.sources.find import find
-from xtuner.data.sources.json_arrays import array_rows
+from xtuner.data.sources.json_arrays import json_rows
 from xtuner.errors import DataError
 
 WHOLE = """ [ {"a": [1, -2.5e+3, true, null], "b": "ü \\u00fc \\ud83d\\ude00 😀 \\n"},
@@ -21,7 +21,7 @@ def outcome(raw):
     """The rows of an array, and how reading it ended."""
     rows = []
     try:
-        for row in array_rows(io.BytesIO(raw), name="d.json"):
+        for row in json_rows(io.BytesIO(raw), "array", name="d.json"):
             rows.append(repr(row))
     except DataError as error:
         return rows, str(error)
@@ -83,7 +83,7 @@ def test_a_large_array_is_never_held_whole(tmp_path):
     raw = ("[" + ",\n".join([row] * 20_000) + "]").encode()
     tracemalloc.start()
     try:
-        assert sum(1 for _ in array_rows(io.BytesIO(raw), name="d")) == 20_000
+        assert sum(1 for _ in json_rows(io.BytesIO(raw), "array", name="d")) == 20_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -106,4 +106,4 @@ def test_the_first_rows_are_had_without_the_rest(tmp_path, monkeypatch):
 def test_a_row_of_many_stretches_is_read(monkeypatch):
     monkeypatch.setattr(json_arrays, "BLOCK", 10)
     rows = [{"text": "x" * 100_000}, {"text": "y"}]
-    assert list(array_rows(io.BytesIO(json.dumps(rows).encode()), name="d")) == rows
+    assert list(json_rows(io.BytesIO(json.dumps(rows).encode()), "array", name="d")) == rows

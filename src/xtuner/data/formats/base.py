@@ -6,6 +6,7 @@ including white space. Rows that it cannot read raise `RowError`.
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,20 @@ def parse_json(value: str, *, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(where, "is not valid JSON", "write it as JSON") from error
+
+
+def listed(row: Row, column: str) -> Row:
+    """`row` with the list in `column` read from its text: tables store lists as JSON, pandas as
+    Python."""
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        return row
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return {**row, column: parse(value)}
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    raise RowError(column, "is text that is not a list", "write it as JSON")
 
 
 def joined(*parts: str) -> str:

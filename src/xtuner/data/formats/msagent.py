@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from xtuner.data.formats._turns import TURN_KEYS, read_turns
-from xtuner.data.formats.base import Format, RowError, conversation, items
+from xtuner.data.formats.base import Format, conversation, items, listed
 from xtuner.types import Conversation, Message, Row
 
 _RESULT = re.compile(r"<\|startofexec\|>(.*?)<\|endofexec\|>", re.DOTALL)
@@ -17,23 +14,11 @@ _RESULT = re.compile(r"<\|startofexec\|>(.*?)<\|endofexec\|>", re.DOTALL)
 
 def convert(row: Row) -> Conversation:
     """Read the turns; tool results become tool turns, which are not supervised."""
-    if isinstance(row.get("conversations"), str):
-        row = {"conversations": _parse(row["conversations"])}
-    turns = read_turns(items(row, "conversations"), column="conversations")
+    turns = read_turns(items(listed(row, "conversations"), "conversations"), column="conversations")
     return conversation(
         [part for turn in turns for part in _parts(turn)],
         column="conversations",
     )
-
-
-def _parse(value: str) -> Any:
-    """Parse a list that is stored as JSON or Python text."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    raise RowError("conversations", "is text that is not a list", "write it as JSON")
 
 
 def _parts(turn: Message) -> Iterator[Message]:

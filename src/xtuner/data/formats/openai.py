@@ -13,6 +13,7 @@ from xtuner.data.formats.base import (
     RowError,
     conversation,
     items,
+    listed,
     objects,
     optional_text,
     text,
@@ -28,14 +29,14 @@ _ROLES: Mapping[str, Role] = {
     "function": "tool",
 }
 
-_TURN_KEYS = (
+TURN_KEYS = (
     "role", "content", "tool_calls", "function_call", "name", "tool_call_id", *SUPERVISION_KEYS,
 )  # fmt: skip
 
 
 def convert(row: Row) -> Conversation:
     """Read messages, tools and image names."""
-    turns = items(row, "messages")
+    turns = items(listed(row, "messages"), "messages")
     messages = read_messages(turns)
     named = [name for turn in turns for name in _named(turn)]
     names = _filled(named, read_names(row, "images"))
@@ -115,5 +116,5 @@ FORMAT = Format(
     convert=convert,
     optional=("tools", "images"),
     priority=10,
-    turn_keys={"messages": _TURN_KEYS},
+    turn_keys={"messages": TURN_KEYS},
 )

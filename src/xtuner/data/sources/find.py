@@ -11,6 +11,7 @@ from typing import Protocol
 
 from xtuner.data.sources.readers import SUFFIXES, LocalFile, data_suffix
 from xtuner.data.sources.rows import RawRow, Unit
+from xtuner.data.sources.saved import saved_files
 from xtuner.errors import DataError, did_you_mean
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -72,6 +73,10 @@ def find(entry: str, *, folder: Path, split: str = "train") -> Source:
 
         return Source(entry, (hub.open_split(entry, split=split),))
     if path.is_dir():
+        saved = saved_files(path, entry, split=split)
+        if saved is not None:
+            named = ((file, str(Path(entry, file.relative_to(path)))) for file in saved)
+            return Source(entry, tuple(LocalFile(file, name) for file, name in named))
         return Source(entry, tuple(_files_in(path, entry)))
     if data_suffix(path) not in SUFFIXES:
         raise DataError(

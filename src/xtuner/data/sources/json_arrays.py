@@ -1,4 +1,5 @@
-"""Read a JSON array of rows in bounded memory."""
+"""Read JSON rows that are not one per line, in bounded memory: an array, an array inside an object,
+or objects over several lines."""
 
 from __future__ import annotations
 
@@ -7,11 +8,18 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from xtuner.data.sources.rows import NOT_UTF8, Fault, as_row
 from xtuner.errors import DataError
 from xtuner.types import Row
+
+Layout = Literal["lines", "array", "wrapped", "objects"]
+
+WRAPPERS = frozenset(
+    "data rows train examples samples instances items records entries dataset results".split()
+)
+"""Keys, in lower case, under which files that are one object keep their rows."""
 
 BLOCK = 1 << 20
 """Bytes per read."""
@@ -22,13 +30,54 @@ _MAX_LITERAL = 16
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def array_rows(data: BinaryIO, *, name: str) -> Iterator[Row | Fault]:
-    """Yield each row of the JSON array in `data`, the file `name`.
+def layout_of(data: BinaryIO, *, name: str) -> Layout:
+    """How the rows lie in `data`, the JSON file `name`.
+
+    No more than the first object is held in memory; what cannot be parsed is taken for lines, whose
+    faults are reported one by one.
+    """
+    start = data.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    while not start and (more := data.read(4096)):
+        start = more.lstrip()
+    if start.startswith(b"["):
+        return "array"
+    data.seek(0)
+    text = _SlidingText(data, name)
+    try:
+        if text.next() != "{":
+            return "lines"
+        first = text.line
+        wrappers = [text.is_wrapper(key) and _skip_array(text) for key in text.members()]
+        several = text.line > first
+        if any(wrappers) and not text.next():
+            return "wrapped"
+    except DataError:
+        return "lines"
+    return "objects" if several else "lines"
+
+
+def json_rows(data: BinaryIO, layout: Layout, *, name: str) -> Iterator[Row | Fault]:
+    """Yield each row of `data`, the file `name`, which is laid out as an array, wrapped, or as
+    objects over several lines.
 
     Raises:
-        DataError: the text is not a complete array; the rest cannot be read then.
+        DataError: the text is not complete JSON; the rest cannot be read then.
     """
     text = _SlidingText(data, name)
+    if layout == "objects":
+        while text.next():
+            yield as_row(*text.value())
+    elif layout == "wrapped":
+        for key in text.members():
+            if text.is_wrapper(key):
+                yield from _array(text)
+    else:
+        yield from _array(text)
+        if text.next():
+            raise text.invalid("extra data after the ']' of the array")
+
+
+def _array(text: _SlidingText) -> Iterator[Row | Fault]:
     text.skip("[")
     for number in itertools.count(1):
         if number == 1 and text.next() == "]":
@@ -40,27 +89,13 @@ def array_rows(data: BinaryIO, *, name: str) -> Iterator[Row | Fault]:
     if text.next() != "]":
         raise text.invalid("expecting ',' and the next row, or ']'")
     text.skip("]")
-    if text.next():
-        raise text.invalid("extra data after the ']' of the array")
 
 
-def refuse_single_object(data: BinaryIO, *, name: str) -> None:
-    """Raise if `data` is a single JSON object rather than an array or one object per line.
-
-    Raises:
-        DataError: `data` is a single object.
-    """
-    text = _SlidingText(data, name)
-    try:
-        text.value()
-        more = text.next()
-    except DataError:
-        return  # invalid lines are reported one by one
-    if not more:
-        raise DataError(
-            f"{name}: is a single JSON object; expected an array of rows, [{{...}}, {{...}}], or "
-            "one object per line"
-        )
+def _skip_array(text: _SlidingText) -> bool:
+    """Consume an array of rows."""
+    for _ in _array(text):
+        pass
+    return True
 
 
 class _SlidingText:
@@ -78,7 +113,43 @@ class _SlidingText:
         self._text = ""
         self._at = 0
         self._lines = self._columns = 0  # lines before the window; characters of its first line
+        self._dropped = 0  # characters before the window
         self._ended = False
+
+    @property
+    def line(self) -> int:
+        """Line of the current position, from 1."""
+        return self._line(self._at)
+
+    def members(self) -> Iterator[str]:
+        """Consume the next object, yielding each key; its value is skipped unless the caller
+        consumes it.
+
+        Raises:
+            DataError: it is not a complete object.
+        """
+        self.skip("{")
+        if self.next() != "}":
+            while True:
+                key, _ = self.value()
+                if not isinstance(key, str) or self.next() != ":":
+                    raise self.invalid("expecting a key and ':'")
+                self.skip(":")
+                self.next()
+                unread = self._consumed()
+                yield key
+                if unread == self._consumed():
+                    self.value()
+                if self.next() != ",":
+                    break
+                self.skip(",")
+        if self.next() != "}":
+            raise self.invalid("expecting ',' and the next key, or '}'")
+        self.skip("}")
+
+    def is_wrapper(self, key: str) -> bool:
+        """Whether the value of `key`, which is next, is a list of rows inside an object."""
+        return key.lower() in WRAPPERS and self.next() == "["
 
     def next(self) -> str:
         """Skip white space and return the next character without consuming it; '' at the end."""
@@ -131,9 +202,13 @@ class _SlidingText:
         column = position - line_start if line_start >= 0 else position + self._columns + 1
         return DataError(
             f"{self._name} line {self._line(position)} column {column}: is not valid JSON: "
-            f"{problem}. The rest of the array cannot be read; fix this row (with one object per "
+            f"{problem}. The rest of the file cannot be read; fix this row (with one object per "
             "line, only this row would be lost)"
         )
+
+    def _consumed(self) -> int:
+        """Number of characters before the position."""
+        return self._dropped + self._at
 
     def _may_be_truncated(self, error: json.JSONDecodeError) -> bool:
         near_end = error.pos > len(self._text) - _MAX_LITERAL
@@ -154,5 +229,6 @@ class _SlidingText:
         line_start = self._text.rfind("\n", 0, self._at)
         self._lines = self._line(self._at) - 1
         self._columns = self._at - line_start - 1 + (self._columns if line_start < 0 else 0)
+        self._dropped += self._at
         self._text = self._text[self._at :] + more
         self._at = 0

@@ -1,4 +1,4 @@
-"""Read the rows of a parquet file, in a child process.
+"""Read the rows of a parquet or arrow file, in a child process.
 
 A malformed file can end the process that reads it (pyarrow aborts). Processes are used again for
 the next file, since each takes a third of a second to start, and end with this one.
@@ -34,7 +34,7 @@ def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row | Fault, float]
     """Yield each row, or why it cannot be read, and the share of the file read.
 
     Raises:
-        DataError: the file is not a complete parquet file, or ends the process that reads it.
+        DataError: the file is incomplete, or ends the process that reads it.
     """
     child = _Child.get()
     try:
@@ -115,7 +115,8 @@ class _Child:
         self._waiting -= 1
         found: dict[str, Any] = _Unpickler(io.BytesIO(content)).load()
         if "error" in found:
-            raise DataError(f"{name}: is not a complete parquet file: {found['error']}")
+            kind = Path(name).suffix.removeprefix(".")
+            raise DataError(f"{name}: is not a complete {kind} file: {found['error']}")
         return found if found["rows"] else None
 
 

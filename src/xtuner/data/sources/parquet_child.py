@@ -1,9 +1,9 @@
-"""Reads parquet files in a process of its own, which a malformed file may end. Run as a script.
+"""Reads parquet and arrow files in a process of its own, which a malformed file may end.
 
-Requests are lines of JSON on stdin, ``{"open": PATH}`` or ``{}`` for the next rows. Each answer on
-stdout is its length in 8 bytes and a pickle: ``{"rows", "share"}`` or ``{"error"}``.
-A row that cannot be read is ``(column, reason, detail)``, and no rows are the end of the file.
-Imports nothing of xtuner, so that it starts in the time that pyarrow takes.
+Run as a script. Requests are lines of JSON on stdin, ``{"open": PATH}`` or ``{}`` for the next
+rows. Each answer on stdout is its length in 8 bytes and a pickle: ``{"rows", "share"}`` or
+``{"error"}``. A row that cannot be read is ``(column, reason, detail)``, and no rows are the end of
+the file. Imports nothing of xtuner, so that it starts in the time that pyarrow takes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _BATCH_ROWS = 64
@@ -37,9 +38,12 @@ class _Pickler(pickle.Pickler):
 
 def answers(path: str) -> Iterator[dict[str, Any]]:
     """The answers for one file."""
-    import pyarrow.parquet
-
     try:
+        if path.lower().endswith(".arrow"):
+            yield from _of_arrow(path)
+            return
+        import pyarrow.parquet
+
         with pyarrow.parquet.ParquetFile(path) as table:
             done, total = 0, table.metadata.num_rows
             for batch in table.iter_batches(batch_size=_BATCH_ROWS):
@@ -48,6 +52,30 @@ def answers(path: str) -> Iterator[dict[str, Any]]:
         yield {"rows": [], "share": 1.0}
     except Exception as error:  # whatever a malformed file causes
         yield {"error": " ".join(str(error).split()) or repr(error)}
+
+
+def _of_arrow(path: str) -> Iterator[dict[str, Any]]:
+    """The answers for an arrow file in the stream format, which datasets writes, or the file
+    format."""
+    import pyarrow
+
+    with open(path, "rb") as file:
+        size = max(1, os.path.getsize(path))
+        if file.read(6) == b"ARROW1":
+            with pyarrow.ipc.open_file(path) as table:
+                whole: Any = (table.get_batch(i) for i in range(table.num_record_batches))
+                yield from _in_batches(whole, lambda: 0.5)
+        else:
+            file.seek(0)
+            with pyarrow.ipc.open_stream(file) as stream:
+                yield from _in_batches(stream, lambda: file.tell() / size)
+    yield {"rows": [], "share": 1.0}
+
+
+def _in_batches(batches: Any, share: Callable[[], float]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            yield {"rows": _rows(batch.slice(start, _BATCH_ROWS)), "share": min(1.0, share())}
 
 
 def _rows(batch: Any) -> list[Any]:

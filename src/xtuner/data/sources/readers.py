@@ -1,4 +1,5 @@
-"""Read the rows of a local file: json, jsonl, csv, tsv, parquet, txt; text files also as .gz.
+"""Read the rows of a local file: json, jsonl, csv, tsv, parquet, arrow, txt; text files also as
+.gz.
 
 Rows are yielded as `RawRow`s. A row that cannot be read is yielded as a `Fault`; only errors that
 make the rest of the file unreadable are raised. Lines of JSON are passed on as bytes, so that the
@@ -17,14 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from xtuner.data.sources.json_arrays import array_rows, refuse_single_object
+from xtuner.data.sources.json_arrays import Layout, json_rows, layout_of
 from xtuner.data.sources.parquet import parquet_rows
-from xtuner.data.sources.rows import NOT_UTF8, Fault, RawRow, Unit, parse
+from xtuner.data.sources.rows import NOT_UTF8, Fault, RawRow, Unit
 from xtuner.data.sources.tables import SEPARATORS, csv_rows, delimiter_of
 from xtuner.errors import DataError
 from xtuner.types import Row
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+_TABLES = (".parquet", ".arrow")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -50,9 +52,9 @@ class LocalFile:
     @cached_property
     def unit(self) -> Unit:
         """Whether rows are numbered by line or by row."""
-        if self._kind == ".parquet":
+        if self._kind in _TABLES:
             return "row"
-        return "row" if self._kind in (".json", ".jsonl") and self._is_array() else "line"
+        return "row" if self._kind in (".json", ".jsonl") and self._layout != "lines" else "line"
 
     @property
     def note(self) -> str:
@@ -79,7 +81,7 @@ class LocalFile:
         Raises:
             DataError: the file, or the rest of it, cannot be read.
         """
-        if self._kind == ".parquet":
+        if self._kind in _TABLES:
             size = self.size
             for number, (row, share) in enumerate(parquet_rows(self.path, name=self.name), 1):
                 yield RawRow(number, row, int(size * share))
@@ -100,33 +102,27 @@ class LocalFile:
             for line, row in csv_rows(data, name=self.name, delimiter=self.delimiter):
                 yield RawRow(line, row, stream.position())
         elif self.unit == "row":
-            for number, row in enumerate(array_rows(data, name=self.name), 1):
+            rows = json_rows(data, self._layout, name=self.name)
+            for number, row in enumerate(rows, 1):
                 yield RawRow(number, row, stream.position())
         else:
             yield from self._line_rows(stream)
 
     def _line_rows(self, stream: _Stream) -> Iterator[RawRow]:
-        first = True
         for line, raw in enumerate(stream.data, 1):
             text = raw.removeprefix(_BOM) if line == 1 else raw
-            if not text.strip():
-                continue
-            if first and self._kind == ".json" and isinstance(parse(text), Fault):
-                with self._open() as restarted:
-                    refuse_single_object(restarted.data, name=self.name)
-            first = False
-            yield RawRow(line, text, stream.position())
+            if text.strip():
+                yield RawRow(line, text, stream.position())
 
     @property
     def _kind(self) -> str:
         return data_suffix(self.path)
 
-    def _is_array(self) -> bool:
+    @cached_property
+    def _layout(self) -> Layout:
+        """How the rows of a JSON file lie in it."""
         with self._read_errors(), self._open() as stream:
-            start = stream.data.read(4096).removeprefix(_BOM).lstrip()
-            while not start and (more := stream.data.read(4096)):
-                start = more.lstrip()
-            return start.startswith(b"[")
+            return layout_of(stream.data, name=self.name)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[_Stream]:
@@ -152,7 +148,7 @@ def data_suffix(path: Path) -> str:
     """The suffix of a data file, in lower case and without ``.gz``."""
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
-    return "" if suffix == ".parquet" and name.endswith(".gz") else suffix
+    return "" if suffix in _TABLES and name.endswith(".gz") else suffix
 
 
 def _document(raw: bytes) -> Row | Fault:

@@ -94,6 +94,8 @@ def as_row(value: Any, text: str) -> Row | Fault:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             return Fault("contains an unpaired surrogate, an escape from \\ud800 to \\udfff")
+    if "NaN" in text:  # pandas writes an empty cell so
+        return {name: None if item != item else item for name, item in value.items()}
     return value
 
 

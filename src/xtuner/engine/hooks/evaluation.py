@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from rich.markup import escape
 
 from xtuner.engine.hooks.base import BaseHook, Question, Run
 
+ANSWERS_FILE = "sample_answers.jsonl"
+"""One line per evaluation: step, when, and answers with question, images and answer."""
+
 
 class Hook(BaseHook):
-    """Writes ``eval_outputs_iter_N.txt`` and measures the validation loss."""
+    """Writes ``eval_outputs_iter_N.txt`` and ``sample_answers.jsonl``, and measures the validation
+    loss."""
 
     order = 10
     collective = True
@@ -60,6 +67,18 @@ class Hook(BaseHook):
         number = run.counter.done(run.step) if count is None else count
         file = run.log_dir / f"eval_outputs_iter_{number}.txt"
         file.write_text("\n".join(lines), encoding="utf-8")
+        _append(run, when, questions, answers)
+
+
+def _append(run: Run, when: str, questions: Sequence[Question], answers: Sequence[str]) -> None:
+    """Add the answers to ``sample_answers.jsonl``."""
+    rows = [
+        {"question": question, "images": list(images), "answer": answer}
+        for (question, images), answer in zip(questions, answers, strict=True)
+    ]
+    line = json.dumps({"step": run.step, "when": when, "answers": rows}, ensure_ascii=False)
+    with (run.log_dir / ANSWERS_FILE).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def _questions(run: Run) -> list[Question]:

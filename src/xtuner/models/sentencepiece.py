@@ -1,0 +1,76 @@
+"""Tokenizers that transformers makes of a sentencepiece file alone (``tokenizer.model``).
+
+For a class of remote code (InternLM2Tokenizer) transformers 5.23 reads the vocabulary and leaves
+out the normalizer's options, so that a text with ``add_dummy_prefix`` gets other ids than in
+sentencepiece. BOS, which such classes add unless told otherwise, is left out as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+_SPACE = "▁"
+
+
+def correct(tokenizer: Any, folder: str) -> None:
+    """Give `tokenizer` the normalizer and BOS of the sentencepiece file in `folder`.
+
+    Tokenizers with a class of their own in transformers, or with a tokenizer.json, are right and
+    are not changed.
+    """
+    place = Path(folder)
+    file = place / "tokenizer.model"
+    if not file.is_file() or (place / "tokenizer.json").is_file() or not _is_generic(tokenizer):
+        return
+    options = _normalizer_options(file)
+    if options is None:
+        return
+    _set_normalizer(tokenizer.backend_tokenizer, options)
+    config = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer.add_bos_token = bool(config.get("add_bos_token", True))
+    tokenizer.add_eos_token = bool(config.get("add_eos_token", False))
+
+
+def _is_generic(tokenizer: Any) -> bool:
+    return type(tokenizer).__name__ == "TokenizersBackend"
+
+
+def _normalizer_options(file: Path) -> Any:
+    """The normalizer_spec of a sentencepiece file; None if it is a file of another kind."""
+    messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    errors: Any = importlib.import_module("google.protobuf.message")
+    proto = messages.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except errors.DecodeError:
+        return None
+    return proto.normalizer_spec
+
+
+def _set_normalizer(core: Any, options: Any) -> None:
+    from tokenizers import Regex, decoders, normalizers
+
+    steps: list[Any] = []
+    if options.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(options.precompiled_charsmap))
+    if options.remove_extra_whitespaces:
+        steps += [
+            normalizers.Replace(Regex(r"^ +| +$"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    if options.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    steps.append(normalizers.Replace(" ", _SPACE))
+    core.normalizer = normalizers.Sequence(steps)
+    if options.add_dummy_prefix:
+        core.decoder = decoders.Sequence(
+            [
+                decoders.Replace(_SPACE, " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(content=" ", left=1),
+            ]
+        )

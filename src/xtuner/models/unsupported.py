@@ -1,0 +1,84 @@
+"""Refuse models by name that would load and be wrong.
+
+Some have weights that Llama's architecture has no place for; others bring code of their own that
+transformers 5 runs with buffers that were never filled (transformers issue 48892).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from xtuner.errors import ModelError
+
+_XCOMPOSER = (
+    "InternLM-XComposer adapts its language model to images with additional weights (PLoRA), which "
+    "xtuner does not have. For images, train LLaVA on internlm2_chat: `xtuner list-cfg -p llava`"
+)
+_INTERNVL = "InternVL is not supported. For images, train LLaVA: `xtuner list-cfg -p llava`"
+_TYPES = {
+    "internlmxcomposer": _XCOMPOSER,
+    "internlmxcomposer2": _XCOMPOSER,
+    "internlm_xcomposer2": _XCOMPOSER,
+    "internvl_chat": _INTERNVL,
+}
+_CLASSES = {
+    "InternLM2ForRewardModel": "a reward model has no output head, so it cannot generate text. "
+    "Give the chat model, such as internlm/internlm2-chat-1_8b",
+    "InternLM2ForSequenceClassification": "a classifier has no output head, so it cannot generate "
+    "text. Give the chat model, such as internlm/internlm2-chat-1_8b",
+}
+
+
+def check_supported(path: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model by its config.json.
+
+    Raises:
+        ModelError: says what it is and what to use instead.
+    """
+    kind = str(config.get("model_type", "")).lower().replace("-", "")
+    classes = config.get("architectures") or []
+    reason = _TYPES.get(kind) or next((_CLASSES[c] for c in classes if c in _CLASSES), None)
+    if reason:
+        raise ModelError(f"{path} ({', '.join(classes) or kind}): {reason}")
+
+
+@torch.no_grad()
+def check_remote_code(path: str, model: Any) -> None:
+    """Refuse a model of remote code whose buffers were not filled.
+
+    Its rotary frequencies must begin with 1 and fall, and its logits on a few tokens must be
+    finite. Models of transformers' own code are not tried.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if not type(model).__module__.startswith("transformers_modules"):
+        return
+    wrong = next((n for n, b in model.named_buffers() if n.endswith("inv_freq") and not _falls(b)),
+                 None)  # fmt: skip
+    problem = f"its rotary frequencies ({wrong}) hold arbitrary values" if wrong else ""
+    if not problem:
+        size = model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(8, device=model.device)[None] % size
+        try:
+            finite = bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
+        except Exception as error:  # any code can be behind it
+            first = (str(error).splitlines() or [repr(error)])[0]
+            problem = f"a forward pass fails: {first}"
+        else:
+            problem = "" if finite else "its logits are not finite"
+    if problem:
+        raise ModelError(
+            f"{path}: {problem}. Its code was written for transformers 4, which fills buffers "
+            "while a model is loaded; transformers 5 does not. Use a release of this model that "
+            "transformers supports itself, or train it with the trainer it was made for"
+        )
+
+
+def _falls(frequencies: torch.Tensor) -> bool:
+    values = frequencies.float().flatten()
+    falling = bool((values[1:] <= values[:-1]).all())
+    return bool(values.isfinite().all()) and falling and 0 < float(values[0]) <= 1.001

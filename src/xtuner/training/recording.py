@@ -1,0 +1,120 @@
+"""Records a run beside its logs, and writes its report when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from xtuner.config.load import LoadedSettings
+from xtuner.engine.signals import Interrupted
+from xtuner.memory.plan import MemoryPlan
+from xtuner.models.run_info import installed_versions
+from xtuner.runs import report
+from xtuner.runs.folder import REPORT_FILE
+from xtuner.runs.record import FAILED, FINISHED, INTERRUPTED, RunRecord
+
+
+@dataclass
+class Recording:
+    """The record of one start, on the main process.
+
+    Attributes:
+        record: the facts so far.
+        log_dir: where it is written.
+        work_dir: where the report is written.
+        console: where the report's path is printed.
+    """
+
+    record: RunRecord
+    log_dir: Path
+    work_dir: Path
+    console: Console
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Write the record on entering, and its end and the report on leaving."""
+        self.record.write(self.log_dir)
+        try:
+            yield
+        except Interrupted:
+            self._end(INTERRUPTED)
+            self.tell()
+            raise
+        except Exception as error:
+            self._end(FAILED, f"{type(error).__name__}: {error}")
+            self.tell()
+            raise
+        self._end(FINISHED)
+
+    def _end(self, outcome: str, message: str = "") -> None:
+        try:
+            self.record = self.record.ending(outcome, message)
+            self.record.write(self.log_dir)
+            report.write(self.work_dir, status=outcome)
+        except Exception as error:  # the run itself is complete
+            if os.environ.get("XTUNER_STRICT"):
+                raise
+            self.console.print(f"Note: the report could not be written: {error}", markup=False)
+
+    def tell(self) -> None:
+        """Print the path of the report."""
+        path = self.work_dir / REPORT_FILE
+        if path.is_file():
+            self.console.print(f"Report: {path}", markup=False)
+
+
+def recording(
+    loaded: LoadedSettings,
+    plan: MemoryPlan,
+    *,
+    dtype: str,
+    processes: int,
+    steps: tuple[int, int],
+    lines: Sequence[str],
+    folders: tuple[Path, Path],
+    console: Console,
+) -> Recording:
+    """The recording of a run that is about to start.
+
+    Args:
+        loaded: settings of the run.
+        plan: its memory.
+        dtype: of the computation.
+        processes: how many take part.
+        steps: the step it starts from, and the step at which it ends.
+        lines: what was printed.
+        folders: the log folder and the work dir.
+        console: where the report's path is printed.
+    """
+    settings = loaded.settings
+    expected = plan.forecast
+    forecast = {
+        "peak": expected.peak,
+        "weights": expected.weights,
+        "optimizer": expected.optimizer,
+        "step": expected.footprint.step,
+        "libraries": expected.libraries,
+        "available": plan.memory,
+    }
+    record = RunRecord(
+        name=loaded.name,
+        settings=settings.model_dump(mode="json"),
+        changed=tuple(
+            name for name in type(settings).model_fields if name in settings.model_fields_set
+        ),
+        versions=installed_versions(),
+        device=plan.device,
+        dtype=dtype,
+        processes=processes,
+        start_step=steps[0],
+        total_steps=steps[1],
+        lines=tuple(line for text in lines for line in text.splitlines()),
+        forecast={} if expected.failure else forecast,
+    )
+    log_dir, work_dir = folders
+    return Recording(record, log_dir, work_dir, console)
