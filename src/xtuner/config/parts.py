@@ -329,6 +329,10 @@ class EvaluationPart(Part):
     """Maximum length of an answer, in tokens."""
     evaluation_system: Annotated[str | None, Mark("free", idle=_no_questions)] = None
     """System message of these questions; None is SYSTEM."""
+    evaluation_rows: Annotated[Count, Mark("free", idle=lambda s: s.has_vision)] = 8
+    """At the end, ask this many rows of the training data and half as many of the validation split,
+    and three everyday questions, and say how many answers are reproduced or unchanged; 0 asks
+    none."""
     evaluation_stop_words: Annotated[Strings, Mark("free", idle=_no_questions)] = ()
     """Strings that end these answers, in addition to those of the template."""
 

@@ -36,6 +36,8 @@ def pack_length(settings: Settings, *, tokens: int, longest: int, limit: int) ->
         limit: tokens of a full pack.
     """
     given = settings.pack_length
+    if given != "auto" and given >= settings.max_length:
+        return limit
     few = math.ceil(tokens / (EPOCH_PACKS * settings.batch_size))
     return min(limit, max(longest, few if given == "auto" else given))
 

@@ -25,6 +25,7 @@ from xtuner.generation.generate import (
     room_for_answer,
     stream,
     takes,
+    token_ids,
 )
 from xtuner.kernels.attention import packed
 from xtuner.templates.base import Template
@@ -103,27 +104,82 @@ def generate_batch(
             "".join(stream(model, tokenizer, template=template, messages=messages, options=options))
             for messages in conversations
         ]
+    return continue_prompts(
+        model,
+        tokenizer,
+        template=template,
+        prompts=[template.prompt_ids(messages) for messages in conversations],
+        options=options,
+    )
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    *,
+    template: Template,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> list[str]:
+    """The answers to `prompts`, which are token ids, in their order.
+
+    Args:
+        model: a causal language model; its training mode is restored afterwards.
+        tokenizer: the tokenizer of the model.
+        template: the chat template.
+        prompts: token ids, each up to where the answer begins.
+        options: options of every answer; with a seed each row has its own random generator.
+        agree: maps the chosen ids ``[B]`` to those that are taken: where several processes generate
+            together, those of rank 0.
+
+    Raises:
+        ModelError: a prompt leaves no room in the model's context.
+    """
     device = next(model.parameters()).device
-    rows = []
-    for messages in conversations:
-        prompt = template.prompt_ids(messages)
-        rows.append(
-            _Row(
-                prompt,
-                tokenizer=tokenizer,
-                words=StopWords([*template.stop_words, *options.stop_words]),
-                limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
-                choose=chooser(options, device),
-            )
+    rows = [
+        _Row(
+            list(prompt),
+            tokenizer=tokenizer,
+            words=StopWords([*template.stop_words, *options.stop_words]),
+            limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
+            choose=chooser(options, device),
         )
+        for prompt in prompts
+    ]
     ends = end_tokens(model, tokenizer, template, options)
+    batches = [rows] if len(rows) > 1 and takes_batches(model) else [[row] for row in rows]
     with generation_mode(model), packed.without_cudnn(device):
-        _fill(model, rows, ends, device)
+        for batch in batches:
+            if takes_batches(model):
+                _fill(model, batch, ends, device, agree)
+            else:
+                _fill_one(model, batch[0], ends, options, agree)
     return [row.text() for row in rows]
 
 
+def _fill_one(
+    model: Any,
+    row: _Row,
+    ends: frozenset[int],
+    options: GenerationOptions,
+    agree: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """Generate one answer by a model that takes no padded batch."""
+    for token_id in token_ids(model, list(row.ids), options, {}, agree):
+        row.add(token_id, ends)
+        if row.ended:
+            return
+
+
 @torch.no_grad()
-def _fill(model: Any, rows: Sequence[_Row], ends: frozenset[int], device: torch.device) -> None:
+def _fill(
+    model: Any,
+    rows: Sequence[_Row],
+    ends: frozenset[int],
+    device: torch.device,
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """Generate until every row has ended; rows that have ended stay in the batch, ignored."""
     longest = max(len(row.ids) for row in rows)
     padding = [longest - len(row.ids) for row in rows]
@@ -146,6 +202,7 @@ def _fill(model: Any, rows: Sequence[_Row], ends: frozenset[int], device: torch.
             0 if row.ended else int(row.choose(torch.tensor([row.ids], device=device), one[None]))
             for row, one in zip(rows, scores, strict=True)
         ]
+        chosen = agree(torch.tensor(chosen, device=device)).tolist() if agree else chosen
         for row, token_id in zip(rows, chosen, strict=True):
             if not row.ended:
                 row.add(token_id, ends)

@@ -108,7 +108,7 @@ def stream(
     with generation_mode(model):
         with packed.without_cudnn(next(model.parameters()).device):
             first = vision.inputs(prompt, messages) if vision else {}
-        ids = _token_ids(model, prompt, options, first, agree)
+        ids = token_ids(model, prompt, options, first, agree)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
                 break
@@ -163,7 +163,7 @@ def generation_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _token_ids(
+def token_ids(
     model: Any,
     prompt: list[int],
     options: GenerationOptions,

@@ -30,6 +30,7 @@ def opening_lines(
     steps: tuple[int, Counter],
     data: Iterable[str],
     chosen: Sequence[str],
+    language: str,
     images: str | None,
     packing: str | None,
     work_dir: Path,
@@ -44,6 +45,7 @@ def opening_lines(
         processes: how many take part.
         steps: optimizer steps of the run, and how they are counted.
         data: lines about the rows.
+        language: what is to be said of the script of the rows; may be empty.
         chosen: settings that were 'auto' and are decided by the rows.
         images: line about the vision tower.
         packing: why samples are not packed, where the model decided.
@@ -70,7 +72,11 @@ def opening_lines(
     yield from _counted(s, total, counter)
     if not plan.forecast.failure:
         yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
-    notes = [*_notes_on_steps(s, total, counter), *_notes_on_intervals(s, total, counter)]
+    notes = [
+        *filter(None, [language]),
+        *_notes_on_steps(s, total, counter),
+        *_notes_on_intervals(s, total, counter),
+    ]
     if idle := s.without_effect():
         notes.append(f"without effect here: {', '.join(idle)}")
     if plan.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:

@@ -39,6 +39,8 @@ from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
+from xtuner.training.final_check import final_check
+from xtuner.training.languages import FIRST_SAMPLES, loss_note, mean_loss, script_note
 from xtuner.training.opening_lines import opening_lines
 from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
@@ -132,11 +134,16 @@ class _TrainingRun:
             algorithm=self.parts.algorithm,
             loader=loader,
             run=run,
-            hooks=make_hooks(run, custom=settings.custom_hooks, folder=self.loaded.folder),
+            hooks=[
+                *make_hooks(run, custom=settings.custom_hooks, folder=self.loaded.folder),
+                *final_check(settings, data, self.asked),
+            ],
             save=writer.save,
             memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
         )
+        if source is None:
+            self._note_language(data)
         if overwrite and self.processes.is_main:
             self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
         recorded = self._recording(run, lines) if self.processes.is_main else None
@@ -180,6 +187,16 @@ class _TrainingRun:
             console=self.console,
         )
 
+    def _note_language(self, data: TrainingData) -> None:
+        """Say so if the model cannot predict the answers that it will be trained on."""
+        samples = [] if self.vision else data.train[0][:FIRST_SAMPLES]
+        if not samples or any(sample.lengths for sample in samples):
+            return
+        batch = self.parts.algorithm.collate(samples).to(self.processes.device)
+        loss = mean_loss(self.strategy.model, batch)
+        if note := loss_note(loss, samples, self.parts.tokenizer.decode):
+            self.console.print(f"Note         {note}", markup=False)
+
     def _result(self, run: Run) -> TrainResult:
         saved = self.store.find() if self.store.all() else None
         return TrainResult(self.work_dir, saved, run.step, dict(run.scalars))
@@ -193,7 +210,7 @@ class _TrainingRun:
         total: int,
     ) -> Run:
         """The state that hooks see, and what they may ask for."""
-        asked = SampleAnswers(
+        self.asked = asked = SampleAnswers(
             settings=self.settings,
             model=model,
             tokenizer=self.parts.tokenizer,
@@ -309,6 +326,7 @@ class _TrainingRun:
                 steps=(total, counter),
                 data=data.report.lines(),
                 chosen=self.chosen,
+                language=script_note(data.train[0], self.parts.tokenizer.decode),
                 images=self.vision.line() if self.vision else None,
                 packing=self.parts.packing,
                 work_dir=self.work_dir,
