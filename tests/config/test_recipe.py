@@ -16,28 +16,36 @@ def steps(chosen, packs):
 
 
 @pytest.mark.parametrize(
-    ("packs", "accumulated", "epochs"),
-    [(1, 1, 15), (16, 1, 10), (40, 1, 4), (130, 2, 3), (2_000, 16, 3), (20_000, 16, 1)],
+    ("rows", "packs", "accumulated", "epochs"),
+    [
+        (1, 1, 1, 15),
+        (30, 8, 1, 15),
+        (100, 25, 1, 12),
+        (1_000, 32, 1, 6),
+        (5_000, 130, 2, 4),
+        (50_000, 2_000, 16, 3),
+        (500_000, 20_000, 16, 1),
+    ],
 )
-def test_few_rows_take_many_epochs_and_many_rows_large_steps(packs, accumulated, epochs):
-    chosen = recipe.resolved(settings(), packs=packs, length=2048, ranks=1)
+def test_few_rows_take_many_epochs_and_many_rows_large_steps(rows, packs, accumulated, epochs):
+    chosen = recipe.resolved(settings(), rows=rows, packs=packs, length=2048, ranks=1)
     assert (chosen.accumulative_counts, chosen.max_epochs) == (accumulated, epochs)
 
 
 def test_what_the_user_sets_is_kept():
     given = settings(lora_alpha=8, accumulative_counts=4, max_epochs=2, pack_length=512)
-    assert recipe.resolved(given, packs=8, length=512, ranks=1) == given
+    assert recipe.resolved(given, rows=8, packs=8, length=512, ranks=1) == given
     assert recipe.chosen(given) == ()
 
 
 def test_max_steps_is_reached():
-    chosen = recipe.resolved(settings(max_steps=500), packs=10, length=100, ranks=1)
+    chosen = recipe.resolved(settings(max_steps=500), rows=10, packs=10, length=100, ranks=1)
     assert steps(chosen, 10) >= 500
 
 
 def test_processes_and_batches_count_as_larger_steps():
-    alone = recipe.resolved(settings(), packs=640, length=2048, ranks=1)
-    four = recipe.resolved(settings(batch_size=2), packs=640, length=2048, ranks=2)
+    alone = recipe.resolved(settings(), rows=9_000, packs=640, length=2048, ranks=1)
+    four = recipe.resolved(settings(batch_size=2), rows=9_000, packs=640, length=2048, ranks=2)
     assert (alone.accumulative_counts, four.accumulative_counts) == (10, 2)
 
 
@@ -48,14 +56,17 @@ def test_the_scale_is_that_of_rank_stabilized_lora():
 
 
 def test_packs_are_shorter_where_an_epoch_would_have_few():
-    def length(tokens, longest=50, **values):
-        return recipe.pack_length(settings(**values), tokens=tokens, longest=longest, limit=2048)
+    def length(rows, tokens, longest=0, **values):
+        lengths = [tokens] * (rows - 1) + [max(longest, tokens)]
+        return recipe.pack_length(settings(**values), lengths=lengths, limit=2048)
 
-    assert length(1_600) == 100
-    assert length(1_600, longest=300) == 300
-    assert length(1_000_000) == 2048
-    assert length(1_600, pack_length=500) == 500
-    assert length(3_200, batch_size=2) == 100
+    assert length(32, 50) == 200, "of 4 samples"
+    assert length(320, 50) == 500, "32 packs"
+    assert length(32, 50, longest=900) == 900
+    assert length(10_000, 50) == 2048
+    assert length(320, 50, batch_size=2) == 250, "32 micro-batches"
+    assert length(320, 50, pack_length=600) == 600
+    assert length(1, 50) == 50
 
 
 def test_settings_without_effect_are_not_chosen():

@@ -233,7 +233,7 @@ class DataPart(Part):
     at a time."""
     pack_length: Annotated[Literal["auto"] | Positive, Mark(idle=_not_packed)] = "auto"
     """Tokens of a pack, at most max_length. 'auto' is max_length; with few rows it is less, so that
-    an epoch has 16 packs and thus enough optimizer steps."""
+    an epoch has 32 packs, or as many as have 4 samples each, and thus enough optimizer steps."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
     """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
     removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
@@ -265,8 +265,8 @@ class OptimPart(Part):
     max_epochs: Annotated[
         Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by the rows")
     ] = "auto"
-    """Passes over the data. 'auto' is 3; with few rows it is up to 15, so that the run has 160
-    optimizer steps, and 1 if an epoch has 1,000."""
+    """Passes over the data. 'auto' is 15 for up to 50 rows, 12 for 100, 6 for 1,000, 3 from 10,000,
+    and 1 if an epoch has 1,000 optimizer steps."""
     max_steps: Annotated[
         Positive | None, Mark(comment="stop after this many steps; None: max_epochs decides")
     ] = None

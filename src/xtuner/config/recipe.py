@@ -1,52 +1,57 @@
 """The settings that depend on the amount of data: what 'auto' means for them.
 
 A model learns facts from repetition. With few rows a run needs many epochs and small steps; with
-many rows, large steps and few epochs. benchmarks/recipe.py measures what these rules reach.
+many rows, large steps and few epochs. benchmarks/recipe.py measures what these rules reach
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtuner.config.schema import Settings
 
 AUTOMATIC = ("lora_alpha", "pack_length", "accumulative_counts", "max_epochs")
 """The settings that `resolved` decides where they are 'auto'."""
-EPOCH_PACKS = 16
-"""Packs are filled less than `max_length` where an epoch would have fewer than this."""
+EPOCH_PACKS = 32
+"""Packs are shorter than `max_length` where an epoch would have fewer than this."""
+PACK_SAMPLES = 4
+"""Packs are not so short that they hold fewer samples than this, on average."""
 EPOCH_STEPS = 64
 """Gradients of several micro-batches are summed only if an epoch keeps this many steps."""
-RUN_STEPS = 160
-"""Epochs are added until a run has this many steps."""
 MOST_ACCUMULATED = 16
 LEAST_EPOCHS, MOST_EPOCHS = 3, 15
+FEW_ROWS = 50
+"""Up to this many rows are repeated MOST_EPOCHS times; ten times as many half as often."""
+_LESS_OFTEN = math.log10(2)
 LONG_EPOCH = 1_000
 """Steps of an epoch that is not repeated."""
 
 
-def pack_length(settings: Settings, *, tokens: int, longest: int, limit: int) -> int:
+def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> int:
     """Tokens of a pack.
 
     Args:
         settings: `pack_length` and `batch_size` are used.
-        tokens: of all samples.
-        longest: tokens of the longest sample, which has to fit.
+        lengths: tokens of each sample; the longest has to fit.
         limit: tokens of a full pack.
     """
     given = settings.pack_length
     if given != "auto" and given >= settings.max_length:
         return limit
-    few = math.ceil(tokens / (EPOCH_PACKS * settings.batch_size))
-    return min(limit, max(longest, few if given == "auto" else given))
+    tokens = sum(lengths)
+    few = tokens / min(EPOCH_PACKS * settings.batch_size, max(1, len(lengths) // PACK_SAMPLES))
+    return min(limit, max(*lengths, math.ceil(few) if given == "auto" else given))
 
 
-def resolved(settings: Settings, *, packs: int, length: int, ranks: int) -> Settings:
+def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: int) -> Settings:
     """`settings` with numbers in place of 'auto'.
 
     Args:
         settings: of the run.
+        rows: samples of an epoch.
         packs: packs (or samples that are not packed) of an epoch.
         length: tokens of a pack.
         ranks: processes that take different rows.
@@ -55,7 +60,7 @@ def resolved(settings: Settings, *, packs: int, length: int, ranks: int) -> Sett
     summed = min(MOST_ACCUMULATED, max(1, micro_batches // EPOCH_STEPS))
     given = settings.accumulative_counts
     accumulated = summed if given == "auto" else given
-    epochs = _epochs(math.ceil(micro_batches / accumulated), settings.max_steps)
+    epochs = _epochs(rows, math.ceil(micro_batches / accumulated), settings.max_steps)
     values = {
         "lora_alpha": settings.effective_lora_alpha,
         "pack_length": length,
@@ -89,10 +94,11 @@ def as_before(settings: Settings, before: Mapping[str, Any]) -> Settings:
     return settings.model_copy(update=numbers)
 
 
-def _epochs(steps: int, max_steps: int | None) -> int:
-    """Epochs of `steps` optimizer steps each."""
+def _epochs(rows: int, steps: int, max_steps: int | None) -> int:
+    """Epochs of `rows` samples in `steps` optimizer steps."""
     if max_steps is not None:
         return math.ceil(max_steps / steps)
     if steps >= LONG_EPOCH:
         return 1
-    return min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(RUN_STEPS / steps)))
+    wanted = MOST_EPOCHS * math.pow(FEW_ROWS / rows, _LESS_OFTEN)
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, round(wanted)))

@@ -134,10 +134,7 @@ class _Assembly:
 
     def _pack_length(self, rows: Ints) -> int:
         lengths = self._samples.take(samples_of(rows, self._starts)).length
-        tokens, longest = int(lengths.sum(dtype=np.int64)), int(lengths.max())
-        return recipe.pack_length(
-            self._settings, tokens=tokens, longest=longest, limit=self._capacity
-        )
+        return recipe.pack_length(self._settings, lengths=lengths.tolist(), limit=self._capacity)
 
     def _split_rows(self) -> tuple[Ints, Ints]:
         s = self._settings

@@ -169,6 +169,7 @@ class _TrainingRun:
         self.chosen = recipe.chosen(self.settings)
         self.settings = recipe.resolved(
             self.settings,
+            rows=data.train.num_samples,
             packs=len(data.train),
             length=data.pack_length,
             ranks=self.processes.data_world_size,
