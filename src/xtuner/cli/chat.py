@@ -122,6 +122,8 @@ def command(
     quits, RESET starts a new conversation, Ctrl-C stops an answer. Questions can also be piped in,
     separated by blank lines.
     """
+    typer.echo(f"Loading {model}...", err=True)
+
     from xtuner.chat.opening import open_chat
     from xtuner.chat.terminal import Terminal
     from xtuner.generation.generate import GenerationOptions

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from xtuner.cli import _trust
+from xtuner.config.load import LoadedSettings
 
 
 def command(
@@ -92,6 +93,8 @@ def command(
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
+    if "RANK" not in os.environ:
+        _check(loaded)
     set_up_memory(loaded.settings.device)
     if wait and "RANK" not in os.environ:
         from xtuner.engine import run_lock
@@ -119,6 +122,15 @@ def command(
         again += ["--resume"] if stopped.can_resume else []
         print(f"\n{stopped} Continue with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _check(loaded: LoadedSettings) -> None:
+    """Check what needs no torch, and say that torch comes next."""
+    from xtuner.training.preflight import preflight
+
+    print(f"Checking {loaded.name}: settings, data, model", flush=True)
+    preflight(loaded)
+    print("Loading torch and transformers...", flush=True)
 
 
 def _migrated(config: str) -> str:

@@ -22,6 +22,7 @@ from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.working import working
 from xtuner.training.evaluate import SampleAnswers
 from xtuner.training.languages import language_of
 from xtuner.types import Sample
@@ -133,7 +134,8 @@ class FinalCheck(BaseHook):
     def on_start(self, run: Run) -> None:
         """Ask everyday questions of the model as it is."""
         if run.step == 0 and self._takes_part(run):
-            self._before = self._ask(self._questions, EVERYDAY_TOKENS)
+            with working(run.console, f"Asking {len(self._questions)} everyday questions"):
+                self._before = self._ask(self._questions, EVERYDAY_TOKENS)
 
     def on_step(self, run: Run) -> None:
         """Keep the lowest validation loss."""
@@ -143,8 +145,8 @@ class FinalCheck(BaseHook):
         """Ask, and say what was seen and what to change."""
         if not self._takes_part(run):
             return
-        run.console.print("Asking rows of the data and everyday questions...")
-        findings = self._findings()
+        with working(run.console, "Asking rows of the data and everyday questions"):
+            findings = self._findings()
         if not run.is_main:
             return
         run.console.print(f"Learned      {findings.line()}", markup=False)

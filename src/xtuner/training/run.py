@@ -28,6 +28,7 @@ from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.work_dir import WorkPlace, work_dir_of
+from xtuner.engine.working import working
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
 from xtuner.models import manifest
@@ -96,12 +97,14 @@ class _TrainingRun:
         self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
         self.vision: RunVision | None = None
         self.chosen: tuple[str, ...] = ()
-        self.computing = prepare_computing(self.settings, processes, self.dtype)
+        with working(self.console, "Measuring the threads, compiling kernels at the first start"):
+            self.computing = prepare_computing(self.settings, processes, self.dtype)
 
     def train(self, resume: str | None, overwrite: bool) -> TrainResult:
         """Make everything, then run the loop."""
         source = self._resumable(resume) if resume else None
-        self.parts = DataParts.open(self._loaded(source))
+        with working(self.console, "Loading the tokenizer"):
+            self.parts = DataParts.open(self._loaded(source))
         self.settings = settings = self.parts.settings
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
@@ -114,10 +117,12 @@ class _TrainingRun:
         settings = self.settings
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
-        self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
+        with working(self.console, "Forecasting memory"):
+            self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
         lines = self._tell(data, counter, total)
-        model = self._make_model(source)
-        self._prepare(model)
+        with working(self.console, "Loading the model"):
+            model = self._make_model(source)
+            self._prepare(model)
         run = self._run(place, model, data, counter, total)
         writer = self._writer(model, data)
         if source is not None:

@@ -13,8 +13,7 @@ from xtuner.data import formats
 from xtuner.data.formats.base import Format
 from xtuner.data.sources import unread
 from xtuner.data.sources.find import RowFile, Source, below, find
-from xtuner.data.sources.rows import Fault, parse
-from xtuner.data.tokenize.workers import Task
+from xtuner.data.sources.rows import Fault, Task, parse
 from xtuner.errors import DataError, listed
 from xtuner.types import Row
 
@@ -56,8 +55,11 @@ class PreparedSource:
         return f"{self.files[file].name} {self.files[file].unit} {line}"
 
 
-def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
+def prepare(settings: Settings, *, folder: Path, local: bool = False) -> list[PreparedSource]:
     """Open all sources; relative paths are looked up in `folder`, then in the working directory.
+
+    With `local` only files and folders are opened, for a first check that imports nothing heavy:
+    no names on the hub, and no format in a file of the user's.
 
     Raises:
         DataError: a source is missing or empty, or its format is unknown; all problems are listed.
@@ -69,7 +71,9 @@ def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
     for entry, format_name in entries:
         try:
             entry = below(entry, settings.data_root, folder)
-            source = find(entry, folder=folder, split=settings.dataset_split)
+            source = find(entry, folder=folder, split=settings.dataset_split, local=local)
+            if local and (not source.files or plugins.is_user_path(format_name)):
+                continue
             prepared.append(_prepared(source, format_name, folder, dict(settings.columns)))
         except DataError as error:
             problems.append(str(error))
@@ -77,7 +81,8 @@ def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
         raise DataError(problems[0])
     if problems:
         raise DataError(listed(f"{len(problems)} problems with the data:", problems))
-    _refuse_unknown_columns(settings, prepared)
+    if not local or len(prepared) == len(settings.data_path):
+        _refuse_unknown_columns(settings, prepared)
     return prepared
 
 
