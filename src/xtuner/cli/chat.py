@@ -122,7 +122,10 @@ def command(
     quits, RESET starts a new conversation, Ctrl-C stops an answer. Questions can also be piped in,
     separated by blank lines.
     """
+    from xtuner.device.environment import set_up_threads
+
     typer.echo(f"Loading {model}...", err=True)
+    set_up_threads()
 
     from xtuner.chat.opening import open_chat
     from xtuner.chat.terminal import Terminal

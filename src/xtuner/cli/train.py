@@ -73,7 +73,7 @@ def command(
     trust_code: _trust.TrustCode = False,
 ) -> None:
     """Fine-tune a model."""
-    from xtuner.device.environment import set_up_memory
+    from xtuner.device.environment import set_up_memory, set_up_threads
 
     if migrate:
         config = _migrated(config)
@@ -95,6 +95,7 @@ def command(
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
     if "RANK" not in os.environ:
         _check(loaded)
+    set_up_threads()
     set_up_memory(loaded.settings.device)
     if wait and "RANK" not in os.environ:
         from xtuner.engine import run_lock
