@@ -4,21 +4,32 @@
     python benchmarks/migrate.py old/xtuner/configs
 
 Every written file is loaded again. Files that are not configs, such as scripts, are skipped.
-`--reasons` lists why configs are refused, lose something, or are not supported yet.
+`--reasons` lists why configs are refused, lose something, or are not supported yet. `--built-in`
+compares the built-in settings under the names of these files with what the files say.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from xtuner.config.builtin import catalog_xtuner0
 from xtuner.config.load import load_settings
+from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
 from xtuner.migrate import file
 from xtuner.migrate.report import Draft
 
+WORDED_ANEW = (
+    *("SYSTEM", "evaluation_inputs", "evaluation_system", "evaluation_images"),
+    *("data_path", "data_root", "image_folder", "pretrained_pth", "work_dir"),
+    *("quantization", "double_quant", "dataloader_num_workers", "trust_remote_code"),
+)
+"""Settings that say the same in other words, or that a built-in has of its own."""
+ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 OUTCOMES = ("migrated", "with losses", "refused", "not yet")
 
 
@@ -27,7 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--reasons", action="store_true")
+    parser.add_argument("--built-in", action="store_true")
     options = parser.parse_args()
+    if options.built_in:
+        compare_built_in(options.folder)
+        return
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +78,36 @@ def check(path: Path, new: Path) -> None:
         given = getattr(loaded, name)
         if plain(given) != plain(value):
             raise SystemExit(f"{path}: {name} is {given!r} in the file, expected {value!r}")
+
+
+def compare_built_in(folder: Path) -> None:
+    """Print the settings in which built-ins differ from the old files of their names."""
+    defaults = {n: f.default for n, f in Settings.model_fields.items() if not f.is_required()}
+    counts: Counter[str] = Counter()
+    for path in paths(folder):
+        name, values = path.stem, {}
+        if name in catalog_xtuner0.missing():
+            counts["not composed, with a reason"] += 1
+            continue
+        with contextlib.suppress(ConfigError):
+            values = file.read(path).values
+        if not values:
+            continue
+        built_in = catalog_xtuner0.compose(name)
+        if built_in is None:
+            counts["unknown"] += 1
+            print(f"{name}: is no built-in name")
+            continue
+        full = built_in["tuning"] == "full"
+        differing = {
+            key: (values.get(key, defaults.get(key)), built_in.get(key, defaults.get(key)))
+            for key in sorted({*values, *built_in} - {*WORDED_ANEW, *(ADAPTER if full else ())})
+        }
+        differing = {k: pair for k, pair in differing.items() if plain(pair[0]) != plain(pair[1])}
+        counts["composed, differing" if differing else "composed, equal"] += 1
+        for key, (old, new) in differing.items():
+            print(f"{name}: {key} is {new!r}, and {old!r} in the file")
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
 
 
 def plain(value: object) -> object:

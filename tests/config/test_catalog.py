@@ -61,9 +61,9 @@ def test_names_with_images():
 
 
 def test_other_names_of_a_data_set_work():
-    openorca = catalog.compose("llama2_7b_qlora_openorca_e1")
-    assert openorca == catalog.compose("llama2_7b_qlora_open_orca_e1")
-    assert catalog.names("llama2_7b_*openorca*")
+    openorca = catalog.compose("llama2_13b_qlora_openorca_e1")
+    assert openorca == catalog.compose("llama2_13b_qlora_open_orca_e1")
+    assert catalog.names("llama2_13b_*openorca*")
 
 
 def test_no_two_combinations_share_a_name():

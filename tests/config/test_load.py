@@ -110,7 +110,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         ("data_repeats = [1.0, 2.0]", "2 entries, but data_path has 1"),
         ("data_weights = [0.0]", "at least one above 0"),
         ("quantization = 'none'", "tuning = 'qlora' needs quantized weights"),
-        ("sequence_parallel_size = 2", "set it to 1"),
+        ("sequence_parallel_size = 0", "an integer, 1 or more"),
         ("overlong = 'split'", "supports 'auto', 'truncate', 'drop', 'error'"),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_setting_that_could_not_be_read_is_not_called_missing(problems):
 
 
 def test_combinations_are_checked_beside_other_problems(problems):
-    lines = problems(NEEDED + "lr = -1\nsequence_parallel_size = 2\n")
+    lines = problems(NEEDED + "lr = -1\nattn_implementation = 'sdpa'\nsequence_parallel_size = 2\n")
     assert len(lines) == 3
     assert "sequence_parallel_size = 2" in lines[2]
 

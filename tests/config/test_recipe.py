@@ -67,6 +67,7 @@ def test_packs_are_shorter_where_an_epoch_would_have_few():
     assert length(320, 50, batch_size=2) == 250, "32 micro-batches"
     assert length(320, 50, pack_length=600) == 600
     assert length(1, 50) == 50
+    assert length(32, 50, accumulative_counts=1) == 2048, "the user decides the size of a step"
 
 
 def test_settings_without_effect_are_not_chosen():

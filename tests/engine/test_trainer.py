@@ -71,6 +71,7 @@ def make_trainer(
     save=None,
     algorithm=None,
     kind=Strategy,
+    processes=None,
     **settings,
 ):
     attention.register()
@@ -88,7 +89,9 @@ def make_trainer(
         validate=None,
         total_steps=steps,
     )
-    strategy = kind(run.settings, Processes("cpu"))
+    strategy = kind(run.settings, processes or Processes("cpu"))
+    if strategy.processes.sequence is not None:
+        packed.split_rows(strategy.processes.sequence)
     strategy.prepare(packed, lambda prepared: torch.optim.SGD(prepared.parameters(), lr=1.0))
     run.is_main = strategy.processes.is_main
     return Trainer(

@@ -144,6 +144,22 @@ def test_the_system_message_of_the_sample_answers_is_not_that_of_the_rows(draft)
     found = draft(replace={"SYSTEM = ''": "SYSTEM = SYSTEM_TEMPLATE.sql", "openai_map": "sql_map"})
     assert "SQL" in found.values["SYSTEM"]
     assert "evaluation_system" not in found.values
+    assert "SYSTEM_TEMPLATE.sql" in words(found.notes)
+
+
+def test_a_named_system_message_is_that_of_the_old_package_around_the_config(draft, tmp_path):
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "templates.py").write_text(
+        "SYSTEM_TEMPLATE = ConfigDict(sql=('Write' ' SQL.\\n'), other=boom())\n"
+    )
+    changes = {"SYSTEM = ''": "SYSTEM = SYSTEM_TEMPLATE.sql", "openai_map": "sql_map"}
+    assert "SYSTEM_TEMPLATE.sql" in words(draft(replace=changes).notes)  # boom() is not a text
+    (tmp_path / "utils" / "templates.py").write_text(
+        "SYSTEM_TEMPLATE = ConfigDict(sql=('Write' ' SQL.\\n'))\n"
+    )
+    found = draft(replace=changes)
+    assert found.values["SYSTEM"] == "Write SQL.\n"
+    assert "SYSTEM_TEMPLATE" not in words(found.notes)
 
 
 def test_a_dumped_config_reads_like_its_source(draft):

@@ -2,8 +2,10 @@
 
 import pytest
 
+from xtuner.config.schema import Settings
 from xtuner.errors import LaunchError
 from xtuner.parallel.layout import RankLayout
+from xtuner.parallel.sequence_check import check_sequence_parallel
 from xtuner.testing.run_distributed import run_distributed
 
 
@@ -26,6 +28,16 @@ def test_one_sequence_rank_is_plain_data_parallelism():
 def test_a_size_that_does_not_divide_the_processes_is_refused():
     with pytest.raises(LaunchError, match=r"4 processes.*groups of 3.*may be 1, 2, 4"):
         RankLayout(0, 4, 3)
+    with pytest.raises(LaunchError, match=r"there is one: start 2 with --nproc 2"):
+        RankLayout(0, 1, 2)
+
+
+def test_more_processes_than_attention_heads_are_refused_before_launch(tmp_path):
+    (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 2}}')
+    chosen = {"pretrained_model_name_or_path": str(tmp_path), "data_path": "d"}
+    check_sequence_parallel(Settings(**chosen, sequence_parallel_size=2), 4)
+    with pytest.raises(LaunchError, match="2 attention heads, so it may be at most 2"):
+        check_sequence_parallel(Settings(**chosen, sequence_parallel_size=4), 4)
 
 
 def sums():
@@ -36,11 +48,10 @@ def sums():
     from xtuner.parallel.processes import Processes
 
     processes = Processes("cpu", sequence_parallel_size=2)
-    found = []
-    for group in (processes.data_group, processes.sequence_group):
-        number = torch.tensor(10.0**processes.rank)
-        dist.all_reduce(number, group=group)
-        found.append(int(number))
+    numbers = [torch.tensor(10.0**processes.rank) for _ in range(2)]
+    dist.all_reduce(numbers[0], group=processes.data_group)
+    processes.sequence.sum(numbers[1])
+    found = [int(number) for number in numbers]
     place = (processes.data_rank, processes.data_world_size, processes.layout.sequence_rank)
     processes.close()
     return place, found

@@ -108,24 +108,14 @@ def open_chat(
     )
     if found.model != str(model) and Path(found.model).is_dir():
         manifest.check(Path(found.model))
-    name = prompt_template or found.template
-    tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)
-    if name == "auto" and not tokenizer.chat_template:
-        raise ModelError(
-            f"{model}: the tokenizer has no chat template, which is common for base models. "
-            "Select the template that the model was tuned with by --prompt-template, such as "
-            "'default'"
-        )
-    if found.llava:
-        add_image_token(tokenizer)  # before the template reads the tokens
-    system = found.system if system is None else system
-    if prompt_template:
-        template = templates.load(prompt_template, tokenizer, system=system)
-    else:
-        template = templates.of_checkpoint(
-            found.template, tokenizer, fields=found.own_template, system=system, where=str(model),
-            trust_code=trust_code,
-        )  # fmt: skip
+    tokenizer, template = text_parts(
+        found,
+        where=str(model),
+        prompt_template=prompt_template,
+        system=system,
+        trust_remote_code=trust_remote_code,
+        trust_code=trust_code,
+    )
     torch_device = pick_device(device)
     quantization = found.quantization if bits is None else _QUANTIZATION[bits]
     how: dict[str, Any] = {
@@ -145,6 +135,43 @@ def open_chat(
     loaded = load_adapter(base, found.adapter) if found.adapter else base
     loaded.eval()
     return Session(loaded, tokenizer, template=template, options=options)
+
+
+def text_parts(
+    found: ChatSource,
+    *,
+    where: str,
+    prompt_template: str | None = None,
+    system: str | None = None,
+    trust_remote_code: bool = False,
+    trust_code: bool = False,
+) -> tuple[Any, Template]:
+    """The tokenizer and template of `found`; arguments as for `open_chat`.
+
+    Args:
+        where: what errors call the model.
+
+    Raises:
+        XTunerError: the tokenizer or template cannot be used.
+    """
+    name = prompt_template or found.template
+    tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)
+    if name == "auto" and not tokenizer.chat_template:
+        raise ModelError(
+            f"{where}: the tokenizer has no chat template, which is common for base models. "
+            "Select the template that the model was tuned with by --prompt-template, such as "
+            "'default'"
+        )
+    if found.llava:
+        add_image_token(tokenizer)  # before the template reads the tokens
+    system = found.system if system is None else system
+    if prompt_template:
+        return tokenizer, templates.load(prompt_template, tokenizer, system=system)
+    template = templates.of_checkpoint(
+        found.template, tokenizer, fields=found.own_template, system=system, where=where,
+        trust_code=trust_code,
+    )  # fmt: skip
+    return tokenizer, template
 
 
 def _image_session(

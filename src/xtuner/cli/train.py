@@ -93,6 +93,10 @@ def command(
         raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
+    if loaded.settings.sequence_parallel_size > 1:
+        from xtuner.parallel.sequence_check import check_sequence_parallel
+
+        check_sequence_parallel(loaded.settings, int(os.environ.get("WORLD_SIZE", nproc)))
     if "RANK" not in os.environ:
         _check(loaded)
     set_up_threads()

@@ -99,10 +99,11 @@ def _check_lora_modules_to_save(s: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _check_sequence_parallel(s: Settings) -> Iterator[tuple[str, str]]:
-    if s.sequence_parallel_size != 1:
+    if s.sequence_parallel_size != 1 and s.attn_implementation not in ("auto", "xtuner"):
         yield (
             "sequence_parallel_size",
-            "sequence parallelism is not supported in this version; set it to 1",
+            f"attn_implementation = {s.attn_implementation!r} takes entire rows; set "
+            "attn_implementation = 'auto', or sequence_parallel_size = 1",
         )
 
 

@@ -232,8 +232,9 @@ class DataPart(Part):
     attention, models outside transformers' attention interface such as Falcon) process one sample
     at a time."""
     pack_length: Annotated[Literal["auto"] | Positive, Mark(idle=_not_packed)] = "auto"
-    """Tokens of a pack, at most max_length. 'auto' is max_length; with few rows it is less, so that
-    an epoch has 32 packs, or as many as have 4 samples each, and thus enough optimizer steps."""
+    """Tokens of a pack, at most max_length. 'auto' is max_length; with few rows and
+    accumulative_counts = 'auto' it is less, so that an epoch has 32 packs, or as many as have 4
+    samples each, and thus enough optimizer steps."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
     """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
     removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
@@ -258,10 +259,12 @@ class OptimPart(Part):
         Literal["auto"] | Positive, Mark(comment="micro-batches per optimizer step")
     ] = "auto"
     """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
-    * accumulative_counts * number of processes. 'auto' is 1 to 16: as many as leave an epoch 64
-    steps."""
+    * accumulative_counts * number of processes / sequence_parallel_size. 'auto' is 1 to 16: as
+    many as leave an epoch 64 steps."""
     sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
-    """Number of devices that share one sequence. This version supports 1."""
+    """Processes that share the tokens of each row (sequence parallelism, Ulysses): activations take
+    about this many times less memory in each. It divides the number of processes; the processes
+    of a group count once in the effective batch."""
     max_epochs: Annotated[
         Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by the rows")
     ] = "auto"

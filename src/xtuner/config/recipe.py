@@ -34,11 +34,13 @@ def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> in
     """Tokens of a pack.
 
     Args:
-        settings: `pack_length` and `batch_size` are used.
+        settings: `pack_length` and the size of a step are used.
         lengths: tokens of each sample; the longest has to fit.
         limit: tokens of a full pack.
     """
     given = settings.pack_length
+    if given == "auto" and settings.accumulative_counts != "auto":
+        return limit
     if given != "auto" and given >= settings.max_length:
         return limit
     tokens = sum(lengths)

@@ -95,6 +95,7 @@ class StepGradients:
                 strategy.unscale(scaler.inverse)
             norm = strategy.clip_gradients(self._max_norm)
             overflow = float(not math.isfinite(norm))
+            loss, *metrics = self.processes.of_rows([loss, *metrics])
             loss, overflows, *values = self.processes.sum([loss, overflow, *metrics])
             if not overflows or not math.isfinite(loss) or not scaler.lower():
                 named = dict(zip(self.algorithm.metrics, values, strict=True))

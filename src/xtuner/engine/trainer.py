@@ -177,9 +177,11 @@ class Trainer:
         run = self.run
         counts = [float(sum(map(count, group))) for count in self._counts()]
         signs = [float(self._stop.made), float(fault is not None)]
+        counts = self.processes.of_rows(counts)
         divisor, supervised, tokens, stops, failed = self.processes.sum([*counts, *signs])
         if failed:
-            raise DataError("; ".join(self.processes.gather([str(fault)] if fault else [])))
+            told = self.processes.gather([str(fault)] if fault else [])
+            raise DataError("; ".join(dict.fromkeys(told)))
         if stops:
             raise Interrupted
         lr = self._learning_rate()
@@ -262,7 +264,7 @@ class Trainer:
             self.run.step,
             loss=found.loss,
             norm=found.norm,
-            rows=rows,
+            rows=list(dict.fromkeys(rows)),
             certain=bool(bad),
             float16=self.loss_scaler.enabled,
         )

@@ -108,7 +108,8 @@ def stream(
     with generation_mode(model):
         with packed.without_cudnn(next(model.parameters()).device):
             first = vision.inputs(prompt, messages) if vision else {}
-        ids = token_ids(model, prompt, options, first, agree)
+        choose = chooser(options, next(model.parameters()).device)
+        ids = token_ids(model, prompt, choose, first, agree)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
                 break
@@ -166,15 +167,21 @@ def generation_mode(model: Any) -> Iterator[None]:
 def token_ids(
     model: Any,
     prompt: list[int],
-    options: GenerationOptions,
+    choose: Callable[[Tensor, Tensor], Tensor],
     first: Mapping[str, Any],
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[int]:
-    """Yield the ids that follow `prompt`, without end; `first` holds the model inputs of a prompt
-    with images."""
+    """Yield the ids that follow `prompt`, without end.
+
+    Args:
+        model: in generation mode.
+        prompt: token ids.
+        choose: see `chooser`.
+        first: the model inputs of a prompt with images.
+        agree: see `stream`.
+    """
     embedding = model.get_input_embeddings().weight
     device = next(model.parameters()).device  # the embedding may be on another device
-    choose = chooser(options, device)
     # The id of the image token may be outside the vocabulary; the repetition penalty skips it.
     words = [i for i in prompt if i < embedding.shape[0]] if first else prompt
     seen = torch.tensor([words], device=device)

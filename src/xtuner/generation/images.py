@@ -32,7 +32,7 @@ class ImageInput:
     """
 
     def __init__(self, model: VisionLanguageModel, *, keep_features: bool = False) -> None:
-        self._model = model
+        self.model = model
         self._keeps_features = keep_features
         self._images: dict[str, _Image] = {}
         self._features: dict[str, Tensor] = {}
@@ -44,7 +44,7 @@ class ImageInput:
             DataError: an image cannot be opened, or ``<image>`` stands for none.
             ModelError: the template leaves images out.
         """
-        names, found = _names(messages), ids.count(self._model.image_token_id)
+        names, found = _names(messages), ids.count(self.model.image_token_id)
         if found and not names:
             raise DataError(f"the conversation has {IMAGE} in its text and no image")
         if found != len(names):
@@ -52,8 +52,8 @@ class ImageInput:
                 f"the template shows {found} of {len(names)} images to the model; name another "
                 "with --prompt-template"
             )
-        counts = [self._model.processor.num_tokens(self._image(name).size) for name in names]
-        return expand(ids, self._model.image_token_id, counts)[0]
+        counts = [self.model.processor.num_tokens(self._image(name).size) for name in names]
+        return expand(ids, self.model.image_token_id, counts)[0]
 
     def inputs(self, ids: Sequence[int], messages: Sequence[Message]) -> dict[str, Any]:
         """The model's inputs for the prompt of expanded `ids`; empty where it has no image.
@@ -64,18 +64,18 @@ class ImageInput:
         names = _names(messages)
         if not names:
             return {}
-        device = self._model.model.get_input_embeddings().weight.device
+        device = self.model.model.get_input_embeddings().weight.device
         input_ids = torch.tensor([list(ids)], device=device)
         with torch.no_grad():
             images = BatchImages(
                 pixel_values=(),  # all features are given
-                mask=input_ids == self._model.image_token_id,
+                mask=input_ids == self.model.image_token_id,
                 sizes=tuple(self._image(name).size for name in names),
                 counts=(len(names),),
                 features=tuple(self._features_of(name, device) for name in names),
             )
-            inputs = {"inputs_embeds": self._model.embedder.embed(input_ids, images)}
-            positions = self._model.embedder.positions(_as_batch(input_ids, images))
+            inputs = {"inputs_embeds": self.model.embedder.embed(input_ids, images)}
+            positions = self.model.embedder.positions(_as_batch(input_ids, images))
         counted = torch.arange(len(ids), device=device)[None]
         # Plain counting is what a language model does itself, and not every one takes positions.
         return inputs if torch.equal(positions, counted) else {**inputs, "position_ids": positions}
@@ -91,7 +91,7 @@ class ImageInput:
 
     def _features_of(self, name: str, device: torch.device) -> Tensor:
         if (found := self._features.get(name)) is None:
-            (found,) = self._model.embedder.features([self._image(name).pixels.to(device)])
+            (found,) = self.model.embedder.features([self._image(name).pixels.to(device)])
             if self._keeps_features:
                 self._features[name] = found
         return found
@@ -99,7 +99,7 @@ class ImageInput:
     def _image(self, name: str) -> _Image:
         if name not in self._images:
             image = open_image(name)
-            pixels = torch.from_numpy(self._model.processor.preprocess(image))
+            pixels = torch.from_numpy(self.model.processor.preprocess(image))
             self._images[name] = _Image(image.size, pixels)
         return self._images[name]
 

@@ -117,8 +117,9 @@ class _LogProbabilities(torch.autograd.Function):
         ``[S]``."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        losses = hidden.new_empty(len(targets), dtype=wide)
         chunks = _Chunks(hidden, weight.to(dtype), targets)
         scratch = hidden.new_empty(chunks.step, hidden.shape[1], dtype=dtype)
         for part, rows, error, wanted in chunks:
@@ -160,11 +161,11 @@ def _weighted_by_row(grad: Tensor, inputs: Sequence[Tensor], dtype: torch.dtype)
     """The gradient of the head, float32 ``[V, H]``, for a grad_output ``[S]`` that differs between
     rows: recomputes the logits."""
     hidden, weight, targets = inputs
-    total = torch.zeros_like(weight, dtype=torch.float32)
+    total = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
     for part, rows, error, wanted in _Chunks(hidden, weight.to(dtype), targets):
         count = len(wanted)
         _with_gradient(error[:count], wanted, gradient=True)
-        scaled = rows.float()
+        scaled = rows.to(total.dtype)
         scaled[:count] *= grad[part, None]
         _add_product(total, error, scaled.to(rows.dtype))
     return total
@@ -179,8 +180,8 @@ def log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
         targets: int64 ``[S]``.
 
     Returns:
-        float32 ``[S]``. Products use the autocast dtype if autocast is enabled, else the dtype of
-        `hidden`.
+        float32 ``[S]``, or float64 for float64 states. Products use the autocast dtype if autocast
+        is enabled, else the dtype of `hidden`.
     """
     if not torch.is_grad_enabled():  # needs_input_grad of a Function ignores no_grad
         hidden, weight = hidden.detach(), weight.detach()

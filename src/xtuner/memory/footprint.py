@@ -16,6 +16,7 @@ from torch import nn
 from xtuner.config.schema import Settings
 from xtuner.kernels import host_embedding
 from xtuner.kernels.compiled import kernels_for
+from xtuner.memory.experts import use_footprint
 from xtuner.memory.step import KEPT_BY_FLASH, line, peaks_of_step
 from xtuner.models import adapters
 from xtuner.models.causal_lm import PackedCausalLM
@@ -116,6 +117,10 @@ class _Measured:
                 trust_remote_code=s.trust_remote_code,
             )
             _fix_rotation(model)
+            use_footprint(model)
+            model.config.pad_token_id = (
+                None  # GPT-2 looks for it among the ids, which have no values
+            )
             saved, scratch = _quantised_size(s, model)
             if self._reads_four_bits(model):
                 scratch = 0

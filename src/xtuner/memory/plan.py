@@ -18,6 +18,7 @@ from xtuner.errors import XTunerError
 from xtuner.memory.available import free_memory
 from xtuner.memory.footprint import Footprint
 from xtuner.memory.forecast import MB, Forecast, forecast, may_page, without_embedding
+from xtuner.models.load import located_config
 
 ROOM = 0.9
 """Share of the free memory that a run may plan to use."""
@@ -114,6 +115,9 @@ def plan_memory(
         ModelError: the model's configuration cannot be had.
         LaunchError: `memory` is None and there is no such device.
     """
+    located_config(
+        settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
+    )
     sharing = processes if device == "cpu" else 1
     room = int(ROOM * free_memory(device, sharing)) if memory is None else memory
     room //= sharing
@@ -126,14 +130,12 @@ def _expected(settings: Settings, device: str, room: int) -> Forecast:
         for expected in _ways(settings, device):
             if expected.peak <= room:
                 break
-    except XTunerError:
-        raise
     except Exception as error:  # a step on shapes alone meets code that never thought of it
         if os.environ.get("XTUNER_STRICT"):
             raise
-        first = next(iter(str(error).splitlines()), "")
         nothing = Footprint(0, 0, 0, 0, 0)
-        words = f"{type(error).__name__}: {first}"
+        told = " ".join(str(error).split())
+        words = told if isinstance(error, XTunerError) else f"{type(error).__name__}: {told}"
         return Forecast(nothing, 0, device, wanted is True, checkpoint=0, failure=words)
     return expected
 

@@ -16,7 +16,7 @@ from xtuner.errors import ConfigError, listed
 from xtuner.migrate.report import Draft
 from xtuner.migrate.values import UnreadError
 from xtuner.migrate.xtuner import read as read_mmengine
-from xtuner.migrate.xtuner import xtuner_old
+from xtuner.migrate.xtuner import systems, xtuner_old
 from xtuner.migrate.yaml_trainers import llamafactory, torchtune
 
 _YAML = {foreign.LLAMA_FACTORY: llamafactory.migrate, foreign.TORCHTUNE: torchtune.migrate}
@@ -67,7 +67,7 @@ def read(path: Path) -> Draft:
 
 def _translate(path: Path, text: str, origin: str) -> Draft:
     if origin == foreign.XTUNER_OLD:
-        return xtuner_old.migrate(read_mmengine.read(path))
+        return xtuner_old.migrate(read_mmengine.read(path), systems=systems.beside(path))
     try:
         return _YAML[origin](text, path.resolve().parent)
     except ConfigError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Draft:
         refused: what cannot be translated faithfully.
         not_yet: what this version of xtuner does not support.
         files: contents of accompanying files, by the suffix of their name.
+        systems: texts of system messages in the old package, by name.
     """
 
     origin: str
@@ -52,6 +53,7 @@ class Draft:
     refused: list[Item] = field(default_factory=list)
     not_yet: list[Item] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    systems: Mapping[str, str] = field(default_factory=dict)
 
     def set(self, name: str, value: Any, line: int) -> None:
         """Set the setting `name`, which comes from `line` of the old config."""

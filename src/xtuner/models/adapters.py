@@ -90,8 +90,17 @@ def add_adapter(
     return adapted
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Any:
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, trainable: bool = False, name: str = "default"
+) -> Any:
     """Put the adapter saved in `folder` beside the layers of `model`.
+
+    Args:
+        model: a causal language model, or one that this function returned, which gets another
+            adapter.
+        folder: of the adapter.
+        trainable: whether its weights are trained.
+        name: by which `set_adapter` selects it.
 
     Raises:
         ModelError: the folder holds no adapter, or one that does not fit the model.
@@ -111,7 +120,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         )
     try:
         with fitting_llm_adapter(model, folder) as place:
-            return PeftModel.from_pretrained(model, str(place), is_trainable=trainable)
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(place), adapter_name=name, is_trainable=trainable)
+                return model
+            return PeftModel.from_pretrained(
+                model, str(place), adapter_name=name, is_trainable=trainable
+            )
     except SafetensorError as error:
         raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
     except (RuntimeError, ValueError, OSError) as error:

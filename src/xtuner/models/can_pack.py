@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
-from xtuner.kernels.attention.packed import register
+from xtuner.kernels.attention.packed import NAME, register
 from xtuner.models.load import located_config, meta_model, readable_errors
 
 ISOLATING_KINDS = frozenset({"full_attention", "sliding_attention", "attention", "mlp", "moe"})
@@ -40,6 +40,23 @@ def why_apart(model: Any) -> str | None:
         return "it has convolutions along the row"
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return "its attention has sinks, which attention over packed samples lacks"
+    return None
+
+
+def cannot_split(model: Any, size: int) -> str | None:
+    """Why the rows of `model` (of transformers; values do not matter) cannot be shared by `size`
+    processes; None if they can."""
+    if reason := why_apart(model):
+        return f"the rows of {type(model).__name__} cannot be split: {reason}; set it to 1"
+    text = model.config.get_text_config()
+    if (implementation := text._attn_implementation) != NAME:
+        return (
+            f"attn_implementation = {implementation!r} takes entire rows; set it to 'auto', or "
+            "sequence_parallel_size = 1"
+        )
+    heads = getattr(text, "num_attention_heads", None)
+    if isinstance(heads, int) and heads < size:
+        return f"{type(model).__name__} has {heads} attention heads, so it may be at most {heads}"
     return None
 
 

@@ -18,25 +18,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, XTunerError
 from xtuner.kernels.attention import packed as attention
 from xtuner.kernels.cross_entropy import ScoringHead, log_probabilities_of_logits
 from xtuner.kernels.fused.forward_override import with_forward
-from xtuner.models.can_pack import why_apart
+from xtuner.models.can_pack import cannot_split, why_apart
 from xtuner.models.check.attention import ROUNDINGS, distance, wrong_attention
-from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck
+from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck, NotFiniteError
 from xtuner.models.check.training_pass import (
+    decoder_of,
     plain_attention,
     text_decoder,
     traceless,
     without_dropout,
 )
+from xtuner.models.split_rotary import SplitRotary
+from xtuner.parallel.ulysses import SequenceGroup, gather_scores
 from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration fields by which architectures change logits after the head; small logits hide a
 soft cap."""
 
+
+SPLIT_ROUNDINGS = 64
+"""Roundings by which log-probabilities may change when a row is split; products of other shapes are
+rounded otherwise. In six architectures they changed by at most 3."""
 
 LONG_ROW = 512
 """Tokens from which on a row is filled up to a multiple of 64; shorter ones to one of 16."""
@@ -56,6 +63,8 @@ class PackedCausalLM(nn.Module):
 
     Attributes:
         apart: each sample goes through the model by itself, as transformers' plainest call.
+        sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
+            has all.
     """
 
     def __init__(
@@ -68,6 +77,8 @@ class PackedCausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.embedder = embedder
+        self.sequence: SequenceGroup | None = None
+        self._rotary: SplitRotary | None = None
         self.autocast = autocast
         self.plain_logits = False
         self.apart = why_apart(text_decoder(self.causal)) is not None
@@ -88,12 +99,14 @@ class PackedCausalLM(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states ``[1, N, H]`` of a packed batch."""
-        return self.causal.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+        return decoder_of(self.causal)(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Tensor:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
         the tokens (see `Batch.sequence_of_predicting`)."""
         with self._autocast():
+            if self.sequence is not None and self._rotary is not None:
+                return self._scores_of_shares(batch, self.sequence, self._rotary)
             if not self.apart:
                 return self._scores_of_row(filled(batch), batch)
             if batch.num_sequences == 1:
@@ -105,15 +118,39 @@ class PackedCausalLM(nn.Module):
     def _scores_of_row(self, row: Batch, batch: Batch) -> Tensor:
         """The log-probabilities of `batch`, which `row` begins with."""
         positions = batch.predicting
-        targets = batch.labels[0, 1:][positions]
+        return self._scores(self._inputs(row), positions, batch.labels[0, 1:][positions])
+
+    def _scores_of_shares(self, batch: Batch, group: SequenceGroup, rotary: SplitRotary) -> Tensor:
+        """The log-probabilities of `batch`, whose row is split over `group`.
+
+        The label of a token is the next token, which may be another process's: labels are shifted
+        before they are split.
+        """
+        row = filled(batch, parts=group.size)
+        share = group.share(row.num_tokens)
+        positions = batch.predicting
+        bounds = torch.tensor([share.start, share.stop], device=positions.device)
+        first, last = torch.searchsorted(positions, bounds).tolist()
+        own = positions[first:last]
+        inputs = self._inputs(row)
+        row_positions = inputs["position_ids"]
+        for name in ("input_ids", "inputs_embeds"):
+            if name in inputs:
+                inputs[name] = inputs[name][:, share]
+        inputs |= {"position_ids": row_positions[..., share], "sequence_group": group}
+        with rotary.part_of(row_positions, share):
+            scores = self._scores(inputs, own - share.start, batch.labels[0, 1:][own])
+        return gather_scores(scores, group, start=first, count=len(positions))
+
+    def _scores(self, inputs: dict[str, Any], positions: Tensor, targets: Tensor) -> Tensor:
+        """The log-probabilities of `targets` as next tokens of `positions`."""
         head: Any = self.causal.get_output_embeddings()
         if not self.plain_logits and isinstance(head, ScoringHead):
-            hidden = self._for_head(self.hidden_states(row)[0, positions])
-            return head(hidden, targets)  # type: ignore[operator, no-any-return]
-        return log_probabilities_of_logits(self._logits(row, positions), targets)
+            hidden = self.causal.base_model(**inputs).last_hidden_state[0, positions]
+            return head(self._for_head(hidden), targets)  # type: ignore[operator, no-any-return]
+        return log_probabilities_of_logits(self._logits(inputs, positions), targets)
 
-    def _logits(self, batch: Batch, positions: Tensor) -> Tensor:
-        inputs = self._inputs(batch)
+    def _logits(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
         if "logits_to_keep" in inspect.signature(self.causal.forward).parameters:
             return self.causal(**inputs, logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
         return self.causal(**inputs).logits[0, positions]  # type: ignore[no-any-return]
@@ -157,31 +194,73 @@ class PackedCausalLM(nn.Module):
         sample or a later token, and the shortcut from hidden states to logits; see `isolation`.
 
         Args:
-            packed: samples share rows. Otherwise a model that lets them see each other takes them
-                one at a time from now on.
+            packed: samples must share rows, as the user asks. Otherwise a model that cannot keep
+                them apart takes them one at a time from now on, also those of one row.
 
         Returns:
             What the user should know of this architecture, if anything.
 
         Raises:
-            ModelError: samples in one row see each other, or are computed wrongly.
+            ModelError: samples in one row see each other, or are computed wrongly; or a sample
+                alone reads later tokens, or cannot be computed.
         """
         notes: list[str | None] = []
         with traceless(self), self._autocast():
             if not self.apart and (fault := self._fault_of_row(notes)):
                 if packed:
-                    raise ModelError(fault)
-                self.apart = True
-                if self._implementation == attention.NAME:
-                    decoder = text_decoder(self.causal)
-                    decoder.set_attn_implementation(plain_attention(decoder))
-                notes = [f"samples go through the model one at a time, for {fault}"]
+                    raise ModelError(f"{self._described()}: {fault}. {_PACK_NOT}")
+                self.take_apart()
+                notes = [f"samples go through the model one at a time: {fault}"]
             if self.apart:
-                alone = IsolationCheck(self, LENGTHS[1:2])
-                if leak := alone.leak():
-                    raise ModelError(f"{self._described()}: {leak}; it cannot be trained here")
+                self._check_alone()
             notes.append(self._check_head())
         return "; ".join(filter(None, notes)) or None
+
+    def take_apart(self) -> None:
+        """Let each sample go through the model by itself, with transformers' own attention."""
+        self.apart = True
+        if self._implementation == attention.NAME:
+            decoder = text_decoder(self.causal)
+            decoder.set_attn_implementation(plain_attention(decoder))
+
+    def _check_alone(self) -> None:
+        try:
+            leak = IsolationCheck(self, LENGTHS[1:2]).leak()
+        except (XTunerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # third-party code
+            raise ModelError(
+                f"{self._described()}: a training step of one sample fails, so it cannot be "
+                f"trained here: {_told(error)}"
+            ) from error
+        if leak:
+            raise ModelError(
+                f"{self._described()}: {leak}. It is not a causal language model as it is "
+                "configured (an encoder, for example), and cannot be trained here"
+            )
+
+    def split_rows(self, group: SequenceGroup) -> None:
+        """From now on, compute a part of each row here and the others on the processes of `group`,
+        which call the model together, with the same batch. Each gets the scores of all tokens;
+        gradients of weights are those of the own part, to be summed over the group.
+
+        Raises:
+            ModelError: the model cannot be split, or gives other results when it is.
+        """
+        if reason := cannot_split(text_decoder(self.causal), group.size):
+            raise ModelError(f"sequence_parallel_size = {group.size}: {reason}")
+        batch = IsolationCheck(self).batch()
+        with traceless(self), without_dropout(self), self._autocast(), torch.no_grad():
+            alone = self(batch)
+            self._rotary, self.sequence = SplitRotary(self.causal), group
+            found = self(batch)
+        off, eps = distance(found, alone), torch.finfo(self.autocast or self.causal.dtype).eps
+        if not off <= SPLIT_ROUNDINGS * eps:
+            raise ModelError(
+                f"sequence_parallel_size = {group.size}: {type(self.causal).__name__} gives other "
+                f"results when its rows are split (they differ by {off:.2g} of their size): set it "
+                "to 1"
+            )
 
     def _described(self) -> str:
         """The model and its attention, for messages."""
@@ -189,12 +268,23 @@ class PackedCausalLM(nn.Module):
 
     def _fault_of_row(self, notes: list[str | None]) -> str | None:
         """What goes wrong in a row of several samples; adds what cannot be checked to `notes`."""
+        try:
+            return self._fault_of_checks(notes)
+        except torch.OutOfMemoryError:
+            raise
+        except NotFiniteError:
+            raise
+        except XTunerError as error:
+            return str(error)
+        except Exception as error:  # third-party code that does not expect a row of samples
+            return f"a row of several samples fails with {_told(error)}"
+
+    def _fault_of_checks(self, notes: list[str | None]) -> str | None:
         check = IsolationCheck(self)
-        hint = "Set pack_to_max_length = False, or attn_implementation = 'eager'"
         if leak := check.leak():
             return (
-                f"{self._described()}: a sample's result depends on its neighbours in the row or "
-                f"on later tokens ({leak}), so packing would train on leaked text. {hint}"
+                "in a packed row a sample's result depends on its neighbours or on later tokens "
+                f"({leak})"
             )
         if self._implementation == attention.NAME and (width := _head_width(self.causal)):
             dtype = self.autocast or self.causal.dtype
@@ -202,13 +292,12 @@ class PackedCausalLM(nn.Module):
                 self._implementation, width=width, device=self.device, dtype=dtype
             )
             if wrong:
-                return f"{self._described()}: {wrong}. {hint}"
+                return wrong
         found, allowed = check.displaced()
         if found > allowed:
             return (
-                f"{self._described()}: a sample in a row differs from the same sample alone by "
-                f"{found:.2g} of its size, and rounding explains {allowed:.2g}: positions or "
-                f"boundaries are wrong. {hint}"
+                f"a sample in a packed row differs from the same sample alone by {found:.2g} of "
+                f"its size, and rounding explains {allowed:.2g}: positions or boundaries are wrong"
             )
         if allowed > BLIND:
             notes.append(
@@ -229,7 +318,7 @@ class PackedCausalLM(nn.Module):
         changes = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
         everything = torch.arange(probe.num_tokens, device=self.device)
         with torch.no_grad(), without_dropout(self):
-            logits = self._logits(probe, everything)
+            logits = self._logits(self._inputs(probe), everything)
             off = distance(head(self._for_head(self.hidden_states(probe)))[0], logits)
         if changes or off > ROUNDINGS * torch.finfo(self.autocast or head.weight.dtype).eps:
             self.plain_logits = True
@@ -240,6 +329,17 @@ class PackedCausalLM(nn.Module):
         return None
 
 
+_PACK_NOT = (
+    "Set pack_to_max_length = False, or leave it out: the samples then go through the model one at "
+    "a time"
+)
+
+
+def _told(error: Exception) -> str:
+    """An error of a library in one line, complete."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _head_width(causal: Any) -> int | None:
     """Numbers in a head of the attention, as the configuration has them."""
     text = causal.config.get_text_config()
@@ -248,19 +348,23 @@ def _head_width(causal: Any) -> int | None:
     return width or (text.hidden_size // heads if isinstance(heads, int) else None)
 
 
-def missing_to_round(count: int) -> int:
-    """Tokens by which a row of `count` is filled up."""
-    return -count % (64 if count >= LONG_ROW else 16)
+def missing_to_round(count: int, parts: int = 1) -> int:
+    """Tokens by which a row of `count` is filled up, so that each of `parts` is a round number."""
+    return -count % (parts * (64 if count >= LONG_ROW * parts else 16))
 
 
-def filled(batch: Batch) -> Batch:
+def filled(batch: Batch, *, parts: int = 1) -> Batch:
     """`batch` with one more sample, without loss, where N is not a round number.
 
     Every new N costs the matrix library compilations, and a crooked one some percent of each
     product; so packs that are nearly full are all of one size.
+
+    Args:
+        batch: a packed row.
+        parts: processes that share it; each gets as many tokens.
     """
     count = batch.num_tokens
-    missing = missing_to_round(count)
+    missing = missing_to_round(count, parts)
     if not missing:
         return batch
     positions = F.pad(batch.position_ids, (0, missing))

@@ -34,6 +34,12 @@ class RankLayout:
     def __post_init__(self) -> None:
         size = self.sequence_world_size
         if self.world_size % size:
+            if size > self.world_size:
+                raise LaunchError(
+                    f"sequence_parallel_size = {size} takes {size} processes or a multiple, and "
+                    f"there {_are(self.world_size)}: start {size} with --nproc {size}, or set it "
+                    "to 1"
+                )
             allowed = [n for n in range(1, self.world_size + 1) if self.world_size % n == 0]
             raise LaunchError(
                 f"sequence_parallel_size = {size}: {self.world_size} processes cannot be divided "
@@ -67,3 +73,7 @@ class RankLayout:
         """Ranks that share the tokens of their rows, one list per data rank."""
         size = self.sequence_world_size
         return [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+
+
+def _are(count: int) -> str:
+    return "is one" if count == 1 else f"are {count}"

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.errors import LaunchError
+from xtuner.parallel.collective import waiting
 from xtuner.parallel.layout import RankLayout
+from xtuner.parallel.ulysses import SequenceGroup
 
 BUCKET_NUMBERS = 16 * 2**20
 """Gradients are summed in buckets of about this many numbers (64 MB of float32)."""
@@ -42,7 +43,7 @@ class Processes:
         layout: the rank as a data rank and a sequence rank.
         device: of this process.
         data_group: the ranks that take the same part of different rows; None is all of them.
-        sequence_group: the ranks that share the tokens of their rows; None if each has its own.
+        sequence: the ranks that share the tokens of their rows; None if each has its own.
 
     Raises:
         LaunchError: the processes cannot be divided into groups of `sequence_parallel_size`.
@@ -59,10 +60,14 @@ class Processes:
             self._state.device if self.world_size > 1 else torch.device(device)
         )
         self.data_group: Any = None
-        self.sequence_group: Any = None
+        self.sequence: SequenceGroup | None = None
         if sequence_parallel_size > 1:
             self.data_group = _own_group(self.layout.data_groups(), self.rank)
-            self.sequence_group = _own_group(self.layout.sequence_groups(), self.rank)
+            self.sequence = SequenceGroup(
+                _own_group(self.layout.sequence_groups(), self.rank),
+                rank=self.layout.sequence_rank,
+                size=sequence_parallel_size,
+            )
         self._alone: str | None = None
         if self.world_size > 1:
             _die_with_parent()
@@ -86,6 +91,11 @@ class Processes:
         """Sum each number over all processes, in float64."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
+    def of_rows(self, numbers: Sequence[float]) -> list[float]:
+        """What this process adds to sums over all rows, of `numbers` that belong to its own rows:
+        zeros where another one adds those of the same rows."""
+        return [number if self.layout.sequence_rank == 0 else 0.0 for number in numbers]
+
     def max(self, number: float) -> float:
         """The largest `number` of all processes."""
         return self._reduced([number], dist.ReduceOp.MAX)[0]
@@ -94,7 +104,7 @@ class Processes:
         if self.world_size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        with self._together():
+        with self._together("a sum"):
             dist.all_reduce(total, operation)
         return total.tolist()  # type: ignore[no-any-return]
 
@@ -103,14 +113,14 @@ class Processes:
         if self.world_size == 1:
             return items
         found: list[list[Any]] = [[] for _ in range(self.world_size)]
-        with self._together():
+        with self._together("a message to all"):
             dist.all_gather_object(found, items)
         return [item for part in found for item in part]
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """`tensor` of the main process, in all of them; it is overwritten in the others."""
         if self.world_size > 1:
-            with self._together():
+            with self._together("a broadcast"):
                 dist.broadcast(tensor, src=0)
         return tensor
 
@@ -145,7 +155,7 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        with self._together():
+        with self._together("a barrier"):
             self._state.wait_for_everyone()
 
     @contextmanager
@@ -162,14 +172,14 @@ class Processes:
             self._alone = None
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def _together(self, what: str) -> Iterator[None]:
         """Around a collective call, which would wait for ever where the others do not make it."""
         if self._alone is not None:
             raise LaunchError(
                 f"{self._alone} runs on the main process only, and calls what all processes have "
                 "to call together: set `collective = True` in its class"
             )
-        with _all_there():
+        with waiting(what):
             yield
 
     def close(self) -> None:
@@ -178,28 +188,15 @@ class Processes:
             dist.destroy_process_group()
 
 
-@contextmanager
-def _all_there() -> Iterator[None]:
-    """Say in plain words that another process is gone; its own message tells why."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LaunchError(
-            f"another process of this run ended, so this one cannot continue ({first}): see its "
-            "message. Earlier checkpoints are untouched; continue with --resume"
-        ) from error
-
-
 def _sum_bucket(gradients: list[Tensor]) -> None:
-    if len(gradients) == 1 and gradients[0].dtype == torch.float32 and gradients[0].is_contiguous():
-        with _all_there():
+    types = {gradient.dtype for gradient in gradients}
+    wide = torch.float64 if torch.float64 in types else torch.float32
+    if len(gradients) == 1 and wide in types and gradients[0].is_contiguous():
+        with waiting("the sum of gradients"):
             dist.all_reduce(gradients[0])
         return
-    flat = torch.cat([g.reshape(-1).float() for g in gradients])
-    with _all_there():
+    flat = torch.cat([g.reshape(-1).to(wide) for g in gradients])
+    with waiting("the sum of gradients"):
         dist.all_reduce(flat)
     start = 0
     for gradient in gradients:

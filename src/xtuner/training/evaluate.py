@@ -66,6 +66,7 @@ class Validation:
             if counts:
                 total, count = total + float(loss), count + self.algorithm.count(batch)
         model.train()
+        total, count = processes.of_rows([total, count])
         total, count, faults = processes.sum([total, count, float(fault is not None)])
         if faults:
             told = processes.gather([str(fault)] if fault else [])
@@ -80,9 +81,13 @@ class Validation:
 
     def _stops(self, fault: DataError | None) -> bool:
         """Whether this process reads no further; all together where they need each other."""
-        if not self.strategy.sharded:
+        if not self._in_step():
             return fault is not None
         return bool(self.strategy.processes.sum([float(fault is not None)])[0])
+
+    def _in_step(self) -> bool:
+        """Whether a forward pass takes other processes."""
+        return self.strategy.sharded or self.strategy.processes.sequence is not None
 
     def _share(self) -> list[tuple[int, bool]]:
         """The packs of this process, and whether each counts; the first one again fills up where
@@ -90,7 +95,7 @@ class Validation:
         processes, packs = self.strategy.processes, len(self.dataset)
         own = list(range(processes.data_rank, packs, processes.data_world_size))
         missing = -(-packs // processes.data_world_size) - len(own)
-        filler = [(0, False)] * missing if self.strategy.sharded else []
+        filler = [(0, False)] * missing if self._in_step() else []
         return [*((index, True) for index in own), *filler]
 
 

@@ -14,6 +14,7 @@ from xtuner.engine.optimizer import optim
 from xtuner.engine.optimizer.loss_scaler import INITIAL_SCALE
 from xtuner.memory.available import check_disk
 from xtuner.memory.plan import MemoryPlan
+from xtuner.parallel.layout import RankLayout
 
 _FEW_NAMES = 4
 FEW_STEPS = 12
@@ -26,7 +27,7 @@ def opening_lines(
     *,
     dtype: torch.dtype,
     means: tuple[str, str],
-    processes: int,
+    layout: RankLayout,
     steps: tuple[int, Counter],
     data: Iterable[str],
     chosen: Sequence[str],
@@ -42,7 +43,7 @@ def opening_lines(
         plan: its memory.
         dtype: of the computation.
         means: what is said of threads and kernels, and of attention.
-        processes: how many take part.
+        layout: of the processes that take part.
         steps: optimizer steps of the run, and how they are counted.
         data: lines about the rows.
         language: what is to be said of the script of the rows; may be empty.
@@ -55,7 +56,7 @@ def opening_lines(
     if images:
         yield images
     kernels, attention = means
-    yield f"Computing    {f'{processes} processes, ' if processes > 1 else ''}{kernels}"
+    yield f"Computing    {_processes(layout)}{kernels}"
     yield f"Attention    {attention}"
     yield from data
     if chosen:
@@ -65,7 +66,7 @@ def opening_lines(
     yield (
         f"Steps        {total:,} ({counter.steps_per_epoch:,} per epoch), each of "
         f"{s.batch_size} (batch_size) x {s.accumulative_counts} (accumulative_counts) x "
-        f"{processes} (processes) {'packs' if s.packs else 'samples'}"
+        f"{layout.data_world_size} ({_shares(layout)}) {'packs' if s.packs else 'samples'}"
     )
     if packing:
         yield f"Samples      {packing}"
@@ -89,6 +90,20 @@ def opening_lines(
 
 def _taken(value: float) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+
+
+def _processes(layout: RankLayout) -> str:
+    """How many there are, and which share rows; empty for one."""
+    if layout.world_size == 1:
+        return ""
+    size = layout.sequence_world_size
+    shared = f", {size} share each row" if size > 1 else ""
+    return f"{layout.world_size} processes{shared}; "
+
+
+def _shares(layout: RankLayout) -> str:
+    """What takes rows of its own."""
+    return "processes" if layout.sequence_world_size == 1 else "groups"
 
 
 def lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:

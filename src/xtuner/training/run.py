@@ -246,7 +246,7 @@ class _TrainingRun:
         identity = identity_of(
             self.settings,
             data.train.fingerprint(),
-            processes=self.processes.world_size,
+            processes=self.processes.data_world_size,
             dtype=name_of(self.dtype),
         )
         return CheckpointWriter(
@@ -295,8 +295,10 @@ class _TrainingRun:
                 self.vision.recompute()
         else:
             wrapped = PackedCausalLM(llm, autocast=llm_autocast(s, self.dtype))
-        if note := wrapped.verify(packed=s.packs):
+        if note := wrapped.verify(packed=self.loaded.settings.pack_to_max_length is True):
             self.console.print(f"Note: {note}.")
+        if self.processes.sequence is not None:
+            wrapped.split_rows(self.processes.sequence)
         for line in self.vision.trained() if self.vision else ():
             self.console.print(line, markup=False)
         return wrapped
@@ -328,7 +330,7 @@ class _TrainingRun:
                 self.plan,
                 dtype=self.dtype,
                 means=(self.computing, choose_attention(self.settings, self.processes, self.dtype)),
-                processes=self.processes.world_size,
+                layout=self.processes.layout,
                 steps=(total, counter),
                 data=data.report.lines(),
                 chosen=self.chosen,

@@ -6,7 +6,8 @@
                         └ algorithms.toml
 
 The epochs of `custom` are decided by its rows; a name may give a number all the same.
-The tables hold only data; adding a model or a data set adds one row.
+The tables hold only data; adding a model or a data set adds one row. Names of XTuner 0.1 have the
+values of its configs (`catalog_xtuner0`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xtuner.config.builtin import catalog_llava
+from xtuner.config.builtin import catalog_llava, catalog_xtuner0
 from xtuner.errors import ConfigError
 
 _TABLES = Path(__file__).parents[1] / "tables"
@@ -39,8 +40,9 @@ def names(pattern: str = "") -> list[str]:
             of data sets match too.
     """
     matches = _matcher(pattern.lower())
+    old = [name for name in catalog_xtuner0.names() if matches(name.lower())]
     with_images = [name for name in catalog_llava.names(_llava_models()) if matches(name)]
-    return with_images + [
+    new = with_images + [
         f"{model}_{recipe}_{data}{_suffix(epochs)}"
         for model, model_row in _models().items()
         for recipe in _recipes()
@@ -52,6 +54,7 @@ def names(pattern: str = "") -> list[str]:
             for alias in (data, *row.get("aliases", ()))
         )
     ]
+    return [*old, *(name for name in new if catalog_xtuner0.listed_name(name) is None)]
 
 
 def _suffix(epochs: int | str) -> str:
@@ -61,7 +64,11 @@ def _suffix(epochs: int | str) -> str:
 
 def is_name(name: str) -> bool:
     """Whether `name` is a built-in name, with any number of epochs."""
-    return _split(name) is not None or catalog_llava.split(name, _llava_models()) is not None
+    return (
+        catalog_xtuner0.listed_name(name) is not None
+        or _split(name) is not None
+        or catalog_llava.split(name, _llava_models()) is not None
+    )
 
 
 def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
@@ -75,6 +82,10 @@ def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
     Raises:
         ConfigError: unknown name; the message suggests close ones.
     """
+    if (old := catalog_xtuner0.compose(name, suffix=suffix)) is not None:
+        return old
+    if reason := catalog_xtuner0.missing().get(name):
+        raise ConfigError(f"{name} {reason}")
     if image_name := catalog_llava.split(name, _llava_models()):
         return catalog_llava.compose(image_name, _of_model(image_name.model), suffix=suffix)
     parts = _split(name)
@@ -96,6 +107,8 @@ def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
 
 def note(name: str) -> str:
     """Manual steps before the built-in `name` can be trained; often empty."""
+    if old := catalog_xtuner0.note(name):
+        return old
     if image_name := catalog_llava.split(name, _llava_models()):
         return catalog_llava.note(image_name)
     parts = _split(name)

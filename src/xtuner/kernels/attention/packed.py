@@ -29,6 +29,7 @@ from xtuner.errors import ModelError
 from xtuner.kernels.attention import varlen
 from xtuner.kernels.attention.blocks import cpu_attention
 from xtuner.kernels.attention.call import AttentionCall
+from xtuner.parallel.ulysses import SequenceGroup, heads_to_tokens, tokens_to_heads
 
 NAME = "xtuner"
 SDPA_BACKENDS = [
@@ -132,6 +133,9 @@ def packed_attention(
     """Attention function for transformers: `query` ``[1, heads, N, head_dim]`` to ``[1, N, heads,
     head_dim]``.
 
+    With `sequence_group` N are this process's tokens of a row that the group shares, and
+    `cu_seq_lens_q` are those of the row.
+
     Raises:
         ModelError: `cu_seq_lens_q` is missing, or the layer uses an unsupported option.
     """
@@ -140,15 +144,15 @@ def packed_attention(
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None or attention_mask is not None or query.shape[0] != 1:
         raise ModelError(
-            "attn_implementation = 'xtuner' needs one packed row and its cu_seqlens, which this "
-            "model does not pass on: set attn_implementation = 'sdpa'"
+            "xtuner's attention needs one packed row and its cu_seqlens, which this model does not "
+            "pass on"
         )
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise ModelError(
             f"the attention of this model ({type(module).__name__}) "
-            f"{'uses ' + ', '.join(unknown) if unknown else 'is not causal'}, which "
-            "attn_implementation = 'xtuner' does not support: set attn_implementation = 'eager'"
+            f"{'uses ' + ', '.join(unknown) if unknown else 'is not causal'}, which xtuner's "
+            "attention does not support"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
@@ -156,28 +160,51 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
-    call = call_of(q, k, v, scale=scaling, window=window, softcap=softcap, dropout=dropout)
-    if query.device.type == "cpu":
-        if not dropout and softcap is None:
+    group: SequenceGroup | None = kwargs.get("sequence_group")
+    heads = q.shape[1]
+    if group is not None:
+        q, k, v = tokens_to_heads(q, k, v, group)
+    if q.shape[0] != cu_seqlens[-1]:
+        raise ModelError(
+            f"{type(module).__name__} gives its attention {q.shape[0]} tokens of a row of "
+            f"{cu_seqlens[-1]}, and no `sequence_group`: set sequence_parallel_size = 1"
+        )
+    options = {"scale": scaling, "dropout": dropout, "window": window, "softcap": softcap}
+    out = _of_row(q, k, v, cu_seqlens, longest=kwargs.get("max_length_q"), **options)
+    return (out if group is None else heads_to_tokens(out, heads, group))[None], None
+
+
+def _of_row(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, longest: int | None, **options: Any
+) -> Tensor:
+    """Attention of a row, ``[N, heads, D]`` to ``[N, heads, V]``, by the fastest way there is."""
+    call = call_of(q, k, v, **options)
+    if q.device.type == "cpu":
+        if not call.dropout and call.softcap is None:
             ends = tuple(cu_seqlens.tolist())
-            return cpu_attention(q, k, v, ends, scale=scaling, window=window)[None], None
+            return cpu_attention(q, k, v, ends, scale=call.scale, window=call.window)
     else:
-        longest = kwargs.get("max_length_q")
         out = varlen.attend(q, k, v, call, cu_seqlens=cu_seqlens, longest=longest)
         if out is not None:
-            return out[None], None
+            return out
         _warn_once(varlen.choose(call).why)
-    options = {"scaling": scaling, "dropout": dropout, "window": window, "softcap": softcap}
-    return _by_sample(query, key, value, cu_seqlens.tolist(), **options), None
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return _by_sample(query, key, value, cu_seqlens.tolist(), call)[0]
 
 
 def _by_sample(
-    query: Tensor, key: Tensor, value: Tensor, ends: list[int], **options: Any
+    query: Tensor, key: Tensor, value: Tensor, ends: list[int], call: AttentionCall
 ) -> Tensor:
     """``[1, N, heads, head_dim]`` by one call of `sample_attention` per sample."""
     with without_cudnn(query.device):
         outputs = [
-            sample_attention(*(x[:, :, start:end] for x in (query, key, value)), **options)
+            sample_attention(
+                *(x[:, :, start:end] for x in (query, key, value)),
+                scaling=call.scale,
+                dropout=call.dropout,
+                window=call.window,
+                softcap=call.softcap,
+            )
             for start, end in itertools.pairwise(ends)
         ]
     outputs = [out.transpose(1, 2) for out in outputs]

@@ -78,6 +78,7 @@ class RotaryBlockAttention:
         """Whether the input is a packed row and the fused forward pass supports the call."""
         return (
             kwargs.get("cu_seq_lens_q") is not None
+            and kwargs.get("sequence_group") is None
             and position_embeddings is not None
             and attention_mask is None
             and past_key_values is None

@@ -7,8 +7,8 @@ from typing import Any
 
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, use_all, written
-from xtuner.migrate.xtuner.names import text_of
 from xtuner.migrate.xtuner.sources import VERBATIM, Source, Sources
+from xtuner.migrate.xtuner.systems import text_of
 from xtuner.migrate.xtuner.template import carry_template
 
 _ORDERED = ("DefaultSampler", "SequenceParallelSampler", "InternRepoSampler")
@@ -158,7 +158,7 @@ class Asked:
 def asked_system(hook: Table, draft: Draft) -> Asked | None:
     """The system message of sample answers."""
     value = hook.take("system", "")
-    text = text_of(value)
+    text = text_of(value, hook.line_of("system"), draft)
     if text is None:
         draft.lose(hook.line_of("system"), shown("system", value), "is not a known system message")
         return None

@@ -7,6 +7,7 @@ from typing import Any
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Dotted
 from xtuner.migrate.xtuner.names import names
+from xtuner.migrate.xtuner.systems import message
 
 
 def format_of(value: Any, line: int, draft: Draft) -> tuple[str, str]:
@@ -29,4 +30,4 @@ def format_of(value: Any, line: int, draft: Draft) -> tuple[str, str]:
     if "refuse" in row:
         draft.refuse(line, f"dataset_map_fn = {name}", row["refuse"])
         return "auto", ""
-    return row["format"], names("systems").get(row.get("system", ""), "")
+    return row["format"], message(row.get("system", ""), line, draft)

@@ -7,8 +7,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from xtuner.migrate.values import Dotted
-
 _FILE = Path(__file__).parents[1] / "tables" / "xtuner_old.toml"
 
 
@@ -20,16 +18,3 @@ def _table() -> dict[str, dict[str, Any]]:
 def names(table: str) -> dict[str, Any]:
     """The rows of `table`: 'map_fns', 'templates', 'systems', 'not_yet' or 'datasets'."""
     return _table()[table]
-
-
-def text_of(value: Any) -> str | None:
-    """The text of a system message, given as string or as ``SYSTEM_TEMPLATE`` name, or None."""
-    if value is None:
-        return ""
-    path = value.path if isinstance(value, Dotted) else value if isinstance(value, str) else None
-    if path is None:
-        return None
-    _, found, name = path.rpartition("SYSTEM_TEMPLATE.")
-    if found and name in names("systems"):
-        return str(names("systems")[name])
-    return value if isinstance(value, str) else None

@@ -8,6 +8,8 @@ matter only through the tables. Keys that no part reads are reported as dropped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, Unread, UnreadError, unused, use_all, written
 from xtuner.migrate.xtuner import data, runtime, schedule
@@ -27,9 +29,14 @@ _ROOTS = (
 _EVALUATION = "val_dataloader val_evaluator val_cfg test_dataloader test_evaluator test_cfg".split()
 
 
-def migrate(config: Table) -> Draft:
-    """Translate `config` to settings."""
-    draft = Draft(ORIGIN)
+def migrate(config: Table, *, systems: Mapping[str, str] | None = None) -> Draft:
+    """Translate `config` to settings.
+
+    Args:
+        config: the old config.
+        systems: system messages of the old package, by name.
+    """
+    draft = Draft(ORIGIN, systems=systems or {})
     if "model" not in config:
         draft.refuse(0, "model", "is missing: this is not a training config")
         return draft

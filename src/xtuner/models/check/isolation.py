@@ -35,6 +35,7 @@ from xtuner.errors import ModelError
 from xtuner.kernels.attention import packed
 from xtuner.models.check.attention import ROUNDINGS, distance
 from xtuner.models.check.training_pass import (
+    decoder_of,
     layers_of,
     plain_attention,
     text_decoder,
@@ -65,6 +66,10 @@ over ``eps / 2`` either way have 0.29 of it for mantissas of 1 and 0.14 for thos
 
 BLIND = 0.5
 """Allowed relative differences from here on mean that rounding hides what is looked for."""
+
+
+class NotFiniteError(ModelError):
+    """Hidden states are not finite, whatever the layout of a row."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,11 @@ class IsolationCheck:
         """How tokens reach the observed sample that must not; None where none do.
 
         Raises:
-            ModelError: hidden states are not finite.
+            NotFiniteError: hidden states are not finite.
         """
         first, second = self._observe(self._ids()), self._observe(self._ids(changed=True))
         if not (first.states.isfinite().all() and first.gradient.isfinite().all()):
-            raise ModelError(self._not_finite(self.lm.causal.dtype))
+            raise NotFiniteError(self._not_finite(self.lm.causal.dtype))
         self._last = first, second
         if reached := self._reached(first) or self._reached(second):
             return reached
@@ -193,7 +198,7 @@ class IsolationCheck:
                     signs = _signs(output[:, part])
                     output[:, part] += nudge * signs * output[:, part]
             vectors.append(output.requires_grad_())
-            return vectors[-1]
+            return vectors[-1].clone()  # some models scale it in place
 
         with self.lm.causal.get_input_embeddings().register_forward_hook(as_leaf):
             torch.manual_seed(0)  # dropout takes the same tokens in every pass
@@ -212,7 +217,7 @@ class IsolationCheck:
         start, stop = self.span
         ids = self._ids()[:, start:stop]
         ids = torch.cat([ids, self._words(more, first=500)], dim=1)
-        output = self.lm.causal.base_model(input_ids=ids, use_cache=False)
+        output = decoder_of(self.lm.causal)(input_ids=ids, use_cache=False)
         states: Tensor = output.last_hidden_state[0, : stop - start].detach().float()
         return states
 

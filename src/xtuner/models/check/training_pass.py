@@ -20,6 +20,13 @@ def layers_of(model: Any) -> list[nn.Module]:
     return list(max(lists, key=len, default=[]))
 
 
+def decoder_of(causal: Any) -> Any:
+    """The part of `causal` that gives hidden states; Llama 4 names it otherwise than its
+    `base_model_prefix` says."""
+    base = causal.base_model
+    return causal.get_decoder() if base is causal else base
+
+
 def text_decoder(causal: Any) -> Any:
     """The text model of a vision-language model, else `causal` itself."""
     inner = getattr(causal.base_model, "language_model", None)

@@ -1,0 +1,112 @@
+"""`xtuner serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from xtuner.cli.chat import Device, Dtype
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|RUN",
+            help="What `xtuner chat` takes: a work dir, a checkpoint, a model folder, or a name on "
+            "the hub. Of a run with an adapter the base model is served as well.",
+        ),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Serve this adapter, too, as the model BASE:NAME; repeatable.",
+        ),
+    ] = None,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 23333,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="XTUNER_API_KEY",
+            help="Ask for this key. Required for an address other than loopback.",
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Let pages of this origin send requests; repeatable."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers generated at a time.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
+    max_seconds: Annotated[
+        float, typer.Option(min=1, help="Give up an answer after this time.")
+    ] = 600.0,
+    max_request_mb: Annotated[float, typer.Option(min=0.01, help="Size of a request.")] = 20.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Of requests that name none; OpenAI's is 1.")
+    ] = 1.0,
+    prompt_template: Annotated[
+        str | None, typer.Option(metavar="T", help="Prompt template, as in a settings file.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="S", help="System message.")] = None,
+    bits: Annotated[int | None, typer.Option(metavar="4|8|16", help="Bits per weight.")] = None,
+    device: Annotated[
+        Device, typer.Option(help="'auto' uses a GPU if there is one.")
+    ] = Device.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number type of weights and computation.")
+    ] = Dtype.auto,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that ships with MODEL.")
+    ] = False,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code", help="Run the Python file that the checkpoint names as its template."
+        ),
+    ] = False,
+) -> None:
+    """Serve a model with the OpenAI API.
+
+    Answers /v1/models, /v1/chat/completions and /v1/completions for this machine. Requests are
+    batched; a conversation's prompt is the one that training saw.
+    """
+    from xtuner.cli import _extras
+
+    _extras.require("serve", "fastapi", "uvicorn")
+    from xtuner.serve import listen
+    from xtuner.serve.app import Defaults, make_app
+    from xtuner.serve.engine import Engine, Limits
+    from xtuner.serve.guard import ApiKey, Guard
+    from xtuner.serve.models import open_models
+
+    _extras.check_address(address, secret=api_key, flag="--api-key KEY")
+    socket = listen.bind(address, port)
+    models = open_models(
+        model,
+        adapter or (),
+        prompt_template=prompt_template,
+        system=system,
+        bits=bits,
+        device=device.value,
+        dtype=dtype.value,
+        trust_remote_code=trust_remote_code,
+        trust_code=trust_code,
+    )
+    engine = Engine(Limits(max_batch, max_queue, max_seconds))
+    app = Guard(
+        make_app(models, engine, Defaults(max_tokens, temperature)),
+        address=address,
+        credentials=ApiKey(api_key) if api_key else None,
+        max_body=int(max_request_mb * 2**20),
+        origins=tuple(allow_origin or ()),
+        as_json=True,
+    )
+    typer.echo(f"Serving on {listen.address_of(socket)}/v1 (Ctrl-C stops):")
+    for served in models:
+        typer.echo(f"  {served.name}")
+    listen.run(app, socket, on_end=engine.close)

@@ -1,0 +1,28 @@
+"""What happens around a collective call: an error of it is told in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from xtuner.device.out_of_memory import is_out_of_memory
+from xtuner.errors import LaunchError
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say in plain words that another process is gone; its own message tells why.
+
+    Args:
+        what: is done together.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LaunchError(
+            f"another process of this run ended, so this one cannot continue ({first}): see its "
+            "message. Earlier checkpoints are untouched; continue with --resume"
+        ) from error
