@@ -22,7 +22,7 @@ from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.engine.working import working
+from xtuner.engine.working import LABEL, say, working
 from xtuner.training.evaluate import SampleAnswers
 from xtuner.training.languages import language_of
 from xtuner.types import Sample
@@ -149,9 +149,9 @@ class FinalCheck(BaseHook):
             findings = self._findings()
         if not run.is_main:
             return
-        run.console.print(f"Learned      {findings.line()}", markup=False)
+        say(run.console, f"Learned      {findings.line()}")
         for text in self._advice(findings, run):
-            run.console.print(f"             {text}", markup=False)
+            say(run.console, f"{'':{LABEL}}{text}")
         content = json.dumps(asdict(findings), ensure_ascii=False, indent=1)
         (run.log_dir / FILE_NAME).write_text(content + "\n", encoding="utf-8")
 

@@ -28,7 +28,7 @@ from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.work_dir import WorkPlace, work_dir_of
-from xtuner.engine.working import working
+from xtuner.engine.working import say, working
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
 from xtuner.models import manifest
@@ -201,7 +201,7 @@ class _TrainingRun:
         batch = self.parts.algorithm.collate(samples).to(self.processes.device)
         loss = mean_loss(self.strategy.model, batch)
         if note := loss_note(loss, samples, self.parts.tokenizer.decode):
-            self.console.print(f"Note         {note}", markup=False)
+            say(self.console, f"Note         {note}")
 
     def _result(self, run: Run) -> TrainResult:
         saved = self.store.find() if self.store.all() else None
@@ -341,7 +341,7 @@ class _TrainingRun:
             )
         ]
         for line in lines:
-            self.console.print(line, markup=False)
+            say(self.console, line)
         return lines
 
     def _resumable(self, resume: str) -> Path:
