@@ -90,3 +90,12 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
             f"{did_you_mean(attribute, public)}"
         )
     return getattr(module, attribute)
+
+
+def same_type(value: Any, default: Any) -> bool:
+    """Whether `value` may take the place of `default`, an option of a plug-in."""
+    if default is None or isinstance(default, bool) or isinstance(value, bool):
+        return default is None or isinstance(value, bool) == isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return isinstance(value, type(default))

@@ -231,9 +231,10 @@ class ImageEmbedder(Protocol):
         """The features ``[T, H]`` of each image ``[3, H, W]``."""
         ...
 
-    def embed(self, input_ids: Tensor, images: BatchImages) -> Tensor:
-        """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their
-        places."""
+    def embed(self, input_ids: Tensor, images: BatchImages | None) -> Tensor:
+        """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their places.
+        None is a batch without images: its embeddings go through the weights for images as well,
+        with an image that counts nothing (see `PackedCausalLM.always_embeds`)."""
         ...
 
     def positions(self, batch: Batch) -> Tensor:

@@ -51,4 +51,4 @@ for _name in NAMES:
 class Sharded(Recording):
     """As if every forward pass took all processes."""
 
-    sharded = True
+    sharded = lockstep = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from xtuner.plugins import same_type
 from xtuner.types import Conversation, Encoded, Record, RecordEncoder, Text
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class BaseAlgorithm:
             if name not in cls.options:
                 allowed = ", ".join(cls.options) or "none"
                 yield "algorithm_options", f"has no option {name!r}; allowed: {allowed}"
-            elif not _same_type(value, cls.options[name]):
+            elif not same_type(value, cls.options[name]):
                 default = cls.options[name]
                 yield (
                     "algorithm_options",
@@ -107,11 +108,3 @@ class BaseAlgorithm:
         from xtuner.types import LossOutput
 
         return LossOutput(-model(batch).sum())
-
-
-def _same_type(value: Any, default: Any) -> bool:
-    if default is None or isinstance(default, bool) or isinstance(value, bool):
-        return default is None or isinstance(value, bool) == isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, int | float)
-    return isinstance(value, type(default))

@@ -69,6 +69,22 @@ def command(
             help="Same as --set device=...; with --dry-run --memory SIZE, cuda needs no GPU.",
         ),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How processes share the model: replicated, fsdp2, deepspeed_zero1, ... "
+            "Same as --set strategy=...",
+        ),
+    ] = None,
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="deepspeed_zero1, deepspeed_zero2, deepspeed_zero2_offload, deepspeed_zero3, "
+            "deepspeed_zero3_offload, or a DeepSpeed configuration FILE.json.",
+        ),
+    ] = None,
     trust_remote_code: _trust.TrustRemoteCode = False,
     trust_code: _trust.TrustCode = False,
 ) -> None:
@@ -79,6 +95,8 @@ def command(
         config = _migrated(config)
     if device is not None:
         overrides = [*(overrides or ()), f"device={device}"]
+    if chosen := _strategy(strategy, deepspeed):
+        overrides = [*(overrides or ()), f"strategy={chosen}"]
     loaded = _trust.load(
         config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
@@ -136,6 +154,20 @@ def _check(loaded: LoadedSettings) -> None:
     print(f"Checking {loaded.name}: settings, data, model", flush=True)
     preflight(loaded)
     print("Loading torch and transformers...", flush=True)
+
+
+def _strategy(strategy: str | None, deepspeed: str | None) -> str | None:
+    """The setting `strategy` that the options ask for."""
+    if strategy and deepspeed:
+        raise typer.BadParameter("--strategy and --deepspeed cannot be combined")
+    if deepspeed and not deepspeed.startswith("deepspeed_") and not deepspeed.endswith(".json"):
+        raise typer.BadParameter(
+            f"--deepspeed {deepspeed}: must be deepspeed_zero1, deepspeed_zero2, "
+            "deepspeed_zero2_offload, deepspeed_zero3, deepspeed_zero3_offload, or FILE.json"
+        )
+    if deepspeed and deepspeed.endswith(".json"):
+        return str(Path(deepspeed).expanduser().absolute())
+    return deepspeed or strategy
 
 
 def _migrated(config: str) -> str:

@@ -182,6 +182,8 @@ def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, 
         for value in [given] if isinstance(given, str) else given:
             if setting == "algorithm" and value in _TUNINGS:
                 yield setting, f"{value!r} is a value of 'tuning'; set tuning = {value!r}"
+            elif setting == "strategy" and value.endswith(".json"):
+                continue
             elif value not in known and not plugins.is_user_path(value):
                 yield setting, _wrong_name(setting, value, known)
 

@@ -358,8 +358,13 @@ class RuntimePart(Part):
     device: Annotated[Literal["auto", "cpu", "cuda"], Mark("free")] = "auto"
     """'auto' is a GPU if there is one."""
     strategy: str = "replicated"
-    """How several processes share the work: 'replicated' (each holds the whole model and takes
-    other rows; gradients are summed), or your own as 'my_file.py:MyStrategy'."""
+    """How several processes share weights, gradients and optimizer state: 'replicated' (each holds
+    all of them and takes other rows; gradients are summed), 'fsdp2', 'deepspeed_zero1',
+    'deepspeed_zero2', 'deepspeed_zero2_offload', 'deepspeed_zero3', 'deepspeed_zero3_offload', a
+    DeepSpeed configuration as 'my_file.json', or your own as 'my_file.py:MyStrategy'."""
+    strategy_options: Options = ()
+    """Settings of the strategy itself, by name: for 'fsdp2' {'cpu_offload': True} keeps weights,
+    gradients and optimizer state in the CPU's memory."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True

@@ -128,9 +128,9 @@ class StepGradients:
         return float(total), [float(value) / divisor for value in metrics]
 
     def padded(self, batches: list[Batch]) -> list[Batch]:
-        """`batches`, filled up so that all processes have equally many where a forward pass of
-        sharded weights takes all of them; what is added must count nothing."""
-        if not self.strategy.sharded:
+        """`batches`, filled up so that all processes have equally many where a backward pass takes
+        all of them; what is added must count nothing."""
+        if not self.strategy.lockstep:
             return batches
         missing = int(self.processes.max(len(batches))) - len(batches)
         if not missing:

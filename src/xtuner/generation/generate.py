@@ -10,6 +10,7 @@ answers equal those of `model.generate(do_sample=False)`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,18 @@ class GenerationOptions:
         return () if self.samples else tuple(n for n in sampling if getattr(self, n) is not None)
 
 
+Within = Callable[[Callable[[], Any]], Any]
+"""Calls a function that runs the model, and returns its result."""
+
+
+def _plainly(run: Callable[[], Any]) -> Any:
+    return run()
+
+
+def _inputs(vision: ImageInput | None, prompt: list[int], messages: Sequence[Message]) -> Any:
+    return vision.inputs(prompt, messages) if vision else {}
+
+
 def stream(
     model: Any,
     tokenizer: Any,
@@ -88,17 +101,20 @@ def stream(
     options: GenerationOptions,
     vision: ImageInput | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
+    within: Within | None = None,
 ) -> Generator[str, None, None]:
     """Yield the assistant's answer to `messages` in pieces.
 
     `model` may be in training mode: it is switched to evaluation mode and back. `vision` embeds the
     images of the messages. `agree` maps each chosen id ``[1]`` to the one that is taken: where
-    several processes generate together, that of rank 0.
+    several processes generate together, that of rank 0. `within` calls what runs the model, inside
+    of whatever gathers sharded weights.
 
     Raises:
         ModelError: the messages leave no room in the model's context.
         DataError: the template does not support these messages.
     """
+    within = within or _plainly
     prompt = template.prompt_ids(messages)
     prompt = vision.expanded(prompt, messages) if vision else prompt
     room = room_for_answer(model, prompt)
@@ -107,9 +123,9 @@ def stream(
     text = Detokenizer(tokenizer)
     with generation_mode(model):
         with packed.without_cudnn(next(model.parameters()).device):
-            first = vision.inputs(prompt, messages) if vision else {}
+            first = within(lambda: _inputs(vision, prompt, messages))
         choose = chooser(options, next(model.parameters()).device)
-        ids = token_ids(model, prompt, choose, first, agree)
+        ids = token_ids(model, prompt, choose, first, agree, within)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
             if token_id in ends:
                 break
@@ -170,6 +186,7 @@ def token_ids(
     choose: Callable[[Tensor, Tensor], Tensor],
     first: Mapping[str, Any],
     agree: Callable[[Tensor], Tensor] | None = None,
+    within: Within = _plainly,
 ) -> Iterator[int]:
     """Yield the ids that follow `prompt`, without end.
 
@@ -178,7 +195,7 @@ def token_ids(
         prompt: token ids.
         choose: see `chooser`.
         first: the model inputs of a prompt with images.
-        agree: see `stream`.
+        agree, within: see `stream`.
     """
     embedding = model.get_input_embeddings().weight
     device = next(model.parameters()).device  # the embedding may be on another device
@@ -195,7 +212,7 @@ def token_ids(
         with torch.no_grad(), packed.without_cudnn(device):
             if cached:
                 extra["past_key_values"] = cache
-            output = model(**inputs, use_cache=cached, **extra)
+            output = within(functools.partial(model, **inputs, use_cache=cached, **extra))
             chosen = choose(seen, output.logits[:, -1].float())
             chosen = agree(chosen) if agree else chosen
         yield int(chosen)

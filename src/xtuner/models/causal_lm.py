@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +63,8 @@ class PackedCausalLM(nn.Module):
         embedder: takes batches with images; None for a language model alone.
 
     Attributes:
+        always_embeds: a batch without images enters the weights for images, too. Where weights or
+            gradients are divided among processes, all of them then enter the same modules.
         apart: each sample goes through the model by itself, as transformers' plainest call.
         sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
             has all.
@@ -80,6 +83,7 @@ class PackedCausalLM(nn.Module):
         self.sequence: SequenceGroup | None = None
         self._rotary: SplitRotary | None = None
         self.autocast = autocast
+        self.always_embeds = False
         self.plain_logits = False
         self.apart = why_apart(text_decoder(self.causal)) is not None
         head: Any = self.causal.get_output_embeddings()
@@ -101,9 +105,18 @@ class PackedCausalLM(nn.Module):
         """Last hidden states ``[1, N, H]`` of a packed batch."""
         return decoder_of(self.causal)(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | None, *, run: Callable[[], Any] | None = None) -> Any:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
-        the tokens (see `Batch.sequence_of_predicting`)."""
+        the tokens (see `Batch.sequence_of_predicting`).
+
+        Args:
+            batch: None with `run`.
+            run: called instead, and its result returned. Whatever else calls the model enters here,
+                so that hooks which gather sharded weights see the pass from its beginning.
+        """
+        if run is not None:
+            return run()
+        assert batch is not None
         with self._autocast():
             if self.sequence is not None and self._rotary is not None:
                 return self._scores_of_shares(batch, self.sequence, self._rotary)
@@ -172,7 +185,7 @@ class PackedCausalLM(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         positions = batch.position_ids
-        if batch.images is not None and self.embedder is not None:
+        if self.embedder is not None and (batch.images is not None or self.always_embeds):
             ids = inputs.pop("input_ids")
             inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
             positions = self.embedder.positions(batch)

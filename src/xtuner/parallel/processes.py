@@ -153,6 +153,14 @@ class Processes:
         if bucket:
             _sum_bucket(bucket)
 
+    def form_group(self) -> None:
+        """Have a process group, as FSDP2 and DeepSpeed need one even where a process is alone; that
+        one stays, for DeepSpeed keeps it for the next run."""
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            store = torch._C._distributed_c10d.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
     def wait(self) -> None:
         """Wait until every process is here."""
         with self._together("a barrier"):

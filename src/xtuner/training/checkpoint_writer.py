@@ -16,7 +16,8 @@ from xtuner.device.select import name_of
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.hooks.base import Run
 from xtuner.engine.optimizer.loss_scaler import LossScaler
-from xtuner.engine.strategies.base import BaseStrategy
+from xtuner.engine.spill import Spill, as_it_is
+from xtuner.engine.strategies.base import BaseStrategy, Keep
 from xtuner.engine.training_state import load_state, save_state
 from xtuner.models import original
 from xtuner.models.run_info import RunInfo, installed_versions
@@ -93,12 +94,13 @@ class CheckpointWriter:
 
     def _write(self, folder: Path, run: Run) -> None:
         """Write this process's part: gathering is for all, writing for the main one."""
-        weights = self._trained_weights()
-        optimizer = self.strategy.optimizer_state()
+        keep = Spill(folder).keep if self.strategy.gathers else as_it_is
+        weights = self._trained_weights(keep)
+        optimizer = self.strategy.optimizer_state(keep)
         if optimizer is None or not self.strategy.processes.is_main:
             return
         if self.vision:
-            self.vision.save(folder)
+            self.vision.save(folder, weights)
         else:
             save_model(self.model, folder, trained=weights)
         complete = not self.vision and not self.settings.uses_adapter
@@ -115,18 +117,18 @@ class CheckpointWriter:
             loss_scaler=self.loss_scaler,
         )
 
-    def _trained_weights(self) -> dict[str, Tensor]:
+    def _trained_weights(self, keep: Keep) -> dict[str, Tensor]:
         """The trained weights by their names in `model`; on the main process.
 
-        Where every process holds all weights these are no copies; where weights are gathered the
-        main process holds what is trained once more, in CPU memory.
+        Where every process holds all weights these are no copies; where weights are gathered they
+        lie on the disk.
         """
         first = {id(p): name for name, p in self.model.named_parameters()}
         names = {
             name: first[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False)
         }
         found = {
-            name.removeprefix(_WRAPPED): tensor
+            name.removeprefix(_WRAPPED): keep(tensor) if self.strategy.sharded else tensor
             for name, tensor in self.strategy.trained_weights()
             if tensor is not None
         }

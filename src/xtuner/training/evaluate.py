@@ -110,6 +110,7 @@ class SampleAnswers:
         processes: this process and the others.
         sharded: all processes have to make the same forward passes.
         vision: shows images; None if the model takes none.
+        entrance: what the strategy made of `model`, where weights are sharded; None elsewhere.
     """
 
     settings: Settings
@@ -119,6 +120,7 @@ class SampleAnswers:
     processes: Processes
     sharded: bool = False
     vision: RunVision | None = None
+    entrance: Any = None
 
     def answer(self, question: str, *images: str) -> str:
         """The answer to one question; a collective call only where weights are sharded."""
@@ -131,6 +133,7 @@ class SampleAnswers:
                 options=self._options(),
                 vision=self.vision.image_input if self.vision else None,
                 agree=self._agree(),
+                within=self._within(),
             )
             return "".join(pieces)
 
@@ -200,6 +203,11 @@ class SampleAnswers:
     def _autocast(self) -> torch.autocast:
         dtype = self.model.autocast
         return torch.autocast(self.processes.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _within(self) -> Callable[[Callable[[], Any]], Any] | None:
+        """Enters the model through its outermost module, where weights are gathered."""
+        entrance = self.entrance
+        return None if entrance is None else lambda run: entrance(None, run=run)
 
     def _agree(self) -> Callable[[Tensor], Tensor] | None:
         """Makes the next token that of rank 0, so that no process ends its answer earlier."""

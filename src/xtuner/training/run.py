@@ -6,6 +6,7 @@ settings ─► tokenizer ─► template ─► data ─► loader ─► model
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
 from xtuner.training.final_check import final_check
+from xtuner.training.holdings import holdings
 from xtuner.training.languages import FIRST_SAMPLES, loss_note, mean_loss, script_note
 from xtuner.training.opening_lines import opening_lines
 from xtuner.training.recording import Recording, recording
@@ -68,6 +70,8 @@ def train(
         Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
     """
     settings = loaded.settings
+    # Where DeepSpeed is installed transformers imports it, and it would warn that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", pick_device(settings.device))
     processes = Processes(
         pick_device(settings.device), sequence_parallel_size=settings.sequence_parallel_size
     )
@@ -195,7 +199,8 @@ class _TrainingRun:
 
     def _note_language(self, data: TrainingData) -> None:
         """Say so if the model cannot predict the answers that it will be trained on."""
-        samples = [] if self.vision else data.train[0][:FIRST_SAMPLES]
+        alone = self.processes.world_size == 1 and not self.vision
+        samples = data.train[0][:FIRST_SAMPLES] if alone else []
         if not samples or any(sample.lengths for sample in samples):
             return
         batch = self.parts.algorithm.collate(samples).to(self.processes.device)
@@ -224,6 +229,7 @@ class _TrainingRun:
             processes=self.processes,
             sharded=self.strategy.sharded,
             vision=self.vision,
+            entrance=self.strategy.model if self.strategy.sharded else None,
         )
         validate = None
         if data.validation is not None:
@@ -317,7 +323,17 @@ class _TrainingRun:
                 paged=self.plan.paged,
             )
 
+        model.always_embeds = self.strategy.lockstep and self.processes.world_size > 1
+        everything = sum(p.numel() * p.element_size() for p in model.parameters())
+        trained = sum(p.numel() * p.element_size() for p in optim.trainable(model))
         self.strategy.prepare(model, make)
+        for line in holdings(
+            self.strategy,
+            weights=everything,
+            gradients=trained,
+            optimizer=self.plan.forecast.optimizer,
+        ):
+            self.console.print(line, markup=False)
         for note in self.strategy.notes:
             self.console.print(f"Note: {note}", markup=False)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xtuner.config.schema import Settings
 from xtuner.data.images.expansion import ImageCollate, ImageLayout, open_image_folder
@@ -145,9 +146,9 @@ class RunVision:
         """A question of the settings about images of the settings."""
         return question(text, [self._image(name) for name in images])
 
-    def save(self, folder: Path) -> None:
-        """Write the parts that are trained."""
-        self.parts.save(folder)
+    def save(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        """Write the parts that are trained; `trained` are their weights by name in the whole."""
+        self.parts.save(folder, trained)
 
     def line(self) -> str:
         """What an image takes, for the terminal."""

@@ -36,7 +36,12 @@ def of_run(settings: Settings, processes: Processes, *, folder: Path) -> BaseStr
 
 def _class_of(name: str, folder: Path) -> type[BaseStrategy]:
     kind: Any
-    if plugins.is_user_path(name):
+    if name.endswith(".json"):
+        from xtuner.engine.strategies._deepspeed import strategy_of
+        from xtuner.engine.strategies._deepspeed_config import read
+
+        kind = strategy_of(read(name, folder=folder))
+    elif plugins.is_user_path(name):
         kind = plugins.load_user_object(name, setting=SETTING, folder=folder)
         if not (inspect.isclass(kind) and issubclass(kind, BaseStrategy)):
             raise ConfigError(

@@ -12,16 +12,40 @@ loss, the learning rate, the scale of the loss and when a step is repeated or no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from xtuner.config.schema import Settings
+from xtuner.engine.spill import as_it_is
 from xtuner.parallel.processes import Processes
+from xtuner.plugins import same_type
 
 MakeOptimizer = Callable[[nn.Module], Any]
 """Makes the optimizer of a run for the trainable parameters of a model."""
+Keep = Callable[[Tensor], Tensor]
+"""Keeps a tensor until a checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """What one process holds, as shares of what a single process holds.
+
+    Attributes:
+        weights: of the model.
+        gradients: of the trained weights.
+        optimizer: state of the optimizer.
+        weights_on_cpu: the weights, gradients and optimizer state lie in the CPU's memory.
+        optimizer_on_cpu: the optimizer state lies in the CPU's memory.
+    """
+
+    weights: float = 1.0
+    gradients: float = 1.0
+    optimizer: float = 1.0
+    weights_on_cpu: bool = False
+    optimizer_on_cpu: bool = False
 
 
 class BaseStrategy(ABC):
@@ -34,23 +58,51 @@ class BaseStrategy(ABC):
     Attributes:
         sharded: a process does not hold all weights, so a forward pass is a collective call: all
             processes make equally many of them.
+        gathers: a process does not hold all optimizer state, so a checkpoint is gathered. True
+            wherever `sharded` is.
+        lockstep: a backward pass is a collective call: all processes make equally many of them,
+            through the same layers. True wherever `sharded` is.
+        options: the strategy's own settings with their defaults, set by `strategy_options`.
         model: what the algorithm calls; set by `prepare`, which may wrap or change it.
         notes: what the user should know of what `prepare` chose.
     """
 
     sharded: ClassVar[bool] = False
+    lockstep: ClassVar[bool] = False
+    gathers: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
         self.settings = settings
         self.processes = processes
+        self.option: dict[str, Any] = {**self.options, **dict(settings.strategy_options)}
         self.model: Any = None
         self.notes: list[str] = []
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
         """Yield (setting, problem) for every setting that the strategy cannot work with."""
-        if cls.sharded and settings.has_vision:
-            yield "visual_encoder_name_or_path", "sharded weights do not work with images yet"
+        for name, value in settings.strategy_options:
+            if name not in cls.options:
+                allowed = ", ".join(cls.options) or "none"
+                yield "strategy_options", f"has no option {name!r}; allowed: {allowed}"
+            elif not same_type(value, default := cls.options[name]):
+                yield (
+                    "strategy_options",
+                    f"{name} = {value!r} must have the type of its default, {default!r}",
+                )
+
+        if cls.sharded and settings.cache_visual_features:
+            yield (
+                "cache_visual_features",
+                "a vision tower whose weights are divided runs on all processes or on none, and "
+                "each finds other features in the cache; set it to False, or strategy = "
+                "'deepspeed_zero2'",
+            )
+
+    def division(self, processes: int) -> Division:
+        """What each of `processes` processes holds."""
+        return Division()
 
     @abstractmethod
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
@@ -59,6 +111,10 @@ class BaseStrategy(ABC):
         Returns:
             The optimizer, with `param_groups` whose ``lr`` takes effect in the next step.
         """
+
+    def held_weights(self) -> int:
+        """Bytes of the weights that this process holds between two steps, after `prepare`."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @abstractmethod
     def zero_grad(self) -> None:
@@ -108,9 +164,14 @@ class BaseStrategy(ABC):
         """
 
     @abstractmethod
-    def optimizer_state(self) -> dict[str, Any] | None:
+    def optimizer_state(self, keep: Keep = as_it_is) -> dict[str, Any] | None:
         """The state of the optimizer in the format of `torch.optim.Optimizer.state_dict`, one entry
-        per parameter as on a single process; on rank 0, None elsewhere. A collective call."""
+        per parameter as on a single process; on rank 0, None elsewhere. A collective call.
+
+        Args:
+            keep: takes each tensor that was gathered, before the next one is, and returns what
+                stands for it in the result.
+        """
 
     @abstractmethod
     def load_optimizer_state(self, state: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from xtuner.engine.optimizer import flat_check, optim
 from xtuner.engine.optimizer.flat import FlatOptimizer
 from xtuner.engine.optimizer.state_check import check_state
-from xtuner.engine.strategies.base import BaseStrategy, MakeOptimizer
+from xtuner.engine.spill import as_it_is
+from xtuner.engine.strategies.base import BaseStrategy, Keep, MakeOptimizer
 
 
 class Strategy(BaseStrategy):
@@ -78,7 +79,7 @@ class Strategy(BaseStrategy):
             if parameter.requires_grad:
                 yield name, parameter.detach() if self.processes.is_main else None
 
-    def optimizer_state(self) -> dict[str, Any] | None:
+    def optimizer_state(self, keep: Keep = as_it_is) -> dict[str, Any] | None:
         """The optimizer's own; tensors are not copied."""
         return self.optimizer.state_dict() if self.processes.is_main else None
 

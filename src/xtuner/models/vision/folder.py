@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,12 @@ def run_of(folder: Path) -> RunInfo | None:
     return RunInfo.read(folder.parent) if info is None and is_llava_folder(folder.parent) else info
 
 
-def save_projector(llava: Any, folder: Path) -> None:
-    """Write the projector alone."""
+def save_projector(
+    llava: Any, folder: Path, *, trained: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the projector alone; `trained` take the place of its own weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = llava.model.multi_modal_projector.state_dict()
+    state = {**llava.model.multi_modal_projector.state_dict(), **(trained or {})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     config = {

@@ -146,9 +146,11 @@ class LlavaEmbedder(nn.Module):
             layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
             return select(output.hidden_states, layer, strategy)
 
-    def embed(self, input_ids: Tensor, images: BatchImages) -> Tensor:
+    def embed(self, input_ids: Tensor, images: BatchImages | None) -> Tensor:
         """Input embeddings ``[1, N, H]`` of ``[1, N]`` token ids."""
         embedding = self.llava.get_input_embeddings()
+        if images is None:
+            return embedding(input_ids) + self._nothing()  # type: ignore[no-any-return]
         vectors: Tensor = embedding(input_ids.masked_fill(images.mask, 0))
         features = self._all_features(images)
         with self._autocast():
@@ -157,6 +159,15 @@ class LlavaEmbedder(nn.Module):
         if wanted != found:
             raise ModelError(f"{wanted} image tokens for {found} features of images")
         return vectors.masked_scatter(images.mask[..., None], projected.to(vectors.dtype))
+
+    def _nothing(self) -> Tensor:
+        """Zero, by way of the vision tower and the projector."""
+        size = self.llava.config.vision_config.image_size
+        features = self.features(torch.zeros(1, 3, size, size))
+        with self._autocast():
+            projected = self.llava.model.multi_modal_projector(self._as_projector(features))
+        dtype = self.llava.get_input_embeddings().weight.dtype
+        return (projected[0, 0] * 0.0).to(dtype)  # type: ignore[no-any-return]
 
     def positions(self, batch: Batch) -> Tensor:
         """Position ids ``[1, N]``: image tokens count like text."""

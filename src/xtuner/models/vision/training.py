@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xtuner.config.schema import Settings
 from xtuner.models import adapters
@@ -46,9 +46,17 @@ class LlavaTraining:
         """The assembled model."""
         return self.packed.model
 
-    def save(self, folder: Path) -> None:
-        """Write the parts that are trained."""
-        layout.save_projector(self.llava, folder / layout.PROJECTOR)
+    def save(self, folder: Path, trained: Mapping[str, Tensor] | None = None) -> None:
+        """Write the parts that are trained.
+
+        Args:
+            folder: gets the parts.
+            trained: weights that take the place of the model's own, by their names in `llava`.
+        """
+        own = self.llava.named_parameters()
+        values = {id(p): trained[name] for name, p in own if trained and name in trained}
+        projector = _values_of(self.llava.model.multi_modal_projector, values)
+        layout.save_projector(self.llava, folder / layout.PROJECTOR, trained=projector)
         for model, training, adapter, full in (
             (self.llm, self.settings.llm_training, layout.LLM_ADAPTER, layout.LLM),
             (
@@ -59,7 +67,8 @@ class LlavaTraining:
             ),
         ):
             if training != "frozen":
-                save_model(model, folder / (adapter if training == "adapter" else full))
+                target = folder / (adapter if training == "adapter" else full)
+                save_model(model, target, trained=_values_of(model, values))
         if self.settings.visual_encoder_training == "full":
             self.processor.upstream.save_pretrained(folder / layout.ENCODER)
 
@@ -77,6 +86,12 @@ class LlavaTraining:
             trained, everything = adapters.count_parameters(holder)
             words = {"full": "all its weights", "adapter": "adapters", "frozen": "frozen"}[how]
             yield f"{name:<16}{trained:>14,} of {everything:>14,} trained   {words}"
+
+
+def _values_of(part: nn.Module, values: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """`values`, given by the parameters' ids, by the names that they have in `part`."""
+    named = part.named_parameters(remove_duplicate=False)
+    return {name: values[id(p)] for name, p in named if id(p) in values}
 
 
 def make(

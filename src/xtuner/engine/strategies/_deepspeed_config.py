@@ -1,0 +1,153 @@
+"""A DeepSpeed configuration: one of the built-in ones, or a user's file, without what the settings
+of a run decide."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xtuner.errors import ConfigError
+
+BUILT_IN: Mapping[str, Mapping[str, Any]] = {
+    "deepspeed_zero1": {"stage": 1},
+    "deepspeed_zero2": {"stage": 2},
+    "deepspeed_zero2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "deepspeed_zero3": {"stage": 3},
+    "deepspeed_zero3_offload": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    },
+}
+"""The section zero_optimization by name of the strategy."""
+
+OF_SETTINGS: Mapping[str, str] = {
+    "train_batch_size": "batch_size, accumulative_counts and the number of processes",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accumulative_counts",
+    "gradient_clipping": "max_norm",
+    "optimizer": "optim_type, lr, betas and weight_decay",
+    "scheduler": "lr_schedule and the warm-up",
+    "fp16": "dtype",
+    "bf16": "dtype",
+    "bfloat16": "dtype",
+    "amp": "dtype",
+    "torch_autocast": "dtype",
+    "steps_per_print": "logging_steps",
+    "sequence_parallel_size": "sequence_parallel_size",
+}
+"""Keys of a file that settings decide, and which."""
+
+_REFUSED = {
+    "zero_quantized_weights": "rounds weights to 8 bits in each forward pass",
+    "zero_quantized_gradients": "rounds gradients to 4 bits",
+    "zero_quantized_nontrainable_weights": "rounds frozen weights to 8 bits",
+}
+"""Keys of zero_optimization that change the arithmetic."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """What of a configuration is used.
+
+    Attributes:
+        name: of the strategy, or the file.
+        zero: the section zero_optimization, without 'auto'.
+        others: other keys, passed on.
+        decided: keys that are not used, since settings decide.
+    """
+
+    name: str
+    zero: Mapping[str, Any]
+    others: Mapping[str, Any]
+    decided: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> int:
+        """1 divides the optimizer state, 2 the gradients, too, 3 the weights, too."""
+        return int(self.zero["stage"])
+
+    @property
+    def optimizer_on_cpu(self) -> bool:
+        """Whether the optimizer state lies in the CPU's memory."""
+        return _device(self.zero, "offload_optimizer") != "none"
+
+    @property
+    def weights_on_cpu(self) -> bool:
+        """Whether the weights lie in the CPU's memory."""
+        return _device(self.zero, "offload_param") != "none"
+
+    def for_engine(self, batch_size: int) -> dict[str, Any]:
+        """The configuration that `deepspeed.initialize` gets: the trainer accumulates, scales the
+        loss, clips and schedules."""
+        return {
+            **self.others,
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "steps_per_print": 2**62,
+            "zero_optimization": dict(self.zero),
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+
+
+def built_in(name: str) -> DeepSpeedConfig:
+    """The configuration of strategy `name`."""
+    return DeepSpeedConfig(name, BUILT_IN[name], {})
+
+
+def read(name: str, *, folder: Path) -> DeepSpeedConfig:
+    """Read the file `name`, looked up in `folder`, then in the working directory.
+
+    Values 'auto', as transformers fills them in, become DeepSpeed's defaults.
+
+    Raises:
+        ConfigError: there is no such file, it is no JSON, or it cannot be used.
+    """
+    places = [folder / Path(name).expanduser(), Path(name).expanduser()]
+    path = next((place for place in places if place.is_file()), None)
+    said = f"strategy = {name!r}"
+    if path is None:
+        looked = ", ".join(str(place.absolute()) for place in dict.fromkeys(places))
+        raise ConfigError(f"{said}: no such file (looked for {looked})")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{said}: {path} is not JSON: {error}") from error
+    zero = found.get("zero_optimization") if isinstance(found, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise ConfigError(
+            f"{said}: {path} has no section zero_optimization with stage 1, 2 or 3; without one "
+            "set strategy = 'replicated'"
+        )
+    if wrong := [f"{key} {why}" for key, why in _REFUSED.items() if zero.get(key) is True]:
+        raise ConfigError(f"{said}: zero_optimization in {path}: {'; '.join(wrong)}; remove it")
+    if zero["stage"] == 1 and _device(zero, "offload_optimizer") != "none":
+        raise ConfigError(
+            f"{said}: {path} offloads the optimizer state with stage 1; set stage to 2, which "
+            "offloads it as well"
+        )
+    decided = tuple(key for key in found if key in OF_SETTINGS and found[key] != "auto")
+    others = {
+        key: value
+        for key, value in found.items()
+        if key not in OF_SETTINGS and key != "zero_optimization" and value != "auto"
+    }
+    return DeepSpeedConfig(name, _without_auto(zero), others, decided)
+
+
+def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def _device(zero: Mapping[str, Any], key: str) -> str:
+    section = zero.get(key)
+    return str(section.get("device", "none")) if isinstance(section, Mapping) else "none"

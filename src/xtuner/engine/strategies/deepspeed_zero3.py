@@ -1,0 +1,5 @@
+"""Weights, gradients and optimizer state are divided (DeepSpeed's ZeRO stage 3)."""
+
+from xtuner.engine.strategies._deepspeed import built_in_strategy
+
+Strategy = built_in_strategy(__name__)

@@ -1,0 +1,5 @@
+"""Stage 3 with weights and optimizer state in the CPU's memory."""
+
+from xtuner.engine.strategies._deepspeed import built_in_strategy
+
+Strategy = built_in_strategy(__name__)

@@ -1,0 +1,172 @@
+"""Every process holds a part of each weight, gradient and moment (torch's `fully_shard`).
+
+A layer is gathered before it runs, forward and backward, and released after it; its gradients are
+summed into the parts after each micro-batch. Numbers and types are those of a single process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.config.schema import Settings
+from xtuner.engine.optimizer import optim
+from xtuner.engine.spill import as_it_is
+from xtuner.engine.strategies import _parts, _state
+from xtuner.engine.strategies.base import BaseStrategy, Division, Keep, MakeOptimizer
+from xtuner.errors import LaunchError
+
+NAME = "fsdp2"
+
+
+class Strategy(BaseStrategy):
+    """Fully sharded data parallelism."""
+
+    sharded = lockstep = gathers = True
+    options: ClassVar[Mapping[str, Any]] = {"cpu_offload": False}
+
+    @classmethod
+    def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
+        """Refuse quantised weights and optimizers that need whole weights."""
+        yield from super().check(settings)
+        yield from _state.check_optimizer(settings.optim_type)
+        if settings.effective_quantization != "none":
+            yield (
+                "quantization",
+                f"{settings.effective_quantization} weights lose their scales when fully_shard "
+                "divides them; set strategy = 'deepspeed_zero2' (weights whole on every process, "
+                "gradients and optimizer state divided), or tuning = 'lora'",
+            )
+
+    def division(self, processes: int) -> Division:
+        """A part of everything; with cpu_offload in the CPU's memory."""
+        part, offload = 1 / processes, bool(self.option["cpu_offload"])
+        return Division(part, part, part, weights_on_cpu=offload, optimizer_on_cpu=offload)
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
+        """Divide the weights of `model`, unit by unit, and make an optimizer for the parts."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        self.processes.form_group()
+        size = self.processes.world_size
+        mesh = init_device_mesh(self.processes.device.type, (size,))
+        policy = CPUOffloadPolicy() if self.option["cpu_offload"] else OffloadPolicy()
+        units = _parts.units_of(model)
+        divided: list[Any] = [*units, *([] if model in units else [model])]
+        for unit in divided:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+            if hasattr(unit, "set_reduce_scatter_unused_params"):
+                unit.set_reduce_scatter_unused_params(True)
+        self.model = model
+        self.parameters = optim.trainable(model)
+        self.optimizer: Any = make_optimizer(model)
+        self._check_active()
+        return self.optimizer
+
+    def _check_active(self) -> None:
+        from torch.distributed.tensor import DTensor
+
+        whole = [n for n, p in self.model.named_parameters() if not isinstance(p, DTensor)]
+        if whole:
+            raise LaunchError(
+                f"strategy = {NAME!r} is not active: {len(whole)} weights are not divided, "
+                f"{whole[0]} among them; set strategy = 'replicated'"
+            )
+
+    def held_weights(self) -> int:
+        """Bytes of the parts."""
+        parts = [p.to_local() for p in self.model.parameters()]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def zero_grad(self) -> None:
+        """Discard the gradients of this process's parts."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Backpropagate; the gradients of each unit are summed into the parts on the way."""
+        if _parts.check_has_gradient(loss, self.processes, NAME):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def reduce_gradients(self) -> None:
+        """Nothing: every backward pass does."""
+
+    def _gradients(self) -> list[Tensor]:
+        found = [p.grad.to_local() for p in self.parameters if p.grad is not None]  # type: ignore[attr-defined]
+        return [part for part in found if part.numel()]
+
+    def unscale(self, factor: float) -> None:
+        """Multiply the gradients of this process's parts."""
+        if parts := self._gradients():
+            torch._foreach_mul_(parts, factor)
+
+    def clip_gradients(self, max_norm: float | None) -> float:
+        """Clip by the norm over the parts of all processes."""
+        parts = self._gradients()
+        norm = _parts.norm_of_parts(parts, self.processes)
+        _parts.scale_to(parts, max_norm, norm)
+        return norm
+
+    def step(self) -> None:
+        """Apply the gradients to this process's parts."""
+        self.optimizer.step()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of all parameter groups."""
+        optim.set_learning_rate(self.optimizer, lr)
+
+    def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Gather each trained weight; the main process gets it in the CPU's memory."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                full = _gathered(parameter.detach())
+                yield name, full.cpu() if self.processes.is_main else None
+
+    def optimizer_state(self, keep: Keep = as_it_is) -> dict[str, Any] | None:
+        """Gather the state, one tensor at a time."""
+        held = self.optimizer.state_dict()
+        entries: dict[int, dict[str, Any]] = {}
+        for number, values in held["state"].items():
+            kept: dict[str, Any] = {}
+            for name, value in values.items():
+                full = _gathered(value)
+                if self.processes.is_main:
+                    kept[name] = keep(full.cpu()) if isinstance(full, Tensor) else full
+            if self.processes.is_main:
+                entries[number] = _state.to_saved(self.settings.optim_type, kept)
+        if not self.processes.is_main:
+            return None
+        return {"state": entries, "param_groups": held["param_groups"]}
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Take this process's parts of a whole state."""
+        groups = [[p.shape for p in g["params"]] for g in self.optimizer.param_groups]
+        _state.check_full_state(groups, state)
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        entries = {}
+        for number, values in state["state"].items():
+            ours = _state.from_saved(self.settings.optim_type, values)
+            entries[number] = {n: _part_of(v, parameters[number]) for n, v in ours.items()}
+        now = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": now})
+
+
+def _gathered(value: Any) -> Any:
+    """The whole of a tensor that is divided; a collective call."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _part_of(value: Any, parameter: Any) -> Any:
+    """The part of `value` that lies beside this process's part of `parameter`."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.ndim == 0:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    local = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(local, mesh, placements, src_data_rank=None)

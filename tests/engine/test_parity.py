@@ -1,0 +1,64 @@
+"""Losses, gradients and weights of two processes under every strategy are those of one process on
+the same samples.
+
+A few cases run always; the whole matrix is slow. The processes are started once for each.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from sharded_cases import case
+
+from xtuner.parallel.processes import Processes
+from xtuner.testing.run_distributed import run_distributed
+
+ZERO = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+OFFLOADED = ("deepspeed_zero2_offload", "deepspeed_zero3_offload")
+TUNINGS, ACCUMULATIONS = ("full", "lora"), (1, 4)
+FEW = [("fsdp2", "full", 4), ("deepspeed_zero1", "full", 4), ("deepspeed_zero3", "lora", 4)]
+ALL = [
+    *itertools.product(("replicated", "fsdp2", *ZERO), TUNINGS, ACCUMULATIONS),
+    *itertools.product(OFFLOADED, TUNINGS, (4,)),
+]
+
+
+def run_all(cases):
+    """The results of `cases` on this process."""
+    processes = Processes("cpu")
+    found = [case(processes, *each) for each in cases]
+    processes.close()
+    return found
+
+
+def assert_alike(cases, results):
+    """Compare with a replicated run on one process."""
+    alone = {}
+    for (strategy, *work), (losses, norms, weights) in zip(cases, results, strict=True):
+        key = tuple(work)
+        if key not in alone:
+            alone[key] = case(Processes("cpu"), "replicated", *work)
+        expected_losses, expected_norms, expected = alone[key]
+        assert losses == pytest.approx(expected_losses, abs=1e-5), (strategy, work)
+        assert norms == pytest.approx(expected_norms, rel=1e-5), (strategy, work)
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            # A moment of Adam may be as small as the rounding of its gradient.
+            message = f"{strategy} {work} {name}"
+            np.testing.assert_allclose(value, expected[name], atol=1e-4, err_msg=message)
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_gradients_of_one():
+    first, second = run_distributed(run_all, FEW)
+    assert_alike(FEW, first)
+    assert [losses for losses, *_ in first] == [losses for losses, *_ in second]
+    assert all(not weights for *_, weights in second)  # the main process alone gets them
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_strategy_gives_the_gradients_of_one_process():
+    assert_alike(ALL, run_distributed(run_all, ALL)[0])
+    alone = [(strategy, "full", 4) for strategy in ("fsdp2", *ZERO, *OFFLOADED)]
+    assert_alike(alone, run_all(alone))

@@ -1,0 +1,118 @@
+"""Short runs of a tiny model under a strategy, with the samples of a step shared out in any way."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from test_trainer import make_samples
+
+from xtuner.algorithms.sft import Algorithm
+from xtuner.config.schema import Settings
+from xtuner.engine import strategies
+from xtuner.engine.hooks.base import Run
+from xtuner.engine.optimizer import optim
+from xtuner.engine.trainer import Trainer
+from xtuner.kernels.attention import packed as attention
+from xtuner.models import adapters
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.testing.tiny import tiny_model
+
+STEPS = 3
+
+
+class Shares:
+    """The steps of two ranks as they are dealt to one rank or two.
+
+    The first step is full, in the second the second half has fewer micro-batches, in the third it
+    has none.
+    """
+
+    steps_per_epoch = STEPS
+
+    def __init__(self, processes, accumulation):
+        sizes = ((accumulation, accumulation), (accumulation, accumulation - 1), (accumulation, 0))
+        self._steps = []
+        for step, counts in enumerate(sizes):
+            halves = [
+                [make_samples(2, seed=100 * step + 10 * half + n) for n in range(count)]
+                for half, count in enumerate(counts)
+            ]
+            alone = processes.world_size == 1
+            self._steps.append([*halves[0], *halves[1]] if alone else halves[processes.rank])
+
+    def groups(self, start_step, stop_step):
+        for step in range(start_step, stop_step):
+            yield [Algorithm().collate(part) for part in self._steps[step]]
+
+    def filler(self):
+        return Algorithm().collate(make_samples(1, seed=99))
+
+
+def model_of(tuning, *, tied=False):
+    """A tiny model in float32, and its settings' share of the work done."""
+    attention.register()
+    model = tiny_model(tie_word_embeddings=tied)
+    model.set_attn_implementation(attention.NAME)
+    if tuning == "full":
+        return PackedCausalLM(model)
+    adapted = adapters.add_adapter(model, r=4, alpha=8)
+    with torch.no_grad():  # B is zero at first, and A then has no gradient
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    return PackedCausalLM(adapted)
+
+
+def make_trainer(processes, strategy, tuning, accumulation=1, *, model=None, hooks=(), **settings):
+    """A trainer of `STEPS` steps with AdamW."""
+    chosen = {"pretrained_model_name_or_path": "m", "data_path": "d", "lr": 0.01, "tuning": tuning}
+    chosen |= {"strategy": strategy, "warmup_ratio": 0.0, "lr_schedule": "constant", **settings}
+    folder = Path(tempfile.mkdtemp())
+    run = Run(
+        settings=Settings(**chosen),
+        work_dir=folder,
+        log_dir=folder,
+        console=Console(quiet=True),
+        answer=lambda question: "",
+        validate=None,
+        total_steps=STEPS,
+    )
+    s = run.settings
+    made = strategies.of_run(s, processes, folder=folder)
+    made.prepare(
+        model or model_of(tuning),
+        lambda prepared: optim.make_optimizer(
+            "AdamW", prepared, lr=s.lr, betas=s.betas, weight_decay=0.1
+        ),
+    )
+    run.is_main = processes.is_main
+    return Trainer(
+        strategy=made,
+        algorithm=Algorithm(),
+        loader=Shares(processes, accumulation),
+        run=run,
+        hooks=hooks,
+        save=lambda run: None,
+    )
+
+
+def case(processes, strategy, tuning, accumulation=1, **options):
+    """Losses, gradient norms and the trained weights of a run; weights on rank 0."""
+    trainer = make_trainer(processes, strategy, tuning, accumulation, **options)
+    losses, norms = [], []
+    step = trainer._step
+
+    def noted(*arguments):
+        step(*arguments)
+        losses.append(trainer.run.scalars["loss"])
+        norms.append(trainer.run.scalars["grad_norm"])
+
+    trainer._step = noted
+    trainer.fit()
+    return losses, norms, weights_of(trainer.strategy)
+
+
+def weights_of(strategy):
+    """Copies of the trained weights by name, as arrays, on rank 0."""
+    return {n: t.clone().numpy() for n, t in strategy.trained_weights() if t is not None}
