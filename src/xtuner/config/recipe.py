@@ -79,21 +79,25 @@ def chosen(settings: Settings) -> tuple[str, ...]:
     return tuple(name for name in names if name not in idle)
 
 
-def as_before(settings: Settings, before: Mapping[str, Any]) -> Settings:
+def as_before(settings: Settings, earlier: Mapping[str, Any]) -> Settings:
     """`settings` with the numbers of an earlier run, which this one continues, in place of 'auto'.
 
     Args:
         settings: of the continuing run.
-        before: settings by name, as the checkpoint has them. Checkpoints of before `pack_length`
-            have full packs.
+        earlier: settings by name, as the checkpoint has them.
     """
-    known = {"pack_length": settings.max_length, **before} if before else {}
+    known = {**full_packs(earlier), **earlier}
     numbers = {
         name: known[name]
         for name in AUTOMATIC
         if getattr(settings, name) == "auto" and isinstance(known.get(name), int | float)
     }
     return settings.model_copy(update=numbers)
+
+
+def full_packs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The `pack_length` of a run from before that setting, given its others: packs were full."""
+    return {"pack_length": values["max_length"]} if "max_length" in values else {}
 
 
 def _epochs(rows: int, steps: int, max_steps: int | None) -> int:
