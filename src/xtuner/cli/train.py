@@ -149,10 +149,10 @@ def command(
 
 def _check(loaded: LoadedSettings) -> None:
     """Check what needs no torch, and say that torch comes next."""
-    from xtuner.training.preflight import preflight
+    from xtuner.training.first_check import first_check
 
     print(f"Checking {loaded.name}: settings, data, model", flush=True)
-    preflight(loaded)
+    first_check(loaded)
     print("Loading torch and transformers...", flush=True)
 
 

@@ -34,6 +34,7 @@ def opening_lines(
     language: str,
     images: str | None,
     packing: str | None,
+    positions: str | None,
     work_dir: Path,
 ) -> Iterator[str]:
     """Yield them in the order in which a reader asks.
@@ -50,6 +51,7 @@ def opening_lines(
         chosen: settings that were 'auto' and are decided by the rows.
         images: line about the vision tower.
         packing: why samples are not packed, where the model decided.
+        positions: note on samples longer than the model's positions.
         work_dir: where results go.
     """
     yield from lines_of_model(s, plan, dtype)
@@ -74,7 +76,7 @@ def opening_lines(
     if not plan.forecast.failure:
         yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
     notes = [
-        *filter(None, [language]),
+        *filter(None, [language, positions]),
         *_notes_on_steps(s, total, counter),
         *_notes_on_intervals(s, total, counter),
     ]

@@ -28,6 +28,7 @@ def bad_rows(
     folder: Path,
     algorithm: Algorithm,
     image_layout: ImageLayout | None,
+    vocab_size: int | None = None,
     quiet: bool = False,
 ) -> Iterator[str]:
     """Yield a line for each row or file that cannot be used: location, field and problem.
@@ -46,6 +47,7 @@ def bad_rows(
         quiet=quiet,
         algorithm=algorithm,
         image_layout=image_layout,
+        vocab_size=vocab_size,
     )
     policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)
     unusable: list[str] = []
