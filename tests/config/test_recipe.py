@@ -76,7 +76,7 @@ def test_settings_without_effect_are_not_chosen():
 
 
 def test_a_resume_keeps_the_numbers_of_its_run():
-    before = {"lora_alpha": 16, "accumulative_counts": 16, "max_epochs": 3}
+    before = {"lora_alpha": 16, "accumulative_counts": 16, "max_epochs": 3, "max_length": 256}
     again = recipe.as_before(settings(max_epochs=5, max_length=256), before)
     assert (again.lora_alpha, again.accumulative_counts, again.max_epochs) == (16, 16, 5)
     assert again.pack_length == 256, "packs were full before the setting"

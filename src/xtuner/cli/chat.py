@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -124,7 +125,8 @@ def command(
     """
     from xtuner.device.environment import set_up_threads
 
-    typer.echo(f"Loading {model}...", err=True)
+    if sys.stderr.isatty():
+        typer.echo(f"Loading {model}...", err=True)
     set_up_threads()
 
     from xtuner.chat.opening import open_chat
