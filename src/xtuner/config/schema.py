@@ -7,6 +7,7 @@ together.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from xtuner.config.marks import Mark, OnResume, mark_of
@@ -57,8 +58,11 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
 
     @property
     def effective_lora_alpha(self) -> float:
-        """`lora_alpha` with 'auto' resolved."""
-        return 16 * self.lora_r**0.5 if self.lora_alpha == "auto" else self.lora_alpha
+        """`lora_alpha` with 'auto' resolved: the scale of rank-stabilized LoRA."""
+        if self.lora_alpha != "auto":
+            return self.lora_alpha
+        divided = ("use_rslora", True) in self.lora_config  # by the root of the rank, in PEFT
+        return 16.0 if divided else 16 * math.sqrt(self.lora_r)
 
     @property
     def accumulates(self) -> bool:
