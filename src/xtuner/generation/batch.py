@@ -6,7 +6,11 @@ Where the model's batched results round as its single ones do, greedy answers ar
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Callable, Sequence
+=======
+from collections.abc import Mapping, Sequence
+>>>>>>> main
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +19,7 @@ from xtuner.generation.answer import Answer
 from xtuner.generation.detokenize import StopWords
 from xtuner.generation.generate import (
     GenerationOptions,
+    call_markers,
     chooser,
     end_tokens,
     generation_mode,
@@ -38,6 +43,7 @@ def generate_batch(
     template: Template,
     conversations: Sequence[Sequence[Message]],
     options: GenerationOptions,
+    tools: Sequence[Sequence[Mapping[str, Any]]] = (),
 ) -> list[str]:
     """The assistant's answers to `conversations`, in their order.
 
@@ -47,15 +53,26 @@ def generate_batch(
         template: the chat template.
         conversations: messages without images.
         options: options of every answer; with a seed each row has its own random generator.
+        tools: the tools of each conversation, if any.
 
     Raises:
         ModelError: a conversation leaves no room in the model's context.
         DataError: the template does not support a conversation.
     """
+    tools = tools or [()] * len(conversations)
     if len(conversations) < 2 or not takes_batches(model):
         return [
-            "".join(stream(model, tokenizer, template=template, messages=messages, options=options))
-            for messages in conversations
+            "".join(
+                stream(
+                    model,
+                    tokenizer,
+                    template=template,
+                    messages=messages,
+                    options=options,
+                    tools=shown,
+                )
+            )
+            for messages, shown in zip(conversations, tools, strict=True)
         ]
     return continue_prompts(
         model,
@@ -91,6 +108,7 @@ def continue_prompts(
     """
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer, template, options)
+<<<<<<< HEAD
     rows = [
         Answer(
             list(prompt),
@@ -99,6 +117,21 @@ def continue_prompts(
             ends=ends,
             limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
             choose=_agreed(chooser(options, device), agree),
+=======
+    rows = []
+    for messages, shown in zip(conversations, tools, strict=True):
+        prompt = template.prompt_ids(messages, tools=shown)
+        rows.append(
+            Answer(
+                prompt,
+                tokenizer=tokenizer,
+                words=StopWords([*template.stop_words, *options.stop_words]),
+                ends=ends,
+                limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
+                choose=chooser(options, device),
+                keep=call_markers(template) if shown else (),
+            )
+>>>>>>> main
         )
         for prompt in prompts
     ]
