@@ -6,11 +6,7 @@ Where the model's batched results round as its single ones do, greedy answers ar
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Callable, Sequence
-=======
-from collections.abc import Mapping, Sequence
->>>>>>> main
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -78,8 +74,12 @@ def generate_batch(
         model,
         tokenizer,
         template=template,
-        prompts=[template.prompt_ids(messages) for messages in conversations],
+        prompts=[
+            template.prompt_ids(messages, tools=shown)
+            for messages, shown in zip(conversations, tools, strict=True)
+        ],
         options=options,
+        keep=[call_markers(template) if shown else () for shown in tools],
     )
 
 
@@ -90,6 +90,7 @@ def continue_prompts(
     template: Template,
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
+    keep: Sequence[Sequence[str]] = (),
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[str]:
     """The answers to `prompts`, which are token ids, in their order.
@@ -100,6 +101,7 @@ def continue_prompts(
         template: the chat template.
         prompts: token ids, each up to where the answer begins.
         options: options of every answer; with a seed each row has its own random generator.
+        keep: special tokens of each answer that are part of its text, if any.
         agree: maps each chosen id ``[1]`` to the one that is taken: where several processes
             generate together, that of rank 0.
 
@@ -108,7 +110,6 @@ def continue_prompts(
     """
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer, template, options)
-<<<<<<< HEAD
     rows = [
         Answer(
             list(prompt),
@@ -117,23 +118,9 @@ def continue_prompts(
             ends=ends,
             limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
             choose=_agreed(chooser(options, device), agree),
-=======
-    rows = []
-    for messages, shown in zip(conversations, tools, strict=True):
-        prompt = template.prompt_ids(messages, tools=shown)
-        rows.append(
-            Answer(
-                prompt,
-                tokenizer=tokenizer,
-                words=StopWords([*template.stop_words, *options.stop_words]),
-                ends=ends,
-                limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
-                choose=chooser(options, device),
-                keep=call_markers(template) if shown else (),
-            )
->>>>>>> main
+            keep=kept,
         )
-        for prompt in prompts
+        for prompt, kept in zip(prompts, keep or [()] * len(prompts), strict=True)
     ]
     texts = {id(row): "" for row in rows}
     with generation_mode(model):
