@@ -23,10 +23,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Hook(BaseHook):
-    """A progress bar with loss, learning rate, speed and the time left.
+    """A progress bar with loss, learning rate, speed and remaining time.
 
-    It is there for steps only: drawn when the other hooks have started, and left standing at the
-    last step.
+    It covers the steps only: it is drawn after the other hooks have started, and stays on the
+    screen after the last step.
     """
 
     order = 99
