@@ -56,7 +56,7 @@ def cannot_split(model: Any, size: int) -> str | None:
         )
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int) and heads < size:
-        return f"{type(model).__name__} has {heads} attention heads, so it may be at most {heads}"
+        return f"{type(model).__name__} has {heads} attention heads, so the maximum is {heads}"
     return None
 
 
