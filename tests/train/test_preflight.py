@@ -44,7 +44,7 @@ def test_problems_are_reported_together(llama):
         )
     told = str(caught.value)
     assert "2 problems" in told and "did you mean 'flash_attention_2'" in told
-    assert "optim_type = 'AdmaW': there is no such optimizer; did you mean 'AdamW'?" in told
+    assert "optim_type = 'AdmaW': unknown optimizer; did you mean 'AdamW'?" in told
 
 
 def test_attention_of_a_package_that_is_not_installed_is_named(llama, monkeypatch):

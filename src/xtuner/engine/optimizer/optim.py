@@ -89,7 +89,7 @@ def _optimizer_class(name: str, *, paged: bool) -> Any:
     if name not in quantised:
         allowed = sorted({*known, *quantised})
         raise ConfigError(
-            f"optim_type = {name!r}: there is no such optimizer{did_you_mean(name, allowed)}; "
+            f"optim_type = {name!r}: unknown optimizer{did_you_mean(name, allowed)}; "
             f"allowed: {', '.join(allowed)}"
         )
     return quantised[name if paged else unpaged(name)]
