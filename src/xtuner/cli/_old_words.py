@@ -94,6 +94,15 @@ def _seed(value: str) -> list[str]:
     return ["--set", f"seed={value}"]
 
 
+def _save_format(value: str) -> list[str]:
+    if value == "official":
+        raise ConfigError(
+            "--save-format official: the layout of LLaVA 1.5's own repository is not written any "
+            "more; use --save-format huggingface, one model that plain transformers loads"
+        )
+    return ["--save-format", value]
+
+
 def _system(value: str) -> list[str]:
     from xtuner.migrate.xtuner.names import names
 
@@ -111,5 +120,6 @@ _VALUES: dict[tuple[str, str], Callable[[str], list[str]]] = {
     ("chat", "--torch-dtype"): _dtype,
     ("chat", "--system-template"): _system,
     ("train", "--seed"): _seed,
+    ("convert", "--save-format"): _save_format,
 }
 """Options whose value changes too."""

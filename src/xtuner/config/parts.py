@@ -140,6 +140,12 @@ class ModelPart(Part):
     memory, the same numbers, 8 KiB copied per token of width 4,096. Requires adapters and a model
     whose output head has its own weights. 'auto' does so only if the run would not fit otherwise,
     according to the forecast."""
+    cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
+    """On an NVIDIA GPU, record the decoder's forward and backward pass once and launch each as a
+    whole: two to three times as fast where the GPU waits for the CPU (small models, 4-bit weights,
+    fast cards). Only for packed rows. 'auto' does so where the forecast has room for gradients
+    during a forward pass, and only if the recording gives the numbers of the plain passes; True
+    ends the run where it cannot be used."""
 
 
 class VisionPart(Part):
@@ -252,6 +258,10 @@ class DataPart(Part):
     removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
     'split' for pretrain, otherwise 'truncate'. Every row that is cut or lost is counted and
     reported."""
+    max_lost_rows: Annotated[Fraction, Mark("free")] = 0.05
+    """Share of the rows of a source that may be unusable (no answer, a column missing, an image
+    that cannot be read, ...); above it training does not start, and the reasons are listed. Rows
+    that overlong = 'drop' removes do not count. 1 accepts any."""
     shuffle: bool = True
     """Draw the samples of each epoch in random order, fixed by `seed`."""
     dataloader_num_workers: Annotated[

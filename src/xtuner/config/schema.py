@@ -65,6 +65,15 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         """Whether samples are packed into rows; true for 'auto' until the model is known."""
         return self.pack_to_max_length is not False
 
+    def keeps_gradients(self, device: str) -> bool:
+        """Whether gradients take memory during a forward pass: those of an earlier micro-batch, or
+        the memory that a CUDA graph writes to."""
+        return self.accumulative_counts > 1 or self.may_use_graphs(device)
+
+    def may_use_graphs(self, device: str) -> bool:
+        """Whether the decoder may be recorded as CUDA graphs."""
+        return device == "cuda" and self.packs and self.cuda_graphs is not False
+
     @classmethod
     def parts(cls) -> tuple[type[Part], ...]:
         """The parts of a settings file, in order."""

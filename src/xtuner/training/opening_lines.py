@@ -74,6 +74,8 @@ def opening_lines(
         notes.append(f"without effect here: {', '.join(idle)}")
     if plan.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
         notes.append(f"a CPU has nothing to page to: {plain} takes the place of {s.optim_type}")
+    if s.cuda_graphs is True and plan.device == "cpu":
+        notes.append("cuda_graphs changes nothing on a CPU")
     if s.embedding_on_cpu is True and plan.device == "cpu":
         notes.append("embedding_on_cpu changes nothing: all of the model is in the CPU's memory")
     yield from (f"Note         {note}" for note in notes)

@@ -39,7 +39,7 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
-from xtuner.training import preflight
+from xtuner.training import graphs, preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
@@ -130,6 +130,7 @@ class _TrainingRun:
         data, where = self.parts.build_once(
             self.processes, report_dir=place.log_dir if self.processes.is_main else None
         )
+        data.report.refuse_lost(settings.max_lost_rows)
         if where:
             self.console.print(f"Tokenizing   {where}", markup=False)
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
@@ -138,6 +139,7 @@ class _TrainingRun:
         lines = self._tell(data, counter, total)
         model = self._make_model(source)
         self._prepare(model)
+        graphs.use(model, settings, self.strategy, fits=self.plan.graphs, console=self.console)
         run = self._run(place, model, data, counter, total)
         writer = self._writer(model, data)
         if source is not None and self.old_weights is None:

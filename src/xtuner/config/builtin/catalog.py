@@ -107,6 +107,16 @@ def note(name: str) -> str:
     return _data_sets()[parts[2]].get("note", "") if parts else ""
 
 
+def models() -> dict[str, str]:
+    """The names of the models, and where each comes from on the hub."""
+    return {name: row["path"] for name, row in _models().items()}
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The settings of recipe `name`: 'full', 'lora' or 'qlora'."""
+    return dict(_recipes()[name])
+
+
 def _of_model(model: str) -> dict[str, Any]:
     row = _models()[model]
     return {
