@@ -26,7 +26,7 @@ def wait(monkeypatch, capfd, others):
     watched = Watch(0, 1 + len(others), limit=0.2, connect=lambda: store)
     with activity.in_call("a sum"):
         end = time.monotonic() + 20
-        while "It goes on" not in (said := capfd.readouterr().err) and not codes:
+        while "It keeps waiting" not in (said := capfd.readouterr().err) and not codes:
             assert time.monotonic() < end
             time.sleep(0.05)
         said += capfd.readouterr().err
