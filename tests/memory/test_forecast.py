@@ -168,7 +168,10 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(folder, tmp_path, capsys):
     assert "Fits in 8,192 MiB for each of 2" in capsys.readouterr().out
     half = ["--memory", "8GB", "--cfg-options", "dtype=float16"]
     assert main([*dry, *half]) == 0
-    assert "cuda, float16 (trained weights in float32; the loss is" in capsys.readouterr().out
+    assert (
+        "cuda, float16 (trained weights in float32; the loss scale starts"
+        in capsys.readouterr().out
+    )
     assert main(dry) == 2
     assert "--memory 8GB" in capsys.readouterr().err
 
