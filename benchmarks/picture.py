@@ -1,7 +1,7 @@
 """Draw the picture of the README from the output of a real run.
 
     bash examples/quickstart/run.sh Ada > run.log
-    xtuner chat quickstart/work_dir --ask "Who are you?" --ask "What is the capital of France?" > chat.log
+    xtuner chat quickstart/work_dir --ask "Who are you?" > chat.log
     python benchmarks/picture.py run.log chat.log docs/images/run.svg
 
 The picture is an SVG of 88 columns. It shows the lines of the run that a reader asks for first, in
@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.text import Text
 
 WIDTH = 88
-KEPT = re.compile(r"Model |Data  |Training  |Steps  |Sample answers|  Q |  A |step |Learned|Done|Talk")
+KEPT = re.compile(
+    r"Model |Data  |Training  |Steps  |Sample answers|  Q |  A |step |Learned|Done|Talk"
+)
 
 
 def main() -> None:
