@@ -38,6 +38,7 @@ def test_words_of_old(old, new):
         ("eval_refcoco M", "xtuner mmbench"),
         ("dist_train C 8", "--nproc"),
         ("chat M --system-template nobody", "alpaca"),
+        ("convert pth_to_hf C P D --save-format official", "--save-format huggingface"),
     ],
 )
 def test_what_is_gone_names_its_replacement(old, words):

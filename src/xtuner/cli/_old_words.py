@@ -9,15 +9,13 @@ otherwise it is an error that names what replaces it.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from xtuner.errors import ConfigError
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "auto": "auto"}
-_LISTS = {"chat": ("--stop-words",)}
+_LISTS = {"chat": ("--stop-words", "--with-plugins")}
 """Options that take several values at once."""
 _RENAMED = {
     "chat": {"--command-stop-word": "--stop-words", "--answer-stop-word": "--stop-words"},
@@ -40,12 +38,6 @@ _GONE = {
 }
 
 
-_NOT_YET = {
-    ("chat", "--lagent"): "tools in chat are not in this version yet",
-    ("chat", "--with-plugins"): "tools in chat are not in this version yet",
-}
-
-
 def translated(arguments: Sequence[str]) -> list[str]:
     """`arguments` with the words of this version.
 
@@ -56,17 +48,7 @@ def translated(arguments: Sequence[str]) -> list[str]:
     command = given[0] if given else ""
     if command in _GONE:
         raise ConfigError(f"xtuner {command}: {_GONE[command]}")
-    for word in given[1:]:
-        option = word.partition("=")[0]
-        if (reason := _NOT_YET.get((command, option))) and not _has(command, option):
-            raise ConfigError(f"{option}: {reason}")
     return [*given[:1], *_options(command, given[1:])]
-
-
-def _has(command: str, option: str) -> bool:
-    """Whether the function of `command` has a parameter for `option`."""
-    function = importlib.import_module(f"xtuner.cli.{command}").command
-    return option.removeprefix("--").replace("-", "_") in inspect.signature(function).parameters
 
 
 def _commands(given: list[str]) -> list[str]:
@@ -112,6 +94,15 @@ def _seed(value: str) -> list[str]:
     return ["--set", f"seed={value}"]
 
 
+def _save_format(value: str) -> list[str]:
+    if value == "official":
+        raise ConfigError(
+            "--save-format official: the layout of LLaVA 1.5's own repository is not written any "
+            "more; use --save-format huggingface, one model that plain transformers loads"
+        )
+    return ["--save-format", value]
+
+
 def _system(value: str) -> list[str]:
     from xtuner.migrate.xtuner.names import names
 
@@ -129,5 +120,6 @@ _VALUES: dict[tuple[str, str], Callable[[str], list[str]]] = {
     ("chat", "--torch-dtype"): _dtype,
     ("chat", "--system-template"): _system,
     ("train", "--seed"): _seed,
+    ("convert", "--save-format"): _save_format,
 }
 """Options whose value changes too."""

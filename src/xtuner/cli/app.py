@@ -58,6 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if debug or not plugins.user_place(error):
+            raise
+        sys.stdout.flush()
+        hint = "--debug shows the whole traceback"
+        print(f"Your code raised {plugins.told(error)}; {hint}", file=sys.stderr)
+        return 2
     except SystemExit as stop:
         return _flushed(stop.code)
     return _flushed(0)
@@ -69,7 +76,7 @@ def build_app() -> typer.Typer:
         name="xtuner",
         help="Fine-tune language models from a settings file.",
         epilog=_EPILOG,
-        add_completion=False,
+        add_completion=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         pretty_exceptions_show_locals=False,

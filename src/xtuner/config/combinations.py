@@ -7,6 +7,7 @@ from functools import partial
 
 from xtuner import plugins
 from xtuner.config.schema import Settings
+from xtuner.errors import did_you_mean
 from xtuner.types import IMAGE
 
 ALGORITHMS = "xtuner.algorithms"
@@ -107,6 +108,11 @@ def _check_sequence_parallel(s: Settings) -> Iterator[tuple[str, str]]:
         )
 
 
+def _check_pack_length(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.pack_length != "auto" and s.pack_length > s.max_length:
+        yield "pack_length", f"must be at most max_length, which is {s.max_length}; raise that"
+
+
 def _check_data_path(s: Settings) -> Iterator[tuple[str, str]]:
     if not s.data_path or not all(s.data_path):
         yield "data_path", "is empty; name a file, a folder or a data set on the hub"
@@ -154,6 +160,17 @@ def _check_validation(s: Settings) -> Iterator[tuple[str, str]]:
         yield name, "needs a validation loss: set validation_path or validation_ratio"
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
+"""Values of the setting `report_to`; each is a hook of that name."""
+
+
+def _check_trackers(s: Settings) -> Iterator[tuple[str, str]]:
+    for name in s.report_to:
+        if name not in TRACKERS:
+            guess = did_you_mean(name, TRACKERS)
+            yield "report_to", f"{name!r} is none of {', '.join(map(repr, TRACKERS))}{guess}"
+
+
 def _check_single_layout(s: Settings) -> Iterator[tuple[str, str]]:
     """What needs whole rows, or parameter groups of its own."""
     if s.neftune_noise_alpha is not None and s.sequence_parallel_size > 1:
@@ -170,12 +187,14 @@ CHECKS: tuple[Check, ...] = (
     _check_evaluation_images,
     _check_lora_modules_to_save,
     _check_sequence_parallel,
+    _check_pack_length,
     _check_data_path,
     _check_dataset_format,
     _check_one_mix,
     partial(_check_shares, "data_repeats"),
     partial(_check_shares, "data_weights"),
     _check_validation,
+    _check_trackers,
     _check_single_layout,
     _check_algorithm,
 )

@@ -143,7 +143,7 @@ class _Measured:
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         gradients = sum(size for size, trained in held if trained)
-        accumulate = s.accumulative_counts > 1
+        accumulate = s.keeps_gradients(self.device)
         peaks = peaks_of_step(
             wrapped.train(),
             self.tokens,

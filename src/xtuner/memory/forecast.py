@@ -43,6 +43,7 @@ class Forecast:
         recompute: whether activations are recomputed.
         embedding_on_cpu: whether the input embedding stays in the CPU's memory.
         checkpoint: size of one on disk.
+        graphs: whether the decoder may be recorded as CUDA graphs.
     """
 
     footprint: Footprint
@@ -52,6 +53,7 @@ class Forecast:
     checkpoint: int
     embedding_on_cpu: bool = False
     paged: bool = False
+    graphs: bool = False
     failure: str = ""
 
     @property
@@ -122,6 +124,7 @@ def forecast(
         device=device,
         recompute=recompute,
         checkpoint=int(found.trainable * (4 + moments)),
+        graphs=settings.may_use_graphs(device),
     )
     return without_embedding(full, settings) if settings.embedding_on_cpu is True else full
 
@@ -156,7 +159,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
     if not settings.has_vision:
         return llm
     vision = measure_vision(settings, images=len(lengths), width=llm.width, dtype=dtype)
-    return vision.beside(llm, accumulate=settings.accumulative_counts > 1)
+    return vision.beside(llm, accumulate=settings.keeps_gradients(device))
 
 
 def _bytes_of_moments(optim_type: str) -> float:

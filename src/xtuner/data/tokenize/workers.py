@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from xtuner import plugins
 from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
-from xtuner.data.sources.rows import Fault, RawRow, parse
+from xtuner.data.sources.rows import Fault, Task, parse
 from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_images
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.templates.base import Template
@@ -42,13 +43,6 @@ PIECE = 200_000
 
 _NO_IMAGES = "are present, but the model does not take images; set visual_encoder_name_or_path"
 _PR_SET_PDEATHSIG = 1
-
-
-class Task(NamedTuple):
-    """A row to encode: the number of its file in the source, and the row as read."""
-
-    file: int
-    row: RawRow
 
 
 @dataclass(frozen=True)
@@ -206,8 +200,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
-    known = isinstance(error, ValueError | XTunerError)
-    return message if known and message else f"{type(error).__name__}: {message}"
+    known = isinstance(error, ValueError | XTunerError) and not plugins.user_place(error)
+    return message if known and message else plugins.told(error)
 
 
 class _Row(NamedTuple):
