@@ -184,7 +184,8 @@ class PackedCausalLM(nn.Module):
             if name in inputs:
                 inputs[name] = inputs[name][:, share]
         inputs |= {"position_ids": row_positions[..., share], "sequence_group": group}
-        with rotary.part_of(row_positions, share):
+        noise = self.noise.of_row(row.cu_seqlens, share) if self.noise else nullcontext()
+        with rotary.part_of(row_positions, share), noise:
             scores = self._scores(inputs, own - share.start, batch.labels[0, 1:][own])
         return gather_scores(scores, group, start=first, count=len(positions))
 
