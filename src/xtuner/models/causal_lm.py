@@ -442,8 +442,12 @@ def _told(error: Exception) -> str:
 
 
 def _head_width(causal: Any) -> int | None:
-    """Numbers in a head of the attention, as the configuration has them."""
+    """Numbers in a head of the attention, as the configuration has them; None if it does not say,
+    or if layers differ (Gemma 4)."""
     text = causal.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    width = getattr(text, "head_dim", None)
+    try:
+        heads = getattr(text, "num_attention_heads", None)
+        width = getattr(text, "head_dim", None)
+    except Exception:  # transformers refuses to name one value for layers that differ
+        return None
     return width or (text.hidden_size // heads if isinstance(heads, int) else None)
