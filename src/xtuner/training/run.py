@@ -134,11 +134,11 @@ class _TrainingRun:
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
-        place = self._prepare_place(
+        folders = self._prepare_folders(
             resuming=source is not None and self.old_weights is None, overwrite=overwrite
         )
         data, where = self.parts.build_once(
-            self.processes, report_dir=place.log_dir if self.processes.is_main else None
+            self.processes, report_dir=folders.log_dir if self.processes.is_main else None
         )
         data.report.refuse_lost(settings.max_lost_rows)
         if where:
@@ -154,7 +154,7 @@ class _TrainingRun:
             model = self._make_model(source)
             self._prepare(model)
             graphs.use(model, settings, self.strategy, fits=self.plan.graphs, console=self.console)
-        run = self._run(place, model, data, counter, total)
+        run = self._run(folders, model, data, counter, total)
         writer = self._writer(model, data)
         if source is not None and self.old_weights is None:
             writer.restore(source, run)
@@ -261,7 +261,7 @@ class _TrainingRun:
 
     def _run(
         self,
-        place: WorkPlace,
+        folders: WorkPlace,
         model: PackedCausalLM,
         data: TrainingData,
         counter: Counter,
@@ -285,7 +285,7 @@ class _TrainingRun:
         return Run(
             settings=self.settings,
             work_dir=self.work_dir,
-            log_dir=place.log_dir,
+            log_dir=folders.log_dir,
             console=self.console,
             answer=asked.answer,
             ask_all=asked.answers,
@@ -316,13 +316,13 @@ class _TrainingRun:
             console=self.console,
         )
 
-    def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
+    def _prepare_folders(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
         """Only the main process creates the folders and reads them."""
         if not self.processes.is_main:
             return WorkPlace(self.work_dir, self.work_dir)
-        place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
-        place.keep_settings(self.loaded)
-        return place
+        folders = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
+        folders.keep_settings(self.loaded)
+        return folders
 
     def _collate(self) -> Collate:
         algorithm = self.parts.algorithm

@@ -107,11 +107,11 @@ def read(name: str, *, folder: Path) -> DeepSpeedConfig:
     Raises:
         ConfigError: The file does not exist, is not JSON, or cannot be used.
     """
-    places = [folder / Path(name).expanduser(), Path(name).expanduser()]
-    path = next((place for place in places if place.is_file()), None)
+    candidates = [folder / Path(name).expanduser(), Path(name).expanduser()]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
     said = f"strategy = {name!r}"
     if path is None:
-        looked = ", ".join(str(place.absolute()) for place in dict.fromkeys(places))
+        looked = ", ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
         raise ConfigError(f"{said}: no such file (looked for {looked})")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

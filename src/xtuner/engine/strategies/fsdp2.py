@@ -72,11 +72,11 @@ class Strategy(BaseStrategy):
     def _check_active(self) -> None:
         from torch.distributed.tensor import DTensor
 
-        whole = [n for n, p in self.model.named_parameters() if not isinstance(p, DTensor)]
-        if whole:
+        unsharded = [n for n, p in self.model.named_parameters() if not isinstance(p, DTensor)]
+        if unsharded:
             raise LaunchError(
-                f"strategy = {NAME!r} is not active: {len(whole)} weights are not sharded, "
-                f"{whole[0]} among them; set strategy = 'replicated'"
+                f"strategy = {NAME!r} is not active: {len(unsharded)} weights are not sharded, "
+                f"{unsharded[0]} among them; set strategy = 'replicated'"
             )
 
     def held_weights(self) -> int:
