@@ -94,9 +94,11 @@ class CheckpointWriter:
 
     def _write(self, folder: Path, run: Run) -> None:
         """Write this process's part: gathering is for all, writing for the main one."""
-        keep = Spill(folder).keep if self.strategy.gathers else as_it_is
+        spill = Spill(folder)
+        keep = spill.keep if self.strategy.gathers else as_it_is
         weights = self._trained_weights(keep)
         optimizer = self.strategy.optimizer_state(keep)
+        spill.check()
         if optimizer is None or not self.strategy.processes.is_main:
             return
         if self.vision:

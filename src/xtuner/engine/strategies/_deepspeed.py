@@ -218,6 +218,7 @@ class DeepSpeedStrategy(BaseStrategy):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self.zero.optimizer
+        self._link_state()
         flat = next((p for p in self._fp32_parts() if inner.state.get(p)), None)
         names = list(inner.state[flat]) if flat is not None else []
         entries: dict[int, dict[str, Any]] = {}
@@ -254,12 +255,20 @@ class DeepSpeedStrategy(BaseStrategy):
                 else _copied(value)
                 for name, value in example.items()
             }
-        if self.config.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
+        self._link_state()
         for number, parameter in enumerate(self._trained):
             for name, value in entries.get(number, {}).items():
                 if isinstance(value, Tensor) and value.ndim:
                     self._set_state(parameter, name, value)
+
+    def _link_state(self) -> None:
+        """Have DeepSpeed find the state of every parameter: with stages 1 and 2 it looks after the
+        step of the first group, when the others have none (0.19.8)."""
+        if self.config.stage < 3 and all(
+            self.zero.optimizer.state.get(p) for p in self._fp32_parts()
+        ):
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def _set_state(self, parameter: Any, name: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
