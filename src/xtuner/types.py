@@ -36,6 +36,7 @@ class Message:
     `loss` overrides whether the turn is supervised: None is the default (only assistant turns are),
     False excludes an assistant turn. `images` names the images of the turn, one for each
     ``<image>`` in `content`, in order. `reasoning` is what the assistant thinks before `content`.
+    With `mask_thought` the reasoning, and the content of a turn with calls, are not supervised.
     """
 
     role: Role
@@ -46,6 +47,7 @@ class Message:
     tool_call_id: str | None = None
     images: tuple[str, ...] = ()
     reasoning: str = ""
+    mask_thought: bool = False
 
     @property
     def supervised(self) -> bool:

@@ -37,7 +37,7 @@ def test_all_settings(capsys):
 
 @pytest.mark.parametrize(
     ("key", "hint"),
-    [("max_lenght", "did you mean 'max_length'"), ("learning_rate", "use lr")],
+    [("max_lenght", "did you mean 'max_length'"), ("fsdp", "strategy = 'fsdp2'")],
 )
 def test_an_unknown_setting(key, hint, capsys):
     assert main(["explain", key]) == 2

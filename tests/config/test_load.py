@@ -97,7 +97,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         ("system = 'x'", "use SYSTEM"),
         ("Max_Length = 3", "did you mean 'max_length'"),
         ("alpaca_en_path = 'x'", "use data_path"),
-        ("use_varlen_attn = True", "always on"),
+        ("use_varlen_attn = True", "never attend to each other"),
         ("max_length = 4", "an integer, 8 or more"),
         ("warmup_ratio = 1.5", "a number from 0 to 1"),
         ("pack_to_max_length = 1", "True or False"),

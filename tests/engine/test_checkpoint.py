@@ -31,6 +31,28 @@ def test_the_newest_is_found_and_the_oldest_deleted(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_path_counts_and_a_name_is_looked_up_in_the_work_dir(tmp_path, monkeypatch):
+    work, other = CheckpointStore(tmp_path / "work"), CheckpointStore(tmp_path / "other")
+    for store in (work, other):
+        store.save(4, write_text)
+    monkeypatch.chdir(tmp_path / "other")
+    assert work.find("iter_4") == tmp_path / "work" / "iter_4"
+    for name in ("iter_4", "iter_4.pth", "iter_4/"):
+        assert work.find(f"{tmp_path}/other/{name}") == tmp_path / "other" / "iter_4"
+    for name in (f"{tmp_path}/nowhere/iter_4", "../nowhere/iter_4.pth", "iter_5"):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            work.find(name)
+
+
+def test_the_alias_of_xtuner_0_comes_and_goes_with_its_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path, limit=2, alias=True)
+    for step in (5, 10, 100):
+        store.save(step, write_text)
+    files = {path.name: path.read_text() for path in tmp_path.glob("*.pth")}
+    assert files == {"iter_10.pth": "iter_10\n", "iter_100.pth": "iter_100\n"}
+    assert [path.name for path in store.all()] == ["iter_10", "iter_100"]
+
+
 def test_a_limit_of_one_keeps_the_newest(tmp_path):
     store = CheckpointStore(tmp_path, limit=1)
     store.save(1, write_text)

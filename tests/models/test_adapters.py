@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from xtuner.errors import ModelError
-from xtuner.models.adapters import add_adapter, count_parameters, load_adapter_weights
+from xtuner.models.adapters import (
+    add_adapter,
+    count_parameters,
+    load_adapter_weights,
+    notes_on_adapters,
+)
 from xtuner.models.load import load_model
 from xtuner.models.save import save_model
 from xtuner.testing.tiny import tiny_model
@@ -118,3 +124,39 @@ def test_count_of_quantised_weights_is_that_of_the_unpacked(tmp_path):
     plain = count_parameters(load_model(tmp_path, dtype=torch.float32))[1]
     packed = count_parameters(load_model(tmp_path, dtype=torch.float32, quantization="nf4"))[1]
     assert plain == packed
+
+
+def test_router_that_returns_a_tuple_gets_no_adapter_and_experts_are_noted():
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = adapted(tiny_model("phimoe", **sizes))
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert names and not any("router" in name or "gate" in name for name in names)
+    loss, gradients = loss_and_gradients(model)
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
+    router, experts = notes_on_adapters(model)
+    assert (
+        router == "2 linear layers get no adapter: a PhimoeTopKRouter does more than a linear layer"
+    )
+    assert "of the weights are experts in tensors of three dimensions" in experts
+
+
+def test_parts_for_images_get_no_adapter():
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = {"vocab_size": 261, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    model = adapted(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert names and all("language_model" in name for name in names)
+    (note,) = notes_on_adapters(model)
+    assert note.endswith("linear layers get no adapter: text does not reach them")
+
+
+def test_output_of_adapted_layers_may_be_changed_in_place():
+    model = adapted(tiny_model())
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    output = layer(torch.randn(1, 3, 32))
+    output *= 2
+    output.sum().backward()
+    assert layer.lora_A["default"].weight.grad is not None

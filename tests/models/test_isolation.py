@@ -359,6 +359,35 @@ def test_a_model_that_reads_later_tokens_of_a_sample_alone_is_refused():
         lm.verify(packed=False)
 
 
+def test_a_row_that_cannot_be_computed_sends_samples_one_at_a_time():
+    lm = packed()
+
+    def refuse(module, inputs, output):
+        if output.shape[1] > 20:
+            raise TypeError("a row of several samples")
+
+    lm.causal.model.layers[0].mlp.register_forward_hook(refuse)
+    with pytest.raises(
+        ModelError, match=r"TypeError: a row of several.* pack_to_max_length = Fals"
+    ):
+        lm.verify()
+    assert "one at a time: a row of several samples fails with TypeError" in lm.verify(packed=False)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("bert", {}), ("xlnet", {"d_head": 8})])
+def test_an_encoder_is_refused_for_what_it_is(kind, sizes):
+    with pytest.raises(ModelError, match=r"later in its own text.*It is not a causal language"):
+        PackedCausalLM(tiny_model(kind, **sizes)).verify(packed=False)
+
+
+def test_a_decoder_under_another_name_is_found():
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
+    lm = PackedCausalLM(tiny_model("llama4_text", **sizes))
+    lm.verify(packed=False)
+    batch = IsolationCheck(lm).batch()
+    assert lm(batch).isfinite().all()
+
+
 def test_numbers_that_round_as_measured():
     """The size of a rounding by which the check judges is that of the number type."""
     values = torch.linspace(1, 2, 10001, dtype=torch.float64)

@@ -149,10 +149,23 @@ def test_template_without_reasoning_says_so_once(name, caplog):
     assert len(said) == 1 and "not trained on" in said[0]
 
 
-def test_plain_template_refuses_calls():
+def test_glm_stops_by_opening_the_next_turn():
+    source = (
+        "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    template, tokenizer = auto(source)
+    assert learnt(template, tokenizer, ASK, TELL, ASK, TELL) == "\nHello<|user|>" * 2
+    assert "<|user|>" in template.stop_words
+    assert tokenizer.convert_tokens_to_ids("<|user|>") in template.stop_token_ids
+    prompt = template.prompt_ids((ASK, TELL, ASK))
+    assert template.encode(Conversation((ASK, TELL, ASK, TELL))).input_ids[: len(prompt)] == prompt
+
+
+def test_verbatim_refuses_calls():
     tokenizer = byte_tokenizer(chat_template=CHATML, eos="<|im_end|>")
-    with pytest.raises(DataError, match="'plain' does not render tool calls"):
-        learnt(load("plain", tokenizer), tokenizer, ASK, CALL)
+    with pytest.raises(DataError, match="'verbatim' does not render tool calls"):
+        learnt(load("verbatim", tokenizer), tokenizer, ASK, CALL)
 
 
 def test_tokenizer_with_a_template_of_its_own_for_tools():
@@ -168,9 +181,7 @@ def test_template_without_tools_says_so(caplog):
     for _ in range(2):
         template.encode(Conversation((ASK, TELL), (TOOL,)))
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
-    assert "does not render tools" in caplog.text
-    with pytest.raises(DataError, match="does not render the call of tool 'weather'"):
-        template.encode(Conversation((ASK, CALL)))
+    assert "has no tools; tools and calls are written in the layout 'hermes'" in caplog.text
 
 
 def test_turn_that_ends_with_another_stop():
@@ -194,11 +205,6 @@ def test_answer_without_a_stop_is_learnt_bare_with_a_warning(caplog):
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        (
-            "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}"
-            "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-            "glm4",
-        ),
         (
             "{% for m in messages %}{{ ('<｜User｜>' if m.role == 'user' else '<｜Assistant｜>') "
             "+ m.content }}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}",

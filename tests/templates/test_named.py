@@ -132,14 +132,6 @@ def test_tokens_that_the_model_lacks_are_named(caplog):
     assert len(template.stop_token_ids) == 1
 
 
-def test_tools_are_refused_or_named(caplog):
-    template = load("vicuna", byte_tokenizer())
-    template.encode(Conversation((ASK, TELL), ({"type": "function"},)))
-    assert "does not render tools" in caplog.text
-    with pytest.raises(DataError, match="does not support tool calls and results"):
-        template.encode(Conversation((ASK, Message("tool", "42"))))
-
-
 def test_second_system_message_of_a_model_without_system_turns():
     with pytest.raises(DataError, match="only at the start"):
         load("gemma", byte_tokenizer()).render((SYSTEM, ASK, TELL, SYSTEM))

@@ -85,9 +85,51 @@ def pth_to_hf(
     and run.yaml are kept, so that chat and merge find the base model and the template. Training
     state is left out.
     """
-    settings = _trust.load(
+    settings = _settings_of(config, trust_remote_code=trust_remote_code)
+    from xtuner.hub import old_pth
+
+    if old_pth.is_old(checkpoint):
+        from xtuner.convert.old_checkpoint import as_folder
+
+        with as_folder(checkpoint, settings) as folder:
+            _convert(
+                settings, folder, save_dir, save_format, config=config, fp32=fp32,
+                max_shard_size=max_shard_size, trust_code=trust_code,
+            )  # fmt: skip
+        return
+    _convert(
+        settings, checkpoint, save_dir, save_format, config=config, fp32=fp32,
+        max_shard_size=max_shard_size, trust_code=trust_code,
+    )  # fmt: skip
+
+
+def _settings_of(config: str, *, trust_remote_code: bool) -> Settings:
+    """The settings of `config`, which may be a config of another trainer."""
+    from xtuner.config.read import foreign
+
+    path = Path(config)
+    if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if foreign.origin(text, path.suffix):
+            from xtuner.migrate.file import settings_of
+
+            return settings_of(path)
+    return _trust.load(
         config, overrides=None, trust_remote_code=trust_remote_code, trust_code=True
     ).settings
+
+
+def _convert(
+    settings: Settings,
+    checkpoint: Path,
+    save_dir: Path,
+    save_format: SaveFormat,
+    *,
+    config: str,
+    fp32: bool,
+    max_shard_size: str,
+    trust_code: bool,
+) -> None:
     base = settings.pretrained_model_name_or_path
 
     from xtuner.convert.to_hf import find_checkpoint, same_base, to_hf

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
-import tomllib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -16,15 +14,16 @@ from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS, CHECKS
 from xtuner.config.describe import allowed, choices
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, parse_constant
+from xtuner.config.renames import meant, replaced_by, unknown_setting
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import did_you_mean
 
-_TABLES = Path(__file__).parent / "tables"
 _FORMATS = "xtuner.data.formats"
 _STRATEGIES = "xtuner.engine.strategies"
 _TEMPLATES = "xtuner.templates"
 _MAX_UNKNOWN = 100
 """Up to this many unknown names are listed; a suggestion takes time for each."""
+_MAX_INSPECTED = 1_000
 _MAX_LISTED = 8
 """A message lists up to this many allowed values; for longer lists it names `xtuner explain`."""
 _CONTROL_SIGN = (
@@ -45,7 +44,13 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
         or in `reading`.
     """
     problems = _resolve_aliases(reading)
-    known = {name: e for name, e in reading.entries.items() if name in Settings.model_fields}
+    known = {
+        name: replace(entry, value=_meant(name, entry.value))
+        for name, entry in reading.entries.items()
+        if name in Settings.model_fields
+    }
+    given = itertools.islice(reading.entries, _MAX_INSPECTED)
+    replaced = {setting for name in given for setting in replaced_by(name)}
     unknown = ((n, e) for n, e in reading.entries.items() if n not in known)
     problems += [
         entry.problem(name, unknown_setting(name))
@@ -57,7 +62,7 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
     for name in filter(invalid.__contains__, field_parts()):
         if name in known:
             problems.append(known[name].problem(name, _wrong_value(name, known[name].value)))
-        elif name not in reading.broken:
+        elif name not in reading.broken and name not in replaced:
             problems.append(Problem(name, f"is missing; {_purpose(name)}"))
     valid = {n: e.value for n, e in known.items() if n not in invalid and n not in reading.broken}
     settings = Settings.model_validate({**_PLACEHOLDERS, **valid})
@@ -91,6 +96,13 @@ def _resolve_aliases(reading: Reading) -> list[Problem]:
     return problems
 
 
+def _meant(name: str, value: Any) -> Any:
+    """The value that `value` means for setting `name`: of another trainer, or 3.0 for 3."""
+    value = meant(name, value)
+    whole = isinstance(value, float) and value.is_integer() and not accepts(name, value)
+    return int(value) if whole else value
+
+
 def accepts(name: str, value: Any) -> bool:
     """Whether `value` is valid for setting `name`, regardless of other settings."""
     return name not in _invalid_fields({name: value})
@@ -110,23 +122,6 @@ def _invalid_fields(values: Mapping[str, Any]) -> set[str]:
     except ValidationError as error:
         return {str(e["loc"][0]) for e in error.errors(include_url=False, include_context=False)}
     return set()
-
-
-def unknown_setting(name: str) -> str:
-    """Describe what to write instead of a name that is not a setting."""
-    hint = _renamed().get(name)
-    if hint:
-        return hint
-    known = list(field_parts())
-    same = {k.lower(): k for k in known}.get(name.lower())
-    guess = f"; did you mean '{same}'?" if same else did_you_mean(name, known)
-    return f"unknown setting{guess or '; `xtuner explain` lists all settings'}"
-
-
-@functools.cache
-def _renamed() -> dict[str, str]:
-    table: dict[str, dict[str, str]] = tomllib.loads((_TABLES / "renamed.toml").read_text("utf-8"))
-    return table["renamed"]
 
 
 def _wrong_value(name: str, value: Any) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import textwrap
 
-from xtuner.config.check import named_parts, unknown_setting
+from xtuner.config.check import named_parts
 from xtuner.config.describe import allowed
 from xtuner.config.parts import Part
+from xtuner.config.renames import explained_as, unknown_setting
 from xtuner.config.render import literal
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import ConfigError
@@ -34,10 +35,12 @@ def explain(name: str, kind: type[Settings] = Settings) -> str:
     """
     parts = field_parts(kind)
     name = ALIASES.get(name, name)
+    given, name = name, explained_as(name) or name
     if name not in parts:
         raise ConfigError(f"{name}: {unknown_setting(name)}")
     names = named_parts(name)
     lines = [
+        *([f"{given}: {unknown_setting(given)}", ""] if given != name else []),
         name,
         f"  type     {allowed(name, kind)}",
         f"  default  {_default(name, kind)}",

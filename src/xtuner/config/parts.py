@@ -209,6 +209,13 @@ class DataPart(Part):
     """How messages are rendered to text: 'auto' uses the tokenizer's own chat template; named
     templates are for base models; 'plain' adds nothing, and is what 'auto' selects to pretrain a
     model without a chat template. Your own is 'my_templates.py:MINE'."""
+    tool_call_errors: Literal["drop", "keep"] = "drop"
+    """What happens to a row whose tool calls are wrong: arguments that are not JSON or do not fit
+    the schema of their tool, a tool that the row does not declare, a result without a call. 'drop'
+    loses the row and reports it, 'keep' trains on it."""
+    thoughts: Literal["learn", "mask", "remove"] = "learn"
+    """What happens to the thoughts of the assistant, which are its reasoning and the text before a
+    tool call: 'learn' supervises them, 'mask' shows them without loss, 'remove' leaves them out."""
     SYSTEM: Annotated[str, Mark(comment="system message for conversations without one")] = ""
     """System message for conversations that have none."""
     max_length: Annotated[

@@ -58,8 +58,8 @@ def find_checkpoint(path: Path) -> Path:
         return folder
     if path.is_file():
         raise CheckpointError(
-            f"{path}: is a checkpoint file of an earlier version of xtuner; this version reads "
-            "folders iter_N with weights in Hugging Face format"
+            f"{path}: is a checkpoint of XTuner 0.x; convert it first, with the config of its run: "
+            f"xtuner convert pth_to_hf CONFIG {path} DIR"
         )
     parent = folder if folder.is_dir() else folder.parent
     found = ", ".join(sorted(str(p) for p in parent.glob("iter_*") if p.is_dir())) or "none"

@@ -54,6 +54,7 @@ def build(
     folder: Path,
     algorithm: Algorithm,
     image_layout: ImageLayout | None,
+    vocab_size: int | None = None,
     report_dir: Path | None = None,
     quiet: bool = False,
 ) -> TrainingData:
@@ -66,6 +67,7 @@ def build(
         folder: where relative paths are looked up first, the folder of the settings file.
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
+        vocab_size: rows with token ids from here on cannot be used; None if there are none.
         report_dir: folder for data_report.json; None writes none.
         quiet: show no progress.
 
@@ -82,6 +84,7 @@ def build(
         quiet=quiet,
         algorithm=algorithm,
         image_layout=image_layout,
+        vocab_size=vocab_size,
     )
     stores = [encoding.store(source) for source in sources]
     policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)

@@ -3,6 +3,7 @@
     work_dir/iter_N/      weights in Hugging Face format, tokenizer, run.yaml: usable at once
              training_state.pt   only for resuming (`training_state`)
     work_dir/last_checkpoint     the name of the newest
+    work_dir/iter_N.pth          its name in a small file, for scripts written for XTuner 0.x
 
 Everything is written into a hidden folder, by all processes, then flushed to the disk and renamed
 by the main one; the oldest checkpoint is deleted only after the new one stands. A process killed at
@@ -11,6 +12,7 @@ any moment leaves whole checkpoints and at most one hidden folder, which the nex
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -29,6 +31,8 @@ from xtuner.models.save import flush, flush_tree
 from xtuner.parallel.processes import Processes
 
 LAST_FILE = "last_checkpoint"
+_LITTLE_SPACE = 256 << 20
+"""With fewer bytes free, an error in writing of which nothing is known is due to the disk."""
 _NAME = re.compile(r"iter_(\d+)$")
 
 
@@ -39,10 +43,12 @@ class CheckpointStore:
     Attributes:
         work_dir: where the ``iter_N`` folders are.
         limit: how many are kept; -1 keeps all.
+        alias: also write ``iter_N.pth``, so that ``ls -t *.pth | head -n 1`` finds the newest.
     """
 
     work_dir: Path
     limit: int = -1
+    alias: bool = False
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest step first."""
@@ -88,6 +94,8 @@ class CheckpointStore:
         flush_tree(draft)
         put_in_place(draft, target)
         self._point_at(target)
+        if self.alias:
+            _alias_of(target).write_text(target.name + "\n", encoding="utf-8")
         flush(self.work_dir)
         self._prune(keep=target)
 
@@ -145,18 +153,32 @@ class CheckpointStore:
             pointer = self.work_dir / LAST_FILE
             newest = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
             return next((path for path in there if path.name == newest), there[-1])
-        name = Path(which).name.removesuffix(".pth")
-        path = Path(which) if Path(which).is_dir() else self.work_dir / name
+        given = Path(which).expanduser()
+        given = given if given.is_dir() else folder_of(given)
+        inside = self.work_dir / given
+        path = inside if given.name == str(given) and inside.is_dir() else given
         if not (path / STATE_FILE).is_file():
             names = ", ".join(p.name for p in there) or "none"
             raise CheckpointError(
-                f"cannot resume from {path}: it lacks {STATE_FILE}. In {self.work_dir}: {names}"
+                f"cannot resume from {path}: it "
+                f"{f'lacks {STATE_FILE}' if path.is_dir() else 'does not exist'}. "
+                f"In {self.work_dir}: {names}"
             )
         return path
 
 
+def folder_of(name: Path) -> Path:
+    """The folder of a checkpoint that is named as XTuner 0.x does, ``iter_N.pth``."""
+    return name.with_suffix("") if name.suffix == ".pth" else name
+
+
+def _alias_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.pth")
+
+
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint, hidden first: a kill in between leaves no half one."""
+    _alias_of(checkpoint).unlink(missing_ok=True)
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     os.rename(checkpoint, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
@@ -194,9 +216,24 @@ def _fault(error: Exception, target: Path) -> str:
             "checkpoints are untouched; end other programs or lower the settings that take "
             "memory (`xtuner train --dry-run` names them), and continue with --resume."
         )
-    free = shutil.disk_usage(target.parent).free / 2**20
-    words = str(error) or type(error).__name__
+    words = " ".join(str(error).split()) or type(error).__name__
+    free = shutil.disk_usage(target.parent).free
+    if _is_full_disk(error, free):
+        words, cure = f"{words} ({free / 2**20:,.0f} MiB free)", "make room"
+    elif isinstance(error, OSError):
+        cure = "mend this"
+    else:
+        words, cure = f"{type(error).__name__}: {words}", "this is not the disk's fault: mend it"
     return (
-        f"cannot write checkpoint {target}: {words} ({free:,.0f} MiB free). "
-        "Earlier checkpoints are untouched; make room and continue with --resume."
+        f"cannot write checkpoint {target}: {words}. Earlier checkpoints are untouched; {cure} and "
+        "continue with --resume."
     )
+
+
+def _is_full_disk(error: Exception, free: int) -> bool:
+    """Whether `error` is due to a lack of space; torch and safetensors report it in their own
+    types."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    told = str(error).lower()
+    return free < _LITTLE_SPACE or "no space left" in told or "quota" in told

@@ -5,18 +5,24 @@ PEFT creates, names and saves the adapters; their forward pass is `kernels.lora_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 
 from xtuner.errors import ModelError
 from xtuner.hub.weight_files import tensors_of
 from xtuner.kernels.lora.layers import layer_classes
+from xtuner.models.check.training_pass import text_decoder
 from xtuner.models.old_adapters import fitting_llm_adapter
+
+_FEW = 0.01
+"""A smaller share of weights without adapters is not worth a note."""
 
 OUTSIDE_PEFT = {
     kind: ["out_proj"] for kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -42,8 +48,8 @@ def add_adapter(
         r: rank.
         alpha: the adapters' output is scaled by ``alpha / r``.
         dropout: share of the adapters' inputs set to zero in training.
-        target_modules: names of layers, or 'all-linear' (all but the output head and those of
-            `OUTSIDE_PEFT`).
+        target_modules: names of layers, or 'all-linear' (all but the output head, those of
+            `OUTSIDE_PEFT` and those that are `unsuitable`).
         modules_to_save: names of layers trained in full.
         seed: fixes the first values of A (B begins at zero); the global random state is kept.
         task_type: PEFT's word for what the model does; None for a vision tower.
@@ -54,14 +60,13 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
 
     whole = list(target_modules) == ["all-linear"]
-    config: Any = model.config
-    outside = OUTSIDE_PEFT.get(config.model_type)
+    outside = [*OUTSIDE_PEFT.get(_kind(model), ()), *unsuitable(model)] if whole else []
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if whole else list(target_modules),
-        exclude_modules=outside if whole else None,
+        exclude_modules=outside or None,
         modules_to_save=list(modules_to_save) or None,
         task_type=task_type,
     )
@@ -88,6 +93,48 @@ def add_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _kind(model: Any) -> str:
+    return str(model.config.model_type)
+
+
+def unsuitable(model: Any) -> dict[str, str]:
+    """Linear layers of `model` by name that 'all-linear' leaves out, and why.
+
+    Layers of a router may return a tuple, and parts for images or sound are not reached by text.
+    """
+    causal = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    decoder = text_decoder(model) if causal else model
+    reached = {id(module) for module in decoder.modules()} if decoder is not model else None
+    head = model.get_output_embeddings() if causal else None
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        kind = type(module)
+        if reached is not None and id(module) not in reached:
+            found[name] = "text does not reach them"
+        elif kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers"):
+            found[name] = f"a {kind.__name__} does more than a linear layer"
+    return found
+
+
+def notes_on_adapters(adapted: Any) -> Iterator[str]:
+    """What adapters on all linear layers do not reach; `adapted` is of `add_adapter`."""
+    model, config = adapted.get_base_model(), next(iter(adapted.peft_config.values()))
+    if config.exclude_modules:
+        left = collections.Counter(unsuitable(model).values())
+        for reason, count in left.items():
+            layers = "1 linear layer gets" if count == 1 else f"{count:,} linear layers get"
+            yield f"{layers} no adapter: {reason}"
+    experts = [p for p in model.parameters() if p.ndim == 3 and not p.requires_grad]
+    share = sum(p.numel() for p in experts) / max(1, sum(p.numel() for p in model.parameters()))
+    if share > _FEW:
+        yield (
+            f"{share:.0%} of the weights are experts in tensors of three dimensions, which are no "
+            "linear layers: they get no adapters and stay as they are"
+        )
 
 
 def load_adapter(
@@ -129,10 +176,10 @@ def load_adapter(
     except SafetensorError as error:
         raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
     except (RuntimeError, ValueError, OSError) as error:
-        first = str(error).splitlines()[0]
+        told = " ".join(str(error).split())
         raise ModelError(
             f"{folder}: the adapter does not fit the model "
-            f"{getattr(model, 'name_or_path', '')!r}: {first}"
+            f"{getattr(model, 'name_or_path', '')!r}: {told}"
         ) from error
 
 
@@ -147,7 +194,8 @@ def load_adapter_weights(adapted: Any, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(f"{folder}: lacks adapter_model.safetensors")
-    saved = tensors_of(file)
+    with fitting_llm_adapter(adapted, folder) as place:
+        saved = tensors_of(place / file.name)
     try:
         result = set_peft_model_state_dict(adapted, saved)
     except RuntimeError as error:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
 from xtuner.kernels.attention.packed import NAME, register
-from xtuner.models.load import located_config, meta_model, readable_errors
+from xtuner.models.facts import facts_of
 
 ISOLATING_KINDS = frozenset({"full_attention", "sliding_attention", "attention", "mlp", "moe"})
 """Kinds of layers (`config.layer_types`) in which a token reads others only through attention over
@@ -72,10 +72,7 @@ def resolve_packing(settings: Settings) -> tuple[Settings, str | None]:
     """
     if settings.pack_to_max_length is False:
         return settings, None
-    path = settings.pretrained_model_name_or_path
-    config = located_config(path, trust_remote_code=settings.trust_remote_code)
-    with readable_errors(path, "model"):
-        model = meta_model(config, trust_remote_code=settings.trust_remote_code)
+    model = facts_of(settings).model
     reason = why_apart(model)
     if reason is None:
         return settings.model_copy(update={"pack_to_max_length": True}), None

@@ -159,7 +159,7 @@ class PackedCausalLM(nn.Module):
         """The log-probabilities of `targets` as next tokens of `positions`."""
         head: Any = self.causal.get_output_embeddings()
         if not self.plain_logits and isinstance(head, ScoringHead):
-            hidden = self.causal.base_model(**inputs).last_hidden_state[0, positions]
+            hidden = decoder_of(self.causal)(**inputs).last_hidden_state[0, positions]
             return head(self._for_head(hidden), targets)  # type: ignore[operator, no-any-return]
         return log_probabilities_of_logits(self._logits(inputs, positions), targets)
 
@@ -260,7 +260,8 @@ class PackedCausalLM(nn.Module):
         Raises:
             ModelError: the model cannot be split, or gives other results when it is.
         """
-        if reason := cannot_split(text_decoder(self.causal), group.size):
+        reason = cannot_split(text_decoder(self.causal), group.size)
+        if reason := reason or ("samples go through it one at a time" if self.apart else None):
             raise ModelError(f"sequence_parallel_size = {group.size}: {reason}")
         batch = IsolationCheck(self).batch()
         with traceless(self), without_dropout(self), self._autocast(), torch.no_grad():

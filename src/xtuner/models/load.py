@@ -180,6 +180,12 @@ def located(path: str | Path) -> str:
     return name
 
 
+def lasting_name(path: str | Path) -> str:
+    """The name of a model that holds from any working directory: the whole path of a folder, else
+    the name as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+
+
 def read_config(place: str) -> dict[str, Any]:
     """The model's ``config.json`` as a dict; empty where it cannot be had."""
     file: str | Path | None = Path(place) / "config.json"
@@ -233,12 +239,12 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
         *(OSError, ValueError, KeyError, ImportError),
         *(SafetensorError, UnpicklingError, EOFError, RuntimeError),  # of damaged files
     ) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        told = " ".join(str(error).split()) or repr(error)
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
         hints = (
             "give a folder that holds config.json and *.safetensors, a name on the hub, "
             "or fetch it once with `xtuner fetch`"
         )
         raise ModelError(
-            f"cannot load the {what} {str(path)!r} ({where}): {first}\n  Cure: {hints}."
+            f"cannot load the {what} {str(path)!r} ({where}): {told}\n  Cure: {hints}."
         ) from error

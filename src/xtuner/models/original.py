@@ -85,7 +85,7 @@ def copy_code(base: Path, folder: Path, config: dict[str, Any]) -> None:
     classes = (config.get("auto_map") or {}).values()
     names = [name for value in classes for name in (value if isinstance(value, list) else [value])]
     if any(name and "--" not in name for name in names):
-        _copy(base, folder, ("*.py",))
+        copy_files(base, folder, ("*.py",))
 
 
 def keep_tokenizer(tokenizer: Any, base: Path | None, folder: Path) -> None:
@@ -94,7 +94,7 @@ def keep_tokenizer(tokenizer: Any, base: Path | None, folder: Path) -> None:
         with quiet_transformers():
             tokenizer.save_pretrained(str(folder))
         return
-    _copy(base, folder, TOKENIZER_FILES)
+    copy_files(base, folder, TOKENIZER_FILES)
 
 
 def has_tokenizer_of(folder: Path, base: Path) -> bool:
@@ -151,7 +151,8 @@ def _chat_template(folder: Path) -> Any:
     return _read(folder / "tokenizer_config.json").get("chat_template")
 
 
-def _copy(base: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+def copy_files(base: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files of `base` whose names fit one of `patterns` to `folder`."""
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         if path.is_file() and any(fnmatch.fnmatch(str(inner), pattern) for pattern in patterns):

@@ -19,7 +19,7 @@ from xtuner.kernels import host_embedding
 from xtuner.kernels.fused import attention, decoder, norm_mlp
 from xtuner.models import adapters
 from xtuner.models.can_pack import training_implementation
-from xtuner.models.load import load_model
+from xtuner.models.load import lasting_name, load_model
 from xtuner.models.vision.folder import LLM, LLM_ADAPTER
 
 
@@ -76,6 +76,8 @@ def make_trainable(
         modules_to_save=s.lora_modules_to_save,
         seed=s.seed,
     )
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = lasting_name(s.pretrained_model_name_or_path)
     if source is not None:
         adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.has_vision else source)
     return adapted

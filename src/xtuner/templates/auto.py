@@ -16,12 +16,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
+from xtuner.calls.families import load as load_family
+from xtuner.calls.families.base import Family
 from xtuner.errors import DataError, ModelError
-from xtuner.templates.base import NO_REASONING, Rendered, Template, Turn, hash_of
+from xtuner.templates.base import (
+    NO_REASONING,
+    Rendered,
+    Template,
+    Turn,
+    hash_of,
+    masked_spans,
+)
 from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
+from xtuner.templates.native_tools import NativeTools, native_tools
 from xtuner.templates.table import NAMED
+from xtuner.templates.tool_layout import INTERNLM2, ToolLayout, needs_layout
 from xtuner.types import Message
 
 Tools = Sequence[Mapping[str, Any]]
@@ -32,6 +44,8 @@ _NAME_ANOTHER = "name another, such as prompt_template = 'chatml'"
 _PATIENCE = 3
 """So many conversations may exceed the bounds before the template is not rendered any more."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
+_STOPPING_OPENERS = ("<|user|>", "<|observation|>")
 _FURTHER_ENDS = ("<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 _DATE = "26 Jul 2024"
 """The default date of Llama 3 templates; fixed, so that runs are reproducible."""
@@ -52,26 +66,25 @@ class ChatTemplate(Template):
         self._added = [
             t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()
         ]
-        self._tools_shown: bool | None = None
+        self._native: NativeTools | Literal["unknown"] | None = "unknown"
         self._exceeded = 0
         self._marked: dict[str, bool] = {}
         self._variables = {"date_string": _DATE} if "date_string" in self._source(()) else {}
         self._reasoning_key = _reasoning_key(self._source(()))
         self._has_system_turn = self._shows_system()
+        self._openers: dict[str, str] = {}
         self._stop = self._find_stop()
-        self.stop_words = (self._stop,) if self._stop else ()
+        self.stop_words = (self._stop,) if self._stop else tuple({*self._openers.values()})
         ends = [t for t in _FURTHER_ENDS if t in self._source(()) and t in self._added]
-        self.stop_token_ids = self._token_ids((tokenizer.eos_token or "", self._stop, *ends))
+        self.stop_token_ids = self._token_ids((tokenizer.eos_token or "", *self.stop_words, *ends))
 
     def render(
         self, messages: Sequence[Message], *, tools: Tools = (), prompt: bool = False
     ) -> Rendered:
         """See `Template.render`."""
-        turns = self._as_turns(messages)
+        turns, tools = self._with_tools(messages, tools)
         dicts = [turn for turn, _ in turns]
         text, marks = self._text(dicts, tools, prompt=prompt)
-        if tools:
-            self._check_tools(dicts, tools, text, prompt=prompt)
         answers = [i for i, turn in enumerate(dicts) if turn["role"] == "assistant"]
         bounds = marks if len(marks) == len(answers) else [None] * len(answers)
         found: list[Turn] = []
@@ -81,12 +94,31 @@ class ChatTemplate(Template):
             supervised = message is not None and message.supervised
             span = self._span(text, dicts, index, tools, mark=mark, prompt=prompt)
             if span is not None:
-                found.append(Turn(*span, supervised))
+                masked = masked_spans(message, text, *span) if message else ()
+                found.append(Turn(*span, supervised, masked))
             elif supervised and any(turn["role"] == "user" for turn in dicts[:index]):
                 inexact += 1
         if inexact and not prompt:
             self._report_inexact(left=sum(turn.supervised for turn in found))
-        return Rendered(text, found)
+        return self._ended_by_opener(Rendered(text, found), dicts, prompt=prompt)
+
+    def _ended_by_opener(
+        self, rendered: Rendered, dicts: list[dict[str, Any]], *, prompt: bool
+    ) -> Rendered:
+        """With the opener of the next turn as the end of each answer, where that is the stop."""
+        text, turns = rendered
+        if not self._openers or not turns:
+            return rendered
+        if not prompt and dicts[-1]["role"] == "assistant" and turns[-1].end == len(text):
+            following = "tool" if dicts[-1].get("tool_calls") else "user"
+            text += self._openers.get(following, self._openers["user"])
+        ended = []
+        for turn in turns:
+            rest = text[turn.end :]
+            space = len(rest) - len(rest.lstrip())
+            opener = next((o for o in self._openers.values() if rest[space:].startswith(o)), "")
+            ended.append(turn._replace(end=turn.end + (space + len(opener) if opener else 0)))
+        return Rendered(text, ended)
 
     def fingerprint(self) -> str:
         """See `Template.fingerprint`."""
@@ -122,6 +154,10 @@ class ChatTemplate(Template):
         else:
             turn = self._text(dicts[: index + 1], tools)[0]
         end = self._end_of(turn, start)
+        if text[:end] != turn[:end] and (tools or "tool_calls" in dicts[index]):
+            # Qwen 3 opens the last turn alone with an empty thought
+            turn = turn[:start] + _EMPTY_THOUGHT.sub("", turn[start:], count=1)
+            end = self._end_of(turn, start)
         if text[:end] != turn[:end]:
             return None
         self._check_calls(dicts[index], text[start:end])
@@ -196,14 +232,64 @@ class ChatTemplate(Template):
             self._marked[source] = _GENERATION.search(source) is not None
         return self._marked[source]
 
-    def _as_turns(self, messages: Sequence[Message]) -> list[tuple[dict[str, Any], Message | None]]:
-        """The messages as dicts, with the system message where the template accepts it."""
-        turns: list[tuple[dict[str, Any], Message | None]] = [
-            (self._named_reasoning(m.as_dict()), m) for m in messages
-        ]
-        first = turns[0][0] if turns else None
-        if self.system and first is not None and first["role"] != "system":
-            turns.insert(0, ({"role": "system", "content": self.system}, None))
+    @property
+    def tool_family(self) -> Family | None:
+        """See `Template.tool_family`."""
+        native = self._native_tools()
+        return native.family if native else self._layout.family
+
+    def _native_tools(self) -> NativeTools | None:
+        """What the chat template does with tools; None if it has none."""
+        if self._native == "unknown":
+            self._native = native_tools(
+                lambda dicts, tools, prompt: self._text(dicts, tools, prompt=prompt)[0]
+            )
+        return self._native
+
+    @cached_property
+    def _layout(self) -> ToolLayout:
+        """How tools are written if the chat template has none."""
+        if not all(word in self._added for word in load_family(INTERNLM2).markers):
+            return ToolLayout.of()
+        turn = {"role": "system name=<|plugin|>", "content": _PROBE}
+        try:
+            text = self._text([turn, {"role": "user", "content": "Hello"}])[0]
+        except DataError:
+            text = ""
+        shown = f"{turn['role']}\n{_PROBE}" in text
+        return ToolLayout.of(INTERNLM2, further_roles=True) if shown else ToolLayout.of()
+
+    def _with_tools(
+        self, messages: Sequence[Message], tools: Tools
+    ) -> tuple[list[tuple[dict[str, Any], Message | None]], Tools]:
+        """The messages as dicts, and the tools that are left for the chat template to render."""
+        if self.system and messages and messages[0].role != "system":
+            messages = [Message("system", self.system), *messages]
+        if not needs_layout(messages, tools):
+            return self._as_turns([(m.as_dict(), m) for m in messages]), ()
+        native = self._native_tools()
+        if native and native.family and tools and not native.lists_tools:
+            messages, tools = ToolLayout(native.family).with_listing(messages, tools), ()
+        if native:
+            dicts = native.form.prepared([message.as_dict() for message in messages])
+            return self._as_turns(list(zip(dicts, messages, strict=True))), tools
+        self._warn_once(
+            "the model's chat template has no tools; tools and calls are written in the layout "
+            f"'{self._layout.family.name}' (docs/tools.md)"
+        )
+        turns: list[tuple[dict[str, Any], Message | None]] = []
+        for role, content, message in self._layout.write_out(messages, tools):
+            turn = {"role": role, "content": content}
+            if message and message.reasoning:
+                turn["reasoning_content"] = message.reasoning
+            turns.append((turn, message))
+        return self._as_turns(turns), ()
+
+    def _as_turns(
+        self, pairs: Sequence[tuple[dict[str, Any], Message | None]]
+    ) -> list[tuple[dict[str, Any], Message | None]]:
+        """Turns and their messages, with the system message where the template accepts it."""
+        turns = [(self._named_reasoning(turn), message) for turn, message in pairs]
         if self._has_system_turn or not turns or turns[0][0]["role"] != "system":
             return turns
         system = turns[0][0]["content"]
@@ -241,7 +327,8 @@ class ChatTemplate(Template):
         found = [(at, token) for token in self._added if (at := tail.find(token)) >= 0]
         if found:
             return str(min(found, key=lambda match: (match[0], -len(match[1])))[1])
-        if not tail.strip():
+        self._openers = {} if tail.strip() else self._find_openers(dicts)
+        if not tail.strip() and not self._openers:
             self._warn_once(
                 "the model's chat template writes nothing after an answer, so training cannot "
                 "teach the model to stop; set prompt_template to a named template"
@@ -249,16 +336,21 @@ class ChatTemplate(Template):
             )
         return tail.strip()
 
-    def _check_tools(
-        self, dicts: list[dict[str, Any]], tools: Tools, text: str, *, prompt: bool
-    ) -> None:
-        if self._tools_shown is None:
-            self._tools_shown = text != self._text(dicts, prompt=prompt)[0]
-        if not self._tools_shown:
-            self._warn_once(
-                "the model's chat template does not render tools, so the 'tools' of the data have "
-                "no effect; use a model whose template supports tools"
-            )
+    def _find_openers(self, dicts: list[dict[str, Any]]) -> dict[str, str]:
+        """The tokens that open the turn after an answer, by the role of that turn.
+
+        GLM writes nothing after an answer and stops by opening the next turn.
+        """
+        openers = {}
+        for role in ("user", "tool"):
+            try:
+                text = self._text([*dicts, {"role": role, "content": "Hello"}])[0]
+            except DataError:
+                continue
+            tail = text.rpartition(_PROBE)[2].lstrip()
+            if found := [t for t in _STOPPING_OPENERS if t in self._added and tail.startswith(t)]:
+                openers[role] = found[0]
+        return openers if "user" in openers else {}
 
     def _check_calls(self, turn: Mapping[str, Any], rendered: str) -> None:
         for call in turn.get("tool_calls", ()):

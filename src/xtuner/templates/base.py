@@ -12,12 +12,16 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
+from xtuner.calls.families import DEFAULT
+from xtuner.calls.families import load as load_family
+from xtuner.calls.families.base import Family
 from xtuner.templates.tokens import Tokens, tokens_of
 from xtuner.types import Conversation, Encoded, Message
 
-VERSION = 1
+VERSION = 2
 """Part of every fingerprint; incremented when the ids or masks of any template change."""
 
 USE_AUTO = (
@@ -34,11 +38,13 @@ logger = logging.getLogger("xtuner.templates")
 
 
 class Turn(NamedTuple):
-    """An assistant turn, including its stop: characters ``[start, end)``."""
+    """An assistant turn, including its stop: characters ``[start, end)``; those of `masked` in it
+    are not supervised."""
 
     start: int
     end: int
     supervised: bool
+    masked: tuple[tuple[int, int], ...] = ()
 
 
 class Rendered(NamedTuple):
@@ -89,6 +95,11 @@ class Template(ABC):
             ModelError: the assistant turns cannot be located exactly.
         """
 
+    @property
+    def tool_family(self) -> Family | None:
+        """How the model writes tool calls with this template; None if that is not known."""
+        return load_family(DEFAULT)
+
     def as_fields(self) -> dict[str, Any]:
         """The template as plain values, where it was the user's own (a `Spec`); else empty."""
         return {}
@@ -114,8 +125,27 @@ class Template(ABC):
         for index, segment in enumerate(self._segments(rendered)):
             turn = rendered.turns[index // 2] if index % 2 else None
             ids += segment
-            mask += [turn is not None and turn.supervised] * len(segment)
+            if turn is not None and turn.supervised and turn.masked:
+                mask += self._partly_masked(rendered.text, turn, segment)
+            else:
+                mask += [turn is not None and turn.supervised] * len(segment)
         return Encoded(ids, mask)
+
+    def _partly_masked(self, text: str, turn: Turn, ids: list[int]) -> list[bool]:
+        """Which of the `ids` of `turn` are supervised.
+
+        They are compared with ids that are cut at the masked characters, so that the ids themselves
+        do not depend on the mask; a token across such a cut is not supervised.
+        """
+        borders = [border for span in turn.masked for border in span]
+        pieces = self._tokens.segments(text[: turn.end], [turn.start, *borders])[1:]
+        cut = [token for piece in pieces for token in piece]
+        learned = [index % 2 == 0 for index, piece in enumerate(pieces) for _ in piece]
+        mask = [False] * len(ids)
+        matcher = SequenceMatcher(None, ids, cut, autojunk=False)
+        for start, other, size in matcher.get_matching_blocks():
+            mask[start : start + size] = learned[other : other + size]
+        return mask
 
     def prompt_ids(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
@@ -146,6 +176,20 @@ class Template(ABC):
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def masked_spans(message: Message, text: str, start: int, end: int) -> tuple[tuple[int, int], ...]:
+    """Where the thoughts of `message` are in ``text[start:end]``, if they are to be masked."""
+    if not message.mask_thought:
+        return ()
+    found, at = [], start
+    for thought in (message.reasoning, message.content if message.tool_calls else ""):
+        shown = thought.strip()
+        where = text.find(shown, at, end) if shown else -1
+        if where >= 0:
+            at = where + len(shown)
+            found.append((where, at))
+    return tuple(found)
 
 
 def hash_of(*parts: Any) -> str:

@@ -7,12 +7,16 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from xtuner import plugins
+from xtuner.calls.families.base import Family
 from xtuner.errors import DataError, ModelError
-from xtuner.templates.base import NO_REASONING, USE_AUTO, Rendered, Template, Turn, hash_of
+from xtuner.templates.base import NO_REASONING, Rendered, Template, Turn, hash_of, masked_spans
 from xtuner.templates.spec import Spec, fill
+from xtuner.templates.tool_layout import ToolLayout
 from xtuner.types import Message
 
-_PIECES = ("start", "system", "system_in_user", "user", "assistant", "answer", "after", "stop")
+_PIECES = (
+    "start", "system", "system_in_user", "user", "assistant", "answer", "after", "stop", "further",
+)  # fmt: skip
 
 
 class NamedTemplate(Template):
@@ -21,6 +25,7 @@ class NamedTemplate(Template):
     def __init__(self, name: str, tokenizer: Any, *, spec: Spec, system: str = "") -> None:
         super().__init__(name, tokenizer, system=system or spec.default_system)
         self._spec = _with_tokens(name, spec, tokenizer)
+        self._layout = ToolLayout.of(spec.tool_calls, further_roles=bool(spec.further))
         stops = (self._spec.stop, *spec.stop_words)
         self.stop_words = tuple(dict.fromkeys(stops))
         self.stop_token_ids = self._token_ids((tokenizer.eos_token or "", *stops))
@@ -31,6 +36,11 @@ class NamedTemplate(Template):
         """The pieces, with the tokenizer's BOS and EOS filled in."""
         return self._spec
 
+    @property
+    def tool_family(self) -> Family | None:
+        """See `Template.tool_family`."""
+        return self._layout.family
+
     def render(
         self,
         messages: Sequence[Message],
@@ -40,31 +50,33 @@ class NamedTemplate(Template):
     ) -> Rendered:
         """See `Template.render`."""
         spec = self._spec
-        if tools:
-            self._warn_once(f"template '{self.name}' does not render tools; {USE_AUTO}")
         messages = self._with_system(messages)
         text = spec.start
         turns: list[Turn] = []
         system, rounds, closed = "", 0, False
-        for index, message in enumerate(messages):
-            self._check(message, index)
-            if message.role == "assistant":
+        for index, (role, content, message) in enumerate(self._layout.write_out(messages, tools)):
+            self._check(role, message, index)
+            if role == "assistant" and message:
                 start = len(text) + len(spec.assistant)
-                answer = fill(spec.answer, {"content": message.content})
-                turns.append(Turn(start, start + len(answer), message.supervised))
-                text += spec.assistant + answer + spec.after
+                answer = fill(spec.answer, {"content": content})
+                text += spec.assistant + answer
+                masked = masked_spans(message, text, start, start + len(answer))
+                turns.append(Turn(start, start + len(answer), message.supervised, masked))
+                text += spec.after
                 closed = True
                 continue
-            if message.role == "system" and spec.system_in_user:
-                system = message.content
+            if role == "system" and spec.system_in_user:
+                system = content
                 continue
-            if message.role == "system":
-                piece, values = spec.system, {"content": message.content}
-            else:
+            values = {"content": content, "system": system, "round": str(rounds), "role": role}
+            if role == "system":
+                piece = spec.system
+            elif role == "user":
                 rounds += 1
                 piece = spec.system_in_user if system else spec.user
-                values = {"content": message.content, "system": system, "round": str(rounds)}
-                system = ""
+                values["round"], system = str(rounds), ""
+            else:
+                piece = spec.further
             if spec.stop_opens_next and closed and piece.startswith(spec.stop):
                 piece = piece[len(spec.stop) :]
             text += fill(piece, values)
@@ -91,14 +103,10 @@ class NamedTemplate(Template):
             return [Message("system", self.system), *messages]
         return messages
 
-    def _check(self, message: Message, index: int) -> None:
-        if message.role == "tool" or message.tool_calls:
-            raise DataError(
-                f"template '{self.name}' does not support tool calls and results; {USE_AUTO}"
-            )
-        if message.reasoning:
+    def _check(self, role: str, message: Message | None, index: int) -> None:
+        if message and message.reasoning:
             self._warn_once(NO_REASONING.format(template=f"template '{self.name}'"))
-        if message.role == "system" and index and self._spec.system_in_user:
+        if role == "system" and index and self._spec.system_in_user:
             raise DataError(f"template '{self.name}' supports a system message only at the start")
 
     def _warn_of_missing_tokens(self) -> None:

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xtuner.calls.families.base import Family
 from xtuner.errors import DataError
-from xtuner.templates.base import NO_REASONING, USE_AUTO, Rendered, Template, Turn, hash_of
+from xtuner.templates.base import (
+    NO_REASONING,
+    USE_AUTO,
+    Rendered,
+    Template,
+    Turn,
+    hash_of,
+    masked_spans,
+)
+from xtuner.templates.tool_layout import ToolLayout, needs_layout
 from xtuner.types import Message
 
 
@@ -45,22 +55,27 @@ class PlainText(Template):
         """Join the messages; every assistant turn ends with the EOS token and a line break."""
         text, turns = self._begin, []
         if self.system and messages[0].role != "system":
-            text += self.system + self.between
-        for message in messages:
-            self._check(message)
+            messages = [Message("system", self.system), *messages]
+        if needs_layout(messages, tools):
+            self._refuse_tools()
+        for role, content, message in ToolLayout.of().write_out(messages, tools):
+            if message:
+                self._check(message)
             start = len(text)
-            text += message.content
-            if message.role == "assistant":
+            text += content
+            if role == "assistant" and message:
                 text += self._end
-                turns.append(Turn(start, len(text), message.supervised))
+                masked = masked_spans(message, text, start, len(text))
+                turns.append(Turn(start, len(text), message.supervised, masked))
                 text += self.between
-            elif message.role == "system":
+            elif role == "system":
                 text += self.between
         return Rendered(text, turns)
 
+    def _refuse_tools(self) -> None:
+        """Raise DataError if this template has no place for tools."""
+
     def _check(self, message: Message) -> None:
-        if message.tool_calls:
-            raise DataError(f"template '{self.name}' does not render tool calls; {USE_AUTO}")
         if message.reasoning:
             self._warn_once(NO_REASONING.format(template=f"template '{self.name}'"))
 
@@ -74,3 +89,11 @@ class Verbatim(PlainText):
 
     name_of_kind = "verbatim"
     between = ""
+
+    @property
+    def tool_family(self) -> Family | None:
+        """See `Template.tool_family`: the data decide."""
+        return None
+
+    def _refuse_tools(self) -> None:
+        raise DataError(f"template '{self.name}' does not render tool calls; {USE_AUTO}")

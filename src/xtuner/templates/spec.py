@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-_FIELD = re.compile(r"\{(content|system|round|bos|eos)\}")
+from xtuner.calls.families import DEFAULT, FAMILIES
+
+_FIELD = re.compile(r"\{(content|system|round|role|bos|eos)\}")
 _MAX_CHARACTERS = 20_000
 _KINDS = {"str": "a string", "bool": "true or false", "tuple[str, ...]": "a list of strings"}
 _ALLOWED = {
@@ -25,6 +27,7 @@ _ALLOWED = {
     "assistant": {"bos", "eos"},
     "answer": {"bos", "eos", "content"},
     "after": {"bos", "eos"},
+    "further": {"bos", "eos", "content", "role"},
     "stop": {"bos", "eos"},
 }
 
@@ -47,6 +50,10 @@ class Spec:
         stop_words: further strings that end generation.
         tokens: strings that should each be a single token of the model.
         stop_opens_next: the stop is also the first token of a user turn and is written once.
+        tool_calls: how tool calls are written, a family of `xtuner.calls.families`.
+        further: a turn of any other role, with ``{role}`` and ``{content}``. If it is set, tools
+            and results are such turns (InternLM2's protocol); otherwise they are parts of system
+            and user turns.
     """
 
     user: str
@@ -61,6 +68,8 @@ class Spec:
     stop_words: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     stop_opens_next: bool = False
+    tool_calls: str = DEFAULT
+    further: str = ""
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> Spec:
@@ -102,6 +111,10 @@ class Spec:
             yield "system, system_in_user: set exactly one of the two"
         if self.system_in_user and "{system}" not in self.system_in_user:
             yield "system_in_user: must contain {system} and {content}"
+        if self.tool_calls not in FAMILIES:
+            yield f"tool_calls: must be one of {', '.join(FAMILIES)}; it is {self.tool_calls!r}"
+        if self.further and not ("{role}" in self.further and "{content}" in self.further):
+            yield f"further: must contain {{role}} and {{content}}; it is {self.further!r}"
         if self.stop_opens_next and not self.user.startswith(self.stop):
             yield "stop_opens_next: user must begin with the stop"
 

@@ -153,6 +153,8 @@ NAMED: dict[str, Spec] = {
         stop="<|im_end|>",
         after="\n",
         tokens=("<|im_start|>", "<|im_end|>"),
+        tool_calls="internlm2",
+        further="<|im_start|>{role}\n{content}<|im_end|>\n",
     ),
     "llama2_chat": Spec(
         system_in_user="{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{content} [/INST]",

@@ -20,6 +20,7 @@ from xtuner.engine.spill import Spill, as_it_is
 from xtuner.engine.strategies.base import BaseStrategy, Keep
 from xtuner.engine.training_state import load_state, save_state
 from xtuner.models import original
+from xtuner.models.load import lasting_name
 from xtuner.models.run_info import RunInfo, installed_versions
 from xtuner.models.save import save_model
 from xtuner.templates.base import Template
@@ -137,10 +138,9 @@ class CheckpointWriter:
         return {name: found[own] for name, own in names.items() if own in found}
 
     def _info(self, run: Run) -> RunInfo:
-        base = self.settings.pretrained_model_name_or_path
         return RunInfo(
             kind="llava" if self.vision else "adapter" if self.settings.uses_adapter else "model",
-            base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
+            base_model=lasting_name(self.settings.pretrained_model_name_or_path),
             prompt_template=self.template.name,
             template=self.template.as_fields(),
             system=self.settings.SYSTEM,

@@ -16,9 +16,11 @@ from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.models.can_pack import resolve_packing
+from xtuner.models.facts import facts_of
 from xtuner.models.load import load_tokenizer
 from xtuner.parallel.processes import Processes
 from xtuner.templates.base import Template
+from xtuner.training.preflight import check_tokenizer
 from xtuner.training.vision import image_layout_of
 
 
@@ -34,6 +36,7 @@ class DataParts:
         template: lays out conversations.
         image_layout: how images are expanded to tokens; None if the model takes no images.
         packing: a line to show where the model decided against packing.
+        vocab_size: number of embeddings of the model, if the tokenizer has tokens beyond them.
     """
 
     settings: Settings
@@ -43,6 +46,7 @@ class DataParts:
     template: Template
     image_layout: ImageLayout | None
     packing: str | None
+    vocab_size: int | None = None
 
     @classmethod
     def open(cls, loaded: LoadedSettings) -> DataParts:
@@ -57,14 +61,19 @@ class DataParts:
         tokenizer = load_tokenizer(
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
-        image_layout = image_layout_of(settings, tokenizer, folder=folder)
         template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
-        return cls(settings, folder, tokenizer, algorithm, template, image_layout, packing)
+        vocab_size = check_tokenizer(tokenizer, template, facts_of(settings))
+        image_layout = image_layout_of(settings, tokenizer, folder=folder)
+        if image_layout is not None:  # the token <image> may change what the template writes
+            template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
+        return cls(
+            settings, folder, tokenizer, algorithm, template, image_layout, packing, vocab_size
+        )
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `data.build.build` and `data.report.check.bad_rows`."""
-        names = ("template", "tokenizer", "folder", "algorithm", "image_layout")
+        names = ("template", "tokenizer", "folder", "algorithm", "image_layout", "vocab_size")
         return {name: getattr(self, name) for name in names}
 
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:

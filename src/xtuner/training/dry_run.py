@@ -10,6 +10,7 @@ from xtuner.errors import LaunchError
 from xtuner.memory.plan import plan_memory
 from xtuner.models.can_pack import resolve_packing
 from xtuner.training.opening_lines import lines_of_model
+from xtuner.training.preflight import check_run
 
 
 def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int = 1) -> bool:
@@ -27,6 +28,7 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     settings = loaded.settings
     device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
     settings, packing = resolve_packing(settings)
+    check_run(settings)
     plan = plan_memory(settings, device, memory=memory, processes=processes)
     console = Console(highlight=False, soft_wrap=True)
     for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):

@@ -32,6 +32,7 @@ def opening_lines(
     data: Iterable[str],
     images: str | None,
     packing: str | None,
+    positions: str | None,
     work_dir: Path,
 ) -> Iterator[str]:
     """Yield them in the order in which a reader asks.
@@ -46,6 +47,7 @@ def opening_lines(
         data: lines about the rows.
         images: line about the vision tower.
         packing: why samples are not packed, where the model decided.
+        positions: note on samples longer than the model's positions.
         work_dir: where results go.
     """
     yield from lines_of_model(s, plan, dtype)
@@ -67,6 +69,7 @@ def opening_lines(
     if not plan.forecast.failure:
         yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
     notes = [*_notes_on_steps(s, total, counter), *_notes_on_intervals(s, total, counter)]
+    notes += [positions] if positions else []
     if idle := s.without_effect():
         notes.append(f"without effect here: {', '.join(idle)}")
     if plan.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:

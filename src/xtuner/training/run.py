@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from xtuner.config.load import LoadedSettings
+from xtuner.convert import old_checkpoint
 from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate
 from xtuner.device.select import name_of, pick_device, resolve_dtype
@@ -27,12 +29,15 @@ from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.work_dir import WorkPlace, work_dir_of
+from xtuner.hub import old_pth
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
 from xtuner.models import manifest
+from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
+from xtuner.training import preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
@@ -72,7 +77,11 @@ def train(
     try:
         folder = work_dir_of(loaded, work_dir)
         with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
-            result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+            run = _TrainingRun(loaded, processes, work_dir)
+            try:
+                result = run.train(resume, overwrite)
+            finally:
+                run.close()
     except Interrupted:
         processes.close()
         raise
@@ -92,7 +101,12 @@ class _TrainingRun:
         self.device = processes.device.type
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.loss_scaler = LossScaler.for_dtype(self.dtype)
-        self.store = CheckpointStore(self.work_dir, self.settings.save_total_limit)
+        self.store = CheckpointStore(
+            self.work_dir,
+            self.settings.save_total_limit,
+            alias=self.settings.steps_are == "micro_batches",
+        )
+        self.old_weights: TemporaryDirectory[str] | None = None
         self.vision: RunVision | None = None
         self.computing = prepare_computing(self.settings, processes, self.dtype)
 
@@ -101,10 +115,13 @@ class _TrainingRun:
         source = self._resumable(resume) if resume else None
         self.parts = DataParts.open(self.loaded)
         self.settings = settings = self.parts.settings
+        preflight.check_run(settings)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
-        place = self._prepare_place(resuming=source is not None, overwrite=overwrite)
+        place = self._prepare_place(
+            resuming=source is not None and self.old_weights is None, overwrite=overwrite
+        )
         data = self.parts.build_once(
             self.processes, report_dir=place.log_dir if self.processes.is_main else None
         )
@@ -116,7 +133,7 @@ class _TrainingRun:
         self._prepare(model)
         run = self._run(place, model, data, counter, total)
         writer = self._writer(model, data)
-        if source is not None:
+        if source is not None and self.old_weights is None:
             writer.restore(source, run)
         if run.step >= total:
             self.console.print(
@@ -258,6 +275,8 @@ class _TrainingRun:
             self.console.print(f"Note: {note}.")
         if self.processes.sequence is not None:
             wrapped.split_rows(self.processes.sequence)
+        for note in notes_on_adapters(llm) if s.uses_adapter else ():
+            self.console.print(f"Note: {note}.", markup=False)
         for line in self.vision.trained() if self.vision else ():
             self.console.print(line, markup=False)
         return wrapped
@@ -304,6 +323,7 @@ class _TrainingRun:
                 data=data.report.lines(),
                 images=self.vision.line() if self.vision else None,
                 packing=self.parts.packing,
+                positions=preflight.note_on_positions(self.settings, data.train),
                 work_dir=self.work_dir,
             )
         ]
@@ -312,8 +332,27 @@ class _TrainingRun:
         return lines
 
     def _resumable(self, resume: str) -> Path:
+        if old_pth.is_old(old := Path(resume).expanduser()):
+            return self._old_weights(old)
         source = self.store.find(None if resume == "last" else resume)
         if self.processes.is_main:
             manifest.check(source, resuming=True)
         check_shape(source, self.settings)
         return source
+
+    def close(self) -> None:
+        """Delete temporary files."""
+        if self.old_weights is not None:
+            self.old_weights.cleanup()
+
+    def _old_weights(self, path: Path) -> Path:
+        """The weights of a checkpoint of XTuner 0.x, as a folder."""
+        self.old_weights = TemporaryDirectory(prefix="xtuner-")
+        folder = Path(self.old_weights.name) / path.stem
+        old_checkpoint.write_folder(path, self.settings, folder)
+        self.console.print(
+            f"Note: {path} is a checkpoint of XTuner 0.x: the run starts from its weights, at step "
+            "0 and with a new optimizer.",
+            markup=False,
+        )
+        return folder

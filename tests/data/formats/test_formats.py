@@ -15,8 +15,6 @@ EVERY = formats.load_all()
 READ_OTHERWISE_BY_AUTO = {
     "alpaca_prompted": "alpaca",
     "colorist_described": "colorist",
-    "moss_verbatim": "moss",
-    "msagent": "sharegpt",
 }
 """Formats whose columns are those of another that 'auto' prefers; their results differ."""
 
@@ -46,7 +44,7 @@ def test_example_converts_with_its_columns(format):
     assert set(format.example) <= {*format.columns, *format.optional}
     assert "\n" not in format.description and len(format.description) < 79
     if isinstance(record, Conversation):
-        assert any(message.supervised and message.content for message in record.messages)
+        assert any(m.supervised and (m.content or m.tool_calls) for m in record.messages)
         assert all("<|" not in message.content for message in record.messages)
     else:
         assert record == Text(format.example["text"])
@@ -202,7 +200,8 @@ def test_openai_calls_and_tools_from_json_text_equal_those_from_objects():
             "tools": tools,
         }
 
-    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    schema = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": "add", "parameters": schema}}
     record = read("openai", **row({"a": 2}, [tool]))
     assert record == read("openai", **row('{"a": 2}', '[{"type": "function", "function": '
                                            '{"name": "add", "parameters": {}}}]'))  # fmt: skip
@@ -255,7 +254,7 @@ def test_sharegpt_functions_system_and_misspelling():
     record = read("sharegpt", conversation=said, system="Be brief.", tools='[{"name": "add"}]')
     assert [m.role for m in record.messages] == ["system", "user", "assistant", "tool", "assistant"]
     assert record.messages[2].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 2}}
-    assert record.tools == ({"name": "add"},)
+    assert [tool["function"]["name"] for tool in record.tools] == ["add"]
     with pytest.raises(RowError, match=r"conversations\[0\].from: is 'alien'"):
         read("sharegpt", conversations=[{"from": "alien", "value": "x"}])
     with pytest.raises(RowError, match="'messages'"):
@@ -309,7 +308,7 @@ def test_moss_orders_turns_by_number_and_keeps_results_out_of_the_answers():
                        "Tool Responses": "<|Results|>:\nfound<eor>\n"}  # fmt: skip
     assert turns(read("moss", meta_instruction="M", chat=chat)) == [
         ("system", "M"), ("user", "q1"), ("assistant", "a1"),
-        ("user", "q2"), ("assistant", 'Search("x")'), ("tool", "found"), ("assistant", "a2"),
+        ("user", "q2"), ("assistant", ""), ("tool", "found"), ("assistant", "a2"),
         ("user", "q10"), ("assistant", "a10"),
     ]  # fmt: skip
 
@@ -317,10 +316,13 @@ def test_moss_orders_turns_by_number_and_keeps_results_out_of_the_answers():
 def test_msagent_reads_text_as_json_and_as_python_and_splits_results():
     import json
 
-    example = formats.load("msagent").example
+    called = '<|startofthink|>{"api_name": "add", "parameters": {"a": 2, "b": 3}}<|endofthink|>'
+    said = f"I add.{called}<|startofexec|>5<|endofexec|>It is 5."
+    example = {"conversations": [{"from": "user", "value": "What is 2 + 3?"},
+                                 {"from": "assistant", "value": said}]}  # fmt: skip
     record = formats.load("msagent").convert(example)
     assert turns(record) == [
-        ("user", "What is 2 + 3?"), ("assistant", "add(2, 3)"),
+        ("user", "What is 2 + 3?"), ("assistant", "I add."),
         ("tool", "5"), ("assistant", "It is 5."),
     ]  # fmt: skip
     for stored in (json.dumps, repr):

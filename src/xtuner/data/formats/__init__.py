@@ -6,7 +6,7 @@ underscore contain code that several formats share.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from xtuner import plugins
@@ -15,7 +15,7 @@ from xtuner.data.formats.base import Format, RowError
 from xtuner.errors import DataError
 from xtuner.types import Row
 
-__all__ = ["AUTO", "Format", "RowError", "load", "load_all", "names", "resolve"]
+__all__ = ["AUTO", "Format", "RowError", "load", "load_all", "names", "resolve", "telling"]
 
 AUTO = "auto"
 """The value of `dataset_format` that selects a format by the columns."""
@@ -108,6 +108,9 @@ def _pick(columns: Collection[str], sample: Row | None) -> Format:
             f"no format matches the columns {_quoted(columns)}.\n  {_nearest(columns)}\n  "
             f"{_columns.advice(columns)}\n  {_ADVICE}"
         )
+    if sample is not None and (recognised := [f for f in best if _recognises(f, sample)]):
+        return recognised[0]
+    best = [format for format in best if not (format.by_row and format.recognise)] or best
     readers = [format for format in best if sample is not None and _reads(format, sample)]
     by_columns = [format for format in best if not format.by_row]
     return (readers or by_columns or best)[0]
@@ -119,6 +122,16 @@ def _best(columns: Collection[str]) -> list[Format]:
     most = max((format.num_used(columns) for format in fitting), default=0)
     best = [format for format in fitting if format.num_used(columns) == most]
     return sorted(best, key=lambda format: -format.priority)
+
+
+def telling(rows: Sequence[Row], columns: Collection[str]) -> Row:
+    """The row by which 'auto' decides: the first one that a format recognises, or the first."""
+    best = _best(columns)
+    return next((row for row in rows if any(_recognises(f, row) for f in best)), rows[0])
+
+
+def _recognises(format: Format, row: Row) -> bool:
+    return format.recognise is not None and format.recognise(row)
 
 
 def _reads(format: Format, row: Row) -> bool:

@@ -19,6 +19,7 @@ _ROLES: Mapping[str, Role] = {
     "function_call": "assistant",
     "observation": "tool",
     "tool": "tool",
+    "function": "tool",
 }
 
 TURN_KEYS = ("from", "value", *SUPERVISION_KEYS)

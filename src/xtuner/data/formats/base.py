@@ -53,7 +53,9 @@ class Format:
         aliases: alternative names of required columns.
         priority: among formats that use the same number of columns, 'auto' prefers the highest.
         by_row: another format has the same columns, so 'auto' selects this one only if it can read
-            a row.
+            a row, and recognises it.
+        recognise: whether a row is of this format rather than another with the same columns, by
+            what its text contains; 'auto' then selects this one.
         renames: columns that the file calls otherwise, and what the format calls them.
         turn_keys: for a column that is a list of turns, the keys of a turn that are read; other
             keys are reported.
@@ -69,6 +71,7 @@ class Format:
     aliases: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
     by_row: bool = False
+    recognise: Callable[[Row], bool] | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     turn_keys: Mapping[str, Collection[str]] = field(default_factory=dict)
     unlisted: tuple[str, ...] = ()

@@ -146,6 +146,11 @@ class PackedDataset:
         """Number of supervised tokens in all packs."""
         return int(self._samples.supervised.sum(dtype=np.int64))
 
+    def num_longer(self, limit: int) -> tuple[int, int]:
+        """Number of samples with more than `limit` tokens, and tokens of the longest."""
+        lengths = self._samples.length
+        return int((lengths > limit).sum()), int(lengths.max(initial=0))
+
     @property
     def lengths(self) -> Ints:
         """Tokens of each pack ``[P]``."""

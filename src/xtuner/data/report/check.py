@@ -25,6 +25,7 @@ def bad_rows(
     folder: Path,
     algorithm: Algorithm,
     image_layout: ImageLayout | None,
+    vocab_size: int | None = None,
     quiet: bool = False,
 ) -> Iterator[str]:
     """Yield a line for each row that cannot be used: location, field and problem.
@@ -43,6 +44,7 @@ def bad_rows(
         quiet=quiet,
         algorithm=algorithm,
         image_layout=image_layout,
+        vocab_size=vocab_size,
     )
     for number, source in enumerate(prepare(settings, folder=folder)):
         store = encoding.store(source)

@@ -143,7 +143,8 @@ def _format(
         count = f"first {len(head)} rows" if len(head) > 1 else "rows"
         raise DataError(f"{file.name}: none of the {count} can be read: the first {fault}")
     try:
-        format = formats.resolve(name, columns=columns, folder=folder, sample=rows[0], names=names)
+        sample = formats.telling(rows, columns)
+        format = formats.resolve(name, columns=columns, folder=folder, sample=sample, names=names)
     except DataError as error:
         kind = unread.other_kind(rows, columns)
         raise DataError(f"{file.name}: {kind or error}") from error

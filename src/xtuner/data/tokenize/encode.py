@@ -6,9 +6,11 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from xtuner.calls.check import CallPolicy
 from xtuner.config.schema import Settings
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.resolve import PreparedSource
@@ -28,12 +30,14 @@ class Encoding:
     """Encodes the sources of a run.
 
     Args:
-        settings: `algorithm`, its options and `dataset_num_proc` are used.
+        settings: `algorithm`, its options, `tool_call_errors`, `thoughts` and `dataset_num_proc`
+            are used.
         template: renders conversations.
         tokenizer: of the trained model.
         folder: where relative paths are looked up first.
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
+        vocab_size: rows with token ids from here on cannot be used; None if there are none.
         quiet: show no progress.
     """
 
@@ -46,11 +50,13 @@ class Encoding:
         folder: Path,
         algorithm: Algorithm,
         image_layout: ImageLayout | None,
+        vocab_size: int | None = None,
         quiet: bool = False,
     ) -> None:
-        self._image_layout = image_layout
+        self._image_layout, self._vocab_size = image_layout, vocab_size
         self._template, self._tokenizer, self._folder = template, tokenizer, folder
         self._algorithm, self._options = algorithm, settings.algorithm_options
+        self._calls = CallPolicy(settings.tool_call_errors, settings.thoughts)
         self._processes = settings.dataset_num_proc
         self._quiet = quiet
 
@@ -81,7 +87,13 @@ class Encoding:
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
         """Encode all rows of `source`, with a progress bar."""
         encoder = Encoder(
-            source.formats, self._template, self._tokenizer, self._algorithm, self._image_layout
+            source.formats,
+            self._template,
+            self._tokenizer,
+            self._algorithm,
+            self._image_layout,
+            self._vocab_size,
+            self._calls,
         )
         read = rows = 0
 
@@ -112,8 +124,10 @@ class Encoding:
         return cache.key_of(
             {
                 **(self._image_layout.facts() if self._image_layout else {}),
+                **({"vocab_size": self._vocab_size} if self._vocab_size else {}),
                 "template": self._template.fingerprint(),
                 "tokenizer": cache.tokenizer_identity(self._tokenizer),
+                "calls": astuple(self._calls),
                 "algorithm": [_source_hash(self._algorithm), self._options],
                 "files": [file.digest() for file in source.files],
                 "formats": names,

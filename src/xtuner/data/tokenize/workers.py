@@ -19,13 +19,14 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, RawRow, parse
@@ -60,6 +61,8 @@ class Encoder:
         tokenizer: encodes plain text.
         algorithm: defines the accepted records and their sequences.
         image_layout: how images are expanded to tokens; None for a model without a vision tower.
+        vocab_size: rows with token ids from here on cannot be used; None if there are none.
+        calls: what happens to wrong tool calls and to thoughts.
     """
 
     formats: Sequence[Format]
@@ -67,12 +70,22 @@ class Encoder:
     tokenizer: Any
     algorithm: Algorithm
     image_layout: ImageLayout | None = None
+    vocab_size: int | None = None
+    calls: CallPolicy = field(default_factory=CallPolicy)
 
     def record(self, task: Task) -> Record | Fault:
-        """Parse and convert one row."""
+        """Parse and convert one row, and check its tool calls."""
         raw = task.row.value
         row = parse(raw) if isinstance(raw, bytes) else raw
-        return row if isinstance(row, Fault) else self._converted(row, self.formats[task.file])
+        if isinstance(row, Fault):
+            return row
+        converted = self._converted(row, self.formats[task.file])
+        if isinstance(converted, Fault):
+            return converted
+        checked = self.calls.applied(converted)
+        if isinstance(checked, Problem):
+            return Fault(f"{checked.problem}; {checked.cure}", checked.where)
+        return checked
 
     def encode(self, task: Task) -> list[Encoded] | Fault:
         """Encode one row; faults are returned, not raised."""
@@ -118,9 +131,25 @@ class Encoder:
                 f"{type(algorithm).__name__}.encode returned {len(parts)} sequences for a row, "
                 f"but its sequences_per_row is {algorithm.sequences_per_row}"
             )
+        if self.vocab_size is not None and (fault := self._without_embedding(parts)):
+            return fault
         if not all(any(part.loss_mask[1:]) for part in parts):
             return Fault("has no supervised tokens, so it has no effect on training")
         return parts
+
+    def _without_embedding(self, parts: Sequence[Encoded]) -> Fault | None:
+        """Why a row cannot be used whose tokens are beyond the model's embedding."""
+        for part in parts:
+            for token in part.input_ids:
+                image = self.image_layout and token == self.image_layout.token_id
+                if self.vocab_size is not None and token >= self.vocab_size and not image:
+                    name = self.tokenizer.convert_ids_to_tokens(token)
+                    return Fault(
+                        "has a token for which the model has no embedding; remove it, or give the "
+                        "tokenizer that belongs to the model",
+                        detail=f"{name!r}, id {token}",
+                    )
+        return None
 
     def _converted(self, row: Row, format: Format) -> Record | Fault:
         try:

@@ -56,6 +56,11 @@ def make_optimizer(
     return optimizer
 
 
+def check_name(name: str) -> None:
+    """Raise ConfigError if neither torch.optim nor bitsandbytes has optimizer `name`."""
+    _optimizer_class(name, paged=True)
+
+
 def _optimizer_class(name: str, *, paged: bool) -> Any:
     known = {
         n: c

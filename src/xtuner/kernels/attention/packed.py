@@ -164,10 +164,11 @@ def packed_attention(
     heads = q.shape[1]
     if group is not None:
         q, k, v = tokens_to_heads(q, k, v, group)
-    if q.shape[0] != cu_seqlens[-1]:
+    tokens = cu_seqlens.tolist()[-1]  # indexing would give a tensor without a value in a forecast
+    if q.shape[0] != tokens:
         raise ModelError(
             f"{type(module).__name__} gives its attention {q.shape[0]} tokens of a row of "
-            f"{cu_seqlens[-1]}, and no `sequence_group`: set sequence_parallel_size = 1"
+            f"{tokens}, and no `sequence_group`: set sequence_parallel_size = 1"
         )
     options = {"scale": scaling, "dropout": dropout, "window": window, "softcap": softcap}
     out = _of_row(q, k, v, cu_seqlens, longest=kwargs.get("max_length_q"), **options)

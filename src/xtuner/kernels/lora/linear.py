@@ -118,7 +118,7 @@ class _CompiledLoraLinears(torch.autograd.Function):
         outs, inner = compiled.lora_linear.forward(kernels, rows, layers)
         ctx.save_for_backward(rows, inner, *adapters)  # autograd then detects in-place changes
         ctx.parts, ctx.shape, ctx.kernels = parts, x.shape, kernels
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+        return tuple(_shaped(out, x) for out in outs)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -168,7 +168,7 @@ class _LoraLinears(torch.autograd.Function):
             outs.append(out.addmm_(inner, up.T))
         ctx.save_for_backward(rows, scaled, *inners, *ups, *masks)
         ctx.parts, ctx.shape, ctx.types = parts, x.shape, [a.dtype for a in adapters]
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+        return tuple(_shaped(out, x) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -206,6 +206,13 @@ class _LoraLinears(torch.autograd.Function):
             *(g.to(t).mul_(p.scaling) for g, t, p in zip(grad_downs, types, parts, strict=False)),
             *(g.to(t) for g, t in zip(grad_ups, types[count:], strict=True)),
         )
+
+
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """`rows` ``[T, out]`` as ``[..., out]`` of `x`. Autograd takes it for no view, which a model
+    could not change in place (Gemma 3n scales a projection so)."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+    return shaped
 
 
 def lora_linears(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:

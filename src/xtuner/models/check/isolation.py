@@ -206,7 +206,8 @@ class IsolationCheck:
         loss = (hidden.float() * _signs(hidden).float()).sum()
         (gradient,) = torch.autograd.grad(loss, vectors[:1], allow_unused=True)
         gradient = torch.zeros_like(vectors[0]) if gradient is None else gradient
-        return Observed(hidden.detach().float(), gradient[0].float(), self.span)
+        # XLNet's embeddings are [N, 1, H]
+        return Observed(hidden.detach().float(), gradient.flatten(0, -2).float(), self.span)
 
     def _states(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self.lm.hidden_states(self._batch(ids))[0, slice(*self.span)]

@@ -24,7 +24,10 @@ def decoder_of(causal: Any) -> Any:
     """The part of `causal` that gives hidden states; Llama 4 names it otherwise than its
     `base_model_prefix` says."""
     base = causal.base_model
-    return causal.get_decoder() if base is causal else base
+    if base is not causal:
+        return base
+    inner = (m for m in causal.children() if isinstance(m, PreTrainedModel))
+    return next(inner, causal)
 
 
 def text_decoder(causal: Any) -> Any:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xtuner.errors import ModelError
+from xtuner.hub import old_pth
 from xtuner.hub.weight_files import tensors_of
 from xtuner.models.run_info import RunInfo
 
@@ -92,6 +93,9 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: there is none.
     """
+    if old_pth.is_old(folder):
+        tensors = old_pth.parts(old_pth.read(folder)).get(PROJECTOR, {})
+        return {renamed: t for n, t in tensors.items() if (renamed := _projector_name(n))}
     folder = folder.with_suffix("") if folder.suffix == ".pth" else folder
     if (folder / "last_checkpoint").is_file():
         folder = folder / (folder / "last_checkpoint").read_text(encoding="utf-8").strip()

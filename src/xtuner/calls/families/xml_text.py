@@ -1,0 +1,162 @@
+"""Calls whose arguments stand in tags of their own: Qwen3-Coder and GLM-4.5."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xtuner.calls.families.base import Found, Section, after, checked
+from xtuner.calls.families.json_text import dumped
+from xtuner.calls.read import arguments_of, make_call, name_of
+from xtuner.calls.scan import json_end, loads, skip_space
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n?(.*?)\n?</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+_PAIR = re.compile(
+    r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL
+)  # fmt: skip
+
+
+def as_text(value: Any) -> str:
+    """A value between tags: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else dumped(value)
+
+
+def from_text(text: str, schema: Mapping[str, Any] | None) -> Any:
+    """The value of an argument, by its type in the schema; without one, JSON that is no string."""
+    declared = (schema or {}).get("type")
+    if declared in ("string", ["string"]):
+        return text
+    try:
+        return loads(text)
+    except ValueError:
+        return text
+
+
+def schema_of(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The properties of the tool `name`; empty if it is not declared."""
+    for tool in tools:
+        if name_of(tool) == name:
+            properties = tool["function"].get("parameters", {}).get("properties", {})
+            return properties if isinstance(properties, Mapping) else {}
+    return {}
+
+
+@dataclass(frozen=True)
+class _Tagged:
+    name: str
+    only_at_start: bool = False
+    opens: tuple[str, ...] = (OPEN,)
+    markers: tuple[str, ...] = (OPEN, CLOSE)
+
+    def ended(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
+        """See `Family.ended`."""
+        return None
+
+
+@dataclass(frozen=True)
+class NamedTag(_Tagged):
+    """``<function=NAME>{...}</function>``."""
+
+    opens: tuple[str, ...] = ("<function=",)
+    markers: tuple[str, ...] = ("</function>",)
+
+    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """See `Family.render`."""
+        return "\n".join(
+            f"<function={name_of(call)}>{dumped(arguments_of(call))}</function>" for call in calls
+        )
+
+    def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
+        """See `Family.read`."""
+        close = text.find(">")
+        start = skip_space(text, close + 1)
+        if close < 0 or start == len(text):
+            return None
+        end = json_end(text, start) if text[start] == "{" else None
+        if end is None:
+            return None if text[start] == "{" else Section((), 0)
+        stop = after(text, end, self.markers[0])
+        if stop is None:
+            return None
+        name = text[len(self.opens[0]) : close].strip()
+        return Section((checked(make_call(name, text[start:end]), text[:end]),), stop)
+
+
+class QwenXml(_Tagged):
+    """``<function=NAME>`` with a ``<parameter=NAME>`` per argument."""
+
+    last = "</function>"
+
+    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """See `Family.render`."""
+        return "\n".join(self._one(call) for call in calls)
+
+    def _one(self, call: Mapping[str, Any]) -> str:
+        parts = [
+            f"<parameter={name}>\n{as_text(value)}\n</parameter>\n"
+            for name, value in arguments_of(call).items()
+        ]
+        return f"{OPEN}\n<function={name_of(call)}>\n{''.join(parts)}</function>\n{CLOSE}"
+
+    def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
+        """See `Family.read`."""
+        end = text.find(CLOSE, len(OPEN))
+        while end >= 0:
+            inner = text[len(OPEN) : end]
+            # A value may hold the closing tag: the section ends after the end of its function.
+            if inner.rstrip().endswith(self.last) or self.last not in inner:
+                found = self._call(inner, tools)
+                return Section((found,), end + len(CLOSE))
+            end = text.find(CLOSE, end + 1)
+        return None
+
+    def _call(self, inner: str, tools: Sequence[Mapping[str, Any]]) -> Found:
+        match = _FUNCTION.fullmatch(inner)
+        if match is None:
+            return Found(None, inner, "does not have the form <function=NAME>...</function>")
+        name = match[1].strip()
+        properties = schema_of(name, tools)
+        pairs = _PARAMETER.findall(f"{match[2]}\n")
+        arguments = {key: from_text(value, properties.get(key)) for key, value in pairs}
+        return Found(make_call(name, arguments), inner)
+
+
+class GlmXml(_Tagged):
+    """The name, then an ``<arg_key>`` and an ``<arg_value>`` per argument."""
+
+    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """See `Family.render`."""
+        return "\n".join(self._one(call) for call in calls)
+
+    def _one(self, call: Mapping[str, Any]) -> str:
+        pairs = [
+            f"<arg_key>{name}</arg_key>\n<arg_value>{as_text(value)}</arg_value>\n"
+            for name, value in arguments_of(call).items()
+        ]
+        return f"{OPEN}{name_of(call)}\n{''.join(pairs)}{CLOSE}"
+
+    def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
+        """See `Family.read`."""
+        end = text.find(CLOSE, len(OPEN))
+        while end >= 0:
+            inner = text[len(OPEN) : end]
+            head = inner.partition("<arg_key>")[0]
+            rest = inner[len(head) :].strip()
+            if not rest or rest.endswith("</arg_value>"):
+                return Section((self._call(head.strip(), rest, inner, tools),), end + len(CLOSE))
+            end = text.find(CLOSE, end + 1)
+        return None
+
+    def _call(self, name: str, rest: str, inner: str, tools: Sequence[Mapping[str, Any]]) -> Found:
+        pairs = _PAIR.findall(rest)
+        if not re.fullmatch(r"[\w.:-]+", name) or (rest and not pairs):
+            return Found(None, inner, "does not have the form NAME<arg_key>...</arg_value>")
+        properties = schema_of(name, tools)
+        arguments = {
+            key.strip(): from_text(value, properties.get(key.strip())) for key, value in pairs
+        }
+        return Found(make_call(name, arguments), inner)

@@ -1,0 +1,104 @@
+"""Names and values of other trainers: what to write instead of a name, and what a value means."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from xtuner.config.schema import ALIASES, field_parts
+from xtuner.errors import did_you_mean
+
+_TABLES = Path(__file__).parent / "tables"
+_LISTS = ("lora_target_modules",)
+"""Settings whose list other trainers write as one string with commas."""
+
+_KINDS = {
+    "eval": "eval", "evaluation": "eval", "val": "eval", "validation": "eval", "test": "eval",
+    "save": "save", "checkpoint": "save", "logging": "log", "log": "log",
+    "lora": "lora", "dora": "dora", "batch": "batch", "warmup": "warmup", "max": "max",
+    "sequence": "sequence", "seq": "sequence", "visual": "visual", "vision": "visual",
+    "dataset": "data", "data": "data", "lr": "lr",
+}  # fmt: skip
+"""Words of a name that say what it is about; names about different things are not alike."""
+
+
+def advice(name: str) -> str | None:
+    """What to write instead of `name`, which other trainers have; None if none of them has it."""
+    return (
+        _table().get(name)
+        or _table().get(name.lower())
+        or next((text for start, text in _families() if name.startswith(start)), None)
+    )
+
+
+def replaced_by(name: str) -> tuple[str, ...]:
+    """The settings that take the place of `name`; () if there are none."""
+    text = advice(name) or ""
+    if not text.startswith("use "):
+        return ()
+    settings = field_parts()
+    return tuple(word for word in re.findall(r"[A-Za-z_]\w*", text) if word in settings)
+
+
+def explained_as(name: str) -> str | None:
+    """The setting that `name` of another trainer stands for; None unless there is exactly one
+    first."""
+    settings = field_parts()
+    return next(iter(replaced_by(name)), None) if name not in settings else None
+
+
+def unknown_setting(name: str) -> str:
+    """Describe what to write instead of a name that is not a setting."""
+    if found := advice(name):
+        return found
+    known = list(field_parts())
+    same = {k.lower().replace("_", ""): k for k in known}.get(name.lower().replace("_", ""))
+    alike = [k for k in known if _kind(k) == _kind(name)]
+    guess = f"; did you mean '{same}'?" if same else did_you_mean(name, alike)
+    return f"unknown setting{guess or '; `xtuner explain` lists all settings'}"
+
+
+def meant(name: str, value: Any) -> Any:
+    """The value that `value`, as other trainers write it, means for setting `name`."""
+    if not isinstance(value, str):
+        return value
+    if name in _LISTS and "," in value:
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return _values().get(name, {}).get(value, value)
+
+
+def _kind(name: str) -> frozenset[str]:
+    """What a name is about; a misspelled word counts for nothing."""
+    return frozenset(_KINDS[word] for word in name.lower().split("_") if word in _KINDS)
+
+
+@functools.cache
+def _table() -> dict[str, str]:
+    tables = _read("renamed.toml")
+    found = dict(tables["absent"])
+    found |= {n: f"is not needed: {text}; remove it" for n, text in tables["needless"].items()}
+    return found | {n: f"use {text}" for n, text in tables["use"].items()}
+
+
+@functools.cache
+def _families() -> list[tuple[str, str]]:
+    """Beginnings of names, longest first."""
+    return sorted(_read("renamed.toml")["families"].items(), key=lambda row: -len(row[0]))
+
+
+@functools.cache
+def _values() -> dict[str, dict[str, str]]:
+    return _read("values.toml")
+
+
+@functools.cache
+def _read(file: str) -> dict[str, dict[str, str]]:
+    return tomllib.loads((_TABLES / file).read_text("utf-8"))
+
+
+def known_names() -> list[str]:
+    """Names of other trainers in the table."""
+    return [name for name in _table() if name not in ALIASES]

@@ -1,0 +1,102 @@
+"""Read the checkpoints of XTuner 0.x: ``iter_N.pth``, a file, or a folder that DeepSpeed wrote.
+
+torch reads them with ``weights_only``. Beside the weights they hold objects of mmengine and numpy
+(losses, settings): each class that torch does not know is replaced by one that does nothing, so no
+code of the file or of another package runs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from xtuner.errors import CheckpointError
+
+_DEEPSPEED = "mp_rank_*_model_states.pt"
+
+
+class _Inert:
+    """Stands for an object that is not read."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep nothing."""
+
+
+def is_old(path: Path) -> bool:
+    """Whether `path` is a checkpoint of XTuner 0.x."""
+    if path.suffix == ".pth" and path.is_file():
+        return path.stat().st_size > _ALIAS_BYTES
+    return path.is_dir() and any(path.glob(_DEEPSPEED))
+
+
+_ALIAS_BYTES = 200
+"""A shorter .pth file names a folder; see `xtuner.engine.checkpoint`."""
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of the model in a checkpoint of XTuner 0.x, by their names there.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no weights.
+    """
+    files = [path] if path.is_file() else sorted(path.glob(_DEEPSPEED))
+    if len(files) != 1:
+        raise CheckpointError(
+            f"{path}: holds {len(files)} model files; a model split over several GPUs cannot be "
+            "read. Convert it with DeepSpeed's zero_to_fp32.py first"
+        )
+    content = _loaded(files[0])
+    state = content.get("state_dict", content.get("module", content))
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: its state_dict is no dict")
+    tensors = {str(n): t for n, t in state.items() if isinstance(t, Tensor) and t.numel()}
+    if not tensors:
+        raise CheckpointError(
+            f"{path}: holds no weights of a model (found: {', '.join(map(str, list(content)[:8]))})"
+        )
+    return tensors
+
+
+def _loaded(file: Path) -> dict[str, Any]:
+    try:
+        unknown = get_unsafe_globals_in_checkpoint(str(file))
+    except (ValueError, RuntimeError, OSError):  # not a zip file: written by torch before 1.6
+        unknown = []
+    stand_ins: list[Any] = [(type("Inert", (_Inert,), {}), name) for name in unknown]
+    try:
+        with safe_globals(stand_ins):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=None)
+    except Exception as error:  # torch raises many types for a damaged or refused file
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        reason = next((line for line in lines if "GLOBAL" in line), lines[0])
+        raise CheckpointError(f"{file}: cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds no dict")
+    return content
+
+
+def parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`tensors` by part: 'llm', 'visual_encoder' and 'projector', with the names of Hugging Face.
+
+    A part with adapters has PEFT's names for them. Names without a part are the language model's.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = re.match(r"(?:module\.)?(llm|visual_encoder|projector)\.(.+)", name)
+        part, inner = (match[1], match[2]) if match else ("llm", name)
+        found.setdefault(part, {})[_peft_name(inner)] = tensor
+    return found
+
+
+def _peft_name(name: str) -> str:
+    """PEFT writes names without the adapter's own: ``lora_A.default.weight``."""
+    name = re.sub(r"(lora_(?:embedding_)?[AB])\.default\b", r"\1", name)
+    return re.sub(r"\.modules_to_save\.default\.", ".", name)

@@ -1,0 +1,132 @@
+"""What a run checks before it reads data: whether model, tokenizer, optimizer and attention fit."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import AttentionInterface
+
+from xtuner.config.schema import Settings
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.engine.optimizer import optim
+from xtuner.errors import ConfigError, DataError, ModelError, XTunerError, did_you_mean, listed
+from xtuner.models.facts import ModelFacts, facts_of
+from xtuner.templates.base import Template
+from xtuner.types import Conversation, Message
+
+_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+_MOST_NAMES = 4
+
+
+def check_run(settings: Settings) -> None:
+    """Check what a run needs besides data; all problems are reported together.
+
+    Raises:
+        ConfigError: settings do not fit the model, or name what is not installed.
+        ModelError: the model cannot be trained.
+    """
+    facts = facts_of(settings)
+    problems = [*_stored_weights(settings, facts), *_positions(settings, facts)]
+    for check in (_check_attention, _check_optimizer):
+        try:
+            check(settings)
+        except XTunerError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError(listed(f"{len(problems)} problems with the settings:", problems))
+
+
+def _stored_weights(s: Settings, facts: ModelFacts) -> Iterator[str]:
+    stored = facts.stored_quantization
+    if stored and s.llm_training == "full":
+        yield (
+            f"tuning = 'full': the weights of {facts.path} are stored in {stored}, which cannot be "
+            "trained. Set tuning = 'lora', or give the model with its original weights"
+        )
+
+
+def _positions(s: Settings, facts: ModelFacts) -> Iterator[str]:
+    limit = facts.positions
+    if limit and s.max_length > limit and facts.learned_positions:
+        yield (
+            f"max_length = {s.max_length:,}: {facts.path} has {limit:,} learned positions and none "
+            f"for longer texts; set max_length = {limit} or less"
+        )
+
+
+def note_on_positions(s: Settings, train: PackedDataset) -> str | None:
+    """A note on samples that are longer than the texts the model was made for; None if none is."""
+    limit = facts_of(s).positions
+    num_longer, longest = train.num_longer(limit) if limit and not s.has_vision else (0, 0)
+    if not num_longer:
+        return None
+    samples = "1 sample is" if num_longer == 1 else f"{num_longer:,} samples are"
+    return (
+        f"{samples} longer than the {limit:,} positions that the model was made for (the longest "
+        f"has {longest:,} tokens); it may do badly beyond them. max_length = {limit} cuts them"
+    )
+
+
+def _check_attention(s: Settings) -> None:
+    name = s.attn_implementation
+    module, package = _PACKAGES.get(name, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"attn_implementation = {name!r}: needs the package {package}, which is not installed. "
+            "Install it, or set 'auto', which needs no package"
+        )
+    known = ["auto", "eager", *AttentionInterface().valid_keys()]
+    if name not in known and "/" not in name:
+        raise ConfigError(
+            f"attn_implementation = {name!r}: there is no such attention; use 'auto', 'sdpa', "
+            f"'eager' or 'flash_attention_2'{did_you_mean(name, known)}"
+        )
+
+
+def _check_optimizer(s: Settings) -> None:
+    optim.check_name(s.optim_type)
+
+
+def tokens_without_embedding(tokenizer: Any, facts: ModelFacts) -> dict[str, int]:
+    """The tokens of `tokenizer` whose ids are beyond the model's embedding."""
+    if len(tokenizer) <= facts.vocab_size:
+        return {}
+    return {t: i for t, i in tokenizer.get_vocab().items() if i >= facts.vocab_size}
+
+
+def check_tokenizer(tokenizer: Any, template: Template, facts: ModelFacts) -> int | None:
+    """Check that the model has an embedding for every token that a conversation needs.
+
+    Returns:
+        The number of embeddings, if the tokenizer has tokens beyond them: rows with such tokens
+        cannot be used. None if all tokens have one.
+
+    Raises:
+        ModelError: the template writes a token without an embedding.
+    """
+    extra = tokens_without_embedding(tokenizer, facts)
+    if not extra:
+        return None
+    turns = (Message("user", "Hello"), Message("assistant", "Hello"))
+    try:
+        written = template.encode(Conversation(turns)).input_ids
+    except DataError:
+        written = []
+    if max(written, default=0) >= facts.vocab_size:
+        names = sorted(extra, key=extra.__getitem__)
+        shown = ", ".join(map(repr, names[:_MOST_NAMES])) + ", ..." * (len(names) > _MOST_NAMES)
+        raise ModelError(
+            f"{facts.path}: the tokenizer has {len(tokenizer):,} tokens, but the model only "
+            f"{facts.vocab_size:,} embeddings, and the template writes tokens without one (beyond "
+            f"it are {shown}). Give the tokenizer that belongs to the model; or set another "
+            "prompt_template; or grow the model first, with transformers: "
+            f"model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(...)"
+        )
+    return facts.vocab_size
