@@ -16,7 +16,6 @@ def runs(folder, cases):
         folder: of the settings files.
         cases: (settings file, work dir, overrides, resume).
     """
-    import faulthandler; faulthandler.dump_traceback_later(270, exit=True)
     processes = Processes("cpu")
     ends = [end_of(processes, Path(folder), *case) for case in cases]
     processes.close()
@@ -30,8 +29,9 @@ def end_of(processes, folder, config, work_dir, overrides=(), resume=None):
         result = _TrainingRun(loaded, processes, folder / work_dir).train(resume, False)
     except XTunerError as error:
         return f"{type(error).__name__}: {error}"
-    except Exception as error:
+    except Exception:
         import traceback
+
         return traceback.format_exc()[-1500:]
     return result.step
 
