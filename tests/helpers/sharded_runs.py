@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from xtuner.config.load import load_settings
+from xtuner.engine.signals import Interrupted
 from xtuner.errors import XTunerError
 from xtuner.parallel.processes import Processes
 from xtuner.training.run import _TrainingRun
@@ -29,10 +30,8 @@ def end_of(processes, folder, config, work_dir, overrides=(), resume=None):
         result = _TrainingRun(loaded, processes, folder / work_dir).train(resume, False)
     except XTunerError as error:
         return f"{type(error).__name__}: {error}"
-    except Exception:
-        import traceback
-
-        return traceback.format_exc()[-1500:]
+    except Interrupted as stopped:
+        return f"Interrupted: {stopped}"
     return result.step
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from xtuner.config.schema import Settings
+from xtuner.engine.strategies import units_of
 from xtuner.kernels import host_embedding
 from xtuner.kernels.compiled import kernels_for
 from xtuner.memory.experts import use_footprint
@@ -41,6 +42,8 @@ class Footprint:
         parameters: all numbers.
         width: of the hidden states.
         embedding: bytes of the input embedding, part of `weights`, if it may stay on the CPU.
+        unit: bytes of the largest weights that are gathered together where they are divided: of a
+            layer, the embedding or the output head.
     """
 
     weights: int
@@ -50,6 +53,7 @@ class Footprint:
     parameters: int
     width: int = 0
     embedding: int = 0
+    unit: int = 0
 
 
 def measure(
@@ -85,9 +89,9 @@ def measure(
     else:
         few, more = (measured.counts(count) for count in FEW_LAYERS)
         values = [line(FEW_LAYERS, pair, at=layers) for pair in zip(few, more, strict=True)]
-    weights, gradients, trainable, parameters, embedding, *peaks = map(round, values)
+    weights, gradients, trainable, parameters, embedding, unit, *peaks = map(round, values)
     return Footprint(
-        weights, max(peaks), gradients, trainable, parameters, text.hidden_size, embedding
+        weights, max(peaks), gradients, trainable, parameters, text.hidden_size, embedding, unit
     )
 
 
@@ -103,7 +107,7 @@ class _Measured:
     recompute: bool
 
     def counts(self, num_layers: int | None) -> list[float]:
-        """Weights, gradients, trainable, parameters, embedding and peaks of the model with
+        """Weights, gradients, trainable, parameters, embedding, unit and peaks of the model with
         `num_layers`, None for all."""
         s, on_gpu = self.settings, self.device == "cuda"
         saved = scratch = embedding = 0.0
@@ -140,6 +144,7 @@ class _Measured:
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         gradients = sum(size for size, trained in held if trained)
+        unit = max(_bytes_of(each) for each in units_of(wrapped))
         accumulate = s.accumulative_counts > 1
         peaks = peaks_of_step(
             wrapped.train(),
@@ -150,7 +155,8 @@ class _Measured:
         )
         beside = scratch + accumulate * gradients
         weights = sum(size for size, _ in held) - saved
-        return [weights, gradients, trainable, parameters, embedding, *(p + beside for p in peaks)]
+        counts = [weights, gradients, trainable, parameters, embedding, unit]
+        return [*counts, *(peak + beside for peak in peaks)]
 
     def _few(self, model: Any) -> tuple[int, int] | None:
         """Lengths of which a line tells about longer samples; None for models without a state.
@@ -179,6 +185,10 @@ class _Measured:
         if list(s.lora_target_modules) != ["all-linear"]:
             return False
         return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _layers_differ(text: Any) -> bool:

@@ -65,6 +65,7 @@ class PackedCausalLM(nn.Module):
     Attributes:
         always_embeds: a batch without images enters the weights for images, too. Where weights or
             gradients are divided among processes, all of them then enter the same modules.
+        saw_images: a batch had images since this was last set to False.
         apart: each sample goes through the model by itself, as transformers' plainest call.
         sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
             has all.
@@ -83,7 +84,7 @@ class PackedCausalLM(nn.Module):
         self.sequence: SequenceGroup | None = None
         self._rotary: SplitRotary | None = None
         self.autocast = autocast
-        self.always_embeds = False
+        self.always_embeds = self.saw_images = False
         self.plain_logits = False
         self.apart = why_apart(text_decoder(self.causal)) is not None
         head: Any = self.causal.get_output_embeddings()
@@ -186,6 +187,7 @@ class PackedCausalLM(nn.Module):
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         positions = batch.position_ids
         if self.embedder is not None and (batch.images is not None or self.always_embeds):
+            self.saw_images |= batch.images is not None and torch.is_grad_enabled()
             ids = inputs.pop("input_ids")
             inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
             positions = self.embedder.positions(batch)

@@ -127,7 +127,12 @@ class _TrainingRun:
         )
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
-        self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
+        self.plan = plan_memory(
+            settings,
+            self.device,
+            processes=self.processes.world_size,
+            folder=self.loaded.folder,
+        )
         lines = self._tell(data, counter, total)
         model = self._make_model(source)
         self._prepare(model)
@@ -287,7 +292,7 @@ class _TrainingRun:
 
         def make(prepared: nn.Module) -> torch.optim.Optimizer:
             return optim.make_optimizer(
-                s.optim_type,
+                self.strategy.optimizer_for(s.optim_type),
                 prepared,
                 lr=s.lr,
                 betas=s.betas,

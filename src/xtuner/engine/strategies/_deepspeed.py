@@ -49,16 +49,27 @@ class DeepSpeedStrategy(BaseStrategy):
                 "not look; set quantization = 'nf4', or strategy = 'deepspeed_zero2'",
             )
 
-    def division(self, processes: int) -> Division:
+    @classmethod
+    def division(cls, settings: Settings, processes: int) -> Division:
         """What the stage divides."""
-        part, config = 1 / processes, self.config
+        part, config = 1 / processes, cls.config
         return Division(
             weights=part if config.stage == 3 else 1.0,
             gradients=part if config.stage >= 2 else 1.0,
             optimizer=part,
+            master=part,
+            live=config.live if config.stage == 3 else 0,
+            bucket=config.bucket,
             weights_on_cpu=config.weights_on_cpu,
             optimizer_on_cpu=config.optimizer_on_cpu,
         )
+
+    def optimizer_for(self, optim_type: str) -> str:
+        """Torch's, where `optim_type` needs whole weights."""
+        name = _state.substitute(optim_type) or optim_type
+        if name != optim_type:
+            self.notes.append(f"{name} takes the place of {optim_type}: its state is divided")
+        return name
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
         """Give model and optimizer to DeepSpeed's engine."""
@@ -68,18 +79,24 @@ class DeepSpeedStrategy(BaseStrategy):
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._shapes = [[p.shape for p in group["params"]] for group in optimizer.param_groups]
         self._inner = model
+        trained = sum(p.numel() for p in self._trained)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=self.config.for_engine(self.settings.batch_size),
+                config=self.config.for_engine(self.settings.batch_size, trained=trained),
                 dist_init_required=False,
             )
         self.model = self.engine
         self.zero: Any = self.engine.optimizer
         self._check_active()
         self._pending = False
+        if getattr(model, "embedder", None) is not None:
+            self.notes.append(
+                "DeepSpeed steps over all weights in every step: those for images take a gradient "
+                "of zero in a step without images, where 'replicated' and 'fsdp2' leave them alone"
+            )
         for key in self.config.decided:
             self.notes.append(
                 f"{key} of {self.config.name} is not used: {OF_SETTINGS[key]} of the settings "
@@ -141,7 +158,8 @@ class DeepSpeedStrategy(BaseStrategy):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Backpropagate; with stages 2 and 3 gradients are summed into this process's parts."""
-        if not _parts.check_has_gradient(loss, self.processes, self.config.name):
+        alone = not self.lockstep and not loss.requires_grad  # the others do not wait
+        if alone or not _parts.check_has_gradient(loss, self.processes, self.config.name):
             return
         self._pending = True
         boundary = last and self.lockstep
@@ -152,8 +170,11 @@ class DeepSpeedStrategy(BaseStrategy):
         """With stage 1, sum the gradients; a missing one counts as zero."""
         if self.lockstep:
             return
-        found = [float(p.grad is not None) for p in self._trained]
-        for parameter, count in zip(self._trained, self.processes.sum(found), strict=True):
+        counts = self.processes.sum([float(p.grad is not None) for p in self._trained])
+        if not any(counts):
+            self._pending = False  # nothing that is trained took part in the step
+            return
+        for parameter, count in zip(self._trained, counts, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._pending = True
