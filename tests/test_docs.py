@@ -11,6 +11,7 @@ import pytest
 import typer.main
 
 import xtuner
+from xtuner.cli._old_words import translated
 from xtuner.cli.app import build_app, expand_overrides
 from xtuner.config.builtin import catalog
 from xtuner.config.load import load_settings
@@ -33,6 +34,7 @@ def commands():
 @pytest.mark.parametrize("text", list(commands()))
 def test_the_command_exists_with_these_flags(text):
     words = [w for w in shlex.split(re.sub("[\"']", "", text))[1:] if w not in ("...", "…")]
+    words = translated(words)
     command = typer.main.get_command(build_app())
     flags = [w.split("=")[0] for w in expand_overrides(words) if w.startswith("--")]
     names = [w for w in words if re.fullmatch(r"[a-z][a-z_-]+", w)]

@@ -6,6 +6,7 @@
     ├── ModelError        a model, tokenizer, template or adapter cannot be used
     ├── CheckpointError   a checkpoint is missing, damaged or belongs to another run
     ├── LaunchError       devices, processes or disk space are insufficient
+    │   └── PeerLostError   another process of the run ended
     └── TrainingError     the run cannot continue: a non-finite loss, or out of memory
 
 Every message says where the error is, what was found, what is allowed and how to fix it. The
@@ -40,6 +41,10 @@ class CheckpointError(XTunerError):
 
 class LaunchError(XTunerError):
     """The available devices, processes or disk space are insufficient."""
+
+
+class PeerLostError(LaunchError):
+    """Another process of the run ended; its own message tells why."""
 
 
 class TrainingError(XTunerError):

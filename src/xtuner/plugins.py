@@ -27,6 +27,34 @@ def names(package: str) -> list[str]:
     return sorted(p.stem for p in files if not p.stem.startswith("_") and p.stem != "base")
 
 
+_USER_MODULE = "xtuner_user_"
+"""Beginning of the names of modules that are users' files."""
+
+
+def told(error: BaseException) -> str:
+    """An exception of a user's code in one line, with the file and line of that code."""
+    words = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{text}, line {error.lineno}" if "line " not in text else text
+    place = user_place(error)
+    return f"{text} ({place})" if place else text
+
+
+def user_place(error: BaseException) -> str:
+    """File and line of the innermost call in a user's file, or in one beside it; empty if `error`
+    comes from none."""
+    files = [m.__file__ for n, m in list(sys.modules.items()) if n.startswith(_USER_MODULE)]
+    folders = {str(Path(file).parent) for file in files if file}
+    found, step = "", error.__traceback__
+    while step is not None:
+        code = step.tb_frame.f_code
+        if str(Path(code.co_filename).parent) in folders:
+            found = f"{code.co_filename} line {step.tb_lineno}, in {code.co_name}"
+        step = step.tb_next
+    return found
+
+
 def is_user_path(name: str) -> bool:
     """Whether `name` has the form ``"my_file.py:object"``."""
     path, _, attribute = name.rpartition(":")
@@ -67,7 +95,7 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
     if path is None:
         looked = ", ".join(str(c) for c in dict.fromkeys(candidates))
         raise ConfigError(f"{setting} = {name!r}: no file {file!r} (looked for {looked})")
-    module_name = f"xtuner_user_{path.stem}_{abs(hash(str(path)))}"
+    module_name = f"{_USER_MODULE}{path.stem}_{abs(hash(str(path)))}"
     if module_name in sys.modules:
         module = sys.modules[module_name]
     else:
@@ -78,10 +106,9 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
         try:
             spec.loader.exec_module(module)
         except Exception as error:
+            words = told(error)
             del sys.modules[module_name]
-            raise ConfigError(
-                f"{setting} = {name!r}: importing {path} failed: {error!r}"
-            ) from error
+            raise ConfigError(f"{setting} = {name!r}: importing {path} failed: {words}") from error
     if not hasattr(module, attribute):
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ConfigError(

@@ -1,5 +1,6 @@
 """The shell of the command line: exit codes, messages, and what it imports before it answers."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 from xtuner import __version__, plugins
 from xtuner.cli import app
-from xtuner.errors import DataError
+from xtuner.errors import ConfigError, DataError
 
 COMMAND = [sys.executable, "-m", "xtuner.cli.app"]
 
@@ -75,6 +76,43 @@ def test_a_fault_of_ours_is_not_hidden(failing):
     failing(ZeroDivisionError("x"))
     with pytest.raises(ZeroDivisionError):
         app.main(["list-cfg"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--debug"]])
+def test_a_fault_in_the_users_code_is_named_with_its_line(tmp_path, failing, arguments, capsys):
+    (tmp_path / "mine.py").write_text("def act(row):\n    x = 1\n    return row['none']\n")
+    act = plugins.load_user_object(str(tmp_path / "mine.py:act"), setting="s")
+    try:
+        act({})
+    except KeyError as error:
+        failing(error)
+    if arguments:
+        with pytest.raises(KeyError):
+            app.main(["list-cfg", *arguments])
+        return
+    assert app.main(["list-cfg"]) == 2
+    told = capsys.readouterr().err
+    assert f"Your code raised KeyError: 'none' ({tmp_path / 'mine.py'} line 3, in act)" in told
+
+
+def test_a_fault_in_importing_the_users_file_is_named_with_its_line(tmp_path):
+    for text, words in [("x = 1\ny = 1 / 0\n", "line 2, in <module>"), ("def f(:\n", "line 1")]:
+        (tmp_path / "own.py").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            plugins.load_user_object(str(tmp_path / "own.py:f"), setting="s")
+
+
+def test_python_m_xtuner_is_the_command_and_completes():
+    environment = {**os.environ, "_XTUNER_COMPLETE": "complete_bash", "COMP_WORDS": "xtuner tra",
+                   "COMP_CWORD": "1"}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "xtuner"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["train"]
 
 
 def test_an_interrupt_exits_with_130(failing):

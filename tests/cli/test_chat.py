@@ -18,6 +18,8 @@ SHORT = ("--max-new-tokens", "8", "--dtype", "float32")
 class FakeSession:
     """Answers with what was asked, in upper case; a question 'slow' is stopped by Ctrl-C."""
 
+    tools = None
+
     def __init__(self) -> None:
         self.asked: list[str] = []
 

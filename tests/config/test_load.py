@@ -66,7 +66,7 @@ def test_loads_a_built_in(monkeypatch, tmp_path):
 
 def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
     lines = problems(
-        NEEDED + "max_lenght = 512\ntuning = 'qlroa'\nlr = '1e-4'\nmax_epochs = 2.5\nimport os\n",
+        NEEDED + "max_lenght = 512\ntuning = 'qlroa'\nlr = '1e-4'\nmax_epochs = 2.5\nimport re\n",
         "betas=3",
         "lora=1",
     )
@@ -78,7 +78,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         "did you mean 'qlora'?",
         "  line 5  lr = '1e-4'        must be a number above 0; write it without quotes",
         "  line 6  max_epochs = 2.5   must be an integer, 1 or more",
-        "  line 7  import os          a settings file is read, not executed; "
+        "  line 7  import re          a settings file is read, not executed; "
         'put your function in a file and name it as "my_file.py:function"',
         "  --set betas=3              must be two numbers, each a number >= 0 and < 1",
         "  --set lora=1               use tuning = 'lora', with lora_r, lora_alpha "

@@ -1,5 +1,7 @@
 """The reader of Python settings files: what it understands, what it refuses, what it survives."""
 
+import re
+
 import pytest
 from counting import lines_run, most_memory
 
@@ -74,7 +76,7 @@ def test_an_override_is_in_place_before_anything_is_computed_from_it():
 @pytest.mark.parametrize(
     ("statement", "hint"),
     [
-        ("import os", "my_file.py:function"),
+        ("import json", "my_file.py:function"),
         ("from torch.optim import AdamW", "my_file.py:function"),
         ("def f(): pass", "my_file.py:function"),
         ("x = lambda: 1", "my_file.py:function"),
@@ -168,3 +170,36 @@ def test_many_unknown_names_are_counted(tmp_path):
 def test_a_file_of_faults_is_not_read_to_its_end():
     reading = python.read("x = y\n" * 20_000)
     assert len(reading.problems) == 200
+
+
+def test_a_few_calls_are_computed():
+    reading = python.read(
+        "import os\nimport os.path as osp\nfrom os.path import join\n"
+        "max_length = int(2048 - (336 / 14) ** 2)\nlr = float('1e-4')\nsave_steps = round(2.6)\n"
+        "seed = len([1, 2])\nSYSTEM = str(3)\ndata_root = os.path.join('a', 'b')\n"
+        "image_folder = osp.join('a', '/b')\nwork_dir = join('a', 'c')\n"
+    )
+    assert not reading.problems
+    values = {name: entry.value for name, entry in reading.entries.items()}
+    assert values == {
+        "max_length": 1472, "lr": 1e-4, "save_steps": 3, "seed": 2, "SYSTEM": "3",
+        "data_root": "a/b", "image_folder": "/b", "work_dir": "a/c",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("statement", "hint"),
+    [
+        ("x = int('many')", "int cannot take a string"),
+        ("x = int(float('inf'))", "int cannot take a number"),
+        ("x = int('9' * 4000)", "int cannot take|too large"),
+        ("x = str([1])", "str takes a number"),
+        ("x = len(open('x'))", "write the value instead of the call"),
+        ("x = int(x=1)", "write the value instead of the call"),
+        ("x = os.system('ls')", "write the value instead of the call"),
+        ("import os, sys", "my_file.py:function"),
+        ("from os import system", "my_file.py:function"),
+    ],
+)
+def test_other_calls_and_imports_stay_refused(statement, hint):
+    assert re.search(hint, only_problem(statement).message)

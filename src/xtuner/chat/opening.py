@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xtuner import templates
+from xtuner import plugins, templates
 from xtuner.chat.session import Session
 from xtuner.device.select import pick_device, resolve_dtype
-from xtuner.errors import ConfigError, ModelError
+from xtuner.errors import ConfigError, ModelError, XTunerError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import ImageInput
 from xtuner.hub import fetch
@@ -29,6 +29,7 @@ from xtuner.models.vision.folder import LLM, is_llava_folder, run_of
 from xtuner.models.vision.load import Sources, VisionLanguageModel, load_complete, load_llava
 from xtuner.models.vision.tower import add_image_token
 from xtuner.templates.base import Template
+from xtuner.types import Message
 
 logger = logging.getLogger("xtuner.chat")
 
@@ -46,6 +47,7 @@ class ChatSource:
         template, system: prompt template and system message of the training run.
         own_template: fields of the template, if it was the user's own.
         quantization: quantization of the base model during the training of the adapter.
+        trained: the template is that of a training run, which recorded it.
         llava: where the parts of a LLaVA model are, or "huggingface" if `model` is a
             LlavaForConditionalGeneration.
     """
@@ -57,6 +59,7 @@ class ChatSource:
     system: str = ""
     own_template: Mapping[str, Any] = field(default_factory=dict)
     quantization: Quantization = "none"
+    trained: bool = False
     llava: Sources | Literal["huggingface"] | None = None
 
 
@@ -166,12 +169,32 @@ def text_parts(
         add_image_token(tokenizer)  # before the template reads the tokens
     system = found.system if system is None else system
     if prompt_template:
-        return tokenizer, templates.load(prompt_template, tokenizer, system=system)
+        template = templates.load(prompt_template, tokenizer, system=system)
+        if found.trained and not _renders_alike(template, found, tokenizer, system):
+            logger.warning(
+                "%s was trained with the template %s, but is asked with %s; answers may be worse",
+                where, found.template, prompt_template,
+            )  # fmt: skip
+        return tokenizer, template
     template = templates.of_checkpoint(
         found.template, tokenizer, fields=found.own_template, system=system, where=where,
         trust_code=trust_code,
     )  # fmt: skip
     return tokenizer, template
+
+
+def _renders_alike(given: Template, found: ChatSource, tokenizer: Any, system: str) -> bool:
+    """Whether `given` writes a prompt as the template of the training run does."""
+    if plugins.is_user_path(found.template) and not found.own_template:
+        return False
+    try:
+        trained = templates.of_checkpoint(
+            found.template, tokenizer, fields=found.own_template, system=system, where="the model"
+        )
+    except XTunerError:
+        return False
+    probe = [Message("user", "a")]
+    return list(trained.prompt_ids(probe)) == list(given.prompt_ids(probe))
 
 
 def _image_session(
@@ -348,14 +371,19 @@ def _with_run(found: ChatSource, info: RunInfo | None) -> ChatSource:
         template=info.prompt_template,
         system=info.system,
         own_template=info.template,
+        trained=True,
         quantization=rounding.quant_type if rounding else "none",
     )
 
 
 def _folder(name: str) -> Path | None:
-    """The folder of `name`: for a work dir its newest checkpoint, for x.pth the folder x."""
+    """The folder of `name`: for a work dir its newest checkpoint, for x.pth the folder x, for
+    `best_checkpoint` of a work dir the one it names."""
     path = Path(name).expanduser()
     path = path.with_suffix("") if path.suffix == ".pth" else path
+    if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
+        words = path.read_text(encoding="utf-8").split() or [""]
+        path = path.parent / Path(words[0]).name
     pointer = path / "last_checkpoint"
     if pointer.is_file():
         path = path / Path(pointer.read_text(encoding="utf-8").strip()).name

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from xtuner.errors import DataError
+from xtuner.errors import DataError, ModelError
 from xtuner.generation.generate import GenerationOptions, context_length, stream
 from xtuner.generation.images import ImageInput, question, without_image_tokens
 from xtuner.templates.base import Template
+from xtuner.tools import loop
+from xtuner.tools.toolbox import ToolBox
 from xtuner.types import IMAGE, Message
 
 logger = logging.getLogger("xtuner.chat")
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a conversation.
+
+    Attributes:
+        box: runs the calls.
+        allow: asked before each call.
+        max_rounds: most answers with calls to one question.
+    """
+
+    box: ToolBox
+    allow: Callable[[Mapping[str, Any]], bool] = lambda call: True
+    max_rounds: int = 8
 
 
 class Session:
@@ -21,6 +39,7 @@ class Session:
 
     Attributes:
         messages: the conversation so far; the template adds the system message.
+        tools: the tools that the model may call, if any.
     """
 
     def __init__(
@@ -31,7 +50,9 @@ class Session:
         template: Template,
         options: GenerationOptions,
         vision: ImageInput | None = None,
+        tools: ToolUse | None = None,
     ) -> None:
+        self.tools = tools
         self.model, self.tokenizer = model, tokenizer
         self.template, self.options = template, options
         self.vision = vision
@@ -50,18 +71,8 @@ class Session:
             ModelError: the question alone exceeds the model's context.
             DataError: the template cannot render the question, or an image cannot be read.
         """
-        asked = question(text, images) if self.vision else Message("user", text)
-        if images and self.vision is None:
-            raise DataError("this model does not take images; use a LLaVA model")
-        messages = self._fit([*self.messages, asked])
-        answer = stream(
-            self.model,
-            self.tokenizer,
-            template=self.template,
-            messages=messages,
-            options=self.options,
-            vision=self.vision,
-        )
+        messages = self._fit([*self.messages, self._asked(text, images)])
+        answer = self._answer(messages)
         pieces: list[str] = []
         keep = True
         try:
@@ -80,6 +91,74 @@ class Session:
                 text = "".join(pieces)
                 text = without_image_tokens(text) if self.vision else text
                 self.messages = [*messages, Message("assistant", text)]
+
+    def act(self, text: str, images: Sequence[str] = ()) -> Generator[loop.Event, None, None]:
+        """Answer `text` and `images` with calls of `tools`; yields what happens.
+
+        Question, calls, results and answer are added to the history. If the caller stops, what
+        is complete is; a question that fails is not.
+
+        Raises:
+            ModelError: how the model writes calls is not known, or the question alone exceeds its
+                context.
+            DataError: the template cannot render the question, or an image cannot be read.
+        """
+        if self.tools is None:
+            yield from map(loop.Text, self.ask(text, images))
+            return
+        family = self.template.tool_family
+        if family is None:
+            raise ModelError(
+                f"how this model writes tool calls with the template '{self.template.name}' is not "
+                "known; use a named template, such as --prompt-template chatml"
+            )
+        messages = self._fit([*self.messages, self._asked(text, images)])
+        new: list[Message] = []
+        steps = loop.converse(
+            lambda said: self._answer(self._fit(list(said))),
+            messages,
+            tools=self.tools.box,
+            family=family,
+            allow=self.tools.allow,
+            max_rounds=self.tools.max_rounds,
+            told=new,
+        )
+        spoken, keep = "", True
+        try:
+            with contextlib.closing(steps):
+                for event in steps:
+                    spoken = spoken + event.text if isinstance(event, loop.Text) else ""
+                    yield event
+        except (GeneratorExit, KeyboardInterrupt):
+            keep = bool(new or spoken)
+            raise
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if keep:
+                rest = [Message("assistant", spoken)] if spoken and _unanswered(new) else []
+                self.messages = [*messages, *_complete(new), *rest]
+
+    def _asked(self, text: str, images: Sequence[str]) -> Message:
+        if images and self.vision is None:
+            raise DataError("this model does not take images; use a LLaVA model")
+        return question(text, images) if self.vision else Message("user", text)
+
+    def _answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
+        return stream(
+            self.model,
+            self.tokenizer,
+            template=self.template,
+            messages=messages,
+            options=self.options,
+            tools=self._schemas,
+            vision=self.vision,
+        )
+
+    @property
+    def _schemas(self) -> Sequence[Mapping[str, Any]]:
+        return self.tools.box.schemas if self.tools else ()
 
     def reset(self) -> None:
         """Start a new conversation."""
@@ -105,5 +184,18 @@ class Session:
         return messages
 
     def _length(self, messages: list[Message]) -> int:
-        ids = self.template.prompt_ids(messages)
+        ids = self.template.prompt_ids(messages, tools=self._schemas)
         return len(self.vision.expanded(ids, messages) if self.vision else ids)
+
+
+def _unanswered(messages: Sequence[Message]) -> bool:
+    """Whether the last message is not an answer of the assistant."""
+    return not messages or messages[-1].role != "assistant" or bool(messages[-1].tool_calls)
+
+
+def _complete(messages: Sequence[Message]) -> list[Message]:
+    """The messages without a call at their end that has not returned."""
+    called = [i for i, message in enumerate(messages) if message.tool_calls]
+    if called and len(messages) - called[-1] - 1 < len(messages[called[-1]].tool_calls):
+        return list(messages[: called[-1]])
+    return list(messages)

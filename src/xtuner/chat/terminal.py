@@ -8,12 +8,15 @@ everything else to `notes`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
+from xtuner.calls.families.python_text import python_call
+from xtuner.calls.read import arguments_of, name_of
 from xtuner.chat.session import Session
 from xtuner.errors import DataError
+from xtuner.tools import loop
 
 EXIT, RESET, IMAGE = "EXIT", "RESET", "IMAGE "
 
@@ -30,6 +33,7 @@ class Terminal:
         streaming: print an answer while it is generated.
         images: images attached to the first question of every conversation.
         pending: images attached to the next question.
+        trusted: tools that run without being asked for.
     """
 
     read_line: Callable[[str], str]
@@ -39,6 +43,7 @@ class Terminal:
     streaming: bool = True
     images: tuple[str, ...] = ()
     pending: list[str] = field(default_factory=list)
+    trusted: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.pending.extend(self.images)
@@ -58,6 +63,9 @@ class Terminal:
     def answer(self, session: Session, question: str) -> None:
         """Ask and print the answer; KeyboardInterrupt stops it and is re-raised."""
         images, self.pending[:] = tuple(self.pending), ()
+        if session.tools is not None:
+            self._act(session, question, images)
+            return
         pieces = session.ask(question, images) if images else session.ask(question)
         try:
             if self.streaming:
@@ -70,6 +78,49 @@ class Terminal:
             pieces.close()
             self.out.write("\n")
             self.out.flush()
+
+    def _act(self, session: Session, question: str, images: tuple[str, ...]) -> None:
+        """Answer with tools: text goes to `out`, calls and results to `notes`."""
+        steps = session.act(question, images)
+        line_open = False
+        try:
+            for event in steps:
+                if isinstance(event, loop.Text):
+                    self.out.write(event.text)
+                    self.out.flush()
+                    line_open = not event.text.endswith("\n")
+                    continue
+                if line_open:
+                    self.out.write("\n")
+                    self.out.flush()
+                    line_open = False
+                # before a call runs, `allow` has shown it
+                if not isinstance(event, loop.Called):
+                    print(_told(event), file=self.notes, flush=True)
+        finally:
+            steps.close()
+            if line_open:
+                self.out.write("\n")
+                self.out.flush()
+
+    def allow(self, call: Mapping[str, Any], *, always: bool) -> bool:
+        """Show a call; ask whether it may run unless `always`."""
+        print(f"→ {shown_call(call)}", file=self.notes, flush=True)
+        if always or name_of(call) in self.trusted:
+            return True
+        while True:
+            try:
+                reply = (
+                    self.read_line("  run it? [y]es, [n]o, [a]lways this tool: ").strip().lower()
+                )
+            except EOFError:
+                return False
+            if reply in ("a", "always"):
+                self.trusted.add(name_of(call))
+            if reply in ("", "y", "yes", "a", "always"):
+                return True
+            if reply in ("n", "no"):
+                return False
 
     def ask_all(self, session: Session, questions: Iterable[str]) -> None:
         """Ask `questions` in one conversation; RESET starts a new one."""
@@ -146,6 +197,29 @@ class Terminal:
     def _note(self, text: str) -> None:
         if self.interactive:
             print(text, file=self.notes, flush=True)
+
+
+def shown_call(call: Mapping[str, Any]) -> str:
+    """A call on one line, as Python would write it."""
+    if isinstance(arguments_of(call), Mapping):
+        return _printable(python_call(call))
+    return _printable(f"{name_of(call)}({arguments_of(call)!r})")
+
+
+def _told(event: loop.Event) -> str:
+    match event:
+        case loop.Returned(result=result):
+            return "← " + "\n  ".join(_printable(result.text).splitlines() or [""])
+        case loop.Malformed(text=text, problem=problem):
+            return f"! a call {problem}: {_printable(text)[:200]}"
+        case loop.Stopped(rounds=rounds):
+            return f"(stopped after {rounds} rounds of calls; --max-rounds raises this)"
+    return ""
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters, which a terminal would execute."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
 
 
 def _read_from_pipe(_prompt: str) -> str:

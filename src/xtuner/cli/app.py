@@ -5,7 +5,8 @@ help) or a `typer.Typer` named `app` with subcommands. The command name is the f
 for ``_``, unless the file sets ``NAME``. Printing the help imports all of them, so heavy modules
 are imported inside the functions.
 
-Exit codes: 0 success, 1 unexpected error, 2 error that the user can fix, 130 interrupted.
+Exit codes: 0 success, 1 unexpected error, 2 error that the user can fix, 75 ended because another
+process of the run did, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Annotated
 import typer
 
 from xtuner import plugins
-from xtuner.errors import XTunerError
+from xtuner.cli import _old_words
+from xtuner.errors import PeerLostError, XTunerError
+from xtuner.parallel.attempt import PEER_LOST
 from xtuner.version import __version__
 
 _PACKAGE = "xtuner.cli"
@@ -38,16 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("XTUNER_DEBUG", "") not in ("", "0") or "--debug" in given
-    given = expand_overrides([argument for argument in given if argument != "--debug"])
-    given = complete_resume(given)
+    given = [argument for argument in given if argument != "--debug"]
     try:
+        given = complete_resume(expand_overrides(_old_words.translated(given)))
         build_app()(given or ["--help"], prog_name="xtuner")
     except XTunerError as error:
         if debug:
             raise
         sys.stdout.flush()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return PEER_LOST if isinstance(error, PeerLostError) else 2
     except OSError as error:
         if debug or error.errno not in _CANNOT_WRITE:
             raise
@@ -55,6 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if debug or not plugins.user_place(error):
+            raise
+        sys.stdout.flush()
+        hint = "--debug shows the whole traceback"
+        print(f"Your code raised {plugins.told(error)}; {hint}", file=sys.stderr)
+        return 2
     except SystemExit as stop:
         return _flushed(stop.code)
     return _flushed(0)
@@ -66,7 +76,7 @@ def build_app() -> typer.Typer:
         name="xtuner",
         help="Fine-tune language models from a settings file.",
         epilog=_EPILOG,
-        add_completion=False,
+        add_completion=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         pretty_exceptions_show_locals=False,
@@ -90,7 +100,7 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     flag = ""
     for argument in arguments:
-        if flag and re.match(r"[A-Za-z_]\w*=", argument):
+        if flag and re.match(r"[A-Za-z_][\w.]*=", argument):
             if expanded[-1] != flag:
                 expanded.append(flag)
             expanded.append(argument)
@@ -101,12 +111,17 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def complete_resume(arguments: Sequence[str]) -> list[str]:
-    """Expand ``--resume`` without a value to ``--resume last``; only iter_N counts as its value."""
+    """Expand ``--resume`` without a value to ``--resume last``.
+
+    Only iter_N and files of XTuner 0.x count as its value.
+    """
     completed: list[str] = []
     for position, argument in enumerate(arguments):
         completed.append(argument)
         following = arguments[position + 1] if position + 1 < len(arguments) else ""
-        if argument == "--resume" and not re.search(r"(^|/)(iter_\d+(\.pth)?|last)/?$", following):
+        if argument == "--resume" and not re.search(
+            r"(^|/)(iter_\d+|last|[^/]+\.pth)/?$", following
+        ):
             completed.append("last")
     return completed
 

@@ -100,6 +100,35 @@ def command(
             "question.",
         ),
     ] = None,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOOL",
+            help="Let the model call tools: my_tools.py (functions with type hints and "
+            "docstrings), calculator, clock, solve, python_interpreter, read_file:FOLDER, or "
+            "'mcp:COMMAND'; repeatable. Each call is shown and asked for.",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Run calls without asking.")] = False,
+    max_rounds: Annotated[
+        int, typer.Option(min=1, help="Most answers with calls to one question.")
+    ] = 8,
+    tool_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that one call may take.")
+    ] = 30.0,
+    lagent: Annotated[
+        bool,
+        typer.Option(
+            "--lagent", help="As in XTuner 0.x: --tools python_interpreter --tools calculator."
+        ),
+    ] = False,
+    with_plugins: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="calculate|solve|search",
+            help="As in XTuner 0.x: tools with the names of MOSS's plugins, Calculate and Solve.",
+        ),
+    ] = None,
     device: Annotated[
         Device, typer.Option(help="'auto' uses a GPU if there is one.")
     ] = Device.auto,
@@ -135,6 +164,10 @@ def command(
         seed=seed,
         stop_words=tuple(stop_words or ()),
     )
+    from xtuner.cli import _chat_tools
+
+    named = _chat_tools.names(tools or (), lagent=lagent, with_plugins=with_plugins or ())
+    _chat_tools.check(named, yes=yes)
     if idle := options.without_effect:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
         verb = "has" if len(idle) == 1 else "have"
@@ -154,7 +187,9 @@ def command(
         llava=llava,
     )
     terminal = Terminal.standard(streaming=not no_streamer, images=tuple(image or ()))
-    if ask:
-        terminal.ask_all(session, ask)
-    else:
-        terminal.converse(session)
+    with _chat_tools.opened(session, terminal, named, yes=yes, max_rounds=max_rounds,
+                            timeout=tool_timeout):  # fmt: skip
+        if ask:
+            terminal.ask_all(session, ask)
+        else:
+            terminal.converse(session)

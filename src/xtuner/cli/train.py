@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from xtuner.cli import _trust
+from xtuner.cli import _launch, _trust
+from xtuner.parallel.cluster import Cluster
 
 
 def command(
@@ -46,12 +47,13 @@ def command(
             help="CONFIG is a config of XTuner 0.x, LLaMA-Factory or torchtune; migrate it first.",
         ),
     ] = False,
-    nproc: Annotated[
-        int,
-        typer.Option(
-            envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one per GPU."
-        ),
-    ] = 1,
+    nproc: _launch.Nproc = 1,
+    nnodes: _launch.Nnodes = 1,
+    node_rank: _launch.NodeRank = "0",
+    master_addr: _launch.MasterAddr = None,
+    master_port: _launch.MasterPort = None,
+    launcher: _launch.LauncherOption = None,
+    max_restarts: _launch.MaxRestarts = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate memory without training.")
     ] = False,
@@ -90,6 +92,10 @@ def command(
     """Fine-tune a model."""
     from xtuner.device.environment import set_up_memory
 
+    cluster = Cluster.of(nproc, nnodes, node_rank=node_rank, address=master_addr, port=master_port)
+    _launch.join(launcher, cluster)
+    if _launch.has_to_resume():
+        resume, overwrite = "last", False
     if migrate:
         config = _migrated(config)
     if device is not None:
@@ -113,18 +119,21 @@ def command(
     if loaded.settings.sequence_parallel_size > 1:
         from xtuner.parallel.sequence_check import check_sequence_parallel
 
-        check_sequence_parallel(loaded.settings, int(os.environ.get("WORLD_SIZE", nproc)))
+        check_sequence_parallel(loaded.settings, _launch.world_size(cluster))
     set_up_memory(loaded.settings.device)
-    if wait and "RANK" not in os.environ:
+    if wait and not _launch.started_by_launcher():
         from xtuner.engine import run_lock
         from xtuner.engine.work_dir import work_dir_of
 
         run_lock.wait_until_free(work_dir_of(loaded, work_dir))
-    if nproc > 1 and "RANK" not in os.environ:
-        from xtuner.parallel.launch import launch
+    if not _launch.started_by_launcher() and (cluster.world_size > 1 or max_restarts):
 
-        again = [sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]]
-        raise typer.Exit(launch(again, nproc))
+        def folder() -> Path:
+            from xtuner.engine.work_dir import work_dir_of
+
+            return work_dir_of(loaded, work_dir)
+
+        raise typer.Exit(_launch.start(cluster, max_restarts=max_restarts, work_dir=folder))
 
     from xtuner.engine.signals import Interrupted
     from xtuner.engine.work_dir import work_dir_of
@@ -138,6 +147,7 @@ def command(
         again = ["xtuner", "train", config, *(["--work-dir", str(work_dir)] if work_dir else [])]
         again += [word for override in overrides or () for word in ("--set", override)]
         again += ["--nproc", str(nproc)] if nproc > 1 else []
+        again += ["--max-restarts", str(max_restarts)] if max_restarts else []
         again += ["--resume"] if stopped.can_resume else []
         print(f"\n{stopped} Continue with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None

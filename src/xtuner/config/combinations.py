@@ -7,6 +7,7 @@ from functools import partial
 
 from xtuner import plugins
 from xtuner.config.schema import Settings
+from xtuner.errors import did_you_mean
 from xtuner.types import IMAGE
 
 ALGORITHMS = "xtuner.algorithms"
@@ -145,6 +146,35 @@ def _check_algorithm(s: Settings) -> Iterator[tuple[str, str]]:
         yield from module.Algorithm.check(s)
 
 
+def _check_validation(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.validation_path and s.validation_ratio:
+        yield "validation_path", "is given, so validation_ratio must be 0"
+    wants_best = s.keep_best or s.early_stopping_patience is not None
+    measured = bool(s.validation_path) or s.validation_ratio > 0
+    if wants_best and s.best_metric == "val_loss" and not measured:
+        name = "keep_best" if s.keep_best else "early_stopping_patience"
+        yield name, "needs a validation loss: set validation_path or validation_ratio"
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
+"""Values of the setting `report_to`; each is a hook of that name."""
+
+
+def _check_trackers(s: Settings) -> Iterator[tuple[str, str]]:
+    for name in s.report_to:
+        if name not in TRACKERS:
+            guess = did_you_mean(name, TRACKERS)
+            yield "report_to", f"{name!r} is none of {', '.join(map(repr, TRACKERS))}{guess}"
+
+
+def _check_single_layout(s: Settings) -> Iterator[tuple[str, str]]:
+    """What needs whole rows, or parameter groups of its own."""
+    if s.neftune_noise_alpha is not None and s.sequence_parallel_size > 1:
+        yield "neftune_noise_alpha", "needs whole rows: set sequence_parallel_size = 1"
+    if s.loraplus_lr_ratio is not None and s.strategy.startswith("deepspeed"):
+        yield "loraplus_lr_ratio", "is not supported by DeepSpeed; set strategy = 'fsdp2'"
+
+
 CHECKS: tuple[Check, ...] = (
     _check_quantization,
     _check_embedding_on_cpu,
@@ -158,6 +188,9 @@ CHECKS: tuple[Check, ...] = (
     _check_one_mix,
     partial(_check_shares, "data_repeats"),
     partial(_check_shares, "data_weights"),
+    _check_validation,
+    _check_trackers,
+    _check_single_layout,
     _check_algorithm,
 )
 """The checks of `check_combinations`; each can run alone when other settings are invalid."""

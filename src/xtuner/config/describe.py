@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from xtuner.config.marks import as_pairs, one_as_tuple
+from xtuner.config.marks import as_nested, as_pairs, one_as_tuple
 from xtuner.config.schema import Settings
 
 _WORDS = {str: "a string", int: "an integer", float: "a number"}
@@ -41,7 +41,11 @@ def _takes_one(metadata: list[Any]) -> bool:
 
 def is_dict(name: str, kind: type[Settings] = Settings) -> bool:
     """Whether setting `name` is a dict in a settings file."""
-    return _has_validator(list(kind.model_fields[name].metadata), as_pairs)
+    return _is_dict(list(kind.model_fields[name].metadata))
+
+
+def _is_dict(metadata: list[Any]) -> bool:
+    return _has_validator(metadata, as_pairs) or _has_validator(metadata, as_nested)
 
 
 def _has_validator(metadata: list[Any], function: Any) -> bool:
@@ -64,7 +68,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return _either([repr(value) for value in arguments])
     if origin in (Union, UnionType):
         return _union(arguments)
-    if _has_validator(metadata, as_pairs):
+    if _is_dict(metadata):
         return "a dict of names and values"
     if origin is tuple:
         return _sequence(arguments, metadata)

@@ -57,11 +57,30 @@ def as_pairs(value: Any) -> Any:
     return tuple(map(tuple, value)) if isinstance(value, list) else value
 
 
+def as_nested(value: Any) -> Any:
+    """Convert dicts and lists at every depth to tuples, so that settings can be hashed."""
+    if isinstance(value, dict):
+        return tuple(sorted((str(key), as_nested(item)) for key, item in value.items()))
+    return tuple(map(as_nested, value)) if isinstance(value, list | tuple) else value
+
+
+def thawed(value: Any) -> Any:
+    """The dicts and lists that `as_nested` was given."""
+    if not isinstance(value, tuple):
+        return value
+    pairs = value and all(
+        isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value
+    )
+    return {k: thawed(v) for k, v in value} if pairs else [thawed(v) for v in value]
+
+
 Option = bool | int | float | str | None
 Options = Annotated[tuple[tuple[str, Option], ...], BeforeValidator(as_pairs)]
 """Names and values: a dict in a settings file, stored as pairs so that settings can be hashed."""
 Names = Annotated[tuple[tuple[str, str], ...], BeforeValidator(as_pairs)]
 """Names by names: a dict in a settings file."""
+Nested = Annotated[tuple[tuple[str, Any], ...], BeforeValidator(as_nested)]
+"""Names and values of any kind: a dict in a settings file."""
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 OneOrMore = Annotated[tuple[str, ...], BeforeValidator(one_as_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]

@@ -19,6 +19,7 @@ from xtuner.config.marks import (
     Fraction,
     Mark,
     Names,
+    Nested,
     OneOrMore,
     Options,
     Positive,
@@ -40,6 +41,10 @@ def _no_vision_adapter(s: Any) -> bool:
 
 def _not_paged(s: Any) -> bool:
     return not s.optim_type.startswith("Paged")
+
+
+def _no_best(s: Any) -> bool:
+    return not s.keep_best and s.early_stopping_patience is None
 
 
 def _no_questions(s: Any) -> bool:
@@ -106,6 +111,14 @@ class ModelPart(Part):
     lora_modules_to_save: Annotated[Strings, Mark("fixed", idle=_no_adapter)] = ()
     """Layers that are fully trained in addition to the adapters, such as ['embed_tokens',
     'lm_head']."""
+    lora_config: Annotated[Nested, Mark("fixed", idle=_no_adapter)] = ()
+    """Further fields of PEFT's LoraConfig, by name: {'use_rslora': True} scales adapters by
+    lora_alpha / sqrt(lora_r), {'use_dora': True} trains their magnitudes (DoRA),
+    {'init_lora_weights': 'pissa'} starts from the principal parts of the weights. What leaves
+    xtuner's own forward pass of adapters is said, since it is slower."""
+    loraplus_lr_ratio: Annotated[AboveZero | None, Mark("fixed", idle=_no_adapter)] = None
+    """LoRA+: the learning rate of the second matrix of each adapter (B) is this times lr; 16 is
+    usual. None trains both alike."""
     quantization: Annotated[Literal["auto", "none", "nf4", "fp4", "int8"], Mark("fixed")] = "auto"
     """How frozen weights are stored: 'auto' is 'nf4' with tuning = 'qlora' and 'none' otherwise."""
     double_quant: Annotated[
@@ -203,6 +216,9 @@ class DataPart(Part):
     validation_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the rows held out to measure the validation loss, whenever the evaluation questions
     are asked."""
+    validation_path: Annotated[OneOrMore, Mark(is_path=True)] = ()
+    """Rows to measure the validation loss on, in place of a share of the training data: a file, a
+    folder, a name on the hub, or a list of these."""
     prompt_template: Annotated[
         str, Mark(comment="'auto' is the chat template of the tokenizer")
     ] = "auto"
@@ -236,6 +252,10 @@ class DataPart(Part):
     removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
     'split' for pretrain, otherwise 'truncate'. Every row that is cut or lost is counted and
     reported."""
+    max_lost_rows: Annotated[Fraction, Mark("free")] = 0.05
+    """Share of the rows of a source that may be unusable (no answer, a column missing, an image
+    that cannot be read, ...); above it training does not start, and the reasons are listed. Rows
+    that overlong = 'drop' removes do not count. 1 accepts any."""
     shuffle: bool = True
     """Draw the samples of each epoch in random order, fixed by `seed`."""
     dataloader_num_workers: Annotated[
@@ -302,6 +322,9 @@ class OptimPart(Part):
     constant."""
     lr_end_ratio: Annotated[Fraction, Mark(idle=lambda s: s.lr_schedule == "constant")] = 0.0
     """The learning rate at the end, as a share of lr: 0.1 ends at a tenth of it."""
+    neftune_noise_alpha: AboveZero | None = None
+    """NEFTune: noise on the input embeddings of training, uniform within
+    alpha / sqrt(length * width) for a sample of that length; 5 is usual. None adds none."""
     seed: Count = 42
     """Determines the order of the data, the initial adapters and dropout: same seed, same run."""
 
@@ -333,6 +356,18 @@ class RuntimePart(Part):
         500
     )
     """Save a checkpoint every this many steps; the end is always saved."""
+    save_epochs: Annotated[Positive | None, Mark("free")] = None
+    """Also save a checkpoint at the end of every this many epochs."""
+    keep_best: Annotated[bool, Mark("free")] = False
+    """Save a checkpoint whenever `best_metric` is better than before, keep it, and name it in the
+    file `best_checkpoint` of the work dir."""
+    early_stopping_patience: Annotated[Positive | None, Mark("free")] = None
+    """End the run after this many measurements of `best_metric` without a better one."""
+    best_metric: Annotated[str, Mark("free", idle=_no_best)] = "val_loss"
+    """What `keep_best` and `early_stopping_patience` compare: 'val_loss', which is measured every
+    evaluation_freq steps, or a scalar that a hook of your own adds."""
+    best_metric_goal: Annotated[Literal["min", "max"], Mark("free", idle=_no_best)] = "min"
+    """Whether a lower or a higher `best_metric` is better."""
     save_total_limit: Annotated[
         Literal[-1] | Positive, Mark("free", comment="checkpoints to keep; -1 keeps all")
     ] = 2
@@ -351,9 +386,23 @@ class RuntimePart(Part):
     strategy_options: Options = ()
     """Settings of the strategy itself, by name: for 'fsdp2' {'cpu_offload': True} keeps weights,
     gradients and optimizer state in the CPU's memory."""
+    hang_timeout: Annotated[Positive, Mark("free", comment="in seconds")] = 600
+    """Seconds that a process waits for the others before it says where each of them is. The run
+    then ends, unless one of them reads data, writes a checkpoint or runs a hook of its own."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True
     """Write TensorBoard events."""
+    report_to: Annotated[OneOrMore, Mark("free")] = ()
+    """Experiment trackers that get every scalar: 'tensorboard', 'wandb', 'mlflow', 'swanlab',
+    'trackio', or a list of these. Each needs its package: pip install 'xtuner[wandb]'."""
+    report_project: Annotated[str, Mark("free", idle=lambda s: not s.report_to)] = "xtuner"
+    """The project or experiment at the trackers of `report_to`; a run has the name of its work
+    dir."""
+    push_to_hub: Annotated[str | None, Mark("free")] = None
+    """Upload the result to the hub after training, as 'owner/name', without optimizer state and
+    local paths."""
+    hub_private_repo: Annotated[bool, Mark("free", idle=lambda s: s.push_to_hub is None)] = True
+    """Whether a repository that `push_to_hub` makes is private."""
     custom_hooks: Annotated[Strings, Mark("free")] = ()
     """Your own hooks, each as 'my_file.py:MyHook'."""

@@ -70,6 +70,12 @@ def meant(name: str, value: Any) -> Any:
     return _values().get(name, {}).get(value, value)
 
 
+@functools.cache
+def dotted() -> dict[str, str]:
+    """Names in the tables of an mmengine config, as ``--cfg-options`` takes them, and settings."""
+    return dict(_read("renamed.toml")["dotted"])
+
+
 def _kind(name: str) -> frozenset[str]:
     """What a name is about; a misspelled word counts for nothing."""
     return frozenset(_KINDS[word] for word in name.lower().split("_") if word in _KINDS)

@@ -11,6 +11,7 @@ from typing import Any
 from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS
 from xtuner.config.describe import is_dict, takes_one
+from xtuner.config.marks import thawed
 from xtuner.config.schema import Settings, field_parts
 
 _WIDTH = 100
@@ -57,7 +58,7 @@ def render_all(settings: Settings, *, title: str) -> str:
 def literal(name: str, value: Any, kind: type[Settings] = Settings) -> str:
     """Format the value of setting `name` on one line."""
     if is_dict(name, kind):
-        return repr(dict(value))
+        return repr(thawed(value) or {})
     if takes_one(name, kind) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
     return _literal(value)

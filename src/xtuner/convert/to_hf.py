@@ -51,6 +51,9 @@ def find_checkpoint(path: Path) -> Path:
     """
     path = path.expanduser()
     folder = path.with_suffix("") if path.suffix == ".pth" else path
+    if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
+        words = path.read_text(encoding="utf-8").split() or [""]
+        folder = path.parent / Path(words[0]).name
     pointer = folder / "last_checkpoint"
     if pointer.is_file():
         folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name

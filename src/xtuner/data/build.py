@@ -7,7 +7,7 @@ sources ─prepare─► files + formats ─encode─► rows on disk (cached) �
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,19 @@ class TrainingData:
     train: PackedDataset
     validation: PackedDataset | None
     report: DataReport
+
+    def with_validation(self, held_out: TrainingData, *, report_dir: Path | None) -> TrainingData:
+        """These data, with the training part of `held_out` for validation."""
+        sources = tuple(replace(s, name=f"{s.name} (validation)") for s in held_out.report.sources)
+        report = replace(
+            self.report,
+            sources=(*self.report.sources, *sources),
+            validation=held_out.report.train,
+            notes=(*self.report.notes, *held_out.report.notes),
+        )
+        if report_dir is not None:
+            report.write(report_dir)
+        return TrainingData(self.train, held_out.train, report)
 
 
 def build(

@@ -28,9 +28,11 @@ from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models import manifest
 from xtuner.models.folder_swap import put_in_place, recover
 from xtuner.models.save import flush, flush_tree
+from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
 
 LAST_FILE = "last_checkpoint"
+BEST_FILE = "best_checkpoint"
 _LITTLE_SPACE = 256 << 20
 """With fewer bytes free, an error in writing of which nothing is known is due to the disk."""
 _NAME = re.compile(r"iter_(\d+)$")
@@ -93,7 +95,7 @@ class CheckpointStore:
         manifest.write(draft)
         flush_tree(draft)
         put_in_place(draft, target)
-        self._point_at(target)
+        self._point_at(target.name)
         if self.alias:
             _alias_of(target).write_text(target.name + "\n", encoding="utf-8")
         flush(self.work_dir)
@@ -105,16 +107,30 @@ class CheckpointStore:
         for leftover in self.work_dir.glob(".iter_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _point_at(self, target: Path) -> None:
-        draft = self.work_dir / f".{LAST_FILE}.writing"
-        draft.write_text(target.name + "\n", encoding="utf-8")
+    def _point_at(self, text: str, file: str = LAST_FILE) -> None:
+        draft = self.work_dir / f".{file}.writing"
+        draft.write_text(text + "\n", encoding="utf-8")
         flush(draft)
-        os.replace(draft, self.work_dir / LAST_FILE)
+        os.replace(draft, self.work_dir / file)
+
+    def best(self) -> Path | None:
+        """The checkpoint that `mark_best` named, if it is there."""
+        pointer = self.work_dir / BEST_FILE
+        words = pointer.read_text(encoding="utf-8").split() if pointer.is_file() else []
+        path = self.work_dir / words[0] if words else None
+        return path if path is not None and _NAME.fullmatch(path.name) and path.is_dir() else None
+
+    def mark_best(self, count: int, told: str) -> None:
+        """Keep checkpoint ``iter_<count>`` whatever `limit` says, and name it in the file
+        `best_checkpoint`, with `told` behind it."""
+        self._point_at(f"iter_{count} {told}", BEST_FILE)
+        flush(self.work_dir)
 
     def _prune(self, keep: Path) -> None:
         if self.limit < 0:
             return
-        old = [p for p in self.all() if p != keep]
+        best = self.best()
+        old = [p for p in self.all() if p not in (keep, best)]
         for path in old[: max(0, len(old) + 1 - self.limit)]:
             _remove(path)
 
@@ -133,7 +149,8 @@ class CheckpointStore:
                 f"--overwrite would delete {base}, the model that this run starts from: "
                 "train elsewhere with --work-dir DIR"
             )
-        (self.work_dir / LAST_FILE).unlink(missing_ok=True)
+        for pointer in (LAST_FILE, BEST_FILE):
+            (self.work_dir / pointer).unlink(missing_ok=True)
         for path in self.all():
             _remove(path)
 
@@ -194,7 +211,8 @@ def _together(act: Callable[[], object], target: Path, processes: Processes | No
     """Call `act`; where it fails on any process, raise on all of them and say which failed."""
     error: Exception | None = None
     try:
-        act()
+        with busy(f"writing {target}"):
+            act()
     except Exception as raised:
         error = raised
     # torch reports a full disk as RuntimeError, safetensors as an error of its own

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.seeds import micro_seed
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.strategies.base import BaseStrategy
+from xtuner.parallel.activity import in_call
 from xtuner.types import Algorithm, Batch
 
 
@@ -114,12 +116,14 @@ class StepGradients:
                 self.strategy.zero_grad()
                 raise Interrupted
             torch.manual_seed(micro_seed(self._seed, step, index, self.processes.rank))
-            output = checked_loss(
-                self.algorithm, self.strategy.model, batch.to(self.processes.device)
-            )
-            counts = index < len(group)
-            loss = output.loss / divisor if counts else output.loss * 0.0
-            self.strategy.backward(self.loss_scaler.scaled(loss), last=index == len(batches) - 1)
+            counts, last = index < len(group), index == len(batches) - 1
+            together = in_call("a forward and backward pass") if self.strategy.lockstep else None
+            with together or nullcontext():
+                output = checked_loss(
+                    self.algorithm, self.strategy.model, batch.to(self.processes.device)
+                )
+                loss = output.loss / divisor if counts else output.loss * 0.0
+                self.strategy.backward(self.loss_scaler.scaled(loss), last=last)
             if not counts:
                 continue
             total = total + loss.detach()

@@ -22,7 +22,7 @@ class HookCalls:
 
     def __init__(self, hooks: Sequence[BaseHook], run: Run, processes: Processes) -> None:
         here = [hook for hook in hooks if hook.collective or processes.is_main]
-        self.hooks = sorted(here, key=lambda hook: hook.order)
+        self.hooks = sorted(here, key=lambda hook: (hook.records, hook.order))
         self._run, self._processes = run, processes
 
     def call(self, event: str) -> None:

@@ -21,6 +21,7 @@ import torch
 from xtuner.device.host import memory_mb
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine import faults
+from xtuner.engine.best import BestMetric
 from xtuner.engine.gradients import Gradients, StepGradients
 from xtuner.engine.hook_calls import HookCalls
 from xtuner.engine.hooks.base import BaseHook, Run
@@ -29,6 +30,7 @@ from xtuner.engine.optimizer.optim import learning_rate
 from xtuner.engine.signals import Interrupted, StopRequest
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
+from xtuner.parallel import activity
 from xtuner.types import Algorithm, Batch
 
 __all__ = ["Groups", "Interrupted", "Trainer"]
@@ -64,6 +66,8 @@ class Trainer:
         save: writes a checkpoint of the current step; all processes call it together.
         memory_advice: what to change when memory runs out.
         loss_scaler: of a run in float16.
+        best: finds the best checkpoint, and when to stop for want of a better one.
+        mark_best: names the checkpoint that was just saved as the best one.
     """
 
     def __init__(
@@ -77,7 +81,10 @@ class Trainer:
         save: Callable[[Run], None],
         memory_advice: Callable[[], str] = lambda: "",
         loss_scaler: LossScaler | None = None,
+        best: BestMetric | None = None,
+        mark_best: Callable[[Run, str], None] = lambda run, told: None,
     ):
+        self.best, self.mark_best = best, mark_best
         self.strategy, self.processes = strategy, strategy.processes
         self.model: Any = strategy.model
         self.algorithm, self.loader, self.run, self.save = algorithm, loader, run, save
@@ -111,6 +118,7 @@ class Trainer:
             for hook in self.hooks.hooks:
                 stack.callback(self.hooks.close, hook)
             stack.enter_context(self._stop.on_signals())
+            activity.current.busy = None
             self._call("on_start")
             self.model.train()
             groups = self.loader.groups(run.step, run.total_steps)
@@ -141,11 +149,40 @@ class Trainer:
                     self._call("on_step")
                 except DataError as error:  # of a row that the loss is measured on
                     raise self._without_data(error) from error
+                if self._compare_best():
+                    break
                 if run.step == run.total_steps:
                     self._save_once()
                 elif due := run.counter.due(run.step, run.settings.save_steps):
                     self._save_once(due)
+                elif self._ends_epoch():
+                    self._save_once()
             self._call("on_end")
+            self._compare_best()
+
+    def _ends_epoch(self) -> bool:
+        """Whether `save_epochs` asks for a checkpoint at this step."""
+        epochs, steps = self.run.settings.save_epochs, self.loader.steps_per_epoch
+        return epochs is not None and self.run.step % (epochs * steps) == 0
+
+    def _compare_best(self) -> bool:
+        """Save a checkpoint that is the best so far; whether the run ends for want of a better."""
+        if self.best is None:
+            return False
+        run, best = self.run, self.best
+        if best.improves(run) and run.settings.keep_best:
+            self._save_once()
+            self.mark_best(run, best.told())
+        if best.exhausted and run.step < run.total_steps:
+            run.total_steps = run.step
+            self._save_once()
+            name = run.settings.best_metric
+            run.console.print(
+                f"Stopped early at step {run.step}: {name} was best at {best.value:.4g} and has "
+                f"not improved in {best.waited} measurements."
+            )
+            return True
+        return False
 
     def _next(self, groups: Iterator[list[Batch]]) -> tuple[list[Batch] | None, XTunerError | None]:
         """The next group, None at the end; an empty one and why, where it cannot be read."""
@@ -174,6 +211,7 @@ class Trainer:
             fault: why this process has no data; all processes then stop together.
         """
         data_seconds = time.perf_counter() - started
+        activity.current.doing = f"step {self.run.step + 1}"
         run = self.run
         counts = [float(sum(map(count, group))) for count in self._counts()]
         signs = [float(self._stop.made), float(fault is not None)]

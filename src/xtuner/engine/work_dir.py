@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xtuner import plugins
 from xtuner.config.load import LoadedSettings
 from xtuner.config.render import render_all
+from xtuner.config.schema import Settings
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.errors import CheckpointError
+
+_USER_CODE = "user_code"
+"""Folder in the work dir for the user's Python files that settings name."""
 
 
 def work_dir_of(loaded: LoadedSettings, given: Path | None = None) -> Path:
@@ -51,22 +56,58 @@ class WorkPlace:
             log_dir = log_dir.with_name(f"{log_dir.name.split('-')[0]}-{number}")
         return cls(work_dir, log_dir)
 
+    def _keep_user_files(self, settings: Settings, folder: Path) -> dict[str, Any]:
+        """Copy the Python files that settings name as ``"my_file.py:object"``, and return those
+        settings with the names of the copies."""
+
+        def kept(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(kept(item) for item in value)
+            if not isinstance(value, str) or not plugins.is_user_path(value):
+                return value
+            name, _, attribute = value.rpartition(":")
+            bases = (folder, Path.cwd())
+            files = (base / Path(name).expanduser() for base in bases)
+            file = next((file for file in files if file.is_file()), None)
+            if file is None:
+                return value
+            return f"{_USER_CODE}/{_copied(file, self.work_dir / _USER_CODE)}:{attribute}"
+
+        values = {name: getattr(settings, name) for name in type(settings).model_fields}
+        changed = {name: kept(value) for name, value in values.items()}
+        return {name: value for name, value in changed.items() if value != values[name]}
+
     def keep_settings(self, loaded: LoadedSettings) -> None:
         """Write all settings, as resolved, to ``<name>.py`` in the work dir.
 
-        Paths are written whole, so that the file holds wherever it is read from. The user's own
-        file is never written to, also when it lies in the work dir.
+        Paths are written whole, and Python files of the user are copied to the folder ``user_code``
+        beside it, so that the file holds wherever it is read from. The user's own file is never
+        written to, also when it lies in the work dir.
         """
         given = loaded.settings
         paths = {name: getattr(given, name) for name in type(given).paths()}
-        settings = given.model_copy(
-            update={name: _absolute(value, loaded.folder) for name, value in paths.items()}
-        )
+        changes = {name: _absolute(value, loaded.folder) for name, value in paths.items()}
+        changes |= self._keep_user_files(given, loaded.folder)
+        settings = given.model_copy(update=changes)
         file = self.work_dir / f"{loaded.name}.py"
         if loaded.path is not None and file.resolve() == loaded.path.resolve():
             file = file.with_stem(f"{file.stem}_resolved")
         text = render_all(settings, title=f"All settings of {loaded.name}, as resolved")
         file.write_text(text, encoding="utf-8")
+
+
+def _copied(file: Path, folder: Path) -> str:
+    """Copy `file` to `folder`, and return its name there; another file of that name stays."""
+    content = file.read_bytes()
+    for number in range(1, 1000):
+        name = file.name if number == 1 else f"{file.stem}_{number}{file.suffix}"
+        target = folder / name
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        if target.read_bytes() == content:
+            break
+    return name
 
 
 def _absolute(value: Any, folder: Path) -> Any:

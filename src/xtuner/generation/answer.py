@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class Answer:
         choose: selects the next token.
         inputs: model inputs of a prompt with images; empty otherwise.
         top_logprobs: how many alternatives `scores` keeps of each token; None keeps no scores.
+        keep: special tokens that are part of the text, such as those that mark tool calls.
 
     Attributes:
         ids: the prompt and the tokens so far, without an end token.
@@ -54,6 +55,7 @@ class Answer:
         choose: Choose,
         inputs: Mapping[str, Any] | None = None,
         top_logprobs: int | None = None,
+        keep: Collection[str] = (),
     ) -> None:
         self.ids, self.ends, self.limit = list(prompt), ends, limit
         self.num_prompt, self.num_generated = len(self.ids), 0
@@ -61,7 +63,7 @@ class Answer:
         self.finish: Literal["", "stop", "length"] = ""
         self.scores: list[TokenScore] = []
         self._choose, self._top = choose, top_logprobs
-        self._words, self._detokenizer = words, Detokenizer(tokenizer)
+        self._words, self._detokenizer = words, Detokenizer(tokenizer, keep=keep)
 
     def take(self, scores: Tensor) -> str:
         """Choose the next token by its logits `scores` ``[1, V]``; return the text to show."""

@@ -6,13 +6,14 @@ Where the model's batched results round as its single ones do, greedy answers ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtuner.generation.answer import Answer
 from xtuner.generation.detokenize import StopWords
 from xtuner.generation.generate import (
     GenerationOptions,
+    call_markers,
     chooser,
     end_tokens,
     generation_mode,
@@ -33,6 +34,7 @@ def generate_batch(
     template: Template,
     conversations: Sequence[Sequence[Message]],
     options: GenerationOptions,
+    tools: Sequence[Sequence[Mapping[str, Any]]] = (),
 ) -> list[str]:
     """The assistant's answers to `conversations`, in their order.
 
@@ -42,21 +44,32 @@ def generate_batch(
         template: the chat template.
         conversations: messages without images.
         options: options of every answer; with a seed each row has its own random generator.
+        tools: the tools of each conversation, if any.
 
     Raises:
         ModelError: a conversation leaves no room in the model's context.
         DataError: the template does not support a conversation.
     """
+    tools = tools or [()] * len(conversations)
     if len(conversations) < 2 or not takes_batches(model):
         return [
-            "".join(stream(model, tokenizer, template=template, messages=messages, options=options))
-            for messages in conversations
+            "".join(
+                stream(
+                    model,
+                    tokenizer,
+                    template=template,
+                    messages=messages,
+                    options=options,
+                    tools=shown,
+                )
+            )
+            for messages, shown in zip(conversations, tools, strict=True)
         ]
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer, template, options)
     rows = []
-    for messages in conversations:
-        prompt = template.prompt_ids(messages)
+    for messages, shown in zip(conversations, tools, strict=True):
+        prompt = template.prompt_ids(messages, tools=shown)
         rows.append(
             Answer(
                 prompt,
@@ -65,6 +78,7 @@ def generate_batch(
                 ends=ends,
                 limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
                 choose=chooser(options, device),
+                keep=call_markers(template) if shown else (),
             )
         )
     texts = {id(row): "" for row in rows}

@@ -5,7 +5,7 @@ id ──Detokenizer──► text of complete characters ──StopWords──�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _HALF = "�"
@@ -13,16 +13,24 @@ _HALF = "�"
 
 
 class Detokenizer:
-    """Convert ids to text one by one; a character is returned when all its bytes have arrived."""
+    """Convert ids to text one by one; a character is returned when all its bytes have arrived.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Special tokens are left out, except those in `keep`, such as the ones that mark tool calls.
+    """
+
+    def __init__(self, tokenizer: Any, *, keep: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
+        self._kept = _special(tokenizer, keep) if keep else {}
         self._ids: list[int] = []
         self._context = 0  # ids from here on are decoded: a token's text depends on earlier ones
         self._shown = 0  # the text of ids before this index was returned
 
     def add(self, token_id: int) -> str:
         """The text that `token_id` completes; often empty for byte tokens."""
+        if token_id in self._kept:
+            before = self.rest()
+            self._ids, self._context, self._shown = [], 0, 0
+            return before + self._kept[token_id]
         self._ids.append(token_id)
         text = self._new_text()
         if not text or text.endswith(_HALF):
@@ -43,6 +51,13 @@ class Detokenizer:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+def _special(tokenizer: Any, words: Collection[str]) -> dict[int, str]:
+    """Those of `words` that are special tokens, by id."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = {tokenizer.convert_tokens_to_ids(word): word for word in words}
+    return {i: word for i, word in ids.items() if i in special}
 
 
 class StopWords:

@@ -99,13 +99,15 @@ def stream(
     template: Template,
     messages: Sequence[Message],
     options: GenerationOptions,
+    tools: Sequence[Mapping[str, Any]] = (),
     vision: ImageInput | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
     within: Within | None = None,
 ) -> Generator[str, None, None]:
     """Yield the assistant's answer to `messages` in pieces.
 
-    `model` may be in training mode: it is switched to evaluation mode and back. `vision` embeds the
+    `model` may be in training mode: it is switched to evaluation mode and back. With `tools` the
+    prompt shows them, and tokens that mark calls are part of the answer's text. `vision` embeds the
     images of the messages. `agree` maps each chosen id ``[1]`` to the one that is taken: where
     several processes generate together, that of rank 0. `within` calls what runs the model, inside
     of whatever gathers sharded weights.
@@ -115,12 +117,12 @@ def stream(
         DataError: the template does not support these messages.
     """
     within = within or _plainly
-    prompt = template.prompt_ids(messages)
+    prompt = template.prompt_ids(messages, tools=tools)
     prompt = vision.expanded(prompt, messages) if vision else prompt
     room = room_for_answer(model, prompt)
     ends = end_tokens(model, tokenizer, template, options)
     words = StopWords([*template.stop_words, *options.stop_words])
-    text = Detokenizer(tokenizer)
+    text = Detokenizer(tokenizer, keep=call_markers(template) if tools else ())
     with generation_mode(model):
         with packed.without_cudnn(next(model.parameters()).device):
             first = within(lambda: _inputs(vision, prompt, messages))
@@ -135,6 +137,12 @@ def stream(
                 return
     if rest := words.add(text.rest()) + words.rest():
         yield rest
+
+
+def call_markers(template: Template) -> tuple[str, ...]:
+    """Strings that may be special tokens and mark tool calls."""
+    family = template.tool_family
+    return family.markers if family else ()
 
 
 def room_for_answer(model: Any, prompt: Sequence[int]) -> int:

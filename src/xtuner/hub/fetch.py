@@ -90,6 +90,13 @@ def cached(name: str) -> Path | None:
     return target if _is_complete(target) else None
 
 
+def hub_name_of(folder: Path) -> str | None:
+    """The name on the hub of the fetched model in `folder`; None for any other folder."""
+    if folder.resolve().parent != models_root().resolve():
+        return None
+    return _catalog().get(folder.name) or folder.name.replace("--", "/", 1)
+
+
 def unreachable(name: str) -> str | None:
     """Why hub name `name` cannot be loaded; None if it can, or is in the hub's cache."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache

@@ -6,7 +6,8 @@ PEFT creates, names and saves the adapters; their forward pass is `kernels.lora_
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from xtuner.errors import ModelError
+from xtuner.errors import ConfigError, ModelError, did_you_mean
 from xtuner.hub.weight_files import tensors_of
 from xtuner.kernels.lora.layers import layer_classes
 from xtuner.models.check.training_pass import text_decoder
@@ -40,6 +41,7 @@ def add_adapter(
     modules_to_save: Sequence[str] = (),
     seed: int = 0,
     task_type: str | None = "CAUSAL_LM",
+    further: Mapping[str, Any] | None = None,
 ) -> Any:
     """Freeze `model` and put fresh adapters beside its linear layers.
 
@@ -53,9 +55,11 @@ def add_adapter(
         modules_to_save: names of layers trained in full.
         seed: fixes the first values of A (B begins at zero); the global random state is kept.
         task_type: PEFT's word for what the model does; None for a vision tower.
+        further: other fields of PEFT's LoraConfig.
 
     Raises:
         ModelError: a name fits no layer.
+        ConfigError: PEFT cannot make adapters as `further` says.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -69,6 +73,7 @@ def add_adapter(
         exclude_modules=outside or None,
         modules_to_save=list(modules_to_save) or None,
         task_type=task_type,
+        **(further or {}),
     )
     config._register_custom_module(layer_classes())
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -88,7 +93,12 @@ def add_adapter(
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
+            if not further:
+                raise
+            raise ConfigError(f"lora_config = {dict(further)}: {error}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -97,6 +107,43 @@ def add_adapter(
 
 def _kind(model: Any) -> str:
     return str(model.config.model_type)
+
+
+_OWN = {
+    "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save",
+}  # fmt: skip
+_NEED_DATA = ("eva", "corda", "lora_ga", "loftq")
+
+
+def check_config(further: Mapping[str, Any]) -> None:
+    """Check the setting `lora_config`.
+
+    Raises:
+        ConfigError: a field does not exist, has a setting of its own, or needs what a run lacks.
+    """
+    from peft import LoraConfig
+
+    fields = [f.name for f in dataclasses.fields(LoraConfig)]
+    problems = []
+    for name, value in further.items():
+        if name in _OWN:
+            problems.append(f"{name}: is the setting {_OWN[name]}")
+        elif name in ("task_type", "peft_type", "base_model_name_or_path", "exclude_modules"):
+            problems.append(f"{name}: is chosen by xtuner; remove it")
+        elif name not in fields:
+            problems.append(f"{name}: LoraConfig has no such field{did_you_mean(name, fields)}")
+        elif name == "init_lora_weights" and str(value).lower() in _NEED_DATA:
+            problems.append(
+                f"{name} = {value!r}: needs passes over data before training, which is not "
+                "available; use 'pissa', 'olora', 'gaussian' or 'orthogonal'"
+            )
+    if problems:
+        raise ConfigError(f"lora_config: {'; '.join(problems)}")
+    try:
+        LoraConfig(**further)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"lora_config = {dict(further)}: {error}") from error
 
 
 def unsuitable(model: Any) -> dict[str, str]:
@@ -128,6 +175,12 @@ def notes_on_adapters(adapted: Any) -> Iterator[str]:
         for reason, count in left.items():
             layers = "1 linear layer gets" if count == 1 else f"{count:,} linear layers get"
             yield f"{layers} no adapter: {reason}"
+    made = [m for m in adapted.modules() if hasattr(m, "adapted") and hasattr(m, "lora_A")]
+    if slow := sum(layer.adapted() is None for layer in made):
+        yield (
+            f"{slow:,} of {len(made):,} adapters are computed by PEFT, as lora_config asks for, "
+            "which takes more time and memory than xtuner's own forward pass"
+        )
     experts = [p for p in model.parameters() if p.ndim == 3 and not p.requires_grad]
     share = sum(p.numel() for p in experts) / max(1, sum(p.numel() for p in model.parameters()))
     if share > _FEW:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from xtuner.models.check.training_pass import (
     traceless,
     without_dropout,
 )
+from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.split_rotary import SplitRotary
 from xtuner.parallel.ulysses import SequenceGroup, gather_scores
 from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
@@ -66,6 +68,7 @@ class PackedCausalLM(nn.Module):
         always_embeds: a batch without images enters the weights for images, too. Where weights or
             gradients are divided among processes, all of them then enter the same modules.
         saw_images: a batch had images since this was last set to False.
+        noise: of NEFTune, in training; None without.
         apart: each sample goes through the model by itself, as transformers' plainest call.
         sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
             has all.
@@ -86,6 +89,7 @@ class PackedCausalLM(nn.Module):
         self.autocast = autocast
         self.always_embeds = self.saw_images = False
         self.plain_logits = False
+        self.noise: EmbeddingNoise | None = None
         self.apart = why_apart(text_decoder(self.causal)) is not None
         head: Any = self.causal.get_output_embeddings()
         if type(head) is nn.Linear and head.bias is None:
@@ -132,7 +136,8 @@ class PackedCausalLM(nn.Module):
     def _scores_of_row(self, row: Batch, batch: Batch) -> Tensor:
         """The log-probabilities of `batch`, which `row` begins with."""
         positions = batch.predicting
-        return self._scores(self._inputs(row), positions, batch.labels[0, 1:][positions])
+        with self.noise.of_row(row.cu_seqlens) if self.noise else nullcontext():
+            return self._scores(self._inputs(row), positions, batch.labels[0, 1:][positions])
 
     def _scores_of_shares(self, batch: Batch, group: SequenceGroup, rotary: SplitRotary) -> Tensor:
         """The log-probabilities of `batch`, whose row is split over `group`.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xtuner.config.marks import thawed
 from xtuner.config.schema import Settings
 from xtuner.kernels import host_embedding
 from xtuner.kernels.fused import attention, decoder, norm_mlp
@@ -75,12 +76,19 @@ def make_trainable(
         target_modules=s.lora_target_modules,
         modules_to_save=s.lora_modules_to_save,
         seed=s.seed,
+        further=_further(s, on_meta=on_meta),
     )
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = lasting_name(s.pretrained_model_name_or_path)
     if source is not None:
         adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.has_vision else source)
     return adapted
+
+
+def _further(s: Settings, *, on_meta: bool) -> dict[str, Any]:
+    """The setting `lora_config`; tensors without values have no principal parts."""
+    further: dict[str, Any] = thawed(s.lora_config) or {}
+    return {k: v for k, v in further.items() if not (on_meta and k == "init_lora_weights")}
 
 
 def weights_dtype(s: Settings, dtype: torch.dtype) -> torch.dtype:

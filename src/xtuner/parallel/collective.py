@@ -1,4 +1,5 @@
-"""What happens around a collective call: an error of it is told in plain words."""
+"""What happens around a collective call: the others see that this process waits, and an error is
+told in plain words."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from xtuner.device.out_of_memory import is_out_of_memory
-from xtuner.errors import LaunchError
+from xtuner.errors import PeerLostError
+from xtuner.parallel import activity
 
 
 @contextmanager
@@ -17,12 +19,13 @@ def waiting(what: str) -> Iterator[None]:
         what: is done together.
     """
     try:
-        yield
+        with activity.in_call(what):
+            yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LaunchError(
+        raise PeerLostError(
             f"another process of this run ended, so this one cannot continue ({first}): see its "
             "message. Earlier checkpoints are untouched; continue with --resume"
         ) from error

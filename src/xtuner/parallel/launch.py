@@ -1,70 +1,102 @@
-"""Run one command in several processes of this machine that train together.
+"""Run one command in several processes that train together, and start them again if they fail.
+
+    launch ──► attempt 0: one process per rank ──► all ended, or one failed ──► the others are ended
+                                                        └─► attempt 1, from the last checkpoint
 
 Unlike torchrun this keeps the exit code of the main process, shows its output alone, and waits for
-a save to finish after Ctrl-C. It restarts nothing: an exact resume is one flag away.
+a save to finish after Ctrl-C. On several nodes each has a launcher; they agree through node 0
+(`nodes`).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
+from xtuner.parallel.attempt import INTERRUPTED, Attempt, Outcome
+from xtuner.parallel.cluster import Cluster
+from xtuner.parallel.nodes import Nodes, alone_or_with_others
 
-GRACE_SECONDS = 15.0
-"""How long the others may go on after one process failed: the main one has a message to print."""
+RESUME = "XTUNER_RESUME"
+"""Set to 1 where a process has to resume from the last checkpoint."""
 
 
-def launch(command: Sequence[str], processes: int) -> int:
-    """Run `command` in `processes` processes and return the exit code of the run.
+def launch(
+    command: Sequence[str],
+    cluster: Cluster,
+    *,
+    max_restarts: int = 0,
+    can_resume: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run `command` in the processes of `cluster` that are on this node, and return the exit code
+    of the run.
 
     It is the main process's unless that is 0 or a signal of ours; then the first failed one's. What
     another than the main process said is shown where it failed first.
+
+    Args:
+        command: gets rank and meeting point from its environment.
+        cluster: the processes.
+        max_restarts: how often the processes are started again after a failure that is not an error
+            of the user.
+        can_resume: whether there is a checkpoint to go on from, asked on node 0 before a restart.
+
+    Raises:
+        LaunchError: the nodes cannot meet.
     """
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    children: list[subprocess.Popen[bytes]] = []
-    logs: list[IO[bytes]] = []
-
-    def forward(number: int, frame: object) -> None:
-        for child in children:
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in stop_signals()}
-    # Ctrl-C reaches the children by itself; here it only must not end the wait for them.
-    if signal.SIGINT in before:
-        signal.signal(signal.SIGINT, lambda number, frame: None)
-    try:
-        for rank in range(processes):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the run is over)
-            logs.append(log)
-            output = None if rank == 0 else log
-            children.append(
-                subprocess.Popen(
-                    command, env={**environment, **ranks}, stdout=output, stderr=output
-                )
+    resume = False
+    with alone_or_with_others(cluster) as nodes, _forwarded() as children:
+        for number in itertools.count():
+            attempt = Attempt(
+                command, cluster, nodes, number, extra={RESUME: "1"} if resume else {}
             )
-        return _wait(children, logs)
+            children.current = attempt
+            outcome = nodes.agree(attempt.run())
+            if not _again(outcome, children, number < max_restarts):
+                return outcome.code
+            resume = nodes.decide(can_resume)
+            _tell_restart(nodes, number + 1, max_restarts, resume=resume)
+    raise AssertionError  # unreachable: the loop ends by return
+
+
+def _again(outcome: Outcome, children: _Children, allowed: bool) -> bool:
+    return allowed and outcome.restartable and not children.stopped
+
+
+def _tell_restart(nodes: Nodes, number: int, most: int, *, resume: bool) -> None:
+    if nodes.is_first:
+        where = "from the last checkpoint" if resume else "from the beginning"
+        print(f"\nRestart {number} of {most}, {where}.", file=sys.stderr, flush=True)
+
+
+class _Children:
+    """The processes that signals are passed on to."""
+
+    def __init__(self) -> None:
+        self.current: Attempt | None = None
+        self.stopped = False
+
+    def receive(self, number: int) -> None:
+        """Pass a signal on; Ctrl-C in a terminal reaches the processes by itself."""
+        self.stopped = True
+        if self.current is not None and number != signal.SIGINT:
+            self.current.send_signal(number)
+
+
+@contextmanager
+def _forwarded() -> Iterator[_Children]:
+    children = _Children()
+    before = {
+        number: signal.signal(number, lambda number, frame: children.receive(number))
+        for number in stop_signals()
+    }
+    try:
+        yield children
     finally:
-        for child in children:
-            child.kill()
-        for log in logs:
-            log.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -79,36 +111,18 @@ def stop_signals() -> list[signal.Signals]:
     return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def _wait(children: list[subprocess.Popen[bytes]], logs: list[IO[bytes]]) -> int:
-    failed: list[int] = []
-    deadline = float("inf")
-    while any(child.poll() is None for child in children):
-        if not failed:
-            failed = [r for r, c in enumerate(children) if c.poll() not in (None, 0)]
-            if failed:
-                deadline = time.monotonic() + GRACE_SECONDS
-        if time.monotonic() > deadline or 0 in failed:
-            for child in children:
-                child.kill()
-        time.sleep(0.05)
-    codes = [child.returncode for child in children]
-    failed = failed or [r for r, code in enumerate(codes) if code]
-    for rank in failed:  # who failed first knows why, whatever the others say then
-        if rank and codes[rank] != INTERRUPTED:
-            _show(rank, logs[rank])
-    if codes[0] > 0 or not failed:
-        return codes[0]
-    code = codes[failed[0]]
-    return code if code > 0 else 128 - code
+def last_checkpoint_changes(pointer: os.PathLike[str]) -> Callable[[], bool]:
+    """A function that tells whether the file `pointer`, which names the last checkpoint, was
+    written after this call: a checkpoint of an earlier run is not gone on from."""
+
+    def state() -> int | None:
+        try:
+            return os.stat(pointer).st_mtime_ns
+        except OSError:
+            return None
+
+    before = state()
+    return lambda: state() not in (None, before)
 
 
-def _show(rank: int, log: IO[bytes]) -> None:
-    log.seek(0)
-    text = log.read().decode(errors="replace")[-4000:]
-    print(f"Process {rank} failed:\n{text}", file=sys.stderr)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+__all__ = ["INTERRUPTED", "last_checkpoint_changes", "launch", "stop_signals"]

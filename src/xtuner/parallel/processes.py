@@ -7,24 +7,26 @@ all ranks.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
 from xtuner.errors import LaunchError
+from xtuner.parallel.activity import busy
 from xtuner.parallel.collective import waiting
 from xtuner.parallel.layout import RankLayout
+from xtuner.parallel.parent import end_with_parent
+from xtuner.parallel.rendezvous import PATIENCE, client, join_group
 from xtuner.parallel.ulysses import SequenceGroup
+from xtuner.parallel.watch import Watch
 
 BUCKET_NUMBERS = 16 * 2**20
 """Gradients are summed in buckets of about this many numbers (64 MB of float32)."""
@@ -36,6 +38,8 @@ class Processes:
     Args:
         device: 'cpu' or 'cuda', as chosen; with several GPUs each process takes its own.
         sequence_parallel_size: ranks that share the tokens of a row.
+        hang_timeout: seconds that a collective call may take before this process says where every
+            process is; None does not look.
 
     Attributes:
         rank: of this process among all.
@@ -44,14 +48,25 @@ class Processes:
         device: of this process.
         data_group: the ranks that take the same part of different rows; None is all of them.
         sequence: the ranks that share the tokens of their rows; None if each has its own.
+        node: number of this machine.
+        nodes: number of machines.
+        node_leader: rank of the first process on this machine.
 
     Raises:
         LaunchError: the processes cannot be divided into groups of `sequence_parallel_size`.
     """
 
-    def __init__(self, device: str, *, sequence_parallel_size: int = 1):
-        # The others wait while the main process encodes the data or writes a checkpoint.
-        patience = {"timeout": timedelta(days=1)} if "RANK" in os.environ else {}
+    _made = 0
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        sequence_parallel_size: int = 1,
+        hang_timeout: float | None = None,
+    ):
+        join_group(device)
+        patience = {"timeout": PATIENCE} if "RANK" in os.environ else {}
         self._state = PartialState(cpu=device == "cpu", **patience)
         self.rank: int = self._state.process_index
         self.world_size: int = self._state.num_processes
@@ -68,14 +83,33 @@ class Processes:
                 rank=self.layout.sequence_rank,
                 size=sequence_parallel_size,
             )
+        local, on_node = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE")
+        self.node = int(os.environ.get("GROUP_RANK", "0")) if self.world_size > 1 else 0
+        self.nodes = -(-self.world_size // int(on_node)) if on_node else 1
+        self.node_leader = self.rank - int(local) if self.world_size > 1 else 0
+        self._number = Processes._made
+        Processes._made += 1
         self._alone: str | None = None
+        self._watch: Watch | None = None
         if self.world_size > 1:
-            _die_with_parent()
+            end_with_parent()
+            if hang_timeout is not None:
+                self._watch = Watch(
+                    self.rank, self.world_size, limit=hang_timeout, connect=self._connect
+                )
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and speaks to the terminal."""
         return self.rank == 0
+
+    @cached_property
+    def store(self) -> Any:
+        """What all processes read and write at any time, over a connection of its own."""
+        return self._connect()
+
+    def _connect(self) -> Any:
+        return PrefixStore(f"processes_{self._number}", client())
 
     @property
     def data_rank(self) -> int:
@@ -175,7 +209,8 @@ class Processes:
         """
         self._alone = who if self.world_size > 1 else None
         try:
-            yield
+            with busy(who):
+                yield
         finally:
             self._alone = None
 
@@ -192,6 +227,8 @@ class Processes:
 
     def close(self) -> None:
         """Leave the process group, at the end of a run that all of them have come to."""
+        if self._watch is not None:
+            self._watch.stop()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -216,11 +253,3 @@ def _own_group(groups: list[list[int]], rank: int) -> Any:
     """Make all `groups`, as every process has to, and return that of `rank`."""
     made = [(dist.new_group(ranks), ranks) for ranks in groups]
     return next(group for group, ranks in made if rank in ranks)
-
-
-def _die_with_parent() -> None:
-    """Have Linux stop this process when its launcher dies, which torchrun's workers would
-    survive."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -15,9 +15,11 @@ from xtuner.data.build import TrainingData, build
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.tokenize.cache import cache_root
 from xtuner.models.can_pack import resolve_packing
 from xtuner.models.facts import facts_of
 from xtuner.models.load import load_tokenizer
+from xtuner.parallel.once import Once
 from xtuner.parallel.processes import Processes
 from xtuner.templates.base import Template
 from xtuner.training.preflight import check_tokenizer
@@ -77,22 +79,35 @@ class DataParts:
         return {name: getattr(self, name) for name in names}
 
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:
-        """The packs of the run; see `data.build.build`."""
-        return build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
+        """The packs of the run, and those of `validation_path`; see `data.build.build`."""
+        data = build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
+        if not self.settings.validation_path:
+            return data
+        formats = self.settings.dataset_format
+        changes = {
+            "data_path": self.settings.validation_path,
+            "dataset_format": formats if len(formats) == 1 else ("auto",),
+            **dict.fromkeys(("data_repeats", "data_weights", "max_dataset_length")),
+            "shuffle": False,
+        }
+        held_out = build(self.settings.model_copy(update=changes), **self.arguments, quiet=quiet)
+        return data.with_validation(held_out, report_dir=report_dir)
 
-    def build_once(self, processes: Processes, *, report_dir: Path | None) -> TrainingData:
-        """The packs, encoded by the main process; the others then find everything in the cache.
+    def build_once(
+        self, processes: Processes, *, report_dir: Path | None
+    ) -> tuple[TrainingData, str]:
+        """The packs, encoded by one process; the others then find everything in the cache.
 
         Args:
             processes: those of the run.
             report_dir: see `data.build.build`.
+
+        Returns:
+            The packs, and on several nodes where they were encoded.
         """
-        if not processes.is_main:
-            processes.wait()
-        data = self.build(report_dir=report_dir, quiet=not processes.is_main)
-        if processes.is_main:
-            processes.wait()
-        return data
+        once = Once(processes, cache_root())
+        data = once.run(lambda: self.build(report_dir=report_dir, quiet=not processes.is_main))
+        return data, once.note
 
     def loader(self, dataset: PackedDataset, *, collate: Collate, processes: Processes) -> Loader:
         """Hands this process its share of `dataset`."""

@@ -132,7 +132,7 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
     """The intervals that the run never reaches."""
     end = counter.done(total)
     rows = [("save_steps", s.save_steps, "only the end is saved")]
-    if s.evaluation_inputs or s.validation_ratio:
+    if s.evaluation_inputs or s.validation_ratio or s.validation_path:
         rows.append(("evaluation_freq", s.evaluation_freq, "asked only before and after training"))
     rows.append(("logging_steps", s.logging_steps, "the log has only the last step"))
     for name, every, so in rows:

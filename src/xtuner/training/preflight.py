@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import AttentionInterface
 
+from xtuner.config.marks import thawed
 from xtuner.config.schema import Settings
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.optimizer import optim
 from xtuner.errors import ConfigError, DataError, ModelError, XTunerError, did_you_mean, listed
+from xtuner.models.adapters import check_config
 from xtuner.models.facts import ModelFacts, facts_of
 from xtuner.templates.base import Template
+from xtuner.training.publish import check_target
 from xtuner.types import Conversation, Message
 
 _PACKAGES = {
@@ -32,7 +36,8 @@ def check_run(settings: Settings) -> None:
     """
     facts = facts_of(settings)
     problems = [*_stored_weights(settings, facts), *_positions(settings, facts)]
-    for check in (_check_attention, _check_optimizer):
+    checks = (_check_attention, _check_optimizer, _check_adapters, _check_trackers, _check_push)
+    for check in checks:
         try:
             check(settings)
         except XTunerError as error:
@@ -92,6 +97,25 @@ def _check_attention(s: Settings) -> None:
 
 def _check_optimizer(s: Settings) -> None:
     optim.check_name(s.optim_type)
+
+
+def _check_adapters(s: Settings) -> None:
+    if s.uses_adapter and s.lora_config:
+        check_config(thawed(s.lora_config))
+
+
+def _check_trackers(s: Settings) -> None:
+    for name in s.report_to:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"report_to = {name!r}: the package {name} is not installed: "
+                f"pip install 'xtuner[{name}]'"
+            )
+
+
+def _check_push(s: Settings) -> None:
+    if s.push_to_hub is not None:
+        check_target(s.push_to_hub)
 
 
 def tokens_without_embedding(tokenizer: Any, facts: ModelFacts) -> dict[str, int]:

@@ -20,6 +20,7 @@ from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import run_lock, strategies
+from xtuner.engine.best import BestMetric
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.counting import Counter, counting_of
 from xtuner.engine.hooks.base import Run, make_hooks
@@ -35,6 +36,7 @@ from xtuner.memory.plan import plan_memory
 from xtuner.models import manifest
 from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
 from xtuner.training import preflight
@@ -44,6 +46,7 @@ from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
 from xtuner.training.holdings import holdings
 from xtuner.training.opening_lines import opening_lines
+from xtuner.training.publish import publish
 from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
 from xtuner.training.vision import RunVision
@@ -72,7 +75,9 @@ def train(
     # Where DeepSpeed is installed transformers imports it, and it would warn that it found no GPU.
     os.environ.setdefault("DS_ACCELERATOR", pick_device(settings.device))
     processes = Processes(
-        pick_device(settings.device), sequence_parallel_size=settings.sequence_parallel_size
+        pick_device(settings.device),
+        sequence_parallel_size=settings.sequence_parallel_size,
+        hang_timeout=settings.hang_timeout,
     )
     try:
         folder = work_dir_of(loaded, work_dir)
@@ -122,9 +127,12 @@ class _TrainingRun:
         place = self._prepare_place(
             resuming=source is not None and self.old_weights is None, overwrite=overwrite
         )
-        data = self.parts.build_once(
+        data, where = self.parts.build_once(
             self.processes, report_dir=place.log_dir if self.processes.is_main else None
         )
+        data.report.refuse_lost(settings.max_lost_rows)
+        if where:
+            self.console.print(f"Tokenizing   {where}", markup=False)
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
         self.plan = plan_memory(
@@ -156,6 +164,8 @@ class _TrainingRun:
             save=writer.save,
             memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
+            best=self._best(resuming=source is not None),
+            mark_best=self._mark_best,
         )
         if overwrite and self.processes.is_main:
             self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
@@ -169,7 +179,24 @@ class _TrainingRun:
         )
         if recorded:
             recorded.tell()
+        if settings.push_to_hub and result.checkpoint and self.processes.is_main:
+            self.console.print(f"Uploading to {settings.push_to_hub} ...", markup=False)
+            address = publish(
+                result.checkpoint, settings.push_to_hub, private=settings.hub_private_repo
+            )
+            self.console.print(f"Uploaded to {address}", markup=False)
         return result
+
+    def _best(self, *, resuming: bool) -> BestMetric:
+        best = BestMetric(self.settings, self.work_dir, self.processes)
+        if resuming:
+            best.resume()
+        return best
+
+    def _mark_best(self, run: Run, told: str) -> None:
+        if self.processes.is_main:
+            self.store.mark_best(run.count, told)
+            self.console.print(f"Best so far: {told}", markup=False)
 
     def _recording(self, run: Run, lines: list[str]) -> Recording:
         return recording(
@@ -284,6 +311,9 @@ class _TrainingRun:
             self.console.print(f"Note: {note}.", markup=False)
         for line in self.vision.trained() if self.vision else ():
             self.console.print(line, markup=False)
+        if s.neftune_noise_alpha is not None:
+            embedding = wrapped.causal.get_input_embeddings()
+            wrapped.noise = EmbeddingNoise(embedding, s.neftune_noise_alpha)
         return wrapped
 
     def _prepare(self, model: PackedCausalLM) -> None:
@@ -297,6 +327,7 @@ class _TrainingRun:
                 lr=s.lr,
                 betas=s.betas,
                 weight_decay=s.weight_decay,
+                loraplus_lr_ratio=s.loraplus_lr_ratio,
                 paged=self.plan.paged,
             )
 

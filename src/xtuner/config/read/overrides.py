@@ -10,6 +10,7 @@ from typing import Any
 
 from xtuner.config.check import accepts, unknown_override
 from xtuner.config.read.entries import Problem, parse_constant
+from xtuner.config.renames import dotted
 
 
 def read(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
@@ -22,14 +23,24 @@ def read(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
     problems: list[Problem] = []
     for override in overrides:
         name, equals, text = (piece.strip() for piece in override.partition("="))
+        name = dotted().get(name, name)
         unknown = unknown_override(name, text)
-        if not equals or not name.isidentifier():
+        if equals and "." in name:
+            problems.append(Problem(f"--set {override}", _no_tables(name)))
+        elif not equals or not name.isidentifier():
             problems.append(Problem(f"--set {override}", "write --set name=value"))
         elif unknown:
             problems.append(unknown)
         else:
             values[name] = _typed(name, text)
     return values, problems
+
+
+def _no_tables(name: str) -> str:
+    return (
+        f"{name} is a name of XTuner 0.x; settings here have plain names, and "
+        "`xtuner explain` lists them"
+    )
 
 
 def _typed(name: str, text: str) -> Any:

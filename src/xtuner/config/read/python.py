@@ -2,8 +2,9 @@
 
 The text is parsed with `ast`, and only these are evaluated: assignments of literals, earlier names,
 arithmetic, joined strings, f-strings, comparisons, conditionals, lists, tuples, dicts and their
-items. Anything else is reported as a problem with its line, so a settings file from an untrusted
-source is only data. Size and work are bounded: ``10**10**9`` is a problem, not a hang.
+items, and the few calls of `calls`. Anything else is reported as a problem with its line, so a
+settings file from an untrusted source is only data. Size and work are bounded: ``10**10**9`` is a
+problem, not a hang.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from xtuner.config.read import arithmetic, cures
+from xtuner.config.read import arithmetic, calls, cures
 from xtuner.config.read.arithmetic import RefusedError, kind
+from xtuner.config.read.calls import Calls
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
 from xtuner.errors import did_you_mean
 
@@ -82,6 +84,7 @@ class _Reader:
         self._overrides = overrides
         self._names: dict[str, Any] = {}
         self._work = 0
+        self._calls = Calls()
         self._kinds: dict[type[ast.AST], Callable[[Any], Any]] = {
             ast.Constant: self._constant,
             ast.Name: self._name,
@@ -99,7 +102,7 @@ class _Reader:
             ),
             ast.JoinedStr: lambda node: "".join(self._piece(part) for part in node.values),
             ast.Subscript: self._item,
-            ast.Call: self._join,
+            ast.Call: self._call,
         }
 
     def statements(self, body: list[ast.stmt]) -> None:
@@ -135,6 +138,8 @@ class _Reader:
                 pass
             case ast.Expr(value=value):
                 raise _Fault(node, _HINTS.get(type(value), "has no effect; write name = value"))
+            case ast.Import() | ast.ImportFrom() if self._calls.take_import(node):
+                pass
             case _:
                 raise _Fault(node, _HINTS.get(type(node), _READ_NOT_RUN + "write name = value"))
 
@@ -235,8 +240,14 @@ class _Reader:
         except (TypeError, IndexError, KeyError, ValueError):
             raise _Fault(node, f"{kind(container)} has no item {index!r}") from None
 
+    def _call(self, node: ast.Call) -> Any:
+        name = self._calls.name_of(node.func)
+        if name is None or node.keywords:
+            return self._join(node)
+        return calls.call(name, [self._value(argument) for argument in node.args])
+
     def _join(self, node: ast.Call) -> str:
-        """Read ``"separator".join(strings)``, the only call that is allowed."""
+        """Read ``"separator".join(strings)``."""
         match node:
             case ast.Call(
                 func=ast.Attribute(value=ast.Constant(value=str(separator)), attr="join"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,8 @@ class EncodedSource:
             for group in self.store.faults
         ]
         if len(self.fitted.lost):
-            groups.append(self._group(overlong_fault(self.policy, self.limit), self.fitted.lost))
+            group = self._group(overlong_fault(self.policy, self.limit), self.fitted.lost)
+            groups.append(replace(group, wanted=self.policy == "drop"))
         return groups
 
     def changed(self) -> list[RowGroup]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.data.packing.pack import PackedDataset
+from xtuner.errors import DataError, listed
 
 FILE_NAME = "data_report.json"
 _MAX_LOCATIONS = 5
@@ -31,11 +32,13 @@ class RowLocation:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows with the same outcome: what happened to them, their number, and the first of them."""
+    """Rows with the same outcome: what happened to them, their number, and the first of them;
+    `wanted` where a setting asks for it."""
 
     what: str
     count: int
     first: tuple[RowLocation, ...]
+    wanted: bool = False
 
     def locations(self) -> str:
         """The first locations, such as ``lines 3, 8, 12, ...``."""
@@ -69,6 +72,27 @@ class SourceReport:
     rows_left_out: int
     lost: tuple[RowGroup, ...]
     changed: tuple[RowGroup, ...]
+
+    def too_many_lost(self, limit: float) -> str | None:
+        """What is wrong if a larger share of the rows than `limit` is lost."""
+        groups = [group for group in self.lost if not group.wanted]
+        lost = sum(group.count for group in groups)
+        if lost <= limit * self.rows_read:
+            return None
+        reasons = [
+            f"{count(group.count, 'row')}: {group.what} ({group.locations()})"
+            for group in groups[:_MAX_REASONS]
+        ]
+        return listed(
+            f"{self.name}: {lost:,} of {self.rows_read:,} rows cannot be used, "
+            f"{lost / self.rows_read:.1%}, more than max_lost_rows = {limit:g} allows:",
+            [
+                *reasons,
+                "Mend the rows (`xtuner check-custom-dataset CONFIG` lists them), choose another "
+                "dataset_format or prompt_template,",
+                "or train without them: --set max_lost_rows=1",
+            ],
+        )
 
     @property
     def rows_lost(self) -> int:
@@ -138,6 +162,16 @@ class DataReport:
     packed: bool
     duplicates: int
     notes: tuple[str, ...] = field(default=())
+
+    def refuse_lost(self, limit: float) -> None:
+        """Raise if a source loses a larger share of its rows than `limit`.
+
+        Raises:
+            DataError: with the reasons and what to do.
+        """
+        problems = [problem for s in self.sources if (problem := s.too_many_lost(limit))]
+        if problems:
+            raise DataError("\n".join(problems))
 
     def lines(self) -> list[str]:
         """The summary for the terminal."""

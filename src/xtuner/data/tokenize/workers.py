@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from xtuner import plugins
 from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
@@ -206,8 +207,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
-    known = isinstance(error, ValueError | XTunerError)
-    return message if known and message else f"{type(error).__name__}: {message}"
+    known = isinstance(error, ValueError | XTunerError) and not plugins.user_place(error)
+    return message if known and message else plugins.told(error)
 
 
 class _Row(NamedTuple):

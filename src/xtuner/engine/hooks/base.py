@@ -74,12 +74,15 @@ class BaseHook:
     Hooks with a lower `order` run first.
 
     Attributes:
+        records: the hook writes the numbers of a step; it runs after all that do not, so that it
+            sees what they add to `run.scalars`.
         collective: the hook runs on every process, and may call what all processes call together:
             `run.validate`, `run.answers`, a forward pass of sharded weights. It writes files on
             ``run.is_main`` only. Other hooks run on the main process alone.
     """
 
     order = 50
+    records = False
     collective = False
 
     def wanted(self, run: Run) -> bool:

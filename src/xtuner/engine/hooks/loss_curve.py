@@ -11,6 +11,7 @@ class Hook(BaseHook):
     """Keeps each step's loss and draws them, with a running mean, when the run ends or stops."""
 
     order = 70
+    records = True
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, float]] = []

@@ -15,6 +15,7 @@ class Hook(BaseHook):
     """Writes ``scalars.jsonl`` at every step and ``<time>.log`` every `logging_steps`."""
 
     order = 30
+    records = True
 
     def __init__(self) -> None:
         self._files: list[TextIOWrapper] = []

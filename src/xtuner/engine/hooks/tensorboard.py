@@ -13,13 +13,14 @@ class Hook(BaseHook):
     """Writes every step's numbers under ``train/``."""
 
     order = 60
+    records = True
 
     def __init__(self) -> None:
         self._writer: Any = None
 
     def wanted(self, run: Run) -> bool:
-        """With `tensorboard = True` and the package installed."""
-        if not run.settings.tensorboard:
+        """With `tensorboard = True`, or named in `report_to`, and the package installed."""
+        if not run.settings.tensorboard and "tensorboard" not in run.settings.report_to:
             return False
         if importlib.util.find_spec("tensorboard") is None:
             run.console.print("No TensorBoard events: pip install 'xtuner[tensorboard]' for them.")

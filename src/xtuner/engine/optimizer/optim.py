@@ -21,6 +21,7 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     paged: bool = True,
+    loraplus_lr_ratio: float | None = None,
 ) -> torch.optim.Optimizer:
     """Make optimizer `name` for the trainable parameters of `model`.
 
@@ -32,17 +33,24 @@ def make_optimizer(
         lr: learning rate of the first step.
         betas: given where the class takes them.
         weight_decay: of all other parameters.
+        loraplus_lr_ratio: factor of the learning rate of the B of adapters (LoRA+,
+            arXiv:2402.12354).
         paged: False takes the unpaged kind of a paged optimizer, which has the same arithmetic.
 
     Raises:
         ConfigError: neither torch.optim nor bitsandbytes has it, or it cannot be used here.
     """
     kind = _optimizer_class(name, paged=paged)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    faster = {id(p) for name, p in named if loraplus_lr_ratio and ".lora_B." in name}
+    trained = [p for _, p in named if id(p) not in faster]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if loraplus_lr_ratio:
+        plus = [p for _, p in named if id(p) in faster]
+        groups.append({"params": plus, "weight_decay": weight_decay, "lr_scale": loraplus_lr_ratio})
     options: dict[str, Any] = {"lr": lr}
     accepted = inspect.signature(kind).parameters
     if "betas" in accepted:
@@ -154,9 +162,9 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Give every parameter group the learning rate, times its own `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -38,6 +38,8 @@ class _ActivationTypeForward:
         if self.disable_adapters or self.merged or len(active) != 1 or self.lora_variant:
             return None
         (name,) = active
+        if self.lora_B[name].bias is not None:
+            return None
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         drop = self.lora_dropout[name]
         dropout = drop.p if self.training and isinstance(drop, nn.Dropout) else 0.0

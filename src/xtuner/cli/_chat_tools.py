@@ -1,0 +1,95 @@
+"""The tools of `xtuner chat`: by the names of today and of XTuner 0.x."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from xtuner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xtuner.chat.session import Session
+    from xtuner.chat.terminal import Terminal
+
+_PLUGINS = {"calculate": "Calculate=calculator", "solve": "Solve=solve"}
+_NO_SEARCH = (
+    "no search service comes with xtuner: write a function Search(query) in a file and give it by "
+    "--tools my_tools.py, or use an MCP server by --tools 'mcp:COMMAND'"
+)
+
+
+def names(
+    tools: Sequence[str], *, lagent: bool = False, with_plugins: Sequence[str] = ()
+) -> list[str]:
+    """The tools that the options of today and of XTuner 0.x name, each once.
+
+    Raises:
+        ConfigError: a plugin is unknown, or only a search was asked for.
+    """
+    named = list(tools)
+    if lagent:
+        named += ["python_interpreter", "calculator"]
+        typer.echo(f"Note: --lagent is --tools python_interpreter --tools calculator; {_NO_SEARCH}",
+                   err=True)  # fmt: skip
+    plugins = [plugin.lower() for plugin in with_plugins]
+    if unknown := [p for p in plugins if p not in (*_PLUGINS, "search")]:
+        raise ConfigError(
+            f"--with-plugins {unknown[0]}: must be calculate, solve or search; other tools are "
+            "given by --tools"
+        )
+    named += [_PLUGINS[plugin] for plugin in plugins if plugin != "search"]
+    if "search" in plugins:
+        if not named:
+            raise ConfigError(f"--with-plugins search: {_NO_SEARCH}")
+        typer.echo(f"Note: --with-plugins search: {_NO_SEARCH}", err=True)
+    return list(dict.fromkeys(named))
+
+
+def check(tools: Sequence[str], *, yes: bool) -> None:
+    """Refuse tools that nobody could allow, before the model is loaded.
+
+    Raises:
+        ConfigError: calls would have to be allowed, but the input is no terminal.
+    """
+    if not tools and yes:
+        raise ConfigError("--yes has no effect without --tools")
+    if tools and not yes and not sys.stdin.isatty():
+        raise ConfigError(
+            "--tools: each call is asked for, but the input is no terminal; add --yes to run "
+            "calls without asking"
+        )
+
+
+@contextmanager
+def opened(
+    session: Session,
+    terminal: Terminal,
+    tools: Sequence[str],
+    *,
+    yes: bool,
+    max_rounds: int,
+    timeout: float,
+) -> Iterator[None]:
+    """Give the session its tools inside the block.
+
+    Raises:
+        ConfigError: a tool cannot be loaded.
+    """
+    if not tools:
+        yield
+        return
+    from xtuner.chat.session import ToolUse
+    from xtuner.tools.toolbox import open_tools
+
+    box = open_tools(tools, timeout=timeout)
+    try:
+        session.tools = ToolUse(box, lambda call: terminal.allow(call, always=yes), max_rounds)
+        if terminal.interactive:
+            typer.echo(f"Tools: {', '.join(box.names)}", err=True)
+        yield
+    finally:
+        box.close()

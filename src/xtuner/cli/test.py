@@ -1,0 +1,81 @@
+"""`xtuner test`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xtuner.cli import _trust
+
+
+def command(
+    config: Annotated[
+        str, typer.Argument(help="The settings of the run: a file or a built-in name.")
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint or work dir. Default: the work dir of the settings."),
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Also write the answers to test_outputs.txt in this folder.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
+        ),
+    ] = None,
+    trust_remote_code: _trust.TrustRemoteCode = False,
+    trust_code: _trust.TrustCode = False,
+) -> None:
+    """Ask a checkpoint the questions of its settings.
+
+    Prints the answers to evaluation_inputs, about evaluation_images if there are any.
+    """
+    from xtuner.chat.opening import open_chat
+    from xtuner.data.images.url import fetched, is_url
+    from xtuner.data.sources.find import below
+    from xtuner.engine.work_dir import work_dir_of
+    from xtuner.errors import ConfigError
+    from xtuner.generation.generate import GenerationOptions
+
+    loaded = _trust.load(
+        config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+    )
+    s = loaded.settings
+    if not s.evaluation_inputs:
+        raise ConfigError(f"{config}: has no evaluation_inputs to ask")
+    session = open_chat(
+        checkpoint or work_dir_of(loaded),
+        system=s.evaluation_system,
+        options=GenerationOptions(
+            max_new_tokens=s.evaluation_max_new_tokens, stop_words=s.evaluation_stop_words
+        ),
+        device=s.device,
+        trust_remote_code=s.trust_remote_code,
+        trust_code=trust_code,
+    )
+
+    def file_of(name: str) -> str:
+        if is_url(name):
+            return str(fetched(name))
+        found = below(name, s.data_root, loaded.folder)
+        paths = (Path(found), loaded.folder / found)
+        return next((str(path) for path in paths if path.is_file()), found)
+
+    images = [file_of(name) for name in s.evaluation_images]
+    images = images * len(s.evaluation_inputs) if len(images) == 1 else images
+    lines: list[str] = []
+    for number, question in enumerate(s.evaluation_inputs):
+        session.reset()
+        attached = images[number : number + 1]
+        answer = "".join(session.ask(question, attached))
+        lines += [*(f"Image: {name}" for name in attached), f"Q: {question}", f"A: {answer}", ""]
+        typer.echo("\n".join(lines[-3 - len(attached) :]))
+    if work_dir is not None:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        file = work_dir / "test_outputs.txt"
+        file.write_text("\n".join(lines), encoding="utf-8")
+        typer.echo(f"Wrote {file}")

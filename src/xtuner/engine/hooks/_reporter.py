@@ -1,0 +1,91 @@
+"""What the hooks have in common that send scalars to an experiment tracker."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.sharing import shareable
+from xtuner.errors import ConfigError
+
+
+class Reporter(BaseHook):
+    """Sends every step's numbers to the tracker `package`; one that fails ends no run.
+
+    Attributes:
+        package: name of the Python package, and of the value of the setting `report_to`.
+        module: the imported package.
+    """
+
+    order = 90
+    records = True
+    package: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.module: Any = None
+        self._failed = False
+
+    def wanted(self, run: Run) -> bool:
+        """With its name in `report_to`."""
+        return self.package in run.settings.report_to
+
+    def on_start(self, run: Run) -> None:
+        """Open the run at the tracker.
+
+        Raises:
+            ConfigError: the package is not installed.
+        """
+        try:
+            self.module = importlib.import_module(self.package)
+        except ImportError as error:
+            raise ConfigError(
+                f"report_to = {self.package!r}: needs the package {self.package}: "
+                f"pip install 'xtuner[{self.package}]'"
+            ) from error
+        config = shareable(run.settings.model_dump(mode="json"))
+        self._try(run, "open the run", lambda: self.open(run, config))
+        self.on_step(run)
+
+    def on_step(self, run: Run) -> None:
+        """Send the step's numbers."""
+        values = {name: float(value) for name, value in run.scalars.items()}
+        if values:
+            self._try(run, "log", lambda: self.log(values, run.step))
+
+    def on_end(self, run: Run) -> None:
+        """Send the validation loss of the finished model."""
+        if "val_loss" in run.scalars:
+            values = {"val_loss": float(run.scalars["val_loss"])}
+            self._try(run, "log", lambda: self.log(values, run.step))
+
+    def close(self) -> None:
+        """Close the run at the tracker."""
+        if self.module is not None and not self._failed:
+            self.finish()
+
+    def open(self, run: Run, config: Mapping[str, Any]) -> None:
+        """Open the run; `config` are its settings."""
+        raise NotImplementedError
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send numbers."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Close the run."""
+        raise NotImplementedError
+
+    def _try(self, run: Run, what: str, act: Any) -> None:
+        if self._failed:
+            return
+        try:
+            act()
+        except Exception as error:  # a network that fails must not end a run
+            self._failed = True
+            run.console.print(
+                f"Note: {self.package} could not {what}, and gets no more numbers of this run: "
+                f"{' '.join(str(error).split()) or type(error).__name__}. scalars.jsonl has them.",
+                markup=False,
+            )

@@ -1,0 +1,34 @@
+"""Scalars to MLflow; ``MLFLOW_TRACKING_URI`` in the environment chooses the server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner.engine.hooks._reporter import Reporter
+from xtuner.engine.hooks.base import Run
+
+_MAX_TEXT = 500
+"""Characters of a parameter that every server takes."""
+
+
+class Hook(Reporter):
+    """Logs under the name of the work dir."""
+
+    package = "mlflow"
+
+    def open(self, run: Run, config: Mapping[str, Any]) -> None:
+        """See `Reporter.open`."""
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.settings.report_project
+        self.module.set_experiment(experiment)
+        self.module.start_run(run_name=run.work_dir.name)
+        self.module.log_params({name: str(value)[:_MAX_TEXT] for name, value in config.items()})
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """See `Reporter.log`."""
+        self.module.log_metrics(dict(values), step=step)
+
+    def finish(self) -> None:
+        """See `Reporter.finish`."""
+        self.module.end_run()

@@ -1,0 +1,29 @@
+"""Scalars to Trackio, which keeps them on this machine unless its own settings say otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner.engine.hooks._reporter import Reporter
+from xtuner.engine.hooks.base import Run
+
+
+class Hook(Reporter):
+    """Logs under the name of the work dir."""
+
+    package = "trackio"
+
+    def open(self, run: Run, config: Mapping[str, Any]) -> None:
+        """See `Reporter.open`."""
+        self.module.init(
+            project=run.settings.report_project, name=run.work_dir.name, config=dict(config)
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """See `Reporter.log`."""
+        self.module.log({f"train/{name}": value for name, value in values.items()}, step=step)
+
+    def finish(self) -> None:
+        """See `Reporter.finish`."""
+        self.module.finish()

@@ -1,0 +1,46 @@
+"""NEFTune: uniform noise on the input embeddings of training (arXiv:2310.05914, algorithm 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EmbeddingNoise:
+    """Adds noise to the output of `embedding` inside `of_row`, in training mode.
+
+    Args:
+        embedding: the input embedding of a model.
+        alpha: a token of a sample of L tokens of width d gets noise from
+            ``-alpha / sqrt(L d)`` to ``alpha / sqrt(L d)``.
+    """
+
+    def __init__(self, embedding: nn.Module, alpha: float) -> None:
+        self.alpha = alpha
+        self._cu_seqlens: Tensor | None = None
+        embedding.register_forward_hook(self._add)
+
+    @contextlib.contextmanager
+    def of_row(self, cu_seqlens: Tensor) -> Iterator[None]:
+        """Add noise to the row of samples that `cu_seqlens` delimits."""
+        self._cu_seqlens = cu_seqlens
+        try:
+            yield
+        finally:
+            self._cu_seqlens = None
+
+    def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if self._cu_seqlens is None or not module.training:
+            return None
+        lengths = self._cu_seqlens.diff()
+        bounds = self.alpha / (lengths * output.shape[-1]).float().sqrt()
+        of_token = bounds.repeat_interleave(lengths.long()).to(output.device)
+        if math.prod(output.shape[:-1]) != len(of_token):
+            return None  # images are embedded in parts
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * of_token.to(output.dtype).view(*output.shape[:-1], 1)

@@ -1,0 +1,238 @@
+"""The launchers of several nodes: each tells the others when one of its processes fails, and node 0
+decides how the run goes on.
+
+They meet in a store of torch.distributed that node 0's launcher hosts, so it outlives the
+processes; each attempt has keys of its own, since stale ones let restarted processes hang. One node
+alone needs none of it, and its launcher does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from xtuner.errors import LaunchError
+from xtuner.parallel.attempt import GRACE_SECONDS, Outcome
+from xtuner.parallel.cluster import Cluster
+
+JOIN_SECONDS = 600
+"""How long a node waits for the others to come."""
+
+SILENT_SECONDS = 30.0
+"""A node that gives no sign of life for so long counts as lost."""
+
+_EVERY = 1.0
+
+
+class Nodes:
+    """One node alone."""
+
+    is_first = True
+
+    def failed(self) -> bool:
+        """Whether a process of another node has failed, or a node is lost."""
+        return False
+
+    def fail(self, told: str) -> None:
+        """Tell the other nodes that a process of this one failed."""
+
+    def agree(self, outcome: Outcome) -> Outcome:
+        """How the attempt ended on all nodes; ends it."""
+        return outcome
+
+    def decide(self, question: Callable[[], bool]) -> bool:
+        """The answer of node 0, on every node."""
+        return question()
+
+
+class SeveralNodes(Nodes):
+    """This node among others.
+
+    Args:
+        store: that all launchers share.
+        cluster: this node's place.
+    """
+
+    def __init__(self, store: Any, cluster: Cluster) -> None:
+        self._store, self._cluster = store, cluster
+        self.is_first = cluster.node_rank == 0
+        self._attempt = 0
+        self._failed, self._lost = False, ""
+        self._next = self._beat = 0.0
+        self._seen: dict[int, tuple[bytes, float]] = {}
+
+    def failed(self) -> bool:
+        """Whether a process of another node has failed, or a node is lost; looks once a second."""
+        now = time.monotonic()
+        if now >= self._next and not self._failed:
+            self._next = now + _EVERY
+            try:
+                self._store.set(self._alive(self._cluster.node_rank), f"{now}")
+                self._failed = self._store.check([self._key("failed")])
+                if lost := self._silent(now):
+                    self.fail(f"Node {lost} gave no sign of life for {SILENT_SECONDS:.0f} s")
+            except RuntimeError:
+                self._failed, self._lost = True, "node 0 cannot be reached any more"
+        return self._failed
+
+    def _silent(self, now: float) -> int | None:
+        """The first other node that does not answer; node 0 looks for all."""
+        for node in range(1, self._cluster.nodes) if self.is_first else ():
+            key = self._alive(node)
+            value = self._store.get(key) if self._store.check([key]) else b""
+            before, since = self._seen.get(node, (b"", now))
+            self._seen[node] = (value, since if value == before else now)
+            if now - self._seen[node][1] > SILENT_SECONDS:
+                return node
+        return None
+
+    def fail(self, told: str) -> None:
+        """Tell the other nodes; the first to fail counts."""
+        if not self._failed:
+            self._failed = True
+            try:
+                self._store.compare_set(self._key("failed"), "", told)
+            except RuntimeError:
+                self._lost = "node 0 cannot be reached any more"
+
+    def agree(self, outcome: Outcome) -> Outcome:
+        """Wait for the other nodes' ends; node 0 judges by that of the first to fail."""
+        try:
+            return self._agreed(outcome)
+        except RuntimeError:
+            lost = self._lost or "node 0 cannot be reached any more"
+            print(f"{lost[0].upper()}{lost[1:]}, so this node ends.", file=sys.stderr)
+            return Outcome(outcome.code or 1)
+
+    def _agreed(self, outcome: Outcome) -> Outcome:
+        store, own = self._store, self._cluster.node_rank
+        ended = f"{outcome.code} {int(outcome.restartable)} {int(bool(outcome.told))}"
+        store.set(self._key(f"ended/{own}"), ended)
+        if self.is_first:
+            store.set(self._key("verdict"), self._judge(outcome))
+        while not store.check([self._key("verdict")]):
+            store.set(self._alive(own), f"{time.monotonic()}")
+            time.sleep(0.2)
+        code, again = store.get(self._key("verdict")).decode().split(" ", 1)
+        told = self._told()
+        if told and f"on node {own} " not in told:
+            print(f"{told}. See the output of that node.", file=sys.stderr, flush=True)
+        self._attempt += 1
+        self._failed, self._seen = False, {}
+        return Outcome(int(code), restartable=again == "1", told=told)
+
+    def _told(self) -> str:
+        key = self._key("failed")
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _judge(self, outcome: Outcome) -> str:
+        """Exit code, and whether to start again: of node 0, or of the node that failed first."""
+        patience = time.monotonic() + GRACE_SECONDS + SILENT_SECONDS if outcome.code else math.inf
+        keys = [self._key(f"ended/{node}") for node in range(self._cluster.nodes)]
+        while not self._store.check(keys) and time.monotonic() < patience and not self._dead():
+            time.sleep(0.1)
+        ends = [
+            self._store.get(key).decode().split() if self._store.check([key]) else ["1", "0", "1"]
+            for key in keys
+        ]
+        codes = [int(code) for code, _, _ in ends]
+        code = outcome.code or next((code for code in codes if code), 0)
+        mine = [again for code, again, own in ends if own == "1"]
+        again = bool(mine) and all(flag == "1" for flag in mine)
+        return f"{code} {int(again)}"
+
+    def _dead(self) -> bool:
+        """Whether a node is lost, while the others are waited for."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _EVERY
+            return self._silent(now) is not None
+        return False
+
+    def decide(self, question: Callable[[], bool]) -> bool:
+        """The answer of node 0."""
+        key = f"decision/{self._attempt}"
+        if self.is_first:
+            self._store.set(key, str(int(question())))
+        self._store.wait([key], timedelta(seconds=4 * SILENT_SECONDS))
+        return bool(self._store.get(key) == b"1")
+
+    def _key(self, name: str) -> str:
+        return f"launchers/{self._attempt}/{name}"
+
+    def _alive(self, node: int) -> str:
+        return f"launchers/alive/{node}"
+
+
+@contextmanager
+def alone_or_with_others(cluster: Cluster) -> Iterator[Nodes]:
+    """Meet the launchers of the other nodes, if there are any.
+
+    Raises:
+        LaunchError: they do not come.
+    """
+    if cluster.nodes == 1:
+        yield Nodes()
+        return
+    first = cluster.node_rank == 0
+    print(
+        f"Node {cluster.node_rank} of {cluster.nodes}, ranks {cluster.first_rank} to "
+        f"{cluster.first_rank + cluster.processes - 1}: "
+        + ("waiting for the other nodes at " if first else "joining node 0 at ")
+        + f"{cluster.address}:{cluster.port}"
+        + ("" if first else "; the run's output is there"),
+        file=sys.stderr,
+        flush=True,
+    )
+    store = _meet(cluster)
+    yield SeveralNodes(store, cluster)
+    # The others read the verdict from the store of node 0 before it goes.
+    store.set(f"launchers/left/{cluster.node_rank}", "1")
+    if first:
+        _last_to_leave(store, cluster)
+
+
+def _meet(cluster: Cluster) -> Any:
+    from torch._C._distributed_c10d import TCPStore
+
+    first = cluster.node_rank == 0
+    listener = cluster.listen() if first else None
+    try:
+        store = TCPStore(
+            cluster.address,
+            cluster.port,
+            is_master=first,
+            timeout=timedelta(seconds=JOIN_SECONDS),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach() if listener else None,
+        )
+        store.set(f"launchers/came/{cluster.node_rank}", str(cluster.processes))
+        keys = [f"launchers/came/{node}" for node in range(cluster.nodes)]
+        store.wait(keys, timedelta(seconds=JOIN_SECONDS))
+        counts = {int(store.get(key)) for key in keys}
+    except RuntimeError as error:
+        raise LaunchError(
+            f"the {cluster.nodes} nodes did not meet at {cluster.address}:{cluster.port} within "
+            f"{JOIN_SECONDS} s: start the same command on every node, each with its own "
+            "--node-rank (NODE_RANK), and let the firewall pass this port"
+        ) from error
+    if len(counts) > 1:
+        seen = ", ".join(map(str, sorted(counts)))
+        raise LaunchError(
+            f"the nodes have different numbers of processes ({seen}): "
+            "give the same --nproc (NPROC_PER_NODE) on each"
+        )
+    store.set_timeout(timedelta(seconds=SILENT_SECONDS))
+    return store
+
+
+def _last_to_leave(store: Any, cluster: Cluster) -> None:
+    keys = [f"launchers/left/{node}" for node in range(cluster.nodes)]
+    end = time.monotonic() + GRACE_SECONDS
+    while not store.check(keys) and time.monotonic() < end:
+        time.sleep(0.1)

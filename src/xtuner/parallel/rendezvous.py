@@ -1,0 +1,66 @@
+"""Where the processes of a run meet: the store and the process group.
+
+xtuner --nproc     rank 0 hosts the store, on a socket of the loopback interface
+xtuner --nnodes    node 0's launcher hosts it, on the address that is named
+torchrun, srun     torch's own rendezvous from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from xtuner.errors import LaunchError
+from xtuner.parallel.attempt import ATTEMPT, LISTENER
+
+PATIENCE = timedelta(days=1)
+"""The others wait while the main process writes a checkpoint; who is gone is noticed otherwise."""
+
+JOIN = timedelta(minutes=10)
+"""How long the processes wait for each other at the start."""
+
+
+def join_group(device: str) -> None:
+    """Join the process group of a run that our launcher started; a run that another one started
+    joins by torch's own way.
+
+    Raises:
+        LaunchError: the others do not come.
+    """
+    if ATTEMPT not in os.environ or dist.is_initialized():
+        return
+    try:
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl",
+            store=client(host=os.environ.pop(LISTENER, None)),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=PATIENCE,
+        )
+    except RuntimeError as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise LaunchError(
+            f"process {os.environ['RANK']} cannot join the others: {first}"
+        ) from error
+
+
+def client(*, host: str | None = None) -> Any:
+    """A connection of its own to the store of the run.
+
+    Args:
+        host: a listening socket on which this process hosts the store.
+    """
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=host is not None,
+        timeout=JOIN,
+        wait_for_workers=False,
+        master_listen_fd=None if host is None else int(host),
+    )
+    # Keys of an earlier attempt in the store of node 0 would let this one hang.
+    return PrefixStore(f"attempt_{os.environ.get(ATTEMPT, '0')}", store)

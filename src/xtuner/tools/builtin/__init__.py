@@ -1,0 +1,1 @@
+"""Tools that come with xtuner, one file each; a file defines ``TOOL``, the function."""

@@ -1,0 +1,141 @@
+"""The loop of an agent: the model answers, its calls are run, their results are shown to it.
+
+messages ──answer──► Text, Call ──allowed?──► ToolBox ──► Returned ──► next round ... ──► answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from xtuner.calls.check import call_id
+from xtuner.calls.families.base import Family, Found, Parser, Said
+from xtuner.calls.read import name_of
+from xtuner.tools.provider import Result
+from xtuner.tools.toolbox import ToolBox
+from xtuner.types import Message
+
+Answer = Callable[[Sequence[Message]], Generator[str, None, None]]
+"""From a conversation to the pieces of the model's answer."""
+Allow = Callable[[Mapping[str, Any]], bool]
+"""Whether a call may run."""
+
+NOT_ALLOWED = "Error: the user did not allow this call"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer; before a call it is the model's thought."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call of the answer."""
+
+    call: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The result of a call."""
+
+    call: Mapping[str, Any]
+    result: Result
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """Text that should have been a call, and why it is none; the model is told."""
+
+    text: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The loop ended after so many rounds without a final answer."""
+
+    rounds: int
+
+
+Event = Text | Called | Returned | Malformed | Stopped
+
+
+def converse(
+    answer: Answer,
+    messages: Sequence[Message],
+    *,
+    tools: ToolBox,
+    family: Family,
+    allow: Allow = lambda call: True,
+    max_rounds: int = 8,
+    told: list[Message] | None = None,
+) -> Generator[Event, None, list[Message]]:
+    """Answer a conversation with calls; yields what happens, and returns the new messages.
+
+    Args:
+        answer: generates an answer in pieces.
+        messages: the conversation, which ends with the question.
+        tools: run the calls.
+        family: how the model writes them.
+        allow: asked before each call.
+        max_rounds: most answers with calls.
+        told: receives the new messages as they become complete, so that they are there also if
+            the caller stops the generator.
+    """
+    new = told if told is not None else []
+    first = 1 + sum(len(message.tool_calls) for message in messages)
+    for _ in range(max_rounds):
+        said, found = yield from _answered(answer, [*messages, *new], tools, family)
+        calls, wrong = [], []
+        for each in found:
+            if each.call is None:
+                wrong.append(each)
+                continue
+            calls.append({**each.call, "id": call_id(first)})
+            first += 1
+        if not found:
+            new.append(Message("assistant", said))
+            return new
+        text = said if calls else said + "".join(each.text for each in wrong)
+        new.append(Message("assistant", text.rstrip(), tool_calls=tuple(calls)))
+        for call in calls:
+            yield Called(call)
+            result = tools.call(call) if allow(call) else Result(NOT_ALLOWED, failed=True)
+            new.append(Message("tool", result.text, name=name_of(call), tool_call_id=call["id"]))
+            yield Returned(call, result)
+        for each in wrong:
+            yield Malformed(each.text, each.problem)
+        if not calls:
+            problem = "; ".join(each.problem for each in wrong)
+            new.append(Message("user", f"Error: the tool call {problem}. Write it again."))
+    yield Stopped(max_rounds)
+    return new
+
+
+def _answered(
+    answer: Answer, messages: Sequence[Message], tools: ToolBox, family: Family
+) -> Generator[Event, None, tuple[str, list[Found]]]:
+    """Generate one answer; its text is yielded as it comes."""
+    parser = Parser(family, tools.schemas)
+    said, found = "", []
+
+    def taken(events: Sequence[Said | Found]) -> Generator[Event, None, None]:
+        nonlocal said
+        for event in events:
+            if isinstance(event, Found):
+                found.append(event)
+                continue
+            said += event.text
+            if event.text and not (found and not event.text.strip()):
+                yield Text(event.text)
+
+    with closing(answer(messages)) as pieces:
+        for piece in pieces:
+            yield from taken(parser.add(piece))
+    yield from taken(parser.finish())
+    return said, found

@@ -1,0 +1,121 @@
+"""Send the result of a run to the hub (`push_to_hub`)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xtuner.engine.sharing import shareable
+from xtuner.engine.training_state import STATE_FILE
+from xtuner.errors import ConfigError, LaunchError
+from xtuner.hub import fetch
+from xtuner.models import manifest
+from xtuner.models.run_info import FILE_NAME as RUN_FILE
+
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_target(repo: str) -> None:
+    """Check before a run that its result can be sent to `repo`.
+
+    Raises:
+        ConfigError: the name is not 'owner/name', or there is no access token.
+    """
+    if not _REPO.fullmatch(repo):
+        raise ConfigError(f"push_to_hub = {repo!r}: must be 'owner/name' on the hub")
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise ConfigError(
+            f"push_to_hub = {repo!r}: there is no access token of the hub; run `hf auth login`, or "
+            "set HF_TOKEN"
+        )
+
+
+def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
+    """Upload `checkpoint` without what only a resume needs, and without local paths.
+
+    Args:
+        checkpoint: a folder ``iter_N``.
+        repo: 'owner/name'; made if it does not exist.
+        private: whether a new one is private.
+
+    Returns:
+        Its address.
+
+    Raises:
+        LaunchError: the hub does not take it; the checkpoint is untouched.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        with tempfile.TemporaryDirectory(prefix="xtuner_push_") as folder:
+            staged = Path(folder) / checkpoint.name
+            stage(checkpoint, staged)
+            address = api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=str(staged),
+                commit_message=f"Upload {checkpoint.name} of xtuner",
+            )
+    except Exception as error:  # the library raises many types, including network errors
+        raise LaunchError(
+            f"push_to_hub = {repo!r}: the run is done and saved in {checkpoint}, but the hub did "
+            f"not take it: {' '.join(str(error).split())}. Try again: hf upload {repo} {checkpoint}"
+        ) from error
+    return str(address)
+
+
+def stage(checkpoint: Path, target: Path) -> None:
+    """Copy what others may see of `checkpoint` to the new folder `target`."""
+    shutil.copytree(
+        checkpoint, target, ignore=shutil.ignore_patterns(STATE_FILE, manifest.FILE_NAME, ".*")
+    )
+    base = ""
+    if (file := target / "adapter_config.json").is_file():
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"] = public_name(
+            str(config.get("base_model_name_or_path") or "")
+        )
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (file := target / RUN_FILE).is_file():
+        info: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        base = info["base_model"] = public_name(str(info.get("base_model") or ""))
+        settings = info.get("settings") or {}
+        settings["pretrained_model_name_or_path"] = base
+        info["settings"] = {name: _named(shareable(value)) for name, value in settings.items()}
+        text = yaml.safe_dump(shareable(info), allow_unicode=True, sort_keys=False)
+        file.write_text(text, encoding="utf-8")
+    if not (target / "README.md").exists():
+        (target / "README.md").write_text(_card(base), encoding="utf-8")
+    manifest.write(target)
+
+
+def public_name(base: str) -> str:
+    """The name on the hub of a base model that is a folder here: of a fetched model its own, else
+    the name of the folder."""
+    folder = Path(base).expanduser()
+    if not folder.is_absolute():
+        return base
+    return fetch.hub_name_of(folder) or folder.name
+
+
+def _named(value: Any) -> Any:
+    """A path as its last part: where data lay on this machine concerns nobody."""
+    if isinstance(value, list):
+        return [_named(item) for item in value]
+    local = isinstance(value, str) and value.startswith(("/", "~/"))
+    return Path(value).name if local else value
+
+
+def _card(base: str) -> str:
+    head = {"library_name": "peft" if base else "transformers", "tags": ["xtuner"]}
+    named = {"base_model": base} if "/" in base else {}
+    return f"---\n{yaml.safe_dump({**named, **head})}---\n\nTrained with xtuner.\n"

@@ -1,0 +1,109 @@
+"""rsLoRA, DoRA, PiSSA, LoRA+ and NEFTune."""
+
+import math
+
+import pytest
+import torch
+
+from xtuner.config.load import load_settings
+from xtuner.config.marks import as_nested, thawed
+from xtuner.config.render import render_all
+from xtuner.engine.optimizer import optim
+from xtuner.errors import ConfigError
+from xtuner.models.adapters import add_adapter, check_config, notes_on_adapters
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.check.isolation import IsolationCheck
+from xtuner.models.neftune import EmbeddingNoise
+from xtuner.testing.tiny import tiny_model
+
+IDS = torch.arange(5, 45)[None]
+
+
+def adapted(**further):
+    model = add_adapter(tiny_model(), r=4, alpha=8, seed=3, further=further)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and "pissa" not in str(further):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def test_rank_stabilized_adapters_keep_the_fast_forward_pass():
+    plain, stable = adapted(), adapted(use_rslora=True)
+    layer = stable.get_base_model().model.layers[0].mlp.up_proj
+    assert layer.scaling["default"] == 8 / math.sqrt(4)
+    assert not list(notes_on_adapters(stable))
+    assert (logits(plain) - logits(stable)).abs().max() > 1e-3
+
+
+def test_what_peft_computes_is_said_and_equals_peft(monkeypatch):
+    ours = adapted(use_dora=True)
+    (note,) = notes_on_adapters(ours)
+    assert note.startswith("14 of 14 adapters are computed by PEFT, as lora_config asks for")
+    monkeypatch.setattr("xtuner.models.adapters.layer_classes", dict)
+    assert (logits(ours) - logits(adapted(use_dora=True))).abs().max() < 1e-5
+
+
+def test_principal_parts_start_from_the_model_itself():
+    model = adapted(init_lora_weights="pissa")
+    assert (logits(model) - logits(tiny_model())).abs().max() < 1e-4
+    assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("further", "words"),
+    [
+        ({"use_drora": True}, "no such field; did you mean 'use_dora'"),
+        ({"r": 8}, "r: is the setting lora_r"),
+        ({"init_lora_weights": "eva"}, "needs passes over data"),
+        ({"task_type": "SEQ_CLS"}, "is chosen by xtuner"),
+    ],
+)
+def test_wrong_fields_are_named(further, words):
+    with pytest.raises(ConfigError, match=words):
+        check_config(further)
+
+
+def test_nested_fields_survive_a_settings_file(tmp_path):
+    given = {"rank_pattern": {"q_proj": 8}, "layers_to_transform": [0, 1], "use_rslora": True}
+    assert thawed(as_nested(given)) == given
+    needed = {"pretrained_model_name_or_path": "m", "data_path": "d.jsonl"}
+    settings = load_settings({**needed, "lora_config": given}).settings
+    assert hash(settings) is not None
+    (tmp_path / "s.py").write_text(render_all(settings, title="t"))
+    assert load_settings(str(tmp_path / "s.py")).settings == settings
+
+
+def test_lora_plus_gives_the_second_matrices_a_rate_of_their_own():
+    model = adapted()
+    options = {"betas": (0.9, 0.99), "weight_decay": 0.1}
+    made = optim.make_optimizer("AdamW", model, lr=1e-3, loraplus_lr_ratio=16.0, **options)
+    optim.set_learning_rate(made, 2e-3)
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(2e-3 * (16 if "lora_B" in name else 1))
+
+
+def test_noise_is_that_of_each_samples_length_and_of_training_alone():
+    lm = PackedCausalLM(tiny_model())
+    batch = IsolationCheck(lm).batch()
+    seen = []
+    embedding = lm.causal.get_input_embeddings()
+    plain = embedding(batch.input_ids).detach()
+    quiet = lm(batch).detach()
+    lm.noise = EmbeddingNoise(embedding, 5.0)
+    embedding.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    lm.eval()
+    assert torch.equal(lm(batch), quiet)
+    lm.train()
+    assert not torch.equal(lm(batch), quiet)
+    noise = (seen[-1] - plain)[0]
+    for start, stop in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        bound = 5.0 / math.sqrt((stop - start) * 32)
+        assert 0.9 * bound < noise[start:stop].abs().max() <= bound * (1 + 1e-6)

@@ -1,0 +1,74 @@
+"""One process works for the others: on one node, on two that share the folder, on two that do not.
+
+Four threads take the places of processes, over a store in memory.
+"""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed import HashStore
+
+from xtuner.errors import DataError, PeerLostError
+from xtuner.parallel import once
+from xtuner.parallel.once import Once
+
+
+def four(work, folder_of, *, per_node=4):
+    """What each rank gets of `work`, or raises; and the note."""
+    store, found = HashStore(), {}
+
+    def one(rank):
+        leader = rank // per_node * per_node
+        processes = SimpleNamespace(
+            rank=rank, world_size=4, is_main=rank == 0, store=store, node_leader=leader,
+            node=rank // per_node, nodes=4 // per_node,
+        )  # fmt: skip
+        alone = Once(processes, folder_of(rank))
+        try:
+            found[rank] = alone.run(lambda: work(rank, folder_of(rank))), alone.note
+        except Exception as error:
+            found[rank] = error, alone.note
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank][0] for rank in range(4)], found[0][1]
+
+
+def fill(rank, folder):
+    """Fill the folder slowly, or find it filled; True where this process has filled it."""
+    if (folder / "data").exists():
+        return False
+    time.sleep(0.5)
+    (folder / "data").touch()
+    return True
+
+
+@pytest.mark.parametrize("per_node", [4, 2])
+def test_one_process_works_for_all_that_share_the_folder(tmp_path, per_node):
+    found, note = four(fill, lambda rank: tmp_path, per_node=per_node)
+    assert found == [True, False, False, False]
+    assert ("once for all 2 nodes" in note) == (per_node == 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["data"]
+
+
+def test_each_node_works_for_itself_where_they_do_not_share_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(once, "NOTICE_SECONDS", 0.1)
+    for name in "01":
+        (tmp_path / name).mkdir()
+    found, note = four(fill, lambda rank: tmp_path / str(rank // 2), per_node=2)
+    assert found == [True, False, True, False]
+    assert "done on 2 of 2 nodes" in note and "node 1" in note
+
+
+def test_a_fault_ends_the_others_too(tmp_path):
+    def fail(rank, folder):
+        raise DataError("rows.jsonl line 3: damaged")
+
+    found, _ = four(fail, lambda rank: tmp_path)
+    assert [type(error) for error in found] == [DataError, *[PeerLostError] * 3]
+    assert "process 0 failed" in str(found[1]) and "line 3: damaged" in str(found[1])
