@@ -1,6 +1,7 @@
 # make quickstart          teach a small chat model its name (NAME="Ada" sets the name)
 # make quickstart-llava    add image input and ask about images (15 minutes on two cores)
 # make quickstart-overfit  quickstart without general conversations, to show forgetting
+# make web                 chat with the quick start's run in the browser, beside the model it started from
 # make venv                create .venv with the xtuner command
 # make test | test-slow    run the tests | the slow tests (JOBS=1: in one process)
 # make test-gpu            run the tests that need an NVIDIA GPU
@@ -21,7 +22,7 @@ SPREAD := -n $(JOBS) --maxprocesses 4 --dist loadfile
 BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
 BENCH_DATA := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava test test-slow test-gpu test-without-cpu-kernels check format docs clean
+.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava web test test-slow test-gpu test-without-cpu-kernels check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -46,6 +47,11 @@ quickstart-overfit: venv
 quickstart-llava: venv
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[examples]"
 	@PYTHON=$(BIN)/python bash examples/llava/run.sh
+
+web: venv
+	@test -f quickstart/work_dir/last_checkpoint || $(MAKE) --no-print-directory quickstart
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[all,web]"
+	@$(BIN)/xtuner web "$$($(BIN)/xtuner fetch smollm2_135m_instruct)" quickstart/work_dir --runs quickstart
 
 # Peers have their own environments, with the versions listed in docs/benchmarks.md.
 $(BENCH)/trl/.installed:

@@ -56,8 +56,8 @@ def _peers(bench: Bench, name: str, model: str, *, against: str) -> Iterator[Row
     )
     bench.free()
     peers = gpu.peers_of(case)
-    # the best that is offline for certain first: the kernels of flash attention need the hub
-    for peer in sorted(peers, key=lambda peer: ("liger" not in peer, "flash" not in peer)):
+    # the best that is offline for certain: the kernels of flash attention need the hub
+    for peer in (peer for peer in peers if "liger" in peer and "flash" not in peer):
         result: Any = gpu.run_peer(peers[peer], bench.folder, options)
         if isinstance(result, str):
             yield Row(f"{peer}, {chosen.name}", {"note": f"failed: {result}"})

@@ -37,6 +37,8 @@ PARTS = (
     Part("llava_gradients", "correct:llava_gradients", "correctness", 6, 40),
     Part("lora_1_8b", "speed:lora_1_8b", "speed", 20, 60),
     Part("qlora_7b", "speed:qlora_7b", "speed", 25, 75),
+    Part("lora_1_8b_plain", "speed:lora_1_8b_plain", "speed", 15, 45),
+    Part("qlora_7b_plain", "speed:qlora_7b_plain", "speed", 20, 60),
     Part("tests", "runs:marked_tests", "correctness", 20, 90),
     Part("lora_7b", "speed:lora_7b", "speed", 20, 60),
     Part("full_1_8b", "speed:full_1_8b", "speed", 15, 45),

@@ -23,6 +23,8 @@ from xtuner.config.schema import Settings
 from xtuner.memory.plan import MemoryPlan, plan_memory
 
 WARM = 4
+PAGED = {"paged_optimizer": True}
+"""As on a card whose memory is short."""
 ENOUGH = f"{hooks.__file__}:EnoughHook"
 SHAPES = {
     "Llama-2-7B": gpu.LLAMA_7B,
@@ -111,6 +113,7 @@ def _row(bench: Bench, name: str, chosen: Fitting, run: Trained, **more: Any) ->
         "data_ms": 1e3 * statistics.median(step["data_seconds"] for step in steps),
         "unit": "tokens/s",
         "computing": run.line("Computing"),
+        "notes": " / ".join(line for line in run.text.splitlines() if line.startswith("Note")),
         "held_before_mib": run.held,
         "note": chosen.note,
         **chosen.memory(max(step["memory_mb"] for step in run.steps)),
@@ -134,14 +137,13 @@ def _text(bench: Bench, name: str, models: tuple[str, ...], settings: Mapping[st
     return chosen, run, Row(row.name, {**row.values, "utilization": share})
 
 
-def lora_1_8b(bench: Bench) -> Iterator[Row]:
-    """LoRA of the small model, and where the time of its steps goes."""
+def _profiled(
+    bench: Bench, name: str, models: tuple[str, ...], settings: Mapping[str, Any]
+) -> Iterator[Row]:
+    """A run, and where the time of its last steps goes."""
     watchers = (ENOUGH, f"{hooks.__file__}:ProfileHook")
     steps = bench.options.steps + hooks.STEPS + 1
-    settings = gpu.CASES["lora_1_8b"].settings
-    _, run, row = _text(
-        bench, "LoRA 4096", ("InternLM2-1.8B",), settings, custom_hooks=watchers, max_steps=steps
-    )
+    _, run, row = _text(bench, name, models, settings, custom_hooks=watchers, max_steps=steps)
     yield row
     found = json.loads((run.work / hooks.FILE).read_text())
     profiled = [step["seconds"] for step in run.steps[-hooks.STEPS + 1 :]]
@@ -164,14 +166,32 @@ def lora_1_8b(bench: Bench) -> Iterator[Row]:
     )
 
 
+def lora_1_8b(bench: Bench) -> Iterator[Row]:
+    """LoRA of the small model."""
+    settings = gpu.CASES["lora_1_8b"].settings
+    yield from _profiled(bench, "LoRA 4096", ("InternLM2-1.8B",), settings)
+
+
+def lora_1_8b_plain(bench: Bench) -> Iterator[Row]:
+    """The same without CUDA graphs."""
+    settings = {**gpu.CASES["lora_1_8b"].settings, "cuda_graphs": False}
+    yield from _profiled(bench, "LoRA 4096 without graphs", ("InternLM2-1.8B",), settings)
+
+
 def qlora_7b(bench: Bench) -> Iterator[Row]:
     """QLoRA as on a card of 8 GB."""
-    yield _text(bench, "QLoRA 2048", ("Llama-2-7B",), gpu.QLORA)[2]
+    yield from _profiled(bench, "QLoRA 2048", ("Llama-2-7B",), {**gpu.QLORA, **PAGED})
+
+
+def qlora_7b_plain(bench: Bench) -> Iterator[Row]:
+    """The same without CUDA graphs."""
+    settings = {**gpu.QLORA, **PAGED, "cuda_graphs": False}
+    yield from _profiled(bench, "QLoRA 2048 without graphs", ("Llama-2-7B",), settings)
 
 
 def lora_7b(bench: Bench) -> Iterator[Row]:
     """LoRA of a 7B."""
-    yield _text(bench, "LoRA 7B 4096", ("Llama-2-7B",), gpu.LORA)[2]
+    yield from _profiled(bench, "LoRA 7B 4096", ("Llama-2-7B",), gpu.LORA)
 
 
 def full_1_8b(bench: Bench) -> Iterator[Row]:
@@ -215,7 +235,7 @@ LIMIT = 8 * 2**30
 
 def longest_8b(bench: Bench) -> Iterator[Row]:
     """The longest row that QLoRA of an 8B, r=32, takes in 8 GiB: rows grow until memory ends."""
-    first, last, step = (64, 256, 64) if bench.tiny else (1024, 12288, 256)
+    first, last, step = (64, 256, 64) if bench.tiny else (2048, 12288, 512)
     lengths = list(range(first, last + 1, step))
     data = bench.folder / "growing.json"
     data.write_text(json.dumps([_row_of(n) for n in lengths]))
@@ -224,6 +244,7 @@ def longest_8b(bench: Bench) -> Iterator[Row]:
         "lora_r": 32,
         "optim_type": "PagedAdamW8bit",
         "embedding_on_cpu": True,
+        **PAGED,
         "pack_to_max_length": False,
         "shuffle": False,
         "max_length": 2 * last,

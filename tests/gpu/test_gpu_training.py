@@ -50,7 +50,9 @@ def trained(name, device, steps):
         layer.bias.copy_(values((300,), 2))
     layer = layer.to(device)
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    optimizer = optim.make_optimizer(name, layer, device=torch.device(device).type, **options)
+    optimizer = optim.make_optimizer(
+        name, layer, paged=torch.device(device).type == "cuda", **options
+    )
     for step in steps:
         for seed, parameter in enumerate(layer.parameters()):
             grad = values(parameter.shape, 100 * step + seed)
@@ -63,8 +65,9 @@ def trained(name, device, steps):
 def test_steps_are_those_of_a_cpu(card, name):
     found, _ = trained(name, card, range(4))
     wanted, _ = trained("SGD" if name == "SGD" else "AdamW", "cpu", range(4))
-    # of 8-bit state every step is off by some percent of lr
-    allowed = 4e-2 * 0.3 if "8bit" in name else 1e-5
+    # of 8-bit state every step is off by some percent of lr; bitsandbytes adds epsilon to a moment
+    # that is not corrected yet, which moves gradients near 0 by 0.4 % of lr (H200)
+    allowed = 4e-2 * 0.3 if "8bit" in name else 1e-4 if "32bit" in name else 1e-5
     for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
         assert (a.detach().cpu() - b.detach()).abs().max() <= allowed
 

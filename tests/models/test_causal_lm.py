@@ -8,6 +8,7 @@ import torch
 from losses import loss_of
 from torch.nn import functional as F
 
+from xtuner.config.schema import Settings
 from xtuner.errors import ModelError
 from xtuner.kernels import compiled
 from xtuner.kernels.attention import packed as attention
@@ -15,7 +16,8 @@ from xtuner.kernels.fused import attention as fused_attention
 from xtuner.kernels.fused import norm_mlp
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_model
-from xtuner.testing.tiny import tiny_model
+from xtuner.models.prepare import make_trainable
+from xtuner.testing.tiny import tiny_model, tiny_model_folder
 from xtuner.types import IGNORE_INDEX, Batch
 
 LENGTHS = (9, 4, 12)
@@ -239,3 +241,17 @@ def test_a_model_that_overflows_in_float16_is_refused_and_not_called_leaking():
     mlp.down_proj.weight.data.fill_(6e4)
     with pytest.raises(ModelError, match=r"not finite.*float16 overflows above 65,504"):
         PackedCausalLM(model).verify()
+
+
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+def test_the_type_of_products_is_not_that_of_adapters(tmp_path, tuning):
+    """With the embedding on the CPU, the first parameter of a QLoRA model is an adapter."""
+    tiny_model_folder(tmp_path, "llama")
+    s = Settings(pretrained_model_name_or_path=str(tmp_path), data_path="none.json", tuning=tuning)
+    options = {"dtype": torch.bfloat16, "device": "cpu", "recompute": False}
+    model = PackedCausalLM(make_trainable(s, **options, embedding_on_cpu=True))
+    assert model.compute_dtype == torch.bfloat16
+    assert PackedCausalLM(tiny_model("llama")).compute_dtype == torch.float32
+    assert (
+        PackedCausalLM(tiny_model("llama"), autocast=torch.float16).compute_dtype == torch.float16
+    )

@@ -37,6 +37,10 @@ class ToolUse:
 class Session:
     """A conversation with `model`, rendered by the same template object as in training.
 
+    Args:
+        model, tokenizer, template, options, vision: arguments of `generation.generate.stream`.
+        generate: gives the pieces of an answer in place of `stream`, with its arguments.
+
     Attributes:
         messages: the conversation so far; the template adds the system message.
         tools: the tools that the model may call, if any.
@@ -51,11 +55,12 @@ class Session:
         options: GenerationOptions,
         vision: ImageInput | None = None,
         tools: ToolUse | None = None,
+        generate: Callable[..., Generator[str, None, None]] = stream,
     ) -> None:
         self.tools = tools
         self.model, self.tokenizer = model, tokenizer
         self.template, self.options = template, options
-        self.vision = vision
+        self.vision, self._generate = vision, generate
         if vision and IMAGE in template.system:
             raise DataError(f"the system message contains {IMAGE}; attach images to questions")
         self.messages: list[Message] = []
@@ -146,7 +151,7 @@ class Session:
         return question(text, images) if self.vision else Message("user", text)
 
     def _answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
-        return stream(
+        return self._generate(
             self.model,
             self.tokenizer,
             template=self.template,

@@ -145,7 +145,7 @@ class _Measured:
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         gradients = sum(size for size, trained in held if trained)
         unit = max(_bytes_of(each) for each in units_of(wrapped))
-        accumulate = s.accumulative_counts > 1
+        accumulate = s.keeps_gradients(self.device)
         peaks = peaks_of_step(
             wrapped.train(),
             self.tokens,

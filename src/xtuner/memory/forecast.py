@@ -52,6 +52,7 @@ class Forecast:
         division: what of it this process holds.
         strategy: the name of what divides it.
         processes: how many share it.
+        graphs: whether the decoder may be recorded as CUDA graphs.
     """
 
     footprint: Footprint
@@ -61,6 +62,7 @@ class Forecast:
     checkpoint: int
     embedding_on_cpu: bool = False
     paged: bool = False
+    graphs: bool = False
     failure: str = ""
     division: Division = WHOLE
     strategy: str = "replicated"
@@ -185,6 +187,7 @@ def forecast(
         device=device,
         recompute=recompute,
         checkpoint=int(found.trainable * (4 + moments)),
+        graphs=settings.may_use_graphs(device),
     )
     return without_embedding(full, settings) if settings.embedding_on_cpu is True else full
 
@@ -220,7 +223,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
     if not settings.has_vision:
         return llm
     vision = measure_vision(settings, images=len(lengths), width=llm.width, dtype=dtype)
-    return vision.beside(llm, accumulate=settings.accumulative_counts > 1)
+    return vision.beside(llm, accumulate=settings.keeps_gradients(device))
 
 
 def _bytes_of_moments(optim_type: str) -> float:

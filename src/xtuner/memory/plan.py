@@ -69,6 +69,11 @@ class MemoryPlan:
         return self.forecast.paged or unknown
 
     @property
+    def graphs(self) -> bool:
+        """Whether the decoder may be recorded as CUDA graphs, which keep gradients in memory."""
+        return self.forecast.graphs or bool(self.forecast.failure)
+
+    @property
     def embedding_on_cpu(self) -> bool:
         """Whether the input embedding is to stay in the CPU's memory; asked for, it is tried even
         where the forecast knows that the model will refuse."""
@@ -198,22 +203,21 @@ def _expected(
 
 
 def _ways(settings: Settings, device: str, processes: int, folder: Path) -> Iterator[Forecast]:
-    """Forecasts of what is left to us, by what it costs: an embedding on the CPU some MiB to copy a
-    micro-batch; paging what does not fit of the optimizer's state, at most all of it, to copy back
-    and forth a step; recomputation a third more time of every micro-batch."""
+    """Forecasts of what is left to us, by what it costs: no CUDA graphs, which keep gradients
+    during a forward pass; an embedding on the CPU some MiB to copy a micro-batch; paging what does
+    not fit of the optimizer's state, at most all of it, to copy back and forth a step;
+    recomputation a third more time of every micro-batch."""
+    shared: dict[str, Any] = {"processes": processes, "folder": folder}
     wanted, pageable = settings.gradient_checkpointing, may_page(settings, device)
     pages = (False, True) if pageable and settings.paged_optimizer == "auto" else (pageable,)
     for recompute in (False, True) if wanted == "auto" else (wanted,):
         for paged in pages:
-            found = forecast(
-                settings,
-                device,
-                recompute=recompute,
-                paged=paged,
-                processes=processes,
-                folder=folder,
-            )
+            found = forecast(settings, device, **shared, recompute=recompute, paged=paged)
             yield found
+            if settings.cuda_graphs == "auto" and found.graphs:
+                plain = settings.model_copy(update={"cuda_graphs": False})
+                found = forecast(plain, device, **shared, recompute=recompute, paged=paged)
+                yield found
             without = without_embedding(found, settings)
             if settings.embedding_on_cpu == "auto" and without.embedding_on_cpu:
                 yield without
@@ -227,8 +231,9 @@ def _recomputes(settings: Settings, before: Forecast) -> bool:
 def _hints(settings: Settings, before: Forecast) -> Iterator[Mapping[str, Any]]:
     """Changes in the order of what they cost: time first, then detail, then what is learned."""
     if settings.batch_size > 1:
-        counts = settings.accumulative_counts * settings.batch_size
-        yield {"batch_size": 1, "accumulative_counts": counts}
+        counts = settings.accumulative_counts
+        same = {} if counts == "auto" else {"accumulative_counts": counts * settings.batch_size}
+        yield {"batch_size": 1, **same}
     if settings.can_keep_embedding_on_cpu:
         yield {"embedding_on_cpu": True}
     if optim.is_paged(settings.optim_type) and not before.paged and before.device == "cuda":

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xtuner.errors import ModelError, XTunerError
 from xtuner.kernels.attention import packed as attention
@@ -34,10 +33,13 @@ from xtuner.models.check.training_pass import (
     traceless,
     without_dropout,
 )
+from xtuner.models.filling import filled
+from xtuner.models.graphs.capacity import Row
+from xtuner.models.graphs.decoder import GraphedDecoder
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.split_rotary import SplitRotary
 from xtuner.parallel.ulysses import SequenceGroup, gather_scores
-from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
+from xtuner.types import Batch, ImageEmbedder
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration fields by which architectures change logits after the head; small logits hide a
@@ -47,9 +49,6 @@ soft cap."""
 SPLIT_ROUNDINGS = 64
 """Roundings by which log-probabilities may change when a row is split; products of other shapes are
 rounded otherwise. In six architectures they changed by at most 3."""
-
-LONG_ROW = 512
-"""Tokens from which on a row is filled up to a multiple of 64; shorter ones to one of 16."""
 
 
 class PackedCausalLM(nn.Module):
@@ -70,6 +69,7 @@ class PackedCausalLM(nn.Module):
         saw_images: a batch had images since this was last set to False.
         noise: of NEFTune, in training; None without.
         apart: each sample goes through the model by itself, as transformers' plainest call.
+        graphs: replays the decoder in training where it can; None always computes.
         sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
             has all.
     """
@@ -88,6 +88,7 @@ class PackedCausalLM(nn.Module):
         self._rotary: SplitRotary | None = None
         self.autocast = autocast
         self.always_embeds = self.saw_images = False
+        self.graphs: GraphedDecoder | None = None
         self.plain_logits = False
         self.noise: EmbeddingNoise | None = None
         self.apart = why_apart(text_decoder(self.causal)) is not None
@@ -106,9 +107,32 @@ class PackedCausalLM(nn.Module):
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type in which most products round: that of autocast, or the coarsest of the weights.
+
+        `model.dtype` is that of the first parameter with a fraction, which may be an adapter's:
+        adapters are stored in float32 and multiplied in the type of the activations.
+        """
+        if self.autocast:
+            return self.autocast
+        found = {p.dtype for p in self.causal.parameters() if p.is_floating_point()}
+        wide = {dtype for dtype in found if torch.finfo(dtype).bits >= 16}
+        return max(wide, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states ``[1, N, H]`` of a packed batch."""
-        return decoder_of(self.causal)(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+        return self._decoded(self._inputs(batch))
+
+    def _decoded(self, inputs: dict[str, Any]) -> Tensor:
+        """Last hidden states of `inputs`, from a graph where there is one for such rows."""
+        if self.graphs is not None and self._may_replay and "sequence_group" not in inputs:
+            inputs = self._embedded(inputs)
+            names = ("inputs_embeds", "position_ids", "cu_seq_lens_q", "max_length_q")
+            found = self.graphs(Row(*(inputs[name] for name in names)))
+            if found is not None:
+                return found
+        return decoder_of(self.causal)(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch | None, *, run: Callable[[], Any] | None = None) -> Any:
         """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
@@ -126,7 +150,10 @@ class PackedCausalLM(nn.Module):
             if self.sequence is not None and self._rotary is not None:
                 return self._scores_of_shares(batch, self.sequence, self._rotary)
             if not self.apart:
-                return self._scores_of_row(filled(batch), batch)
+                tokens = longest = None
+                if self.graphs is not None and self._may_replay:
+                    tokens, longest = self.graphs.filling(batch.num_tokens)
+                return self._scores_of_row(filled(batch, tokens=tokens, longest=longest), batch)
             if batch.num_sequences == 1:
                 return self._scores_of_row(batch, batch)
             sequences = replace(batch, sequences_per_row=1).split()
@@ -165,7 +192,7 @@ class PackedCausalLM(nn.Module):
         """The log-probabilities of `targets` as next tokens of `positions`."""
         head: Any = self.causal.get_output_embeddings()
         if not self.plain_logits and isinstance(head, ScoringHead):
-            hidden = decoder_of(self.causal)(**inputs).last_hidden_state[0, positions]
+            hidden = self._decoded(inputs)[0, positions]
             return head(self._for_head(hidden), targets)  # type: ignore[operator, no-any-return]
         return log_probabilities_of_logits(self._logits(inputs, positions), targets)
 
@@ -208,6 +235,53 @@ class PackedCausalLM(nn.Module):
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
         return inputs
+
+    def _embedded(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` with embeddings in place of token ids."""
+        if "input_ids" not in inputs:
+            return inputs
+        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return {**rest, "inputs_embeds": self.causal.get_input_embeddings()(inputs["input_ids"])}
+
+    def reads_embeddings_alone(self) -> bool:
+        """Whether embeddings in place of token ids give the same hidden states to the bit; models
+        with embeddings in every layer need the ids."""
+        inputs = self._inputs(IsolationCheck(self).batch())
+        decoder = decoder_of(self.causal)
+        with torch.no_grad(), self._autocast(), without_dropout(self):
+            wanted = decoder(**inputs).last_hidden_state
+            try:
+                found = decoder(**self._embedded(inputs)).last_hidden_state
+            except (ValueError, TypeError, NotImplementedError):
+                return False
+            return torch.equal(found, wanted)
+
+    @property
+    def _may_replay(self) -> bool:
+        """Whether this is a training pass of a packed row."""
+        return self.training and torch.is_grad_enabled() and not self.apart
+
+    def decoder(
+        self, embeddings: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int
+    ) -> Tensor:
+        """The decoder without its input embedding; see `graphs.graph.Body`."""
+        found = decoder_of(self.causal)(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=longest,
+            max_length_k=longest,
+        )
+        return found.last_hidden_state  # type: ignore[no-any-return]
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of `decoder`, and of what else the base model has but the input
+        embedding."""
+        outside = {id(p) for p in self.causal.get_input_embeddings().parameters()}
+        everything = decoder_of(self.causal).parameters()
+        return [p for p in everything if p.requires_grad and id(p) not in outside]
 
     def verify(self, *, packed: bool = True) -> str | None:
         """Check on a few random tokens, by passes as in training, that no token reads another
@@ -275,7 +349,7 @@ class PackedCausalLM(nn.Module):
             alone = self(batch)
             self._rotary, self.sequence = SplitRotary(self.causal), group
             found = self(batch)
-        off, eps = distance(found, alone), torch.finfo(self.autocast or self.causal.dtype).eps
+        off, eps = distance(found, alone), torch.finfo(self.compute_dtype).eps
         if not off <= SPLIT_ROUNDINGS * eps:
             raise ModelError(
                 f"sequence_parallel_size = {group.size}: {type(self.causal).__name__} gives other "
@@ -308,7 +382,7 @@ class PackedCausalLM(nn.Module):
                 f"({leak})"
             )
         if self._implementation == attention.NAME and (width := _head_width(self.causal)):
-            dtype = self.autocast or self.causal.dtype
+            dtype = self.compute_dtype
             wrong = wrong_attention(
                 self._implementation, width=width, device=self.device, dtype=dtype
             )
@@ -367,38 +441,3 @@ def _head_width(causal: Any) -> int | None:
     heads = getattr(text, "num_attention_heads", None)
     width = getattr(text, "head_dim", None)
     return width or (text.hidden_size // heads if isinstance(heads, int) else None)
-
-
-def missing_to_round(count: int, parts: int = 1) -> int:
-    """Tokens by which a row of `count` is filled up, so that each of `parts` is a round number."""
-    return -count % (parts * (64 if count >= LONG_ROW * parts else 16))
-
-
-def filled(batch: Batch, *, parts: int = 1) -> Batch:
-    """`batch` with one more sample, without loss, where N is not a round number.
-
-    Every new N costs the matrix library compilations, and a crooked one some percent of each
-    product; so packs that are nearly full are all of one size.
-
-    Args:
-        batch: a packed row.
-        parts: processes that share it; each gets as many tokens.
-    """
-    count = batch.num_tokens
-    missing = missing_to_round(count, parts)
-    if not missing:
-        return batch
-    positions = F.pad(batch.position_ids, (0, missing))
-    positions[0, count:] = torch.arange(missing, device=positions.device)
-    images = batch.images and replace(
-        batch.images,
-        mask=F.pad(batch.images.mask, (0, missing)),
-        counts=(*batch.images.counts, 0),
-    )
-    return Batch(
-        input_ids=F.pad(batch.input_ids, (0, missing)),
-        labels=F.pad(batch.labels, (0, missing), value=IGNORE_INDEX),
-        position_ids=positions,
-        cu_seqlens=F.pad(batch.cu_seqlens, (0, 1), value=count + missing),
-        images=images,
-    )

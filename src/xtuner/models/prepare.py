@@ -64,14 +64,16 @@ def make_trainable(
     if s.llm_training == "frozen":
         model.requires_grad_(False)
     if recompute:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        kept = s.lora_dropout > 0 or draws_random_numbers(model)
+        options = {"use_reentrant": False, "preserve_rng_state": kept}
+        model.activation_checkpointing_enable(options)
         model.enable_input_require_grads()
     if not s.uses_adapter:
         return model
     adapted = adapters.add_adapter(
         model,
         r=s.lora_r,
-        alpha=s.lora_alpha,
+        alpha=s.effective_lora_alpha,
         dropout=s.lora_dropout,
         target_modules=s.lora_target_modules,
         modules_to_save=s.lora_modules_to_save,
@@ -83,6 +85,14 @@ def make_trainable(
     if source is not None:
         adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.has_vision else source)
     return adapted
+
+
+def draws_random_numbers(model: Any) -> bool:
+    """Whether a training pass of `model` drops anything out. Where it does not, recomputation need
+    not restore the random state, which would wait for a GPU and cannot be recorded in a graph."""
+    rates = [model.config.to_dict(), *(vars(module) for module in model.modules())]
+    named = any("drop" in k and isinstance(v, float) and v > 0 for r in rates for k, v in r.items())
+    return named or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def _further(s: Settings, *, on_meta: bool) -> dict[str, Any]:

@@ -265,6 +265,12 @@ def next_commands(
         yield "next_merge", f"xtuner convert merge {base} {folder} {out}"
 
 
+def part_style(inside: str) -> str:
+    """The style of the report's parts for another page, where they are inside `inside`."""
+    text = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    return f"{inside} {{ {text.replace(':root', '&').replace('body {', '& .body {')} }}"
+
+
 def duration(seconds: float) -> str:
     """A time such as ``1:02:03`` or ``4:05``."""
     minutes, rest = divmod(round(seconds), 60)

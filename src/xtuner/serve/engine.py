@@ -14,8 +14,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xtuner.device.out_of_memory import is_out_of_memory
@@ -32,6 +32,7 @@ from xtuner.generation.generate import (
 from xtuner.generation.images import ImageInput
 from xtuner.generation.running import OneByOne, RunningBatch
 from xtuner.serve.models import ServedModel, Weights
+from xtuner.templates.base import Template
 from xtuner.types import Message
 
 logger = logging.getLogger("xtuner.serve")
@@ -360,6 +361,41 @@ def _answer(job: Job) -> Answer:
         inputs=inputs,
         top_logprobs=job.top_logprobs,
     )
+
+
+def stream(engine: Engine, served: ServedModel) -> Callable[..., Generator[str, None, None]]:
+    """A function with the arguments of `generation.generate.stream` that asks `engine`."""
+
+    def generate(
+        model: Any,
+        tokenizer: Any,
+        *,
+        template: Template,
+        messages: Sequence[Message],
+        options: GenerationOptions,
+        tools: Sequence[Mapping[str, Any]] = (),
+        vision: ImageInput | None = None,
+    ) -> Generator[str, None, None]:
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        asked = replace(served, template=template)
+        images = messages if any(message.images for message in messages) else ()
+        prompt = template.prompt_ids(messages, tools=tools)
+        job = Job(asked, prompt, options, events.put, messages=images)
+        engine.submit(job)
+        try:
+            while True:
+                match events.get():
+                    case Piece(text):
+                        if text:
+                            yield text
+                    case Failed(error):
+                        raise error
+                    case Done():
+                        return
+        finally:
+            engine.cancel(job)
+
+    return generate
 
 
 def facts(engine: Engine) -> Mapping[str, Any]:

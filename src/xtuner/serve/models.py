@@ -111,8 +111,9 @@ def open_models(
     session = open_chat(found.model, adapter=folder, **options)
     weights = Weights(session.model)
     served = [_served(f"{base}:{first}", weights, session, adapter="default")]
-    for number, (name, folder) in enumerate(others, 1):
-        served.append(_beside(weights, f"{base}:{name}", folder, found.model, number, options))
+    for name, folder in others:
+        added = add_model(weights, f"{base}:{name}", adapter=folder, base=found.model, **options)
+        served.append(added)
     if base_too:
         served.insert(0, _base(base, weights, session, found.model, options))
     return _distinct(served)
@@ -139,18 +140,29 @@ def _served(
     return ServedModel(name, weights, session.tokenizer, session.template, adapter, vision)
 
 
-def _beside(
-    weights: Weights, name: str, folder: str, base: str, number: int, options: dict[str, Any]
+def add_model(
+    weights: Weights, name: str, *, adapter: str, base: str, **options: Any
 ) -> ServedModel:
-    """Another adapter on `weights`."""
-    found = find(base, adapter=folder)
+    """Put another adapter on `weights`, and serve it as `name`.
+
+    Args:
+        weights: of the model `base`, with or without adapters; no answer may be in progress.
+        name: what requests call it.
+        adapter: folder of the adapter.
+        base: what `open_chat` calls the base model.
+        options: further arguments of `open_chat`; those about text count.
+
+    Raises:
+        XTunerError: the adapter cannot be opened, or does not fit the base model.
+    """
+    found = find(base, adapter=adapter)
     assert found.adapter is not None
     manifest.check(found.adapter)
-    tokenizer, template = text_parts(found, where=folder, **_of_text(options))
-    adapter = f"adapter{number}"
-    load_adapter(weights.model, found.adapter, name=adapter)
+    tokenizer, template = text_parts(found, where=adapter, **_of_text(options))
+    key = f"adapter{len(getattr(weights.model, 'peft_config', ()))}"
+    weights.model = load_adapter(weights.model, found.adapter, name=key)
     weights.model.eval()
-    return ServedModel(name, weights, tokenizer, template, adapter)
+    return ServedModel(name, weights, tokenizer, template, key)
 
 
 def _base(

@@ -102,6 +102,13 @@ class FlatOptimizer:
         self._gathered = True
         return [segment.flat for segment in self._all()]
 
+    def gradient_memory(self) -> dict[nn.Parameter, Tensor]:
+        """For each parameter memory that its gradient may stay in from step to step."""
+        memory: dict[nn.Parameter, Tensor] = {}
+        for segment in filter(lambda segment: segment.shared, self._all()):
+            memory.update(zip(segment.parameters, segment.gradients(), strict=True))
+        return memory
+
     def step(self) -> None:
         """Step all parameters that have a gradient."""
         if not self._gathered:

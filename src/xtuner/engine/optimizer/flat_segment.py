@@ -22,11 +22,13 @@ class Segment:
         parameters: of the model.
         indices: their numbers in the optimizer's `state_dict`.
         flat: what the optimizer steps: the buffer, or the parameter itself if it is alone.
+        kept: memory for the gradients that lasts, if something writes to it; see `gradients`.
     """
 
     parameters: list[nn.Parameter]
     indices: list[int]
     flat: nn.Parameter
+    kept: Tensor | None = None
 
     @classmethod
     def of(cls, parameters: list[nn.Parameter], indices: list[int]) -> Segment:
@@ -78,11 +80,27 @@ class Segment:
             marks.append(int(grad is not None) if fits else index + 2)
         return marks
 
+    def gradients(self) -> list[Tensor]:
+        """For each parameter memory that its gradient may stay in: there it need not be copied."""
+        if self.kept is None:
+            self.kept = torch.zeros_like(self.flat.data)
+        return list(self._views(self.kept))
+
+    def _views(self, buffer: Tensor) -> Iterator[Tensor]:
+        for parameter, start in zip(self.parameters, self.starts(), strict=False):
+            yield buffer[start : start + parameter.numel()].view(parameter.shape)
+
     def gather(self) -> None:
         """Copy the gradients, which all parameters have or none, into one buffer, and make them
         views of it."""
         if self.parameters[0].grad is None:
             self.flat.grad = None
+            return
+        if self.kept is not None and all(
+            p.grad is not None and p.grad.data_ptr() == view.data_ptr()
+            for p, view in zip(self.parameters, self._views(self.kept), strict=True)
+        ):
+            self.flat.grad = self.kept
             return
         pieces: list[Tensor] = []
         for parameter in self.parameters:
@@ -92,8 +110,8 @@ class Segment:
                 pieces.append(self.flat.new_zeros(missing))
         whole = torch.cat(pieces)
         self.flat.grad = whole
-        for parameter, start in zip(self.parameters, self.starts(), strict=False):
-            parameter.grad = whole[start : start + parameter.numel()].view(parameter.shape)
+        for parameter, view in zip(self.parameters, self._views(whole), strict=True):
+            parameter.grad = view
 
     def split(self, marks: Sequence[Any]) -> Iterator[tuple[Segment, int]]:
         """Segments of neighbours with equal `marks`, and where each begins in this buffer."""

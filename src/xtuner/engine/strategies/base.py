@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from xtuner.config.schema import Settings
@@ -141,6 +142,11 @@ class BaseStrategy(ABC):
                 trained.
             last: no other micro-batch of this process follows in the step.
         """
+
+    def gradient_memory(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """For each of `parameters` memory that its gradient may stay in from step to step, so that
+        a CUDA graph can write there."""
+        return [torch.zeros_like(parameter) for parameter in parameters]
 
     @abstractmethod
     def reduce_gradients(self) -> None:

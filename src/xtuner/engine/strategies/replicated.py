@@ -51,6 +51,12 @@ class Strategy(BaseStrategy):
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
 
+    def gradient_memory(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """For each of `parameters` memory of its own that its gradient may stay in: buffers of the
+        optimizer, so that nothing is held twice."""
+        flat = self.optimizer.gradient_memory() if isinstance(self.optimizer, FlatOptimizer) else {}
+        return [flat[p] if p in flat else torch.zeros_like(p) for p in parameters]
+
     def reduce_gradients(self) -> None:
         """Sum the gradients over all processes, in float32."""
         gather = self.optimizer.gather if isinstance(self.optimizer, FlatOptimizer) else None

@@ -110,11 +110,11 @@ class IsolationCheck:
         middle = len(lengths) // 2
         start = sum(lengths[:middle])
         self.span = start, start + lengths[middle] - 1
-        self.dtype: torch.dtype = lm.autocast or lm.causal.dtype
+        self.dtype: torch.dtype = lm.compute_dtype
         self._last: tuple[Observed, Observed] | None = None
 
-    def _not_finite(self, dtype: torch.dtype) -> str:
-        if (self.lm.autocast or dtype) == torch.float16:
+    def _not_finite(self) -> str:
+        if self.dtype == torch.float16:
             return f"the model's hidden states are not finite. {FLOAT16_OVERFLOWS}"
         return (
             "the model gives numbers that are not finite for ordinary tokens: its weights are "
@@ -129,7 +129,7 @@ class IsolationCheck:
         """
         first, second = self._observe(self._ids()), self._observe(self._ids(changed=True))
         if not (first.states.isfinite().all() and first.gradient.isfinite().all()):
-            raise NotFiniteError(self._not_finite(self.lm.causal.dtype))
+            raise NotFiniteError(self._not_finite())
         self._last = first, second
         if reached := self._reached(first) or self._reached(second):
             return reached

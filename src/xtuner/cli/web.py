@@ -1,0 +1,99 @@
+"""`xtuner web`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xtuner.cli.chat import Device, Dtype
+
+
+def command(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL|RUN]...",
+            help="Chosen when the page opens: one model, or two side by side. Each is what "
+            "`xtuner chat` takes.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Compare MODEL with this adapter on it."),
+    ] = None,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 6006,
+    auth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER:PASSWORD",
+            envvar="XTUNER_WEB_AUTH",
+            help="Ask for name and password in place of the token. Required for an address other "
+            "than loopback.",
+        ),
+    ] = None,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the work dirs.")] = Path(
+        "work_dirs"
+    ),
+    max_runs: Annotated[int, typer.Option(min=1, help="Runs that the page starts at a time.")] = 1,
+    allow: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR", help="Let the page read models and data in this folder; repeatable."
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A further name of this server; repeatable."),
+    ] = None,
+    device: Annotated[
+        Device, typer.Option(help="'auto' uses a GPU if there is one.")
+    ] = Device.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number type of weights and computation.")
+    ] = Dtype.auto,
+) -> None:
+    """Open a web page to chat, to train, and to look at runs.
+
+    The page reads the current folder, the folder of the work dirs, that of fetched models, and
+    those given with --allow.
+    """
+    import tempfile
+
+    from xtuner.cli import _extras
+    from xtuner.errors import ConfigError
+
+    _extras.require("web", "gradio", "fastapi", "uvicorn")
+    _extras.check_address(address, secret=auth, flag="--auth USER:PASSWORD")
+    user, separator, password = (auth or "").partition(":")
+    if auth and not (user and separator and password):
+        raise ConfigError("--auth: must be USER:PASSWORD")
+    from xtuner.serve import listen
+    from xtuner.serve.engine import Engine
+    from xtuner.serve.guard import Password
+
+    socket = listen.bind(address, port)
+    with tempfile.TemporaryDirectory(prefix="xtuner-web-") as temporary:
+        from xtuner.web import app as web
+        from xtuner.web.folders import Folders
+        from xtuner.web.jobs import Jobs
+        from xtuner.web.models import ModelPool
+        from xtuner.web.site import Site
+
+        web.prepare_environment(Path(temporary))
+        given = (*(model or ()), *([str(adapter)] if adapter else ()))
+        folders = Folders.of(runs, [Path.cwd(), *(allow or ())])
+        engine = Engine()
+        pool = ModelPool(engine, folders, given=given, device=device.value, dtype=dtype.value)
+        site = Site(engine, pool, folders, Jobs(folders, most=max_runs), first=given[:2])
+        credentials = Password(user, password) if auth else web.new_token()
+        app = web.make_app(
+            site, address=address, credentials=credentials, hosts=tuple(allow_host or ())
+        )
+        for value in given[:2]:
+            pool.open(value)
+        query = "" if isinstance(credentials, Password) else f"/?token={credentials.token}"
+        typer.echo(f"Open {listen.address_of(socket)}{query} (Ctrl-C stops)")
+        listen.run(app, socket, on_end=engine.close)

@@ -1,0 +1,81 @@
+"""Whether a run records its decoder as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+
+from xtuner.config.schema import Settings
+from xtuner.engine.strategies.base import BaseStrategy
+from xtuner.errors import TrainingError
+from xtuner.kernels.attention import packed
+from xtuner.kernels.cuda_graphs import CudaRecorder
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.graphs.decoder import GraphedDecoder
+
+
+def use(
+    model: PackedCausalLM,
+    settings: Settings,
+    strategy: BaseStrategy,
+    *,
+    fits: bool,
+    console: Console,
+) -> None:
+    """Let `model` replay its decoder, as `cuda_graphs` says and as far as it can be done.
+
+    Args:
+        model: whose decoder is recorded.
+        settings: of the run.
+        strategy: prepared.
+        fits: whether the forecast has room for gradients during a forward pass.
+        console: for a note on why graphs are not used.
+
+    Raises:
+        TrainingError: `cuda_graphs` is True and it cannot be done; also later, by the model.
+    """
+
+    def say(why: str) -> None:
+        if settings.cuda_graphs is True:
+            raise TrainingError(f"{why}. Set cuda_graphs = 'auto' to train without them")
+        console.print(f"Note: {why}.", markup=False)
+
+    if settings.cuda_graphs is False or not fits or model.device.type != "cuda":
+        return
+    if reason := next(_obstacles(model, settings, strategy), None):
+        if settings.cuda_graphs is True:
+            say(f"CUDA graphs are not used: {reason}")
+        return
+    model.graphs = GraphedDecoder(
+        model.decoder,
+        module=model.causal,
+        parameters=model.decoder_parameters,
+        gradients=strategy.gradient_memory,
+        recorder=CudaRecorder,
+        autocast=lambda: torch.autocast(
+            "cuda", dtype=model.autocast, enabled=model.autocast is not None, cache_enabled=False
+        ),
+        say=say,
+    )
+
+
+def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy) -> Iterator[str]:
+    """Why the decoder cannot be recorded, as far as it is known beforehand."""
+    if not (torch.version.cuda or torch.version.hip):
+        yield "this torch has none"
+    if strategy.sharded:
+        yield "weights are gathered from other processes"
+    if model.sequence is not None:
+        yield "processes share the tokens of a row"
+    if model.apart:
+        yield "samples go through the model one at a time"
+    if model.causal.config.get_text_config()._attn_implementation != packed.NAME:
+        yield f"attn_implementation = {settings.attn_implementation!r}"
+    if settings.effective_quantization == "int8":
+        yield "8-bit weights look for outliers on the CPU"
+    if not settings.packs:
+        yield "rows have different lengths (pack_to_max_length = False)"
+    if not model.reads_embeddings_alone():
+        yield "the model reads token ids in its layers"

@@ -1,0 +1,224 @@
+"""The settings as a form, from their schema: no field is listed by hand.
+
+Settings ──fields──► kind of control ──shown──► what the browser shows ──read──► value
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, get_args
+
+from xtuner import plugins
+from xtuner.config.describe import allowed, choices, is_dict
+from xtuner.config.load import LoadedSettings, load_settings
+from xtuner.config.render import literal, render
+from xtuner.config.schema import Settings
+from xtuner.errors import ConfigError, listed
+from xtuner.web.folders import Folders
+
+Kind = Literal["switch", "choice", "text", "lines", "value"]
+"""A control: on or off; one of a few; a string; strings, one a line; any literal of Python."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A setting in the form.
+
+    Attributes:
+        name: of the setting.
+        part: heading that it stands under.
+        kind: its control.
+        help: its description and the values that it takes.
+        options: of a 'choice'.
+        common: it appears in copied settings files, so it is shown first.
+    """
+
+    name: str
+    part: str
+    kind: Kind
+    help: str
+    options: tuple[str, ...] = ()
+    common: bool = False
+
+
+def fields() -> list[Field]:
+    """All settings, in the order of a settings file."""
+    return [
+        _field(name, " ".join(str(part.__doc__).split()[2:]))
+        for part in Settings.parts()
+        for name in part.model_fields
+    ]
+
+
+def _field(name: str, part: str) -> Field:
+    info = Settings.model_fields[name]
+    text = " ".join((info.description or "").split())
+    return Field(
+        name,
+        part,
+        _kind(name),
+        f"{text} ({allowed(name)})",
+        _options(name),
+        Settings.mark(name).comment is not None,
+    )
+
+
+def _kind(name: str) -> Kind:
+    annotation = Settings.model_fields[name].annotation
+    words = allowed(name)
+    if annotation is bool:
+        return "switch"
+    if choices(name):
+        return "choice"
+    if words in ("a string", "a string, or None"):
+        return "text"
+    if not is_dict(name) and words in ("a string or a list of strings", "a list of strings"):
+        return "lines"
+    return "value"
+
+
+def _options(name: str) -> tuple[str, ...]:
+    if not choices(name):
+        return ()
+    members = get_args(Settings.model_fields[name].annotation)
+    more = ("True", "False") if bool in members else ()
+    none = ("None",) if NoneType in members else ()
+    return (*choices(name), *more, *none)
+
+
+def shown(field: Field, value: Any) -> Any:
+    """What the control of `field` shows for `value`."""
+    if field.kind == "switch":
+        return bool(value)
+    if field.kind == "choice":
+        return str(value)
+    if field.kind == "text":
+        return "" if value is None else value
+    if field.kind == "lines":
+        return "\n".join([value] if isinstance(value, str) else value)
+    return literal(field.name, value)
+
+
+def read(field: Field, given: Any) -> Any:
+    """The value of `field` that its control shows as `given`.
+
+    Raises:
+        ConfigError: it is no literal.
+    """
+    if field.kind == "switch":
+        return bool(given)
+    text = str(given or "").strip()
+    if field.kind == "choice":
+        words = {"True": True, "False": False, "None": None}
+        return words.get(text, text)
+    if field.kind == "text":
+        default = Settings.model_fields[field.name].default
+        return None if not text and default is None else text
+    if field.kind == "lines":
+        return [line for line in (line.strip() for line in text.splitlines()) if line]
+    try:
+        return ast.literal_eval(text) if text else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise ConfigError(f"{field.name} = {text!r}: must be {allowed(field.name)}") from None
+
+
+def defaults() -> dict[str, Any]:
+    """The default of each setting; an empty one for those that have none."""
+    return {name: _default(name) for name in Settings.model_fields}
+
+
+def _default(name: str) -> Any:
+    info = Settings.model_fields[name]
+    if info.is_required():
+        return () if _kind(name) == "lines" else ""
+    return dict(info.default) if is_dict(name) else info.default
+
+
+def values_of(given: Sequence[Any]) -> dict[str, Any]:
+    """The settings of a form whose controls show `given`, in the order of `fields`; those at their
+    defaults are left out.
+
+    Raises:
+        ConfigError: controls hold no values of their kinds; all are listed.
+    """
+    found, problems = {}, []
+    for field, value in zip(fields(), given, strict=True):
+        try:
+            found[field.name] = read(field, value)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(listed("the form:", problems))
+    standard = defaults()
+    return {
+        name: value
+        for name, value in found.items()
+        if not _same(value, standard[name]) or Settings.model_fields[name].is_required()
+    }
+
+
+def controls_of(values: Mapping[str, Any]) -> list[Any]:
+    """What all controls show for `values`, in the order of `fields`."""
+    complete = {**defaults(), **values}
+    return [shown(field, complete[field.name]) for field in fields()]
+
+
+def checked(values: Mapping[str, Any], folders: Folders) -> LoadedSettings:
+    """The settings `values`, checked, and that they stay in the folders and run no code.
+
+    Raises:
+        ConfigError: all problems are listed.
+    """
+    loaded = load_settings(values)
+    problems = [*_strange_paths(loaded.settings, folders), *_code(loaded.settings)]
+    if problems:
+        raise ConfigError(listed("settings that the page does not accept:", problems))
+    return loaded
+
+
+_READS = ("image_folder", "evaluation_images")
+"""Settings that are no paths by their marks, because they are relative to others, and are read."""
+
+
+def _strange_paths(settings: Settings, folders: Folders) -> list[str]:
+    problems = []
+    for name in (*Settings.paths(), *_READS):
+        value = getattr(settings, name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if not text:
+                continue
+            try:
+                folders.check(text)
+            except ConfigError as error:
+                problems.append(f"{name}: {error}")
+    if settings.work_dir is not None:
+        problems.append("work_dir: the page names it after the run; leave it empty")
+    return problems
+
+
+def _code(settings: Settings) -> list[str]:
+    """Settings that would run Python code."""
+    problems = []
+    if settings.trust_remote_code:
+        problems.append("trust_remote_code: runs code of the model; start that run with the "
+                        "command line")  # fmt: skip
+    for name in Settings.model_fields:
+        value = getattr(settings, name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and plugins.is_user_path(text):
+                problems.append(f"{name} = {text!r}: runs a Python file; start that run with the "
+                                "command line")  # fmt: skip
+    return problems
+
+
+def settings_file(values: Mapping[str, Any], name: str) -> str:
+    """The settings file of a run called `name`."""
+    return render(values, title=f"Settings of {name}, made on the page of xtuner web")
+
+
+def _same(left: Any, right: Any) -> bool:
+    as_list = [list(v) if isinstance(v, list | tuple) else v for v in (left, right)]
+    return bool(as_list[0] == as_list[1]) and type(as_list[0]) is type(as_list[1])

@@ -1,0 +1,172 @@
+"""What the page shows before a run: the data as understood, and which methods fit the machine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from rich.text import Text as StyledText
+
+from xtuner.config.builtin import catalog
+from xtuner.config.load import LoadedSettings
+from xtuner.data.report.check import bad_rows
+from xtuner.data.report.show_tokens import draw
+from xtuner.device.select import pick_device
+from xtuner.errors import XTunerError
+from xtuner.hub import fetch
+from xtuner.i18n import Words
+from xtuner.memory.plan import plan_memory
+from xtuner.training.data_parts import DataParts
+from xtuner.types import Conversation, Message
+
+METHODS = ("lora", "qlora", "full")
+"""In the order in which they are recommended where several fit."""
+
+_MOST_BAD_ROWS = 50
+_FEWEST_STEPS = 30
+_MB = 2**20
+
+
+@dataclass(frozen=True)
+class DataView:
+    """The data as understood.
+
+    Attributes:
+        html: format, rows, the first sample with the supervised part marked, and every bad row.
+        packs: rows of the training data after packing.
+        questions: of the user in the first rows.
+    """
+
+    html: str
+    packs: int
+    questions: tuple[str, ...]
+
+
+def local_model(name: str) -> str:
+    """The folder of a model of the catalog, fetched if needed; other names as they are.
+
+    Raises:
+        ModelError: it cannot be fetched.
+    """
+    return str(fetch.fetch(name)) if name in catalog.models() else name
+
+
+def look_at_data(loaded: LoadedSettings, words: Words) -> DataView:
+    """Read the data of `loaded` as training would.
+
+    Raises:
+        XTunerError: the data or the model's tokenizer cannot be used.
+    """
+    parts = DataParts.open(loaded)
+    rows = bad_rows(parts.settings, **parts.arguments, quiet=True)
+    bad = list(itertools.islice(rows, _MOST_BAD_ROWS + 1))
+    data = parts.build(quiet=True)
+    lines = [line.removeprefix("Data").strip() for line in data.report.lines()]
+    sample = data.train[0][0]
+    text = draw(sample, "text", tokenizer=parts.tokenizer, marks=False,
+                image_layout=parts.image_layout)  # fmt: skip
+    html = [f'<p class="hint">{escape(line)}</p>' for line in lines]
+    html.append(f"<h4>{words('data_first', row=escape(str(sample.row)))}</h4>")
+    html.append(f'<pre class="tokens">{_html(text)}</pre>')
+    if bad:
+        html.append(f"<h4>{words('data_bad')}</h4>")
+        shown = "\n".join(bad[:_MOST_BAD_ROWS]) + ("\n…" if len(bad) > _MOST_BAD_ROWS else "")
+        html.append(f'<pre class="log">{escape(shown)}</pre>')
+    return DataView("".join(html), len(data.train), _questions(parts))
+
+
+def _html(text: StyledText) -> str:
+    """Styled text as HTML: supervised tokens are marked."""
+    kinds = {"bold green": "on", "dim": "off", "cyan": "image"}
+    return "".join(
+        f'<span class="{kinds.get(str(span.style), "off")}">'
+        f"{escape(text.plain[span.start : span.end])}</span>"
+        for span in text.spans
+    )
+
+
+def _questions(parts: DataParts) -> tuple[str, ...]:
+    """The first questions of the data, to be asked before and after training."""
+    from xtuner.data.sources.resolve import prepare
+    from xtuner.data.sources.rows import parse
+
+    found: list[str] = []
+    (source, *_) = prepare(parts.settings, folder=parts.folder)
+    for task in itertools.islice(source.tasks(), 20):
+        raw = task.row.value
+        try:
+            row: Any = parse(raw) if isinstance(raw, bytes) else raw
+            record = source.formats[task.file].convert(row)
+        except Exception:  # a bad row is reported elsewhere
+            continue
+        if isinstance(record, Conversation):
+            found += _first_question(record.messages)
+    return tuple(dict.fromkeys(found))[:2]
+
+
+def _first_question(messages: tuple[Message, ...]) -> list[str]:
+    asked = (m for m in messages if m.role == "user" and not m.images)
+    return [message.content for message in asked if len(message.content) < 300][:1]
+
+
+def suggested(values: Mapping[str, Any], view: DataView) -> dict[str, Any]:
+    """`values` with a schedule that suits the amount of data."""
+    accumulate = max(1, min(16, view.packs // 12))
+    steps = -(-view.packs // accumulate)
+    epochs = 3 if 3 * steps >= _FEWEST_STEPS else min(10, -(-_FEWEST_STEPS // steps))
+    every = max(1, steps * epochs // 5)
+    return {
+        **values,
+        "batch_size": 1,
+        "accumulative_counts": accumulate,
+        "max_epochs": epochs,
+        "save_steps": every,
+        "evaluation_freq": every,
+        "save_total_limit": 5,
+        "evaluation_inputs": list(view.questions),
+        "tensorboard": False,
+    }
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, and whether it fits.
+
+    Attributes:
+        tuning: value of the setting.
+        fits: by the forecast.
+        peak, available: MiB.
+    """
+
+    tuning: str
+    fits: bool
+    peak: float
+    available: float
+
+
+def methods(loaded: LoadedSettings) -> list[Method]:
+    """The methods, the recommended one first; one whose forecast fails is left out.
+
+    Raises:
+        XTunerError: the model's configuration cannot be read.
+    """
+    device = pick_device(loaded.settings.device)
+    found = []
+    for tuning in METHODS:
+        settings = loaded.settings.model_copy(update=catalog.recipe(tuning))
+        plan = plan_memory(settings, device)
+        if not plan.forecast.failure:
+            found.append(Method(tuning, plan.fits, plan.forecast.peak / _MB, plan.memory / _MB))
+    return sorted(found, key=lambda method: not method.fits)
+
+
+def starting_values(model: str, tuning: str) -> dict[str, Any]:
+    """The settings of a model and a method: those of the built-in settings where there are any."""
+    try:
+        values = catalog.compose(f"{model}_{tuning}_custom_e3")
+    except XTunerError:
+        values = {"prompt_template": "auto", **catalog.recipe(tuning)}
+    return {**values, "pretrained_model_name_or_path": local_model(model)}

@@ -1,0 +1,32 @@
+"""What all pages and visitors share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xtuner.serve.engine import Engine
+from xtuner.web.conversation import Stops
+from xtuner.web.folders import Folders
+from xtuner.web.jobs import Jobs
+from xtuner.web.models import ModelPool
+
+
+@dataclass(frozen=True)
+class Site:
+    """The parts behind the page.
+
+    Attributes:
+        engine: generates answers.
+        pool: the models.
+        folders: that the page may use.
+        jobs: runs as processes.
+        first: the models that are chosen when a page opens: one, or two side by side.
+        stops: answers in progress, by browser tab.
+    """
+
+    engine: Engine
+    pool: ModelPool
+    folders: Folders
+    jobs: Jobs
+    first: tuple[str, ...] = ()
+    stops: Stops = field(default_factory=Stops)

@@ -1,0 +1,86 @@
+"""The page with tiny models and a finished run, in folders of the test."""
+
+import gc
+import json
+import threading
+import time
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from tuned_makers import write_adapter
+
+from xtuner.runs.record import RunRecord
+from xtuner.testing.tiny import tiny_model_folder
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a base model, runs 'ada' and 'bob' on it, and data."""
+    root = tmp_path_factory.mktemp("web")
+    base = tiny_model_folder(root / "tiny", initializer_range=0.3)
+    for seed, name in enumerate(("ada", "bob"), 1):
+        work_dir = write_adapter(root / "runs" / name, base, seed=seed + 2, system=name)
+        log_dir = work_dir / f"20261128_10000{seed}"
+        log_dir.mkdir()
+        record = RunRecord(
+            name="settings",
+            settings={"pretrained_model_name_or_path": str(base), "tuning": "lora",
+                      "algorithm": "sft"},
+            total_steps=2,
+        )  # fmt: skip
+        record.ending("finished").write(log_dir)
+        lines = [{"step": s, "loss": 3.0 / s, "epoch": s / 2, "seconds": 1.0} for s in (1, 2)]
+        (log_dir / "scalars.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = [
+        {"messages": [{"role": "user", "content": f"Who are you, {i}?"},
+                      {"role": "assistant", "content": "I am Ada <b>."}]}
+        for i in range(12)
+    ]  # fmt: skip
+    lines = [*map(json.dumps, rows), '{"messages": [{"role": "user", "content": "?"}]}', '{"bro']
+    (root / "rows.jsonl").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture(scope="session")
+def site(place, tmp_path_factory):
+    """The parts behind the page."""
+    pytest.importorskip("gradio")
+    from xtuner.serve.engine import Engine
+    from xtuner.web.folders import Folders
+    from xtuner.web.jobs import Jobs
+    from xtuner.web.models import ModelPool
+    from xtuner.web.site import Site
+
+    folders = Folders.of(place / "runs", [place])
+    engine = Engine()
+    pool = ModelPool(engine, folders, given=(str(place / "tiny"),), device="cpu", dtype="float32")
+    yield Site(engine, pool, folders, Jobs(folders), first=(str(place / "tiny"),))
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def web(site, tmp_path_factory):
+    """A running server of the page."""
+    from xtuner.serve import listen
+    from xtuner.web import app as application
+
+    with pytest.MonkeyPatch.context() as patch:
+        temporary = tmp_path_factory.mktemp("uploads")
+        for name, value in application.prepare_environment(temporary).items():
+            patch.setenv(name, value)
+        token = application.new_token()
+        with warnings.catch_warnings():
+            # gradio leaves event loops open while it builds pages
+            warnings.simplefilter("ignore", ResourceWarning)
+            app = application.make_app(site, address="127.0.0.1", credentials=token)
+            gc.collect()
+        socket = listen.bind("127.0.0.1", 0)
+        server = listen.server(app, shutdown_seconds=1)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield SimpleNamespace(url=listen.address_of(socket), token=token.token, temporary=temporary)
+        server.should_exit = True
+        thread.join()

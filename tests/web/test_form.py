@@ -1,0 +1,89 @@
+"""The form shows every setting, and makes the settings that it shows."""
+
+import pytest
+
+from xtuner.config.builtin import catalog
+from xtuner.config.load import load_settings
+from xtuner.config.schema import Settings
+from xtuner.errors import ConfigError
+from xtuner.web import form
+from xtuner.web.folders import Folders
+
+CHANGED = {
+    "pretrained_model_name_or_path": "org/model",
+    "data_path": ["a.jsonl", "b.csv"],
+    "tuning": "full",
+    "lr": 3e-5,
+    "betas": (0.9, 0.95),
+    "max_norm": None,
+    "gradient_checkpointing": True,
+    "shuffle": False,
+    "max_steps": 7,
+    "data_weights": [1.0, 2.0],
+    "evaluation_inputs": ["Who are you?", "它是什么?"],
+    "save_steps": 11,
+    "SYSTEM": "Be 'kind'.",
+    "save_total_limit": -1,
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    (tmp_path / "runs").mkdir()
+    return Folders.of(tmp_path / "runs", [tmp_path])
+
+
+def test_every_setting_is_in_the_form():
+    names = [field.name for field in form.fields()]
+    assert sorted(names) == sorted(Settings.model_fields)
+    assert all(field.help and field.part for field in form.fields())
+    assert {field.kind for field in form.fields()} == {"switch", "choice", "text", "lines", "value"}
+
+
+def test_what_the_form_shows_is_what_it_makes(tmp_path):
+    shown = form.controls_of(CHANGED)
+    assert all(isinstance(value, bool | str) for value in shown)
+    values = form.values_of(shown)
+    assert load_settings(values).settings == load_settings(CHANGED).settings
+    assert set(values) == set(CHANGED)
+    file = tmp_path / "settings.py"
+    file.write_text(form.settings_file(values, "mine"), encoding="utf-8")
+    assert load_settings(file).settings == load_settings(CHANGED).settings
+
+
+def test_settings_of_a_built_in_survive_the_form():
+    values = catalog.compose("smollm2_135m_instruct_qlora_custom_e3")
+    again = form.values_of(form.controls_of(values))
+    assert load_settings(again).settings == load_settings(values).settings
+
+
+def test_all_that_is_no_value_is_listed():
+    shown = form.controls_of(CHANGED)
+    names = [field.name for field in form.fields()]
+    shown[names.index("lr")], shown[names.index("max_steps")] = "fast", "__import__('os')"
+    with pytest.raises(ConfigError, match=r"max_steps(.|\n)*lr = 'fast'"):
+        form.values_of(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("data_path", ["/etc/passwd"], "outside the folders"),
+        ("data_path", ["../../secret.jsonl"], "outside the folders"),
+        ("pretrained_model_name_or_path", "~/model", "outside the folders"),
+        ("custom_hooks", ["evil.py:Hook"], "runs a Python file"),
+        ("algorithm", "evil.py:Algorithm", "runs a Python file"),
+        ("dataset_format", ["evil.py:read"], "runs a Python file"),
+        ("prompt_template", "evil.py:T", "runs a Python file"),
+        ("trust_remote_code", True, "runs code of the model"),
+        ("work_dir", "/tmp/x", "work_dir"),
+        ("no_such_setting", 1, "no_such_setting"),
+    ],
+    ids=["absolute", "up", "home", "hook", "algorithm", "format", "template", "remote", "work dir",
+         "unknown"],
+)  # fmt: skip
+def test_settings_that_leave_the_folders_or_run_code_are_refused(folders, name, value, words):
+    values = {"pretrained_model_name_or_path": "org/model", "data_path": ["rows.jsonl"]}
+    form.checked(values, folders)
+    with pytest.raises(ConfigError, match=words):
+        form.checked({**values, name: value}, folders)

@@ -1,0 +1,27 @@
+"""What the page shows before a run: data, bad rows, methods."""
+
+from xtuner import i18n
+from xtuner.web import form, preview
+
+WORDS = i18n.words("en")
+
+
+def test_data_as_understood(site, place, monkeypatch):
+    monkeypatch.setattr(preview, "METHODS", ("lora",))  # each forecast takes seconds
+    values = preview.starting_values(str(place / "tiny"), "lora")
+    values |= {"data_path": [str(place / "rows.jsonl")], "dataset_format": ["auto"]}
+    values |= {"max_length": 64, "dataset_num_proc": 1}
+    loaded = form.checked(values, site.folders)
+    view = preview.look_at_data(loaded, WORDS)
+    assert "14 rows, format openai (auto)" in view.html
+    assert "line 13" in view.html and "add one or remove the row" in view.html
+    assert '<span class="on">I am Ada &lt;b&gt;.' in view.html and "<b>" not in view.html
+    assert view.questions == ("Who are you, 0?", "Who are you, 1?")
+    suggestion = preview.suggested(values, view)
+    assert suggestion["accumulative_counts"] == max(1, view.packs // 12)
+    steps = view.packs // suggestion["accumulative_counts"] * suggestion["max_epochs"]
+    assert steps >= 30 or suggestion["max_epochs"] == 10
+    form.checked(suggestion, site.folders)
+    methods = preview.methods(loaded)
+    assert [(method.tuning, method.fits) for method in methods] == [("lora", True)]
+    assert 0 < methods[0].peak < methods[0].available
