@@ -62,7 +62,7 @@ def read(folder: Path, load: Load) -> dict[str, Tensor]:
     if not states:
         return _named(first.get("module", first))
     _check_ranks(folder, states)
-    if _stage(states[0]) == 3:
+    if "fp32_flat_groups" in states[0]:
         return _stage_3(folder, [first, *map(load, models[1:])], states)
     return _stage_1_and_2(first, states)
 
@@ -77,10 +77,6 @@ def _optimizer_of(content: Mapping[str, Any], folder: Path) -> Mapping[str, Any]
     if not isinstance(state, Mapping) or "zero_stage" not in state:
         raise CheckpointError(f"{folder}: its optimizer files are not those of DeepSpeed's ZeRO")
     return state
-
-
-def _stage(state: Mapping[str, Any]) -> int:
-    return int(getattr(state["zero_stage"], "value", state["zero_stage"]))
 
 
 def _check_ranks(folder: Path, states: Sequence[Mapping[str, Any]]) -> None:

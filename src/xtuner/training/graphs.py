@@ -65,8 +65,8 @@ def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy
     """Why the decoder cannot be recorded, as far as it is known beforehand."""
     if not (torch.version.cuda or torch.version.hip):
         yield "this torch has none"
-    if strategy.sharded:
-        yield "weights are gathered from other processes"
+    if strategy.sharded or strategy.gathers:
+        yield "weights or gradients are divided among processes"
     if model.sequence is not None:
         yield "processes share the tokens of a row"
     if model.apart:

@@ -379,7 +379,9 @@ class _TrainingRun:
                 paged=self.plan.paged,
             )
 
-        model.always_embeds = self.strategy.lockstep and self.processes.world_size > 1
+        with_images = model.embedder is not None
+        together = self.strategy.lockstep and self.processes.world_size > 1
+        model.always_embeds = with_images and together
         everything = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = sum(p.numel() * p.element_size() for p in optim.trainable(model))
         self.strategy.prepare(model, make)
