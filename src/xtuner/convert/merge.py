@@ -10,6 +10,7 @@ weights would round them again, which loses far more than the difference between
 from __future__ import annotations
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from xtuner.errors import ModelError
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest, original
-from xtuner.models.adapters import load_adapter
+from xtuner.models.adapters import check_num_tokens, load_adapter
 from xtuner.models.families import internlm2
 from xtuner.models.load import load_tokenizer, read_config
 from xtuner.models.quantize import Rounding
@@ -193,6 +194,8 @@ class _Merge:
         except ModelError as error:
             raise lora.NeedsModel(str(error)) from error
         base_config = read_config(self.source)
+        if isinstance(size := base_config.get("vocab_size"), int):
+            check_num_tokens(self.adapter, size)
         changes = lora.changes(adapter, config, base.stored, base_config)
         if self.rounding and base_config.get("model_type") in internlm2.MODEL_TYPES:
             raise lora.NeedsModel("its files hold layers fused that were quantized one by one")
@@ -239,7 +242,8 @@ class _Merge:
             except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
                 raise ModelError(
                     f"{self.adapter}: PEFT cannot merge this type of adapter: {error}; "
-                    f"use it unmerged: xtuner chat {self.llm} --adapter {self.adapter}"
+                    "use it unmerged: "
+                    + shlex.join(["xtuner", "chat", self.llm, "--adapter", str(self.adapter)])
                 ) from error
         save_model(merged, draft, max_shard_size=f"{max(1, self.max_bytes // 1000)}KB")
         if self.folder is not None:
