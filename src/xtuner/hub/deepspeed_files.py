@@ -90,7 +90,8 @@ def _check_ranks(folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _named(state: Any) -> dict[str, Tensor]:
-    return {str(n): t for n, t in dict(state).items() if isinstance(t, Tensor) and t.numel()}
+    items = dict(state).items()
+    return {str(n): t.detach() for n, t in items if isinstance(t, Tensor) and t.numel()}
 
 
 def _groups(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -116,7 +117,7 @@ def _stage_1_and_2(
         flat, start = torch.cat([piece.reshape(-1) for piece in pieces]), 0
         for name, shape in shapes.items():
             size = torch.Size(shape).numel()
-            found[str(name)] = flat[start : start + size].view(torch.Size(shape)).clone()
+            found[str(name)] = flat[start : start + size].view(torch.Size(shape)).detach().clone()
             start += size
     return _shared(content, found)
 
@@ -147,4 +148,4 @@ def _stage_3(
 def _joined(pieces: Sequence[Tensor], shape: Any) -> Tensor:
     whole = torch.cat([piece.reshape(-1) for piece in pieces])
     shape = torch.Size(shape)
-    return whole[: shape.numel()].view(shape).clone()
+    return whole[: shape.numel()].view(shape).detach().clone()
