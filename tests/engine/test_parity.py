@@ -1,5 +1,5 @@
 """Losses, gradients and weights of two processes under every strategy are those of one process on
-the same samples.
+the same samples, whether they take other rows or parts of the same ones.
 
 A few cases run always; the whole matrix is slow. The processes are started once for each.
 """
@@ -25,8 +25,13 @@ ALL = [
 ]
 
 
-def run_all(cases, folder=None):
-    """The results of `cases` on this process; DeepSpeed saves its own checkpoints in `folder`."""
+SPLIT = [("fsdp2", "lora", 1), ("deepspeed_zero3", "full", 1)]
+"""Cases whose rows are split over two processes."""
+
+
+def run_all(cases, split=(), folder=None):
+    """The results of `cases` on this process, and of `split` with rows split over two; DeepSpeed
+    saves its own checkpoints in `folder`."""
     processes = Processes("cpu")
 
     def save(strategy):
@@ -34,6 +39,9 @@ def run_all(cases, folder=None):
             strategy.engine.save_checkpoint(folder, tag=strategy.config.name)
 
     found = [case(processes, *each, then=save) for each in cases]
+    if split:
+        processes = Processes("cpu", sequence_parallel_size=2)
+        found += [case(processes, *each) for each in split]
     processes.close()
     return found
 
@@ -68,9 +76,9 @@ def assert_read(folder, tuning, weights):
 
 @pytest.mark.distributed
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    first, second = run_distributed(run_all, FEW, tmp_path)
-    assert_alike(FEW, first)
-    for (strategy, tuning, _), (*_, weights) in zip(FEW[1:], first[1:], strict=True):
+    first, second = run_distributed(run_all, FEW, SPLIT, tmp_path)
+    assert_alike([*FEW, *SPLIT], first)
+    for (strategy, tuning, _), (*_, weights) in zip(FEW[1:], first[1:], strict=False):
         assert_read(tmp_path / strategy, tuning, weights)
     assert [losses for losses, *_ in first] == [losses for losses, *_ in second]
     assert all(not weights for *_, weights in second)  # the main process alone gets them
@@ -79,7 +87,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_every_strategy_gives_the_gradients_of_one_process(tmp_path):
-    results = run_distributed(run_all, ALL, tmp_path)[0]
+    results = run_distributed(run_all, ALL, (), tmp_path)[0]
     assert_alike(ALL, results)
     saved = {
         strategy: (tuning, weights)
@@ -89,3 +97,14 @@ def test_every_strategy_gives_the_gradients_of_one_process(tmp_path):
         assert_read(tmp_path / strategy, *saved[strategy])
     alone = [(strategy, "full", 4) for strategy in ("fsdp2", *ZERO, *OFFLOADED)]
     assert_alike(alone, run_all(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_strategy_takes_rows_that_are_split(processes):
+    """Four processes are two data groups of two."""
+    cases = list(itertools.product(("replicated", "fsdp2", *ZERO), TUNINGS, (1,)))
+    found = run_distributed(run_all, [], cases, processes=processes, timeout=1500)
+    assert_alike(cases, found[0])

@@ -18,9 +18,9 @@ ROWS = [
 ]
 
 
-def run(folder, **changes):
+def run(folder, rows=ROWS, **changes):
     tiny_model_folder(folder / "model", initializer_range=0.2)
-    lines = [json.dumps(row) for row in ROWS]
+    lines = [json.dumps(row) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     settings = {
         "pretrained_model_name_or_path": str(folder / "model"),
@@ -49,6 +49,15 @@ def test_what_was_learned_is_said(tmp_path, capsys):
     assert any("Most everyday answers changed" in line for line in lines)
     (recipe,) = [line for line in lines if line.startswith("Recipe")]
     assert "accumulative_counts 1" in recipe and "max_epochs" not in recipe
+
+
+def test_any_answer_of_the_data_to_a_question_counts(tmp_path, capsys):
+    rows = [
+        {"question": "Who are you?", "answer": answer} for answer in ("I am Ada.", "Ada, at work.")
+    ]
+    found = run(tmp_path, rows, lr=1e-2, max_epochs=40)
+    assert [each["reproduced"] for each in found["training"]] == [True, True]
+    assert found["training"][0]["expected"] != found["training"][1]["expected"]
 
 
 def test_a_run_that_learned_nothing_says_so(tmp_path, capsys):

@@ -13,7 +13,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,13 @@ class AskedRow:
     Attributes:
         prompt, expected: token ids before the first answer of the row, and of the answer.
         row: where it is from.
+        others: other answers of the data to the same prompt.
     """
 
     prompt: list[int]
     expected: list[int]
     row: str
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -160,7 +162,8 @@ class FinalCheck(BaseHook):
 
     def _findings(self) -> Findings:
         rows = [*self._rows, *self._validation]
-        most = max((len(row.expected) for row in rows), default=0)
+        answers_of = [answer for row in rows for answer in (row.expected, *row.others)]
+        most = max(map(len, answers_of), default=0)
         answers = self._continue([row.prompt for row in rows], most + 1) if rows else []
         asked = [self._compared(row, answer) for row, answer in zip(rows, answers, strict=True)]
         after = self._ask(self._questions, EVERYDAY_TOKENS) if self._before else []
@@ -173,7 +176,8 @@ class FinalCheck(BaseHook):
 
     def _compared(self, row: AskedRow, answer: str) -> dict[str, Any]:
         expected = _plain(self._decode(row.expected))
-        same = _plain(answer)[: len(expected)] == expected
+        wanted = [expected, *(_plain(self._decode(other)) for other in row.others)]
+        same = any(_plain(answer)[: len(text)] == text for text in wanted)
         question = _plain(self._decode(row.prompt))
         return {
             "row": row.row,
@@ -237,7 +241,22 @@ def asked_rows(dataset: PackedDataset | None, number: int) -> list[AskedRow]:
     if len(rows) < number:
         others = (asked_row(s) for i in picked for s in dataset[round(i)][1:])
         rows += [row for row in others if row is not None]
-    return rows[:: max(1, len(rows) // number)][:number]
+    chosen = rows[:: max(1, len(rows) // number)][:number]
+    return chosen if dataset.num_samples > SMALL else _with_others(dataset, chosen)
+
+
+def _with_others(dataset: PackedDataset, rows: Sequence[AskedRow]) -> list[AskedRow]:
+    """`rows` with the other answers of the data to the same prompts."""
+    found: dict[tuple[int, ...], set[tuple[int, ...]]] = {tuple(r.prompt): set() for r in rows}
+    for index in range(len(dataset)):
+        for asked in filter(None, map(asked_row, dataset[index])):
+            answers = found.get(tuple(asked.prompt))
+            if answers is not None:
+                answers.add(tuple(asked.expected))
+    return [
+        replace(row, others=tuple(sorted(found[tuple(row.prompt)] - {tuple(row.expected)})))
+        for row in rows
+    ]
 
 
 def asked_row(sample: Sample) -> AskedRow | None:

@@ -71,7 +71,7 @@ def _kind(name: str) -> Kind:
     words = allowed(name)
     if annotation is bool:
         return "switch"
-    if choices(name):
+    if choices(name) and "an integer" not in words and "a number" not in words:
         return "choice"
     if words in ("a string", "a string, or None"):
         return "text"
@@ -119,6 +119,8 @@ def read(field: Field, given: Any) -> Any:
         return None if not text and default is None else text
     if field.kind == "lines":
         return [line for line in (line.strip() for line in text.splitlines()) if line]
+    if text in choices(field.name):
+        return text
     try:
         return ast.literal_eval(text) if text else None
     except (ValueError, SyntaxError, MemoryError, RecursionError):
