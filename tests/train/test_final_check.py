@@ -102,7 +102,7 @@ def test_a_tokenizer_that_splits_characters_is_named():
 
     three_each = sample(range(len(text) * 3), [1] * (len(text) * 3))
     one_each = sample(range(len(text)), [1] * len(text))
-    assert "3.0 tokens for a character" in script_note([three_each], decode)
+    assert "3.0 tokens per character" in script_note([three_each], decode)
     assert "Chinese" in script_note([three_each], decode)
     assert script_note([one_each], decode) == ""
 

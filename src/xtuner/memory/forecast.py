@@ -1,4 +1,4 @@
-"""How much memory a run takes, before it starts.
+"""Forecasts the memory of a run before it starts.
 
 settings ──footprint──► weights + optimizer + one step at max_length
 """
@@ -22,29 +22,29 @@ from xtuner.models.vision.tower import num_image_tokens, vision_config
 MB = 2**20
 
 LIBRARIES = 740 * MB
-"""What this process holds beside tensors on a CPU once everything is imported and has run once."""
+"""Memory of a CPU process without tensors, once everything is imported and has run once."""
 
 ALLOCATOR = {"cpu": 1.05, "cuda": 1.05}
-"""Memory that allocators hold for the memory that is asked of them; the figure for a CPU was
-measured (`benchmarks/memory.py`), that for a GPU was not."""
+"""Memory that allocators hold per requested byte; the CPU value was measured
+(`benchmarks/memory.py`), the GPU value was not."""
 
 WHOLE = Division()
 """What a process holds that shares nothing."""
 
 TYPICAL_SAMPLE = 512
-"""Length of the samples in packed rows for which attention is forecast."""
+"""Assumed length of samples in packed rows, for the forecast of attention."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one process will need, in bytes.
+    """The memory that one process will need, in bytes.
 
     Attributes:
-        footprint: of the model and one step.
-        optimizer: state of the optimizer.
-        failure: why nothing could be found out; then all counts are 0. Empty otherwise.
-        paged: that state lies in memory which a GPU's driver moves to the CPU when it must, and of
-            which torch's allocator knows nothing.
+        footprint: Footprint of the model and one step.
+        optimizer: Bytes of optimizer state.
+        failure: Why the forecast failed; then all counts are 0. Empty otherwise.
+        paged: The optimizer state is in memory that the GPU driver moves to the CPU when necessary,
+            outside torch's allocator.
         device: 'cpu' or 'cuda'.
         recompute: whether activations are recomputed.
         embedding_on_cpu: whether the input embedding stays in the CPU's memory.
@@ -115,18 +115,18 @@ class Forecast:
 
     @property
     def weights(self) -> int:
-        """Those that lie on the device."""
+        """The bytes of weights on the device."""
         return self.footprint.weights - self.embedding_on_cpu * self.footprint.embedding
 
     @property
     def libraries(self) -> int:
-        """What the process itself holds; a GPU's memory holds nothing of it."""
+        """Memory of the process itself; 0 for a GPU."""
         return LIBRARIES if self.device == "cpu" else 0
 
     def lines(self) -> Iterator[str]:
-        """Two lines for the terminal; one where nothing could be found out."""
+        """Two lines for the terminal; one if the forecast failed."""
         if self.failure:
-            yield f"Memory       not forecast, for the forecast failed: {self.failure}"
+            yield f"Memory unknown, because the forecast failed: {self.failure}"
             return
         parts = self.footprint
         share = 100 * parts.trainable / max(1, parts.parameters)
@@ -146,8 +146,8 @@ class Forecast:
         )
         if self.embedding_on_cpu:
             yield (
-                f"             the input embedding, {parts.embedding / MB:,.0f} MiB, stays in the "
-                "CPU's memory"
+                f"             the input embedding, {parts.embedding / MB:,.0f} MiB, stays in "
+                "CPU memory"
             )
 
 
@@ -160,7 +160,7 @@ def forecast(
     processes: int = 1,
     folder: Path = Path(),
 ) -> Forecast:
-    """Forecast the peak of one process at `max_length`.
+    """Forecast the peak memory of one process at `max_length`.
 
     Args:
         settings: of the run.
@@ -171,7 +171,7 @@ def forecast(
         folder: of the settings file.
 
     Raises:
-        ModelError: the model's configuration cannot be had.
+        ModelError: The model's configuration is not available.
     """
     alone = settings.model_copy(update={"strategy": "replicated", "strategy_options": ()})
     found = _footprint(alone, device, recompute)
@@ -193,14 +193,14 @@ def forecast(
 
 
 def may_page(settings: Settings, device: str) -> bool:
-    """Whether the optimizer's state may be paged."""
+    """Whether the optimizer state can be paged."""
     named = device == "cuda" and optim.is_paged(settings.optim_type)
     named = named and settings.strategy == "replicated"  # a part of the state is AdamW's
     return named and settings.paged_optimizer is not False
 
 
 def without_embedding(full: Forecast, settings: Settings) -> Forecast:
-    """`full` with the input embedding on the CPU, if it may stay there and the device is a GPU."""
+    """`full` with the input embedding on the CPU, if that is possible and the device is a GPU."""
     can = (
         full.device == "cuda"
         and full.footprint.embedding > 0
@@ -227,7 +227,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
 
 
 def _bytes_of_moments(optim_type: str) -> float:
-    """Bytes of optimizer state a trained number."""
+    """Bytes of optimizer state per trained parameter."""
     name = optim_type.lower()
     moments = 0 if name in ("sgd", "adafactor") else 1 if "lion" in name else 2
     return moments * (1.03 if "8bit" in name else 4)
