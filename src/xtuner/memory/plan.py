@@ -100,7 +100,7 @@ class MemoryPlan:
             yield "Lower batch_size or max_length, or set gradient_checkpointing = True"
             return
         settings, last, fits = self.settings, self.forecast.peak, False
-        yield "Cheapest changes, applied one after another:"
+        yield "Cheapest changes, each in addition to the previous ones:"
         first = self._strategy_that_fits(settings) if self.processes > 1 else ()
         for changes in (*first, *_hints(self.settings, self.forecast)):
             tried = settings.model_copy(update=changes)
@@ -127,7 +127,7 @@ class MemoryPlan:
         for changes in self._strategy_that_fits(settings):
             yield f"  strategy = {changes['strategy']!r}: fits"
             return
-        yield "  a smaller model: nothing above is enough"
+        yield "  a smaller model: the changes above do not suffice"
 
     def _strategy_that_fits(self, settings: Settings) -> list[Mapping[str, Any]]:
         """The strategy that costs least of those with which `settings` fit, if there is one."""

@@ -65,7 +65,7 @@ def use(
 def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy) -> Iterator[str]:
     """Why the decoder cannot be recorded, if that is known in advance."""
     if not (torch.version.cuda or torch.version.hip):
-        yield "this torch has none"
+        yield "this build of torch has none"
     if strategy.sharded or strategy.gathers:
         yield "weights or gradients are divided among processes"
     if model.sequence is not None:

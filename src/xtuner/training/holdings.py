@@ -22,7 +22,7 @@ def holdings(
     if count == 1 and name == "replicated":
         return
     shares = strategy.division(strategy.settings, count)
-    where = " (in the CPU's memory)"
+    where = " (in CPU memory)"
     parts = [
         f"weights {_part(strategy.held_weights(), weights)}{where * shares.weights_on_cpu}",
         f"gradients {_part(gradients * shares.gradients, gradients)}",
