@@ -142,7 +142,7 @@ class Forecast:
             f"Memory       {self.peak / MB:,.0f} MiB at the peak "
             f"(weights {self.held_weights / MB:,.0f}{gathered}, {inside}"
             f"{step} and gradients {self.step / MB:,.0f}{rest})"
-            + (f"; {optimizer} more, paged: may move to the CPU" if self.paged else "")
+            + (f"; {optimizer} more, paged: can move to the CPU" if self.paged else "")
         )
         if self.embedding_on_cpu:
             yield (
