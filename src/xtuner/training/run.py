@@ -148,7 +148,12 @@ class _TrainingRun:
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
         with working(self.console, "Forecasting memory"):
-            self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
+            self.plan = plan_memory(
+                settings,
+                self.device,
+                processes=self.processes.world_size,
+                folder=self.loaded.folder,
+            )
         lines = self._tell(data, counter, total)
         with working(self.console, "Loading the model"):
             model = self._make_model(source)
@@ -368,7 +373,7 @@ class _TrainingRun:
 
         def make(prepared: nn.Module) -> torch.optim.Optimizer:
             return optim.make_optimizer(
-                s.optim_type,
+                self.strategy.optimizer_for(s.optim_type),
                 prepared,
                 lr=s.lr,
                 betas=s.betas,
@@ -377,7 +382,9 @@ class _TrainingRun:
                 paged=self.plan.paged,
             )
 
-        model.always_embeds = self.strategy.lockstep and self.processes.world_size > 1
+        with_images = model.embedder is not None
+        together = self.strategy.lockstep and self.processes.world_size > 1
+        model.always_embeds = with_images and together
         everything = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = sum(p.numel() * p.element_size() for p in optim.trainable(model))
         self.strategy.prepare(model, make)
