@@ -52,7 +52,7 @@ def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: i
     """`settings` with numbers in place of 'auto'.
 
     Args:
-        settings: of the run.
+        settings: The run's settings.
         rows: samples of an epoch.
         packs: packs (or samples that are not packed) of an epoch.
         length: tokens of a pack.

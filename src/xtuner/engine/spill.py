@@ -45,7 +45,7 @@ class Spill:
         """Raise what went wrong, after everything was gathered.
 
         Raises:
-            OSError: the disk is full.
+            OSError: The disk is full.
             MemoryError, RuntimeError: memory is.
         """
         if self._fault is not None:

@@ -35,14 +35,14 @@ class Footprint:
     """Bytes and counts of one model under one choice of settings.
 
     Attributes:
-        weights: as they are held, adapters included.
-        step: highest sum of everything else alive within a step but the optimizer's state:
-            activations, gradients, logits, scratch.
-        gradients: of all trained weights; part of `step`.
-        trainable: trained numbers.
-        parameters: all numbers.
-        width: of the hidden states.
-        embedding: bytes of the input embedding, part of `weights`, if it may stay on the CPU.
+        weights: Bytes of all weights as stored, including adapters.
+        step: Peak of everything else within a step except optimizer state: activations, gradients,
+            logits, scratch.
+        gradients: Bytes of all gradients; part of `step`.
+        trainable: Number of trained parameters.
+        parameters: Number of all parameters.
+        width: Width of the hidden states.
+        embedding: Bytes of the input embedding, part of `weights`, if it can stay on the CPU.
         unit: bytes of the largest weights that are gathered together where they are divided: of a
             layer, the embedding or the output head.
     """

@@ -48,11 +48,11 @@ class Forecast:
         device: 'cpu' or 'cuda'.
         recompute: whether activations are recomputed.
         embedding_on_cpu: whether the input embedding stays in the CPU's memory.
-        checkpoint: size of one on disk.
+        checkpoint: Size of a checkpoint on disk.
         division: what of it this process holds.
         strategy: the name of what divides it.
         processes: how many share it.
-        graphs: whether the decoder may be recorded as CUDA graphs.
+        graphs: Whether the decoder can be recorded as CUDA graphs.
     """
 
     footprint: Footprint
@@ -70,10 +70,10 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """Highest memory of the run; without what may move to the CPU."""
+        """Peak memory of the run, without what can move to the CPU."""
         held = self.held_weights + self.gathered + self.step
         held += 0 if self.paged else self.held_optimizer
-        held = max(held, self.footprint.weights)  # all of them are loaded before some leave
+        held = max(held, self.footprint.weights)  # all of them are loaded before some are moved
         return self.libraries + int(held * ALLOCATOR[self.device])
 
     @property
@@ -163,10 +163,10 @@ def forecast(
     """Forecast the peak memory of one process at `max_length`.
 
     Args:
-        settings: of the run.
+        settings: The run's settings.
         device: 'cpu' or 'cuda'.
         recompute: whether activations are recomputed.
-        paged: whether the optimizer's state is paged; None: if it may be.
+        paged: Whether the optimizer state is paged; None: if possible.
         processes: that share the model as the strategy of `settings` says.
         folder: of the settings file.
 

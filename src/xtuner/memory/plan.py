@@ -39,10 +39,10 @@ ROOM = 0.9
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A forecast beside the memory of the device.
+    """A forecast and the memory of the device.
 
     Attributes:
-        settings: of the run.
+        settings: The run's settings.
         device: 'cpu' or 'cuda'.
         memory: bytes that one process may take.
         forecast: of one process.
@@ -105,7 +105,7 @@ class MemoryPlan:
         for changes in (*first, *_hints(self.settings, self.forecast)):
             tried = settings.model_copy(update=changes)
             if next(check_combinations(tried), None) or not self._can_use(tried):
-                continue  # a run would refuse it
+                continue  # a run would reject it
             found = forecast(
                 tried,
                 self.device,
@@ -167,8 +167,8 @@ def plan_memory(
     Args:
         settings: The run's settings.
         device: 'cpu' or 'cuda'.
-        memory: bytes to plan for; None takes nine tenths of what is free on `device`.
-        processes: how many train; on a CPU they share its memory, of GPUs each has its own.
+        memory: Bytes to plan for; None uses nine tenths of the free memory of `device`.
+        processes: Number of processes; on a CPU they share the memory, on GPUs each has its own.
         folder: of the settings file.
 
     Raises:
@@ -205,10 +205,10 @@ def _expected(
 
 
 def _ways(settings: Settings, device: str, processes: int, folder: Path) -> Iterator[Forecast]:
-    """Forecasts of what is left to us, by what it costs: no CUDA graphs, which keep gradients
-    during a forward pass; an embedding on the CPU some MiB to copy a micro-batch; paging what does
-    not fit of the optimizer's state, at most all of it, to copy back and forth a step;
-    recomputation a third more time of every micro-batch."""
+    """Forecasts of the options that 'auto' leaves open, by increasing cost. No CUDA graphs: these
+    keep gradients during a forward pass. An embedding on the CPU: some MiB to copy per micro-batch.
+    Paging: the optimizer state that does not fit is copied back and forth once per step.
+    Recomputation: a third more time per micro-batch."""
     shared: dict[str, Any] = {"processes": processes, "folder": folder}
     wanted, pageable = settings.gradient_checkpointing, may_page(settings, device)
     pages = (False, True) if pageable and settings.paged_optimizer == "auto" else (pageable,)

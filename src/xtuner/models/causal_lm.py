@@ -65,14 +65,14 @@ class PackedCausalLM(nn.Module):
         embedder: Embeds batches with images; None for a text-only model.
 
     Attributes:
-        always_embeds: a batch without images enters the weights for images, too. Where weights or
-            gradients are divided among processes, all of them then enter the same modules.
+        always_embeds: Batches without images also run the image modules, so that all processes call
+            the same modules if weights or gradients are sharded.
         saw_images: a batch had images since this was last set to False.
-        noise: of NEFTune, in training; None without.
-        apart: each sample goes through the model by itself, as transformers' plainest call.
-        graphs: replays the decoder in training where it can; None always computes.
-        sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
-            has all.
+        noise: NEFTune noise in training; None disables it.
+        apart: Each sample goes through the model alone, in a plain transformers call.
+        graphs: Replays the decoder in training if possible; None disables it.
+        sequence: The processes that share the tokens of a row, after `split_rows`; None if this one
+            has all tokens.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ class CheckpointWriter:
             )
 
     def _write(self, folder: Path, run: Run) -> None:
-        """Write this process's part: gathering is for all, writing for the main one."""
+        """Gather on all processes, and write on the main process."""
         spill = Spill(folder)
         keep = spill.keep if self.strategy.gathers else as_it_is
         weights = self._trained_weights(keep)

@@ -104,7 +104,7 @@ class SampleAnswers:
     """Asks the model questions during training.
 
     Attributes:
-        settings: of the run.
+        settings: The run's settings.
         model: The model in training; generation uses it without the wrapper for packed rows.
         tokenizer, template: of the run.
         processes: The process group.

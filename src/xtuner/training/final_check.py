@@ -58,8 +58,8 @@ class AskedRow:
     """A row of the data as a question.
 
     Attributes:
-        prompt, expected: token ids before the first answer of the row, and of the answer.
-        row: where it is from.
+        prompt, expected: Token ids before the row's first answer, and of that answer.
+        row: The row's location.
         others: other answers of the data to the same prompt.
     """
 

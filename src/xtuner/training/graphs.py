@@ -67,7 +67,7 @@ def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy
     if not (torch.version.cuda or torch.version.hip):
         yield "this build of torch has none"
     if strategy.sharded or strategy.gathers:
-        yield "weights or gradients are divided among processes"
+        yield "weights or gradients are sharded across processes"
     if model.sequence is not None:
         yield "processes share the tokens of a row"
     if model.apart:

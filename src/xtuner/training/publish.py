@@ -68,8 +68,8 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
             )
     except Exception as error:  # the library raises many types, including network errors
         raise LaunchError(
-            f"push_to_hub = {repo!r}: the run is done and saved in {checkpoint}, but the hub did "
-            f"not take it: {' '.join(str(error).split())}. Try again: "
+            f"push_to_hub = {repo!r}: the run is done and saved in {checkpoint}, but the upload "
+            f"failed: {' '.join(str(error).split())}. Try again: "
             f"{shlex.join(['hf', 'upload', repo, str(checkpoint)])}"
         ) from error
     return str(address)

@@ -84,7 +84,7 @@ def recording(
     Args:
         loaded: The run's settings.
         plan: The memory plan.
-        dtype: of the computation.
+        dtype: The dtype of the computation.
         processes: Number of processes.
         steps: The first and the last step.
         lines: The printed lines.

@@ -139,7 +139,7 @@ class FlatOptimizer:
         """
         counts = [sum(len(s.indices) for s in segments) for segments in self.segments]
         if [len(group["params"]) for group in state["param_groups"]] != counts:
-            raise ValueError("the state belongs to an optimizer of other parameters")
+            raise ValueError("the state belongs to an optimizer with other parameters")
         numbers = [i for group in state["param_groups"] for i in group["params"]]
         states = {at: plain(state["state"].get(i, {})) for at, i in enumerate(numbers)}
         flat: list[Any] = []

@@ -51,7 +51,7 @@ class DeepSpeedStrategy(BaseStrategy):
 
     @classmethod
     def division(cls, settings: Settings, processes: int) -> Division:
-        """What the stage divides."""
+        """The shares under this ZeRO stage."""
         part, config = 1 / processes, cls.config
         return Division(
             weights=part if config.stage == 3 else 1.0,
@@ -65,10 +65,10 @@ class DeepSpeedStrategy(BaseStrategy):
         )
 
     def optimizer_for(self, optim_type: str) -> str:
-        """Torch's, where `optim_type` needs whole weights."""
+        """The torch optimizer, if `optim_type` needs full weights."""
         name = _state.substitute(optim_type) or optim_type
         if name != optim_type:
-            self.notes.append(f"{name} takes the place of {optim_type}: its state is divided")
+            self.notes.append(f"{name} replaces {optim_type}: its state is sharded")
         return name
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
@@ -157,7 +157,7 @@ class DeepSpeedStrategy(BaseStrategy):
             zero.reset_cpu_buffers()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backpropagate; with stages 2 and 3 gradients are summed into this process's parts."""
+        """Backpropagate; stages 2 and 3 reduce gradients into this process's shards."""
         alone = not self.lockstep and not loss.requires_grad  # the others do not wait
         if alone or not _parts.check_has_gradient(loss, self.processes, self.config.name):
             return

@@ -96,12 +96,12 @@ class DeepSpeedConfig:
         return int(self.zero.get("stage3_max_live_parameters", LIVE))
 
     def for_engine(self, batch_size: int, *, trained: int) -> dict[str, Any]:
-        """The configuration that `deepspeed.initialize` gets: the trainer accumulates, scales the
-        loss, clips and schedules.
+        """The configuration for `deepspeed.initialize`; accumulation, loss scaling, clipping and
+        the schedule are the trainer's.
 
         Args:
-            batch_size: samples or packs a micro-batch.
-            trained: numbers; a bucket is no larger.
+            batch_size: Samples or packs per micro-batch.
+            trained: Number of trained elements, the maximum bucket size.
         """
         sizes: dict[str, Any] = {"reduce_bucket_size": max(1, min(BUCKET, trained))}
         if self.stage == 3:

@@ -35,15 +35,15 @@ class Division:
     """What one process holds, as fractions of the full weights, gradients and optimizer state.
 
     Attributes:
-        weights: of the model.
-        gradients: of the trained weights.
-        optimizer: state of the optimizer.
-        master: a float32 copy of the trained weights beside them.
-        live: gathered weights, in numbers, that are kept for their next use; beside the unit that
-            computes and the one that comes next.
-        bucket: float32 numbers in buffers of gradients.
-        weights_on_cpu: the weights, gradients and optimizer state lie in the CPU's memory.
-        optimizer_on_cpu: the optimizer state lies in the CPU's memory.
+        weights: Fraction of the model's weights.
+        gradients: Fraction of the gradients.
+        optimizer: Fraction of the optimizer state.
+        master: Fraction of an additional float32 copy of the trained weights.
+        live: Number of gathered elements that are kept for reuse, in addition to the current and
+            the next unit.
+        bucket: Number of float32 elements in gradient buffers.
+        weights_on_cpu: Weights, gradients and optimizer state are in CPU memory.
+        optimizer_on_cpu: The optimizer state is in CPU memory.
     """
 
     weights: float = 1.0
@@ -109,11 +109,11 @@ class BaseStrategy(ABC):
 
     @classmethod
     def division(cls, settings: Settings, processes: int) -> Division:
-        """What each of `processes` processes holds."""
+        """The fractions that each of `processes` processes holds."""
         return Division()
 
     def optimizer_for(self, optim_type: str) -> str:
-        """The optimizer that steps where `optim_type` is asked for."""
+        """The optimizer that is used for `optim_type`."""
         return optim_type
 
     @abstractmethod

@@ -43,16 +43,16 @@ class Strategy(BaseStrategy):
 
     @classmethod
     def division(cls, settings: Settings, processes: int) -> Division:
-        """A part of everything; with cpu_offload in the CPU's memory."""
+        """A shard of everything, in CPU memory with cpu_offload."""
         part = 1 / processes
         offload = bool(dict(settings.strategy_options).get("cpu_offload", False))
         return Division(part, part, part, weights_on_cpu=offload, optimizer_on_cpu=offload)
 
     def optimizer_for(self, optim_type: str) -> str:
-        """Torch's, where `optim_type` needs whole weights."""
+        """The torch optimizer, if `optim_type` needs full weights."""
         name = _state.substitute(optim_type) or optim_type
         if name != optim_type:
-            self.notes.append(f"{name} takes the place of {optim_type}: its state is divided")
+            self.notes.append(f"{name} replaces {optim_type}: its state is sharded")
         return name
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
