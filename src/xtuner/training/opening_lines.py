@@ -155,7 +155,7 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
             (
                 "evaluation_freq",
                 s.evaluation_freq,
-                "questions are questions are asked only before and after training",
+                "questions are asked only before and after training",
             )
         )
     rows.append(("logging_steps", s.logging_steps, "only the last step is logged"))
