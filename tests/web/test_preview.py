@@ -21,6 +21,7 @@ def test_data_as_understood(site, place, monkeypatch):
     assert suggestion["accumulative_counts"] == max(1, view.packs // 12)
     steps = view.packs // suggestion["accumulative_counts"] * suggestion["max_epochs"]
     assert steps >= 30 or suggestion["max_epochs"] == 10
+    assert suggestion["max_lost_rows"] == 1
     form.checked(suggestion, site.folders)
     methods = preview.methods(loaded)
     assert [(method.tuning, method.fits) for method in methods] == [("lora", True)]

@@ -38,11 +38,13 @@ class DataView:
         html: format, rows, the first sample with the supervised part marked, and every bad row.
         packs: rows of the training data after packing.
         questions: of the user in the first rows.
+        bad_rows: some rows cannot be used.
     """
 
     html: str
     packs: int
     questions: tuple[str, ...]
+    bad_rows: bool = False
 
 
 def local_model(name: str) -> str:
@@ -73,9 +75,10 @@ def look_at_data(loaded: LoadedSettings, words: Words) -> DataView:
     html.append(f'<pre class="tokens">{_html(text)}</pre>')
     if bad:
         html.append(f"<h4>{words('data_bad')}</h4>")
+        html.append(f'<p class="hint">{words("data_left_aside")}</p>')
         shown = "\n".join(bad[:_MOST_BAD_ROWS]) + ("\n…" if len(bad) > _MOST_BAD_ROWS else "")
         html.append(f'<pre class="log">{escape(shown)}</pre>')
-    return DataView("".join(html), len(data.train), _questions(parts))
+    return DataView("".join(html), len(data.train), _questions(parts), bool(bad))
 
 
 def _html(text: StyledText) -> str:
@@ -128,6 +131,8 @@ def suggested(values: Mapping[str, Any], view: DataView) -> dict[str, Any]:
         "save_total_limit": 5,
         "evaluation_inputs": list(view.questions),
         "tensorboard": False,
+        # the page has listed the bad rows, and says that they will be left out
+        **({"max_lost_rows": 1.0} if view.bad_rows else {}),
     }
 
 
