@@ -7,7 +7,8 @@ Two kinds of rows, mixed:
 * self-introductions: questions about who the assistant is, answered with the name;
 * the model's own answers to everyday questions. A model trained only on introductions forgets how
   to answer anything else (see `make quickstart-overfit`); mixing in its own answers is the cheapest
-  remedy and needs no download.
+  remedy. Those of the default model are in everyday.jsonl, beside this file; other models are asked
+  (a minute or two).
 
 The questions in HELD_OUT are asked after training and never written to the data.
 """
@@ -42,6 +43,9 @@ INTRODUCTION_QUESTIONS = [
     "Say hello and introduce yourself.",
     "Which AI are you?",
 ]
+DEFAULT_MODEL = "smollm2_135m_instruct"
+ANSWERS = Path(__file__).with_name("everyday.jsonl")
+
 HELD_OUT = ["So, who exactly are you?", "Can you tell me your name, please?"]
 
 INTRODUCTION_ANSWERS = [
@@ -140,11 +144,14 @@ def main():
     parser.add_argument("model", type=Path)
     parser.add_argument("--name", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ask", action="store_true", help="Ask the default model, too.")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    everyday = args.out.parent / "everyday.jsonl"
-    if not everyday.exists():
-        print("Collecting the model's own answers to everyday questions:")
+    everyday = args.out.parent / f"everyday_{args.model.resolve().name}.jsonl"
+    if args.model.resolve().name == DEFAULT_MODEL and not args.ask:
+        everyday = ANSWERS
+    elif args.ask or not everyday.exists():
+        print("Asking the model everyday questions:", flush=True)
         lines = [json.dumps(row(*pair)) for pair in own_answers(args.model, EVERYDAY_QUESTIONS)]
         everyday.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = [json.dumps(row(*pair), ensure_ascii=False) for pair in introductions(args.name)]

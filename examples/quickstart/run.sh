@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job in one command: fetch a small chat model, write data, fine-tune, show what to do next.
-# Every step is an xtuner command that is printed before it runs; a second run reuses model and answers.
+# Every step is a command that is printed before it runs, and can be copied.
 set -euo pipefail
 name="${1:-Ada}"
 bin="$(dirname "${PYTHON:-.venv/bin/python}")"
@@ -8,10 +8,16 @@ here="$(dirname "$0")"
 out=quickstart
 
 step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
-run() { printf '$ %s\n' "$*"; "$bin/$@"; }
+quoted() { # the words of a command, in quotes where a shell needs them
+  local word
+  for word in "$@"; do
+    if [[ "$word" =~ ^[A-Za-z0-9_./=:,-]+$ ]]; then printf ' %s' "$word"; else printf " '%s'" "${word//\'/\'\\\'\'}"; fi
+  done
+}
+run() { printf '$%s\n' "$(quoted "$bin/$1" "${@:2}")"; "$bin/$@"; }
 
 step "1/3  A small chat model: SmolLM2-135M-Instruct"
-echo '$ xtuner fetch smollm2_135m_instruct'
+printf '$%s\n' "$(quoted "$bin/xtuner" fetch smollm2_135m_instruct)"
 model="$("$bin/xtuner" fetch smollm2_135m_instruct)"
 echo "$model"
 
@@ -25,9 +31,9 @@ cat <<TEXT
 
 The assistant knows its name. Go on with:
 
-  chat with it              $bin/xtuner chat $out/work_dir
-  make it one whole model   $bin/xtuner convert merge $model $out/work_dir $out/merged
-  train on your own data    $bin/xtuner copy-cfg smollm2_135m_instruct_lora_custom_e3 .   (then edit and train it)
+  chat with it             $(quoted "$bin/xtuner" chat "$out/work_dir")
+  make it one whole model  $(quoted "$bin/xtuner" convert merge "$model" "$out/work_dir" "$out/merged")
+  train on your own data   $(quoted "$bin/xtuner" copy-cfg smollm2_135m_instruct_lora_custom .)   (then edit and train it)
 
-Loss curve, answers and logs: $out/work_dir/  (the newest folder with a date)
+Report, loss curve, answers and logs: $out/work_dir/  (open report.html)
 TEXT

@@ -102,8 +102,9 @@ def train(
                           "overrides to load_settings")  # fmt: skip
     else:
         loaded = config
-    from xtuner.device.environment import set_up_memory
+    from xtuner.device.environment import set_up_memory, set_up_threads
 
+    set_up_threads()
     set_up_memory(loaded.settings.device)
 
     from xtuner.engine.signals import Interrupted

@@ -78,3 +78,17 @@ def test_a_file_that_cannot_be_written_is_told(check, tmp_path):
     code, _, err = check([chat("Hi", "Hello")], "--out", tmp_path / "no" / "bad.txt")
     assert code == 2
     assert err.startswith("DataError: --out")
+
+
+def test_a_file_that_cannot_be_read_does_not_end_the_check(check, tmp_path):
+    good = json.dumps(chat("Hi", "Hello"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.parquet").write_bytes(b"PAR1 is no parquet")
+    (folder / "b.jsonl").write_text(f"{good}\n{{}}\n", encoding="utf-8")
+    (folder / "c.json").write_text(f"[{good}, ", encoding="utf-8")
+    (folder / "d.jsonl").write_text(f"{{}}\n{good}\n", encoding="utf-8")
+    code, out, _ = check([], "--set", "data_path=['data', 'none.csv']")
+    assert code == 2 and out[-1] == "5 bad rows."
+    for name in ("a.parquet", "b.jsonl line 2", "c.json", "d.jsonl line 1", "none.csv"):
+        assert any(name in line for line in out), name

@@ -23,7 +23,7 @@ def test_every_name_composes_to_settings_without_problems():
         "internlm2_1_8b_qlora_alpaca_e3",
         "internlm2_chat_7b_qlora_oasst1_e3",
         "smollm2_135m_instruct_lora_alpaca_e3",
-        "smollm2_135m_instruct_lora_custom_e3",
+        "smollm2_135m_instruct_lora_custom",
         "llama3_8b_instruct_full_alpaca_e3",
         "qwen1_5_7b_chat_qlora_alpaca_e3",
         "smollm2_1_7b_full_pretrain_e1",

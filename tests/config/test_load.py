@@ -77,7 +77,7 @@ def test_lists_every_problem_at_once_aligned_and_with_lines(problems):
         "  line 4  tuning = 'qlroa'   must be one of 'full', 'lora', 'qlora'; "
         "did you mean 'qlora'?",
         "  line 5  lr = '1e-4'        must be a number above 0; write it without quotes",
-        "  line 6  max_epochs = 2.5   must be an integer, 1 or more",
+        "  line 6  max_epochs = 2.5   must be 'auto', or an integer, 1 or more",
         "  line 7  import re          a settings file is read, not executed; "
         'put your function in a file and name it as "my_file.py:function"',
         "  --set betas=3              must be two numbers, each a number >= 0 and < 1",

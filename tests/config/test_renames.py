@@ -93,7 +93,7 @@ def test_values_are_taken_for_what_they_mean(name, value, expected):
 
 
 def test_number_with_a_fraction_is_no_integer():
-    with pytest.raises(ConfigError, match=r"max_epochs = 2\.5 +must be an integer"):
+    with pytest.raises(ConfigError, match=r"max_epochs = 2\.5 +must be 'auto', or an integer"):
         load_settings({**MODEL, "max_epochs": 2.5})
 
 

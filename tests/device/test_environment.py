@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from xtuner.device.environment import set_up_memory
+from xtuner.device.environment import SPINS, set_up_memory, set_up_threads
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -26,3 +26,12 @@ def test_the_matrix_library_keeps_few_shapes_unless_the_user_says_how_many(monke
     monkeypatch.setattr(os, "environ", environment)
     set_up_memory("cpu")
     assert environment == {"LRU_CACHE_CAPACITY": "9", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}],
+                         ids=["nothing", "policy", "count"])  # fmt: skip
+def test_waiting_threads_sleep_soon_unless_the_user_says_how(monkeypatch, given):
+    environment = dict(given)
+    monkeypatch.setattr(os, "environ", environment)
+    set_up_threads()
+    assert environment == (given or {"GOMP_SPINCOUNT": SPINS})

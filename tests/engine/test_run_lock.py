@@ -108,6 +108,9 @@ def test_the_command_names_the_other_run_and_can_wait(tmp_path, other, monkeypat
     (tmp_path / "c.py").write_text(
         "pretrained_model_name_or_path = './no_model'\ndata_path = 'd.jsonl'\n"
     )
+    (tmp_path / "d.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "no_model").mkdir()
+    (tmp_path / "no_model" / "config.json").write_text('{"model_type": "llama"}')
     command = ["train", "c.py", "--work-dir", str(tmp_path), "--device", "cpu"]
     assert main(command) == 2
     assert f"another run is writing to it (process {other.pid}" in capsys.readouterr().err

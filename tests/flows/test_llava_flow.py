@@ -1,6 +1,7 @@
 """The second exercise of the course through the command line, on tiny models: a projector, then
 adapters on both sides, then conversion and a chat about an image."""
 
+import base64
 import io
 import json
 import shlex
@@ -481,3 +482,14 @@ def test_siglip_from_training_to_plain_transformers(workshop, tmp_path):
     assert plain_answer("sig_whole", "images/5.png") == wanted
     command = ["convert", "merge", "siglip", "sig", str(tmp_path / "merged"), "--is-clip"]
     assert main(command) == 0
+
+
+def test_mmbench_asks_the_finetuned_model(workshop, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(workshop)
+    image = base64.b64encode((workshop / "images" / "0.png").read_bytes()).decode()
+    rows = ["index\tquestion\tA\tB\tanswer\tcategory\timage", f"7\tWhich?\t0\t1\tA\tn\t{image}"]
+    (tmp_path / "bench.tsv").write_text("\n".join(rows) + "\n")
+    arguments = ["--data-path", str(tmp_path / "bench.tsv"), "--work-dir", str(tmp_path / "out")]
+    assert main(["mmbench", "finetune", *arguments, "--max-new-tokens", "3"]) == 0
+    assert "circular" in capsys.readouterr().out
+    assert (tmp_path / "out" / "mmbench_result.xlsx").is_file()

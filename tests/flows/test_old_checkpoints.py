@@ -62,6 +62,8 @@ def test_old_settings_files_load_unchanged(name, old):
     """The user's own, and the record of all settings that the run left."""
     own, recorded = load_settings(f"{name}.py"), load_settings(f"runs/{name}/{name}.py")
     changed = {n for n, v in own.settings if getattr(recorded.settings, n) != v}
-    # 'auto' came after the recorded True, which is what 'auto' is for this model
-    assert changed <= {"pretrained_model_name_or_path", "data_path", "pack_to_max_length"}
+    # 'auto' came after the recorded True, which is what 'auto' is for this model, and after 16
+    paths = {"pretrained_model_name_or_path", "data_path"}
+    assert changed <= {*paths, "pack_to_max_length", "lora_alpha"}
+    assert recorded.settings.lora_alpha == 16
     assert recorded.settings.pack_to_max_length is True

@@ -8,7 +8,7 @@ import torch
 from xtuner.config.schema import Settings
 from xtuner.kernels.cuda_graphs import CudaRecorder
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.graphed_decoder import GraphedDecoder
+from xtuner.models.graphs.decoder import GraphedDecoder
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.types import IGNORE_INDEX, Batch

@@ -1,5 +1,6 @@
 """The GGUF reader against the `gguf` package, which writes the file and the reference numbers."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +149,17 @@ def test_a_damaged_file_is_named(written, tmp_path: Path, damage: str) -> None:
     broken.write_bytes(whole[:400] if damage == "cut" else b"no model at all, only words")
     with pytest.raises(ModelError, match=r"broken\.gguf: (the header is truncated|not a GGUF)"):
         ours.convert(broken, tmp_path)
+
+
+def test_a_file_with_changed_bytes_is_converted_or_named(written, tmp_path: Path) -> None:
+    data, random = written[0].read_bytes(), np.random.default_rng(0)
+    for number in range(40):
+        changed = bytearray(data)
+        for place in random.integers(0, min(len(data), 4000), 4):
+            changed[place] = random.integers(0, 256)
+        (tmp_path / "bad.gguf").write_bytes(
+            bytes(changed[: None if number % 2 else len(data) // 2])
+        )
+        (folder := tmp_path / str(number)).mkdir()
+        with contextlib.suppress(ModelError):
+            ours.convert(tmp_path / "bad.gguf", folder)

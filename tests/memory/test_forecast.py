@@ -44,7 +44,7 @@ def test_auto_recomputes_only_where_it_must(folder):
 
 
 def test_hints_come_cheapest_first_and_end_where_it_fits(folder):
-    chosen = settings(folder)
+    chosen = settings(folder, accumulative_counts=16)
     plan = plan_memory(chosen, "cpu", memory=module.LIBRARIES + 60 * MB)
     assert not plan.fits
     lines = list(plan.hints())[1:]

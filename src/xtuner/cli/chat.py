@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -151,6 +152,12 @@ def command(
     quits, RESET starts a new conversation, Ctrl-C stops an answer. Questions can also be piped in,
     separated by blank lines.
     """
+    from xtuner.device.environment import set_up_threads
+
+    if sys.stderr.isatty():
+        typer.echo(f"Loading {model}...", err=True)
+    set_up_threads()
+
     from xtuner.chat.opening import open_chat
     from xtuner.chat.terminal import Terminal
     from xtuner.generation.generate import GenerationOptions

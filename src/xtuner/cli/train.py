@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from xtuner.cli import _launch, _trust
+from xtuner.config.load import LoadedSettings
 from xtuner.parallel.cluster import Cluster
 
 
@@ -90,7 +91,7 @@ def command(
     trust_code: _trust.TrustCode = False,
 ) -> None:
     """Fine-tune a model."""
-    from xtuner.device.environment import set_up_memory
+    from xtuner.device.environment import set_up_memory, set_up_threads
 
     cluster = Cluster.of(nproc, nnodes, node_rank=node_rank, address=master_addr, port=master_port)
     _launch.join(launcher, cluster)
@@ -120,6 +121,9 @@ def command(
         from xtuner.parallel.sequence_check import check_sequence_parallel
 
         check_sequence_parallel(loaded.settings, _launch.world_size(cluster))
+    if "RANK" not in os.environ:
+        _check(loaded)
+    set_up_threads()
     set_up_memory(loaded.settings.device)
     if wait and not _launch.started_by_launcher():
         from xtuner.engine import run_lock
@@ -151,6 +155,15 @@ def command(
         again += ["--resume"] if stopped.can_resume else []
         print(f"\n{stopped} Continue with:\n  {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _check(loaded: LoadedSettings) -> None:
+    """Check what needs no torch, and say that torch comes next."""
+    from xtuner.training.first_check import first_check
+
+    print(f"Checking {loaded.name}: settings, data, model", flush=True)
+    first_check(loaded)
+    print("Loading torch and transformers...", flush=True)
 
 
 def _strategy(strategy: str | None, deepspeed: str | None) -> str | None:

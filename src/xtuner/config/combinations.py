@@ -108,6 +108,11 @@ def _check_sequence_parallel(s: Settings) -> Iterator[tuple[str, str]]:
         )
 
 
+def _check_pack_length(s: Settings) -> Iterator[tuple[str, str]]:
+    if s.pack_length != "auto" and s.pack_length > s.max_length:
+        yield "pack_length", f"must be at most max_length, which is {s.max_length}; raise that"
+
+
 def _check_data_path(s: Settings) -> Iterator[tuple[str, str]]:
     if not s.data_path or not all(s.data_path):
         yield "data_path", "is empty; name a file, a folder or a data set on the hub"
@@ -182,6 +187,7 @@ CHECKS: tuple[Check, ...] = (
     _check_evaluation_images,
     _check_lora_modules_to_save,
     _check_sequence_parallel,
+    _check_pack_length,
     _check_data_path,
     _check_dataset_format,
     _check_one_mix,

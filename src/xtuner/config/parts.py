@@ -39,6 +39,10 @@ def _no_vision_adapter(s: Any) -> bool:
     return not s.has_vision or s.visual_encoder_lora_r is None
 
 
+def _not_packed(s: Any) -> bool:
+    return s.pack_to_max_length is False
+
+
 def _not_paged(s: Any) -> bool:
     return not s.optim_type.startswith("Paged")
 
@@ -99,9 +103,12 @@ class ModelPart(Part):
     ] = 64
     """Rank of the adapters. A higher rank has more capacity and takes more memory."""
     lora_alpha: Annotated[
-        AboveZero, Mark(comment="adapters are scaled by lora_alpha / lora_r", idle=_no_adapter)
-    ] = 16
-    """Scale of the adapters: their output is multiplied by lora_alpha / lora_r."""
+        Literal["auto"] | AboveZero,
+        Mark(comment="adapters are scaled by lora_alpha / lora_r", idle=_no_adapter),
+    ] = "auto"
+    """Scale of the adapters: their output is multiplied by lora_alpha / lora_r. 'auto' is 16 times
+    the square root of lora_r, the scale of rank-stabilized LoRA (arXiv:2312.03732): 2 for rank 64,
+    4 for rank 16."""
     lora_dropout: Annotated[Dropout, Mark(comment="", idle=_no_adapter)] = 0.0
     """Dropout on the input of the adapters. The QLoRA paper uses 0.1 for 7B and 13B models and 0.05
     for larger ones; 0 is fastest."""
@@ -253,6 +260,10 @@ class DataPart(Part):
     same result. 'auto' packs for every model that can isolate samples; others (Mamba, linear
     attention, models outside transformers' attention interface such as Falcon) process one sample
     at a time."""
+    pack_length: Annotated[Literal["auto"] | Positive, Mark(idle=_not_packed)] = "auto"
+    """Tokens of a pack, at most max_length. 'auto' is max_length; with few rows and
+    accumulative_counts = 'auto' it is less, so that an epoch has 32 packs, or as many as have 4
+    samples each, and thus enough optimizer steps."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
     """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
     removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
@@ -277,15 +288,21 @@ class OptimPart(Part):
 
     batch_size: Annotated[Positive, Mark(comment="per device")] = 1
     """Samples (or packs) per device and micro-batch."""
-    accumulative_counts: Annotated[Positive, Mark(comment="micro-batches per optimizer step")] = 16
+    accumulative_counts: Annotated[
+        Literal["auto"] | Positive, Mark(comment="micro-batches per optimizer step")
+    ] = "auto"
     """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
-    * accumulative_counts * number of processes / sequence_parallel_size."""
+    * accumulative_counts * number of processes / sequence_parallel_size. 'auto' is 1 to 16: as
+    many as leave an epoch 64 steps."""
     sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
     """Processes that share the tokens of each row (sequence parallelism, Ulysses): activations take
     about this many times less memory in each. It divides the number of processes; the processes
     of a group count once in the effective batch."""
-    max_epochs: Annotated[Positive, Mark(comment="")] = 3
-    """Passes over the data."""
+    max_epochs: Annotated[
+        Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by the rows")
+    ] = "auto"
+    """Passes over the data. 'auto' is 15 for up to 50 rows, 12 for 100, 6 for 1,000, 3 from 10,000,
+    and 1 if an epoch has 1,000 optimizer steps."""
     max_steps: Annotated[
         Positive | None, Mark(comment="stop after this many steps; None: max_epochs decides")
     ] = None
@@ -351,6 +368,10 @@ class EvaluationPart(Part):
     """Maximum length of an answer, in tokens."""
     evaluation_system: Annotated[str | None, Mark("free", idle=_no_questions)] = None
     """System message of these questions; None is SYSTEM."""
+    evaluation_rows: Annotated[Count, Mark("free", idle=lambda s: s.has_vision)] = 8
+    """At the end, ask this many rows of the training data and half as many of the validation split,
+    and three everyday questions, and say how many answers are reproduced or unchanged; 0 asks
+    none."""
     evaluation_stop_words: Annotated[Strings, Mark("free", idle=_no_questions)] = ()
     """Strings that end these answers, in addition to those of the template."""
 

@@ -7,6 +7,7 @@ together.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from xtuner.config.marks import Mark, OnResume, mark_of
@@ -56,6 +57,19 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         return self.quantization
 
     @property
+    def effective_lora_alpha(self) -> float:
+        """`lora_alpha` with 'auto' resolved: the scale of rank-stabilized LoRA."""
+        if self.lora_alpha != "auto":
+            return self.lora_alpha
+        divided = ("use_rslora", True) in self.lora_config  # by the root of the rank, in PEFT
+        return 16.0 if divided else 16 * math.sqrt(self.lora_r)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients of several micro-batches are summed; true until 'auto' is decided."""
+        return self.accumulative_counts == "auto" or self.accumulative_counts > 1
+
+    @property
     def can_keep_embedding_on_cpu(self) -> bool:
         """Whether the settings allow the input embedding to stay in CPU memory."""
         return self.uses_adapter and not self.has_vision
@@ -68,7 +82,7 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
     def keeps_gradients(self, device: str) -> bool:
         """Whether gradients take memory during a forward pass: those of an earlier micro-batch, or
         the memory that a CUDA graph writes to."""
-        return self.accumulative_counts > 1 or self.may_use_graphs(device)
+        return self.accumulates or self.may_use_graphs(device)
 
     def may_use_graphs(self, device: str) -> bool:
         """Whether the decoder may be recorded as CUDA graphs."""

@@ -98,12 +98,30 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "adapter_config.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if problem := _problem(config):
+            raise ValueError(problem)
+        return dict(config)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{folder}: is not an adapter: adapter_config.json cannot be read ({error}); "
             "give an iter_N folder or the output of `xtuner convert pth_to_hf`"
         ) from error
+
+
+def _problem(config: Any) -> str:
+    """What is wrong with the contents of an ``adapter_config.json``; empty if nothing is seen."""
+    if not isinstance(config, dict):
+        return "it is not an object"
+    kinds = {
+        "peft_type": str, "r": int, "lora_alpha": int | float, "alpha_pattern": dict,
+        "rank_pattern": dict, "bias": str,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        value = config.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            return f"{name} is {value!r:.40}"
+    return "" if config.get("peft_type") else "peft_type is missing"
 
 
 def changes(

@@ -37,7 +37,7 @@ from xtuner.errors import ModelError
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest, original
-from xtuner.models.adapters import load_adapter
+from xtuner.models.adapters import check_num_tokens, load_adapter
 from xtuner.models.families import internlm2
 from xtuner.models.load import load_tokenizer, read_config
 from xtuner.models.quantize import Rounding
@@ -193,6 +193,8 @@ class _Merge:
         except ModelError as error:
             raise lora.NeedsModel(str(error)) from error
         base_config = read_config(self.source)
+        if isinstance(size := base_config.get("vocab_size"), int):
+            check_num_tokens(self.adapter, size)
         changes = lora.changes(adapter, config, base.stored, base_config)
         if self.rounding and base_config.get("model_type") in internlm2.MODEL_TYPES:
             raise lora.NeedsModel("its files hold layers fused that were quantized one by one")

@@ -85,7 +85,10 @@ def _write_llm(folder: Path, s: Settings, tensors: dict[str, Tensor], path: Path
         return
     target = folder / layout.LLM_ADAPTER if s.has_vision else folder
     config = _adapter_config(
-        tensors, alpha=s.lora_alpha, base=s.pretrained_model_name_or_path, task="CAUSAL_LM"
+        tensors,
+        alpha=s.effective_lora_alpha,
+        base=s.pretrained_model_name_or_path,
+        task="CAUSAL_LM",
     )
     _write_adapter(target, config, tensors)
 

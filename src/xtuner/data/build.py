@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from xtuner.config import recipe
 from xtuner.config.schema import Settings
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.packing import order
@@ -39,11 +40,13 @@ from xtuner.types import Algorithm
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The packs for training and validation, and the report on all rows."""
+    """The packs for training and validation, the report on all rows, and the tokens of a pack of
+    the training data."""
 
     train: PackedDataset
     validation: PackedDataset | None
     report: DataReport
+    pack_length: int
 
     def with_validation(self, held_out: TrainingData, *, report_dir: Path | None) -> TrainingData:
         """These data, with the training part of `held_out` for validation."""
@@ -56,7 +59,7 @@ class TrainingData:
         )
         if report_dir is not None:
             report.write(report_dir)
-        return TrainingData(self.train, held_out.train, report)
+        return TrainingData(self.train, held_out.train, report, self.pack_length)
 
 
 def build(
@@ -139,10 +142,15 @@ class _Assembly:
     def data(self) -> TrainingData:
         """Mix, split, pack and report."""
         train_rows, validation_rows = self._split_rows()
-        train = self._packed(train_rows)
-        validation = self._packed(validation_rows) if len(validation_rows) else None
-        report = self._report(train, validation, train_rows, validation_rows)
-        return TrainingData(train, validation, report)
+        length = self._pack_length(train_rows)
+        train = self._packed(train_rows, length)
+        validation = self._packed(validation_rows, self._capacity) if len(validation_rows) else None
+        report = self._report(train, validation, train_rows, validation_rows, length)
+        return TrainingData(train, validation, report, length)
+
+    def _pack_length(self, rows: Ints) -> int:
+        lengths = self._samples.take(samples_of(rows, self._starts)).length
+        return recipe.pack_length(self._settings, lengths=lengths.tolist(), limit=self._capacity)
 
     def _split_rows(self) -> tuple[Ints, Ints]:
         s = self._settings
@@ -168,7 +176,7 @@ class _Assembly:
         ).tolist()
         return counts
 
-    def _packed(self, rows: Ints) -> PackedDataset:
+    def _packed(self, rows: Ints, length: int) -> PackedDataset:
         """Pack the samples of `rows`, or put each in a pack of its own."""
         s = self._settings
         samples = self._samples.take(samples_of(rows, self._starts))
@@ -176,23 +184,25 @@ class _Assembly:
         members, starts = numbers, np.arange(len(samples) + 1, dtype=np.int64)
         if s.packs:
             shuffled = order.permutation(len(samples), "pack", s.seed) if s.shuffle else numbers
-            members, starts = self._packed_by_modality(samples, shuffled)
+            members, starts = self._packed_by_modality(samples, shuffled, length)
         stores = [each.store for each in self._encoded]
         return PackedDataset(
             stores, samples=samples.take(members), starts=starts, max_length=self._max_length
         )
 
-    def _packed_by_modality(self, samples: SampleTable, shuffled: Ints) -> tuple[Ints, Ints]:
+    def _packed_by_modality(
+        self, samples: SampleTable, shuffled: Ints, length: int
+    ) -> tuple[Ints, Ints]:
         """Pack samples in order; with group_by_modality, those with and without images
         separately."""
         s = self._settings
         if not (s.shuffle and s.group_by_modality):
-            return planned(samples.length, self._capacity, order=shuffled)
+            return planned(samples.length, length, order=shuffled)
         has_images = samples.has_images([each.store for each in self._encoded])[shuffled]
         if has_images.all() or not has_images.any():
-            return planned(samples.length, self._capacity, order=shuffled)
+            return planned(samples.length, length, order=shuffled)
         parts = [
-            planned(samples.length, self._capacity, order=shuffled[has_images == modality])
+            planned(samples.length, length, order=shuffled[has_images == modality])
             for modality in (True, False)
         ]
         (first, first_starts), (second, second_starts) = parts
@@ -205,6 +215,7 @@ class _Assembly:
         validation: PackedDataset | None,
         train_rows: Ints,
         validation_rows: Ints,
+        length: int,
     ) -> DataReport:
         s = self._settings
         train_rows = np.flatnonzero(np.bincount(train_rows))  # unique
@@ -216,7 +227,7 @@ class _Assembly:
                 each.report(rows_used=count)
                 for each, count in zip(self._encoded, used, strict=True)
             ),
-            train=PartReport.of(train, self._capacity),
+            train=PartReport.of(train, length),
             validation=None if validation is None else PartReport.of(validation, self._capacity),
             max_length=self._capacity,
             packed=s.packs,

@@ -96,6 +96,8 @@ _SHOWN = 4
 
 def counting_of(s: Settings, epoch: Epoch) -> tuple[Counter, int]:
     """How a run counts, and the optimizer step at which it ends."""
+    if s.accumulative_counts == "auto" or s.max_epochs == "auto":
+        raise ValueError("the settings are not resolved: see config.recipe")
     counter = Counter(
         unit=s.steps_are,
         steps_per_epoch=epoch.steps_per_epoch,

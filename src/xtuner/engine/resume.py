@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xtuner.config import recipe
 from xtuner.config.schema import Settings
 from xtuner.errors import CheckpointError
 from xtuner.models.run_info import RunInfo
@@ -33,6 +34,7 @@ def completed(identity: Mapping[str, Any], kind: type[Settings] = Settings) -> d
     defaults are what was done then."""
     fields = kind.model_fields
     known = {n: fields[n].default for n in _compared(kind) if not fields[n].is_required()}
+    known |= recipe.full_packs(identity)
     return {**{name: _plain(value) for name, value in known.items()}, **identity}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
@@ -50,6 +51,10 @@ class StopRequest:
                 raise KeyboardInterrupt
             if number == _HANGUP:
                 _leave_terminal()
+            elif not self.made and os.environ.get("RANK", "0") == "0":
+                again = "; Ctrl-C again stops now" if number == signal.SIGINT else ""
+                with contextlib.suppress(OSError):  # print is not safe in a signal handler
+                    os.write(2, f"\nStopping after this step{again}.\n".encode())
             self.made = True
 
         before = {s: signal.signal(s, ask) for s in stop_signals()}

@@ -6,8 +6,10 @@ Where the model's batched results round as its single ones do, greedy answers ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from xtuner.generation.answer import Answer
 from xtuner.generation.detokenize import StopWords
@@ -20,11 +22,14 @@ from xtuner.generation.generate import (
     room_for_answer,
     stream,
 )
-from xtuner.generation.running import RunningBatch, takes_batches
+from xtuner.generation.running import OneByOne, RunningBatch, takes_batches
 from xtuner.templates.base import Template
 from xtuner.types import Message
 
-__all__ = ["generate_batch", "takes_batches"]
+__all__ = ["continue_prompts", "generate_batch", "takes_batches"]
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""See `generate.chooser`."""
 
 
 def generate_batch(
@@ -65,25 +70,61 @@ def generate_batch(
             )
             for messages, shown in zip(conversations, tools, strict=True)
         ]
+    return continue_prompts(
+        model,
+        tokenizer,
+        template=template,
+        prompts=[
+            template.prompt_ids(messages, tools=shown)
+            for messages, shown in zip(conversations, tools, strict=True)
+        ],
+        options=options,
+        keep=[call_markers(template) if shown else () for shown in tools],
+    )
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    *,
+    template: Template,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    keep: Sequence[Sequence[str]] = (),
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> list[str]:
+    """The answers to `prompts`, which are token ids, in their order.
+
+    Args:
+        model: a causal language model; its training mode is restored afterwards.
+        tokenizer: the tokenizer of the model.
+        template: the chat template.
+        prompts: token ids, each up to where the answer begins.
+        options: options of every answer; with a seed each row has its own random generator.
+        keep: special tokens of each answer that are part of its text, if any.
+        agree: maps each chosen id ``[1]`` to the one that is taken: where several processes
+            generate together, that of rank 0.
+
+    Raises:
+        ModelError: a prompt leaves no room in the model's context.
+    """
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer, template, options)
-    rows = []
-    for messages, shown in zip(conversations, tools, strict=True):
-        prompt = template.prompt_ids(messages, tools=shown)
-        rows.append(
-            Answer(
-                prompt,
-                tokenizer=tokenizer,
-                words=StopWords([*template.stop_words, *options.stop_words]),
-                ends=ends,
-                limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
-                choose=chooser(options, device),
-                keep=call_markers(template) if shown else (),
-            )
+    rows = [
+        Answer(
+            list(prompt),
+            tokenizer=tokenizer,
+            words=StopWords([*template.stop_words, *options.stop_words]),
+            ends=ends,
+            limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
+            choose=_agreed(chooser(options, device), agree),
+            keep=kept,
         )
+        for prompt, kept in zip(prompts, keep or [()] * len(prompts), strict=True)
+    ]
     texts = {id(row): "" for row in rows}
     with generation_mode(model):
-        batch = RunningBatch(model)
+        batch = RunningBatch(model) if takes_batches(model) else OneByOne(model)
         found = batch.admit(rows)
         while True:
             for row, piece in found:
@@ -91,3 +132,9 @@ def generate_batch(
             if not batch.rows:
                 return [texts[id(row)] for row in rows]
             found = batch.step()
+
+
+def _agreed(choose: Choose, agree: Callable[[Tensor], Tensor] | None) -> Choose:
+    if agree is None:
+        return choose
+    return lambda seen, scores: agree(choose(seen, scores))

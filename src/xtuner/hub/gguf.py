@@ -180,8 +180,18 @@ def convert(path: Path, folder: Path) -> None:
     """Write the model and tokenizer of the GGUF file `path` into the existing `folder`.
 
     Raises:
-        ModelError: the file contains something that is not supported.
+        ModelError: the file is damaged, or contains something that is not supported.
     """
+    try:
+        _convert(path, folder)
+    except (ModelError, OSError):
+        raise
+    except Exception as error:  # sizes and names in a damaged file may be anything
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"{path}: is not a complete GGUF file: {words}") from error
+
+
+def _convert(path: Path, folder: Path) -> None:
     file = GGUF.open(path)
     kinds = file.metadata.get("general.architecture"), file.metadata.get("tokenizer.ggml.model")
     if kinds != ("llama", "gpt2"):

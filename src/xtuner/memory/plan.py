@@ -173,8 +173,9 @@ def _recomputes(settings: Settings, before: Forecast) -> bool:
 def _hints(settings: Settings, before: Forecast) -> Iterator[Mapping[str, Any]]:
     """Changes in the order of what they cost: time first, then detail, then what is learned."""
     if settings.batch_size > 1:
-        counts = settings.accumulative_counts * settings.batch_size
-        yield {"batch_size": 1, "accumulative_counts": counts}
+        counts = settings.accumulative_counts
+        same = {} if counts == "auto" else {"accumulative_counts": counts * settings.batch_size}
+        yield {"batch_size": 1, **same}
     if settings.can_keep_embedding_on_cpu:
         yield {"embedding_on_cpu": True}
     if optim.is_paged(settings.optim_type) and not before.paged and before.device == "cuda":

@@ -22,7 +22,8 @@ from xtuner.kernels.compiled import shapes_only
 from xtuner.kernels.fused.attention import rotation_of
 from xtuner.kernels.scratch import buffers
 from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
-from xtuner.models.causal_lm import PackedCausalLM, filled
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.filling import filled
 from xtuner.types import Batch
 
 KEPT_BY_FLASH = "xtuner_footprint"

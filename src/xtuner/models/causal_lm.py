@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xtuner.errors import ModelError, XTunerError
 from xtuner.kernels.attention import packed as attention
@@ -34,11 +33,13 @@ from xtuner.models.check.training_pass import (
     traceless,
     without_dropout,
 )
-from xtuner.models.graphed_decoder import GraphedDecoder, Row
+from xtuner.models.filling import filled
+from xtuner.models.graphs.capacity import Row
+from xtuner.models.graphs.decoder import GraphedDecoder
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.split_rotary import SplitRotary
 from xtuner.parallel.ulysses import SequenceGroup, gather_scores
-from xtuner.types import IGNORE_INDEX, Batch, ImageEmbedder
+from xtuner.types import Batch, ImageEmbedder
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Configuration fields by which architectures change logits after the head; small logits hide a
@@ -48,9 +49,6 @@ soft cap."""
 SPLIT_ROUNDINGS = 64
 """Roundings by which log-probabilities may change when a row is split; products of other shapes are
 rounded otherwise. In six architectures they changed by at most 3."""
-
-LONG_ROW = 512
-"""Tokens from which on a row is filled up to a multiple of 64; shorter ones to one of 16."""
 
 
 class PackedCausalLM(nn.Module):
@@ -264,7 +262,7 @@ class PackedCausalLM(nn.Module):
     def decoder(
         self, embeddings: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int
     ) -> Tensor:
-        """The decoder without its input embedding; see `graphed_decoder.Body`."""
+        """The decoder without its input embedding; see `graphs.graph.Body`."""
         found = decoder_of(self.causal)(
             inputs_embeds=embeddings,
             position_ids=positions,
@@ -441,46 +439,3 @@ def _head_width(causal: Any) -> int | None:
     heads = getattr(text, "num_attention_heads", None)
     width = getattr(text, "head_dim", None)
     return width or (text.hidden_size // heads if isinstance(heads, int) else None)
-
-
-def missing_to_round(count: int, parts: int = 1) -> int:
-    """Tokens by which a row of `count` is filled up, so that each of `parts` is a round number."""
-    return -count % (parts * (64 if count >= LONG_ROW * parts else 16))
-
-
-def filled(
-    batch: Batch, *, tokens: int | None = None, longest: int | None = None, parts: int = 1
-) -> Batch:
-    """`batch` with one more sample, without loss, where N is not a round number.
-
-    Every new N costs the matrix library compilations, and a crooked one some percent of each
-    product; so packs that are nearly full are all of one size.
-
-    Args:
-        batch: a packed row.
-        tokens: N of the result; None takes the next round number.
-        longest: most tokens of a sample that is added; more are added then. None adds one.
-        parts: processes that share it; each gets as many tokens.
-    """
-    count = batch.num_tokens
-    missing = missing_to_round(count, parts) if tokens is None else tokens - count
-    if not missing:
-        return batch
-    starts = range(0, missing, longest or missing)
-    added = torch.arange(missing, device=batch.position_ids.device)
-    if longest:
-        added %= longest
-    positions = torch.cat([batch.position_ids, added[None]], dim=1)
-    ends = torch.tensor([*(count + n for n in starts[1:]), count + missing], dtype=torch.int32)
-    images = batch.images and replace(
-        batch.images,
-        mask=F.pad(batch.images.mask, (0, missing)),
-        counts=(*batch.images.counts, *(0 for _ in starts)),
-    )
-    return Batch(
-        input_ids=F.pad(batch.input_ids, (0, missing)),
-        labels=F.pad(batch.labels, (0, missing), value=IGNORE_INDEX),
-        position_ids=positions,
-        cu_seqlens=torch.cat([batch.cu_seqlens, ends]),
-        images=images,
-    )

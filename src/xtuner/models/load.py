@@ -16,16 +16,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from xtuner import plugins
-from xtuner.errors import ModelError, listed
+from xtuner.errors import ModelError, XTunerError, listed
 from xtuner.hub import fetch
 from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.models import sentencepiece
@@ -235,11 +233,12 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (
-        *(OSError, ValueError, KeyError, ImportError),
-        *(SafetensorError, UnpicklingError, EOFError, RuntimeError),  # of damaged files
-    ) as error:
-        told = " ".join(str(error).split()) or repr(error)
+    except XTunerError:
+        raise
+    except Exception as error:  # damaged files cause whatever a library does not check
+        told = " ".join(str(error).split())
+        known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+        told = told if told and known else f"{type(error).__name__}: {told}"
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
         hints = (
             "give a folder that holds config.json and *.safetensors, a name on the hub, "

@@ -73,7 +73,7 @@ def make_trainable(
     adapted = adapters.add_adapter(
         model,
         r=s.lora_r,
-        alpha=s.lora_alpha,
+        alpha=s.effective_lora_alpha,
         dropout=s.lora_dropout,
         target_modules=s.lora_target_modules,
         modules_to_save=s.lora_modules_to_save,

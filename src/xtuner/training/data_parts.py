@@ -112,6 +112,7 @@ class DataParts:
     def loader(self, dataset: PackedDataset, *, collate: Collate, processes: Processes) -> Loader:
         """Hands this process its share of `dataset`."""
         s = self.settings
+        assert s.accumulative_counts != "auto", "see config.recipe"
         return Loader(
             dataset,
             collate=collate,

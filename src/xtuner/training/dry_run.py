@@ -6,6 +6,7 @@ from rich.console import Console
 
 from xtuner.config.load import LoadedSettings
 from xtuner.device.select import pick_device, resolve_dtype
+from xtuner.engine.working import say
 from xtuner.errors import LaunchError
 from xtuner.memory.plan import plan_memory
 from xtuner.models.can_pack import resolve_packing
@@ -32,7 +33,7 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     plan = plan_memory(settings, device, memory=memory, processes=processes)
     console = Console(highlight=False, soft_wrap=True)
     for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
-        console.print(line, markup=False)
+        say(console, line)
     if packing:
         console.print(f"Samples      {packing}", markup=False)
     if plan.forecast.failure:

@@ -21,7 +21,7 @@ from xtuner.engine.checked_loss import checked_loss
 from xtuner.engine.hooks.base import Question
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.errors import DataError, XTunerError
-from xtuner.generation.batch import generate_batch
+from xtuner.generation.batch import continue_prompts, generate_batch
 from xtuner.generation.generate import GenerationOptions, stream
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.parallel.processes import Processes
@@ -157,6 +157,24 @@ class SampleAnswers:
         if failed := [text for index, text in found if index < 0]:
             raise fault or DataError("; ".join(failed))
         return [text for _, text in found]
+
+    def proceed(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """Greedy continuations of `prompts` (token ids), in one batch; a collective call only where
+        weights are sharded."""
+        with self._autocast():
+            return continue_prompts(
+                self.model.model,
+                self.tokenizer,
+                template=self.template,
+                prompts=prompts,
+                options=GenerationOptions(max_new_tokens=max_new_tokens),
+                agree=self._agree(),
+            )
+
+    def ask(self, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Greedy answers to `questions`, in one batch; collective as `proceed`."""
+        prompts = [self.template.prompt_ids([Message("user", text)]) for text in questions]
+        return self.proceed(prompts, max_new_tokens)
 
     def _answers(self, questions: Sequence[Question]) -> list[str]:
         """The answers of this process: one batch, or one by one with images or sharded weights."""

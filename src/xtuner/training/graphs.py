@@ -13,7 +13,7 @@ from xtuner.errors import TrainingError
 from xtuner.kernels.attention import packed
 from xtuner.kernels.cuda_graphs import CudaRecorder
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.graphed_decoder import GraphedDecoder
+from xtuner.models.graphs.decoder import GraphedDecoder
 
 
 def use(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ def opening_lines(
     layout: RankLayout,
     steps: tuple[int, Counter],
     data: Iterable[str],
+    chosen: Sequence[str],
+    language: str,
     images: str | None,
     packing: str | None,
     positions: str | None,
@@ -45,6 +47,8 @@ def opening_lines(
         layout: of the processes that take part.
         steps: optimizer steps of the run, and how they are counted.
         data: lines about the rows.
+        language: what is to be said of the script of the rows; may be empty.
+        chosen: settings that were 'auto' and are decided by the rows.
         images: line about the vision tower.
         packing: why samples are not packed, where the model decided.
         positions: note on samples longer than the model's positions.
@@ -57,6 +61,9 @@ def opening_lines(
     yield f"Computing    {_processes(layout)}{kernels}"
     yield f"Attention    {attention}"
     yield from data
+    if chosen:
+        taken = ", ".join(f"{name} {_taken(getattr(s, name))}" for name in chosen)
+        yield f"Recipe       {taken} ('auto': by the amount of data)"
     total, counter = steps
     yield (
         f"Steps        {total:,} ({counter.steps_per_epoch:,} per epoch), each of "
@@ -68,8 +75,11 @@ def opening_lines(
     yield from _counted(s, total, counter)
     if not plan.forecast.failure:
         yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
-    notes = [*_notes_on_steps(s, total, counter), *_notes_on_intervals(s, total, counter)]
-    notes += [positions] if positions else []
+    notes = [
+        *filter(None, [language, positions]),
+        *_notes_on_steps(s, total, counter),
+        *_notes_on_intervals(s, total, counter),
+    ]
     if idle := s.without_effect():
         notes.append(f"without effect here: {', '.join(idle)}")
     if plan.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
@@ -80,6 +90,10 @@ def opening_lines(
         notes.append("embedding_on_cpu changes nothing: all of the model is in the CPU's memory")
     yield from (f"Note         {note}" for note in notes)
     yield f"Results      {work_dir}\n"
+
+
+def _taken(value: float) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _processes(layout: RankLayout) -> str:
@@ -157,9 +171,9 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
             f"with {end}"
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
-        hint = "set accumulative_counts = 1, or " if s.accumulative_counts > 1 else ""
+        hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
         notes.append(
-            f"only {total} steps: with so little data hardly anything is learned; "
-            f"{hint}raise max_epochs"
+            f"only {total} steps: with so little data hardly anything is learned; set "
+            f"{hint}max_epochs = 'auto'"
         )
     return notes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from xtuner.config import recipe
 from xtuner.config.load import LoadedSettings
 from xtuner.convert import old_checkpoint
 from xtuner.data.build import TrainingData
@@ -30,6 +32,7 @@ from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.work_dir import WorkPlace, work_dir_of
+from xtuner.engine.working import say, working
 from xtuner.hub import old_pth
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
@@ -38,13 +41,16 @@ from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
+from xtuner.models.run_info import RunInfo
 from xtuner.parallel.processes import Processes
 from xtuner.training import graphs, preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
 from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
+from xtuner.training.final_check import final_check
 from xtuner.training.holdings import holdings
+from xtuner.training.languages import FIRST_SAMPLES, loss_note, mean_loss, script_note
 from xtuner.training.opening_lines import opening_lines
 from xtuner.training.publish import publish
 from xtuner.training.recording import Recording, recording
@@ -113,12 +119,15 @@ class _TrainingRun:
         )
         self.old_weights: TemporaryDirectory[str] | None = None
         self.vision: RunVision | None = None
-        self.computing = prepare_computing(self.settings, processes, self.dtype)
+        self.chosen: tuple[str, ...] = ()
+        with working(self.console, "Measuring the threads, compiling kernels at the first start"):
+            self.computing = prepare_computing(self.settings, processes, self.dtype)
 
     def train(self, resume: str | None, overwrite: bool) -> TrainResult:
         """Make everything, then run the loop."""
         source = self._resumable(resume) if resume else None
-        self.parts = DataParts.open(self.loaded)
+        with working(self.console, "Loading the tokenizer"):
+            self.parts = DataParts.open(self._loaded(source))
         self.settings = settings = self.parts.settings
         preflight.check_run(settings)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
@@ -133,13 +142,17 @@ class _TrainingRun:
         data.report.refuse_lost(settings.max_lost_rows)
         if where:
             self.console.print(f"Tokenizing   {where}", markup=False)
+        self._settle(data)
+        settings = self.settings
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
-        self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
+        with working(self.console, "Forecasting memory"):
+            self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
         lines = self._tell(data, counter, total)
-        model = self._make_model(source)
-        self._prepare(model)
-        graphs.use(model, settings, self.strategy, fits=self.plan.graphs, console=self.console)
+        with working(self.console, "Loading the model"):
+            model = self._make_model(source)
+            self._prepare(model)
+            graphs.use(model, settings, self.strategy, fits=self.plan.graphs, console=self.console)
         run = self._run(place, model, data, counter, total)
         writer = self._writer(model, data)
         if source is not None and self.old_weights is None:
@@ -156,13 +169,18 @@ class _TrainingRun:
             algorithm=self.parts.algorithm,
             loader=loader,
             run=run,
-            hooks=make_hooks(run, custom=settings.custom_hooks, folder=self.loaded.folder),
+            hooks=[
+                *make_hooks(run, custom=settings.custom_hooks, folder=self.loaded.folder),
+                *final_check(settings, data, self.asked),
+            ],
             save=writer.save,
             memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
             best=self._best(resuming=source is not None),
             mark_best=self._mark_best,
         )
+        if source is None:
+            self._note_language(data)
         if overwrite and self.processes.is_main:
             self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
         recorded = self._recording(run, lines) if self.processes.is_main else None
@@ -182,6 +200,24 @@ class _TrainingRun:
             )
             self.console.print(f"Uploaded to {address}", markup=False)
         return result
+
+    def _loaded(self, source: Path | None) -> LoadedSettings:
+        """The settings; where they leave something to xtuner, a resume takes what the run had."""
+        info = RunInfo.read(source) if source else None
+        before = recipe.as_before(self.settings, info.settings if info else {})
+        return replace(self.loaded, settings=before)
+
+    def _settle(self, data: TrainingData) -> None:
+        """Decide the settings that depend on the amount of data."""
+        self.chosen = recipe.chosen(self.settings)
+        self.settings = recipe.resolved(
+            self.settings,
+            rows=data.train.num_samples,
+            packs=len(data.train),
+            length=data.pack_length,
+            ranks=self.processes.data_world_size,
+        )
+        self.parts = replace(self.parts, settings=self.settings)
 
     def _best(self, *, resuming: bool) -> BestMetric:
         best = BestMetric(self.settings, self.work_dir, self.processes)
@@ -206,6 +242,17 @@ class _TrainingRun:
             console=self.console,
         )
 
+    def _note_language(self, data: TrainingData) -> None:
+        """Say so if the model cannot predict the answers that it will be trained on."""
+        alone = self.processes.world_size == 1 and not self.vision
+        samples = data.train[0][:FIRST_SAMPLES] if alone else []
+        if not samples or any(sample.lengths for sample in samples):
+            return
+        batch = self.parts.algorithm.collate(samples).to(self.processes.device)
+        loss = mean_loss(self.strategy.model, batch)
+        if note := loss_note(loss, samples, self.parts.tokenizer.decode):
+            say(self.console, f"Note         {note}")
+
     def _result(self, run: Run) -> TrainResult:
         saved = self.store.find() if self.store.all() else None
         return TrainResult(self.work_dir, saved, run.step, dict(run.scalars))
@@ -219,7 +266,7 @@ class _TrainingRun:
         total: int,
     ) -> Run:
         """The state that hooks see, and what they may ask for."""
-        asked = SampleAnswers(
+        self.asked = asked = SampleAnswers(
             settings=self.settings,
             model=model,
             tokenizer=self.parts.tokenizer,
@@ -353,6 +400,8 @@ class _TrainingRun:
                 layout=self.processes.layout,
                 steps=(total, counter),
                 data=data.report.lines(),
+                chosen=self.chosen,
+                language=script_note(data.train[0], self.parts.tokenizer.decode),
                 images=self.vision.line() if self.vision else None,
                 packing=self.parts.packing,
                 positions=preflight.note_on_positions(self.settings, data.train),
@@ -360,7 +409,7 @@ class _TrainingRun:
             )
         ]
         for line in lines:
-            self.console.print(line, markup=False)
+            say(self.console, line)
         return lines
 
     def _resumable(self, resume: str) -> Path:

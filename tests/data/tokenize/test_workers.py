@@ -14,9 +14,9 @@ from data_makers import chat, chats, settings, template, text_of, tokenizer, wri
 from xtuner.algorithms import pretrain, sft
 from xtuner.data.formats import load
 from xtuner.data.sources.resolve import prepare
-from xtuner.data.sources.rows import Fault, RawRow
+from xtuner.data.sources.rows import Fault, RawRow, Task
 from xtuner.data.tokenize import workers as encode
-from xtuner.data.tokenize.workers import Encoder, Task, chunked, encode_all
+from xtuner.data.tokenize.workers import Encoder, chunked, encode_all
 from xtuner.errors import DataError, ModelError
 from xtuner.types import Encoded, RowRef, Sample
 
@@ -190,7 +190,8 @@ def test_the_environment_is_as_before(monkeypatch):
 SLOW_RUN = """
     import os, signal, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
-    from xtuner.data.tokenize.workers import Encoder, Task, encode_all
+    from xtuner.data.sources.rows import Task
+    from xtuner.data.tokenize.workers import Encoder, encode_all
     from xtuner.algorithms import sft
     from xtuner.data.formats import load
     from xtuner.data.sources.rows import RawRow

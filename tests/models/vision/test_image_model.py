@@ -16,7 +16,7 @@ from xtuner.data.collate import concatenate
 from xtuner.data.images.expansion import ImageCollate, ImageLayout
 from xtuner.data.images.files import ImageFolder
 from xtuner.errors import DataError
-from xtuner.generation.generate import GenerationOptions, _token_ids
+from xtuner.generation.generate import GenerationOptions, chooser, token_ids
 from xtuner.generation.images import ImageInput, question
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.vision.load import VisionLanguageModel
@@ -127,7 +127,8 @@ def test_generation_continues_the_positions_of_the_image_model(made, tmp_path):
     prompt = vision.expanded(templates.load("auto", own).prompt_ids(asked), asked)
     assert prompt.count(layout.token_id) == 12
     inputs = vision.inputs(prompt, asked)
-    found = list(islice(_token_ids(llm, prompt, GenerationOptions(temperature=0), inputs), 5))
+    choose = chooser(GenerationOptions(temperature=0), torch.device("cpu"))
+    found = list(islice(token_ids(llm, prompt, choose, inputs), 5))
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     for token_id in found:
         mask = torch.ones(positions.shape, dtype=torch.int64)  # or transformers reads packed rows

@@ -5,6 +5,7 @@
                         │       └ datasets.toml
                         └ algorithms.toml
 
+The epochs of `custom` are decided by its rows; a name may give a number all the same.
 The tables hold only data; adding a model or a data set adds one row. Names of XTuner 0.1 have the
 values of its configs (`catalog_xtuner0`).
 """
@@ -25,6 +26,8 @@ from xtuner.errors import ConfigError
 
 _TABLES = Path(__file__).parents[1] / "tables"
 _DEFAULT_EPOCHS = 3
+AUTO = "auto"
+"""Epochs of a data set whose rows decide; its name may still give a number."""
 _ROW_KEYS = ("epochs", "aliases", "models", "note")
 """Keys of a data set row that are not settings."""
 
@@ -40,18 +43,23 @@ def names(pattern: str = "") -> list[str]:
     old = [name for name in catalog_xtuner0.names() if matches(name.lower())]
     with_images = [name for name in catalog_llava.names(_llava_models()) if matches(name)]
     new = with_images + [
-        f"{model}_{recipe}_{data}_e{epochs}"
+        f"{model}_{recipe}_{data}{_suffix(epochs)}"
         for model, model_row in _models().items()
         for recipe in _recipes()
         for data, row in _data_sets().items()
         if row.get("models", model_row["kind"]) == model_row["kind"]
         for epochs in [row.get("epochs", _DEFAULT_EPOCHS)]
         if any(
-            matches(f"{model}_{recipe}_{alias}_e{epochs}")
+            matches(f"{model}_{recipe}_{alias}{_suffix(epochs)}")
             for alias in (data, *row.get("aliases", ()))
         )
     ]
     return [*old, *(name for name in new if catalog_xtuner0.listed_name(name) is None)]
+
+
+def _suffix(epochs: int | str) -> str:
+    """The end of a name; none where the rows decide the number of epochs."""
+    return "" if epochs == AUTO else f"_e{epochs}"
 
 
 def is_name(name: str) -> bool:
@@ -93,7 +101,7 @@ def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
         **_recipes()[recipe],
         **of_model,
         **{key: value for key, value in data_row.items() if key not in _ROW_KEYS},
-        "max_epochs": epochs,
+        **({} if epochs == AUTO else {"max_epochs": epochs}),
     }
 
 
@@ -158,15 +166,19 @@ def _data_names() -> dict[str, str]:
     return aliases | {name: name for name in rows}
 
 
-def _split(name: str) -> tuple[str, str, str, int] | None:
+def _split(name: str) -> tuple[str, str, str, int | str] | None:
     """Split `name` into model, recipe, data set and epochs; None if one of them is unknown."""
-    match = re.fullmatch(r"(?P<rest>\w+)_e(?P<epochs>[1-9]\d{0,3})", name, flags=re.ASCII)
+    match = re.fullmatch(r"(?P<rest>\w+?)(_e(?P<epochs>[1-9]\d{0,3}))?", name, flags=re.ASCII)
     if match is None:
         return None
     for recipe in _recipes():
         model, found, data = match["rest"].partition(f"_{recipe}_")
-        if found and model in _models() and data in _data_names():
-            return model, recipe, _data_names()[data], int(match["epochs"])
+        if not (found and model in _models() and data in _data_names()):
+            continue
+        row = _data_names()[data]
+        if match["epochs"]:
+            return model, recipe, row, int(match["epochs"])
+        return (model, recipe, row, AUTO) if _data_sets()[row].get("epochs") == AUTO else None
     return None
 
 
@@ -183,7 +195,8 @@ def _unknown(name: str) -> str:
     return (
         f"{name}: no settings file or built-in of that name{guess}\n"
         f"  Search with `xtuner list-cfg -p {word}`. A name consists of a model, a recipe "
-        f"({', '.join(_recipes())}), a data set, and e followed by the number of epochs"
+        f"({', '.join(_recipes())}), a data set, and e followed by the number of epochs (not "
+        "needed after custom)"
     )
 
 
@@ -200,5 +213,5 @@ def _close_names(name: str) -> list[str]:
         data_sets = difflib.get_close_matches(data, _data_names(), n=1, cutoff=0.5) or ["custom"]
         row = _data_names()[data_sets[0]]
         number = epochs.lstrip("0") or _data_sets()[row].get("epochs", _DEFAULT_EPOCHS)
-        return [f"{model}_{recipe}_{row}_e{number}" for model in close]
+        return [f"{model}_{recipe}_{row}{_suffix(number)}" for model in close]
     return [n for n in names() if n.startswith(f"{rest}_")][:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from xtuner.data.build import length_limit
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.packing.overlong import fit, policy_of
 from xtuner.data.report.account import EncodedSource, overlong_fault
-from xtuner.data.sources.resolve import prepare
+from xtuner.data.sources.resolve import PreparedSource, prepare
 from xtuner.data.tokenize.encode import Encoding
+from xtuner.data.tokenize.store import RowStore
+from xtuner.errors import DataError
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm
 
@@ -28,12 +31,12 @@ def bad_rows(
     vocab_size: int | None = None,
     quiet: bool = False,
 ) -> Iterator[str]:
-    """Yield a line for each row that cannot be used: location, field and problem.
+    """Yield a line for each row or file that cannot be used: location, field and problem.
 
-    The arguments are those of `build`. Encoded sources are read from the cache and added to it.
+    The arguments are those of `build`. Encoded sources are read from the cache and added to it. A
+    source or file that cannot be read is one line, and the others are checked.
 
     Raises:
-        DataError: a source cannot be read.
         ConfigError: unknown format.
     """
     encoding = Encoding(
@@ -46,15 +49,34 @@ def bad_rows(
         image_layout=image_layout,
         vocab_size=vocab_size,
     )
-    for number, source in enumerate(prepare(settings, folder=folder)):
-        store = encoding.store(source)
-        if store.faults:
-            for chunk in encoding.chunks(source):
-                for row in chunk.faults:
-                    fault = " ".join(str(row.fault).split())
-                    yield f"{source.location(row.file, row.line)}  {fault}"
-        policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)
-        fitted = fit(store, source=number, max_length=limit.tokens, policy=policy)
-        encoded = EncodedSource(source, store, fitted, limit, policy)
-        for row_number in fitted.lost.tolist():
-            yield f"{encoded.location(row_number)}  {overlong_fault(policy, limit)}"
+    policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)
+    unusable: list[str] = []
+    for number, source in enumerate(prepare(settings, folder=folder, unusable=unusable)):
+        for part, store in _stores(encoding, source, unusable):
+            if store.faults:
+                for chunk in encoding.chunks(part):
+                    for row in chunk.faults:
+                        fault = " ".join(str(row.fault).split())
+                        yield f"{part.location(row.file, row.line)}  {fault}"
+            fitted = fit(store, source=number, max_length=limit.tokens, policy=policy)
+            encoded = EncodedSource(part, store, fitted, limit, policy)
+            for row_number in fitted.lost.tolist():
+                yield f"{encoded.location(row_number)}  {overlong_fault(policy, limit)}"
+    yield from unusable
+
+
+def _stores(
+    encoding: Encoding, source: PreparedSource, unusable: list[str]
+) -> Iterator[tuple[PreparedSource, RowStore]]:
+    """Yield `source` with its encoded rows, or each of its files with its own if one of them cannot
+    be read to its end; its problem is added to `unusable`."""
+    try:
+        yield source, encoding.store(source)
+    except DataError as error:
+        if len(source.files) == 1:
+            unusable.append(str(error))
+            return
+        for file, format in zip(source.files, source.formats, strict=True):
+            yield from _stores(
+                encoding, replace(source, files=(file,), formats=(format,)), unusable
+            )

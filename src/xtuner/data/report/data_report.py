@@ -124,16 +124,18 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class PartReport:
-    """The size of the training or validation data; `fill` is the used share of the packs."""
+    """The size of the training or validation data; `fill` is the used share of the packs, of
+    `pack_length` tokens each."""
 
     samples: int
     tokens: int
     supervised_tokens: int
     packs: int
     fill: float
+    pack_length: int
 
     @classmethod
-    def of(cls, dataset: PackedDataset, max_length: int) -> PartReport:
+    def of(cls, dataset: PackedDataset, pack_length: int) -> PartReport:
         """Count the contents of `dataset`."""
         tokens, packs = dataset.num_tokens, len(dataset)
         return cls(
@@ -141,7 +143,8 @@ class PartReport:
             tokens,
             dataset.num_supervised,
             packs,
-            tokens / (packs * max_length),
+            tokens / (packs * pack_length),
+            pack_length,
         )
 
 
@@ -190,7 +193,7 @@ class DataReport:
         )
         if self.packed:
             packs = count(part.packs, "pack")
-            line += f" in {packs} of {self.max_length:,} ({part.fill:.1%} full)"
+            line += f" in {packs} of {part.pack_length:,} ({part.fill:.1%} full)"
         return line
 
     def write(self, folder: Path) -> Path:

@@ -57,8 +57,10 @@ class Source:
     files: tuple[RowFile, ...]
 
 
-def find(entry: str, *, folder: Path, split: str = "train") -> Source:
+def find(entry: str, *, folder: Path, split: str = "train", local: bool = False) -> Source:
     """Find `entry`; a relative path is looked up in `folder`, then in the working directory.
+
+    With `local` a name on the hub is not looked up, and has no files.
 
     Raises:
         DataError: it exists neither locally nor on the hub, or is a folder without data files.
@@ -69,6 +71,8 @@ def find(entry: str, *, folder: Path, split: str = "train") -> Source:
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         _refuse_missing_path(entry, candidates)
+        if local:
+            return Source(entry, ())
         from xtuner.data.sources import hub
 
         return Source(entry, (hub.open_split(entry, split=split),))

@@ -13,8 +13,7 @@ from xtuner.data import formats
 from xtuner.data.formats.base import Format
 from xtuner.data.sources import unread
 from xtuner.data.sources.find import RowFile, Source, below, find
-from xtuner.data.sources.rows import Fault, parse
-from xtuner.data.tokenize.workers import Task
+from xtuner.data.sources.rows import Fault, Task, parse
 from xtuner.errors import DataError, listed
 from xtuner.types import Row
 
@@ -56,8 +55,14 @@ class PreparedSource:
         return f"{self.files[file].name} {self.files[file].unit} {line}"
 
 
-def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
+def prepare(
+    settings: Settings, *, folder: Path, local: bool = False, unusable: list[str] | None = None
+) -> list[PreparedSource]:
     """Open all sources; relative paths are looked up in `folder`, then in the working directory.
+
+    With `local` only files and folders are opened, for a first check that imports nothing heavy:
+    no names on the hub, and no format in a file of the user's. A list `unusable` gets the problem
+    of each source and file that cannot be used, and the others are opened.
 
     Raises:
         DataError: a source is missing or empty, or its format is unknown; all problems are listed.
@@ -69,15 +74,22 @@ def prepare(settings: Settings, *, folder: Path) -> list[PreparedSource]:
     for entry, format_name in entries:
         try:
             entry = below(entry, settings.data_root, folder)
-            source = find(entry, folder=folder, split=settings.dataset_split)
-            prepared.append(_prepared(source, format_name, folder, dict(settings.columns)))
+            source = find(entry, folder=folder, split=settings.dataset_split, local=local)
+            if local and (not source.files or plugins.is_user_path(format_name)):
+                continue
+            names = dict(settings.columns)
+            prepared.append(_prepared(source, format_name, folder, names, unusable))
         except DataError as error:
             problems.append(str(error))
+    if unusable is not None:
+        unusable += problems
+        return prepared
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
         raise DataError(listed(f"{len(problems)} problems with the data:", problems))
-    _refuse_unknown_columns(settings, prepared)
+    if not local or len(prepared) == len(settings.data_path):
+        _refuse_unknown_columns(settings, prepared)
     return prepared
 
 
@@ -92,16 +104,27 @@ def _refuse_unknown_columns(settings: Settings, prepared: Sequence[PreparedSourc
 
 
 def _prepared(
-    source: Source, format_name: str, folder: Path, names: Mapping[str, str]
+    source: Source,
+    format_name: str,
+    folder: Path,
+    names: Mapping[str, str],
+    unusable: list[str] | None,
 ) -> PreparedSource:
     files, found, notes = [], [], dict[str, None]()
     for file in source.files:
-        head = [_row(raw.value) for raw in itertools.islice(file.rows(), _INSPECTED_ROWS)]
-        if not head:
+        try:
+            head = [_row(raw.value) for raw in itertools.islice(file.rows(), _INSPECTED_ROWS)]
+            if not head:
+                continue
+            columns = _columns(head)
+            format = _format(file, format_name, columns, head, folder, names)
+        except DataError as error:
+            if unusable is None or len(source.files) == 1:
+                raise
+            unusable.append(str(error))
             continue
         files.append(file)
-        columns = _columns(head)
-        found.append(_format(file, format_name, columns, head, folder, names))
+        found.append(format)
         if note := " and ".join(f"{c!r} as {n!r}" for c, n in found[-1].renames.items()):
             notes[f"{source.name}: reads column {note}"] = None
         if file.note:
@@ -115,7 +138,7 @@ def _prepared(
         if format_name != formats.AUTO and (kind := unread.other_kind(_rows(head), rest)):
             notes[f"{source.name}: {kind}"] = None
     if not files:
-        raise DataError(f"{source.name}: contains no rows")
+        raise DataError(f"{source.name}: contains no rows that can be read")
     return PreparedSource(source.name, format_name, tuple(files), tuple(found), tuple(notes))
 
 

@@ -70,6 +70,13 @@ def _stripped(value: Any) -> Any:
     return value
 
 
+class Task(NamedTuple):
+    """A row to encode: the number of its file in the source, and the row as read."""
+
+    file: int
+    row: RawRow
+
+
 def parse(raw: bytes) -> Row | Fault:
     """Parse a line of JSON."""
     try:

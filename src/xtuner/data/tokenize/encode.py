@@ -14,10 +14,11 @@ from xtuner.calls.check import CallPolicy
 from xtuner.config.schema import Settings
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.resolve import PreparedSource
+from xtuner.data.sources.rows import Task
 from xtuner.data.tokenize import cache
 from xtuner.data.tokenize.progress import progress_bar
 from xtuner.data.tokenize.store import EncodedChunk, RowStore, StoreWriter
-from xtuner.data.tokenize.workers import Encoder, Task, chunked, encode_all
+from xtuner.data.tokenize.workers import Encoder, chunked, encode_all
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm
 

@@ -30,7 +30,7 @@ from xtuner import plugins
 from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
-from xtuner.data.sources.rows import Fault, RawRow, parse
+from xtuner.data.sources.rows import Fault, Task, parse
 from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_images
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.templates.base import Template
@@ -43,13 +43,6 @@ PIECE = 200_000
 
 _NO_IMAGES = "are present, but the model does not take images; set visual_encoder_name_or_path"
 _PR_SET_PDEATHSIG = 1
-
-
-class Task(NamedTuple):
-    """A row to encode: the number of its file in the source, and the row as read."""
-
-    file: int
-    row: RawRow
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 
 from xtuner.engine.hooks.base import BaseHook, Question, Run
+from xtuner.engine.working import working
 
 ANSWERS_FILE = "sample_answers.jsonl"
 """One line per evaluation: step, when, and answers with question, images and answer."""
@@ -48,12 +49,14 @@ class Hook(BaseHook):
             return
         self._done_at = run.step
         if run.validate is not None:
-            run.scalars["val_loss"] = run.validate()
+            with working(run.console, "Measuring the validation loss"):
+                run.scalars["val_loss"] = run.validate()
             run.console.print(f"Validation loss {when}: {run.scalars['val_loss']:.4f}")
         if not run.settings.evaluation_inputs:
             return
         questions = _questions(run)
-        answers = run.answers(questions)
+        with working(run.console, f"Asking {_counted(len(questions))}"):
+            answers = run.answers(questions)
         if not run.is_main:
             return
         run.console.print(f"\n[bold]Sample answers {when}[/bold]")
@@ -79,6 +82,10 @@ def _append(run: Run, when: str, questions: Sequence[Question], answers: Sequenc
     line = json.dumps({"step": run.step, "when": when, "answers": rows}, ensure_ascii=False)
     with (run.log_dir / ANSWERS_FILE).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def _counted(number: int) -> str:
+    return "1 question" if number == 1 else f"{number} questions, all at once"
 
 
 def _questions(run: Run) -> list[Question]:

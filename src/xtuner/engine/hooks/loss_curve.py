@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from xtuner.engine.hooks.base import BaseHook, Run
+
+WIDTH = 50
+"""The running mean looks about a fiftieth of the run back and ahead."""
+
+Points = Sequence[tuple[int, float]]
+"""Steps, and a loss of each."""
 
 
 class Hook(BaseHook):
@@ -16,53 +25,90 @@ class Hook(BaseHook):
     def __init__(self) -> None:
         self._losses: list[tuple[int, float]] = []
         self._validation: list[tuple[int, float]] = []
+        self._answers: list[int] = []
         self._file: Path | None = None
 
     def on_start(self, run: Run) -> None:
         """Note where the image goes."""
         self._file = run.log_dir / "loss_curve.png"
-        self.on_end(run)
+        self._keep(run)
 
     def on_step(self, run: Run) -> None:
         """Keep the loss."""
         self._losses.append((run.step, run.scalars["loss"]))
-        if "val_loss" in run.scalars:
-            self._validation.append((run.step, run.scalars["val_loss"]))
+        self._keep(run)
 
     def on_end(self, run: Run) -> None:
-        """Keep a validation loss measured after the last step (or, from `on_start`, before the
-        first)."""
-        if "val_loss" in run.scalars:
-            self._validation.append((run.step, run.scalars["val_loss"]))
+        """Keep a validation loss measured after the last step."""
+        self._keep(run)
 
     def close(self) -> None:
         """Draw, if there is anything to draw."""
         if self._file is not None and len(self._losses) > 1:
-            draw(self._file, self._losses, self._validation)
+            draw(self._file, self._losses, self._validation, self._answers)
+
+    def _keep(self, run: Run) -> None:
+        """Keep a validation loss, and whether questions were asked, at this step."""
+        if "val_loss" in run.scalars and run.step not in dict(self._validation):
+            self._validation.append((run.step, run.scalars["val_loss"]))
+        due = run.counter.due(run.step, run.settings.evaluation_freq)
+        asked = due or run.step in (0, run.total_steps)
+        if asked and run.settings.evaluation_inputs and run.step not in self._answers:
+            self._answers.append(run.step)
 
 
-def draw(file: Path, losses: list[tuple[int, float]], validation: list[tuple[int, float]]) -> None:
-    """Draw (step, loss) pairs as a PNG; the thick line is an exponential running mean."""
+def running_mean(losses: Points) -> list[float]:
+    """The mean around each step, with weights that fall exponentially to both sides.
+
+    A mean over past steps alone lags behind a falling loss.
+    """
+    values = [loss for _, loss in losses]
+    kept = math.exp(-1 / max(1.0, len(values) / WIDTH))
+
+    def past(numbers: Sequence[float]) -> list[float]:
+        sums = itertools.accumulate(numbers, lambda total, number: kept * total + number)
+        return [total - number for total, number in zip(sums, numbers, strict=True)]
+
+    def around(numbers: list[float]) -> list[float]:
+        ahead = past(numbers[::-1])[::-1]
+        return [sum(three) for three in zip(past(numbers), numbers, ahead, strict=True)]
+
+    weights = around([1.0] * len(values))
+    return [total / weight for total, weight in zip(around(values), weights, strict=True)]
+
+
+def draw(file: Path, losses: Points, validation: Points, answers: Sequence[int] = ()) -> None:
+    """Draw (step, loss) pairs as a PNG.
+
+    Args:
+        file: to write.
+        losses: of the steps; the thick line is their `running_mean`.
+        validation: the validation loss, at the steps where it was measured.
+        answers: steps at which questions were asked.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, values = zip(*losses, strict=True)
-    smooth, mean = [], values[0]
-    for value in values:
-        mean = 0.9 * mean + 0.1 * value
-        smooth.append(mean)
     axes.plot(steps, values, color="#9bb7d4", linewidth=1, label="loss of each step")
-    axes.plot(steps, smooth, color="#1f4e79", linewidth=2, label="running mean")
+    axes.plot(steps, running_mean(losses), color="#1f4e79", linewidth=2, label="running mean")
     if validation:
         axes.plot(
             *zip(*validation, strict=True), color="#c0504d", marker="o", label="validation loss"
         )
+    if answers:
+        height = axes.get_xaxis_transform()  # 0 is the bottom of the axes, 1 the top
+        axes.plot(answers, [0.0] * len(answers), "^", color="#4f8f4f", markersize=7,
+                  transform=height, clip_on=False, label="sample answers")  # fmt: skip
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per trained token")
-    axes.set_ylim(bottom=0)
+    highest = max([*values, *(loss for _, loss in validation)])
+    axes.set_ylim(0, 1.08 * highest if 0 < highest < float("inf") else None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

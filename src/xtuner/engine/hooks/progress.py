@@ -23,9 +23,13 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Hook(BaseHook):
-    """A progress bar with loss, learning rate, speed and the time left."""
+    """A progress bar with loss, learning rate, speed and the time left.
 
-    order = 5  # first, so that at the end the bar stands still before others print
+    It is there for steps only: drawn when the other hooks have started, and left standing at the
+    last step.
+    """
+
+    order = 99
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -53,6 +57,8 @@ class Hook(BaseHook):
         """Advance the bar, or print a line now and then."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=run.step, shown=_words(run, IN_BAR))
+            if run.step == run.total_steps:
+                self.close()
         elif (
             run.step in (1, run.total_steps)
             or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES
@@ -61,10 +67,6 @@ class Hook(BaseHook):
             run.console.print(
                 f"step {run.step}/{run.total_steps}  epoch {run.epoch:.2f}  {_words(run, SHOWN)}"
             )
-
-    def on_end(self, run: Run) -> None:
-        """Leave the full bar standing before other hooks print."""
-        self.close()
 
     def close(self) -> None:
         """Stop drawing."""

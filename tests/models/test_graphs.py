@@ -9,7 +9,8 @@ from replaying_recorder import ReplayingRecorder
 from xtuner.kernels.attention import packed as attention
 from xtuner.models.adapters import add_adapter
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.graphed_decoder import Capacity, GraphedDecoder, rounded
+from xtuner.models.graphs.capacity import Capacity, rounded
+from xtuner.models.graphs.decoder import GraphedDecoder
 from xtuner.testing.tiny import tiny_model
 from xtuner.types import IGNORE_INDEX, Batch
 

@@ -1,0 +1,73 @@
+"""`xtuner mmbench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A LLaVA model: a work dir or iter_N, a merged model, or with --llava its "
+            "language model."
+        ),
+    ],
+    data_path: Annotated[Path, typer.Option(metavar="TSV", help="A file of MMBench.")],
+    visual_encoder: Annotated[
+        str | None, typer.Option(metavar="CLIP", help="Vision tower; requires --llava.")
+    ] = None,
+    llava: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with the trained LLaVA parts.")
+    ] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(metavar="T", help="Default: that of the training run.")
+    ] = None,
+    work_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("mmbench"),
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 100,
+    bits: Annotated[int | None, typer.Option(metavar="4|8|16", help="Bits per weight.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Ask only the first N questions.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that ships with MODEL.")
+    ] = False,
+) -> None:
+    """Measure a LLaVA model on MMBench.
+
+    Writes mmbench_result.xlsx and mmbench_result.json, and prints the accuracy if the file has the
+    answers (the test split has none: submit the xlsx).
+    """
+    from xtuner.chat import mmbench
+    from xtuner.chat.opening import open_chat
+    from xtuner.errors import ConfigError
+    from xtuner.generation.generate import GenerationOptions
+
+    questions = mmbench.read_tsv(data_path)[:limit]
+    session = open_chat(
+        model,
+        prompt_template=prompt_template,
+        visual_encoder=visual_encoder,
+        llava=llava,
+        bits=bits,
+        options=GenerationOptions(max_new_tokens=max_new_tokens),
+        trust_remote_code=trust_remote_code,
+    )
+    if session.vision is None:
+        raise ConfigError(f"{model}: does not take images; give a LLaVA model")
+
+    def tell(done: int) -> None:
+        if done % 50 == 0 or done == len(questions):
+            typer.echo(f"{done:,} of {len(questions):,} questions", err=True)
+
+    answered = list(mmbench.ask_all(session, questions, tell=tell))
+    found = mmbench.write(work_dir, answered)
+    unread = sum(not each.letter for each in answered)
+    if unread:
+        typer.echo(f"Note: {unread:,} answers choose no option; they count as wrong.", err=True)
+    for name, share in found.items():
+        typer.echo(f"{name:<40} {share:7.2%}")
+    typer.echo(f"Wrote {work_dir / 'mmbench_result.xlsx'}")

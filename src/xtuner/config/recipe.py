@@ -1,0 +1,110 @@
+"""The settings that depend on the amount of data: what 'auto' means for them.
+
+A model learns facts from repetition. With few rows a run needs many epochs and small steps; with
+many rows, large steps and few epochs. benchmarks/recipe.py measures what these rules reach
+(docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xtuner.config.schema import Settings
+
+AUTOMATIC = ("lora_alpha", "pack_length", "accumulative_counts", "max_epochs")
+"""The settings that `resolved` decides where they are 'auto'."""
+EPOCH_PACKS = 32
+"""Packs are shorter than `max_length` where an epoch would have fewer than this."""
+PACK_SAMPLES = 4
+"""Packs are not so short that they hold fewer samples than this, on average."""
+EPOCH_STEPS = 64
+"""Gradients of several micro-batches are summed only if an epoch keeps this many steps."""
+MOST_ACCUMULATED = 16
+LEAST_EPOCHS, MOST_EPOCHS = 3, 15
+FEW_ROWS = 50
+"""Up to this many rows are repeated MOST_EPOCHS times; ten times as many half as often."""
+_LESS_OFTEN = math.log10(2)
+LONG_EPOCH = 1_000
+"""Steps of an epoch that is not repeated."""
+
+
+def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> int:
+    """Tokens of a pack.
+
+    Args:
+        settings: `pack_length` and the size of a step are used.
+        lengths: tokens of each sample; the longest has to fit.
+        limit: tokens of a full pack.
+    """
+    given = settings.pack_length
+    if given == "auto" and settings.accumulative_counts != "auto":
+        return limit
+    if given != "auto" and given >= settings.max_length:
+        return limit
+    tokens = sum(lengths)
+    few = tokens / min(EPOCH_PACKS * settings.batch_size, max(1, len(lengths) // PACK_SAMPLES))
+    return min(limit, max(*lengths, math.ceil(few) if given == "auto" else given))
+
+
+def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: int) -> Settings:
+    """`settings` with numbers in place of 'auto'.
+
+    Args:
+        settings: of the run.
+        rows: samples of an epoch.
+        packs: packs (or samples that are not packed) of an epoch.
+        length: tokens of a pack.
+        ranks: processes that take different rows.
+    """
+    micro_batches = math.ceil(packs / (settings.batch_size * ranks))
+    summed = min(MOST_ACCUMULATED, max(1, micro_batches // EPOCH_STEPS))
+    given = settings.accumulative_counts
+    accumulated = summed if given == "auto" else given
+    epochs = _epochs(rows, math.ceil(micro_batches / accumulated), settings.max_steps)
+    values = {
+        "lora_alpha": settings.effective_lora_alpha,
+        "pack_length": length,
+        "accumulative_counts": accumulated,
+        "max_epochs": epochs,
+    }  # of these, only those that are 'auto' are taken
+    return settings.model_copy(update={n: values[n] for n in chosen(settings)})
+
+
+def chosen(settings: Settings) -> tuple[str, ...]:
+    """Names of the settings that are 'auto' and matter to this run."""
+    names = [name for name in AUTOMATIC if getattr(settings, name) == "auto"]
+    idle = {*settings.idle()}
+    return tuple(name for name in names if name not in idle)
+
+
+def as_before(settings: Settings, earlier: Mapping[str, Any]) -> Settings:
+    """`settings` with the numbers of an earlier run, which this one continues, in place of 'auto'.
+
+    Args:
+        settings: of the continuing run.
+        earlier: settings by name, as the checkpoint has them.
+    """
+    known = {**full_packs(earlier), **earlier}
+    numbers = {
+        name: known[name]
+        for name in AUTOMATIC
+        if getattr(settings, name) == "auto" and isinstance(known.get(name), int | float)
+    }
+    return settings.model_copy(update=numbers)
+
+
+def full_packs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The `pack_length` of a run from before that setting, given its others: packs were full."""
+    return {"pack_length": values["max_length"]} if "max_length" in values else {}
+
+
+def _epochs(rows: int, steps: int, max_steps: int | None) -> int:
+    """Epochs of `rows` samples in `steps` optimizer steps."""
+    if max_steps is not None:
+        return math.ceil(max_steps / steps)
+    if steps >= LONG_EPOCH:
+        return 1
+    wanted = MOST_EPOCHS * math.pow(FEW_ROWS / rows, _LESS_OFTEN)
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, round(wanted)))

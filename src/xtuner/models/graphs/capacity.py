@@ -1,0 +1,67 @@
+"""Sizes of packed rows, and of graphs that take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a graph takes: exactly `tokens`, at most `sequences`, none over `longest`."""
+
+    tokens: int
+    sequences: int
+    longest: int
+
+    @classmethod
+    def of(cls, tokens: int, sequences: int, longest: int) -> Capacity:
+        """The capacity to record for a row: the next powers of two, so that few are recorded."""
+        return cls(tokens, max(8, _power(sequences)), min(tokens, max(128, _power(longest))))
+
+    def holds(self, other: Capacity) -> bool:
+        """Whether a row of `other`'s numbers fits."""
+        fits = self.sequences >= other.sequences and self.longest >= other.longest
+        return fits and self.tokens == other.tokens
+
+    def joined(self, other: Capacity) -> Capacity:
+        """The smallest that holds both."""
+        return Capacity(
+            max(self.tokens, other.tokens),
+            max(self.sequences, other.sequences),
+            max(self.longest, other.longest),
+        )
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def rounded(tokens: int) -> int:
+    """The number of tokens that a row of `tokens` is filled up to: at most a sixteenth more."""
+    step = max(64, 1 << max(0, tokens.bit_length() - 5))
+    return -(-tokens // step) * step
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row for the decoder.
+
+    Attributes:
+        embeddings: ``[1, N, H]``.
+        positions: int64 ``[1, N]``.
+        cu_seqlens: int32 ``[S + 1]``, on the CPU.
+        longest: length of the longest sequence.
+    """
+
+    embeddings: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+    @property
+    def capacity(self) -> Capacity:
+        """What a graph must take for this row."""
+        return Capacity(self.embeddings.shape[1], len(self.cu_seqlens) - 1, self.longest)

@@ -1,0 +1,275 @@
+"""What a run has learned, asked at its end: rows of its own data, and everyday questions.
+
+    before the first step   everyday questions ─► answers
+    at the end              rows of the data, everyday questions ─► one line, final_check.json
+
+A low loss does not tell whether the model gives the trained answers, nor whether it still answers
+anything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xtuner.config.schema import Settings
+from xtuner.data.build import TrainingData
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.working import LABEL, say, working
+from xtuner.training.evaluate import SampleAnswers
+from xtuner.training.languages import language_of
+from xtuner.types import Sample
+
+FILE_NAME = "final_check.json"
+MAX_TOKENS = 48
+"""Tokens of an answer that are compared."""
+EVERYDAY_TOKENS = 24
+SIMILAR = 0.6
+"""An everyday answer is unchanged if this share of its characters is found again in order."""
+FEWEST_PROMPT = 4
+"""A sample that begins with its answer cannot be asked."""
+SMALL = 5_000
+"""With more rows than this nobody expects to find each answer again."""
+EVERYDAY = {
+    "en": (
+        "What is the capital of France?",
+        "Name three fruits.",
+        "How many days are in a week?",
+    ),
+    "zh": ("中国的首都是哪里？", "说出三种水果。", "一个星期有几天？"),
+}
+
+Continue = Callable[[Sequence[Sequence[int]], int], list[str]]
+"""Greedy continuations of prompts (token ids), of at most so many tokens."""
+Ask = Callable[[Sequence[str], int], list[str]]
+"""Greedy answers to questions, of at most so many tokens."""
+
+
+@dataclass(frozen=True)
+class AskedRow:
+    """A row of the data as a question.
+
+    Attributes:
+        prompt, expected: token ids before the first answer of the row, and of the answer.
+        row: where it is from.
+    """
+
+    prompt: list[int]
+    expected: list[int]
+    row: str
+
+
+@dataclass
+class Findings:
+    """What was asked, and what the model said; each answer is a dict as in final_check.json."""
+
+    training: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    everyday: list[dict[str, Any]] = field(default_factory=list)
+
+    def line(self) -> str:
+        """The findings in a line; empty if nothing was asked."""
+        parts = [
+            _share(getattr(self, name), key, f"{name} answers {word}")
+            for name, key, word in (
+                ("training", "reproduced", "reproduced"),
+                ("validation", "reproduced", "reproduced"),
+                ("everyday", "unchanged", "unchanged"),
+            )
+        ]
+        return "; ".join(filter(None, parts))
+
+    @property
+    def learned_few(self) -> bool:
+        """Whether less than half of the training answers are reproduced."""
+        return 2 * _count(self.training, "reproduced") < len(self.training)
+
+    @property
+    def forgot(self) -> bool:
+        """Whether less than half of the everyday answers are unchanged."""
+        return 2 * _count(self.everyday, "unchanged") < len(self.everyday)
+
+
+class FinalCheck(BaseHook):
+    """Asks at the end of a run.
+
+    Args:
+        rows: of the training data.
+        validation: of the validation split.
+        number_of_rows: of the training data.
+        decode: token ids to text.
+        proceed, ask: of the model in training; collective calls where `sharded`.
+        sharded: all processes ask together; otherwise the main one alone.
+    """
+
+    order = 12
+    collective = True
+
+    def __init__(
+        self,
+        rows: Sequence[AskedRow],
+        validation: Sequence[AskedRow],
+        *,
+        number_of_rows: int,
+        decode: Callable[[Sequence[int]], str],
+        proceed: Continue,
+        ask: Ask,
+        sharded: bool,
+    ) -> None:
+        self._rows, self._validation, self._number = rows, validation, number_of_rows
+        self._decode, self._continue, self._ask = decode, proceed, ask
+        self._sharded = sharded
+        self._before: list[str] = []
+        self._lowest = float("inf")
+        texts = " ".join(decode(row.expected) for row in rows)
+        self._questions = EVERYDAY.get(language_of(texts), EVERYDAY["en"])
+
+    def on_start(self, run: Run) -> None:
+        """Ask everyday questions of the model as it is."""
+        if run.step == 0 and self._takes_part(run):
+            with working(run.console, f"Asking {len(self._questions)} everyday questions"):
+                self._before = self._ask(self._questions, EVERYDAY_TOKENS)
+
+    def on_step(self, run: Run) -> None:
+        """Keep the lowest validation loss."""
+        self._lowest = min(self._lowest, run.scalars.get("val_loss", self._lowest))
+
+    def on_end(self, run: Run) -> None:
+        """Ask, and say what was seen and what to change."""
+        if not self._takes_part(run):
+            return
+        with working(run.console, "Asking rows of the data and everyday questions"):
+            findings = self._findings()
+        if not run.is_main:
+            return
+        say(run.console, f"Learned      {findings.line()}")
+        for text in self._advice(findings, run):
+            say(run.console, f"{'':{LABEL}}{text}")
+        content = json.dumps(asdict(findings), ensure_ascii=False, indent=1)
+        (run.log_dir / FILE_NAME).write_text(content + "\n", encoding="utf-8")
+
+    def _takes_part(self, run: Run) -> bool:
+        return self._sharded or run.is_main
+
+    def _findings(self) -> Findings:
+        rows = [*self._rows, *self._validation]
+        most = max((len(row.expected) for row in rows), default=0)
+        answers = self._continue([row.prompt for row in rows], most + 1) if rows else []
+        asked = [self._compared(row, answer) for row, answer in zip(rows, answers, strict=True)]
+        after = self._ask(self._questions, EVERYDAY_TOKENS) if self._before else []
+        everyday = [
+            {"question": question, "before": old, "after": new, "unchanged": _alike(old, new)}
+            for question, old, new in zip(self._questions, self._before, after, strict=False)
+        ]
+        count = len(self._rows)
+        return Findings(asked[:count], asked[count:], everyday)
+
+    def _compared(self, row: AskedRow, answer: str) -> dict[str, Any]:
+        expected = _plain(self._decode(row.expected))
+        same = _plain(answer)[: len(expected)] == expected
+        question = _plain(self._decode(row.prompt))
+        return {
+            "row": row.row,
+            "question": question,
+            "expected": expected,
+            "answer": _plain(answer),
+            "reproduced": same,
+        }
+
+    def _advice(self, findings: Findings, run: Run) -> list[str]:
+        """What to change, if anything."""
+        s, texts = run.settings, []
+        if findings.learned_few and findings.training and self._number <= SMALL:
+            texts.append(
+                f"Few training answers are word for word those of the data. To learn them, raise "
+                f"max_epochs (now {s.max_epochs}) or lr (now {s.lr:g}); where other words will do, "
+                "judge by questions of your own (evaluation_inputs)."
+            )
+        if findings.forgot and findings.everyday:
+            texts.append(
+                "Most everyday answers changed: the model answers in the way of the data, or "
+                "forgets. If that matters, mix in ordinary conversations (data_path takes a list), "
+                f"or lower max_epochs (now {s.max_epochs}) or lr (now {s.lr:g})."
+            )
+        last = run.scalars.get("val_loss")
+        if last is not None and last > 1.05 * self._lowest:
+            texts.append(
+                f"The validation loss rose from {self._lowest:.3f} to {last:.3f}: the model "
+                "over-fits. Lower max_epochs, or add rows."
+            )
+        return texts
+
+
+def final_check(
+    settings: Settings, data: TrainingData, asked: SampleAnswers
+) -> tuple[FinalCheck, ...]:
+    """The check of a run; none if the settings want none, or rows of the data are no questions."""
+    number = 0 if settings.has_vision else settings.evaluation_rows
+    rows = asked_rows(data.train, number)
+    if not rows:
+        return ()
+    check = FinalCheck(
+        rows,
+        asked_rows(data.validation, math.ceil(number / 2)),
+        number_of_rows=data.train.num_samples,
+        decode=lambda ids: str(asked.tokenizer.decode(ids, skip_special_tokens=True)),
+        proceed=asked.proceed,
+        ask=asked.ask,
+        sharded=asked.sharded,
+    )
+    return (check,)
+
+
+def asked_rows(dataset: PackedDataset | None, number: int) -> list[AskedRow]:
+    """`number` samples of `dataset`, from packs spread evenly over it, as questions."""
+    if dataset is None or not number:
+        return []
+    picked = np.unique(np.linspace(0, len(dataset) - 1, num=min(2 * number, len(dataset))))
+    found = (asked for i in picked for asked in map(asked_row, dataset[round(i)][:1]))
+    rows = [row for row in found if row is not None]
+    if len(rows) < number:
+        others = (asked_row(s) for i in picked for s in dataset[round(i)][1:])
+        rows += [row for row in others if row is not None]
+    return rows[:: max(1, len(rows) // number)][:number]
+
+
+def asked_row(sample: Sample) -> AskedRow | None:
+    """`sample` up to its first answer, and the answer; None for text without a question."""
+    if sample.images or sample.lengths:
+        return None
+    supervised = np.flatnonzero(sample.loss_mask)
+    if not len(supervised) or supervised[0] < FEWEST_PROMPT:
+        return None
+    start = int(supervised[0])
+    rest = np.flatnonzero(~sample.loss_mask[start:])
+    stop = start + int(rest[0]) if len(rest) else len(sample.loss_mask)
+    ids = sample.input_ids.tolist()
+    return AskedRow(ids[:start], ids[start : min(stop, start + MAX_TOKENS)], str(sample.row))
+
+
+def _count(found: Sequence[dict[str, Any]], key: str) -> int:
+    return sum(bool(each[key]) for each in found)
+
+
+def _share(found: Sequence[dict[str, Any]], key: str, words: str) -> str:
+    return f"{_count(found, key)} of {len(found)} {words}" if found else ""
+
+
+def _alike(before: str, after: str) -> bool:
+    """Whether two answers say nearly the same."""
+    one, other = _plain(before), _plain(after)
+    if not one or not other:
+        return one == other
+    length = min(len(one), len(other))  # an answer that goes on is no other answer
+    return difflib.SequenceMatcher(None, one[:length], other[:length]).ratio() >= SIMILAR
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,116 @@
+"""What can be checked of a run before torch is imported, which takes seconds.
+
+Files of the data and their columns, the folder of the model, the names of optimizer and attention.
+Everything here is checked again where it is used; this module only tells sooner.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from xtuner import plugins
+from xtuner.config.load import LoadedSettings
+from xtuner.config.schema import Settings
+from xtuner.data.sources.resolve import prepare
+from xtuner.errors import ConfigError, XTunerError, did_you_mean, listed
+from xtuner.hub import fetch
+
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""Values of `attn_implementation`, and the package that each needs."""
+_NO_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam", "GlobalOptimManager")
+
+
+def first_check(loaded: LoadedSettings) -> None:
+    """Check `loaded` without importing torch.
+
+    Raises:
+        XTunerError: a file, folder or name cannot be used; all problems are listed.
+    """
+    settings, problems = loaded.settings, list[XTunerError]()
+    try:
+        prepare(settings, folder=loaded.folder, local=True)
+    except XTunerError as error:
+        problems.append(error)
+    problems += map(ConfigError, _problems(settings))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError(listed(f"{len(problems)} problems:", [str(each) for each in problems]))
+
+
+def _problems(settings: Settings) -> Iterator[str]:
+    yield from model_problem(
+        "pretrained_model_name_or_path", settings.pretrained_model_name_or_path
+    )
+    if settings.visual_encoder_name_or_path is not None:
+        yield from model_problem(
+            "visual_encoder_name_or_path", settings.visual_encoder_name_or_path
+        )
+    known = optimizer_names()
+    name = settings.optim_type
+    if known and name not in known and not plugins.is_user_path(name):
+        yield (
+            f"optim_type = {name!r}: there is no such optimizer{did_you_mean(name, known)}; "
+            f"allowed: {', '.join(known)}"
+        )
+    package = _PACKAGES.get(settings.attn_implementation)
+    if package and importlib.util.find_spec(package) is None:
+        yield (
+            f"attn_implementation = {settings.attn_implementation!r}: needs the package {package}, "
+            "which is not installed; 'auto' needs none and is as fast"
+        )
+
+
+def model_problem(setting: str, name: str) -> Iterator[str]:
+    """Yield why the model `name` cannot be loaded, as far as its folder tells.
+
+    A name on the hub is not looked up.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+        if looks_local and fetch.cached(name) is None:
+            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            yield f"{setting} = {name!r}: no such folder{did_you_mean(path.name, beside)}"
+        return
+    if path.is_file():
+        yield f"{setting} = {name!r}: is a file; give the folder of the model"
+        return
+    file = path / "config.json"
+    if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            yield (
+                f"{setting} = {name!r}: is an adapter, not a model; give its base model, or merge "
+                "the two first (`xtuner convert merge`)"
+            )
+        else:
+            yield f"{setting} = {name!r}: is not the folder of a model: it has no config.json"
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield f"{setting} = {name!r}: config.json cannot be read: {error}"
+        return
+    if not isinstance(content, dict) or "model_type" not in content:
+        yield f"{setting} = {name!r}: config.json names no model_type, so it is not of a model"
+
+
+def optimizer_names() -> list[str]:
+    """The optimizers of torch and bitsandbytes, read from their sources; empty if that fails."""
+    found: set[str] = set()
+    for package in ("torch", "bitsandbytes"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            continue
+        try:
+            source = Path(spec.origin).parent.joinpath("optim", "__init__.py").read_text("utf-8")
+            tree = ast.parse(source)
+        except (OSError, ValueError, SyntaxError):
+            return []
+        imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+        found |= {alias.asname or alias.name for node in imports for alias in node.names}
+    return sorted(name for name in found if name[:1].isupper() and name not in _NO_OPTIMIZERS)

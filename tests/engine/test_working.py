@@ -1,0 +1,49 @@
+"""Lines of a run: wrapped at words in a terminal, whole elsewhere; what takes time is said."""
+
+import io
+
+from rich.console import Console
+
+from xtuner.engine.working import say, working
+
+
+def console(*, terminal, width=50):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, highlight=False)
+
+
+PATH = "/a/very/long/path/that/stays/whole/as/it/is/without/a/break"
+LINE = f"Note         the quick brown fox jumps over the lazy dog {PATH}"
+
+
+def test_a_terminal_wraps_at_words_below_the_text():
+    shown = console(terminal=True)
+    say(shown, LINE)
+    lines = shown.file.getvalue().splitlines()
+    assert lines[0] == "Note         the quick brown fox jumps over the"
+    assert lines[1] == " " * 13 + "lazy dog"
+    assert lines[2] == " " * 13 + PATH
+
+
+def test_a_file_gets_the_line_whole():
+    shown = console(terminal=False)
+    say(shown, LINE)
+    assert shown.file.getvalue() == LINE + "\n"
+
+
+def test_what_takes_time_is_said_also_beside_a_bar():
+    shown = console(terminal=False)
+    with working(shown, "Loading"):
+        assert shown.file.getvalue() == "Loading...\n"
+    moving = console(terminal=True)
+    with working(moving, "Asking"):
+        pass
+    assert "Asking..." in moving.file.getvalue()
+    with moving.status("bar"), working(moving, "Asking"):
+        pass  # some releases of rich refuse a second sign
+
+
+def test_nothing_is_said_by_a_quiet_process():
+    quiet = Console(file=io.StringIO(), quiet=True)
+    with working(quiet, "Loading"):
+        say(quiet, LINE)
+    assert quiet.file.getvalue() == ""
