@@ -1,5 +1,6 @@
 # make quickstart          teach a small chat model its name (NAME="Ada" sets the name)
 # make quickstart-llava    add image input and ask about images (15 minutes on two cores)
+# make quickstart-tools    teach it to call tools, and measure that (10 minutes on two cores)
 # make quickstart-overfit  quickstart without general conversations, to show forgetting
 # make web                 chat with the quick start's run in the browser, beside the model it started from
 # make venv                create .venv with the xtuner command
@@ -22,7 +23,7 @@ SPREAD := -n $(JOBS) --maxprocesses 4 --dist loadfile
 BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
 BENCH_DATA := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava web test test-slow test-gpu test-without-cpu-kernels check format docs clean
+.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava quickstart-tools web test test-slow test-gpu test-without-cpu-kernels check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -43,6 +44,9 @@ quickstart: venv
 
 quickstart-overfit: venv
 	@PYTHON=$(BIN)/python bash examples/quickstart/overfit.sh "$(NAME)"
+
+quickstart-tools: venv
+	@PYTHON=$(BIN)/python bash examples/tools/run.sh
 
 quickstart-llava: venv
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[examples]"
@@ -118,4 +122,4 @@ docs: dev
 	$(BIN)/python -m xtuner.config.explain > docs/settings.md
 
 clean:
-	rm -rf .venv build dist quickstart quickstart-llava .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist quickstart quickstart-llava quickstart-tools .pytest_cache .mypy_cache .ruff_cache

@@ -1,16 +1,21 @@
 """Optimizers by name and the learning rate of each step."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from xtuner.engine.optimizer import optim
 from xtuner.engine.optimizer.optim import (
     clip_gradients,
     learning_rate,
     load_optimizer,
     make_optimizer,
 )
+from xtuner.engine.optimizer.state_check import check_state
 from xtuner.errors import ConfigError
+from xtuner.testing.tiny import tiny_model
 
 
 def rates(schedule, steps=100, warmup=0.1):
@@ -121,3 +126,35 @@ def test_gradients_are_clipped_as_torch_does_and_left_alone_below_the_limit():
         expected = nn.utils.clip_grad_norm_(theirs, float("inf") if limit is None else limit)
         assert norm == expected.item()
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours[:2], theirs[:2], strict=True))
+
+
+def test_muon_takes_matrices_and_adamw_the_rest_and_resumes_exactly():
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            torch.manual_seed(step)
+            ids = torch.randint(5, 200, (1, 12))
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optim.set_learning_rate(optimizer, 1e-3 * (step + 1))
+            optimizer.step()
+
+    def made(model):
+        return optim.make_optimizer("Muon", model, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+
+    straight = tiny_model()
+    optimizer = made(straight)
+    names = {id(p): name for name, p in straight.named_parameters()}
+    muon, *rest = optimizer.param_groups
+    assert all("proj" in names[id(p)] for p in muon["params"])
+    others = {names[id(p)] for group in rest for p in group["params"]}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= others
+    steps(straight, optimizer, 0, 2)
+    resumed = tiny_model()
+    resumed.load_state_dict(straight.state_dict())
+    other = made(resumed)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    check_state(other, optimizer.state_dict())
+    steps(straight, optimizer, 2, 4)
+    steps(resumed, other, 2, 4)
+    for one, two in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)

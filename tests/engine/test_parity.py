@@ -1,5 +1,5 @@
 """Losses, gradients and weights of two processes under every strategy are those of one process on
-the same samples.
+the same samples, whether they take other rows or parts of the same ones.
 
 A few cases run always; the whole matrix is slow. The processes are started once for each.
 """
@@ -23,10 +23,17 @@ ALL = [
 ]
 
 
-def run_all(cases):
-    """The results of `cases` on this process."""
+SPLIT = [("fsdp2", "lora", 1), ("deepspeed_zero3", "full", 1)]
+"""Cases whose rows are split over two processes."""
+
+
+def run_all(cases, split=()):
+    """The results of `cases` on this process, and of `split` with rows split over two."""
     processes = Processes("cpu")
     found = [case(processes, *each) for each in cases]
+    if split:
+        processes = Processes("cpu", sequence_parallel_size=2)
+        found += [case(processes, *each) for each in split]
     processes.close()
     return found
 
@@ -50,8 +57,8 @@ def assert_alike(cases, results):
 
 @pytest.mark.distributed
 def test_two_processes_give_the_gradients_of_one():
-    first, second = run_distributed(run_all, FEW)
-    assert_alike(FEW, first)
+    first, second = run_distributed(run_all, FEW, SPLIT)
+    assert_alike([*FEW, *SPLIT], first)
     assert [losses for losses, *_ in first] == [losses for losses, *_ in second]
     assert all(not weights for *_, weights in second)  # the main process alone gets them
 
@@ -62,3 +69,14 @@ def test_every_strategy_gives_the_gradients_of_one_process():
     assert_alike(ALL, run_distributed(run_all, ALL)[0])
     alone = [(strategy, "full", 4) for strategy in ("fsdp2", *ZERO, *OFFLOADED)]
     assert_alike(alone, run_all(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_strategy_takes_rows_that_are_split(processes):
+    """Four processes are two data groups of two."""
+    cases = list(itertools.product(("replicated", "fsdp2", *ZERO), TUNINGS, (1,)))
+    found = run_distributed(run_all, [], cases, processes=processes, timeout=1500)
+    assert_alike(cases, found[0])

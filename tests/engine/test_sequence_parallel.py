@@ -16,6 +16,7 @@ from xtuner.errors import DataError
 from xtuner.kernels.attention import packed as attention
 from xtuner.models import adapters
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.neftune import EmbeddingNoise
 from xtuner.parallel.processes import Processes
 from xtuner.parallel.ulysses import share_heads
 from xtuner.testing.run_distributed import run_distributed
@@ -219,3 +220,14 @@ def test_every_head_is_computed_once_with_the_keys_that_it_reads(heads, kv_heads
         assert reads == [head * kv_heads // heads for head in share.queries]
     with pytest.raises(ValueError, match="heads"):
         share_heads(heads, kv_heads, heads + 1)
+
+
+def test_noise_on_a_part_of_a_row_is_as_large_as_on_the_row():
+    embedding = torch.nn.Embedding(4, 64).requires_grad_(False)
+    embedding.weight.zero_()
+    noise = EmbeddingNoise(embedding, alpha=5.0)
+    ends = torch.tensor([0, 4, 20], dtype=torch.int32)
+    with noise.of_row(ends, slice(2, 12)):
+        added = embedding(torch.zeros(1, 10, dtype=torch.int64))[0].abs().amax(1)
+    bounds = 5.0 / (torch.tensor([4.0] * 2 + [16.0] * 8) * 64).sqrt()
+    assert (added <= bounds).all() and (added > 0.8 * bounds).all()

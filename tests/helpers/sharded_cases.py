@@ -38,8 +38,8 @@ class Shares:
                 [make_samples(2, seed=100 * step + 10 * half + n) for n in range(count)]
                 for half, count in enumerate(counts)
             ]
-            alone = processes.world_size == 1
-            self._steps.append([*halves[0], *halves[1]] if alone else halves[processes.rank])
+            alone = processes.data_world_size == 1
+            self._steps.append([*halves[0], *halves[1]] if alone else halves[processes.data_rank])
 
     def groups(self, start_step, stop_step):
         for step in range(start_step, stop_step):
@@ -80,8 +80,11 @@ def make_trainer(processes, strategy, tuning, accumulation=1, *, model=None, hoo
     )
     s = run.settings
     made = strategies.of_run(s, processes, folder=folder)
+    model = model or model_of(tuning)
+    if processes.sequence is not None:
+        model.split_rows(processes.sequence)
     made.prepare(
-        model or model_of(tuning),
+        model,
         lambda prepared: optim.make_optimizer(
             "AdamW", prepared, lr=s.lr, betas=s.betas, weight_decay=0.1
         ),

@@ -200,3 +200,16 @@ def test_internlm2_as_the_course_has_it(tmp_path):
     scaling = {"type": "dynamic", "factor": 2.0}
     folder = tiny_model_folder(tmp_path, "internlm2", rope_scaling=scaling)
     assert measure(folder, (64, 64), dtype=torch.float32, **FULL).step > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_activations_of_a_row_that_is_split_fall_with_the_processes(folder, device):
+    alone, two = (
+        measure(
+            folder, (256,) * 4, device=device, dtype=torch.float32, **FULL, sequence_parallel_size=n
+        )
+        for n in (1, 2)
+    )
+    assert alone.weights == two.weights
+    activations = [found.step - found.gradients for found in (alone, two)]
+    assert activations[1] == pytest.approx(activations[0] / 2, rel=0.25)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -230,7 +231,8 @@ def find(
     if found.adapter is not None:
         raise ModelError(
             f"{model}: is itself an adapter (on {found.model}), so --adapter cannot add another; "
-            f"to use {adapter} with that base model: xtuner chat {found.model} --adapter {adapter}"
+            f"to use {adapter} with that base model: "
+            + shlex.join(["xtuner", "chat", str(found.model), "--adapter", str(adapter)])
         )
     folder = _folder(adapter)
     if folder is None or not _is_adapter(folder):

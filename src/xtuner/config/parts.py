@@ -317,7 +317,8 @@ class OptimPart(Part):
         str, Mark("fixed", comment="of torch.optim, or 'PagedAdamW32bit', 'AdamW8bit', ...")
     ] = "AdamW"
     """An optimizer of torch.optim by name ('AdamW', 'SGD', ...), or one of bitsandbytes:
-    'AdamW8bit', 'PagedAdamW', 'PagedAdamW32bit', 'PagedAdamW8bit', 'Lion8bit', ..."""
+    'AdamW8bit', 'PagedAdamW', 'PagedAdamW32bit', 'PagedAdamW8bit', 'Lion8bit', ... 'Muon' takes
+    AdamW for embeddings, the output head, norms and biases."""
     paged_optimizer: Annotated[Literal["auto"] | bool, Mark("free", idle=_not_paged)] = "auto"
     """On a GPU, let the state of a paged optimizer ('PagedAdamW32bit', ...) move to CPU memory when
     GPU memory is short. 'auto' does so only if the run would not fit otherwise, according to the

@@ -10,6 +10,7 @@ weights would round them again, which loses far more than the difference between
 from __future__ import annotations
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -241,7 +242,8 @@ class _Merge:
             except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
                 raise ModelError(
                     f"{self.adapter}: PEFT cannot merge this type of adapter: {error}; "
-                    f"use it unmerged: xtuner chat {self.llm} --adapter {self.adapter}"
+                    "use it unmerged: "
+                    + shlex.join(["xtuner", "chat", self.llm, "--adapter", str(self.adapter)])
                 ) from error
         save_model(merged, draft, max_shard_size=f"{max(1, self.max_bytes // 1000)}KB")
         if self.folder is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file():
         raise CheckpointError(
             f"{path}: is a checkpoint of XTuner 0.x; convert it first, with the config of its run: "
-            f"xtuner convert pth_to_hf CONFIG {path} DIR"
+            f"xtuner convert pth_to_hf CONFIG {shlex.quote(str(path))} DIR"
         )
     parent = folder if folder.is_dir() else folder.parent
     found = ", ".join(sorted(str(p) for p in parent.glob("iter_*") if p.is_dir())) or "none"

@@ -22,6 +22,7 @@ from xtuner.models import adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import located_config, meta_model
 from xtuner.models.prepare import llm_autocast, make_trainable
+from xtuner.parallel.ulysses import PretendedGroup
 
 BYTES_QUANTISED = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 FEW_LAYERS = (2, 4)
@@ -133,6 +134,8 @@ class _Measured:
             s, dtype=self.dtype, device=self.device, recompute=self.recompute, base=base
         )
         wrapped = PackedCausalLM(model, autocast=llm_autocast(s, self.dtype))
+        if s.sequence_parallel_size > 1 and not wrapped.apart:
+            wrapped.assume_split(PretendedGroup(s.sequence_parallel_size))
         if on_gpu and not wrapped.apart:
             wrapped.causal.set_attn_implementation(KEPT_BY_FLASH)
         if s.has_vision and not self.recompute:  # as the projector's output needs them

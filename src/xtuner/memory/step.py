@@ -24,6 +24,7 @@ from xtuner.kernels.scratch import buffers
 from xtuner.memory.live_bytes import LiveBytes, pretend_cpu
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.filling import filled
+from xtuner.parallel.ulysses import heads_to_tokens, tokens_to_heads
 from xtuner.types import Batch
 
 KEPT_BY_FLASH = "xtuner_footprint"
@@ -127,7 +128,11 @@ def _flash_footprint(
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _FlashFootprint.apply(q, k, v)[None], None  # type: ignore[no-untyped-call]
+    group, heads = kwargs.get("sequence_group"), q.shape[1]
+    if group is not None:
+        q, k, v = tokens_to_heads(q, k, v, group)
+    out: Tensor = _FlashFootprint.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return (out if group is None else heads_to_tokens(out, heads, group))[None], None
 
 
 AttentionInterface.register(KEPT_BY_FLASH, _flash_footprint)

@@ -9,6 +9,7 @@ architecture is loaded, a wrong shortcut stops the run instead of training it si
 
 from __future__ import annotations
 
+import bisect
 import inspect
 import itertools
 from collections.abc import Callable
@@ -174,8 +175,8 @@ class PackedCausalLM(nn.Module):
         row = filled(batch, parts=group.size)
         share = group.share(row.num_tokens)
         positions = batch.predicting
-        bounds = torch.tensor([share.start, share.stop], device=positions.device)
-        first, last = torch.searchsorted(positions, bounds).tolist()
+        known = positions.tolist()
+        first, last = (bisect.bisect_left(known, end) for end in (share.start, share.stop))
         own = positions[first:last]
         inputs = self._inputs(row)
         row_positions = inputs["position_ids"]
@@ -183,7 +184,8 @@ class PackedCausalLM(nn.Module):
             if name in inputs:
                 inputs[name] = inputs[name][:, share]
         inputs |= {"position_ids": row_positions[..., share], "sequence_group": group}
-        with rotary.part_of(row_positions, share):
+        noise = self.noise.of_row(row.cu_seqlens, share) if self.noise else nullcontext()
+        with rotary.part_of(row_positions, share), noise:
             scores = self._scores(inputs, own - share.start, batch.labels[0, 1:][own])
         return gather_scores(scores, group, start=first, count=len(positions))
 
@@ -345,7 +347,7 @@ class PackedCausalLM(nn.Module):
         batch = IsolationCheck(self).batch()
         with traceless(self), without_dropout(self), self._autocast(), torch.no_grad():
             alone = self(batch)
-            self._rotary, self.sequence = SplitRotary(self.causal), group
+            self.assume_split(group)
             found = self(batch)
         off, eps = distance(found, alone), torch.finfo(self.compute_dtype).eps
         if not off <= SPLIT_ROUNDINGS * eps:
@@ -354,6 +356,10 @@ class PackedCausalLM(nn.Module):
                 f"results when its rows are split (they differ by {off:.2g} of their size): set it "
                 "to 1"
             )
+
+    def assume_split(self, group: SequenceGroup) -> None:
+        """`split_rows` without a check."""
+        self._rotary, self.sequence = SplitRotary(self.causal), group
 
     def _described(self) -> str:
         """The model and its attention, for messages."""

@@ -23,12 +23,13 @@ class EmbeddingNoise:
     def __init__(self, embedding: nn.Module, alpha: float) -> None:
         self.alpha = alpha
         self._cu_seqlens: Tensor | None = None
+        self._share = slice(None)
         embedding.register_forward_hook(self._add)
 
     @contextlib.contextmanager
-    def of_row(self, cu_seqlens: Tensor) -> Iterator[None]:
-        """Add noise to the row of samples that `cu_seqlens` delimits."""
-        self._cu_seqlens = cu_seqlens
+    def of_row(self, cu_seqlens: Tensor, share: slice = slice(None)) -> Iterator[None]:
+        """Add noise to the tokens `share` of the row of samples that `cu_seqlens` delimits."""
+        self._cu_seqlens, self._share = cu_seqlens, share
         try:
             yield
         finally:
@@ -39,7 +40,7 @@ class EmbeddingNoise:
             return None
         lengths = self._cu_seqlens.diff()
         bounds = self.alpha / (lengths * output.shape[-1]).float().sqrt()
-        of_token = bounds.repeat_interleave(lengths.long()).to(output.device)
+        of_token = bounds.repeat_interleave(lengths.long())[self._share].to(output.device)
         if math.prod(output.shape[:-1]) != len(of_token):
             return None  # images are embedded in parts
         noise = torch.empty_like(output).uniform_(-1, 1)

@@ -93,6 +93,21 @@ class SequenceGroup:
             dist.all_reduce(tensor, group=self._group)
 
 
+class PretendedGroup(SequenceGroup):
+    """The first of `size` processes that are not there: tensors have the right shapes and no
+    values, for memory forecasts."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(None, rank=0, size=size)
+
+    def exchange(self, flat: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """A tensor of the size of what would be received."""
+        return flat.new_empty(sum(received))
+
+    def sum(self, tensor: Tensor) -> None:
+        """Nothing."""
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -68,7 +69,8 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
     except Exception as error:  # the library raises many types, including network errors
         raise LaunchError(
             f"push_to_hub = {repo!r}: the run is done and saved in {checkpoint}, but the hub did "
-            f"not take it: {' '.join(str(error).split())}. Try again: hf upload {repo} {checkpoint}"
+            f"not take it: {' '.join(str(error).split())}. Try again: "
+            f"{shlex.join(['hf', 'upload', repo, str(checkpoint)])}"
         ) from error
     return str(address)
 

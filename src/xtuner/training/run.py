@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -188,7 +189,8 @@ class _TrainingRun:
             trainer.fit()
         result = self._result(run)
         self.console.print(
-            f"Done. The result is in {result.checkpoint}\nTalk to it:  xtuner chat {self.work_dir}",
+            f"Done. The result is in {result.checkpoint}\n"
+            f"Talk to it:  {shlex.join(['xtuner', 'chat', str(self.work_dir)])}",
             markup=False,
         )
         if recorded:

@@ -176,7 +176,7 @@ def methods(loaded: LoadedSettings) -> list[Method]:
 def starting_values(model: str, tuning: str) -> dict[str, Any]:
     """The settings of a model and a method: those of the built-in settings where there are any."""
     try:
-        values = catalog.compose(f"{model}_{tuning}_custom_e3")
+        values = catalog.compose(f"{model}_{tuning}_custom")
     except XTunerError:
         values = {"prompt_template": "auto", **catalog.recipe(tuning)}
     return {**values, "pretrained_model_name_or_path": local_model(model)}

@@ -146,7 +146,7 @@ FAMILIES = {
 
 
 def test_the_catalog_offers_eyes_to_the_models_that_can_have_them():
-    chat = {n.removesuffix("_lora_custom_e3") for n in catalog.names("*_lora_custom_e3")
+    chat = {n.removesuffix("_lora_custom") for n in catalog.names("*_lora_custom")
             if catalog.compose(n)["prompt_template"] == "auto"}  # fmt: skip
     offered = {n for n in chat if catalog.names(f"llava_{n}_clip_vit_large_p14_336_e1_*")}
     able = set()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from xtuner.engine.optimizer.muon import MuonWithAdamW
 from xtuner.errors import ConfigError, did_you_mean
 
 
@@ -40,6 +41,11 @@ def make_optimizer(
     Raises:
         ConfigError: neither torch.optim nor bitsandbytes has it, or it cannot be used here.
     """
+    if name == "Muon":
+        if loraplus_lr_ratio:
+            raise ConfigError("loraplus_lr_ratio: Muon scales its own updates; set it to None")
+        trained_by_name = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        return MuonWithAdamW(trained_by_name, lr=lr, betas=betas, weight_decay=weight_decay)
     kind = _optimizer_class(name, paged=paged)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     faster = {id(p) for name, p in named if loraplus_lr_ratio and ".lora_B." in name}
