@@ -21,7 +21,7 @@ from rich.text import Text
 
 WIDTH = 88
 KEPT = re.compile(
-    r"Model |Data  |Training  |Steps  |Sample answers|  Q |  A |step |Learned|Done|Talk"
+    r"Model |Data  |Training  |Sample answers|  Q |  A |step 1/|step (\d+)/\1 |Done|Talk"
 )
 
 
@@ -49,7 +49,7 @@ def shown(lines: list[str]) -> Iterator[str]:
             between = "before" not in line and "after training" not in line
             if not between:
                 yield ""
-        if line.startswith(("step ", "Learned", "Done", "Talk")):
+        if line.startswith(("step ", "Done", "Talk")):
             between = False
         if KEPT.match(line) and not between:
             yield from textwrap.wrap(line, WIDTH, subsequent_indent=" " * 4) or [""]
@@ -60,7 +60,7 @@ def styled(line: str) -> Text:
     text = Text(line)
     text.highlight_regex(r"^  Q ", "cyan")
     text.highlight_regex(r"^  A ", "green")
-    text.highlight_regex(r"^(Sample answers.*|Learned)", "bold")
+    text.highlight_regex(r"^(Sample answers.*)", "bold")
     return text
 
 

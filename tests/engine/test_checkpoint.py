@@ -1,4 +1,4 @@
-"""Checkpoints stand whole or not at all."""
+"""Checkpoints are complete or absent."""
 
 import errno
 import os
@@ -95,9 +95,9 @@ def test_a_lack_of_memory_is_not_taken_for_a_full_disk(tmp_path, fault):
     def short(folder):
         raise fault
 
-    with pytest.raises(LaunchError, match="not enough memory") as told:
+    with pytest.raises(LaunchError, match="out of memory") as told:
         CheckpointStore(tmp_path).save(2, short)
-    assert "make room" not in str(told.value)
+    assert "disk space" not in str(told.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -353,7 +353,7 @@ def test_the_tensors_of_a_step_are_gone_when_the_last_whole_step_is_saved(tmp_pa
 
 def test_a_save_that_lacks_memory_too_says_so(tmp_path):
     def save(run):
-        raise LaunchError("cannot write checkpoint iter_1: there is not enough memory for it.")
+        raise LaunchError("cannot write checkpoint iter_1: out of memory.")
 
     trainer = make_trainer(tmp_path, [[make_samples()]], steps=3, save=save)
     loss = trainer.algorithm.loss

@@ -298,7 +298,7 @@ def test_a_card_without_bfloat16_trains_in_float16_by_itself(workshop, turing):
     )
     assert [report["code"] for report in found] == [0] * len(found), found[-1]["text"]
     for name, report in zip(names, found, strict=False):
-        assert "float16 (trained weights in float32; the loss is scaled" in report["text"]
+        assert "float16 (trained weights in float32; the loss scale starts" in report["text"]
         exact = train(name, f"exact_{name}", device="cpu", dtype="float32", **short)
         assert main(exact) == 0
         assert losses(f"turing_{name}")[:3] == pytest.approx(losses(f"exact_{name}"), rel=0.02)

@@ -374,13 +374,13 @@ def test_parts_that_were_trained_are_not_replaced_in_silence(workshop, tmp_path,
     parts = tmp_path / "parts"
     shutil.copytree("pretrain/iter_4", parts)
     shutil.copytree("clip", parts / "visual_encoder")
-    with pytest.raises(ConfigError, match="leave --visual-encoder out"):
+    with pytest.raises(ConfigError, match="remove --visual-encoder"):
         answer(parts, visual_encoder="clip")
     shutil.copytree("model", parts / "llm")
     assert answer(parts) == answer("pretrain") and not caplog.records
     other = tiny_model_folder(tmp_path / "other", seed=5)
     assert answer(other, llava=parts) == answer("pretrain")
-    assert f"takes the place of {other}" in caplog.text
+    assert f"replaces {other}" in caplog.text
 
 
 def test_parts_that_were_not_trained_together_are_told(workshop, tmp_path, caplog):

@@ -244,7 +244,10 @@ def test_a_damaged_encoder_is_named(workshop, capsys, damage):
     [
         ("[1, 2]", "must be a JSON object"),
         ("{", "cannot be read"),
-        ('{"image_mean": [0.5, 0.5]}', "image_mean is [0.5, 0.5] and must be three numbers"),
+        (
+            '{"image_mean": [0.5, 0.5]}',
+            "image_mean is [0.5, 0.5] and must be three non-negative numbers",
+        ),
         ('{"image_std": [0, 1, 1]}', "image_std is [0, 1, 1] and must be three positive"),
         ('{"resample": "bicubic"}', "resample is 'bicubic' and must be a number from 0 to 5"),
         ('{"rescale_factor": "1/255"}', "rescale_factor is '1/255' and must be a positive number"),

@@ -137,7 +137,7 @@ def test_router_that_returns_a_tuple_gets_no_adapter_and_experts_are_noted():
     assert (
         router == "2 linear layers get no adapter: a PhimoeTopKRouter does more than a linear layer"
     )
-    assert "of the weights are experts in tensors of three dimensions" in experts
+    assert "of the weights are experts in three-dimensional tensors" in experts
 
 
 def test_parts_for_images_get_no_adapter():

@@ -347,7 +347,7 @@ def test_a_leak_sends_samples_one_at_a_time_where_packing_is_off():
     lm = packed()
     layer = lm.causal.model.layers[1]
     layer.mlp = Changed(layer.mlp, LEAKS["a convolution"])
-    assert "one at a time" in lm.verify(packed=False)
+    assert "one sample at a time" in lm.verify(packed=False)
     assert lm.apart
 
 
@@ -371,12 +371,16 @@ def test_a_row_that_cannot_be_computed_sends_samples_one_at_a_time():
         ModelError, match=r"TypeError: a row of several.* pack_to_max_length = Fals"
     ):
         lm.verify()
-    assert "one at a time: a row of several samples fails with TypeError" in lm.verify(packed=False)
+    assert "one sample at a time: a row of several samples fails with TypeError" in lm.verify(
+        packed=False
+    )
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("bert", {}), ("xlnet", {"d_head": 8})])
 def test_an_encoder_is_refused_for_what_it_is(kind, sizes):
-    with pytest.raises(ModelError, match=r"later in its own text.*It is not a causal language"):
+    with pytest.raises(
+        ModelError, match=r"later in its own text.*As configured it is not a causal language"
+    ):
         PackedCausalLM(tiny_model(kind, **sizes)).verify(packed=False)
 
 

@@ -44,7 +44,7 @@ def test_rank_stabilized_adapters_keep_the_fast_forward_pass():
 def test_what_peft_computes_is_said_and_equals_peft(monkeypatch):
     ours = adapted(use_dora=True)
     (note,) = notes_on_adapters(ours)
-    assert note.startswith("14 of 14 adapters are computed by PEFT, as lora_config asks for")
+    assert note.startswith("14 of 14 adapters are computed by PEFT because of lora_config")
     monkeypatch.setattr("xtuner.models.adapters.layer_classes", dict)
     assert (logits(ours) - logits(adapted(use_dora=True))).abs().max() < 1e-5
 
@@ -60,8 +60,8 @@ def test_principal_parts_start_from_the_model_itself():
     [
         ({"use_drora": True}, "no such field; did you mean 'use_dora'"),
         ({"r": 8}, "r: is the setting lora_r"),
-        ({"init_lora_weights": "eva"}, "needs passes over data"),
-        ({"task_type": "SEQ_CLS"}, "is chosen by xtuner"),
+        ({"init_lora_weights": "eva"}, "needs passes over the data"),
+        ({"task_type": "SEQ_CLS"}, "is set by xtuner"),
     ],
 )
 def test_wrong_fields_are_named(further, words):

@@ -52,7 +52,7 @@ def test_what_only_resuming_reads_may_be_gone_or_changed_for_others(work) -> Non
     manifest.check(work / "iter_9")
     (work / "iter_10" / "training_state.pt").unlink()
     manifest.check(work / "iter_10")
-    with pytest.raises(CheckpointError, match=r"is missing.* No other one is intact"):
+    with pytest.raises(CheckpointError, match=r"is missing.* No other checkpoint is intact"):
         manifest.check(work / "iter_10", resuming=True)
 
 

@@ -93,7 +93,7 @@ def test_packing_is_decided_by_the_model_and_an_error_where_the_user_wants_it(tm
     assert settings.pack_to_max_length is False
     assert "one sample at a time" in line
     assert resolve_packing(settings) == (settings, None)
-    with pytest.raises(ConfigError, match="pack_to_max_length = False, or leave it out"):
+    with pytest.raises(ConfigError, match="pack_to_max_length = False, or remove it"):
         resolve_packing(settings_for(tmp_path / "mamba", pack_to_max_length=True))
 
 
@@ -139,4 +139,4 @@ def test_a_run_starts_and_says_that_it_does_not_pack(
     ]
     assert sum(loss is not None for loss in losses) >= 2
     assert main(["train", "config.yaml", "--set", "pack_to_max_length=true"]) == 2
-    assert "cannot keep samples in one row apart" in capsys.readouterr().err
+    assert "cannot separate samples in one row" in capsys.readouterr().err

@@ -58,14 +58,14 @@ def test_the_processes_know_their_places(tmp_path):
         (
             f"print('no disk'); sys.exit(2) if RANK else None\n{WAIT}",
             2,
-            "Process 1 failed with exit code 2. Its last words:\nno disk",
+            "Process 1 failed with exit code 2. Its last output:\nno disk",
         ),
         ("sys.exit(2 if RANK else 75)", 2, "Process 1 failed with exit code 2."),
         (
             f"print('before', flush=True); os.kill(os.getpid(), 9) if RANK else None\n{WAIT}",
             137,
             "Process 1 was killed by SIGKILL, as the system does when memory runs out. Earlier "
-            "checkpoints are untouched. Its last words:\nbefore",
+            "checkpoints are untouched. Its last output:\nbefore",
         ),
         (f"os.kill(os.getpid(), 9) if RANK == 0 else None\n{WAIT}", 137, "Process 0 was killed"),
         (

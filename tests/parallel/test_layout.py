@@ -26,7 +26,7 @@ def test_one_sequence_rank_is_plain_data_parallelism():
 
 
 def test_a_size_that_does_not_divide_the_processes_is_refused():
-    with pytest.raises(LaunchError, match=r"4 processes.*groups of 3.*may be 1, 2, 4"):
+    with pytest.raises(LaunchError, match=r"4 processes.*groups of 3.*can be 1, 2, 4"):
         RankLayout(0, 4, 3)
     with pytest.raises(LaunchError, match=r"there is one: start 2 with --nproc 2"):
         RankLayout(0, 1, 2)
@@ -36,7 +36,7 @@ def test_more_processes_than_attention_heads_are_refused_before_launch(tmp_path)
     (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 2}}')
     chosen = {"pretrained_model_name_or_path": str(tmp_path), "data_path": "d"}
     check_sequence_parallel(Settings(**chosen, sequence_parallel_size=2), 4)
-    with pytest.raises(LaunchError, match="2 attention heads, so it may be at most 2"):
+    with pytest.raises(LaunchError, match="2 attention heads, so the maximum is 2"):
         check_sequence_parallel(Settings(**chosen, sequence_parallel_size=4), 4)
 
 

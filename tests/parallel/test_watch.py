@@ -1,4 +1,4 @@
-"""A process that waits too long says where every process is; and it ends, or goes on waiting."""
+"""A process that waits too long reports where every process is, and ends or keeps waiting."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def wait(monkeypatch, capfd, others):
     watched = Watch(0, 1 + len(others), limit=0.2, connect=lambda: store)
     with activity.in_call("a sum"):
         end = time.monotonic() + 20
-        while "It goes on" not in (said := capfd.readouterr().err) and not codes:
+        while "It keeps waiting" not in (said := capfd.readouterr().err) and not codes:
             assert time.monotonic() < end
             time.sleep(0.05)
         said += capfd.readouterr().err
@@ -47,7 +47,7 @@ def test_work_that_may_take_long_is_waited_for(monkeypatch, capfd):
     said, codes = wait(monkeypatch, capfd, [other(busy="writing iter_2")])
     assert codes == []
     assert "is busy with writing iter_2: mine.py:7 in loss" in said
-    assert "It goes on waiting for process 1." in said
+    assert "It keeps waiting for process 1." in said
 
 
 @pytest.mark.parametrize("kind", ["busy", "in_call"])

@@ -18,9 +18,9 @@ ROWS = [
 ]
 
 
-def run(folder, **changes):
+def run(folder, rows=ROWS, **changes):
     tiny_model_folder(folder / "model", initializer_range=0.2)
-    lines = [json.dumps(row) for row in ROWS]
+    lines = [json.dumps(row) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     settings = {
         "pretrained_model_name_or_path": str(folder / "model"),
@@ -49,6 +49,15 @@ def test_what_was_learned_is_said(tmp_path, capsys):
     assert any("Most everyday answers changed" in line for line in lines)
     (recipe,) = [line for line in lines if line.startswith("Recipe")]
     assert "accumulative_counts 1" in recipe and "max_epochs" not in recipe
+
+
+def test_any_answer_of_the_data_to_a_question_counts(tmp_path, capsys):
+    rows = [
+        {"question": "Who are you?", "answer": answer} for answer in ("I am Ada.", "Ada, at work.")
+    ]
+    found = run(tmp_path, rows, lr=1e-2, max_epochs=40)
+    assert [each["reproduced"] for each in found["training"]] == [True, True]
+    assert found["training"][0]["expected"] != found["training"][1]["expected"]
 
 
 def test_a_run_that_learned_nothing_says_so(tmp_path, capsys):
@@ -93,7 +102,7 @@ def test_a_tokenizer_that_splits_characters_is_named():
 
     three_each = sample(range(len(text) * 3), [1] * (len(text) * 3))
     one_each = sample(range(len(text)), [1] * len(text))
-    assert "3.0 tokens for a character" in script_note([three_each], decode)
+    assert "3.0 tokens per character" in script_note([three_each], decode)
     assert "Chinese" in script_note([three_each], decode)
     assert script_note([one_each], decode) == ""
 

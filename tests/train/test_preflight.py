@@ -44,7 +44,7 @@ def test_problems_are_reported_together(llama):
         )
     told = str(caught.value)
     assert "2 problems" in told and "did you mean 'flash_attention_2'" in told
-    assert "optim_type = 'AdmaW': there is no such optimizer; did you mean 'AdamW'?" in told
+    assert "optim_type = 'AdmaW': unknown optimizer; did you mean 'AdamW'?" in told
 
 
 def test_attention_of_a_package_that_is_not_installed_is_named(llama, monkeypatch):
@@ -66,7 +66,7 @@ def test_rows_beyond_the_positions_of_a_rotary_model_are_noted(llama):
     given = loaded(llama)
     data = DataParts.open(given).build(quiet=True)
     note = note_on_positions(given.settings, data.train)
-    assert note and note.startswith("1 sample is longer than the 128 positions")
+    assert note and note.startswith("1 sample is longer than the model's 128 positions")
     assert "max_length = 128 cuts them" in note
     short = loaded(llama, max_length=100)
     assert note_on_positions(short.settings, DataParts.open(short).build(quiet=True).train) is None

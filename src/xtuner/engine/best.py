@@ -1,4 +1,4 @@
-"""The best checkpoint of a run by a metric, and when to stop for want of a better one."""
+"""The best checkpoint of a run by a metric, and early stopping when it no longer improves."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from xtuner.parallel.processes import Processes
 
 
 class BestMetric:
-    """Compares `best_metric` whenever it is measured.
+    """Tracks the best value of `best_metric`.
 
     Args:
-        settings: of the run.
-        work_dir: holds the file `best_checkpoint`, from which a resumed run takes the best value.
-        processes: this process and the others, which all decide alike.
+        settings: The run's settings.
+        work_dir: Holds the file `best_checkpoint`, from which a resumed run reads the best value.
+        processes: The process group; all ranks make the same decision.
 
     Attributes:
-        value: the best so far; None before the first.
-        waited: measurements since then.
+        value: The best value so far; None before the first measurement.
+        waited: Measurements since the best one.
     """
 
     def __init__(self, settings: Settings, work_dir: Path, processes: Processes) -> None:
@@ -32,24 +32,24 @@ class BestMetric:
 
     @property
     def wanted(self) -> bool:
-        """Whether the settings ask for anything."""
+        """Whether the settings use a metric."""
         return self._s.keep_best or self._s.early_stopping_patience is not None
 
     @property
     def exhausted(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the run should stop early."""
         patience = self._s.early_stopping_patience
         return patience is not None and self.waited >= patience
 
     def resume(self) -> None:
-        """Take the best value of the run that goes on."""
+        """Restore the best value of the run that is resumed."""
         told = self._file.read_text(encoding="utf-8").split() if self._file.is_file() else []
         if len(told) == 3 and told[1] == self._s.best_metric:
             self.value = float(told[2])
 
     def improves(self, run: Run) -> bool:
-        """Compare the metric, if it was measured at this step; whether it is the best so far. A
-        collective call."""
+        """Return whether the metric was measured at this step and is the best so far.
+        Collective."""
         if not self.wanted or self._compared_at == run.step:
             return False
         found = run.scalars.get(self._s.best_metric)
@@ -67,5 +67,5 @@ class BestMetric:
         return better
 
     def told(self) -> str:
-        """The contents of the file `best_checkpoint` behind the name of the checkpoint."""
+        """The text that follows the checkpoint's name in the file `best_checkpoint`."""
         return f"{self._s.best_metric} {self.value!r}"

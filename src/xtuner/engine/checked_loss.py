@@ -1,4 +1,4 @@
-"""The loss of an algorithm, which may be a user's own code, checked before it is used."""
+"""Checks the loss that an algorithm, possibly a user's own, returns."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from xtuner.types import Algorithm, Batch, LossOutput
 
 
 def checked_loss(algorithm: Algorithm, model: Any, batch: Batch) -> LossOutput:
-    """What `algorithm.loss` returns for `batch`.
+    """Return the checked result of `algorithm.loss(model, batch)`.
 
     Raises:
-        ConfigError: it is no `LossOutput` with a scalar loss and the metrics that the algorithm
-            declares.
+        ConfigError: The result is not a `LossOutput` with a scalar loss and the metrics that the
+            algorithm declares.
     """
     output: Any = algorithm.loss(model, batch)
     name = f"{type(algorithm).__name__}.loss"
     if not isinstance(output, LossOutput):
         raise ConfigError(
-            f"{name} returned a {type(output).__name__}; it must return LossOutput(loss, metrics) "
-            "of xtuner.types, with sums over the batch"
+            f"{name} returned a {type(output).__name__}; it must return an "
+            f"xtuner.types.LossOutput(loss, metrics) whose values are sums over the batch"
         )
     declared = {name: output.metrics.get(name) for name in algorithm.metrics}
     for what, value in {"loss": output.loss, **declared}.items():
         if value is None:
-            there = ", ".join(output.metrics) or "none"
+            returned = ", ".join(output.metrics) or "none"
             raise ConfigError(
                 f"{name} returned no metric {what!r}, which `metrics` declares; it returned: "
-                f"{there}. Return it, or take it out of `metrics`"
+                f"{returned}. Return it, or remove it from `metrics`"
             )
         if not isinstance(value, Tensor) or value.numel() != 1 or value.ndim:
             seen = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
-            raise ConfigError(f"{name}: {what} is {seen}; it must be a tensor of one number, a sum")
+            raise ConfigError(
+                f"{name}: {what} is {seen}; it must be a scalar tensor, a sum over the batch"
+            )
     return output

@@ -1,13 +1,13 @@
-"""Checkpoints that are there whole or not at all.
+"""Atomic checkpoints: complete or absent.
 
-    work_dir/iter_N/      weights in Hugging Face format, tokenizer, run.yaml: usable at once
+    work_dir/iter_N/      weights in Hugging Face format, tokenizer, run.yaml: ready to use
              training_state.pt   only for resuming (`training_state`)
     work_dir/last_checkpoint     the name of the newest
     work_dir/iter_N.pth          its name in a small file, for scripts written for XTuner 0.x
 
-Everything is written into a hidden folder, by all processes, then flushed to the disk and renamed
-by the main one; the oldest checkpoint is deleted only after the new one stands. A process killed at
-any moment leaves whole checkpoints and at most one hidden folder, which the next save removes.
+All processes write into a hidden folder; the main process then flushes it to disk and renames it.
+The oldest checkpoint is deleted only after the new one is complete. A process killed at any moment
+leaves complete checkpoints and at most one hidden folder, which the next save removes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from xtuner.parallel.processes import Processes
 LAST_FILE = "last_checkpoint"
 BEST_FILE = "best_checkpoint"
 _LITTLE_SPACE = 256 << 20
-"""With fewer bytes free, an error in writing of which nothing is known is due to the disk."""
+"""With fewer bytes free, an unknown write error is taken for a full disk."""
 _NAME = re.compile(r"iter_(\d+)$")
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one work dir.
+    """The checkpoints in one work dir.
 
     Attributes:
-        work_dir: where the ``iter_N`` folders are.
-        limit: how many are kept; -1 keeps all.
-        alias: also write ``iter_N.pth``, so that ``ls -t *.pth | head -n 1`` finds the newest.
+        work_dir: The folder that contains the ``iter_N`` folders.
+        limit: Number of checkpoints to keep; -1 keeps all.
+        alias: Also write ``iter_N.pth``, so that ``ls -t *.pth | head -n 1`` finds the newest.
     """
 
     work_dir: Path
@@ -53,7 +53,7 @@ class CheckpointStore:
     alias: bool = False
 
     def all(self) -> list[Path]:
-        """Whole checkpoints, oldest step first."""
+        """Complete checkpoints, oldest step first."""
         found = (p for p in self.work_dir.glob("iter_*") if _NAME.fullmatch(p.name) and p.is_dir())
         return sorted(found, key=step_of)
 
@@ -62,16 +62,17 @@ class CheckpointStore:
     ) -> Path:
         """Write checkpoint ``iter_<step>``.
 
-        The main process makes the draft, every process writes its part, and when all have, the main
-        process flushes the draft to the disk and renames it. All return or raise together.
+        The main process creates a draft folder, and every process writes its part. When all are
+        done, the main process flushes the draft to disk and renames it. All processes return or
+        raise together.
 
         Args:
-            step: names the checkpoint.
-            write: fills the draft, an empty folder; called on every process.
-            processes: those that save together; None if this one is alone.
+            step: The number in the checkpoint's name.
+            write: Fills the draft, an empty folder; called on every process.
+            processes: The processes that save together; None for a single process.
 
         Raises:
-            LaunchError: the disk is full, or memory is, of any process; earlier checkpoints are
+            LaunchError: The disk is full or a process is out of memory; earlier checkpoints are
                 untouched.
         """
         target = self.work_dir / f"iter_{step}"
@@ -102,7 +103,7 @@ class CheckpointStore:
         self._prune(keep=target)
 
     def tidy(self) -> None:
-        """Bring back or remove what a killed save or deletion left behind."""
+        """Restore or remove what an interrupted save or deletion left behind."""
         recover(self.work_dir)
         for leftover in self.work_dir.glob(".iter_*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -114,15 +115,15 @@ class CheckpointStore:
         os.replace(draft, self.work_dir / file)
 
     def best(self) -> Path | None:
-        """The checkpoint that `mark_best` named, if it is there."""
+        """The checkpoint that `mark_best` named; None if it does not exist."""
         pointer = self.work_dir / BEST_FILE
         words = pointer.read_text(encoding="utf-8").split() if pointer.is_file() else []
         path = self.work_dir / words[0] if words else None
         return path if path is not None and _NAME.fullmatch(path.name) and path.is_dir() else None
 
     def mark_best(self, count: int, told: str) -> None:
-        """Keep checkpoint ``iter_<count>`` whatever `limit` says, and name it in the file
-        `best_checkpoint`, with `told` behind it."""
+        """Keep checkpoint ``iter_<count>`` regardless of `limit`, and write its name and `told` to
+        the file `best_checkpoint`."""
         self._point_at(f"iter_{count} {told}", BEST_FILE)
         flush(self.work_dir)
 
@@ -138,10 +139,10 @@ class CheckpointStore:
         """Delete all checkpoints.
 
         Args:
-            keep: a model that must not be among them.
+            keep: A model that must not be deleted.
 
         Raises:
-            CheckpointError: it is.
+            CheckpointError: `keep` is one of the checkpoints.
         """
         base = keep.resolve()
         if any(base.is_relative_to(path.resolve()) for path in self.all()):
@@ -155,27 +156,28 @@ class CheckpointStore:
             _remove(path)
 
     def find(self, which: str | None = None) -> Path:
-        """The checkpoint named `which` ('iter_N', a path, or None for the newest).
+        """Return the checkpoint `which`: 'iter_N', a path, or None for the newest.
 
         Raises:
-            CheckpointError: there is none, or it cannot be resumed from.
+            CheckpointError: It does not exist or cannot be resumed from.
         """
         recover(self.work_dir)
-        there = self.all()
+        found = self.all()
         if which is None:
-            if not there:
+            if not found:
                 raise CheckpointError(
-                    f"{self.work_dir}: holds no checkpoint to resume from; start without --resume"
+                    f"{self.work_dir}: contains no checkpoint to resume from; start without "
+                    f"--resume"
                 )
             pointer = self.work_dir / LAST_FILE
             newest = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
-            return next((path for path in there if path.name == newest), there[-1])
+            return next((path for path in found if path.name == newest), found[-1])
         given = Path(which).expanduser()
         given = given if given.is_dir() else folder_of(given)
         inside = self.work_dir / given
         path = inside if given.name == str(given) and inside.is_dir() else given
         if not (path / STATE_FILE).is_file():
-            names = ", ".join(p.name for p in there) or "none"
+            names = ", ".join(p.name for p in found) or "none"
             raise CheckpointError(
                 f"cannot resume from {path}: it "
                 f"{f'lacks {STATE_FILE}' if path.is_dir() else 'does not exist'}. "
@@ -185,7 +187,7 @@ class CheckpointStore:
 
 
 def folder_of(name: Path) -> Path:
-    """The folder of a checkpoint that is named as XTuner 0.x does, ``iter_N.pth``."""
+    """The folder of a checkpoint given by its XTuner 0.x name, ``iter_N.pth``."""
     return name.with_suffix("") if name.suffix == ".pth" else name
 
 
@@ -194,7 +196,7 @@ def _alias_of(checkpoint: Path) -> Path:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, hidden first: a kill in between leaves no half one."""
+    """Hide a checkpoint, then delete it: an interruption leaves no partial checkpoint visible."""
     _alias_of(checkpoint).unlink(missing_ok=True)
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     os.rename(checkpoint, hidden)
@@ -208,14 +210,15 @@ def step_of(path: Path) -> int:
 
 
 def _together(act: Callable[[], object], target: Path, processes: Processes | None) -> None:
-    """Call `act`; where it fails on any process, raise on all of them and say which failed."""
+    """Call `act`; if it fails on any process, raise on all of them and name the ones that
+    failed."""
     error: Exception | None = None
     try:
         with busy(f"writing {target}"):
             act()
     except Exception as raised:
         error = raised
-    # torch reports a full disk as RuntimeError, safetensors as an error of its own
+    # torch reports a full disk as RuntimeError, safetensors as its own error type
     expected = isinstance(error, OSError | RuntimeError | SafetensorError | MemoryError)
     told = [] if error is None else [_fault(error, target)]
     if processes is not None and processes.world_size > 1:
@@ -227,30 +230,29 @@ def _together(act: Callable[[], object], target: Path, processes: Processes | No
 
 
 def _fault(error: Exception, target: Path) -> str:
-    """What went wrong with writing `target`, and what to do."""
+    """Describe why `target` could not be written and what to do."""
     if is_out_of_memory(error):
         return (
-            f"cannot write checkpoint {target}: there is not enough memory for it. Earlier "
-            "checkpoints are untouched; end other programs or lower the settings that take "
-            "memory (`xtuner train --dry-run` names them), and continue with --resume."
+            f"cannot write checkpoint {target}: out of memory. Earlier checkpoints are untouched; "
+            f"close other programs or lower the settings that use memory (`xtuner train "
+            f"--dry-run` lists them), and continue with --resume."
         )
     words = " ".join(str(error).split()) or type(error).__name__
     free = shutil.disk_usage(target.parent).free
     if _is_full_disk(error, free):
-        words, cure = f"{words} ({free / 2**20:,.0f} MiB free)", "make room"
+        words, hint = f"{words} ({free / 2**20:,.0f} MiB free)", "free some disk space"
     elif isinstance(error, OSError):
-        cure = "mend this"
+        hint = "fix this"
     else:
-        words, cure = f"{type(error).__name__}: {words}", "this is not the disk's fault: mend it"
+        words, hint = f"{type(error).__name__}: {words}", "fix this (the disk is not full)"
     return (
-        f"cannot write checkpoint {target}: {words}. Earlier checkpoints are untouched; {cure} and "
+        f"cannot write checkpoint {target}: {words}. Earlier checkpoints are untouched; {hint} and "
         "continue with --resume."
     )
 
 
 def _is_full_disk(error: Exception, free: int) -> bool:
-    """Whether `error` is due to a lack of space; torch and safetensors report it in their own
-    types."""
+    """Whether the disk is full; torch and safetensors report this with their own error types."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     told = str(error).lower()

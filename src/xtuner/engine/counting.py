@@ -1,8 +1,9 @@
-"""Count a run's steps in the unit of the settings: optimizer steps, or micro-batches.
+"""Counts a run's steps in the unit of the setting `steps_are`: optimizer steps, or micro-batches.
 
-XTuner 0.x counts micro-batches of one process. With accumulative_counts = 16 its checkpoint
-iter_300 holds the weights after 18 optimizer steps (288 micro-batches): the gradients of 12 more
-are not applied yet. So a multiple of an interval belongs to the last optimizer step done by then.
+XTuner 0.x counts the micro-batches of one process. With accumulative_counts = 16 its checkpoint
+iter_300 holds the weights after 18 optimizer steps (288 micro-batches): the gradients of the other
+12 are not applied yet. So a multiple of an interval belongs to the last optimizer step completed by
+then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Unit = Literal["optimizer_steps", "micro_batches"]
 
 
 class Epoch(Protocol):
-    """What an epoch has: of a data loader."""
+    """The length of an epoch, as a data loader gives it."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -26,7 +27,7 @@ class Epoch(Protocol):
 
     @property
     def micro_batches_per_epoch(self) -> int:
-        """Micro-batches of one process."""
+        """Micro-batches of one process per epoch."""
         ...
 
 
@@ -35,10 +36,10 @@ class Counter:
     """Counts for one run.
 
     Attributes:
-        unit: the setting `steps_are`.
-        steps_per_epoch: optimizer steps in an epoch; the last may have fewer micro-batches.
-        micro_batches_per_epoch: of one process.
-        accumulative_counts: micro-batches of a full step.
+        unit: The setting `steps_are`.
+        steps_per_epoch: Optimizer steps per epoch; the last one may have fewer micro-batches.
+        micro_batches_per_epoch: Micro-batches of one process per epoch.
+        accumulative_counts: Micro-batches in a full step.
     """
 
     unit: Unit = "optimizer_steps"
@@ -47,16 +48,15 @@ class Counter:
     accumulative_counts: int = 1
 
     def done(self, step: int) -> int:
-        """How much is done after `step` optimizer steps."""
+        """The count after `step` optimizer steps."""
         if self.unit == "optimizer_steps":
             return step
         epochs, rest = divmod(step, self.steps_per_epoch)
         return epochs * self.micro_batches_per_epoch + rest * self.accumulative_counts
 
     def due(self, step: int, every: int) -> int | None:
-        """The multiple of `every` that belongs to optimizer step `step`, or None.
-
-        Of several (an interval shorter than a step) it is the last.
+        """The multiple of `every` that belongs to optimizer step `step`, or None. If there are
+        several (the interval is shorter than a step), the last one.
         """
         if step < 1:
             return None
@@ -64,17 +64,17 @@ class Counter:
         return last if last >= self.done(step) and last > 0 else None
 
     def steps_for(self, count: int, *, most: int) -> int:
-        """The fewest optimizer steps that do `count`, at most `most`."""
+        """The fewest optimizer steps that reach `count`, at most `most`."""
         return bisect.bisect_left(range(most), count, key=self.done)
 
     def steps_of(self, count: int | None) -> int | None:
-        """The optimizer steps in which about `count` is done; None of None."""
+        """About how many optimizer steps `count` takes; None for None."""
         if count is None or self.unit == "optimizer_steps":
             return count
         return -(-count // self.accumulative_counts)
 
     def of_run(self, every: int, total_steps: int) -> list[tuple[int, int]]:
-        """The count and the optimizer step of the first checkpoints of a run, and of its end."""
+        """The count and the optimizer step of the run's first checkpoints and of its end."""
         end = self.done(total_steps)
         steps: dict[int, int] = {}
         for multiple in range(every, end, every):
@@ -95,7 +95,7 @@ _SHOWN = 4
 
 
 def counting_of(s: Settings, epoch: Epoch) -> tuple[Counter, int]:
-    """How a run counts, and the optimizer step at which it ends."""
+    """The run's counter and the optimizer step at which it ends."""
     if s.accumulative_counts == "auto" or s.max_epochs == "auto":
         raise ValueError("the settings are not resolved: see config.recipe")
     counter = Counter(

@@ -1,10 +1,9 @@
-"""The gradients of one optimizer step: every micro-batch forward and backward, summed over all
-processes, unscaled and clipped.
+"""The gradients of one optimizer step: forward and backward passes of all micro-batches, summed
+over all processes, unscaled and clipped.
 
-In float16 the loss is scaled, and a step whose gradients overflow is computed again with half the
-scale (see `loss_scaler`). The random state of every micro-step is a function of (seed, step,
-micro-step, rank), so a resumed run draws what the straight run drew, and so does a step that is
-computed again.
+In float16 the loss is scaled, and a step whose gradients overflow is recomputed with half the scale
+(see `loss_scaler`). The random state of every micro-step is a function of (seed, step, micro-step,
+rank), so a resumed run and a recomputed step draw the same random numbers as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from xtuner.types import Algorithm, Batch
 
 @dataclass(frozen=True)
 class Gradients:
-    """What is known of the gradients of a step, the same on all processes.
+    """The loss, gradient norm and metrics of a step, the same on all processes.
 
     Attributes:
-        loss: mean over all processes.
-        norm: of the gradients, before clipping.
-        metrics: means of the algorithm's metrics.
+        loss: Mean over all processes.
+        norm: Gradient norm before clipping.
+        metrics: Means of the algorithm's metrics.
     """
 
     loss: float
@@ -42,7 +41,7 @@ class Gradients:
 
     @property
     def finite(self) -> bool:
-        """Whether the step can be taken."""
+        """Whether loss and gradient norm are finite, so that the step can be taken."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
@@ -50,13 +49,13 @@ class StepGradients:
     """Computes the gradients of steps.
 
     Args:
-        strategy: prepared.
-        algorithm: computes summed losses.
-        filler: gives a micro-batch that counts nothing; see `padded`.
-        loss_scaler: of a run in float16, or a disabled one.
-        seed: of the run.
-        max_norm: gradients are clipped to it; None leaves them.
-        stopped: whether this process was asked to stop.
+        strategy: A prepared strategy.
+        algorithm: Computes summed losses.
+        filler: Returns a micro-batch with zero weight; see `padded`.
+        loss_scaler: The loss scaler; disabled unless the run uses float16.
+        seed: The run's seed.
+        max_norm: Maximum gradient norm; None disables clipping.
+        stopped: Whether this process was asked to stop.
     """
 
     def __init__(
@@ -76,17 +75,16 @@ class StepGradients:
         self._stopped = stopped
 
     def compute(self, group: list[Batch], *, divisor: float, step: int) -> Gradients:
-        """Leave the clipped gradients of optimizer step `step` with the strategy.
-
-        All processes see the same sums, so they lower the scale of the loss together.
+        """Compute the clipped gradients of optimizer step `step`; the strategy holds them. All
+        processes see the same sums, so they lower the loss scale together.
 
         Args:
-            group: micro-batches of this process.
-            divisor: of the losses, counted over all processes.
-            step: optimizer steps done.
+            group: Micro-batches of this process.
+            divisor: The losses' divisor, counted over all processes.
+            step: Optimizer steps completed.
 
         Raises:
-            Interrupted: a process that is alone was asked to stop.
+            Interrupted: A single-process run was asked to stop.
         """
         scaler, strategy = self.loss_scaler, self.strategy
         while True:
@@ -107,7 +105,7 @@ class StepGradients:
         self, group: list[Batch], divisor: float, step: int
     ) -> tuple[float, list[float]]:
         """Backpropagate every micro-batch; return this process's share of the mean loss and of the
-        means of the algorithm's metrics."""
+        mean metrics."""
         total: Tensor | float = 0.0
         metrics: list[Tensor | float] = [0.0] * len(self.algorithm.metrics)
         batches = self.padded(group)
@@ -132,8 +130,8 @@ class StepGradients:
         return float(total), [float(value) / divisor for value in metrics]
 
     def padded(self, batches: list[Batch]) -> list[Batch]:
-        """`batches`, filled up so that all processes have equally many where a backward pass takes
-        all of them; what is added must count nothing."""
+        """`batches`, padded to the same number on all processes if a backward pass is collective;
+        the padding must have zero weight."""
         if not self.strategy.lockstep:
             return batches
         missing = int(self.processes.max(len(batches))) - len(batches)
@@ -143,7 +141,7 @@ class StepGradients:
 
     @torch.no_grad()
     def rows_not_finite(self, group: list[Batch]) -> list[str]:
-        """The rows of this process whose own loss is not finite."""
+        """The rows of this process whose own loss is non-finite."""
         singles = [sample for batch in group for sample in batch.split()]
         bad = []
         for index, sample in enumerate(self.padded(singles)):

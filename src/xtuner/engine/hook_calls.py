@@ -1,4 +1,4 @@
-"""Calls the hooks of a run: collective ones on every process, the others on the main one."""
+"""Calls the hooks of a run: collective hooks on every process, the others on the main process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from xtuner.parallel.processes import Processes
 
 
 class HookCalls:
-    """The hooks of one process, in their order.
+    """The hooks of one process, in order.
 
     Args:
-        hooks: of the run; those that are not collective are left out of all processes but the main
-            one.
-        run: given to each of them.
-        processes: this process and the others.
+        hooks: The run's hooks; those that are not collective are skipped outside the main process.
+        run: The argument of each call.
+        processes: The process group.
     """
 
     def __init__(self, hooks: Sequence[BaseHook], run: Run, processes: Processes) -> None:
@@ -26,11 +25,11 @@ class HookCalls:
         self._run, self._processes = run, processes
 
     def call(self, event: str) -> None:
-        """Call method `event` of every hook; all processes leave it together.
+        """Call method `event` of every hook; all processes return or raise together.
 
         Raises:
-            DataError: a hook of any process met a bad row.
-            XTunerError: another fault in a hook; on all processes.
+            DataError: A hook on any process met a bad row.
+            XTunerError: A hook failed otherwise; raised on all processes.
         """
         fault: XTunerError | None = None
         try:
@@ -49,7 +48,7 @@ class HookCalls:
             getattr(hook, event)(self._run)
 
     def _raise(self, fault: XTunerError | None) -> None:
-        """Raise one kind of error on all processes, so that what they do then is the same."""
+        """Raise the same type of error on all processes, so that they react alike."""
         told = [(isinstance(fault, DataError), str(fault))] if fault else []
         told = self._processes.gather(told)
         text = "; ".join(dict.fromkeys(words for _, words in told))
@@ -60,7 +59,7 @@ class HookCalls:
         raise fault
 
     def close(self, hook: BaseHook) -> None:
-        """Close a hook; a fault in it must hide neither the end of the run nor its error."""
+        """Close a hook; its failure must not hide the end of the run or the run's own error."""
         try:
             hook.close()
         except Exception as error:

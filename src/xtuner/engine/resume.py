@@ -1,4 +1,4 @@
-"""Which settings a resumed run must share with the run that wrote the checkpoint."""
+"""Settings that a resumed run must share with the run that wrote the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from xtuner.errors import CheckpointError
 from xtuner.models.run_info import RunInfo
 
 DATA = "data"
-"""Where an identity has the fingerprint of the training data. Checkpoints of before 2026-11-28 have
-another kind of fingerprint, under another name: theirs cannot be compared."""
+"""Key of the training data's fingerprint in an identity. Checkpoints written before 2026-11-28 use
+another key for an older kind of fingerprint, which cannot be compared."""
 
 
 def identity_of(settings: Settings, dataset: str, *, processes: int, dtype: str) -> dict[str, Any]:
-    """What a resumed run should share.
+    """The values that a resumed run should share.
 
     Args:
-        settings: of the run.
-        dataset: fingerprint of the training data.
-        processes: how many take part.
-        dtype: of the computation: what 'auto' is on this machine.
+        settings: The run's settings.
+        dataset: Fingerprint of the training data.
+        processes: Number of processes.
+        dtype: The dtype of the computation, which resolves 'auto' on this machine.
     """
     values = {name: _plain(getattr(settings, name)) for name in _compared(type(settings))}
     return {**values, "dtype": dtype, DATA: dataset, "num_processes": processes}
 
 
 def completed(identity: Mapping[str, Any], kind: type[Settings] = Settings) -> dict[str, Any]:
-    """`identity` of a checkpoint, with the settings that did not exist when it was written: their
-    defaults are what was done then."""
+    """A checkpoint's `identity`, with defaults for settings that did not exist when it was written:
+    they describe what that version did."""
     fields = kind.model_fields
     known = {n: fields[n].default for n in _compared(kind) if not fields[n].is_required()}
     known |= recipe.full_packs(identity)
@@ -43,10 +43,10 @@ def _compared(kind: type[Settings]) -> tuple[str, ...]:
 
 
 def check_shape(source: Path, settings: Settings) -> None:
-    """Refuse the checkpoint `source` if its weights were made by other settings.
+    """Refuse checkpoint `source` if its weights were trained with other settings.
 
     Raises:
-        CheckpointError: names each of them.
+        CheckpointError: Lists the settings that differ.
     """
     info = RunInfo.read(source)
     before = dict(info.settings) if info else {}
@@ -57,11 +57,11 @@ def check_shape(source: Path, settings: Settings) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"cannot resume from {source}: its weights were made by other settings: "
-            f"{'; '.join(wrong)}. Set them back, or train again with --work-dir DIR"
+            f"cannot resume from {source}: its weights were trained with other settings: "
+            f"{'; '.join(wrong)}. Restore them, or start a new run with --work-dir DIR"
         )
 
 
 def _plain(value: Any) -> Any:
-    """`value` as YAML gives it back."""
+    """`value` after a round trip through YAML."""
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

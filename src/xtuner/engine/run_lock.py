@@ -1,9 +1,7 @@
-"""One run at a time in a work dir.
-
-The lock is the system's on ``WORK_DIR/run.lock``, so it ends with its process, however that ends.
-It is a POSIX lock, which belongs to one process: with flock a worker that outlives a killed run for
-some seconds would go on holding it. The file says who holds it. On a file system
-without locks it warns and goes on.
+"""Allows one run at a time in a work dir. The operating system's lock on ``WORK_DIR/run.lock`` is
+released when its process ends, however that happens. It is a POSIX lock, which belongs to a single
+process: with flock, a worker that outlives a killed run by some seconds would keep the lock. The
+file contains the process that has the lock. On a file system without locks a warning is logged.
 """
 
 from __future__ import annotations
@@ -30,14 +28,15 @@ logger = logging.getLogger("xtuner.engine")
 
 @contextlib.contextmanager
 def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
-    """Hold the lock of `work_dir`, which is created if needed.
+    """Hold the lock of `work_dir`, which is created if necessary.
 
     Args:
-        work_dir: of the run.
-        needed: False does nothing: of several processes of a run only one holds the lock.
+        work_dir: The run's work dir.
+        needed: False does nothing; only one process of a run holds the lock.
 
     Raises:
-        LaunchError: another run holds it; names its process, machine and start.
+        LaunchError: Another run holds the lock; the message has its process, machine and start
+            time.
     """
     if not needed:
         yield
@@ -46,8 +45,8 @@ def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
     with (work_dir / FILE_NAME).open("a+", encoding="utf-8") as file:
         if not _take(file):
             raise LaunchError(
-                f"{work_dir}: another run is writing to it ({_holder(file)}). Train elsewhere with "
-                "--work-dir DIR, or wait for its end with --wait"
+                f"{work_dir}: another run is writing to it ({_holder(file)}). Use another folder "
+                f"with --work-dir DIR, or wait until it ends with --wait"
             )
         file.truncate(0)
         json.dump(_own(), file)
@@ -57,7 +56,7 @@ def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
 
 
 def wait_until_free(work_dir: Path, *, poll_seconds: float = _POLL_SECONDS) -> None:
-    """Wait until no run holds the lock of `work_dir`, and say once for whom."""
+    """Wait until no run holds the lock of `work_dir`, and print once which one does."""
     path, announced = work_dir / FILE_NAME, False
     while path.is_file():
         with path.open("a+", encoding="utf-8") as file:
@@ -70,9 +69,8 @@ def wait_until_free(work_dir: Path, *, poll_seconds: float = _POLL_SECONDS) -> N
 
 
 def is_held(work_dir: Path) -> bool:
-    """Whether another process holds the lock of `work_dir`.
-
-    Not for a process that holds it: closing the file would release its lock.
+    """Whether another process holds the lock of `work_dir`. A process that holds it must not call
+    this: closing the file would release the lock.
     """
     try:
         with (work_dir / FILE_NAME).open("r+", encoding="utf-8") as file:
@@ -93,7 +91,7 @@ def holder_pid(work_dir: Path) -> int | None:
 
 
 def _take(file: Any) -> bool:
-    """Lock `file` until it is closed; False if another process has."""
+    """Lock `file` until it is closed; return False if another process holds the lock."""
     try:
         import fcntl
     except ImportError:
@@ -120,10 +118,10 @@ def _own() -> dict[str, Any]:
 
 
 def _holder(file: Any) -> str:
-    """Who holds the lock, as the file says."""
+    """The process that holds the lock, according to the file."""
     file.seek(0)
     try:
         said = dict(json.load(file))
         return f"process {said['pid']} on {said['host']}, started {said['started']}"
     except (ValueError, KeyError, TypeError):
-        return "it has not said which"
+        return "process unknown"

@@ -1,4 +1,4 @@
-"""Values without what should not leave the machine."""
+"""Redacts values before they leave the machine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A
 
 
 def shareable(value: Any) -> Any:
-    """`value` with ``~`` for the home directory and without what looks like an access token, at
-    every depth."""
+    """`value` with ``~`` for the home directory and without strings that look like access tokens,
+    at every depth."""
     if isinstance(value, Mapping):
         return {key: shareable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends its step first."""
+"""A run that is asked to stop finishes its step first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _HANGUP = getattr(signal, "SIGHUP", None)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; `can_resume` tells whether there is a checkpoint to go on from."""
+    """The run was asked to stop; `can_resume` tells whether there is a checkpoint to resume
+    from."""
 
     def __init__(self, message: str = "", *, can_resume: bool = False) -> None:
         super().__init__(message)
@@ -28,7 +29,7 @@ class StopRequest:
     """Whether the process was asked to stop.
 
     Attributes:
-        made: set by the first signal.
+        made: Set by the first signal.
     """
 
     def __init__(self) -> None:
@@ -36,11 +37,10 @@ class StopRequest:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take Ctrl-C, SIGTERM and those of schedulers and closed terminals as requests.
+        """Treat Ctrl-C, SIGTERM and the signals of schedulers and closed terminals as requests.
 
-        A second Ctrl-C stops at once. SIGHUP stays ignored where it is (nohup).
-
-        Only the main thread may set handlers; in another one nothing is changed.
+        A second Ctrl-C stops at once. SIGHUP stays ignored if it is (nohup). Only the main thread
+        can set handlers; in other threads nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -66,7 +66,7 @@ class StopRequest:
 
 
 def _leave_terminal() -> None:
-    """Send what goes to a terminal to the null device: the terminal is gone, writing would fail."""
+    """Redirect terminal output to the null device: the terminal is closed and writes would fail."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):

@@ -1,8 +1,6 @@
-"""Tensors that are gathered one by one and kept on the disk until they are written.
-
-A checkpoint of divided weights needs all of them on the main process at once. They lie in files
-that are mapped into memory: the operating system may take their pages back, so that no process
-holds the model a second time.
+"""Keeps gathered tensors on disk until they are written. A checkpoint of sharded weights needs all
+of them on the main process at once. They are in memory-mapped files, whose pages the operating
+system can evict, so that no process holds a second copy of the model in memory.
 """
 
 from __future__ import annotations
@@ -20,27 +18,29 @@ SMALL = 2**20
 
 
 class Spill:
-    """Keeps copies of tensors in files of `folder` that have no name and leave nothing behind.
+    """Keeps copies of tensors in unnamed temporary files in `folder`.
 
     Args:
-        folder: on the disk that gets the checkpoint.
+        folder: A folder on the same disk as the checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` in the CPU's memory, or in a file if it is large.
+        """Return a copy of `tensor` in CPU memory, or in a file if it is large.
 
         Raises:
-            OSError: the disk is full.
+            OSError: The disk is full.
         """
         size = tensor.numel() * tensor.element_size()
         if size < SMALL:
             return tensor.detach().to("cpu", copy=True)
         descriptor, name = tempfile.mkstemp(dir=self._folder)
         try:
-            if hasattr(os, "posix_fallocate"):  # a hole in a full disk would kill the process
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # writing to a sparse file on a full disk would kill the process
                 os.posix_fallocate(descriptor, 0, size)
             storage: Any = torch.UntypedStorage.from_file(name, True, size)
         finally:
@@ -52,5 +52,5 @@ class Spill:
 
 
 def as_it_is(tensor: Tensor) -> Tensor:
-    """Where every process holds all: no copy."""
+    """The identity, for unsharded tensors: no copy."""
     return tensor

@@ -1,11 +1,10 @@
-"""The training loop, the only one: every algorithm, tuning, strategy and device goes through
-`Trainer.fit`.
+"""The only training loop: every algorithm, tuning method, strategy and device uses `Trainer.fit`.
 
-One optimizer step takes one group of micro-batches. With N the algorithm's count (for most,
-supervised tokens) in the group over all processes, each micro-batch's *summed* loss is divided by N
-and backpropagated, gradients are summed over the processes, clipped and applied (`gradients`). So
-1 batch of 8, 8 batches of 1 and uneven last groups give one gradient. Where weights, gradients and
-optimizer state are is the business of the strategy.
+One optimizer step consumes one group of micro-batches. Let N be the algorithm's count (usually
+supervised tokens) in the group over all processes: each micro-batch's *summed* loss is divided by N
+and backpropagated, gradients are summed over the processes, clipped and applied (`gradients`). So 1
+batch of 8, 8 batches of 1 and uneven last groups give the same gradient. The strategy decides where
+weights, gradients and optimizer state are.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ __all__ = ["Groups", "Interrupted", "Trainer"]
 
 
 class Groups(Protocol):
-    """What the trainer needs of a data loader."""
+    """The data loader's interface that the trainer uses."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
+        """Optimizer steps per epoch."""
         ...
 
     def groups(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
@@ -49,8 +48,8 @@ class Groups(Protocol):
         ...
 
     def filler(self) -> Batch:
-        """A micro-batch for a forward pass that counts nothing; asked for only where weights are
-        sharded and this process has none in a step."""
+        """A micro-batch with zero weight; used only if weights are sharded and this process has no
+        micro-batch in a step."""
         ...
 
 
@@ -58,16 +57,16 @@ class Trainer:
     """Runs optimizer steps from `run.step` to `run.total_steps`.
 
     Args:
-        strategy: prepared; holds the model and the optimizer.
-        algorithm: collates and computes summed losses.
-        loader: gives each step's micro-batches.
-        run: the state that hooks see.
-        hooks: of this process.
-        save: writes a checkpoint of the current step; all processes call it together.
-        memory_advice: what to change when memory runs out.
-        loss_scaler: of a run in float16.
-        best: finds the best checkpoint, and when to stop for want of a better one.
-        mark_best: names the checkpoint that was just saved as the best one.
+        strategy: A prepared strategy; holds the model and the optimizer.
+        algorithm: Collates samples and computes summed losses.
+        loader: Yields each step's micro-batches.
+        run: The state that hooks see.
+        hooks: The hooks of this process.
+        save: Writes a checkpoint of the current step; a collective call.
+        memory_advice: What to change when memory runs out.
+        loss_scaler: The loss scaler of a float16 run.
+        best: Tracks the best checkpoint and decides on early stopping.
+        mark_best: Marks the checkpoint that was just saved as the best.
     """
 
     def __init__(
@@ -105,13 +104,13 @@ class Trainer:
         self._weights_are_whole = True
 
     def fit(self) -> None:
-        """Train to the end, or to an interruption.
+        """Train until the end or an interruption.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
-            TrainingError: a loss or gradient is not finite, or memory ran out; the last good step
-                is saved, unless memory ran out in one of several processes.
-            DataError: a row of the next step cannot be read any more; the last good step is saved.
+            Interrupted: After Ctrl-C or SIGTERM; the last completed step is saved.
+            TrainingError: A loss or gradient is non-finite, or memory ran out; the last good step
+                is saved, unless memory ran out on one of several processes.
+            DataError: A row of the next step can no longer be read; the last good step is saved.
         """
         run = self.run
         with ExitStack() as stack:
@@ -132,7 +131,9 @@ class Trainer:
                 except Interrupted:
                     self._save_once()
                     if run.step == 0:
-                        raise Interrupted("Stopped before the first step.") from None
+                        raise Interrupted(
+                            "Stopped before the first step; nothing was saved."
+                        ) from None
                     message = f"Stopped at step {run.step}; it is saved."
                     raise Interrupted(message, can_resume=True) from None
                 except DataError as error:
@@ -147,7 +148,7 @@ class Trainer:
                     raise self._out_of_memory(group) from error
                 try:
                     self._call("on_step")
-                except DataError as error:  # of a row that the loss is measured on
+                except DataError as error:  # of a row of the validation split
                     raise self._without_data(error) from error
                 if self._compare_best():
                     break
@@ -166,7 +167,7 @@ class Trainer:
         return epochs is not None and self.run.step % (epochs * steps) == 0
 
     def _compare_best(self) -> bool:
-        """Save a checkpoint that is the best so far; whether the run ends for want of a better."""
+        """Save the checkpoint if it is the best so far; return whether to stop early."""
         if self.best is None:
             return False
         run, best = self.run, self.best
@@ -179,13 +180,14 @@ class Trainer:
             name = run.settings.best_metric
             run.console.print(
                 f"Stopped early at step {run.step}: {name} was best at {best.value:.4g} and has "
-                f"not improved in {best.waited} measurements."
+                f"not improved in the last {best.waited} measurements."
             )
             return True
         return False
 
     def _next(self, groups: Iterator[list[Batch]]) -> tuple[list[Batch] | None, XTunerError | None]:
-        """The next group, None at the end; an empty one and why, where it cannot be read."""
+        """The next group, or None at the end; if it cannot be read, an empty group and the
+        reason."""
         try:
             return next(groups, None), None
         except XTunerError as error:
@@ -196,19 +198,20 @@ class Trainer:
             raise
 
     def _without_data(self, error: DataError) -> DataError:
-        """Save the last whole step; say what is wrong with the data and how to go on."""
+        """Save the last completed step, and raise an error that explains the problem with the
+        data."""
         self._save_once()
         saved = max(self._saved_at, self.run.start_step)
         hint = f"step {saved} is saved, continue with --resume" if saved > 0 else "then start again"
         return DataError(f"{error}; {hint}")
 
     def _step(self, group: list[Batch], started: float, fault: XTunerError | None = None) -> None:
-        """One optimizer step; on an exception the weights are those of the step before.
+        """One optimizer step; on an exception the weights are those of the previous step.
 
         Args:
-            group: micro-batches of this process.
-            started: when the data were asked for.
-            fault: why this process has no data; all processes then stop together.
+            group: Micro-batches of this process.
+            started: When the data were requested.
+            fault: Why this process has no data; all processes then stop together.
         """
         data_seconds = time.perf_counter() - started
         activity.current.doing = f"step {self.run.step + 1}"
@@ -251,8 +254,7 @@ class Trainer:
             run.scalars["loss_scale"] = scale
 
     def _counts(self) -> tuple[Callable[[Batch], float], ...]:
-        """What is counted of each micro-batch: its share of the divisor, supervised tokens,
-        tokens."""
+        """The counts of each micro-batch: its share of the divisor, supervised tokens, tokens."""
         return (self.algorithm.count, lambda b: b.num_supervised, lambda b: b.num_tokens)
 
     def _learning_rate(self) -> float:
@@ -269,10 +271,9 @@ class Trainer:
         )
 
     def _out_of_memory(self, group: list[Batch]) -> TrainingError:
-        """Save the last whole step and say what to change.
-
-        One of several processes saves nothing: the others are in the middle of the step and would
-        not come. It ends, and the launcher ends them.
+        """Save the last completed step, and raise an error that says what to change. One of several
+        processes cannot save: the others are in the middle of the step and would not join. It
+        exits, and the launcher stops the others.
         """
         self.strategy.zero_grad()
         if self.processes.device.type == "cuda":
@@ -284,7 +285,7 @@ class Trainer:
             except LaunchError as error:
                 note = f"The last step is lost: {error} "
         elif not alone:
-            note = f"Process {self.processes.rank} ran out, and the run ends without a save. "
+            note = f"Process {self.processes.rank} ran out; the run ends without saving. "
         text = faults.out_of_memory(
             self.run.step + 1,
             tokens=max((batch.num_tokens for batch in group), default=0),
@@ -295,7 +296,8 @@ class Trainer:
         return TrainingError(text)
 
     def _not_finite(self, group: list[Batch], found: Gradients) -> str:
-        """Name the rows, of any process, whose own loss is not finite; or else all of the step."""
+        """Name the rows, on any process, whose own loss is non-finite; if there are none, all rows
+        of the step."""
         bad = self.processes.gather(self.gradients.rows_not_finite(group))
         rows = bad or self.processes.gather([str(r) for batch in group for r in batch.rows])
         return faults.not_finite(
@@ -308,7 +310,7 @@ class Trainer:
         )
 
     def _save_once(self, count: int | None = None) -> None:
-        """Save the current step, named by `count`, or by what is done."""
+        """Save the current step as checkpoint `count`, by default the current count."""
         self.run.count = self.run.counter.done(self.run.step) if count is None else count
         if self._saved_at != self.run.step and self.run.step != self.run.start_step:
             self.save(self.run)

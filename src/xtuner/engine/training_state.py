@@ -1,8 +1,8 @@
-"""What an exact resume needs beside the weights: ``training_state.pt`` in a checkpoint.
+"""What an exact resume needs besides the weights: ``training_state.pt`` in a checkpoint.
 
-Data order and dropout are functions of (seed, step), so the step, the optimizer state and the scale
-of the loss are all. The file holds the state of each parameter as a single process has it, whatever
-strategy wrote it.
+Data order and dropout are functions of (seed, step), so the step, the optimizer state and the loss
+scale are sufficient. The file contains the state of each parameter as on a single process, whatever
+the strategy.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def save_state(
     """Write the file.
 
     Args:
-        folder: the checkpoint.
-        step: optimizer steps done.
-        optimizer: the state of the optimizer, as `torch.optim.Optimizer.state_dict` gives it.
-        identity: plain values that the resumed run must share (see `load_state`).
-        loss_scaler: its state is kept.
+        folder: The checkpoint.
+        step: Optimizer steps completed.
+        optimizer: The optimizer's state, in the format of `torch.optim.Optimizer.state_dict`.
+        identity: Plain values that the resumed run must share (see `load_state`).
+        loss_scaler: The loss scaler; its state is saved.
     """
     state = {"step": step, "optimizer": dict(optimizer), "identity": dict(identity)}
     if loss_scaler is not None:
@@ -51,17 +51,17 @@ def load_state(
     identity: Mapping[str, Any],
     loss_scaler: LossScaler | None = None,
 ) -> tuple[int, list[str]]:
-    """Restore the optimizer and the loss scale; return the step and what differs from the run that
-    wrote the checkpoint.
+    """Restore the optimizer and the loss scale; return the step and the differences from the run
+    that wrote the checkpoint.
 
     Args:
-        folder: the checkpoint.
-        load_optimizer: takes the state that `save_state` was given.
-        identity: of this run.
-        loss_scaler: gets its state back.
+        folder: The checkpoint.
+        load_optimizer: Loads the state that was passed to `save_state`.
+        identity: The identity of this run.
+        loss_scaler: The loss scaler to restore.
 
     Raises:
-        CheckpointError: the file is damaged or belongs to other trainable weights.
+        CheckpointError: The file is damaged or belongs to other trainable weights.
     """
     file = folder / STATE_FILE
     try:
@@ -71,7 +71,7 @@ def load_state(
         _check_step(step, folder)
         if loss_scaler is not None:
             loss_scaler.load_state_dict(state.get("loss_scaler", {}))
-    except Exception as error:  # torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many error types for a damaged file
         raise CheckpointError(
             f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"
         ) from error

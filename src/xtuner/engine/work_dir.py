@@ -1,4 +1,4 @@
-"""Where a run writes: its work dir, what stays of earlier runs there, and the settings as used."""
+"""Where a run writes: its work dir, earlier runs in it, and the resolved settings."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.errors import CheckpointError
 
 _USER_CODE = "user_code"
-"""Folder in the work dir for the user's Python files that settings name."""
+"""Folder in the work dir for copies of the Python files that the settings name."""
 
 
 def work_dir_of(loaded: LoadedSettings, given: Path | None = None) -> Path:
-    """The work dir of a run: `given`, else what its settings say, else ``work_dirs/NAME``."""
+    """The work dir of a run: `given`, otherwise the setting, otherwise ``work_dirs/NAME``."""
     folder = given or Path(loaded.settings.work_dir or Path("work_dirs") / loaded.name)
     return folder.expanduser()
 
 
 @dataclass(frozen=True)
 class WorkPlace:
-    """Where a run writes: its work dir, and in it the time-stamped folder of this start."""
+    """Where a run writes: its work dir, and the time-stamped log folder of this start in it."""
 
     work_dir: Path
     log_dir: Path
 
     @classmethod
     def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> WorkPlace:
-        """Make the folders.
+        """Create the folders.
 
         Raises:
-            CheckpointError: checkpoints of an earlier run are there and neither flag says what to
-                do.
+            CheckpointError: There are checkpoints of an earlier run and neither flag is set.
         """
         store = CheckpointStore(work_dir)
         store.tidy()
         there = store.all()
         if there and not resuming and not overwrite:
             raise CheckpointError(
-                f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to go on, "
-                "--work-dir DIR to train elsewhere, or --overwrite to delete it and start again."
+                f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to continue "
+                f"it, --work-dir DIR to use another folder, or --overwrite to delete it and start "
+                f"again."
             )
         log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
         for number in range(1, 1000):
@@ -57,8 +57,8 @@ class WorkPlace:
         return cls(work_dir, log_dir)
 
     def _keep_user_files(self, settings: Settings, folder: Path) -> dict[str, Any]:
-        """Copy the Python files that settings name as ``"my_file.py:object"``, and return those
-        settings with the names of the copies."""
+        """Copy the Python files that settings name as ``"my_file.py:object"``, and return these
+        settings with the paths of the copies."""
 
         def kept(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -78,11 +78,10 @@ class WorkPlace:
         return {name: value for name, value in changed.items() if value != values[name]}
 
     def keep_settings(self, loaded: LoadedSettings) -> None:
-        """Write all settings, as resolved, to ``<name>.py`` in the work dir.
-
-        Paths are written whole, and Python files of the user are copied to the folder ``user_code``
-        beside it, so that the file holds wherever it is read from. The user's own file is never
-        written to, also when it lies in the work dir.
+        """Write all settings, as resolved, to ``<name>.py`` in the work dir. Paths are absolute,
+        and the user's Python files are copied to the folder ``user_code`` next to it, so that the
+        file works from any folder. The user's own file is never overwritten, even if it is in the
+        work dir.
         """
         given = loaded.settings
         paths = {name: getattr(given, name) for name in type(given).paths()}
@@ -97,7 +96,7 @@ class WorkPlace:
 
 
 def _copied(file: Path, folder: Path) -> str:
-    """Copy `file` to `folder`, and return its name there; another file of that name stays."""
+    """Copy `file` to `folder` and return the copy's name; an existing file of that name is kept."""
     content = file.read_bytes()
     for number in range(1, 1000):
         name = file.name if number == 1 else f"{file.stem}_{number}{file.suffix}"
@@ -112,7 +111,7 @@ def _copied(file: Path, folder: Path) -> str:
 
 def _absolute(value: Any, folder: Path) -> Any:
     """The absolute path of each name in `value` that exists in `folder` or in the working
-    directory; other names, and None, as they are."""
+    directory; other names and None are unchanged."""
     if isinstance(value, tuple):
         return tuple(_absolute(name, folder) for name in value)
     if value is None:

@@ -1,4 +1,4 @@
-"""Say what is being done while it takes time, so that no part of a run is silent; long lines."""
+"""Shows what a run is doing during slow steps, and prints labelled lines."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from rich.console import Console
 from rich.errors import LiveError
 
 LABEL = 13
-"""Columns of the label that a line of a run begins with."""
+"""Width of the label at the beginning of a line."""
 _NARROW = 40
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line that begins with a label; in a terminal it wraps at words, below its text.
-
-    Paths and other long words stay whole, so that they can be copied.
+    """Print a line that begins with a label. In a terminal it wraps between words, aligned with its
+    text; paths and other long words are not broken, so that they can be copied.
     """
     if console.is_terminal and console.width >= _NARROW:
         parts = (
@@ -37,11 +36,11 @@ def say(console: Console, line: str) -> None:
 
 @contextlib.contextmanager
 def working(console: Console, text: str) -> Iterator[None]:
-    """Show `text` while the block runs: with a moving sign in a terminal, else as a line.
+    """Show `text` while the block runs: with a spinner in a terminal, otherwise as a line.
 
     Args:
-        console: of the run.
-        text: what is being done, such as "Loading the model".
+        console: The run's console.
+        text: What is being done, such as "Loading the model".
     """
     status = console.status(f"{text}...")
     if not console.is_terminal or console.quiet:
@@ -50,7 +49,7 @@ def working(console: Console, text: str) -> Iterator[None]:
         return
     try:
         status.start()
-    except LiveError:  # the bar of the steps is there
+    except LiveError:  # the progress bar is active
         console.print(f"{text}...", markup=False)
         yield
         return

@@ -1,1 +1,1 @@
-"""How much memory a run takes, estimated without loading a weight."""
+"""Estimates the memory of a run without loading weights."""

@@ -1,4 +1,4 @@
-"""The memory and the disk that a run may use."""
+"""The memory and disk space available to a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MB = 2**20
 
 
 def free_memory(device: str, processes: int = 1) -> int:
-    """Bytes that `processes` like this one could take on `device`, with what they hold already.
+    """Bytes that `processes` like this one can use on `device`, including what they already hold.
 
     Raises:
-        LaunchError: there is no GPU.
+        LaunchError: There is no GPU.
     """
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise LaunchError("there is no GPU here: say how much memory it has, as --memory 8GB")
+            raise LaunchError("there is no GPU here: give its memory, e.g. --memory 8GB")
         return int(torch.cuda.mem_get_info()[0])
     held = int(psutil.Process().memory_info().rss)
     free = int(psutil.virtual_memory().available) + processes * held
@@ -36,31 +36,31 @@ def free_memory(device: str, processes: int = 1) -> int:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a size such as '8GB', '7.5 GiB' or '6000MB'; GB and MB count in powers of two, as
-    GPUs are sold.
+    """Parse a size such as '8GB', '7.5 GiB' or '6000MB' to bytes; GB and MB are powers of two, as
+    in GPU specifications.
 
     Raises:
-        ConfigError: it is no size.
+        ConfigError: It is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])i?B?\s*", text, re.IGNORECASE)
     if match is None or not math.isfinite(size := float(match[1])) or size <= 0:
-        raise ConfigError(f"--memory {text!r}: is no size; give one such as 8GB, 7.5GB or 6000MB")
+        raise ConfigError(f"--memory {text!r}: not a size; give one such as 8GB, 7.5GB or 6000MB")
     return int(size * (2**30 if match[2].upper() == "G" else 2**20))
 
 
 def check_disk(work_dir: Path, size: int, *, limit: int) -> str:
-    """Compare the size of a checkpoint with the free disk; return a line about it.
+    """Compare the size of a checkpoint with the free disk space; return a line about it.
 
     Raises:
-        LaunchError: not even one checkpoint fits.
+        LaunchError: Not even one checkpoint fits.
     """
     free = shutil.disk_usage(work_dir).free
     if size > free:
         raise LaunchError(
             f"a checkpoint takes about {size / _MB:,.0f} MiB and {work_dir} has {free / _MB:,.0f} "
-            "MiB free: make room, or choose another place with --work-dir"
+            "MiB free: free some disk space, or choose another folder with --work-dir"
         )
     at_once = 2 if limit < 0 else limit + 1
     kept = "all" if limit < 0 else limit
     line = f"Checkpoints  about {size / _MB:,.0f} MiB each, {kept} kept; {free / _MB:,.0f} MiB free"
-    return line + ("; this may not be enough for all of them" if size * at_once > free else "")
+    return line + ("; this may not suffice for all of them" if size * at_once > free else "")

@@ -1,7 +1,6 @@
-"""A mixture of experts on shapes alone.
-
-transformers multiplies the tokens of all experts in one grouped product, whose result on tensors
-without values torch knows for bfloat16 only. This one keeps and makes what that one does.
+"""A mixture of experts on meta tensors. transformers multiplies the tokens of all experts in one
+grouped matmul, which torch supports on meta tensors for bfloat16 only. This replacement allocates
+and saves the same tensors.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ NAME = "xtuner_footprint"
 
 
 def use_footprint(model: Any) -> None:
-    """Let the experts of `model` (of transformers, on the meta device) be counted, if it has any
-    that transformers' experts interface serves."""
+    """Make the experts of `model` (a transformers model on the meta device) countable, if it uses
+    transformers' experts interface."""
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError:  # an older transformers loops over experts
+    except ImportError:  # older versions of transformers loop over experts
         return
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
     if model._can_set_experts_implementation():
@@ -48,7 +47,7 @@ def _product(tokens: Tensor, weight: nn.Parameter, module: Any) -> Tensor:
 
 
 class _GroupedFootprint(torch.autograd.Function):
-    """Keeps what a grouped product keeps: its inputs."""
+    """Saves what a grouped matmul saves for the backward pass: its inputs."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, width: int) -> Tensor:

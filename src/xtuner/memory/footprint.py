@@ -1,8 +1,7 @@
-"""How much memory a training step takes, found without loading a weight.
-
-The model is built from its configuration on the meta device and prepared by the code that prepares
-the one of a run (`models.prepare`), and one step goes through it (`memory.step`). So the peak is
-that of this architecture with these settings, not of a formula for the average one.
+"""The memory of a training step, measured without loading weights. The model is built from its
+configuration on the meta device, prepared by the same code as a real one (`models.prepare`), and
+runs one step (`memory.step`). So the peak is that of this architecture with these settings, not of
+a formula for an average one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from xtuner.parallel.ulysses import PretendedGroup
 
 BYTES_QUANTISED = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 FEW_LAYERS = (2, 4)
-"""Every layer adds the same, so two shallow models tell of a deep one: 1 s instead of 7 s."""
+"""Every layer adds the same amount, so two shallow models suffice to extrapolate: 1 s instead of 7
+s."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Footprint:
     """Bytes and counts of one model under one choice of settings.
 
     Attributes:
-        weights: as they are held, adapters included.
-        step: highest sum of everything else alive within a step but the optimizer's state:
-            activations, gradients, logits, scratch.
-        gradients: of all trained weights; part of `step`.
-        trainable: trained numbers.
-        parameters: all numbers.
-        width: of the hidden states.
-        embedding: bytes of the input embedding, part of `weights`, if it may stay on the CPU.
+        weights: Bytes of all weights as stored, including adapters.
+        step: Peak of everything else within a step except optimizer state: activations, gradients,
+            logits, scratch.
+        gradients: Bytes of all gradients; part of `step`.
+        trainable: Number of trained parameters.
+        parameters: Number of all parameters.
+        width: Width of the hidden states.
+        embedding: Bytes of the input embedding, part of `weights`, if it can stay on the CPU.
     """
 
     weights: int
@@ -61,23 +61,23 @@ def measure(
     device: str = "cpu",
     recompute: bool = False,
 ) -> Footprint:
-    """Send one step through the language model of `settings`, without its weights.
+    """Run one step of the language model of `settings` without its weights.
 
     Args:
-        settings: of the run; of the model only its config.json is read.
-        tokens: lengths of the samples of one micro-batch; all are taken as supervised.
-        dtype: of the computation and of frozen weights.
+        settings: The run's settings; only the model's config.json is read.
+        tokens: Lengths of the samples in one micro-batch; all tokens count as supervised.
+        dtype: The dtype of the computation and of frozen weights.
         device: 'cpu' or 'cuda'.
-        recompute: recompute activations in the backward pass.
+        recompute: Recompute activations in the backward pass.
 
     Raises:
-        ModelError: the configuration cannot be read.
+        ModelError: The configuration cannot be read.
     """
     config = located_config(
         settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
     )
     text = config.get_text_config()
-    # Other attention takes a mask, which transformers makes from the values of positions.
+    # Other attention needs a mask, which transformers creates from the values of positions.
     settings = settings.model_copy(update={"attn_implementation": "auto"})
     measured = _Measured(settings, config, tokens, dtype, device, recompute)
     layers = getattr(text, "num_hidden_layers", 0)
@@ -94,7 +94,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What is measured; the fields are the arguments of `measure` and the model's configuration."""
+    """One measurement; the fields are the arguments of `measure` and the model's configuration."""
 
     settings: Settings
     config: Any
@@ -105,7 +105,7 @@ class _Measured:
 
     def counts(self, num_layers: int | None) -> list[float]:
         """Weights, gradients, trainable, parameters, embedding and peaks of the model with
-        `num_layers`, None for all."""
+        `num_layers` layers (None: all)."""
         s, on_gpu = self.settings, self.device == "cuda"
         saved = scratch = embedding = 0.0
 
@@ -120,7 +120,7 @@ class _Measured:
             _fix_rotation(model)
             use_footprint(model)
             model.config.pad_token_id = (
-                None  # GPT-2 looks for it among the ids, which have no values
+                None  # GPT-2 searches for it in the ids, which have no values
             )
             saved, scratch = _quantised_size(s, model)
             if self._reads_four_bits(model):
@@ -138,7 +138,7 @@ class _Measured:
             wrapped.assume_split(PretendedGroup(s.sequence_parallel_size))
         if on_gpu and not wrapped.apart:
             wrapped.causal.set_attn_implementation(KEPT_BY_FLASH)
-        if s.has_vision and not self.recompute:  # as the projector's output needs them
+        if s.has_vision and not self.recompute:  # as the projector's output does
             wrapped.causal.enable_input_require_grads()
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
@@ -156,21 +156,22 @@ class _Measured:
         return [weights, gradients, trainable, parameters, embedding, *(p + beside for p in peaks)]
 
     def _few(self, model: Any) -> tuple[int, int] | None:
-        """Lengths of which a line tells about longer samples; None for models without a state.
-
-        Without their kernels models with one go from token to token, or from chunk to chunk, in
-        Python: 2,048 tokens would take minutes even on shapes.
+        """Lengths from which longer samples are extrapolated; None for models without recurrent
+        state. Without their kernels, models with such a state loop over tokens or chunks in Python:
+        2,048 tokens would take minutes even on meta tensors.
         """
         if not getattr(model, "_is_stateful", False):
             return None
         text = self.config.get_text_config()
         chunk = getattr(text, "chunk_size", None) or getattr(text, "mamba_chunk_size", None)
         if not isinstance(chunk, int):
-            chunk = 64 if hasattr(text, "linear_key_head_dim") else 8  # 64 is fixed in their code
+            chunk = (
+                64 if hasattr(text, "linear_key_head_dim") else 8
+            )  # 64 is hard-coded in these models
         return chunk, 2 * chunk
 
     def _reads_four_bits(self, model: nn.Module) -> bool:
-        """Whether compiled functions of a CPU take all layers without dequantising them first
+        """Whether compiled CPU kernels handle all layers without dequantizing them first
         (`kernels.cpu.lora_linear`)."""
         s = self.settings
         four_bits = s.effective_quantization in ("nf4", "fp4") and s.uses_adapter
@@ -190,21 +191,20 @@ def _layers_differ(text: Any) -> bool:
 
 
 def _fix_rotation(model: nn.Module) -> None:
-    """Let no frequencies of rotary embeddings depend on how long the longest sample is.
-
-    transformers' `dynamic_rope_update` reads the positions for types such as 'dynamic', and here
-    tensors have no values. Frequencies take the same memory whatever they are.
+    """Make rotary frequencies independent of the longest sample. For types such as 'dynamic',
+    transformers' `dynamic_rope_update` reads the positions, which have no values here. Frequencies
+    take the same memory whatever their values.
     """
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         if isinstance(kind, str):
             module.rope_type = "default"  # type: ignore[assignment]
-        elif isinstance(kind, dict):  # one for each type of layers
+        elif isinstance(kind, dict):  # one for each layer type
             module.rope_type = dict.fromkeys(kind, "default")  # type: ignore[assignment]
 
 
 def _quantised_size(s: Settings, model: nn.Module) -> tuple[float, int]:
-    """What quantisation saves, and the room for the largest weight that is dequantised again."""
+    """The bytes that quantization saves, and those of the largest dequantized weight."""
     quantization = s.effective_quantization
     if quantization == "none":
         return 0, 0

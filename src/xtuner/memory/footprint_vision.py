@@ -1,8 +1,7 @@
-"""How much memory vision tower and projector take in a training step, found as `footprint` finds
-that of the language model.
+"""The memory of vision tower and projector in a training step, measured as in `footprint`.
 
 weights   tower + projector + adapters
-step      what waits for the backward pass while the language model runs, and the highest peak
+step      what is kept for the backward pass while the language model runs, and the peak
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ class VisionFootprint:
     """Bytes and counts of vision tower and projector.
 
     Attributes:
-        weights: as they are held.
-        waiting: alive while the language model runs.
-        peak: highest while the two run.
-        gradients: of trained weights; part of `peak`.
-        trainable, parameters: numbers.
+        weights: Bytes of all weights as stored.
+        waiting: Bytes alive while the language model runs.
+        peak: Peak while the two run.
+        gradients: Bytes of all gradients; part of `peak`.
+        trainable, parameters: Number of trained and of all parameters.
     """
 
     weights: int
@@ -43,7 +42,7 @@ class VisionFootprint:
     parameters: int
 
     def beside(self, llm: Footprint, *, accumulate: bool) -> Footprint:
-        """The footprint of all parts together; `accumulate`: gradients of an earlier
+        """The footprint of all parts together; `accumulate` means that gradients of an earlier
         micro-batch exist, as in `llm`."""
         earlier = accumulate * self.gradients
         step = max(llm.step + self.waiting + earlier, llm.gradients + self.peak + self.gradients)
@@ -60,16 +59,16 @@ class VisionFootprint:
 def measure_vision(
     settings: Settings, *, images: int, width: int, dtype: torch.dtype
 ) -> VisionFootprint:
-    """Send `images` through vision tower and projector without weights.
+    """Run vision tower and projector on `images` without weights.
 
     Args:
-        settings: of the run.
-        images: in a micro-batch.
-        width: of the language model.
-        dtype: of the computation, and of frozen weights.
+        settings: The run's settings.
+        images: Number of images in a micro-batch.
+        width: Width of the language model.
+        dtype: The dtype of the computation and of frozen weights.
 
     Raises:
-        ModelError: the tower's configuration cannot be read, or it has no such layer.
+        ModelError: The tower's configuration cannot be read, or it lacks the selected layer.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -1,4 +1,4 @@
-"""How much memory a run takes, before it starts.
+"""Forecasts the memory of a run before it starts.
 
 settings ──footprint──► weights + optimizer + one step at max_length
 """
@@ -19,31 +19,31 @@ from xtuner.models.vision.tower import num_image_tokens, vision_config
 MB = 2**20
 
 LIBRARIES = 740 * MB
-"""What this process holds beside tensors on a CPU once everything is imported and has run once."""
+"""Memory of a CPU process without tensors, once everything is imported and has run once."""
 
 ALLOCATOR = {"cpu": 1.05, "cuda": 1.05}
-"""Memory that allocators hold for the memory that is asked of them; the figure for a CPU was
-measured (`benchmarks/memory.py`), that for a GPU was not."""
+"""Memory that allocators hold per requested byte; the CPU value was measured
+(`benchmarks/memory.py`), the GPU value was not."""
 
 TYPICAL_SAMPLE = 512
-"""Length of the samples in packed rows for which attention is forecast."""
+"""Assumed length of samples in packed rows, for the forecast of attention."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one process will need, in bytes.
+    """The memory that one process will need, in bytes.
 
     Attributes:
-        footprint: of the model and one step.
-        optimizer: state of the optimizer.
-        failure: why nothing could be found out; then all counts are 0. Empty otherwise.
-        paged: that state lies in memory which a GPU's driver moves to the CPU when it must, and of
-            which torch's allocator knows nothing.
+        footprint: Footprint of the model and one step.
+        optimizer: Bytes of optimizer state.
+        failure: Why the forecast failed; then all counts are 0. Empty otherwise.
+        paged: The optimizer state is in memory that the GPU driver moves to the CPU when necessary,
+            outside torch's allocator.
         device: 'cpu' or 'cuda'.
-        recompute: whether activations are recomputed.
-        embedding_on_cpu: whether the input embedding stays in the CPU's memory.
-        checkpoint: size of one on disk.
-        graphs: whether the decoder may be recorded as CUDA graphs.
+        recompute: Whether activations are recomputed.
+        embedding_on_cpu: Whether the input embedding stays in CPU memory.
+        checkpoint: Size of a checkpoint on disk.
+        graphs: Whether the decoder can be recorded as CUDA graphs.
     """
 
     footprint: Footprint
@@ -58,26 +58,26 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """Highest memory of the run; without what may move to the CPU."""
+        """Peak memory of the run, without what can move to the CPU."""
         held = self.weights + self.footprint.step
         held += 0 if self.paged else self.optimizer
-        held = max(held, self.footprint.weights)  # all of them are loaded before some leave
+        held = max(held, self.footprint.weights)  # all of them are loaded before some are moved
         return self.libraries + int(held * ALLOCATOR[self.device])
 
     @property
     def weights(self) -> int:
-        """Those that lie on the device."""
+        """The bytes of weights on the device."""
         return self.footprint.weights - self.embedding_on_cpu * self.footprint.embedding
 
     @property
     def libraries(self) -> int:
-        """What the process itself holds; a GPU's memory holds nothing of it."""
+        """Memory of the process itself; 0 for a GPU."""
         return LIBRARIES if self.device == "cpu" else 0
 
     def lines(self) -> Iterator[str]:
-        """Two lines for the terminal; one where nothing could be found out."""
+        """Two lines for the terminal; one if the forecast failed."""
         if self.failure:
-            yield f"Memory       not forecast, for the forecast failed: {self.failure}"
+            yield f"Memory unknown, because the forecast failed: {self.failure}"
             return
         parts = self.footprint
         share = 100 * parts.trainable / max(1, parts.parameters)
@@ -92,28 +92,28 @@ class Forecast:
             f"Memory       {self.peak / MB:,.0f} MiB at the peak "
             f"(weights {self.weights / MB:,.0f}, {inside}"
             f"{step} and gradients {parts.step / MB:,.0f}{rest})"
-            + (f"; {optimizer} more, paged: may move to the CPU" if self.paged else "")
+            + (f"; {optimizer} more, paged: can move to the CPU" if self.paged else "")
         )
         if self.embedding_on_cpu:
             yield (
-                f"             the input embedding, {parts.embedding / MB:,.0f} MiB, stays in the "
-                "CPU's memory"
+                f"             the input embedding, {parts.embedding / MB:,.0f} MiB, stays in "
+                "CPU memory"
             )
 
 
 def forecast(
     settings: Settings, device: str, *, recompute: bool, paged: bool | None = None
 ) -> Forecast:
-    """Forecast the peak of one process at `max_length`.
+    """Forecast the peak memory of one process at `max_length`.
 
     Args:
         settings: of the run.
         device: 'cpu' or 'cuda'.
-        recompute: whether activations are recomputed.
-        paged: whether the optimizer's state is paged; None: if it may be.
+        recompute: Whether activations are recomputed.
+        paged: Whether the optimizer state is paged; None: if possible.
 
     Raises:
-        ModelError: the model's configuration cannot be had.
+        ModelError: The model's configuration is not available.
     """
     found = _footprint(settings, device, recompute)
     moments = _bytes_of_moments(settings.optim_type)
@@ -130,13 +130,13 @@ def forecast(
 
 
 def may_page(settings: Settings, device: str) -> bool:
-    """Whether the optimizer's state may be paged."""
+    """Whether the optimizer state can be paged."""
     named = device == "cuda" and optim.is_paged(settings.optim_type)
     return named and settings.paged_optimizer is not False
 
 
 def without_embedding(full: Forecast, settings: Settings) -> Forecast:
-    """`full` with the input embedding on the CPU, if it may stay there and the device is a GPU."""
+    """`full` with the input embedding on the CPU, if that is possible and the device is a GPU."""
     can = (
         full.device == "cuda"
         and full.footprint.embedding > 0
@@ -163,7 +163,7 @@ def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
 
 
 def _bytes_of_moments(optim_type: str) -> float:
-    """Bytes of optimizer state a trained number."""
+    """Bytes of optimizer state per trained parameter."""
     name = optim_type.lower()
     moments = 0 if name in ("sgd", "adafactor") else 1 if "lion" in name else 2
     return moments * (1.03 if "8bit" in name else 4)

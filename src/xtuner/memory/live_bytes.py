@@ -1,5 +1,4 @@
-"""Memory of a step on shapes alone: tensors without values instead of real ones, and a count of the
-bytes that are alive."""
+"""Measures the memory of a step on tensors without values, by counting the bytes that are alive."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all living storages made while it is on, after every operation."""
+    """Counts, after every operation, the bytes of all live storages created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -46,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def pretend_cpu(model: nn.Module) -> None:
-    """Replace meta tensors by ones that claim to be on a CPU; shared ones stay shared."""
+    """Replace meta tensors by ones that claim to be on a CPU; shared tensors stay shared."""
     made: dict[int, Tensor] = {}
 
     def stand_in(x: Tensor) -> Tensor:

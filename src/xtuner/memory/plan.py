@@ -1,5 +1,5 @@
-"""A forecast beside the memory of the device: what 'auto' decides, and what to change if it does
-not fit.
+"""Compares a forecast with the device's memory: resolves 'auto' settings, and proposes changes if
+the run does not fit.
 
     settings ──forecast──► fits? ──► cheapest changes that do
 """
@@ -21,12 +21,12 @@ from xtuner.memory.forecast import MB, Forecast, forecast, may_page, without_emb
 from xtuner.models.load import located_config
 
 ROOM = 0.9
-"""Share of the free memory that a run may plan to use."""
+"""Share of the free memory that a run plans to use."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A forecast beside the memory of the device."""
+    """A forecast and the memory of the device."""
 
     settings: Settings
     device: str
@@ -35,49 +35,52 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the usual room; true where nobody knows."""
+        """Whether the peak fits; True if unknown."""
         return bool(self.forecast.failure) or self.forecast.peak <= self.memory
 
     @property
     def paged(self) -> bool:
-        """Whether the optimizer's state is paged; where nothing is known, as `optim_type` says."""
+        """Whether the optimizer state is paged; if the forecast failed, according to
+        `optim_type`."""
         unknown = bool(self.forecast.failure) and may_page(self.settings, self.device)
         return self.forecast.paged or unknown
 
     @property
     def graphs(self) -> bool:
-        """Whether the decoder may be recorded as CUDA graphs, which keep gradients in memory."""
+        """Whether the decoder can be recorded as CUDA graphs, which keep gradients in memory."""
         return self.forecast.graphs or bool(self.forecast.failure)
 
     @property
     def embedding_on_cpu(self) -> bool:
-        """Whether the input embedding is to stay in the CPU's memory; asked for, it is tried even
-        where the forecast knows that the model will refuse."""
+        """Whether to keep the input embedding in CPU memory; if the user sets it, it is tried even
+        if the forecast knows that the model will refuse."""
         asked = self.settings.embedding_on_cpu is True and self.device == "cuda"
         return asked or self.forecast.embedding_on_cpu
 
     def lines(self) -> Iterator[str]:
-        """The forecast and, where it does not fit, what to change."""
+        """The forecast and, if it does not fit, what to change."""
         yield from self.forecast.lines()
         name = self.settings.optim_type
         if self.device == "cuda" and optim.is_paged(name) and not self.paged:
-            why = "is not to be paged" if self.settings.paged_optimizer is False else "fits unpaged"
-            yield f"             the optimizer's state {why}: {optim.unpaged(name)} for {name}"
+            set_by_user = self.settings.paged_optimizer is False
+            why = "is not paged (paged_optimizer = False)" if set_by_user else "fits unpaged"
+            yield f"             optimizer state {why}: {optim.unpaged(name)} for {name}"
         if not self.fits:
             yield f"             more than the {self.memory / MB:,.0f} MiB available"
             yield from self.hints()
 
     def hints(self) -> Iterator[str]:
-        """The cheapest changes that lower the peak, each on top of those before, until it fits."""
+        """The cheapest changes that lower the peak, each in addition to the previous ones, until it
+        fits."""
         if self.forecast.failure:
             yield "Lower batch_size or max_length, or set gradient_checkpointing = True"
             return
         settings, last, fits = self.settings, self.forecast.peak, False
-        yield "Cheapest changes, applied one after another:"
+        yield "Cheapest changes, each in addition to the previous ones:"
         for changes in _hints(self.settings, self.forecast):
             tried = settings.model_copy(update=changes)
             if next(check_combinations(tried), None):
-                continue  # a run would refuse it
+                continue  # a run would reject it
             found = forecast(
                 tried,
                 self.device,
@@ -94,10 +97,10 @@ class MemoryPlan:
             yield f"  {setting}: {peak / MB:,.0f} MiB{', fits' if fits else ''}"
             if fits:
                 return
-        yield "  a smaller model: nothing above is enough"
+        yield "  a smaller model: the changes above do not suffice"
 
     def _would_page(self, tried: Settings) -> bool:
-        """Whether a run with the settings `tried`, which may page, is sure to where it must."""
+        """Whether a run with the settings `tried`, which allow paging, will page if it must."""
         asked = tried.paged_optimizer is True or tried.optim_type != self.settings.optim_type
         return asked or self.forecast.paged
 
@@ -105,19 +108,18 @@ class MemoryPlan:
 def plan_memory(
     settings: Settings, device: str, *, memory: int | None = None, processes: int = 1
 ) -> MemoryPlan:
-    """Forecast a run on `device`, with what 'auto' needs: recomputation, the embedding on the CPU.
-
-    An error in the forecast is a line of it and stops nothing, unless $XTUNER_STRICT is set, as in
-    our tests.
+    """Forecast a run on `device`, resolving 'auto': recomputation, the embedding on the CPU. An
+    error in the forecast becomes a line of output and does not stop the run, unless $XTUNER_STRICT
+    is set, as in the tests.
 
     Args:
-        settings: of the run.
+        settings: The run's settings.
         device: 'cpu' or 'cuda'.
-        memory: bytes to plan for; None takes nine tenths of what is free on `device`.
-        processes: how many train; on a CPU they share its memory, of GPUs each has its own.
+        memory: Bytes to plan for; None uses nine tenths of the free memory of `device`.
+        processes: Number of processes; on a CPU they share the memory, on GPUs each has its own.
 
     Raises:
-        ModelError: the model's configuration cannot be had.
+        ModelError: The model's configuration is not available.
         LaunchError: `memory` is None and there is no such device.
     """
     located_config(
@@ -135,7 +137,7 @@ def _expected(settings: Settings, device: str, room: int) -> Forecast:
         for expected in _ways(settings, device):
             if expected.peak <= room:
                 break
-    except Exception as error:  # a step on shapes alone meets code that never thought of it
+    except Exception as error:  # model code may not support tensors without values
         if os.environ.get("XTUNER_STRICT"):
             raise
         nothing = Footprint(0, 0, 0, 0, 0)
@@ -146,10 +148,10 @@ def _expected(settings: Settings, device: str, room: int) -> Forecast:
 
 
 def _ways(settings: Settings, device: str) -> Iterator[Forecast]:
-    """Forecasts of what is left to us, by what it costs: no CUDA graphs, which keep gradients
-    during a forward pass; an embedding on the CPU some MiB to copy a micro-batch; paging what does
-    not fit of the optimizer's state, at most all of it, to copy back and forth a step;
-    recomputation a third more time of every micro-batch."""
+    """Forecasts of the options that 'auto' leaves open, by increasing cost. No CUDA graphs: these
+    keep gradients during a forward pass. An embedding on the CPU: some MiB to copy per micro-batch.
+    Paging: the optimizer state that does not fit is copied back and forth once per step.
+    Recomputation: a third more time per micro-batch."""
     wanted, pageable = settings.gradient_checkpointing, may_page(settings, device)
     pages = (False, True) if pageable and settings.paged_optimizer == "auto" else (pageable,)
     for recompute in (False, True) if wanted == "auto" else (wanted,):
@@ -171,7 +173,7 @@ def _recomputes(settings: Settings, before: Forecast) -> bool:
 
 
 def _hints(settings: Settings, before: Forecast) -> Iterator[Mapping[str, Any]]:
-    """Changes in the order of what they cost: time first, then detail, then what is learned."""
+    """Changes by increasing cost: first time, then precision, then what is learned."""
     if settings.batch_size > 1:
         counts = settings.accumulative_counts
         same = {} if counts == "auto" else {"accumulative_counts": counts * settings.batch_size}

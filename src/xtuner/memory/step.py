@@ -1,8 +1,7 @@
-"""The highest memory of a training step, found on tensors without values.
-
-The step is that of a run: `PackedCausalLM` gives the log-probabilities of a real batch, their sum
-is the loss, and the gradients follow. Weights and activations have shapes and types only; every one
-that comes alive and dies is counted.
+"""The peak memory of a training step, measured on tensors without values. The step is a real one:
+`PackedCausalLM` computes the log-probabilities of a batch, their sum is the loss, and a backward
+pass follows. Weights and activations have shapes and dtypes only; their allocations and
+deallocations are counted.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from xtuner.parallel.ulysses import heads_to_tokens, tokens_to_heads
 from xtuner.types import Batch
 
 KEPT_BY_FLASH = "xtuner_footprint"
-"""Name of an attention that keeps what flash attention on a GPU keeps."""
+"""Name of an attention function that saves the same tensors as flash attention on a GPU."""
 
 
 def peaks_of_step(
@@ -39,16 +38,15 @@ def peaks_of_step(
     on_gpu: bool,
     accumulate: bool,
 ) -> list[float]:
-    """Peaks of the forward pass, and of both halves of the backward pass, in bytes.
-
-    Each of the three grows by the same with every layer; which is highest may change.
+    """Peaks of the forward pass and of both halves of the backward pass, in bytes. Each of the
+    three grows linearly with the number of layers; which one is highest may change.
 
     Args:
-        model: on the meta device; its tensors are replaced by others without values.
-        tokens: lengths of the samples of one micro-batch.
-        few: two lengths; longer steps are found along the line through steps of these.
-        on_gpu: count what a GPU would keep.
-        accumulate: gradients of an earlier micro-batch exist; they are not counted.
+        model: A model on the meta device; its tensors are replaced by others without values.
+        tokens: Lengths of the samples in one micro-batch.
+        few: Two lengths from which longer steps are extrapolated linearly.
+        on_gpu: Count what a GPU would keep.
+        accumulate: Gradients of an earlier micro-batch exist; they are not counted.
     """
     rows: list[tuple[int, ...]] = [(n,) for n in tokens] if model.apart else [tokens]
     options = {"on_gpu": on_gpu, "accumulate": accumulate}
@@ -59,7 +57,7 @@ def peaks_of_step(
 
 
 def line(xs: tuple[int, int], ys: tuple[float, float], *, at: int) -> float:
-    """The value at `at` of the line through two points."""
+    """The value at `at` on the line through two points."""
     return ys[0] + (ys[1] - ys[0]) * (at - xs[0]) / (xs[1] - xs[0])
 
 
@@ -78,7 +76,7 @@ def _peaks(
         counter = LiveBytes()
         with counter:
             loss = -torch.cat([model(batch) for batch in batches]).sum()
-            if on_gpu:  # only on a CPU is it kept
+            if on_gpu:  # it is kept only on a CPU
                 buffers.tensors.clear()
         forward = len(counter.history)
         with counter:
@@ -89,10 +87,8 @@ def _peaks(
 
 
 def _batch(tokens: tuple[int, ...], *, fill: bool) -> Batch:
-    """A batch of samples of these lengths, all supervised.
-
-    It is real: attention reads where sequences begin, and the supervised positions are found
-    here, for their number depends on values.
+    """A batch of fully supervised samples of these lengths. It has real values: attention reads the
+    sequence boundaries, and the number of supervised positions depends on values.
     """
     ids = torch.zeros(1, sum(tokens), dtype=torch.int64)
     batch = Batch(
@@ -106,7 +102,8 @@ def _batch(tokens: tuple[int, ...], *, fill: bool) -> Batch:
 
 
 class _FlashFootprint(torch.autograd.Function):
-    """Keeps what flash attention keeps: its inputs, its output, and a float32 a token and head."""
+    """Saves what flash attention saves: its inputs, its output, and one float32 per token and
+    head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -140,7 +137,7 @@ AttentionInterface.register(KEPT_BY_FLASH, _flash_footprint)
 
 @contextmanager
 def _separate_caches() -> Iterator[None]:
-    """Let no tensor without values stay in a cache that a real step reads."""
+    """Keep tensors without values out of caches that a real step reads."""
     caches = (blocks.layout_of, blocks._shared_blocks, blocks._offsets, rotation_of)
     kept_before = dict(buffers.tensors)
 

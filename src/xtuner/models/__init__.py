@@ -1,1 +1,1 @@
-"""Load, adapt, quantise and save models; attention and loss over packed rows."""
+"""Loads, adapts, quantizes and saves models; computes log-probabilities of packed rows."""

@@ -27,12 +27,13 @@ from xtuner.models.old_adapters import fitting_llm_adapter
 
 _VOCABULARY = re.compile(r"(embed_tokens|lm_head|wte|embed_in|word_embeddings)\.weight$")
 _FEW = 0.01
-"""A smaller share of weights without adapters is not worth a note."""
+"""A smaller share of weights without adapters is not reported."""
 
 OUTSIDE_PEFT = {
     kind: ["out_proj"] for kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 }
-"""Linear layers, by model type, that PEFT refuses to adapt: kernels read the weight itself."""
+"""Linear layers, by model type, that PEFT refuses to adapt because kernels read their weights
+directly."""
 
 
 def add_adapter(
@@ -47,23 +48,24 @@ def add_adapter(
     task_type: str | None = "CAUSAL_LM",
     further: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Freeze `model` and put fresh adapters beside its linear layers.
+    """Freeze `model` and add new adapters to its linear layers.
 
     Args:
-        model: a causal language model of transformers, quantised or not.
-        r: rank.
-        alpha: the adapters' output is scaled by ``alpha / r``.
-        dropout: share of the adapters' inputs set to zero in training.
-        target_modules: names of layers, or 'all-linear' (all but the output head, those of
-            `OUTSIDE_PEFT` and those that are `unsuitable`).
-        modules_to_save: names of layers trained in full.
-        seed: fixes the first values of A (B begins at zero); the global random state is kept.
-        task_type: PEFT's word for what the model does; None for a vision tower.
-        further: other fields of PEFT's LoraConfig.
+        model: A transformers causal language model, quantized or not.
+        r: The rank.
+        alpha: The adapters' output is scaled by ``alpha / r``.
+        dropout: Dropout probability of the adapters' inputs.
+        target_modules: Names of layers, or 'all-linear' (all except the output head, those in
+            `OUTSIDE_PEFT` and `unsuitable` ones).
+        modules_to_save: Names of layers that are trained in full.
+        seed: Seed of the initial values of A (B starts at zero); the global random state is
+            unchanged.
+        task_type: PEFT's task type; None for a vision tower.
+        further: Other fields of PEFT's LoraConfig.
 
     Raises:
-        ModelError: a name fits no layer.
-        ConfigError: PEFT cannot make adapters as `further` says.
+        ModelError: A name matches no layer.
+        ConfigError: PEFT rejects `further`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -124,7 +126,8 @@ def check_config(further: Mapping[str, Any]) -> None:
     """Check the setting `lora_config`.
 
     Raises:
-        ConfigError: a field does not exist, has a setting of its own, or needs what a run lacks.
+        ConfigError: A field does not exist, has its own setting, or needs something that a run does
+            not provide.
     """
     from peft import LoraConfig
 
@@ -134,13 +137,13 @@ def check_config(further: Mapping[str, Any]) -> None:
         if name in _OWN:
             problems.append(f"{name}: is the setting {_OWN[name]}")
         elif name in ("task_type", "peft_type", "base_model_name_or_path", "exclude_modules"):
-            problems.append(f"{name}: is chosen by xtuner; remove it")
+            problems.append(f"{name}: is set by xtuner; remove it")
         elif name not in fields:
             problems.append(f"{name}: LoraConfig has no such field{did_you_mean(name, fields)}")
         elif name == "init_lora_weights" and str(value).lower() in _NEED_DATA:
             problems.append(
-                f"{name} = {value!r}: needs passes over data before training, which is not "
-                "available; use 'pissa', 'olora', 'gaussian' or 'orthogonal'"
+                f"{name} = {value!r}: needs passes over the data before training, which are not "
+                f"supported; use 'pissa', 'olora', 'gaussian' or 'orthogonal'"
             )
     if problems:
         raise ConfigError(f"lora_config: {'; '.join(problems)}")
@@ -151,9 +154,8 @@ def check_config(further: Mapping[str, Any]) -> None:
 
 
 def unsuitable(model: Any) -> dict[str, str]:
-    """Linear layers of `model` by name that 'all-linear' leaves out, and why.
-
-    Layers of a router may return a tuple, and parts for images or sound are not reached by text.
+    """Linear layers of `model` that 'all-linear' skips, by name, with the reason. A router's layers
+    may return a tuple, and text does not reach image or audio modules.
     """
     causal = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
     decoder = text_decoder(model) if causal else model
@@ -172,7 +174,8 @@ def unsuitable(model: Any) -> dict[str, str]:
 
 
 def notes_on_adapters(adapted: Any) -> Iterator[str]:
-    """What adapters on all linear layers do not reach; `adapted` is of `add_adapter`."""
+    """Notes on what adapters on all linear layers do not cover; `adapted` is the result of
+    `add_adapter`."""
     model, config = adapted.get_base_model(), next(iter(adapted.peft_config.values()))
     if config.exclude_modules:
         left = collections.Counter(unsuitable(model).values())
@@ -182,32 +185,31 @@ def notes_on_adapters(adapted: Any) -> Iterator[str]:
     made = [m for m in adapted.modules() if hasattr(m, "adapted") and hasattr(m, "lora_A")]
     if slow := sum(layer.adapted() is None for layer in made):
         yield (
-            f"{slow:,} of {len(made):,} adapters are computed by PEFT, as lora_config asks for, "
-            "which takes more time and memory than xtuner's own forward pass"
+            f"{slow:,} of {len(made):,} adapters are computed by PEFT because of lora_config, "
+            f"which takes more time and memory than xtuner's forward pass"
         )
     experts = [p for p in model.parameters() if p.ndim == 3 and not p.requires_grad]
     share = sum(p.numel() for p in experts) / max(1, sum(p.numel() for p in model.parameters()))
     if share > _FEW:
         yield (
-            f"{share:.0%} of the weights are experts in tensors of three dimensions, which are no "
-            "linear layers: they get no adapters and stay as they are"
+            f"{share:.0%} of the weights are experts in three-dimensional tensors, which are not "
+            f"linear layers: they get no adapters and stay frozen"
         )
 
 
 def load_adapter(
     model: nn.Module, folder: str | Path, *, trainable: bool = False, name: str = "default"
 ) -> Any:
-    """Put the adapter saved in `folder` beside the layers of `model`.
+    """Add the adapter saved in `folder` to `model`.
 
     Args:
-        model: a causal language model, or one that this function returned, which gets another
-            adapter.
-        folder: of the adapter.
-        trainable: whether its weights are trained.
-        name: by which `set_adapter` selects it.
+        model: A causal language model, or a result of this function, which gets another adapter.
+        folder: The adapter's folder.
+        trainable: Whether its weights are trained.
+        name: The name by which `set_adapter` selects it.
 
     Raises:
-        ModelError: the folder holds no adapter, or one that does not fit the model.
+        ModelError: The folder contains no adapter, or one that does not fit the model.
     """
     from peft import PeftModel
 
@@ -286,10 +288,10 @@ def _num_tokens_of(folder: Path) -> int:
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:
-    """Fill the adapters of `adapted` with the values saved in `folder`, bit for bit.
+    """Load the values saved in `folder` into the adapters of `adapted`, bit for bit.
 
     Raises:
-        ModelError: names or shapes differ from those of `adapted`.
+        ModelError: Names or shapes differ from those of `adapted`.
     """
     from peft import set_peft_model_state_dict
 
@@ -304,13 +306,13 @@ def load_adapter_weights(adapted: Any, folder: Path) -> None:
         raise ModelError(f"{file}: does not fit the adapters of this run: {error}") from error
     if result.unexpected_keys:
         raise ModelError(
-            f"{file}: holds adapters for other layers, such as {result.unexpected_keys[0]}; "
+            f"{file}: contains adapters for other layers, such as {result.unexpected_keys[0]}; "
             "lora_r and lora_target_modules must be those of the run that wrote it"
         )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a 4-bit weight counts as its unpacked numbers."""
+    """Number of (trainable, all) parameters; a 4-bit weight counts its unpacked elements."""
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -1,10 +1,10 @@
 """A causal language model as the algorithms see it: packed rows in, summed losses out.
 
-`PackedCausalLM` wraps a transformers (or PEFT) model. It calls the decoder without a cache and
-without a mask, with the boundaries of the samples, and multiplies only supervised positions with
-the output head. `verify` shows on a few random tokens, with the loaded weights, that samples in one
-row cannot see each other and that hidden states times head are the model's logits: whatever
-architecture is loaded, a wrong shortcut stops the run instead of training it silently.
+`PackedCausalLM` wraps a transformers (or PEFT) model. It calls the decoder without a cache or mask,
+with the boundaries of the samples, and applies the output head to supervised positions only.
+`verify` checks on a few random tokens, with the loaded weights, that samples in one row cannot see
+each other and that hidden states times head equal the model's logits: with any architecture, a
+wrong shortcut stops the run instead of silently training a wrong model.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ from xtuner.parallel.ulysses import SequenceGroup, gather_scores
 from xtuner.types import Batch, ImageEmbedder
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Configuration fields by which architectures change logits after the head; small logits hide a
-soft cap."""
+"""Configuration fields with which architectures change logits after the head; a soft cap has no
+visible effect on small logits."""
 
 
 SPLIT_ROUNDINGS = 64
-"""Roundings by which log-probabilities may change when a row is split; products of other shapes are
-rounded otherwise. In six architectures they changed by at most 3."""
+"""Tolerance, in roundings, of log-probabilities when a row is split; matmuls of other shapes round
+differently. In six architectures they changed by at most 3."""
 
 
 class PackedCausalLM(nn.Module):
-    """Wraps `model` (a causal language model of transformers, or a PeftModel around one).
+    """Wraps `model` (a transformers causal language model, or a PeftModel around one).
 
-    Everything that trains enters through `__call__`, and each module inside through its own: hooks
-    that gather sharded weights see every use of them.
+    Training always enters through `__call__`, and each inner module through its own, so that hooks
+    that gather sharded weights see every use.
 
     Args:
-        model: the model; it stays reachable as `.model`.
-        autocast: compute in this type although trained weights are float32; None computes in the
-            weights' type.
-        embedder: takes batches with images; None for a language model alone.
+        model: The model; available as `.model`.
+        autocast: Compute in this dtype although trained weights are float32; None uses the weights'
+            dtype.
+        embedder: Embeds batches with images; None for a text-only model.
 
     Attributes:
-        always_embeds: a batch without images enters the weights for images, too. Where weights or
-            gradients are divided among processes, all of them then enter the same modules.
-        noise: of NEFTune, in training; None without.
-        apart: each sample goes through the model by itself, as transformers' plainest call.
-        graphs: replays the decoder in training where it can; None always computes.
-        sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
-            has all.
+        always_embeds: Batches without images also run the image modules, so that all processes call
+            the same modules if weights or gradients are sharded.
+        noise: NEFTune noise in training; None disables it.
+        apart: Each sample goes through the model alone, in a plain transformers call.
+        graphs: Replays the decoder in training if possible; None disables it.
+        sequence: The processes that share the tokens of a row, after `split_rows`; None if this one
+            has all tokens.
     """
 
     def __init__(
@@ -104,15 +104,14 @@ class PackedCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type in which most products round: that of autocast, or the coarsest of the weights.
-
-        `model.dtype` is that of the first parameter with a fraction, which may be an adapter's:
-        adapters are stored in float32 and multiplied in the type of the activations.
+        """The dtype in which most matmuls round: that of autocast, or the coarsest of the weights.
+        `model.dtype` is that of the first floating-point parameter, possibly an adapter's: adapters
+        are stored in float32 and multiplied in the dtype of the activations.
         """
         if self.autocast:
             return self.autocast
@@ -125,7 +124,7 @@ class PackedCausalLM(nn.Module):
         return self._decoded(self._inputs(batch))
 
     def _decoded(self, inputs: dict[str, Any]) -> Tensor:
-        """Last hidden states of `inputs`, from a graph where there is one for such rows."""
+        """Last hidden states of `inputs`, from a CUDA graph if there is one for such rows."""
         if self.graphs is not None and self._may_replay and "sequence_group" not in inputs:
             inputs = self._embedded(inputs)
             names = ("inputs_embeds", "position_ids", "cu_seq_lens_q", "max_length_q")
@@ -135,13 +134,13 @@ class PackedCausalLM(nn.Module):
         return decoder_of(self.causal)(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch | None, *, run: Callable[[], Any] | None = None) -> Any:
-        """The log-probability of each supervised token of `batch`, float32 ``[S]``, in the order of
-        the tokens (see `Batch.sequence_of_predicting`).
+        """Return the log-probability of each supervised token of `batch`, float32 ``[S]``, in the
+        order of the tokens (see `Batch.sequence_of_predicting`).
 
         Args:
-            batch: None with `run`.
-            run: called instead, and its result returned. Whatever else calls the model enters here,
-                so that hooks which gather sharded weights see the pass from its beginning.
+            batch: The batch; None with `run`.
+            run: Called instead, and its result is returned. All other uses of the model enter here,
+                so that hooks that gather sharded weights see the pass from its start.
         """
         if run is not None:
             return run()
@@ -161,7 +160,7 @@ class PackedCausalLM(nn.Module):
             return torch.cat([self._scores_of_row(part, part) for part in parts])
 
     def _scores_of_row(self, row: Batch, batch: Batch) -> Tensor:
-        """The log-probabilities of `batch`, which `row` begins with."""
+        """The log-probabilities of `batch`, the beginning of `row`."""
         positions = batch.predicting
         with self.noise.of_row(row.cu_seqlens) if self.noise else nullcontext():
             return self._scores(self._inputs(row), positions, batch.labels[0, 1:][positions])
@@ -169,8 +168,8 @@ class PackedCausalLM(nn.Module):
     def _scores_of_shares(self, batch: Batch, group: SequenceGroup, rotary: SplitRotary) -> Tensor:
         """The log-probabilities of `batch`, whose row is split over `group`.
 
-        The label of a token is the next token, which may be another process's: labels are shifted
-        before they are split.
+        A token's label is the next token, which may be on another process: labels are shifted
+        before the split.
         """
         row = filled(batch, parts=group.size)
         share = group.share(row.num_tokens)
@@ -203,7 +202,8 @@ class PackedCausalLM(nn.Module):
         return self.causal(**inputs).logits[0, positions]  # type: ignore[no-any-return]
 
     def _for_head(self, hidden: Tensor) -> Tensor:
-        """`hidden` in the head's type: Mamba keeps residuals in float32, and casts them here."""
+        """`hidden` in the head's dtype: Mamba keeps residuals in float32 and casts them at this
+        point."""
         weight: Tensor = self.causal.get_output_embeddings().weight
         return hidden if self.autocast else hidden.to(weight.dtype)
 
@@ -213,7 +213,7 @@ class PackedCausalLM(nn.Module):
 
     @property
     def _implementation(self) -> str:
-        """The name of the attention, in transformers' interface."""
+        """The name of the attention function in transformers' attention interface."""
         return str(self.causal.config.get_text_config()._attn_implementation)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
@@ -244,8 +244,8 @@ class PackedCausalLM(nn.Module):
         return {**rest, "inputs_embeds": self.causal.get_input_embeddings()(inputs["input_ids"])}
 
     def reads_embeddings_alone(self) -> bool:
-        """Whether embeddings in place of token ids give the same hidden states to the bit; models
-        with embeddings in every layer need the ids."""
+        """Whether embeddings instead of token ids give bitwise equal hidden states; models with
+        embeddings in every layer need the ids."""
         inputs = self._inputs(IsolationCheck(self).batch())
         decoder = decoder_of(self.causal)
         with torch.no_grad(), self._autocast(), without_dropout(self):
@@ -277,26 +277,26 @@ class PackedCausalLM(nn.Module):
         return found.last_hidden_state  # type: ignore[no-any-return]
 
     def decoder_parameters(self) -> list[nn.Parameter]:
-        """The trained parameters of `decoder`, and of what else the base model has but the input
+        """The trained parameters of `decoder` and of the rest of the base model, except the input
         embedding."""
         outside = {id(p) for p in self.causal.get_input_embeddings().parameters()}
         everything = decoder_of(self.causal).parameters()
         return [p for p in everything if p.requires_grad and id(p) not in outside]
 
     def verify(self, *, packed: bool = True) -> str | None:
-        """Check on a few random tokens, by passes as in training, that no token reads another
-        sample or a later token, and the shortcut from hidden states to logits; see `isolation`.
+        """Check on a few random tokens, with training passes, that no token reads another sample or
+        a later token, and that the shortcut from hidden states to logits is right; see `isolation`.
 
         Args:
-            packed: samples must share rows, as the user asks. Otherwise a model that cannot keep
-                them apart takes them one at a time from now on, also those of one row.
+            packed: The user requires samples to share rows. Otherwise a model that cannot separate
+                them takes one sample at a time from now on, even those of one row.
 
         Returns:
-            What the user should know of this architecture, if anything.
+            Notes for the user about this architecture.
 
         Raises:
-            ModelError: samples in one row see each other, or are computed wrongly; or a sample
-                alone reads later tokens, or cannot be computed.
+            ModelError: Samples in one row see each other or are computed wrongly; or a single
+                sample reads later tokens or cannot be computed.
         """
         notes: list[str | None] = []
         with traceless(self), self._autocast():
@@ -304,14 +304,14 @@ class PackedCausalLM(nn.Module):
                 if packed:
                     raise ModelError(f"{self._described()}: {fault}. {_PACK_NOT}")
                 self.take_apart()
-                notes = [f"samples go through the model one at a time: {fault}"]
+                notes = [f"the model takes one sample at a time: {fault}"]
             if self.apart:
                 self._check_alone()
             notes.append(self._check_head())
         return "; ".join(filter(None, notes)) or None
 
     def take_apart(self) -> None:
-        """Let each sample go through the model by itself, with transformers' own attention."""
+        """Pass each sample through the model alone, with transformers' own attention."""
         self.apart = True
         if self._implementation == attention.NAME:
             decoder = text_decoder(self.causal)
@@ -329,20 +329,20 @@ class PackedCausalLM(nn.Module):
             ) from error
         if leak:
             raise ModelError(
-                f"{self._described()}: {leak}. It is not a causal language model as it is "
-                "configured (an encoder, for example), and cannot be trained here"
+                f"{self._described()}: {leak}. As configured it is not a causal language model "
+                f"(but an encoder, for example), and cannot be trained here"
             )
 
     def split_rows(self, group: SequenceGroup) -> None:
-        """From now on, compute a part of each row here and the others on the processes of `group`,
-        which call the model together, with the same batch. Each gets the scores of all tokens;
-        gradients of weights are those of the own part, to be summed over the group.
+        """From now on, split each row over the processes of `group`, which call the model together
+        with the same batch. Each gets the log-probabilities of all tokens; weight gradients are
+        those of its own part and must be summed over the group.
 
         Raises:
-            ModelError: the model cannot be split, or gives other results when it is.
+            ModelError: The model's rows cannot be split, or give other results.
         """
         reason = cannot_split(text_decoder(self.causal), group.size)
-        if reason := reason or ("samples go through it one at a time" if self.apart else None):
+        if reason := reason or ("it takes one sample at a time" if self.apart else None):
             raise ModelError(f"sequence_parallel_size = {group.size}: {reason}")
         batch = IsolationCheck(self).batch()
         with traceless(self), without_dropout(self), self._autocast(), torch.no_grad():
@@ -352,9 +352,9 @@ class PackedCausalLM(nn.Module):
         off, eps = distance(found, alone), torch.finfo(self.compute_dtype).eps
         if not off <= SPLIT_ROUNDINGS * eps:
             raise ModelError(
-                f"sequence_parallel_size = {group.size}: {type(self.causal).__name__} gives other "
-                f"results when its rows are split (they differ by {off:.2g} of their size): set it "
-                "to 1"
+                f"sequence_parallel_size = {group.size}: {type(self.causal).__name__} gives "
+                f"different results when its rows are split (they differ by a relative "
+                f"{off:.2g}): set it to 1"
             )
 
     def assume_split(self, group: SequenceGroup) -> None:
@@ -366,7 +366,8 @@ class PackedCausalLM(nn.Module):
         return f"{type(self.causal).__name__} with attention {self._implementation!r}"
 
     def _fault_of_row(self, notes: list[str | None]) -> str | None:
-        """What goes wrong in a row of several samples; adds what cannot be checked to `notes`."""
+        """What goes wrong in a row of several samples; what cannot be checked is added to
+        `notes`."""
         try:
             return self._fault_of_checks(notes)
         except torch.OutOfMemoryError:
@@ -375,7 +376,7 @@ class PackedCausalLM(nn.Module):
             raise
         except XTunerError as error:
             return str(error)
-        except Exception as error:  # third-party code that does not expect a row of samples
+        except Exception as error:  # third-party code may not support a row of several samples
             return f"a row of several samples fails with {_told(error)}"
 
     def _fault_of_checks(self, notes: list[str | None]) -> str | None:
@@ -395,18 +396,20 @@ class PackedCausalLM(nn.Module):
         found, allowed = check.displaced()
         if found > allowed:
             return (
-                f"a sample in a packed row differs from the same sample alone by {found:.2g} of "
-                f"its size, and rounding explains {allowed:.2g}: positions or boundaries are wrong"
+                f"a sample in a packed row differs from the same sample alone by a relative "
+                f"{found:.2g}, but rounding explains only {allowed:.2g}: positions or boundaries "
+                f"are wrong"
             )
         if allowed > BLIND:
             notes.append(
-                f"rounding changes this model's results by {allowed / FACTOR:.0%} with the length "
-                "of a row, so positions in packed rows could not be checked"
+                f"rounding changes this model's results by {allowed / FACTOR:.0%} depending on "
+                f"the row's length, so positions in packed rows could not be checked"
             )
         return None
 
     def _check_head(self) -> str | None:
-        """Compare hidden states times head with the model's logits, and keep to what holds."""
+        """Compare hidden states times head with the model's logits, and use the shortcut only if
+        they agree."""
         probe = IsolationCheck(self, LENGTHS[1:2]).batch()
         head: Any = self.causal.get_output_embeddings()
         config = self.causal.config
@@ -423,25 +426,28 @@ class PackedCausalLM(nn.Module):
             self.plain_logits = True
             return (
                 f"{type(self.causal).__name__} changes its logits after the output head: "
-                "the loss is computed from whole logits, which takes more memory"
+                "the loss is computed from all logits, which takes more memory"
             )
         return None
 
 
 _PACK_NOT = (
-    "Set pack_to_max_length = False, or leave it out: the samples then go through the model one at "
-    "a time"
+    "Set pack_to_max_length = False, or remove it: the model then takes one sample at a time"
 )
 
 
 def _told(error: Exception) -> str:
-    """An error of a library in one line, complete."""
+    """A library's complete error message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _head_width(causal: Any) -> int | None:
-    """Numbers in a head of the attention, as the configuration has them."""
+    """Numbers in a head of the attention, as the configuration has them; None if it does not say,
+    or if layers differ (Gemma 4)."""
     text = causal.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    width = getattr(text, "head_dim", None)
+    try:
+        heads = getattr(text, "num_attention_heads", None)
+        width = getattr(text, "head_dim", None)
+    except Exception:  # transformers refuses to name one value for layers that differ
+        return None
     return width or (text.hidden_size // heads if isinstance(heads, int) else None)

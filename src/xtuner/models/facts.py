@@ -1,4 +1,4 @@
-"""What a model's configuration and shapes say, before its weights are read."""
+"""Facts about a model from its configuration and shapes, before its weights are read."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ModelFacts:
     """A model without weights.
 
     Attributes:
-        path: the setting.
-        config: transformers' configuration.
-        model: the causal language model on the meta device.
+        path: The setting.
+        config: The transformers configuration.
+        model: The causal language model on the meta device.
     """
 
     path: str
@@ -40,20 +40,20 @@ class ModelFacts:
 
     @property
     def positions(self) -> int | None:
-        """Longest text the model was made for; None if its configuration does not say."""
+        """The model's maximum sequence length; None if its configuration does not have it."""
         text = self.config.get_text_config()
         found = (getattr(text, name, None) for name in _POSITIONS)
         return next((value for value in found if isinstance(value, int) and value > 0), None)
 
     @property
     def learned_positions(self) -> bool:
-        """Whether each position has an embedding of its own, so that there are no others."""
+        """Whether positions have learned embeddings, so that longer texts are impossible."""
         words, limit = self.model.get_input_embeddings(), self.positions or 0
         return any(
             isinstance(module, nn.Embedding)
             and module is not words
             and _NAMED_POSITIONS.search(name)
-            and 0 <= module.num_embeddings - limit <= 2  # OPT begins at 2
+            and 0 <= module.num_embeddings - limit <= 2  # OPT starts at 2
             for name, module in self.model.named_modules()
         )
 
@@ -72,11 +72,11 @@ class ModelFacts:
 
 
 def facts_of(settings: Settings) -> ModelFacts:
-    """The facts of the model of a run.
+    """The facts of the run's model.
 
     Raises:
-        ModelError: there is no model, its configuration cannot be read, or it is no causal language
-            model.
+        ModelError: The model does not exist, its configuration cannot be read, or it is not a
+            causal language model.
     """
     return _facts(settings.pretrained_model_name_or_path, settings.trust_remote_code)
 
@@ -91,10 +91,10 @@ def _facts(path: str, trust_remote_code: bool) -> ModelFacts:
 
 
 def check_kind(path: str, config: Any) -> None:
-    """Refuse what is no causal language model.
+    """Refuse models that are not causal language models.
 
     Raises:
-        ModelError: says what it is and what to do.
+        ModelError: Says what the model is and what to do.
     """
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
@@ -107,11 +107,11 @@ def check_kind(path: str, config: Any) -> None:
     elif hasattr(config, "vision_config") or hasattr(config, "vision_tower"):
         kind = "a vision-language model"
         cure = (
-            "Its vision part cannot be trained here. Give a language model, and for images train "
+            "Its vision part cannot be trained here. Give a language model; for images, train "
             "LLaVA on it: `xtuner list-cfg -p llava`"
         )
     elif hasattr(config, "audio_config"):
-        kind, cure = "a model of speech or sound", "Give a language model"
+        kind, cure = "a speech or audio model", "Give a language model"
     else:
         kind, cure = "not a causal language model that transformers knows", "Give another model"
     raise ModelError(f"pretrained_model_name_or_path: {name} is {kind}. {cure}")

@@ -1,4 +1,4 @@
-"""Replace a folder by a new one, so that a kill at any moment loses neither."""
+"""Replaces a folder by a new one; an interruption at any moment loses neither."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _ASIDE = re.compile(r"\.(.+)\.replaced")
 def put_in_place(draft: Path, target: Path) -> None:
     """Rename `draft` to `target`; an existing folder is moved aside first and deleted last.
 
-    A kill between the two renames leaves the old folder as ``.NAME.replaced``, which `recover`
-    brings back.
+    An interruption between the two renames leaves the old folder as ``.NAME.replaced``, which
+    `recover` brings back.
     """
     aside = target.with_name(f".{target.name}.replaced")
     if target.exists():
@@ -25,12 +25,12 @@ def put_in_place(draft: Path, target: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Finish or undo what a killed `put_in_place` left in `parent`."""
+    """Finish or undo an interrupted `put_in_place` in `parent`."""
     for aside in parent.glob(".*.replaced"):
         match = _ASIDE.fullmatch(aside.name)
         target = parent / match[1] if match else aside
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+            with contextlib.suppress(FileNotFoundError):  # another process of the run did it first
                 os.rename(aside, target)

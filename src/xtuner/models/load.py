@@ -1,8 +1,8 @@
-"""Load a tokenizer or a model: from a folder or the hub, in a number type, quantised or not.
+"""Loads a tokenizer or a model from a folder or the hub, in a given dtype, quantized or not.
 
     name ──families──► Auto classes know it ──from_pretrained──► checked: nothing missing ──► model
 
-transformers gives weights that a checkpoint lacks random values and only warns; here that is an
+transformers initializes weights that a checkpoint lacks randomly and only warns; here that is an
 error.
 """
 
@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of the model at `path` (a folder, a hub name, or a name that was fetched).
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: It does not exist or cannot be read.
     """
     place = located(path)
     register_family(place)
@@ -70,17 +70,17 @@ def load_model(
     """Load the causal language model at `path` (a folder, a hub name, or a name that was fetched).
 
     Args:
-        path: where the model is.
-        dtype: of the weights that are not quantised, and of the computation.
+        path: Folder or name of the model.
+        dtype: The dtype of the computation and of weights that are not quantized.
         device: 'cpu' or 'cuda'.
-        quantization: how linear layers are held.
-        double_quant: quantise the scales of 4-bit weights as well.
-        trust_remote_code: run Python code that lies beside the weights.
-        attn_implementation: a name of transformers' attention interface; None lets transformers
-            choose what the architecture can do.
+        quantization: How linear layers are quantized.
+        double_quant: Also quantize the scales of 4-bit weights.
+        trust_remote_code: Run Python code that is stored with the weights.
+        attn_implementation: A name in transformers' attention interface; None lets transformers
+            choose.
 
     Raises:
-        ModelError: the model is not there, cannot be read, or lacks weights.
+        ModelError: The model does not exist, cannot be read, or lacks weights.
     """
     place = located(path)
     check_supported(str(path), read_config(place))
@@ -116,10 +116,10 @@ def load_model(
 
 
 def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """transformers' configuration of the model at `path`, without its weights.
+    """The transformers configuration of the model at `path`, without its weights.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: It does not exist or cannot be read.
     """
     place = located(path)
     check_supported(str(path), read_config(place))
@@ -135,13 +135,13 @@ def meta_model(
     num_layers: int | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The causal language model of a configuration on the meta device: shapes without values.
+    """Create the causal language model of a configuration on the meta device.
 
     Args:
-        config: of `located_config`; it is not changed.
-        dtype: of the weights; None takes the configuration's.
-        num_layers: take so many decoder layers in place of the configuration's number.
-        trust_remote_code: run Python code that lies beside the configuration.
+        config: The result of `located_config`; it is not changed.
+        dtype: The dtype of the weights; None uses the configuration's.
+        num_layers: Number of decoder layers, instead of the configuration's.
+        trust_remote_code: Run Python code that is stored with the configuration.
     """
     config = copy.deepcopy(config)
     if num_layers is not None:
@@ -158,11 +158,11 @@ def meta_model(
 
 
 def located(path: str | Path) -> str:
-    """A folder as it is; a hub name's fetched copy where there is one; else the hub name.
+    """Return a folder unchanged, a hub name's fetched copy if there is one, otherwise the hub name.
 
     Raises:
-        ModelError: `path` is none of these and the hub does not answer. Asked once, with a short
-            time limit: transformers itself would try for most of a minute.
+        ModelError: `path` is none of these and the hub does not respond. It is asked once, with a
+            short timeout: transformers itself would retry for most of a minute.
     """
     name = str(path)
     if Path(path).is_dir():
@@ -171,28 +171,28 @@ def located(path: str | Path) -> str:
         return str(fetched)
     if problem := fetch.unreachable(name):
         raise ModelError(
-            f"{name}: there is no such folder, `xtuner fetch` has not brought it, and as a name on "
-            f"the hub it cannot be had: {problem}.\n  Cure: give a folder that holds config.json "
+            f"{name}: no such folder, not fetched with `xtuner fetch`, and not available from the "
+            f"hub: {problem}.\n  Cure: give a folder that holds config.json "
             "and *.safetensors, or check the name and the network"
         )
     return name
 
 
 def lasting_name(path: str | Path) -> str:
-    """The name of a model that holds from any working directory: the whole path of a folder, else
-    the name as it is."""
+    """The name of a model that is valid in any working directory: a folder's absolute path,
+    otherwise the name itself."""
     return str(Path(path).resolve()) if Path(path).is_dir() else str(path)
 
 
 def read_config(place: str) -> dict[str, Any]:
-    """The model's ``config.json`` as a dict; empty where it cannot be had."""
+    """The model's ``config.json`` as a dict; empty if it is not available."""
     file: str | Path | None = Path(place) / "config.json"
     if not Path(place).is_dir():
         from huggingface_hub import hf_hub_download
 
         try:
             file = hf_hub_download(place, "config.json")
-        except Exception:  # every failure shows again, with its reason, when the model is loaded
+        except Exception:  # every failure is reported with its reason when the model is loaded
             return {}
     try:
         return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
@@ -201,7 +201,7 @@ def read_config(place: str) -> dict[str, Any]:
 
 
 def register_family(place: str) -> None:
-    """Teach transformers the architecture of `place` if one of our families serves it."""
+    """Teach transformers the architecture of `place` if one of xtuner's families supports it."""
     model_type = read_config(place).get("model_type")
     package = "xtuner.models.families"
     for name in plugins.names(package):
@@ -212,8 +212,7 @@ def register_family(place: str) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and notes about loading off the terminal; errors still
-    show."""
+    """Hide transformers' progress bars and notes while loading; errors are still shown."""
     logger = transformers.logging
     level, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
     logger.set_verbosity(logging.ERROR)
@@ -228,7 +227,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def readable_errors(path: str | Path, what: str) -> Iterator[None]:
-    """Raise what goes wrong in loading `what` from `path` as a ModelError in plain words."""
+    """Turn errors in loading `what` from `path` into a ModelError in plain words."""
     try:
         yield
     except torch.OutOfMemoryError:

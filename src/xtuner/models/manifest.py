@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: size and SHA-256 of each of its files.
 
-It is written last, and checked before the files are used, so that a bit that changed on a disk
-or on the way is named and does not become another model. It proves nothing about who wrote them.
-Hashing runs one thread a file and reads at about the speed of the disk.
+It is written last and checked before the files are used, so that data corruption on disk or in
+transfer is reported instead of silently changing the model. It does not prove who wrote the files.
+Hashing uses one thread per file and runs at about disk speed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xtuner.errors import CheckpointError
 
 FILE_NAME = "manifest.json"
 RESUME_ONLY = ("training_state.pt",)
-"""Files that only `--resume` reads: nothing else checks them, and they may be deleted."""
+"""Files that only `--resume` reads: they are not checked otherwise, and may be deleted."""
 _VERSION = 1
 _STEP = re.compile(r"iter_(\d+)$")
 
@@ -39,23 +39,25 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path, *, resuming: bool = False) -> None:
-    """Compare the files of a checkpoint with its manifest; without a manifest nothing is checked.
+    """Compare the files of a checkpoint with its manifest; without one, nothing is checked.
 
     Args:
-        folder: a checkpoint, or a part of one (``iter_N/llm_adapter``). Files that the manifest
-            does not name are not looked at.
-        resuming: check the optimizer's state too.
+        folder: A checkpoint, or a part of one (``iter_N/llm_adapter``). Files that the manifest
+            does not list are ignored.
+        resuming: Also check the optimizer state.
 
     Raises:
-        CheckpointError: names the first file that is missing or changed, and the newest intact
-            checkpoint beside it.
+        CheckpointError: Names the first file that is missing or changed, and the newest intact
+            checkpoint of the same run.
     """
     problem = _first_problem(folder, resuming=resuming)
     if problem is None:
         return
     top, what = problem
     intact = next(_intact_beside(top, resuming=resuming), None)
-    offer = f"The newest intact checkpoint is {intact}" if intact else "No other one is intact"
+    offer = (
+        f"The newest intact checkpoint is {intact}" if intact else "No other checkpoint is intact"
+    )
     raise CheckpointError(
         f"{what}. {offer}. If you changed the file yourself, delete {top / FILE_NAME}"
     )
@@ -78,16 +80,16 @@ def _first_problem(folder: Path, *, resuming: bool) -> tuple[Path, str] | None:
         for name, entry in listed.items()
         if name.startswith(prefix) and (resuming or name not in RESUME_ONLY)
     }
-    for path, entry in wanted.items():  # sizes first, which cost nothing
+    for path, entry in wanted.items():  # compare sizes first: that is cheap
         if not path.is_file():
-            return top, f"{path}: is missing; the checkpoint is not complete"
+            return top, f"{path}: is missing; the checkpoint is incomplete"
         if path.stat().st_size != entry["bytes"]:
             seen, should = path.stat().st_size, entry["bytes"]
             return top, f"{path}: is damaged: it has {seen:,} bytes, and {should:,} were written"
     with ThreadPoolExecutor(_threads()) as pool:
         for path, found in zip(wanted, pool.map(_entry, wanted), strict=True):
             if found != wanted[path]:
-                return top, f"{path}: is damaged: its content is not what was written"
+                return top, f"{path}: is damaged: its content differs from what was written"
     return None
 
 
@@ -102,7 +104,7 @@ def _intact_beside(checkpoint: Path, *, resuming: bool) -> Iterator[Path]:
 
 
 def _read(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """The entries of the manifest in `folder`, by file name; ValueError if it is none."""
+    """The entries of the manifest in `folder`, by file name; ValueError if it is invalid."""
     try:
         content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
         entries = dict(content["files"])

@@ -1,4 +1,4 @@
-"""NEFTune: uniform noise on the input embeddings of training (arXiv:2310.05914, algorithm 1)."""
+"""NEFTune: uniform noise on input embeddings during training (arXiv:2310.05914, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class EmbeddingNoise:
     """Adds noise to the output of `embedding` inside `of_row`, in training mode.
 
     Args:
-        embedding: the input embedding of a model.
-        alpha: a token of a sample of L tokens of width d gets noise from
-            ``-alpha / sqrt(L d)`` to ``alpha / sqrt(L d)``.
+        embedding: The input embedding of a model.
+        alpha: In a sample of L tokens with embedding dimension d, noise is uniform from ``-alpha /
+            sqrt(L d)`` to ``alpha / sqrt(L d)``.
     """
 
     def __init__(self, embedding: nn.Module, alpha: float) -> None:
@@ -42,6 +42,6 @@ class EmbeddingNoise:
         bounds = self.alpha / (lengths * output.shape[-1]).float().sqrt()
         of_token = bounds.repeat_interleave(lengths.long())[self._share].to(output.device)
         if math.prod(output.shape[:-1]) != len(of_token):
-            return None  # images are embedded in parts
+            return None  # image rows are embedded in parts
         noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * of_token.to(output.dtype).view(*output.shape[:-1], 1)

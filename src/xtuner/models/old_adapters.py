@@ -1,9 +1,9 @@
-"""Adapters that name layers as other code did, with the names of today.
+"""Renames the layers of adapters from older code.
 
-    vision_model.encoder...  ──►  encoder...                  encoders had one level more
+    vision_model.encoder...  ──►  encoder...                  encoders had one more level
     attention.wqkv, wo, ...  ──►  self_attn.q_proj, ...       InternLM2's own code
 
-PEFT refuses them, or leaves them unloaded with only a warning.
+PEFT rejects them, or skips them with only a warning.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b")
 def fitting_llm_adapter(model: Any, folder: Path) -> Iterator[Path]:
     """`folder`, or a copy that fits `model` if it was trained on InternLM2's own code.
 
-    Its fused ``wqkv`` had one A for the three projections, and a B whose rows are grouped.
+    Its fused ``wqkv`` has one A for the three projections, and a B with grouped rows.
     """
     file = adapter_file(folder)
     fused = any(name.endswith(".wqkv") for name, _ in model.named_modules())
@@ -93,14 +93,14 @@ def _renamed(name: str) -> str:
 
 @contextlib.contextmanager
 def fitting_encoder_adapter(folder: Path) -> Iterator[Path]:
-    """`folder`, or a copy with the names of today: encoders had a level ``vision_model`` before."""
+    """`folder`, or a copy with current names: encoders used to have a level ``vision_model``."""
     file = adapter_file(folder)
     if file is None or not any(".vision_model." in name for name in names_of(file)):
         yield folder
         return
 
     def renew(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
-        # Targets may be spelt out with the old level in them.
+        # Targets may contain the old level.
         text = json.dumps(config).replace("vision_model.", "")
         renamed = {name.replace(".vision_model.", ".", 1): t for name, t in tensors.items()}
         return json.loads(text), renamed

@@ -1,9 +1,9 @@
-"""Keep the files of the folder a model was loaded from: what is unchanged stays byte-equal.
+"""Keeps the original files of a model: what is unchanged stays byte-identical.
 
     base folder ──config.json, tokenizer, code files──► written model ◄── weights
 
-transformers rewrites config.json and the tokenizer in its own way when it saves. Other programs
-(LMDeploy, vLLM, llama.cpp's converter, remote code) read the files as their authors published them.
+transformers rewrites config.json and the tokenizer files when it saves. Other programs (LMDeploy,
+vLLM, llama.cpp's converter, remote code) read the files as their authors published them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NUMBER_TYPE = ("torch_dtype", "dtype")
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder of a model on this machine: itself, fetched, or in the hub's cache."""
+    """The folder of a model on this machine: given, fetched, or in the hub cache."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -44,10 +44,9 @@ def folder_of(name: str) -> Path | None:
 
 
 def keep_config(base: Path, folder: Path) -> None:
-    """Give ``folder/config.json``, as transformers wrote it, the keys and values of the base model.
-
-    Only what differs from the base model, such as the number type, is taken from the written file.
-    Code files that the configuration names are copied.
+    """Restore the base model's keys and values in ``folder/config.json``, which transformers wrote.
+    Only differences from the base model, such as the dtype, are kept. Code files that the
+    configuration names are copied.
     """
     source = base / "config.json"
     if not source.is_file() or not _may_copy(base):
@@ -72,7 +71,7 @@ def keep_config(base: Path, folder: Path) -> None:
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` with number type `dtype`, under the name that it has there."""
+    """`config` with the given dtype, under the key that it uses."""
     name = next((name for name in _NUMBER_TYPE if name in config), "dtype")
     return {**config, name: dtype}
 
@@ -89,7 +88,7 @@ def copy_code(base: Path, folder: Path, config: dict[str, Any]) -> None:
 
 
 def keep_tokenizer(tokenizer: Any, base: Path | None, folder: Path) -> None:
-    """Write `tokenizer` to `folder`: the files of `base` if it has no other tokens than these."""
+    """Write `tokenizer` to `folder`, as the files of `base` if it has no additional tokens."""
     if base is None or not _may_copy(base) or not _is_unchanged(tokenizer, base):
         with quiet_transformers():
             tokenizer.save_pretrained(str(folder))
@@ -98,7 +97,7 @@ def keep_tokenizer(tokenizer: Any, base: Path | None, folder: Path) -> None:
 
 
 def has_tokenizer_of(folder: Path, base: Path) -> bool:
-    """Whether the tokenizer in `folder` adds nothing to that of `base`."""
+    """Whether the tokenizer in `folder` adds nothing to the one in `base`."""
     return _tokens_of(folder) <= _tokens_of(base) and _chat_template(folder) == _chat_template(base)
 
 
@@ -113,7 +112,7 @@ def _is_unchanged(tokenizer: Any, base: Path) -> bool:
 
 
 def _may_copy(base: Path) -> bool:
-    """Whether no link in `base` leads out of it."""
+    """Whether no symbolic link in `base` points outside it."""
     try:
         refuse_links_out(base)
     except ModelError:
@@ -122,7 +121,7 @@ def _may_copy(base: Path) -> bool:
 
 
 def _as_written_by_transformers(base: Path) -> dict[str, Any]:
-    """The configuration of `base` as transformers would save it."""
+    """The configuration of `base`, as transformers would save it."""
     from transformers import AutoConfig
 
     register_family(str(base))
@@ -152,7 +151,7 @@ def _chat_template(folder: Path) -> Any:
 
 
 def copy_files(base: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of `base` whose names fit one of `patterns` to `folder`."""
+    """Copy the files of `base` whose names match one of `patterns` to `folder`."""
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         if path.is_file() and any(fnmatch.fnmatch(str(inner), pattern) for pattern in patterns):

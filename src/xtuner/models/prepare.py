@@ -1,9 +1,9 @@
-"""From the settings of a run to its trainable language model.
+"""Builds the trainable language model from the settings of a run.
 
     base model ──attention, fused layers──► recomputation ──► adapters, all weights, or frozen
 
-The base model is loaded with its weights, or built on the meta device for a memory forecast; what
-is done to it is the same.
+The base model is loaded with its weights, or built on the meta device for a memory forecast; the
+preparation is the same.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def make_trainable(
     """Load the language model of a run and prepare it for training.
 
     Args:
-        s: settings of the run.
-        dtype: of the computation and of frozen weights.
-        device: where the model is, or for a meta model where it would be.
-        recompute: recompute activations in the backward pass instead of keeping them.
-        embedding_on_cpu: leave the input embedding in the CPU's memory.
-        source: the checkpoint that trained weights are taken from.
-        base: makes the base model with weights of the given type; None loads it. Layers of a model
-            on the meta device are replaced without comparing their numbers.
+        s: The run's settings.
+        dtype: The dtype of the computation and of frozen weights.
+        device: The model's device; for a meta model, the device it would have.
+        recompute: Recompute activations in the backward pass instead of keeping them.
+        embedding_on_cpu: Keep the input embedding in CPU memory.
+        source: The checkpoint to load trained weights from.
+        base: Creates the base model with weights of the given dtype; None loads it. Layers of a
+            meta model are replaced without comparing their results.
 
     Raises:
-        ModelError: the model cannot be loaded, `source` does not fit it, or its embedding cannot
+        ModelError: The model cannot be loaded, `source` does not fit it, or its embedding cannot
             stay on the CPU.
     """
     stored = weights_dtype(s, dtype)
@@ -57,7 +57,7 @@ def make_trainable(
     if embedding_on_cpu:
         host_embedding.install(model, [*s.lora_target_modules, *s.lora_modules_to_save])
     norm_mlp.install(model, check=not on_meta)
-    # On a GPU these need Liger, which is compared with the layers on real values only.
+    # On a GPU these need Liger, which is only compared with the layers on real values.
     if not (on_meta and device == "cuda"):
         attention.install(model, check=not on_meta)
         decoder.install(model, check=not on_meta)
@@ -88,32 +88,32 @@ def make_trainable(
 
 
 def draws_random_numbers(model: Any) -> bool:
-    """Whether a training pass of `model` drops anything out. Where it does not, recomputation need
-    not restore the random state, which would wait for a GPU and cannot be recorded in a graph."""
+    """Whether `model` uses dropout in training. If not, recomputation need not restore the random
+    state, which would synchronize with the GPU and cannot be recorded in a graph."""
     rates = [model.config.to_dict(), *(vars(module) for module in model.modules())]
     named = any("drop" in k and isinstance(v, float) and v > 0 for r in rates for k, v in r.items())
     return named or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def _further(s: Settings, *, on_meta: bool) -> dict[str, Any]:
-    """The setting `lora_config`; tensors without values have no principal parts."""
+    """The setting `lora_config`, adapted for meta tensors, which have no principal components."""
     further: dict[str, Any] = thawed(s.lora_config) or {}
     return {k: v for k, v in further.items() if not (on_meta and k == "init_lora_weights")}
 
 
 def weights_dtype(s: Settings, dtype: torch.dtype) -> torch.dtype:
-    """The type in which a run that computes in `dtype` stores the language model's weights."""
+    """The dtype in which a run that computes in `dtype` stores the language model's weights."""
     return torch.float32 if s.llm_training == "full" else dtype
 
 
 def llm_autocast(s: Settings, dtype: torch.dtype) -> torch.dtype | None:
-    """The type to autocast the language model to; None where it computes in its weights' type."""
+    """The dtype to autocast the language model to; None if it computes in its weights' dtype."""
     in_float32 = s.llm_training == "full" or bool(s.lora_modules_to_save)
     return autocast_dtype(dtype) if in_float32 else None
 
 
 def autocast_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """The type to autocast modules with float32 weights to in a run that computes in `dtype`."""
+    """The dtype to autocast modules with float32 weights to, in a run that computes in `dtype`."""
     return None if dtype == torch.float32 else dtype
 
 

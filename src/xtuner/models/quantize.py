@@ -1,7 +1,6 @@
-"""Hold frozen weights in 4 or 8 bits with bitsandbytes (QLoRA, arXiv:2305.14314, section 3).
-
-NF4 with double quantisation stores a weight in about 4.1 bits: 4 for the value, 8/64 for the scale
-of its block of 64, and 32/(64·256) for the scale of 256 scales.
+"""Stores frozen weights in 4 or 8 bits with bitsandbytes (QLoRA, arXiv:2305.14314, section 3). NF4
+with double quantization stores a weight in about 4.1 bits: 4 for the value, 8/64 for the scale of
+its block of 64, and 32/(64·256) for the scale of 256 scales.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Quantization = Literal["none", "nf4", "fp4", "int8"]
 def quantization_config(
     quantization: Quantization, *, double_quant: bool, compute_dtype: torch.dtype
 ) -> Any:
-    """The `BitsAndBytesConfig` for `quantization`; 'none' is not allowed here."""
+    """The `BitsAndBytesConfig` for `quantization`, which must not be 'none'."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
@@ -35,16 +34,14 @@ def quantization_config(
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether `model` holds bitsandbytes weights."""
+    """Whether `model` has bitsandbytes weights."""
     return bool(getattr(model, "is_quantized", False))
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What 4-bit quantisation leaves of a weight: quantised and dequantised again.
-
-    An adapter trained beside quantised weights has learned to correct *these* numbers, not those of
-    the checkpoint.
+    """Rounds a weight as 4-bit quantization does: quantizes and dequantizes it. An adapter trained
+    on quantized weights has learned to correct *these* values, not the checkpoint's.
     """
 
     quant_type: Literal["nf4", "fp4"]
@@ -56,9 +53,8 @@ class Rounding:
         """The rounding of a run; None if its weights were not in 4 bits.
 
         Args:
-            settings: of the run.
-            dtype: that the run computed in (`RunInfo.computed_in`); what is unknown is taken to be
-                bfloat16.
+            settings: The run's settings.
+            dtype: The dtype that the run computed in (`RunInfo.computed_in`); bfloat16 if unknown.
         """
         kind: Any = settings.get("quantization", "auto")
         kind = "nf4" if kind == "auto" and settings.get("tuning") == "qlora" else kind
@@ -69,7 +65,7 @@ class Rounding:
         return cls(kind, bool(settings.get("double_quant", True)), computed)
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """Round one weight matrix; its type stays."""
+        """Round one weight matrix, keeping its dtype."""
         from bitsandbytes.functional import quantize_4bit
 
         packed, state = quantize_4bit(
@@ -81,7 +77,7 @@ class Rounding:
         return dequantized(packed, state).to(weight.dtype)
 
     def names(self, model: Any) -> frozenset[str]:
-        """Names of the weights that are quantised: of all linear layers but the output head."""
+        """Names of the quantized weights: those of all linear layers except the output head."""
         head = model.get_output_embeddings()
         return frozenset(
             f"{name}.weight"
@@ -91,7 +87,7 @@ class Rounding:
 
     @torch.no_grad()
     def apply(self, model: Any) -> None:
-        """Round the weights of a plain model in place."""
+        """Round the weights of an unquantized model in place."""
         names = self.names(model)
         for name, parameter in model.named_parameters():
             if name in names:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the file ``run.yaml`` beside the weights.
+"""What a checkpoint says about itself: the file ``run.yaml`` next to the weights.
 
 Written by the engine with every checkpoint and read by chat, convert and resume, so that base
 model, adapter and template cannot disagree.
@@ -26,19 +26,19 @@ class RunInfo:
     """The facts of the run that wrote a checkpoint.
 
     Attributes:
-        kind: 'adapter' (needs `base_model`), 'model' (complete), or 'llava' (the trained parts of
-            a LLaVA model; needs `base_model` and `visual_encoder`).
-        base_model: the model the run started from; a folder is given as an absolute path.
-        prompt_template: name of the template, 'auto' for the tokenizer's own.
-        system: the default system message.
-        step, epoch: optimizer steps done, epochs gone through (a fraction).
-        settings: all settings of the run, resolved.
-        versions: library name to version.
-        visual_encoder: of a 'llava', the encoder the run started from.
-        dtype: number type that the run computed in, where the setting may be 'auto'; empty if
-            nobody wrote it down.
-        template: the fields of the user's own template, so that the file which `prompt_template`
-            names is not needed to chat.
+        kind: 'adapter' (needs `base_model`), 'model' (complete), or 'llava' (the trained parts of a
+            LLaVA model; needs `base_model` and `visual_encoder`).
+        base_model: The model that the run started from; a folder is an absolute path.
+        prompt_template: Name of the template; 'auto' for the tokenizer's own.
+        system: The default system message.
+        step, epoch: Completed optimizer steps and epochs (a fraction).
+        settings: All settings of the run, resolved.
+        versions: Library versions by name.
+        visual_encoder: For a 'llava', the encoder that the run started from.
+        dtype: The dtype that the run computed in, because the setting may be 'auto'; empty if not
+            recorded.
+        template: The fields of a user's template, so that chat does not need the file that
+            `prompt_template` names.
     """
 
     kind: Literal["adapter", "model", "llava"]
@@ -54,7 +54,7 @@ class RunInfo:
     template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse values of other types: the file may come from anyone."""
+        """Refuse values of other types: the file is untrusted."""
         texts = ("kind", "base_model", "prompt_template", "system", "visual_encoder", "dtype")
         kinds: dict[str, Any] = dict.fromkeys(texts, str)
         kinds |= dict.fromkeys(("settings", "versions", "template"), Mapping)
@@ -67,7 +67,7 @@ class RunInfo:
 
     @property
     def computed_in(self) -> str:
-        """Name of the number type that the run computed in; empty or 'auto' if nobody knows."""
+        """Name of the dtype that the run computed in; empty or 'auto' if unknown."""
         return self.dtype or str(self.settings.get("dtype", ""))
 
     def write(self, folder: Path) -> None:
@@ -77,10 +77,10 @@ class RunInfo:
 
     @classmethod
     def read(cls, folder: Path) -> RunInfo | None:
-        """Read ``folder/run.yaml``; None where there is none.
+        """Read ``folder/run.yaml``; None if it does not exist.
 
         Raises:
-            CheckpointError: the file is damaged.
+            CheckpointError: The file is damaged.
         """
         path = Path(folder) / FILE_NAME
         if not path.is_file():
@@ -89,13 +89,13 @@ class RunInfo:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls(**values)
         except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise CheckpointError(f"{path}: is not a run file of xtuner: {error}") from error
+            raise CheckpointError(f"{path}: is not an xtuner run file: {error}") from error
         except RecursionError as error:
             raise CheckpointError(f"{path}: is nested too deeply for a run file") from error
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of xtuner and of the libraries that make a run's numbers."""
+    """Versions of xtuner and of the libraries that affect a run's results."""
     found = {"xtuner": __version__}
     for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

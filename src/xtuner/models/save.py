@@ -1,4 +1,4 @@
-"""Write a model or an adapter in Hugging Face format, and make sure that it is on the disk."""
+"""Writes a model or an adapter in Hugging Face format and flushes it to disk."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ def save_model(
     trained: Mapping[str, Tensor] | None = None,
     max_shard_size: str = "2GB",
 ) -> None:
-    """Write `model` (or, for a PeftModel, its adapter alone) into `folder` as safetensors.
+    """Write `model` (only the adapter of a PeftModel) to `folder` as safetensors.
 
     Args:
-        model: of transformers, or a PeftModel.
-        folder: gets the files.
-        trained: weights that take the place of the model's own, by name; with adapters all that are
-            trained.
-        max_shard_size: of the files of a model.
+        model: A transformers model or a PeftModel.
+        folder: The folder of the files.
+        trained: Weights by name that replace the model's own; for adapters, all trained weights.
+        max_shard_size: Maximum size of a weight file.
     """
     with quiet_transformers():
         if hasattr(model, "get_base_model"):
-            # "auto" would look the base model up to see whether its vocabulary grew; ours never
+            # "auto" would look up the base model to see whether its vocabulary grew, which it never
             # does.
             state = dict(trained) if trained else None
             model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, all blanks
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
         else:
             state = {**model.state_dict(), **trained} if trained else None
             model.save_pretrained(str(folder), max_shard_size=max_shard_size, state_dict=state)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of `folder` that hold weights."""
+    """The weight files in `folder`."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def flush_tree(folder: Path) -> None:
-    """Have the disk hold every file of `folder`, and let all who read the folder read them."""
+    """Flush every file in `folder` to disk, and make it readable for everyone who can read the
+    folder."""
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(readable)  # safetensors lets nobody but the owner read its files
+            path.chmod(readable)  # safetensors makes its files readable only by the owner
         flush(path)
     flush(folder)
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold one file or folder."""
+    """Flush one file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

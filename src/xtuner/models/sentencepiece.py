@@ -1,8 +1,8 @@
-"""Tokenizers that transformers makes of a sentencepiece file alone (``tokenizer.model``).
+"""Fixes tokenizers that transformers builds from only a sentencepiece file (``tokenizer.model``).
 
 For a class of remote code (InternLM2Tokenizer) transformers 5.23 reads the vocabulary and leaves
-out the normalizer's options, so that a text with ``add_dummy_prefix`` gets other ids than in
-sentencepiece. BOS, which such classes add unless told otherwise, is left out as well.
+out the normalizer's options, so with ``add_dummy_prefix`` a text gets other ids than in
+sentencepiece. BOS, which such classes add by default, is missing as well.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ _SPACE = "▁"
 
 
 def correct(tokenizer: Any, folder: str) -> None:
-    """Give `tokenizer` the normalizer and BOS of the sentencepiece file in `folder`.
-
-    Tokenizers with a class of their own in transformers, or with a tokenizer.json, are right and
-    are not changed.
+    """Give `tokenizer` the normalizer and BOS of the sentencepiece file in `folder`. Tokenizers
+    with a class in transformers or a tokenizer.json are correct and stay unchanged.
     """
     place = Path(folder)
     file = place / "tokenizer.model"
@@ -39,7 +37,7 @@ def _is_generic(tokenizer: Any) -> bool:
 
 
 def _normalizer_options(file: Path) -> Any:
-    """The normalizer_spec of a sentencepiece file; None if it is a file of another kind."""
+    """The normalizer_spec of a sentencepiece file; None for other files."""
     messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     errors: Any = importlib.import_module("google.protobuf.message")
     proto = messages.ModelProto()

@@ -1,8 +1,8 @@
-"""Rotary embeddings whose frequencies depend on the longest sample of a row, for a part of a row.
+"""Rotary embeddings for a part of a row, if frequencies depend on the row's longest sample.
 
-transformers reads the largest position of what it is given ('dynamic', 'longrope'). A process that
-has a part of the row would see another one than the process with the rest, so these modules get the
-positions of the row, and their result is cut.
+For 'dynamic' and 'longrope', transformers reads the largest position of its input. Processes with
+different parts of a row would read different values, so these modules get the positions of the
+entire row, and their result is sliced.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KINDS = ("dynamic", "longrope")
 
 
 class SplitRotary:
-    """Changes the calls of the modules of `model` that need it, through forward hooks."""
+    """Installs forward hooks on the modules of `model` that need this."""
 
     def __init__(self, model: nn.Module) -> None:
         self._row: tuple[Tensor, slice] | None = None
@@ -30,8 +30,8 @@ class SplitRotary:
 
     @contextmanager
     def part_of(self, positions: Tensor, share: slice) -> Iterator[None]:
-        """Calls inside the block are of the part `share` of a row with these positions
-        ``[..., N]``."""
+        """Calls inside the block compute the part `share` of a row with these positions ``[...,
+        N]``."""
         self._row = positions, share
         try:
             yield

@@ -1,7 +1,6 @@
-"""Refuse models by name that would load and be wrong.
-
-Some have weights that Llama's architecture has no place for; others bring code of their own that
-transformers 5 runs with buffers that were never filled (transformers issue 48892).
+"""Refuses models that would load but compute wrong results. Some have weights that Llama's
+architecture lacks; others come with their own code, which transformers 5 runs with uninitialized
+buffers (transformers issue 48892).
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import torch
 from xtuner.errors import ModelError
 
 _XCOMPOSER = (
-    "InternLM-XComposer adapts its language model to images with additional weights (PLoRA), which "
-    "xtuner does not have. For images, train LLaVA on internlm2_chat: `xtuner list-cfg -p llava`"
+    "InternLM-XComposer adapts its language model to images with additional weights (PLoRA), "
+    "which xtuner does not support. For images, train LLaVA on internlm2_chat: `xtuner list-cfg "
+    "-p llava`"
 )
 _INTERNVL = "InternVL is not supported. For images, train LLaVA: `xtuner list-cfg -p llava`"
 _TYPES = {
@@ -36,7 +36,7 @@ def check_supported(path: str, config: Mapping[str, Any]) -> None:
     """Refuse a model by its config.json.
 
     Raises:
-        ModelError: says what it is and what to use instead.
+        ModelError: Says what the model is and what to use instead.
     """
     kind = str(config.get("model_type", "")).lower().replace("-", "")
     classes = config.get("architectures") or []
@@ -47,13 +47,12 @@ def check_supported(path: str, config: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def check_remote_code(path: str, model: Any) -> None:
-    """Refuse a model of remote code whose buffers were not filled.
-
-    Its rotary frequencies must begin with 1 and fall, and its logits on a few tokens must be
-    finite. Models of transformers' own code are not tried.
+    """Refuse a remote-code model with uninitialized buffers. Its rotary frequencies must start at 1
+    and decrease, and its logits on a few tokens must be finite. Models with transformers' own code
+    are not tested.
 
     Raises:
-        ModelError: they do not.
+        ModelError: They are not.
     """
     if not type(model).__module__.startswith("transformers_modules"):
         return
@@ -65,16 +64,16 @@ def check_remote_code(path: str, model: Any) -> None:
         ids = torch.arange(8, device=model.device)[None] % size
         try:
             finite = bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
-        except Exception as error:  # any code can be behind it
+        except Exception as error:  # remote code can raise anything
             first = (str(error).splitlines() or [repr(error)])[0]
             problem = f"a forward pass fails: {first}"
         else:
             problem = "" if finite else "its logits are not finite"
     if problem:
         raise ModelError(
-            f"{path}: {problem}. Its code was written for transformers 4, which fills buffers "
-            "while a model is loaded; transformers 5 does not. Use a release of this model that "
-            "transformers supports itself, or train it with the trainer it was made for"
+            f"{path}: {problem}. Its code was written for transformers 4, which initializes "
+            f"buffers while it loads a model; transformers 5 does not. Use a release of this "
+            f"model that transformers supports natively, or its original trainer"
         )
 
 

@@ -1,1 +1,1 @@
-"""The processes that train together: who they are, how they start, how they share work."""
+"""The processes that train together: their ranks, how they start and how they share work."""

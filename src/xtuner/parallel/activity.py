@@ -1,4 +1,4 @@
-"""What this process is doing, for the others to read while they wait for it."""
+"""What this process is doing, so that others can report it while they wait."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _FRAMES = 3
 
 @dataclass
 class Activity:
-    """What the main thread does; other threads read it.
+    """What the main thread is doing; other threads read it.
 
     Attributes:
-        doing: where the run is.
-        busy: work that the others wait for as long as it takes, such as writing a checkpoint.
-        waits_for: the collective call that this process is in.
-        since: when that call began, by `time.monotonic`.
+        doing: Where the run is.
+        busy: Work that the others wait for without a time limit, such as writing a checkpoint.
+        waits_for: The collective call that this process is in.
+        since: When that call began (`time.monotonic`).
     """
 
     doing: str = ""
@@ -35,7 +35,7 @@ class Activity:
     since: float = 0.0
 
     def status(self) -> dict[str, Any]:
-        """What the others read."""
+        """The status that the others read."""
         waits = self.waits_for
         return {
             "time": time.time(),
@@ -48,12 +48,12 @@ class Activity:
 
 
 current = Activity()
-"""That of this process."""
+"""The activity of this process."""
 
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """The others wait for the work in this block as long as it takes."""
+    """The others wait for the work in this block without a time limit."""
     before, current.busy = current.busy, what
     try:
         yield
@@ -75,7 +75,7 @@ def in_call(what: str) -> Iterator[None]:
 
 
 def position() -> str:
-    """Where the main thread is: the innermost lines that are not a library's, innermost first."""
+    """Where the main thread is: its stack frames outside libraries, innermost first."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
     lines: list[str] = []
     while frame is not None and len(lines) < _FRAMES:

@@ -1,5 +1,5 @@
-"""The processes of one node, from their start to their end: one that dies or is stopped ends the
-others, and is told by its rank with its last message."""
+"""The processes of one node, from start to end: if one dies or is stopped, the others are ended and
+its rank and last message are reported."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 PEER_LOST = 75
-"""Exit code of a process that ends because another one did: not the first to fail."""
+"""Exit code of a process that ends because another one failed."""
 
 USER_ERROR = 2
-"""Exit code of an error that the user can fix: starting again would not help."""
+"""Exit code of an error that the user must fix: a restart would not help."""
 
 GRACE_SECONDS = 15.0
-"""How long the others may go on after one process failed: the main one has a message to print."""
+"""Grace period of the others after one process fails: the main process may still print its
+message."""
 
 STOPPED_SECONDS = 30.0
 """How long a process may be stopped (SIGSTOP) before it counts as dead."""
@@ -44,12 +45,12 @@ _LAST = 4000
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended.
+    """The outcome of an attempt.
 
     Attributes:
-        code: exit code of the run.
-        restartable: starting again may help.
-        told: which process failed, and how; empty if none.
+        code: Exit code of the run.
+        restartable: Whether a restart may help.
+        told: Which process failed, and how; empty if none did.
     """
 
     code: int
@@ -61,11 +62,11 @@ class Attempt:
     """The processes of one node.
 
     Args:
-        command: of each process.
-        cluster: which ranks are on this node.
-        nodes: tells when a process of another node failed.
-        number: how often the processes were started before.
-        extra: environment of this attempt.
+        command: The command of each process.
+        cluster: Which ranks are on this node.
+        nodes: Reports failures on other nodes.
+        number: Number of earlier attempts.
+        extra: Additional environment variables.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Attempt:
         self._children: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
         self._failed: list[int] = []
-        self._victims: set[int] = set()  # ended by us because another one failed
+        self._victims: set[int] = set()  # ended by the launcher because another one failed
         self._stopped = _StoppedFor()
 
     def run(self) -> Outcome:
@@ -128,7 +129,8 @@ class Attempt:
             listener.close()
 
     def _listener(self) -> socket.socket | None:
-        """On one node the main process hosts the store; on several node 0's launcher does."""
+        """On one node the main process hosts the store; on several nodes, node 0's launcher
+        does."""
         return self._cluster.listen() if self._cluster.nodes == 1 else None
 
     def _environment(self, listener: socket.socket | None) -> dict[str, str]:
@@ -161,11 +163,11 @@ class Attempt:
             if now > deadline or 0 in self._failed_ranks():
                 self._end()
             time.sleep(_POLL)
-        self._look()  # all may have ended since the last look
+        self._look()  # all may have ended since the last check
         return self._outcome()
 
     def _look(self) -> None:
-        """Notice who failed first, and tell the other nodes."""
+        """Detect which process failed first, and tell the other nodes."""
         if self._failed:
             return
         failed = [index for index in self._first_failed() if index not in self._victims]
@@ -177,7 +179,7 @@ class Attempt:
         return [child.poll() for child in self._children]
 
     def _first_failed(self) -> list[int]:
-        """The positions of processes that have failed by themselves, or are stopped."""
+        """The indices of processes that failed on their own or are stopped."""
         codes = enumerate(self._codes())
         failed = [index for index, code in codes if code not in (None, 0, PEER_LOST)]
         return failed or self._stopped.longer_than(STOPPED_SECONDS, self._children)
@@ -196,7 +198,7 @@ class Attempt:
         failed = self._failed or [i for i, code in enumerate(codes) if code]
         failed = [index for index in failed if index not in self._victims]
         firsts = [index for index in failed if codes[index] != PEER_LOST] or failed
-        for local in firsts:  # who failed first knows why, whatever the others say then
+        for local in firsts:  # the first to fail knows the cause; later messages are consequences
             self._show(local, codes[local])
         if not firsts:
             return Outcome(1, restartable=True) if any(codes) else Outcome(0)
@@ -210,16 +212,16 @@ class Attempt:
     def _show(self, local: int, code: int) -> None:
         rank = self._cluster.first_rank + local
         if code == INTERRUPTED or (rank == 0 and code > 0):
-            return  # it has said why
+            return  # it has printed the reason itself
         text = f"{self._describe(local)}."
         if rank:
             self._logs[local].seek(0)
             said = self._logs[local].read().decode(errors="replace")[-_LAST:].strip()
-            text += f" Its last words:\n{said}" if said else " It said nothing."
+            text += f" Its last output:\n{said}" if said else " It said nothing."
         print(text, file=sys.stderr, flush=True)
 
     def _describe(self, local: int) -> str:
-        """What happened to a process."""
+        """Describe what happened to a process."""
         rank = self._cluster.first_rank + local
         where = f" on node {self._cluster.node_rank}" if self._cluster.nodes > 1 else ""
         who = f"Process {rank}{where}"
@@ -237,8 +239,8 @@ class Attempt:
 
 
 class _StoppedFor:
-    """How long processes are stopped, by polls that this process made: while it is stopped itself,
-    as by Ctrl-Z or a scheduler that suspends a job, no time passes."""
+    """How long processes have been stopped, measured by this process's own polls: no time passes
+    while it is stopped itself, by Ctrl-Z or a scheduler that suspends the job."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
@@ -246,7 +248,7 @@ class _StoppedFor:
         self.ended: set[int] = set()
 
     def longer_than(self, limit: float, children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-        """The positions of `children` that are stopped for more than `limit` seconds."""
+        """The indices of `children` that have been stopped for more than `limit` seconds."""
         now = time.monotonic()
         if now < self._next:
             return []

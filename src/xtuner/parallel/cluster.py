@@ -1,4 +1,4 @@
-"""How many processes train, on which machines, and where they meet."""
+"""How many processes train, on which machines, and their rendezvous address."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from xtuner.errors import LaunchError, listed
 
 LOOPBACK = "127.0.0.1"
 PORT = 29500
-"""Where several nodes meet unless they are told otherwise, as with torchrun."""
+"""Default rendezvous port of several nodes, as in torchrun."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes of a run, seen from one node.
+    """The processes of a run, as seen from one node.
 
     Attributes:
-        processes: on this node; on every node as many.
-        nodes: number of machines.
-        node_rank: of this machine, from 0.
-        address: of node 0, for the others; one node alone uses the loopback interface.
-        port: of node 0; 0 is any free one.
+        processes: Number of processes per node.
+        nodes: Number of machines.
+        node_rank: Rank of this machine, from 0.
+        address: Address of node 0; a single node uses the loopback interface.
+        port: Port of node 0; 0 is any free port.
     """
 
     processes: int = 1
@@ -34,7 +34,7 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """Processes on all nodes."""
+        """Number of processes on all nodes."""
         return self.processes * self.nodes
 
     @property
@@ -46,10 +46,10 @@ class Cluster:
     def of(
         cls, processes: int, nodes: int, *, node_rank: str, address: str | None, port: str | None
     ) -> Cluster:
-        """Check the options of `xtuner train`; only with several nodes the last three count.
+        """Check the options of `xtuner train`; the last three only matter with several nodes.
 
         Raises:
-            LaunchError: names all that are wrong.
+            LaunchError: Lists all problems.
         """
         if nodes == 1:
             return cls(processes)
@@ -57,11 +57,13 @@ class Cluster:
         rank = int(node_rank) if re.fullmatch(r"\d{1,6}", node_rank) else -1
         if not 0 <= rank < nodes:
             problems.append(
-                f"--node-rank (NODE_RANK) = {node_rank!r}: must be 0 to {nodes - 1}, another one "
-                "on each node"
+                f"--node-rank (NODE_RANK) = {node_rank!r}: must be 0 to {nodes - 1}, a different "
+                f"one on each node"
             )
         if not address:
-            problems.append("--master-addr (ADDR) is missing: name node 0, on every node alike")
+            problems.append(
+                "--master-addr (ADDR) is missing: give node 0's address, the same on every node"
+            )
         number = int(port) if port and re.fullmatch(r"\d{1,5}", port) else -1
         if port and not 0 < number < 65536:
             problems.append(f"--master-port (PORT) = {port!r}: must be 1 to 65535")
@@ -70,11 +72,11 @@ class Cluster:
         return cls(processes, nodes, rank, address or "", number if port else PORT)
 
     def listen(self) -> socket.socket:
-        """The socket on which node 0 awaits the others: bound to the named address alone, or to
-        all where this machine has that address through another (NAT).
+        """The socket on which node 0 waits for the others: bound to the given address only, or to
+        all addresses if the given one is reached through NAT.
 
         Raises:
-            LaunchError: the port is taken, or the address has no meaning here.
+            LaunchError: The port is taken, or the address cannot be resolved.
         """
         try:
             family, _, _, _, where = socket.getaddrinfo(
@@ -93,13 +95,13 @@ class Cluster:
             listener.close()
             raise LaunchError(
                 f"cannot listen on {self.address}:{self.port}: {error.strerror}. Choose another "
-                "port with --master-port (PORT), on every node alike"
+                f"port with --master-port (PORT), the same on every node"
             ) from error
         listener.listen(1024)
         return listener
 
     def interface(self) -> str | None:
-        """The network interface by which this machine reaches node 0; None if it is not known."""
+        """The network interface through which this machine reaches node 0; None if unknown."""
         import psutil
 
         try:
@@ -115,11 +117,10 @@ class Cluster:
 
 
 def joined_by_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a task that ``srun`` has started: which rank it is, and where the ranks
-    meet.
+    """The environment of a task that ``srun`` started: its rank and the rendezvous address.
 
     Raises:
-        LaunchError: it was not started by srun.
+        LaunchError: The process was not started by srun.
     """
     rank = environment.get("SLURM_PROCID")
     count = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")

@@ -1,5 +1,5 @@
-"""What happens around a collective call: the others see that this process waits, and an error is
-told in plain words."""
+"""Wraps collective calls: the others see that this process waits, and errors are reported in plain
+words."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from xtuner.parallel import activity
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say in plain words that another process is gone; its own message tells why.
+    """Report in plain words that another process ended; that process's message has the reason.
 
     Args:
-        what: is done together.
+        what: What the processes do together.
     """
     try:
         with activity.in_call(what):

@@ -1,10 +1,10 @@
-"""Run one command in several processes that train together, and start them again if they fail.
+"""Runs one command in several processes that train together, and restarts them if they fail.
 
     launch ──► attempt 0: one process per rank ──► all ended, or one failed ──► the others are ended
                                                         └─► attempt 1, from the last checkpoint
 
-Unlike torchrun this keeps the exit code of the main process, shows its output alone, and waits for
-a save to finish after Ctrl-C. On several nodes each has a launcher; they agree through node 0
+Unlike torchrun, this returns the main process's exit code, shows only its output, and waits for a
+save to finish after Ctrl-C. Each node has its own launcher; they coordinate through node 0
 (`nodes`).
 """
 
@@ -22,7 +22,7 @@ from xtuner.parallel.cluster import Cluster
 from xtuner.parallel.nodes import Nodes, alone_or_with_others
 
 RESUME = "XTUNER_RESUME"
-"""Set to 1 where a process has to resume from the last checkpoint."""
+"""Set to 1 if a process must resume from the last checkpoint."""
 
 
 def launch(
@@ -35,18 +35,19 @@ def launch(
     """Run `command` in the processes of `cluster` that are on this node, and return the exit code
     of the run.
 
-    It is the main process's unless that is 0 or a signal of ours; then the first failed one's. What
-    another than the main process said is shown where it failed first.
+    This is the main process's exit code, unless that is 0 or a signal from the launcher; then the
+    exit code of the first process to fail. If that is not the main process, its output is shown.
 
     Args:
-        command: gets rank and meeting point from its environment.
-        cluster: the processes.
-        max_restarts: how often the processes are started again after a failure that is not an error
-            of the user.
-        can_resume: whether there is a checkpoint to go on from, asked on node 0 before a restart.
+        command: The command; it reads its rank and the rendezvous address from its environment.
+        cluster: The processes.
+        max_restarts: How often the processes are restarted after a failure that is not a user
+            error.
+        can_resume: Returns whether there is a checkpoint to resume from; called on node 0 before a
+            restart.
 
     Raises:
-        LaunchError: the nodes cannot meet.
+        LaunchError: The nodes cannot connect.
     """
     resume = False
     with alone_or_with_others(cluster) as nodes, _forwarded() as children:
@@ -60,7 +61,7 @@ def launch(
                 return outcome.code
             resume = nodes.decide(can_resume)
             _tell_restart(nodes, number + 1, max_restarts, resume=resume)
-    raise AssertionError  # unreachable: the loop ends by return
+    raise AssertionError  # unreachable: the loop returns
 
 
 def _again(outcome: Outcome, children: _Children, allowed: bool) -> bool:
@@ -74,14 +75,14 @@ def _tell_restart(nodes: Nodes, number: int, most: int, *, resume: bool) -> None
 
 
 class _Children:
-    """The processes that signals are passed on to."""
+    """The processes that receive forwarded signals."""
 
     def __init__(self) -> None:
         self.current: Attempt | None = None
         self.stopped = False
 
     def receive(self, number: int) -> None:
-        """Pass a signal on; Ctrl-C in a terminal reaches the processes by itself."""
+        """Forward a signal; Ctrl-C in a terminal reaches the processes directly."""
         self.stopped = True
         if self.current is not None and number != signal.SIGINT:
             self.current.send_signal(number)
@@ -104,7 +105,7 @@ def _forwarded() -> Iterator[_Children]:
 def stop_signals() -> list[signal.Signals]:
     """The signals that ask a run to stop: Ctrl-C, and what schedulers (Slurm) and terminals send.
 
-    One that is ignored stays ignored, as nohup means SIGHUP to be.
+    A signal that is ignored stays ignored, such as SIGHUP under nohup.
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
     known = [signal.Signals[name] for name in names if hasattr(signal, name)]
@@ -112,8 +113,8 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def last_checkpoint_changes(pointer: os.PathLike[str]) -> Callable[[], bool]:
-    """A function that tells whether the file `pointer`, which names the last checkpoint, was
-    written after this call: a checkpoint of an earlier run is not gone on from."""
+    """Return a function that tells whether the file `pointer`, which names the last checkpoint, was
+    written after this call: checkpoints of earlier runs are not resumed."""
 
     def state() -> int | None:
         try:

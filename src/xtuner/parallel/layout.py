@@ -1,4 +1,4 @@
-"""Which rank does what: data ranks take different rows, sequence ranks share the tokens of a row.
+"""The layout of ranks: data ranks take different rows, sequence ranks share the tokens of a row.
 
     rank = data_rank * sequence_parallel_size + sequence_rank
 
@@ -6,8 +6,8 @@
                              rank         0 1   2 3   4 5   6 7
                              sequence     0 1   0 1   0 1   0 1
 
-The ranks of one sequence are neighbours, so they are on one node wherever the size divides the
-number of its GPUs.
+The ranks of one sequence are neighbors, so they are on one node if the size divides the number of
+its GPUs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from xtuner.errors import LaunchError
 
 @dataclass(frozen=True)
 class RankLayout:
-    """The place of one rank.
+    """The data rank and sequence rank of one process.
 
     Attributes:
-        rank: of this process among all.
-        world_size: number of processes.
-        sequence_world_size: ranks that share the tokens of a row.
+        rank: Rank of this process among all.
+        world_size: Number of processes.
+        sequence_world_size: Number of ranks that share the tokens of a row.
     """
 
     rank: int = 0
@@ -36,14 +36,14 @@ class RankLayout:
         if self.world_size % size:
             if size > self.world_size:
                 raise LaunchError(
-                    f"sequence_parallel_size = {size} takes {size} processes or a multiple, and "
+                    f"sequence_parallel_size = {size} needs {size} processes or a multiple, but "
                     f"there {_are(self.world_size)}: start {size} with --nproc {size}, or set it "
                     "to 1"
                 )
             allowed = [n for n in range(1, self.world_size + 1) if self.world_size % n == 0]
             raise LaunchError(
-                f"sequence_parallel_size = {size}: {self.world_size} processes cannot be divided "
-                f"into groups of {size}; with as many processes it may be "
+                f"sequence_parallel_size = {size}: {self.world_size} processes cannot be split "
+                f"into groups of {size}; with this number of processes it can be "
                 f"{', '.join(map(str, allowed))}"
             )
 
@@ -59,18 +59,18 @@ class RankLayout:
 
     @property
     def sequence_rank(self) -> int:
-        """Which part of its rows this process takes."""
+        """Which part of each row this process takes."""
         return self.rank % self.sequence_world_size
 
     def data_groups(self) -> list[list[int]]:
-        """Ranks that take the same part of different rows, one list per sequence rank."""
+        """The ranks that take the same part of different rows, one list per sequence rank."""
         return [
             list(range(first, self.world_size, self.sequence_world_size))
             for first in range(self.sequence_world_size)
         ]
 
     def sequence_groups(self) -> list[list[int]]:
-        """Ranks that share the tokens of their rows, one list per data rank."""
+        """The ranks that share the tokens of their rows, one list per data rank."""
         size = self.sequence_world_size
         return [list(range(first, first + size)) for first in range(0, self.world_size, size)]
 

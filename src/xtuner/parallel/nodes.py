@@ -1,9 +1,7 @@
 """The launchers of several nodes: each tells the others when one of its processes fails, and node 0
-decides how the run goes on.
-
-They meet in a store of torch.distributed that node 0's launcher hosts, so it outlives the
-processes; each attempt has keys of its own, since stale ones let restarted processes hang. One node
-alone needs none of it, and its launcher does not import torch.
+decides how the run continues. They share a torch.distributed store that node 0's launcher hosts, so
+it outlives the processes. Each attempt uses its own keys, because stale keys make restarted
+processes hang. A single node needs none of this, and its launcher does not import torch.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ from xtuner.parallel.attempt import GRACE_SECONDS, Outcome
 from xtuner.parallel.cluster import Cluster
 
 JOIN_SECONDS = 600
-"""How long a node waits for the others to come."""
+"""How long a node waits for the others to join."""
 
 SILENT_SECONDS = 30.0
-"""A node that gives no sign of life for so long counts as lost."""
+"""A node without a sign of life for this long is considered lost."""
 
 _EVERY = 1.0
 
@@ -35,27 +33,27 @@ class Nodes:
     is_first = True
 
     def failed(self) -> bool:
-        """Whether a process of another node has failed, or a node is lost."""
+        """Whether a process on another node failed or a node is lost."""
         return False
 
     def fail(self, told: str) -> None:
-        """Tell the other nodes that a process of this one failed."""
+        """Tell the other nodes that a process on this one failed."""
 
     def agree(self, outcome: Outcome) -> Outcome:
-        """How the attempt ended on all nodes; ends it."""
+        """End the attempt on all nodes and return its outcome."""
         return outcome
 
     def decide(self, question: Callable[[], bool]) -> bool:
-        """The answer of node 0, on every node."""
+        """The result on node 0, returned on every node."""
         return question()
 
 
 class SeveralNodes(Nodes):
-    """This node among others.
+    """One of several nodes.
 
     Args:
-        store: that all launchers share.
-        cluster: this node's place.
+        store: The store that all launchers share.
+        cluster: The run, as seen from this node.
     """
 
     def __init__(self, store: Any, cluster: Cluster) -> None:
@@ -67,7 +65,7 @@ class SeveralNodes(Nodes):
         self._seen: dict[int, tuple[bytes, float]] = {}
 
     def failed(self) -> bool:
-        """Whether a process of another node has failed, or a node is lost; looks once a second."""
+        """Whether a process on another node failed or a node is lost; checks once per second."""
         now = time.monotonic()
         if now >= self._next and not self._failed:
             self._next = now + _EVERY
@@ -77,11 +75,11 @@ class SeveralNodes(Nodes):
                 if lost := self._silent(now):
                     self.fail(f"Node {lost} gave no sign of life for {SILENT_SECONDS:.0f} s")
             except RuntimeError:
-                self._failed, self._lost = True, "node 0 cannot be reached any more"
+                self._failed, self._lost = True, "node 0 is no longer reachable"
         return self._failed
 
     def _silent(self, now: float) -> int | None:
-        """The first other node that does not answer; node 0 looks for all."""
+        """The first other node that does not respond; node 0 checks all nodes."""
         for node in range(1, self._cluster.nodes) if self.is_first else ():
             key = self._alive(node)
             value = self._store.get(key) if self._store.check([key]) else b""
@@ -92,20 +90,20 @@ class SeveralNodes(Nodes):
         return None
 
     def fail(self, told: str) -> None:
-        """Tell the other nodes; the first to fail counts."""
+        """Tell the other nodes; only the first failure counts."""
         if not self._failed:
             self._failed = True
             try:
                 self._store.compare_set(self._key("failed"), "", told)
             except RuntimeError:
-                self._lost = "node 0 cannot be reached any more"
+                self._lost = "node 0 is no longer reachable"
 
     def agree(self, outcome: Outcome) -> Outcome:
-        """Wait for the other nodes' ends; node 0 judges by that of the first to fail."""
+        """Wait until all nodes end; node 0 derives the outcome from the first one to fail."""
         try:
             return self._agreed(outcome)
         except RuntimeError:
-            lost = self._lost or "node 0 cannot be reached any more"
+            lost = self._lost or "node 0 is no longer reachable"
             print(f"{lost[0].upper()}{lost[1:]}, so this node ends.", file=sys.stderr)
             return Outcome(outcome.code or 1)
 
@@ -131,7 +129,8 @@ class SeveralNodes(Nodes):
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _judge(self, outcome: Outcome) -> str:
-        """Exit code, and whether to start again: of node 0, or of the node that failed first."""
+        """Exit code and whether to restart, from the node that failed first, otherwise from node
+        0."""
         patience = time.monotonic() + GRACE_SECONDS + SILENT_SECONDS if outcome.code else math.inf
         keys = [self._key(f"ended/{node}") for node in range(self._cluster.nodes)]
         while not self._store.check(keys) and time.monotonic() < patience and not self._dead():
@@ -147,7 +146,7 @@ class SeveralNodes(Nodes):
         return f"{code} {int(again)}"
 
     def _dead(self) -> bool:
-        """Whether a node is lost, while the others are waited for."""
+        """Whether a node is lost while this one waits for the others."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _EVERY
@@ -155,7 +154,7 @@ class SeveralNodes(Nodes):
         return False
 
     def decide(self, question: Callable[[], bool]) -> bool:
-        """The answer of node 0."""
+        """Node 0's result."""
         key = f"decision/{self._attempt}"
         if self.is_first:
             self._store.set(key, str(int(question())))
@@ -171,10 +170,10 @@ class SeveralNodes(Nodes):
 
 @contextmanager
 def alone_or_with_others(cluster: Cluster) -> Iterator[Nodes]:
-    """Meet the launchers of the other nodes, if there are any.
+    """Connect to the launchers of the other nodes, if there are any.
 
     Raises:
-        LaunchError: they do not come.
+        LaunchError: They do not join in time.
     """
     if cluster.nodes == 1:
         yield Nodes()
@@ -191,7 +190,7 @@ def alone_or_with_others(cluster: Cluster) -> Iterator[Nodes]:
     )
     store = _meet(cluster)
     yield SeveralNodes(store, cluster)
-    # The others read the verdict from the store of node 0 before it goes.
+    # The others read the outcome from node 0's store before it closes.
     store.set(f"launchers/left/{cluster.node_rank}", "1")
     if first:
         _last_to_leave(store, cluster)
@@ -217,7 +216,7 @@ def _meet(cluster: Cluster) -> Any:
         counts = {int(store.get(key)) for key in keys}
     except RuntimeError as error:
         raise LaunchError(
-            f"the {cluster.nodes} nodes did not meet at {cluster.address}:{cluster.port} within "
+            f"the {cluster.nodes} nodes did not connect at {cluster.address}:{cluster.port} within "
             f"{JOIN_SECONDS} s: start the same command on every node, each with its own "
             "--node-rank (NODE_RANK), and let the firewall pass this port"
         ) from error

@@ -1,8 +1,7 @@
-"""Work that one process does for all, while the others wait without a time limit.
-
-The others look into the store of the run; a collective call would end after its timeout, and keeps
-a GPU busy. On several nodes the work is done once where they share the folder that it fills, else
-once on each node that does not.
+"""Work that one process does for all, while the others wait without a time limit. The others poll
+the run's store; a collective call would time out and keep a GPU busy. On several nodes the work is
+done once if they share the folder that it fills, otherwise once on each node that does not share
+it.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from xtuner.parallel.processes import Processes
 T = TypeVar("T")
 
 NOTICE_SECONDS = 10.0
-"""How long a node looks for the file of another one: network file systems show it late."""
+"""How long a node looks for another node's file: network file systems show it with a delay."""
 
 
 class Once:
     """Work that fills a folder.
 
     Args:
-        processes: this process and the others.
-        folder: which the work fills; all processes on a node have the same.
+        processes: The process group.
+        folder: The folder that the work fills, the same for all processes on a node.
 
     Attributes:
-        note: on several nodes, where the work is done; on the main process, after `run`.
+        note: With several nodes, where the work is done; set by `run` on the main process.
     """
 
     def __init__(self, processes: Processes, folder: Path) -> None:
@@ -40,11 +39,11 @@ class Once:
         self.note = ""
 
     def run(self, work: Callable[[], T]) -> T:
-        """Do `work` here; wait before it where another process fills the folder.
+        """Run `work`; if another process fills the folder, wait for it first.
 
         Raises:
-            PeerLostError: the process that was waited for failed.
-            XTunerError: of `work`.
+            PeerLostError: The process that fills the folder failed.
+            XTunerError: Raised by `work`.
         """
         if self._processes.world_size == 1:
             return work()
@@ -65,7 +64,7 @@ class Once:
             return done
 
     def _worker(self, name: str) -> int:
-        """The rank that works for this process."""
+        """The rank that does the work for this process."""
         node, leader = self._processes.node, self._processes.node_leader
         if node == 0:
             return 0
@@ -75,12 +74,12 @@ class Once:
 
     @contextlib.contextmanager
     def _visible_file(self) -> Iterator[str]:
-        """A file of the main process by which others see whether they share the folder."""
+        """A file that the main process writes, so that others see whether they share the folder."""
         if not self._processes.is_main:
             yield self._read("file")
             return
         name = f".shared-{secrets.token_hex(8)}"
-        with contextlib.suppress(OSError):  # nodes then work for themselves
+        with contextlib.suppress(OSError):  # each node then does its own work
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (self._folder / name).touch()
         self._post("file", name)
@@ -98,7 +97,7 @@ class Once:
         if not apart:
             return f"done once for all {len(nodes) + 1} nodes, which share {self._folder}"
         return (
-            f"done on {len(apart) + 1} of {len(nodes) + 1} nodes, each for itself: "
+            f"done on {len(apart) + 1} of {len(nodes) + 1} nodes separately: "
             f"{self._folder} is not shared with node {', '.join(map(str, apart))}"
         )
 
@@ -111,7 +110,7 @@ class Once:
             self._processes.store.set(f"once/{key}", value)
 
     def _read(self, key: str) -> str:
-        """The value of a key, once it is there."""
+        """The value of a key, once it exists."""
         store: Any = self._processes.store
         with _store_errors():
             while not store.check([f"once/{key}"]):
@@ -123,7 +122,9 @@ def _appears(file: Path) -> bool:
     end = time.monotonic() + NOTICE_SECONDS
     while True:
         with contextlib.suppress(OSError):
-            if file.name in os.listdir(file.parent):  # asks the server, unlike a look at the name
+            if file.name in os.listdir(
+                file.parent
+            ):  # asks the server, which reading the name does not
                 return True
         if time.monotonic() > end:
             return False

@@ -1,4 +1,4 @@
-"""A process that another one started ends when that one does."""
+"""Ends a process when its parent ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import signal
 import sys
 
 LAUNCHER = "XTUNER_LAUNCHER_PID"
-"""Where our launcher tells its processes who it is."""
+"""Environment variable with the launcher's process id."""
 
 
 def end_with_parent() -> None:
-    """Have Linux ask this process to stop (SIGTERM) when its launcher dies, which torchrun's
-    workers would survive; end at once if ours is dead already."""
+    """Have Linux send SIGTERM to this process when its launcher dies, which torchrun's workers
+    would survive; exit immediately if our launcher is already gone."""
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1

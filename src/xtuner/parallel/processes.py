@@ -1,8 +1,7 @@
-"""The processes that train together: who this one is, and sums over all of them.
-
-Gradients are summed by us, once a step, in float32: unlike DistributedDataParallel this allows
-ranks with different numbers of batches, parameters without a gradient, and one exact divisor over
-all ranks.
+"""The processes that train together: the rank of this one, and reductions over all of them.
+Gradients are summed once per step, in float32. Unlike DistributedDataParallel, this allows ranks
+with different numbers of batches, parameters without a gradient, and one exact divisor over all
+ranks.
 """
 
 from __future__ import annotations
@@ -29,31 +28,31 @@ from xtuner.parallel.ulysses import SequenceGroup
 from xtuner.parallel.watch import Watch
 
 BUCKET_NUMBERS = 16 * 2**20
-"""Gradients are summed in buckets of about this many numbers (64 MB of float32)."""
+"""Gradients are summed in buckets of about this many elements (64 MB in float32)."""
 
 
 class Processes:
-    """This process among those that train together.
+    """This process and its process groups.
 
     Args:
-        device: 'cpu' or 'cuda', as chosen; with several GPUs each process takes its own.
-        sequence_parallel_size: ranks that share the tokens of a row.
-        hang_timeout: seconds that a collective call may take before this process says where every
-            process is; None does not look.
+        device: 'cpu' or 'cuda'; with several GPUs each process uses its own.
+        sequence_parallel_size: Number of ranks that share the tokens of a row.
+        hang_timeout: Seconds that a collective call may take before this process reports where
+            every process is; None disables the check.
 
     Attributes:
-        rank: of this process among all.
-        world_size: number of processes.
-        layout: the rank as a data rank and a sequence rank.
-        device: of this process.
-        data_group: the ranks that take the same part of different rows; None is all of them.
-        sequence: the ranks that share the tokens of their rows; None if each has its own.
-        node: number of this machine.
-        nodes: number of machines.
-        node_leader: rank of the first process on this machine.
+        rank: Rank of this process among all.
+        world_size: Number of processes.
+        layout: The rank as data rank and sequence rank.
+        device: The device of this process.
+        data_group: The ranks that take the same part of different rows; None is all ranks.
+        sequence: The ranks that share the tokens of their rows; None if each has its own rows.
+        node: Index of this machine.
+        nodes: Number of machines.
+        node_leader: Rank of the first process on this machine.
 
     Raises:
-        LaunchError: the processes cannot be divided into groups of `sequence_parallel_size`.
+        LaunchError: The processes cannot be split into groups of `sequence_parallel_size`.
     """
 
     _made = 0
@@ -100,12 +99,13 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks to the terminal."""
+        """Whether this process writes files and prints to the terminal."""
         return self.rank == 0
 
     @cached_property
     def store(self) -> Any:
-        """What all processes read and write at any time, over a connection of its own."""
+        """The store that all processes can read and write at any time, over a separate
+        connection."""
         return self._connect()
 
     def _connect(self) -> Any:
@@ -126,8 +126,8 @@ class Processes:
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
     def of_rows(self, numbers: Sequence[float]) -> list[float]:
-        """What this process adds to sums over all rows, of `numbers` that belong to its own rows:
-        zeros where another one adds those of the same rows."""
+        """This process's contribution to sums over all rows, from the `numbers` of its own rows:
+        zeros if another process contributes for the same rows."""
         return [number if self.layout.sequence_rank == 0 else 0.0 for number in numbers]
 
     def max(self, number: float) -> float:
@@ -143,7 +143,7 @@ class Processes:
         return total.tolist()  # type: ignore[no-any-return]
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The items of all processes, in the order of ranks."""
+        """The items of all processes, in rank order."""
         if self.world_size == 1:
             return items
         found: list[list[Any]] = [[] for _ in range(self.world_size)]
@@ -152,7 +152,7 @@ class Processes:
         return [item for part in found for item in part]
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """`tensor` of the main process, in all of them; it is overwritten in the others."""
+        """Broadcast `tensor` from the main process; the others' tensors are overwritten."""
         if self.world_size > 1:
             with self._together("a broadcast"):
                 dist.broadcast(tensor, src=0)
@@ -161,25 +161,26 @@ class Processes:
     def sum_gradients(
         self, parameters: Iterable[Tensor], *, gather: Callable[[], Iterable[Tensor]] | None = None
     ) -> None:
-        """Replace every gradient by its sum over all processes; a missing one counts as zero.
-
-        One that all processes lack stays missing, as in a single process: for an optimizer with
-        moments a gradient of zeros is another thing.
+        """Replace every gradient by its sum over all processes; a missing one counts as zero. A
+        gradient that all processes lack stays None, as on a single process: a zero gradient would
+        still update an optimizer's moments.
 
         Args:
-            parameters: the same ones in every process.
-            gather: collects the gradients in buffers, once all processes have the same ones, and
-                returns what they are then gradients of.
+            parameters: The same parameters on every process.
+            gather: Collects the gradients in buffers, once all processes have the same ones, and
+                returns the tensors that they are gradients of.
         """
         if self.world_size == 1:
             return
-        whole = list(parameters)
-        there = self.sum([float(parameter.grad is not None) for parameter in whole])
-        for parameter, count in zip(whole, there, strict=True):
+        everything = list(parameters)
+        counts = self.sum([float(parameter.grad is not None) for parameter in everything])
+        for parameter, count in zip(everything, counts, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         bucket: list[Tensor] = []
-        for gradient in [p.grad for p in (gather() if gather else whole) if p.grad is not None]:
+        for gradient in [
+            p.grad for p in (gather() if gather else everything) if p.grad is not None
+        ]:
             bucket.append(gradient)
             if sum(g.numel() for g in bucket) >= BUCKET_NUMBERS:
                 _sum_bucket(bucket)
@@ -188,24 +189,24 @@ class Processes:
             _sum_bucket(bucket)
 
     def form_group(self) -> None:
-        """Have a process group, as FSDP2 and DeepSpeed need one even where a process is alone; that
-        one stays, for DeepSpeed keeps it for the next run."""
+        """Ensure that a process group exists: FSDP2 and DeepSpeed need one even for a single
+        process. Such a group is not destroyed, because DeepSpeed reuses it in the next run."""
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             store = torch._C._distributed_c10d.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process arrives."""
         with self._together("a barrier"):
             self._state.wait_for_everyone()
 
     @contextmanager
     def without_others(self, who: str) -> Iterator[None]:
-        """Refuse collective calls inside the block, where the other processes are not.
+        """Refuse collective calls inside the block, which only this process executes.
 
         Args:
-            who: runs in the block, for the message.
+            who: What runs in the block, for the message.
         """
         self._alone = who if self.world_size > 1 else None
         try:
@@ -216,17 +217,17 @@ class Processes:
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
-        """Around a collective call, which would wait for ever where the others do not make it."""
+        """Guard a collective call, which would wait forever if the others do not make it."""
         if self._alone is not None:
             raise LaunchError(
-                f"{self._alone} runs on the main process only, and calls what all processes have "
-                "to call together: set `collective = True` in its class"
+                f"{self._alone} runs only on the main process, but makes a collective call: set "
+                f"`collective = True` in its class"
             )
         with waiting(what):
             yield
 
     def close(self) -> None:
-        """Leave the process group, at the end of a run that all of them have come to."""
+        """Leave the process group, at the end of a run that all processes have reached."""
         if self._watch is not None:
             self._watch.stop()
         if self.world_size > 1 and dist.is_initialized():
@@ -250,6 +251,6 @@ def _sum_bucket(gradients: list[Tensor]) -> None:
 
 
 def _own_group(groups: list[list[int]], rank: int) -> Any:
-    """Make all `groups`, as every process has to, and return that of `rank`."""
+    """Create all `groups`, as every process must, and return the group of `rank`."""
     made = [(dist.new_group(ranks), ranks) for ranks in groups]
     return next(group for group, ranks in made if rank in ranks)

@@ -1,7 +1,7 @@
-"""Where the processes of a run meet: the store and the process group.
+"""The rendezvous of a run's processes: the store and the process group.
 
 xtuner --nproc     rank 0 hosts the store, on a socket of the loopback interface
-xtuner --nnodes    node 0's launcher hosts it, on the address that is named
+xtuner --nnodes    node 0's launcher hosts it, on the given address
 torchrun, srun     torch's own rendezvous from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
 """
 
@@ -18,18 +18,19 @@ from xtuner.errors import LaunchError
 from xtuner.parallel.attempt import ATTEMPT, LISTENER
 
 PATIENCE = timedelta(days=1)
-"""The others wait while the main process writes a checkpoint; who is gone is noticed otherwise."""
+"""Long, because the others wait while the main process writes a checkpoint; lost processes are
+detected otherwise."""
 
 JOIN = timedelta(minutes=10)
-"""How long the processes wait for each other at the start."""
+"""How long the processes wait for each other at startup."""
 
 
 def join_group(device: str) -> None:
-    """Join the process group of a run that our launcher started; a run that another one started
-    joins by torch's own way.
+    """Join the process group: through our launcher's store, or through torch's own rendezvous under
+    another launcher.
 
     Raises:
-        LaunchError: the others do not come.
+        LaunchError: The others do not join in time.
     """
     if ATTEMPT not in os.environ or dist.is_initialized():
         return
@@ -49,10 +50,10 @@ def join_group(device: str) -> None:
 
 
 def client(*, host: str | None = None) -> Any:
-    """A connection of its own to the store of the run.
+    """Open a separate connection to the run's store.
 
     Args:
-        host: a listening socket on which this process hosts the store.
+        host: A listening socket on which this process hosts the store.
     """
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -62,5 +63,5 @@ def client(*, host: str | None = None) -> Any:
         wait_for_workers=False,
         master_listen_fd=None if host is None else int(host),
     )
-    # Keys of an earlier attempt in the store of node 0 would let this one hang.
+    # Keys of an earlier attempt in node 0's store would make this one hang.
     return PrefixStore(f"attempt_{os.environ.get(ATTEMPT, '0')}", store)

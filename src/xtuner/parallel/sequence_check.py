@@ -1,4 +1,4 @@
-"""Whether rows can be shared by the processes of a run, checked before they are started."""
+"""Checks, before processes start, whether they can share rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from xtuner.parallel.layout import RankLayout
 def check_sequence_parallel(settings: Settings, processes: int) -> None:
     """Compare `sequence_parallel_size` with the number of processes and of attention heads.
 
-    A model on the hub whose configuration is not on this machine is checked when it is loaded.
+    A hub model whose configuration is not on this machine is checked when it is loaded.
 
     Raises:
-        LaunchError: rows cannot be shared by so many processes.
+        LaunchError: Rows cannot be shared by this many processes.
     """
     size = settings.sequence_parallel_size
     RankLayout(0, processes, size)
@@ -26,7 +26,7 @@ def check_sequence_parallel(settings: Settings, processes: int) -> None:
     if heads is not None and heads < size:
         raise LaunchError(
             f"sequence_parallel_size = {size}: {settings.pretrained_model_name_or_path} has "
-            f"{heads} attention heads, so it may be at most {heads}"
+            f"{heads} attention heads, so the maximum is {heads}"
         )
 
 

@@ -3,10 +3,10 @@ Jacobs et al. 2023, arXiv:2309.14509).
 
     tokens / n, all heads ──all-to-all──► all tokens, heads / n ──attention──► all-to-all ──► back
 
-Every layer but attention works on a process's own tokens. Before attention the processes exchange
-tokens for heads, so each computes plain attention over the entire row for some of the heads: packed
-samples, windows and every kernel work as on one process. A key-value head that the query heads of
-several processes read is sent to each of them.
+Every layer except attention works on the process's own tokens. Before attention the processes
+exchange tokens for heads, so each computes plain attention over the entire row for some of the
+heads: packed samples, windows and all kernels work as on a single process. A key-value head that
+query heads of several processes read is sent to each of them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class HeadShare:
     """The heads of one process of a group.
 
     Attributes:
-        queries: its query heads.
-        keys: the key-value heads that they read.
-        repeat: for each query head the position in `keys` of the one that it reads; None where
-            query head h reads ``h // (len(queries) / len(keys))``, as attention assumes.
+        queries: Its query heads.
+        keys: The key-value heads that they read.
+        repeat: For each query head, the index in `keys` of the head that it reads; None if query
+            head h reads ``h // (len(queries) / len(keys))``, as attention assumes.
     """
 
     queries: range
@@ -43,7 +43,7 @@ def share_heads(heads: int, kv_heads: int, size: int) -> tuple[HeadShare, ...]:
     """Split `heads` into `size` shares that differ by at most one head.
 
     Raises:
-        ValueError: there are fewer heads than shares.
+        ValueError: There are fewer heads than shares.
     """
     if size > heads:
         raise ValueError(f"{heads} attention heads cannot be shared by {size} processes")
@@ -63,9 +63,9 @@ class SequenceGroup:
     """The processes that share the tokens of a row.
 
     Args:
-        group: of torch.distributed.
-        rank: of this process in the group.
-        size: number of processes.
+        group: The torch.distributed group.
+        rank: Rank of this process in the group.
+        size: Number of processes.
     """
 
     def __init__(self, group: Any, *, rank: int, size: int) -> None:
@@ -80,8 +80,8 @@ class SequenceGroup:
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def exchange(self, flat: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Send ``sent[r]`` numbers of `flat` to each process r and return what they send, in the
-        order of ranks; collective."""
+        """Send ``sent[r]`` elements of `flat` to each process r and return what they send, in rank
+        order; collective."""
         out = flat.new_empty(sum(received))
         with waiting("the exchange of heads"):
             dist.all_to_all_single(out, flat, received, sent, group=self._group)
@@ -128,10 +128,10 @@ def tokens_to_heads(
     """Exchange this process's tokens of all heads for all tokens of its heads, in one message.
 
     Args:
-        query: ``[T, heads, D]`` of T of the N tokens.
+        query: ``[T, heads, D]`` for T of the N tokens.
         key: ``[T, kv_heads, D]``.
         value: ``[T, kv_heads, V]``.
-        group: the processes that share the row.
+        group: The processes that share the row.
 
     Returns:
         ``[N, own heads, D]``, and keys and values of the heads that these read.
@@ -168,8 +168,8 @@ def heads_to_tokens(out: Tensor, heads: int, group: SequenceGroup) -> Tensor:
 
     Args:
         out: ``[N, own heads, V]``.
-        heads: of all processes together.
-        group: the processes that share the row.
+        heads: Number of heads of all processes together.
+        group: The processes that share the row.
 
     Returns:
         ``[T, heads, V]``.
@@ -201,10 +201,9 @@ class _GatherScores(torch.autograd.Function):
 
 
 def gather_scores(own: Tensor, group: SequenceGroup, *, start: int, count: int) -> Tensor:
-    """The scores of all processes, ``[count]``, of which `own` begin at `start`.
-
-    Every process computes the same loss of them, so the gradient of its own scores is a part of
-    that of all. Gradients of weights then have to be summed over the group.
+    """The scores of all processes, ``[count]``, in which `own` start at `start`. Every process
+    computes the same loss from them, so each gets the gradient of its own scores only. Weight
+    gradients must then be summed over the group.
     """
     scores: Tensor = _GatherScores.apply(own, group, start, count)  # type: ignore[no-untyped-call]
     return scores

@@ -1,7 +1,6 @@
-"""Notices that this process waits too long for the others, and says where every process is.
-
-A thread posts what the process does into the store of the run, and looks at the others when a
-collective call takes longer than `hang_timeout`. It works under every launcher.
+"""Detects that this process waits too long for the others, and reports where every process is. A
+thread posts the process's status to the run's store, and reads the others' when a collective call
+takes longer than `hang_timeout`. It works with every launcher.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from typing import Any
 from xtuner.parallel import activity
 
 HUNG = 1
-"""Exit code of a process that has waited too long."""
+"""Exit code of a process that waited too long."""
 
 SILENT_SECONDS = 30.0
-"""A process that posts nothing for so long is stopped, or its machine is gone."""
+"""A process that posts nothing for this long is stopped, or its machine is gone."""
 
 Status = Mapping[str, Any]
 
 
 class Watch:
-    """Watches over this process's waits.
+    """Watches how long this process waits.
 
     Args:
-        rank: of this process.
+        rank: Rank of this process.
         world_size: number of processes.
-        limit: seconds that a collective call may take.
-        connect: opens a connection of its own to the store.
+        limit: Seconds that a collective call may take.
+        connect: Opens a separate connection to the store.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Watch:
                 if own["seconds"] > self._limit and activity.current.since != self._told_of:
                     self._look(store)
         except RuntimeError:
-            return  # the store is gone, and so is the run
+            return  # the store is gone, so the run has ended
 
     def _look(self, store: Any) -> None:
         keys = [self._key(rank) for rank in range(self._world_size)]
@@ -69,7 +68,7 @@ class Watch:
         ]
         waiting = [rank for rank, status in enumerate(found) if self._waits_long(status)]
         if waiting and waiting[0] != self._rank:
-            return  # one of them speaks
+            return  # only one of them prints
         self._told_of = activity.current.since
         patient = [rank for rank, status in enumerate(found) if status.get("busy")]
         sys.stdout.flush()
@@ -87,31 +86,33 @@ class Watch:
 
 
 def report(found: list[Status], rank: int, limit: float, patient: list[int]) -> str:
-    """Where every process is, and how it goes on.
+    """Report where every process is and what happens next.
 
     Args:
-        found: what each process posted last; empty where one never did.
-        rank: of the process that waits.
-        limit: how long it may.
-        patient: ranks that are waited for as long as it takes.
+        found: The last status of each process; empty if it never posted one.
+        rank: Rank of the process that waits.
+        limit: How long it may wait.
+        patient: Ranks that it waits for without a time limit.
     """
-    lines = [f"\nProcess {rank} waits for the others for more than {limit:g} s. Where they are:"]
+    lines = [
+        f"\nProcess {rank} has waited for the others for more than {limit:g} s. Where they are:"
+    ]
     for other, status in enumerate(found):
         lines.append(f"  process {other}  {_described(status)}")
     if patient:
-        lines.append(f"It goes on waiting for process {', '.join(map(str, patient))}.")
+        lines.append(f"It keeps waiting for process {', '.join(map(str, patient))}.")
     else:
         lines.append(
-            "The run ends. Continue with --resume; raise hang_timeout if it was only slow."
+            "The run ends. Continue with --resume; raise hang_timeout if the process was only slow."
         )
     return "\n".join(lines)
 
 
 def _described(status: Status) -> str:
     if not status:
-        return "has not come so far as to say"
+        return "has not reported yet"
     silent = time.time() - status["time"]
-    place = f"{status['doing']}, " if status["doing"] else ""
+    stage = f"{status['doing']}, " if status["doing"] else ""
     if status["waits_for"]:
         does = f"waits in {status['waits_for']} for {status['seconds']:.0f} s"
     else:
@@ -120,4 +121,4 @@ def _described(status: Status) -> str:
         does = (
             f"no sign of life for {silent:.0f} s (stopped, or its machine is gone); before: {does}"
         )
-    return f"{place}{does}: {status['at']}"
+    return f"{stage}{does}: {status['at']}"

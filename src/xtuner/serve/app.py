@@ -27,8 +27,8 @@ from xtuner.serve import engine as engines
 from xtuner.serve.engine import Done, Engine, Event, Failed, Job, Piece
 from xtuner.serve.models import ServedModel
 from xtuner.serve.prompts import ImageStore, messages_of, prompt_ids, text_ids
-from xtuner.serve.replies import Reply
-from xtuner.serve.requests import ChatRequest, CompletionRequest
+from xtuner.serve.replies import CallReader, Reply, finish_of
+from xtuner.serve.requests import ChatRequest, CompletionRequest, read_tools
 from xtuner.types import Message
 
 _POLL_SECONDS = 0.5
@@ -116,8 +116,10 @@ def make_app(
         try:
             images = stack.enter_context(ImageStore.temporary())
             messages = await run_in_threadpool(messages_of, body.messages, served, images)
-            prompt = await run_in_threadpool(prompt_ids, served, messages)
-            answering = _Answering(engine, served, Reply("chat", served.name, served.tokenizer))
+            tools = read_tools(body)
+            prompt = await run_in_threadpool(prompt_ids, served, messages, tools)
+            reply = Reply("chat", served.name, served.tokenizer)
+            answering = _Answering(engine, served, reply, tools)
             answering.ask([prompt], body, defaults, messages=messages)
             return await answering.response(request, stack)
         except BaseException:
@@ -138,7 +140,15 @@ def make_app(
 class _Answering:
     """The answers to one request."""
 
-    def __init__(self, engine: Engine, served: ServedModel, reply: Reply) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        served: ServedModel,
+        reply: Reply,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        family = served.template.tool_family if tools else None
+        self._calls = CallReader(family, tools) if family else None
         self._engine, self._served, self._reply = engine, served, reply
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._jobs: list[Job] = []
@@ -186,6 +196,7 @@ class _Answering:
             deliver,
             messages=messages if has_images else (),
             top_logprobs=alternatives,
+            keep=self._calls.markers if self._calls else (),
         )
         self._engine.submit(job)
         self._jobs.append(job)
@@ -232,11 +243,16 @@ class _Answering:
                 if len(done) == len(self._jobs):
                     break
             index, event = await self._next(request)
+        calls: list[list[Mapping[str, Any]]] = [[] for _ in texts]
+        if self._calls:
+            for number, text in enumerate(texts):
+                texts[number], calls[number] = self._calls.separated(text)
         return self._reply.complete(
             texts,
             [scored if self._scored else None for scored in scores],
             [done[i] for i in range(len(self._jobs))],
             num_prompts=self._num_prompts,
+            calls=calls,
         )
 
     async def _stream(
@@ -253,13 +269,21 @@ class _Answering:
                 if isinstance(event, Failed):
                     yield _event(ApiError.of(event.error).body())
                     return
-                if isinstance(event, Piece):
+                if self._calls:
+                    piece = event.text if isinstance(event, Piece) else None
+                    for text, call, number in self._calls.read(index, piece):
+                        if call is not None:
+                            yield _event(self._reply.call(index, call, number))
+                        elif text:
+                            yield _event(self._reply.piece(index, text, None))
+                elif isinstance(event, Piece):
                     yield _event(
                         self._reply.piece(index, event.text, event.scores if self._scored else None)
                     )
-                else:
+                if isinstance(event, Done):
                     done[index] = event
-                    yield _event(self._reply.end(index, event.finish))
+                    called = self._calls is not None and self._calls.called(index)
+                    yield _event(self._reply.end(index, finish_of(event, called=called)))
                     if len(done) == len(self._jobs):
                         break
                 index, event = await self._events.get()

@@ -24,6 +24,7 @@ from xtuner.generation.answer import Answer, TokenScore
 from xtuner.generation.detokenize import StopWords
 from xtuner.generation.generate import (
     GenerationOptions,
+    call_markers,
     chooser,
     end_tokens,
     generation_mode,
@@ -105,6 +106,7 @@ class Job:
         deliver: called from the engine's thread with each event; must not block.
         messages: of the prompt, where it has images.
         top_logprobs: alternatives to report of each token; None reports no scores.
+        keep: special tokens that are part of the text: those that mark tool calls.
         cancelled: the answer is no longer wanted.
     """
 
@@ -114,6 +116,7 @@ class Job:
     deliver: Callable[[Event], None]
     messages: Sequence[Message] = ()
     top_logprobs: int | None = None
+    keep: tuple[str, ...] = ()
     cancelled: bool = False
     submitted: float = field(default_factory=time.monotonic)
 
@@ -360,6 +363,7 @@ def _answer(job: Job) -> Answer:
         choose=chooser(options, next(model.parameters()).device),
         inputs=inputs,
         top_logprobs=job.top_logprobs,
+        keep=job.keep,
     )
 
 
@@ -380,7 +384,8 @@ def stream(engine: Engine, served: ServedModel) -> Callable[..., Generator[str, 
         asked = replace(served, template=template)
         images = messages if any(message.images for message in messages) else ()
         prompt = template.prompt_ids(messages, tools=tools)
-        job = Job(asked, prompt, options, events.put, messages=images)
+        keep = call_markers(template) if tools else ()
+        job = Job(asked, prompt, options, events.put, messages=images, keep=keep)
         engine.submit(job)
         try:
             while True:

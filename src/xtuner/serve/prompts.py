@@ -6,17 +6,20 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from xtuner.calls.check import with_ids
+from xtuner.calls.read import CallFormatError, read_call
 from xtuner.data.images.files import open_image
 from xtuner.errors import ConfigError, DataError
 from xtuner.generation.images import question
 from xtuner.serve.models import ServedModel
 from xtuner.serve.requests import ChatMessage
-from xtuner.types import IMAGE, Message
+from xtuner.types import IMAGE, Conversation, Message
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 MOST_IMAGES = 16
@@ -70,12 +73,17 @@ def messages_of(
         DataError: an image cannot be used, or the model takes none.
         ConfigError: a turn needs what this server does not have.
     """
-    return [_message(turn, served, images) for turn in turns]
+    messages = tuple(_message(turn, served, images) for turn in turns)
+    return list(with_ids(Conversation(messages)).messages)
 
 
 def _message(turn: ChatMessage, served: ServedModel, images: ImageStore) -> Message:
-    if turn.tool_calls or turn.role == "tool":
-        raise ConfigError("messages: tool calls are not supported")
+    if turn.tool_calls and turn.role != "assistant":
+        raise ConfigError("messages: only messages of the assistant may have tool_calls")
+    try:
+        calls = tuple(read_call(call, "tool_calls") for call in turn.tool_calls or ())
+    except CallFormatError as error:
+        raise ConfigError(f"messages: {error}") from error
     role = "system" if turn.role == "developer" else turn.role
     parts = turn.content if isinstance(turn.content, list) else []
     names = [images.keep(part.image_url.url) for part in parts if part.image_url]
@@ -83,7 +91,7 @@ def _message(turn: ChatMessage, served: ServedModel, images: ImageStore) -> Mess
     if isinstance(turn.content, str):
         text = turn.content
     if not names:
-        return Message(role, text)
+        return Message(role, text, tool_calls=calls, name=turn.name, tool_call_id=turn.tool_call_id)
     if served.vision is None:
         raise DataError(f"the model {served.name} does not take images")
     if role != "user":
@@ -91,14 +99,19 @@ def _message(turn: ChatMessage, served: ServedModel, images: ImageStore) -> Mess
     return question(text, names)
 
 
-def prompt_ids(served: ServedModel, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(
+    served: ServedModel, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """The ids of a conversation's prompt: the beginning of those that training saw.
 
     Raises:
         DataError: the template does not support these messages.
+        ConfigError: how the model writes tool calls is not known.
     """
     with served.tokenizing() as template:
-        return template.prompt_ids(messages)
+        if tools and template.tool_family is None:
+            raise ConfigError(f"tools: how {served.name} writes tool calls is not known")
+        return template.prompt_ids(messages, tools=tools)
 
 
 def text_ids(served: ServedModel, prompt: str | Sequence[int]) -> list[int]:

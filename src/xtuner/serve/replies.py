@@ -2,13 +2,73 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from xtuner.calls.families.base import Family, Parser, Said
+from xtuner.calls.read import arguments_of, name_of
 from xtuner.generation.answer import TokenScore
 from xtuner.serve.engine import Done
+
+
+def finish_of(done: Done, *, called: bool) -> str:
+    """Why an answer ended, in OpenAI's words."""
+    return "tool_calls" if called and done.finish == "stop" else done.finish
+
+
+def _call(call: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A call in OpenAI's form, whose arguments are JSON text."""
+    arguments = json.dumps(arguments_of(call), ensure_ascii=False)
+    function = {"name": name_of(call), "arguments": arguments}
+    call_id = f"call_{uuid.uuid4().hex[:24]}"
+    return {"id": call_id, "type": "function", "function": function}
+
+
+class CallReader:
+    """Separates the calls of the answers to one request from their text.
+
+    Args:
+        family: how the model writes calls.
+        tools: the tools of the request.
+    """
+
+    def __init__(self, family: Family, tools: Sequence[Mapping[str, Any]]) -> None:
+        self._family, self._tools = family, tools
+        self._parsers: dict[int, Parser] = {}
+        self._counts: dict[int, int] = {}
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Tokens that mark calls."""
+        return self._family.markers
+
+    def separated(self, text: str) -> tuple[str, list[Mapping[str, Any]]]:
+        """The text and the calls of a complete answer; what cannot be read stays text."""
+        reader = CallReader(self._family, self._tools)
+        parts = [*reader.read(0, text), *reader.read(0, None)]
+        said = "".join(part for part, _, _ in parts)
+        return said.rstrip("\n"), [call for _, call, _ in parts if call is not None]
+
+    def read(
+        self, index: int, piece: str | None
+    ) -> Iterator[tuple[str, Mapping[str, Any] | None, int]]:
+        """What `piece` of answer `index` completes, None at its end: text, or a call and its
+        number."""
+        parser = self._parsers.setdefault(index, Parser(self._family, self._tools))
+        for event in parser.finish() if piece is None else parser.add(piece):
+            if isinstance(event, Said) or event.call is None:
+                yield event.text, None, 0
+            else:
+                number = self._counts.get(index, 0)
+                self._counts[index] = number + 1
+                yield "", event.call, number
+
+    def called(self, index: int) -> bool:
+        """Whether answer `index` has a call so far."""
+        return index in self._counts
 
 
 class Reply:
@@ -36,14 +96,21 @@ class Reply:
         done: Sequence[Done],
         *,
         num_prompts: int = 1,
+        calls: Sequence[Sequence[Mapping[str, Any]]] = (),
     ) -> dict[str, Any]:
         """The response with all answers; several answers share each of the prompts."""
         choices = []
         for index, (text, scored, end) in enumerate(zip(texts, scores, done, strict=True)):
-            choice: dict[str, Any] = {"index": index, "finish_reason": end.finish}
+            called = calls[index] if calls else ()
+            finish = finish_of(end, called=bool(called))
+            choice: dict[str, Any] = {"index": index, "finish_reason": finish}
             choice["logprobs"] = None if scored is None else self.logprobs(scored)
             if self._chat:
-                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+                content = text if text or not called else None
+                choice["message"] = {"role": "assistant", "content": content, "refusal": None}
+                if called:
+                    numbered = enumerate(called)
+                    choice["message"]["tool_calls"] = [_call(call, i) for i, call in numbered]
             else:
                 choice["text"] = text
             choices.append(choice)
@@ -63,6 +130,11 @@ class Reply:
         if self._chat:
             return self._chunk(index, delta={"content": text}, logprobs=logprobs)
         return self._chunk(index, text=text, logprobs=logprobs)
+
+    def call(self, index: int, call: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """A chunk with call `number` of an answer."""
+        delta = {"tool_calls": [{"index": number, **_call(call, number)}]}
+        return self._chunk(index, delta=delta)
 
     def end(self, index: int, finish: str) -> dict[str, Any]:
         """The last chunk of an answer."""

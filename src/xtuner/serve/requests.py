@@ -6,15 +6,17 @@ anyway. Fields that only carry information for the service (`user`, `metadata`, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from xtuner.calls.read import CallFormatError, read_tool
 from xtuner.errors import ConfigError
 from xtuner.generation.generate import GenerationOptions
 
 MOST_ANSWERS = 8
+MOST_TOOLS = 128
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _ONLY: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, None),
@@ -147,6 +149,8 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -159,6 +163,20 @@ class ChatRequest(_Request):
         if self.top_logprobs and not self.logprobs:
             raise ConfigError("top_logprobs has no effect without logprobs = true")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def read_tools(body: ChatRequest) -> tuple[Mapping[str, Any], ...]:
+    """The tools that the model may call.
+
+    Raises:
+        ConfigError: one is no tool.
+    """
+    if body.tool_choice == "none":
+        return ()
+    try:
+        return tuple(read_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ()))
+    except CallFormatError as error:
+        raise ConfigError(str(error)) from error
 
 
 class CompletionRequest(_Request):

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, written by all of its processes."""
+"""Writes the checkpoints of a run, on all of its processes."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from xtuner.templates.base import Template
 from xtuner.training.vision import RunVision
 
 _WRAPPED = "model."
-"""What stands before a name of the language model in `PackedCausalLM`."""
+"""Prefix of the language model's parameter names in `PackedCausalLM`."""
 
 
 @dataclass(frozen=True)
 class CheckpointWriter:
-    """Saves checkpoints of a run, and brings back what a resume needs.
+    """Saves the checkpoints of a run, and restores them for a resume.
 
     Attributes:
-        settings: of the run.
-        store: where checkpoints go.
-        strategy: holds weights and optimizer state.
-        model: the language model, in PEFT's wrapper where it has adapters.
-        tokenizer, template: of the run.
-        identity: plain values that a resumed run should share.
-        dtype: of the computation.
-        loss_scaler: of a run in float16.
-        vision: holds the trained parts of a model with images; None without.
-        console: where it says what was saved.
+        settings: The run's settings.
+        store: The checkpoint store.
+        strategy: Holds weights and optimizer state.
+        model: The language model, in a PEFT wrapper if it has adapters.
+        tokenizer, template: The run's tokenizer and template.
+        identity: Plain values that a resumed run should share.
+        dtype: The dtype of the computation.
+        loss_scaler: The loss scaler of a float16 run.
+        vision: Holds the trained parts of an image model; None without image input.
+        console: The console for messages.
     """
 
     settings: Settings
@@ -63,7 +63,7 @@ class CheckpointWriter:
         """Save the current step of `run`; a collective call.
 
         Raises:
-            LaunchError: the disk or memory is full.
+            LaunchError: The disk or memory is full.
         """
         path = self.store.save(
             run.count,
@@ -73,10 +73,10 @@ class CheckpointWriter:
         self.console.print(f"Saved {path}", markup=False)
 
     def restore(self, source: Path, run: Run) -> None:
-        """Bring back the optimizer and the step from checkpoint `source`.
+        """Restore the optimizer and the step from checkpoint `source`.
 
         Raises:
-            CheckpointError: it is damaged or belongs to other trainable weights.
+            CheckpointError: It is damaged or belongs to other trainable weights.
         """
         run.step, changed = load_state(
             source,
@@ -88,13 +88,13 @@ class CheckpointWriter:
         self.console.print(f"Resuming from {source} at step {run.step}.", markup=False)
         if changed:
             self.console.print(
-                "Note: what changed since makes this run differ from a straight one: "
+                "Note: these changes make this run differ from an uninterrupted one: "
                 + "; ".join(changed),
                 markup=False,
             )
 
     def _write(self, folder: Path, run: Run) -> None:
-        """Write this process's part: gathering is for all, writing for the main one."""
+        """Gather on all processes, and write on the main process."""
         keep = Spill(folder).keep if self.strategy.gathers else as_it_is
         weights = self._trained_weights(keep)
         optimizer = self.strategy.optimizer_state(keep)
@@ -119,10 +119,8 @@ class CheckpointWriter:
         )
 
     def _trained_weights(self, keep: Keep) -> dict[str, Tensor]:
-        """The trained weights by their names in `model`; on the main process.
-
-        Where every process holds all weights these are no copies; where weights are gathered they
-        lie on the disk.
+        """The trained weights by their names in `model`, on the main process. They are not copies
+        if every process holds all weights; gathered weights are kept on disk.
         """
         first = {id(p): name for name, p in self.model.named_parameters()}
         names = {

@@ -1,4 +1,4 @@
-"""Threads and kernels of a run: made ready, and said in a line."""
+"""Prepares threads and kernels of a run, and describes them in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xtuner.parallel.processes import Processes
 
 
 def prepare_computing(settings: Settings, processes: Processes, dtype: torch.dtype) -> str:
-    """Get threads and kernels ready, and say which."""
+    """Prepare threads and kernels, and describe them."""
     return "; ".join(_prepared(settings, processes, dtype))
 
 
@@ -24,16 +24,16 @@ def _prepared(settings: Settings, processes: Processes, dtype: torch.dtype) -> I
     on_cpu, wanted = processes.device.type == "cpu", settings.num_threads
     if on_cpu and host.keep_freed_memory():
         host.ask_for_huge_pages()
-    if on_cpu or wanted:  # a GPU's run does not wait for products on the CPU to be measured
+    if on_cpu or wanted:  # a run on a GPU does not wait for measurements of CPU kernels
         yield threads.choose_threads(wanted, dtype, processes.world_size)
     yield compiled.state() if on_cpu else liger.state(processes.device)
 
 
 def choose_attention(s: Settings, processes: Processes, dtype: torch.dtype) -> str:
-    """Choose the kernels of attention, and say which.
+    """Choose the attention kernels, and describe them.
 
     Raises:
-        ModelError: the model cannot be found.
+        ModelError: The model cannot be found.
     """
     config = located_config(s.pretrained_model_name_or_path, trust_remote_code=s.trust_remote_code)
     return attention_line(config, processes.device, dtype, implementation=s.attn_implementation)

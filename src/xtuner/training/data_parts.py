@@ -1,5 +1,5 @@
-"""What reading the data of a run takes besides its settings: training and the commands that show or
-check data open the same parts."""
+"""The parts that read the data of a run, shared by training and the commands that show or check
+data."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from xtuner.training.vision import image_layout_of
 
 @dataclass(frozen=True)
 class DataParts:
-    """The parts, made in the order in which they need each other.
+    """The parts, created in the order of their dependencies.
 
     Attributes:
-        settings: of the run, with `pack_to_max_length` decided.
-        folder: of the settings file.
-        tokenizer: of the model; knows the token ``<image>`` if the model takes images.
-        algorithm: which records it takes, and which sequences it makes of them.
-        template: lays out conversations.
-        image_layout: how images are expanded to tokens; None if the model takes no images.
-        packing: a line to show where the model decided against packing.
-        vocab_size: number of embeddings of the model, if the tokenizer has tokens beyond them.
+        settings: The run's settings, with `pack_to_max_length` resolved.
+        folder: The folder of the settings file.
+        tokenizer: The model's tokenizer, with the token ``<image>`` if the model takes images.
+        algorithm: Determines which records are accepted and how they become sequences.
+        template: Renders conversations.
+        image_layout: How images are expanded to tokens; None if the model takes no images.
+        packing: A line to show if the model does not support packing.
+        vocab_size: Number of embeddings of the model, if the tokenizer has tokens beyond them.
     """
 
     settings: Settings
@@ -52,10 +52,10 @@ class DataParts:
 
     @classmethod
     def open(cls, loaded: LoadedSettings) -> DataParts:
-        """Make the parts.
+        """Create the parts.
 
         Raises:
-            XTunerError: the tokenizer, template, algorithm or vision tower cannot be used.
+            XTunerError: The tokenizer, template, algorithm or vision tower cannot be used.
         """
         folder = loaded.folder
         settings, packing = resolve_packing(loaded.settings)
@@ -66,7 +66,7 @@ class DataParts:
         template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
         vocab_size = check_tokenizer(tokenizer, template, facts_of(settings))
         image_layout = image_layout_of(settings, tokenizer, folder=folder)
-        if image_layout is not None:  # the token <image> may change what the template writes
+        if image_layout is not None:  # the token <image> may change the template's output
             template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
         return cls(
             settings, folder, tokenizer, algorithm, template, image_layout, packing, vocab_size
@@ -79,7 +79,7 @@ class DataParts:
         return {name: getattr(self, name) for name in names}
 
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:
-        """The packs of the run, and those of `validation_path`; see `data.build.build`."""
+        """The packs of the training data and of `validation_path`; see `data.build.build`."""
         data = build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
         if not self.settings.validation_path:
             return data
@@ -96,11 +96,11 @@ class DataParts:
     def build_once(
         self, processes: Processes, *, report_dir: Path | None
     ) -> tuple[TrainingData, str]:
-        """The packs, encoded by one process; the others then find everything in the cache.
+        """The packs, encoded by one process; the others then read them from the cache.
 
         Args:
-            processes: those of the run.
-            report_dir: see `data.build.build`.
+            processes: The processes of the run.
+            report_dir: See `data.build.build`.
 
         Returns:
             The packs, and on several nodes where they were encoded.
@@ -110,7 +110,7 @@ class DataParts:
         return data, once.note
 
     def loader(self, dataset: PackedDataset, *, collate: Collate, processes: Processes) -> Loader:
-        """Hands this process its share of `dataset`."""
+        """Returns the loader of this process's share of `dataset`."""
         s = self.settings
         assert s.accumulative_counts != "auto", "see config.recipe"
         return Loader(

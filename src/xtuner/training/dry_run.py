@@ -1,4 +1,4 @@
-"""What a run would take, found out without reading weights or data."""
+"""Estimates what a run needs without reading weights or data."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from xtuner.training.preflight import check_run
 
 
 def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int = 1) -> bool:
-    """Print what training would take, without reading weights or data; whether it fits.
+    """Print what training needs, without reading weights or data; return whether it fits.
 
     Args:
-        loaded: checked settings with their name.
-        memory: bytes to plan for; None takes what is free on the device.
-        processes: how many would train; those on a CPU share `memory`.
+        loaded: Checked settings with their name.
+        memory: Bytes to plan for; None uses the free memory of the device.
+        processes: Number of processes; on a CPU they share `memory`.
 
     Raises:
-        XTunerError: the model cannot be found, the forecast failed, or nobody says how much memory
-            a GPU has that is not here.
+        XTunerError: The model cannot be found, the forecast failed, or the memory of a missing GPU
+            was not given.
     """
     settings = loaded.settings
     device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
@@ -37,7 +37,7 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     if packing:
         console.print(f"Samples      {packing}", markup=False)
     if plan.forecast.failure:
-        raise LaunchError("nothing can be said of the memory of this run; training may work")
+        raise LaunchError("the memory of this run is unknown; training may work")
     console.print(
         f"{'Fits' if plan.fits else 'Does not fit'} in {plan.memory / 2**20:,.0f} MiB"
         f"{f' for each of {processes} processes' if processes > 1 else ''}; rows of "

@@ -1,8 +1,8 @@
-"""What a run measures and asks on the way: the validation loss and the sample answers.
+"""Evaluation during a run: the validation loss and the sample answers.
 
-Both are collective. The validation split is shared out among the data ranks and summed once.
-Questions are shared out where every process holds the whole model; where weights are sharded, all
-processes answer all of them together, with the token ids of rank 0.
+Both are collective. The validation split is distributed over the data ranks and summed once.
+Questions are distributed if every process holds the entire model; if weights are sharded, all
+processes answer all questions together, with the token ids of rank 0.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Validation:
     """The mean loss on the validation split.
 
     Attributes:
-        strategy: holds the model.
-        dataset: the split.
-        algorithm: gives summed losses and what they are divided by.
-        collate: makes a batch of samples.
+        strategy: Holds the model.
+        dataset: The validation split.
+        algorithm: Computes summed losses and their divisor.
+        collate: Collates samples to a batch.
     """
 
     strategy: BaseStrategy
@@ -47,10 +47,10 @@ class Validation:
     collate: Collate
 
     def measure(self) -> float:
-        """Measure it; a collective call.
+        """Measure the validation loss; a collective call.
 
         Raises:
-            DataError: a row cannot be read any more, on any process.
+            DataError: A row can no longer be read, on any process.
         """
         processes, model = self.strategy.processes, self.strategy.model
         total = count = 0.0
@@ -80,18 +80,18 @@ class Validation:
             return None, error
 
     def _stops(self, fault: DataError | None) -> bool:
-        """Whether this process reads no further; all together where they need each other."""
+        """Whether this process stops reading; a joint decision if forward passes are collective."""
         if not self._in_step():
             return fault is not None
         return bool(self.strategy.processes.sum([float(fault is not None)])[0])
 
     def _in_step(self) -> bool:
-        """Whether a forward pass takes other processes."""
+        """Whether a forward pass needs other processes."""
         return self.strategy.sharded or self.strategy.processes.sequence is not None
 
     def _share(self) -> list[tuple[int, bool]]:
-        """The packs of this process, and whether each counts; the first one again fills up where
-        all processes have to make equally many forward passes."""
+        """The packs of this process, and whether each counts. If all processes must make the same
+        number of forward passes, the first pack is repeated as padding."""
         processes, packs = self.strategy.processes, len(self.dataset)
         own = list(range(processes.data_rank, packs, processes.data_world_size))
         missing = -(-packs // processes.data_world_size) - len(own)
@@ -101,16 +101,16 @@ class Validation:
 
 @dataclass(frozen=True)
 class SampleAnswers:
-    """Asks the model in training.
+    """Asks the model questions during training.
 
     Attributes:
         settings: of the run.
-        model: in training; enters generation without its wrapper for packed rows.
+        model: The model in training; generation uses it without the wrapper for packed rows.
         tokenizer, template: of the run.
-        processes: this process and the others.
-        sharded: all processes have to make the same forward passes.
-        vision: shows images; None if the model takes none.
-        entrance: what the strategy made of `model`, where weights are sharded; None elsewhere.
+        processes: The process group.
+        sharded: All processes must make the same forward passes.
+        vision: Adds images; None if the model takes none.
+        entrance: The strategy's module if weights are sharded, otherwise None.
     """
 
     settings: Settings
@@ -123,7 +123,7 @@ class SampleAnswers:
     entrance: Any = None
 
     def answer(self, question: str, *images: str) -> str:
-        """The answer to one question; a collective call only where weights are sharded."""
+        """The answer to one question; a collective call only if weights are sharded."""
         with self._autocast():
             pieces = stream(
                 self.model.model,
@@ -141,7 +141,7 @@ class SampleAnswers:
         """The answers to all questions, in order, on every process; a collective call.
 
         Raises:
-            XTunerError: a question cannot be answered, on any process.
+            XTunerError: A question cannot be answered, on any process.
         """
         if self.sharded or self.processes.world_size == 1:
             return self._answers(questions)
@@ -177,7 +177,8 @@ class SampleAnswers:
         return self.proceed(prompts, max_new_tokens)
 
     def _answers(self, questions: Sequence[Question]) -> list[str]:
-        """The answers of this process: one batch, or one by one with images or sharded weights."""
+        """The answers of this process: in one batch, or one by one with images or sharded
+        weights."""
         if self.sharded or any(images for _, images in questions):
             return [self.answer(question, *images) for question, images in questions]
         with self._autocast():
@@ -205,10 +206,11 @@ class SampleAnswers:
         return torch.autocast(self.processes.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _within(self) -> Callable[[Callable[[], Any]], Any] | None:
-        """Enters the model through its outermost module, where weights are gathered."""
+        """Calls the model through its outermost module, which gathers weights."""
         entrance = self.entrance
         return None if entrance is None else lambda run: entrance(None, run=run)
 
     def _agree(self) -> Callable[[Tensor], Tensor] | None:
-        """Makes the next token that of rank 0, so that no process ends its answer earlier."""
+        """Replaces the next token by rank 0's, so that all processes end an answer at the same
+        step."""
         return self.processes.broadcast if self.sharded else None

@@ -1,10 +1,11 @@
-"""What a run has learned, asked at its end: rows of its own data, and everyday questions.
+"""Checks at the end of a run what the model learned: it is asked rows of its own data and everyday
+questions.
 
     before the first step   everyday questions ─► answers
     at the end              rows of the data, everyday questions ─► one line, final_check.json
 
-A low loss does not tell whether the model gives the trained answers, nor whether it still answers
-anything else.
+A low loss shows neither that the model gives the trained answers, nor that it still answers other
+questions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,14 @@ from xtuner.types import Sample
 
 FILE_NAME = "final_check.json"
 MAX_TOKENS = 48
-"""Tokens of an answer that are compared."""
+"""Number of tokens of an answer that are compared."""
 EVERYDAY_TOKENS = 24
 SIMILAR = 0.6
-"""An everyday answer is unchanged if this share of its characters is found again in order."""
+"""An everyday answer counts as unchanged if this share of its characters reappears in order."""
 FEWEST_PROMPT = 4
-"""A sample that begins with its answer cannot be asked."""
+"""A sample that begins with its answer has no question to ask."""
 SMALL = 5_000
-"""With more rows than this nobody expects to find each answer again."""
+"""With more rows than this, a model is not expected to reproduce each answer."""
 EVERYDAY = {
     "en": (
         "What is the capital of France?",
@@ -47,9 +48,9 @@ EVERYDAY = {
 }
 
 Continue = Callable[[Sequence[Sequence[int]], int], list[str]]
-"""Greedy continuations of prompts (token ids), of at most so many tokens."""
+"""Returns greedy continuations of prompts (token ids), of at most the given number of tokens."""
 Ask = Callable[[Sequence[str], int], list[str]]
-"""Greedy answers to questions, of at most so many tokens."""
+"""Returns greedy answers to questions, of at most the given number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,18 @@ class AskedRow:
     Attributes:
         prompt, expected: token ids before the first answer of the row, and of the answer.
         row: where it is from.
+        others: other answers of the data to the same prompt.
     """
 
     prompt: list[int]
     expected: list[int]
     row: str
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
 class Findings:
-    """What was asked, and what the model said; each answer is a dict as in final_check.json."""
+    """Questions and the model's answers; each answer is a dict as in final_check.json."""
 
     training: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
@@ -98,15 +101,15 @@ class Findings:
 
 
 class FinalCheck(BaseHook):
-    """Asks at the end of a run.
+    """Asks the questions at the end of a run.
 
     Args:
-        rows: of the training data.
-        validation: of the validation split.
-        number_of_rows: of the training data.
-        decode: token ids to text.
-        proceed, ask: of the model in training; collective calls where `sharded`.
-        sharded: all processes ask together; otherwise the main one alone.
+        rows: Rows of the training data.
+        validation: Rows of the validation split.
+        number_of_rows: Number of training rows.
+        decode: Decodes token ids to text.
+        proceed, ask: Generate with the model in training; collective calls if `sharded`.
+        sharded: All processes ask together; otherwise only the main process does.
     """
 
     order = 12
@@ -132,17 +135,17 @@ class FinalCheck(BaseHook):
         self._questions = EVERYDAY.get(language_of(texts), EVERYDAY["en"])
 
     def on_start(self, run: Run) -> None:
-        """Ask everyday questions of the model as it is."""
+        """Ask the everyday questions before the first step."""
         if run.step == 0 and self._takes_part(run):
             with working(run.console, f"Asking {len(self._questions)} everyday questions"):
                 self._before = self._ask(self._questions, EVERYDAY_TOKENS)
 
     def on_step(self, run: Run) -> None:
-        """Keep the lowest validation loss."""
+        """Record the lowest validation loss."""
         self._lowest = min(self._lowest, run.scalars.get("val_loss", self._lowest))
 
     def on_end(self, run: Run) -> None:
-        """Ask, and say what was seen and what to change."""
+        """Ask all questions, and report the findings and what to change."""
         if not self._takes_part(run):
             return
         with working(run.console, "Asking rows of the data and everyday questions"):
@@ -160,7 +163,8 @@ class FinalCheck(BaseHook):
 
     def _findings(self) -> Findings:
         rows = [*self._rows, *self._validation]
-        most = max((len(row.expected) for row in rows), default=0)
+        answers_of = [answer for row in rows for answer in (row.expected, *row.others)]
+        most = max(map(len, answers_of), default=0)
         answers = self._continue([row.prompt for row in rows], most + 1) if rows else []
         asked = [self._compared(row, answer) for row, answer in zip(rows, answers, strict=True)]
         after = self._ask(self._questions, EVERYDAY_TOKENS) if self._before else []
@@ -173,7 +177,8 @@ class FinalCheck(BaseHook):
 
     def _compared(self, row: AskedRow, answer: str) -> dict[str, Any]:
         expected = _plain(self._decode(row.expected))
-        same = _plain(answer)[: len(expected)] == expected
+        wanted = [expected, *(_plain(self._decode(other)) for other in row.others)]
+        same = any(_plain(answer)[: len(text)] == text for text in wanted)
         question = _plain(self._decode(row.prompt))
         return {
             "row": row.row,
@@ -188,14 +193,14 @@ class FinalCheck(BaseHook):
         s, texts = run.settings, []
         if findings.learned_few and findings.training and self._number <= SMALL:
             texts.append(
-                f"Few training answers are word for word those of the data. To learn them, raise "
-                f"max_epochs (now {s.max_epochs}) or lr (now {s.lr:g}); where other words will do, "
-                "judge by questions of your own (evaluation_inputs)."
+                f"Few training answers match the data word for word. To learn them, raise "
+                f"max_epochs (now {s.max_epochs}) or lr (now {s.lr:g}); if other wordings are "
+                f"fine, judge by your own questions (evaluation_inputs)."
             )
         if findings.forgot and findings.everyday:
             texts.append(
-                "Most everyday answers changed: the model answers in the way of the data, or "
-                "forgets. If that matters, mix in ordinary conversations (data_path takes a list), "
+                "Most everyday answers changed: the model answers in the style of the data, or "
+                "forgets. If that matters, add general conversations (data_path takes a list), "
                 f"or lower max_epochs (now {s.max_epochs}) or lr (now {s.lr:g})."
             )
         last = run.scalars.get("val_loss")
@@ -210,7 +215,7 @@ class FinalCheck(BaseHook):
 def final_check(
     settings: Settings, data: TrainingData, asked: SampleAnswers
 ) -> tuple[FinalCheck, ...]:
-    """The check of a run; none if the settings want none, or rows of the data are no questions."""
+    """Create the check of a run; None if it is disabled or the rows have no questions."""
     number = 0 if settings.has_vision else settings.evaluation_rows
     rows = asked_rows(data.train, number)
     if not rows:
@@ -237,11 +242,27 @@ def asked_rows(dataset: PackedDataset | None, number: int) -> list[AskedRow]:
     if len(rows) < number:
         others = (asked_row(s) for i in picked for s in dataset[round(i)][1:])
         rows += [row for row in others if row is not None]
-    return rows[:: max(1, len(rows) // number)][:number]
+    chosen = rows[:: max(1, len(rows) // number)][:number]
+    return chosen if dataset.num_samples > SMALL else _with_others(dataset, chosen)
+
+
+def _with_others(dataset: PackedDataset, rows: Sequence[AskedRow]) -> list[AskedRow]:
+    """`rows` with the other answers of the data to the same prompts."""
+    found: dict[tuple[int, ...], set[tuple[int, ...]]] = {tuple(r.prompt): set() for r in rows}
+    for index in range(len(dataset)):
+        for asked in filter(None, map(asked_row, dataset[index])):
+            answers = found.get(tuple(asked.prompt))
+            if answers is not None:
+                answers.add(tuple(asked.expected))
+    return [
+        replace(row, others=tuple(sorted(found[tuple(row.prompt)] - {tuple(row.expected)})))
+        for row in rows
+    ]
 
 
 def asked_row(sample: Sample) -> AskedRow | None:
-    """`sample` up to its first answer, and the answer; None for text without a question."""
+    """Split `sample` into the tokens before its first answer and the answer; None for text without
+    a question."""
     if sample.images or sample.lengths:
         return None
     supervised = np.flatnonzero(sample.loss_mask)
@@ -263,11 +284,11 @@ def _share(found: Sequence[dict[str, Any]], key: str, words: str) -> str:
 
 
 def _alike(before: str, after: str) -> bool:
-    """Whether two answers say nearly the same."""
+    """Whether two answers are nearly the same."""
     one, other = _plain(before), _plain(after)
     if not one or not other:
         return one == other
-    length = min(len(one), len(other))  # an answer that goes on is no other answer
+    length = min(len(one), len(other))  # a longer answer is not a different one
     return difflib.SequenceMatcher(None, one[:length], other[:length]).ratio() >= SIMILAR
 
 

@@ -1,7 +1,7 @@
-"""What can be checked of a run before torch is imported, which takes seconds.
+"""Checks of a run that need no torch, whose import takes seconds.
 
 Files of the data and their columns, the folder of the model, the names of optimizer and attention.
-Everything here is checked again where it is used; this module only tells sooner.
+Everything is checked again where it is used; this module only reports problems sooner.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xtuner.errors import ConfigError, XTunerError, did_you_mean, listed
 from xtuner.hub import fetch
 
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""Values of `attn_implementation`, and the package that each needs."""
+"""Values of `attn_implementation` and the package that each requires."""
 _NO_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam", "GlobalOptimManager")
 
 
@@ -28,7 +28,7 @@ def first_check(loaded: LoadedSettings) -> None:
     """Check `loaded` without importing torch.
 
     Raises:
-        XTunerError: a file, folder or name cannot be used; all problems are listed.
+        XTunerError: A file, folder or name cannot be used; all problems are listed.
     """
     settings, problems = loaded.settings, list[XTunerError]()
     try:
@@ -54,7 +54,7 @@ def _problems(settings: Settings) -> Iterator[str]:
     name = settings.optim_type
     if known and name not in known and not plugins.is_user_path(name):
         yield (
-            f"optim_type = {name!r}: there is no such optimizer{did_you_mean(name, known)}; "
+            f"optim_type = {name!r}: unknown optimizer{did_you_mean(name, known)}; "
             f"allowed: {', '.join(known)}"
         )
     package = _PACKAGES.get(settings.attn_implementation)
@@ -66,9 +66,8 @@ def _problems(settings: Settings) -> Iterator[str]:
 
 
 def model_problem(setting: str, name: str) -> Iterator[str]:
-    """Yield why the model `name` cannot be loaded, as far as its folder tells.
-
-    A name on the hub is not looked up.
+    """Yield reasons, found in its folder, why the model `name` cannot be loaded. A hub name is not
+    looked up.
     """
     path = Path(name).expanduser()
     if not path.exists():
@@ -88,7 +87,7 @@ def model_problem(setting: str, name: str) -> Iterator[str]:
                 "the two first (`xtuner convert merge`)"
             )
         else:
-            yield f"{setting} = {name!r}: is not the folder of a model: it has no config.json"
+            yield f"{setting} = {name!r}: is not a model folder: it has no config.json"
         return
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -96,11 +95,12 @@ def model_problem(setting: str, name: str) -> Iterator[str]:
         yield f"{setting} = {name!r}: config.json cannot be read: {error}"
         return
     if not isinstance(content, dict) or "model_type" not in content:
-        yield f"{setting} = {name!r}: config.json names no model_type, so it is not of a model"
+        yield f"{setting} = {name!r}: config.json names no model_type, so this is not a model"
 
 
 def optimizer_names() -> list[str]:
-    """The optimizers of torch and bitsandbytes, read from their sources; empty if that fails."""
+    """The names of torch's and bitsandbytes' optimizers, read from their source; empty if that
+    fails."""
     found: set[str] = set()
     for package in ("torch", "bitsandbytes"):
         spec = importlib.util.find_spec(package)

@@ -1,4 +1,4 @@
-"""Whether a run records its decoder as CUDA graphs."""
+"""Decides whether a run records its decoder as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ def use(
     fits: bool,
     console: Console,
 ) -> None:
-    """Let `model` replay its decoder, as `cuda_graphs` says and as far as it can be done.
+    """Let `model` replay its decoder, according to `cuda_graphs` and if it is possible.
 
     Args:
-        model: whose decoder is recorded.
-        settings: of the run.
-        strategy: prepared.
-        fits: whether the forecast has room for gradients during a forward pass.
-        console: for a note on why graphs are not used.
+        model: The model whose decoder is recorded.
+        settings: The run's settings.
+        strategy: A prepared strategy.
+        fits: Whether the forecast leaves memory for gradients during a forward pass.
+        console: For a note on why graphs are not used.
 
     Raises:
-        TrainingError: `cuda_graphs` is True and it cannot be done; also later, by the model.
+        TrainingError: `cuda_graphs` is True and graphs cannot be used; the model may also raise it
+            later.
     """
 
     def say(why: str) -> None:
@@ -62,19 +63,19 @@ def use(
 
 
 def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy) -> Iterator[str]:
-    """Why the decoder cannot be recorded, as far as it is known beforehand."""
+    """Why the decoder cannot be recorded, if that is known in advance."""
     if not (torch.version.cuda or torch.version.hip):
-        yield "this torch has none"
+        yield "this build of torch has none"
     if strategy.sharded:
         yield "weights are gathered from other processes"
     if model.sequence is not None:
         yield "processes share the tokens of a row"
     if model.apart:
-        yield "samples go through the model one at a time"
+        yield "the model takes one sample at a time"
     if model.causal.config.get_text_config()._attn_implementation != packed.NAME:
         yield f"attn_implementation = {settings.attn_implementation!r}"
     if settings.effective_quantization == "int8":
-        yield "8-bit weights look for outliers on the CPU"
+        yield "8-bit weights search for outliers on the CPU"
     if not settings.packs:
         yield "rows have different lengths (pack_to_max_length = False)"
     if not model.reads_embeddings_alone():

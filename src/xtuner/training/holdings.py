@@ -1,4 +1,4 @@
-"""What each process of a run holds: weights, gradients, optimizer state and activations."""
+"""Describes what each process of a run holds: weights, gradients, optimizer state, activations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from xtuner.engine.strategies.base import BaseStrategy
 def holdings(
     strategy: BaseStrategy, *, weights: int, gradients: int, optimizer: int
 ) -> Iterator[str]:
-    """Yield what one of several processes holds; nothing for one that holds all.
+    """Yield lines on what one of several processes holds; nothing if each holds everything.
 
     Args:
-        strategy: prepared.
-        weights: bytes of all weights.
-        gradients: bytes of all gradients.
-        optimizer: bytes of all optimizer state, as forecast; 0 if unknown.
+        strategy: A prepared strategy.
+        weights: Bytes of all weights.
+        gradients: Bytes of all gradients.
+        optimizer: Forecast bytes of all optimizer state; 0 if unknown.
     """
     count, name = strategy.processes.world_size, strategy.settings.strategy
     if count == 1 and name == "replicated":
         return
     shares = strategy.division(count)
-    where = " (in the CPU's memory)"
+    where = " (in CPU memory)"
     parts = [
         f"weights {_part(strategy.held_weights(), weights)}{where * shares.weights_on_cpu}",
         f"gradients {_part(gradients * shares.gradients, gradients)}",
@@ -36,7 +36,7 @@ def holdings(
 
 
 def _part(held: float, everything: int) -> str:
-    """Bytes that are held, of how many."""
+    """The bytes that are held and the total."""
     if not everything:
         return "unknown"
     return f"{held / 2**20:,.1f} of {everything / 2**20:,.1f} MiB"

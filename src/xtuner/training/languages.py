@@ -1,8 +1,8 @@
-"""Does the model know the language of the data? Said before training, from two numbers.
+"""Checks before training whether the model knows the language of the data, from two numbers.
 
-Bytes per token tell whether the tokenizer knows the script: 3.5 to 5 for a language that it was
-made for, below 2.2 where characters are split into pieces. The loss at the start, in bits per byte
-of text, tells whether the model can predict such text: about 1 for a language that it knows.
+Bytes per token show whether the tokenizer knows the script: 3.5 to 5 for its main languages, below
+2.2 if characters are split into pieces. The initial loss, in bits per byte of text, shows whether
+the model can predict such text: about 1 for a language that it knows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from xtuner.types import Batch, Sample
 
 FIRST_SAMPLES = 4
-"""Samples of the first pack that are looked at."""
+"""Number of samples of the first pack that are examined."""
 FEW_BYTES = 2.2
 MANY_BITS = 2.5
 _SHARE = 0.3
@@ -39,7 +39,7 @@ _NAMES = {
 
 
 def language_of(text: str) -> str:
-    """The script that most letters of `text` are of, as a language code; 'en' for Latin."""
+    """The script of most letters in `text`, as a language code; 'en' for Latin."""
     letters = [letter for letter in text if letter.isalpha()]
     if not letters:
         return "en"
@@ -47,14 +47,14 @@ def language_of(text: str) -> str:
         code: sum(low <= letter <= high for letter in letters for low, high in ranges)
         for code, ranges in _SCRIPTS.items()
     }
-    if shares["ja"] > 0.1 * len(letters):  # Japanese has Chinese characters, too
+    if shares["ja"] > 0.1 * len(letters):  # Japanese also uses Chinese characters
         return "ja"
     best = max(shares, key=lambda code: shares[code])
     return best if shares[best] > _SHARE * len(letters) else "en"
 
 
 def script_note(samples: Sequence[Sample], decode: Callable[[Sequence[int]], str]) -> str:
-    """A note if the tokenizer hardly knows the script of `samples`; else empty."""
+    """A note if the tokenizer hardly knows the script of `samples`; otherwise empty."""
     ids = [token for sample in samples for token in _supervised(sample)]
     text = decode(ids)
     code = language_of(text)
@@ -62,7 +62,7 @@ def script_note(samples: Sequence[Sample], decode: Callable[[Sequence[int]], str
         return ""
     characters = max(1, len(text))
     return (
-        f"the tokenizer needs {len(ids) / characters:.1f} tokens for a character of these rows: "
+        f"the tokenizer needs {len(ids) / characters:.1f} tokens per character of these rows: "
         f"this model hardly knows {_NAMES[code]} script, and will learn and answer poorly. Choose "
         f"a model that knows it{_KNOWN.get(code, '')}"
     )
@@ -72,7 +72,7 @@ _KNOWN = {"zh": ", such as Qwen3 or InternLM (`xtuner list-cfg -p qwen3`)"}
 
 
 def mean_loss(model: Any, batch: Batch) -> float:
-    """The loss of each supervised token of `batch` ``[1, N]``, on average; no gradients."""
+    """The mean loss of the supervised tokens of `batch` ``[1, N]``, without gradients."""
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -84,11 +84,11 @@ def mean_loss(model: Any, batch: Batch) -> float:
 def loss_note(
     loss: float, samples: Sequence[Sample], decode: Callable[[Sequence[int]], str]
 ) -> str:
-    """A note if the model cannot predict the answers of `samples`; else empty.
+    """A note if the model cannot predict the answers of `samples`; otherwise empty.
 
     Args:
-        loss: mean over their supervised tokens, before the first step.
-        samples: that it was measured on.
+        loss: The mean over their supervised tokens, before the first step.
+        samples: The samples on which it was measured.
         decode: token ids to text.
     """
     ids = [token for sample in samples for token in _supervised(sample)]
@@ -100,8 +100,8 @@ def loss_note(
         return ""
     return (
         f"the loss before training is {loss:.2f} ({bits:.1f} bits per byte; text in a language "
-        "that a model knows takes about 1): this model hardly knows what these rows are written "
-        "in, or they are not text. Expect little"
+        f"that a model knows takes about 1): the model hardly knows the language of these rows, "
+        f"or they are not text. Expect little"
     )
 
 

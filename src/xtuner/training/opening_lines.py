@@ -1,4 +1,4 @@
-"""The first lines of a run: what will be trained, on what, for how long, and where it goes."""
+"""The first lines of a run: what is trained, on which data, for how long, and where results go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xtuner.parallel.layout import RankLayout
 
 _FEW_NAMES = 4
 FEW_STEPS = 12
-"""Below this number of optimizer steps a fine-tune learns hardly anything."""
+"""With fewer optimizer steps, fine-tuning has hardly any effect."""
 
 
 def opening_lines(
@@ -26,7 +26,7 @@ def opening_lines(
     plan: MemoryPlan,
     *,
     dtype: torch.dtype,
-    means: tuple[str, str],
+    computing: tuple[str, str],
     layout: RankLayout,
     steps: tuple[int, Counter],
     data: Iterable[str],
@@ -37,27 +37,27 @@ def opening_lines(
     positions: str | None,
     work_dir: Path,
 ) -> Iterator[str]:
-    """Yield them in the order in which a reader asks.
+    """Yield the lines in the order of a reader's questions.
 
     Args:
-        s: settings of the run.
-        plan: its memory.
-        dtype: of the computation.
-        means: what is said of threads and kernels, and of attention.
-        layout: of the processes that take part.
-        steps: optimizer steps of the run, and how they are counted.
-        data: lines about the rows.
-        language: what is to be said of the script of the rows; may be empty.
-        chosen: settings that were 'auto' and are decided by the rows.
-        images: line about the vision tower.
-        packing: why samples are not packed, where the model decided.
-        positions: note on samples longer than the model's positions.
-        work_dir: where results go.
+        s: The run's settings.
+        plan: The memory plan.
+        dtype: The dtype of the computation.
+        computing: Lines on threads and kernels, and on attention.
+        layout: The layout of ranks.
+        steps: Optimizer steps of the run, and how they are counted.
+        data: Lines about the rows.
+        language: A note on the script of the rows; may be empty.
+        chosen: The values of 'auto' settings that depend on the rows.
+        images: Line about the vision tower.
+        packing: Why the model's samples are not packed.
+        positions: Note on samples longer than the model's positions.
+        work_dir: The folder of the results.
     """
     yield from lines_of_model(s, plan, dtype)
     if images:
         yield images
-    kernels, attention = means
+    kernels, attention = computing
     yield f"Computing    {_processes(layout)}{kernels}"
     yield f"Attention    {attention}"
     yield from data
@@ -83,11 +83,11 @@ def opening_lines(
     if idle := s.without_effect():
         notes.append(f"without effect here: {', '.join(idle)}")
     if plan.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
-        notes.append(f"a CPU has nothing to page to: {plain} takes the place of {s.optim_type}")
+        notes.append(f"paged optimizers need a GPU: {plain} replaces {s.optim_type}")
     if s.cuda_graphs is True and plan.device == "cpu":
-        notes.append("cuda_graphs changes nothing on a CPU")
+        notes.append("cuda_graphs has no effect on a CPU")
     if s.embedding_on_cpu is True and plan.device == "cpu":
-        notes.append("embedding_on_cpu changes nothing: all of the model is in the CPU's memory")
+        notes.append("embedding_on_cpu has no effect: the entire model is in CPU memory")
     yield from (f"Note         {note}" for note in notes)
     yield f"Results      {work_dir}\n"
 
@@ -97,7 +97,7 @@ def _taken(value: float) -> str:
 
 
 def _processes(layout: RankLayout) -> str:
-    """How many there are, and which share rows; empty for one."""
+    """The number of processes, and how many share rows; empty for one."""
     if layout.world_size == 1:
         return ""
     size = layout.sequence_world_size
@@ -106,12 +106,12 @@ def _processes(layout: RankLayout) -> str:
 
 
 def _shares(layout: RankLayout) -> str:
-    """What takes rows of its own."""
+    """The unit that takes its own rows."""
     return "processes" if layout.sequence_world_size == 1 else "groups"
 
 
 def lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:
-    """What is trained, on what, and the memory that it takes."""
+    """What is trained, on which device, and the memory it needs."""
     held = s.effective_quantization
     return [
         f"\nModel        {s.pretrained_model_name_or_path}, {s.algorithm} {s.tuning}"
@@ -122,14 +122,14 @@ def lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[st
 
 
 def _about(dtype: torch.dtype) -> str:
-    """What is particular about training in `dtype`."""
+    """What is special about training in `dtype`."""
     if dtype != torch.float16:
         return ""
-    return f" (trained weights in float32; the loss is scaled, by {INITIAL_SCALE:,.0f} at first)"
+    return f" (trained weights in float32; the loss scale starts at {INITIAL_SCALE:,.0f})"
 
 
 def _counted(s: Settings, total: int, counter: Counter) -> Iterator[str]:
-    """Where checkpoints fall, in a run that counts micro-batches."""
+    """Which checkpoints are saved, in a run that counts micro-batches."""
     if counter.unit == "optimizer_steps":
         return
     every = counter.of_run(s.save_steps, total)
@@ -145,35 +145,39 @@ def _counted(s: Settings, total: int, counter: Counter) -> Iterator[str]:
 
 
 def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[str]:
-    """The intervals that the run never reaches."""
+    """Intervals that the run never reaches."""
     end = counter.done(total)
-    rows = [("save_steps", s.save_steps, "only the end is saved")]
+    rows = [("save_steps", s.save_steps, "only the end of the run is saved")]
     if s.evaluation_inputs or s.validation_ratio or s.validation_path:
-        rows.append(("evaluation_freq", s.evaluation_freq, "asked only before and after training"))
-    rows.append(("logging_steps", s.logging_steps, "the log has only the last step"))
+        rows.append(
+            (
+                "evaluation_freq",
+                s.evaluation_freq,
+                "questions are asked only before and after training",
+            )
+        )
+    rows.append(("logging_steps", s.logging_steps, "only the last step is logged"))
     for name, every, so in rows:
         if every > end:
             yield f"{name} = {every:,} is more than the {end:,} {counter.words} of this run: {so}"
 
 
 def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
-    """What a beginner should know of the number of steps before the run, not after it."""
+    """What a beginner should know about the number of steps before the run, not after it."""
     notes = []
     end = counter.done(total)
     if s.max_steps and s.max_steps > end:
         notes.append(
-            f"max_steps = {s.max_steps} is not reached: max_epochs = {s.max_epochs} ends the run "
+            f"max_steps = {s.max_steps} will not be reached: max_epochs = {s.max_epochs} ends the "
+            f"run "
             f"at {end}; raise max_epochs"
         )
     elif s.max_steps and s.max_steps < end:
         notes.append(
-            f"max_steps = {s.max_steps} micro-batches end within step {total}: it is done whole, "
+            f"max_steps = {s.max_steps} micro-batches end within step {total}, which is completed, "
             f"with {end}"
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
-        notes.append(
-            f"only {total} steps: with so little data hardly anything is learned; set "
-            f"{hint}max_epochs = 'auto'"
-        )
+        notes.append(f"only {total} steps, too few to learn much; set {hint}max_epochs = 'auto'")
     return notes

@@ -1,4 +1,4 @@
-"""What a run checks before it reads data: whether model, tokenizer, optimizer and attention fit."""
+"""Checks before a run reads data: model, tokenizer, optimizer and attention."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def check_run(settings: Settings) -> None:
     """Check what a run needs besides data; all problems are reported together.
 
     Raises:
-        ConfigError: settings do not fit the model, or name what is not installed.
-        ModelError: the model cannot be trained.
+        ConfigError: Settings do not fit the model, or name a package that is not installed.
+        ModelError: The model cannot be trained.
     """
     facts = facts_of(settings)
     problems = [*_stored_weights(settings, facts), *_positions(settings, facts)]
@@ -61,21 +61,21 @@ def _positions(s: Settings, facts: ModelFacts) -> Iterator[str]:
     limit = facts.positions
     if limit and s.max_length > limit and facts.learned_positions:
         yield (
-            f"max_length = {s.max_length:,}: {facts.path} has {limit:,} learned positions and none "
-            f"for longer texts; set max_length = {limit} or less"
+            f"max_length = {s.max_length:,}: {facts.path} has {limit:,} learned positions and "
+            f"supports no longer texts; set max_length = {limit} or less"
         )
 
 
 def note_on_positions(s: Settings, train: PackedDataset) -> str | None:
-    """A note on samples that are longer than the texts the model was made for; None if none is."""
+    """A note on samples that are longer than the model's positions; None if there are none."""
     limit = facts_of(s).positions
     num_longer, longest = train.num_longer(limit) if limit and not s.has_vision else (0, 0)
     if not num_longer:
         return None
     samples = "1 sample is" if num_longer == 1 else f"{num_longer:,} samples are"
     return (
-        f"{samples} longer than the {limit:,} positions that the model was made for (the longest "
-        f"has {longest:,} tokens); it may do badly beyond them. max_length = {limit} cuts them"
+        f"{samples} longer than the model's {limit:,} positions (the longest has {longest:,} "
+        f"tokens); it may perform poorly beyond them. max_length = {limit} cuts them"
     )
 
 
@@ -90,7 +90,7 @@ def _check_attention(s: Settings) -> None:
     known = ["auto", "eager", *AttentionInterface().valid_keys()]
     if name not in known and "/" not in name:
         raise ConfigError(
-            f"attn_implementation = {name!r}: there is no such attention; use 'auto', 'sdpa', "
+            f"attn_implementation = {name!r}: unknown attention; use 'auto', 'sdpa', "
             f"'eager' or 'flash_attention_2'{did_you_mean(name, known)}"
         )
 
@@ -119,7 +119,7 @@ def _check_push(s: Settings) -> None:
 
 
 def tokens_without_embedding(tokenizer: Any, facts: ModelFacts) -> dict[str, int]:
-    """The tokens of `tokenizer` whose ids are beyond the model's embedding."""
+    """The tokens of `tokenizer` whose ids exceed the model's embedding."""
     if len(tokenizer) <= facts.vocab_size:
         return {}
     return {t: i for t, i in tokenizer.get_vocab().items() if i >= facts.vocab_size}
@@ -129,11 +129,11 @@ def check_tokenizer(tokenizer: Any, template: Template, facts: ModelFacts) -> in
     """Check that the model has an embedding for every token that a conversation needs.
 
     Returns:
-        The number of embeddings, if the tokenizer has tokens beyond them: rows with such tokens
-        cannot be used. None if all tokens have one.
+        The number of embeddings if the tokenizer has tokens beyond them: rows with such tokens
+            cannot be used. None if all tokens have an embedding.
 
     Raises:
-        ModelError: the template writes a token without an embedding.
+        ModelError: The template writes a token without an embedding.
     """
     extra = tokens_without_embedding(tokenizer, facts)
     if not extra:
@@ -148,9 +148,9 @@ def check_tokenizer(tokenizer: Any, template: Template, facts: ModelFacts) -> in
         shown = ", ".join(map(repr, names[:_MOST_NAMES])) + ", ..." * (len(names) > _MOST_NAMES)
         raise ModelError(
             f"{facts.path}: the tokenizer has {len(tokenizer):,} tokens, but the model only "
-            f"{facts.vocab_size:,} embeddings, and the template writes tokens without one (beyond "
-            f"it are {shown}). Give the tokenizer that belongs to the model; or set another "
-            "prompt_template; or grow the model first, with transformers: "
+            f"{facts.vocab_size:,} embeddings, and the template writes tokens without one ( "
+            f"{shown}). Use the tokenizer that belongs to the model, set another prompt_template, "
+            f"or enlarge the model first with transformers: "
             f"model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(...)"
         )
     return facts.vocab_size

@@ -1,4 +1,4 @@
-"""Send the result of a run to the hub (`push_to_hub`)."""
+"""Uploads the result of a run to the hub (`push_to_hub`)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_target(repo: str) -> None:
-    """Check before a run that its result can be sent to `repo`.
+    """Check before a run that its result can be uploaded to `repo`.
 
     Raises:
-        ConfigError: the name is not 'owner/name', or there is no access token.
+        ConfigError: The name is not 'owner/name', or there is no access token.
     """
     if not _REPO.fullmatch(repo):
         raise ConfigError(f"push_to_hub = {repo!r}: must be 'owner/name' on the hub")
@@ -34,24 +34,24 @@ def check_target(repo: str) -> None:
 
     if not get_token():
         raise ConfigError(
-            f"push_to_hub = {repo!r}: there is no access token of the hub; run `hf auth login`, or "
-            "set HF_TOKEN"
+            f"push_to_hub = {repo!r}: there is no access token for the hub; run `hf auth login` "
+            "or set HF_TOKEN"
         )
 
 
 def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
-    """Upload `checkpoint` without what only a resume needs, and without local paths.
+    """Upload `checkpoint`, without the files for resuming and without local paths.
 
     Args:
-        checkpoint: a folder ``iter_N``.
-        repo: 'owner/name'; made if it does not exist.
-        private: whether a new one is private.
+        checkpoint: A folder ``iter_N``.
+        repo: 'owner/name'; created if it does not exist.
+        private: Whether a new repository is private.
 
     Returns:
-        Its address.
+        The repository's URL.
 
     Raises:
-        LaunchError: the hub does not take it; the checkpoint is untouched.
+        LaunchError: The upload fails; the checkpoint is untouched.
     """
     from huggingface_hub import HfApi
 
@@ -76,7 +76,7 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
 
 
 def stage(checkpoint: Path, target: Path) -> None:
-    """Copy what others may see of `checkpoint` to the new folder `target`."""
+    """Copy the public files of `checkpoint` to the new folder `target`."""
     shutil.copytree(
         checkpoint, target, ignore=shutil.ignore_patterns(STATE_FILE, manifest.FILE_NAME, ".*")
     )
@@ -101,8 +101,8 @@ def stage(checkpoint: Path, target: Path) -> None:
 
 
 def public_name(base: str) -> str:
-    """The name on the hub of a base model that is a folder here: of a fetched model its own, else
-    the name of the folder."""
+    """The hub name of a base model that is a local folder: a fetched model's own name, otherwise
+    the folder's name."""
     folder = Path(base).expanduser()
     if not folder.is_absolute():
         return base
@@ -110,7 +110,7 @@ def public_name(base: str) -> str:
 
 
 def _named(value: Any) -> Any:
-    """A path as its last part: where data lay on this machine concerns nobody."""
+    """The last part of a path, so that local folders stay private."""
     if isinstance(value, list):
         return [_named(item) for item in value]
     local = isinstance(value, str) and value.startswith(("/", "~/"))

@@ -1,4 +1,4 @@
-"""Records a run beside its logs, and writes its report when it ends."""
+"""Records a run next to its logs, and writes a report when it ends."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Recording:
     """The record of one start, on the main process.
 
     Attributes:
-        record: the facts so far.
-        log_dir: where it is written.
-        work_dir: where the report is written.
-        console: where the report's path is printed.
+        record: The facts so far.
+        log_dir: Where the record is written.
+        work_dir: Where the report is written.
+        console: Where the report's path is printed.
     """
 
     record: RunRecord
@@ -81,18 +81,18 @@ def recording(
     folders: tuple[Path, Path],
     console: Console,
 ) -> Recording:
-    """The recording of a run that is about to start.
+    """Create the recording of a run that is about to start.
 
     Args:
-        loaded: settings of the run, as given.
-        settings: those with numbers in place of 'auto'.
-        plan: its memory.
+        loaded: The run's settings, as given.
+        settings: Those with numbers in place of 'auto'.
+        plan: The memory plan.
         dtype: of the computation.
-        processes: how many take part.
-        steps: the step it starts from, and the step at which it ends.
-        lines: what was printed.
-        folders: the log folder and the work dir.
-        console: where the report's path is printed.
+        processes: Number of processes.
+        steps: The first and the last step.
+        lines: The printed lines.
+        folders: The log folder and the work dir.
+        console: Where the report's path is printed.
     """
     given = loaded.settings.model_fields_set
     expected = plan.forecast

@@ -1,4 +1,4 @@
-"""What a training run leaves behind. Imports no torch: the public API shows it."""
+"""The result of a training run, part of the public API. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run left behind.
+    """The result of a training run.
 
     Attributes:
-        work_dir: folder of the checkpoints and logs.
-        checkpoint: the newest checkpoint; None if the run stopped before the first step.
-        step: optimizer steps done.
-        metrics: the numbers of the last step, such as `loss`, `lr` and `tokens_per_second`, and
-            `val_loss` where there is a validation split.
+        work_dir: Folder of the checkpoints and logs.
+        checkpoint: The newest checkpoint; None if the run stopped before the first step.
+        step: Optimizer steps completed.
+        metrics: The numbers of the last step, such as `loss`, `lr` and `tokens_per_second`, and
+            `val_loss` if there is a validation split.
     """
 
     work_dir: Path

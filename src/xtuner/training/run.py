@@ -1,4 +1,4 @@
-"""The composition root of training: the one module that knows every part and joins them.
+"""The composition root of training: the only module that knows and connects all parts.
 
 settings ─► tokenizer ─► template ─► data ─► loader ─► model ─► strategy ─► Trainer ─► checkpoints
 """
@@ -66,20 +66,20 @@ def train(
     resume: str | None = None,
     overwrite: bool = False,
 ) -> TrainResult:
-    """Train as `loaded` says.
+    """Train with the settings `loaded`.
 
     Args:
-        loaded: checked settings with their name.
-        work_dir: overrides the setting.
-        resume: 'last' or the name of a checkpoint in the work dir; None starts anew.
-        overwrite: delete the checkpoints of an earlier run in the work dir.
+        loaded: Checked settings with their name.
+        work_dir: Overrides the setting.
+        resume: 'last' or the name of a checkpoint in the work dir; None starts a new run.
+        overwrite: Delete the checkpoints of an earlier run in the work dir.
 
     Raises:
-        XTunerError: a fault that the user can mend.
-        Interrupted: after Ctrl-C or SIGTERM; the last finished step is saved.
+        XTunerError: A problem that the user can fix.
+        Interrupted: After Ctrl-C or SIGTERM; the last completed step is saved.
     """
     settings = loaded.settings
-    # Where DeepSpeed is installed transformers imports it, and it would warn that it found no GPU.
+    # If DeepSpeed is installed, transformers imports it, and it would warn that there is no GPU.
     os.environ.setdefault("DS_ACCELERATOR", pick_device(settings.device))
     processes = Processes(
         pick_device(settings.device),
@@ -97,14 +97,14 @@ def train(
     except Interrupted:
         processes.close()
         raise
-    # After a fault the others may be in the middle of a sum, where leaving would wait for them or
-    # reach them before this process has told why.
+    # After an error the others may be in the middle of a reduction: leaving the group would block,
+    # or stop them before this process has reported the error.
     processes.close()
     return result
 
 
 class _TrainingRun:
-    """The parts of one training run, made in the order in which they need each other."""
+    """The parts of one training run, created in the order of their dependencies."""
 
     def __init__(self, loaded: LoadedSettings, processes: Processes, work_dir: Path | None):
         self.loaded, self.settings, self.processes = loaded, loaded.settings, processes
@@ -125,7 +125,7 @@ class _TrainingRun:
             self.computing = prepare_computing(self.settings, processes, self.dtype)
 
     def train(self, resume: str | None, overwrite: bool) -> TrainResult:
-        """Make everything, then run the loop."""
+        """Create all parts, then run the training loop."""
         source = self._resumable(resume) if resume else None
         with working(self.console, "Loading the tokenizer"):
             self.parts = DataParts.open(self._loaded(source))
@@ -160,8 +160,8 @@ class _TrainingRun:
             writer.restore(source, run)
         if run.step >= total:
             self.console.print(
-                f"Nothing to do: {source} is at step {run.step} of {total}. "
-                "To go on, raise max_epochs or max_steps.",
+                f"Nothing to do: {source} is at step {run.step} of {total}. To continue, raise "
+                f"max_epochs or max_steps.",
                 markup=False,
             )
             return self._result(run)
@@ -268,7 +268,7 @@ class _TrainingRun:
         counter: Counter,
         total: int,
     ) -> Run:
-        """The state that hooks see, and what they may ask for."""
+        """The state that hooks see, and the functions that they can call."""
         self.asked = asked = SampleAnswers(
             settings=self.settings,
             model=model,
@@ -318,7 +318,7 @@ class _TrainingRun:
         )
 
     def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
-        """The main process makes the folders; the others look nothing up there."""
+        """Only the main process creates the folders and reads them."""
         if not self.processes.is_main:
             return WorkPlace(self.work_dir, self.work_dir)
         place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
@@ -330,7 +330,8 @@ class _TrainingRun:
         return self.vision.collate(algorithm) if self.vision else algorithm.collate
 
     def _make_model(self, source: Path | None) -> PackedCausalLM:
-        """Load and prepare the model, going on from `source`; verify its shortcuts."""
+        """Load and prepare the model, with weights from `source` if given, and verify its
+        shortcuts."""
         s, device = self.settings, str(self.processes.device)
         recompute = self.plan.forecast.recompute
         llm = make_trainable(
@@ -363,7 +364,7 @@ class _TrainingRun:
         return wrapped
 
     def _prepare(self, model: PackedCausalLM) -> None:
-        """Give the model to the strategy, and say what the user should know of what it chose."""
+        """Hand the model to the strategy, and print its notes."""
         s = self.settings
 
         def make(prepared: nn.Module) -> torch.optim.Optimizer:
@@ -392,14 +393,17 @@ class _TrainingRun:
             self.console.print(f"Note: {note}", markup=False)
 
     def _tell(self, data: TrainingData, counter: Counter, total: int) -> list[str]:
-        """Say in a few lines what will be done, and return them."""
+        """Print a few lines on what will be done, and return them."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
         lines = [
             *opening_lines(
                 self.settings,
                 self.plan,
                 dtype=self.dtype,
-                means=(self.computing, choose_attention(self.settings, self.processes, self.dtype)),
+                computing=(
+                    self.computing,
+                    choose_attention(self.settings, self.processes, self.dtype),
+                ),
                 layout=self.processes.layout,
                 steps=(total, counter),
                 data=data.report.lines(),
@@ -430,13 +434,13 @@ class _TrainingRun:
             self.old_weights.cleanup()
 
     def _old_weights(self, path: Path) -> Path:
-        """The weights of a checkpoint of XTuner 0.x, as a folder."""
+        """The weights of an XTuner 0.x checkpoint, as a folder."""
         self.old_weights = TemporaryDirectory(prefix="xtuner-")
         folder = Path(self.old_weights.name) / path.stem
         old_checkpoint.write_folder(path, self.settings, folder)
         self.console.print(
-            f"Note: {path} is a checkpoint of XTuner 0.x: the run starts from its weights, at step "
-            "0 and with a new optimizer.",
+            f"Note: {path} is an XTuner 0.x checkpoint: the run starts from its weights, at step "
+            f"0 with a new optimizer.",
             markup=False,
         )
         return folder

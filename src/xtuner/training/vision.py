@@ -1,4 +1,4 @@
-"""The parts of a run with image input, joined by `xtuner.training.run`."""
+"""The parts of a run with image input; `xtuner.training.run` connects them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from xtuner.types import Algorithm, Message
 
 
 def image_layout_of(settings: Settings, tokenizer: Any, *, folder: Path) -> ImageLayout | None:
-    """How the images of a run are laid out; None for a run without image input.
+    """How images are expanded to tokens; None for a run without image input.
 
     Args:
-        settings: of the run.
-        tokenizer: gets the token ``<image>`` where the model takes images.
-        folder: of the settings file.
+        settings: The run's settings.
+        tokenizer: Gets the token ``<image>`` if the model takes images.
+        folder: The folder of the settings file.
 
     Raises:
-        ModelError: the vision tower does not exist, or its configuration cannot be used.
-        DataError: the folder of the images does not exist.
+        ModelError: The vision tower does not exist, or its configuration cannot be used.
+        DataError: The folder of the images does not exist.
     """
     return _image_layout(settings, tokenizer, folder) if settings.has_vision else None
 
@@ -57,12 +57,12 @@ class RunVision:
     """The image input of a run.
 
     Attributes:
-        settings: of the run.
-        folder: of the settings file.
-        image_layout: what the data part knows of it.
-        features: where features are kept; None where they are computed each time.
-        parts: the model, after `join`.
-        image_input: gives images to the model for sample answers, after `join`.
+        settings: The run's settings.
+        folder: The folder of the settings file.
+        image_layout: How images are expanded to tokens, for the data.
+        features: The feature cache; None if features are computed each time.
+        parts: The model, after `join`.
+        image_input: Adds images to the model's sample answers, after `join`.
     """
 
     settings: Settings
@@ -77,12 +77,12 @@ class RunVision:
         """Read the vision tower's configuration; `tokenizer` gets the token ``<image>``.
 
         Raises:
-            ModelError: the vision tower does not exist, or its configuration cannot be used.
-            DataError: the folder of the images does not exist, or an image cannot be fetched.
+            ModelError: The vision tower does not exist, or its configuration cannot be used.
+            DataError: The folder of the images does not exist, or an image cannot be fetched.
         """
         name = settings.visual_encoder_name_or_path or ""
         for image in filter(is_url, settings.evaluation_images):
-            fetched(image)  # so that it fails before the data are built
+            fetched(image)  # fail before the data are built
         image_layout = _image_layout(settings, tokenizer, folder)
         check_layer(
             settings.visual_select_layer,
@@ -94,7 +94,7 @@ class RunVision:
 
     @property
     def encoder(self) -> str:
-        """The vision tower, as a checkpoint names it."""
+        """The name of the vision tower in checkpoints."""
         name = self.settings.visual_encoder_name_or_path or ""
         return str(Path(name).resolve()) if Path(name).is_dir() else name
 
@@ -104,11 +104,11 @@ class RunVision:
         return ImageCollate(algorithm.collate, self.image_layout, kept)
 
     def join(self, llm: Any, *, dtype: torch.dtype, device: str, source: Path | None) -> Any:
-        """Put the vision tower and the projector before `llm`; see `training.make`.
+        """Connect the vision tower and the projector to `llm`; see `training.make`.
 
         Raises:
-            ModelError: they do not fit together.
-            DataError: an image of evaluation_images cannot be opened.
+            ModelError: They do not fit together.
+            DataError: An image of evaluation_images cannot be opened.
         """
         self.parts = make(
             self.settings,
@@ -143,15 +143,15 @@ class RunVision:
         tower.gradient_checkpointing_enable({"use_reentrant": False})
 
     def question(self, text: str, images: Sequence[str]) -> Message:
-        """A question of the settings about images of the settings."""
+        """Prepare a question with its images, both from the settings."""
         return question(text, [self._image(name) for name in images])
 
     def save(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
-        """Write the parts that are trained; `trained` are their weights by name in the whole."""
+        """Write the trained parts; `trained` holds their weights by name in the full model."""
         self.parts.save(folder, trained)
 
     def line(self) -> str:
-        """What an image takes, for the terminal."""
+        """The tokens that an image takes, for the terminal."""
         s, tokens = self.settings, self.image_layout.processor.max_tokens
         return (
             f"Images     {s.visual_encoder_name_or_path}: {tokens} tokens each, in addition to "
@@ -159,12 +159,12 @@ class RunVision:
         )
 
     def trained(self) -> Iterator[str]:
-        """What of each part is trained, for the terminal; after `join`."""
+        """What is trained of each part, for the terminal; after `join`."""
         for number, line in enumerate(self.parts.table()):
             yield f"{'' if number else 'Trained':13}{line}"
 
     def _image(self, name: str) -> str:
-        """Where an image of the settings is."""
+        """The path of an image in the settings."""
         if is_url(name):
             return str(fetched(name))
         found = below(name, self.settings.data_root, self.folder)
@@ -180,4 +180,4 @@ class RunVision:
                 return path
         others = ", ".join(map(repr, projectors_beside(Path(name).expanduser())))
         hint = f"; these have a projector: {others}" if others else ""
-        raise ModelError(f"pretrained_pth = {name!r}: there is no such folder{hint}")
+        raise ModelError(f"pretrained_pth = {name!r}: no such folder{hint}")

@@ -222,7 +222,7 @@ def test_projectors_of_all_layouts_are_read(tmp_path):
         layout.load_projector(fresh, tmp_path / place)
         for name, tensor in projector.state_dict().items():
             assert torch.equal(fresh.model.multi_modal_projector.state_dict()[name], tensor)
-    with pytest.raises(ModelError, match="holds no projector"):
+    with pytest.raises(ModelError, match="contains no projector"):
         layout.load_projector(model, tmp_path)
 
 

@@ -1,2 +1,2 @@
-"""Watchers of a run: one file a hook; its class `Hook` is made for every run and says itself if it
-is wanted."""
+"""The hooks of a run, one file each: its class `Hook` is created for every run and decides whether
+it is active."""

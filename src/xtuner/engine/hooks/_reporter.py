@@ -1,4 +1,4 @@
-"""What the hooks have in common that send scalars to an experiment tracker."""
+"""The common base of hooks that send scalars to an experiment tracker."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from xtuner.errors import ConfigError
 
 
 class Reporter(BaseHook):
-    """Sends every step's numbers to the tracker `package`; one that fails ends no run.
+    """Sends every step's numbers to the tracker `package`; a tracker that fails does not stop the
+    run.
 
     Attributes:
-        package: name of the Python package, and of the value of the setting `report_to`.
-        module: the imported package.
+        package: Name of the Python package, and the value of the setting `report_to`.
+        module: The imported package.
     """
 
     order = 90
@@ -28,14 +29,14 @@ class Reporter(BaseHook):
         self._failed = False
 
     def wanted(self, run: Run) -> bool:
-        """With its name in `report_to`."""
+        """If `report_to` names the tracker."""
         return self.package in run.settings.report_to
 
     def on_start(self, run: Run) -> None:
-        """Open the run at the tracker.
+        """Open the run in the tracker.
 
         Raises:
-            ConfigError: the package is not installed.
+            ConfigError: The package is not installed.
         """
         try:
             self.module = importlib.import_module(self.package)
@@ -61,12 +62,12 @@ class Reporter(BaseHook):
             self._try(run, "log", lambda: self.log(values, run.step))
 
     def close(self) -> None:
-        """Close the run at the tracker."""
+        """Close the run in the tracker."""
         if self.module is not None and not self._failed:
             self.finish()
 
     def open(self, run: Run, config: Mapping[str, Any]) -> None:
-        """Open the run; `config` are its settings."""
+        """Open the run; `config` holds its settings."""
         raise NotImplementedError
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -82,10 +83,12 @@ class Reporter(BaseHook):
             return
         try:
             act()
-        except Exception as error:  # a network that fails must not end a run
+        except Exception as error:  # a network failure must not stop the run
             self._failed = True
             run.console.print(
-                f"Note: {self.package} could not {what}, and gets no more numbers of this run: "
-                f"{' '.join(str(error).split()) or type(error).__name__}. scalars.jsonl has them.",
+                f"Note: {self.package} could not {what}; it receives no more numbers from this "
+                f"run: "
+                f"{' '.join(str(error).split()) or type(error).__name__}. They are in "
+                f"scalars.jsonl.",
                 markup=False,
             )

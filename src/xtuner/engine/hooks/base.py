@@ -1,4 +1,4 @@
-"""What a hook sees and may override."""
+"""What a hook sees and can override."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from xtuner.engine.counting import Counter
 from xtuner.errors import ConfigError
 
 Question = tuple[str, tuple[str, ...]]
-"""A text, and the names of the images that it is about."""
+"""The question's text and the names of its images."""
 
 
 @dataclass
 class Run:
-    """The state of a run that hooks may read.
+    """The state of a run that hooks can read.
 
     Attributes:
-        settings: of the run.
-        work_dir: where checkpoints go.
-        log_dir: the time-stamped folder of this start.
-        console: the terminal; print through it, so that the progress bar stays whole.
-        answer: asks the model a question, and about an image if one is named, and returns its
-            answer; this process alone answers, unless weights are sharded.
-        validate: mean loss on the validation split, measured by all processes together; None
-            without a split.
-        step: optimizer steps done.
-        total_steps: at which the run ends.
-        start_step: at which it started (not 0 after a resume).
-        epoch: how often the data was gone through, a fraction.
-        scalars: the numbers of the last step; a hook may add to them in `on_step`.
-        counter: counts in the unit of the setting `steps_are`.
-        count: what the checkpoint that is being saved is named by, in that unit.
-        is_main: whether this is the main process, which alone writes files.
-        ask_all: see `answers`.
+        settings: The run's settings.
+        work_dir: The folder of the checkpoints.
+        log_dir: The time-stamped log folder of this start.
+        console: The terminal; print through it to keep the progress bar intact.
+        answer: Asks the model a question, with an image if one is named, and returns the answer.
+            Only this process generates, unless weights are sharded.
+        validate: Returns the mean loss on the validation split, a collective call; None without a
+            split.
+        step: Optimizer steps completed.
+        total_steps: The step at which the run ends.
+        start_step: The step at which the run started (not 0 after a resume).
+        epoch: Completed passes over the data, as a fraction.
+        scalars: The numbers of the last step; a hook can add to them in `on_step`.
+        counter: Counts in the unit of the setting `steps_are`.
+        count: The number in the name of the checkpoint that is being saved, in that unit.
+        is_main: Whether this is the main process, the only one that writes files.
+        ask_all: See `answers`.
     """
 
     settings: Settings
@@ -61,8 +61,8 @@ class Run:
     ask_all: Callable[[Sequence[Question]], list[str]] | None = None
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
-        """The answers to `questions`, in order. All processes ask together, and share the work
-        where each holds the whole model."""
+        """The answers to `questions`, in order. A collective call; processes split the work if each
+        holds the entire model."""
         if self.ask_all is not None:
             return self.ask_all(questions)
         return [self.answer(question, *images) for question, images in questions]
@@ -74,11 +74,11 @@ class BaseHook:
     Hooks with a lower `order` run first.
 
     Attributes:
-        records: the hook writes the numbers of a step; it runs after all that do not, so that it
-            sees what they add to `run.scalars`.
-        collective: the hook runs on every process, and may call what all processes call together:
-            `run.validate`, `run.answers`, a forward pass of sharded weights. It writes files on
-            ``run.is_main`` only. Other hooks run on the main process alone.
+        records: The hook writes the numbers of a step. It runs after all hooks that do not, so that
+            it sees what they add to `run.scalars`.
+        collective: The hook runs on every process and may make collective calls: `run.validate`,
+            `run.answers`, a forward pass of sharded weights. It writes files only if
+            ``run.is_main``. Other hooks run only on the main process.
     """
 
     order = 50
@@ -86,7 +86,7 @@ class BaseHook:
     collective = False
 
     def wanted(self, run: Run) -> bool:
-        """Whether the settings of this run ask for the hook."""
+        """Whether the run's settings enable the hook."""
         return True
 
     def on_start(self, run: Run) -> None:
@@ -99,20 +99,19 @@ class BaseHook:
         """Called after the last step of a run that was not interrupted."""
 
     def close(self) -> None:
-        """Called always at the end, also after an error or an interruption."""
+        """Always called at the end, even after an error or an interruption."""
 
 
 def make_hooks(run: Run, *, custom: Sequence[str], folder: Path) -> list[BaseHook]:
-    """Make every hook of this package, and the user's, that wants this run.
+    """Create all built-in and custom hooks that are active in this run.
 
     Args:
-        run: the run they will watch; on all processes but the main one only collective hooks are
-            made.
-        custom: the setting `custom_hooks`.
-        folder: where relative paths in `custom` are looked up first.
+        run: The run. Outside the main process only collective hooks are created.
+        custom: The setting `custom_hooks`.
+        folder: The folder in which relative paths of `custom` are looked up first.
 
     Raises:
-        ConfigError: a custom hook cannot be loaded or is no hook.
+        ConfigError: A custom hook cannot be loaded or is not a hook.
     """
     package = "xtuner.engine.hooks"
     classes = [importlib.import_module(f"{package}.{name}").Hook for name in plugins.names(package)]

@@ -1,4 +1,4 @@
-"""Ask the evaluation questions before, during and after training; show and keep the answers."""
+"""Asks the evaluation questions before, during and after training; prints and saves the answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xtuner.engine.hooks.base import BaseHook, Question, Run
 from xtuner.engine.working import working
 
 ANSWERS_FILE = "sample_answers.jsonl"
-"""One line per evaluation: step, when, and answers with question, images and answer."""
+"""One line per evaluation: step, time, and for each answer its question, images and text."""
 
 
 class Hook(BaseHook):
@@ -25,23 +25,23 @@ class Hook(BaseHook):
         self._done_at = -1
 
     def wanted(self, run: Run) -> bool:
-        """With questions or with a validation split."""
+        """If there are questions or a validation split."""
         return bool(run.settings.evaluation_inputs) or run.validate is not None
 
     def on_start(self, run: Run) -> None:
-        """Ask the model as it is before the first step."""
+        """Ask the questions before the first step."""
         if run.step == 0:
             self._evaluate(run, "before training")
 
     def on_step(self, run: Run) -> None:
-        """Ask every `evaluation_freq` steps."""
+        """Ask the questions every `evaluation_freq` steps."""
         due = run.counter.due(run.step, run.settings.evaluation_freq)
         if due and run.step < run.total_steps:
             at = f"step {run.step}" if due == run.step else f"micro-batch {due}, step {run.step}"
             self._evaluate(run, f"after {at}", count=due)
 
     def on_end(self, run: Run) -> None:
-        """Ask the finished model."""
+        """Ask the questions after the last step."""
         self._evaluate(run, f"after training (step {run.step})")
 
     def _evaluate(self, run: Run, when: str, *, count: int | None = None) -> None:
@@ -74,7 +74,7 @@ class Hook(BaseHook):
 
 
 def _append(run: Run, when: str, questions: Sequence[Question], answers: Sequence[str]) -> None:
-    """Add the answers to ``sample_answers.jsonl``."""
+    """Append the answers to ``sample_answers.jsonl``."""
     rows = [
         {"question": question, "images": list(images), "answer": answer}
         for (question, images), answer in zip(questions, answers, strict=True)
@@ -89,7 +89,7 @@ def _counted(number: int) -> str:
 
 
 def _questions(run: Run) -> list[Question]:
-    """Those of the settings, each with its image if there is one."""
+    """The questions in the settings, each with its image if there is one."""
     inputs = run.settings.evaluation_inputs
     images = run.settings.evaluation_images or ("",)
     images = images * (len(inputs) if len(images) == 1 else 1)

@@ -1,4 +1,4 @@
-"""At the end, the loss as an image: ``loss_curve.png``."""
+"""Draws the loss curve at the end: ``loss_curve.png``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from xtuner.engine.hooks.base import BaseHook, Run
 
 WIDTH = 50
-"""The running mean looks about a fiftieth of the run back and ahead."""
+"""The running mean spans about a fiftieth of the run in both directions."""
 
 Points = Sequence[tuple[int, float]]
-"""Steps, and a loss of each."""
+"""Pairs of step and loss."""
 
 
 class Hook(BaseHook):
-    """Keeps each step's loss and draws them, with a running mean, when the run ends or stops."""
+    """Collects each step's loss and draws the curve, with a running mean, when the run ends or
+    stops."""
 
     order = 70
     records = True
@@ -29,7 +30,7 @@ class Hook(BaseHook):
         self._file: Path | None = None
 
     def on_start(self, run: Run) -> None:
-        """Note where the image goes."""
+        """Set the path of the image."""
         self._file = run.log_dir / "loss_curve.png"
         self._keep(run)
 
@@ -43,12 +44,12 @@ class Hook(BaseHook):
         self._keep(run)
 
     def close(self) -> None:
-        """Draw, if there is anything to draw."""
+        """Draw the curve if there are values."""
         if self._file is not None and len(self._losses) > 1:
             draw(self._file, self._losses, self._validation, self._answers)
 
     def _keep(self, run: Run) -> None:
-        """Keep a validation loss, and whether questions were asked, at this step."""
+        """Record the validation loss, and whether questions were asked, at this step."""
         if "val_loss" in run.scalars and run.step not in dict(self._validation):
             self._validation.append((run.step, run.scalars["val_loss"]))
         due = run.counter.due(run.step, run.settings.evaluation_freq)
@@ -58,7 +59,7 @@ class Hook(BaseHook):
 
 
 def running_mean(losses: Points) -> list[float]:
-    """The mean around each step, with weights that fall exponentially to both sides.
+    """The mean around each step, with weights that decay exponentially to both sides.
 
     A mean over past steps alone lags behind a falling loss.
     """
@@ -81,10 +82,10 @@ def draw(file: Path, losses: Points, validation: Points, answers: Sequence[int] 
     """Draw (step, loss) pairs as a PNG.
 
     Args:
-        file: to write.
-        losses: of the steps; the thick line is their `running_mean`.
-        validation: the validation loss, at the steps where it was measured.
-        answers: steps at which questions were asked.
+        file: The file to write.
+        losses: The loss of each step; the thick line is its `running_mean`.
+        validation: The validation loss at the steps at which it was measured.
+        answers: The steps at which questions were asked.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Scalars to MLflow; ``MLFLOW_TRACKING_URI`` in the environment chooses the server."""
+"""Sends scalars to MLflow; the environment variable ``MLFLOW_TRACKING_URI`` selects the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xtuner.engine.hooks._reporter import Reporter
 from xtuner.engine.hooks.base import Run
 
 _MAX_TEXT = 500
-"""Characters of a parameter that every server takes."""
+"""Maximum length of a parameter that every server accepts."""
 
 
 class Hook(Reporter):

@@ -1,4 +1,4 @@
-"""What the terminal shows while training: a bar, or plain lines where there is no terminal."""
+"""Training progress: a bar, or plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Hook(BaseHook):
-    """A progress bar with loss, learning rate, speed and the time left.
+    """A progress bar with loss, learning rate, speed and remaining time.
 
-    It is there for steps only: drawn when the other hooks have started, and left standing at the
-    last step.
+    It covers the steps only: it is drawn after the other hooks have started, and stays on the
+    screen after the last step.
     """
 
     order = 99
@@ -54,7 +54,7 @@ class Hook(BaseHook):
         self._bar.start()
 
     def on_step(self, run: Run) -> None:
-        """Advance the bar, or print a line now and then."""
+        """Advance the bar, or print a line from time to time."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=run.step, shown=_words(run, IN_BAR))
             if run.step == run.total_steps:
@@ -76,7 +76,7 @@ class Hook(BaseHook):
 
 
 def _can_draw(console: Console) -> bool:
-    """Whether a bar can be drawn: in a terminal, or in a notebook that has widgets."""
+    """Whether a bar can be drawn: in a terminal, or in a notebook with widgets."""
     in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return console.is_terminal or in_notebook
 

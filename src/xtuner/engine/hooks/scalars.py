@@ -1,4 +1,4 @@
-"""Every step's numbers as a line of ``scalars.jsonl``, and a readable log file."""
+"""Writes every step's numbers to ``scalars.jsonl`` and to a readable log file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Hook(BaseHook):
         self._write_validation(run)
 
     def on_step(self, run: Run) -> None:
-        """Write and flush, so that a killed run keeps its numbers."""
+        """Write and flush, so that no numbers are lost if the run is killed."""
         scalars, log = self._files
         values = {"step": run.step, "epoch": round(run.epoch, 6), **run.scalars}
         scalars.write(json.dumps(values) + "\n")

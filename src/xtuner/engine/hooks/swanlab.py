@@ -1,4 +1,4 @@
-"""Scalars to SwanLab; ``SWANLAB_*`` in the environment chooses account and mode."""
+"""Sends scalars to SwanLab; the environment variables ``SWANLAB_*`` select account and mode."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""TensorBoard events beside the other logs; skipped with a note where tensorboard is not
-installed."""
+"""Writes TensorBoard events next to the other logs; skipped with a note if tensorboard is
+missing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ class Hook(BaseHook):
         self._writer: Any = None
 
     def wanted(self, run: Run) -> bool:
-        """With `tensorboard = True`, or named in `report_to`, and the package installed."""
+        """If `tensorboard = True` or `report_to` names it, and the package is installed."""
         if not run.settings.tensorboard and "tensorboard" not in run.settings.report_to:
             return False
         if importlib.util.find_spec("tensorboard") is None:
-            run.console.print("No TensorBoard events: pip install 'xtuner[tensorboard]' for them.")
+            run.console.print(
+                "TensorBoard is not installed, so no events are written: "
+                "pip install 'xtuner[tensorboard]'"
+            )
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""Scalars to Trackio, which keeps them on this machine unless its own settings say otherwise."""
+"""Sends scalars to Trackio, which by default keeps them on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scalars to Weights & Biases; ``WANDB_*`` in the environment chooses account, mode and project."""
+"""Sends scalars to Weights & Biases; ``WANDB_*`` variables select account, mode and project."""
 
 from __future__ import annotations
 

@@ -1,18 +1,16 @@
-"""Optimizer steps over a few flat buffers instead of one launch and one wait for each parameter.
+"""Optimizer steps over a few flat buffers instead of one launch and one wait per parameter.
 
-bitsandbytes' optimizers launch a kernel for each parameter and wait for it to end: 448 times a
-step for LoRA in a 7B. Here parameters of up to `LARGEST` numbers become views of buffers of up to
-`BUFFER` numbers, and the optimizer is given the buffers. Its arithmetic is that of the library:
-each number's update depends on that number alone, so a longer tensor gives the same bits
-(`flat_state` on 8-bit state).
+bitsandbytes' optimizers launch a kernel for each parameter and wait for it: 448 times per step for
+LoRA on a 7B model. Here parameters with up to `LARGEST` elements become views of buffers with up to
+`BUFFER` elements, and the optimizer steps over the buffers. The arithmetic is the library's:
+updates are elementwise, so a longer tensor gives the same bits (see `flat_state` for 8-bit state).
 
-Gradients stay with the parameters until the step, where they are copied into buffers one by one, so
-no gradient takes memory longer than without. A parameter without a gradient is not stepped, as in
-any optimizer: its buffer is then split, for good, into the parameters that have one and those that
-have none.
+Gradients stay with the parameters until the step, which copies them into buffers one by one, so no
+gradient lives longer than it otherwise would. As in any optimizer, a parameter without a gradient
+is not stepped: its buffer is then split permanently into parameters with and without one.
 
-torch's own optimizers step over lists of tensors in few launches and are left alone, and so is
-every optimizer on a CPU, where nothing is launched and one matrix at a time stays in the caches.
+torch's own optimizers step over lists of tensors in few launches and stay as they are. So does
+every optimizer on a CPU, where there are no launches and one matrix at a time fits the caches.
 """
 
 from __future__ import annotations
@@ -29,26 +27,24 @@ from xtuner.engine.optimizer.flat_state import joined, kind, part_of, plain, slo
 from xtuner.engine.optimizer.optim import load_optimizer
 
 BUFFER = 2**24
-"""Most numbers in a buffer: 64 MiB of float32, which are copied at once when gradients are
-collected, and moved at once where state is paged."""
+"""Maximum elements in a buffer: 64 MiB in float32. Gradients are copied, and paged state is moved,
+in pieces of this size."""
 
 LARGEST = 2**22
-"""Parameters of more numbers stay alone: a step over one takes longer than its launch."""
+"""Parameters with more elements keep their own tensor: their step takes longer than its launch."""
 
 ELEMENTWISE = frozenset({"adam", "lion", "rmsprop", "adagrad"})
-"""Update rules of bitsandbytes (`optimizer_name`) in which each number's update depends on that
-number alone. LAMB and LARS scale by the norm of the parameter; AdEMAMix has a state of another
-shape."""
+"""Elementwise update rules of bitsandbytes (`optimizer_name`). LAMB and LARS scale by the
+parameter's norm; AdEMAMix has state of another shape."""
 
 
 class FlatOptimizer:
-    """A bitsandbytes optimizer over flat buffers; to be used as any optimizer.
-
-    `state_dict` and `load_state_dict` speak of the parameters as the optimizer was made with, so
-    checkpoints know nothing of buffers.
+    """A bitsandbytes optimizer over flat buffers, used like any optimizer. `state_dict` and
+    `load_state_dict` use the original parameters, so checkpoints do not depend on buffers.
 
     Args:
-        optimizer: made for the parameters of a model, not stepped yet; see `steps_by_element`.
+        optimizer: An optimizer for a model's parameters that has not stepped yet; see
+            `steps_by_element`.
     """
 
     def __init__(self, optimizer: Any):
@@ -62,7 +58,9 @@ class FlatOptimizer:
                 parameters = list(group["params"])
                 numbers = range(first, first + len(parameters))
                 first += len(parameters)
-                group["params"].clear()  # or they would keep their memory until all are moved
+                group[
+                    "params"
+                ].clear()  # otherwise they would hold their memory until all are moved
                 packed = _packed(parameters, small=self._small)
                 segments = [
                     Segment.of([parameters[i] for i in places], [numbers[i] for i in places])
@@ -73,13 +71,13 @@ class FlatOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimizer, with buffers as parameters."""
+        """The optimizer's parameter groups, with buffers as parameters."""
         return self.inner.param_groups  # type: ignore[no-any-return]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients; those of zeros would be another thing for moments."""
+        """Set all gradients to None; zeros would still update the moments."""
         if not set_to_none:
-            raise NotImplementedError("flat buffers forget gradients")
+            raise NotImplementedError("flat buffers only support set_to_none=True")
         self._gathered = False
         for segment in self._all():
             segment.flat.grad = None
@@ -88,9 +86,8 @@ class FlatOptimizer:
 
     @torch.no_grad()
     def gather(self) -> list[Tensor]:
-        """Collect the gradients in buffers; return all buffers, with or without a gradient.
-
-        To be called when all of them are there. The parameters' gradients are views from then on.
+        """Collect the gradients in buffers and return all buffers, with or without a gradient. Call
+        it after the last backward pass; afterwards the parameters' gradients are views.
         """
         for index in range(len(self.segments)):
             for segment in list(self.segments[index]):
@@ -103,7 +100,7 @@ class FlatOptimizer:
         return [segment.flat for segment in self._all()]
 
     def gradient_memory(self) -> dict[nn.Parameter, Tensor]:
-        """For each parameter memory that its gradient may stay in from step to step."""
+        """Persistent memory for the gradient of each parameter."""
         memory: dict[nn.Parameter, Tensor] = {}
         for segment in filter(lambda segment: segment.shared, self._all()):
             memory.update(zip(segment.parameters, segment.gradients(), strict=True))
@@ -117,7 +114,7 @@ class FlatOptimizer:
         self.inner.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the optimizer over the parameters; tensors are views of those of buffers."""
+        """The state per parameter; its tensors are views of the buffers' state."""
         raw = self.inner.state_dict()
         states: dict[int, Any] = {}
         groups = []
@@ -135,10 +132,10 @@ class FlatOptimizer:
         return {"state": dict(sorted(states.items())), "param_groups": groups}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, of this optimizer or of one over the parameters.
+        """Load the `state_dict` of this optimizer or of one over the parameters.
 
         Raises:
-            ValueError: it belongs to other parameters.
+            ValueError: It belongs to other parameters.
         """
         counts = [sum(len(s.indices) for s in segments) for segments in self.segments]
         if [len(group["params"]) for group in state["param_groups"]] != counts:
@@ -165,7 +162,7 @@ class FlatOptimizer:
             yield from segments
 
     def _split(self, index: int, segment: Segment, marks: Sequence[Any]) -> None:
-        """Take `segment` of group `index` apart between neighbours with different `marks`."""
+        """Split `segment` of group `index` between neighbours with different `marks`."""
         at = next(i for i, other in enumerate(self.segments[index]) if other is segment)
         state = self.inner.state.pop(segment.flat, None)
         segment.flat.grad = None
@@ -178,9 +175,8 @@ class FlatOptimizer:
         self.param_groups[index]["params"][at : at + 1] = [part.flat for part, _ in parts]
 
     def _init_small_state(self) -> None:
-        """Give buffers of small parameters the 32-bit state that each of them would have.
-
-        bitsandbytes takes 8 bits for `min_8bit_size` numbers and more, which buffers have.
+        """Give buffers of small parameters the 32-bit state that each parameter would have.
+        bitsandbytes uses 8 bits from `min_8bit_size` elements on, which a buffer exceeds.
         """
         if not self._small:
             return
@@ -197,22 +193,22 @@ class FlatOptimizer:
 
 
 def steps_by_element(optimizer: Any) -> bool:
-    """Whether `optimizer` is one of bitsandbytes whose steps may be taken over flat buffers."""
+    """Whether `optimizer` is a bitsandbytes optimizer that can step over flat buffers."""
     import bitsandbytes as bnb
 
     return (
         isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit)
         and getattr(optimizer, "optimizer_name", "") in ELEMENTWISE
-        and optimizer.args.max_unorm == 0.0  # else each step is scaled by the parameter's norm
+        and optimizer.args.max_unorm == 0.0  # otherwise each step is scaled by the parameter's norm
     )
 
 
 def _packed(parameters: Sequence[nn.Parameter], *, small: int) -> list[list[int]]:
-    """Places of parameters that go into one buffer, for every buffer.
+    """The indices of the parameters in each buffer.
 
     Args:
-        parameters: of one group.
-        small: those of fewer numbers have state of another type, and so buffers of their own.
+        parameters: The parameters of one group.
+        small: Parameters with fewer elements have state of another type, and so their own buffers.
     """
     owners = Counter(p.untyped_storage().data_ptr() for p in parameters if not p.is_meta)
     packed: list[list[int]] = []
@@ -233,7 +229,7 @@ def _packed(parameters: Sequence[nn.Parameter], *, small: int) -> list[list[int]
 
 
 def _can_move(parameter: nn.Parameter, owners: Counter[int]) -> bool:
-    """Whether nothing else depends on where the numbers of `parameter` lie."""
+    """Whether nothing else depends on the memory that `parameter` uses."""
     if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
         return False
     storage = parameter.untyped_storage()

@@ -1,5 +1,5 @@
-"""Whether optimizer steps over flat buffers give the bits of steps over each parameter, found out
-on the device of the run before the first step."""
+"""Checks, on the run's device and before the first step, that optimizer steps over flat buffers
+give the same bits as steps over each parameter."""
 
 from __future__ import annotations
 
@@ -12,32 +12,29 @@ from torch import Tensor, nn
 from xtuner.engine.optimizer.flat import FlatOptimizer, steps_by_element
 
 SHAPES = ((200, 200), (5, 60), (401, 100), (70, 300), (7, 11), (96, 256))
-"""Of the parameters that are tried: some fill no whole block, some are below the 4,096 numbers from
-which 8-bit optimizers take 8 bits, and the buffer is above the 100,000 from which state is
-paged."""
+"""Sizes of the test parameters: some do not fill a block, some are below the 4,096 elements from
+which 8-bit optimizers use 8 bits, and the buffer is above the 100,000 from which state is paged."""
 
 
 def wants_flat_steps(optimizer: Any) -> bool:
-    """Whether `optimizer` launches and waits for each of its parameters and need not."""
+    """Whether `optimizer` needlessly launches and waits for each of its parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     on_gpu = any(p.device.type != "cpu" for p in parameters)
     return on_gpu and len(parameters) > 1 and steps_by_element(optimizer)
 
 
 def fault_in_flat_steps(optimizer: Any) -> str:
-    """Why steps of `optimizer` may not be taken over flat buffers; empty if they may.
-
-    Copies of one set of parameters, of the type and on the device of those of `optimizer`, are
-    stepped flat and one by one: three steps, in the last of which a parameter has no gradient.
-    Parameters and state have to be equal to the bit.
+    """Why `optimizer` cannot step over flat buffers; empty if it can. Two copies of test
+    parameters, with the dtype and device of those of `optimizer`, take three steps, flat and one by
+    one; in the last step one parameter has no gradient. Parameters and state must be bitwise equal.
     """
     try:
         alone, states = _after_steps(optimizer, flat=False)
         together, flat_states = _after_steps(optimizer, flat=True)
         if not all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)):
-            return "it gave other parameters on this device"
-        return "" if _equal(states, flat_states) else "it gave another state on this device"
-    except Exception as error:  # the run goes on without
+            return "its parameters differed on this device"
+        return "" if _equal(states, flat_states) else "its state differed on this device"
+    except Exception as error:  # the run continues without flat buffers
         first = next(iter(str(error).splitlines()), "")
         return f"it failed on this device ({type(error).__name__}: {first})"
 
@@ -61,7 +58,7 @@ def _after_steps(optimizer: Any, *, flat: bool) -> tuple[list[nn.Parameter], Any
 
 
 def _numbers(shift: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Numbers between -1 and 1 that differ for each `shift`, without random state."""
+    """Numbers between -1 and 1 that differ for each `shift`; they use no random state."""
     count = torch.Size(shape).numel()
     numbers = torch.sin(torch.arange(count, dtype=torch.float64) * 0.7 + shift)
     return numbers.view(*shape).to(like.device, like.dtype)

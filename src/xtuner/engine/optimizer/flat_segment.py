@@ -1,4 +1,4 @@
-"""Parameters as views of one buffer, their gradients collected in another."""
+"""Parameters as views of one buffer, with their gradients collected in another."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from xtuner.errors import TrainingError
 
 @dataclass(eq=False)
 class Segment:
-    """Parameters that lie one after the other in one buffer and are stepped as one.
+    """Parameters that are contiguous in one buffer and stepped as one tensor.
 
     Attributes:
-        parameters: of the model.
-        indices: their numbers in the optimizer's `state_dict`.
-        flat: what the optimizer steps: the buffer, or the parameter itself if it is alone.
-        kept: memory for the gradients that lasts, if something writes to it; see `gradients`.
+        parameters: Parameters of the model.
+        indices: Their indices in the optimizer's `state_dict`.
+        flat: The tensor that the optimizer steps: the buffer, or the parameter itself if it is the
+            only one.
+        kept: Persistent memory for the gradients, if something writes to it; see `gradients`.
     """
 
     parameters: list[nn.Parameter]
@@ -32,7 +33,7 @@ class Segment:
 
     @classmethod
     def of(cls, parameters: list[nn.Parameter], indices: list[int]) -> Segment:
-        """Move `parameters` into a new buffer; one alone stays where it is."""
+        """Move `parameters` into a new buffer; a single one is not moved."""
         if len(parameters) == 1:
             return cls(parameters, indices, parameters[0])
         total = sum(slot(p.numel()) for p in parameters)
@@ -43,18 +44,18 @@ class Segment:
 
     @property
     def shared(self) -> bool:
-        """Whether there is a buffer."""
+        """Whether the segment has a buffer."""
         return self.flat is not self.parameters[0]
 
     def starts(self) -> list[int]:
-        """Where each parameter begins, and where the buffer ends."""
+        """The offset of each parameter, and the length of the buffer."""
         return [0, *accumulate(slot(p.numel()) for p in self.parameters)]
 
     def attach(self) -> None:
-        """Make every parameter whose `data` is another tensor a view of the buffer again.
+        """Make every parameter whose `data` was replaced a view of the buffer again.
 
         Raises:
-            TrainingError: it has another type, size or device now.
+            TrainingError: Its dtype, size or device has changed.
         """
         first, size = self.flat.data_ptr(), self.flat.element_size()
         for parameter, start in zip(self.parameters, self.starts(), strict=False):
@@ -71,8 +72,8 @@ class Segment:
             parameter.data = view
 
     def marks(self) -> list[int]:
-        """For each parameter 0 without a gradient, 1 with one; a number of its own where the
-        gradient cannot lie in the buffer."""
+        """One mark per parameter: 0 without a gradient, 1 with one, or a unique number if the
+        gradient cannot be in the buffer."""
         marks = []
         for index, parameter in enumerate(self.parameters):
             grad = parameter.grad
@@ -81,7 +82,7 @@ class Segment:
         return marks
 
     def gradients(self) -> list[Tensor]:
-        """For each parameter memory that its gradient may stay in: there it need not be copied."""
+        """Persistent memory for each parameter's gradient, which then is not copied."""
         if self.kept is None:
             self.kept = torch.zeros_like(self.flat.data)
         return list(self._views(self.kept))
@@ -91,7 +92,7 @@ class Segment:
             yield buffer[start : start + parameter.numel()].view(parameter.shape)
 
     def gather(self) -> None:
-        """Copy the gradients, which all parameters have or none, into one buffer, and make them
+        """Copy the gradients (all parameters have one, or none has) into one buffer and make them
         views of it."""
         if self.parameters[0].grad is None:
             self.flat.grad = None
@@ -114,7 +115,7 @@ class Segment:
             parameter.grad = view
 
     def split(self, marks: Sequence[Any]) -> Iterator[tuple[Segment, int]]:
-        """Segments of neighbours with equal `marks`, and where each begins in this buffer."""
+        """Segments of neighbours with equal `marks`, each with its offset in this buffer."""
         starts = self.starts()
         for _, run in groupby(range(len(marks)), key=lambda i: marks[i]):
             places = list(run)

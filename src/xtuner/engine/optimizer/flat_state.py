@@ -1,10 +1,8 @@
-"""State of a bitsandbytes optimizer for a flat buffer, as state of the parameters that lie in it,
-and back.
+"""Converts the bitsandbytes state of a flat buffer to the state of its parameters, and back.
 
-Every parameter begins at a multiple of `BLOCK` numbers. An 8-bit state has one scale for each
-`BLOCK` numbers, so no scale belongs to two parameters, and a parameter's state is the same to the
-bit in a buffer and alone. On disk a checkpoint holds the state of each parameter, never that of a
-buffer.
+Every parameter starts at a multiple of `BLOCK` elements. 8-bit state has one scale per `BLOCK`
+elements, so no scale belongs to two parameters, and a parameter's state has the same bits in a
+buffer and on its own. A checkpoint contains the state of each parameter, never of a buffer.
 """
 
 from __future__ import annotations
@@ -16,32 +14,31 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Numbers that share a scale in bitsandbytes' 8-bit optimizers."""
+"""Elements that share a scale in bitsandbytes' 8-bit optimizers."""
 
 VALUES = ("state1", "state2")
-"""Entries with one number for each number of the parameter."""
+"""Entries with one value per element of the parameter."""
 
 SCALES = ("absmax1", "absmax2")
-"""Entries with one number for each `BLOCK` numbers of the parameter."""
+"""Entries with one value per `BLOCK` elements of the parameter."""
 
 State = dict[str, Any]
 
 
 def slot(numel: int) -> int:
-    """Numbers that a parameter of `numel` takes in a buffer."""
+    """Elements that a parameter of `numel` elements takes in a buffer."""
     return -(-numel // BLOCK) * BLOCK
 
 
 def part_of(state: State, *, start: int, shape: Sequence[int]) -> State:
-    """The state of a parameter of `shape` that begins at number `start` of the buffer.
-
-    Tensors are views of those in `state`, and paged as those are. What is the same for all
-    parameters (the step, the table of the 8-bit type) is taken as it is.
+    """The state of a parameter of `shape` that starts at element `start` of the buffer. Its tensors
+    are views of those in `state`, and paged if those are. Entries that all parameters share (the
+    step, the quantization map) are used unchanged.
     """
     count = torch.Size(shape).numel()
     part: State = {}
     for name, value in state.items():
-        if isinstance(value, dict):  # bitsandbytes nests what FSDP is not to gather
+        if isinstance(value, dict):  # bitsandbytes nests what FSDP should not gather
             part[name] = part_of(value, start=start, shape=shape)
         elif name in VALUES:
             part[name] = _paged_as(value, value[start : start + count].view(*shape))
@@ -53,10 +50,10 @@ def part_of(state: State, *, start: int, shape: Sequence[int]) -> State:
 
 
 def joined(states: Sequence[State]) -> State:
-    """The state of a buffer of parameters with `states`, which share step and type.
+    """The state of a buffer of parameters with `states`, which share step and dtype.
 
     Args:
-        states: as `plain` gives them, in the order of the buffer.
+        states: The results of `plain`, in the order of the buffer.
     """
     whole = dict(states[0])
     for name in states[0]:
@@ -78,7 +75,7 @@ def plain(state: State) -> State:
 
 
 def kind(state: State | None) -> tuple[Any, ...]:
-    """What parameters of one buffer share: the step and the types of their state."""
+    """What the parameters of one buffer share: the step and the dtypes of their state."""
     if not state:
         return ()
     types = ((n, v.dtype) for n, v in state.items() if isinstance(v, Tensor))
@@ -91,14 +88,16 @@ def _padded(values: Tensor, empty: int) -> Tensor:
 
 
 def _code_of_zero(state: State, name: str) -> int:
-    """What stands for 0 in `state[name]`; anything else in the padding would spoil a scale."""
+    """The value that represents 0 in `state[name]`; anything else in the padding would change a
+    scale."""
     if state[name].dtype != torch.uint8:
         return 0
     return int(state[name.replace("state", "qmap")].abs().argmin())
 
 
 def _paged_as(whole: Tensor, part: Tensor) -> Tensor:
-    """`part`, a view of `whole`, with the marks by which bitsandbytes knows paged memory."""
+    """`part`, a view of `whole`, with the attributes by which bitsandbytes recognizes paged
+    memory."""
     if getattr(whole, "is_paged", False):
         part.is_paged = True  # type: ignore[attr-defined]
         part.page_deviceid = whole.page_deviceid  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The optimizer, by name, and the learning rate of each step, as a pure function."""
+"""Optimizers by name, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def make_optimizer(
     paged: bool = True,
     loraplus_lr_ratio: float | None = None,
 ) -> torch.optim.Optimizer:
-    """Make optimizer `name` for the trainable parameters of `model`.
-
-    Biases and norms (parameters of one dimension) get no weight decay.
+    """Create optimizer `name` for the trainable parameters of `model`. Biases and norms
+    (one-dimensional parameters) get no weight decay.
 
     Args:
-        name: of a class of torch.optim or bitsandbytes.optim.
-        model: its parameters with `requires_grad` are trained.
-        lr: learning rate of the first step.
-        betas: given where the class takes them.
-        weight_decay: of all other parameters.
-        loraplus_lr_ratio: factor of the learning rate of the B of adapters (LoRA+,
+        name: Name of a class in torch.optim or bitsandbytes.optim.
+        model: The model; its parameters with `requires_grad` are trained.
+        lr: Learning rate of the first step.
+        betas: Passed if the class accepts them.
+        weight_decay: Weight decay of all other parameters.
+        loraplus_lr_ratio: Learning-rate factor of the adapters' B matrices (LoRA+,
             arXiv:2402.12354).
-        paged: False takes the unpaged kind of a paged optimizer, which has the same arithmetic.
+        paged: False replaces a paged optimizer by its unpaged version, which has the same
+            arithmetic.
 
     Raises:
-        ConfigError: neither torch.optim nor bitsandbytes has it, or it cannot be used here.
+        ConfigError: Neither torch.optim nor bitsandbytes has it, or it cannot be used here.
     """
     if name == "Muon":
         if loraplus_lr_ratio:
@@ -95,18 +95,16 @@ def _optimizer_class(name: str, *, paged: bool) -> Any:
     if name not in quantised:
         allowed = sorted({*known, *quantised})
         raise ConfigError(
-            f"optim_type = {name!r}: there is no such optimizer{did_you_mean(name, allowed)}; "
+            f"optim_type = {name!r}: unknown optimizer{did_you_mean(name, allowed)}; "
             f"allowed: {', '.join(allowed)}"
         )
     return quantised[name if paged else unpaged(name)]
 
 
 def unpaged(name: str) -> str:
-    """The optimizer that takes the place of a paged one: on a CPU, which has nothing to page to,
-    and where the state fits on the GPU.
-
-    A paged optimizer keeps its state in memory that moves between GPU and CPU; its arithmetic is
-    the same.
+    """The unpaged version of a paged optimizer, used on a CPU, which cannot page, and if the state
+    fits on the GPU. A paged optimizer keeps its state in memory that moves between GPU and CPU; its
+    arithmetic is the same.
     """
     return name.removeprefix("Paged")
 
@@ -117,15 +115,15 @@ def is_paged(name: str) -> bool:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load what `state_dict` gave; paged state goes into memory that can be paged again.
-
-    bitsandbytes would move it to the GPU, where it would stay (0.50 makes such memory only for new
-    state).
+    """Load a `state_dict`; paged state is loaded into pageable memory. bitsandbytes would move it
+    to the GPU for good (0.50 creates paged memory only for new state).
     """
     if not getattr(optimizer, "is_paged", False):
         optimizer.load_state_dict(state)
         return
-    optimizer.load_state_dict(state, move_to_device=False)  # the first step moves what is not paged
+    optimizer.load_state_dict(
+        state, move_to_device=False
+    )  # the first step moves state that is not paged
     places = []
     for parameter, values in optimizer.state.items():
         for name in ("state1", "state2"):
@@ -136,7 +134,7 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
                     places.append((place, value))
                     values[name] = place
     if places:
-        torch.cuda.synchronize()  # new memory is being filled with zeros by the GPU
+        torch.cuda.synchronize()  # the GPU is still zeroing the new memory
     for place, value in places:
         place.copy_(value)
 
@@ -153,9 +151,10 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step `step` (from 0).
 
-    It rises linearly over the first ``warmup_ratio * total_steps`` steps, reaches `peak`, and then
-    falls along ``(1 + cos(pi t)) / 2`` or ``1 - t`` from `peak` to ``end_ratio * peak``, or stays,
-    with t the share of the remaining steps done. `warmup_steps` takes the place of the ratio.
+    Rises linearly over the first ``warmup_ratio * total_steps`` steps, reaches `peak`, and then
+    falls along ``(1 + cos(pi t)) / 2`` or ``1 - t`` from `peak` to ``end_ratio * peak``, or stays
+    constant, where t is the completed fraction of the remaining steps. `warmup_steps` overrides the
+    ratio.
     """
     warmup = math.ceil(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
     if step < warmup:
@@ -168,21 +167,21 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Give every parameter group the learning rate, times its own `lr_scale`."""
+    """Set the learning rate of every parameter group, times its own `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are trained, in a fixed order."""
+    """The trained parameters, in a fixed order."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-    """Scale gradients down to `max_norm` (None: leave them) and return their norm before that."""
+    """Clip gradients to `max_norm` (None: do not clip) and return their norm before clipping."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    value = float(norm)  # the one wait for a GPU
+    value = float(norm)  # the only synchronization with the GPU
     if max_norm is not None and value > max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return value

@@ -1,7 +1,6 @@
-"""Check an optimizer's saved state before it is loaded.
-
-torch takes state of any shape: its fused kernels then read and write past the end of a tensor. A
-moment that is not finite makes every later weight NaN.
+"""Checks an optimizer's saved state before it is loaded. torch accepts state of any shape; its
+fused kernels would then read and write out of bounds. Non-finite moments make every later weight
+NaN.
 """
 
 from __future__ import annotations
@@ -20,16 +19,15 @@ _MOMENTS = {
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg",
     "grad_avg", "acc_delta", "sum", "prev", "step_size", "ax", *VALUES,
 }  # fmt: skip
-"""Entries of torch's and bitsandbytes' optimizers with one number for each of the parameter."""
+"""Entries of torch's and bitsandbytes' optimizers with one value per element of the parameter."""
 _NOT_NEGATIVE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum"}
 _BLOCKS = (64, 128, 256, 2048)
 _TABLES = re.compile(r"qmap\d|gnorm_vec|unorm_vec")
 
 
 def check_state(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Raise ValueError if `state`, as `state_dict` gives it, cannot be that of `optimizer`.
-
-    Every entry is compared with its parameter's shape, and moments and scales must be finite.
+    """Raise ValueError if `state`, a `state_dict`, does not fit `optimizer`. Every entry must match
+    its parameter's shape, and moments and scales must be finite.
     """
     groups, saved = _parameters(optimizer), state["param_groups"]
     counts = [len(group) for group in groups]
@@ -47,7 +45,7 @@ def check_state(optimizer: Any, state: Mapping[str, Any]) -> None:
 
 
 def _parameters(optimizer: Any) -> list[list[Tensor]]:
-    """The parameters of each group; of a `FlatOptimizer` those that lie in its buffers."""
+    """The parameters of each group; for a `FlatOptimizer`, those in its buffers."""
     if not hasattr(optimizer, "segments"):
         return [list(group["params"]) for group in optimizer.param_groups]
     groups = []
@@ -61,14 +59,14 @@ def _parameters(optimizer: Any) -> list[list[Tensor]]:
 
 def _entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in state.items():
-        if isinstance(value, Mapping):  # bitsandbytes nests what FSDP is not to gather
+        if isinstance(value, Mapping):  # bitsandbytes nests what FSDP should not gather
             yield from _entries(value)
         else:
             yield str(name), value
 
 
 def _problem(name: str, value: Any, shape: torch.Size) -> str:
-    """What is wrong with the entry `name` of a parameter of `shape`; empty if nothing is."""
+    """What is wrong with entry `name` of a parameter of `shape`; empty if it is valid."""
     if not isinstance(value, Tensor):
         wrong = name == "step" and not (isinstance(value, int | float) and 0 <= value < 2**53)
         return f"is {value!r:.60}" if wrong else ""
@@ -77,7 +75,7 @@ def _problem(name: str, value: Any, shape: torch.Size) -> str:
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         return "is not finite; the run diverged before it was saved, or the file is damaged"
     if name in _NOT_NEGATIVE and bool((value < 0).any()):
-        return "is negative, which a sum of squares cannot be"
+        return "is negative, but must be a sum of squares"
     return ""
 
 
@@ -85,10 +83,10 @@ def _fits(name: str, value: Tensor, shape: torch.Size) -> bool:
     if name in SCALES:
         return value.numel() in {-(-shape.numel() // block) for block in _BLOCKS}
     if name in _MOMENTS:
-        # AdEMAMix of bitsandbytes keeps two moments in state1
+        # bitsandbytes' AdEMAMix keeps two moments in state1
         return value.shape == shape or (name in VALUES and value.shape == (2, *shape))
     if value.numel() == 1 or value.shape == shape or _TABLES.fullmatch(name):
         return True
-    # Adafactor keeps sums over rows or columns
+    # Adafactor keeps sums over rows and columns
     sides = zip(value.shape, shape, strict=False)
     return value.ndim == len(shape) and all(a in (1, b) for a, b in sides)

@@ -1,5 +1,5 @@
-"""How weights, gradients and optimizer state lie on several processes: one file per strategy; its
-name is the value of the setting `strategy`."""
+"""How weights, gradients and optimizer state are distributed over processes. One file per strategy;
+its name is the value of the setting `strategy`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SETTING = "strategy"
 
 
 def of_run(settings: Settings, processes: Processes, *, folder: Path) -> BaseStrategy:
-    """Make the strategy that `settings` name.
+    """Create the strategy that `settings` select.
 
     Args:
-        settings: of the run.
-        processes: this process and the others.
-        folder: where a user's file is looked up first.
+        settings: The run's settings.
+        processes: The process group.
+        folder: The folder in which a user's file is looked up first.
 
     Raises:
-        ConfigError: there is no such strategy, it is not a `BaseStrategy`, or it cannot work with
-            these settings.
+        ConfigError: The strategy does not exist, is not a `BaseStrategy`, or does not support these
+            settings.
     """
     kind = _class_of(settings.strategy, folder)
     if problems := [f"{name}: {problem}" for name, problem in kind.check(settings)]:

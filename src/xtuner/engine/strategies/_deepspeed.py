@@ -1,10 +1,10 @@
-"""DeepSpeed's ZeRO (arXiv:1910.02054): optimizer state, gradients and weights are divided among the
+"""DeepSpeed's ZeRO (arXiv:1910.02054): optimizer state, gradients and weights are sharded across
 processes.
 
-Its engine computes, reduces and steps; the trainer keeps the divisor of the loss, accumulation,
-clipping and what happens to a step that is not finite. DeepSpeed averages gradients over processes
-and skips steps by itself: the loss is multiplied by their number, and a step is taken only after
-the norm was found finite.
+Its engine computes, reduces and steps; the trainer keeps the loss divisor, accumulation, clipping
+and the handling of non-finite steps. DeepSpeed averages gradients over processes and may skip
+steps: the loss is multiplied by the number of processes, and a step is taken only if the norm is
+finite.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from xtuner.parallel.processes import Processes
 
 
 class DeepSpeedStrategy(BaseStrategy):
-    """ZeRO with one configuration; subclasses set it."""
+    """ZeRO with one configuration, which subclasses set."""
 
     gathers = True
     config: ClassVar[DeepSpeedConfig]
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
-        """Refuse what DeepSpeed cannot divide."""
+        """Refuse what DeepSpeed cannot shard."""
         yield from super().check(settings)
         yield from _state.check_optimizer(settings.optim_type)
         if importlib.util.find_spec("deepspeed") is None:
@@ -45,12 +45,12 @@ class DeepSpeedStrategy(BaseStrategy):
         if cls.sharded and settings.effective_quantization == "int8":
             yield (
                 "quantization",
-                "int8 weights cannot be divided: their scales lie beside them, where ZeRO-3 does "
-                "not look; set quantization = 'nf4', or strategy = 'deepspeed_zero2'",
+                "int8 weights cannot be sharded: ZeRO-3 ignores their scales, which are separate "
+                "attributes; set quantization = 'nf4', or strategy = 'deepspeed_zero2'",
             )
 
     def division(self, processes: int) -> Division:
-        """What the stage divides."""
+        """The shares under this ZeRO stage."""
         part, config = 1 / processes, self.config
         return Division(
             weights=part if config.stage == 3 else 1.0,
@@ -61,7 +61,7 @@ class DeepSpeedStrategy(BaseStrategy):
         )
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
-        """Give model and optimizer to DeepSpeed's engine."""
+        """Wrap model and optimizer in DeepSpeed's engine."""
         deepspeed = _deepspeed(self.processes)
         optimizer = make_optimizer(model)
         self._groups = _state.full_groups(optimizer)
@@ -82,13 +82,13 @@ class DeepSpeedStrategy(BaseStrategy):
         self._pending = False
         for key in self.config.decided:
             self.notes.append(
-                f"{key} of {self.config.name} is not used: {OF_SETTINGS[key]} of the settings "
-                "decide"
+                f"{key} of {self.config.name} is not used: {OF_SETTINGS[key]} in the settings are "
+                f"used instead"
             )
         return self.zero.optimizer
 
     def _check_active(self) -> None:
-        """Raise LaunchError unless the engine divides what its stage divides."""
+        """Raise LaunchError unless the engine runs the requested ZeRO stage."""
         from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
         stage, world_size = self.config.stage, self.processes.world_size
@@ -109,7 +109,7 @@ class DeepSpeedStrategy(BaseStrategy):
             )
 
     def held_weights(self) -> int:
-        """Bytes of the parts, and of small weights that DeepSpeed leaves whole."""
+        """Bytes of the shards, and of small weights that DeepSpeed does not shard."""
         if self.config.stage < 3:
             return sum(p.numel() * p.element_size() for p in self._inner.parameters())
         weights: Any = self._inner.parameters()
@@ -117,13 +117,13 @@ class DeepSpeedStrategy(BaseStrategy):
         return sum(part.numel() * part.element_size() for part in held)
 
     def _fp32_parts(self) -> list[Tensor]:
-        """What the optimizer steps over on this process."""
+        """The tensors that the optimizer steps on this process."""
         of_stage_3 = self.config.stage == 3
         name = "fp32_partitioned_groups_flat" if of_stage_3 else "single_partition_of_fp32_groups"
         return list(getattr(self.zero, name))
 
     def zero_grad(self) -> None:
-        """Discard all gradients, and what was accumulated of them."""
+        """Discard all gradients, including accumulated ones."""
         zero = self.zero
         zero.zero_grad(set_to_none=True)
         if not self._pending:
@@ -140,7 +140,7 @@ class DeepSpeedStrategy(BaseStrategy):
             zero.reset_cpu_buffers()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backpropagate; with stages 2 and 3 gradients are summed into this process's parts."""
+        """Backpropagate; stages 2 and 3 reduce gradients into this process's shards."""
         if not _parts.check_has_gradient(loss, self.processes, self.config.name):
             return
         self._pending = True
@@ -149,7 +149,7 @@ class DeepSpeedStrategy(BaseStrategy):
         self.engine.backward(loss * float(self.processes.world_size), scale_wrt_gas=False)
 
     def reduce_gradients(self) -> None:
-        """With stage 1, sum the gradients; a missing one counts as zero."""
+        """For stage 1, sum the gradients; a missing gradient counts as zero."""
         if self.lockstep:
             return
         found = [float(p.grad is not None) for p in self._trained]
@@ -163,26 +163,26 @@ class DeepSpeedStrategy(BaseStrategy):
         self.engine.allreduce_gradients()
 
     def _gradients(self) -> list[Tensor]:
-        """The gradients of this process's parts."""
+        """The gradients of this process's shards."""
         if self.config.optimizer_on_cpu:
             return [p.grad for p in self._fp32_parts() if p.grad is not None]
         groups = self.zero.averaged_gradients.values()
         return [g for group in groups for g in group or () if g is not None and g.numel()]
 
     def unscale(self, factor: float) -> None:
-        """Multiply the gradients of this process's parts."""
+        """Multiply the gradients of this process's shards."""
         if parts := self._gradients():
             torch._foreach_mul_(parts, factor)
 
     def clip_gradients(self, max_norm: float | None) -> float:
-        """Clip by the norm over the parts of all processes."""
+        """Clip by the global norm over the shards of all processes."""
         parts = self._gradients()
         norm = _parts.norm_of_parts(parts, self.processes)
         _parts.scale_to(parts, max_norm, norm)
         return norm
 
     def step(self) -> None:
-        """Step over this process's parts; with stages 1 and 2 gather the new weights."""
+        """Step this process's shards; stages 1 and 2 then gather the new weights."""
         if not self._pending:
             return
         self._pending = False
@@ -190,8 +190,8 @@ class DeepSpeedStrategy(BaseStrategy):
         self.engine.step()
         if self.zero.overflow:
             raise LaunchError(
-                "DeepSpeed skipped a step whose gradients were finite; please report it, with the "
-                "settings of the run"
+                "DeepSpeed skipped a step with finite gradients; please report this with the "
+                "run's settings"
             )
 
     def set_learning_rate(self, lr: float) -> None:
@@ -199,7 +199,7 @@ class DeepSpeedStrategy(BaseStrategy):
         optim.set_learning_rate(self.zero, lr)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Gather each trained weight; the main process gets it in the CPU's memory."""
+        """Gather each trained weight; the main process gets it in CPU memory."""
         for name, parameter in self._inner.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -214,7 +214,7 @@ class DeepSpeedStrategy(BaseStrategy):
             yield name, full
 
     def optimizer_state(self, keep: Keep = as_it_is) -> dict[str, Any] | None:
-        """Gather the state, one tensor at a time."""
+        """Gather the optimizer state, one tensor at a time."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self.zero.optimizer
@@ -240,7 +240,7 @@ class DeepSpeedStrategy(BaseStrategy):
         return {"state": entries, "param_groups": groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Take this process's parts of a whole state."""
+        """Load this process's shards of a full state."""
         _state.check_full_state(self._shapes, state)
         kind = self.settings.optim_type
         entries = {n: _state.from_saved(kind, v) for n, v in state["state"].items()}
@@ -276,14 +276,14 @@ class DeepSpeedStrategy(BaseStrategy):
 
 
 def strategy_of(config: DeepSpeedConfig) -> type[DeepSpeedStrategy]:
-    """The strategy with this configuration."""
+    """The strategy class with this configuration."""
     sharing = {"sharded": config.stage == 3, "lockstep": config.stage >= 2}
     facts = {"config": config, "__doc__": config.name, **sharing}
     return type("Strategy", (DeepSpeedStrategy,), facts)
 
 
 def built_in_strategy(name: str) -> type[DeepSpeedStrategy]:
-    """The strategy of this name."""
+    """The strategy class of this name."""
     return strategy_of(built_in(name.rpartition(".")[2]))
 
 
@@ -292,7 +292,7 @@ def _copied(value: Any) -> Any:
 
 
 def _deepspeed(processes: Processes) -> Any:
-    """Import DeepSpeed and have it use the process group that exists."""
+    """Import DeepSpeed and let it use the existing process group."""
     processes.form_group()
     os.environ.setdefault("DS_ACCELERATOR", processes.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -302,16 +302,16 @@ def _deepspeed(processes: Processes) -> Any:
         try:
             import deepspeed
             from deepspeed.ops import __compatible_ops__
-        except Exception as error:  # it looks for compilers and drivers on import
+        except Exception as error:  # it searches for compilers and drivers on import
             first = next(iter(str(error).splitlines()), "")
             raise ConfigError(
                 f"strategy: DeepSpeed cannot be imported: {type(error).__name__}: {first}; set "
-                "strategy = 'fsdp2', which needs nothing beside torch"
+                f"strategy = 'fsdp2', which only needs torch"
             ) from error
-        # An all-reduce in shared memory that nobody waits for: compiling it takes minutes.
+        # A shared-memory all-reduce that is not used here: compiling it takes minutes.
         __compatible_ops__["deepspeed_shm_comm"] = False
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    # DeepSpeed calls torch by names that it gives up.
+    # DeepSpeed uses deprecated names of torch.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed

@@ -1,5 +1,5 @@
-"""A DeepSpeed configuration: one of the built-in ones, or a user's file, without what the settings
-of a run decide."""
+"""A DeepSpeed configuration: a built-in one or a user's file, without the keys that the run's
+settings replace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
         "offload_param": {"device": "cpu"},
     },
 }
-"""The section zero_optimization by name of the strategy."""
+"""The section zero_optimization of each built-in strategy."""
 
 OF_SETTINGS: Mapping[str, str] = {
     "train_batch_size": "batch_size, accumulative_counts and the number of processes",
@@ -39,7 +39,7 @@ OF_SETTINGS: Mapping[str, str] = {
     "steps_per_print": "logging_steps",
     "sequence_parallel_size": "sequence_parallel_size",
 }
-"""Keys of a file that settings decide, and which."""
+"""Keys of a DeepSpeed file that settings replace, and these settings."""
 
 _REFUSED = {
     "zero_quantized_weights": "rounds weights to 8 bits in each forward pass",
@@ -51,13 +51,13 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """What of a configuration is used.
+    """The parts of a configuration that are used.
 
     Attributes:
-        name: of the strategy, or the file.
-        zero: the section zero_optimization, without 'auto'.
-        others: other keys, passed on.
-        decided: keys that are not used, since settings decide.
+        name: Name of the strategy or the file.
+        zero: The section zero_optimization, without 'auto'.
+        others: Other keys, passed on.
+        decided: Keys that are not used because settings replace them.
     """
 
     name: str
@@ -67,22 +67,22 @@ class DeepSpeedConfig:
 
     @property
     def stage(self) -> int:
-        """1 divides the optimizer state, 2 the gradients, too, 3 the weights, too."""
+        """1 shards the optimizer state, 2 also the gradients, 3 also the weights."""
         return int(self.zero["stage"])
 
     @property
     def optimizer_on_cpu(self) -> bool:
-        """Whether the optimizer state lies in the CPU's memory."""
+        """Whether the optimizer state is in CPU memory."""
         return _device(self.zero, "offload_optimizer") != "none"
 
     @property
     def weights_on_cpu(self) -> bool:
-        """Whether the weights lie in the CPU's memory."""
+        """Whether the weights are in CPU memory."""
         return _device(self.zero, "offload_param") != "none"
 
     def for_engine(self, batch_size: int) -> dict[str, Any]:
-        """The configuration that `deepspeed.initialize` gets: the trainer accumulates, scales the
-        loss, clips and schedules."""
+        """The configuration for `deepspeed.initialize`; accumulation, loss scaling, clipping and
+        the schedule are the trainer's."""
         return {
             **self.others,
             "train_micro_batch_size_per_gpu": batch_size,
@@ -101,12 +101,11 @@ def built_in(name: str) -> DeepSpeedConfig:
 
 
 def read(name: str, *, folder: Path) -> DeepSpeedConfig:
-    """Read the file `name`, looked up in `folder`, then in the working directory.
-
-    Values 'auto', as transformers fills them in, become DeepSpeed's defaults.
+    """Read the file `name` from `folder` or the working directory. Values 'auto', which
+    transformers would fill in, become DeepSpeed's defaults.
 
     Raises:
-        ConfigError: there is no such file, it is no JSON, or it cannot be used.
+        ConfigError: The file does not exist, is not JSON, or cannot be used.
     """
     places = [folder / Path(name).expanduser(), Path(name).expanduser()]
     path = next((place for place in places if place.is_file()), None)
@@ -121,15 +120,15 @@ def read(name: str, *, folder: Path) -> DeepSpeedConfig:
     zero = found.get("zero_optimization") if isinstance(found, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError(
-            f"{said}: {path} has no section zero_optimization with stage 1, 2 or 3; without one "
-            "set strategy = 'replicated'"
+            f"{said}: {path} has no section zero_optimization with stage 1, 2 or 3; to train "
+            f"without ZeRO, set strategy = 'replicated'"
         )
     if wrong := [f"{key} {why}" for key, why in _REFUSED.items() if zero.get(key) is True]:
         raise ConfigError(f"{said}: zero_optimization in {path}: {'; '.join(wrong)}; remove it")
     if zero["stage"] == 1 and _device(zero, "offload_optimizer") != "none":
         raise ConfigError(
             f"{said}: {path} offloads the optimizer state with stage 1; set stage to 2, which "
-            "offloads it as well"
+            f"supports this"
         )
     decided = tuple(key for key in found if key in OF_SETTINGS and found[key] != "auto")
     others = {

@@ -1,4 +1,4 @@
-"""What strategies that divide a model share: its units, norms over parts, and what they report."""
+"""What sharding strategies share: the units of a model, norms over shards, and error checks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from xtuner.parallel.processes import Processes
 
 def units_of(model: nn.Module) -> list[nn.Module]:
     """Modules whose weights are gathered together: the layers of the decoder and of a vision tower,
-    and each module outside them that has weights of its own.
-
-    Every one is entered through its own `__call__`. A weight that several modules use, as tied
-    embeddings, is in no unit: it is left to `model` itself.
+    and each module outside them that has its own weights. Each is called through `__call__`. A
+    weight that several modules share, such as tied embeddings, is in no unit: `model` itself
+    gathers it.
     """
     layers = [
         layer
@@ -38,7 +37,7 @@ def units_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """Weights that several modules have."""
+    """Weights that several modules share."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     return {key for key, count in owners.items() if count > 1}
 
@@ -52,28 +51,28 @@ def _outermost_lists(module: nn.Module) -> Iterable[nn.ModuleList]:
 
 
 def norm_of_parts(parts: Sequence[Tensor], processes: Processes) -> float:
-    """The norm over the parts of all processes; each number is in one of them."""
+    """The norm over the shards of all processes; each element is in exactly one shard."""
     norm = nn.utils.get_total_norm(parts) if parts else torch.zeros(())
     (square,) = processes.sum([float(norm) ** 2])
     return float(square**0.5)
 
 
 def scale_to(parts: Sequence[Tensor], max_norm: float | None, norm: float) -> None:
-    """Multiply `parts` so that their norm, `norm` now, is at most `max_norm`."""
+    """Scale `parts`, whose norm is `norm`, to a norm of at most `max_norm`."""
     if max_norm is not None and norm > max_norm and parts:
         torch._foreach_mul_(list(parts), max_norm / (norm + 1e-6))
 
 
 def check_has_gradient(loss: Tensor, processes: Processes, name: str) -> bool:
-    """Whether `loss` depends on what is trained.
+    """Whether `loss` depends on a trained weight.
 
     Raises:
-        TrainingError: it does not, and the other processes wait for its gradients.
+        TrainingError: It does not, and the other processes wait for its gradients.
     """
     if not loss.requires_grad and processes.world_size > 1:
         raise TrainingError(
-            f"process {processes.rank}: the loss of a micro-batch depends on nothing that is "
-            f"trained, and with strategy = {name!r} all processes take part in every backward "
-            "pass; set strategy = 'replicated'"
+            f"process {processes.rank}: the loss of a micro-batch does not depend on any trained "
+            f"weight, and with strategy = {name!r} every backward pass needs all processes; set "
+            f"strategy = 'replicated'"
         )
     return loss.requires_grad

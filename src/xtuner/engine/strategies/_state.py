@@ -1,8 +1,8 @@
-"""The state of an optimizer, one entry per parameter, whatever strategy holds it.
+"""Optimizer state with one entry per parameter, independent of the strategy.
 
 The format is that of `torch.optim.Optimizer.state_dict` on a single process. An optimizer that
-takes the place of another (`substitute`) reads and writes the entries of that one, so that a run
-may go on with another strategy.
+replaces another (`substitute`) reads and writes that optimizer's entries, so that a run can be
+resumed with another strategy.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ ELEMENTWISE = frozenset(
     {"Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "ASGD", "RMSprop", "Rprop", "Adagrad",
      "Adadelta"}
 )  # fmt: skip
-"""Optimizers of torch that treat every number alike, so that each process may step over its
-part."""
+"""Elementwise optimizers of torch, for which each process can step its own shard."""
 
 _RENAMED = {"exp_avg": "state1", "exp_avg_sq": "state2"}
-"""Entries of torch's Adam and AdamW, and what bitsandbytes calls them."""
+"""Entries of torch's Adam and AdamW, and their names in bitsandbytes."""
 
 
 def substitute(optim_type: str) -> str | None:
-    """The optimizer of torch that steps over a part of the weights as `optim_type` would over all
-    of them; None if there is none."""
+    """The torch optimizer that steps a shard as `optim_type` steps the full weights; None if there
+    is none."""
     if optim_type in ELEMENTWISE:
         return optim_type
     name = optim.unpaged(optim_type).removesuffix("32bit")
@@ -38,17 +37,17 @@ def substitute(optim_type: str) -> str | None:
 
 
 def check_optimizer(optim_type: str) -> Iterator[tuple[str, str]]:
-    """Yield a problem if `optim_type` cannot step over a part of the weights."""
+    """Yield a problem if `optim_type` cannot step shards."""
     if substitute(optim_type) is None:
         yield (
             "optim_type",
-            f"{optim_type!r} cannot step over a part of the weights; set 'AdamW', whose state is "
-            "divided among the processes, or strategy = 'replicated'",
+            f"{optim_type!r} does not support sharded weights; set 'AdamW', whose state is "
+            f"sharded across processes, or strategy = 'replicated'",
         )
 
 
 def full_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """The parameter groups of `optimizer` as `state_dict` gives them: numbers for parameters."""
+    """The parameter groups of `optimizer` as in `state_dict`: indices instead of parameters."""
     first, groups = 0, []
     for group in optimizer.param_groups:
         numbers = list(range(first, first + len(group["params"])))
@@ -58,13 +57,13 @@ def full_groups(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def check_full_state(groups: Sequence[Sequence[torch.Size]], state: Mapping[str, Any]) -> None:
-    """Raise ValueError if `state` cannot be that of parameters of these shapes."""
+    """Raise ValueError if `state` does not fit parameters of these shapes."""
     shaped = [{"params": [torch.empty(s, device="meta") for s in group]} for group in groups]
     check_state(SimpleNamespace(param_groups=shaped), state)
 
 
 def to_saved(optim_type: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of the optimizer that steps, as `optim_type` would save them."""
+    """Convert the entries of the optimizer that steps to those of `optim_type`."""
     if substitute(optim_type) == optim_type:
         return dict(entries)
     named = {_RENAMED.get(name, name): value for name, value in entries.items()}
@@ -74,7 +73,8 @@ def to_saved(optim_type: str, entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_saved(optim_type: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_saved` gave, or `optim_type` itself, as the optimizer that steps has it."""
+    """Convert entries of `optim_type` to those of the optimizer that steps; the inverse of
+    `to_saved`."""
     if substitute(optim_type) == optim_type:
         return dict(entries)
     ours = {theirs: own for own, theirs in _RENAMED.items()}

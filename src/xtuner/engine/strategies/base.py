@@ -1,12 +1,12 @@
-"""What the trainer asks of a strategy: everything that depends on where weights, gradients and
-optimizer state are.
+"""The interface of a strategy: everything that depends on where weights, gradients and optimizer
+state are.
 
     prepare ─► for each step: zero_grad ─► backward, one per micro-batch ─► reduce_gradients
             ─► unscale ─► clip_gradients ─► step
             ─► for each checkpoint: trained_weights, optimizer_state
 
-All processes make these calls in the same order. The trainer keeps the policy: the divisor of the
-loss, the learning rate, the scale of the loss and when a step is repeated or not taken.
+All processes make these calls in the same order. The trainer keeps the policy: the loss divisor,
+the learning rate, the loss scale, and when a step is repeated or skipped.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from xtuner.parallel.processes import Processes
 from xtuner.plugins import same_type
 
 MakeOptimizer = Callable[[nn.Module], Any]
-"""Makes the optimizer of a run for the trainable parameters of a model."""
+"""Creates the run's optimizer for the trainable parameters of a model."""
 Keep = Callable[[Tensor], Tensor]
 """Keeps a tensor until a checkpoint is written."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """What one process holds, as shares of what a single process holds.
+    """What one process holds, as fractions of the full weights, gradients and optimizer state.
 
     Attributes:
-        weights: of the model.
-        gradients: of the trained weights.
-        optimizer: state of the optimizer.
-        weights_on_cpu: the weights, gradients and optimizer state lie in the CPU's memory.
-        optimizer_on_cpu: the optimizer state lies in the CPU's memory.
+        weights: Fraction of the model's weights.
+        gradients: Fraction of the gradients.
+        optimizer: Fraction of the optimizer state.
+        weights_on_cpu: Weights, gradients and optimizer state are in CPU memory.
+        optimizer_on_cpu: The optimizer state is in CPU memory.
     """
 
     weights: float = 1.0
@@ -53,19 +53,19 @@ class BaseStrategy(ABC):
     """Holds the model and the optimizer of a run.
 
     Args:
-        settings: of the run.
-        processes: this process and the others.
+        settings: The run's settings.
+        processes: The process group.
 
     Attributes:
-        sharded: a process does not hold all weights, so a forward pass is a collective call: all
-            processes make equally many of them.
-        gathers: a process does not hold all optimizer state, so a checkpoint is gathered. True
-            wherever `sharded` is.
-        lockstep: a backward pass is a collective call: all processes make equally many of them,
-            through the same layers. True wherever `sharded` is.
-        options: the strategy's own settings with their defaults, set by `strategy_options`.
-        model: what the algorithm calls; set by `prepare`, which may wrap or change it.
-        notes: what the user should know of what `prepare` chose.
+        sharded: A process does not hold all weights, so a forward pass is a collective call: all
+            processes must make the same number of them.
+        gathers: A process does not hold all optimizer state, so checkpoints are gathered. True
+            whenever `sharded` is.
+        lockstep: A backward pass is a collective call: all processes must make the same number of
+            them, through the same layers. True whenever `sharded` is.
+        options: The strategy's options with their defaults, set by `strategy_options`.
+        model: The module that the algorithm calls; set by `prepare`, which may wrap or change it.
+        notes: Notes for the user on what `prepare` chose.
     """
 
     sharded: ClassVar[bool] = False
@@ -82,7 +82,7 @@ class BaseStrategy(ABC):
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
-        """Yield (setting, problem) for every setting that the strategy cannot work with."""
+        """Yield (setting, problem) for every setting that the strategy does not support."""
         for name, value in settings.strategy_options:
             if name not in cls.options:
                 allowed = ", ".join(cls.options) or "none"
@@ -96,25 +96,24 @@ class BaseStrategy(ABC):
         if cls.sharded and settings.cache_visual_features:
             yield (
                 "cache_visual_features",
-                "a vision tower whose weights are divided runs on all processes or on none, and "
-                "each finds other features in the cache; set it to False, or strategy = "
-                "'deepspeed_zero2'",
+                "a sharded vision tower must run on all processes together, but each finds "
+                "different features in the cache; set it to False, or strategy = 'deepspeed_zero2'",
             )
 
     def division(self, processes: int) -> Division:
-        """What each of `processes` processes holds."""
+        """The fractions that each of `processes` processes holds."""
         return Division()
 
     @abstractmethod
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
-        """Take `model`, whose weights are the same on every process, and make its optimizer.
+        """Prepare `model`, whose weights are the same on every process, and create its optimizer.
 
         Returns:
-            The optimizer, with `param_groups` whose ``lr`` takes effect in the next step.
+            The optimizer; changes to ``lr`` in its `param_groups` take effect in the next step.
         """
 
     def held_weights(self) -> int:
-        """Bytes of the weights that this process holds between two steps, after `prepare`."""
+        """Bytes of weights that this process holds between steps, after `prepare`."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @abstractmethod
@@ -123,23 +122,22 @@ class BaseStrategy(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of `loss` to those of the step.
+        """Backpropagate `loss` and accumulate its gradients.
 
         Args:
-            loss: of one micro-batch; without a gradient where it depends on nothing that is
-                trained.
-            last: no other micro-batch of this process follows in the step.
+            loss: The loss of one micro-batch; without a gradient if it depends on no trained
+                weight.
+            last: Whether this is the process's last micro-batch in the step.
         """
 
     def gradient_memory(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """For each of `parameters` memory that its gradient may stay in from step to step, so that
-        a CUDA graph can write there."""
+        """Persistent gradient memory for each of `parameters`, which a CUDA graph can write to."""
         return [torch.zeros_like(parameter) for parameter in parameters]
 
     @abstractmethod
     def reduce_gradients(self) -> None:
-        """Sum the gradients over all processes; called once after the last micro-batch, also by a
-        process that had none."""
+        """Sum the gradients over all processes; called once after the last micro-batch, also by
+        processes without one."""
 
     @abstractmethod
     def unscale(self, factor: float) -> None:
@@ -147,10 +145,10 @@ class BaseStrategy(ABC):
 
     @abstractmethod
     def clip_gradients(self, max_norm: float | None) -> float:
-        """Scale the gradients down to `max_norm` (None: leave them).
+        """Clip the gradients to `max_norm` (None: do not clip).
 
         Returns:
-            Their norm before that, over all parameters: the same on every process.
+            The norm over all parameters before clipping, the same on every process.
         """
 
     @abstractmethod
@@ -163,29 +161,29 @@ class BaseStrategy(ABC):
 
     @abstractmethod
     def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Yield each trained weight of the model given to `prepare` by name, gathered, one by one.
-
-        Every process iterates to the end. The tensor is on rank 0; the others may get None. A
-        consumer that keeps no tensor holds no second copy of the model.
+        """Yield the name and the gathered tensor of each trained weight, one by one, under its name
+        in the model given to `prepare`. Every process must iterate to the end. Rank 0 gets the
+        tensor; others may get None. A consumer that keeps no tensor never holds a second copy of
+        the model.
         """
 
     @abstractmethod
     def optimizer_state(self, keep: Keep = as_it_is) -> dict[str, Any] | None:
-        """The state of the optimizer in the format of `torch.optim.Optimizer.state_dict`, one entry
-        per parameter as on a single process; on rank 0, None elsewhere. A collective call.
+        """The optimizer state in the format of `torch.optim.Optimizer.state_dict`, one entry per
+        parameter as on a single process; None outside rank 0. A collective call.
 
         Args:
-            keep: takes each tensor that was gathered, before the next one is, and returns what
-                stands for it in the result.
+            keep: Called with each gathered tensor before the next is gathered; its result is
+                stored.
         """
 
     @abstractmethod
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Restore what `optimizer_state` gave, of this or of another strategy.
+        """Restore the result of `optimizer_state` of this or another strategy.
 
         Args:
-            state: the whole state, on every process.
+            state: The full state, on every process.
 
         Raises:
-            ValueError: it belongs to other parameters, or its values cannot be an optimizer's.
+            ValueError: It belongs to other parameters, or its values are invalid.
         """

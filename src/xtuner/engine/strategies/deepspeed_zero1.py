@@ -1,4 +1,4 @@
-"""Optimizer state is divided among the processes (DeepSpeed's ZeRO stage 1)."""
+"""Optimizer state is sharded across processes (DeepSpeed's ZeRO stage 1)."""
 
 from xtuner.engine.strategies._deepspeed import built_in_strategy
 

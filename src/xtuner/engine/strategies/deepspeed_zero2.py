@@ -1,4 +1,4 @@
-"""Gradients and optimizer state are divided (DeepSpeed's ZeRO stage 2)."""
+"""Gradients and optimizer state are sharded (DeepSpeed's ZeRO stage 2)."""
 
 from xtuner.engine.strategies._deepspeed import built_in_strategy
 

@@ -1,4 +1,4 @@
-"""Stage 2 with the optimizer state in the CPU's memory, where it steps."""
+"""ZeRO stage 2 with the optimizer and its state on the CPU."""
 
 from xtuner.engine.strategies._deepspeed import built_in_strategy
 

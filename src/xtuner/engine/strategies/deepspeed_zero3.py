@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state are divided (DeepSpeed's ZeRO stage 3)."""
+"""Weights, gradients and optimizer state are sharded (DeepSpeed's ZeRO stage 3)."""
 
 from xtuner.engine.strategies._deepspeed import built_in_strategy
 

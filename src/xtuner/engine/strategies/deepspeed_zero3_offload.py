@@ -1,4 +1,4 @@
-"""Stage 3 with weights and optimizer state in the CPU's memory."""
+"""ZeRO stage 3 with weights and optimizer state in CPU memory."""
 
 from xtuner.engine.strategies._deepspeed import built_in_strategy
 

@@ -1,7 +1,7 @@
-"""Every process holds a part of each weight, gradient and moment (torch's `fully_shard`).
-
-A layer is gathered before it runs, forward and backward, and released after it; its gradients are
-summed into the parts after each micro-batch. Numbers and types are those of a single process.
+"""Fully sharded data parallelism (torch's `fully_shard`): every process holds a shard of each
+weight, gradient and moment. A layer's weights are gathered before its forward and backward pass and
+freed afterwards; its gradients are reduced into the shards after each micro-batch. Values and
+dtypes are those of a single process.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class Strategy(BaseStrategy):
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
-        """Refuse quantised weights and optimizers that need whole weights."""
+        """Refuse quantized weights and optimizers that need full weights."""
         yield from super().check(settings)
         yield from _state.check_optimizer(settings.optim_type)
         if settings.effective_quantization != "none":
             yield (
                 "quantization",
-                f"{settings.effective_quantization} weights lose their scales when fully_shard "
-                "divides them; set strategy = 'deepspeed_zero2' (weights whole on every process, "
-                "gradients and optimizer state divided), or tuning = 'lora'",
+                f"{settings.effective_quantization} weights lose their scales in fully_shard; set "
+                f"strategy = 'deepspeed_zero2' (full weights on every process, sharded gradients "
+                f"and optimizer state), or tuning = 'lora'",
             )
 
     def division(self, processes: int) -> Division:
-        """A part of everything; with cpu_offload in the CPU's memory."""
+        """A shard of everything, in CPU memory with cpu_offload."""
         part, offload = 1 / processes, bool(self.option["cpu_offload"])
         return Division(part, part, part, weights_on_cpu=offload, optimizer_on_cpu=offload)
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
-        """Divide the weights of `model`, unit by unit, and make an optimizer for the parts."""
+        """Shard the weights of `model` unit by unit, and create an optimizer for the shards."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -75,45 +75,45 @@ class Strategy(BaseStrategy):
         whole = [n for n, p in self.model.named_parameters() if not isinstance(p, DTensor)]
         if whole:
             raise LaunchError(
-                f"strategy = {NAME!r} is not active: {len(whole)} weights are not divided, "
+                f"strategy = {NAME!r} is not active: {len(whole)} weights are not sharded, "
                 f"{whole[0]} among them; set strategy = 'replicated'"
             )
 
     def held_weights(self) -> int:
-        """Bytes of the parts."""
+        """Bytes of the shards."""
         parts = [p.to_local() for p in self.model.parameters()]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def zero_grad(self) -> None:
-        """Discard the gradients of this process's parts."""
+        """Discard the gradients of this process's shards."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backpropagate; the gradients of each unit are summed into the parts on the way."""
+        """Backpropagate; each unit's gradients are reduced into the shards along the way."""
         if _parts.check_has_gradient(loss, self.processes, NAME):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce_gradients(self) -> None:
-        """Nothing: every backward pass does."""
+        """Do nothing: every backward pass has already reduced its gradients."""
 
     def _gradients(self) -> list[Tensor]:
         found = [p.grad.to_local() for p in self.parameters if p.grad is not None]  # type: ignore[attr-defined]
         return [part for part in found if part.numel()]
 
     def unscale(self, factor: float) -> None:
-        """Multiply the gradients of this process's parts."""
+        """Multiply the gradients of this process's shards."""
         if parts := self._gradients():
             torch._foreach_mul_(parts, factor)
 
     def clip_gradients(self, max_norm: float | None) -> float:
-        """Clip by the norm over the parts of all processes."""
+        """Clip by the global norm over the shards of all processes."""
         parts = self._gradients()
         norm = _parts.norm_of_parts(parts, self.processes)
         _parts.scale_to(parts, max_norm, norm)
         return norm
 
     def step(self) -> None:
-        """Apply the gradients to this process's parts."""
+        """Apply the gradients to this process's shards."""
         self.optimizer.step()
 
     def set_learning_rate(self, lr: float) -> None:
@@ -121,14 +121,14 @@ class Strategy(BaseStrategy):
         optim.set_learning_rate(self.optimizer, lr)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Gather each trained weight; the main process gets it in the CPU's memory."""
+        """Gather each trained weight; the main process gets it in CPU memory."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 full = _gathered(parameter.detach())
                 yield name, full.cpu() if self.processes.is_main else None
 
     def optimizer_state(self, keep: Keep = as_it_is) -> dict[str, Any] | None:
-        """Gather the state, one tensor at a time."""
+        """Gather the optimizer state, one tensor at a time."""
         held = self.optimizer.state_dict()
         entries: dict[int, dict[str, Any]] = {}
         for number, values in held["state"].items():
@@ -144,7 +144,7 @@ class Strategy(BaseStrategy):
         return {"state": entries, "param_groups": held["param_groups"]}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Take this process's parts of a whole state."""
+        """Load this process's shards of a full state."""
         groups = [[p.shape for p in g["params"]] for g in self.optimizer.param_groups]
         _state.check_full_state(groups, state)
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
@@ -157,12 +157,12 @@ class Strategy(BaseStrategy):
 
 
 def _gathered(value: Any) -> Any:
-    """The whole of a tensor that is divided; a collective call."""
+    """The full tensor of a shard; a collective call."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _part_of(value: Any, parameter: Any) -> Any:
-    """The part of `value` that lies beside this process's part of `parameter`."""
+    """The shard of `value` that corresponds to this process's shard of `parameter`."""
     from torch.distributed.tensor import distribute_tensor
 
     if not isinstance(value, Tensor) or value.shape != parameter.shape or value.ndim == 0:

@@ -1,7 +1,7 @@
 """Every process holds all weights, gradients and optimizer state; gradients are summed once a step.
 
-On one process nothing is summed. On a GPU an optimizer of bitsandbytes steps over flat buffers
-where that gives the same bits (`engine.optimizer.flat`).
+On a single process nothing is summed. On a GPU, a bitsandbytes optimizer steps over flat buffers if
+this gives the same bits (`engine.optimizer.flat`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from xtuner.engine.strategies.base import BaseStrategy, Keep, MakeOptimizer
 
 
 class Strategy(BaseStrategy):
-    """Plain data parallelism, with one exact divisor of the loss over all processes."""
+    """Plain data parallelism, with one exact loss divisor over all processes."""
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
-        """Leave `model` as it is; its optimizer steps over flat buffers where it may."""
+        """Leave `model` unchanged; its optimizer steps over flat buffers if possible."""
         self.model = model
         self.parameters = optim.trainable(model)
         self.optimizer: Any = self._flat(make_optimizer(model))
@@ -46,14 +46,14 @@ class Strategy(BaseStrategy):
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of `loss`; one of text does not reach a projector that alone is
+        """Add the gradients of `loss`; a text-only loss has none if only the projector is
         trained."""
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def gradient_memory(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """For each of `parameters` memory of its own that its gradient may stay in: buffers of the
-        optimizer, so that nothing is held twice."""
+        """Persistent gradient memory for each of `parameters`: the optimizer's buffers, so that
+        nothing is stored twice."""
         flat = self.optimizer.gradient_memory() if isinstance(self.optimizer, FlatOptimizer) else {}
         return [flat[p] if p in flat else torch.zeros_like(p) for p in parameters]
 
@@ -68,7 +68,7 @@ class Strategy(BaseStrategy):
             torch._foreach_mul_(gradients, factor)
 
     def clip_gradients(self, max_norm: float | None) -> float:
-        """Clip; every process holds all gradients and computes the same norm."""
+        """Clip the gradients; every process holds all of them and computes the same norm."""
         return optim.clip_gradients(self.parameters, max_norm)
 
     def step(self) -> None:
@@ -80,16 +80,16 @@ class Strategy(BaseStrategy):
         optim.set_learning_rate(self.optimizer, lr)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Yield the weights themselves, no copies; None on all processes but the main one."""
+        """Yield the weights themselves, without copies; None outside the main process."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter.detach() if self.processes.is_main else None
 
     def optimizer_state(self, keep: Keep = as_it_is) -> dict[str, Any] | None:
-        """The optimizer's own; tensors are not copied."""
+        """The optimizer's own state; tensors are not copied."""
         return self.optimizer.state_dict() if self.processes.is_main else None
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Restore it on this process, after a check of shapes and values."""
+        """Restore the state on this process, after checking shapes and values."""
         check_state(self.optimizer, state)
         optim.load_optimizer(self.optimizer, state)

@@ -1,1 +1,1 @@
-"""Proof, with the loaded weights, that training computes what it should."""
+"""Checks, with the loaded weights, that training computes what it should."""

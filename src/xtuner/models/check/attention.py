@@ -1,4 +1,4 @@
-"""Compares an attention function over packed samples with the plain formula, on fixed numbers."""
+"""Compares an attention function over packed samples with the plain formula, on fixed inputs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ROUNDINGS = 4
-"""Roundings of the number type (`torch.finfo.eps`) that are always allowed, as a root mean square
-relative to that of the values."""
+"""Tolerance in roundings of the dtype (`torch.finfo.eps`), for the relative root mean square
+error."""
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Root mean square of ``a - b``, relative to that of `b`; 0 only where all bits are equal."""
+    """Root mean square of ``a - b``, relative to that of `b`; 0 only if all bits are equal."""
     a, b = a.detach().float(), b.detach().float()
     scale = float(b.norm())
     return float((a - b).norm()) / scale if scale else float(a.norm() > 0)
@@ -23,13 +23,13 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def wrong_attention(name: str, *, width: int, device: torch.device, dtype: torch.dtype) -> str:
-    """What the attention function `name` of `cu_seqlens` computes wrongly; '' if nothing.
+    """What the attention function `name` over `cu_seqlens` computes wrongly; '' if nothing.
 
     Args:
-        name: in transformers' attention interface.
-        width: numbers in a head.
-        device: of the model.
-        dtype: of its products.
+        name: Name in transformers' attention interface.
+        width: Head dimension.
+        device: The model's device.
+        dtype: The dtype of its matmuls.
     """
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
     cu_seqlens = torch.tensor([0, 6, 16], dtype=torch.int32)

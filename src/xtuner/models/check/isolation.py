@@ -1,23 +1,22 @@
-"""Shows on a few random tokens that the samples of a row cannot see each other.
+"""Checks on a few random tokens that the samples of a row cannot see each other.
 
-All passes are those of a training step: training mode, gradients, dropout, recomputation,
-autocast, and the weights that were loaded.
+All passes are those of a training step: training mode, gradients, dropout, recomputation, autocast,
+and the loaded weights.
 
 1. **The neighbours change.** Two rows of the same lengths differ in every token of the first and
-   the last sample, and in the last token of the middle one. The other tokens of the middle sample
-   must keep their hidden states and the gradients of their embeddings, bit for bit, and a loss on
-   them must have a gradient of exactly zero at every other position.
-2. What does change may be rounding: LLM.int8() chooses its outlier columns for all rows together,
-   experts are multiplied in groups, or drop tokens beyond their capacity. None of these has a
-   gradient, and a small nudge of the neighbours leaves the choice as it is, so the sample keeps its
-   bits then. Where it does not, the change is compared with what rounding does to this model.
-3. **The sample alone.** Faults that 1 cannot see (positions that do not restart, a shifted
-   position, wrong `cu_seqlens`, a window of another width) change the sample against transformers'
-   own forward pass of it alone. Where the two differ by more than a few roundings, the rounding
-   of this model is measured: the sample alone in rows of other lengths, and with the output of
-   every decoder layer changed by one rounding.
-4. **The attention function** is compared with the plain formula, with a window shorter than the
-   samples: a probe of a few tokens never reaches the window of a real model.
+the last sample, and in the last token of the middle one. The other tokens of the middle sample must
+keep their hidden states and the gradients of their embeddings, bit for bit, and a loss on them must
+have a gradient of exactly zero at every other position. 2. A change may be due to rounding:
+LLM.int8() chooses its outlier columns for all rows together, experts are multiplied in groups, or
+drop tokens beyond their capacity. None of these has a gradient, and a small change of the
+neighbours does not affect the choice, so the sample then keeps its bits. If it does not, the change
+is compared with the effect of rounding on this model. 3. **The sample alone.** Errors that 1 cannot
+detect (positions that do not restart, a shifted position, wrong `cu_seqlens`, another window size)
+make the sample differ from transformers' own forward pass of it alone. If the two differ by more
+than a few roundings, the rounding of this model is measured: the sample alone in rows of other
+lengths, and with the output of every decoder layer changed by one rounding. 4. **The attention
+function** is compared with the plain formula, with a window shorter than the samples: a probe of a
+few tokens never reaches a real model's window.
 """
 
 from __future__ import annotations
@@ -44,43 +43,43 @@ from xtuner.models.check.training_pass import (
 from xtuner.types import Batch
 
 LENGTHS = (5, 15, 12)
-"""Tokens of the three samples of a probe; the middle one is observed. 32 in all: training fills
-rows up to multiples of 16, and so multiplies the same number of rows."""
+"""Tokens of the three samples of a probe; the middle one is observed. 32 in total, because training
+pads rows to multiples of 16."""
 
 EXTENSIONS = (1, 9, 17)
-"""Tokens by which the observed sample is continued to see how rounding depends on a row's length:
-of 16, 24 and 32 tokens."""
+"""Tokens appended to the observed sample to measure how rounding depends on a row's length (16, 24
+and 32 tokens)."""
 
 NUDGES = (2.0**-5, 2.0**-7, 2.0**-9)
-"""Relative changes of the neighbours' embeddings under which a choice made for all rows may stay;
-those are tried that change more than rounding does. The first is four roundings of bfloat16."""
+"""Relative changes of the neighbours' embeddings that may not affect a choice made for all rows;
+those that exceed rounding are tried. The first is four roundings of bfloat16."""
 
 FACTOR = 4
-"""How many times the rounding that was measured is allowed. In eleven architectures of 2 and 24
-layers, in float32 and bfloat16, a sample in a row differed from itself alone by at most 1.5 times
-that."""
+"""Tolerance as a multiple of the measured rounding. In eleven architectures with 2 and 24 layers,
+in float32 and bfloat16, a sample in a row differed from itself alone by at most 1.5 times the
+measured rounding."""
 
 ROUNDING = 0.25
-"""Root mean square of one rounding's relative change, in `torch.finfo.eps`: errors spread evenly
-over ``eps / 2`` either way have 0.29 of it for mantissas of 1 and 0.14 for those of 2."""
+"""Root mean square of one rounding's relative error, in `torch.finfo.eps`: errors uniform over
+``eps / 2`` have 0.29 for mantissas of 1 and 0.14 for mantissas of 2."""
 
 BLIND = 0.5
-"""Allowed relative differences from here on mean that rounding hides what is looked for."""
+"""From this tolerance on, rounding hides the errors that the check looks for."""
 
 
 class NotFiniteError(ModelError):
-    """Hidden states are not finite, whatever the layout of a row."""
+    """Hidden states are non-finite, whatever the layout of a row."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a pass gives of the middle sample without its last token.
+    """The results of a pass for the middle sample without its last token.
 
     Attributes:
-        states: hidden states ``[n, H]``, float32.
-        gradient: of a random projection of `states`, at the embedding of each token of the row
-            ``[N, H]``, float32.
-        span: the first and, exclusive, the last of the observed positions.
+        states: Hidden states ``[n, H]``, float32.
+        gradient: Gradient of a random projection of `states` at the embedding of each token of the
+            row ``[N, H]``, float32.
+        span: Start and (exclusive) end of the observed positions.
     """
 
     states: Tensor
@@ -93,7 +92,7 @@ class Observed:
         return self.gradient[slice(*self.span)]
 
     def distance(self, other: Observed) -> float:
-        """The larger relative difference of states and of gradients."""
+        """The larger of the relative differences of states and gradients."""
         return max(distance(self.states, other.states), distance(self.own, other.own))
 
 
@@ -101,8 +100,8 @@ class IsolationCheck:
     """The checks of one model.
 
     Args:
-        lm: a `PackedCausalLM`.
-        lengths: of the samples of a row; the second is observed, or the only one.
+        lm: A `PackedCausalLM`.
+        lengths: Lengths of the samples of a row; the second, or the only one, is observed.
     """
 
     def __init__(self, lm: Any, lengths: tuple[int, ...] = LENGTHS) -> None:
@@ -117,15 +116,15 @@ class IsolationCheck:
         if self.dtype == torch.float16:
             return f"the model's hidden states are not finite. {FLOAT16_OVERFLOWS}"
         return (
-            "the model gives numbers that are not finite for ordinary tokens: its weights are "
-            "damaged, or an earlier run diverged; take another checkpoint"
+            "the model's outputs are not finite for ordinary tokens: its weights are damaged, or "
+            "an earlier run diverged; use another checkpoint"
         )
 
     def leak(self) -> str | None:
-        """How tokens reach the observed sample that must not; None where none do.
+        """How other tokens reach the observed sample; None if they do not.
 
         Raises:
-            NotFiniteError: hidden states are not finite.
+            NotFiniteError: Hidden states are non-finite.
         """
         first, second = self._observe(self._ids()), self._observe(self._ids(changed=True))
         if not (first.states.isfinite().all() and first.gradient.isfinite().all()):
@@ -150,8 +149,8 @@ class IsolationCheck:
         return f"its results change by {changed:.2g} with its neighbours in the row"
 
     def displaced(self) -> tuple[float, float]:
-        """Difference of the observed sample in its row from transformers' own pass of it alone, and
-        the difference that is allowed; after `leak`."""
+        """Difference between the observed sample in its row and transformers' own pass of it alone,
+        and the allowed difference; call `leak` first."""
         assert self._last is not None
         first, second = self._last
         with self._comparable() as changed:
@@ -164,7 +163,7 @@ class IsolationCheck:
         return found, allowed
 
     def rounding(self) -> float:
-        """How far rounding moves the observed sample's states, however its row is laid out."""
+        """How much rounding changes the observed sample's states, over different row layouts."""
         alone = self._alone()
         rows = [self._alone(more) for more in EXTENSIONS]
         with self._jittered():
@@ -172,7 +171,7 @@ class IsolationCheck:
         return max(distance(row, alone) for row in rows)
 
     def _reached(self, seen: Observed) -> str | None:
-        """Which other tokens have a gradient of the observed ones."""
+        """Which other tokens receive a gradient from the observed ones."""
         start, stop = self.span
         reached = seen.gradient.abs().amax(1) > 0
         kinds = {
@@ -201,7 +200,7 @@ class IsolationCheck:
             return vectors[-1].clone()  # some models scale it in place
 
         with self.lm.causal.get_input_embeddings().register_forward_hook(as_leaf):
-            torch.manual_seed(0)  # dropout takes the same tokens in every pass
+            torch.manual_seed(0)  # dropout drops the same values in every pass
             hidden = self.lm.hidden_states(self._batch(ids))[0, start:stop]
         loss = (hidden.float() * _signs(hidden).float()).sum()
         (gradient,) = torch.autograd.grad(loss, vectors[:1], allow_unused=True)
@@ -214,7 +213,7 @@ class IsolationCheck:
         return hidden.detach().float()
 
     def _alone(self, more: int = 0) -> Tensor:
-        """States of the observed tokens by transformers' own pass, with `more` tokens behind."""
+        """States of the observed tokens in transformers' own pass, followed by `more` tokens."""
         start, stop = self.span
         ids = self._ids()[:, start:stop]
         ids = torch.cat([ids, self._words(more, first=500)], dim=1)
@@ -231,7 +230,7 @@ class IsolationCheck:
         return ids
 
     def _words(self, count: int, *, first: int = 0) -> Tensor:
-        """Tokens from all over the vocabulary, each another one where there are enough."""
+        """Tokens spread over the vocabulary, all different if it is large enough."""
         embedding = self.lm.causal.get_input_embeddings()
         rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
         size = min(rows, 32000)
@@ -247,8 +246,8 @@ class IsolationCheck:
 
     @contextlib.contextmanager
     def _comparable(self) -> Iterator[bool]:
-        """Let passes of other shapes be compared: without dropout, and alone by an attention of
-        transformers. Yields whether dropout was there."""
+        """Make passes of other shapes comparable: disable dropout, and use transformers' attention
+        for single samples. Yields whether there was dropout."""
         decoder = text_decoder(self.lm.causal)
         before = decoder.config._attn_implementation
         plain = plain_attention(decoder)
@@ -272,7 +271,7 @@ class IsolationCheck:
 
     @contextlib.contextmanager
     def _jittered(self) -> Iterator[None]:
-        """Change the output of every decoder layer as much as one rounding does, up or down."""
+        """Change the output of every decoder layer by one rounding, up or down."""
         step = ROUNDING * torch.finfo(self.dtype).eps
 
         def jitter(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -287,7 +286,7 @@ class IsolationCheck:
 
 
 def _signs(like: Tensor) -> Tensor:
-    """-1 or 1 for each number of `like`, always the same."""
+    """A fixed pattern of -1 and 1 in the shape of `like`."""
     count = torch.arange(like.numel(), dtype=torch.float32)
     signs = torch.sign(torch.sin(count * 12.9898 + 0.5))
     return signs.view(like.shape).to(like.device, like.dtype)

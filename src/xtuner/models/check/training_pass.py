@@ -1,4 +1,4 @@
-"""Passes of a training step that leave nothing behind, and what they need to know of a model."""
+"""Training passes without side effects, and the model parts that they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 NO_DROPOUT = 1e-12
-"""A share that drops nothing, for ``1 - p`` rounds to 1, by the code path of dropout."""
+"""A probability so small that ``1 - p`` rounds to 1: it uses the code path of dropout and drops
+nothing."""
 
 
 def layers_of(model: Any) -> list[nn.Module]:
@@ -21,8 +22,8 @@ def layers_of(model: Any) -> list[nn.Module]:
 
 
 def decoder_of(causal: Any) -> Any:
-    """The part of `causal` that gives hidden states; Llama 4 names it otherwise than its
-    `base_model_prefix` says."""
+    """The part of `causal` that returns hidden states; Llama 4's name differs from its
+    `base_model_prefix`."""
     base = causal.base_model
     if base is not causal:
         return base
@@ -31,7 +32,7 @@ def decoder_of(causal: Any) -> Any:
 
 
 def text_decoder(causal: Any) -> Any:
-    """The text model of a vision-language model, else `causal` itself."""
+    """The text model of a vision-language model, otherwise `causal` itself."""
     inner = getattr(causal.base_model, "language_model", None)
     return inner if isinstance(inner, PreTrainedModel) else causal
 
@@ -43,7 +44,7 @@ def plain_attention(decoder: Any) -> str:
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[bool]:
-    """Let dropout drop nothing and yet compute as with dropout; yields whether there is any."""
+    """Make dropout drop nothing but use the same code path; yields whether there is any dropout."""
     changed: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -63,7 +64,7 @@ def without_dropout(model: nn.Module) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def traceless(model: nn.Module) -> Iterator[None]:
-    """Run training passes and leave nothing behind: random state and modes come back."""
+    """Run training passes without side effects: random state and modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:

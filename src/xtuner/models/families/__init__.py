@@ -1,5 +1,5 @@
-"""Model families that transformers does not support: one file each, without remote code.
+"""Model families that transformers does not support, one file each, without remote code.
 
 A family has ``MODEL_TYPES`` (as in config.json) and ``register()``, which adds them to the Auto
-classes; `xtuner.models.load` calls it before it loads a model of such a type.
+classes; `xtuner.models.load` calls it before loading a model of this type.
 """

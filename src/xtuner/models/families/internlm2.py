@@ -59,7 +59,8 @@ class InternLM2Config(LlamaConfig):
         kind = rope.pop("rope_type", "default")
         rope.pop("type", None)
         values["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
-        # Remote code without a repository name is looked up next to the weights, where it is not.
+        # Remote code without a repository name would be looked up next to the weights, where it is
+        # missing.
         remote = {k: v for k, v in (values.pop("auto_map", None) or {}).items() if "--" in str(v)}
         return {**values, "auto_map": remote} if remote else values
 

@@ -1,4 +1,4 @@
-"""Sizes of packed rows, and of graphs that take them."""
+"""Sizes of packed rows and of the graphs that accept them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a graph takes: exactly `tokens`, at most `sequences`, none over `longest`."""
+    """What a graph accepts: exactly `tokens`, at most `sequences`, none longer than `longest`."""
 
     tokens: int
     sequences: int
@@ -17,16 +17,17 @@ class Capacity:
 
     @classmethod
     def of(cls, tokens: int, sequences: int, longest: int) -> Capacity:
-        """The capacity to record for a row: the next powers of two, so that few are recorded."""
+        """The capacity to record for a row: the next powers of two, so that few graphs are
+        recorded."""
         return cls(tokens, max(8, _power(sequences)), min(tokens, max(128, _power(longest))))
 
     def holds(self, other: Capacity) -> bool:
-        """Whether a row of `other`'s numbers fits."""
+        """Whether a row of size `other` fits."""
         fits = self.sequences >= other.sequences and self.longest >= other.longest
         return fits and self.tokens == other.tokens
 
     def joined(self, other: Capacity) -> Capacity:
-        """The smallest that holds both."""
+        """The smallest capacity that covers both."""
         return Capacity(
             max(self.tokens, other.tokens),
             max(self.sequences, other.sequences),
@@ -40,7 +41,7 @@ def _power(count: int) -> int:
 
 
 def rounded(tokens: int) -> int:
-    """The number of tokens that a row of `tokens` is filled up to: at most a sixteenth more."""
+    """The number of tokens that a row of `tokens` is padded to: at most a sixteenth more."""
     step = max(64, 1 << max(0, tokens.bit_length() - 5))
     return -(-tokens // step) * step
 
@@ -53,7 +54,7 @@ class Row:
         embeddings: ``[1, N, H]``.
         positions: int64 ``[1, N]``.
         cu_seqlens: int32 ``[S + 1]``, on the CPU.
-        longest: length of the longest sequence.
+        longest: Length of the longest sequence.
     """
 
     embeddings: Tensor
@@ -63,5 +64,5 @@ class Row:
 
     @property
     def capacity(self) -> Capacity:
-        """What a graph must take for this row."""
+        """The capacity that this row needs."""
         return Capacity(self.embeddings.shape[1], len(self.cu_seqlens) - 1, self.longest)

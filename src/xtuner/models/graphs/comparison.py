@@ -1,4 +1,4 @@
-"""A recorded pair of passes against plain passes of the same row."""
+"""Compares a recorded pair of passes with eager passes on the same row."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from xtuner.models.graphs.capacity import Row
 from xtuner.models.graphs.graph import Body, Graph, aliases_of, swapped
 
 FLOOR = 1e-3
-"""Relative difference of gradients that is never a fault: some hundred roundings of 16 bits, added
-up. A row read from stale memory differs by about 1."""
+"""Relative difference of gradients that is always accepted: some hundred accumulated 16-bit
+roundings. A row read from stale memory differs by about 1."""
 
 
 class PlainPasses:
-    """What plain passes of a row give, and by how much two of them differ.
+    """The results of eager passes on a row, and how much two of them differ.
 
     Args:
-        body: the decoder without its input embedding.
-        module: has all parameters that `body` reads.
-        row: the row.
-        parameters: that may get gradients.
-        autocast: context of the passes.
+        body: The decoder without its input embedding.
+        module: Has all parameters that `body` reads.
+        row: The row.
+        parameters: Parameters that may get gradients.
+        autocast: The autocast context of the passes.
 
     Attributes:
-        used: the parameters that got a gradient.
+        used: The parameters that got a gradient.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PlainPasses:
             like.shape, generator=draw, device=like.device, dtype=torch.float32
         )
         self._hidden, gradients = self._run()
-        # on the CPU: a comparison is not to need more of the GPU's memory than a step
+        # on the CPU: a comparison should not need more GPU memory than a step
         self._gradients = [None if g is None else g.to("cpu", copy=True) for g in gradients]
         again, gradients = self._run()
         self._noise = (
@@ -57,7 +57,7 @@ class PlainPasses:
         self.used = [p for p, g in zip(parameters, self._gradients, strict=False) if g is not None]
 
     def fault_of(self, graph: Graph) -> str:
-        """How the replay of `graph` differs from the passes; empty if it does not."""
+        """How the replay of `graph` differs from the eager passes; empty if it does not."""
         graph.load(self._row)
         with _seeded(self._row.embeddings.device):
             graph.forward()
@@ -76,7 +76,7 @@ class PlainPasses:
         return ""
 
     def _run(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Hidden states; gradients of the parameters, and of the embeddings if they need one."""
+        """Hidden states, and the gradients of the parameters and, if needed, of the embeddings."""
         row, aliases = self._row, aliases_of(self._parameters)
         leaves: list[Tensor] = list(aliases)
         embeddings = row.embeddings.detach()
@@ -91,8 +91,8 @@ class PlainPasses:
 
 
 def _distance(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> float:
-    """Norm of the difference over the norm of `wanted`, compared one by one; infinite where only
-    one is there or a number is not finite."""
+    """The largest ratio of the difference's norm to the norm of `wanted`, over pairs; infinite if
+    one of a pair is missing or non-finite."""
     apart, size = 0.0, 0.0
     for a, b in zip(found, wanted, strict=True):
         if a is None or b is None:
@@ -110,7 +110,7 @@ def _distance(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """The same random numbers, for dropout, in each pass that is compared."""
+    """Use the same random numbers, for dropout, in each pass that is compared."""
     if device.type == "cuda":
         torch.cuda.manual_seed(0)
     yield
@@ -118,7 +118,7 @@ def _seeded(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Leave the random state of the GPU as it was."""
+    """Restore the random state of the GPU."""
     if device.type != "cuda":
         yield
         return

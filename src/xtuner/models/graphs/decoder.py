@@ -1,4 +1,4 @@
-"""Replays a decoder where it can; see `xtuner.models.graphs`."""
+"""Replays a decoder if possible; see `xtuner.models.graphs`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class GraphedDecoder:
     """Records a decoder and replays it.
 
     Args:
-        body: the decoder without its input embedding.
-        module: has all parameters that `body` reads.
-        parameters: those that are trained, without the input embedding's.
-        gradients: gives each of some parameters the memory that its gradient stays in.
-        recorder: makes a new recorder, whose graphs share memory.
-        autocast: as the decoder is called; a cast weight may not outlive the graph.
-        say: told once why no graph is used.
+        body: The decoder without its input embedding.
+        module: Has all parameters that `body` reads.
+        parameters: The trained parameters, without the input embedding's.
+        gradients: Returns persistent gradient memory for parameters.
+        recorder: Creates a recorder, whose graphs share memory.
+        autocast: The autocast context of the decoder; cast weights must not outlive the graph.
+        say: Called once with the reason if no graph is used.
 
     Attributes:
-        graph: the recorded passes, if there are any.
-        replays: forward passes that were replayed.
-        off: why no graph is used any more; empty otherwise.
+        graph: The recorded passes, if any.
+        replays: Number of replayed forward passes.
+        off: Why graphs are disabled; empty otherwise.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class GraphedDecoder:
         self.off = ""
 
     def filling(self, tokens: int) -> tuple[int | None, int | None]:
-        """To how many tokens a row of `tokens` is filled up, by sequences of how many at most; None
-        for no rule."""
+        """The padded number of tokens of a row of `tokens`, and the maximum length of padding
+        sequences; None without a rule."""
         if self.off:
             return None, None
         if self.graph is None:
@@ -63,7 +63,7 @@ class GraphedDecoder:
         return max(size.tokens, rounded(tokens)), size.longest
 
     def __call__(self, row: Row) -> Tensor | None:
-        """Hidden states ``[1, N, H]``; None where the plain pass has to be taken."""
+        """Hidden states ``[1, N, H]``; None if the eager pass must be used."""
         if self.off:
             return None
         graph = self._graph_for(row)
@@ -78,8 +78,8 @@ class GraphedDecoder:
         return Replay.apply(row.embeddings, anchor, graph)  # type: ignore[no-untyped-call, no-any-return]
 
     def _graph_for(self, row: Row) -> Graph | None:
-        """The graph if it takes `row`, or a new one; None for the first row, and while there are
-        gradients of this step, whose memory a comparison would overwrite."""
+        """The graph if it accepts `row`, otherwise a new one; None for the first row, and while
+        this step has gradients, whose memory a comparison would overwrite."""
         size, graph = row.capacity, self.graph
         if graph is not None and graph.capacity.holds(size) and not graph.moved():
             return graph
@@ -87,7 +87,7 @@ class GraphedDecoder:
         wanted = Capacity.of(size.tokens, size.sequences, size.longest)
         self._seen = wanted if self._seen is None else wanted.joined(self._seen)
         self.graph = graph = None
-        _give_back_memory()  # of the graph, for a plain pass needs as much
+        _give_back_memory()  # of the graph, because an eager pass needs as much
         gathering = any(parameter.grad is not None for parameter in self._parameters())
         if first or gathering or self._seen.tokens != size.tokens:
             return None
@@ -102,7 +102,7 @@ class GraphedDecoder:
         self._say(f"CUDA graphs are not used: {why}")
 
     def _recorded(self, row: Row, capacity: Capacity) -> tuple[Graph | None, str]:
-        """A new graph, compared with the plain pass; or why it cannot be used."""
+        """A new graph, compared with the eager pass, or why it cannot be used."""
         try:
             with random_state_kept(row.embeddings.device), torch.enable_grad():
                 parts = self._body, self._module, row
@@ -122,13 +122,13 @@ class GraphedDecoder:
 
 
 def _give_back_memory() -> None:
-    """Give the GPU what torch holds and nothing uses: the memory of a graph that is gone."""
+    """Return unused cached memory to the GPU, such as that of a deleted graph."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _reason(error: BaseException) -> str:
     if is_out_of_memory(error):
-        return "the memory of the GPU is short"
+        return "the GPU has too little memory"
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"the model cannot be recorded ({type(error).__name__}: {first})"

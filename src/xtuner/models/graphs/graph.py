@@ -1,4 +1,4 @@
-"""A recorded pair of passes of a decoder, and how autograd replays it."""
+"""A recorded pair of decoder passes, and their replay in autograd."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Body = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(eq=False)
 class Graph:
-    """A recorded pair of passes and the memory that it reads and writes."""
+    """A recorded pair of passes, with the memory that it reads and writes."""
 
     capacity: Capacity
     embeddings: Tensor
@@ -50,7 +50,7 @@ class Graph:
             self.embeddings.copy_(row.embeddings)
 
     def attach(self) -> None:
-        """Let gradients gather in the memory of the graph: it adds to what is there."""
+        """Make gradients accumulate in the graph's memory."""
         fresh = []
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is gradient:
@@ -64,16 +64,17 @@ class Graph:
             torch._foreach_zero_(fresh)
 
     def moved(self) -> bool:
-        """Whether a trained parameter is in other memory than when the graph was recorded."""
+        """Whether a trained parameter has moved in memory since the graph was recorded."""
         return [p.data_ptr() for p in self.parameters] != self.addresses
 
 
 class _Token:
-    """Lives as long as a forward pass that may still be followed by its backward pass."""
+    """Lives as long as a forward pass whose backward pass may still follow."""
 
 
 class Replay(torch.autograd.Function):
-    """The passes of a graph; parameters get their gradients in place, not through autograd."""
+    """Replays the passes of a graph; parameters get their gradients in place, not through
+    autograd."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, anchor: Tensor, graph: Graph) -> Tensor:
@@ -110,17 +111,17 @@ def record(
     """Record `body` with a row of zeros, whose sequences have `capacity.longest` tokens.
 
     Args:
-        body: the decoder without its input embedding.
-        module: has all parameters that `body` reads.
-        row: of the types and shapes that the graph takes.
-        capacity: of the graph.
-        parameters: that get gradients.
-        gradients: memory for these.
-        recorder: new.
-        autocast: context of the passes.
+        body: The decoder without its input embedding.
+        module: Has all parameters that `body` reads.
+        row: A row with the dtypes and shapes of the graph.
+        capacity: The graph's capacity.
+        parameters: Parameters that get gradients.
+        gradients: Memory for these gradients.
+        recorder: A new recorder.
+        autocast: The autocast context of the passes.
 
     Raises:
-        RuntimeError: the passes cannot be recorded.
+        RuntimeError: The passes cannot be recorded.
     """
     like = row.embeddings.detach()
     needed = row.embeddings.requires_grad
@@ -161,7 +162,7 @@ class _Passes:
         return swapped(self._module, self._graph.parameters, self._graph.aliases)
 
     def forward(self) -> Tensor:
-        """Hidden states of what is loaded."""
+        """Hidden states of the loaded row."""
         graph = self._graph
         with self._swapped():
             self._hidden = self._body(
@@ -170,20 +171,20 @@ class _Passes:
         return self._hidden.detach()
 
     def backward(self) -> Tensor:
-        """Add to the gradients, and replace that of the embeddings."""
+        """Accumulate the gradients, and replace the gradient of the embeddings."""
         hidden, self._hidden, graph = self._hidden, None, self._graph
         assert hidden is not None
         if graph.grad_embeddings is not None:
             graph.grad_embeddings.zero_()
-        with self._swapped():  # recomputation reads weights, too
+        with self._swapped():  # recomputation also reads weights
             grad = graph.grad_hidden.to(hidden.dtype)
             torch.autograd.backward([hidden], [grad], inputs=self._leaves)
         return graph.grad_hidden  # type: ignore[no-any-return]
 
 
 def aliases_of(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """New leaves that share the memory of `parameters`: their gradients and the streams that these
-    gather on are their own."""
+    """New leaf tensors that share the memory of `parameters`, with separate gradients and
+    accumulation streams."""
     return [nn.Parameter(parameter.detach()) for parameter in parameters]
 
 
@@ -191,7 +192,7 @@ def aliases_of(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
 def swapped(
     module: nn.Module, parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter]
 ) -> Iterator[None]:
-    """Let `module` compute with `others` in place of `parameters`."""
+    """Make `module` compute with `others` instead of `parameters`."""
     new = {id(p): other for p, other in zip(parameters, others, strict=True)}
     changed = [
         (part, name, p)

@@ -6,7 +6,7 @@
               run.yaml  tokenizer
 
 Each part can be used alone: the adapters are PEFT adapters of the language model and of the vision
-tower. Folders that xtuner 0.1 wrote have the same names, and are read as well.
+tower. Folders written by xtuner 0.1 have the same names and can be read, too.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ _PREFIX = re.compile(r"^(model\.)?multi_modal_projector\.")
 
 
 def is_llava_folder(folder: Path) -> bool:
-    """Whether `folder` holds the parts of a LLaVA model."""
+    """Whether `folder` contains the parts of a LLaVA model."""
     return (folder / PROJECTOR).is_dir()
 
 
 def run_of(folder: Path) -> RunInfo | None:
-    """The run that wrote `folder`: what its run.yaml says, or that of the LLaVA model it is a part
-    of."""
+    """The run that wrote `folder`, from its run.yaml or that of the LLaVA model it is part of."""
     info = RunInfo.read(folder)
     return RunInfo.read(folder.parent) if info is None and is_llava_folder(folder.parent) else info
 
@@ -47,7 +46,7 @@ def run_of(folder: Path) -> RunInfo | None:
 def save_projector(
     llava: Any, folder: Path, *, trained: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the projector alone; `trained` take the place of its own weights."""
+    """Write the projector; `trained` replaces its own weights."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {**llava.model.multi_modal_projector.state_dict(), **(trained or {})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -64,14 +63,14 @@ def save_projector(
 
 
 def load_projector(llava: Any, folder: Path) -> None:
-    """Fill the projector of `llava` with the one in `folder`.
+    """Load the projector in `folder` into `llava`.
 
     Args:
-        llava: the assembled model.
-        folder: a projector, a folder of parts that has one, or a complete LLaVA model.
+        llava: The assembled model.
+        folder: A projector, a folder of parts that has one, or a complete LLaVA model.
 
     Raises:
-        ModelError: there is none, or it is of another shape.
+        ModelError: It does not exist or has another shape.
     """
     found = read_projector(folder)
     projector = llava.model.multi_modal_projector
@@ -91,7 +90,7 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     """The tensors ``linear_1.weight`` ... of the projector in `folder`; see `load_projector`.
 
     Raises:
-        ModelError: there is none.
+        ModelError: It does not exist.
     """
     if old_pth.is_old(folder):
         tensors = old_pth.parts(old_pth.read(folder)).get(PROJECTOR, {})
@@ -107,14 +106,15 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     if not found:
         names = ", ".join(sorted(p.name for p in path.glob("*"))[:8]) if path.is_dir() else ""
         raise ModelError(
-            f"{folder}: holds no projector (found: {names or 'no such folder'}); give a checkpoint "
+            f"{folder}: contains no projector (found: {names or 'no such folder'}); give a "
+            f"checkpoint "
             "iter_N of a run with a vision tower, or its folder projector/"
         )
     return found
 
 
 def projectors_beside(path: Path) -> list[str]:
-    """Folders beside `path`, which does not exist, whose newest checkpoint has a projector."""
+    """Siblings of the missing folder `path` whose newest checkpoint has a projector."""
     pointers = sorted(path.parent.glob("*/last_checkpoint"))
     return [
         str(pointer.parent)

@@ -1,4 +1,4 @@
-"""How images are prepared for the vision tower of a LLaVA model, and how many tokens they take."""
+"""Prepares images for the vision tower of a LLaVA model, and counts their tokens."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class LlavaImageProcessor:
     """Scales every image to the size of the vision tower (an `ImageProcessor`).
 
     Attributes:
-        upstream: transformers' image processor, which does the work and which other tools load.
-        max_tokens: tokens of an image; the same for every one.
+        upstream: The transformers image processor that does the work, and that other tools load.
+        max_tokens: Tokens per image, the same for all images.
     """
 
     upstream: Any
@@ -37,8 +37,8 @@ class LlavaImageProcessor:
         """The image processor of the vision tower at `path`, a folder or a hub name.
 
         Args:
-            path: of the tower; its ``preprocessor_config.json`` counts where there is one.
-            pad_to_square: pad images to a square instead of cropping their longer side.
+            path: The vision tower; its ``preprocessor_config.json`` is used if it exists.
+            pad_to_square: Pad images to a square instead of cropping their longer side.
 
         Raises:
             ModelError: the tower's configuration, or its preprocessor's, cannot be read or used.
@@ -70,12 +70,12 @@ class LlavaImageProcessor:
         return np.asarray(values[0], dtype=np.float32)
 
     def facts(self) -> Mapping[str, Any]:
-        """What `num_tokens` depends on."""
+        """The values that `num_tokens` depends on."""
         return {"tokens_per_image": self.max_tokens}
 
 
 def _preprocessor_config(path: str) -> dict[str, Any]:
-    """What the tower at `path` says of the preparation of its images; empty if nothing."""
+    """The image preprocessing configuration of the tower at `path`; empty if there is none."""
     folder = Path(located(path))
     file: Path | str = folder / PROCESSOR_FILE
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def _preprocessor_config(path: str) -> dict[str, Any]:
 
         try:
             file = hf_hub_download(str(folder), PROCESSOR_FILE)
-        except Exception:  # the defaults of CLIP and SigLIP serve all their checkpoints
+        except Exception:  # the defaults of CLIP and SigLIP fit all their checkpoints
             return {}
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -96,10 +96,10 @@ def _preprocessor_config(path: str) -> dict[str, Any]:
 
 
 def _check_preparation(values: Any, file: str) -> None:
-    """Refuse what a processor could not work with.
+    """Refuse values that the processor cannot use.
 
     Raises:
-        ModelError: names the entry.
+        ModelError: Names the entry.
     """
     if not isinstance(values, dict):
         raise ModelError(f"{file}: must be a JSON object")
@@ -117,7 +117,7 @@ def _check_preparation(values: Any, file: str) -> None:
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "resample": (lambda v: type(v) is int and 0 <= v <= 5, "a number from 0 to 5"),
         "rescale_factor": (positive, "a positive number"),
-        "image_mean": (lambda v: three(v, zero=True), "three numbers, none below 0"),
+        "image_mean": (lambda v: three(v, zero=True), "three non-negative numbers"),
         "image_std": (lambda v: three(v, zero=False), "three positive numbers"),
     }
     for name, (fits, allowed) in rules.items():

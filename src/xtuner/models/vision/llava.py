@@ -3,9 +3,9 @@
     pixels ──vision tower──► features ──linear, gelu, linear──► vectors of the LLM's width
     token ids ──embedding──► vectors, those of <image> replaced ──► the language model's layers
 
-Underneath is transformers' `LlavaForConditionalGeneration`, put together from parts that were
-loaded (quantised, with adapters) as for text. The embedding is never asked for ``<image>``, so the
-language model keeps its vocabulary while it is trained.
+The model is transformers' `LlavaForConditionalGeneration`, assembled from parts that were loaded
+(quantized, with adapters) as for text. ``<image>`` is never looked up in the embedding, so the
+language model keeps its vocabulary during training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from xtuner.types import Batch, BatchImages
 
 
 def portable_config(decoder: Any) -> Any:
-    """The configuration of a language model's layers as plain transformers reads it: families of
-    ours that are Llama under another name become Llama."""
+    """The configuration of a language model's layers for plain transformers: xtuner's families that
+    are Llama under another name become Llama."""
     config = decoder.config
     ours = isinstance(decoder, LlamaModel) and type(config) is not LlamaConfig
     if not (ours and isinstance(config, LlamaConfig)):
@@ -45,12 +45,12 @@ def assemble(
     select_layer: int = -2,
     seed: int = 0,
 ) -> Llava:
-    """Put a LLaVA model together from a language model and a vision tower; the projector is new.
+    """Assemble a LLaVA model from a language model and a vision tower, with a new projector.
 
-    The parts are used, not copied; the projector is float32 on the language model's device.
+    The parts are not copied; the projector is float32 on the language model's device.
 
     Raises:
-        ModelError: LLaVA cannot hold this language model, or the layer does not exist.
+        ModelError: LLaVA does not support this language model, or the layer does not exist.
     """
     check_layer(select_layer, layers=visual_encoder.config.num_hidden_layers)
     config = LlavaConfig(
@@ -85,36 +85,36 @@ def assemble(
 
 @torch.no_grad()
 def _refuse_other_logits(llm: Any, model: Llava) -> None:
-    """Raise if `llm` changes its logits after the head, which LLaVA would leave out."""
+    """Raise if `llm` changes its logits after the head, which LLaVA would omit."""
     names = [n for n in LOGIT_CHANGES if getattr(llm.config, n, None) not in (None, 1.0)]
     if not names and type(llm.get_output_embeddings()) is nn.Linear:
         return
     raise ModelError(
         f"{type(llm).__name__} changes its logits after the output head "
-        f"({', '.join(names) or 'a head of its own kind'}), which LLaVA leaves out: "
-        "take another language model"
+        f"({', '.join(names) or 'a head of its own kind'}), which LLaVA omits: use another "
+        f"language model"
     )
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of `model` that decodes text: of a LLaVA its language model, else `model` without
-    its PEFT wrapper."""
+    """The text decoder of `model`: a LLaVA's language model, otherwise `model` without its PEFT
+    wrapper."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.model.language_model if isinstance(base, Llava) else base
 
 
 KeepFeatures = Callable[[str, Tensor], None]
-"""Keeps the features of the image with this key for later epochs."""
+"""Stores the features of the image with this key for later epochs."""
 
 
 class LlavaEmbedder(nn.Module):
-    """Makes the input embeddings of a LLaVA model (an `ImageEmbedder`).
+    """Computes the input embeddings of a LLaVA model (an `ImageEmbedder`).
 
     Args:
         llava: the assembled model.
-        train_encoder: gradients reach the vision tower.
-        autocast: type of the products with float32 weights (projector, a fully trained tower).
-        keep: called with the features of every image that has a key.
+        train_encoder: Whether gradients reach the vision tower.
+        autocast: Dtype of matmuls with float32 weights (projector, a fully trained tower).
+        keep: Called with the features of every image that has a key.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class LlavaEmbedder(nn.Module):
         return vectors.masked_scatter(images.mask[..., None], projected.to(vectors.dtype))
 
     def _nothing(self) -> Tensor:
-        """Zero, by way of the vision tower and the projector."""
+        """A zero that is computed through the vision tower and the projector."""
         size = self.llava.config.vision_config.image_size
         features = self.features(torch.zeros(1, 3, size, size))
         with self._autocast():
@@ -170,11 +170,11 @@ class LlavaEmbedder(nn.Module):
         return (projected[0, 0] * 0.0).to(dtype)  # type: ignore[no-any-return]
 
     def positions(self, batch: Batch) -> Tensor:
-        """Position ids ``[1, N]``: image tokens count like text."""
+        """Position ids ``[1, N]``; image tokens count like text tokens."""
         return batch.position_ids
 
     def train(self, mode: bool = True) -> LlavaEmbedder:
-        """Set training mode; a vision tower that is not trained stays in evaluation."""
+        """Set training mode; a frozen vision tower stays in evaluation mode."""
         super().train(mode)
         if not self.train_encoder and (tower := self.llava.model.vision_tower) is not None:
             tower.eval()

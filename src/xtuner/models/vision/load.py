@@ -1,4 +1,4 @@
-"""Load a LLaVA model for inference: from its parts, or from the folder of a complete model.
+"""Loads a LLaVA model for inference, from its parts or from the folder of a complete model.
 
 language model + llm_adapter/ ─┐
 vision tower + ..._adapter/ ───┼─assemble─► LlavaForConditionalGeneration + image processor
@@ -35,10 +35,10 @@ class VisionLanguageModel:
     """A model with image input.
 
     Attributes:
-        model: of transformers, such as a `LlavaForConditionalGeneration`.
-        embedder: makes its input embeddings.
-        processor: prepares its images.
-        image_token_id: the token ``<image>``.
+        model: A transformers model, such as a `LlavaForConditionalGeneration`.
+        embedder: Computes its input embeddings.
+        processor: Prepares its images.
+        image_token_id: The id of the token ``<image>``.
     """
 
     model: Any
@@ -52,12 +52,12 @@ class Sources:
     """Where the parts of a LLaVA model are.
 
     Attributes:
-        llm: the language model that a run started from.
-        parts: the folder of what was trained.
-        visual_encoder: the encoder that a run started from; empty where the parts hold their own.
-        select_layer: of the encoder, whose output is used.
-        pad_to_square: how images are prepared.
-        llm_adapter: the folder of an adapter of the language model, if there is one.
+        llm: The language model that the run started from.
+        parts: The folder of the trained parts.
+        visual_encoder: The encoder that the run started from; empty if the parts contain their own.
+        select_layer: The encoder layer whose output is used.
+        pad_to_square: Whether images are padded to a square.
+        llm_adapter: The folder of the language model's adapter, if there is one.
     """
 
     llm: str
@@ -69,17 +69,17 @@ class Sources:
 
     @classmethod
     def of(cls, parts: Path, *, llm: str = "", visual_encoder: str = "") -> Sources:
-        """The parts that the folder `parts` names.
+        """The sources that the folder `parts` names.
 
         Args:
-            parts: the folder.
-            llm: in place of the language model that `parts` names; one that was trained and lies
-                in `parts` is taken nevertheless, with a warning.
-            visual_encoder: in place of the encoder that `parts` names.
+            parts: The folder.
+            llm: Replaces the language model that `parts` names; if `parts` contains a trained one,
+                that is used instead, with a warning.
+            visual_encoder: Replaces the encoder that `parts` names.
 
         Raises:
-            ModelError: one of the two is not known.
-            ConfigError: `visual_encoder` is given, and `parts` holds one that was trained.
+            ModelError: One of the two is unknown.
+            ConfigError: `visual_encoder` is given, but `parts` contains a trained one.
         """
         info = RunInfo.read(parts)
         said = dict(info.settings) if info else {}
@@ -88,7 +88,7 @@ class Sources:
         if own_llm.is_dir():
             if llm and Path(llm).expanduser().resolve() not in (own_llm.resolve(), parts.resolve()):
                 logger.warning(
-                    "%s is the language model that was trained, and takes the place of %s",
+                    "%s is the trained language model and replaces %s",
                     own_llm, llm,
                 )  # fmt: skip
             llm = str(own_llm)
@@ -96,8 +96,8 @@ class Sources:
         if own_encoder.is_dir():
             if visual_encoder and Path(visual_encoder).resolve() != own_encoder.resolve():
                 raise ConfigError(
-                    f"--visual-encoder {visual_encoder}: {parts} holds an encoder that was trained "
-                    f"with the projector ({layout.ENCODER}/); leave --visual-encoder out"
+                    f"--visual-encoder {visual_encoder}: {parts} contains the encoder that was "
+                    f"trained with the projector ({layout.ENCODER}/); remove --visual-encoder"
                 )
             visual_encoder = str(own_encoder)
         llm = llm or (info.base_model if info else "")
@@ -131,20 +131,20 @@ def load_llava(
     trust_remote_code: bool = False,
     merged: bool = False,
 ) -> VisionLanguageModel:
-    """Load the parts and put them together.
+    """Load the parts and assemble the model.
 
     Args:
-        sources: where they are.
-        tokenizer: gets the token ``<image>``.
-        dtype: of weights and computation.
+        sources: Where the parts are.
+        tokenizer: Gets the token ``<image>``.
+        dtype: The dtype of weights and computation.
         device: 'cpu' or 'cuda'.
-        quantization: how the language model is held.
-        rounding: round the language model's weights as a run on 4-bit weights saw them.
-        trust_remote_code: run Python code that lies beside the language model.
-        merged: merge the adapters into the weights.
+        quantization: How the language model is quantized.
+        rounding: Round the language model's weights as a run with 4-bit weights did.
+        trust_remote_code: Run Python code that is stored with the language model.
+        merged: Merge the adapters into the weights.
 
     Raises:
-        ModelError: a part is missing or does not fit the others.
+        ModelError: A part is missing or does not fit the others.
     """
     folder = sources.parts
     llm: Any = load_model(
@@ -175,13 +175,13 @@ def load_complete(
     """Load the folder of a complete `LlavaForConditionalGeneration`.
 
     Args:
-        folder: of the model.
-        dtype: of weights and computation.
+        folder: The model's folder.
+        dtype: The dtype of weights and computation.
         device: 'cpu' or 'cuda'.
-        quantization: how the language model is held.
+        quantization: How the language model is quantized.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: It cannot be read.
     """
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil

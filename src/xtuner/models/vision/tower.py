@@ -1,4 +1,4 @@
-"""A vision tower: CLIP's or SigLIP's, of whose layers one gives the features of an image.
+"""Vision towers of CLIP or SigLIP; one of their layers gives the features of an image.
 
 pixels [P, 3, H, W] ──tower, layer -2, without CLS──► features [P, T, C]
 """
@@ -19,7 +19,7 @@ from xtuner.models.load import located, quiet_transformers, read_config, readabl
 from xtuner.types import IMAGE
 
 Strategy = Literal["default", "full"]
-"""transformers' words: 'default' drops the first feature, CLS; 'full' keeps all."""
+"""transformers' terms: 'default' drops the first feature, CLS; 'full' keeps all."""
 
 _CLIP = ("clip", "clip_vision_model")
 _SIGLIP = ("siglip", "siglip_vision_model")
@@ -31,7 +31,7 @@ def load_vision_tower(
     """Load the vision part of the CLIP or SigLIP model at `path` (a folder or a hub name).
 
     Raises:
-        ModelError: it does not exist, is of another kind, or lacks weights.
+        ModelError: It does not exist, has another type, or lacks weights.
     """
     from transformers import CLIPVisionModel, SiglipVisionModel
 
@@ -53,15 +53,15 @@ def load_vision_tower(
 
 
 def check_layer(layer: int, *, layers: int, adapters: bool = False) -> None:
-    """Refuse a `visual_select_layer` that a tower of so many `layers` does not have.
+    """Refuse a `visual_select_layer` that a tower with this number of `layers` does not have.
 
     Args:
-        layer: whose output is used; 0 is before the first.
-        layers: of the encoder.
-        adapters: whether layers before it get some.
+        layer: The layer whose output is used; 0 is the input of the first layer.
+        layers: Number of layers of the encoder.
+        adapters: Whether the layers up to it get adapters.
 
     Raises:
-        ModelError: there is no such layer, or none before it for adapters.
+        ModelError: There is no such layer, or no layer up to it for adapters.
     """
     if not -layers - 1 <= layer <= layers:
         raise ModelError(
@@ -71,22 +71,22 @@ def check_layer(layer: int, *, layers: int, adapters: bool = False) -> None:
     if adapters and layer in (0, -layers - 1):
         raise ModelError(
             f"visual_select_layer = {layer}: no layer of the vision tower is used, so none can "
-            "have adapters; set visual_encoder_lora_r = None, or choose a layer behind"
+            "have adapters; set visual_encoder_lora_r = None, or choose a later layer"
         )
 
 
 def strategy_of(vision_config: Any) -> Strategy:
-    """'default' where the tower puts CLS before the patches, else 'full'."""
+    """'default' if the tower puts CLS before the patches, otherwise 'full'."""
     return "default" if is_clip(vision_config) else "full"
 
 
 def is_clip(vision_config: Any) -> bool:
-    """Whether the tower is of CLIP; else it is of SigLIP."""
+    """Whether the tower is CLIP's; otherwise it is SigLIP's."""
     return vision_config.model_type in _CLIP
 
 
 def num_image_tokens(vision_config: Any) -> int:
-    """Tokens of an image of any size, which is scaled to the tower's: one a patch."""
+    """Tokens per image, one per patch; images of any size are scaled to the tower's size."""
     return int(vision_config.image_size // vision_config.patch_size) ** 2
 
 
@@ -97,10 +97,10 @@ def select(hidden_states: Any, layer: int, strategy: str) -> Tensor:
 
 
 def vision_config(path: str) -> Any:
-    """transformers' configuration of the vision tower at `path`, without its weights.
+    """The transformers configuration of the vision tower at `path`, without its weights.
 
     Raises:
-        ModelError: it cannot be read, or is neither CLIP nor SigLIP.
+        ModelError: It cannot be read, or is neither CLIP nor SigLIP.
     """
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
@@ -117,8 +117,8 @@ def vision_config(path: str) -> Any:
 
 
 def identity_of(encoder: PreTrainedModel) -> str:
-    """A hash of all that the features of the loaded `encoder` depend on besides the image: its
-    weights, their number type, and its configuration; not where it came from."""
+    """A hash of everything except the image that the features of `encoder` depend on: its weights,
+    their dtype and its configuration, but not its path."""
     values = encoder.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "architectures"):
         values.pop(name, None)
@@ -131,7 +131,7 @@ def identity_of(encoder: PreTrainedModel) -> str:
 
 
 def add_image_token(tokenizer: Any) -> int:
-    """Make ``<image>`` one token of `tokenizer` and return its id."""
+    """Add ``<image>`` to `tokenizer` as one token and return its id."""
     if IMAGE not in tokenizer.get_vocab():
         from tokenizers import AddedToken
 

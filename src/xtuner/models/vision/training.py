@@ -1,4 +1,4 @@
-"""A LLaVA model in training: which of its parts are trained, and how they are saved."""
+"""A LLaVA model in training: which parts are trained, and how they are saved."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class LlavaTraining:
     """A LLaVA model in training.
 
     Attributes:
-        packed: the model as the algorithms use it.
-        embedder: its images.
-        llm, encoder: the language model and the vision tower, in PEFT's wrapper where they have
+        packed: The model that the algorithms use.
+        embedder: Embeds images.
+        llm, encoder: The language model and the vision tower, in a PEFT wrapper if they have
             adapters.
-        settings: say what is trained.
-        processor: of the images; saved with a vision tower that is trained in full.
+        settings: Determine what is trained.
+        processor: The image processor; saved with a vision tower that is trained in full.
     """
 
     packed: PackedCausalLM
@@ -47,11 +47,11 @@ class LlavaTraining:
         return self.packed.model
 
     def save(self, folder: Path, trained: Mapping[str, Tensor] | None = None) -> None:
-        """Write the parts that are trained.
+        """Write the trained parts.
 
         Args:
-            folder: gets the parts.
-            trained: weights that take the place of the model's own, by their names in `llava`.
+            folder: The folder of the parts.
+            trained: Weights that replace the model's own, by their names in `llava`.
         """
         own = self.llava.named_parameters()
         values = {id(p): trained[name] for name, p in own if trained and name in trained}
@@ -73,7 +73,7 @@ class LlavaTraining:
             self.processor.upstream.save_pretrained(folder / layout.ENCODER)
 
     def table(self) -> Iterator[str]:
-        """What of each part is trained, a line each."""
+        """What is trained of each part, one line per part."""
         model, s = self.llava.model, self.settings
         llm = (model.language_model, self.llava.lm_head)
         rows = (
@@ -89,7 +89,7 @@ class LlavaTraining:
 
 
 def _values_of(part: nn.Module, values: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """`values`, given by the parameters' ids, by the names that they have in `part`."""
+    """Convert `values` from keys by parameter id to the names in `part`."""
     named = part.named_parameters(remove_duplicate=False)
     return {name: values[id(p)] for name, p in named if id(p) in values}
 
@@ -105,20 +105,20 @@ def make(
     projector: Path | None = None,
     keep: KeepFeatures | None = None,
 ) -> LlavaTraining:
-    """Join `llm` (of `make_trainable`) to the vision tower as `settings` say.
+    """Connect `llm` (from `make_trainable`) to the vision tower according to `settings`.
 
     Args:
-        settings: of the run.
-        llm: the language model, or a PeftModel around it.
+        settings: The run's settings.
+        llm: The language model, or a PeftModel around it.
         image_token_id: the token ``<image>``.
-        dtype: of the computation, and of frozen weights.
-        device: where the model is.
-        source: the checkpoint to resume from.
-        projector: where the projector comes from if there is no `source`.
-        keep: keeps features of a frozen vision tower.
+        dtype: The dtype of the computation and of frozen weights.
+        device: The model's device.
+        source: The checkpoint to resume from.
+        projector: The projector to start from if there is no `source`.
+        keep: Stores features of a frozen vision tower.
 
     Raises:
-        ModelError: the parts do not fit together.
+        ModelError: The parts do not fit together.
     """
     assert settings.visual_encoder_name_or_path is not None
     training = settings.visual_encoder_training
@@ -148,13 +148,13 @@ def make(
 
 
 def tower_dtype(settings: Settings, dtype: torch.dtype) -> torch.dtype:
-    """The type in which a run that computes in `dtype` stores the vision tower's weights."""
+    """The dtype in which a run that computes in `dtype` stores the vision tower's weights."""
     return torch.float32 if settings.visual_encoder_training == "full" else dtype
 
 
 def make_tower_trainable(encoder: Any, settings: Settings) -> Any:
-    """Freeze the vision tower, then train what `settings` say: nothing, all the weights that are
-    used, or adapters. Returns it, in PEFT's wrapper where it has adapters."""
+    """Freeze the vision tower, then enable training according to `settings`: nothing, all used
+    weights, or adapters. Returns the tower, in a PEFT wrapper if it has adapters."""
     encoder.requires_grad_(False)
     if settings.visual_encoder_training == "adapter":
         return _with_adapter(encoder, settings)
@@ -165,14 +165,14 @@ def make_tower_trainable(encoder: Any, settings: Settings) -> Any:
 
 
 def _used_layers(encoder: Any, select_layer: int) -> list[nn.Module]:
-    """The parts of the vision tower before the selected layer; the others never get gradients."""
+    """The parts of the vision tower up to the selected layer; the others never get gradients."""
     count = select_layer if select_layer >= 0 else len(encoder.encoder.layers) + 1 + select_layer
     before = [encoder.embeddings, getattr(encoder, "pre_layrnorm", None)]
     return [part for part in (*before, *encoder.encoder.layers[:count]) if part is not None]
 
 
 def _with_adapter(encoder: Any, settings: Settings) -> Any:
-    """The vision tower with adapters beside the linear layers that are used."""
+    """The vision tower with adapters on the linear layers that are used."""
     paths = {id(module): name for name, module in encoder.named_modules()}
     targets = [
         paths[id(module)]
