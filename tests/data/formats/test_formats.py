@@ -395,6 +395,10 @@ def test_openai_reads_images_in_all_their_forms():
 
     ask = {"type": "text", "text": "What is it?"}
     wanted = "<image>\nWhat is it?", ("a.png",)
+    assert (
+        images([{"type": "image", "value": "a.png"}, {"type": "text", "value": ask["text"]}])
+        == wanted
+    )
     assert images([{"type": "image_url", "image_url": {"url": "a.png"}}, ask]) == wanted
     assert images([{"type": "image", "image": "a.png"}, ask]) == wanted
     assert images([{"type": "image"}, ask], images=["a.png"]) == wanted

@@ -61,7 +61,9 @@ def read_parts(parts: Sequence[Any], *, where: str) -> tuple[str, tuple[str | No
     for path, part in objects(parts, within=where):
         match part.get("type"):
             case "text":
-                content += text(part, "text", within=path)
+                # LLaMA-Factory's v1_sft names the content of every part `value`.
+                column = "value" if "value" in part and "text" not in part else "text"
+                content += text(part, column, within=path)
             case "image_url" | "image":
                 if content and not content.endswith("\n"):
                     content += "\n"
@@ -74,7 +76,7 @@ def read_parts(parts: Sequence[Any], *, where: str) -> tuple[str, tuple[str | No
 
 
 def _name(part: Mapping[str, Any], path: str) -> str | None:
-    for key in ("image", "path", "image_url", "url"):
+    for key in ("image", "path", "image_url", "url", "value"):
         value = part.get(key)
         if isinstance(value, Mapping):
             path, key, value = f"{path}{key}.", "url", value.get("url")
