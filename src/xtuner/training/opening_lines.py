@@ -147,7 +147,9 @@ def _counted(s: Settings, total: int, counter: Counter) -> Iterator[str]:
 def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[str]:
     """Intervals that the run never reaches."""
     end = counter.done(total)
-    rows = [("save_steps", s.save_steps, "only the end of the run is saved")]
+    rows = []
+    if s.save_epochs is None and not s.keep_best:
+        rows.append(("save_steps", s.save_steps, "only the end of the run is saved"))
     if s.evaluation_inputs or s.validation_ratio or s.validation_path:
         rows.append(
             (
