@@ -8,8 +8,8 @@ First correctness: losses and gradients of every kind of training against float3
 samples against single samples, dequantization, resuming, chat, merging, tests marked `gpu`. Then
 speed and memory compared with the forecast, and with TRL if its environment exists (created by
 `make bench-gpu`; `--peer-python` names another). Results are written after each part, so that an
-interrupted run keeps its results. What does not fit into the free memory of the GPU is reduced or
-skipped, which its row says. The exit code is 0 only if all correctness checks pass.
+interrupted run keeps its results. Work that does not fit into the free GPU memory is reduced or
+skipped, as its row says. The exit code is 0 only if all correctness checks pass.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def about(options: argparse.Namespace) -> dict[str, str]:
 
 
 def work_folder(options: argparse.Namespace) -> Path:
-    """A new folder on the larger file system: models of 14 GB are written and read."""
+    """Create a folder on the larger file system: models of 14 GB are written and read."""
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
     memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())

@@ -1,4 +1,5 @@
-"""Tokens per second of generation, compared with transformers' generate, and time of a merge."""
+"""Measures tokens per second of generation against transformers' generate, and the time of a
+merge."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def _count(bench: Bench) -> int:
 
 
 def _chosen(bench: Bench, *, four_bits: bool) -> Fitting:
-    """A 7B, or as many of its layers as fit; a run with a single token takes about as much."""
+    """A 7B model, or as many of its layers as fit; a run with a single token needs about as
+    much."""
     settings = {"tuning": "qlora" if four_bits else "lora", "lora_r": 8, "max_length": 64}
     return fitting(bench, ("Llama-2-7B",), settings)
 
@@ -38,7 +40,7 @@ def chat_7b_nf4(bench: Bench) -> Iterator[Row]:
 
 
 def chat_7b_compiled(bench: Bench) -> Iterator[Row]:
-    """transformers' generate with a compiled model, as it is by default: compiling takes long."""
+    """transformers' generate with a compiled model, its default; compiling takes long."""
     if bench.device != "cuda" or bench.options.fake:
         raise Skip("nothing is compiled here")
     chosen = _chosen(bench, four_bits=False)
@@ -69,7 +71,8 @@ def _session(bench: Bench, chosen: Fitting, bits: int) -> Any:
 
 
 def _streamed(bench: Bench, name: str, session: Any) -> Row:
-    """Tokens a second after the first, of a second answer; the first one warms up."""
+    """Tokens per second of a second answer, without its first token; the first answer is the
+    warm-up."""
     marks: list[float] = []
     handle = session.model.register_forward_hook(lambda *_: marks.append(bench.synchronize()))
     try:
@@ -87,7 +90,7 @@ def _streamed(bench: Bench, name: str, session: Any) -> Row:
 
 
 def _generate(bench: Bench, chosen: Fitting, model: Any, *, compiled: bool) -> Row:
-    """The same of transformers' generate with a static cache."""
+    """The same for transformers' generate with a static cache."""
     from transformers import GenerationConfig
 
     ids = torch.arange(5, 5 + len(PROMPT), device=bench.device)[None] % 250
@@ -120,7 +123,7 @@ def _rate(bench: Bench, rate: float) -> dict[str, Any]:
 
 
 def merge_7b(bench: Bench) -> Iterator[Row]:
-    """Seconds of a merge, its proof included."""
+    """Seconds of a merge, including its verification."""
     from xtuner.convert.merge import merge
 
     settings = {"tuning": "lora", "max_length": 192 if bench.tiny else 512, "max_epochs": 100}
@@ -132,7 +135,7 @@ def merge_7b(bench: Bench) -> Iterator[Row]:
     merged = bench.folder / "merged-7b"
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     if size > 0.9 * shutil.disk_usage(bench.folder).free:
-        raise Skip(f"{bench.folder} has no room for a second model; choose with --work")
+        raise Skip(f"{bench.folder} has no space for a second model; choose another with --work")
     bench.free()
     device: Any = bench.device
     begun = time.perf_counter()

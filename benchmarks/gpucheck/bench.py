@@ -30,11 +30,11 @@ class Trained:
     """A run of `xtuner train`.
 
     Attributes:
-        code: of the exit.
-        text: what it printed.
-        steps: the numbers of every step.
-        held: MiB of the card that torch held before it began.
-        work: its work dir.
+        code: The exit code.
+        text: The printed output.
+        steps: The numbers of every step.
+        held: MiB of GPU memory that torch held before the run.
+        work: Its work dir.
     """
 
     code: int
@@ -44,7 +44,7 @@ class Trained:
     held: float
 
     def line(self, beginning: str) -> str:
-        """The first printed line that begins so, without it."""
+        """The rest of the first printed line with this beginning."""
         found = (line for line in self.text.splitlines() if line.startswith(beginning))
         return next(found, "").removeprefix(beginning).strip()
 
@@ -61,9 +61,9 @@ class Bench:
     """The state of a worker.
 
     Attributes:
-        options: of the command line.
-        folder: for models and runs; shared by all workers of a check.
-        device: 'cuda', or 'cpu' where there is none.
+        options: The command-line options.
+        folder: Folder for models and runs, shared by all workers of a check.
+        device: 'cuda', or 'cpu' if there is no GPU.
     """
 
     options: argparse.Namespace
@@ -73,7 +73,7 @@ class Bench:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Bench:
-        """By the command line's options."""
+        """Create the state from the command-line options."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and not options.tiny:
             raise SystemExit("torch finds no GPU; use --tiny for a dry run without one")
@@ -86,40 +86,40 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which this device computes: bfloat16, or float16 on a GPU that lacks it."""
+        """The dtype of this device: bfloat16, or float16 on a GPU without bfloat16."""
         if self.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.float16
         return torch.bfloat16
 
     def free(self) -> None:
-        """Hand back what torch holds of the card, and forget the highest memory so far."""
+        """Release torch's cached GPU memory, and reset the peak."""
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def free_memory(self) -> int:
-        """Bytes of the card that nobody holds; very many where there is none."""
+        """Free bytes of GPU memory; a very large number without a GPU."""
         return int(torch.cuda.mem_get_info()[0]) if self.device == "cuda" else 2**50
 
     def rate_of_card(self) -> float:
-        """Operations a second of a product in `dtype`, measured once."""
+        """Operations per second of a matmul in `dtype`, measured once."""
         if self.rate is None:
             self.rate = matmul_rate(256 if self.tiny else 8192, dtype=self.dtype)
             gpu.free_card()
         return self.rate
 
     def synchronize(self) -> float:
-        """Wait for the card; seconds of a clock then."""
+        """Wait for the GPU, then return the clock's seconds."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def model(self, name: str, shape: Mapping[str, Any], *, positions: int = 4096) -> Path:
-        """The folder of a model of random weights; made once.
+        """The folder of a model with random weights, created once.
 
         Raises:
-            Skip: the disk has no room for it.
+            Skip: The disk has no space for it.
         """
         base_dir = self.folder / "models" / name
         done = base_dir / "done"
@@ -128,7 +128,9 @@ class Bench:
             self.folder.mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(self.folder).free
             if size > 0.9 * room:
-                raise Skip(f"{self.folder} has no room for {size / 1e9:.0f} GB; choose with --work")
+                raise Skip(
+                    f"{self.folder} has no room for {size / 1e9:.0f} GB; choose another with --work"
+                )
             shutil.rmtree(base_dir, ignore_errors=True)
             base_dir.mkdir(parents=True)
             gpu.make_model(base_dir, dict(shape), positions=positions)
@@ -149,11 +151,12 @@ class Bench:
         """Run `xtuner train` in this process, in the folder `name`.
 
         Args:
-            name: of the run; the same again goes on there or begins anew, as `arguments` say.
-            settings: beside those of gpu.py.
-            arguments: of the command line.
-            model: that is trained.
-            data: file of rows.
+            name: Name of the run; the same name continues or restarts that run, depending on
+                `arguments`.
+            settings: Settings in addition to those of gpu.py.
+            arguments: Command-line arguments.
+            model: The model to train.
+            data: The file of rows.
         """
         from xtuner.cli.app import main
 
@@ -177,7 +180,7 @@ class Bench:
 
 
 def parameters_of(shape: Mapping[str, Any]) -> int:
-    """Weights of a Llama with a head of its own."""
+    """Number of weights of a Llama with an untied output head."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner

@@ -33,16 +33,16 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "all weights": {"tuning": "full"},
 }
 ROUNDINGS = 24
-"""Results of a layer that are rounded, forward and backward."""
+"""Number of rounded results per layer, forward and backward."""
 
 
 def rounding_bound(dtype: torch.dtype, *, layers: int = LAYERS, int8: bool = False) -> float:
-    """How far gradients may be from exact ones, as a share of their norm.
+    """Allowed error of gradients, relative to their norm.
 
     A result is rounded by up to u, half of `dtype`'s epsilon. Roundings are independent, so n of
-    them add up to u sqrt(n); half as much again is allowed (0.04 in bfloat16; a CPU was 0.009 off).
-    LLM.int8() rounds inputs to a 254th of a row's largest value, which is some four times the
-    typical one, in seven products a layer.
+    them add up to u sqrt(n); 1.5 times that is allowed (0.04 in bfloat16; a CPU was 0.009 off).
+    LLM.int8() rounds inputs to 1/254 of a row's largest value, which is about four times the
+    typical value, in seven matmuls per layer.
     """
     squared = ROUNDINGS * layers * (torch.finfo(dtype).eps / 2) ** 2
     if int8:
@@ -61,13 +61,13 @@ def gradients(bench: Bench) -> Iterator[Row]:
 
 
 def guarded(name: str, function: Any, *arguments: Any) -> Iterator[Row]:
-    """Rows of a check; an exception is a row that does not pass."""
+    """Collects the rows of a check; an exception becomes a row that fails."""
     try:
         yield from function(name, *arguments)
     except (Exception, SystemExit) as error:
         first = next(iter(str(error).splitlines()), "")
         yield Row(name, {"found": f"{type(error).__name__}: {first}"[:300]}, passed=False)
-        if "CUDA error" in str(error):  # this process is of no more use
+        if "CUDA error" in str(error):  # this process is no longer usable
             raise
     gc.collect()
 
@@ -92,7 +92,7 @@ def compare(
     wanted: tuple[float, Mapping[str, Tensor]],
     bound: float,
 ) -> Iterator[Row]:
-    """Rows of a loss, of all gradients together and of the one that differs most."""
+    """Rows for the loss, all gradients together, and the gradient that differs most."""
     loss, right = found[0], wanted[0]
     error = abs(loss - right) / abs(right)
     yield within(f"{name}: loss", error, bound / 20, loss=loss, float32=right)
@@ -107,7 +107,7 @@ def compare(
     cosines = {n: _cosine(a, b) for n, (a, b) in pairs.items()}
     ratios = {n: float(a.norm() / b.norm()) for n, (a, b) in pairs.items()}
     worst = min(cosines, key=lambda n: cosines[n])
-    # Of one small gradient more is lost than of all together.
+    # A single small gradient loses more precision than all together.
     slack = 2 * bound
     yield within(f"{name}: 1 - cosine of the worst", 1 - cosines[worst], slack**2 / 2, of=worst)
     worst = max(ratios, key=lambda n: abs(ratios[n] - 1))
@@ -124,7 +124,7 @@ def _settings(folder: Path, changes: Mapping[str, Any]) -> Settings:
 
 
 def on_card(bench: Bench, folder: Path, changes: Mapping[str, Any]) -> PackedCausalLM:
-    """The model as a run makes it, with adapters that do something (B begins at zero)."""
+    """The model as a run creates it, with nonzero adapters (B starts at zero)."""
     s = _settings(folder, changes)
     llm = make_trainable(
         s, dtype=bench.dtype, device=bench.device, recompute=bool(s.gradient_checkpointing is True)
@@ -135,7 +135,7 @@ def on_card(bench: Bench, folder: Path, changes: Mapping[str, Any]) -> PackedCau
 
 @torch.no_grad()
 def stir(model: nn.Module) -> None:
-    """Give every B of an adapter fixed random values."""
+    """Set every adapter's B to fixed random values."""
     draw = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -185,8 +185,8 @@ def _with_adapter(plain: Any, model: nn.Module, s: Settings) -> Any:
 
 
 def dequantised_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Float32 values of quantised layers on the CPU, by the layers' names without adapters; read
-    by bitsandbytes."""
+    """Float32 values of quantized layers on the CPU, dequantized by bitsandbytes, by layer name
+    without adapters."""
     from bitsandbytes.functional import dequantize_4bit
 
     found = {}
@@ -204,7 +204,7 @@ def dequantised_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def isolation(bench: Bench) -> Iterator[Row]:
-    """Whether samples in one row are as they are alone; and the run's own check."""
+    """Compare samples in one row with the same samples alone, and run the training's own check."""
     for heads in HEADS:
         folder = small_model(bench.folder, heads, tiny=bench.tiny)
         for name in ("LoRA", "QLoRA", "all weights"):
@@ -237,13 +237,13 @@ def _states(model: PackedCausalLM, batch: Batch, bench: Bench) -> Tensor:
 
 
 def dequantise(bench: Bench) -> Iterator[Row]:
-    """4-bit weights as bitsandbytes reads them, as we read them, and by the formula."""
+    """Compare 4-bit weights dequantized by bitsandbytes, by xtuner and by the formula."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     from xtuner.kernels.four_bit import dequantized
 
     shapes = [(256, 512), (96, 4304), (130, 192)] if not bench.tiny else [(16, 128), (6, 80)]
-    if bench.options.fake:  # it has bitsandbytes' functions for CPUs, which misread such rows
+    if bench.options.fake:  # it uses bitsandbytes' CPU functions, which misread such rows
         shapes = [shape for shape in shapes if shape[-1] % 64 == 0]
     for kind in ("nf4", "fp4"):
         for double in (True, False):
@@ -257,7 +257,7 @@ def dequantise(bench: Bench) -> Iterator[Row]:
                     ours = dequantized(packed, state)
                     right = by_formula(packed, state).to(dtype)
                     apart.append(int((ours.cpu() != right).sum()))
-                    if bench.device == "cuda":  # on a CPU it misreads some shapes
+                    if bench.device == "cuda":  # on a CPU, bitsandbytes misreads some shapes
                         theirs = dequantize_4bit(packed, state).view(shape)
                         apart[-1] += int((ours != theirs).sum())
                 name = f"{kind}{', double' if double else ''}, {str(dtype)[6:]}: values not equal"
@@ -265,7 +265,8 @@ def dequantise(bench: Bench) -> Iterator[Row]:
 
 
 def by_formula(packed: Tensor, state: Any) -> Tensor:
-    """``code[nibble] * scale`` in float32 on the CPU; scales of double quantisation likewise."""
+    """``code[nibble] * scale`` in float32 on the CPU; the same for scales of double
+    quantization."""
     scales = state.absmax.cpu()
     if state.nested:
         inner = state.state2
@@ -280,7 +281,7 @@ def by_formula(packed: Tensor, state: Any) -> Tensor:
 
 
 def llava_gradients(bench: Bench) -> Iterator[Row]:
-    """Both stages of LLaVA, against xtuner's own way in float32 on the CPU."""
+    """Compare both stages of LLaVA with xtuner's own results in float32 on the CPU."""
     from gpucheck.images import STAGES, built, small_llava
 
     if bench.device == "cpu" and not bench.tiny:

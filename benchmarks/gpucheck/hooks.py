@@ -19,7 +19,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 class EnoughHook(BaseHook):
-    """Ends the run one step before its last, with which it would write a checkpoint."""
+    """Ends the run one step before the last, which would write a checkpoint."""
 
     order = 99
 
@@ -32,7 +32,7 @@ class EnoughHook(BaseHook):
 class ProfileHook(BaseHook):
     """Profiles the last `STEPS` steps before `EnoughHook` ends the run.
 
-    They are slower for it, and no rate should be taken of them.
+    Profiling slows them down, so their speed is not meaningful.
     """
 
     order = 1
@@ -53,7 +53,7 @@ class ProfileHook(BaseHook):
             (run.work_dir / FILE).write_text(json.dumps(found))
 
     def close(self) -> None:
-        """Forget what was recorded."""
+        """Discard what was recorded."""
         self._profile = None
 
 
@@ -62,9 +62,8 @@ def _is_on(event: Any, device: str) -> bool:
 
 
 def summary(events: Any) -> dict[str, Any]:
-    """Sums and the largest entries, a step.
-
-    `busy_ms` adds up what kernels and copies took; two at the same time count twice.
+    """Sums and the largest entries per step. `busy_ms` adds up the time of kernels and copies;
+    concurrent ones count twice.
     """
     kernels = [e for e in events if _is_on(e, "CUDA")]
     host = [e for e in events if _is_on(e, "CPU")]

@@ -43,7 +43,7 @@ def small_llava(bench: Bench) -> Path:
 def built(
     base_dir: Path, changes: Mapping[str, Any], device: str, dtype: torch.dtype
 ) -> tuple[Any, Batch]:
-    """The model as a run makes it, and its first rows."""
+    """The model as a run creates it, and its first rows."""
     s = Settings(
         pretrained_model_name_or_path=json.loads((base_dir / "model.json").read_text()),
         visual_encoder_name_or_path=str(base_dir / "clip"),

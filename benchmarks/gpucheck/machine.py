@@ -24,7 +24,7 @@ WIDTHS = (64, 80, 96, 128, 256)
 
 
 def machine(bench: Bench) -> Iterator[Row]:
-    """The card, versions, the rate of a product; attention and Liger kernels."""
+    """The GPU, versions, the rate of a matmul; attention and Liger kernels."""
     if bench.device == "cuda":
         about = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info()
@@ -36,7 +36,7 @@ def machine(bench: Bench) -> Iterator[Row]:
     yield fact("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     yield fact("computes in", str(bench.dtype).removeprefix("torch."))
     rate = bench.rate_of_card()
-    yield fact("rate of a product in it", f"{rate / 1e12:,.1f} TFLOP/s")
+    yield fact("matmul rate in this dtype", f"{rate / 1e12:,.1f} TFLOP/s")
     if bench.device == "cuda":
         yield from _ways(bench)
 

@@ -1,4 +1,4 @@
-"""TRL on the same task, if an environment with TRL exists; nothing is installed."""
+"""Runs TRL on the same task, if an environment with TRL exists; nothing is installed."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def _python(bench: Bench) -> str:
     """The interpreter that has TRL.
 
     Raises:
-        Skip: there is none.
+        Skip: There is none.
     """
     named = bench.options.peer_python
     found = Path(named) if named else HOME / "bench/trl/bin/python"
     if not found.exists():
-        raise Skip(f"{found} is not there: `make bench-gpu` makes it, --peer-python names another")
+        raise Skip(f"{found} does not exist: run `make bench-gpu`, or set --peer-python")
     return str(found)
 
 
 def _peers(bench: Bench, name: str, model: str, *, against: str) -> Iterator[Row]:
-    """Rates of every way to run the peer; `against` is the part of ours that does the same."""
+    """Rates of every way to run the peer; `against` is xtuner's part with the same task."""
     python, case = _python(bench), gpu.CASES[name]
     chosen = fitting(bench, (model,), {**case.settings, "max_epochs": 100})
     options = argparse.Namespace(
@@ -56,7 +56,7 @@ def _peers(bench: Bench, name: str, model: str, *, against: str) -> Iterator[Row
     )
     bench.free()
     peers = gpu.peers_of(case)
-    # the best that is offline for certain: the kernels of flash attention need the hub
+    # the best that works offline: flash attention kernels need the hub
     for peer in (peer for peer in peers if "liger" in peer and "flash" not in peer):
         result: Any = gpu.run_peer(peers[peer], bench.folder, options)
         if isinstance(result, str):

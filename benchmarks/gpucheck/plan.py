@@ -1,6 +1,6 @@
-"""The parts of `gpu_check.py` in order: the most informative come first.
+"""The parts of `gpu_check.py` in order, the most informative first.
 
-Does not import torch, since the parent process reads it; the worker looks functions up by name.
+Does not import torch, because the parent process imports it; the worker looks up functions by name.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ class Part:
     """One part of the check.
 
     Attributes:
-        name: of the part.
+        name: Name of the part.
         function: 'module:function' in this package; a generator of rows (`rows.Row`).
-        kind: 'fact' and 'speed' only tell; of 'correctness' every row must pass.
-        seconds: what it needs on a Hopper card, estimated; with less left it is not begun.
-        limit: seconds after which it is stopped.
+        kind: 'fact' and 'speed' are informative; for 'correctness' every row must pass.
+        seconds: Estimated time on a Hopper GPU; with less time left the part is not started.
+        limit: Seconds after which it is stopped.
     """
 
     name: str
@@ -53,6 +53,7 @@ PARTS = (
     Part("peer_lora_7b", "peers:lora_7b", "speed", 40, 150),
     Part("chat_7b_compiled", "answering:chat_7b_compiled", "speed", 60, 200),
 )
-"""Estimates are guesses until a card has run them; the report says what each part really took."""
+"""Estimates are guesses until they are measured on a GPU; the report has the actual time of each
+part."""
 
 BY_NAME = {part.name: part for part in PARTS}

@@ -1,4 +1,4 @@
-"""Write the results as JSON and as Markdown."""
+"""Writes the results as JSON and as Markdown."""
 
 from __future__ import annotations
 

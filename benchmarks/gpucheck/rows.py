@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Skip(Exception):
-    """This part cannot run on this machine; the message says why."""
+    """The part cannot run on this machine; the message says why."""
 
 
 class Enough(BaseException):
@@ -20,9 +20,9 @@ class Row:
     """One result.
 
     Attributes:
-        name: of what was looked at.
-        values: what was found, by words that become columns.
-        passed: whether it is as it has to be; None where it only tells.
+        name: What was examined.
+        values: The findings, by column name.
+        passed: Whether the result is correct; None for information only.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""Run parts one after the other in a worker process, within a time budget.
+"""Runs parts one after another in a worker process, within a time budget.
 
-The worker is a separate process because a crashed kernel takes its process down and a hanging one
-can only be killed. It serves many parts, since importing torch and initializing CUDA takes ten
-seconds. After a crash, a timeout or a CUDA error, which makes the process unusable, the next part
-gets a new worker.
+The worker is a separate process because a crashed kernel ends its process and a hanging one can
+only be killed. It runs many parts, because importing torch and initializing CUDA takes ten seconds.
+After a crash, a timeout or a CUDA error, which makes the process unusable, the next part gets a new
+worker.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from typing import Any
 from gpucheck.plan import Part
 
 START_SECONDS = 90.0
-"""A worker that has not said that it is ready after this long is given up."""
+"""A worker that is not ready after this time is abandoned."""
 
 STICKY = ("CUDA error", "device-side assert", "illegal memory access", "CUBLAS_STATUS", "CUDNN_")
 
 
 @dataclass
 class Outcome:
-    """What came of one part.
+    """The outcome of one part.
 
     Attributes:
-        part: which.
+        part: The part.
         state: 'done', 'failed' (an exception, a crash, too slow), 'skipped' (it cannot be done on
             this machine) or 'not reached' (there was no time left).
-        rows: all that it told, also before it failed.
-        reason: why it failed or was skipped.
-        seconds: that it took.
+        rows: All its rows, including those before a failure.
+        reason: Why it failed or was skipped.
+        seconds: The time it took.
     """
 
     part: Part
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether all that had to be right was; of speed nothing has to be."""
+        """Whether all required results were correct; parts of kind 'speed' require none."""
         wrong = any(row["passed"] is False for row in self.rows)
         missing = self.state in ("failed", "not reached") and self.part.kind != "speed"
         return not wrong and not missing
@@ -83,11 +83,11 @@ class Worker:
         self._lines.put(None)
 
     def messages(self, until: float) -> Iterator[dict[str, Any]]:
-        """What the worker says, up to its 'end'.
+        """Yield the worker's messages up to 'end'.
 
         Raises:
             TimeoutError: `time.monotonic()` reached `until`.
-            EOFError: the process is gone.
+            EOFError: The process has ended.
         """
         while True:
             try:
@@ -104,23 +104,23 @@ class Worker:
     def ask(self, name: str) -> None:
         """Tell the worker to run the part `name`."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `messages` will tell that it is gone
+        with contextlib.suppress(BrokenPipeError):  # `messages` will report that it has ended
             self._process.stdin.write(name + "\n")
             self._process.stdin.flush()
 
     def close(self) -> None:
-        """End the process and all that it has started."""
+        """End the process and all its child processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # a name that was not read any more
+            with contextlib.suppress(BrokenPipeError):  # a name that was no longer read
                 if pipe is not None:
                     pipe.close()
 
     def last_words(self, since: int) -> str:
-        """The end of what it wrote on stderr after byte `since` of the log."""
+        """The end of its stderr output after byte `since` of the log."""
         with self._log.open("rb") as file:
             file.seek(since)
             lines = file.read().decode(errors="replace").strip().splitlines()
@@ -131,12 +131,12 @@ class Runner:
     """Runs parts while there is time.
 
     Args:
-        command: of a worker.
-        environment: of a worker.
-        log: gets what workers write on stderr.
-        seconds: for everything.
-        tell: gets a line of progress.
-        slow: factor of the parts' limits, for a device that only walks the way.
+        command: Command of a worker.
+        environment: Environment of a worker.
+        log: Receives the workers' stderr.
+        seconds: Total time budget.
+        tell: Called with each line of progress.
+        slow: Factor for the parts' time limits, for a fake device.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Runner:
         self._failed_starts = 0
 
     def run(self, parts: Iterable[Part]) -> Iterator[Outcome]:
-        """Yield what came of each part, when it is known."""
+        """Yield the outcome of each part as soon as it is known."""
         try:
             for part in parts:
                 outcome = self._one(part)
@@ -216,7 +216,7 @@ class Runner:
         )
 
     def _ready(self) -> Worker:
-        """The worker, begun anew where there is none."""
+        """The worker, started if there is none."""
         if self._worker is None:
             self._failed_starts += 1
             self._worker = Worker(self._command, self._environment, self._log)
@@ -232,7 +232,8 @@ class Runner:
 
 
 def worker_environment(root: Path) -> dict[str, str]:
-    """Offline, with this checkout's sources, and with memory as `xtuner train` sets it up."""
+    """The worker's environment: offline, with this checkout's sources and the memory settings of
+    `xtuner train`."""
     paths = [str(root / "src"), str(root / "benchmarks")]
     if before := os.environ.get("PYTHONPATH"):
         paths.append(before)
@@ -249,5 +250,5 @@ def worker_environment(root: Path) -> dict[str, str]:
 
 
 def worker_command(script: Path, arguments: list[str]) -> list[str]:
-    """How a worker is started."""
+    """The command that starts a worker."""
     return [sys.executable, str(script), "--worker", *arguments]

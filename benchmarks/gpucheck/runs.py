@@ -44,8 +44,9 @@ SMALL = {
     "evaluation_inputs": (),
 }
 NOISE = 1e-3
-"""Allowed between a straight run and a resumed one, as a share of the loss, where two straight runs
-differ too: gradients of flash attention are sums in no fixed order. Else not a bit."""
+"""Allowed relative difference of the loss between an uninterrupted and a resumed run, if two
+uninterrupted runs also differ: gradients of flash attention are not deterministic. Otherwise they
+must be bitwise equal."""
 
 
 def _data(bench: Bench) -> Path:
@@ -60,7 +61,7 @@ def _data(bench: Bench) -> Path:
 
 
 def resume(bench: Bench) -> Iterator[Row]:
-    """A stopped and resumed run beside two straight ones."""
+    """Compare a stopped and resumed run with two uninterrupted ones."""
     for name, changes in RESUMED.items():
         yield from guarded(name, _resumed, bench, changes)
 
@@ -106,7 +107,7 @@ SENTENCE = "I am Ada, a small model on a card."
 
 
 def answers(bench: Bench) -> Iterator[Row]:
-    """Train one sentence, hear it in chat, merge it, and hear it again."""
+    """Train one sentence, ask for it in a chat, merge the model, and ask again."""
     yield from guarded("a taught sentence", _taught, bench)
 
 
@@ -154,9 +155,9 @@ def _merged(name: str, bench: Bench, model: Path, work: Path, merged: Path) -> I
 
 
 def marked_tests(bench: Bench) -> Iterator[Row]:
-    """`pytest -m gpu`, in a process of its own."""
+    """Run `pytest -m gpu` in a separate process."""
     if bench.device == "cpu":
-        raise Skip("the tests marked gpu need a card, or --fake")
+        raise Skip("the tests marked gpu need a GPU, or --fake")
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
     bench.free()

@@ -39,7 +39,7 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 LENGTHS = (5, 64, 131, 1, 100)
-"""Of the samples of a row: shorter and longer than the window, and a single token."""
+"""Sample lengths of a row: shorter and longer than the window, and a single token."""
 
 
 def small_model(folder: Path, name: str, *, tiny: bool) -> Path:
@@ -57,7 +57,7 @@ def small_model(folder: Path, name: str, *, tiny: bool) -> Path:
 
 
 def _in_bfloat16(base_dir: Path) -> None:
-    """So that float32 and 16 bits begin with the same numbers."""
+    """Round weights so that float32 and 16-bit runs start with the same values."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)

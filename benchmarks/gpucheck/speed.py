@@ -24,7 +24,7 @@ from xtuner.memory.plan import MemoryPlan, plan_memory
 
 WARM = 4
 PAGED = {"paged_optimizer": True}
-"""As on a card whose memory is short."""
+"""Settings for a GPU with little memory."""
 ENOUGH = f"{hooks.__file__}:EnoughHook"
 SHAPES = {
     "Llama-2-7B": gpu.LLAMA_7B,
@@ -37,14 +37,14 @@ TINY_TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 
 
 @dataclass(frozen=True)
 class Fitting:
-    """A shape that the free memory of the card has room for.
+    """A shape that fits into the free GPU memory.
 
     Attributes:
-        name: of the model, with its layers where they are fewer.
-        shape: fields of its configuration.
-        settings: of the run.
-        plan: its forecast.
-        note: what was changed to make it fit; empty otherwise.
+        name: Name of the model, with the number of layers if it is reduced.
+        shape: Fields of its configuration.
+        settings: The run's settings.
+        plan: Its forecast.
+        note: What was changed to make it fit; empty otherwise.
     """
 
     name: str
@@ -66,10 +66,10 @@ class Fitting:
 
 
 def fitting(bench: Bench, names: tuple[str, ...], settings: Mapping[str, Any]) -> Fitting:
-    """The first of the models that fits whole; else the last with fewer layers.
+    """The first model that fits completely, otherwise the last one with fewer layers.
 
     Raises:
-        Skip: an eighth of its layers is too much as well.
+        Skip: An eighth of its layers does not fit either.
     """
     shapes = [(name, 1) for name in names] + [(names[-1], part) for part in (2, 4, 8)]
     for name, part in shapes:
@@ -95,13 +95,13 @@ def fitting(bench: Bench, names: tuple[str, ...], settings: Mapping[str, Any]) -
 
 
 def _small(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with short rows where only the way is walked."""
+    """The settings, with short rows on a fake device."""
     short = {"max_length": 192, "lora_r": 8} if bench.tiny else {}
     return {**settings, **short, "max_epochs": 100}
 
 
 def _row(bench: Bench, name: str, chosen: Fitting, run: Trained, **more: Any) -> Row:
-    """Of a run: rates of the steps after the first few."""
+    """Rates of a run, over the steps after the first few."""
     steps = run.steps[WARM : bench.options.steps] or run.steps
     rates = [step["tokens_per_second"] for step in steps]
     quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
@@ -123,7 +123,7 @@ def _row(bench: Bench, name: str, chosen: Fitting, run: Trained, **more: Any) ->
 
 def _text(bench: Bench, name: str, models: tuple[str, ...], settings: Mapping[str, Any],
           **more: Any) -> tuple[Fitting, Trained, Row]:  # fmt: skip
-    """Train rows of text with `settings`, and `more` that the forecast need not know."""
+    """Train on rows of text with `settings` and `more`, which does not affect the forecast."""
     settings = _small(bench, settings)
     chosen = fitting(bench, models, settings)
     model, data = bench.model(chosen.folder, chosen.shape), bench.rows_file()
@@ -140,7 +140,7 @@ def _text(bench: Bench, name: str, models: tuple[str, ...], settings: Mapping[st
 def _profiled(
     bench: Bench, name: str, models: tuple[str, ...], settings: Mapping[str, Any]
 ) -> Iterator[Row]:
-    """A run, and where the time of its last steps goes."""
+    """A run and a profile of its last steps."""
     watchers = (ENOUGH, f"{hooks.__file__}:ProfileHook")
     steps = bench.options.steps + hooks.STEPS + 1
     _, run, row = _text(bench, name, models, settings, custom_hooks=watchers, max_steps=steps)
@@ -167,7 +167,7 @@ def _profiled(
 
 
 def lora_1_8b(bench: Bench) -> Iterator[Row]:
-    """LoRA of the small model."""
+    """LoRA on the small model."""
     settings = gpu.CASES["lora_1_8b"].settings
     yield from _profiled(bench, "LoRA 4096", ("InternLM2-1.8B",), settings)
 
@@ -179,7 +179,7 @@ def lora_1_8b_plain(bench: Bench) -> Iterator[Row]:
 
 
 def qlora_7b(bench: Bench) -> Iterator[Row]:
-    """QLoRA as on a card of 8 GB."""
+    """QLoRA as on an 8 GB GPU."""
     yield from _profiled(bench, "QLoRA 2048", ("Llama-2-7B",), {**gpu.QLORA, **PAGED})
 
 
@@ -190,12 +190,12 @@ def qlora_7b_plain(bench: Bench) -> Iterator[Row]:
 
 
 def lora_7b(bench: Bench) -> Iterator[Row]:
-    """LoRA of a 7B."""
+    """LoRA on a 7B model."""
     yield from _profiled(bench, "LoRA 7B 4096", ("Llama-2-7B",), gpu.LORA)
 
 
 def full_1_8b(bench: Bench) -> Iterator[Row]:
-    """All weights of the small model."""
+    """Full fine-tuning of the small model."""
     settings = {"tuning": "full", "max_length": 4096}
     yield _text(bench, "all weights 4096", ("InternLM2-1.8B",), settings)[2]
 
@@ -230,11 +230,11 @@ def _llava(bench: Bench, name: str, changes: Mapping[str, Any]) -> Iterator[Row]
 
 
 LIMIT = 8 * 2**30
-"""Bytes of the card that the longest row is looked for in."""
+"""Bytes of GPU memory for the search of the longest row."""
 
 
 def longest_8b(bench: Bench) -> Iterator[Row]:
-    """The longest row that QLoRA of an 8B, r=32, takes in 8 GiB: rows grow until memory ends."""
+    """The longest row for QLoRA on an 8B model, r=32, in 8 GiB: rows grow until memory runs out."""
     first, last, step = (64, 256, 64) if bench.tiny else (2048, 12288, 512)
     lengths = list(range(first, last + 1, step))
     data = bench.folder / "growing.json"
@@ -265,7 +265,7 @@ def longest_8b(bench: Bench) -> Iterator[Row]:
     if not run.steps:
         run.check()
         raise RuntimeError("no step was finished")
-    if "memory" not in run.text[-2000:].lower():  # it ended for another reason, if with an error
+    if "memory" not in run.text[-2000:].lower():  # an error here had another reason
         run.check()
     tokens = [round(s["tokens_per_second"] * s["seconds"]) for s in run.steps]
     best = max(tokens)
@@ -281,13 +281,13 @@ def longest_8b(bench: Bench) -> Iterator[Row]:
 
 
 def _row_of(tokens: int) -> dict[str, str]:
-    """A row of some `tokens` bytes, most of them supervised."""
+    """A row of about `tokens` bytes, most of them supervised."""
     text = ("a longer answer. " * (tokens // 17 + 1))[: max(1, tokens - 64)]
     return {"instruction": "Go on.", "input": "", "output": text}
 
 
 def _limit(bench: Bench, *, undo: bool = False) -> str:
-    """Let torch have what is left of 8 GiB beside CUDA's own memory; say so."""
+    """Limit torch to 8 GiB minus CUDA's own memory, and report both."""
     if bench.device != "cuda" or bench.options.fake:
         return "no limit here"
     free, total = torch.cuda.mem_get_info()

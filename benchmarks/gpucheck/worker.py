@@ -38,7 +38,7 @@ def serve(options: Any) -> None:
                 _say(messages, {"row": row.as_dict()})
         except Skip as reason:
             _say(messages, {"skipped": str(reason)})
-        except BaseException as error:  # whatever it is, the parts behind it still run
+        except BaseException as error:  # after any error the remaining parts still run
             traceback.print_exc()
             _say(messages, {"error": _in_a_line(error)})
         gc.collect()

@@ -37,8 +37,8 @@ def told(error: BaseException) -> str:
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         return f"{text}, line {error.lineno}" if "line " not in text else text
-    place = user_place(error)
-    return f"{text} ({place})" if place else text
+    location = user_place(error)
+    return f"{text} ({location})" if location else text
 
 
 def user_place(error: BaseException) -> str:

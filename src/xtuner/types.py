@@ -239,6 +239,10 @@ class ImageEmbedder(Protocol):
         with an image that counts nothing (see `PackedCausalLM.always_embeds`)."""
         ...
 
+    def weights(self) -> Iterable[Any]:
+        """The parameters that images alone enter."""
+        ...
+
     def positions(self, batch: Batch) -> Tensor:
         """The position ids that the language model takes for `batch`, which has images."""
         ...

@@ -8,15 +8,17 @@ import itertools
 
 import numpy as np
 import pytest
-from sharded_cases import case
+import torch
+from sharded_cases import case, model_of
 
+from xtuner.hub import old_pth
 from xtuner.parallel.processes import Processes
 from xtuner.testing.run_distributed import run_distributed
 
 ZERO = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 OFFLOADED = ("deepspeed_zero2_offload", "deepspeed_zero3_offload")
 TUNINGS, ACCUMULATIONS = ("full", "lora"), (1, 4)
-FEW = [("fsdp2", "full", 4), ("deepspeed_zero1", "full", 4), ("deepspeed_zero3", "lora", 4)]
+FEW = [("fsdp2", "full", 4), ("deepspeed_zero1", "lora", 4), ("deepspeed_zero3", "lora", 4)]
 ALL = [
     *itertools.product(("replicated", "fsdp2", *ZERO), TUNINGS, ACCUMULATIONS),
     *itertools.product(OFFLOADED, TUNINGS, (4,)),
@@ -27,10 +29,16 @@ SPLIT = [("fsdp2", "lora", 1), ("deepspeed_zero3", "full", 1)]
 """Cases whose rows are split over two processes."""
 
 
-def run_all(cases, split=()):
-    """The results of `cases` on this process, and of `split` with rows split over two."""
+def run_all(cases, split=(), folder=None):
+    """The results of `cases` on this process, and of `split` with rows split over two; DeepSpeed
+    saves its own checkpoints in `folder`."""
     processes = Processes("cpu")
-    found = [case(processes, *each) for each in cases]
+
+    def save(strategy):
+        if folder is not None and hasattr(strategy, "engine"):
+            strategy.engine.save_checkpoint(folder, tag=strategy.config.name)
+
+    found = [case(processes, *each, then=save) for each in cases]
     if split:
         processes = Processes("cpu", sequence_parallel_size=2)
         found += [case(processes, *each) for each in split]
@@ -55,18 +63,38 @@ def assert_alike(cases, results):
             np.testing.assert_allclose(value, expected[name], atol=1e-4, err_msg=message)
 
 
+def assert_read(folder, tuning, weights):
+    """DeepSpeed's own checkpoint in `folder` has the trained weights, and all the others."""
+    found = old_pth.read(folder)
+    for name, value in weights.items():
+        assert np.array_equal(found[name].numpy(), value), name
+    for name, parameter in model_of(tuning).named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(found[name], parameter), name
+    assert old_pth.is_old(folder) and old_pth.is_old(folder.parent)
+
+
 @pytest.mark.distributed
-def test_two_processes_give_the_gradients_of_one():
-    first, second = run_distributed(run_all, FEW, SPLIT)
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    first, second = run_distributed(run_all, FEW, SPLIT, tmp_path)
     assert_alike([*FEW, *SPLIT], first)
+    for (strategy, tuning, _), (*_, weights) in zip(FEW[1:], first[1:], strict=False):
+        assert_read(tmp_path / strategy, tuning, weights)
     assert [losses for losses, *_ in first] == [losses for losses, *_ in second]
     assert all(not weights for *_, weights in second)  # the main process alone gets them
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_every_strategy_gives_the_gradients_of_one_process():
-    assert_alike(ALL, run_distributed(run_all, ALL)[0])
+def test_every_strategy_gives_the_gradients_of_one_process(tmp_path):
+    results = run_distributed(run_all, ALL, (), tmp_path)[0]
+    assert_alike(ALL, results)
+    saved = {
+        strategy: (tuning, weights)
+        for (strategy, tuning, _), (*_, weights) in zip(ALL, results, strict=True)
+    }
+    for strategy in (*ZERO, *OFFLOADED):
+        assert_read(tmp_path / strategy, *saved[strategy])
     alone = [(strategy, "full", 4) for strategy in ("fsdp2", *ZERO, *OFFLOADED)]
     assert_alike(alone, run_all(alone))
 

@@ -100,8 +100,11 @@ def make_trainer(processes, strategy, tuning, accumulation=1, *, model=None, hoo
     )
 
 
-def case(processes, strategy, tuning, accumulation=1, **options):
-    """Losses, gradient norms and the trained weights of a run; weights on rank 0."""
+def case(processes, strategy, tuning, accumulation=1, *, then=lambda strategy: None, **options):
+    """Losses, gradient norms and the trained weights of a run; weights on rank 0.
+
+    `then` is called with the strategy at the end.
+    """
     trainer = make_trainer(processes, strategy, tuning, accumulation, **options)
     losses, norms = [], []
     step = trainer._step
@@ -113,6 +116,7 @@ def case(processes, strategy, tuning, accumulation=1, **options):
 
     trainer._step = noted
     trainer.fit()
+    then(trainer.strategy)
     return losses, norms, weights_of(trainer.strategy)
 
 

@@ -54,6 +54,31 @@ def test_hints_come_cheapest_first_and_end_where_it_fits(folder):
     assert lines[-1].endswith("fits") and not any("fits" in line for line in lines[:-1])
 
 
+def test_a_strategy_divides_and_the_cheapest_that_fits_is_named(folder):
+    chosen = settings(folder, gradient_checkpointing=True, batch_size=1)
+
+    def found(strategy, processes=4, **changes):
+        tried = chosen.model_copy(update={"strategy": strategy, **changes})
+        return forecast(tried, "cuda", recompute=True, processes=processes)
+
+    whole = found("replicated")
+    parts, each = whole.footprint, whole.footprint.trainable * 4
+    assert whole.peak == found("replicated", processes=1).peak
+    first, second = found("deepspeed_zero1"), found("deepspeed_zero2")
+    assert first.held_optimizer == whole.optimizer // 4
+    assert first.held_weights == parts.weights + each // 4  # a float32 copy of the part
+    assert first.peak > second.peak
+    third = found("fsdp2")
+    assert third.held_weights == parts.weights // 4
+    assert 2 * parts.unit == third.gathered < parts.weights
+    offloaded = found("fsdp2", strategy_options=(("cpu_offload", True),))
+    assert offloaded.held_weights == offloaded.held_optimizer == 0
+    for enough, name in ((first, "deepspeed_zero1"), (second, "deepspeed_zero2")):
+        plan = plan_memory(chosen, "cuda", memory=enough.peak, processes=4)
+        assert list(plan.hints())[1].strip().startswith(f"strategy = '{name}': ")
+        assert list(plan.hints())[-1].endswith("fits")
+
+
 def test_what_cannot_fit_says_so(folder):
     plan = plan_memory(settings(folder), "cpu", memory=MB)
     assert "smaller model" in list(plan.hints())[-1]

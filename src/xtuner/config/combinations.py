@@ -45,7 +45,8 @@ def _check_embedding_on_cpu(s: Settings) -> Iterator[tuple[str, str]]:
     if s.embedding_on_cpu is True and not s.can_keep_embedding_on_cpu:
         yield (
             "embedding_on_cpu",
-            "requires tuning = 'lora' or 'qlora' and no vision tower; set it to 'auto'",
+            "requires tuning = 'lora' or 'qlora', strategy = 'replicated' and no vision tower; "
+            "set it to 'auto'",
         )
 
 

@@ -26,13 +26,32 @@ class Spill:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._fault: Exception | None = None
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return a copy of `tensor` in CPU memory, or in a file if it is large.
 
-        Raises:
-            OSError: The disk is full.
+        Where that fails it returns an empty tensor, and `check` tells later: the other processes
+        are in the middle of gathering.
         """
+        if self._fault is None:
+            try:
+                return self._kept(tensor)
+            except (OSError, MemoryError, RuntimeError) as error:
+                self._fault = error
+        return tensor.new_empty(0)
+
+    def check(self) -> None:
+        """Raise what went wrong, after everything was gathered.
+
+        Raises:
+            OSError: the disk is full.
+            MemoryError, RuntimeError: memory is.
+        """
+        if self._fault is not None:
+            raise self._fault
+
+    def _kept(self, tensor: Tensor) -> Tensor:
         size = tensor.numel() * tensor.element_size()
         if size < SMALL:
             return tensor.detach().to("cpu", copy=True)

@@ -41,12 +41,12 @@ class WorkPlace:
         """
         store = CheckpointStore(work_dir)
         store.tidy()
-        there = store.all()
-        if there and not resuming and not overwrite:
+        checkpoints = store.all()
+        if checkpoints and not resuming and not overwrite:
             raise CheckpointError(
-                f"{work_dir} holds {there[-1].name} of an earlier run. Add --resume to continue "
-                f"it, --work-dir DIR to use another folder, or --overwrite to delete it and start "
-                f"again."
+                f"{work_dir} holds {checkpoints[-1].name} of an earlier run. Add --resume to "
+                "continue it, --work-dir DIR to use another folder, or --overwrite to delete it "
+                "and start again."
             )
         log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
         for number in range(1, 1000):

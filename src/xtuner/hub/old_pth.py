@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from xtuner.errors import CheckpointError
-
-_DEEPSPEED = "mp_rank_*_model_states.pt"
+from xtuner.hub import deepspeed_files
 
 
 class _Inert:
@@ -34,7 +33,7 @@ def is_old(path: Path) -> bool:
     """Whether `path` is a checkpoint of XTuner 0.x."""
     if path.suffix == ".pth" and path.is_file():
         return path.stat().st_size > _ALIAS_BYTES
-    return path.is_dir() and any(path.glob(_DEEPSPEED))
+    return deepspeed_files.folder_of(path) is not None
 
 
 _ALIAS_BYTES = 200
@@ -47,13 +46,15 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it cannot be read, or holds no weights.
     """
-    files = [path] if path.is_file() else sorted(path.glob(_DEEPSPEED))
-    if len(files) != 1:
-        raise CheckpointError(
-            f"{path}: holds {len(files)} model files; a model split over several GPUs cannot be "
-            "read. Convert it with DeepSpeed's zero_to_fp32.py first"
-        )
-    content = _loaded(files[0])
+    if folder := deepspeed_files.folder_of(path):
+        try:
+            return deepspeed_files.read(folder, _loaded)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder}: is damaged, or written by a version of DeepSpeed that is not known: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    content = _loaded(path)
     state = content.get("state_dict", content.get("module", content))
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: its state_dict is no dict")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from xtuner.config.schema import Settings
+from xtuner.engine.strategies import units_of
 from xtuner.kernels import host_embedding
 from xtuner.kernels.compiled import kernels_for
 from xtuner.memory.experts import use_footprint
@@ -34,14 +35,16 @@ class Footprint:
     """Bytes and counts of one model under one choice of settings.
 
     Attributes:
-        weights: Bytes of all weights as stored, including adapters.
-        step: Peak of everything else within a step except optimizer state: activations, gradients,
-            logits, scratch.
-        gradients: Bytes of all gradients; part of `step`.
-        trainable: Number of trained parameters.
-        parameters: Number of all parameters.
-        width: Width of the hidden states.
-        embedding: Bytes of the input embedding, part of `weights`, if it can stay on the CPU.
+        weights: as they are held, adapters included.
+        step: highest sum of everything else alive within a step but the optimizer's state:
+            activations, gradients, logits, scratch.
+        gradients: of all trained weights; part of `step`.
+        trainable: trained numbers.
+        parameters: all numbers.
+        width: of the hidden states.
+        embedding: bytes of the input embedding, part of `weights`, if it may stay on the CPU.
+        unit: bytes of the largest weights that are gathered together where they are divided: of a
+            layer, the embedding or the output head.
     """
 
     weights: int
@@ -51,6 +54,7 @@ class Footprint:
     parameters: int
     width: int = 0
     embedding: int = 0
+    unit: int = 0
 
 
 def measure(
@@ -86,9 +90,9 @@ def measure(
     else:
         few, more = (measured.counts(count) for count in FEW_LAYERS)
         values = [line(FEW_LAYERS, pair, at=layers) for pair in zip(few, more, strict=True)]
-    weights, gradients, trainable, parameters, embedding, *peaks = map(round, values)
+    weights, gradients, trainable, parameters, embedding, unit, *peaks = map(round, values)
     return Footprint(
-        weights, max(peaks), gradients, trainable, parameters, text.hidden_size, embedding
+        weights, max(peaks), gradients, trainable, parameters, text.hidden_size, embedding, unit
     )
 
 
@@ -104,8 +108,8 @@ class _Measured:
     recompute: bool
 
     def counts(self, num_layers: int | None) -> list[float]:
-        """Weights, gradients, trainable, parameters, embedding and peaks of the model with
-        `num_layers` layers (None: all)."""
+        """Weights, gradients, trainable, parameters, embedding, unit and peaks of the model with
+        `num_layers`, None for all."""
         s, on_gpu = self.settings, self.device == "cuda"
         saved = scratch = embedding = 0.0
 
@@ -143,6 +147,7 @@ class _Measured:
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         gradients = sum(size for size, trained in held if trained)
+        unit = max(_bytes_of(each) for each in units_of(wrapped))
         accumulate = s.keeps_gradients(self.device)
         peaks = peaks_of_step(
             wrapped.train(),
@@ -153,7 +158,8 @@ class _Measured:
         )
         beside = scratch + accumulate * gradients
         weights = sum(size for size, _ in held) - saved
-        return [weights, gradients, trainable, parameters, embedding, *(p + beside for p in peaks)]
+        counts = [weights, gradients, trainable, parameters, embedding, unit]
+        return [*counts, *(peak + beside for peak in peaks)]
 
     def _few(self, model: Any) -> tuple[int, int] | None:
         """Lengths from which longer samples are extrapolated; None for models without recurrent
@@ -183,6 +189,10 @@ class _Measured:
         if list(s.lora_target_modules) != ["all-linear"]:
             return False
         return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _layers_differ(text: Any) -> bool:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from xtuner.config.schema import Settings
 from xtuner.device.select import resolve_dtype
+from xtuner.engine import strategies
 from xtuner.engine.optimizer import optim
+from xtuner.engine.strategies import Division
 from xtuner.memory.footprint import Footprint, measure
 from xtuner.memory.footprint_vision import measure_vision
 from xtuner.models.vision.tower import num_image_tokens, vision_config
@@ -24,6 +27,9 @@ LIBRARIES = 740 * MB
 ALLOCATOR = {"cpu": 1.05, "cuda": 1.05}
 """Memory that allocators hold per requested byte; the CPU value was measured
 (`benchmarks/memory.py`), the GPU value was not."""
+
+WHOLE = Division()
+"""What a process holds that shares nothing."""
 
 TYPICAL_SAMPLE = 512
 """Assumed length of samples in packed rows, for the forecast of attention."""
@@ -40,10 +46,13 @@ class Forecast:
         paged: The optimizer state is in memory that the GPU driver moves to the CPU when necessary,
             outside torch's allocator.
         device: 'cpu' or 'cuda'.
-        recompute: Whether activations are recomputed.
-        embedding_on_cpu: Whether the input embedding stays in CPU memory.
-        checkpoint: Size of a checkpoint on disk.
-        graphs: Whether the decoder can be recorded as CUDA graphs.
+        recompute: whether activations are recomputed.
+        embedding_on_cpu: whether the input embedding stays in the CPU's memory.
+        checkpoint: size of one on disk.
+        division: what of it this process holds.
+        strategy: the name of what divides it.
+        processes: how many share it.
+        graphs: whether the decoder may be recorded as CUDA graphs.
     """
 
     footprint: Footprint
@@ -55,14 +64,54 @@ class Forecast:
     paged: bool = False
     graphs: bool = False
     failure: str = ""
+    division: Division = WHOLE
+    strategy: str = "replicated"
+    processes: int = 1
 
     @property
     def peak(self) -> int:
-        """Peak memory of the run, without what can move to the CPU."""
-        held = self.weights + self.footprint.step
-        held += 0 if self.paged else self.optimizer
-        held = max(held, self.footprint.weights)  # all of them are loaded before some are moved
+        """Highest memory of the run; without what may move to the CPU."""
+        held = self.held_weights + self.gathered + self.step
+        held += 0 if self.paged else self.held_optimizer
+        held = max(held, self.footprint.weights)  # all of them are loaded before some leave
         return self.libraries + int(held * ALLOCATOR[self.device])
+
+    @property
+    def held_weights(self) -> int:
+        """Bytes of weights, and of float32 copies beside them, on the device of this process."""
+        copies = int(4 * self.footprint.trainable * self.division.master)
+        on_device = not (self.division.weights_on_cpu and self.device == "cuda")
+        copies_on_device = not (self.division.optimizer_on_cpu and self.device == "cuda")
+        return on_device * int(self.weights * self.division.weights) + copies_on_device * copies
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of weights that are gathered at once: the unit that computes, the next one, and
+        those that are kept."""
+        if self.division.weights == 1.0 and not self.division.weights_on_cpu:
+            return 0
+        each = self.weights / max(1, self.footprint.parameters)
+        return int(min(self.weights, 2 * self.footprint.unit + self.division.live * each))
+
+    @property
+    def step(self) -> int:
+        """Bytes of activations and gradients; of divided gradients this process's part, those of
+        two units, and a bucket."""
+        parts, divided = self.footprint, self.division
+        bucket = 4 * min(divided.bucket, parts.trainable)
+        if divided.gradients == 1.0:
+            return parts.step + bucket
+        share = parts.gradients / max(1, parts.weights)
+        whole = min(parts.gradients, int(2 * parts.unit * share))
+        part = int(parts.gradients * divided.gradients)
+        return parts.step - parts.gradients + max(part, whole) + bucket
+
+    @property
+    def held_optimizer(self) -> int:
+        """Bytes of optimizer state on the device of this process."""
+        if self.division.optimizer_on_cpu and self.device == "cuda":
+            return 0
+        return int(self.optimizer * self.division.optimizer)
 
     @property
     def weights(self) -> int:
@@ -86,12 +135,13 @@ class Forecast:
         )
         step = "recomputed activations" if self.recompute else "activations"
         rest = f", libraries {self.libraries / MB:,.0f}" if self.libraries else ""
-        optimizer = f"optimizer {self.optimizer / MB:,.0f}"
+        optimizer = f"optimizer {self.held_optimizer / MB:,.0f}"
         inside = "" if self.paged else f"{optimizer}, "
+        gathered = f", gathered weights {self.gathered / MB:,.0f}" if self.gathered else ""
         yield (
             f"Memory       {self.peak / MB:,.0f} MiB at the peak "
-            f"(weights {self.weights / MB:,.0f}, {inside}"
-            f"{step} and gradients {parts.step / MB:,.0f}{rest})"
+            f"(weights {self.held_weights / MB:,.0f}{gathered}, {inside}"
+            f"{step} and gradients {self.step / MB:,.0f}{rest})"
             + (f"; {optimizer} more, paged: can move to the CPU" if self.paged else "")
         )
         if self.embedding_on_cpu:
@@ -102,23 +152,36 @@ class Forecast:
 
 
 def forecast(
-    settings: Settings, device: str, *, recompute: bool, paged: bool | None = None
+    settings: Settings,
+    device: str,
+    *,
+    recompute: bool,
+    paged: bool | None = None,
+    processes: int = 1,
+    folder: Path = Path(),
 ) -> Forecast:
     """Forecast the peak memory of one process at `max_length`.
 
     Args:
         settings: of the run.
         device: 'cpu' or 'cuda'.
-        recompute: Whether activations are recomputed.
-        paged: Whether the optimizer state is paged; None: if possible.
+        recompute: whether activations are recomputed.
+        paged: whether the optimizer's state is paged; None: if it may be.
+        processes: that share the model as the strategy of `settings` says.
+        folder: of the settings file.
 
     Raises:
         ModelError: The model's configuration is not available.
     """
-    found = _footprint(settings, device, recompute)
+    alone = settings.model_copy(update={"strategy": "replicated", "strategy_options": ()})
+    found = _footprint(alone, device, recompute)
+    division = strategies.division_of(settings, processes, folder=folder)
     moments = _bytes_of_moments(settings.optim_type)
     full = Forecast(
         paged=may_page(settings, device) if paged is None else paged,
+        division=division,
+        strategy=settings.strategy,
+        processes=processes,
         footprint=found,
         optimizer=int(found.trainable * moments),
         device=device,
@@ -132,6 +195,7 @@ def forecast(
 def may_page(settings: Settings, device: str) -> bool:
     """Whether the optimizer state can be paged."""
     named = device == "cuda" and optim.is_paged(settings.optim_type)
+    named = named and settings.strategy == "replicated"  # a part of the state is AdamW's
     return named and settings.paged_optimizer is not False
 
 

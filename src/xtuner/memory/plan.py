@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from xtuner.config.combinations import check_combinations
 from xtuner.config.schema import Settings
+from xtuner.engine import strategies
 from xtuner.engine.optimizer import optim
 from xtuner.errors import XTunerError
 from xtuner.memory.available import free_memory
@@ -20,18 +22,40 @@ from xtuner.memory.footprint import Footprint
 from xtuner.memory.forecast import MB, Forecast, forecast, may_page, without_embedding
 from xtuner.models.load import located_config
 
+STRATEGIES = (
+    "deepspeed_zero1",
+    "deepspeed_zero2",
+    "fsdp2",
+    "deepspeed_zero3",
+    "deepspeed_zero2_offload",
+    "deepspeed_zero3_offload",
+)
+"""Strategies that divide a model, by what they cost: what is sent in a step, then what steps on the
+CPU."""
+
 ROOM = 0.9
 """Share of the free memory that a run plans to use."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A forecast and the memory of the device."""
+    """A forecast beside the memory of the device.
+
+    Attributes:
+        settings: of the run.
+        device: 'cpu' or 'cuda'.
+        memory: bytes that one process may take.
+        forecast: of one process.
+        processes: how many train together.
+        folder: of the settings file.
+    """
 
     settings: Settings
     device: str
     memory: int
     forecast: Forecast
+    processes: int = 1
+    folder: Path = Path()
 
     @property
     def fits(self) -> bool:
@@ -77,15 +101,18 @@ class MemoryPlan:
             return
         settings, last, fits = self.settings, self.forecast.peak, False
         yield "Cheapest changes, each in addition to the previous ones:"
-        for changes in _hints(self.settings, self.forecast):
+        first = self._strategy_that_fits(settings) if self.processes > 1 else ()
+        for changes in (*first, *_hints(self.settings, self.forecast)):
             tried = settings.model_copy(update=changes)
-            if next(check_combinations(tried), None):
-                continue  # a run would reject it
+            if next(check_combinations(tried), None) or not self._can_use(tried):
+                continue  # a run would refuse it
             found = forecast(
                 tried,
                 self.device,
                 recompute=_recomputes(tried, self.forecast),
                 paged=may_page(tried, self.device) and self._would_page(tried),
+                processes=self.processes,
+                folder=self.folder,
             )
             if self.forecast.embedding_on_cpu:
                 found = without_embedding(found, tried)
@@ -97,7 +124,27 @@ class MemoryPlan:
             yield f"  {setting}: {peak / MB:,.0f} MiB{', fits' if fits else ''}"
             if fits:
                 return
+        for changes in self._strategy_that_fits(settings):
+            yield f"  strategy = {changes['strategy']!r}: fits"
+            return
         yield "  a smaller model: the changes above do not suffice"
+
+    def _strategy_that_fits(self, settings: Settings) -> list[Mapping[str, Any]]:
+        """The strategy that costs least of those with which `settings` fit, if there is one."""
+        if settings.strategy != "replicated":
+            return []
+        for name in STRATEGIES:
+            tried = settings.model_copy(update={"strategy": name})
+            if not self._can_use(tried):
+                continue
+            recompute = _recomputes(tried, self.forecast)
+            found = forecast(tried, self.device, recompute=recompute, processes=self.processes)
+            if found.peak <= self.memory:
+                return [{"strategy": name}]
+        return []
+
+    def _can_use(self, tried: Settings) -> bool:
+        return strategies.can_use(tried, folder=self.folder)
 
     def _would_page(self, tried: Settings) -> bool:
         """Whether a run with the settings `tried`, which allow paging, will page if it must."""
@@ -106,7 +153,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    settings: Settings, device: str, *, memory: int | None = None, processes: int = 1
+    settings: Settings,
+    device: str,
+    *,
+    memory: int | None = None,
+    processes: int = 1,
+    folder: Path = Path(),
 ) -> MemoryPlan:
     """Forecast a run on `device`, resolving 'auto': recomputation, the embedding on the CPU. An
     error in the forecast becomes a line of output and does not stop the run, unless $XTUNER_STRICT
@@ -115,8 +167,9 @@ def plan_memory(
     Args:
         settings: The run's settings.
         device: 'cpu' or 'cuda'.
-        memory: Bytes to plan for; None uses nine tenths of the free memory of `device`.
-        processes: Number of processes; on a CPU they share the memory, on GPUs each has its own.
+        memory: bytes to plan for; None takes nine tenths of what is free on `device`.
+        processes: how many train; on a CPU they share its memory, of GPUs each has its own.
+        folder: of the settings file.
 
     Raises:
         ModelError: The model's configuration is not available.
@@ -128,13 +181,17 @@ def plan_memory(
     sharing = processes if device == "cpu" else 1
     room = int(ROOM * free_memory(device, sharing)) if memory is None else memory
     room //= sharing
-    return MemoryPlan(settings, device, room, _expected(settings, device, room))
+    sharing_model: dict[str, Any] = {"processes": processes, "folder": folder}
+    found = _expected(settings, device, room, **sharing_model)
+    return MemoryPlan(settings, device, room, found, **sharing_model)
 
 
-def _expected(settings: Settings, device: str, room: int) -> Forecast:
+def _expected(
+    settings: Settings, device: str, room: int, *, processes: int, folder: Path
+) -> Forecast:
     wanted = settings.gradient_checkpointing
     try:
-        for expected in _ways(settings, device):
+        for expected in _ways(settings, device, processes, folder):
             if expected.peak <= room:
                 break
     except Exception as error:  # model code may not support tensors without values
@@ -147,20 +204,21 @@ def _expected(settings: Settings, device: str, room: int) -> Forecast:
     return expected
 
 
-def _ways(settings: Settings, device: str) -> Iterator[Forecast]:
-    """Forecasts of the options that 'auto' leaves open, by increasing cost. No CUDA graphs: these
-    keep gradients during a forward pass. An embedding on the CPU: some MiB to copy per micro-batch.
-    Paging: the optimizer state that does not fit is copied back and forth once per step.
-    Recomputation: a third more time per micro-batch."""
+def _ways(settings: Settings, device: str, processes: int, folder: Path) -> Iterator[Forecast]:
+    """Forecasts of what is left to us, by what it costs: no CUDA graphs, which keep gradients
+    during a forward pass; an embedding on the CPU some MiB to copy a micro-batch; paging what does
+    not fit of the optimizer's state, at most all of it, to copy back and forth a step;
+    recomputation a third more time of every micro-batch."""
+    shared: dict[str, Any] = {"processes": processes, "folder": folder}
     wanted, pageable = settings.gradient_checkpointing, may_page(settings, device)
     pages = (False, True) if pageable and settings.paged_optimizer == "auto" else (pageable,)
     for recompute in (False, True) if wanted == "auto" else (wanted,):
         for paged in pages:
-            found = forecast(settings, device, recompute=recompute, paged=paged)
+            found = forecast(settings, device, **shared, recompute=recompute, paged=paged)
             yield found
             if settings.cuda_graphs == "auto" and found.graphs:
                 plain = settings.model_copy(update={"cuda_graphs": False})
-                found = forecast(plain, device, recompute=recompute, paged=paged)
+                found = forecast(plain, device, **shared, recompute=recompute, paged=paged)
                 yield found
             without = without_embedding(found, settings)
             if settings.embedding_on_cpu == "auto" and without.embedding_on_cpu:

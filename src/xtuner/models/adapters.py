@@ -69,13 +69,13 @@ def add_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
-    whole = list(target_modules) == ["all-linear"]
-    outside = [*OUTSIDE_PEFT.get(_kind(model), ()), *unsuitable(model)] if whole else []
+    all_linear = list(target_modules) == ["all-linear"]
+    outside = [*OUTSIDE_PEFT.get(_kind(model), ()), *unsuitable(model)] if all_linear else []
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules="all-linear" if whole else list(target_modules),
+        target_modules="all-linear" if all_linear else list(target_modules),
         exclude_modules=outside or None,
         modules_to_save=list(modules_to_save) or None,
         task_type=task_type,
@@ -85,7 +85,7 @@ def add_adapter(
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     wrong = [
         n
-        for n in (*(() if whole else target_modules), *modules_to_save)
+        for n in (*(() if all_linear else target_modules), *modules_to_save)
         if n.rpartition(".")[2] not in known
     ]
     if wrong:
@@ -226,12 +226,12 @@ def load_adapter(
         )
     check_vocabulary(model, folder)
     try:
-        with fitting_llm_adapter(model, folder) as place:
+        with fitting_llm_adapter(model, folder) as fitted:
             if isinstance(model, PeftModel):
-                model.load_adapter(str(place), adapter_name=name, is_trainable=trainable)
+                model.load_adapter(str(fitted), adapter_name=name, is_trainable=trainable)
                 return model
             return PeftModel.from_pretrained(
-                model, str(place), adapter_name=name, is_trainable=trainable
+                model, str(fitted), adapter_name=name, is_trainable=trainable
             )
     except SafetensorError as error:
         raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
@@ -298,8 +298,8 @@ def load_adapter_weights(adapted: Any, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(f"{folder}: lacks adapter_model.safetensors")
-    with fitting_llm_adapter(adapted, folder) as place:
-        saved = tensors_of(place / file.name)
+    with fitting_llm_adapter(adapted, folder) as fitted:
+        saved = tensors_of(fitted / file.name)
     try:
         result = set_peft_model_state_dict(adapted, saved)
     except RuntimeError as error:

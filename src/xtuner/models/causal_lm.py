@@ -65,13 +65,14 @@ class PackedCausalLM(nn.Module):
         embedder: Embeds batches with images; None for a text-only model.
 
     Attributes:
-        always_embeds: Batches without images also run the image modules, so that all processes call
-            the same modules if weights or gradients are sharded.
-        noise: NEFTune noise in training; None disables it.
-        apart: Each sample goes through the model alone, in a plain transformers call.
-        graphs: Replays the decoder in training if possible; None disables it.
-        sequence: The processes that share the tokens of a row, after `split_rows`; None if this one
-            has all tokens.
+        always_embeds: a batch without images enters the weights for images, too. Where weights or
+            gradients are divided among processes, all of them then enter the same modules.
+        saw_images: a batch had images since this was last set to False.
+        noise: of NEFTune, in training; None without.
+        apart: each sample goes through the model by itself, as transformers' plainest call.
+        graphs: replays the decoder in training where it can; None always computes.
+        sequence: the processes that share the tokens of a row, after `split_rows`; None if this one
+            has all.
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class PackedCausalLM(nn.Module):
         self.sequence: SequenceGroup | None = None
         self._rotary: SplitRotary | None = None
         self.autocast = autocast
+        self.always_embeds = self.saw_images = False
         self.graphs: GraphedDecoder | None = None
-        self.always_embeds = False
         self.plain_logits = False
         self.noise: EmbeddingNoise | None = None
         self.apart = why_apart(text_decoder(self.causal)) is not None
@@ -220,6 +221,7 @@ class PackedCausalLM(nn.Module):
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         positions = batch.position_ids
         if self.embedder is not None and (batch.images is not None or self.always_embeds):
+            self.saw_images |= batch.images is not None and torch.is_grad_enabled()
             ids = inputs.pop("input_ids")
             inputs["inputs_embeds"] = self.embedder.embed(ids, batch.images)
             positions = self.embedder.positions(batch)

@@ -103,15 +103,15 @@ def check_kind(path: str, config: Any) -> None:
     name = f"{path} ({config.model_type})"
     if getattr(config, "is_encoder_decoder", False):
         kind = "an encoder-decoder model, which reads a text and writes another"
-        cure = "Give a decoder-only model, such as Qwen3 or Llama"
+        hint = "Give a decoder-only model, such as Qwen3 or Llama"
     elif hasattr(config, "vision_config") or hasattr(config, "vision_tower"):
         kind = "a vision-language model"
-        cure = (
+        hint = (
             "Its vision part cannot be trained here. Give a language model; for images, train "
             "LLaVA on it: `xtuner list-cfg -p llava`"
         )
     elif hasattr(config, "audio_config"):
-        kind, cure = "a speech or audio model", "Give a language model"
+        kind, hint = "a speech or audio model", "Give a language model"
     else:
-        kind, cure = "not a causal language model that transformers knows", "Give another model"
-    raise ModelError(f"pretrained_model_name_or_path: {name} is {kind}. {cure}")
+        kind, hint = "not a causal language model that transformers knows", "Give another model"
+    raise ModelError(f"pretrained_model_name_or_path: {name} is {kind}. {hint}")

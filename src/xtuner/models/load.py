@@ -47,11 +47,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: It does not exist or cannot be read.
     """
-    place = located(path)
-    register_family(place)
+    source = located(path)
+    register_family(source)
     with readable_errors(path, "tokenizer"), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-        sentencepiece.correct(tokenizer, place)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        sentencepiece.correct(tokenizer, source)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
@@ -82,9 +82,9 @@ def load_model(
     Raises:
         ModelError: The model does not exist, cannot be read, or lacks weights.
     """
-    place = located(path)
-    check_supported(str(path), read_config(place))
-    register_family(place)
+    source = located(path)
+    check_supported(str(path), read_config(source))
+    register_family(source)
     options: dict[str, Any] = {}
     if quantization != "none":
         options["quantization_config"] = quantization_config(
@@ -93,7 +93,7 @@ def load_model(
         options["device_map"] = {"": device}
     with readable_errors(path, "model"), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
-            place,
+            source,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
@@ -121,11 +121,11 @@ def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: It does not exist or cannot be read.
     """
-    place = located(path)
-    check_supported(str(path), read_config(place))
-    register_family(place)
+    source = located(path)
+    check_supported(str(path), read_config(source))
+    register_family(source)
     with readable_errors(path, "model"):
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def meta_model(
@@ -184,14 +184,14 @@ def lasting_name(path: str | Path) -> str:
     return str(Path(path).resolve()) if Path(path).is_dir() else str(path)
 
 
-def read_config(place: str) -> dict[str, Any]:
+def read_config(source: str) -> dict[str, Any]:
     """The model's ``config.json`` as a dict; empty if it is not available."""
-    file: str | Path | None = Path(place) / "config.json"
-    if not Path(place).is_dir():
+    file: str | Path | None = Path(source) / "config.json"
+    if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download
 
         try:
-            file = hf_hub_download(place, "config.json")
+            file = hf_hub_download(source, "config.json")
         except Exception:  # every failure is reported with its reason when the model is loaded
             return {}
     try:
@@ -200,9 +200,9 @@ def read_config(place: str) -> dict[str, Any]:
         return {}
 
 
-def register_family(place: str) -> None:
-    """Teach transformers the architecture of `place` if one of xtuner's families supports it."""
-    model_type = read_config(place).get("model_type")
+def register_family(source: str) -> None:
+    """Register the architecture of `source` with transformers if an xtuner family supports it."""
+    model_type = read_config(source).get("model_type")
     package = "xtuner.models.families"
     for name in plugins.names(package):
         family = importlib.import_module(f"{package}.{name}")

@@ -69,8 +69,8 @@ def fitting_llm_adapter(model: Any, folder: Path) -> Iterator[Path]:
             },
         }, new
 
-    with _copy(folder, file, renew) as place:
-        yield place
+    with _copy(folder, file, renew) as copied:
+        yield copied
 
 
 def _split(tensors: Mapping[str, Tensor], config: Any) -> Tensors:
@@ -105,8 +105,8 @@ def fitting_encoder_adapter(folder: Path) -> Iterator[Path]:
         renamed = {name.replace(".vision_model.", ".", 1): t for name, t in tensors.items()}
         return json.loads(text), renamed
 
-    with _copy(folder, file, renew) as place:
-        yield place
+    with _copy(folder, file, renew) as copied:
+        yield copied
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def _copy(
     text = (folder / "adapter_config.json").read_text(encoding="utf-8")
     config, tensors = renew(json.loads(text), tensors_of(file))
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        save_file(tensors, str(place / ADAPTER_FILES[0]), metadata={"format": "pt"})
-        (place / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        yield place
+        copied = Path(name)
+        save_file(tensors, str(copied / ADAPTER_FILES[0]), metadata={"format": "pt"})
+        (copied / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield copied

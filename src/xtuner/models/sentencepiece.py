@@ -19,15 +19,15 @@ def correct(tokenizer: Any, folder: str) -> None:
     """Give `tokenizer` the normalizer and BOS of the sentencepiece file in `folder`. Tokenizers
     with a class in transformers or a tokenizer.json are correct and stay unchanged.
     """
-    place = Path(folder)
-    file = place / "tokenizer.model"
-    if not file.is_file() or (place / "tokenizer.json").is_file() or not _is_generic(tokenizer):
+    base = Path(folder)
+    file = base / "tokenizer.model"
+    if not file.is_file() or (base / "tokenizer.json").is_file() or not _is_generic(tokenizer):
         return
     options = _normalizer_options(file)
     if options is None:
         return
     _set_normalizer(tokenizer.backend_tokenizer, options)
-    config = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer.add_bos_token = bool(config.get("add_bos_token", True))
     tokenizer.add_eos_token = bool(config.get("add_eos_token", False))
 

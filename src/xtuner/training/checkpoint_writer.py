@@ -94,10 +94,12 @@ class CheckpointWriter:
             )
 
     def _write(self, folder: Path, run: Run) -> None:
-        """Gather on all processes, and write on the main process."""
-        keep = Spill(folder).keep if self.strategy.gathers else as_it_is
+        """Write this process's part: gathering is for all, writing for the main one."""
+        spill = Spill(folder)
+        keep = spill.keep if self.strategy.gathers else as_it_is
         weights = self._trained_weights(keep)
         optimizer = self.strategy.optimizer_state(keep)
+        spill.check()
         if optimizer is None or not self.strategy.processes.is_main:
             return
         if self.vision:

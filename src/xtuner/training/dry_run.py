@@ -6,6 +6,7 @@ from rich.console import Console
 
 from xtuner.config.load import LoadedSettings
 from xtuner.device.select import pick_device, resolve_dtype
+from xtuner.engine import strategies
 from xtuner.engine.working import say
 from xtuner.errors import LaunchError
 from xtuner.memory.plan import plan_memory
@@ -30,7 +31,8 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
     settings, packing = resolve_packing(settings)
     check_run(settings)
-    plan = plan_memory(settings, device, memory=memory, processes=processes)
+    strategies.check(settings, folder=loaded.folder)
+    plan = plan_memory(settings, device, memory=memory, processes=processes, folder=loaded.folder)
     console = Console(highlight=False, soft_wrap=True)
     for line in lines_of_model(settings, plan, resolve_dtype(settings.dtype, device)):
         say(console, line)

@@ -66,8 +66,8 @@ def _obstacles(model: PackedCausalLM, settings: Settings, strategy: BaseStrategy
     """Why the decoder cannot be recorded, if that is known in advance."""
     if not (torch.version.cuda or torch.version.hip):
         yield "this build of torch has none"
-    if strategy.sharded:
-        yield "weights are gathered from other processes"
+    if strategy.sharded or strategy.gathers:
+        yield "weights or gradients are divided among processes"
     if model.sequence is not None:
         yield "processes share the tokens of a row"
     if model.apart:

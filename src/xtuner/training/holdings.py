@@ -21,7 +21,7 @@ def holdings(
     count, name = strategy.processes.world_size, strategy.settings.strategy
     if count == 1 and name == "replicated":
         return
-    shares = strategy.division(count)
+    shares = strategy.division(strategy.settings, count)
     where = " (in CPU memory)"
     parts = [
         f"weights {_part(strategy.held_weights(), weights)}{where * shares.weights_on_cpu}",

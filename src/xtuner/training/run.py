@@ -134,11 +134,11 @@ class _TrainingRun:
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
-        place = self._prepare_place(
+        folders = self._prepare_folders(
             resuming=source is not None and self.old_weights is None, overwrite=overwrite
         )
         data, where = self.parts.build_once(
-            self.processes, report_dir=place.log_dir if self.processes.is_main else None
+            self.processes, report_dir=folders.log_dir if self.processes.is_main else None
         )
         data.report.refuse_lost(settings.max_lost_rows)
         if where:
@@ -148,13 +148,18 @@ class _TrainingRun:
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(settings, loader)
         with working(self.console, "Forecasting memory"):
-            self.plan = plan_memory(settings, self.device, processes=self.processes.world_size)
+            self.plan = plan_memory(
+                settings,
+                self.device,
+                processes=self.processes.world_size,
+                folder=self.loaded.folder,
+            )
         lines = self._tell(data, counter, total)
         with working(self.console, "Loading the model"):
             model = self._make_model(source)
             self._prepare(model)
             graphs.use(model, settings, self.strategy, fits=self.plan.graphs, console=self.console)
-        run = self._run(place, model, data, counter, total)
+        run = self._run(folders, model, data, counter, total)
         writer = self._writer(model, data)
         if source is not None and self.old_weights is None:
             writer.restore(source, run)
@@ -262,7 +267,7 @@ class _TrainingRun:
 
     def _run(
         self,
-        place: WorkPlace,
+        folders: WorkPlace,
         model: PackedCausalLM,
         data: TrainingData,
         counter: Counter,
@@ -286,7 +291,7 @@ class _TrainingRun:
         return Run(
             settings=self.settings,
             work_dir=self.work_dir,
-            log_dir=place.log_dir,
+            log_dir=folders.log_dir,
             console=self.console,
             answer=asked.answer,
             ask_all=asked.answers,
@@ -317,13 +322,13 @@ class _TrainingRun:
             console=self.console,
         )
 
-    def _prepare_place(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
+    def _prepare_folders(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
         """Only the main process creates the folders and reads them."""
         if not self.processes.is_main:
             return WorkPlace(self.work_dir, self.work_dir)
-        place = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
-        place.keep_settings(self.loaded)
-        return place
+        folders = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
+        folders.keep_settings(self.loaded)
+        return folders
 
     def _collate(self) -> Collate:
         algorithm = self.parts.algorithm
@@ -369,7 +374,7 @@ class _TrainingRun:
 
         def make(prepared: nn.Module) -> torch.optim.Optimizer:
             return optim.make_optimizer(
-                s.optim_type,
+                self.strategy.optimizer_for(s.optim_type),
                 prepared,
                 lr=s.lr,
                 betas=s.betas,
@@ -378,7 +383,9 @@ class _TrainingRun:
                 paged=self.plan.paged,
             )
 
-        model.always_embeds = self.strategy.lockstep and self.processes.world_size > 1
+        with_images = model.embedder is not None
+        together = self.strategy.lockstep and self.processes.world_size > 1
+        model.always_embeds = with_images and together
         everything = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = sum(p.numel() * p.element_size() for p in optim.trainable(model))
         self.strategy.prepare(model, make)

@@ -214,16 +214,16 @@ def _packed(parameters: Sequence[nn.Parameter], *, small: int) -> list[list[int]
     packed: list[list[int]] = []
     open_: dict[Any, list[int]] = {}
     filled: dict[Any, int] = {}
-    for place, parameter in enumerate(parameters):
+    for index, parameter in enumerate(parameters):
         size = slot(parameter.numel())
         if not _can_move(parameter, owners):
-            packed.append([place])
+            packed.append([index])
             continue
         key = (parameter.dtype, parameter.device, parameter.numel() < small)
         if key not in open_ or filled[key] + size > BUFFER:
             open_[key], filled[key] = [], 0
             packed.append(open_[key])
-        open_[key].append(place)
+        open_[key].append(index)
         filled[key] += size
     return packed
 

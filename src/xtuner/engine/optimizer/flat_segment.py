@@ -109,9 +109,9 @@ class Segment:
             pieces.append(parameter.grad.reshape(-1))
             if missing := slot(parameter.numel()) - parameter.numel():
                 pieces.append(self.flat.new_zeros(missing))
-        whole = torch.cat(pieces)
-        self.flat.grad = whole
-        for parameter, view in zip(self.parameters, self._views(whole), strict=True):
+        flat_grad = torch.cat(pieces)
+        self.flat.grad = flat_grad
+        for parameter, view in zip(self.parameters, self._views(flat_grad), strict=True):
             parameter.grad = view
 
     def split(self, marks: Sequence[Any]) -> Iterator[tuple[Segment, int]]:

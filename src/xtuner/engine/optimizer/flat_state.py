@@ -55,15 +55,15 @@ def joined(states: Sequence[State]) -> State:
     Args:
         states: The results of `plain`, in the order of the buffer.
     """
-    whole = dict(states[0])
+    flat_state = dict(states[0])
     for name in states[0]:
         parts = [state[name] for state in states]
         if name in VALUES:
             empty = _code_of_zero(states[0], name)
-            whole[name] = torch.cat([_padded(part.reshape(-1), empty) for part in parts])
+            flat_state[name] = torch.cat([_padded(part.reshape(-1), empty) for part in parts])
         elif name in SCALES:
-            whole[name] = torch.cat(parts)
-    return whole
+            flat_state[name] = torch.cat(parts)
+    return flat_state
 
 
 def plain(state: State) -> State:
@@ -95,10 +95,10 @@ def _code_of_zero(state: State, name: str) -> int:
     return int(state[name.replace("state", "qmap")].abs().argmin())
 
 
-def _paged_as(whole: Tensor, part: Tensor) -> Tensor:
-    """`part`, a view of `whole`, with the attributes by which bitsandbytes recognizes paged
+def _paged_as(flat_state: Tensor, part: Tensor) -> Tensor:
+    """`part`, a view of `flat_state`, with the attributes by which bitsandbytes recognizes paged
     memory."""
-    if getattr(whole, "is_paged", False):
+    if getattr(flat_state, "is_paged", False):
         part.is_paged = True  # type: ignore[attr-defined]
-        part.page_deviceid = whole.page_deviceid  # type: ignore[attr-defined]
+        part.page_deviceid = flat_state.page_deviceid  # type: ignore[attr-defined]
     return part

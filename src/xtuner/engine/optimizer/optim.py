@@ -124,19 +124,19 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(
         state, move_to_device=False
     )  # the first step moves state that is not paged
-    places = []
+    buffers = []
     for parameter, values in optimizer.state.items():
         for name in ("state1", "state2"):
             value = values.get(name)
             if isinstance(value, torch.Tensor) and parameter.device.type != "cpu":
-                place = optimizer.get_state_buffer(parameter, dtype=value.dtype)
-                if getattr(place, "is_paged", False) and place.shape == value.shape:
-                    places.append((place, value))
-                    values[name] = place
-    if places:
+                buffer = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                if getattr(buffer, "is_paged", False) and buffer.shape == value.shape:
+                    buffers.append((buffer, value))
+                    values[name] = buffer
+    if buffers:
         torch.cuda.synchronize()  # the GPU is still zeroing the new memory
-    for place, value in places:
-        place.copy_(value)
+    for buffer, value in buffers:
+        buffer.copy_(value)
 
 
 def learning_rate(

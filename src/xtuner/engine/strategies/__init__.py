@@ -9,9 +9,12 @@ from typing import Any
 
 from xtuner import plugins
 from xtuner.config.schema import Settings
-from xtuner.engine.strategies.base import BaseStrategy
+from xtuner.engine.strategies._parts import units_of
+from xtuner.engine.strategies.base import BaseStrategy, Division
 from xtuner.errors import ConfigError, listed
 from xtuner.parallel.processes import Processes
+
+__all__ = ["BaseStrategy", "Division", "can_use", "check", "division_of", "of_run", "units_of"]
 
 SETTING = "strategy"
 
@@ -28,10 +31,33 @@ def of_run(settings: Settings, processes: Processes, *, folder: Path) -> BaseStr
         ConfigError: The strategy does not exist, is not a `BaseStrategy`, or does not support these
             settings.
     """
+    return check(settings, folder=folder)(settings, processes)
+
+
+def check(settings: Settings, *, folder: Path) -> type[BaseStrategy]:
+    """The class of the strategy that `settings` name.
+
+    Raises:
+        ConfigError: see `of_run`.
+    """
     kind = _class_of(settings.strategy, folder)
     if problems := [f"{name}: {problem}" for name, problem in kind.check(settings)]:
         raise ConfigError(listed(f"{SETTING} = {settings.strategy!r} cannot be used:", problems))
-    return kind(settings, processes)
+    return kind
+
+
+def division_of(settings: Settings, processes: int, *, folder: Path) -> Division:
+    """What each of `processes` processes holds under the strategy that `settings` name; all, where
+    it cannot be found."""
+    try:
+        return _class_of(settings.strategy, folder).division(settings, processes)
+    except ConfigError:
+        return Division()
+
+
+def can_use(settings: Settings, *, folder: Path) -> bool:
+    """Whether the strategy that `settings` name works with them."""
+    return next(_class_of(settings.strategy, folder).check(settings), None) is None
 
 
 def _class_of(name: str, folder: Path) -> type[BaseStrategy]:

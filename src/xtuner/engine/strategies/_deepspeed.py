@@ -49,16 +49,27 @@ class DeepSpeedStrategy(BaseStrategy):
                 "attributes; set quantization = 'nf4', or strategy = 'deepspeed_zero2'",
             )
 
-    def division(self, processes: int) -> Division:
-        """The shares under this ZeRO stage."""
-        part, config = 1 / processes, self.config
+    @classmethod
+    def division(cls, settings: Settings, processes: int) -> Division:
+        """What the stage divides."""
+        part, config = 1 / processes, cls.config
         return Division(
             weights=part if config.stage == 3 else 1.0,
             gradients=part if config.stage >= 2 else 1.0,
             optimizer=part,
+            master=part,
+            live=config.live if config.stage == 3 else 0,
+            bucket=config.bucket,
             weights_on_cpu=config.weights_on_cpu,
             optimizer_on_cpu=config.optimizer_on_cpu,
         )
+
+    def optimizer_for(self, optim_type: str) -> str:
+        """Torch's, where `optim_type` needs whole weights."""
+        name = _state.substitute(optim_type) or optim_type
+        if name != optim_type:
+            self.notes.append(f"{name} takes the place of {optim_type}: its state is divided")
+        return name
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
         """Wrap model and optimizer in DeepSpeed's engine."""
@@ -68,18 +79,24 @@ class DeepSpeedStrategy(BaseStrategy):
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._shapes = [[p.shape for p in group["params"]] for group in optimizer.param_groups]
         self._inner = model
+        trained = sum(p.numel() for p in self._trained)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=self.config.for_engine(self.settings.batch_size),
+                config=self.config.for_engine(self.settings.batch_size, trained=trained),
                 dist_init_required=False,
             )
         self.model = self.engine
         self.zero: Any = self.engine.optimizer
         self._check_active()
         self._pending = False
+        if getattr(model, "embedder", None) is not None:
+            self.notes.append(
+                "DeepSpeed steps over all weights in every step: those for images take a gradient "
+                "of zero in a step without images, where 'replicated' and 'fsdp2' leave them alone"
+            )
         for key in self.config.decided:
             self.notes.append(
                 f"{key} of {self.config.name} is not used: {OF_SETTINGS[key]} in the settings are "
@@ -140,8 +157,9 @@ class DeepSpeedStrategy(BaseStrategy):
             zero.reset_cpu_buffers()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backpropagate; stages 2 and 3 reduce gradients into this process's shards."""
-        if not _parts.check_has_gradient(loss, self.processes, self.config.name):
+        """Backpropagate; with stages 2 and 3 gradients are summed into this process's parts."""
+        alone = not self.lockstep and not loss.requires_grad  # the others do not wait
+        if alone or not _parts.check_has_gradient(loss, self.processes, self.config.name):
             return
         self._pending = True
         boundary = last and self.lockstep
@@ -152,8 +170,11 @@ class DeepSpeedStrategy(BaseStrategy):
         """For stage 1, sum the gradients; a missing gradient counts as zero."""
         if self.lockstep:
             return
-        found = [float(p.grad is not None) for p in self._trained]
-        for parameter, count in zip(self._trained, self.processes.sum(found), strict=True):
+        counts = self.processes.sum([float(p.grad is not None) for p in self._trained])
+        if not any(counts):
+            self._pending = False  # nothing that is trained took part in the step
+            return
+        for parameter, count in zip(self._trained, counts, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._pending = True
@@ -218,6 +239,7 @@ class DeepSpeedStrategy(BaseStrategy):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self.zero.optimizer
+        self._link_state()
         flat = next((p for p in self._fp32_parts() if inner.state.get(p)), None)
         names = list(inner.state[flat]) if flat is not None else []
         entries: dict[int, dict[str, Any]] = {}
@@ -254,12 +276,20 @@ class DeepSpeedStrategy(BaseStrategy):
                 else _copied(value)
                 for name, value in example.items()
             }
-        if self.config.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
+        self._link_state()
         for number, parameter in enumerate(self._trained):
             for name, value in entries.get(number, {}).items():
                 if isinstance(value, Tensor) and value.ndim:
                     self._set_state(parameter, name, value)
+
+    def _link_state(self) -> None:
+        """Have DeepSpeed find the state of every parameter: with stages 1 and 2 it looks after the
+        step of the first group, when the others have none (0.19.8)."""
+        if self.config.stage < 3 and all(
+            self.zero.optimizer.state.get(p) for p in self._fp32_parts()
+        ):
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def _set_state(self, parameter: Any, name: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state

@@ -41,6 +41,11 @@ OF_SETTINGS: Mapping[str, str] = {
 }
 """Keys of a DeepSpeed file that settings replace, and these settings."""
 
+BUCKET = 50_000_000
+"""Gradients summed at once; DeepSpeed's default of 500 million takes 2 GB of memory."""
+LIVE = 300_000_000
+"""Gathered weights that stage 3 keeps; DeepSpeed's default is a billion."""
+
 _REFUSED = {
     "zero_quantized_weights": "rounds weights to 8 bits in each forward pass",
     "zero_quantized_gradients": "rounds gradients to 4 bits",
@@ -80,16 +85,34 @@ class DeepSpeedConfig:
         """Whether the weights are in CPU memory."""
         return _device(self.zero, "offload_param") != "none"
 
-    def for_engine(self, batch_size: int) -> dict[str, Any]:
-        """The configuration for `deepspeed.initialize`; accumulation, loss scaling, clipping and
-        the schedule are the trainer's."""
+    @property
+    def bucket(self) -> int:
+        """Numbers in a bucket of gradients, at most."""
+        return int(self.zero.get("reduce_bucket_size", BUCKET))
+
+    @property
+    def live(self) -> int:
+        """Gathered weights that stage 3 keeps."""
+        return int(self.zero.get("stage3_max_live_parameters", LIVE))
+
+    def for_engine(self, batch_size: int, *, trained: int) -> dict[str, Any]:
+        """The configuration that `deepspeed.initialize` gets: the trainer accumulates, scales the
+        loss, clips and schedules.
+
+        Args:
+            batch_size: samples or packs a micro-batch.
+            trained: numbers; a bucket is no larger.
+        """
+        sizes: dict[str, Any] = {"reduce_bucket_size": max(1, min(BUCKET, trained))}
+        if self.stage == 3:
+            sizes |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
         return {
             **self.others,
             "train_micro_batch_size_per_gpu": batch_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0,
             "steps_per_print": 2**62,
-            "zero_optimization": dict(self.zero),
+            "zero_optimization": {**sizes, **self.zero},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -107,11 +130,11 @@ def read(name: str, *, folder: Path) -> DeepSpeedConfig:
     Raises:
         ConfigError: The file does not exist, is not JSON, or cannot be used.
     """
-    places = [folder / Path(name).expanduser(), Path(name).expanduser()]
-    path = next((place for place in places if place.is_file()), None)
+    candidates = [folder / Path(name).expanduser(), Path(name).expanduser()]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
     said = f"strategy = {name!r}"
     if path is None:
-        looked = ", ".join(str(place.absolute()) for place in dict.fromkeys(places))
+        looked = ", ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
         raise ConfigError(f"{said}: no such file (looked for {looked})")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

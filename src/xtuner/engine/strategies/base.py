@@ -35,16 +35,23 @@ class Division:
     """What one process holds, as fractions of the full weights, gradients and optimizer state.
 
     Attributes:
-        weights: Fraction of the model's weights.
-        gradients: Fraction of the gradients.
-        optimizer: Fraction of the optimizer state.
-        weights_on_cpu: Weights, gradients and optimizer state are in CPU memory.
-        optimizer_on_cpu: The optimizer state is in CPU memory.
+        weights: of the model.
+        gradients: of the trained weights.
+        optimizer: state of the optimizer.
+        master: a float32 copy of the trained weights beside them.
+        live: gathered weights, in numbers, that are kept for their next use; beside the unit that
+            computes and the one that comes next.
+        bucket: float32 numbers in buffers of gradients.
+        weights_on_cpu: the weights, gradients and optimizer state lie in the CPU's memory.
+        optimizer_on_cpu: the optimizer state lies in the CPU's memory.
     """
 
     weights: float = 1.0
     gradients: float = 1.0
     optimizer: float = 1.0
+    master: float = 0.0
+    live: int = 0
+    bucket: int = 0
     weights_on_cpu: bool = False
     optimizer_on_cpu: bool = False
 
@@ -100,9 +107,14 @@ class BaseStrategy(ABC):
                 "different features in the cache; set it to False, or strategy = 'deepspeed_zero2'",
             )
 
-    def division(self, processes: int) -> Division:
-        """The fractions that each of `processes` processes holds."""
+    @classmethod
+    def division(cls, settings: Settings, processes: int) -> Division:
+        """What each of `processes` processes holds."""
         return Division()
+
+    def optimizer_for(self, optim_type: str) -> str:
+        """The optimizer that steps where `optim_type` is asked for."""
+        return optim_type
 
     @abstractmethod
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:

@@ -41,10 +41,19 @@ class Strategy(BaseStrategy):
                 f"and optimizer state), or tuning = 'lora'",
             )
 
-    def division(self, processes: int) -> Division:
-        """A shard of everything, in CPU memory with cpu_offload."""
-        part, offload = 1 / processes, bool(self.option["cpu_offload"])
+    @classmethod
+    def division(cls, settings: Settings, processes: int) -> Division:
+        """A part of everything; with cpu_offload in the CPU's memory."""
+        part = 1 / processes
+        offload = bool(dict(settings.strategy_options).get("cpu_offload", False))
         return Division(part, part, part, weights_on_cpu=offload, optimizer_on_cpu=offload)
+
+    def optimizer_for(self, optim_type: str) -> str:
+        """Torch's, where `optim_type` needs whole weights."""
+        name = _state.substitute(optim_type) or optim_type
+        if name != optim_type:
+            self.notes.append(f"{name} takes the place of {optim_type}: its state is divided")
+        return name
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
         """Shard the weights of `model` unit by unit, and create an optimizer for the shards."""
@@ -61,7 +70,7 @@ class Strategy(BaseStrategy):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-            if hasattr(unit, "set_reduce_scatter_unused_params"):
+            if size > 1 and hasattr(unit, "set_reduce_scatter_unused_params"):
                 unit.set_reduce_scatter_unused_params(True)
         self.model = model
         self.parameters = optim.trainable(model)
@@ -72,11 +81,11 @@ class Strategy(BaseStrategy):
     def _check_active(self) -> None:
         from torch.distributed.tensor import DTensor
 
-        whole = [n for n, p in self.model.named_parameters() if not isinstance(p, DTensor)]
-        if whole:
+        unsharded = [n for n, p in self.model.named_parameters() if not isinstance(p, DTensor)]
+        if unsharded:
             raise LaunchError(
-                f"strategy = {NAME!r} is not active: {len(whole)} weights are not sharded, "
-                f"{whole[0]} among them; set strategy = 'replicated'"
+                f"strategy = {NAME!r} is not active: {len(unsharded)} weights are not sharded, "
+                f"{unsharded[0]} among them; set strategy = 'replicated'"
             )
 
     def held_weights(self) -> int:
@@ -94,7 +103,14 @@ class Strategy(BaseStrategy):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce_gradients(self) -> None:
-        """Do nothing: every backward pass has already reduced its gradients."""
+        """Every backward pass does; here gradients of an image that counts nothing are discarded,
+        where no process had another one in the step."""
+        if not getattr(self.model, "always_embeds", False):
+            return
+        (seen,) = self.processes.sum([float(self.model.saw_images)])
+        self.model.saw_images = False
+        for parameter in () if seen else self.model.embedder.weights():
+            parameter.grad = None
 
     def _gradients(self) -> list[Tensor]:
         found = [p.grad.to_local() for p in self.parameters if p.grad is not None]  # type: ignore[attr-defined]

@@ -144,7 +144,8 @@ def _start(config: Table, draft: Draft) -> None:
         draft.lose(
             config.line_of("strategy"),
             f"strategy = {kind}",
-            "each process holds a full copy of the model: same results, but more memory",
+            "each process holds the whole model, with the same results; `--deepspeed "
+            "deepspeed_zero2` or `--strategy fsdp2` divides it",
         )
 
 

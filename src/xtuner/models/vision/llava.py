@@ -11,7 +11,7 @@ language model keeps its vocabulary during training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -168,6 +168,11 @@ class LlavaEmbedder(nn.Module):
             projected = self.llava.model.multi_modal_projector(self._as_projector(features))
         dtype = self.llava.get_input_embeddings().weight.dtype
         return (projected[0, 0] * 0.0).to(dtype)  # type: ignore[no-any-return]
+
+    def weights(self) -> Iterator[nn.Parameter]:
+        """The weights that images alone enter: vision tower and projector."""
+        yield from self.llava.model.vision_tower.parameters()
+        yield from self.llava.model.multi_modal_projector.parameters()
 
     def positions(self, batch: Batch) -> Tensor:
         """Position ids ``[1, N]``; image tokens count like text tokens."""

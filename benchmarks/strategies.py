@@ -1,0 +1,229 @@
+"""What dividing a model costs and saves: time, bytes sent and memory under each strategy.
+
+    python benchmarks/strategies.py overhead|scaling|bytes|memory [--steps 8] [--hidden 512]
+
+`overhead`: one process under each strategy beside 'replicated'. `scaling`: two processes with one
+core each beside one process with one core. `bytes`: what two processes send in a step, counted in
+torch's collectives, beside theory. `memory`: the peak of one of two processes beside the forecast.
+A random Llama is trained in full, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+STRATEGIES = ("replicated", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
+SETTINGS = """
+pretrained_model_name_or_path = "model"
+data_path = "rows.jsonl"
+dataset_format = "pretrain"
+algorithm = "pretrain"
+tuning = "full"
+dtype = "float32"
+lr = 1e-4
+max_length = 256
+accumulative_counts = {accumulation}
+max_steps = {steps}
+max_epochs = 1000
+save_steps = 100000
+tensorboard = False
+num_threads = 1
+custom_hooks = {hooks}
+"""
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("overhead", "scaling", "bytes", "memory"))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make(folder, options)
+        {"overhead": overhead, "scaling": scaling, "bytes": sent, "memory": memory}[options.what](
+            folder, options
+        )
+
+
+def make(folder: Path, options: Any) -> None:
+    """Write model and data."""
+    from xtuner.testing.tiny import tiny_model_folder
+
+    tiny_model_folder(
+        folder / "model", hidden_size=options.hidden, intermediate_size=4 * options.hidden,
+        num_hidden_layers=options.layers, vocab_size=2048,
+    )  # fmt: skip
+    rows = "\n".join(json.dumps({"text": f"{i} " * 120}) for i in range(400))
+    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+
+
+def run(
+    folder: Path, options: Any, strategy: str, *, processes: int, cores: str = "", hook: str = ""
+) -> tuple[list[dict[str, Any]], str]:
+    """The numbers of each step but the first two, and what the run printed."""
+    text = SETTINGS.format(
+        steps=options.steps, accumulation=options.accumulation, hooks=[hook] if hook else []
+    )
+    (folder / "config.py").write_text(text, encoding="utf-8")
+    work = f"{strategy}_{processes}_{cores.replace(',', '_')}"
+    command = [sys.executable, "-m", "xtuner.cli.app", "train", "config.py", "--work-dir", work]
+    command += ["--strategy", strategy, *(["--nproc", str(processes)] if processes > 1 else [])]
+    pinned = ["taskset", "-c", cores, *command] if cores else command
+    done = subprocess.run(pinned, cwd=folder, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    (file,) = (folder / work).glob("*/scalars.jsonl")
+    steps = [json.loads(line) for line in file.read_text().splitlines()]
+    return [step for step in steps if "loss" in step][2:], done.stdout
+
+
+def seconds(steps: list[dict[str, Any]]) -> float:
+    """Of a step, in the median."""
+    return statistics.median(step["seconds"] for step in steps)
+
+
+def overhead(folder: Path, options: Any) -> None:
+    """One process: a step under each strategy."""
+    print("| strategy | s a step | of replicated |\n|---|---|---|")
+    plain = 0.0
+    for strategy in STRATEGIES:
+        found = seconds(run(folder, options, strategy, processes=1)[0])
+        plain = plain or found
+        print(f"| {strategy} | {found:.3f} | {found / plain:.2f} |", flush=True)
+
+
+def scaling(folder: Path, options: Any) -> None:
+    """One core, then two with a process each; the work of a process stays the same."""
+    print("| strategy | tokens/s, 1 process | 2 processes | ratio |\n|---|---|---|---|")
+
+    def rate(strategy: str, processes: int, cores: str) -> float:
+        steps = run(folder, options, strategy, processes=processes, cores=cores)[0]
+        return statistics.median(step["tokens_per_second"] for step in steps)
+
+    for strategy in STRATEGIES:
+        one, two = rate(strategy, 1, "0"), rate(strategy, 2, "0,1")
+        print(f"| {strategy} | {one:,.0f} | {two:,.0f} | {two / one:.2f} |", flush=True)
+
+
+COUNTING_HOOK = """
+import json, sys
+sys.path.insert(0, {benchmarks!r})
+from strategies import counting_hook
+Hook = counting_hook({file!r})
+"""
+
+
+def counting_hook(file: str) -> type:
+    """A hook that writes the bytes which each kind of collective sends in the last step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from xtuner.engine.hooks.base import BaseHook
+
+    sent: dict[str, float] = defaultdict(float)
+    base: Any = TorchDispatchMode
+
+    class Bytes(base):  # type: ignore[misc]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.namespace == "c10d":
+                kind = func._schema.name.removeprefix("c10d::").strip("_")
+                sent[kind] += volume(kind, args)
+            return func(*args, **(kwargs or {}))
+
+    class Hook(BaseHook):
+        collective = True
+
+        def on_start(self, run: Any) -> None:
+            self.mode: Any = Bytes()
+            self.mode.__enter__()
+
+        def on_step(self, run: Any) -> None:
+            if run.is_main:
+                Path(file).write_text(json.dumps(sent), encoding="utf-8")
+            sent.clear()
+            if run.step == run.total_steps:
+                self.mode.__exit__(None, None, None)
+
+    return Hook
+
+
+def volume(kind: str, args: Any) -> float:
+    """Bytes that each of two processes sends, in the mean, with an algorithm that sends least."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+    sizes = sorted((t.numel() * t.element_size() for t in tensors), reverse=True)
+    whole = sizes[0] if sizes else 0
+    if kind == "allreduce":
+        return float(sum(sizes))  # 2 (N - 1) / N
+    if kind in ("allgather", "reduce_scatter") and len(sizes) > 2:
+        whole = sum(sizes) - sizes[-1]  # lists of parts, and one part
+    return whole / 2  # (N - 1) / N of all parts; a reduce or broadcast sends all in one direction
+
+
+def sent(folder: Path, options: Any) -> None:
+    """Two processes: bytes of the last step, beside theory."""
+    from xtuner.testing.tiny import tiny_model  # noqa: F401 (fails early)
+
+    counted = folder / "bytes.json"
+    text = COUNTING_HOOK.format(benchmarks=str(Path(__file__).parent), file=str(counted))
+    (folder / "count.py").write_text(text, encoding="utf-8")
+    print("| strategy | MiB sent a step | theory | of it |\n|---|---|---|---|")
+    for strategy in STRATEGIES:
+        _, out = run(folder, options, strategy, processes=2, hook="count.py:Hook")
+        match = re.search(r"([\d,]+) of [\d,]+ are trained", out)
+        assert match, out
+        size = 4 * int(match[1].replace(",", "")) / 2**20
+        micro, half = options.accumulation, 0.5
+        theory = {
+            "replicated": 2 * half * size,
+            "deepspeed_zero1": 2 * half * size,
+            "deepspeed_zero2": (micro + 1) * half * size,
+            "deepspeed_zero3": 3 * micro * half * size,
+            "fsdp2": 3 * micro * half * size,
+        }[strategy]
+        found = {k: v / 2**20 for k, v in json.loads(counted.read_text()).items()}
+        total = sum(found.values())
+        parts = ", ".join(f"{kind} {value:.1f}" for kind, value in found.items() if value > 0.05)
+        print(f"| {strategy} | {total:.1f} ({parts}) | {theory:.1f} | {total / theory:.2f} |")
+
+
+def memory(folder: Path, options: Any) -> None:
+    """Two processes: the peak of the main one, beside the forecast."""
+    print(
+        "| strategy | MiB, measured | forecast | weights | gradients and activations | optimizer |"
+    )
+    print("|---|---|---|---|---|---|")
+    for strategy in STRATEGIES:
+        steps, out = run(folder, options, strategy, processes=2)
+        peak = max(step["memory_mb"] for step in steps)
+        line = next(line for line in out.splitlines() if line.startswith("Memory"))
+        numbers = re.search(
+            r"([\d,]+) MiB at the peak \(weights ([\d,]+).*optimizer ([\d,]+).*gradients ([\d,]+)",
+            line,
+        )
+        assert numbers, line
+        total, weights, optimizer, step = numbers.groups()
+        print(
+            f"| {strategy} | {peak:,.0f} | {total} | {weights} | {step} | {optimizer} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

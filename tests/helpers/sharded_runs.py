@@ -1,0 +1,51 @@
+"""Whole training runs, several in one process of a group, as `xtuner train` makes them."""
+
+import json
+from pathlib import Path
+
+from xtuner.config.load import load_settings
+from xtuner.engine.signals import Interrupted
+from xtuner.errors import XTunerError
+from xtuner.parallel.processes import Processes
+from xtuner.training.run import _TrainingRun
+
+
+def runs(folder, cases):
+    """Make the runs `cases` one after another; what each ended with.
+
+    Args:
+        folder: of the settings files.
+        cases: (settings file, work dir, overrides, resume).
+    """
+    processes = Processes("cpu")
+    ends = [end_of(processes, Path(folder), *case) for case in cases]
+    processes.close()
+    return ends
+
+
+def end_of(processes, folder, config, work_dir, overrides=(), resume=None):
+    """The last step of a run, or its error."""
+    loaded = load_settings(str(folder / config), overrides=list(overrides))
+    try:
+        result = _TrainingRun(loaded, processes, folder / work_dir).train(resume, False)
+    except XTunerError as error:
+        return f"{type(error).__name__}: {error}"
+    except Interrupted as stopped:
+        return f"Interrupted: {stopped}"
+    return result.step
+
+
+def scalars(work_dir):
+    """Step to the numbers that the run logged, over all starts; later starts win."""
+    found = {}
+    for file in sorted(Path(work_dir).glob("*/scalars.jsonl")):
+        for line in file.read_text().splitlines():
+            values = json.loads(line)
+            if "loss" in values:
+                found[values["step"]] = values
+    return found
+
+
+def answers(work_dir):
+    """The sample answers of a run, in order."""
+    return [file.read_text() for file in sorted(Path(work_dir).glob("*/eval_outputs*"))]
