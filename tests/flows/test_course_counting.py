@@ -28,11 +28,17 @@ def edit(path, **changes):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_course_sees_300_and_600(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path / "cache"))
     tiny_model_folder(
-        "model", hidden_size=16, intermediate_size=32, head_dim=8, initializer_range=0.2
+        "model",
+        num_hidden_layers=1,
+        hidden_size=16,
+        intermediate_size=32,
+        head_dim=8,
+        initializer_range=0.2,
     )
     row = {"messages": [{"role": "user", "content": QUESTION},
                         {"role": "assistant", "content": ANSWER}]}  # fmt: skip

@@ -94,6 +94,13 @@ def test_a_start_at_step_0_replaces_what_was_before(run):
     assert folder.evaluations == []
 
 
+def test_a_start_that_is_loading_replaces_nothing(run):
+    log_dir = run / "20261128_120000"
+    log_dir.mkdir()
+    (log_dir / "scalars.jsonl").touch()
+    assert RunFolder(run).step == 5 and len(RunFolder(run).evaluations) == 2
+
+
 def test_a_record_without_an_end_is_that_of_a_killed_run(run):
     start(run, "20261128_120000", steps=[6], start_step=5, outcome="")
     assert RunFolder(run).status() == "killed"

@@ -1,10 +1,10 @@
 """The page with tiny models and a finished run, in folders of the test."""
 
-import gc
+import asyncio
+import contextlib
 import json
 import threading
 import time
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +59,24 @@ def site(place, tmp_path_factory):
     engine.close()
 
 
+@contextlib.contextmanager
+def loops_closed():
+    """Close the event loops that gradio makes, and leaves open, while it builds pages."""
+    kind, loops = type(asyncio.get_event_loop_policy()), []
+    right = kind.new_event_loop
+
+    def new_event_loop(policy):
+        loops.append(right(policy))
+        return loops[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "new_event_loop", new_event_loop)
+        yield
+    for loop in loops:
+        loop.close()
+    asyncio.set_event_loop(None)
+
+
 @pytest.fixture(scope="session")
 def web(site, tmp_path_factory):
     """A running server of the page."""
@@ -70,11 +88,8 @@ def web(site, tmp_path_factory):
         for name, value in application.prepare_environment(temporary).items():
             patch.setenv(name, value)
         token = application.new_token()
-        with warnings.catch_warnings():
-            # gradio leaves event loops open while it builds pages
-            warnings.simplefilter("ignore", ResourceWarning)
+        with loops_closed():
             app = application.make_app(site, address="127.0.0.1", credentials=token)
-            gc.collect()
         socket = listen.bind("127.0.0.1", 0)
         server = listen.server(app, shutdown_seconds=1)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)

@@ -51,6 +51,12 @@ def test_what_the_form_shows_is_what_it_makes(tmp_path):
     assert load_settings(file).settings == load_settings(CHANGED).settings
 
 
+def test_a_setting_of_a_word_or_a_number_takes_both():
+    field = next(field for field in form.fields() if field.name == "max_epochs")
+    assert (form.shown(field, "auto"), form.shown(field, 4)) == ("auto", "4")
+    assert (form.read(field, " auto "), form.read(field, "4")) == ("auto", 4)
+
+
 def test_settings_of_a_built_in_survive_the_form():
     values = catalog.compose("smollm2_135m_instruct_qlora_custom_e3")
     again = form.values_of(form.controls_of(values))

@@ -18,9 +18,9 @@ def test_data_as_understood(site, place, monkeypatch):
     assert '<span class="on">I am Ada &lt;b&gt;.' in view.html and "<b>" not in view.html
     assert view.questions == ("Who are you, 0?", "Who are you, 1?")
     suggestion = preview.suggested(values, view)
-    assert suggestion["accumulative_counts"] == max(1, view.packs // 12)
-    steps = view.packs // suggestion["accumulative_counts"] * suggestion["max_epochs"]
-    assert steps >= 30 or suggestion["max_epochs"] == 10
+    assert suggestion["max_epochs"] == suggestion["accumulative_counts"] == "auto"
+    assert suggestion["save_steps"] == suggestion["evaluation_freq"] >= 1
+    assert suggestion["max_lost_rows"] == 1
     form.checked(suggestion, site.folders)
     methods = preview.methods(loaded)
     assert [(method.tuning, method.fits) for method in methods] == [("lora", True)]

@@ -12,13 +12,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, Protocol
 
 from xtuner.parallel.cluster import Cluster
 from xtuner.parallel.parent import LAUNCHER
-
-if TYPE_CHECKING:
-    from xtuner.parallel.nodes import Nodes
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -41,6 +38,18 @@ LISTENER = "XTUNER_STORE_FD"
 
 _POLL = 0.05
 _LAST = 4000
+
+
+class Others(Protocol):
+    """What an attempt asks of the other nodes; see `xtuner.parallel.nodes`."""
+
+    def failed(self) -> bool:
+        """Whether a process of another node has failed, or a node is lost."""
+        ...
+
+    def fail(self, told: str) -> None:
+        """Tell the other nodes that a process of this one failed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Attempt:
         self,
         command: Sequence[str],
         cluster: Cluster,
-        nodes: Nodes,
+        nodes: Others,
         number: int,
         *,
         extra: Mapping[str, str],

@@ -74,8 +74,9 @@ class RunFolder:
 
     @property
     def record(self) -> RunRecord | None:
-        """The record of the last start; None for a run of an earlier version of xtuner."""
-        return RunRecord.read(self.starts[-1])
+        """The record of the last start that has one; None for a run of an earlier version of
+        xtuner."""
+        return self.records[-1] if self.records else None
 
     @cached_property
     def records(self) -> list[RunRecord]:
@@ -93,7 +94,9 @@ class RunFolder:
         merged: dict[int, dict[str, float]] = {}
         for path in self.starts:
             lines = list(_json_lines(path / SCALARS_FILE))
-            first = min((int(line["step"]) for line in lines), default=0)
+            if not lines:
+                continue
+            first = min(int(line["step"]) for line in lines)
             merged = {step: line for step, line in merged.items() if step < first}
             for line in lines:
                 merged.setdefault(int(line["step"]), {}).update(line)
@@ -121,12 +124,14 @@ class RunFolder:
 
     @cached_property
     def data(self) -> Mapping[str, Any]:
-        """The data report of the last start; empty if it has none."""
-        try:
-            text = (self.starts[-1] / "data_report.json").read_text(encoding="utf-8")
-            return dict(json.loads(text))
-        except (OSError, ValueError):
-            return {}
+        """The data report of the last start that has one; else empty."""
+        for log_dir in reversed(self.starts):
+            try:
+                text = (log_dir / "data_report.json").read_text(encoding="utf-8")
+                return dict(json.loads(text))
+            except (OSError, ValueError):
+                continue
+        return {}
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest step first."""
@@ -148,12 +153,12 @@ class RunFolder:
         return (record.outcome if record else "") or KILLED
 
 
-def _first_step(log_dir: Path) -> int:
-    """The step at which the start in `log_dir` began."""
+def _first_step(log_dir: Path) -> int | None:
+    """The step at which the start in `log_dir` began; None while it is loading."""
     if record := RunRecord.read(log_dir):
         return record.start_step
     first = next(_json_lines(log_dir / SCALARS_FILE), None)
-    return max(0, int(first["step"]) - ("loss" in first)) if first else 0
+    return max(0, int(first["step"]) - ("loss" in first)) if first else None
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from xtuner.config.load import LoadedSettings
+from xtuner.config.schema import Settings
 from xtuner.engine.signals import Interrupted
 from xtuner.memory.plan import MemoryPlan
 from xtuner.models.run_info import installed_versions
@@ -70,6 +71,7 @@ class Recording:
 
 def recording(
     loaded: LoadedSettings,
+    settings: Settings,
     plan: MemoryPlan,
     *,
     dtype: str,
@@ -82,7 +84,8 @@ def recording(
     """Create the recording of a run that is about to start.
 
     Args:
-        loaded: The run's settings.
+        loaded: The run's settings, as given.
+        settings: Those with numbers in place of 'auto'.
         plan: The memory plan.
         dtype: The dtype of the computation.
         processes: Number of processes.
@@ -91,7 +94,7 @@ def recording(
         folders: The log folder and the work dir.
         console: Where the report's path is printed.
     """
-    settings = loaded.settings
+    given = loaded.settings.model_fields_set
     expected = plan.forecast
     forecast = {
         "peak": expected.peak,
@@ -104,9 +107,7 @@ def recording(
     record = RunRecord(
         name=loaded.name,
         settings=settings.model_dump(mode="json"),
-        changed=tuple(
-            name for name in type(settings).model_fields if name in settings.model_fields_set
-        ),
+        changed=tuple(name for name in type(settings).model_fields if name in given),
         versions=installed_versions(),
         device=plan.device,
         dtype=dtype,

@@ -240,6 +240,7 @@ class _TrainingRun:
     def _recording(self, run: Run, lines: list[str]) -> Recording:
         return recording(
             self.loaded,
+            self.settings,
             self.plan,
             dtype=name_of(self.dtype),
             processes=self.processes.world_size,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from xtuner import plugins
 from xtuner.config.describe import allowed, choices, is_dict
@@ -71,13 +71,20 @@ def _kind(name: str) -> Kind:
     words = allowed(name)
     if annotation is bool:
         return "switch"
-    if choices(name) and "an integer" not in words and "a number" not in words:
+    if choices(name) and _only_choices(annotation):
         return "choice"
     if words in ("a string", "a string, or None"):
         return "text"
     if not is_dict(name) and words in ("a string or a list of strings", "a list of strings"):
         return "lines"
     return "value"
+
+
+def _only_choices(annotation: Any) -> bool:
+    """Whether `annotation` is a union of literals, bool and None."""
+    if get_origin(annotation) in (Union, UnionType):
+        return all(_only_choices(member) for member in get_args(annotation))
+    return annotation in (bool, NoneType) or get_origin(annotation) is Literal
 
 
 def _options(name: str) -> tuple[str, ...]:
@@ -99,7 +106,7 @@ def shown(field: Field, value: Any) -> Any:
         return "" if value is None else value
     if field.kind == "lines":
         return "\n".join([value] if isinstance(value, str) else value)
-    return literal(field.name, value)
+    return value if isinstance(value, str) else literal(field.name, value)
 
 
 def read(field: Field, given: Any) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.text import Text as StyledText
 
+from xtuner.config import recipe
 from xtuner.config.builtin import catalog
-from xtuner.config.load import LoadedSettings
+from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.data.report.check import bad_rows
 from xtuner.data.report.show_tokens import draw
 from xtuner.device.select import pick_device
@@ -26,7 +27,6 @@ METHODS = ("lora", "qlora", "full")
 """In the order in which they are recommended where several fit."""
 
 _MOST_BAD_ROWS = 50
-_FEWEST_STEPS = 30
 _MB = 2**20
 
 
@@ -36,13 +36,16 @@ class DataView:
 
     Attributes:
         html: format, rows, the first sample with the supervised part marked, and every bad row.
-        packs: rows of the training data after packing.
+        rows, packs: samples of an epoch, and packs of them.
         questions: of the user in the first rows.
+        bad_rows: some rows cannot be used.
     """
 
     html: str
+    rows: int
     packs: int
     questions: tuple[str, ...]
+    bad_rows: bool = False
 
 
 def local_model(name: str) -> str:
@@ -73,9 +76,12 @@ def look_at_data(loaded: LoadedSettings, words: Words) -> DataView:
     html.append(f'<pre class="tokens">{_html(text)}</pre>')
     if bad:
         html.append(f"<h4>{words('data_bad')}</h4>")
+        html.append(f'<p class="hint">{words("data_left_aside")}</p>')
         shown = "\n".join(bad[:_MOST_BAD_ROWS]) + ("\n…" if len(bad) > _MOST_BAD_ROWS else "")
         html.append(f'<pre class="log">{escape(shown)}</pre>')
-    return DataView("".join(html), len(data.train), _questions(parts))
+    return DataView(
+        "".join(html), data.train.num_samples, len(data.train), _questions(parts), bool(bad)
+    )
 
 
 def _html(text: StyledText) -> str:
@@ -113,21 +119,25 @@ def _first_question(messages: tuple[Message, ...]) -> list[str]:
 
 
 def suggested(values: Mapping[str, Any], view: DataView) -> dict[str, Any]:
-    """`values` with a schedule that suits the amount of data."""
-    accumulate = max(1, min(16, view.packs // 12))
-    steps = -(-view.packs // accumulate)
-    epochs = 3 if 3 * steps >= _FEWEST_STEPS else min(10, -(-_FEWEST_STEPS // steps))
-    every = max(1, steps * epochs // 5)
+    """`values` with what depends on the amount of data left to the run, and with questions and
+    checkpoints at a fifth of it."""
+    automatic = {**values, **dict.fromkeys(recipe.AUTOMATIC, "auto"), "batch_size": 1}
+    settings = load_settings(automatic).settings
+    found = recipe.resolved(
+        settings, rows=view.rows, packs=view.packs, length=settings.max_length, ranks=1
+    )
+    assert found.accumulative_counts != "auto" and found.max_epochs != "auto"
+    steps = -(-view.packs // found.accumulative_counts) * found.max_epochs
+    every = max(1, steps // 5)
     return {
-        **values,
-        "batch_size": 1,
-        "accumulative_counts": accumulate,
-        "max_epochs": epochs,
+        **automatic,
         "save_steps": every,
         "evaluation_freq": every,
         "save_total_limit": 5,
         "evaluation_inputs": list(view.questions),
         "tensorboard": False,
+        # the page has listed the bad rows, and says that they will be left out
+        **({"max_lost_rows": 1.0} if view.bad_rows else {}),
     }
 
 
