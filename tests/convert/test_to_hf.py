@@ -84,7 +84,7 @@ def test_a_missing_checkpoint_names_those_there(adapter):
 
 def test_a_file_of_an_earlier_version_is_explained(tmp_path):
     (tmp_path / "iter_5.pth").write_bytes(b"weights")
-    with pytest.raises(CheckpointError, match="is a checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of XTuner 0\.x; convert it first"):
         find_checkpoint(tmp_path / "iter_5.pth")
 
 

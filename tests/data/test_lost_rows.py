@@ -16,7 +16,8 @@ def report(lost, *, read=100, wanted=False):
     first = (RowLocation("rows.json", "line", 3),)
     groups = (RowGroup("has no answer", lost, first, wanted),) if lost else ()
     source = SourceReport("rows.json", 1, {"openai": 1}, True, read, read - lost, 0, groups, ())
-    return DataReport((source,), PartReport(1, 1, 1, 1, 1.0), None, 64, packed=True, duplicates=0)
+    part = PartReport(1, 1, 1, 1, 1.0, 64)
+    return DataReport((source,), part, None, 64, packed=True, duplicates=0)
 
 
 @pytest.mark.parametrize(("lost", "limit"), [(5, 0.05), (0, 0.0), (100, 1.0)])

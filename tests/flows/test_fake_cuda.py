@@ -250,6 +250,7 @@ def counted(workshop, on_fake_cuda):
     """Short runs whose waits are compared, by name."""
 
     def run(name, settings="lora", *, steps, **more):
+        more = {"evaluation_rows": 0, **more}
         return train(settings, f"counted_{name}", max_steps=steps, save_steps=99, **more)
 
     runs = {

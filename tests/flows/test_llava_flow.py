@@ -43,7 +43,8 @@ dtype = "float32"
 """
 PRETRAIN = SHARED + 'tuning = "full"\nfreeze_llm = True\nmax_steps = 4\nmax_epochs = 9\n'
 FINETUNE = SHARED + (
-    'tuning = "lora"\nlora_r = 4\nvisual_encoder_lora_r = 2\npretrained_pth = "pretrain/iter_4"\n'
+    'tuning = "lora"\nlora_r = 4\nlora_alpha = 16\nvisual_encoder_lora_r = 2\n'
+    'pretrained_pth = "pretrain/iter_4"\n'
     "max_steps = 8\nmax_epochs = 9\n"
 )
 
@@ -331,7 +332,7 @@ def test_a_place_in_an_answer_is_no_place_for_a_image(workshop, monkeypatch):
     options = GenerationOptions(max_new_tokens=2, temperature=0)
     session = open_chat("finetune", options=options, dtype="float32")
     with monkeypatch.context() as patch:
-        patch.setattr("xtuner.chat.session.stream", lambda *a, **b: (p for p in ("An <im", "age>")))
+        patch.setattr(session, "_generate", lambda *a, **b: (p for p in ("An <im", "age>")))
         assert "".join(session.ask("Hi")) == "An <image>"
     assert "".join(session.ask("And?")) is not None
     assert len(session.messages) == 4

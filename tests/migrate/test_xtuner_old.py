@@ -330,7 +330,7 @@ def test_a_config_that_a_run_under_deepspeed_wrote(draft):
     found = draft(replace={SFT[start:end]: wrapper})
     assert found.values["accumulative_counts"] == 16
     assert found.values["max_norm"] == 0.5
-    assert words(found.lost).count("strategy") == 1
+    assert words(found.lost).count("strategy = DeepSpeedStrategy") == 1
     found = draft(replace={SFT[start:end]: wrapper.replace("steps=16", "steps='auto'")})
     assert "write the number of micro-batches" in words(found.refused)
 

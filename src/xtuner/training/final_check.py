@@ -10,6 +10,7 @@ questions.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -24,6 +25,7 @@ from xtuner.data.build import TrainingData
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.working import LABEL, say, working
+from xtuner.errors import XTunerError
 from xtuner.training.evaluate import SampleAnswers
 from xtuner.training.languages import language_of
 from xtuner.types import Sample
@@ -137,7 +139,8 @@ class FinalCheck(BaseHook):
     def on_start(self, run: Run) -> None:
         """Ask the everyday questions before the first step."""
         if run.step == 0 and self._takes_part(run):
-            with working(run.console, f"Asking {len(self._questions)} everyday questions"):
+            told = working(run.console, f"Asking {len(self._questions)} everyday questions")
+            with told, contextlib.suppress(XTunerError):  # the end of the run says why
                 self._before = self._ask(self._questions, EVERYDAY_TOKENS)
 
     def on_step(self, run: Run) -> None:
@@ -148,8 +151,13 @@ class FinalCheck(BaseHook):
         """Ask all questions, and report the findings and what to change."""
         if not self._takes_part(run):
             return
-        with working(run.console, "Asking rows of the data and everyday questions"):
-            findings = self._findings()
+        try:
+            with working(run.console, "Asking rows of the data and everyday questions"):
+                findings = self._findings()
+        except XTunerError as error:  # such as a context shorter than a question
+            if run.is_main:
+                say(run.console, f"Learned      not checked: {error}")
+            return
         if not run.is_main:
             return
         say(run.console, f"Learned      {findings.line()}")

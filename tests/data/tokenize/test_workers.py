@@ -108,7 +108,7 @@ def test_what_is_wrong_with_a_row_is_said_with_its_hint(row, words):
         (ModelError("no place\nfor tools"), "no place for tools"),
         (ValueError("odd roles"), "odd roles"),
         (KeyError("name"), "KeyError: 'name'"),
-        (RuntimeError(), "RuntimeError: "),
+        (RuntimeError(), "RuntimeError"),
     ],
 )
 def test_a_template_that_fails_costs_the_row_only(error, words):
