@@ -84,7 +84,7 @@ def assert_as_alone(folder, strategies, tuning, ends):
         work = folder / f"{tuning}_{strategy}"
         assert (straight, first, on, again) == (STEPS, 2, STEPS, STEPS), strategy
         assert stopped == "Interrupted: Stopped at step 3; it is saved."
-        assert "rows.jsonl line 7" in broken and "these rows have a loss" in broken
+        assert "rows.jsonl line 7" in broken and "the loss of these rows is" in broken
         for name, tolerance in (("", 1e-5), ("_on", 1e-4), ("_stopped", 1e-5)):
             found = scalars(f"{work}{name}")
             assert found.keys() == expected.keys()
