@@ -91,8 +91,8 @@ class PlainPasses:
 
 
 def _distance(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> float:
-    """The largest ratio of the difference's norm to the norm of `wanted`, over pairs; infinite if
-    one of a pair is missing or non-finite."""
+    """The norm of the difference over the norm of `wanted`, over all tensors together; infinite if
+    only one of a pair is missing, or if a number is non-finite."""
     apart, size = 0.0, 0.0
     for a, b in zip(found, wanted, strict=True):
         if a is None or b is None:
