@@ -35,13 +35,13 @@ def auto(source, **options):
 
 
 def learnt(template, tokenizer, *messages, tools=()):
-    ids, mask = template.encode(Conversation(tuple(messages), tools))
+    ids, mask, _ = template.encode(Conversation(tuple(messages), tools))
     return tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
 
 
 def test_exact_ids_of_one_turn():
     template, tokenizer = auto(CHATML)
-    ids, mask = template.encode(Conversation((ASK, TELL)))
+    ids, mask, _ = template.encode(Conversation((ASK, TELL)))
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert mask == [False] * (len(ids) - 7) + [True] * 6 + [False]

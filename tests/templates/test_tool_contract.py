@@ -70,7 +70,7 @@ def conversation(*messages, tools=TOOLS):
 def runs(template, tokenizer, record):
     """The texts of the supervised runs."""
     found, last = [], False
-    for token, on in zip(*template.encode(record), strict=True):
+    for token, on in zip(*template.encode(record)[:2], strict=True):
         if on and not last:
             found.append([])
         if on:
@@ -109,7 +109,7 @@ def test_prompts_are_prefixes_and_show_the_tools(case):
     for kind in (byte_tokenizer, merging_tokenizer, space_tokenizer):
         template, tokenizer = make(case, kind)
         record = conversation(ASK, BARE, RESULT, TELL)
-        ids, mask = template.encode(record)
+        ids, mask, _ = template.encode(record)
         for index in (1, 3):
             prompt = template.prompt_ids(record.messages[:index], tools=TOOLS)
             assert ids[: len(prompt)] == prompt
@@ -188,7 +188,7 @@ def test_the_ids_of_internlm2():
     template = load("internlm2_chat", tokenizer)
     code = Message("assistant", "", tool_calls=(make_call("python_interpreter", {"code": "1+1"}),))
     record = conversation(ASK, CALL, RESULT, ASK, code, Message("tool", "2"), TELL)
-    ids, mask = template.encode(record)
+    ids, mask, _ = template.encode(record)
     plugin = ids.index(92541)
     assert ids[plugin : plugin + 2] == [92541, 92538] and mask[plugin] and mask[plugin + 1]
     assert [ids.count(i) for i in (92541, 92540, 92542)] == [2, 2, 9]

@@ -95,7 +95,8 @@ class ChatTemplate(Template):
             span = self._span(text, dicts, index, tools, mark=mark, prompt=prompt)
             if span is not None:
                 masked = masked_spans(message, text, *span) if message else ()
-                found.append(Turn(*span, supervised, masked))
+                weight = message.weight if message else 1.0
+                found.append(Turn(*span, supervised, masked, weight))
             elif supervised and any(turn["role"] == "user" for turn in dicts[:index]):
                 inexact += 1
         if inexact and not prompt:
