@@ -116,7 +116,7 @@ class _Child:
         found: dict[str, Any] = _Unpickler(io.BytesIO(content)).load()
         if "error" in found:
             kind = Path(name).suffix.removeprefix(".")
-            raise DataError(f"{name}: is not a complete {kind} file: {found['error']}")
+            raise DataError(f"{name}: the {kind} file cannot be read: {found['error']}")
         return found if found["rows"] else None
 
 

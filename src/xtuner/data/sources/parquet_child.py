@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _BATCH_ROWS = 64
+_SMALL, _RATIO = 64_000_000, 1_000
+"""A file that expands to more bytes than these and to this many times its size is refused: natural
+text shrinks to a tenth, and tables with repeated columns to a hundredth."""
 
 
 class _Pickler(pickle.Pickler):
@@ -44,14 +47,30 @@ def answers(path: str) -> Iterator[dict[str, Any]]:
             return
         import pyarrow.parquet
 
+        size = os.path.getsize(path)
         with pyarrow.parquet.ParquetFile(path) as table:
-            done, total = 0, table.metadata.num_rows
+            groups = range(table.metadata.num_row_groups)
+            expanded = sum(table.metadata.row_group(i).total_byte_size for i in groups)
+            _check_expansion(size, expanded)
+            done, total, expanded = 0, table.metadata.num_rows, 0
             for batch in table.iter_batches(batch_size=_BATCH_ROWS):
                 done += batch.num_rows
+                expanded += batch.nbytes
+                _check_expansion(size, expanded)
                 yield {"rows": _rows(batch), "share": done / max(1, total)}
         yield {"rows": [], "share": 1.0}
     except Exception as error:  # whatever a malformed file causes
         yield {"error": " ".join(str(error).split()) or repr(error)}
+
+
+def _check_expansion(size: int, expanded: int) -> None:
+    """Raise ValueError for a file of `size` bytes that expands to implausibly many."""
+    if expanded > max(_SMALL, _RATIO * size):
+        raise ValueError(
+            f"it expands from {size / 1e6:,.2f} MB to {expanded / 1e6:,.0f} MB or more, over "
+            f"{_RATIO:,} times its size, which no natural data do; if it is meant so, write it "
+            "without compression"
+        )
 
 
 def _of_arrow(path: str) -> Iterator[dict[str, Any]]:
