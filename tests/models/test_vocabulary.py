@@ -13,6 +13,7 @@ from xtuner.convert.merge import merge
 from xtuner.errors import ConfigError, ModelError
 from xtuner.models import vocabulary
 from xtuner.models.adapters import load_adapter
+from xtuner.serve.models import open_models
 from xtuner.testing.tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from xtuner.types import Conversation, Message
 
@@ -190,3 +191,14 @@ def test_an_adapter_of_low_rank_on_new_rows_is_refused(tmp_path, settings):
 def conversation():
     turns = Message("user", "Do it"), Message("assistant", "<act>go</act>")
     return Conversation(turns)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_an_adapter_with_its_own_vocabulary_is_served_alone(tmp_path):
+    base = tiny_model_folder(tmp_path / "base")
+    more = write_adapter(tmp_path / "more", base, 264, {"modules_to_save": BOTH})
+    plain = write_adapter(tmp_path / "plain", base, 261, {})
+    assert [model.name for model in open_models(str(base), [str(more)])] == ["base:more"]
+    assert len(open_models(str(base), [str(plain)])) == 2
+    with pytest.raises(ConfigError, match="a vocabulary of its own; serve it without others"):
+        open_models(str(base), [str(more), str(plain)])

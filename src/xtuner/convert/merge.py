@@ -38,6 +38,7 @@ from xtuner.errors import ModelError
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest, original, vocabulary
+from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.adapters import load_adapter
 from xtuner.models.families import internlm2
 from xtuner.models.load import load_tokenizer, read_config
@@ -145,7 +146,7 @@ class _Merge:
         for folder in filter(None, (self.adapter, self.folder)):
             manifest.check(folder)
             refuse_links_out(folder)
-        config = lora.read_adapter_config(self.adapter)
+        config = read_adapter_config(self.adapter)
         weights = Weights.of_adapter(self.adapter)
         info = self._run_info()
         if self.rounding:

@@ -152,7 +152,8 @@ def tokens_of_adapter(folder: Path) -> tuple[int | None, int]:
     """The number of tokens of the model that the adapter in `folder` was trained on: exactly, if it
     holds an embedding or a head (else None), and at least, by the tokens that it trains."""
     least = 0
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+    unreadable = (OSError, ValueError, TypeError, AttributeError, RecursionError)
+    with contextlib.suppress(*unreadable):
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         indices = config.get("trainable_token_indices") or []
         for some in indices.values() if isinstance(indices, dict) else [indices]:
