@@ -442,7 +442,8 @@ class _TrainingRun:
 
     def _old_weights(self, path: Path) -> Path:
         """The weights of an XTuner 0.x checkpoint, as a folder."""
-        self.old_weights = TemporaryDirectory(prefix="xtuner-")
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        self.old_weights = TemporaryDirectory(prefix=".xtuner-", dir=self.work_dir)
         folder = Path(self.old_weights.name) / path.stem
         old_checkpoint.write_folder(path, self.settings, folder)
         self.console.print(
