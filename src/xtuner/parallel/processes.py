@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,8 @@ class Processes:
     Args:
         device: 'cpu' or 'cuda'; with several GPUs each process uses its own.
         sequence_parallel_size: Number of ranks that share the tokens of a row.
-        hang_timeout: Seconds that a collective call may take before this process reports where
-            every process is; None disables the check.
+        hang_timeout: Seconds without progress after which the processes report where each of them
+            is; 'auto' derives them from earlier steps (see `watch`), None disables the check.
 
     Attributes:
         rank: Rank of this process among all.
@@ -62,7 +62,7 @@ class Processes:
         device: str,
         *,
         sequence_parallel_size: int = 1,
-        hang_timeout: float | None = None,
+        hang_timeout: float | Literal["auto"] | None = None,
     ):
         join_group(device)
         patience = {"timeout": PATIENCE} if "RANK" in os.environ else {}
@@ -93,8 +93,9 @@ class Processes:
         if self.world_size > 1:
             end_with_parent()
             if hang_timeout is not None:
+                timeout = None if hang_timeout == "auto" else hang_timeout
                 self._watch = Watch(
-                    self.rank, self.world_size, limit=hang_timeout, connect=self._connect
+                    self.rank, self.world_size, timeout=timeout, connect=self._connect
                 )
 
     @property
@@ -140,7 +141,7 @@ class Processes:
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         with self._together("a sum"):
             dist.all_reduce(total, operation)
-        return total.tolist()  # type: ignore[no-any-return]
+            return total.tolist()  # type: ignore[no-any-return]
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in rank order."""
