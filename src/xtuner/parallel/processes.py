@@ -30,6 +30,9 @@ from xtuner.parallel.watch import Watch
 BUCKET_NUMBERS = 16 * 2**20
 """Gradients are summed in buckets of about this many elements (64 MB in float32)."""
 
+LARGE_NUMBERS = 2**20
+"""A gradient of this many elements (4 MB in float32) is summed in place."""
+
 
 class Processes:
     """This process and its process groups.
@@ -178,10 +181,12 @@ class Processes:
         for parameter, count in zip(everything, counts, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        found = gather() if gather else everything
         bucket: list[Tensor] = []
-        for gradient in [
-            p.grad for p in (gather() if gather else everything) if p.grad is not None
-        ]:
+        for gradient in [p.grad for p in found if p.grad is not None]:
+            if _can_be_summed_alone(gradient):
+                _sum_bucket([gradient])
+                continue
             bucket.append(gradient)
             if sum(g.numel() for g in bucket) >= BUCKET_NUMBERS:
                 _sum_bucket(bucket)
@@ -233,6 +238,12 @@ class Processes:
             self._watch.stop()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _can_be_summed_alone(gradient: Tensor) -> bool:
+    """Whether a gradient is so large that copying it into a bucket takes longer than a call."""
+    wide = gradient.dtype in (torch.float32, torch.float64)
+    return wide and gradient.is_contiguous() and gradient.numel() >= LARGE_NUMBERS
 
 
 def _sum_bucket(gradients: list[Tensor]) -> None:

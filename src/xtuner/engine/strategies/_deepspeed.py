@@ -42,6 +42,12 @@ class DeepSpeedStrategy(ShardedStrategy):
         yield from super().check(settings)
         if importlib.util.find_spec("deepspeed") is None:
             yield "strategy", "needs DeepSpeed: pip install 'xtuner[deepspeed]'"
+        if settings.optim_type == "Adagrad":
+            yield (
+                "optim_type",
+                "DeepSpeed creates 'Adagrad' anew, without its parameter groups and weight decay; "
+                "set 'AdamW', or strategy = 'fsdp2'",
+            )
         if cls.sharded and settings.effective_quantization == "int8":
             yield (
                 "quantization",
