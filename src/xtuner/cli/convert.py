@@ -94,7 +94,7 @@ def pth_to_hf(
         if old_pth.is_old(checkpoint):
             from xtuner.convert.old_checkpoint import as_folder
 
-            checkpoint = stack.enter_context(as_folder(checkpoint, settings))
+            checkpoint = stack.enter_context(as_folder(checkpoint, settings, beside=save_dir))
         _convert(
             settings, checkpoint, save_dir, save_format, config=config, fp32=fp32,
             max_shard_size=max_shard_size, trust_code=trust_code,

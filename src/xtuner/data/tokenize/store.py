@@ -131,7 +131,7 @@ class StoreWriter:
 
     def append(self, chunk: EncodedChunk) -> None:
         """Append the rows of `chunk`."""
-        computed = {
+        computed: dict[str, npt.NDArray[Any]] = {
             "offsets": self._end + np.cumsum(chunk.lengths),
             "image_ends": self._names_end + np.cumsum(chunk.image_lengths),
             "weighted_rows": self._rows + chunk.weighted_rows,
