@@ -148,6 +148,10 @@ def command(
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
     with heartbeat(on=not sys.stdout.isatty() and os.environ.get("RANK", "0") == "0"):
         _train(loaded, work_dir, resume=resume, overwrite=overwrite, again=again)
+    if old is not None:
+        from xtuner.engine.work_dir import work_dir_of
+
+        _keep(old, work_dir_of(loaded, work_dir))
 
 
 def _train(
@@ -166,8 +170,6 @@ def _train(
     _trust.remember_work_dir(work_dir_of(loaded, work_dir))
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
-        if old is not None:
-            _keep(old, work_dir_of(loaded, work_dir))
     except Interrupted as stopped:
         command = [*again, *(["--resume"] if stopped.can_resume else [])]
         print(f"\n{stopped} Continue with:\n  {shlex.join(command)}", file=sys.stderr)
