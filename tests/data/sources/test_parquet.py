@@ -38,7 +38,7 @@ def test_a_value_that_python_cannot_hold_costs_its_row(file, column, words) -> N
     ("file", "words"),
     [
         ("pm214.parquet", r"pm214\.parquet: is malformed: .* ended \(SIGABRT\)"),
-        ("pn168.parquet", "the parquet file cannot be read: .*codec"),
+        ("pn168.parquet", "is not a complete parquet file: .*codec"),
     ],
 )
 def test_a_malformed_file_is_named_and_the_next_one_read(file, words, tmp_path) -> None:
