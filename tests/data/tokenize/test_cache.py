@@ -21,9 +21,13 @@ class Counting:
         self.count = 0
         self._fingerprint = fingerprint
 
-    def encode(self, conversation):
+    def sequences(self, conversation):
         self.count += 1
-        return template().encode(conversation)
+        return template().sequences(conversation)
+
+    def encode(self, conversation):
+        (encoded,) = self.sequences(conversation)
+        return encoded
 
     def fingerprint(self):
         return self._fingerprint
@@ -139,7 +143,7 @@ def test_a_damaged_store_is_made_anew(path, name, damage):
 
 def test_an_interrupted_build_leaves_nothing_that_could_be_used(path):
     class Interrupting(Counting):
-        def encode(self, conversation):
+        def sequences(self, conversation):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -188,10 +192,10 @@ def test_without_locks_the_first_to_finish_wins(path, monkeypatch):
     class Overtaken(Counting):
         """Another process finishes while this one encodes."""
 
-        def encode(self, conversation):
+        def sequences(self, conversation):
             if not self.count:
                 assert encoded_rows(path) == 12
-            return super().encode(conversation)
+            return super().sequences(conversation)
 
     train = build_data(path, own_template=Overtaken(), dataset_num_proc=1).train
     assert train.num_samples == 12

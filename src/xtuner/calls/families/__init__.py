@@ -1,8 +1,8 @@
 """How model families write calls: one row per family in `FAMILIES`.
 
 A family renders calls to the text that a model writes, and reads them back while the text grows.
-`find` selects the family of a chat template by what the template renders: the first one that reads
-it back exactly.
+`find` selects the family of a chat template by what the template renders: of those that read it
+back exactly one that writes the same text, otherwise the first.
 """
 
 from __future__ import annotations
@@ -109,16 +109,29 @@ def find(rendered: Callable[[Sequence[Mapping[str, Any]]], str | None]) -> Famil
         texts = [rendered(calls) for calls in probes]
         if texts[0] is None:
             return None
-        for family in FAMILIES.values():
-            if all(_same(family, text, calls) for text, calls in zip(texts, probes, strict=True)):
-                return family
+        found = [
+            family
+            for family in FAMILIES.values()
+            if all(
+                text is None or reads_back(family, text, calls, tools=[PROBE_TOOL])
+                for text, calls in zip(texts, probes, strict=True)
+            )
+        ]
+        exact = (family for family in found if family.render(probes[0]).strip() in texts[0])
+        if found:
+            return next(exact, found[0])
     return None
 
 
-def _same(family: Family, text: str | None, calls: Sequence[Mapping[str, Any]]) -> bool:
-    if text is None:
-        return True
-    _, found = parse(family, text, tools=[PROBE_TOOL])  # text around the calls may be a header
+def reads_back(
+    family: Family,
+    text: str,
+    calls: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Whether `family` finds exactly `calls` in `text`, which may have other text around them."""
+    _, found = parse(family, text, tools=tools)
     if len(found) != len(calls) or any(call.problem for call in found):
         return False
     return all(
