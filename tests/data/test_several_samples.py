@@ -2,10 +2,15 @@
 
 import pytest
 from data_makers import build_data, chat, lines_of, text_of, tokenizer, write_jsonl
+from image_makers import FixedImages
 from template_makers import REWRITES
 
 from xtuner import templates
+from xtuner.data.images.expansion import ImageLayout
+from xtuner.data.images.files import ImageFolder
+from xtuner.models.vision.tower import add_image_token
 from xtuner.testing.tiny import tiny_tokenizer
+from xtuner.testing.vision import tiny_images
 
 TURNS = 3
 
@@ -100,3 +105,26 @@ def test_a_cached_store_gives_the_same_samples(path, rewriting):
     first, again = (build_data(path, own_template=rewriting, max_length=512) for _ in range(2))
     assert first.train.fingerprint() == again.train.fingerprint()
     assert list(map(text_of, samples_of(first))) == list(map(text_of, samples_of(again)))
+
+
+def test_each_sample_has_the_images_that_it_shows(tmp_path):
+    own = tiny_tokenizer()
+    own.chat_template = REWRITES
+    layout = ImageLayout(ImageFolder(tmp_path), add_image_token(own), FixedImages(4))
+    first, second = tiny_images(tmp_path, 2)
+    turns = [("user", "<image>What?"), ("assistant", "A cat."), ("user", "<image>And?")]
+    row = {
+        "messages": [{"role": r, "content": c} for r, c in [*turns, ("assistant", "A dog.")]],
+        "images": [first, second],
+    }
+    path = write_jsonl(tmp_path / "d.jsonl", [row])
+    data = build_data(
+        path, own_template=templates.load("auto", own), image_layout=layout, max_length=512,
+        visual_encoder_name_or_path="-",
+    )  # fmt: skip
+    short, long = sorted(samples_of(data), key=lambda sample: len(sample.input_ids))
+    assert [ref.name for ref in short.images] == [first]
+    assert [ref.name for ref in long.images] == [first, second]
+    for sample in (short, long):
+        assert (sample.input_ids == layout.token_id).sum() == 4 * len(sample.images)
+        assert layout.without_cut_image(sample).images == sample.images

@@ -8,7 +8,8 @@ from data_makers import build_data, chats, lines_of, template, tokenizer, write_
 
 from xtuner.data.images.feature_store import FeatureStore
 from xtuner.data.tokenize import cache
-from xtuner.data.tokenize.store import KEPT_FAULTS, FaultGroup, RowStore
+from xtuner.data.tokenize.faults import KEPT_FAULTS, FaultGroup
+from xtuner.data.tokenize.store import RowStore
 from xtuner.data.tokenize.workers import encode_chunk
 from xtuner.errors import DataError
 from xtuner.testing.tiny import tiny_tokenizer
@@ -229,7 +230,7 @@ def test_a_store_without_a_row_can_be_opened(tmp_path):
 
 def test_reasons_that_differ_in_quoted_words_are_one_group():
     from xtuner.data.sources.rows import Fault
-    from xtuner.data.tokenize.store import BadRow
+    from xtuner.data.tokenize.faults import BadRow
 
     group = FaultGroup(Fault("is 'bot'; it must be 'user'", "messages[0].role").words)
     for i, role in enumerate(("bot", "bot", "me")):
@@ -242,7 +243,8 @@ def test_no_end_of_reasons_is_kept(tmp_path):
     from test_workers import encoder
 
     from xtuner.data.sources.rows import Fault
-    from xtuner.data.tokenize.store import BadRow, StoreWriter
+    from xtuner.data.tokenize.faults import BadRow
+    from xtuner.data.tokenize.store import StoreWriter
 
     writer = StoreWriter(tmp_path)
     chunk = encode_chunk(encoder(), [])

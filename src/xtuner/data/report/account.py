@@ -12,7 +12,8 @@ from xtuner.data.packing.order import Ints
 from xtuner.data.packing.overlong import Fitted, Policy
 from xtuner.data.report.data_report import RowGroup, RowLocation, SourceReport, count
 from xtuner.data.sources.resolve import PreparedSource
-from xtuner.data.tokenize.store import KEPT_FAULTS, FaultGroup, RowStore
+from xtuner.data.tokenize.faults import KEPT_FAULTS, FaultGroup
+from xtuner.data.tokenize.store import RowStore
 from xtuner.errors import DataError, listed
 
 SEVERAL = "become several samples, as the chat template rewrites earlier turns"

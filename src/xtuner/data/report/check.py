@@ -14,7 +14,8 @@ from xtuner.data.packing.overlong import fit, policy_of
 from xtuner.data.report.account import EncodedSource, overlong_fault
 from xtuner.data.sources.resolve import PreparedSource, prepare
 from xtuner.data.tokenize.encode import Encoding
-from xtuner.data.tokenize.store import BadRow, RowStore
+from xtuner.data.tokenize.faults import BadRow
+from xtuner.data.tokenize.store import RowStore
 from xtuner.errors import DataError
 from xtuner.types import Algorithm
 

@@ -14,28 +14,22 @@ bad_files.jsonl                                      names of faulty referenced 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.data.sources.rows import Fault
 from xtuner.data.tokenize.columns import Column, ColumnWriter
+from xtuner.data.tokenize.faults import BadRow, FaultGroup, add_to_group, by_count
+from xtuner.data.tokenize.parts import PART, Parts
 from xtuner.types import ImageRef, RowRef
 
 ABOUT = "about.json"
 BAD_FILES = "bad_files.jsonl"
-_MAX_REASONS = 100
-KEPT_FAULTS = 20
-"""Number of rows per reason that are stored with their line; all are counted."""
-PART = ("row", "length", "supervised", "images")
-"""What is stored of each sample of a row that is several samples: the number of the row, tokens,
-supervised tokens, and images."""
 
 _ARRAYS: dict[str, Any] = {
     "token_ids": np.dtype("<i4"),
@@ -50,45 +44,6 @@ _ARRAYS: dict[str, Any] = {
     "image_names": np.dtype("<u1"),
     "image_ends": np.dtype("<i8"),
 }
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A failed row: the number of its file, its line, and the fault."""
-
-    file: int
-    line: int
-    fault: Fault
-
-
-@dataclass
-class FaultGroup:
-    """All rows that failed for one reason: a common description, and the first of them."""
-
-    what: str
-    count: int = 0
-    first: list[BadRow] = field(default_factory=list)
-
-    def add(self, row: BadRow) -> None:
-        """Count `row`; its fault differs from the others only in quoted words and list indices."""
-        self.count += 1
-        if len(self.first) < KEPT_FAULTS:
-            self.first.append(row)
-        if _outline(self.what) == _outline(row.fault.words):
-            parts = zip(*map(_VARIABLE.split, (self.what, row.fault.words)), strict=True)
-            self.what = "".join(a if a == b else _blank(a) for a, b in parts)
-
-
-_VARIABLE = re.compile(r"('[^']*'|\[\d*\])")
-
-
-def _outline(words: str) -> str:
-    """The part of a description that rows with the same fault have in common."""
-    return _VARIABLE.sub("?", words)
-
-
-def _blank(part: str) -> str:
-    return "[]" if part.startswith("[") else "'...'"
 
 
 @dataclass
@@ -109,36 +64,6 @@ class EncodedChunk:
     image_lengths: npt.NDArray[np.int64]
     faults: list[BadRow]
     kept: list[BadRow]
-
-
-class Parts(NamedTuple):
-    """The samples of the rows that are several samples, in order; all arrays are ``[P]``.
-
-    Attributes:
-        row: number of the row.
-        start, length: the range of tokens of the row.
-        supervised: number of supervised tokens.
-        images: number of images.
-    """
-
-    row: npt.NDArray[np.int32]
-    start: npt.NDArray[np.int32]
-    length: npt.NDArray[np.int32]
-    supervised: npt.NDArray[np.int32]
-    images: npt.NDArray[np.int32]
-
-    @classmethod
-    def of(cls, stored: npt.NDArray[np.int32]) -> Parts:
-        """From the array that is stored."""
-        row, length, supervised, images = stored.reshape(-1, len(PART)).T
-        ends = np.cumsum(length)
-        _, first, sizes = np.unique(row, return_index=True, return_counts=True)
-        before = np.repeat((ends - length)[first], sizes)
-        return cls(row, (ends - length - before).astype(np.int32), length, supervised, images)
-
-    def of_row(self, row: int) -> slice:
-        """Where the samples of `row` are."""
-        return slice(*np.searchsorted(self.row, (row, row + 1)).tolist())
 
 
 def packed_images(images: Sequence[ImageRef]) -> npt.NDArray[np.uint8]:
@@ -179,9 +104,9 @@ class StoreWriter:
         for row in chunk.faults:
             if row.fault.file:
                 self._bad_files.write(json.dumps(row.fault.file) + "\n")
-            _group(self._faults, row)
+            add_to_group(self._faults, row)
         for row in chunk.kept:
-            _group(self._kept, row)
+            add_to_group(self._kept, row)
 
     def finish(self) -> None:
         """Complete the arrays and write about.json; the store is valid afterwards."""
@@ -190,8 +115,8 @@ class StoreWriter:
         about = {
             "sizes": sizes,
             "rows_read": self._rows_read,
-            "faults": _by_count(self._faults),
-            "kept": _by_count(self._kept),
+            "faults": by_count(self._faults),
+            "kept": by_count(self._kept),
         }
         (self._folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
@@ -200,19 +125,6 @@ class StoreWriter:
         self._bad_files.close()
         for column in self._columns.values():
             column.close()
-
-
-def _group(groups: dict[str, FaultGroup], row: BadRow) -> None:
-    """Add `row` to the group of its reason."""
-    key = _outline(row.fault.words)
-    if key not in groups and len(groups) >= _MAX_REASONS:
-        key = "has another fault"
-        groups.setdefault(key, FaultGroup(key))
-    groups.setdefault(key, FaultGroup(row.fault.words)).add(row)
-
-
-def _by_count(groups: Mapping[str, FaultGroup]) -> list[dict[str, Any]]:
-    return [asdict(g) for g in sorted(groups.values(), key=lambda group: -group.count)]
 
 
 class RowStore:
@@ -359,14 +271,7 @@ class RowStore:
         return self._groups("kept")
 
     def _groups(self, name: str) -> list[FaultGroup]:
-        return [
-            FaultGroup(
-                group["what"],
-                group["count"],
-                [BadRow(r["file"], r["line"], Fault(**r["fault"])) for r in group["first"]],
-            )
-            for group in self.about[name]
-        ]
+        return [FaultGroup.from_dict(group) for group in self.about[name]]
 
     def bad_files(self) -> Iterator[str]:
         """Names of the referenced files that made rows fail, in order."""
@@ -398,8 +303,8 @@ class RowStore:
         """The images of one row, or of its sample that begins at the token `start`."""
         if not len(self._columns["image_names"]):
             return ()
-        start = self._value("image_ends", row - 1) if row else 0
-        packed = self._columns["image_names"].read(start, self._value("image_ends", row) - start)
+        first = self._value("image_ends", row - 1) if row else 0
+        packed = self._columns["image_names"].read(first, self._value("image_ends", row) - first)
         pairs = json.loads(packed.tobytes()) if len(packed) else ()
         images = tuple(ImageRef(*pair) for pair in pairs)
         where = self.parts.of_row(row)

@@ -31,7 +31,9 @@ from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, Task, parse
-from xtuner.data.tokenize.store import PART, BadRow, EncodedChunk, packed_images
+from xtuner.data.tokenize.faults import BadRow
+from xtuner.data.tokenize.parts import PART
+from xtuner.data.tokenize.store import EncodedChunk, packed_images
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm, Conversation, Encoded, ImageRef, Preference, Record, Row, Text
