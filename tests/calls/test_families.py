@@ -12,7 +12,9 @@ from xtuner.calls.read import arguments_of, make_call, name_of
 from xtuner.errors import ConfigError
 
 SEEDS = range(60)
-BETWEEN_TAGS = ("qwen_xml", "glm4_5")
+BETWEEN_TAGS = (
+    "qwen_xml", "seed_oss", "glm4_5", "minimax_m2", "deepseek_v3_2", "deepseek_v4",
+)  # fmt: skip
 """Families whose arguments stand between tags: their values cannot hold these tags."""
 AT_START = [name for name, family in FAMILIES.items() if family.only_at_start]
 

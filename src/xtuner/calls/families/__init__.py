@@ -17,7 +17,7 @@ from xtuner.calls.families.json_text import BareJson, TaggedJson
 from xtuner.calls.families.mistral import Mistral
 from xtuner.calls.families.python_text import Moss, Pythonic
 from xtuner.calls.families.react import React
-from xtuner.calls.families.xml_text import GlmXml, NamedTag, QwenXml
+from xtuner.calls.families.xml_text import GlmXml, InvokeXml, NamedTag, QwenXml
 from xtuner.calls.read import arguments_of, make_call, name_of
 from xtuner.errors import ConfigError, did_you_mean
 
@@ -31,7 +31,23 @@ FAMILIES: dict[str, Family] = {
         TaggedJson("hermes", "<tool_call>", "</tool_call>", newline=True),
         NamedTag("function_tags"),  # Functionary, and Llama 3.1 with tools of one's own
         QwenXml("qwen_xml"),  # Qwen3-Coder, Qwen 3.5
+        QwenXml(
+            "seed_oss", opens=("<seed:tool_call>",),
+            markers=("<seed:tool_call>", "</seed:tool_call>"),
+        ),
         GlmXml("glm4_5"),
+        InvokeXml(
+            "minimax_m2", opens=("<minimax:tool_call>",),
+            markers=("<minimax:tool_call>", "</minimax:tool_call>"),
+        ),
+        InvokeXml(
+            "deepseek_v3_2", opens=("<｜DSML｜function_calls>",), prefix="｜DSML｜", typed=True,
+            markers=("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),
+        ),
+        InvokeXml(
+            "deepseek_v4", opens=("<｜DSML｜tool_calls>",), prefix="｜DSML｜", typed=True,
+            markers=("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),
+        ),
         InternLM2("internlm2"),
         Mistral("mistral"),
         DeepSeek("deepseek_v3", fenced=True),  # V3, R1
