@@ -178,6 +178,15 @@ def test_layouts_that_are_read_but_not_written():
         assert compared(f.call for f in found) == [("look_up", {"key": "x"})], name
 
 
+def test_constants_of_python_are_read_where_the_type_is_declared():
+    kinds = {"on": {"type": "boolean"}, "at": {"type": ["integer", "null"]}, "why": {}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": kinds}}}]
+    values = {"on": "True", "at": "None", "why": "None"}
+    text = load("qwen_xml").render([make_call("f", values)])
+    _, (found,) = parse(load("qwen_xml"), text, tools=tools)
+    assert arguments_of(found.call) == {"on": True, "at": None, "why": "None"}
+
+
 def test_code_of_internlm2_is_a_call_of_the_interpreter():
     code = "print('<|plugin|>')\n```\nx = 1"
     text = load("internlm2").render([make_call("python_interpreter", {"code": code})])

@@ -12,6 +12,7 @@ from xtuner.calls.families.json_text import dumped
 from xtuner.calls.read import arguments_of, make_call, name_of
 from xtuner.calls.scan import json_end, loads, skip_space
 
+_PYTHON = {"True": True, "False": False, "None": None}
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n?(.*?)\n?</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
@@ -26,10 +27,15 @@ def as_text(value: Any) -> str:
 
 
 def from_text(text: str, schema: Mapping[str, Any] | None) -> Any:
-    """The value of an argument, by its type in the schema; without one, JSON that is no string."""
+    """The value of an argument, by its type in the schema; without one, JSON that is no string.
+
+    Qwen's templates write the constants of a declared type as Python does.
+    """
     declared = (schema or {}).get("type")
     if declared in ("string", ["string"]):
         return text
+    if declared and text in _PYTHON:
+        return _PYTHON[text]
     try:
         return loads(text)
     except ValueError:
