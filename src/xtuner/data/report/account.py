@@ -70,12 +70,11 @@ class EncodedSource:
         groups = []
         several = self.store.parts.row
         if len(several):
-            rows = np.unique(several)
-            groups.append(self._group(f"{SEVERAL} ({count(len(several), 'sample')})", rows))
+            split = np.unique(several).astype(np.int64)
+            groups.append(self._group(f"{SEVERAL} ({count(len(several), 'sample')})", split))
         rows = np.setdiff1d(self.fitted.overlong, self.fitted.lost)
         if len(rows):
-            split = self.policy == "split"
-            what = "split into pieces of at most" if split else "cut to"
+            what = "split into pieces of at most" if self.policy == "split" else "cut to"
             terms = f" ({self.limit})" if self.limit.image else ""
             groups.append(self._group(f"{what} {self.limit.tokens:,} tokens{terms}", rows))
         return groups

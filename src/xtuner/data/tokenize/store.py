@@ -90,7 +90,7 @@ class StoreWriter:
     def append(self, chunk: EncodedChunk) -> None:
         """Append the rows of `chunk`."""
         parts = chunk.parts + np.array([self._rows, 0, 0, 0], np.int32)
-        computed = {
+        computed: dict[str, npt.NDArray[Any]] = {
             "parts": parts.reshape(-1),
             "offsets": self._end + np.cumsum(chunk.lengths),
             "image_ends": self._names_end + np.cumsum(chunk.image_lengths),
@@ -229,7 +229,7 @@ class RowStore:
     @property
     def longest(self) -> npt.NDArray[np.int32]:
         """Tokens of the longest sequence of each row ``[R]``."""
-        longest = self.sequence_lengths.max(axis=1, initial=0)
+        longest: npt.NDArray[np.int32] = self.sequence_lengths.max(axis=1, initial=0)
         if len(self.parts.row):
             longest[self.parts.row] = 0
             np.maximum.at(longest, self.parts.row, self.parts.length)
