@@ -187,7 +187,7 @@ class PackedDataset:
         ids, mask = store.tokens(row, start, length)
         weights = store.weights(row)
         kept = None if weights is None else weights[start : start + length]
-        return Sample(ids, mask, store.ref(row), store.images(row), weights=kept)
+        return Sample(ids, mask, store.ref(row), store.images(row, start), weights=kept)
 
     def _sample_of_several(self, store: RowStore, row: int) -> Sample:
         kept = kept_pieces(store.sequences_of(row), self._max_length)
