@@ -34,7 +34,8 @@ def _problem(config: Any) -> str:
         return "it is not an object"
     kinds = {
         "peft_type": str, "r": int, "lora_alpha": int | float, "alpha_pattern": dict,
-        "rank_pattern": dict, "bias": str, "lora_dropout": int | float, "alora_invocation_tokens": list,
+        "rank_pattern": dict, "bias": str, "lora_dropout": int | float,
+        "alora_invocation_tokens": list,
     }  # fmt: skip
     for name, kind in kinds.items():
         value = config.get(name)
