@@ -156,6 +156,7 @@ def test_the_table_has_every_architecture():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_every_architecture_does_what_the_table_says(kind):
