@@ -301,8 +301,9 @@ def request(rng, name, new):
 
 
 def shown(rng, name, among):
-    """The tool and another one, in random order; two others if none is needed."""
-    others = rng.sample([n for n in among if n != name], 1 if name else 2)
+    """The tool and up to two others, in random order; one or two others if none is needed."""
+    count = rng.choice([0, 1, 1, 2]) if name else rng.choice([1, 2])
+    others = rng.sample([n for n in among if n != name], count)
     names = [*others, name] if name else others
     rng.shuffle(names)
     return [SCHEMAS[n] for n in names]
