@@ -301,9 +301,8 @@ def request(rng, name, new):
 
 
 def shown(rng, name, among):
-    """The tool and up to two others, in random order; one or two others if none is needed."""
-    count = rng.choice([0, 1, 1, 2]) if name else rng.choice([1, 2])
-    others = rng.sample([n for n in among if n != name], count)
+    """The tool and another one, in random order; two others if none is needed."""
+    others = rng.sample([n for n in among if n != name], 1 if name else 2)
     names = [*others, name] if name else others
     rng.shuffle(names)
     return [SCHEMAS[n] for n in names]
@@ -336,7 +335,7 @@ def write(path, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=260)
+    parser.add_argument("--rows", type=int, default=180)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(1)
