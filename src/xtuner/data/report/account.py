@@ -15,6 +15,9 @@ from xtuner.data.sources.resolve import PreparedSource
 from xtuner.data.tokenize.store import KEPT_FAULTS, RowStore
 from xtuner.errors import DataError, listed
 
+_OFTEN = 0.1
+"""The share of rows that are cut from which the user is told what that means."""
+
 
 @dataclass(frozen=True)
 class LengthLimit:
@@ -76,7 +79,9 @@ class EncodedSource:
         split = self.policy == "split"
         what = "split into pieces of at most" if split else "cut to"
         terms = f" ({self.limit})" if self.limit.image else ""
-        return [self._group(f"{what} {self.limit.tokens:,} tokens{terms}", rows)]
+        often = not split and len(rows) > _OFTEN * self.store.rows_read
+        hint = ", so the model does not learn how they end: raise max_length" if often else ""
+        return [self._group(f"{what} {self.limit.tokens:,} tokens{terms}{hint}", rows)]
 
     def report(self, *, rows_used: int) -> SourceReport:
         """The report of the source."""
