@@ -77,10 +77,10 @@ class EncodedSource:
             groups.append(self._group(f"{verb} {len(several):,} {SEVERAL}", split))
         rows = np.setdiff1d(self.fitted.overlong, self.fitted.lost)
         if len(rows):
-            split = self.policy == "split"
-            what = "split into pieces of at most" if split else "cut to"
+            cut = self.policy != "split"
+            what = "cut to" if cut else "split into pieces of at most"
             terms = f" ({self.limit})" if self.limit.image else ""
-            often = not split and len(rows) > _OFTEN * self.store.rows_read
+            often = cut and len(rows) > _OFTEN * self.store.rows_read
             hint = ", so the model does not learn how they end: raise max_length" if often else ""
             groups.append(self._group(f"{what} {self.limit.tokens:,} tokens{terms}{hint}", rows))
         return groups
