@@ -13,9 +13,9 @@ from xtuner.testing.vision import tiny_images, tiny_vision_tower_folder
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 SETTINGS = """
 llm_name_or_path = {model!r}
-visual_encoder_name_or_path = "clip"
+visual_encoder_name_or_path = {clip!r}
 data_path = "data.json"
-image_folder = "images"
+image_folder = {images!r}
 prompt_template = "chatml"
 max_length = 96
 accumulative_counts = 2
@@ -58,7 +58,8 @@ def prepare(folder, model):
         rows.append({**({"image": name} if image else {}), "conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     for name, settings in TUNINGS.items():
-        text = SETTINGS.format(model=str(model), **settings)
+        paths = {"model": model, "clip": folder / "clip", "images": folder / "images"}
+        text = SETTINGS.format(**{key: str(path) for key, path in paths.items()}, **settings)
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
 
 
