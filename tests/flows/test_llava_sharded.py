@@ -4,6 +4,8 @@ images, whose weights are then left alone."""
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from sharded_runs import end_of, runs, scalars
 
 from xtuner.parallel.processes import Processes
@@ -87,3 +89,18 @@ def test_every_strategy_gives_the_numbers_of_one_process(tmp_path, tiny_model_pa
                 for name in ("loss", "grad_norm"):
                     close = pytest.approx(values[name], rel=1e-5)
                     assert found[step][name] == close, (tuning, strategy, step, name)
+    for strategy in strategies_of("full"):
+        assert_complete(tmp_path, f"full_{strategy}")
+
+
+def assert_complete(folder, work):
+    """The vision tower is saved with its last layer, which is not trained."""
+    first = load_file(folder / "clip" / "model.safetensors")
+    saved, expected = (
+        load_file(folder / name / "iter_5" / "visual_encoder" / "model.safetensors")
+        for name in (work, "full_alone")
+    )
+    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in expected.items()}
+    frozen = [name for name in first if torch.equal(first[name], expected[name])]
+    assert any("layers.2." in name for name in frozen)
+    assert all(torch.equal(saved[name], first[name]) for name in frozen), work
