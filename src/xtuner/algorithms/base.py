@@ -26,13 +26,16 @@ class BaseAlgorithm:
     Attributes:
         records: record types that the algorithm accepts.
         sequences_per_row: number of sequences that `encode` returns per row. They stay together in
-            one pack and one batch, and each may have max_length tokens.
+            one pack and one batch, and each may have max_length tokens. With 1, `encode` may
+            return several, which need not stay together.
         overlong: the value of the setting `overlong` that 'auto' selects.
         overlong_choices: the values of `overlong` that the algorithm supports.
         takes_images: whether rows may have images.
         continues_text: whether 'auto' selects the template 'plain' for a model without a chat
             template.
         options: the algorithm's own settings with their defaults, set by `algorithm_options`.
+        takes_weights: whether `loss` and `count` use `batch.weights`. A class that overrides `loss`
+            declares it again; otherwise rows with loss weights are refused.
         metrics: names of the sums that `loss` returns in addition to the loss; the trainer divides
             them by the same count and logs them.
         uncommon: settings that a copied settings file leaves out.
@@ -47,6 +50,7 @@ class BaseAlgorithm:
     options: ClassVar[Mapping[str, Any]] = {}
     metrics: ClassVar[tuple[str, ...]] = ()
     uncommon: ClassVar[tuple[str, ...]] = ()
+    takes_weights: ClassVar[bool] = True
 
     def __init__(self, settings: Settings | None = None) -> None:
         given = dict(settings.algorithm_options) if settings else {}
@@ -72,7 +76,8 @@ class BaseAlgorithm:
                 )
 
     def encode(self, record: Record, encoder: RecordEncoder) -> Sequence[Encoded]:
-        """Encode a row to `sequences_per_row` sequences.
+        """Encode a row to `sequences_per_row` sequences. With 1 it may be several: samples of their
+        own.
 
         Args:
             record: an instance of one of `records`.
@@ -82,7 +87,7 @@ class BaseAlgorithm:
             case Text():
                 return [encoder.text(record)]
             case Conversation():
-                return [encoder.conversation(record)]
+                return encoder.sequences(record)
         raise NotImplementedError(
             f"{type(self).__name__}.encode does not accept {type(record).__name__}"
         )
@@ -94,12 +99,13 @@ class BaseAlgorithm:
         return concatenate(samples)
 
     def count(self, batch: Batch) -> float:
-        """What `batch` adds to the divisor of the loss: its supervised tokens."""
-        return batch.num_supervised
+        """What `batch` adds to the divisor of the loss: the sum of the loss weights of its
+        supervised tokens, which is their number if the data have no weights."""
+        return batch.sum_of_weights
 
     def loss(self, model: Any, batch: Batch) -> LossOutput:
         """The loss of `batch`, *summed*: the trainer divides it once by the total count of the
-        step.
+        step. Each token's loss is multiplied by its weight.
 
         Args:
             model: returns the log-probability of each supervised token, float32 ``[S]``.
@@ -107,4 +113,5 @@ class BaseAlgorithm:
         """
         from xtuner.types import LossOutput
 
-        return LossOutput(-model(batch).sum())
+        scores, weights = model(batch), batch.weights_of_predicting
+        return LossOutput(-(scores if weights is None else scores * weights).sum())

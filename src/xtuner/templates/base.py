@@ -21,7 +21,7 @@ from xtuner.calls.families.base import Family
 from xtuner.templates.tokens import Tokens, tokens_of
 from xtuner.types import Conversation, Encoded, Message
 
-VERSION = 2
+VERSION = 3
 """Part of every fingerprint; incremented when the ids or masks of any template change."""
 
 USE_AUTO = (
@@ -39,12 +39,13 @@ logger = logging.getLogger("xtuner.templates")
 
 class Turn(NamedTuple):
     """An assistant turn, including its stop: characters ``[start, end)``; those of `masked` in it
-    are not supervised."""
+    are not supervised. `weight` is the loss weight of its tokens."""
 
     start: int
     end: int
     supervised: bool
     masked: tuple[tuple[int, int], ...] = ()
+    weight: float = 1.0
 
 
 class Rendered(NamedTuple):
@@ -100,6 +101,10 @@ class Template(ABC):
         """How the model writes tool calls with this template; None if that is not known."""
         return load_family(DEFAULT)
 
+    def answer(self, text: str) -> Message:
+        """The turn of an assistant that wrote `text` behind a prompt, as training data hold it."""
+        return Message("assistant", text)
+
     def as_fields(self) -> dict[str, Any]:
         """The template as plain values, where it was the user's own (a `Spec`); else empty."""
         return {}
@@ -109,7 +114,7 @@ class Template(ABC):
         """A hash of everything that affects rendering; part of the key of the data cache."""
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Token ids and loss mask of a conversation.
+        """Token ids, loss mask and loss weights of a conversation.
 
         The stop token of a supervised turn is supervised; what follows it, such as a line break,
         is not.
@@ -119,17 +124,33 @@ class Template(ABC):
         """
         if not conversation.messages:
             return Encoded([], [])
-        rendered = self.render(conversation.messages, tools=conversation.tools)
+        return self._encoded(self.render(conversation.messages, tools=conversation.tools))
+
+    def sequences(self, conversation: Conversation) -> list[Encoded]:
+        """The training sequences of a conversation; each supervised turn is supervised in one.
+
+        Most templates need one sequence. A chat template that rewrites earlier turns needs several:
+        each ends with a turn and is rendered as in a chat at that moment.
+
+        Raises:
+            DataError, ModelError: see `render`.
+        """
+        return [self.encode(conversation)]
+
+    def _encoded(self, rendered: Rendered) -> Encoded:
         ids: list[int] = []
         mask: list[bool] = []
+        weights: list[float] = []
         for index, segment in enumerate(self._segments(rendered)):
             turn = rendered.turns[index // 2] if index % 2 else None
             ids += segment
+            weights += [turn.weight if turn else 1.0] * len(segment)
             if turn is not None and turn.supervised and turn.masked:
                 mask += self._partly_masked(rendered.text, turn, segment)
             else:
                 mask += [turn is not None and turn.supervised] * len(segment)
-        return Encoded(ids, mask)
+        weighted = any(turn.weight != 1.0 for turn in rendered.turns if turn.supervised)
+        return Encoded(ids, mask, weights if weighted else None)
 
     def _partly_masked(self, text: str, turn: Turn, ids: list[int]) -> list[bool]:
         """Which of the `ids` of `turn` are supervised.
