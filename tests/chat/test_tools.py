@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from scripted_model import ScriptedModel
+from scripted_model import Answers
 
 from xtuner import templates
 from xtuner.calls.families import load
@@ -38,22 +38,9 @@ class Weather:
         pass
 
 
-class Answers(ScriptedModel):
-    """Gives one answer after the other."""
-
-    def __init__(self, *answers):
-        super().__init__([])
-        self.answers = [TOKENIZER(f"{answer}<|im_end|>")["input_ids"] for answer in answers]
-
-    def forward(self, input_ids, past_key_values, use_cache):
-        if past_key_values is None:
-            self.ids = self.answers.pop(0)
-        return super().forward(input_ids, past_key_values, use_cache)
-
-
 def make_session(*answers, provider=None, **options):
     return Session(
-        Answers(*answers),
+        Answers(TOKENIZER, *answers),
         TOKENIZER,
         template=templates.load("auto", TOKENIZER),
         options=GenerationOptions(max_new_tokens=200),

@@ -6,10 +6,10 @@ from xtuner.web import form, preview
 WORDS = i18n.words("en")
 
 
-def test_data_as_understood(site, place, monkeypatch):
+def test_data_as_understood(site, folder, monkeypatch):
     monkeypatch.setattr(preview, "METHODS", ("lora",))  # each forecast takes seconds
-    values = preview.starting_values(str(place / "tiny"), "lora")
-    values |= {"data_path": [str(place / "rows.jsonl")], "dataset_format": ["auto"]}
+    values = preview.starting_values(str(folder / "tiny"), "lora")
+    values |= {"data_path": [str(folder / "rows.jsonl")], "dataset_format": ["auto"]}
     values |= {"max_length": 64, "dataset_num_proc": 1}
     loaded = form.checked(values, site.folders)
     view = preview.look_at_data(loaded, WORDS)

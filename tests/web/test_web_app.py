@@ -56,8 +56,8 @@ SECRETS = [
     "/en/gradio_api/file=%2e%2e%2f%2e%2e%2fetc%2fpasswd",
     "/en/gradio_api/file=/proc/self/environ",
     "/en/gradio_api/file=file:///etc/passwd",
-    "/en/gradio_api/file={place}/rows.jsonl",
-    "/en/gradio_api/file={place}/tiny/config.json",
+    "/en/gradio_api/file={folder}/rows.jsonl",
+    "/en/gradio_api/file={folder}/tiny/config.json",
     "/en/assets/../../../../../../etc/passwd",
     "/en/assets/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
     "/en/static/..%2f..%2f..%2f..%2fetc/passwd",
@@ -67,8 +67,8 @@ SECRETS = [
 
 
 @pytest.mark.parametrize("number", range(len(SECRETS)))
-def test_files_of_the_machine_are_not_served(client, place, number):
-    response = client.get(SECRETS[number].format(place=place))
+def test_files_of_the_machine_are_not_served(client, folder, number):
+    response = client.get(SECRETS[number].format(folder=folder))
     assert response.status_code >= 400, response.text[:80]
     assert "root:" not in response.text and "messages" not in response.text
 
@@ -97,7 +97,7 @@ def test_other_hosts_and_origins_are_refused(client):
         assert client.post(join, json={}, headers=headers).status_code == 403
 
 
-def test_a_file_that_was_not_uploaded_cannot_be_named(client, place, web):
+def test_a_file_that_was_not_uploaded_cannot_be_named(client, folder, web):
     """An event whose payload names a file of the machine as an upload."""
     config = client.get("/en/config").json()
     uploads = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "data-file"]
@@ -109,7 +109,7 @@ def test_a_file_that_was_not_uploaded_cannot_be_named(client, place, web):
     with client.stream("GET", "/en/gradio_api/queue/data?session_hash=abc") as stream:
         text = "".join(stream.iter_text())
     assert '"success":false' in text and "root:" not in text
-    assert not (place / "runs" / "uploads").exists()
+    assert not (folder / "runs" / "uploads").exists()
 
 
 def test_uploads_are_limited(web):

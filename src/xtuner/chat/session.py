@@ -109,13 +109,14 @@ class Session:
             DataError: the template cannot render the question, or an image cannot be read.
         """
         if self.tools is None:
-            yield from map(loop.Text, self.ask(text, images))
+            with contextlib.closing(self.ask(text, images)) as pieces:
+                yield from map(loop.Text, pieces)
             return
         family = self.template.tool_family
         if family is None:
             raise ModelError(
                 f"how this model writes tool calls with the template '{self.template.name}' is not "
-                "known; use a named template, such as --prompt-template chatml"
+                "known; use a named template, such as chatml (--prompt-template chatml)"
             )
         messages = self._fit([*self.messages, self._asked(text, images)])
         new: list[Message] = []

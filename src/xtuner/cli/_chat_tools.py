@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,7 +13,7 @@ import typer
 from xtuner.errors import ConfigError
 
 if TYPE_CHECKING:
-    from xtuner.chat.session import Session
+    from xtuner.chat.session import Session, ToolUse
     from xtuner.chat.terminal import Terminal
 
 _PLUGINS = {"calculate": "Calculate=calculator", "solve": "Solve=solve"}
@@ -49,15 +50,20 @@ def names(
     return list(dict.fromkeys(named))
 
 
-def check(tools: Sequence[str], *, yes: bool) -> None:
+def check(tools: Sequence[str], *, yes: bool, can_ask: bool) -> None:
     """Refuse tools that nobody could allow, before the model is loaded.
+
+    Args:
+        tools: names of tools.
+        yes: calls run without asking.
+        can_ask: somebody can be asked before a call.
 
     Raises:
         ConfigError: calls would have to be allowed, but the input is no terminal.
     """
     if not tools and yes:
         raise ConfigError("--yes has no effect without --tools")
-    if tools and not yes and not sys.stdin.isatty():
+    if tools and not yes and not can_ask:
         raise ConfigError(
             "--tools: each call is asked for, but the input is no terminal; add --yes to run "
             "calls without asking"
@@ -79,17 +85,26 @@ def opened(
     Raises:
         ConfigError: a tool cannot be loaded.
     """
-    if not tools:
+    with tool_use(tools, max_rounds=max_rounds, timeout=timeout) as use:
+        if use is not None:
+            session.tools = replace(use, allow=lambda call: terminal.allow(call, always=yes))
+            if terminal.interactive:
+                typer.echo(f"Tools: {', '.join(use.box.names)}", err=True)
         yield
+
+
+@contextmanager
+def tool_use(tools: Sequence[str], *, max_rounds: int, timeout: float) -> Iterator[ToolUse | None]:
+    """The tools of conversations inside the block; None if none are named.
+
+    Raises:
+        ConfigError: a tool cannot be loaded.
+    """
+    if not tools:
+        yield None
         return
     from xtuner.chat.session import ToolUse
     from xtuner.tools.toolbox import open_tools
 
-    box = open_tools(tools, timeout=timeout)
-    try:
-        session.tools = ToolUse(box, lambda call: terminal.allow(call, always=yes), max_rounds)
-        if terminal.interactive:
-            typer.echo(f"Tools: {', '.join(box.names)}", err=True)
-        yield
-    finally:
-        box.close()
+    with contextlib.closing(open_tools(tools, timeout=timeout)) as box:
+        yield ToolUse(box, max_rounds=max_rounds)

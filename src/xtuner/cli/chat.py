@@ -174,7 +174,7 @@ def command(
     from xtuner.cli import _chat_tools
 
     named = _chat_tools.names(tools or (), lagent=lagent, with_plugins=with_plugins or ())
-    _chat_tools.check(named, yes=yes)
+    _chat_tools.check(named, yes=yes, can_ask=sys.stdin.isatty())
     if idle := options.without_effect:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
         verb = "has" if len(idle) == 1 else "have"

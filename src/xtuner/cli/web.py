@@ -48,6 +48,22 @@ def command(
         list[str] | None,
         typer.Option(metavar="NAME", help="A further name of this server; repeatable."),
     ] = None,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOOL",
+            help="Let models call tools: my_tools.py, calculator, clock, solve, "
+            "python_interpreter, read_file:FOLDER, or 'mcp:COMMAND'; repeatable. The page asks "
+            "before each call.",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Run calls without asking.")] = False,
+    max_rounds: Annotated[
+        int, typer.Option(min=1, help="Most answers with calls to one question.")
+    ] = 8,
+    tool_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that one call may take.")
+    ] = 30.0,
     device: Annotated[
         Device, typer.Option(help="'auto' uses a GPU if there is one.")
     ] = Device.auto,
@@ -60,9 +76,10 @@ def command(
     The page reads the current folder, the folder of the work dirs, that of fetched models, and
     those given with --allow.
     """
+    import contextlib
     import tempfile
 
-    from xtuner.cli import _extras
+    from xtuner.cli import _chat_tools, _extras
     from xtuner.errors import ConfigError
 
     _extras.require("web", "gradio", "fastapi", "uvicorn")
@@ -70,24 +87,32 @@ def command(
     user, separator, password = (auth or "").partition(":")
     if auth and not (user and separator and password):
         raise ConfigError("--auth: must be USER:PASSWORD")
+    _chat_tools.check(tools or (), yes=yes, can_ask=True)
     from xtuner.serve import listen
     from xtuner.serve.engine import Engine
     from xtuner.serve.guard import Password
 
     socket = listen.bind(address, port)
-    with tempfile.TemporaryDirectory(prefix="xtuner-web-") as temporary:
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="xtuner-web-"))
         from xtuner.web import app as web
         from xtuner.web.folders import Folders
         from xtuner.web.jobs import Jobs
         from xtuner.web.models import ModelPool
         from xtuner.web.site import Site
+        from xtuner.web.turns import Turns
 
         web.prepare_environment(Path(temporary))
         given = (*(model or ()), *([str(adapter)] if adapter else ()))
         folders = Folders.of(runs, [Path.cwd(), *(allow or ())])
         engine = Engine()
         pool = ModelPool(engine, folders, given=given, device=device.value, dtype=dtype.value)
-        site = Site(engine, pool, folders, Jobs(folders, most=max_runs), first=given[:2])
+        use = stack.enter_context(
+            _chat_tools.tool_use(tools or (), max_rounds=max_rounds, timeout=tool_timeout)
+        )
+        jobs = Jobs(folders, most=max_runs)
+        turns = Turns(always=yes)
+        site = Site(engine, pool, folders, jobs, first=given[:2], tools=use, turns=turns)
         credentials = Password(user, password) if auth else web.new_token()
         app = web.make_app(
             site, address=address, credentials=credentials, hosts=tuple(allow_host or ())

@@ -62,7 +62,8 @@ def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: i
     summed = min(MOST_ACCUMULATED, max(1, micro_batches // EPOCH_STEPS))
     given = settings.accumulative_counts
     accumulated = summed if given == "auto" else given
-    epochs = _epochs(rows, math.ceil(micro_batches / accumulated), settings.max_steps)
+    steps = epoch_steps(settings, packs=packs, accumulated=accumulated, ranks=ranks)
+    epochs = _epochs(rows, steps, settings.max_steps)
     values = {
         "lora_alpha": settings.effective_lora_alpha,
         "pack_length": length,
@@ -70,6 +71,18 @@ def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: i
         "max_epochs": epochs,
     }  # of these, only those that are 'auto' are taken
     return settings.model_copy(update={n: values[n] for n in chosen(settings)})
+
+
+def epoch_steps(settings: Settings, *, packs: int, accumulated: int, ranks: int) -> int:
+    """Optimizer steps of an epoch.
+
+    Args:
+        settings: `batch_size` is used.
+        packs: packs (or samples that are not packed) of an epoch.
+        accumulated: micro-batches of a step.
+        ranks: processes that take different rows.
+    """
+    return math.ceil(packs / (settings.batch_size * accumulated * ranks))
 
 
 def chosen(settings: Settings) -> tuple[str, ...]:

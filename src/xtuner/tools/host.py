@@ -32,10 +32,15 @@ class LocalTools:
         self._names = list(names)
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self._calling = threading.Lock()
         self.schemas: Sequence[Mapping[str, Any]] = self._start()
 
     def call(self, name: str, arguments: Mapping[str, Any], *, timeout: float) -> Result:
-        """See `Provider.call`."""
+        """See `Provider.call`; one call at a time, others wait."""
+        with self._calling:
+            return self._call(name, arguments, timeout)
+
+    def _call(self, name: str, arguments: Mapping[str, Any], timeout: float) -> Result:
         try:
             if self._process is None:
                 self._start()

@@ -65,6 +65,11 @@ class Stopped:
 Event = Text | Called | Returned | Malformed | Stopped
 
 
+@dataclass(frozen=True)
+class Feedback(Message):
+    """Tells the model that a call could not be read; a turn of the user that no user wrote."""
+
+
 def converse(
     answer: Answer,
     messages: Sequence[Message],
@@ -112,7 +117,7 @@ def converse(
             yield Malformed(each.text, each.problem)
         if not calls:
             problem = "; ".join(each.problem for each in wrong)
-            new.append(Message("user", f"Error: the tool call {problem}. Write it again."))
+            new.append(Feedback("user", f"Error: the tool call {problem}. Write it again."))
     yield Stopped(max_rounds)
     return new
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from xtuner import plugins
+from xtuner import i18n, plugins
 from xtuner.config.describe import allowed, choices, is_dict
 from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.render import literal, render
@@ -29,11 +29,11 @@ class Field:
 
     Attributes:
         name: of the setting.
-        part: heading that it stands under.
+        part: heading of its group.
         kind: its control.
         help: its description and the values that it takes.
         options: of a 'choice'.
-        common: it appears in copied settings files, so it is shown first.
+        common: it appears in copied settings files, and is shown first.
     """
 
     name: str
@@ -44,23 +44,27 @@ class Field:
     common: bool = False
 
 
-def fields() -> list[Field]:
-    """All settings, in the order of a settings file."""
+def fields(words: i18n.Words | None = None) -> list[Field]:
+    """All settings, in the order of a settings file, described with `words`; None is English."""
+    words = words or i18n.words("en")
     return [
-        _field(name, " ".join(str(part.__doc__).split()[2:]))
+        _field(name, " ".join(str(part.__doc__).split()[2:]), words)
         for part in Settings.parts()
         for name in part.model_fields
     ]
 
 
-def _field(name: str, part: str) -> Field:
-    info = Settings.model_fields[name]
-    text = " ".join((info.description or "").split())
+def _field(name: str, part: str, words: i18n.Words) -> Field:
+    info, kind = Settings.model_fields[name], _kind(name)
+    text = words.of_setting("settings", " ".join((info.description or "").split()), key=name)
+    if kind not in ("switch", "choice"):  # whose controls show what can be chosen
+        values = words.of_setting("values", allowed(name))
+        text = words("train_values", text=text, values=values)
     return Field(
         name,
-        part,
-        _kind(name),
-        f"{text} ({allowed(name)})",
+        words.of_setting("parts", part),
+        kind,
+        text,
         _options(name),
         Settings.mark(name).comment is not None,
     )

@@ -37,10 +37,10 @@ def build(site: Site, language: str) -> gr.Blocks:
             with gr.Tab(words("tab_chat"), id="chat"):
                 chat = ChatTab(site, words)
             with gr.Tab(words("tab_train"), id="train", render_children=True):
-                train_place = gr.Column()
+                train_column = gr.Column()
             with gr.Tab(words("tab_runs"), id="runs"):
                 runs = RunsTab(site, words)
-            with train_place:
+            with train_column:
                 TrainTab(site, words, started=runs.started, shows=runs.shows)
         chat.wire_page(page)
         runs.wire_page(page)

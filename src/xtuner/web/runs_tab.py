@@ -11,8 +11,8 @@ from xtuner.errors import XTunerError
 from xtuner.i18n import Words
 from xtuner.runs.folder import RunFolder
 from xtuner.web import run_view
-from xtuner.web.chat_tab import fault
 from xtuner.web.site import Site
+from xtuner.web.snippets import fault, hint
 
 _SECONDS = 2.0
 _NONE = ""
@@ -129,14 +129,14 @@ class RunsTab:
         except XTunerError as error:
             return fault(error)
         key = "runs_stopping" if stopped else "runs_not_running"
-        return self._note(key, name=run)
+        return hint(self._words(key, name=run))
 
     def _resume(self, run: str | None) -> str:
         try:
             self._site.jobs.resume(run or "")
         except XTunerError as error:
             return fault(error)
-        return self._note("runs_resumed", name=run)
+        return hint(self._words("runs_resumed", name=run))
 
     def _merge(self, run: str | None, checkpoint: str) -> str:
         try:
@@ -144,7 +144,7 @@ class RunsTab:
             out = self._site.jobs.merge(run or "", name)
         except XTunerError as error:
             return fault(error)
-        return self._note("runs_merging", folder=out)
+        return hint(self._words("runs_merging", folder=out))
 
     def _chat(self, run: str | None, checkpoint: str) -> list[_Updates]:
         """The checkpoint, beside the model that it started from."""
@@ -156,6 +156,3 @@ class RunsTab:
             return [gr.skip(), gr.skip(), gr.skip(), fault(error)]
         base = str(record.settings["pretrained_model_name_or_path"]) if record else _NONE
         return [gr.Tabs(selected="chat"), base or str(path), str(path) if base else _NONE, ""]
-
-    def _note(self, key: str, **values: Any) -> str:
-        return f'<p class="hint">{escape(self._words(key, **values))}</p>'

@@ -6,7 +6,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from xtuner.config.load import load_settings
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.i18n import Words
 from xtuner.web import form, preview
-from xtuner.web.chat_tab import fault
 from xtuner.web.site import Site
+from xtuner.web.snippets import fault, hint, working
 
 _DATA_TYPES = [".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"]
 _Updates = Any
@@ -44,7 +43,7 @@ class TrainTab:
         shows: Sequence[Any],
     ) -> None:
         self._site, self._words, self._started = site, words, started
-        self._fields = form.fields()
+        self._fields = form.fields(words)
         with gr.Row(elem_classes="top", equal_height=False):
             with gr.Column(min_width=300):
                 self.model = gr.Dropdown(
@@ -125,7 +124,7 @@ class TrainTab:
         if not model or not data:
             yield self._answer(fault(ConfigError(words("train_no_choice"))))
             return
-        yield self._answer(_working(words("train_working")))
+        yield self._answer(working(words("train_working")))
         try:
             self._site.folders.check(model)
             if upload is None:
@@ -136,11 +135,10 @@ class TrainTab:
             values |= {"data_path": [data], "dataset_format": ["auto"]}
             loaded = form.checked(values, self._site.folders)
             view = preview.look_at_data(loaded, words)
-            yield self._answer(_working(words("train_measuring")), data=view.html)
+            yield self._answer(working(words("train_measuring")), data=view.html)
             methods = preview.methods(loaded)
             best = methods[0].tuning if methods and methods[0].fits else tuning
-            values |= catalog.recipe(best)
-            values = preview.suggested(values, view)
+            values = preview.suggested({**values, **catalog.recipe(best)}, view)
         except XTunerError as error:
             yield self._answer(fault(error), data="")
             return
@@ -213,7 +211,7 @@ class TrainTab:
             self._site.jobs.start(name.strip(), form.settings_file(values, name))
         except XTunerError as error:
             return [fault(error), *([gr.skip()] * self._num_shows)]
-        return [_note(self._words("train_started", name=name)), *self._started(name.strip())]
+        return [hint(self._words("train_started", name=name)), *self._started(name.strip())]
 
     @property
     def _num_shows(self) -> int:
@@ -229,7 +227,7 @@ class TrainTab:
             form.checked(values, self._site.folders)
         except XTunerError as error:
             return self._answer(fault(error))
-        message = _note(self._words("train_imported", name=Path(file).name))
+        message = hint(self._words("train_imported", name=Path(file).name))
         return self._answer(message, method=gr.update(value=loaded.settings.tuning), values=values)
 
     def _export(self, name: str, *given: Any) -> list[_Updates]:
@@ -260,11 +258,3 @@ def _control(field: form.Field) -> Any:
     if field.kind == "choice":
         return gr.Dropdown(list(field.options), value=value, **common)
     return gr.Textbox(value, lines=2 if field.kind == "lines" else 1, max_lines=6, **common)
-
-
-def _working(text: str) -> str:
-    return f'<p class="hint">{escape(text)}</p><div class="loading"><span></span></div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="hint">{escape(text)}</p>'
