@@ -127,7 +127,7 @@ def test_the_command_writes_the_report_and_prints_its_path(run, capsys):
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert main(["report", str(run / "iter_5")]) == 2
-    assert "is no work dir" in capsys.readouterr().err
+    assert "is not the work dir" in capsys.readouterr().err
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

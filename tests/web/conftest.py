@@ -119,15 +119,20 @@ def web(site, tmp_path_factory):
         temporary = tmp_path_factory.mktemp("uploads")
         for name, value in application.prepare_environment(temporary).items():
             patch.setenv(name, value)
-        token = application.new_token()
+        socket = listen.bind("127.0.0.1", 0)
+        token = application.new_token(socket.getsockname()[1])
         with loops_closed():
             app = application.make_app(site, address="127.0.0.1", credentials=token)
-        socket = listen.bind("127.0.0.1", 0)
         server = listen.server(app, shutdown_seconds=1)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield SimpleNamespace(url=listen.address_of(socket), token=token.token, temporary=temporary)
+        yield SimpleNamespace(
+            url=listen.address_of(socket),
+            token=token.token,
+            cookie=token.cookie,
+            temporary=temporary,
+        )
         server.should_exit = True
         thread.join()

@@ -13,6 +13,7 @@ import pytest
 from parts_maker import write_parts_of
 
 from xtuner import i18n
+from xtuner.config.load import load_settings
 from xtuner.testing.vision import tiny_images, tiny_vision_tower_folder
 
 pytest.importorskip("gradio")
@@ -211,6 +212,37 @@ def test_a_refused_call_does_not_run(open_page, calling):
     assert "42" not in page.inner_text("#left")
 
 
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_two_runs_are_compared(open_page, size):
+    page = open_page(size)
+    open_tab(page, "tab_runs")
+    choose(page, "run", "ada")
+    choose(page, "run-compare", "bob")
+    playwright.expect(page.locator("#run-view polyline")).to_have_count(2)
+    assert page.locator("#run-view h2").count() == 2 and not overflows(page)
+    picture(page, f"compared_{size['width']}")
+
+
+def test_settings_are_exported_and_imported(open_page, folder, tmp_path):
+    page = open_page()
+    open_tab(page, "tab_train")
+    page.click("#export")
+    page.wait_for_selector("#train-message .fault:has-text('data_path')")
+    given = {"pretrained_model_name_or_path": str(folder / "tiny"), "lr": "0.0005",
+             "data_path": str(folder / "rows.jsonl"), "SYSTEM": "Be kind."}  # fmt: skip
+    lines = [f"{name} = {value if name == 'lr' else repr(value)}" for name, value in given.items()]
+    (tmp_path / "given.py").write_text("\n".join(lines), encoding="utf-8")
+    page.set_input_files("#import input[type=file]", str(tmp_path / "given.py"))
+    page.wait_for_selector("#train-message :text('given.py')")
+    page.fill("#run-name textarea, #run-name input", "mine")
+    with page.expect_download() as download:
+        page.click("#export")
+    download.value.save_as(tmp_path / "exported.py")
+    assert download.value.suggested_filename == "mine.py"
+    exported = load_settings(tmp_path / "exported.py").settings
+    assert exported == load_settings(tmp_path / "given.py").settings
+
+
 @pytest.fixture
 def nothing_left(site):
     """End a run that a failed test leaves behind."""
@@ -223,7 +255,7 @@ def nothing_left(site):
 def test_a_run_from_start_to_report(open_page, folder, site):
     words = i18n.words("en")
     page = open_page()
-    page.get_by_role("tab", name=words("tab_train"), exact=True).click()
+    open_tab(page, "tab_train")
     choose(page, "train-model", str(folder / "tiny"))
     page.set_input_files("#data-file input[type=file]", str(folder / "rows.jsonl"))
     page.wait_for_selector("#data-file :text('rows.jsonl')")
@@ -243,7 +275,7 @@ def test_a_run_from_start_to_report(open_page, folder, site):
     picture(page, "train")
     page.click("#start")
     page.wait_for_selector("#train-message :text('mine')")
-    page.get_by_role("tab", name=words("tab_runs"), exact=True).click()
+    open_tab(page, "tab_runs")
     page.wait_for_selector("#run-view .badge.running")
     page.wait_for_selector("#run-view svg polyline")
     picture(page, "runs")
@@ -263,9 +295,15 @@ def test_a_run_from_start_to_report(open_page, folder, site):
     assert report.locator(".answers td").count() and not overflows(report)
     picture(report, "report")
     page.set_viewport_size(PHONE)
+    picture(page, "run_390")
     assert not overflows(page)
+    page.click("#run-merge")
+    page.wait_for_selector("#run-view :text('Merged into')")
+    (merged,) = (site.folders.runs / "mine").glob("merged_*")
+    assert (merged / "model.safetensors").is_file()
     page.click("#run-chat")
     page.wait_for_selector("h2.model:has-text('mine')")
+    picture(page, "chat_of_run_390")
 
 
 _STEP = "() => parseInt(document.querySelector('#run-view .facts b')?.innerText ?? '0')"

@@ -119,11 +119,13 @@ def test_all_that_is_no_value_is_listed():
         ("dataset_format", ["evil.py:read"], "runs a Python file"),
         ("prompt_template", "evil.py:T", "runs a Python file"),
         ("trust_remote_code", True, "runs code of the model"),
+        ("attn_implementation", "someone/kernel", "runs code from the hub"),
+        ("strategy", "/etc/deepspeed.json", "outside the folders"),
         ("work_dir", "/tmp/x", "work_dir"),
         ("no_such_setting", 1, "no_such_setting"),
     ],
-    ids=["absolute", "up", "home", "hook", "algorithm", "format", "template", "remote", "work dir",
-         "unknown"],
+    ids=["absolute", "up", "home", "hook", "algorithm", "format", "template", "remote", "kernel",
+         "strategy", "work dir", "unknown"],
 )  # fmt: skip
 def test_settings_that_leave_the_folders_or_run_code_are_refused(folders, name, value, words):
     values = {"pretrained_model_name_or_path": "org/model", "data_path": ["rows.jsonl"]}

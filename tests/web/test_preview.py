@@ -13,13 +13,14 @@ def test_data_as_understood(site, folder, monkeypatch):
     values |= {"max_length": 64, "dataset_num_proc": 1}
     loaded = form.checked(values, site.folders)
     view = preview.look_at_data(loaded, WORDS)
-    assert "14 rows, format openai (auto)" in view.html
+    assert '<td>openai (auto)</td><td class="number">14</td><td class="number">12</td>' in view.html
     assert "line 13" in view.html and "add one or remove the row" in view.html
     assert '<span class="on">I am Ada &lt;b&gt;.' in view.html and "<b>" not in view.html
     assert view.questions == ("Who are you, 0?", "Who are you, 1?")
     suggestion = preview.suggested(values, view)
     assert suggestion["max_epochs"] == suggestion["accumulative_counts"] == "auto"
-    assert suggestion["save_steps"] == suggestion["evaluation_freq"] >= 1
+    assert view.steps >= 15 and view.steps % 15 == 0  # 12 rows are repeated 15 times
+    assert suggestion["save_steps"] == suggestion["evaluation_freq"] == view.steps // 5
     assert suggestion["max_lost_rows"] == 1
     form.checked(suggestion, site.folders)
     methods = preview.methods(loaded)

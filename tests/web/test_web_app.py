@@ -15,7 +15,7 @@ pytest.importorskip("gradio")
 
 @pytest.fixture
 def client(web):
-    with httpx.Client(base_url=web.url, cookies={"xtuner_token": web.token}, timeout=30) as found:
+    with httpx.Client(base_url=web.url, cookies={web.cookie: web.token}, timeout=30) as found:
         yield found
 
 
@@ -27,12 +27,12 @@ def test_without_the_token_nothing_is_shown(web):
     assert opened.status_code == 303 and web.token in opened.headers["set-cookie"]
 
 
-def test_the_language_is_the_browsers_or_the_chosen_one(client):
+def test_the_language_is_the_browsers_or_the_chosen_one(client, web):
     for header, path in (("zh-CN,zh", "/zh/"), ("en", "/en/"), ("fr", "/en/")):
         response = client.get("/", headers={"accept-language": header})
         assert response.headers["location"] == path
     assert "xtuner_language=zh" in client.get("/language/zh").headers["set-cookie"]
-    cookie = f"xtuner_token={client.cookies['xtuner_token']}; xtuner_language=zh"
+    cookie = f"{web.cookie}={web.token}; xtuner_language=zh"
     chosen = client.get("/", headers={"accept-language": "en", "cookie": cookie})
     assert chosen.headers["location"] == "/zh/"
 

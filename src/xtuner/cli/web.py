@@ -113,7 +113,7 @@ def command(
         jobs = Jobs(folders, most=max_runs)
         turns = Turns(always=yes)
         site = Site(engine, pool, folders, jobs, first=given[:2], tools=use, turns=turns)
-        credentials = Password(user, password) if auth else web.new_token()
+        credentials = Password(user, password) if auth else web.new_token(socket.getsockname()[1])
         app = web.make_app(
             site, address=address, credentials=credentials, hosts=tuple(allow_host or ())
         )

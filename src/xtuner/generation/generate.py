@@ -239,6 +239,10 @@ def takes(model: Any, argument: str) -> bool:
     return argument in inspect.signature(base.forward).parameters
 
 
+_LEAST_TEMPERATURE = 1e-4
+"""Divided by less, logits become infinite, and their softmax not a number."""
+
+
 def chooser(options: GenerationOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """A function from (ids so far ``[1, T]``, logits ``[1, V]``) to the next id ``[1]``."""
     from transformers import (
@@ -254,7 +258,8 @@ def chooser(options: GenerationOptions, device: torch.device) -> Callable[[Tenso
         steps.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
     if not options.samples:
         return lambda seen, scores: steps(seen, scores).argmax(dim=-1)
-    steps.append(TemperatureLogitsWarper(float(options.temperature or 1.0)))
+    temperature = max(float(options.temperature or 1.0), _LEAST_TEMPERATURE)
+    steps.append(TemperatureLogitsWarper(temperature))
     if options.top_k is not None:
         steps.append(TopKLogitsWarper(options.top_k))
     if options.top_p is not None:

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs no other file, no network and no script.
+"""The report of a run: one self-contained HTML file without scripts.
 
     RunFolder ──► sections ──► work_dir/report.html
 
@@ -42,7 +42,7 @@ def write(
         out: the file; None is ``work_dir/report.html``.
 
     Raises:
-        CheckpointError: `work_dir` is no work dir.
+        CheckpointError: `work_dir` is not the work dir of a run.
     """
     path = out or Path(work_dir) / REPORT_FILE
     text = page(RunFolder(work_dir), language=language, status=status)
@@ -223,7 +223,7 @@ def loss_chart(run: RunFolder, words: Words) -> str:
 def next_commands(
     run: RunFolder, record: RunRecord | None, status: str
 ) -> Iterator[tuple[str, str]]:
-    """What the user can do with the run: the key of a heading, and a command."""
+    """Next steps for the user: the key of a heading, and a command."""
     folder = shlex.quote(str(run.work_dir))
     if run.checkpoints():
         yield "next_chat", f"xtuner chat {folder}"
@@ -239,7 +239,7 @@ def next_commands(
 
 
 def part_style(inside: str) -> str:
-    """The style of the report's parts for another page, where they are inside `inside`."""
+    """The style of the report's parts, for a page that shows them inside the selector `inside`."""
     text = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return f"{inside} {{ {text.replace(':root', '&').replace('body {', '& .body {')} }}"
 
@@ -258,7 +258,7 @@ def _section(title: str, parts: Iterator[str]) -> Iterator[str]:
 
 
 def _overfitting(points: Sequence[tuple[float, float]], words: Words) -> str:
-    """A note where the validation loss has risen by more than a twentieth since its lowest."""
+    """A note if the validation loss has risen more than 5 % above its minimum."""
     if len(points) < 3:
         return ""
     step, low = min(points, key=lambda point: point[1])

@@ -37,10 +37,10 @@ _CLIENT_GONE = 499
 
 @dataclass(frozen=True)
 class Defaults:
-    """What applies where a request says nothing.
+    """What applies where a request leaves something out.
 
     Attributes:
-        max_tokens: the most tokens of an answer, also of one that asks for more.
+        max_tokens: limit for every answer, also where a request asks for more.
         temperature: of requests that name none; OpenAI's is 1.
     """
 
@@ -322,7 +322,7 @@ def _find(models: Mapping[str, ServedModel], name: str) -> ServedModel:
         return models[name]
     raise ApiError(
         404,
-        f"the model {name!r:.200} is not served; there are {', '.join(models)}",
+        f"the model {name!r:.200} is not served; available: {', '.join(models)}",
         code="model_not_found",
         param="model",
     )
@@ -353,5 +353,5 @@ def _problem(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"][1:])
     what = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        what = "is no parameter of this API"
+        what = "is not a parameter of this API"
     return f"{where}: {what}" if where else what

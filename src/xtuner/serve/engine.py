@@ -45,8 +45,8 @@ class Limits:
 
     Attributes:
         max_batch: answers that are generated at the same time.
-        max_queue: requests that wait; further ones are refused.
-        max_seconds: after which an answer is given up, counted from its request.
+        max_queue: requests that may wait; further ones are refused.
+        max_seconds: an answer is cancelled after this time, counted from its request.
     """
 
     max_batch: int = 8
@@ -65,7 +65,7 @@ class TookTooLongError(XTunerError):
 @dataclass(frozen=True)
 class Piece:
     """Text that was generated, and the scores of its tokens if they were asked for. The first
-    piece of an answer may be empty: it tells that the prompt was read."""
+    piece of an answer may be empty: the prompt has been read."""
 
     text: str
     scores: Sequence[TokenScore] = ()
@@ -144,19 +144,19 @@ class Engine:
 
         Raises:
             OverloadedError: too many requests wait.
-            ModelError: the prompt leaves no room in the model's context.
+            ModelError: the prompt fills the model's context.
         """
         room_for_answer(job.model.weights.model, job.prompt)
         with self._lock:
             if self._num_open >= self.limits.max_batch + self.limits.max_queue:
                 raise OverloadedError(
-                    f"{self._num_open} requests are open, and no more may wait; try again later"
+                    f"{self._num_open} requests are open and the queue is full; try again later"
                 )
             self._num_open += 1
         self._inbox.put(job)
 
     def cancel(self, job: Job) -> None:
-        """Give up `job`; its slot is free after the current token."""
+        """Cancel `job`; its slot is free after the current token."""
         job.cancelled = True
 
     @property
@@ -183,14 +183,14 @@ class Engine:
             raise fault[0]
 
     def forget(self, weights: Weights) -> None:
-        """Let go of `weights`, whose jobs fail; called on the engine's thread."""
+        """Release `weights`, whose jobs fail; called on the engine's thread."""
         for key in [key for key in self._groups if key[0] == id(weights)]:
             self._groups.pop(key).fail(ModelError("the model was unloaded"), self._close)
         if mode := self._modes.pop(id(weights), None):
             mode.close()
 
     def close(self) -> None:
-        """End the thread; open requests fail."""
+        """Stop the thread; open requests fail."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -204,12 +204,12 @@ class Engine:
                 if not group.jobs:
                     self._groups.pop(key, None)
         for group in self._groups.values():
-            group.fail(LaunchError("the server stops"), self._close)
+            group.fail(LaunchError("the server is shutting down"), self._close)
         for mode in self._modes.values():
             mode.close()
 
     def _read_inbox(self, *, wait: bool) -> bool:
-        """Take what came in; False if the engine closes."""
+        """Take new jobs and calls; False if the engine closes."""
         while True:
             try:
                 item = self._inbox.get(block=wait)
@@ -243,7 +243,7 @@ class Engine:
         self._close(job, Failed(TookTooLongError(f"the answer took more than {seconds:g} s")))
 
     def _admit(self) -> None:
-        """Give free slots to those who wait longest, together with others of the same model."""
+        """Give free slots to the jobs that have waited longest, grouped by model."""
         free = self.limits.max_batch - sum(len(group.jobs) for group in self._groups.values())
         arriving: dict[tuple[int, str | None], list[Job]] = {}
         while self._waiting and free > 0:

@@ -141,10 +141,10 @@ class RunsTab:
     def _merge(self, run: str | None, checkpoint: str) -> str:
         try:
             name = checkpoint or next(iter(self._checkpoints(run or "")), "")
-            out = self._site.jobs.merge(run or "", name)
+            self._site.jobs.merge(run or "", name)
         except XTunerError as error:
             return fault(error)
-        return hint(self._words("runs_merging", folder=out))
+        return ""  # the view shows how it goes
 
     def _chat(self, run: str | None, checkpoint: str) -> list[_Updates]:
         """The checkpoint, beside the model that it started from."""

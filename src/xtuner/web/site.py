@@ -1,4 +1,4 @@
-"""What all pages and visitors share."""
+"""State shared by both languages of the page and all visitors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xtuner.web.turns import Turns
 
 @dataclass(frozen=True)
 class Site:
-    """The parts behind the page.
+    """Shared state of the page.
 
     Attributes:
         engine: generates answers.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -22,6 +21,15 @@ from xtuner.web.snippets import fault, hint, working
 
 _DATA_TYPES = [".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"]
 _Updates = Any
+_SAVE = """(file) => {
+    if (!file) return;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([file[1]], {type: "text/x-python"}));
+    link.download = file[0];
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}"""
+"""Lets the browser save a file, given as its name and text."""
 
 
 class TrainTab:
@@ -70,10 +78,9 @@ class TrainTab:
                         words("train_import"), file_types=[".py", ".yaml", ".yml"], size="sm",
                         elem_id="import",
                     )  # fmt: skip
-                    self.exporting = gr.DownloadButton(
-                        words("train_export"), size="sm", elem_id="export"
-                    )
+                    self.exporting = gr.Button(words("train_export"), size="sm", elem_id="export")
         self.message = gr.HTML(elem_id="train-message", padding=False)
+        self.exported = gr.JSON(visible=False)
         self.data = gr.HTML(elem_id="data-view", padding=False)
         with gr.Accordion(words("train_settings"), open=False, elem_id="settings"):
             self.form = self._make_form()
@@ -112,8 +119,8 @@ class TrainTab:
         self.start.click(self._start, [self.name, *self.form], [self.message, *shows], **hidden)
         self.importing.upload(self._import, self.importing, outputs, **hidden)
         self.exporting.click(
-            self._export, [self.name, *self.form], [self.exporting, self.message], **hidden
-        )
+            self._export, [self.name, *self.form], [self.exported, self.message], **hidden
+        ).success(None, self.exported, None, js=_SAVE)
 
     def _check(
         self, model: str | None, path: str, upload: str | None, tuning: str, name: str
@@ -231,16 +238,14 @@ class TrainTab:
         return self._answer(message, method=gr.update(value=loaded.settings.tuning), values=values)
 
     def _export(self, name: str, *given: Any) -> list[_Updates]:
-        """The settings file of the form, for download."""
+        """Name and text of the settings file of the form, which the browser saves."""
         try:
             values = form.values_of(given)
             form.checked(values, self._site.folders)
         except XTunerError as error:
-            return [gr.skip(), fault(error)]
+            return [None, fault(error)]
         stem = re.sub(r"[^\w.-]", "_", name or "settings", flags=re.ASCII).lstrip(".") or "settings"
-        path = Path(tempfile.mkdtemp(dir=tempfile.gettempdir())) / f"{stem}.py"
-        path.write_text(form.settings_file(values, stem), encoding="utf-8")
-        return [str(path), ""]
+        return [[f"{stem}.py", form.settings_file(values, stem)], ""]
 
 
 def _control(field: form.Field) -> Any:
