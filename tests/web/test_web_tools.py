@@ -166,8 +166,11 @@ def test_rounds_are_limited(site, weather):
     assert side.rounds == 2 and weather.cities == ["Rome", "Rome"]
 
 
-def test_a_template_without_calls_answers_without_tools(site, weather):
-    (side,) = ask(site, [model("Hello.", template="alpaca")], weather, Turn())
+def test_a_template_whose_calls_are_unknown_answers_without_tools(site, weather):
+    served = model("Hello.")
+    kind = type(served.template)
+    served.template.__class__ = type("Unknown", (kind,), {"tool_family": None})
+    (side,) = ask(site, [served], weather, Turn())
     assert side.without_tools and side.text == "Hello."
 
 
