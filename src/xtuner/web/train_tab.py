@@ -80,7 +80,7 @@ class TrainTab:
                     )  # fmt: skip
                     self.exporting = gr.Button(words("train_export"), size="sm", elem_id="export")
         self.message = gr.HTML(elem_id="train-message", padding=False)
-        self.exported = gr.JSON(visible=False)
+        self.exported = gr.JSON(visible="hidden")
         self.data = gr.HTML(elem_id="data-view", padding=False)
         with gr.Accordion(words("train_settings"), open=False, elem_id="settings"):
             self.form = self._make_form()
