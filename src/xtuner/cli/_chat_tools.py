@@ -51,7 +51,7 @@ def names(
 
 
 def check(tools: Sequence[str], *, yes: bool, can_ask: bool) -> None:
-    """Refuse tools that nobody could allow, before the model is loaded.
+    """Refuse tools that do not exist or that nobody could allow, before the model is loaded.
 
     Args:
         tools: names of tools.
@@ -59,15 +59,20 @@ def check(tools: Sequence[str], *, yes: bool, can_ask: bool) -> None:
         can_ask: somebody can be asked before a call.
 
     Raises:
-        ConfigError: calls would have to be allowed, but the input is no terminal.
+        ConfigError: a name is wrong, or calls would have to be allowed, but the input is no
+            terminal; all problems are listed.
     """
+    from xtuner.tools.toolbox import faults_of, refuse
+
     if not tools and yes:
         raise ConfigError("--yes has no effect without --tools")
+    faults = faults_of(tools)
     if tools and not yes and not can_ask:
-        raise ConfigError(
-            "--tools: each call is asked for, but the input is no terminal; add --yes to run "
-            "calls without asking"
+        faults.append(
+            "asks before each call, but the input is no terminal; add --yes to run calls without "
+            "asking"
         )
+    refuse(faults)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -97,7 +98,8 @@ def command(
     _launch.join(launcher, cluster)
     if _launch.has_to_resume():
         resume, overwrite = "last", False
-    if migrate:
+    old = Path(config) if migrate else None
+    if old is not None:
         config = _migrated(config)
     if device is not None:
         overrides = [*(overrides or ()), f"device={device}"]
@@ -147,6 +149,8 @@ def command(
 
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
+        if old is not None:
+            _keep(old, work_dir_of(loaded, work_dir))
     except Interrupted as stopped:
         again = ["xtuner", "train", config, *(["--work-dir", str(work_dir)] if work_dir else [])]
         again += [word for override in overrides or () for word in ("--set", override)]
@@ -178,6 +182,12 @@ def _strategy(strategy: str | None, deepspeed: str | None) -> str | None:
     if deepspeed and deepspeed.endswith(".json"):
         return str(Path(deepspeed).expanduser().absolute())
     return deepspeed or strategy
+
+
+def _keep(old: Path, work_dir: Path) -> None:
+    """Copy the old config to `work_dir`, where scripts for XTuner 0.x look for it."""
+    if os.environ.get("RANK", "0") == "0" and not (work_dir / old.name).exists():
+        shutil.copyfile(old, work_dir / old.name)
 
 
 def _migrated(config: str) -> str:

@@ -27,7 +27,11 @@ def parts(data: Mapping[str, Any], words: Words, *, details: bool = True) -> Ite
     table = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
     yield f'<div class="scroll"><table>{table}</table></div>'
     for source in data["sources"] if details else ():
-        yield from _groups([*source["lost"], *source["changed"]], words)
+        kept = [
+            {**group, "what": words("data_kept", what=group["what"])}
+            for group in source.get("kept", ())
+        ]
+        yield from _groups([*source["lost"], *kept, *source["changed"]], words)
     yield from (f'<p class="note">{escape(note)}</p>' for note in data.get("notes", ()))
     yield f"<p>{_training(data, words)}</p>"
     if data.get("validation"):

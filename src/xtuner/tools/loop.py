@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xtuner.calls.check import call_id
@@ -79,6 +79,7 @@ def converse(
     allow: Allow = lambda call: True,
     max_rounds: int = 8,
     told: list[Message] | None = None,
+    turn_of: Callable[[str], Message] = lambda text: Message("assistant", text),
 ) -> Generator[Event, None, list[Message]]:
     """Answer a conversation with calls; yields what happens, and returns the new messages.
 
@@ -89,6 +90,7 @@ def converse(
         family: how the model writes them.
         allow: asked before each call.
         max_rounds: most answers with calls.
+        turn_of: makes a turn of the assistant of what it wrote.
         told: receives the new messages as they become complete, so that they are there also if
             the caller stops the generator.
     """
@@ -104,10 +106,10 @@ def converse(
             calls.append({**each.call, "id": call_id(first)})
             first += 1
         if not found:
-            new.append(Message("assistant", said))
+            new.append(turn_of(said))
             return new
         text = said if calls else said + "".join(each.text for each in wrong)
-        new.append(Message("assistant", text.rstrip(), tool_calls=tuple(calls)))
+        new.append(replace(turn_of(text.rstrip()), tool_calls=tuple(calls)))
         for call in calls:
             yield Called(call)
             result = tools.call(call) if allow(call) else Result(NOT_ALLOWED, failed=True)

@@ -92,9 +92,7 @@ def open_tools(names: Sequence[str], *, timeout: float = 30.0) -> ToolBox:
     Raises:
         ConfigError: a name is wrong, or a tool cannot be loaded; all problems are listed.
     """
-    faults = [fault for name in names for fault in _faults(name)]
-    if faults:
-        raise ConfigError(listed("--tools:", faults) if len(faults) > 1 else f"--tools {faults[0]}")
+    refuse(faults_of(names))
     local = [name for name in names if not name.startswith("mcp:")]
     providers: list[Provider] = []
     try:
@@ -119,8 +117,18 @@ def builtin_names() -> list[str]:
     return plugins.names(BUILTIN)
 
 
+def faults_of(names: Sequence[str]) -> list[str]:
+    """What is wrong with names, as far as that can be seen without loading the tools."""
+    return [fault for name in names for fault in _faults(name)]
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raise ConfigError if there are `faults` of the option --tools."""
+    if faults:
+        raise ConfigError(listed("--tools:", faults) if len(faults) > 1 else f"--tools {faults[0]}")
+
+
 def _faults(name: str) -> Iterator[str]:
-    """What is wrong with a name, as far as that can be seen without loading the tool."""
     name = ALIAS.sub("", name)
     head, _, setting = name.partition(":")
     if head == "mcp":

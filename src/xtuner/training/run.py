@@ -43,6 +43,7 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.models.run_info import RunInfo
+from xtuner.parallel.once import check_shared
 from xtuner.parallel.processes import Processes
 from xtuner.training import graphs, preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
@@ -89,6 +90,7 @@ def train(
     try:
         folder = work_dir_of(loaded, work_dir)
         with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
+            check_shared(processes, folder)
             run = _TrainingRun(loaded, processes, work_dir)
             try:
                 result = run.train(resume, overwrite)
@@ -442,7 +444,8 @@ class _TrainingRun:
 
     def _old_weights(self, path: Path) -> Path:
         """The weights of an XTuner 0.x checkpoint, as a folder."""
-        self.old_weights = TemporaryDirectory(prefix="xtuner-")
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        self.old_weights = TemporaryDirectory(prefix=".xtuner-", dir=self.work_dir)
         folder = Path(self.old_weights.name) / path.stem
         old_checkpoint.write_folder(path, self.settings, folder)
         self.console.print(
