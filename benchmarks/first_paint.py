@@ -29,7 +29,7 @@ from xtuner.testing.tiny import tiny_model_folder
 
 _PAINT = """() => Object.fromEntries(
     performance.getEntriesByType('paint').map(entry => [entry.name, entry.startTime]))"""
-_COLUMNS = ("first paint", "first text", "form", "model")
+_COLUMNS = ("first paint", "first text", "controls", "model")
 
 
 @contextmanager
@@ -51,11 +51,11 @@ def opened(page: Page, address: str) -> dict[str, float]:
     started = time.monotonic()
     page.goto(address, wait_until="commit")
     page.wait_for_selector("#question textarea")
-    form = 1000 * (time.monotonic() - started)
+    controls = 1000 * (time.monotonic() - started)
     page.wait_for_selector("h2.model")
     model = 1000 * (time.monotonic() - started)
     paint = page.evaluate(_PAINT)
-    values = (paint["first-paint"], paint["first-contentful-paint"], form, model)
+    values = (paint["first-paint"], paint["first-contentful-paint"], controls, model)
     return dict(zip(_COLUMNS, values, strict=True))
 
 

@@ -169,5 +169,5 @@ def test_an_image_for_a_model_of_text_is_refused(server):
     with pytest.raises(openai.BadRequestError, match="is no image"):
         chat(server, messages=[{"role": "user", "content": [part]}])
     part["image_url"]["url"] = "http://127.0.0.1/secret.png"
-    with pytest.raises(openai.BadRequestError, match="fetches nothing"):
+    with pytest.raises(openai.BadRequestError, match="does not fetch images"):
         chat(server, messages=[{"role": "user", "content": [part]}])

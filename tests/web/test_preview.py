@@ -1,5 +1,7 @@
 """What the page shows before a run: data, bad rows, methods."""
 
+import re
+
 from xtuner import i18n
 from xtuner.web import form, preview
 
@@ -13,7 +15,9 @@ def test_data_as_understood(site, folder, monkeypatch):
     values |= {"max_length": 64, "dataset_num_proc": 1}
     loaded = form.checked(values, site.folders)
     view = preview.look_at_data(loaded, WORDS)
-    assert '<td>openai (auto)</td><td class="number">14</td><td class="number">12</td>' in view.html
+    assert re.search(
+        r"openai.*?</td>(<td class=.number.>14</td>)(<td class=.number.>12</td>)", view.html
+    )
     assert "line 13" in view.html and "add one or remove the row" in view.html
     assert '<span class="on">I am Ada &lt;b&gt;.' in view.html and "<b>" not in view.html
     assert view.questions == ("Who are you, 0?", "Who are you, 1?")

@@ -5,6 +5,7 @@ Message (of the history), Event (of an answer in progress) ──► Part ──
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -147,7 +148,7 @@ def _of_message(message: Message) -> Iterator[Part]:
 
 
 def _of_events(events: Sequence[loop.Event]) -> Iterator[Part]:
-    for event, after in zip(events, [*events[1:], None], strict=True):
+    for event, after in itertools.zip_longest(events, events[1:]):
         match event:
             case loop.Text(text):
                 yield from _said(text, called=isinstance(after, loop.Called))

@@ -136,7 +136,6 @@ class ChatTab:
         free = {"concurrency_limit": None, **hidden}
         for dropdown in chosen:
             dropdown.change(self._open, chosen, self._opened, **free)
-            dropdown.focus(self._refreshed, None, chosen, **hidden)
         inputs = [self.question, self.histories, *chosen, *self.options]
         request = [self.request, self.call, self.number]
         outputs = [*both, self.question, self.status, self.note, *request]
@@ -156,16 +155,14 @@ class ChatTab:
         """What `_open` updates."""
         return [self.status, self.left, self.right, self.question, self.options[0], self.histories]
 
-    def wire_page(self, page: gr.Blocks) -> None:
-        """Load the first model when the page opens, and stop answers when it is closed."""
-        page.load(
-            self._open,
-            [self.model, self.other],
-            self._opened,
-            api_visibility="private",
-            show_progress="hidden",
-            concurrency_limit=None,
-        )
+    def wire_page(self, page: gr.Blocks, tab: gr.Tab) -> None:
+        """Load the first model when the page opens, offer new models when the tab is selected, and
+        stop answers when the page is closed."""
+        chosen = [self.model, self.other]
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        page.load(self._open, chosen, self._opened, concurrency_limit=None, **hidden)
+        for event in (page.load, tab.select):
+            event(self._refreshed, None, chosen, **hidden)
         page.unload(self._closed)
 
     def _refreshed(self) -> _Updates:

@@ -67,7 +67,6 @@ class RunsTab:
         outputs = [self.view, self.report, self.checkpoint, self.shown]
         for dropdown in chosen:
             dropdown.change(self._show, chosen, [*outputs, self.message], **hidden)
-            dropdown.focus(self._refreshed, None, chosen, **hidden)
         self.timer.tick(self._tick, [*chosen, self.shown], outputs, **hidden)
         self.stop.click(self._stop, self.run, self.message, **hidden)
         self.resume.click(self._resume, self.run, self.message, **hidden)
@@ -83,17 +82,19 @@ class RunsTab:
             show_progress="hidden",
         )
 
-    def wire_page(self, page: gr.Blocks) -> None:
-        """Show the newest run when the page opens."""
-        page.load(
-            self._show,
-            [self.run, self.other],
-            [self.view, self.report, self.checkpoint, self.shown, self.message],
-            api_visibility="private",
-            show_progress="hidden",
-        )
+    def wire_page(self, page: gr.Blocks, tab: gr.Tab) -> None:
+        """Show the newest run when the page opens, and offer new ones when the tab is selected."""
+        chosen = [self.run, self.other]
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        outputs = [self.view, self.report, self.checkpoint, self.shown, self.message]
+        page.load(self._newest, None, chosen, **hidden).then(self._show, chosen, outputs, **hidden)
+        tab.select(self._refreshed, None, chosen, **hidden)
 
-    def _refreshed(self) -> _Updates:
+    def _newest(self) -> _Updates:
+        run, other = self._refreshed()
+        return gr.update(**run, value=next(iter(self._site.jobs.names()), None)), other
+
+    def _refreshed(self) -> tuple[_Updates, _Updates]:
         names = self._site.jobs.names()
         none = (self._words("nothing"), _NONE)
         return gr.update(choices=names), gr.update(choices=[none, *names])
