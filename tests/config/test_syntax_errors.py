@@ -43,6 +43,11 @@ def test_the_cure_of_python(tmp_path, text, cure):
         ("data_path：a.csv", "write : in place of the full-width sign ："),
         ("data_path = a.csv", "must end in .py"),
         ("data_path: [a.csv，b.csv", "write , in place of the full-width sign ，"),
+        ('a: 1\ndata_path: "a.csv\nlr: 1', 'line 2  data_path: "a.csv   is not YAML: found'),
+        ('data_path: "a.csv\nlr: 1', "a quote is opened and not closed"),
+        ("a: 1\ndata_path: [a.csv\nlr: 1", "line 2  data_path: [a.csv   is not YAML: expected"),
+        ("data_path: [a.csv\nlr: 1", "add the closing bracket ]"),
+        ("a: 1\nlr： 1\n", "line 2  lr： 1   is not YAML: could not find expected ':'; write : in"),
     ],
     ids=lambda value: None,
 )

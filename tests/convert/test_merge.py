@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import peft
 import pytest
 import torch
 from checkpoint_maker import write_adapter
@@ -202,30 +201,15 @@ def test_another_base_than_trained_on_gets_a_warning(tiny_model_path, adapter, t
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"modules_to_save": ["embed_tokens"]},
-        {"trainable_token_indices": {"embed_tokens": [261, 262]}},
-    ],
-    ids=["saved", "indices"],
-)
-def test_an_adapter_with_more_tokens_than_the_base_is_named(options, tiny_model_path, tmp_path):
-    model = tiny_model()
-    model.resize_token_embeddings(263)
-    peft.get_peft_model(model, lora(**options)).save_pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(ModelError, match=r"2 more tokens than the model has \(263, not 261\)"):
-        quiet_merge(tiny_model_path, tmp_path / "adapter", tmp_path / "merged")
-
-
-@pytest.mark.parametrize(
     ("content", "words"),
     [
         ("[1]", "is not an object"),
         ("{}", "peft_type is missing"),
         ('{"peft_type": "LORA", "alpha_pattern": 7}', "alpha_pattern is 7"),
+        ('{"peft_type": "LORA", "alora_invocation_tokens": ["x"]}', "are no token ids"),
         ('{"peft_type": "X", "r": 2, "lora_alpha": 4}', "adapter_config.json is damaged"),
     ],
-    ids=["list", "empty", "pattern", "type"],
+    ids=["list", "empty", "pattern", "alora", "type"],
 )
 def test_a_malformed_adapter_config_is_named(content, words, tiny_model_path, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "bad")

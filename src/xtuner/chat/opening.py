@@ -6,7 +6,6 @@ work dir ─► iter_N ─► adapter ─► run.yaml: base model, template, sys
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import ImageInput
 from xtuner.hub import fetch
 from xtuner.models import manifest
+from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, read_config
 from xtuner.models.quantize import Quantization, Rounding
@@ -397,8 +397,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _declared_base(folder: Path) -> str:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return str(config.get("base_model_name_or_path") or "")
+    return str(read_adapter_config(folder).get("base_model_name_or_path") or "")
 
 
 def _looks_like_path(name: str) -> bool:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from xtuner.cli._heartbeat import heartbeat
+
 
 class Device(StrEnum):
     """Devices."""
@@ -179,20 +181,21 @@ def command(
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
         verb = "has" if len(idle) == 1 else "have"
         typer.echo(f"Note: {flags} {verb} no effect without --temperature.", err=True)
-    session = open_chat(
-        model,
-        adapter=adapter,
-        prompt_template=prompt_template,
-        system=system,
-        bits=bits,
-        options=options,
-        device=device.value,
-        dtype=dtype.value,
-        trust_remote_code=trust_remote_code,
-        trust_code=trust_code,
-        visual_encoder=visual_encoder,
-        llava=llava,
-    )
+    with heartbeat(on=sys.stderr.isatty()):
+        session = open_chat(
+            model,
+            adapter=adapter,
+            prompt_template=prompt_template,
+            system=system,
+            bits=bits,
+            options=options,
+            device=device.value,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
+            visual_encoder=visual_encoder,
+            llava=llava,
+        )
     terminal = Terminal.standard(streaming=not no_streamer, images=tuple(image or ()))
     with _chat_tools.opened(session, terminal, named, yes=yes, max_rounds=max_rounds,
                             timeout=tool_timeout):  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 from enum import StrEnum
@@ -86,21 +87,17 @@ def pth_to_hf(
     state is left out.
     """
     settings = _settings_of(config, trust_remote_code=trust_remote_code)
-    from xtuner.hub import old_pth
+    with contextlib.ExitStack() as stack:
+        from xtuner.hub import old_pth
 
-    if old_pth.is_old(checkpoint):
-        from xtuner.convert.old_checkpoint import as_folder
+        if old_pth.is_old(checkpoint):
+            from xtuner.convert.old_checkpoint import as_folder
 
-        with as_folder(checkpoint, settings, beside=save_dir) as folder:
-            _convert(
-                settings, folder, save_dir, save_format, config=config, fp32=fp32,
-                max_shard_size=max_shard_size, trust_code=trust_code,
-            )  # fmt: skip
-        return
-    _convert(
-        settings, checkpoint, save_dir, save_format, config=config, fp32=fp32,
-        max_shard_size=max_shard_size, trust_code=trust_code,
-    )  # fmt: skip
+            checkpoint = stack.enter_context(as_folder(checkpoint, settings, beside=save_dir))
+        _convert(
+            settings, checkpoint, save_dir, save_format, config=config, fp32=fp32,
+            max_shard_size=max_shard_size, trust_code=trust_code,
+        )  # fmt: skip
 
 
 def _settings_of(config: str, *, trust_remote_code: bool) -> Settings:

@@ -320,8 +320,10 @@ class PackedCausalLM(nn.Module):
             decoder.set_attn_implementation(plain_attention(decoder))
 
     def _check_alone(self) -> None:
+        check = IsolationCheck(self, LENGTHS[1:2])
         try:
-            leak = IsolationCheck(self, LENGTHS[1:2]).leak()
+            leak = check.leak()
+            learns = self._scores_of_row(check.batch(), check.batch()).requires_grad
         except (XTunerError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # third-party code
@@ -333,6 +335,11 @@ class PackedCausalLM(nn.Module):
             raise ModelError(
                 f"{self._described()}: {leak}. As configured it is not a causal language model "
                 f"(but an encoder, for example), and cannot be trained here"
+            )
+        if not learns and any(parameter.requires_grad for parameter in self.parameters()):
+            raise ModelError(
+                f"{self._described()}: no gradient reaches the trained weights, since its layers "
+                "compute their own gradients; set tuning = 'full'"
             )
 
     def split_rows(self, group: SequenceGroup) -> None:

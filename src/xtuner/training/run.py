@@ -37,9 +37,10 @@ from xtuner.engine.working import say, working
 from xtuner.hub import old_pth
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
-from xtuner.models import manifest
+from xtuner.models import manifest, vocabulary
 from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.facts import facts_of
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.models.run_info import RunInfo
@@ -361,6 +362,10 @@ class _TrainingRun:
             self.console.print(f"Note: {note}.")
         if self.processes.sequence is not None:
             wrapped.split_rows(self.processes.sequence)
+        if s.resize_embeddings:
+            self.console.print(
+                f"Note: {vocabulary.growth(wrapped.causal, facts_of(s).vocab_size)}."
+            )
         for note in notes_on_adapters(llm) if s.uses_adapter else ():
             self.console.print(f"Note: {note}.", markup=False)
         for line in self.vision.trained() if self.vision else ():

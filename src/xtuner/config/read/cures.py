@@ -44,8 +44,9 @@ def python_cure(line: str, message: str) -> str:
     return ""
 
 
-def yaml_cure(line: str, message: str) -> str:
-    """What to do about a syntax error in `line`, which PyYAML describes as `message`."""
+def yaml_cure(line: str, message: str, context: str = "") -> str:
+    """What to do about a syntax error in `line`, which PyYAML describes as `message`, while it did
+    what it calls `context`."""
     if "'\\t'" in message or ("\t" in line[: len(line) - len(line.lstrip())]):
         return "the line has a tab; YAML takes spaces only"
     if "escape" in message:
@@ -54,6 +55,10 @@ def yaml_cure(line: str, message: str) -> str:
         return _replace(sign)
     if "mapping values are not allowed" in message:
         return "write one  name: value  a line, and quotes around a value with a colon"
+    if "quoted scalar" in context:
+        return "a quote is opened and not closed"
+    if "flow sequence" in context or "flow mapping" in context:
+        return f"add the closing bracket {']' if 'sequence' in context else '}'}"
     if re.match(r"\s*[A-Za-z_]\w*\s*=", line):
         return "YAML takes  name: value ; a file with  name = value  must end in .py"
     return ""
