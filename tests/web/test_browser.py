@@ -84,8 +84,15 @@ def picture(page, name):
 
 
 def choose(page, control, value):
-    page.fill(f"#{control} input", value)
-    page.keyboard.press("Enter")
+    """Enter a value. New choices that arrive while one types put the old text back."""
+    box = page.locator(f"#{control} input")
+    for _ in range(10):
+        box.fill(value)
+        box.press("Enter")
+        page.wait_for_timeout(200)
+        if box.input_value() == value:
+            return
+    raise AssertionError(f"{control} shows {box.input_value()}")
 
 
 def ask(page, text, side="left", count=1):
