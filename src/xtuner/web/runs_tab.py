@@ -19,6 +19,9 @@ _NONE = ""
 _NEWEST = ""
 
 _Updates = Any
+_Shown = tuple[str, str, tuple[str, ...]]
+"""A run, its view, and its checkpoints."""
+_NOTHING_SHOWN: _Shown = ("", "", ())
 
 
 class RunsTab:
@@ -47,7 +50,7 @@ class RunsTab:
             self.report = gr.HTML(elem_id="run-report", padding=False)
         self.message = gr.HTML(elem_id="runs-message", padding=False)
         self.view = gr.HTML(elem_id="run-view", padding=False)
-        self.shown = gr.State("")
+        self.shown = gr.State(_NOTHING_SHOWN)
         self.timer = gr.Timer(_SECONDS)
         self._wire()
 
@@ -100,22 +103,29 @@ class RunsTab:
         return gr.update(choices=names), gr.update(choices=[none, *names])
 
     def _show(self, run: str | None, other: str | None) -> list[_Updates]:
-        return [*self._tick(run, other, ""), ""]
+        return [*self._tick(run, other, _NOTHING_SHOWN), ""]
 
-    def _tick(self, run: str | None, other: str | None, shown: str) -> list[_Updates]:
-        """The view, if anything in it has changed."""
+    def _tick(self, run: str | None, other: str | None, shown: _Shown) -> list[_Updates]:
+        """The view and the checkpoints to choose from, if they have changed."""
         site, names = self._site, [name for name in (run, other) if name]
         view = run_view.view(site.jobs, site.folders, names, self._words)
-        if view == shown:
+        known = run if run in site.jobs.names() else None
+        checkpoints = tuple(self._checkpoints(known)) if known else ()
+        now = (run or "", view, checkpoints)
+        if now == shown:
             return [gr.skip()] * 4
-        if not run or run not in site.jobs.names():
-            return [view, "", gr.skip(), view]
         link = (
-            f'<a class="button" href="/report/{escape(run)}" target="_blank" rel="noopener">'
+            f'<a class="button" href="/report/{escape(known)}" target="_blank" rel="noopener">'
             f"{self._words('runs_report')}</a>"
+            if known
+            else ""
         )
-        choices = [(self._words("runs_newest"), _NEWEST), *self._checkpoints(run)]
-        return [view, link, gr.update(choices=choices), view]
+        newest = (self._words("runs_newest"), _NEWEST)
+        # an update of the choices puts back what someone types or looks at
+        changes: dict[str, Any] = {"value": _NEWEST} if now[0] != shown[0] else {}
+        if checkpoints != shown[2]:
+            changes["choices"] = [newest, *checkpoints]
+        return [view, link, gr.update(**changes) if changes else gr.skip(), now]
 
     def _checkpoints(self, run: str) -> list[str]:
         try:
