@@ -19,9 +19,9 @@ _NONE = ""
 _NEWEST = ""
 
 _Updates = Any
-_Shown = tuple[str, str, tuple[str, ...]]
+_Shown = tuple[str, str, tuple[str, ...] | None]
 """A run, its view, and its checkpoints."""
-_NOTHING_SHOWN: _Shown = ("", "", ())
+_NOTHING_SHOWN: _Shown = ("", "", None)
 
 
 class RunsTab:
