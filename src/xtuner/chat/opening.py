@@ -406,11 +406,13 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _same(one: str, other: str) -> bool:
-    def resolved(name: str) -> str:
-        folder = _folder(name) or fetch.cached(name)
-        return str(folder.resolve()) if folder else name
-
-    return resolved(one) == resolved(other)
+    """Whether two names mean one model. A name on the hub that is not on this machine means any
+    folder of that name: ``internlm/internlm2-chat-1_8b`` is ``/models/internlm2-chat-1_8b``.
+    """
+    found = [_folder(name) or fetch.cached(name) for name in (one, other)]
+    if None in found:
+        return Path(one).name.lower() == Path(other).name.lower()
+    return len({folder.resolve() for folder in found if folder}) == 1
 
 
 def _contents(path: Path) -> str:

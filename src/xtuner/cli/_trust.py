@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -17,7 +18,7 @@ import typer
 from xtuner import plugins
 from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.schema import Settings
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, listed
 from xtuner.hub import trust
 
 TrustRemoteCode: TypeAlias = Annotated[
@@ -54,6 +55,47 @@ def load(
     if not trust_code:
         _check_files(loaded, overrides or ())
     return loaded
+
+
+def load_any(
+    config: str,
+    *,
+    overrides: Sequence[str] | None = None,
+    reads_data: bool = False,
+    trust_remote_code: bool = False,
+    trust_code: bool = False,
+) -> LoadedSettings:
+    """Like `load`, but `config` may also be a config of another trainer, as it is.
+
+    Args:
+        reads_data: whether the command reads rows, which some migrated configs can only with the
+            Python file that `xtuner migrate-cfg` writes.
+
+    Raises:
+        ConfigError: as `load`; or the config cannot be migrated.
+    """
+    from xtuner.config.read import foreign
+
+    path = Path(config)
+    text = ""
+    if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    if not (origin := foreign.origin(text, path.suffix)):
+        return load(
+            config,
+            overrides=overrides,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
+        )
+    from xtuner.migrate import file
+
+    draft = file.read(path)
+    if draft.not_yet or draft.refused:
+        raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
+    if draft.files and reads_data:
+        raise ConfigError(foreign.offer(config, origin))
+    loaded = load_settings(draft.values, overrides=overrides or ())
+    return replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
 
 
 def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag: bool) -> None:

@@ -42,8 +42,12 @@ def command(
     from xtuner.training.data_parts import DataParts
 
     parts = DataParts.open(
-        _trust.load(
-            config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+        _trust.load_any(
+            config,
+            reads_data=True,
+            overrides=overrides,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
         )
     )
     count = 0

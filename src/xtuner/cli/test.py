@@ -41,7 +41,7 @@ def command(
     from xtuner.errors import ConfigError
     from xtuner.generation.generate import GenerationOptions
 
-    loaded = _trust.load(
+    loaded = _trust.load_any(
         config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
     s = loaded.settings
