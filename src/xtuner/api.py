@@ -108,11 +108,10 @@ def train(
     set_up_memory(loaded.settings.device)
 
     from xtuner.engine.signals import Interrupted
-    from xtuner.engine.work_dir import work_dir_of
     from xtuner.hub import trust
     from xtuner.training import run
 
-    folder = work_dir_of(loaded, Path(work_dir) if work_dir else None)
+    folder = loaded.work_dir(work_dir)
     trust.remember("work_dirs", str(folder.resolve()))
     which = "last" if resume is True else resume or None
     with _only_training(), _process_restored():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xtuner.cli import _trust
+from xtuner.cli import _model, _settings
 from xtuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,28 +23,11 @@ Size = Annotated[
 ]
 
 
-class Device(StrEnum):
-    """Devices."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class SaveFormat(StrEnum):
     """Output formats of a LLaVA model."""
 
     xtuner = "xtuner"
     huggingface = "huggingface"
-
-
-class Dtype(StrEnum):
-    """Number types of a merged model."""
-
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
 
 
 @app.command("pth_to_hf")
@@ -71,13 +54,8 @@ def pth_to_hf(
             "(huggingface)."
         ),
     ] = SaveFormat.xtuner,
-    trust_remote_code: _trust.TrustRemoteCode = False,
-    trust_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-code", help="Run the Python file that the checkpoint names as its template."
-        ),
-    ] = False,
+    trust_remote_code: _settings.TrustRemoteCode = False,
+    trust_code: _model.TrustCode = False,
 ) -> None:
     """Convert a checkpoint to an adapter or model.
 
@@ -114,7 +92,7 @@ def _settings_of(config: str, *, trust_remote_code: bool) -> Settings:
             from xtuner.migrate.file import settings_of
 
             return settings_of(path)
-    return _trust.load(
+    return _settings.load(
         config, overrides=None, trust_remote_code=trust_remote_code, trust_code=True
     ).settings
 
@@ -205,15 +183,12 @@ def merge(
     ],
     save_dir: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
     max_shard_size: Size = "2GB",
-    device: Annotated[
-        Device, typer.Option(help="'auto' uses a GPU if there is one.")
-    ] = Device.auto,
+    device: _model.DeviceOption = _model.Device.auto,
     dtype: Annotated[
-        Dtype, typer.Option(help="Number type of the result; 'auto' is that of the base model.")
-    ] = Dtype.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that ships with the model.")
-    ] = False,
+        _model.Dtype,
+        typer.Option(help="Number type of the result; 'auto' is that of the base model."),
+    ] = _model.Dtype.auto,
+    trust_remote_code: _model.TrustRemoteCode = False,
     is_clip: Annotated[
         bool, typer.Option("--is-clip", help="The model is a vision tower (CLIP or SigLIP).")
     ] = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xtuner.cli.chat import Device, Dtype
+from xtuner.cli import _model
 
 if TYPE_CHECKING:
     from xtuner.chat.session import Session
@@ -63,30 +63,15 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Write every answer to this JSONL file.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers generated at a time.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 256,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Adapter to load on MODEL.")
-    ] = None,
-    prompt_template: Annotated[
-        str | None, typer.Option(metavar="T", help="Prompt template, as in a settings file.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="S", help="System message.")] = None,
-    bits: Annotated[int | None, typer.Option(metavar="4|8|16", help="Bits per weight.")] = None,
-    device: Annotated[
-        Device, typer.Option(help="'auto' uses a GPU if there is one.")
-    ] = Device.auto,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number type of weights and computation.")
-    ] = Dtype.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that ships with MODEL.")
-    ] = False,
-    trust_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-code", help="Run the Python file that the checkpoint names as its template."
-        ),
-    ] = False,
+    max_new_tokens: _model.MaxNewTokens = 256,
+    adapter: _model.Adapter = None,
+    prompt_template: _model.PromptTemplate = None,
+    system: _model.System = None,
+    bits: _model.Bits = None,
+    device: _model.DeviceOption = _model.Device.auto,
+    dtype: _model.DtypeOption = _model.Dtype.auto,
+    trust_remote_code: _model.TrustRemoteCode = False,
+    trust_code: _model.TrustCode = False,
 ) -> None:
     """Measure how well a model calls tools.
 

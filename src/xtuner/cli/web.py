@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xtuner.cli.chat import Device, Dtype
+from xtuner.cli import _model
 
 
 def command(
@@ -15,13 +15,13 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL|RUN]...",
-            help="Chosen when the page opens: one model, or two side by side. Each is what "
-            "`xtuner chat` takes.",
+            help="Models that are selected when the page opens: one, or two side by side. Each is "
+            "what `xtuner chat` takes.",
         ),
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Compare MODEL with this adapter on it."),
+        typer.Option(metavar="DIR", help="Compare MODEL with MODEL + this adapter."),
     ] = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 6006,
@@ -30,11 +30,11 @@ def command(
         typer.Option(
             metavar="USER:PASSWORD",
             envvar="XTUNER_WEB_AUTH",
-            help="Ask for name and password in place of the token. Required for an address other "
-            "than loopback.",
+            help="Ask for name and password instead of the token. Needed for addresses other than "
+            "loopback.",
         ),
     ] = None,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the work dirs.")] = Path(
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder with the work dirs.")] = Path(
         "work_dirs"
     ),
     max_runs: Annotated[int, typer.Option(min=1, help="Runs that the page starts at a time.")] = 1,
@@ -46,18 +46,14 @@ def command(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A further name of this server; repeatable."),
+        typer.Option(metavar="NAME", help="Another host name of this server; repeatable."),
     ] = None,
-    device: Annotated[
-        Device, typer.Option(help="'auto' uses a GPU if there is one.")
-    ] = Device.auto,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number type of weights and computation.")
-    ] = Dtype.auto,
+    device: _model.DeviceOption = _model.Device.auto,
+    dtype: _model.DtypeOption = _model.Dtype.auto,
 ) -> None:
     """Open a web page to chat, to train, and to look at runs.
 
-    The page reads the current folder, the folder of the work dirs, that of fetched models, and
+    The page can read the current folder, the folder with the work dirs, that of fetched models, and
     those given with --allow.
     """
     import tempfile

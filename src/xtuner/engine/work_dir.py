@@ -19,12 +19,6 @@ _USER_CODE = "user_code"
 """Folder in the work dir for copies of the Python files that the settings name."""
 
 
-def work_dir_of(loaded: LoadedSettings, given: Path | None = None) -> Path:
-    """The work dir of a run: `given`, otherwise the setting, otherwise ``work_dirs/NAME``."""
-    folder = given or Path(loaded.settings.work_dir or Path("work_dirs") / loaded.name)
-    return folder.expanduser()
-
-
 @dataclass(frozen=True)
 class WorkPlace:
     """Where a run writes: its work dir, and the time-stamped log folder of this start in it."""

@@ -32,7 +32,7 @@ from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.resume import check_shape, identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
-from xtuner.engine.work_dir import WorkPlace, work_dir_of
+from xtuner.engine.work_dir import WorkPlace
 from xtuner.engine.working import say, working
 from xtuner.hub import old_pth
 from xtuner.kernels.attention.packed import without_cudnn
@@ -87,7 +87,7 @@ def train(
         hang_timeout=settings.hang_timeout,
     )
     try:
-        folder = work_dir_of(loaded, work_dir)
+        folder = loaded.work_dir(work_dir)
         with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
             run = _TrainingRun(loaded, processes, work_dir)
             try:
@@ -109,7 +109,7 @@ class _TrainingRun:
     def __init__(self, loaded: LoadedSettings, processes: Processes, work_dir: Path | None):
         self.loaded, self.settings, self.processes = loaded, loaded.settings, processes
         self.console = Console(quiet=not processes.is_main, highlight=False, soft_wrap=True)
-        self.work_dir = work_dir_of(loaded, work_dir)
+        self.work_dir = loaded.work_dir(work_dir)
         self.device = processes.device.type
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.loss_scaler = LossScaler.for_dtype(self.dtype)
