@@ -37,7 +37,7 @@ def opening_lines(
     positions: str | None,
     work_dir: Path,
 ) -> Iterator[str]:
-    """Yield the lines in the order of a reader's questions.
+    """Yield the first lines of a run.
 
     Args:
         s: The run's settings.
@@ -139,7 +139,7 @@ def _counted(s: Settings, total: int, counter: Counter) -> Iterator[str]:
     last, step = every[-1]
     names = ", ".join([*shown, f"iter_{last} (step {step})"])
     yield (
-        f"Counting     micro-batches of one process: {last:,}, {counter.accumulative_counts} a "
+        f"Counting     micro-batches of one process: {last:,}, {counter.accumulative_counts} per "
         f"step; saved as {names}"
     )
 
@@ -165,14 +165,13 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
 
 
 def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
-    """What a beginner should know about the number of steps before the run, not after it."""
+    """Notes on a number of steps that is unlikely to be intended."""
     notes = []
     end = counter.done(total)
     if s.max_steps and s.max_steps > end:
         notes.append(
             f"max_steps = {s.max_steps} will not be reached: max_epochs = {s.max_epochs} ends the "
-            f"run "
-            f"at {end}; raise max_epochs"
+            f"run at {end}; raise max_epochs"
         )
     elif s.max_steps and s.max_steps < end:
         notes.append(
@@ -181,5 +180,5 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
-        notes.append(f"only {total} steps, too few to learn much; set {hint}max_epochs = 'auto'")
+        notes.append(f"only {total} steps, which is too few to learn much; set {hint}max_epochs = 'auto'")
     return notes

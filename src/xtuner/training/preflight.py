@@ -62,7 +62,7 @@ def _positions(s: Settings, facts: ModelFacts) -> Iterator[str]:
     if limit and s.max_length > limit and facts.learned_positions:
         yield (
             f"max_length = {s.max_length:,}: {facts.path} has {limit:,} learned positions and "
-            f"supports no longer texts; set max_length = {limit} or less"
+            f"does not support longer texts; set max_length = {limit} or less"
         )
 
 
@@ -148,8 +148,8 @@ def check_tokenizer(tokenizer: Any, template: Template, facts: ModelFacts) -> in
         shown = ", ".join(map(repr, names[:_MOST_NAMES])) + ", ..." * (len(names) > _MOST_NAMES)
         raise ModelError(
             f"{facts.path}: the tokenizer has {len(tokenizer):,} tokens, but the model only "
-            f"{facts.vocab_size:,} embeddings, and the template writes tokens without one ( "
-            f"{shown}). Use the tokenizer that belongs to the model, set another prompt_template, "
+            f"{facts.vocab_size:,} embeddings, and the template writes tokens without one "
+            f"({shown}). Use the tokenizer that belongs to the model, set another prompt_template, "
             f"or enlarge the model first with transformers: "
             f"model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(...)"
         )
