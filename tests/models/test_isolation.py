@@ -147,7 +147,7 @@ class OtherPositions(PackedCausalLM):
     """Gives the model positions as `change` makes them."""
 
     def _inputs(self, batch):
-        inputs = super()._inputs(batch)
+        inputs = super().inputs_of(batch)
         return {**inputs, "position_ids": self.change(inputs["position_ids"])}
 
 

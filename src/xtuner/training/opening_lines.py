@@ -180,5 +180,7 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
-        notes.append(f"only {total} steps, which is too few to learn much; set {hint}max_epochs = 'auto'")
+        notes.append(
+            f"only {total} steps, which is too few to learn much; set {hint}max_epochs = 'auto'"
+        )
     return notes
