@@ -37,11 +37,11 @@ def told(error: BaseException) -> str:
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         return f"{text}, line {error.lineno}" if "line " not in text else text
-    location = user_place(error)
+    location = user_location(error)
     return f"{text} ({location})" if location else text
 
 
-def user_place(error: BaseException) -> str:
+def user_location(error: BaseException) -> str:
     """File and line of the innermost call in a user's file, or in one beside it; empty if `error`
     comes from none."""
     files = [m.__file__ for n, m in list(sys.modules.items()) if n.startswith(_USER_MODULE)]

@@ -16,14 +16,14 @@ Thoughts = Literal["learn", "mask", "remove"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of a call or result: `where` in the conversation, what it is and how to cure it."""
+    """A problem of a call or result: `where` in the conversation, what it is and how to hint it."""
 
     where: str
     problem: str
-    cure: str
+    hint: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}; {self.cure}"
+        return f"{self.where}: {self.problem}; {self.hint}"
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def _result_problem(
 ) -> Problem | None:
     where = f"turn [{turn}]"
     if waiting is None:
-        cure = "add the call to the turn of the assistant before it, or remove the result"
-        return Problem(where, "is the result of a tool, but no call precedes it", cure)
+        hint = "add the call to the turn of the assistant before it, or remove the result"
+        return Problem(where, "is the result of a tool, but no call precedes it", hint)
     known = [name for name in waiting if name is not None]
     if message.tool_call_id and known and message.tool_call_id not in known:
         problem = f"answers the call '{message.tool_call_id}', but there is no call with that id"
@@ -117,12 +117,12 @@ def _problems_of_call(
     if not schemas:
         return
     if name not in schemas:
-        cure = "add the tool to the tools of the row, or correct the name"
-        yield Problem(where, "is of a tool that the row does not declare", cure)
+        hint = "add the tool to the tools of the row, or correct the name"
+        yield Problem(where, "is of a tool that the row does not declare", hint)
     elif isinstance(arguments, Mapping) and isinstance(schemas[name], Mapping):
         for problem in schema_problems(arguments, schemas[name]):
-            cure = "correct the argument, or the schema of the tool"
-            yield Problem(where, f"does not fit the schema: '{problem}'", cure)
+            hint = "correct the argument, or the schema of the tool"
+            yield Problem(where, f"does not fit the schema: '{problem}'", hint)
 
 
 def _name(call: Mapping[str, Any]) -> str:

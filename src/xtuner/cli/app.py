@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if debug or not plugins.user_place(error):
+        if debug or not plugins.user_location(error):
             raise
         sys.stdout.flush()
         hint = "--debug shows the whole traceback"

@@ -97,10 +97,10 @@ def _resolve_aliases(reading: Reading) -> list[Problem]:
 
 
 def _meant(name: str, value: Any) -> Any:
-    """The value that `value` means for setting `name`: of another trainer, or 3.0 for 3."""
+    """`value` as setting `name` takes it: the value of another trainer renamed, 3.0 as 3."""
     value = meant(name, value)
-    whole = isinstance(value, float) and value.is_integer() and not accepts(name, value)
-    return int(value) if whole else value
+    integral = isinstance(value, float) and value.is_integer() and not accepts(name, value)
+    return int(value) if integral else value
 
 
 def accepts(name: str, value: Any) -> bool:

@@ -75,8 +75,8 @@ def write_folder(path: Path, settings: Settings, folder: Path) -> None:
 def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
     """Write `tensors` to the file `name` in `folder`, which is created."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
-    save_file(whole, str(folder / name), metadata={"format": "pt"})
+    contiguous = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+    save_file(contiguous, str(folder / name), metadata={"format": "pt"})
 
 
 def _write_llm(folder: Path, s: Settings, tensors: dict[str, Tensor], path: Path) -> None:

@@ -26,7 +26,7 @@ from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.training_state import STATE_FILE
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models import manifest
-from xtuner.models.folder_swap import put_in_place, recover
+from xtuner.models.folder_swap import recover, replace_folder
 from xtuner.models.save import flush, flush_tree
 from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
@@ -95,7 +95,7 @@ class CheckpointStore:
     def _finish(self, draft: Path, target: Path) -> None:
         manifest.write(draft)
         flush_tree(draft)
-        put_in_place(draft, target)
+        replace_folder(draft, target)
         self._point_at(target.name)
         if self.alias:
             _alias_of(target).write_text(target.name + "\n", encoding="utf-8")

@@ -101,7 +101,7 @@ class Trainer:
             max_norm=run.settings.max_norm,
             stopped=lambda: self._stop.made,
         )
-        self._weights_are_whole = True
+        self._weights_are_consistent = True
 
     def fit(self) -> None:
         """Train until the end or an interruption.
@@ -231,9 +231,9 @@ class Trainer:
         if not found.finite:
             self.strategy.zero_grad()
             raise TrainingError(self._not_finite(group, found))
-        self._weights_are_whole = False
+        self._weights_are_consistent = False
         self.strategy.step()
-        self._weights_are_whole = True
+        self._weights_are_consistent = True
         scale = self.loss_scaler.scale
         self.loss_scaler.step_taken()
         run.step += 1
@@ -279,7 +279,7 @@ class Trainer:
         if self.processes.device.type == "cuda":
             torch.cuda.empty_cache()
         alone, note = self.processes.world_size == 1, ""
-        if alone and self._weights_are_whole:
+        if alone and self._weights_are_consistent:
             try:
                 self._save_once()
             except LaunchError as error:

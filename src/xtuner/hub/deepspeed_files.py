@@ -146,6 +146,6 @@ def _stage_3(
 
 
 def _joined(pieces: Sequence[Tensor], shape: Any) -> Tensor:
-    whole = torch.cat([piece.reshape(-1) for piece in pieces])
+    flat = torch.cat([piece.reshape(-1) for piece in pieces])
     shape = torch.Size(shape)
-    return whole[: shape.numel()].view(shape).detach().clone()
+    return flat[: shape.numel()].view(shape).detach().clone()

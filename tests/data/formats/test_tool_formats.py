@@ -203,11 +203,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_call_is_named_with_its_cure_and_dropped_or_kept(name):
+def test_a_bad_call_is_reported_with_a_hint_and_dropped_or_kept(name):
     record, words = BAD[name]
     problem = CallPolicy().applied(record)
     assert isinstance(problem, Problem)
-    assert words in problem.problem and problem.cure
+    assert words in problem.problem and problem.hint
     assert problem.where.startswith(("turn [2]", "turn [3]"))
     kept = CallPolicy(errors="keep").applied(record)
     assert len(kept.messages) == len(record.messages)

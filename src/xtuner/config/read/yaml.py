@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from xtuner.config.read import cures
+from xtuner.config.read import hints
 from xtuner.config.read.arithmetic import RefusedError, check_size
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
 
@@ -53,8 +53,8 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     if node is None:
         return reading
     if not isinstance(node, yaml.MappingNode):
-        cure = cures.yaml_lines_cure(text)
-        reason = f"must consist of lines  key: value{f'; {cure}' if cure else ''}"
+        hint = hints.yaml_lines_hint(text)
+        reason = f"must consist of lines  key: value{f'; {hint}' if hint else ''}"
         return Reading(problems=[Problem("the file", reason)], parsed=False)
     for key, value in node.value:
         _read_pair(reading, key, value, overrides or {})
@@ -97,7 +97,7 @@ def _chinese_quotes(node: yaml.Node) -> str:
     """The problem of a value in quotes that YAML takes for letters; empty for others."""
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     scalars = [n for n in nodes if isinstance(n, yaml.ScalarNode) and n.style is None]
-    if not any(n.value[:1] in cures.OPENING_QUOTES for n in scalars if n.value):
+    if not any(n.value[:1] in hints.OPENING_QUOTES for n in scalars if n.value):
         return ""
     return "is in Chinese quotes, which would be part of the value; write ' or \""
 
@@ -128,6 +128,6 @@ def _syntax_problem(text: str, error: yaml.YAMLError) -> Problem:
     lines = text.split("\n")
     line = lines[mark.line] if mark.line < len(lines) else ""
     message = getattr(error, "problem", None) or ""
-    cure = cures.yaml_cure(line, message)
-    reason = f"is not YAML: {message}{f'; {cure}' if cure else ''}"
+    hint = hints.yaml_hint(line, message)
+    reason = f"is not YAML: {message}{f'; {hint}' if hint else ''}"
     return Problem(line.strip(), reason, line=mark.line + 1)

@@ -78,7 +78,7 @@ class Encoder:
             return converted
         checked = self.calls.applied(converted)
         if isinstance(checked, Problem):
-            return Fault(f"{checked.problem}; {checked.cure}", checked.where)
+            return Fault(f"{checked.problem}; {checked.hint}", checked.where)
         return checked
 
     def encode(self, task: Task) -> list[Encoded] | Fault:
@@ -200,7 +200,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
-    known = isinstance(error, ValueError | XTunerError) and not plugins.user_place(error)
+    known = isinstance(error, ValueError | XTunerError) and not plugins.user_location(error)
     return message if known and message else plugins.told(error)
 
 
