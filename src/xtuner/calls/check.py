@@ -1,4 +1,4 @@
-"""Check the calls of a conversation, and bring their ids and results together."""
+"""Check the calls of a conversation, and match results to calls by id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Thoughts = Literal["learn", "mask", "remove"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of a call or result: `where` in the conversation, what it is and how to hint it."""
+    """A problem of a call or result: where it is in the conversation, what it is, how to fix it."""
 
     where: str
     problem: str
@@ -31,16 +31,16 @@ class CallPolicy:
     """What happens to tool calls when rows are encoded.
 
     Attributes:
-        errors: 'drop' loses a row whose calls are wrong, 'keep' trains on it.
-        thoughts: whether thoughts are learned ('learn'), shown without loss ('mask'), or left out
-            ('remove'). A thought is the reasoning of an assistant turn, and the text before a call.
+        errors: 'drop' discards a row whose calls are wrong, 'keep' trains on it.
+        thoughts: whether thoughts are supervised ('learn'), masked ('mask'), or removed ('remove').
+            A thought is the reasoning of an assistant turn, or the text before a call.
     """
 
     errors: Errors = "drop"
     thoughts: Thoughts = "learn"
 
     def applied(self, record: Record) -> Record | Problem:
-        """The record as it is encoded, or the first problem of its calls."""
+        """The record to encode, or the first problem of its calls."""
         if isinstance(record, Preference):
             sides = [self.applied(record.chosen), self.applied(record.rejected)]
             wrong = next((side for side in sides if isinstance(side, Problem)), None)
@@ -113,12 +113,12 @@ def _problems_of_call(
     if isinstance(arguments, str):
         yield Problem(where, "has arguments that are not valid JSON", "write them as a JSON object")
     elif not isinstance(arguments, Mapping):
-        yield Problem(where, "has arguments that are no object", "write them as a JSON object")
+        yield Problem(where, "has arguments that are not an object", "write them as a JSON object")
     if not schemas:
         return
     if name not in schemas:
         hint = "add the tool to the tools of the row, or correct the name"
-        yield Problem(where, "is of a tool that the row does not declare", hint)
+        yield Problem(where, "calls a tool that the row does not declare", hint)
     elif isinstance(arguments, Mapping) and isinstance(schemas[name], Mapping):
         for problem in schema_problems(arguments, schemas[name]):
             hint = "correct the argument, or the schema of the tool"
@@ -132,7 +132,7 @@ def _name(call: Mapping[str, Any]) -> str:
 def with_ids(record: Conversation) -> Conversation:
     """Give every call an id and every result the id and name of its call.
 
-    Results without an id belong to the calls before them in order. Ids that the data give are kept.
+    Results without an id belong to the calls before them in order. Ids in the data are kept.
     """
     if not any(message.tool_calls for message in record.messages):
         return record
@@ -153,12 +153,12 @@ def with_ids(record: Conversation) -> Conversation:
 
 
 def call_id(number: int) -> str:
-    """The id of the call `number`: nine letters and digits, which all templates accept."""
+    """The id of call `number`: nine letters and digits, which all templates accept."""
     return f"call{number:05d}"
 
 
 def _linked(message: Message, waiting: list[tuple[str, str]]) -> Message:
-    """A result with the id and name of its call, which is taken out of `waiting`."""
+    """A result with the id and name of its call, which is removed from `waiting`."""
     by_id = {given: index for index, (given, _) in enumerate(waiting)}
     index = by_id.get(message.tool_call_id or "", 0)
     if not waiting:
