@@ -89,7 +89,7 @@ def test_a_model_that_xtuner_wrote_knows_its_template(run: Path, tmp_path: Path)
 
 def test_a_base_model_needs_a_template(tmp_path: Path) -> None:
     base = tiny_model_folder(tmp_path / "base", chat_template=None)
-    with pytest.raises(ModelError, match="by --prompt-template, such as 'default'"):
+    with pytest.raises(ModelError, match="such as --prompt-template default"):
         opening.open_chat(base)
     assert opening.open_chat(base, prompt_template="default").template.name == "default"
 

@@ -136,7 +136,7 @@ def text_parts(
     """The tokenizer and template of `found`; arguments as for `open_chat`.
 
     Args:
-        where: what errors call the model.
+        where: the name of the model in error messages.
 
     Raises:
         XTunerError: the tokenizer or template cannot be used.
@@ -145,9 +145,8 @@ def text_parts(
     tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)
     if name == "auto" and not tokenizer.chat_template:
         raise ModelError(
-            f"{where}: the tokenizer has no chat template, which is common for base models. "
-            "Select the template that the model was tuned with by --prompt-template, such as "
-            "'default'"
+            f"{where}: the tokenizer has no chat template, which is common for base models. Select "
+            "the template that the model was tuned with, such as --prompt-template default"
         )
     if found.llava:
         add_image_token(tokenizer)  # before the template reads the tokens
@@ -156,7 +155,7 @@ def text_parts(
         template = templates.load(prompt_template, tokenizer, system=system)
         if found.trained and not _renders_alike(template, found, tokenizer, system):
             logger.warning(
-                "%s was trained with the template %s, but is asked with %s; answers may be worse",
+                "%s was trained with the template %s, but is used with %s; answers may be worse",
                 where, found.template, prompt_template,
             )  # fmt: skip
         return tokenizer, template
@@ -168,7 +167,7 @@ def text_parts(
 
 
 def _renders_alike(given: Template, found: ChatSource, tokenizer: Any, system: str) -> bool:
-    """Whether `given` writes a prompt as the template of the training run does."""
+    """Whether `given` renders a prompt like the template of the training run."""
     if plugins.is_user_path(found.template) and not found.own_template:
         return False
     try:

@@ -110,7 +110,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _problem(config: Any) -> str:
-    """What is wrong with the contents of an ``adapter_config.json``; empty if nothing is seen."""
+    """The problem with the contents of an ``adapter_config.json``; empty if none is found."""
     if not isinstance(config, dict):
         return "it is not an object"
     kinds = {

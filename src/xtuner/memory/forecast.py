@@ -22,14 +22,14 @@ from xtuner.models.vision.tower import num_image_tokens, vision_config
 MB = 2**20
 
 LIBRARIES = 740 * MB
-"""Memory of a CPU process without tensors, once everything is imported and has run once."""
+"""Memory of a CPU process without tensors, after everything has been imported and run once."""
 
 ALLOCATOR = {"cpu": 1.05, "cuda": 1.05}
 """Memory that allocators hold per requested byte; the CPU value was measured
 (`benchmarks/memory.py`), the GPU value was not."""
 
 WHOLE = Division()
-"""What a process holds that shares nothing."""
+"""The shares of a process that holds everything."""
 
 TYPICAL_SAMPLE = 512
 """Assumed length of samples in packed rows, for the forecast of attention."""
@@ -167,7 +167,7 @@ def forecast(
         device: 'cpu' or 'cuda'.
         recompute: whether activations are recomputed.
         paged: Whether the optimizer state is paged; None: if possible.
-        processes: that share the model as the strategy of `settings` says.
+        processes: number of processes that share the model, according to the strategy.
         folder: of the settings file.
 
     Raises:

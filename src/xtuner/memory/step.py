@@ -44,7 +44,7 @@ def peaks_of_step(
     Args:
         model: A model on the meta device; its tensors are replaced by others without values.
         tokens: Lengths of the samples in one micro-batch.
-        few: Two lengths from which longer steps are extrapolated linearly.
+        few: Two lengths from which longer rows are extrapolated linearly.
         on_gpu: Count what a GPU would keep.
         accumulate: Gradients of an earlier micro-batch exist; they are not counted.
     """

@@ -101,7 +101,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class SampleAnswers:
-    """Asks the model questions during training.
+    """Generates the model's sample answers during training.
 
     Attributes:
         settings: The run's settings.

@@ -1,4 +1,4 @@
-"""Checks at the end of a run what the model learned: it is asked rows of its own data and everyday
+"""Checks at the end of a run what the model has learned, by asking it rows of its data and everyday
 questions.
 
     before the first step   everyday questions ─► answers
@@ -37,7 +37,7 @@ EVERYDAY_TOKENS = 24
 SIMILAR = 0.6
 """An everyday answer counts as unchanged if this share of its characters reappears in order."""
 FEWEST_PROMPT = 4
-"""A sample that begins with its answer has no question to ask."""
+"""A sample that begins with its answer has no question."""
 SMALL = 5_000
 """With more rows than this, a model is not expected to reproduce each answer."""
 EVERYDAY = {

@@ -67,7 +67,7 @@ def _positions(s: Settings, facts: ModelFacts) -> Iterator[str]:
 
 
 def note_on_positions(s: Settings, train: PackedDataset) -> str | None:
-    """A note on samples that are longer than the model's positions; None if there are none."""
+    """A note on samples that are longer than the model's context; None if there are none."""
     limit = facts_of(s).positions
     num_longer, longest = train.num_longer(limit) if limit and not s.has_vision else (0, 0)
     if not num_longer:
