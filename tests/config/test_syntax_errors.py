@@ -60,4 +60,4 @@ def test_chinese_quotes_are_no_quotes_in_yaml(tmp_path):
 
 def test_an_escape_in_a_path_is_named(tmp_path):
     text = "pretrained_model_name_or_path = 'm'\ndata_path = 'C:\\new.csv'\n"
-    assert "write the path with / in place of each backslash" in problem(tmp_path, text, ".py")
+    assert "write the path with / instead of each backslash" in problem(tmp_path, text, ".py")

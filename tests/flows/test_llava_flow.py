@@ -316,7 +316,7 @@ def test_a_typed_place_without_a_image_ends_no_conversation(workshop, capsys, mo
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", "finetune", "--dtype", "float32", "--max-new-tokens", "3"]) == 0
     told = capsys.readouterr()
-    assert told.err.count("write it once for each") == 2
+    assert told.err.count("write it once per image") == 2
     assert told.out.strip() and "Traceback" not in told.err
 
 

@@ -27,8 +27,8 @@ _MAX_INSPECTED = 1_000
 _MAX_LISTED = 8
 """A message lists up to this many allowed values; for longer lists it names `xtuner explain`."""
 _CONTROL_SIGN = (
-    "contains a line break, tab or other control character, as \\n or \\t in quotes mean; "
-    "write the path with / in place of each backslash"
+    "contains a line break, tab or other control character, which \\n and \\t in quotes mean; "
+    "write the path with / instead of each backslash"
 )
 _TUNINGS = choices("tuning")
 _PLACEHOLDERS: dict[str, Any] = {

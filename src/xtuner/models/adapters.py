@@ -266,7 +266,7 @@ def check_num_tokens(folder: Path, num_tokens: int) -> None:
         tokens = "1 more token" if more == 1 else f"{more:,} more tokens"
         raise ModelError(
             f"{folder}: the adapter was trained with {tokens} than the model has ({needed:,}, not "
-            f"{num_tokens:,}). Give the model with these tokens; or grow this one, with "
+            f"{num_tokens:,}). Give the model with these tokens; or resize this one, with "
             f"transformers: model.resize_token_embeddings({needed})"
         )
 
