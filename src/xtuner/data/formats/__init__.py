@@ -63,7 +63,7 @@ def resolve(
         folder: where a relative path of a user's file is looked up first.
         sample: a row of the file. It lets 'auto' distinguish formats with the same columns, such as
             plain text and the dialogues of `oasst1`.
-        names: the setting `columns`: what columns of the file are, by their names.
+        names: the setting `columns`: the meaning of columns of the file are, by their names.
 
     Raises:
         ConfigError: there is no such format, or `names` is wrong.

@@ -1,4 +1,4 @@
-"""Reads parquet and arrow files in a process of its own, which a malformed file may end.
+"""Reads parquet and arrow files in a separate process, which a malformed file may crash.
 
 Run as a script. Requests are lines of JSON on stdin, ``{"open": PATH}`` or ``{}`` for the next
 rows. Each answer on stdout is its length in 8 bytes and a pickle: ``{"rows", "share"}`` or
@@ -21,7 +21,7 @@ _BATCH_ROWS = 64
 
 
 class _Pickler(pickle.Pickler):
-    """Writes what is no plain value as its text."""
+    """Pickles other than plain values as their text."""
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -81,7 +81,7 @@ def _in_batches(batches: Any, share: Callable[[], float]) -> Iterator[dict[str, 
 def _rows(batch: Any) -> list[Any]:
     try:
         return list(batch.to_pylist())
-    except Exception:  # one value that Python cannot hold: find its row
+    except Exception:  # one value that Python cannot represent: find its row
         return [_row(batch, number) for number in range(batch.num_rows)]
 
 
@@ -93,7 +93,7 @@ def _row(batch: Any, number: int) -> Any:
         except Exception as error:
             kind = "is not UTF-8 text" if isinstance(error, UnicodeError) else "cannot be read"
             detail = f"{column.type}: {' '.join(str(error).split())}"
-            return (name, f"{kind}; mend the value, or leave the column out", detail)
+            return (name, f"{kind}; fix the value, or remove the column", detail)
     return row
 
 

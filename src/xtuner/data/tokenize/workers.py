@@ -132,7 +132,7 @@ class Encoder:
         return parts
 
     def _without_embedding(self, parts: Sequence[Encoded]) -> Fault | None:
-        """Why a row cannot be used whose tokens are beyond the model's embedding."""
+        """The fault of a row whose token ids exceed the model's embedding."""
         for part in parts:
             for token in part.input_ids:
                 image = self.image_layout and token == self.image_layout.token_id
