@@ -36,7 +36,7 @@ def test_sound_images_pass(folder, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("b.png", "is not there"),
+        ("b.png", "does not exist"),
         ("sub", "is a folder"),
         ("../outside.png", "is outside image_folder"),
         ("sub/../../outside.png", "lies outside"),

@@ -76,7 +76,7 @@ def _as_json(text: str) -> str:
 
 
 def texts(turns: Any, key: str) -> Iterator[str]:
-    """The texts of turns, as far as they are turns."""
+    """The texts of the values that are turns."""
     for turn in turns if isinstance(turns, list | tuple) else ():
         if isinstance(turn, Mapping) and isinstance(turn.get(key), str):
             yield turn[key]

@@ -1,4 +1,4 @@
-"""Read the keys of a turn that decide what is learned from it."""
+"""Read the keys of a turn that control supervision."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from xtuner.data.formats.base import RowError, optional_text
 from xtuner.types import Role
 
 LOSS_KEYS = ("loss", "train", "training", "weight")
-"""Whether a turn is supervised: ours, Axolotl's two, and OpenAI's."""
+"""Keys for whether a turn is supervised: ours, Axolotl's two, and OpenAI's."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""What an assistant thinks before it answers, as DeepSeek, vLLM and gpt-oss name it."""
+"""Keys for the reasoning before an answer, as in DeepSeek, vLLM and gpt-oss."""
 
 SUPERVISION_KEYS = (*LOSS_KEYS, *REASONING_KEYS)
 
@@ -49,7 +49,9 @@ def read_reasoning(turn: Mapping[str, Any], role: Role, path: str) -> str:
         return ""
     key = next(iter(given))
     if role != "assistant":
-        raise RowError(f"{path}{key}", f"is in a turn of {role!r}", "only the assistant reasons")
+        raise RowError(
+            f"{path}{key}", f"is in a turn of {role!r}", "only assistant turns have reasoning"
+        )
     if len({*given.values()}) > 1:
         raise RowError(f"{path}{key}", f"{' and '.join(given)} differ", "keep one of them")
     return given[key]
