@@ -159,7 +159,7 @@ def test_training_off_the_main_thread_gives_the_same(settings, tmp_path):
 
 
 def test_two_trainings_at_a_time_and_a_second_one_under_torchrun_are_refused(monkeypatch, settings):
-    with api._training, pytest.raises(LaunchError, match="another training runs"):
+    with api._training, pytest.raises(LaunchError, match="another training is running"):
         xtuner.train(settings)
     monkeypatch.setattr(api, "_groups_left", ["0"])
     with pytest.raises(LaunchError, match="start torchrun once per training"):

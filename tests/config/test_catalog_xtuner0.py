@@ -66,4 +66,4 @@ def test_a_copy_says_what_it_is(tmp_path):
     text = (tmp_path / "baichuan2_7b_chat_qlora_alpaca_e3_copy.py").read_text(encoding="utf-8")
     text = " ".join(text.split())
     assert "qwen2_5_7b_instruct" in text
-    assert "Steps count micro-batches" in text and "trust_remote_code = True" in text
+    assert "steps count micro-batches" in text and "trust_remote_code = True" in text

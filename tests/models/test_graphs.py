@@ -128,7 +128,7 @@ def test_a_second_forward_pass_before_the_backward_pass_turns_graphs_off():
     model.zero_grad()
     first, second = model(BATCHES[0]).sum(), model(BATCHES[1]).sum()
     assert model.graphs.replays == before + 1
-    assert "before the gradients of the one before it" in said[0]
+    assert "before the backward pass of the previous row" in said[0]
     (first - second).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     plain, _ = made("lora")

@@ -149,7 +149,7 @@ def test_reasoning_of_the_assistant_is_read(key):
     record = read("openai", messages=messages)
     assert record.messages[1].reasoning == "I think."
     assert record.messages[1].as_dict()["reasoning_content"] == "I think."
-    with pytest.raises(RowError, match=rf"messages\[0\].{key}.*only the assistant"):
+    with pytest.raises(RowError, match=rf"messages\[0\].{key}.*only assistant turns"):
         read("openai", messages=[{**ask, key: "x"}, messages[1]])
 
 

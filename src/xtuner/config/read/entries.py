@@ -55,13 +55,13 @@ class Problem:
 
 @dataclass
 class Reading:
-    """What a reader found.
+    """The result of a reader.
 
     Attributes:
         entries: the settings by name.
         broken: names whose value could not be read; `problems` says why.
         problems: all problems.
-        parsed: whether the text follows the syntax; otherwise nothing else can be said of it.
+        parsed: whether the text follows the syntax; if not, nothing else is known.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)

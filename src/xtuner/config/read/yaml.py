@@ -16,7 +16,7 @@ _MAX_DIGITS = 400
 _TAGS = "tag:yaml.org,2002:"
 _NUMBERS = (f"{_TAGS}int", f"{_TAGS}float")
 _UNREADABLE = (ValueError, LookupError, AttributeError, OverflowError, TypeError, RecursionError)
-"""What PyYAML raises for tags whose value does not fit, such as ``!!int ""``."""
+"""Errors of PyYAML for tags whose value does not fit, such as ``!!int ""``."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,7 +94,7 @@ def _read_pair(
 
 
 def _chinese_quotes(node: yaml.Node) -> str:
-    """The problem of a value in quotes that YAML takes for letters; empty for others."""
+    """The problem of a value in quotes that YAML reads as letters; empty for others."""
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     scalars = [n for n in nodes if isinstance(n, yaml.ScalarNode) and n.style is None]
     if not any(n.value[:1] in hints.OPENING_QUOTES for n in scalars if n.value):
@@ -108,7 +108,7 @@ def _construct(node: yaml.Node) -> Any:
 
 
 def _refuse_long_numbers(node: yaml.Node) -> None:
-    """Raise for a number of many digits or, in base 60, parts: making it takes very long."""
+    """Raise for a number with many digits or, in base 60, parts: parsing it takes very long."""
     waiting = [node]
     while waiting:
         item = waiting.pop()

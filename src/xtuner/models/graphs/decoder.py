@@ -70,7 +70,7 @@ class GraphedDecoder:
         if graph is None:
             return None
         if graph.waiting() is not None:
-            self._turn_off("a row is computed before the gradients of the one before it")
+            self._turn_off("a forward pass begins before the backward pass of the previous row")
             return None
         graph.load(row)
         self.replays += 1
