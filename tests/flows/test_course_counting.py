@@ -1,4 +1,4 @@
-"""The course's third exercise with its own numbers: 10,001 rows, 300 and 600, over-fitting.
+"""The course's third exercise with its own numbers: 10,001 rows, 300 and 600, overfitting.
 
 Rows, accumulation, epochs and intervals are those of the course; model and max_length are small, so
 that an epoch has about as many packs as there.

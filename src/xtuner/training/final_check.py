@@ -215,7 +215,7 @@ class FinalCheck(BaseHook):
         if last is not None and last > 1.05 * self._lowest:
             texts.append(
                 f"The validation loss rose from {self._lowest:.3f} to {last:.3f}: the model "
-                "over-fits. Lower max_epochs, or add rows."
+                "overfits. Lower max_epochs, or add rows."
             )
         return texts
 
