@@ -114,7 +114,7 @@ def test_the_end_of_an_answer_within_a_call():
     [
         ("<tool_call>\n{'name': 'f'}\n</tool_call>", "is not valid JSON"),
         ('<tool_call>{"arguments": {}}</tool_call>', "name: is missing"),
-        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "are no object"),
+        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "are not an object"),
         ('<tool_call>{"name": "f", "arguments": "{x"}</tool_call>', "not valid JSON"),
         ("<tool_call>f(1)</tool_call>", "is not valid JSON"),
         ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', "is not valid JSON"),

@@ -32,7 +32,7 @@ def config(tmp_path, tiny_model_path):
 
 def test_code_of_a_model_needs_the_flag_once(config, tmp_path, capsys):
     file = config(tmp_path / "mine", "trust_remote_code = True")
-    with pytest.raises(ConfigError, match="once on this machine"):
+    with pytest.raises(ConfigError, match="once per machine"):
         _settings.load(file, overrides=())
     assert _settings.load(file, overrides=(), trust_remote_code=True).settings.trust_remote_code
     assert _settings.load(file, overrides=()).settings.trust_remote_code

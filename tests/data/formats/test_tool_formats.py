@@ -175,7 +175,7 @@ def test_moss_splits_the_results_of_several_commands():
     record = formats.load("moss").convert({"meta_instruction": meta, "chat": {"turn_1": turn}})
     assert arguments_of(record.messages[2].tool_calls[0]) == {"query": 'what is "x"?'}
     turn["Commands"] = "<|Commands|>: look it up<eoc>\n"
-    with pytest.raises(RowError, match="Commands: is no call"):
+    with pytest.raises(RowError, match="Commands: is not a call"):
         formats.load("moss").convert({"meta_instruction": meta, "chat": {"turn_1": turn}})
 
 
@@ -191,10 +191,10 @@ def openai(call, *more, tools=(TOOL,)):
 RESULT = {"role": "tool", "content": "5"}
 BAD = {
     "arguments are no JSON": (openai({"name": "add", "arguments": '{"a": 2,'}), "not valid JSON"),
-    "arguments are a list": (openai({"name": "add", "arguments": [2]}), "are no object"),
+    "arguments are a list": (openai({"name": "add", "arguments": [2]}), "are not an object"),
     "unknown tool": (openai({"name": "sub", "arguments": {}}), "does not declare"),
     "wrong type": (openai({"name": "add", "arguments": {"a": "2"}}), "a must be an integer"),
-    "unknown argument": (openai({"name": "add", "arguments": {"c": 2}}), "c is no parameter"),
+    "unknown argument": (openai({"name": "add", "arguments": {"c": 2}}), "c is not a parameter"),
     "result without a call": (openai(None, RESULT), "no call precedes it"),
     "result of another call": (
         openai(CALL, {**RESULT, "tool_call_id": "c2"}), "no call with that id",

@@ -54,7 +54,7 @@ def test_an_image_is_fetched_once(server):
         ("/a", b"no image", "is not usable as an image"),
         ("/a", b"x" * 3000, "more than 2,000 bytes"),
     ],
-    ids=["missing", "no image", "large"],
+    ids=["missing", "not an image", "large"],
 )
 def test_what_cannot_be_used_is_said_and_not_kept(server, tmp_path, path, content, reason):
     Server.content = content or Server.content
@@ -66,7 +66,7 @@ def test_what_cannot_be_used_is_said_and_not_kept(server, tmp_path, path, conten
 
 
 def test_a_server_that_is_not_there_is_named():
-    with pytest.raises(DataError, match="cannot be fetched"):
+    with pytest.raises(DataError, match="cannot be downloaded"):
         fetched("http://127.0.0.1:9/a.png", seconds=2)
 
 
