@@ -86,7 +86,7 @@ def test_text_before_a_call_is_kept(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_half_a_call_is_named_and_never_made_whole(name):
+def test_incomplete_call_is_reported_and_not_completed(name):
     """At max_new_tokens an answer ends anywhere: calls before are kept, the open one is named."""
     family = FAMILIES[name]
     calls = [make_call("f", {"key_0": "a, b", "key_1": [1, 2]}), make_call("f", {"key_0": "c"})]

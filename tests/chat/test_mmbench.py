@@ -86,7 +86,7 @@ def test_the_letter_of_an_answer(answer, letter):
     assert letter_of(answer, OPTIONS) == letter
 
 
-def test_a_file_of_another_kind_is_said(tmp_path):
+def test_wrong_file_type_is_reported(tmp_path):
     (tmp_path / "x.tsv").write_text("a\tb\n1\t2\n")
     with pytest.raises(DataError, match="lacks A, image, index, question"):
         mmbench.read_tsv(tmp_path / "x.tsv")

@@ -46,7 +46,7 @@ def ask(model: Path | str, **options) -> str:
     return "".join(session.ask("Who are you?"))
 
 
-def test_a_checkpoint_knows_base_adapter_template_and_system(run: Path) -> None:
+def test_checkpoint_records_base_adapter_template_and_system(run: Path) -> None:
     base = str(run / "base")
     found = lookup.find(str(run / "work" / "iter_7"))
     assert (found.model, found.adapter) == (base, run / "work" / "iter_7")
@@ -94,7 +94,7 @@ def test_a_base_model_needs_a_template(tmp_path: Path) -> None:
     assert opening.open_chat(base, prompt_template="default").template.name == "default"
 
 
-def test_a_fetched_model_goes_by_its_name(run: Path) -> None:
+def test_fetched_model_is_found_by_its_name(run: Path) -> None:
     shutil.copytree(run / "base", fetch.models_root() / "smollm2_135m_instruct")
     assert ask("smollm2_135m_instruct") == ask(run / "base")
     assert ask("HuggingFaceTB/SmolLM2-135M-Instruct") == ask(run / "base")
@@ -109,7 +109,7 @@ def test_a_fetched_model_goes_by_its_name(run: Path) -> None:
         ("./nothing", r"\./nothing: no such folder"),
     ],
 )
-def test_what_is_missing_is_named(run: Path, model: str, says: str) -> None:
+def test_missing_packages_are_reported(run: Path, model: str, says: str) -> None:
     with pytest.raises(ModelError, match=says):
         opening.open_chat(model.format(run=run))
 

@@ -44,7 +44,7 @@ def test_reset_forgets() -> None:
     assert session.model.prompts[0] == session.model.prompts[1]
 
 
-def test_a_stopped_answer_stays_as_far_as_it_was_shown() -> None:
+def test_stopped_answer_is_kept_as_shown() -> None:
     session = make_session()
     answer = session.ask("Hm?")
     assert next(answer) + next(answer) == "fi"

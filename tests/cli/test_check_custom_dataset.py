@@ -74,7 +74,7 @@ def test_data_of_bad_rows_only_is_listed_too(check):
     assert out[-1] == "2 bad rows."
 
 
-def test_a_file_that_cannot_be_written_is_told(check, tmp_path):
+def test_unwritable_file_is_reported(check, tmp_path):
     code, _, err = check([chat("Hi", "Hello")], "--out", tmp_path / "no" / "bad.txt")
     assert code == 2
     assert err.startswith("DataError: --out")

@@ -48,7 +48,7 @@ def test_another_model_asks_again_and_the_command_line_is_trusted(config, tmp_pa
     _settings.load(config(tmp_path / "plain"), overrides=[*other, "trust_remote_code=True"])
 
 
-def test_what_another_user_could_have_written_is_not_trusted(config, tmp_path, cache):
+def test_file_writable_by_others_is_not_trusted(config, tmp_path, cache):
     file = config(tmp_path / "mine", "trust_remote_code = True")
     _settings.load(file, overrides=(), trust_remote_code=True)
     (cache / "trust.json").chmod(0o666)
@@ -63,7 +63,7 @@ def test_checks_and_forecasts_ask_too(command, config, tmp_path, capsys):
     assert "--trust-remote-code" in capsys.readouterr().err
 
 
-def test_an_honest_settings_file_is_silent(config, tmp_path, capsys):
+def test_valid_settings_file_gives_no_note(config, tmp_path, capsys):
     _settings.load(config(tmp_path / "mine", "custom_hooks = ['h.py:H']"), overrides=())
     captured = capsys.readouterr()
     assert not captured.err and not captured.out
@@ -76,7 +76,7 @@ def test_an_honest_settings_file_is_silent(config, tmp_path, capsys):
     ids=["template", "hooks", "format", "algorithm"],
 )  # fmt: skip
 @pytest.mark.parametrize("mark", ["run.yaml", "last_checkpoint"])
-def test_settings_beside_a_strangers_checkpoint_run_no_code(line, mark, config, tmp_path):
+def test_settings_beside_an_unknown_checkpoint_run_no_code(line, mark, config, tmp_path):
     file = config(tmp_path / "theirs", line)
     (tmp_path / "theirs" / mark).write_text("")
     with pytest.raises(ConfigError, match=r"\.py:.*--trust-code"):
@@ -85,7 +85,7 @@ def test_settings_beside_a_strangers_checkpoint_run_no_code(line, mark, config, 
     _settings.load(config(tmp_path / "theirs"), overrides=[line.replace(" = ", "=")])
 
 
-def test_the_work_dir_of_a_run_of_ones_own_is_trusted(config, tmp_path):
+def test_own_work_dir_is_trusted(config, tmp_path):
     file = config(tmp_path / "work", "prompt_template = 'x.py:T'")
     (tmp_path / "work" / "last_checkpoint").write_text("iter_1")
     _settings.remember_work_dir(tmp_path / "work")

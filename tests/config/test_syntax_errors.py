@@ -51,7 +51,7 @@ def test_hints_for_yaml_syntax_errors(tmp_path, text, hint):
     assert hint in message and message.startswith("1 problem in") and "is missing" not in message
 
 
-def test_chinese_quotes_are_no_quotes_in_yaml(tmp_path):
+def test_chinese_quotes_in_yaml_are_reported(tmp_path):
     text = "pretrained_model_name_or_path: m\ndata_path: “a.csv”\n"
     assert "is in Chinese quotes, which would be part of the value" in problem(
         tmp_path, text, ".yaml"

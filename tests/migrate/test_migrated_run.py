@@ -69,7 +69,7 @@ def test_the_old_config_is_trained_with_its_own_numbers(old, tmp_path, capsys):
         assert (work_dir / name / weights).read_bytes() == (tmp_path / name / weights).read_bytes()
 
 
-def test_an_interval_that_the_run_does_not_reach_is_said(old, tmp_path, capsys):
+def test_unreached_interval_is_noted(old, tmp_path, capsys):
     assert main(["migrate-cfg", "old.py", "new.py"]) == 0
     out = capsys.readouterr().out
     assert "Wrote new.py: sft lora" in out and "xtuner train new.py" in out
@@ -82,7 +82,7 @@ def test_an_interval_that_the_run_does_not_reach_is_said(old, tmp_path, capsys):
     assert (tmp_path / "work_dirs" / "old" / "iter_8").is_dir()
 
 
-def test_commands_say_what_is_in_the_way(old, tmp_path, capsys):
+def test_commands_report_obstacles(old, tmp_path, capsys):
     assert main(["train", "old.py"]) == 2
     assert "xtuner migrate-cfg old.py" in capsys.readouterr().err
     (tmp_path / "new.py").write_text("lr = 1.0\n")

@@ -113,7 +113,7 @@ def test_a_recording_that_keeps_its_inputs_is_not_used():
     assert found[1][0] == pytest.approx(wanted[1][0], rel=1e-5)
 
 
-def test_a_model_that_cannot_be_recorded_trains_on():
+def test_model_that_cannot_be_recorded_is_trained_eagerly():
     model, said = made("lora", ReplayingRecorder("wait"))
     found = gradients_of_steps(model, [BATCHES, BATCHES])
     wanted = gradients_of_steps(made("lora")[0], [BATCHES, BATCHES])
@@ -149,7 +149,7 @@ def test_evaluation_and_passes_without_gradients_are_computed():
     assert model.graphs.replays == before
 
 
-def test_a_forward_pass_that_nobody_follows_up_does_not_block():
+def test_forward_pass_without_backward_pass_does_not_block():
     model, _ = made("lora", ReplayingRecorder())
     gradients_of_steps(model, [BATCHES, BATCHES])
     before = model.graphs.replays

@@ -34,7 +34,7 @@ def wait(monkeypatch, capfd, others):
     return said, codes
 
 
-def test_a_process_that_does_not_come_is_named_with_its_line(monkeypatch, capfd):
+def test_missing_process_is_reported_with_its_line(monkeypatch, capfd):
     silent = other(time=time.time() - 100, at="far.py:1 in x")
     said, codes = wait(monkeypatch, capfd, [other(), silent])
     assert codes == [watch.HUNG]

@@ -121,7 +121,7 @@ def test_credentials(credentials, headers, status):
     assert ask(headers=headers, credentials=credentials).status_code == status
 
 
-def test_a_token_in_the_address_becomes_a_cookie():
+def test_token_in_the_url_becomes_a_cookie():
     response = ask(path="/?token=t", credentials=Token("t"))
     assert response.status_code == 303 and response.headers["location"] == "/"
     cookie = response.headers["set-cookie"]

@@ -138,7 +138,7 @@ def test_completions_continue_texts_and_ids(server):
     ],
     ids=["model", "no messages", "penalty", "unknown", "temperature", "n", "top", "long", "role"],
 )
-def test_what_is_wrong_with_a_request(server, change, status, words):
+def test_invalid_requests(server, change, status, words):
     with pytest.raises(openai.APIStatusError) as error:
         chat(server, **change)
     assert error.value.status_code == status

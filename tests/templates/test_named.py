@@ -96,7 +96,7 @@ def test_layout(name):
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))
-def test_spec_is_sound(name):
+def test_spec_is_valid(name):
     assert list(NAMED[name].problems()) == []
 
 

@@ -75,7 +75,7 @@ def expected_stop(template):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_supervised_is_what_the_assistant_says_and_its_stop(make, make_tokenizer, case, messages):
+def test_supervised_tokens_are_the_answers_and_their_stop(make, make_tokenizer, case, messages):
     template, tokenizer = make(case)
     runs = pieces(template.encode(Conversation(tuple(messages))))
     said = [m.content for m in messages if m.supervised]
@@ -91,7 +91,7 @@ def test_supervised_is_what_the_assistant_says_and_its_stop(make, make_tokenizer
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_prompt_is_a_prefix_of_the_whole(make, case, messages):
+def test_prompt_is_a_prefix_of_the_conversation(make, case, messages):
     template, _ = make(case)
     ids, mask = template.encode(Conversation(tuple(messages)))
     for index, message in enumerate(messages):

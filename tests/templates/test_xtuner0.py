@@ -44,5 +44,5 @@ def test_layout(name):
 
 
 @pytest.mark.parametrize("name", sorted(XTUNER0))
-def test_specs_are_sound(name):
+def test_specs_are_valid(name):
     assert list(XTUNER0[name].problems()) == []

@@ -349,7 +349,7 @@ def test_messages_are_of_the_shared_type():
     assert read("io", input="a", output="b").messages[0] == Message("user", "a")
 
 
-def test_llava_gives_each_place_its_image():
+def test_llava_assigns_images_to_placeholders():
     turns_ = [
         {"from": "human", "value": "<image>\n<image>\nWhich is older?"},
         {"from": "gpt", "value": "The first."},
@@ -374,13 +374,13 @@ def test_llava_gives_each_place_its_image():
         ([7], "<image>", "is a number"),
     ],
 )
-def test_llava_names_places_and_images_that_disagree(image, value, words):
+def test_llava_reports_different_numbers_of_placeholders_and_images(image, value, words):
     rows = [{"from": "human", "value": value}, {"from": "gpt", "value": "x"}]
     with pytest.raises(RowError, match=words):
         read("llava", image=image, conversations=rows)
 
 
-def test_llava_refuses_a_image_in_an_answer():
+def test_llava_rejects_an_image_in_an_answer():
     rows = [{"from": "human", "value": "Draw"}, {"from": "gpt", "value": "<image>"}]
     with pytest.raises(RowError, match="in an assistant turn"):
         read("llava", image="a.png", conversations=rows)

@@ -27,7 +27,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "name", ["a.png", "a.jpg", "sub/a.webp", "a.bmp", "a.gif", "./sub/../a.png"]
 )
-def test_sound_images_pass(folder, name):
+def test_valid_images_pass(folder, name):
     folder.check(name)
     assert folder.load(name).size == (80, 60) and folder.load(name).mode == "RGB"
     folder.check(str(folder.root / name))
@@ -45,7 +45,7 @@ def test_sound_images_pass(folder, name):
         ("data:image/png;base64,AAAA", "download it"),
     ],
 )
-def test_what_is_not_in_the_folder_is_refused(folder, name, words):
+def test_images_outside_the_folder_are_rejected(folder, name, words):
     with pytest.raises(ImageError, match=words) as caught:
         folder.check(name)
     assert name in str(caught.value)
@@ -83,7 +83,7 @@ def test_damaged_and_foreign_files_are_named(folder, name):
 
 
 @pytest.mark.parametrize("side", [9_000, 30_000])  # Pillow warns of the one, refuses the other
-def test_a_bomb_is_refused_before_it_is_decoded(folder, side):
+def test_decompression_bomb_is_rejected_before_decoding(folder, side):
 
     def chunk(kind, body):
         whole = kind + body
@@ -116,7 +116,7 @@ def with_exif(body):
     return raw.getvalue().replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
 
 
-def test_a_image_that_cannot_be_turned_upright_does_not_pass_the_check(folder):
+def test_image_with_bad_orientation_fails_the_check(folder):
     (folder.root / "exif.png").write_bytes(with_exif(b"no TIFF header"))
     for use in (folder.check, folder.load):
         with pytest.raises(ImageError, match=r"'exif\.png' is damaged"):
@@ -141,7 +141,7 @@ def test_images_stand_upright(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png"], ids=["nul", "half"])
-def test_what_is_no_name_of_a_file_is_an_error_of_the_image(folder, name):
+def test_invalid_file_name_is_an_image_error(folder, name):
     with pytest.raises(ImageError, match="is not a file name"):
         folder.find(name)
     with pytest.raises(ImageError, match="cannot be opened"):

@@ -56,7 +56,7 @@ def test_an_image_is_fetched_once(server):
     ],
     ids=["missing", "not an image", "large"],
 )
-def test_what_cannot_be_used_is_said_and_not_kept(server, tmp_path, path, content, reason):
+def test_unusable_download_is_reported_and_not_kept(server, tmp_path, path, content, reason):
     Server.content = content or Server.content
     with pytest.raises(DataError, match=reason) as caught:
         fetched(f"{server}{path}", most=2000)
@@ -65,7 +65,7 @@ def test_what_cannot_be_used_is_said_and_not_kept(server, tmp_path, path, conten
     assert len([p for p in (tmp_path / "cache").rglob("*") if p.is_file()]) == 0
 
 
-def test_a_server_that_is_not_there_is_named():
+def test_unreachable_server_is_reported():
     with pytest.raises(DataError, match="cannot be downloaded"):
         fetched("http://127.0.0.1:9/a.png", seconds=2)
 
