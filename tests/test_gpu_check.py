@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_check.py`: what runs its parts, and that its checks see what they are for."""
+"""`benchmarks/gpu_check.py`: the runner of its parts, and that its checks detect errors."""
 
 import argparse
 import json

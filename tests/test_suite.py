@@ -1,4 +1,4 @@
-"""The suite itself: what tests/conftest.py promises."""
+"""The rules that tests/conftest.py enforces."""
 
 import gzip
 import os

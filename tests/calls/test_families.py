@@ -1,4 +1,5 @@
-"""What a family renders it reads back, in any pieces; everything else is named or stays text."""
+"""Families read back what they render, split in any way; everything else is reported or stays
+text."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What fits a schema, and how what does not fit is named."""
+"""Validation against a schema, and the messages for violations."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What `xtuner chat` makes of the folders that it is given."""
+"""How `xtuner chat` resolves folders."""
 
 import json
 import shutil

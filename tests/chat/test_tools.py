@@ -1,4 +1,4 @@
-"""A session and a terminal with tools, with a model whose answers are known."""
+"""A session and a terminal with tools, with a model whose answers are scripted."""
 
 import io
 

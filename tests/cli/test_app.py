@@ -1,4 +1,4 @@
-"""The shell of the command line: exit codes, messages, and what it imports before it answers."""
+"""The command line: exit codes, messages, and imports before it responds."""
 
 import os
 import subprocess

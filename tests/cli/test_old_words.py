@@ -1,4 +1,4 @@
-"""The command lines of XTuner 0.x, word for word."""
+"""The command lines of XTuner 0.x."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What would run a stranger's code needs the command line's word."""
+"""Code of others runs only with a flag on the command line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Loading: files, names, overrides, and the one error that lists every problem."""
+"""Loading: files, names, overrides, and one error that lists every problem."""
 
 from pathlib import Path
 

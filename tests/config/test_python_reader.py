@@ -1,4 +1,4 @@
-"""The reader of Python settings files: what it understands, what it refuses, what it survives."""
+"""The reader of Python settings files: what it supports, rejects and survives."""
 
 import re
 

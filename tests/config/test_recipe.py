@@ -1,4 +1,4 @@
-"""What 'auto' means for the settings that depend on the amount of data."""
+"""How 'auto' is resolved in settings that depend on the amount of data."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A syntax error is the only thing that is reported, with what to do about the usual ones."""
+"""A syntax error is the only problem reported, with hints for common ones."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One whole LLaVA model from parts, as plain transformers sees it."""
+"""A complete LLaVA model from parts, in plain transformers."""
 
 import pytest
 import torch

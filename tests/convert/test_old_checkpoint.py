@@ -1,4 +1,4 @@
-"""Checkpoints of XTuner 0.x: read without running what is in them."""
+"""Checkpoints of XTuner 0.x are read without executing code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Shards of another size, bit for bit the same tensors."""
+"""Shards of another size contain bitwise equal tensors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints become folders without what only resuming needs."""
+"""Converted checkpoints lack the files that only resuming needs."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A run does not start when too many rows are lost."""
+"""A run does not start if too many rows are lost."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which number type 'auto' is."""
+"""The dtype of 'auto'."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Steps over flat buffers are the steps over each parameter, to the bit, and so are checkpoints."""
+"""Steps over flat buffers and their checkpoints are bitwise equal to those over each parameter."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Two runs never write to one work dir, and a dead one keeps nobody out."""
+"""Two runs never write to one work dir, and a dead one holds no lock."""
 
 import os
 import subprocess

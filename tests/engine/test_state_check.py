@@ -1,4 +1,4 @@
-"""State that cannot be an optimizer's is named; what optimizers write is taken."""
+"""Invalid optimizer state is reported; valid state is accepted."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The loop against the plain formula: whatever the grouping, one gradient; and what stops a run."""
+"""The loop against the plain formula: the same gradient for every grouping; and what stops a
+run."""
 
 import errno
 import json

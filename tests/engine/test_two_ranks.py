@@ -1,7 +1,4 @@
-"""What two processes do together: hooks, validation, sample answers, checkpoints, forward passes.
-
-They are started once for all tests.
-"""
+"""Collective work of two processes: hooks, validation, sample answers, checkpoints, forward passes."""
 
 import errno
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Lines of a run: wrapped at words in a terminal, whole elsewhere; what takes time is said."""
+"""Lines of a run: wrapped in a terminal, unwrapped elsewhere; slow work is reported."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Answers to several conversations at once are those to each alone."""
+"""Batched answers equal those to each conversation alone."""
 
 import pytest
 import torch

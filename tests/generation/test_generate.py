@@ -1,4 +1,4 @@
-"""Answers equal those of transformers, stop where they should, and leave the model as it was."""
+"""Answers equal those of transformers, stop where they should, and leave the model unchanged."""
 
 import itertools
 

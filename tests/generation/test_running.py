@@ -1,4 +1,4 @@
-"""Answers that join and leave a running batch are those to each prompt alone."""
+"""Answers that join and leave a running batch equal those to each prompt alone."""
 
 import pytest
 import torch

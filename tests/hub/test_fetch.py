@@ -1,4 +1,4 @@
-"""Fetching without a network: every way out, and that nothing half is ever left."""
+"""Fetching without a network: every failure, which never leaves a partial model."""
 
 import hashlib
 import zipfile

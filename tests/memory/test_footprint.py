@@ -1,4 +1,4 @@
-"""The memory of a step, found on shapes alone, against the same step on real tensors."""
+"""The memory of a step, measured on meta tensors, against the same step on real tensors."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What is told before a run: whether it fits, and what to change."""
+"""The forecast before a run: whether it fits, and what to change."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`xtuner migrate-cfg` and `train --migrate`: a config of old is trained with its own numbers."""
+"""`xtuner migrate-cfg` and `train --migrate`: an old config is trained with its own numbers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Configs of mmengine are read, not run: values, bases, bounds, and what stays unread."""
+"""Configs of mmengine are read, not executed: values, bases, bounds, and unread values."""
 
 import time
 

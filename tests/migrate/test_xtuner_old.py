@@ -1,4 +1,4 @@
-"""What configs of XTuner 0.x mean in our settings."""
+"""Configs of XTuner 0.x, translated to our settings."""
 
 import pytest
 from old_configs import LLAVA, SFT

@@ -1,4 +1,4 @@
-"""What YAML files of LLaMA-Factory and torchtune mean in our settings."""
+"""YAML files of LLaMA-Factory and torchtune, translated to our settings."""
 
 import json
 

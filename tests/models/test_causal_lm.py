@@ -1,4 +1,4 @@
-"""Packed rows against one sample at a time, and what `verify` refuses."""
+"""Packed rows against one sample at a time, and what `verify` rejects."""
 
 import contextlib
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The decoder recorded and replayed, against the same passes computed each time."""
+"""The decoder recorded and replayed, against eager passes."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What the check of packed rows finds, and what it lets pass."""
+"""What the check of packed rows detects, and what it accepts."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""A checkpoint whose bits changed is named, with its file; an intact or older one is used."""
+"""A corrupted checkpoint is reported with the file; an intact or older one is used."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models that need each sample alone: found by their configuration, trained as by transformers."""
+"""Models that cannot pack: detected by their configuration, trained as in transformers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Launching without torch: small scripts take the places of training processes."""
+"""Launching without torch: small scripts stand in for training processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The report of a run, from files such as a run writes."""
+"""The report of a run, from files like those that a run writes."""
 
 import json
 import re

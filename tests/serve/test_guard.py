@@ -1,4 +1,4 @@
-"""Who is not let in: foreign hosts and pages, large bodies, missing keys."""
+"""Rejected requests: foreign hosts and pages, large bodies, missing keys."""
 
 import base64
 

@@ -1,4 +1,4 @@
-"""Queues, times and sizes are limited, and who goes away frees the slot."""
+"""Queues, times and sizes are limited, and a disconnected client frees its slot."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""The OpenAI API, asked by OpenAI's client."""
+"""The OpenAI API, used with OpenAI's client."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""A chat template cannot take a machine's time and memory; an ordinary one notices nothing."""
+"""The time and memory of chat templates are limited, without effect on ordinary ones."""
 
 import resource
 import signal

@@ -1,4 +1,4 @@
-"""The chat template written beside a model renders what the template itself does."""
+"""The chat template saved with a model renders the same text as the template object."""
 
 import pytest
 

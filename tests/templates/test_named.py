@@ -1,4 +1,4 @@
-"""The named templates: the published layouts, letter by letter, and the user's own."""
+"""The named templates: the published layouts, exactly, and the user's own."""
 
 import subprocess
 import sys

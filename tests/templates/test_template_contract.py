@@ -1,4 +1,4 @@
-"""What every template must keep, whatever the tokenizer merges."""
+"""The contract of every template, whatever the tokenizer merges."""
 
 import pytest
 from template_makers import EXACT, merging_tokenizer, space_tokenizer

@@ -1,4 +1,4 @@
-"""Ids with hard boundaries: by offsets against by prefixes, and against a chat's own way."""
+"""Ids with hard boundaries: by offsets, by prefixes, and as in a chat."""
 
 import random
 

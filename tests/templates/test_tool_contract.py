@@ -1,5 +1,5 @@
-"""What every template keeps for tools: calls are supervised, results never, prompts are prefixes,
-and what is supervised is read back as the same calls."""
+"""The contract of every template with tools: calls are supervised, results never, prompts are
+prefixes, and supervised text is read back as the same calls."""
 
 import random
 

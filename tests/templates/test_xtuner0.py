@@ -1,4 +1,4 @@
-"""The templates of XTuner 0.x, to the letter."""
+"""The templates of XTuner 0.x, exactly."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The tools that come along: what they answer, and what they refuse."""
+"""The built-in tools: results and errors."""
 
 import os
 import sys

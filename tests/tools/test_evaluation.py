@@ -1,4 +1,4 @@
-"""What counts as a right call, and the command that measures it."""
+"""What counts as a correct call, and the command that measures it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The loop of calls and results, with answers that are known."""
+"""The loop of calls and results, with scripted answers."""
 
 from contextlib import closing
 

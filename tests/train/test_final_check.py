@@ -1,4 +1,4 @@
-"""A run says at its end what it has learned, and before it starts whether it can."""
+"""A run reports at its end what it has learned, and notes before its start if it cannot learn."""
 
 import json
 

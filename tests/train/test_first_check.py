@@ -1,4 +1,4 @@
-"""What a run can say before it imports torch."""
+"""Checks of a run before it imports torch."""
 
 import json
 import subprocess

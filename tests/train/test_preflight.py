@@ -1,4 +1,4 @@
-"""What is wrong with a run is said before its data are read."""
+"""Problems of a run are reported before its data are read."""
 
 import json
 

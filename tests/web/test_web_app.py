@@ -1,4 +1,4 @@
-"""The page over HTTP: who gets in, which routes there are, and that files stay where they are."""
+"""The page over HTTP: access, routes, and files that are not served."""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""Contract of every format in the folder, and what each one reads out of a row."""
+"""The contract of every format, and what each reads from a row."""
 
 import copy
 import json

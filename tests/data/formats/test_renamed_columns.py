@@ -1,4 +1,4 @@
-"""Columns that the file calls otherwise: usual names, the setting `columns`, and what is said."""
+"""Renamed columns: common names, the setting `columns`, and notes."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""How a format is found: by name, by columns, in a file of the user's."""
+"""Resolving a format by name, by columns, or in a user's file."""
 
 import pickle
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Every format with tools gives one representation of calls, results and tools."""
+"""Every format with tools gives the same representation of calls, results and tools."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Images: found only in their folder, checked before a run, decoded when a batch is made."""
+"""Images are found only in their folder, checked before a run, and decoded when a batch is
+collated."""
 
 import io
 import struct

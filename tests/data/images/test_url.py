@@ -1,4 +1,4 @@
-"""Images that are named by a URL: fetched once, within limits."""
+"""Images given by URL are downloaded once, within limits."""
 
 import http.server
 import threading

@@ -1,4 +1,4 @@
-"""Parquet files that are malformed cost a row or are named; they never end the process."""
+"""Malformed parquet files fail a row or are reported; they never end the process."""
 
 import datetime
 import decimal

@@ -1,4 +1,4 @@
-"""What a file holds besides the columns of its format is named, or refused."""
+"""Columns that a format does not read are noted, or the file is rejected."""
 
 import json
 

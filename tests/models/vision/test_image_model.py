@@ -1,4 +1,4 @@
-"""The protocol of an image model, with one whose images take as many tokens as they are large."""
+"""The protocol of an image model, with one whose number of tokens depends on the image size."""
 
 from itertools import islice
 
