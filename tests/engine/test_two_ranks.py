@@ -1,4 +1,4 @@
-"""Collective work of two processes: hooks, validation, sample answers, checkpoints, forward passes."""
+"""Collective work of two processes: hooks, validation, answers, checkpoints, forward passes."""
 
 import errno
 from types import SimpleNamespace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,8 +13,6 @@ from xtuner.errors import LaunchError
 from xtuner.parallel.cluster import Cluster, joined_by_slurm
 from xtuner.parallel.launch import RESUME, last_checkpoint_changes, launch
 from xtuner.parallel.parent import LAUNCHER, end_with_parent
-
-Launcher = Literal["none", "pytorch", "slurm"]
 
 Nproc = Annotated[
     int,

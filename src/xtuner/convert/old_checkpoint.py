@@ -69,7 +69,7 @@ def write_folder(path: Path, settings: Settings, folder: Path) -> None:
         _write_llm(folder, settings, llm, path)
     elif not vision:
         raise CheckpointError(f"{path}: holds no weights of a language model")
-    _run_info(settings, "llm" in parts).write(folder)
+    _run_info(settings).write(folder)
 
 
 def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
@@ -153,7 +153,7 @@ def _write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
     original.write_json(folder / "adapter_config.json", config)
 
 
-def _run_info(s: Settings, trains_llm: bool) -> RunInfo:
+def _run_info(s: Settings) -> RunInfo:
     base = s.pretrained_model_name_or_path
     encoder = s.visual_encoder_name_or_path or ""
     return RunInfo(
