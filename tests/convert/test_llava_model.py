@@ -129,7 +129,9 @@ def test_a_head_with_a_bias_is_refused(tmp_path, encoder):
 def test_processor_with_different_tokens_is_warned_about(tmp_path, encoder, monkeypatch):
     llm = llm_folder(tmp_path / "llm", adds_bos=True)
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
-    monkeypatch.setattr("xtuner.convert.llava._disable_special_tokens", lambda tokenizer: None)
+    monkeypatch.setattr(
+        "xtuner.convert.llava_processor._disable_special_tokens", lambda tokenizer: None
+    )
     said = []
     write_model(parts, tmp_path / "model", log=said.append)
     (line,) = [line for line in said if "Warning" in line]

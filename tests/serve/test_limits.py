@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from xtuner.generation.running import RunningBatch
-from xtuner.serve.engine import Limits
+from xtuner.serve.job import Limits
 
 WHO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
 

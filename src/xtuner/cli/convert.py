@@ -200,7 +200,7 @@ def merge(
     merged file by file, which takes little memory; the verification loads the model.
     """
     if is_clip:
-        from xtuner.convert.llava import merge_encoder
+        from xtuner.convert.vision_tower import merge_encoder
 
         difference = merge_encoder(llm, adapter, save_dir, dtype=dtype.value, device=device.value)
         typer.echo(f"Wrote {save_dir}. Largest difference before rounding: {difference:.1e}.")

@@ -72,8 +72,9 @@ def command(
     _extras.require("serve", "fastapi", "uvicorn")
     from xtuner.serve import listen
     from xtuner.serve.app import Defaults, make_app
-    from xtuner.serve.engine import Engine, Limits
+    from xtuner.serve.engine import Engine
     from xtuner.serve.guard import ApiKey, Guard
+    from xtuner.serve.job import Limits
     from xtuner.serve.models import open_models
 
     _extras.check_address(address, secret=api_key, flag="--api-key KEY")
