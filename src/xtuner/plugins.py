@@ -31,7 +31,7 @@ _USER_MODULE = "xtuner_user_"
 """Beginning of the names of modules that are users' files."""
 
 
-def told(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """An exception of a user's code in one line, with the file and line of that code."""
     words = " ".join(str(error).split())
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
@@ -106,7 +106,7 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            words = told(error)
+            words = described(error)
             del sys.modules[module_name]
             raise ConfigError(f"{setting} = {name!r}: importing {path} failed: {words}") from error
     if not hasattr(module, attribute):

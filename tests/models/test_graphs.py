@@ -58,7 +58,7 @@ def made(tuning="lora", recorder=None, **options):
             gradients=lambda parameters: [torch.zeros_like(p) for p in parameters],
             recorder=lambda: recorder,
             autocast=contextlib.nullcontext,
-            say=said.append,
+            report=said.append,
         )
     return packed, said
 

@@ -115,14 +115,14 @@ def _known(text: str | None) -> str:
 
 
 def ask_all(
-    session: Session, questions: Sequence[Question], *, tell: Callable[[int], None]
+    session: Session, questions: Sequence[Question], *, progress: Callable[[int], None]
 ) -> Iterator[Answered]:
     """Ask every question in a conversation of its own.
 
     Args:
         session: with a model that takes images.
         questions: of `read_tsv`.
-        tell: called with the number of answers so far.
+        progress: called with the number of answers so far.
 
     Raises:
         DataError: an image cannot be decoded.
@@ -137,7 +137,7 @@ def ask_all(
             session.reset()
             answer = "".join(session.ask(question.prompt, [str(file)])).strip()
             yield Answered(question, answer, letter_of(answer, question.options))
-            tell(number)
+            progress(number)
 
 
 def letter_of(answer: str, options: dict[str, str]) -> str:

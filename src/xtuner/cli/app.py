@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stdout.flush()
         hint = "--debug shows the whole traceback"
-        print(f"Your code raised {plugins.told(error)}; {hint}", file=sys.stderr)
+        print(f"Your code raised {plugins.described(error)}; {hint}", file=sys.stderr)
         return 2
     except SystemExit as stop:
         return _flushed(stop.code)

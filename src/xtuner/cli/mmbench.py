@@ -53,11 +53,11 @@ def command(
     if session.vision is None:
         raise ConfigError(f"{model}: does not take images; give a LLaVA model")
 
-    def tell(done: int) -> None:
+    def progress(done: int) -> None:
         if done % 50 == 0 or done == len(questions):
             typer.echo(f"{done:,} of {len(questions):,} questions", err=True)
 
-    answered = list(mmbench.ask_all(session, questions, tell=tell))
+    answered = list(mmbench.ask_all(session, questions, progress=progress))
     found = mmbench.write(work_dir, answered)
     unread = sum(not each.letter for each in answered)
     if unread:

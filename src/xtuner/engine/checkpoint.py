@@ -121,10 +121,10 @@ class CheckpointStore:
         path = self.work_dir / words[0] if words else None
         return path if path is not None and _NAME.fullmatch(path.name) and path.is_dir() else None
 
-    def mark_best(self, count: int, told: str) -> None:
-        """Keep checkpoint ``iter_<count>`` regardless of `limit`, and write its name and `told` to
-        the file `best_checkpoint`."""
-        self._point_at(f"iter_{count} {told}", BEST_FILE)
+    def mark_best(self, count: int, summary: str) -> None:
+        """Keep checkpoint ``iter_<count>`` regardless of `limit`; write its name and `summary` to the
+        file `best_checkpoint`."""
+        self._point_at(f"iter_{count} {summary}", BEST_FILE)
         flush(self.work_dir)
 
     def _prune(self, keep: Path) -> None:
@@ -220,13 +220,13 @@ def _together(act: Callable[[], object], target: Path, processes: Processes | No
         error = raised
     # torch reports a full disk as RuntimeError, safetensors as its own error type
     expected = isinstance(error, OSError | RuntimeError | SafetensorError | MemoryError)
-    told = [] if error is None else [_fault(error, target)]
+    messages = [] if error is None else [_fault(error, target)]
     if processes is not None and processes.world_size > 1:
-        told = processes.gather([f"process {processes.rank}: {words}" for words in told])
+        messages = processes.gather([f"process {processes.rank}: {words}" for words in messages])
     if error is not None and not expected:
         raise error
-    if told:
-        raise LaunchError("\n".join(told)) from error
+    if messages:
+        raise LaunchError("\n".join(messages)) from error
 
 
 def _fault(error: Exception, target: Path) -> str:
@@ -255,5 +255,5 @@ def _is_full_disk(error: Exception, free: int) -> bool:
     """Whether the disk is full; torch and safetensors report this with their own error types."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    told = str(error).lower()
-    return free < _LITTLE_SPACE or "no space left" in told or "quota" in told
+    text = str(error).lower()
+    return free < _LITTLE_SPACE or "no space left" in text or "quota" in text

@@ -81,7 +81,7 @@ class Trainer:
         memory_advice: Callable[[], str] = lambda: "",
         loss_scaler: LossScaler | None = None,
         best: BestMetric | None = None,
-        mark_best: Callable[[Run, str], None] = lambda run, told: None,
+        mark_best: Callable[[Run, str], None] = lambda run, summary: None,
     ):
         self.best, self.mark_best = best, mark_best
         self.strategy, self.processes = strategy, strategy.processes
@@ -173,7 +173,7 @@ class Trainer:
         run, best = self.run, self.best
         if best.improves(run) and run.settings.keep_best:
             self._save_once()
-            self.mark_best(run, best.told())
+            self.mark_best(run, best.summary())
         if best.exhausted and run.step < run.total_steps:
             run.total_steps = run.step
             self._save_once()
@@ -221,8 +221,8 @@ class Trainer:
         counts = self.processes.of_rows(counts)
         divisor, supervised, tokens, stops, failed = self.processes.sum([*counts, *signs])
         if failed:
-            told = self.processes.gather([str(fault)] if fault else [])
-            raise DataError("; ".join(dict.fromkeys(told)))
+            messages = self.processes.gather([str(fault)] if fault else [])
+            raise DataError("; ".join(dict.fromkeys(messages)))
         if stops:
             raise Interrupted
         lr = self._learning_rate()

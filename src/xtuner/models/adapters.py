@@ -238,12 +238,12 @@ def load_adapter(
     except (torch.OutOfMemoryError, XTunerError):
         raise
     except Exception as error:  # PEFT checks few of the values that a file can hold
-        told = " ".join(str(error).split())
+        words = " ".join(str(error).split())
         known = isinstance(error, RuntimeError | ValueError | OSError)
         raise ModelError(
             f"{folder}: the adapter does not fit the model "
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
-            f"{told if known else f'{type(error).__name__}: {told}'}"
+            f"{words if known else f'{type(error).__name__}: {words}'}"
         ) from error
 
 

@@ -235,14 +235,14 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
     except XTunerError:
         raise
     except Exception as error:  # damaged files cause whatever a library does not check
-        told = " ".join(str(error).split())
+        words = " ".join(str(error).split())
         known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
-        told = told if told and known else f"{type(error).__name__}: {told}"
+        words = words if words and known else f"{type(error).__name__}: {words}"
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
         hints = (
             "give a folder that holds config.json and *.safetensors, a name on the hub, "
             "or fetch it once with `xtuner fetch`"
         )
         raise ModelError(
-            f"cannot load the {what} {str(path)!r} ({where}): {told}\n  Hint: {hints}."
+            f"cannot load the {what} {str(path)!r} ({where}): {words}\n  Hint: {hints}."
         ) from error

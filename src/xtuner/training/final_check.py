@@ -139,8 +139,8 @@ class FinalCheck(BaseHook):
     def on_start(self, run: Run) -> None:
         """Ask the everyday questions before the first step."""
         if run.step == 0 and self._takes_part(run):
-            told = working(run.console, f"Asking {len(self._questions)} everyday questions")
-            with told, contextlib.suppress(XTunerError):  # the end of the run says why
+            status = working(run.console, f"Asking {len(self._questions)} everyday questions")
+            with status, contextlib.suppress(XTunerError):  # the end of the run says why
                 self._before = self._ask(self._questions, EVERYDAY_TOKENS)
 
     def on_step(self, run: Run) -> None:

@@ -232,7 +232,7 @@ class _TrainingRun:
             f"Talk to it:  {shlex.join(['xtuner', 'chat', str(self.work_dir)])}"
         )
         if recorded:
-            recorded.tell()
+            recorded.print_report()
         target = self.settings.push_to_hub
         if target and result.checkpoint and self.processes.is_main:
             self._say(f"Uploading to {target} ...")
@@ -267,10 +267,10 @@ class _TrainingRun:
             best.resume()
         return best
 
-    def _mark_best(self, run: Run, told: str) -> None:
+    def _mark_best(self, run: Run, summary: str) -> None:
         if self.processes.is_main:
-            self.store.mark_best(run.count, told)
-            self.console.print(f"Best so far: {told}", markup=False)
+            self.store.mark_best(run.count, summary)
+            self.console.print(f"Best so far: {summary}", markup=False)
 
     def _recording(self, run: Run, lines: list[str]) -> Recording:
         return recording(

@@ -201,7 +201,7 @@ def _pieces(text: str) -> Iterator[str]:
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
     known = isinstance(error, ValueError | XTunerError) and not plugins.user_location(error)
-    return message if known and message else plugins.told(error)
+    return message if known and message else plugins.described(error)
 
 
 class _Row(NamedTuple):

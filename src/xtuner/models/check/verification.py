@@ -76,7 +76,7 @@ def _check_alone(lm: Any) -> None:
     except Exception as error:  # third-party code
         raise ModelError(
             f"{_described(lm)}: a training step of one sample fails, so it cannot be "
-            f"trained here: {_told(error)}"
+            f"trained here: {_in_one_line(error)}"
         ) from error
     if leak:
         raise ModelError(
@@ -94,7 +94,7 @@ def _fault_of_row(lm: Any, notes: list[str | None]) -> str | None:
     except XTunerError as error:
         return str(error)
     except Exception as error:  # third-party code may not support a row of several samples
-        return f"a row of several samples fails with {_told(error)}"
+        return f"a row of several samples fails with {_in_one_line(error)}"
 
 
 def _fault_of_checks(lm: Any, notes: list[str | None]) -> str | None:
@@ -153,7 +153,7 @@ def _described(lm: Any) -> str:
     return f"{type(lm.causal).__name__} with attention {lm.attention_name!r}"
 
 
-def _told(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     """A library's complete error message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
