@@ -122,7 +122,7 @@ class CheckpointStore:
         return path if path is not None and _NAME.fullmatch(path.name) and path.is_dir() else None
 
     def mark_best(self, count: int, summary: str) -> None:
-        """Keep checkpoint ``iter_<count>`` regardless of `limit`; write its name and `summary` to the
+        """Keep checkpoint ``iter_<count>`` whatever `limit` is; write its name and `summary` to the
         file `best_checkpoint`."""
         self._point_at(f"iter_{count} {summary}", BEST_FILE)
         flush(self.work_dir)
