@@ -17,13 +17,10 @@ from xtuner.errors import ConfigError, DataError, ModelError, XTunerError, did_y
 from xtuner.models.adapters import check_config
 from xtuner.models.facts import ModelFacts, facts_of
 from xtuner.templates.base import Template
+from xtuner.training.first_check import attention_problem
 from xtuner.training.publish import check_target
 from xtuner.types import Conversation, Message
 
-_PACKAGES = {
-    "flash_attention_2": ("flash_attn", "flash-attn"),
-    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
-}
 _MOST_NAMES = 4
 
 
@@ -81,12 +78,8 @@ def note_on_positions(s: Settings, train: PackedDataset) -> str | None:
 
 def _check_attention(s: Settings) -> None:
     name = s.attn_implementation
-    module, package = _PACKAGES.get(name, ("", ""))
-    if module and importlib.util.find_spec(module) is None:
-        raise ConfigError(
-            f"attn_implementation = {name!r}: needs the package {package}, which is not installed. "
-            "Install it, or set 'auto', which needs no package"
-        )
+    for problem in attention_problem(name):
+        raise ConfigError(problem)
     known = ["auto", "eager", *AttentionInterface().valid_keys()]
     if name not in known and "/" not in name:
         raise ConfigError(
