@@ -46,7 +46,7 @@ def test_all_problems_are_listed(tmp_path, monkeypatch):
         "did you mean 'rows.csv'?",
         "no such folder",
         "did you mean 'Adam",
-        "needs the package flash_attn_interface",
+        "needs the package flash-attn-3",
     ):
         assert text in message
 
