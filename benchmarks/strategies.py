@@ -1,11 +1,12 @@
-"""What dividing a model costs and saves: time, bytes sent and memory under each strategy.
+"""What sharding a model costs and saves: time, bytes sent and memory under each strategy.
 
     python benchmarks/strategies.py overhead|scaling|bytes|memory [--steps 8] [--hidden 512]
 
 `overhead`: one process under each strategy beside 'replicated'. `scaling`: two processes with one
-core each beside one process with one core. `bytes`: what two processes send in a step, counted in
-torch's collectives, beside theory. `memory`: the peak of one of two processes beside the forecast.
-A random Llama is trained in full, in float32.
+core each beside one process with one core, and beside two runs that know nothing of each other,
+which is what the machine allows. `bytes`: what two processes send in a step, counted in torch's
+collectives, beside theory. `memory`: the peak of one of two processes beside the forecast. A random
+Llama is trained in full, in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ algorithm = "pretrain"
 tuning = "full"
 dtype = "float32"
 lr = 1e-4
-max_length = 256
+max_length = {length}
 accumulative_counts = {accumulation}
 max_steps = {steps}
 max_epochs = 1000
@@ -50,6 +51,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a micro-batch")
+    parser.add_argument("--rounds", type=int, default=1, help="of which scaling takes the median")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -71,24 +75,40 @@ def make(folder: Path, options: Any) -> None:
     (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
 
 
-def run(
+def start(
     folder: Path, options: Any, strategy: str, *, processes: int, cores: str = "", hook: str = ""
-) -> tuple[list[dict[str, Any]], str]:
-    """The numbers of each step but the first two, and what the run printed."""
+) -> tuple[subprocess.Popen[str], Path]:
+    """A run, and its work dir."""
     text = SETTINGS.format(
-        steps=options.steps, accumulation=options.accumulation, hooks=[hook] if hook else []
+        steps=options.steps,
+        accumulation=options.accumulation,
+        length=options.length,
+        hooks=[hook] if hook else [],
     )
     (folder / "config.py").write_text(text, encoding="utf-8")
-    work = f"{strategy}_{processes}_{cores.replace(',', '_')}"
+    work = f"run_{len(list(folder.glob('run_*')))}"
+    (folder / work).mkdir()
     command = [sys.executable, "-m", "xtuner.cli.app", "train", "config.py", "--work-dir", work]
     command += ["--strategy", strategy, *(["--nproc", str(processes)] if processes > 1 else [])]
     pinned = ["taskset", "-c", cores, *command] if cores else command
-    done = subprocess.run(pinned, cwd=folder, capture_output=True, text=True, env=os.environ)
-    if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-    (file,) = (folder / work).glob("*/scalars.jsonl")
+    pipe = subprocess.PIPE
+    made = subprocess.Popen(pinned, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=os.environ)
+    return made, folder / work
+
+
+def result(run: subprocess.Popen[str], work: Path) -> tuple[list[dict[str, Any]], str]:
+    """The numbers of each step but the first two, and what the run printed."""
+    out, err = run.communicate()
+    if run.returncode:
+        raise SystemExit(out[-2000:] + err[-2000:])
+    (file,) = work.glob("*/scalars.jsonl")
     steps = [json.loads(line) for line in file.read_text().splitlines()]
-    return [step for step in steps if "loss" in step][2:], done.stdout
+    return [step for step in steps if "loss" in step][2:], out
+
+
+def run(folder: Path, options: Any, strategy: str, **how: Any) -> tuple[list[dict[str, Any]], str]:
+    """`start` a run and wait for its `result`."""
+    return result(*start(folder, options, strategy, **how))
 
 
 def seconds(steps: list[dict[str, Any]]) -> float:
@@ -99,24 +119,33 @@ def seconds(steps: list[dict[str, Any]]) -> float:
 def overhead(folder: Path, options: Any) -> None:
     """One process: a step under each strategy."""
     print("| strategy | s a step | of replicated |\n|---|---|---|")
-    plain = 0.0
-    for strategy in STRATEGIES:
+    plain = seconds(run(folder, options, "replicated", processes=1)[0])
+    for strategy in options.strategies:
         found = seconds(run(folder, options, strategy, processes=1)[0])
-        plain = plain or found
         print(f"| {strategy} | {found:.3f} | {found / plain:.2f} |", flush=True)
+
+
+def rate(steps: list[dict[str, Any]]) -> float:
+    """Tokens per second, in the median."""
+    return statistics.median(step["tokens_per_second"] for step in steps)
 
 
 def scaling(folder: Path, options: Any) -> None:
     """One core, then two with a process each; the work of a process stays the same."""
-    print("| strategy | tokens/s, 1 process | 2 processes | ratio |\n|---|---|---|---|")
-
-    def rate(strategy: str, processes: int, cores: str) -> float:
-        steps = run(folder, options, strategy, processes=processes, cores=cores)[0]
-        return statistics.median(step["tokens_per_second"] for step in steps)
-
-    for strategy in STRATEGIES:
-        one, two = rate(strategy, 1, "0"), rate(strategy, 2, "0,1")
-        print(f"| {strategy} | {one:,.0f} | {two:,.0f} | {two / one:.2f} |", flush=True)
+    found: dict[str, list[float]] = defaultdict(list)
+    for _ in range(options.rounds):
+        one = rate(run(folder, options, "replicated", processes=1, cores="0")[0])
+        found["one process"].append(one)
+        apart = [start(folder, options, "replicated", processes=1, cores=core) for core in "01"]
+        found["two runs apart"].append(sum(rate(result(*each)[0]) for each in apart))
+        for strategy in options.strategies:
+            steps = run(folder, options, strategy, processes=2, cores="0,1")[0]
+            found[strategy].append(rate(steps))
+    medians = {name: statistics.median(rates) for name, rates in found.items()}
+    one, apart_rate = medians["one process"], medians["two runs apart"]
+    print("| | tokens/s | of one process | of two runs apart |\n|---|---|---|---|")
+    for name, value in medians.items():
+        print(f"| {name} | {value:,.0f} | {value / one:.2f} | {value / apart_rate:.2f} |")
 
 
 COUNTING_HOOK = """
@@ -185,7 +214,7 @@ def sent(folder: Path, options: Any) -> None:
     text = COUNTING_HOOK.format(benchmarks=str(Path(__file__).parent), file=str(counted))
     (folder / "count.py").write_text(text, encoding="utf-8")
     print("| strategy | MiB sent a step | theory | of it |\n|---|---|---|---|")
-    for strategy in STRATEGIES:
+    for strategy in options.strategies:
         _, out = run(folder, options, strategy, processes=2, hook="count.py:Hook")
         match = re.search(r"([\d,]+) of [\d,]+ are trained", out)
         assert match, out
@@ -210,7 +239,7 @@ def memory(folder: Path, options: Any) -> None:
         "| strategy | MiB, measured | forecast | weights | gradients and activations | optimizer |"
     )
     print("|---|---|---|---|---|---|")
-    for strategy in STRATEGIES:
+    for strategy in options.strategies:
         steps, out = run(folder, options, strategy, processes=2)
         peak = max(step["memory_mb"] for step in steps)
         line = next(line for line in out.splitlines() if line.startswith("Memory"))

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,7 +33,9 @@ COMPILED = ("kernels", "fake_cuda")
 
 def pytest_configure(config):
     """Let torch, which is not imported yet, see no GPU: tests that choose a device by themselves
-    shall choose as they do anywhere."""
+    shall choose as they do anywhere. Ctrl-C, which a background job of a script ignores, works
+    again, here and in child processes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not wants_gpu(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

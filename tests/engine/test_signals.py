@@ -36,10 +36,11 @@ with request.on_signals():
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_closed_terminal_is_a_request_unless_nohup_ignores_it(ignored):
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL
     near, far = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], stdout=far, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, action),
     )  # fmt: skip
     os.close(far)
     if not ignored:

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +99,74 @@ def test_the_trainer_goes_through_the_strategy_alone(tmp_path):
     step = ["set_learning_rate", "zero_grad", "backward", "backward", "reduce_gradients",
             "clip_gradients", "step"]  # fmt: skip
     assert trainer.strategy.calls == ["prepare", *step, *step]
+
+
+class WithImages(torch.nn.Module):
+    """One weight for text, and one for images."""
+
+    always_embeds = True
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.text, self.image = (torch.nn.Linear(3, 1, bias=False) for _ in range(2))
+        self.embedder = SimpleNamespace(weights=self.image.parameters)
+        self.saw_images = False
+
+    def forward(self, x, *, images):
+        self.saw_images |= images
+        return self.text(x) + self.image(x * images)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in plugins.names(PACKAGE)
+        if importlib.import_module(f"{PACKAGE}.{n}").Strategy.gathers
+    ],
+)
+def test_a_step_without_images_leaves_their_weights_and_state_alone(name):
+    def prepared(weights=None):
+        model = WithImages()
+        model.load_state_dict(weights or {}, strict=False)
+        kind = importlib.import_module(f"{PACKAGE}.{name}").Strategy
+        strategy = kind(settings(), ALONE)
+        strategy.prepare(model, lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1))
+        return strategy
+
+    def step(strategy, *, images):
+        strategy.zero_grad()
+        loss = strategy.model(torch.ones(1, 3), images=images).sum()
+        strategy.backward(loss, last=True)
+        strategy.reduce_gradients()
+        strategy.clip_gradients(None)
+        strategy.set_learning_rate(0.1)
+        strategy.step()
+        return weights_of(strategy)
+
+    straight = prepared()
+    first, second = step(straight, images=True), step(straight, images=False)
+    assert torch.equal(first["image.weight"], second["image.weight"])
+    assert not torch.equal(first["text.weight"], second["text.weight"])
+    state = straight.optimizer_state()
+    assert [int(state["state"][number]["step"]) for number in (0, 1)] == [2, 1]
+    assert [group["params"] for group in state["param_groups"]] == [[0, 1]]
+    resumed = prepared(second)
+    resumed.load_optimizer_state(copy.deepcopy(state))
+    third = step(straight, images=True)
+    for weight, found in step(resumed, images=True).items():
+        assert torch.equal(found, third[weight])
+        assert not torch.equal(found, second[weight])
+    only_text = prepared()
+    step(only_text, images=False)
+    state = only_text.optimizer_state()
+    assert list(state["state"]) == [0]  # as on one process, images have no state yet
+    prepared().load_optimizer_state(copy.deepcopy(state))
+
+
+def test_adagrad_is_refused_where_its_weight_decay_would_be_lost():
+    for name in ("deepspeed_zero1", "deepspeed_zero3"):
+        kind = importlib.import_module(f"{PACKAGE}.{name}").Strategy
+        assert [found for found, _ in kind.check(settings(optim_type="Adagrad"))] == ["optim_type"]
+        assert not list(kind.check(settings(optim_type="SGD")))

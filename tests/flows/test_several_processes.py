@@ -1,6 +1,7 @@
 """`xtuner train --nproc 2`: the same losses as one process, and the exit codes of one process."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -96,3 +97,60 @@ def test_one_process_out_of_memory_ends_all_and_says_why(tmp_path, tiny_model_pa
     assert "out of memory" in ended.stderr and "another process" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert (folder / "w" / "last_checkpoint").is_file()
+
+
+HANGS = """
+import os, time
+from xtuner.algorithms.sft import Algorithm
+
+class Hangs(Algorithm):
+    calls = 0
+
+    def loss(self, model, batch):
+        self.calls += model.training
+        if self.calls > 5 and os.environ.get("RANK") == "1":
+            print("the last words", flush=True)
+            time.sleep(600)
+        return super().loss(model, batch)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["replicated", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_process_that_hangs_ends_all_and_says_where(strategy, tmp_path, tiny_model_path):
+    folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=False).parent
+    (folder / "hangs.py").write_text(HANGS, encoding="utf-8")
+    ended = train(
+        folder,
+        *("--work-dir", "w", "--nproc", "2", "--set", "algorithm=hangs.py:Hangs"),
+        *("--set", "accumulative_counts=1", "--set", "hang_timeout=8"),
+        *("--strategy", strategy),
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "The run hangs at process 1" in ended.stderr
+    assert "Process 1 failed with exit code 1" in ended.stderr
+    assert "the last words" in ended.stderr and "hangs.py" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_two_nodes_with_different_work_dirs_are_refused(tmp_path, tiny_model_path):
+    folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=False).parent
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "xtuner.cli.app", "train", "config.py", "--nnodes", "2"]
+    command += ["--nproc", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    nodes = [
+        subprocess.Popen(
+            [*command, "--node-rank", name, "--work-dir", name],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in "01"
+    ]
+    said = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], said
+    assert "node 1 of 2 does not see the folder" in said[0]
+    assert not any("Traceback" in text for text in said)

@@ -3,6 +3,7 @@ and go on from each other's checkpoints."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from sharded_runs import answers, end_of, runs, scalars
@@ -34,8 +35,15 @@ class Broken(Algorithm):
         return type(output)(output.loss * bad)
 """
 ALL = ("fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+OFFLOADED = ("deepspeed_zero2_offload", "deepspeed_zero3_offload")
 FEW = ("fsdp2",)
+BROKEN_RUN = ("algorithm=parts.py:Broken", "shuffle=False")
 STEPS = 4
+
+
+def last_checkpoint(work_dir):
+    file = Path(work_dir) / "last_checkpoint"
+    return file.read_text() if file.exists() else None
 
 
 def prepare(folder, model, tuning):
@@ -60,7 +68,7 @@ def cases_of(strategies, tuning):
     for strategy, before in zip(strategies, ("deepspeed_zero3", *strategies), strict=False):
         chosen = [f"strategy={strategy}", "accumulative_counts=1"]
         first = [f"strategy={before}", "accumulative_counts=1", "max_steps=2"]
-        stop, broken = "custom_hooks=['parts.py:Stop']", "algorithm=parts.py:Broken"
+        stop = "custom_hooks=['parts.py:Stop']"
         file, work = f"{tuning}.py", f"{tuning}_{strategy}"
         cases += [
             (file, work, chosen),
@@ -68,23 +76,27 @@ def cases_of(strategies, tuning):
             (file, f"{work}_on", [*chosen, "gradient_checkpointing=True"], "last"),
             (file, f"{work}_stopped", [*chosen, stop]),
             (file, f"{work}_stopped", chosen, "last"),
-            (file, f"{work}_broken", [*chosen, broken, "shuffle=False"]),
+            (file, f"{work}_broken", [*chosen, *BROKEN_RUN]),
         ]
     return cases
 
 
 def assert_as_alone(folder, strategies, tuning, ends):
     """Compare with a run of one process on the same groups of packs."""
-    file = f"{tuning}.py"
-    assert end_of(Processes("cpu"), folder, file, f"{tuning}_alone") == STEPS
+    file, alone = f"{tuning}.py", Processes("cpu")
+    assert end_of(alone, folder, file, f"{tuning}_alone") == STEPS
     expected = scalars(folder / f"{tuning}_alone")
+    told = end_of(alone, folder, file, f"{tuning}_broken", BROKEN_RUN)
+    assert "rows.jsonl line 7" in told and "the loss of these rows is" in told
+    broken_at = last_checkpoint(folder / f"{tuning}_broken")
     for strategy, (straight, first, on, stopped, again, broken) in zip(
         strategies, zip(*[iter(ends)] * 6, strict=True), strict=True
     ):
         work = folder / f"{tuning}_{strategy}"
         assert (straight, first, on, again) == (STEPS, 2, STEPS, STEPS), strategy
         assert stopped == "Interrupted: Stopped at step 3; it is saved."
-        assert "rows.jsonl line 7" in broken and "the loss of these rows is" in broken
+        assert broken == told
+        assert last_checkpoint(f"{work}_broken") == broken_at
         for name, tolerance in (("", 1e-5), ("_on", 1e-4), ("_stopped", 1e-5)):
             found = scalars(f"{work}{name}")
             assert found.keys() == expected.keys()
@@ -117,3 +129,33 @@ def test_every_strategy_ends_as_alone(tuning, tmp_path, tiny_model_path):
     first, second = run_distributed(runs, tmp_path, cases_of(ALL, tuning), timeout=280)
     assert first == second
     assert_as_alone(tmp_path, ALL, tuning, first)
+
+
+@pytest.mark.slow
+def test_offloaded_strategies_end_as_alone(tmp_path, tiny_model_path):
+    prepare(tmp_path, tiny_model_path, "lora")
+    first, second = run_distributed(runs, tmp_path, cases_of(OFFLOADED, "lora"), timeout=280)
+    assert first == second
+    assert_as_alone(tmp_path, OFFLOADED, "lora", first)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_sequence_size(tmp_path, tiny_model_path):
+    prepare(tmp_path, tiny_model_path, "full")
+    split, apart = (
+        ["sequence_parallel_size=2", "accumulative_counts=2"],
+        ["sequence_parallel_size=1", "accumulative_counts=1"],
+    )
+    cases = []
+    for strategy in ("replicated", "fsdp2"):
+        for name, before, after in (("to_2", apart, split), ("to_1", split, apart)):
+            work, chosen = f"{strategy}_{name}", f"strategy={strategy}"
+            cases.append(("full.py", work, [chosen, *before, "max_steps=2"]))
+            cases.append(("full.py", work, [chosen, *after], "last"))
+    first, second = run_distributed(runs, tmp_path, cases, timeout=280)
+    assert first == second == [2, STEPS] * 4
+    assert end_of(Processes("cpu"), tmp_path, "full.py", "alone") == STEPS
+    expected = scalars(tmp_path / "alone")
+    for _, work, *_ in cases:
+        for step, values in scalars(tmp_path / work).items():
+            assert values["loss"] == pytest.approx(expected[step]["loss"], abs=1e-4), (work, step)

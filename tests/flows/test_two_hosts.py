@@ -87,5 +87,5 @@ def test_two_hosts_train_and_go_on_when_a_process_of_one_dies(tmp_path, tiny_mod
     assert "done once for all 2 nodes, which share" in said[0]
     assert "Process 1 on node 1 was killed by SIGKILL" in said[0] and said[0].count("Done.") == 1
     assert "Restart 1 of 1, from the last checkpoint" in said[0]
-    assert "Its last output" in said[1] or "It said nothing" in said[1]
+    assert "Its last output" in said[1] or "It printed nothing" in said[1]
     assert sorted(losses(folder / "w")) == [1, 2, 3, 4, 5]

@@ -17,10 +17,19 @@ def runs(folder, cases):
         folder: of the settings files.
         cases: (settings file, work dir, overrides, resume).
     """
-    processes = Processes("cpu")
-    ends = [end_of(processes, Path(folder), *case) for case in cases]
-    processes.close()
+    made = {size: Processes("cpu", sequence_parallel_size=size) for size in sizes_of(cases)}
+    ends = [end_of(made[sizes_of([case]).pop()], Path(folder), *case) for case in cases]
+    next(iter(made.values())).close()
     return ends
+
+
+def sizes_of(cases):
+    """The values of `sequence_parallel_size` in `cases`."""
+    sizes = set()
+    for _, _, overrides, *_ in cases:
+        chosen = dict(override.split("=", 1) for override in overrides)
+        sizes.add(int(chosen.get("sequence_parallel_size", 1)))
+    return sizes
 
 
 def end_of(processes, folder, config, work_dir, overrides=(), resume=None):

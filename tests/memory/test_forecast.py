@@ -13,6 +13,7 @@ from xtuner.memory.available import parse_memory
 from xtuner.memory.footprint import Footprint
 from xtuner.memory.forecast import forecast
 from xtuner.memory.plan import plan_memory
+from xtuner.models.facts import facts_of
 from xtuner.testing.tiny import tiny_model_folder
 
 MB = 2**20
@@ -120,7 +121,7 @@ def test_paged_optimizer_state_is_no_memory_of_torch_on_a_gpu(folder):
 def measured(monkeypatch):
     """A model of 100 MiB, of which a step takes 400 more, 150 with recomputation."""
 
-    def footprint(chosen, device, recompute):
+    def footprint(chosen, device, recompute, keys):
         step = 150 if recompute else 400
         return Footprint(100 * MB, step * MB, 40 * MB, 10 * MB, 25 * MB)
 
@@ -221,3 +222,17 @@ def test_forecast_error_does_not_stop_training(folder, tmp_path, monkeypatch, ca
     )
     assert main(["train", str(tmp_path / "c.py"), "--dry-run", "--device", "cpu"]) == 2
     assert "Memory unknown" in capsys.readouterr().out
+
+
+def test_what_is_known_of_a_model_follows_the_folder_and_its_content(tmp_path, monkeypatch):
+    """In a notebook or a server one process meets another model under the same relative path."""
+    chosen = settings("model")
+    found = []
+    for name, width in (("one", 32), ("two", 64), ("one", 96)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        tiny_model_folder("model", hidden_size=width)
+        weights = forecast(chosen, "cpu", recompute=False).footprint.weights
+        found.append((facts_of(chosen).config.hidden_size, weights))
+    assert [width for width, _ in found] == [32, 64, 96]
+    assert found[0][1] < found[1][1] < found[2][1]

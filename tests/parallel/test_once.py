@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import HashStore
 
-from xtuner.errors import DataError, PeerLostError
+from xtuner.errors import DataError, LaunchError, PeerLostError
 from xtuner.parallel import once
-from xtuner.parallel.once import Once
+from xtuner.parallel.once import Once, check_shared
 
 
 def four(work, folder_of, *, per_node=4):
@@ -72,3 +72,41 @@ def test_a_fault_ends_the_others_too(tmp_path):
     found, _ = four(fail, lambda rank: tmp_path)
     assert [type(error) for error in found] == [DataError, *[PeerLostError] * 3]
     assert "process 0 failed" in str(found[1]) and "line 3: damaged" in str(found[1])
+
+
+def two_nodes(folders):
+    """What each of two nodes raises, if its work dir is the one of `folders`."""
+    barrier, rounds, found = threading.Barrier(2), [{}, {}], {}
+
+    def one(rank):
+        turns = iter(rounds)
+
+        def gather(items):
+            told = next(turns)
+            told[rank] = items
+            barrier.wait(20)
+            return [item for _, part in sorted(told.items()) for item in part]
+
+        processes = SimpleNamespace(
+            rank=rank, node=rank, nodes=2, node_leader=rank, is_main=rank == 0, gather=gather
+        )
+        try:
+            found[rank] = check_shared(processes, folders[rank])
+        except LaunchError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_a_work_dir_that_a_node_does_not_see_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(once, "NOTICE_SECONDS", 0.1)
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    assert two_nodes([shared, shared]) == {0: None, 1: None}
+    told = two_nodes([shared, other])
+    assert all("node 1 of 2 does not see the folder" in text for text in told.values())
+    assert list(shared.iterdir()) == [] and not other.exists()

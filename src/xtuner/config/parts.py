@@ -415,9 +415,11 @@ class RuntimePart(Part):
     strategy_options: Options = ()
     """Settings of the strategy itself, by name: for 'fsdp2' {'cpu_offload': True} keeps weights,
     gradients and optimizer state in CPU memory."""
-    hang_timeout: Annotated[Positive, Mark("free", comment="in seconds")] = 600
-    """Seconds that a process waits for the others before it reports where each of them is. The run
-    then ends, unless one of them reads data, writes a checkpoint or runs a hook of its own."""
+    hang_timeout: Annotated[Literal["auto"] | Positive, Mark("free", comment="in seconds")] = "auto"
+    """Seconds without progress of any process, after which the run reports where each of them is.
+    It then ends, unless one of them prepares the run, compiles, evaluates, writes a checkpoint or
+    runs a hook. 'auto': within an optimizer step 10 times what its slowest part has taken so far,
+    at least 45; elsewhere 600."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.seeds import micro_seed
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.strategies.base import BaseStrategy
-from xtuner.parallel.activity import in_call
+from xtuner.parallel import activity
 from xtuner.types import Algorithm, Batch
 
 
@@ -90,10 +89,11 @@ class StepGradients:
         while True:
             strategy.zero_grad()
             loss, metrics = self._accumulate(group, max(divisor, 1.0), step)
-            strategy.reduce_gradients()
-            if scaler.enabled:
-                strategy.unscale(scaler.inverse)
-            norm = strategy.clip_gradients(self._max_norm)
+            with activity.in_call("the sum of gradients"):
+                strategy.reduce_gradients()
+                if scaler.enabled:
+                    strategy.unscale(scaler.inverse)
+                norm = strategy.clip_gradients(self._max_norm)
             overflow = float(not math.isfinite(norm))
             loss, *metrics = self.processes.of_rows([loss, *metrics])
             loss, overflows, *values = self.processes.sum([loss, overflow, *metrics])
@@ -115,13 +115,13 @@ class StepGradients:
                 raise Interrupted
             torch.manual_seed(micro_seed(self._seed, step, index, self.processes.rank))
             counts, last = index < len(group), index == len(batches) - 1
-            together = in_call("a forward and backward pass") if self.strategy.lockstep else None
-            with together or nullcontext():
-                output = checked_loss(
-                    self.algorithm, self.strategy.model, batch.to(self.processes.device)
-                )
-                loss = output.loss / divisor if counts else output.loss * 0.0
-                self.strategy.backward(self.loss_scaler.scaled(loss), last=last)
+            activity.current.pace.begin(batch.num_tokens)
+            output = checked_loss(
+                self.algorithm, self.strategy.model, batch.to(self.processes.device)
+            )
+            loss = output.loss / divisor if counts else output.loss * 0.0
+            self.strategy.backward(self.loss_scaler.scaled(loss), last=last)
+            activity.current.progress()
             if not counts:
                 continue
             total = total + loss.detach()
@@ -145,6 +145,7 @@ class StepGradients:
         singles = [sample for batch in group for sample in batch.split()]
         bad = []
         for index, sample in enumerate(self.padded(singles)):
+            activity.current.progress()
             output = checked_loss(
                 self.algorithm, self.strategy.model, sample.to(self.processes.device)
             )

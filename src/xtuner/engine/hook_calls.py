@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.errors import DataError, LaunchError, XTunerError
+from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
 
 
@@ -43,8 +43,8 @@ class HookCalls:
 
     def _call(self, hook: BaseHook, event: str) -> None:
         name = type(hook).__qualname__
-        alone = nullcontext() if hook.collective else self._processes.without_others(f"hook {name}")
-        with alone:
+        alone = self._processes.without_others
+        with (busy if hook.collective else alone)(f"hook {name}"):
             getattr(hook, event)(self._run)
 
     def _raise(self, fault: XTunerError | None) -> None:

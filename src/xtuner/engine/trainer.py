@@ -30,6 +30,7 @@ from xtuner.engine.signals import Interrupted, StopRequest
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
 from xtuner.parallel import activity
+from xtuner.parallel.collective import collective_layers
 from xtuner.types import Algorithm, Batch
 
 __all__ = ["Groups", "Interrupted", "Trainer"]
@@ -113,21 +114,24 @@ class Trainer:
             DataError: A row of the next step can no longer be read; the last good step is saved.
         """
         run = self.run
-        with ExitStack() as stack:
+        with collective_layers(), ExitStack() as stack:
             for hook in self.hooks.hooks:
                 stack.callback(self.hooks.close, hook)
             stack.enter_context(self._stop.on_signals())
-            activity.current.busy = None
+            stack.enter_context(activity.busy("work between steps"))
+            activity.current.pace = activity.Pace()
             self._call("on_start")
             self.model.train()
             groups = self.loader.groups(run.step, run.total_steps)
             while True:
                 started = time.perf_counter()
-                group, fault = self._next(groups)
+                with activity.in_step(run.step + 1):
+                    group, fault = self._next(groups)
                 if group is None:
                     break
                 try:
-                    self._step(group, started, fault)
+                    with activity.in_step(run.step + 1):
+                        self._step(group, started, fault)
                 except Interrupted:
                     self._save_once()
                     if run.step == 0:
@@ -214,7 +218,6 @@ class Trainer:
             fault: Why this process has no data; all processes then stop together.
         """
         data_seconds = time.perf_counter() - started
-        activity.current.doing = f"step {self.run.step + 1}"
         run = self.run
         counts = [float(sum(map(count, group))) for count in self._counts()]
         signs = [float(self._stop.made), float(fault is not None)]
@@ -234,6 +237,7 @@ class Trainer:
         self._weights_are_consistent = False
         self.strategy.step()
         self._weights_are_consistent = True
+        activity.current.pace.steps += 1
         scale = self.loss_scaler.scale
         self.loss_scaler.step_taken()
         run.step += 1

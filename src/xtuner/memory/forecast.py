@@ -17,6 +17,7 @@ from xtuner.engine.optimizer import optim
 from xtuner.engine.strategies import Division
 from xtuner.memory.footprint import Footprint, measure
 from xtuner.memory.footprint_vision import measure_vision
+from xtuner.models.load import cache_key
 from xtuner.models.vision.tower import num_image_tokens, vision_config
 
 MB = 2**20
@@ -174,7 +175,9 @@ def forecast(
         ModelError: The model's configuration is not available.
     """
     alone = settings.model_copy(update={"strategy": "replicated", "strategy_options": ()})
-    found = _footprint(alone, device, recompute)
+    models = (alone.pretrained_model_name_or_path, alone.visual_encoder_name_or_path)
+    keys = tuple(cache_key(model) for model in models if model)
+    found = _footprint(alone, device, recompute, keys)
     division = strategies.division_of(settings, processes, folder=folder)
     moments = _bytes_of_moments(settings.optim_type)
     full = Forecast(
@@ -210,7 +213,9 @@ def without_embedding(full: Forecast, settings: Settings) -> Forecast:
 
 
 @functools.lru_cache(maxsize=16)
-def _footprint(settings: Settings, device: str, recompute: bool) -> Footprint:
+def _footprint(
+    settings: Settings, device: str, recompute: bool, _keys: tuple[tuple[str, int, int], ...]
+) -> Footprint:
     dtype = resolve_dtype(settings.dtype, device)
     image = 0
     if settings.has_vision:

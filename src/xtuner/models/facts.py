@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from xtuner.config.schema import Settings
 from xtuner.errors import ModelError
-from xtuner.models.load import located_config, meta_model, readable_errors
+from xtuner.models.load import cache_key, located_config, meta_model, readable_errors
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
@@ -78,11 +78,12 @@ def facts_of(settings: Settings) -> ModelFacts:
         ModelError: The model does not exist, its configuration cannot be read, or it is not a
             causal language model.
     """
-    return _facts(settings.pretrained_model_name_or_path, settings.trust_remote_code)
+    path = settings.pretrained_model_name_or_path
+    return _facts(path, settings.trust_remote_code, cache_key(path))
 
 
 @functools.lru_cache(maxsize=4)
-def _facts(path: str, trust_remote_code: bool) -> ModelFacts:
+def _facts(path: str, trust_remote_code: bool, _key: tuple[str, int, int]) -> ModelFacts:
     config = located_config(path, trust_remote_code=trust_remote_code)
     check_kind(path, config)
     with readable_errors(path, "model"):

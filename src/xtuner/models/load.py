@@ -178,6 +178,16 @@ def located(path: str | Path) -> str:
     return name
 
 
+def cache_key(path: str | Path) -> tuple[str, int, int]:
+    """What `path` refers to now, as a key for caches: the folder, and the time and size of its
+    config.json; for a hub name, the name."""
+    file = Path(path).resolve() / "config.json"
+    if not file.is_file():
+        return str(path), 0, 0
+    stat = file.stat()
+    return str(file.parent), stat.st_mtime_ns, stat.st_size
+
+
 def lasting_name(path: str | Path) -> str:
     """The name of a model that is valid in any working directory: a folder's absolute path,
     otherwise the name itself."""

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
+
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.errors import PeerLostError
 from xtuner.parallel import activity
@@ -24,8 +26,28 @@ def waiting(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PeerLostError(
-            f"another process of this run ended, so this one cannot continue ({first}): see its "
-            "message. Earlier checkpoints are untouched; continue with --resume"
-        ) from error
+        raise _peer_lost(error) from error
+
+
+@contextmanager
+def collective_layers() -> Iterator[None]:
+    """As `waiting`, for code whose layers communicate: other errors stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, PeerLostError) or not _is_of_connection(error):
+            raise
+        raise _peer_lost(error) from error
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Whether a backend lost a connection. NCCL's errors have a type, gloo's do not."""
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
+
+
+def _peer_lost(error: RuntimeError) -> PeerLostError:
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return PeerLostError(
+        f"another process of this run ended, so this one cannot continue ({first}): see its "
+        "message. Earlier checkpoints are untouched; continue with --resume"
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xtuner.errors import PeerLostError, XTunerError
+from xtuner.errors import LaunchError, PeerLostError, XTunerError
 from xtuner.parallel.processes import Processes
 
 T = TypeVar("T")
@@ -78,16 +78,9 @@ class Once:
         if not self._processes.is_main:
             yield self._read("file")
             return
-        name = f".shared-{secrets.token_hex(8)}"
-        with contextlib.suppress(OSError):  # each node then does its own work
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            (self._folder / name).touch()
-        self._post("file", name)
-        try:
+        with _file_in(self._folder) as name:
+            self._post("file", name)
             yield name
-        finally:
-            with contextlib.suppress(OSError):
-                (self._folder / name).unlink(missing_ok=True)
 
     def _describe(self) -> str:
         nodes = range(1, self._processes.nodes)
@@ -116,6 +109,42 @@ class Once:
             while not store.check([f"once/{key}"]):
                 time.sleep(0.2)
             return str(store.get(f"once/{key}").decode())
+
+
+def check_shared(processes: Processes, folder: Path) -> None:
+    """Check that all machines see the folder in which the main process writes checkpoints. A
+    collective call.
+
+    Raises:
+        LaunchError: Names the nodes that do not; raised on every process.
+    """
+    if processes.nodes == 1:
+        return
+    with _file_in(folder) if processes.is_main else contextlib.nullcontext("") as own:
+        (name,) = processes.gather([own] if processes.is_main else [])
+        leads = processes.rank == processes.node_leader
+        apart = leads and not _appears(folder / name)
+        nodes = processes.gather([str(processes.node)] if apart else [])
+    if nodes:
+        raise LaunchError(
+            f"--work-dir {folder}: node {', '.join(nodes)} of {processes.nodes} does not see the "
+            f"folder that node 0 writes to, so it cannot read checkpoints; give the same folder of "
+            f"a file system that all nodes share on each"
+        )
+
+
+@contextlib.contextmanager
+def _file_in(folder: Path) -> Iterator[str]:
+    """The name of an empty file in `folder` that exists within the block, if it can be written."""
+    name = f".shared-{secrets.token_hex(8)}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / name).touch()
+    try:
+        yield name
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _appears(file: Path) -> bool:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from xtuner.parallel.watch import Watch
 BUCKET_NUMBERS = 16 * 2**20
 """Gradients are summed in buckets of about this many elements (64 MB in float32)."""
 
+LARGE_NUMBERS = 2**20
+"""A gradient of this many elements (4 MB in float32) is summed in place."""
+
 
 class Processes:
     """This process and its process groups.
@@ -37,8 +40,8 @@ class Processes:
     Args:
         device: 'cpu' or 'cuda'; with several GPUs each process uses its own.
         sequence_parallel_size: Number of ranks that share the tokens of a row.
-        hang_timeout: Seconds that a collective call may take before this process reports where
-            every process is; None disables the check.
+        hang_timeout: Seconds without progress after which the processes report where each of them
+            is; 'auto' derives them from earlier steps (see `watch`), None disables the check.
 
     Attributes:
         rank: Rank of this process among all.
@@ -62,7 +65,7 @@ class Processes:
         device: str,
         *,
         sequence_parallel_size: int = 1,
-        hang_timeout: float | None = None,
+        hang_timeout: float | Literal["auto"] | None = None,
     ):
         join_group(device)
         patience = {"timeout": PATIENCE} if "RANK" in os.environ else {}
@@ -93,8 +96,9 @@ class Processes:
         if self.world_size > 1:
             end_with_parent()
             if hang_timeout is not None:
+                timeout = None if hang_timeout == "auto" else hang_timeout
                 self._watch = Watch(
-                    self.rank, self.world_size, limit=hang_timeout, connect=self._connect
+                    self.rank, self.world_size, timeout=timeout, connect=self._connect
                 )
 
     @property
@@ -140,7 +144,7 @@ class Processes:
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         with self._together("a sum"):
             dist.all_reduce(total, operation)
-        return total.tolist()  # type: ignore[no-any-return]
+            return total.tolist()  # type: ignore[no-any-return]
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in rank order."""
@@ -177,10 +181,12 @@ class Processes:
         for parameter, count in zip(everything, counts, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        found = gather() if gather else everything
         bucket: list[Tensor] = []
-        for gradient in [
-            p.grad for p in (gather() if gather else everything) if p.grad is not None
-        ]:
+        for gradient in [p.grad for p in found if p.grad is not None]:
+            if _can_be_summed_alone(gradient):
+                _sum_bucket([gradient])
+                continue
             bucket.append(gradient)
             if sum(g.numel() for g in bucket) >= BUCKET_NUMBERS:
                 _sum_bucket(bucket)
@@ -232,6 +238,12 @@ class Processes:
             self._watch.stop()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _can_be_summed_alone(gradient: Tensor) -> bool:
+    """Whether a gradient is so large that copying it into a bucket takes longer than a call."""
+    wide = gradient.dtype in (torch.float32, torch.float64)
+    return wide and gradient.is_contiguous() and gradient.numel() >= LARGE_NUMBERS
 
 
 def _sum_bucket(gradients: list[Tensor]) -> None:

@@ -33,6 +33,7 @@ from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.run_info import RunInfo
+from xtuner.parallel.once import check_shared
 from xtuner.parallel.processes import Processes
 from xtuner.training import graphs, preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
@@ -80,6 +81,7 @@ def train(
     try:
         folder = loaded.work_dir(work_dir)
         with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
+            check_shared(processes, folder)
             result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:
         processes.close()

@@ -9,30 +9,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from xtuner.config.schema import Settings
 from xtuner.engine.optimizer import optim
 from xtuner.engine.spill import as_it_is
 from xtuner.engine.strategies import _parts, _state
-from xtuner.engine.strategies.base import BaseStrategy, Division, Keep, MakeOptimizer
+from xtuner.engine.strategies._sharded import ShardedStrategy
+from xtuner.engine.strategies.base import Division, Keep, MakeOptimizer
 from xtuner.errors import LaunchError
 
 NAME = "fsdp2"
 
 
-class Strategy(BaseStrategy):
+class Strategy(ShardedStrategy):
     """Fully sharded data parallelism."""
 
-    sharded = lockstep = gathers = True
+    sharded = lockstep = True
     options: ClassVar[Mapping[str, Any]] = {"cpu_offload": False}
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
         """Refuse quantized weights and optimizers that need full weights."""
         yield from super().check(settings)
-        yield from _state.check_optimizer(settings.optim_type)
         if settings.effective_quantization != "none":
             yield (
                 "quantization",
@@ -47,13 +46,6 @@ class Strategy(BaseStrategy):
         part = 1 / processes
         offload = bool(dict(settings.strategy_options).get("cpu_offload", False))
         return Division(part, part, part, weights_on_cpu=offload, optimizer_on_cpu=offload)
-
-    def optimizer_for(self, optim_type: str) -> str:
-        """The torch optimizer, if `optim_type` needs full weights."""
-        name = _state.substitute(optim_type) or optim_type
-        if name != optim_type:
-            self.notes.append(f"{name} replaces {optim_type}: its state is sharded")
-        return name
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
         """Shard the weights of `model` unit by unit, and create an optimizer for the shards."""
@@ -74,7 +66,7 @@ class Strategy(BaseStrategy):
                 unit.set_reduce_scatter_unused_params(True)
         self.model = model
         self.parameters = optim.trainable(model)
-        self.optimizer: Any = make_optimizer(model)
+        self.optimizer = make_optimizer(model)
         self._check_active()
         return self.optimizer
 
@@ -105,36 +97,18 @@ class Strategy(BaseStrategy):
     def reduce_gradients(self) -> None:
         """Every backward pass does; here gradients of an image that counts nothing are discarded,
         where no process had another one in the step."""
-        if not getattr(self.model, "always_embeds", False):
+        if not getattr(self.model, "always_embeds", False) or self._saw_images(self.model):
             return
-        (seen,) = self.processes.sum([float(self.model.saw_images)])
-        self.model.saw_images = False
-        for parameter in () if seen else self.model.embedder.weights():
+        for parameter in self.model.embedder.weights():
             parameter.grad = None
 
     def _gradients(self) -> list[Tensor]:
         found = [p.grad.to_local() for p in self.parameters if p.grad is not None]  # type: ignore[attr-defined]
         return [part for part in found if part.numel()]
 
-    def unscale(self, factor: float) -> None:
-        """Multiply the gradients of this process's shards."""
-        if parts := self._gradients():
-            torch._foreach_mul_(parts, factor)
-
-    def clip_gradients(self, max_norm: float | None) -> float:
-        """Clip by the global norm over the shards of all processes."""
-        parts = self._gradients()
-        norm = _parts.norm_of_parts(parts, self.processes)
-        _parts.scale_to(parts, max_norm, norm)
-        return norm
-
     def step(self) -> None:
         """Apply the gradients to this process's shards."""
         self.optimizer.step()
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate of all parameter groups."""
-        optim.set_learning_rate(self.optimizer, lr)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         """Gather each trained weight; the main process gets it in CPU memory."""
