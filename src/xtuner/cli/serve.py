@@ -26,7 +26,7 @@ def command(
         ),
     ] = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 23333,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 23333,
     api_key: Annotated[
         str | None,
         typer.Option(

@@ -24,7 +24,7 @@ def command(
         typer.Option(metavar="DIR", help="Compare MODEL with MODEL + this adapter."),
     ] = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 6006,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 6006,
     auth: Annotated[
         str | None,
         typer.Option(
@@ -51,7 +51,7 @@ def command(
     device: _model.DeviceOption = _model.Device.auto,
     dtype: _model.DtypeOption = _model.Dtype.auto,
 ) -> None:
-    """Open a web page to chat, to train, and to look at runs.
+    """Open a web page for chat, training and runs.
 
     The page can read the current folder, the folder with the work dirs, that of fetched models, and
     those given with --allow.
