@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from xtuner.cli import _launch, _settings
+from xtuner.cli import _launch, _settings, _strategy
 from xtuner.config.load import LoadedSettings
 from xtuner.parallel.cluster import Cluster
 
@@ -64,22 +64,8 @@ def command(
             help="Same as --set device=...; with --dry-run --memory SIZE, cuda needs no GPU.",
         ),
     ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="How processes share the model: replicated, fsdp2, deepspeed_zero1, ... "
-            "Same as --set strategy=...",
-        ),
-    ] = None,
-    deepspeed: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="deepspeed_zero1, deepspeed_zero2, deepspeed_zero2_offload, deepspeed_zero3, "
-            "deepspeed_zero3_offload, or a DeepSpeed configuration FILE.json.",
-        ),
-    ] = None,
+    strategy: _strategy.Strategy = None,
+    deepspeed: _strategy.Deepspeed = None,
     trust_remote_code: _settings.TrustRemoteCode = False,
     trust_code: _settings.TrustCode = False,
 ) -> None:
@@ -162,23 +148,9 @@ def _set_up(loaded: LoadedSettings) -> None:
 
 def _as_overrides(device: str | None, strategy: str | None, deepspeed: str | None) -> list[str]:
     """The options that are short for ``--set``."""
-    chosen = _strategy(strategy, deepspeed)
+    chosen = _strategy.chosen(strategy, deepspeed)
     given = {"device": device, "strategy": chosen or None}
     return [f"{name}={value}" for name, value in given.items() if value is not None]
-
-
-def _strategy(strategy: str | None, deepspeed: str | None) -> str | None:
-    """The setting `strategy` that the options ask for."""
-    if strategy and deepspeed:
-        raise typer.BadParameter("--strategy and --deepspeed cannot be combined")
-    if deepspeed and not deepspeed.startswith("deepspeed_") and not deepspeed.endswith(".json"):
-        raise typer.BadParameter(
-            f"--deepspeed {deepspeed}: must be deepspeed_zero1, deepspeed_zero2, "
-            "deepspeed_zero2_offload, deepspeed_zero3, deepspeed_zero3_offload, or FILE.json"
-        )
-    if deepspeed and deepspeed.endswith(".json"):
-        return str(Path(deepspeed).expanduser().absolute())
-    return deepspeed or strategy
 
 
 def _migrated(config: str) -> str:
