@@ -36,6 +36,9 @@ OLD = {
         "quantization": "int8", "tuning": "qlora", "lora_r": 16, "lr": 3e-4, "lora_dropout": 0.05,
     },
     "qwen_7b_qlora_moss_sft_all_e2_gpu8": {"batch_size": 8, "accumulative_counts": 1},
+    "mistral_7b_full_finetune_custom_sft_e1": {
+        "tuning": "qlora", "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.1,
+    },
     "llama2_7b_qlora_oasst1_512_e3": {"max_length": 512, "pack_to_max_length": False},
     "internlm2_5_chat_20b_alpaca_e3": {"tuning": "full", "accumulative_counts": 1},
     "llava_v15_13b_finetune_lora": {

@@ -254,6 +254,27 @@ def test_a_wrong_merge_is_found_and_leaves_nothing(tiny_model_path, adapter, tmp
     assert set(tmp_path.iterdir()) == before
 
 
+def test_rounding_that_depth_amplifies_is_no_error(tmp_path):
+    """The files hold the rounded weights exactly; 24 random layers make much of the rounding."""
+    base = tmp_path / "base"
+    tiny_model(num_hidden_layers=24, initializer_range=0.5).bfloat16().save_pretrained(base)
+    adapter = write_adapter(tmp_path / "adapter", base, alpha=0.3)
+    report, said = quiet_merge(base, adapter, tmp_path / "merged")
+    assert report.relative > 0.05 and "rounding to torch.bfloat16 changes logits" in said
+
+
+def test_a_wrong_merge_is_found_beside_rounding(tmp_path, monkeypatch):
+    from xtuner.convert.lora import Change
+
+    base = tmp_path / "base"
+    tiny_model().bfloat16().save_pretrained(base)
+    adapter = write_adapter(tmp_path / "adapter", base)
+    right = Change.apply
+    monkeypatch.setattr(Change, "apply", lambda *a, **k: right(*a, **k) * 1.05)
+    with pytest.raises(ModelError, match="differs from"):
+        quiet_merge(base, adapter, tmp_path / "merged")
+
+
 def test_change_lost_in_rounding_is_warned_about(tmp_path):
     base = tmp_path / "base"
     tiny_model().bfloat16().save_pretrained(base)

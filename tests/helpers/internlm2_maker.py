@@ -5,6 +5,7 @@
 
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -14,8 +15,30 @@ from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
 
-HEADS, KV_HEADS, HEAD_DIM, LAYERS, INNER = 4, 2, 16, 2, 96
-HIDDEN = HEADS * HEAD_DIM
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model; `spread` is the standard deviation of its weights."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    layers: int = 2
+    inner: int = 96
+    vocabulary: int = 0  # 0: as many as the pieces and special tokens need
+    positions: int = 16
+    spread: float = 0.15
+    dtype: torch.dtype = torch.float32
+    files: int = 1
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_dim
+
+
+TINY = Shape()
+PUBLISHED = Shape(16, 8, 128, 24, 8192, 92_544, 32_768, 0.02, torch.bfloat16, 2)
+"""The sizes of internlm2-chat-1_8b."""
 TEXTS = [
     "请做一下自我介绍", "我是小明的小助手", "Who are you?", "I am a small assistant of Ming.",
     "def add(a, b):\n    return a + b", "0123456789",
@@ -53,10 +76,12 @@ class InternLM2Config(PretrainedConfig):
 """
 
 
-def write_internlm2(folder: Path, *, add_dummy_prefix: bool = True, seed: int = 0) -> Path:
+def write_internlm2(
+    folder: Path, *, add_dummy_prefix: bool = True, seed: int = 0, shape: Shape = TINY
+) -> Path:
     """Write the model to `folder`."""
     folder.mkdir(parents=True)
-    size = _write_tokenizer(folder, add_dummy_prefix=add_dummy_prefix)
+    size = _write_tokenizer(folder, shape.vocabulary, add_dummy_prefix=add_dummy_prefix)
     config = {
         "architectures": ["InternLM2ForCausalLM"],
         "auto_map": {
@@ -64,11 +89,13 @@ def write_internlm2(folder: Path, *, add_dummy_prefix: bool = True, seed: int = 
             "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
         },
         "bias": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-        "hidden_size": HIDDEN, "initializer_range": 0.02, "intermediate_size": INNER,
-        "max_position_embeddings": 16, "model_type": "internlm2", "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS, "num_key_value_heads": KV_HEADS, "pad_token_id": 2,
-        "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 2.0, "type": "dynamic"},
-        "rope_theta": 1000000, "tie_word_embeddings": False, "torch_dtype": "float32",
+        "hidden_size": shape.hidden, "initializer_range": 0.02,
+        "intermediate_size": shape.inner, "max_position_embeddings": shape.positions,
+        "model_type": "internlm2", "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers, "num_key_value_heads": shape.kv_heads,
+        "pad_token_id": 2, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "rope_theta": 1000000,
+        "tie_word_embeddings": False, "torch_dtype": str(shape.dtype).removeprefix("torch."),
         "transformers_version": "4.37.1", "use_cache": True, "vocab_size": size,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -78,36 +105,55 @@ def write_internlm2(folder: Path, *, add_dummy_prefix: bool = True, seed: int = 
     (folder / "configuration_internlm2.py").write_text(CONFIGURATION, encoding="utf-8")
     refusal = 'raise SystemExit("remote code was run")\n'
     (folder / "tokenization_internlm2.py").write_text(refusal, encoding="utf-8")
-    save_file(_weights(size, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    _write_weights(folder, _weights(size, seed, shape), shape.files)
     return folder
 
 
-def _weights(size: int, seed: int) -> dict[str, Tensor]:
+def _write_weights(folder: Path, weights: dict[str, Tensor], files: int) -> None:
+    if files == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(weights)
+    where = {
+        name: f"model-{index * files // len(names) + 1:05d}-of-{files:05d}.safetensors"
+        for index, name in enumerate(names)
+    }
+    for file in sorted({*where.values()}):
+        part = {name: weights[name] for name in names if where[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    total = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _weights(size: int, seed: int, shape: Shape) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * 0.15
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=shape.dtype) * shape.spread
 
+    hidden, inner = shape.hidden, shape.inner
     found = {
-        "model.tok_embeddings.weight": drawn(size, HIDDEN),
-        "output.weight": drawn(size, HIDDEN),
-        "model.norm.weight": 1 + drawn(HIDDEN),
+        "model.tok_embeddings.weight": drawn(size, hidden),
+        "output.weight": drawn(size, hidden),
+        "model.norm.weight": 1 + drawn(hidden),
     }
-    for layer in range(LAYERS):
+    fused = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    for layer in range(shape.layers):
         name = f"model.layers.{layer}."
         found |= {
-            f"{name}attention.wqkv.weight": drawn((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
-            f"{name}attention.wo.weight": drawn(HIDDEN, HIDDEN),
-            f"{name}feed_forward.w1.weight": drawn(INNER, HIDDEN),
-            f"{name}feed_forward.w2.weight": drawn(HIDDEN, INNER),
-            f"{name}feed_forward.w3.weight": drawn(INNER, HIDDEN),
-            f"{name}attention_norm.weight": 1 + drawn(HIDDEN),
-            f"{name}ffn_norm.weight": 1 + drawn(HIDDEN),
+            f"{name}attention.wqkv.weight": drawn(fused, hidden),
+            f"{name}attention.wo.weight": drawn(hidden, hidden),
+            f"{name}feed_forward.w1.weight": drawn(inner, hidden),
+            f"{name}feed_forward.w2.weight": drawn(hidden, inner),
+            f"{name}feed_forward.w3.weight": drawn(inner, hidden),
+            f"{name}attention_norm.weight": 1 + drawn(hidden),
+            f"{name}ffn_norm.weight": 1 + drawn(hidden),
         }
     return found
 
 
-def _write_tokenizer(folder: Path, *, add_dummy_prefix: bool) -> int:
+def _write_tokenizer(folder: Path, vocabulary: int, *, add_dummy_prefix: bool) -> int:
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 10), model_writer=buffer, vocab_size=360, model_type="bpe",
@@ -117,7 +163,7 @@ def _write_tokenizer(folder: Path, *, add_dummy_prefix: bool) -> int:
     )  # fmt: skip
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(buffer.getvalue())
-    size = -(-(len(proto.pieces) + len(SPECIAL)) // 8) * 8
+    size = vocabulary or -(-(len(proto.pieces) + len(SPECIAL)) // 8) * 8
     for number in range(size - len(proto.pieces)):
         piece = proto.pieces.add()
         piece.piece, piece.score, piece.type = f"[UNUSED_TOKEN_{number}]", -1e6, 1

@@ -53,6 +53,8 @@ def test_the_old_config_is_trained_with_its_own_numbers(old, tmp_path, capsys):
     assert "Migrated old.py to old_migrated.py" in out
     assert "22, 4 per step; saved as iter_6 (step 1), iter_12 (step 3), iter_18 (step 4)" in out
     work_dir = tmp_path / "work_dirs" / "old"
+    convert = ["convert", "pth_to_hf", str(work_dir / "old.py"), str(work_dir / "iter_22.pth")]
+    assert main([*convert, "hf"]) == 0  # the work dir has the config of old, as scripts expect
     saved = sorted(int(p.name.removeprefix("iter_")) for p in work_dir.glob("iter_*") if p.is_dir())
     assert saved == [6, 12, 18, 22]
     asked = [p.stem.rpartition("_")[2] for p in work_dir.glob("*/eval_outputs_iter_*.txt")]

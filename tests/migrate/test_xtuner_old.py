@@ -198,7 +198,7 @@ def test_a_dumped_config_reads_like_its_source(draft):
           "    tokenizer=dict(pretrained_model_name_or_path='other'),\n    max_length"},
          "the tokenizer is always loaded"),
         ({"begin=0, end=warmup": "begin=0.1, end=warmup"}, "the warmup must begin at 0"),
-        ({"load_from = None": "load_from = 'w.pth'"}, "initial weights in a .pth file"),
+        ({"load_from = None": "load_from = 'w.pth'"}, "add `--resume w.pth`"),
         ({"pretrained_model_name_or_path=path, padding_side":
           "pretrained_model_name_or_path='other', padding_side"}, "the tokenizer is always loaded"),
         ({"end=epochs": "end=epochs * 2"}, "the decay must begin"),

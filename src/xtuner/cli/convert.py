@@ -69,7 +69,7 @@ def pth_to_hf(
     if old_pth.is_old(checkpoint):
         from xtuner.convert.old_checkpoint import as_folder
 
-        with as_folder(checkpoint, settings) as folder:
+        with as_folder(checkpoint, settings, beside=save_dir) as folder:
             _convert(
                 settings, folder, save_dir, save_format, config=config, fp32=fp32,
                 max_shard_size=max_shard_size, trust_code=trust_code,

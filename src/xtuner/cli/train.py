@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -74,7 +75,8 @@ def command(
     _launch.join(launcher, cluster)
     if _launch.has_to_resume():
         resume, overwrite = "last", False
-    if migrate:
+    old = Path(config) if migrate else None
+    if old is not None:
         config = _migrated(config)
     overrides = [*(overrides or ()), *_as_overrides(device, strategy, deepspeed)]
     loaded = _settings.load(
@@ -104,6 +106,8 @@ def command(
 
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
+        if old is not None:
+            _keep(old, folder)
     except Interrupted as stopped:
         again = ["xtuner", "train", config, *(["--work-dir", str(work_dir)] if work_dir else [])]
         again += [word for override in overrides for word in ("--set", override)]
@@ -151,6 +155,12 @@ def _as_overrides(device: str | None, strategy: str | None, deepspeed: str | Non
     chosen = _strategy.chosen(strategy, deepspeed)
     given = {"device": device, "strategy": chosen or None}
     return [f"{name}={value}" for name, value in given.items() if value is not None]
+
+
+def _keep(old: Path, work_dir: Path) -> None:
+    """Copy the old config to `work_dir`, where scripts for XTuner 0.x look for it."""
+    if os.environ.get("RANK", "0") == "0" and not (work_dir / old.name).exists():
+        shutil.copyfile(old, work_dir / old.name)
 
 
 def _migrated(config: str) -> str:

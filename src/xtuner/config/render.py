@@ -12,7 +12,7 @@ from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS
 from xtuner.config.describe import is_dict, takes_one
 from xtuner.config.marks import thawed
-from xtuner.config.schema import Settings, field_parts
+from xtuner.config.schema import ALIASES, Settings, field_parts
 
 _WIDTH = 100
 _COMMENT_COLUMN = 40
@@ -38,7 +38,8 @@ def render(values: Mapping[str, Any], *, title: str, kind: type[Settings] = Sett
         for name, value in values.items()
         if name in comments or not _same(value, fields[name].default)
     }
-    return _file({**shown, **changed}, comments=comments, title=title, kind=kind)
+    names = {name: alias for alias, name in ALIASES.items()} if given.has_vision else {}
+    return _file({**shown, **changed}, comments=comments, title=title, kind=kind, names=names)
 
 
 def _uncommon(algorithm: str) -> tuple[str, ...]:
@@ -70,15 +71,22 @@ def _file(
     comments: Mapping[str, str],
     title: str,
     kind: type[Settings],
+    names: Mapping[str, str] | None = None,
 ) -> str:
+    """`names`: other names to write settings under."""
     sections = [_docstring(title)]
     parts = field_parts(kind)
     for part in kind.parts():
-        names = [name for name in part.model_fields if name in values and parts[name] is part]
-        if names:
+        own = [name for name in part.model_fields if name in values and parts[name] is part]
+        if own:
             lines = [
-                _assignment(n, literal(n, values[n], kind), values[n], comment=comments.get(n, ""))
-                for n in names
+                _assignment(
+                    (names or {}).get(n, n),
+                    literal(n, values[n], kind),
+                    values[n],
+                    comment=comments.get(n, ""),
+                )
+                for n in own
             ]
             sections.append("\n".join([*_heading(part.__doc__ or ""), *lines]))
     return "\n\n".join(sections) + "\n"
@@ -97,7 +105,7 @@ def _docstring(text: str) -> str:
 
 def _assignment(name: str, text: str, value: Any, *, comment: str) -> str:
     line = f"{name} = {text}"
-    if len(line) > _WIDTH:
+    if len(line) > _WIDTH and not (isinstance(value, str) and value.split() == [value]):
         line = f"{name} = {_long(value)}"
         return f"# {comment}\n{line}" if comment else line
     if not comment:

@@ -20,12 +20,12 @@ from xtuner.models.quantize import Rounding
 
 _TEXT = "Question: Who are you, and what is the capital of France?\nAnswer: 我是一个小助手。Paris."
 
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-"""Accepted difference relative to the largest logit, by the dtype of the merged weights.
-
-Rounding changes a weight by up to 2⁻⁹ (0.2 %) in bfloat16 and 2⁻¹² in float16; over tens of layers
-this adds up to a percent or two of the largest logit.
-"""
+TOLERANCE = 1e-4
+"""Accepted difference relative to the largest logit, beside that of rounding."""
+NOTABLE = 5e-2
+"""Difference by rounding, relative to the largest logit, from which the user is told."""
+SPREAD = 3
+"""How much more than the measured rounding another way of rounding may change."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,36 @@ class Difference:
     Attributes:
         of_merged: merged against base + adapter.
         of_adapter: base against base + adapter, the effect of the adapter.
+        of_rounding: base + adapter with weights merged in memory and rounded to the number type of
+            the files, against base + adapter. It depends on depth and size of the model, so it is
+            measured; None if PEFT cannot merge the adapter.
         largest: the largest logit of base + adapter.
     """
 
     of_merged: float
     of_adapter: float
+    of_rounding: float | None
     largest: float
 
     @property
     def relative(self) -> float:
         """`of_merged` relative to the largest logit; infinite if logits are not finite."""
-        share = self.of_merged / max(self.largest, 1e-12)
+        return self._share(self.of_merged)
+
+    @property
+    def explained(self) -> float:
+        """The part of `relative` that rounding explains."""
+        if self.of_rounding is None:
+            return NOTABLE
+        return TOLERANCE + SPREAD * self._share(self.of_rounding)
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the files hold another model than base + adapter."""
+        return self.relative > self.explained
+
+    def _share(self, difference: float) -> float:
+        share = difference / max(self.largest, 1e-12)
         return share if share == share else float("inf")
 
 
@@ -67,17 +86,20 @@ def compare(
     merged: Path,
     *,
     dtype: torch.dtype,
+    stored: torch.dtype,
     device: str,
     trust_remote_code: bool = False,
     rounding: Rounding | None = None,
 ) -> Difference:
-    """Compute the logits of base + adapter, of the base alone and of `merged`, in this order.
+    """Compute the logits of base + adapter, of the base alone, of base + adapter with rounded
+    weights and of `merged`, in this order.
 
     Args:
         llm: the base model.
         adapter: the folder of the adapter.
         merged: the folder of the merged model.
-        dtype: of weights and computation, for all three.
+        dtype: of weights and computation, for all.
+        stored: the number type of the files of `merged`.
         device: 'cpu' or 'cuda'.
         trust_remote_code: run Python code that ships with the model.
         rounding: the quantization of the base weights during training.
@@ -96,14 +118,35 @@ def compare(
     expected = _logits(model, ids)
     with model.disable_adapter():
         without = _logits(model, ids)
+    rounded = _logits(model, ids) if _merge_rounded(model, stored) else None
     del base, model
     gc.collect()
     actual = _logits(load_plain(str(merged), **options), ids)
     return Difference(
         of_merged=float((actual - expected).abs().max()),
         of_adapter=float((without - expected).abs().max()),
+        of_rounding=None if rounded is None else float((rounded - expected).abs().max()),
         largest=float(expected.abs().max()),
     )
+
+
+def _merge_rounded(model: Any, stored: torch.dtype) -> bool:
+    """Merge the adapter of `model` in place and round all weights to `stored`; whether PEFT can.
+
+    It cannot where the adapter changes a head that shares its weights with the embedding: merging
+    unties them.
+    """
+    causal = model.get_base_model()
+    if causal.config.tie_word_embeddings and hasattr(causal.get_output_embeddings(), "base_layer"):
+        return False
+    try:
+        model.merge_adapter()
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+        return False
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.copy_(parameter.to(stored))
+    return True
 
 
 def fitting_dtype(num_parameters: int, dtype: torch.dtype, *, device: str) -> torch.dtype | None:

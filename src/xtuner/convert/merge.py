@@ -286,22 +286,18 @@ class _Merge:
             return None
         self.log("Comparing the result with base + adapter ...")
         found = compare.compare(
-            self.source, self.adapter, draft, dtype=computed, device=self.device,
+            self.source, self.adapter, draft, dtype=computed, stored=stored, device=self.device,
             trust_remote_code=self.trust_remote_code, rounding=self.rounding,
         )  # fmt: skip
-        # Computing in 16 bits adds rounding of activations to rounding of the weights.
-        bound = compare.BOUNDS.get(stored, 1e-4) * (1 if computed == torch.float32 else 2)
-        # With a large adapter, rounding to 16 bits can exceed the bound. A wrong merge differs from
-        # a rounded one in that it loses most of the adapter's effect.
-        lost = found.of_merged > 0.5 * found.of_adapter > 0
-        if found.relative > bound and (lost or stored == torch.float32):
+        if found.is_wrong:
             raise ModelError(
                 f"the merged model differs from {self.llm} + {self.adapter}: logits differ by up "
                 f"to {found.of_merged:.3g}, {found.relative:.2%} of the largest logit; rounding to "
-                f"{stored} explains {bound:.2%}. Nothing was written. "
+                f"{stored} explains {found.explained:.2%}. Nothing was written. "
                 "Check that this is the model the adapter was trained on"
             )
-        if found.relative > bound:
+        lost = found.of_merged > 0.5 * found.of_adapter > 0
+        if found.relative > compare.NOTABLE:
             self.log(
                 f"Warning: rounding to {stored} changes logits by up to {found.of_merged:.3g} "
                 f"({found.relative:.2%} of the largest logit; the adapter changes them by up to "

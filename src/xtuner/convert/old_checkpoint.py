@@ -32,9 +32,13 @@ _LORA = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
 
 
 @contextmanager
-def as_folder(path: Path, settings: Settings) -> Iterator[Path]:
-    """A temporary folder with the contents of the old checkpoint `path`; see `write_folder`."""
-    with TemporaryDirectory(prefix="xtuner-") as name:
+def as_folder(path: Path, settings: Settings, *, beside: Path) -> Iterator[Path]:
+    """A temporary folder with the contents of the old checkpoint `path`; see `write_folder`.
+
+    It lies next to `beside`, whose disk has room for the result, unlike /tmp perhaps.
+    """
+    beside.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".xtuner-", dir=beside.absolute().parent) as name:
         folder = Path(name) / path.stem
         write_folder(path, settings, folder)
         yield folder
@@ -75,8 +79,13 @@ def write_folder(path: Path, settings: Settings, folder: Path) -> None:
 def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
     """Write `tensors` to the file `name` in `folder`, which is created."""
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
-    save_file(contiguous, str(folder / name), metadata={"format": "pt"})
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():  # safetensors refuses tensors that share their memory
+        storage = tensor.untyped_storage().data_ptr()
+        apart[key] = (tensor.clone() if storage in seen else tensor).detach().contiguous()
+        seen.add(storage)
+    save_file(apart, str(folder / name), metadata={"format": "pt"})
 
 
 def _write_llm(folder: Path, s: Settings, tensors: dict[str, Tensor], path: Path) -> None:

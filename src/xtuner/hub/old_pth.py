@@ -8,6 +8,7 @@ code of the file or of another package runs.
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def _loaded(file: Path) -> dict[str, Any]:
     stand_ins: list[Any] = [(type("Inert", (_Inert,), {}), name) for name in unknown]
     try:
         with safe_globals(stand_ins):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=None)
+            content = torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            )
     except Exception as error:  # torch raises many types for a damaged or refused file
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         reason = next((line for line in lines if "GLOBAL" in line), lines[0])
@@ -82,6 +85,11 @@ def _loaded(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: does not contain a dict")
     return content
+
+
+def part_names(path: Path) -> list[str]:
+    """The parts of a model in the checkpoint `path`: 'llm', 'projector', 'visual_encoder'."""
+    return sorted(parts(read(path)))
 
 
 def parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

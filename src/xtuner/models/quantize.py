@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.kernels.four_bit import dequantized
+from xtuner.kernels.quantize_4bit import use_compiled
 
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 
@@ -25,6 +26,7 @@ def quantization_config(
 
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
+    use_compiled()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
@@ -68,6 +70,7 @@ class Rounding:
         """Round one weight matrix, keeping its dtype."""
         from bitsandbytes.functional import quantize_4bit
 
+        use_compiled()
         packed, state = quantize_4bit(
             weight.to(self.dtype).contiguous(),
             blocksize=64,

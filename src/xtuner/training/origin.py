@@ -62,7 +62,8 @@ def open_origin(
         check_shape(source, settings)
         yield Origin(source, resuming=True)
         return
-    with TemporaryDirectory(prefix="xtuner-") as temporary:
+    store.work_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".xtuner-", dir=store.work_dir) as temporary:
         folder = Path(temporary) / old.stem
         old_checkpoint.write_folder(old, settings, folder)
         console.print(

@@ -18,7 +18,8 @@ from xtuner.data.loader import Collate
 from xtuner.data.sources.find import below
 from xtuner.errors import ModelError
 from xtuner.generation.images import ImageInput, question
-from xtuner.models.vision.folder import projectors_beside
+from xtuner.hub.old_pth import is_old
+from xtuner.models.vision.folder import other_parts, projectors_beside
 from xtuner.models.vision.image_processor import LlavaImageProcessor
 from xtuner.models.vision.load import VisionLanguageModel
 from xtuner.models.vision.tower import add_image_token, check_layer, identity_of, vision_config
@@ -63,6 +64,7 @@ class RunVision:
         features: The feature cache; None if features are computed each time.
         parts: The model, after `join`.
         image_input: Adds images to the model's sample answers, after `join`.
+        left_out: Parts in `pretrained_pth` that are not read, after `join`.
     """
 
     settings: Settings
@@ -71,6 +73,7 @@ class RunVision:
     features: FeatureStore | None = None
     parts: LlavaTraining = field(init=False)
     image_input: ImageInput = field(init=False)
+    left_out: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, settings: Settings, tokenizer: Any, *, folder: Path) -> RunVision:
@@ -110,6 +113,8 @@ class RunVision:
             ModelError: They do not fit together.
             DataError: An image of evaluation_images cannot be opened.
         """
+        projector = None if source else self._projector()
+        self.left_out = other_parts(projector) if projector else []
         self.parts = make(
             self.settings,
             llm,
@@ -117,7 +122,7 @@ class RunVision:
             dtype=dtype,
             device=device,
             source=source,
-            projector=None if source else self._projector(),
+            projector=projector,
             keep=self.features.write if self.features else None,
         )
         if self.features:
@@ -160,6 +165,13 @@ class RunVision:
 
     def trained(self) -> Iterator[str]:
         """What is trained of each part, for the terminal; after `join`."""
+        if self.left_out:
+            name = str(self.settings.pretrained_pth)
+            whole = f"; to start from all of them: --resume {name}" if is_old(Path(name)) else ""
+            yield (
+                f"Note: {name} also holds weights of {', '.join(self.left_out)}; pretrained_pth "
+                f"takes its projector only{whole}"
+            )
         for number, line in enumerate(self.parts.table()):
             yield f"{'' if number else 'Trained':13}{line}"
 

@@ -13,6 +13,8 @@ TORCHTUNE = "torchtune"
 ORIGINS = (XTUNER_OLD, LLAMA_FACTORY, TORCHTUNE)
 
 _FOREIGN_MODULES = ("mmengine", "mmcv", "xtuner")
+_OURS = ("tuning", "dataset_format", "steps_are")
+"""Settings that XTuner 0.x does not have: a file with one is of this version, with lines of old."""
 _LLAMA_FACTORY_KEYS = {"finetuning_type", "stage", "cutoff_len", "dataset_dir", "lora_target"}
 _MIN_LLAMA_FACTORY_KEYS = 2
 
@@ -47,7 +49,7 @@ def _is_old_config(text: str) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
-        return any(_old_statements(tree))
+        return any(_old_statements(tree)) and not any(map(_is_ours, tree.body))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
 
@@ -56,14 +58,29 @@ def _old_statements(tree: ast.Module) -> Iterator[bool]:
     """Yield, for some statements, whether only an mmengine config has them."""
     for node in tree.body:
         match node:
-            case ast.ImportFrom(module=str(module)):
-                yield module.split(".")[0] in _FOREIGN_MODULES
-            case ast.Import(names=names):
-                yield any(alias.name.split(".")[0] in _FOREIGN_MODULES for alias in names)
+            case ast.ImportFrom() | ast.Import():
+                yield imports_foreign(node)
             case ast.With(items=[ast.withitem(context_expr=ast.Call(func=ast.Name("read_base")))]):
                 yield True
             case ast.Assign(targets=[ast.Name(name)], value=value):
                 yield name == "_base_" or _has_type(value)
+
+
+def _is_ours(node: ast.stmt) -> bool:
+    match node:
+        case ast.Assign(targets=[ast.Name(name)]):
+            return name in _OURS
+    return False
+
+
+def imports_foreign(node: ast.stmt) -> bool:
+    """Whether `node` imports what only configs of XTuner 0.x use."""
+    match node:
+        case ast.ImportFrom(module=str(module)):
+            return module.split(".")[0] in _FOREIGN_MODULES
+        case ast.Import(names=names):
+            return any(alias.name.split(".")[0] in _FOREIGN_MODULES for alias in names)
+    return False
 
 
 def _has_type(value: ast.expr) -> bool:

@@ -14,16 +14,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from xtuner.config.read import arithmetic, calls, hints
+from xtuner.config.read import arithmetic, calls, foreign, hints
 from xtuner.config.read.arithmetic import RefusedError, kind
 from xtuner.config.read.calls import Calls
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
+from xtuner.config.renames import advice
 from xtuner.errors import did_you_mean
 
 _MAX_WORK = 5_000_000
 _MOST_PROBLEMS = 200
 _READ_NOT_RUN = "a settings file is read, not executed; "
 _NAME_FUNCTION = _READ_NOT_RUN + 'put your function in a file and name it as "my_file.py:function"'
+_NO_IMPORT = (
+    "take it out: a setting has the name of what it chooses, as in dataset_format = 'openai'"
+)
 _WRITE_OUT = _READ_NOT_RUN + "write the values out"
 _HINTS: dict[type[ast.AST], str] = {
     ast.Import: _NAME_FUNCTION,
@@ -113,7 +117,7 @@ class _Reader:
             try:
                 self._statement(statement)
             except _Fault as fault:
-                self.note(fault.node, fault.message)
+                self.note(fault.node, _name_of_old(statement) or fault.message)
                 self._break(statement)
             except RecursionError:
                 self.note(statement, "is nested too deeply")
@@ -140,6 +144,8 @@ class _Reader:
                 raise _Fault(node, _HINTS.get(type(value), "has no effect; write name = value"))
             case ast.Import() | ast.ImportFrom() if self._calls.take_import(node):
                 pass
+            case ast.Import() | ast.ImportFrom() if foreign.imports_foreign(node):
+                raise _Fault(node, _NO_IMPORT)
             case _:
                 raise _Fault(node, _HINTS.get(type(node), _READ_NOT_RUN + "write name = value"))
 
@@ -168,6 +174,8 @@ class _Reader:
 
     def _value(self, node: ast.expr) -> Any:
         read_kind = self._kinds.get(type(node))
+        if read_kind is None and isinstance(node, ast.Attribute):
+            raise _Fault(node, f"{_HINTS[ast.Attribute]}: {node.attr!r}")
         if read_kind is None:
             raise _Fault(node, _HINTS.get(type(node), _READ_NOT_RUN + "write the value itself"))
         try:
@@ -266,6 +274,14 @@ def _stored(statement: ast.AST) -> Iterator[str]:
     for node in ast.walk(statement):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
+
+
+def _name_of_old(statement: ast.stmt) -> str | None:
+    """What to write instead of the name that `statement` sets, if other trainers have it."""
+    match statement:
+        case ast.Assign(targets=[ast.Name(name)]):
+            return advice(name)
+    return None
 
 
 def _syntax_problem(error: Exception, text: str) -> Problem:

@@ -220,6 +220,19 @@ class Kernels:
         function.restype = NUMBER
         return int(function(*arguments))
 
+    def quantize_4bit(self, x: Tensor, bounds: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Pack `x` as 4-bit values and return them with the scale of each block, in float32.
+
+        Args:
+            x: any shape; its size is a multiple of `block`.
+            bounds: the 15 bounds between the values of the code, rising, in float32.
+            block: values that share a scale; even, at most 4,096.
+        """
+        packed = torch.empty(x.numel() // 2, 1, dtype=torch.uint8)
+        scales = torch.empty(x.numel() // block, dtype=torch.float32)
+        self.call("quantize_4bit", x, bounds, scales, packed, NUMBER(len(scales)), NUMBER(block))
+        return packed, scales
+
     def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         """Loss of each row in float32; with `gradient`, logits are overwritten by their gradient.
 

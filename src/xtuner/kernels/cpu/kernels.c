@@ -273,4 +273,33 @@ void NAME(cross_entropy)(NUM *logits, const int64_t *target, float *loss, int64_
 }
 
 #endif
+
+/* Block-wise 4-bit quantization (arXiv:2305.14314, section 3) as bitsandbytes stores it: the largest
+ * magnitude of each of `blocks` blocks of `width` values (even, at most 4,096), and the number of
+ * `bounds` (15, rising) below each value divided by it, two values a byte, the first in the upper half.
+ * The bits of a NaN exceed those of numbers, so a NaN is never lost. */
+void NAME(quantize_4bit)(const NUM *x, const float *bounds, float *largest, uint8_t *packed,
+                         int64_t blocks, int64_t width, int threads) {
+    ROWS for (int64_t b = 0; b < blocks; b++) {
+        const NUM *from = x + b * width;
+        uint8_t *to = packed + b * width / 2, codes[4096];
+        uint32_t top = 0;
+        _Pragma("omp simd reduction(max : top)")
+        for (int64_t i = 0; i < width; i++) {
+            uint32_t size = to_bits(LOAD(from[i])) & 0x7fffffffu;
+            top = size > top ? size : top;
+        }
+        float size = largest[b] = from_bits(top);
+        float factor = 1.0f / (size < 1e-38f ? 1e-38f : size);
+        LANES for (int64_t i = 0; i < width; i++) {
+            float value = LOAD(from[i]) * factor;
+            int32_t code = 0;
+            for (int k = 0; k < 15; k++) code += value > bounds[k];
+            codes[i] = (uint8_t)code;
+        }
+        LANES for (int64_t i = 0; i < width / 2; i++)
+            to[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
+    }
+}
+
 #endif

@@ -128,13 +128,17 @@ def _start(config: Table, draft: Draft) -> None:
         line = config.line_of("load_from")
         if resume:
             draft.lose(
-                line, shown("load_from", weights), ".pth files of XTuner 0.x cannot be resumed"
+                line,
+                shown("load_from", weights),
+                f"`xtuner train --resume {weights}` takes its weights alone: step 0 and a new "
+                "optimizer",
             )
         else:
             draft.refuse(
                 line,
                 shown("load_from", weights),
-                "initial weights in a .pth file are not supported: merge them into a model",
+                "a settings file names no initial weights: take the line out, and add "
+                f"`--resume {weights}` to `xtuner train`",
             )
     elif resume:
         draft.note(config.line_of("resume"), "resume = True", "use `xtuner train --resume`")

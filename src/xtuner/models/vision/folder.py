@@ -95,9 +95,7 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     if old_pth.is_old(folder):
         tensors = old_pth.parts(old_pth.read(folder)).get(PROJECTOR, {})
         return {renamed: t for n, t in tensors.items() if (renamed := _projector_name(n))}
-    folder = folder.with_suffix("") if folder.suffix == ".pth" else folder
-    if (folder / "last_checkpoint").is_file():
-        folder = folder / (folder / "last_checkpoint").read_text(encoding="utf-8").strip()
+    folder = checkpoint_in(folder)
     path = folder / PROJECTOR if is_llava_folder(folder) else folder
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     found: dict[str, Tensor] = {}
@@ -111,6 +109,23 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
             "iter_N of a run with a vision tower, or its folder projector/"
         )
     return found
+
+
+def other_parts(folder: Path) -> list[str]:
+    """The parts beside the projector in `folder`, which `load_projector` leaves out."""
+    if old_pth.is_old(folder):
+        return [name for name in old_pth.part_names(folder) if name != PROJECTOR]
+    names = (LLM, LLM_ADAPTER, ENCODER, ENCODER_ADAPTER)
+    return [name for name in names if (checkpoint_in(folder) / name).is_dir()]
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """`folder`, which may be given as ``iter_N.pth``, or its newest checkpoint."""
+    folder = folder.with_suffix("") if folder.suffix == ".pth" else folder
+    pointer = folder / "last_checkpoint"
+    if pointer.is_file():
+        return folder / pointer.read_text(encoding="utf-8").strip()
+    return folder
 
 
 def projectors_beside(path: Path) -> list[str]:
