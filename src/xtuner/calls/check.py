@@ -89,7 +89,9 @@ def call_problems(record: Conversation) -> Iterator[Problem]:
         if message.tool_calls:
             waiting = [call.get("id") for call in message.tool_calls]
             for call in message.tool_calls:
-                yield from _problems_of_call(call, schemas, f"turn [{turn}], call of {_name(call)}")
+                yield from _problems_of_call(
+                    call, schemas, f"turn [{turn}], call of '{name_of(call)}'"
+                )
 
 
 def _result_problem(
@@ -123,10 +125,6 @@ def _problems_of_call(
         for problem in schema_problems(arguments, schemas[name]):
             hint = "correct the argument, or the schema of the tool"
             yield Problem(where, f"does not fit the schema: '{problem}'", hint)
-
-
-def _name(call: Mapping[str, Any]) -> str:
-    return f"'{name_of(call)}'"
 
 
 def with_ids(record: Conversation) -> Conversation:

@@ -74,7 +74,9 @@ def _problems(value: Any, schema: Any, path: str, root: _Root, depth: int) -> It
     if types and not any(_TYPES[name](value) for name in types):
         yield f"{where}must be {_either(types)}, and is {shown(value)}"
         return
-    if isinstance(allowed := schema.get("enum"), list | tuple) and not _among(value, allowed):
+    if isinstance(allowed := schema.get("enum"), list | tuple) and not any(
+        _equal(value, item) for item in allowed
+    ):
         yield f"{where}must be one of {', '.join(map(shown, allowed))}, and is {shown(value)}"
     if "const" in schema and not _equal(value, schema["const"]):
         yield f"{where}must be {shown(schema['const'])}, and is {shown(value)}"
@@ -182,10 +184,6 @@ def _joined(path: str, name: str) -> str:
 def _either(types: Sequence[str]) -> str:
     articles = [f"an {t}" if t[0] in "aoi" else t if t == "null" else f"a {t}" for t in types]
     return " or ".join(articles)
-
-
-def _among(value: Any, allowed: Sequence[Any]) -> bool:
-    return any(_equal(value, item) for item in allowed)
 
 
 def _equal(one: Any, other: Any) -> bool:

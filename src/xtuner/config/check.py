@@ -63,7 +63,8 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
         if name in known:
             problems.append(known[name].problem(name, _wrong_value(name, known[name].value)))
         elif name not in reading.broken and name not in replaced:
-            problems.append(Problem(name, f"is missing; {_purpose(name)}"))
+            purpose = " ".join((Settings.model_fields[name].description or "").split())
+            problems.append(Problem(name, f"is missing; set it: {purpose}"))
     valid = {n: e.value for n, e in known.items() if n not in invalid and n not in reading.broken}
     settings = Settings.model_validate({**_PLACEHOLDERS, **valid})
     unusable = invalid | reading.broken
@@ -140,10 +141,6 @@ def _wrong_value(name: str, value: Any) -> str:
         except ValueError:
             continue
     return message
-
-
-def _purpose(name: str) -> str:
-    return f"set it: {' '.join((Settings.model_fields[name].description or '').split())}"
 
 
 def named_parts(name: str) -> list[str]:

@@ -70,7 +70,9 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
 
     all_linear = list(target_modules) == ["all-linear"]
-    outside = [*OUTSIDE_PEFT.get(_kind(model), ()), *unsuitable(model)] if all_linear else []
+    outside = (
+        [*OUTSIDE_PEFT.get(model.config.model_type, ()), *unsuitable(model)] if all_linear else []
+    )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -109,10 +111,6 @@ def add_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
-
-
-def _kind(model: Any) -> str:
-    return str(model.config.model_type)
 
 
 _OWN = {

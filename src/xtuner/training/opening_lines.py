@@ -68,7 +68,7 @@ def opening_lines(
     yield (
         f"Steps        {total:,} ({counter.steps_per_epoch:,} per epoch), each of "
         f"{s.batch_size} (batch_size) x {s.accumulative_counts} (accumulative_counts) x "
-        f"{layout.data_world_size} ({_shares(layout)}) {'packs' if s.packs else 'samples'}"
+        f"{layout.data_world_size} ({'processes' if layout.sequence_world_size == 1 else 'groups'}) {'packs' if s.packs else 'samples'}"
     )
     if packing:
         yield f"Samples      {packing}"
@@ -103,11 +103,6 @@ def _processes(layout: RankLayout) -> str:
     size = layout.sequence_world_size
     shared = f", {size} share each row" if size > 1 else ""
     return f"{layout.world_size} processes{shared}; "
-
-
-def _shares(layout: RankLayout) -> str:
-    """The unit that takes its own rows."""
-    return "processes" if layout.sequence_world_size == 1 else "groups"
 
 
 def lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:
