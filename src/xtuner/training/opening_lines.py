@@ -65,10 +65,11 @@ def opening_lines(
         taken = ", ".join(f"{name} {_taken(getattr(s, name))}" for name in chosen)
         yield f"Recipe       {taken} ('auto': by the amount of data)"
     total, counter = steps
+    unit = "processes" if layout.sequence_world_size == 1 else "groups"
     yield (
         f"Steps        {total:,} ({counter.steps_per_epoch:,} per epoch), each of "
         f"{s.batch_size} (batch_size) x {s.accumulative_counts} (accumulative_counts) x "
-        f"{layout.data_world_size} ({'processes' if layout.sequence_world_size == 1 else 'groups'}) {'packs' if s.packs else 'samples'}"
+        f"{layout.data_world_size} ({unit}) {'packs' if s.packs else 'samples'}"
     )
     if packing:
         yield f"Samples      {packing}"
