@@ -18,6 +18,7 @@ from xtuner.errors import ConfigError, ModelError
 from xtuner.hub import fetch
 from xtuner.models.load import read_config
 from xtuner.models.quantize import Quantization, Rounding
+from xtuner.models.references import checkpoint_of, same_model
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision.folder import LLM, is_llava_folder, run_of
 from xtuner.models.vision.load import Sources
@@ -86,7 +87,7 @@ def find(
         raise ModelError(f"--adapter {adapter}: {_contents(folder or Path(adapter))}")
     with_adapter = _from_adapter(folder, base=found.model)
     info = run_of(folder)
-    if info is not None and not _same(info.base_model, found.model):
+    if info is not None and not same_model(info.base_model, found.model):
         logger.warning("the adapter was trained on %s, but is loaded on %s", info.base_model, model)
     return _with_adapter(found, with_adapter) if found.llava else with_adapter
 
@@ -177,7 +178,7 @@ def _warn_of_mismatch(folder: Path, llm: str, visual_encoder: str) -> None:
         ("language model", info.base_model, llm),
         ("vision tower", info.visual_encoder, visual_encoder),
     ):
-        if trained and given and not _same(trained, given):
+        if trained and given and not same_model(trained, given):
             logger.warning(
                 "the projector was trained with the %s %s, but is used with %s",
                 what, trained, given,
@@ -226,17 +227,9 @@ def _with_run(found: ChatSource, info: RunInfo | None) -> ChatSource:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder of `name`: for a work dir its newest checkpoint, for x.pth the folder x, for
-    `best_checkpoint` of a work dir the one it names."""
-    path = Path(name).expanduser()
-    path = path.with_suffix("") if path.suffix == ".pth" else path
-    if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
-        words = path.read_text(encoding="utf-8").split() or [""]
-        path = path.parent / Path(words[0]).name
-    pointer = path / "last_checkpoint"
-    if pointer.is_file():
-        path = path / Path(pointer.read_text(encoding="utf-8").strip()).name
-    return path if path.is_dir() else None
+    """The folder that `name` refers to, if it exists; see `checkpoint_of`."""
+    folder = checkpoint_of(name)
+    return folder if folder.is_dir() else None
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -251,14 +244,6 @@ def _declared_base(folder: Path) -> str:
 def _looks_like_path(name: str) -> bool:
     """Whether `name` cannot be a name on the hub, which has one slash at most."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".pth", "/"))
-
-
-def _same(one: str, other: str) -> bool:
-    def resolved(name: str) -> str:
-        folder = folder_of(name) or fetch.cached(name)
-        return str(folder.resolve()) if folder else name
-
-    return resolved(one) == resolved(other)
 
 
 def _contents(path: Path) -> str:

@@ -110,7 +110,8 @@ def _convert(
 ) -> None:
     base = settings.pretrained_model_name_or_path
 
-    from xtuner.convert.to_hf import find_checkpoint, same_base, to_hf
+    from xtuner.convert.to_hf import find_checkpoint, to_hf
+    from xtuner.models.references import same_model
     from xtuner.models.vision.folder import is_llava_folder
 
     source = find_checkpoint(checkpoint)
@@ -125,7 +126,7 @@ def _convert(
             f"--save-format {save_format}: {source} is not a LLaVA model (it has no projector)"
         )
     info = to_hf(checkpoint, save_dir, fp32=fp32, max_shard_size=max_shard_size)
-    if info is not None and not same_base(info.base_model, base):
+    if info is not None and not same_model(info.base_model, base):
         typer.echo(
             f"Warning: {config} names the model {base}, but the checkpoint was trained on "
             f"{info.base_model}; chat and merge will use the latter.",

@@ -20,7 +20,7 @@ from torch import nn
 from xtuner import templates
 from xtuner.convert.llava_processor import compare_prompts, save_processor, set_stop_tokens
 from xtuner.convert.output import copy_others, new_folder
-from xtuner.convert.to_hf import LEFT_OUT, same_base, write_adapter
+from xtuner.convert.to_hf import LEFT_OUT, write_adapter
 from xtuner.convert.weights import (
     Weights,
     cast_plan,
@@ -35,6 +35,7 @@ from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest
 from xtuner.models.load import load_tokenizer, quiet_transformers
 from xtuner.models.quantize import Rounding
+from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision import folder as parts_of
 from xtuner.models.vision.llava import portable_config
@@ -113,7 +114,7 @@ def models_of(source: Path, *, llm: str, visual_encoder: str, log: Log) -> tuple
 
 
 def _trained_on(what: str, trained: str, given: str, log: Log) -> str:
-    if not trained or not given or same_base(trained, given):
+    if not trained or not given or same_model(trained, given):
         return given and (trained or given)
     conflict = f"the settings name the {what} {given}, but the checkpoint was trained on {trained}"
     if Path(trained).is_absolute() and not Path(trained).is_dir():
