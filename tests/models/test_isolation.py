@@ -146,7 +146,7 @@ def test_an_attention_that_ignores_causality_is_found():
 class OtherPositions(PackedCausalLM):
     """Gives the model positions as `change` makes them."""
 
-    def _inputs(self, batch):
+    def inputs_of(self, batch):
         inputs = super().inputs_of(batch)
         return {**inputs, "position_ids": self.change(inputs["position_ids"])}
 
