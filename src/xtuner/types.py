@@ -111,7 +111,13 @@ class RecordEncoder(Protocol):
     """Encodes the parts of a record with the template and tokenizer of the run."""
 
     def conversation(self, record: Conversation) -> Encoded:
-        """Encode a conversation with the template; assistant turns are supervised."""
+        """Encode a conversation to one sequence; assistant turns are supervised, as far as one
+        sequence can show them as in a chat."""
+        ...
+
+    def sequences(self, record: Conversation) -> Sequence[Encoded]:
+        """Encode a conversation to the sequences that together supervise each assistant turn once;
+        several if the chat template rewrites earlier turns."""
         ...
 
     def text(self, record: Text) -> Encoded:
@@ -388,7 +394,7 @@ class Algorithm(Protocol):
         ...
 
     def encode(self, record: Record, encoder: RecordEncoder) -> Sequence[Encoded]:
-        """The sequences of a row."""
+        """The sequences of a row; samples of their own if `sequences_per_row` is 1."""
         ...
 
     def collate(self, samples: Sequence[Sample]) -> Batch:

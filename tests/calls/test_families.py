@@ -13,7 +13,9 @@ from xtuner.calls.read import arguments_of, make_call, name_of
 from xtuner.errors import ConfigError
 
 SEEDS = range(60)
-BETWEEN_TAGS = ("qwen_xml", "glm4_5")
+BETWEEN_TAGS = (
+    "qwen_xml", "seed_oss", "glm4_5", "minimax_m2", "deepseek_v3_2", "deepseek_v4",
+)  # fmt: skip
 """Families whose arguments stand between tags: their values cannot hold these tags."""
 AT_START = [name for name, family in FAMILIES.items() if family.only_at_start]
 
@@ -175,6 +177,15 @@ def test_layouts_that_are_read_but_not_written():
     for name, text in calls.items():
         _, found = parse(load(name), text, tools=tools)
         assert compared(f.call for f in found) == [("look_up", {"key": "x"})], name
+
+
+def test_constants_of_python_are_read_where_the_type_is_declared():
+    kinds = {"on": {"type": "boolean"}, "at": {"type": ["integer", "null"]}, "why": {}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": kinds}}}]
+    values = {"on": "True", "at": "None", "why": "None"}
+    text = load("qwen_xml").render([make_call("f", values)])
+    _, (found,) = parse(load("qwen_xml"), text, tools=tools)
+    assert arguments_of(found.call) == {"on": True, "at": None, "why": "None"}
 
 
 def test_code_of_internlm2_is_a_call_of_the_interpreter():

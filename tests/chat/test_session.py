@@ -1,5 +1,6 @@
 import pytest
 from scripted_model import ScriptedModel
+from template_makers import THINKS
 
 from xtuner import templates
 from xtuner.chat.session import Session
@@ -34,6 +35,26 @@ def test_the_next_prompt_holds_the_conversation_as_training_would_show_it() -> N
     prompt = session.model.prompts[1]
     assert trained[: len(prompt)] == prompt
     assert "Be kind." in TOKENIZER.decode(prompt)
+
+
+def test_a_thought_that_the_prompt_opens_is_the_reasoning_as_in_the_data() -> None:
+    """The history of the chat is that of the training sequence, whatever the model wrote."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKS
+    template = templates.load("auto", tokenizer)
+    session = Session(
+        ScriptedModel(tokenizer("Hm.\n</think>\n\nfine<|im_end|>")["input_ids"]),
+        tokenizer,
+        template=template,
+        options=GenerationOptions(max_new_tokens=64),
+    )
+    for question in ("How are you?", "And now?"):
+        assert "".join(session.ask(question)) == "Hm.\n</think>\n\nfine"
+    assert session.messages[1] == Message("assistant", "fine", reasoning="Hm.")
+    last, first = template.sequences(Conversation(tuple(session.messages)))
+    for prompt, (ids, _) in zip(session.model.prompts, (first, last), strict=True):
+        assert tokenizer.decode(prompt).endswith("<think>\n")
+        assert ids == [*prompt, *tokenizer("Hm.\n</think>\n\nfine<|im_end|>")["input_ids"]]
 
 
 def test_reset_forgets() -> None:

@@ -121,6 +121,14 @@ def test_tools_without_a_terminal_need_yes(capsys, tiny_model_path):
     assert "--yes has no effect without --tools" in capsys.readouterr().err
 
 
+def test_wrong_tools_are_named_before_the_model_is_loaded(capsys):
+    wrong = ["--tools", "calculater", "--tools", "read_file", "--ask", "Hi"]
+    assert main(["chat", "no/such/model", *wrong]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean 'calculator'?" in told and "read_file: needs the folder" in told
+    assert "add --yes" in told and "no/such/model" not in told
+
+
 def test_chat_with_a_tool_runs(capsys, tiny_model_path):
     command = ["chat", str(tiny_model_path), "--tools", "calculator", "--yes", "--ask", "Hi"]
     assert main([*command, "--max-new-tokens", "3", "--answer-stop-word", "<eom>"]) == 0

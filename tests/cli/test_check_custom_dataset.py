@@ -4,6 +4,8 @@ import pytest
 
 from xtuner.cli.app import main
 
+KEPT = "1 row is used with wrong tool calls (tool_call_errors = 'keep')."
+
 
 def chat(question, answer):
     return {
@@ -92,3 +94,21 @@ def test_a_file_that_cannot_be_read_does_not_end_the_check(check, tmp_path):
     assert code == 2 and out[-1] == "5 bad rows."
     for name in ("a.parquet", "b.jsonl line 2", "c.json", "d.jsonl line 1", "none.csv"):
         assert any(name in line for line in out), name
+
+
+def test_rows_kept_with_wrong_calls_are_counted_and_named(check):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "g", "arguments": "{}"}}
+    rows = [chat("Hi", "Hello"), {**chat("Hi", ""), "tools": [tool]}]
+    rows[1]["messages"][1]["tool_calls"] = [call]
+    problem = "turn [2], call of 'g': is of a tool that the row does not declare; add the tool"
+    keep = ("--set", "max_length=2000", "--set", "tool_call_errors=keep")
+    code, out, _ = check(rows, *keep)
+    assert code == 0
+    assert out[0].startswith(f"kept: d.jsonl line 2  {problem}")
+    assert out[2].lstrip().startswith("1 row kept: turn [2], call of 'g': is of a tool that")
+    assert out[2].endswith("(line 2)")
+    assert out[-2:] == ["No bad rows.", KEPT]
+    code, out, _ = check(rows, *keep[:2])
+    assert code == 2
+    assert out[0].startswith(f"d.jsonl line 2  {problem}") and "1 row lost" in out[2]

@@ -34,7 +34,9 @@ def test_good_rows_with_images_pass_the_check(config, capsys):
 def test_check_reports_a_bad_image(config, capsys):
     (config.parent / "images" / "1.png").write_bytes(b"no image")
     code, out = run(capsys, "check-custom-dataset", config)
-    assert code == 2 and out.splitlines()[0].startswith("d.json row 2  image '1.png': is not an image")
+    assert code == 2 and out.splitlines()[0].startswith(
+        "d.json row 2  image '1.png': is not an image"
+    )
 
 
 def test_messages_name_the_max_length_that_was_written(config, capsys):

@@ -157,6 +157,7 @@ REWRITES = (
     + _OPEN
 )
 THINKS = _LOOP + _CHATML + "{% endfor %}" + _OPEN.replace("assistant\\n", "assistant\\n<think>\\n")
+THINKS_MARKED = MARKED.replace(_OPEN, THINKS[-len(_OPEN) - len("<think>\\n") :])
 TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
     + "{{ '<|im_end|>\\n' }}{% endif %}"

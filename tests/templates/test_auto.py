@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from itertools import groupby
 
 import pytest
 from template_makers import (
@@ -12,12 +13,14 @@ from template_makers import (
     MARKED_CONTENT,
     REWRITES,
     THINKS,
+    THINKS_MARKED,
     TOOLS,
     byte_tokenizer,
 )
 
 from xtuner.errors import DataError, ModelError
 from xtuner.templates import load
+from xtuner.templates.auto import CLOSED_THOUGHT
 from xtuner.types import Conversation, Message
 
 ASK, TELL = Message("user", "Hi"), Message("assistant", "Hello")
@@ -39,6 +42,16 @@ def learnt(template, tokenizer, *messages, tools=()):
     return tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
 
 
+def sequences(template, tokenizer, *messages, tools=()):
+    """The texts of the sequences, with supervised tokens between « and »."""
+    texts = []
+    for ids, mask in template.sequences(Conversation(tuple(messages), tools)):
+        pairs = groupby(zip(ids, mask, strict=True), lambda pair: pair[1])
+        runs = [(on, tokenizer.decode([token for token, _ in run])) for on, run in pairs]
+        texts.append("".join(f"«{run}»" if on else run for on, run in runs))
+    return texts
+
+
 def test_exact_ids_of_one_turn():
     template, tokenizer = auto(CHATML)
     ids, mask = template.encode(Conversation((ASK, TELL)))
@@ -47,25 +60,84 @@ def test_exact_ids_of_one_turn():
     assert mask == [False] * (len(ids) - 7) + [True] * 6 + [False]
 
 
-def test_rewritten_earlier_turns_are_not_learnt_and_it_says_so_once(caplog):
+def test_rewritten_earlier_turns_are_learnt_in_sequences_of_their_own(caplog):
+    template, tokenizer = auto(REWRITES)
+    yes = Message("assistant", "Yes")
+    chat = (ASK, yes, ASK, TELL)
+    last, first = sequences(template, tokenizer, *chat)
+    empty = "<think>\n\n</think>\n\n"
+    assert last.endswith(f"user\nHi<|im_end|>\n<|im_start|>assistant\n«{empty}Hello<|im_end|>»\n")
+    assert "<|im_start|>assistant\nYes<|im_end|>" in last
+    assert (
+        first == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«{empty}Yes<|im_end|>»\n"
+    )
+    for end, encoded in zip((3, 1), template.sequences(Conversation(chat)), strict=True):
+        prompt = template.prompt_ids(chat[:end])
+        assert encoded.input_ids[: len(prompt)] == prompt
+        assert encoded.loss_mask.index(True) == len(prompt)
+    assert not caplog.records
+
+
+def test_one_sequence_of_rewritten_turns_has_the_last_and_says_so_once(caplog):
     template, tokenizer = auto(REWRITES)
     last = "<think>\n\n</think>\n\nHello<|im_end|>"
     assert learnt(template, tokenizer, ASK, TELL) == last
     assert not caplog.records
     for _ in range(2):
-        earlier = Message("assistant", "Yes")
-        assert learnt(template, tokenizer, ASK, earlier, ASK, TELL) == last
+        assert learnt(template, tokenizer, ASK, Message("assistant", "Yes"), ASK, TELL) == last
     assert [r.message.startswith("the model's chat template rewrites") for r in caplog.records] == [
         True
     ]
     assert "'chatml'" in caplog.text
 
 
-def test_prompt_that_training_cannot_show_is_an_error():
-    template, _ = auto(THINKS)
-    with pytest.raises(ModelError, match="Use a named template that fits, such as 'chatml'"):
-        template.encode(Conversation((ASK, TELL)))
+@pytest.mark.parametrize("source", [THINKS, THINKS_MARKED], ids=["plain", "marked"])
+def test_an_answer_behind_a_prompt_that_opens_a_thought(source):
+    template, tokenizer = auto(source)
+    chat = (ASK, TELL, ASK, Message("assistant", "36", reasoning="Ten threes."))
+    last, first = sequences(template, tokenizer, *chat)
+    opened = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n«"
+    assert first == f"{opened}\n</think>\n\nHello<|im_end|>»"
+    assert last.endswith(f"Hello<|im_end|>\n{opened}Ten threes.\n</think>\n\n36<|im_end|>»")
+    inline = Message("assistant", "<think>\nTen threes.\n</think>\n\n36")
+    assert sequences(template, tokenizer, *chat[:3], inline)[0].rstrip() == last
     assert template.encode(Conversation((ASK,))).loss_mask.count(True) == 0
+
+
+def test_the_end_of_a_thought_is_that_of_the_template():
+    shown = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}</think>{% endif %}"
+    source = THINKS.replace("{{ '<|im_start|>' + m.role + '\\n' + m.content", (
+        "{{ '<|im_start|>' + m.role + '\\n' }}" + shown + "{{ m.content"
+    ))  # fmt: skip
+    template, tokenizer = auto(source)
+    (only,) = sequences(template, tokenizer, ASK, TELL)
+    assert only.endswith("<think>\n«</think>Hello<|im_end|>»")
+
+
+def test_reasoning_is_left_out_behind_a_prompt_that_closes_the_thought(caplog):
+    closed = "<think>\\n\\n</think>\\n\\n"
+    template, tokenizer = auto(THINKS.replace("<think>\\n", closed))
+    said = Message("assistant", "36", reasoning="Ten threes.")
+    for _ in range(2):
+        (only,) = sequences(template, tokenizer, ASK, said)
+    assert only.endswith("<think>\n\n</think>\n\n«36<|im_end|>»")
+    assert [r.message for r in caplog.records] == [CLOSED_THOUGHT]
+
+
+def test_a_history_that_changes_with_the_answer_is_that_of_the_chat():
+    source = "{% if messages[-1].role == 'user' %}asked {% endif %}" + CHATML
+    template, tokenizer = auto(source)
+    last, first = sequences(template, tokenizer, ASK, TELL, ASK, TELL)
+    assert first.startswith("asked <|im_start|>user") and first.endswith("\n«Hello<|im_end|>»")
+    assert last.startswith("asked ") and last.count("«") == 1
+
+
+def test_a_prompt_that_no_turn_begins_with_is_an_error():
+    opened = "{{ '<|im_start|>assistant\\nHere is my plan:\\n' }}"
+    template, _ = auto(CHATML.replace("{{ '<|im_start|>assistant\\n' }}", opened))
+    with pytest.raises(ModelError, match=r"my plan:.n', which the rendered turn") as caught:
+        template.encode(Conversation((ASK, TELL)))
+    assert "Use a named template that fits, such as 'chatml'" in str(caught.value)
 
 
 @pytest.mark.parametrize("source", [MARKED, MARKED_CONTENT])

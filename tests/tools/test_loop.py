@@ -114,3 +114,24 @@ def test_closing_the_loop_closes_the_answer():
     with closing(steps):
         assert next(steps) == Text("a")
     assert closed == [True]
+
+
+def test_turns_are_made_of_what_the_model_wrote_by_the_template():
+    answers = iter([f"Hm.</think>{calls('1+1')}", "So.</think>It is 2."])
+
+    def turn_of(said):
+        thought, _, content = said.partition("</think>")
+        return Message("assistant", content, reasoning=thought)
+
+    told = []
+    steps = converse(lambda messages: iter_of(next(answers)), [ASK], tools=ToolBox([Provider()]),
+                     family=HERMES, told=told, turn_of=turn_of)  # fmt: skip
+    list(steps)
+    assert [(m.reasoning, m.content) for m in told if m.role == "assistant"] == [
+        ("Hm.", ""), ("So.", "It is 2."),
+    ]  # fmt: skip
+    assert told[0].tool_calls
+
+
+def iter_of(text):
+    yield text

@@ -26,7 +26,8 @@ class BaseAlgorithm:
     Attributes:
         records: record types that the algorithm accepts.
         sequences_per_row: number of sequences that `encode` returns per row. They stay together in
-            one pack and one batch, and each may have max_length tokens.
+            one pack and one batch, and each may have max_length tokens. With 1, `encode` may
+            return several, which need not stay together.
         overlong: the value of the setting `overlong` that 'auto' selects.
         overlong_choices: the values of `overlong` that the algorithm supports.
         takes_images: whether rows may have images.
@@ -72,7 +73,8 @@ class BaseAlgorithm:
                 )
 
     def encode(self, record: Record, encoder: RecordEncoder) -> Sequence[Encoded]:
-        """Encode a row to `sequences_per_row` sequences.
+        """Encode a row to `sequences_per_row` sequences. With 1 it may be several: samples of their
+        own.
 
         Args:
             record: an instance of one of `records`.
@@ -82,7 +84,7 @@ class BaseAlgorithm:
             case Text():
                 return [encoder.text(record)]
             case Conversation():
-                return [encoder.conversation(record)]
+                return encoder.sequences(record)
         raise NotImplementedError(
             f"{type(self).__name__}.encode does not accept {type(record).__name__}"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xtuner.algorithms.base import BaseAlgorithm
-from xtuner.types import Encoded, Record, RecordEncoder
+from xtuner.types import Conversation, Encoded, Record, RecordEncoder
 
 
 class Algorithm(BaseAlgorithm):
@@ -23,6 +23,10 @@ class Algorithm(BaseAlgorithm):
 
     def encode(self, record: Record, encoder: RecordEncoder) -> Sequence[Encoded]:
         """Encode a row to one sequence; every token except the first is supervised."""
-        (encoded,) = super().encode(record, encoder)
-        ids = encoded.input_ids
+        match record:
+            case Conversation():
+                ids = encoder.conversation(record).input_ids
+            case _:
+                (encoded,) = super().encode(record, encoder)
+                ids = encoded.input_ids
         return [Encoded(ids, [False] + [True] * (len(ids) - 1))]

@@ -40,22 +40,28 @@ class CallPolicy:
     thoughts: Thoughts = "learn"
 
     def applied(self, record: Record) -> Record | Problem:
-        """The record to encode, or the first problem of its calls."""
-        if isinstance(record, Preference):
-            sides = [self.applied(record.chosen), self.applied(record.rejected)]
-            wrong = next((side for side in sides if isinstance(side, Problem)), None)
-            if wrong is not None:
-                return wrong
-            chosen, rejected = sides
-            assert isinstance(chosen, Conversation) and isinstance(rejected, Conversation)
-            return Preference(chosen, rejected)
-        if not isinstance(record, Conversation):
-            return record
-        if self.errors == "drop":
-            problem = next(call_problems(record), None)
-            if problem is not None:
-                return problem
-        return self._with_thoughts(with_ids(record))
+        """The record to encode, or the problem for which it is dropped."""
+        problem = self.problem(record) if self.errors == "drop" else None
+        return self._prepared(record) if problem is None else problem
+
+    def problem(self, record: Record) -> Problem | None:
+        """The first problem of the calls of a record."""
+        match record:
+            case Preference():
+                return self.problem(record.chosen) or self.problem(record.rejected)
+            case Conversation():
+                return next(call_problems(record), None)
+        return None
+
+    def _prepared(self, record: Record) -> Record:
+        match record:
+            case Preference(chosen, rejected):
+                return Preference(
+                    self._with_thoughts(with_ids(chosen)), self._with_thoughts(with_ids(rejected))
+                )
+            case Conversation():
+                return self._with_thoughts(with_ids(record))
+        return record
 
     def _with_thoughts(self, record: Conversation) -> Conversation:
         if self.thoughts == "learn":

@@ -95,7 +95,7 @@ class Session:
             if keep:
                 text = "".join(pieces)
                 text = without_image_tokens(text) if self.vision else text
-                self.messages = [*messages, Message("assistant", text)]
+                self.messages = [*messages, self.template.answer(text)]
 
     def act(self, text: str, images: Sequence[str] = ()) -> Generator[loop.Event, None, None]:
         """Answer `text` and `images` with calls of `tools`; yield events.
@@ -127,6 +127,7 @@ class Session:
             allow=self.tools.allow,
             max_rounds=self.tools.max_rounds,
             told=new,
+            turn_of=self.template.answer,
         )
         spoken, keep = "", True
         try:
@@ -142,7 +143,7 @@ class Session:
             raise
         finally:
             if keep:
-                rest = [Message("assistant", spoken)] if spoken and _unanswered(new) else []
+                rest = [self.template.answer(spoken)] if spoken and _unanswered(new) else []
                 self.messages = [*messages, *_complete(new), *rest]
 
     def _asked(self, text: str, images: Sequence[str]) -> Message:

@@ -80,18 +80,23 @@ def names(
 
 
 def check(tools: Sequence[str], *, yes: bool) -> None:
-    """Refuse, before the model is loaded, tools whose calls nobody can allow.
+    """Reject, before the model is loaded, unknown tools and tools whose calls nobody can allow.
 
     Raises:
-        ConfigError: calls must be allowed one by one, but the input is not a terminal.
+        ConfigError: a name is invalid, or calls must be allowed one by one, but the input is not a
+            terminal; all problems are listed.
     """
+    from xtuner.tools.toolbox import faults_of, refuse
+
     if not tools and yes:
         raise ConfigError("--yes has no effect without --tools")
+    faults = faults_of(tools)
     if tools and not yes and not sys.stdin.isatty():
-        raise ConfigError(
-            "--tools: asks before each call, but the input is not a terminal; add --yes to run "
-            "calls without asking"
+        faults.append(
+            "asks before each call, but the input is not a terminal; add --yes to run calls "
+            "without asking"
         )
+    refuse(faults)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def command(
     Prints each bad row with its line, the field, and how to fix it. Exits with 2 if there are bad
     rows, otherwise with 0.
     """
-    from xtuner.data.report.check import bad_rows
+    from xtuner.data.report.check import bad_rows, kept_rows
     from xtuner.data.report.show_tokens import visible
     from xtuner.errors import DataError
     from xtuner.training.data_parts import DataParts
@@ -49,6 +49,10 @@ def command(
     if count > _MAX_PRINTED:
         rest = f"and {count - _MAX_PRINTED:,} more"
         typer.echo(f"{rest}; see {out}" if out else f"{rest}; --out FILE writes all of them")
+    kept = 0
+    for kept, row in enumerate(kept_rows(parts.settings, **parts.arguments), start=1):
+        if kept <= _MAX_PRINTED:
+            typer.echo(visible(f"kept: {row}"))
     try:
         data = parts.build()
     except DataError:
@@ -58,6 +62,9 @@ def command(
         for line in data.report.lines():
             typer.echo(line)
     typer.echo(f"\n{count:,} bad {'row' if count == 1 else 'rows'}." if count else "\nNo bad rows.")
+    if kept:
+        rows = "row is" if kept == 1 else "rows are"
+        typer.echo(f"{kept:,} {rows} used with wrong tool calls (tool_call_errors = 'keep').")
     if count:
         raise typer.Exit(2)
 

@@ -154,7 +154,11 @@ class _Page:
         rows = "".join(_source_row(source) for source in data["sources"])
         yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead>{rows}</table></div>'
         for source in data["sources"]:
-            yield from self._groups([*source["lost"], *source["changed"]])
+            kept = [
+                {**group, "what": words("data_kept", what=group["what"])}
+                for group in source.get("kept", ())
+            ]
+            yield from self._groups([*source["lost"], *kept, *source["changed"]])
         yield from (f'<p class="note">{escape(note)}</p>' for note in data.get("notes", ()))
         part = data["train"]
         yield "<p>" + words("data_training", **_part(part), packs=f"{part['packs']:,}",

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -91,7 +92,8 @@ def _message(turn: ChatMessage, served: ServedModel, images: ImageStore) -> Mess
     if isinstance(turn.content, str):
         text = turn.content
     if not names:
-        return Message(role, text, tool_calls=calls, name=turn.name, tool_call_id=turn.tool_call_id)
+        said = served.template.answer(text) if role == "assistant" else Message(role, text)
+        return replace(said, tool_calls=calls, name=turn.name, tool_call_id=turn.tool_call_id)
     if served.vision is None:
         raise DataError(f"the model {served.name} does not take images")
     if role != "user":

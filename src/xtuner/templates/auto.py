@@ -6,9 +6,9 @@ stop token must both be prefixes of the full text; the turn is the text between 
 thus starts exactly where generation starts, and ends with the token that ends an answer. If a
 template marks assistant turns with ``{% generation %}``, the marks delimit the turns instead.
 
-Some templates rewrite earlier turns (Qwen3 drops their reasoning). A turn that training would
-render differently from chat is excluded from the loss, with a warning; if none is left, it is an
-error.
+Some templates rewrite earlier turns (Qwen3 drops their reasoning, Mistral shows tools at the last
+question only). The conversation is then trained on in several sequences, each of which ends with a
+turn and shows the turns before it as a chat does (`TurnFinder.renderings`).
 """
 
 from __future__ import annotations
@@ -20,21 +20,18 @@ from functools import cached_property
 from typing import Any, Literal
 
 from xtuner.calls.families import load as load_family
+from xtuner.calls.families import reads_back
 from xtuner.calls.families.base import Family
 from xtuner.errors import DataError, ModelError
-from xtuner.templates.base import (
-    NO_REASONING,
-    Rendered,
-    Template,
-    Turn,
-    hash_of,
-    masked_spans,
-)
+from xtuner.templates.base import NO_REASONING, Rendered, Template, hash_of
 from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
+from xtuner.templates.moments import Moments, Text, roles
 from xtuner.templates.native_tools import NativeTools, native_tools
 from xtuner.templates.table import NAMED
+from xtuner.templates.thoughts import open_thought, split_thought
 from xtuner.templates.tool_layout import INTERNLM2, ToolLayout, needs_layout
-from xtuner.types import Message
+from xtuner.templates.turns import Stops, TurnFinder
+from xtuner.types import Conversation, Encoded, Message
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -44,9 +41,23 @@ _NAME_ANOTHER = "name another, such as prompt_template = 'chatml'"
 _PATIENCE = 3
 """So many conversations may exceed the bounds before the template is not rendered any more."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 _STOPPING_OPENERS = ("<|user|>", "<|observation|>")
-_FURTHER_ENDS = ("<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+_FURTHER_ENDS = (
+    "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|observation|>"
+)  # fmt: skip
+ONE_SEQUENCE = (
+    "the model's chat template rewrites earlier turns, and this algorithm takes one sequence, so "
+    "only the turns that it shows as a chat does are supervised. To supervise all of them, use a "
+    "named template{fitting}"
+)
+CLOSED_THOUGHT = (
+    "the prompt of the model's chat template closes the thought of an answer, so reasoning is not "
+    "trained on; use a model whose chat template opens thoughts"
+)
+NO_TEXT_BEFORE_CALLS = (
+    "the model's chat template does not render the text before a call, so it is not trained on; to "
+    "train on it, use a named template"
+)
 _DATE = "26 Jul 2024"
 """The default date of Llama 3 templates; fixed, so that runs are reproducible."""
 
@@ -69,56 +80,103 @@ class ChatTemplate(Template):
         self._native: NativeTools | Literal["unknown"] | None = "unknown"
         self._exceeded = 0
         self._marked: dict[str, bool] = {}
-        self._variables = {"date_string": _DATE} if "date_string" in self._source(()) else {}
+        dated = "date_string" in self._source(())
+        self._variables: dict[str, Any] = {"date_string": _DATE} if dated else {}
         self._reasoning_key = _reasoning_key(self._source(()))
         self._has_system_turn = self._shows_system()
-        self._openers: dict[str, str] = {}
-        self._stop = self._find_stop()
-        self.stop_words = (self._stop,) if self._stop else tuple({*self._openers.values()})
+        self._stops = self._find_stops()
+        stop = self._stops.text
+        self.stop_words = (stop,) if stop else tuple({*self._stops.openers.values()})
         ends = [t for t in _FURTHER_ENDS if t in self._source(()) and t in self._added]
+        self._further_ends = tuple(t for t in (tokenizer.eos_token, *ends) if t)
         self.stop_token_ids = self._token_ids((tokenizer.eos_token or "", *self.stop_words, *ends))
 
     def render(
         self, messages: Sequence[Message], *, tools: Tools = (), prompt: bool = False
     ) -> Rendered:
-        """See `Template.render`."""
-        turns, tools = self._with_tools(messages, tools)
-        dicts = [turn for turn, _ in turns]
-        text, marks = self._text(dicts, tools, prompt=prompt)
-        answers = [i for i, turn in enumerate(dicts) if turn["role"] == "assistant"]
-        bounds = marks if len(marks) == len(answers) else [None] * len(answers)
-        found: list[Turn] = []
-        inexact = 0
-        for index, mark in zip(answers, bounds, strict=True):
-            message = turns[index][1]
-            supervised = message is not None and message.supervised
-            span = self._span(text, dicts, index, tools, mark=mark, prompt=prompt)
-            if span is not None:
-                masked = masked_spans(message, text, *span) if message else ()
-                found.append(Turn(*span, supervised, masked))
-            elif supervised and any(turn["role"] == "user" for turn in dicts[:index]):
-                inexact += 1
-        if inexact and not prompt:
-            self._report_inexact(left=sum(turn.supervised for turn in found))
-        return self._ended_by_opener(Rendered(text, found), dicts, prompt=prompt)
+        """See `Template.render`; the turns are those that the text shows as a chat does."""
+        finder = self._finder(messages, tools)
+        return finder.prompt() if prompt else finder.complete()
 
-    def _ended_by_opener(
-        self, rendered: Rendered, dicts: list[dict[str, Any]], *, prompt: bool
-    ) -> Rendered:
-        """With the opener of the next turn as the end of each answer, where that is the stop."""
-        text, turns = rendered
-        if not self._openers or not turns:
-            return rendered
-        if not prompt and dicts[-1]["role"] == "assistant" and turns[-1].end == len(text):
-            following = "tool" if dicts[-1].get("tool_calls") else "user"
-            text += self._openers.get(following, self._openers["user"])
-        ended = []
-        for turn in turns:
-            rest = text[turn.end :]
-            space = len(rest) - len(rest.lstrip())
-            opener = next((o for o in self._openers.values() if rest[space:].startswith(o)), "")
-            ended.append(turn._replace(end=turn.end + (space + len(opener) if opener else 0)))
-        return Rendered(text, ended)
+    def encode(self, conversation: Conversation) -> Encoded:
+        """See `Template.encode`; turns that one text cannot show as a chat does are not supervised,
+        with a warning."""
+        first, *more = self.sequences(conversation)
+        if more:
+            self._warn_once(ONE_SEQUENCE.format(fitting=self._fitting()))
+        return first
+
+    def sequences(self, conversation: Conversation) -> list[Encoded]:
+        """See `Template.sequences`."""
+        if not conversation.messages:
+            return [Encoded([], [])]
+        finder = self._finder(conversation.messages, conversation.tools)
+        texts, reasons = finder.renderings()
+        if reasons:
+            supervised = any(turn.supervised for text in texts for turn in text.turns)
+            self._report_inexact(reasons[0], is_rest_learned=supervised)
+        if finder.dropped_reasoning:
+            self._warn_once(CLOSED_THOUGHT)
+        return [self._encoded(text) for text in texts]
+
+    def answer(self, text: str) -> Message:
+        """See `Template.answer`; a thought that the prompt opened is the reasoning of the turn."""
+        if not self._opens_thought:
+            return Message("assistant", text)
+        thought, content = split_thought(text)
+        return Message("assistant", content, reasoning=thought)
+
+    @cached_property
+    def _opens_thought(self) -> bool:
+        """Whether prompts open a thought."""
+        try:
+            prompt = self._text([{"role": "user", "content": _PROBE}], prompt=True).text
+        except DataError:
+            return False
+        return open_thought(prompt) is not None
+
+    def _finder(self, messages: Sequence[Message], tools: Tools) -> TurnFinder:
+        turns, shown = self._with_tools(messages, tools)
+
+        def render(dicts: list[dict[str, Any]], prompt: bool) -> Text:
+            return self._text(dicts, shown, prompt=prompt)
+
+        def mended(index: int, text: str) -> str:
+            message = turns[index][1]
+            return self._mended(message, text, tools) if message and message.tool_calls else text
+
+        moments = Moments(
+            [turn for turn, _ in turns], render, reasoning_key=self._reasoning_key, mended=mended
+        )
+        return TurnFinder(
+            moments,
+            [message for _, message in turns],
+            stops=self._stops,
+            has_tools=bool(shown),
+            mended=mended,
+            check=self._check,
+        )
+
+    def _mended(self, message: Message, text: str, tools: Tools) -> str:
+        """The text of a turn with calls, as its family writes it if only that can be read.
+
+        DeepSeek's templates end only several calls, and begin only the first of a conversation.
+        """
+        native, stop = self._native_tools(), self._stops.text
+        if native is None or native.family is None or not native.renders_calls:
+            return text
+        family, calls = native.family, message.tool_calls
+
+        def is_readable(turn: str) -> bool:
+            body, stopped, rest = turn.partition(stop) if stop else (turn, "", "")
+            if stop and not stopped and not turn.endswith(self._further_ends):
+                return False
+            return not rest and reads_back(family, body, calls, tools=tools)
+
+        if is_readable(text):
+            return text
+        written = family.render(list(calls)) + stop
+        return message.content + written if is_readable(written) else text
 
     def fingerprint(self) -> str:
         """See `Template.fingerprint`."""
@@ -127,63 +185,17 @@ class ChatTemplate(Template):
         today = date.today().isoformat() if shows_today else ""
         return hash_of("auto", source, self._tokenizer.special_tokens_map, self.system, today)
 
-    def _span(
-        self,
-        text: str,
-        dicts: list[dict[str, Any]],
-        index: int,
-        tools: Tools,
-        *,
-        mark: tuple[int, int] | None,
-        prompt: bool,
-    ) -> tuple[int, int] | None:
-        """Start and end of turn `index` in `text`; None if a chat would render it differently."""
-        try:
-            prefix = self._text(dicts[:index], tools, prompt=True)[0]
-        except DataError:
-            prefix = None  # there is no user turn yet, but the template requires one
-        start = len(prefix) if prefix is not None and text.startswith(prefix) else None
-        if mark is not None:
-            if start is None or not mark[0] <= start <= mark[1]:
-                start = mark[0]
-            turn = self._marked_turn(text, mark)
-        elif start is None:
-            return None
-        elif index + 1 == len(dicts) and not prompt:
-            turn = text
-        else:
-            turn = self._text(dicts[: index + 1], tools)[0]
-        end = self._end_of(turn, start)
-        if text[:end] != turn[:end] and (tools or "tool_calls" in dicts[index]):
-            # Qwen 3 opens the last turn alone with an empty thought
-            turn = turn[:start] + _EMPTY_THOUGHT.sub("", turn[start:], count=1)
-            end = self._end_of(turn, start)
-        if text[:end] != turn[:end]:
-            return None
-        self._check_calls(dicts[index], text[start:end])
-        self._check_reasoning(dicts[index], text[start:end])
-        return start, end
-
-    def _marked_turn(self, text: str, mark: tuple[int, int]) -> str:
-        """`text` up to the end of a marked turn, including a stop right after the mark."""
-        end = mark[1]
-        if self._stop and self._stop not in text[mark[0] : end]:
-            gap = len(text) - end - len(text[end:].lstrip())
-            if text.startswith(self._stop, end + gap):
-                end += gap + len(self._stop)
-        return text[:end]
-
-    def _end_of(self, turn: str, start: int) -> int:
-        """The end of the stop in `turn`, which ends with an answer that begins at `start`."""
-        at = turn.rfind(self._stop, start) if self._stop else -1
-        if at >= 0:
-            return at + len(self._stop)
-        return start + len(turn[start:].rstrip())
+    def _check(self, turn: Mapping[str, Any], rendered: str) -> None:
+        self._check_calls(turn, rendered)
+        said = str(turn.get("content") or "").strip() if turn.get("tool_calls") else ""
+        if said and split_thought(said)[1].strip() not in rendered:
+            self._warn_once(NO_TEXT_BEFORE_CALLS)
+        self._check_reasoning(turn, rendered)
 
     def _text(
         self, dicts: list[dict[str, Any]], tools: Tools = (), *, prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text and the character spans that ``{% generation %}`` marks in it.
+    ) -> Text:
+        """Render messages.
 
         `apply_chat_template` returns the marks only as tokens, so its renderer is called directly.
         """
@@ -191,6 +203,9 @@ class ChatTemplate(Template):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         source = self._source(tools)
+        variables = dict(self._variables)
+        if tools and "xml_tools" in source:
+            variables["xml_tools"] = [dict(tool) for tool in tools]  # SmolLM3
         if self._exceeded > _PATIENCE:
             raise ModelError(f"{_EXCEEDS} bounds again and again; {_NAME_ANOTHER}")
         try:
@@ -202,7 +217,7 @@ class ChatTemplate(Template):
                     add_generation_prompt=prompt,
                     return_assistant_tokens_mask=self._is_marked(source),
                     **self._tokenizer.special_tokens_map,
-                    **self._variables,
+                    **variables,
                 )
             check_output(len(texts[0]), given=_characters([dicts, tools]))
         except OutOfBoundsError as error:
@@ -214,11 +229,10 @@ class ChatTemplate(Template):
                 f"{_NAME_ANOTHER}"
             ) from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            roles = ", ".join(turn["role"] for turn in dicts) or "none"
             raise DataError(
-                f"the model's chat template rejects these messages (roles: {roles}): {error}"
+                f"the model's chat template rejects these messages (roles: {roles(dicts)}): {error}"
             ) from error
-        return texts[0], [(a, b) for a, b in marks[0]] if marks else []
+        return Text(texts[0], [(a, b) for a, b in marks[0]] if marks else [])
 
     def _source(self, tools: Tools) -> str:
         """The template source; some tokenizers have a separate one for tools."""
@@ -242,7 +256,7 @@ class ChatTemplate(Template):
         """What the chat template does with tools; None if it has none."""
         if self._native == "unknown":
             self._native = native_tools(
-                lambda dicts, tools, prompt: self._text(dicts, tools, prompt=prompt)[0]
+                lambda dicts, tools, prompt: self._text(dicts, tools, prompt=prompt).text
             )
         return self._native
 
@@ -253,7 +267,7 @@ class ChatTemplate(Template):
             return ToolLayout.of()
         turn = {"role": "system name=<|plugin|>", "content": _PROBE}
         try:
-            text = self._text([turn, {"role": "user", "content": "Hello"}])[0]
+            text = self._text([turn, {"role": "user", "content": "Hello"}]).text
         except DataError:
             text = ""
         shown = f"{turn['role']}\n{_PROBE}" in text
@@ -270,20 +284,23 @@ class ChatTemplate(Template):
         native = self._native_tools()
         if native and native.family and tools and not native.lists_tools:
             messages, tools = ToolLayout(native.family).with_listing(messages, tools), ()
-        if native:
+        if native and native.renders_calls:
             dicts = native.form.prepared([message.as_dict() for message in messages])
             return self._as_turns(list(zip(dicts, messages, strict=True))), tools
-        self._warn_once(
-            "the model's chat template has no tools; tools and calls are written in the layout "
-            f"'{self._layout.family.name}' (docs/tools.md)"
-        )
+        listed = () if native else tools
+        if not native:
+            self._warn_once(
+                "the model's chat template has no tools; tools and calls are written in the layout "
+                f"'{self._layout.family.name}' (docs/tools.md)"
+            )
+        layout = ToolLayout(native.family) if native and native.family else self._layout
         turns: list[tuple[dict[str, Any], Message | None]] = []
-        for role, content, message in self._layout.write_out(messages, tools):
+        for role, content, message in layout.write_out(messages, listed):
             turn = {"role": role, "content": content}
             if message and message.reasoning:
                 turn["reasoning_content"] = message.reasoning
             turns.append((turn, message))
-        return self._as_turns(turns), ()
+        return self._as_turns(turns), tools if native else ()
 
     def _as_turns(
         self, pairs: Sequence[tuple[dict[str, Any], Message | None]]
@@ -313,28 +330,28 @@ class ChatTemplate(Template):
         """Whether the template renders system messages; Gemma's rejects them, some drop them."""
         user = {"role": "user", "content": "Hello"}
         try:
-            return _PROBE in self._text([{"role": "system", "content": _PROBE}, user])[0]
+            return _PROBE in self._text([{"role": "system", "content": _PROBE}, user]).text
         except DataError:
             return False
 
-    def _find_stop(self) -> str:
+    def _find_stops(self) -> Stops:
         """What the template writes after an answer: the first added token, otherwise the text."""
         dicts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
         try:
-            tail = self._text(dicts)[0].rpartition(_PROBE)[2]
+            tail = self._text(dicts).text.rpartition(_PROBE)[2]
         except DataError:
-            return str(self._tokenizer.eos_token or "")
+            return Stops(str(self._tokenizer.eos_token or ""))
         found = [(at, token) for token in self._added if (at := tail.find(token)) >= 0]
         if found:
-            return str(min(found, key=lambda match: (match[0], -len(match[1])))[1])
-        self._openers = {} if tail.strip() else self._find_openers(dicts)
-        if not tail.strip() and not self._openers:
+            return Stops(str(min(found, key=lambda match: (match[0], -len(match[1])))[1]))
+        openers = {} if tail.strip() else self._find_openers(dicts)
+        if not tail.strip() and not openers:
             self._warn_once(
                 "the model's chat template writes nothing after an answer, so training cannot "
                 "teach the model to stop; set prompt_template to a named template"
                 f"{self._fitting()}"
             )
-        return tail.strip()
+        return Stops(tail.strip(), openers)
 
     def _find_openers(self, dicts: list[dict[str, Any]]) -> dict[str, str]:
         """The tokens that open the turn after an answer, by the role of that turn.
@@ -344,7 +361,7 @@ class ChatTemplate(Template):
         openers = {}
         for role in ("user", "tool"):
             try:
-                text = self._text([*dicts, {"role": role, "content": "Hello"}])[0]
+                text = self._text([*dicts, {"role": role, "content": "Hello"}]).text
             except DataError:
                 continue
             tail = text.rpartition(_PROBE)[2].lstrip()
@@ -366,25 +383,26 @@ class ChatTemplate(Template):
         if reasoning and reasoning not in rendered:
             self._warn_once(NO_REASONING.format(template="the model's chat template"))
 
-    def _report_inexact(self, *, left: int) -> None:
-        if not left:
+    def _report_inexact(self, reason: str, *, is_rest_learned: bool) -> None:
+        others = (
+            f"Use a named template{self._fitting()}, or a chat template that marks answers with "
+            "{% generation %}"
+        )
+        if not is_rest_learned:
             raise ModelError(
-                "the model's chat template renders answers differently in training and in chat "
-                "(templates of reasoning models rewrite turns), so the loss mask cannot be "
-                f"computed. Use a named template{self._fitting()}, or a chat template that marks "
-                "answers with {% generation %}."
+                "the model's chat template cannot show an answer in training as in a chat: "
+                f"{reason}. {others}."
             )
         self._warn_once(
-            "the model's chat template rewrites earlier turns, so only the turns that it renders "
-            "as in chat are supervised. To supervise all turns, use a named template"
-            f"{self._fitting()}, or a chat template that marks answers with {{% generation %}}."
+            "the model's chat template cannot show some answers in training as in a chat: "
+            f"{reason}. They are not supervised. {others} to supervise all of them."
         )
 
     def _fitting(self) -> str:
         """Suggest the named template whose tokens all occur in the output of this one."""
         turns = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
         try:
-            written = self._text(turns, prompt=True)[0]
+            written = self._text(turns, prompt=True).text
         except DataError:
             written = self._source(())
         fits = {name: spec.tokens for name, spec in NAMED.items() if spec.tokens}

@@ -21,7 +21,7 @@ from xtuner.calls.families.base import Family
 from xtuner.templates.tokens import Tokens, tokens_of
 from xtuner.types import Conversation, Encoded, Message
 
-VERSION = 2
+VERSION = 3
 """Part of every fingerprint; incremented when the ids or masks of any template change."""
 
 USE_AUTO = (
@@ -100,6 +100,10 @@ class Template(ABC):
         """How the model writes tool calls with this template; None if that is not known."""
         return load_family(DEFAULT)
 
+    def answer(self, text: str) -> Message:
+        """The turn of an assistant that wrote `text` behind a prompt, as training data hold it."""
+        return Message("assistant", text)
+
     def as_fields(self) -> dict[str, Any]:
         """The template as plain values, where it was the user's own (a `Spec`); else empty."""
         return {}
@@ -119,7 +123,20 @@ class Template(ABC):
         """
         if not conversation.messages:
             return Encoded([], [])
-        rendered = self.render(conversation.messages, tools=conversation.tools)
+        return self._encoded(self.render(conversation.messages, tools=conversation.tools))
+
+    def sequences(self, conversation: Conversation) -> list[Encoded]:
+        """The training sequences of a conversation; each supervised turn is supervised in one.
+
+        Most templates need one sequence. A chat template that rewrites earlier turns needs several:
+        each ends with a turn and is rendered as in a chat at that moment.
+
+        Raises:
+            DataError, ModelError: see `render`.
+        """
+        return [self.encode(conversation)]
+
+    def _encoded(self, rendered: Rendered) -> Encoded:
         ids: list[int] = []
         mask: list[bool] = []
         for index, segment in enumerate(self._segments(rendered)):

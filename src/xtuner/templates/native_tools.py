@@ -69,19 +69,22 @@ class NativeTools:
         form: how it takes calls.
         family: how its calls are written; None if no family reads them.
         lists_tools: whether it shows tools; DeepSeek's renders calls only.
+        renders_calls: whether it renders calls; SmolLM3's takes them in the content.
     """
 
     form: CallForm
     family: Family | None
     lists_tools: bool
+    renders_calls: bool = True
 
 
 def native_tools(render: Render) -> NativeTools | None:
-    """What the template behind `render` does with tools; None if it does not render calls."""
+    """What the template behind `render` does with tools; None if it has none."""
     try:
-        lists_tools = "look_up" in render([_ASK], _TOOLS, True)
+        prompt = render([_ASK], _TOOLS, True)
     except (DataError, ModelError):
         return None
+    lists_tools = "look_up" in prompt
     forms = [CallForm(content, text) for text, content in product((False, True), ("", None))]
     shown = []
     for form in forms:
@@ -94,6 +97,9 @@ def native_tools(render: Render) -> NativeTools | None:
             return NativeTools(_with_ids(render, form), family, lists_tools)
     if shown and lists_tools:
         return NativeTools(_with_ids(render, shown[0]), None, lists_tools)
+    default = families.load(families.DEFAULT)
+    if not shown and lists_tools and all(mark in prompt for mark in ("<tool_call>", '"arguments"')):
+        return NativeTools(CallForm(), default, lists_tools, renders_calls=False)
     return None
 
 
@@ -104,13 +110,12 @@ def _renderer(
         turn = {"role": "assistant", "content": "", "tool_calls": [dict(call) for call in calls]}
         try:
             prompt = render([_ASK], _TOOLS, True)
+            asked = render([_ASK], _TOOLS, False)
             text = render(form.prepared([_ASK, turn]), _TOOLS, False)
         except (DataError, ModelError):
             return None
-        if text.startswith(prompt):
-            return text[len(prompt) :]
-        shared = next((i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), 0)
-        return text[shared:]
+        known = prompt if text.startswith(prompt) else asked
+        return text[len(known) :] if text.startswith(known) else text
 
     return rendered
 

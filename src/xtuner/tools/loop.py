@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xtuner.calls.check import call_id
@@ -74,6 +74,7 @@ def converse(
     allow: Allow = lambda call: True,
     max_rounds: int = 8,
     told: list[Message] | None = None,
+    turn_of: Callable[[str], Message] = lambda text: Message("assistant", text),
 ) -> Generator[Event, None, list[Message]]:
     """Answer a conversation with calls; yield events, and return the new messages.
 
@@ -84,8 +85,9 @@ def converse(
         family: how the model writes calls.
         allow: asked before each call.
         max_rounds: maximum number of answers with calls.
+        turn_of: makes an assistant turn of the model's text.
         told: receives new messages as they are completed, so that they are kept if the caller stops
-        the generator.
+            the generator.
     """
     new = told if told is not None else []
     first = 1 + sum(len(message.tool_calls) for message in messages)
@@ -99,10 +101,10 @@ def converse(
             calls.append({**each.call, "id": call_id(first)})
             first += 1
         if not found:
-            new.append(Message("assistant", said))
+            new.append(turn_of(said))
             return new
         text = said if calls else said + "".join(each.text for each in wrong)
-        new.append(Message("assistant", text.rstrip(), tool_calls=tuple(calls)))
+        new.append(replace(turn_of(text.rstrip()), tool_calls=tuple(calls)))
         for call in calls:
             yield Called(call)
             result = tools.call(call) if allow(call) else Result(NOT_ALLOWED, failed=True)

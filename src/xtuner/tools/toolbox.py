@@ -92,9 +92,7 @@ def open_tools(names: Sequence[str], *, timeout: float = 30.0) -> ToolBox:
     Raises:
         ConfigError: a name is invalid, or a tool cannot be loaded; all problems are listed.
     """
-    faults = [fault for name in names for fault in _faults(name)]
-    if faults:
-        raise ConfigError(listed("--tools:", faults) if len(faults) > 1 else f"--tools {faults[0]}")
+    refuse(faults_of(names))
     local = [name for name in names if not name.startswith("mcp:")]
     providers: list[Provider] = []
     try:
@@ -117,6 +115,17 @@ def open_tools(names: Sequence[str], *, timeout: float = 30.0) -> ToolBox:
 def builtin_names() -> list[str]:
     """Names of the built-in tools."""
     return plugins.names(BUILTIN)
+
+
+def faults_of(names: Sequence[str]) -> list[str]:
+    """The problems of names that can be detected without loading the tools."""
+    return [fault for name in names for fault in _faults(name)]
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raise ConfigError if there are `faults` of the option --tools."""
+    if faults:
+        raise ConfigError(listed("--tools:", faults) if len(faults) > 1 else f"--tools {faults[0]}")
 
 
 def _faults(name: str) -> Iterator[str]:

@@ -8,7 +8,8 @@ from data_makers import build_data, chats, lines_of, template, tokenizer, write_
 
 from xtuner.data.images.feature_store import FeatureStore
 from xtuner.data.tokenize import cache
-from xtuner.data.tokenize.store import KEPT_FAULTS, FaultGroup, RowStore
+from xtuner.data.tokenize.faults import KEPT_FAULTS, FaultGroup
+from xtuner.data.tokenize.store import RowStore
 from xtuner.data.tokenize.workers import encode_chunk
 from xtuner.errors import DataError
 from xtuner.testing.tiny import tiny_tokenizer
@@ -21,9 +22,13 @@ class Counting:
         self.count = 0
         self._fingerprint = fingerprint
 
-    def encode(self, conversation):
+    def sequences(self, conversation):
         self.count += 1
-        return template().encode(conversation)
+        return template().sequences(conversation)
+
+    def encode(self, conversation):
+        (encoded,) = self.sequences(conversation)
+        return encoded
 
     def fingerprint(self):
         return self._fingerprint
@@ -139,7 +144,7 @@ def test_damaged_store_is_recreated(path, name, damage):
 
 def test_an_interrupted_build_leaves_nothing_that_could_be_used(path):
     class Interrupting(Counting):
-        def encode(self, conversation):
+        def sequences(self, conversation):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -188,10 +193,10 @@ def test_without_locks_the_first_to_finish_wins(path, monkeypatch):
     class Overtaken(Counting):
         """Another process finishes while this one encodes."""
 
-        def encode(self, conversation):
+        def sequences(self, conversation):
             if not self.count:
                 assert encoded_rows(path) == 12
-            return super().encode(conversation)
+            return super().sequences(conversation)
 
     train = build_data(path, own_template=Overtaken(), dataset_num_proc=1).train
     assert train.num_samples == 12
@@ -225,7 +230,7 @@ def test_a_store_without_a_row_can_be_opened(tmp_path):
 
 def test_reasons_that_differ_in_quoted_words_are_one_group():
     from xtuner.data.sources.rows import Fault
-    from xtuner.data.tokenize.store import BadRow
+    from xtuner.data.tokenize.faults import BadRow
 
     group = FaultGroup(Fault("is 'bot'; it must be 'user'", "messages[0].role").words)
     for i, role in enumerate(("bot", "bot", "me")):
@@ -238,7 +243,8 @@ def test_no_end_of_reasons_is_kept(tmp_path):
     from test_workers import encoder
 
     from xtuner.data.sources.rows import Fault
-    from xtuner.data.tokenize.store import BadRow, StoreWriter
+    from xtuner.data.tokenize.faults import BadRow
+    from xtuner.data.tokenize.store import StoreWriter
 
     writer = StoreWriter(tmp_path)
     chunk = encode_chunk(encoder(), [])

@@ -44,13 +44,13 @@ class Broken:
     def __init__(self, error):
         self.error = error
 
-    def encode(self, conversation):
+    def sequences(self, conversation):
         raise self.error
 
 
 class Silent:
-    def encode(self, conversation):
-        return Encoded([1, 2, 3], [True, False, False])
+    def sequences(self, conversation):
+        return [Encoded([1, 2, 3], [True, False, False])]
 
 
 def test_all_tokens_of_a_text_except_the_first_are_supervised():
@@ -164,7 +164,7 @@ def test_chunks_are_bounded_in_rows_and_bytes(monkeypatch):
 
 def test_a_killed_process_is_an_error_with_a_hint(tmp_path):
     class Deadly:
-        def encode(self, conversation):
+        def sequences(self, conversation):
             os.kill(os.getpid(), signal.SIGKILL)
 
     chunks = [[task(chat("a", "b"))]] * 3
@@ -198,7 +198,7 @@ SLOW_RUN = """
     from xtuner.types import Conversation
 
     class Slow:
-        def encode(self, conversation):
+        def sequences(self, conversation):
             os.write(1, f"{os.getpid()}\\n".encode())
             time.sleep(0.5)
             raise ValueError

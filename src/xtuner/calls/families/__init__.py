@@ -1,8 +1,8 @@
 """How model families write calls: one row per family in `FAMILIES`.
 
 A family renders calls to the text that a model writes, and reads them back while the text grows.
-`find` selects the family of a chat template by what the template renders: the first one that reads
-it back exactly.
+`find` selects the family of a chat template by what the template renders: of those that read it
+back exactly one that writes the same text, otherwise the first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xtuner.calls.families.json_text import BareJson, TaggedJson
 from xtuner.calls.families.mistral import Mistral
 from xtuner.calls.families.python_text import Moss, Pythonic
 from xtuner.calls.families.react import React
-from xtuner.calls.families.xml_text import GlmXml, NamedTag, QwenXml
+from xtuner.calls.families.xml_text import GlmXml, InvokeXml, NamedTag, QwenXml
 from xtuner.calls.read import arguments_of, make_call, name_of
 from xtuner.errors import ConfigError, did_you_mean
 
@@ -31,7 +31,23 @@ FAMILIES: dict[str, Family] = {
         TaggedJson("hermes", "<tool_call>", "</tool_call>", newline=True),
         NamedTag("function_tags"),  # Functionary, and Llama 3.1 with tools of one's own
         QwenXml("qwen_xml"),  # Qwen3-Coder, Qwen 3.5
+        QwenXml(
+            "seed_oss", opens=("<seed:tool_call>",),
+            markers=("<seed:tool_call>", "</seed:tool_call>"),
+        ),
         GlmXml("glm4_5"),
+        InvokeXml(
+            "minimax_m2", opens=("<minimax:tool_call>",),
+            markers=("<minimax:tool_call>", "</minimax:tool_call>"),
+        ),
+        InvokeXml(
+            "deepseek_v3_2", opens=("<｜DSML｜function_calls>",), prefix="｜DSML｜", typed=True,
+            markers=("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),
+        ),
+        InvokeXml(
+            "deepseek_v4", opens=("<｜DSML｜tool_calls>",), prefix="｜DSML｜", typed=True,
+            markers=("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),
+        ),
         InternLM2("internlm2"),
         Mistral("mistral"),
         DeepSeek("deepseek_v3", fenced=True),  # V3, R1
@@ -109,16 +125,29 @@ def find(rendered: Callable[[Sequence[Mapping[str, Any]]], str | None]) -> Famil
         texts = [rendered(calls) for calls in probes]
         if texts[0] is None:
             return None
-        for family in FAMILIES.values():
-            if all(_same(family, text, calls) for text, calls in zip(texts, probes, strict=True)):
-                return family
+        found = [
+            family
+            for family in FAMILIES.values()
+            if all(
+                text is None or reads_back(family, text, calls, tools=[PROBE_TOOL])
+                for text, calls in zip(texts, probes, strict=True)
+            )
+        ]
+        exact = (family for family in found if family.render(probes[0]).strip() in texts[0])
+        if found:
+            return next(exact, found[0])
     return None
 
 
-def _same(family: Family, text: str | None, calls: Sequence[Mapping[str, Any]]) -> bool:
-    if text is None:
-        return True
-    _, found = parse(family, text, tools=[PROBE_TOOL])  # text around the calls may be a header
+def reads_back(
+    family: Family,
+    text: str,
+    calls: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Whether `family` finds exactly `calls` in `text`, which may have other text around them."""
+    _, found = parse(family, text, tools=tools)
     if len(found) != len(calls) or any(call.problem for call in found):
         return False
     return all(

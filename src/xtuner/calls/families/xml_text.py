@@ -1,4 +1,4 @@
-"""Calls whose arguments stand in tags of their own: Qwen3-Coder and GLM-4.5."""
+"""Calls whose arguments stand in tags of their own: Qwen3-Coder, GLM-4.5, DeepSeek-V3.2."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from xtuner.calls.families.json_text import dumped
 from xtuner.calls.read import arguments_of, make_call, name_of
 from xtuner.calls.scan import json_end, loads, skip_space
 
+_PYTHON = {"True": True, "False": False, "None": None}
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n?(.*?)\n?</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
@@ -26,10 +27,15 @@ def as_text(value: Any) -> str:
 
 
 def from_text(text: str, schema: Mapping[str, Any] | None) -> Any:
-    """The value of an argument, by its type in the schema; without one, JSON that is no string."""
+    """The value of an argument, by its type in the schema; without one, JSON that is no string.
+
+    Qwen's templates write the constants of a declared type as Python does.
+    """
     declared = (schema or {}).get("type")
     if declared in ("string", ["string"]):
         return text
+    if declared and text in _PYTHON:
+        return _PYTHON[text]
     try:
         return loads(text)
     except ValueError:
@@ -87,7 +93,7 @@ class NamedTag(_Tagged):
 
 
 class QwenXml(_Tagged):
-    """``<function=NAME>`` with a ``<parameter=NAME>`` per argument."""
+    """``<function=NAME>`` with a ``<parameter=NAME>`` per argument, between two `markers`."""
 
     last = "</function>"
 
@@ -100,19 +106,15 @@ class QwenXml(_Tagged):
             f"<parameter={name}>\n{as_text(value)}\n</parameter>\n"
             for name, value in arguments_of(call).items()
         ]
-        return f"{OPEN}\n<function={name_of(call)}>\n{''.join(parts)}</function>\n{CLOSE}"
+        begin, close = self.markers
+        return f"{begin}\n<function={name_of(call)}>\n{''.join(parts)}</function>\n{close}"
 
     def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
         """See `Family.read`."""
-        end = text.find(CLOSE, len(OPEN))
-        while end >= 0:
-            inner = text[len(OPEN) : end]
-            # A value may hold the closing tag: the section ends after the end of its function.
-            if inner.rstrip().endswith(self.last) or self.last not in inner:
-                found = self._call(inner, tools)
-                return Section((found,), end + len(CLOSE))
-            end = text.find(CLOSE, end + 1)
-        return None
+        inner = _inner(text, self.markers, self.last)
+        if inner is None:
+            return None
+        return Section((self._call(inner, tools),), len(inner) + sum(map(len, self.markers)))
 
     def _call(self, inner: str, tools: Sequence[Mapping[str, Any]]) -> Found:
         match = _FUNCTION.fullmatch(inner)
@@ -123,6 +125,79 @@ class QwenXml(_Tagged):
         pairs = _PARAMETER.findall(f"{match[2]}\n")
         arguments = {key: from_text(value, properties.get(key)) for key, value in pairs}
         return Found(make_call(name, arguments), inner)
+
+
+@dataclass(frozen=True)
+class InvokeXml(_Tagged):
+    """``<invoke name="NAME">`` with a ``<parameter name="NAME">`` per argument; all calls stand
+    between two `markers`.
+
+    Attributes:
+        prefix: of the names of the tags.
+        typed: parameters say whether their value is a string.
+    """
+
+    prefix: str = ""
+    typed: bool = False
+
+    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """See `Family.render`."""
+        begin, close = self.markers
+        return f"{begin}\n{''.join(self._one(call) for call in calls)}{close}"
+
+    def _one(self, call: Mapping[str, Any]) -> str:
+        parameters = [
+            f'<{self.prefix}parameter name="{name}"{self._type_of(value)}>{as_text(value)}'
+            f"</{self.prefix}parameter>\n"
+            for name, value in arguments_of(call).items()
+        ]
+        head = f'<{self.prefix}invoke name="{name_of(call)}">\n'
+        return f"{head}{''.join(parameters)}</{self.prefix}invoke>\n"
+
+    def _type_of(self, value: Any) -> str:
+        return f' string="{str(isinstance(value, str)).lower()}"' if self.typed else ""
+
+    def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
+        """See `Family.read`."""
+        inner = _inner(text, self.markers, f"</{self.prefix}invoke>")
+        if inner is None:
+            return None
+        end = len(inner) + sum(map(len, self.markers))
+        tag = re.escape(self.prefix)
+        calls = re.findall(
+            rf'<{tag}invoke name="([^"\n]+)">(.*?)</{tag}invoke>', inner, flags=re.DOTALL
+        )
+        if not calls:
+            problem = f'does not have the form <{self.prefix}invoke name="NAME">...'
+            return Section((Found(None, inner, problem),), end)
+        return Section(tuple(self._call(name, body, tools) for name, body in calls), end)
+
+    def _call(self, name: str, body: str, tools: Sequence[Mapping[str, Any]]) -> Found:
+        tag, properties = re.escape(self.prefix), schema_of(name, tools)
+        arguments = {}
+        for key, kind, value in re.findall(
+            rf'<{tag}parameter name="([^"\n]+)"(?: string="(true|false)")?>(.*?)</{tag}parameter>',
+            body,
+            flags=re.DOTALL,
+        ):
+            schema = {"type": "string"} if kind == "true" else properties.get(key)
+            arguments[key] = from_text(value, None if kind == "false" else schema)
+        return Found(make_call(name, arguments), body)
+
+
+def _inner(text: str, markers: Sequence[str], last: str) -> str | None:
+    """What stands between the markers in `text`, which begins with the first; None if cut off.
+
+    A value may hold the closing marker: the section ends with the marker after `last`.
+    """
+    begin, close = markers
+    end = text.find(close, len(begin))
+    while end >= 0:
+        inner = text[len(begin) : end]
+        if inner.rstrip().endswith(last) or last not in inner:
+            return inner
+        end = text.find(close, end + 1)
+    return None
 
 
 class GlmXml(_Tagged):

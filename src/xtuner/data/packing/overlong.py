@@ -42,28 +42,45 @@ def fit(store: RowStore, *, source: int, max_length: int, policy: Policy) -> Fit
     """Make samples of the rows in `store`, with sequences of at most `max_length` tokens.
 
     'truncate' keeps the first tokens of each sequence; a row is lost if a sequence has no
-    supervised token left. 'error' drops overlong rows like 'drop'; the caller raises the error.
+    supervised token left, or none of its samples has one. 'error' drops overlong rows like 'drop';
+    the caller raises the error.
     """
-    lengths = store.lengths
-    overlong = np.flatnonzero((store.sequence_lengths > max_length).any(axis=1))
-    rows = np.arange(len(store), dtype=np.int32)
-    complete = SampleTable(
-        np.full_like(rows, source), rows, np.zeros_like(rows), lengths, store.supervised
-    )
+    overlong = np.flatnonzero(store.longest > max_length)
+    complete = _uncut(store, source)
     if not len(overlong):
         return Fitted(complete, overlong, overlong)
-    complete = complete.take(np.delete(rows, overlong).astype(np.int64))
+    complete = complete.take(np.flatnonzero(~np.isin(complete.row, overlong)))
     if policy in ("drop", "error"):
         return Fitted(complete, overlong, overlong)
     cut = [_pieces(store, int(row), max_length, policy) for row in overlong]
     table = np.array([piece for pieces in cut for piece in pieces], dtype=np.int32).reshape(-1, 4)
     parts = SampleTable(np.full(len(table), source, dtype=np.int32), *table.T)
-    samples = SampleTable.joined([complete, parts])
-    by_row = np.lexsort((samples.start, samples.row))
     lost = np.array(
         [row for row, pieces in zip(overlong, cut, strict=True) if not pieces], np.int64
     )
-    return Fitted(samples.take(by_row), overlong, lost)
+    return Fitted(_by_row([complete, parts]), overlong, lost)
+
+
+def _uncut(store: RowStore, source: int) -> SampleTable:
+    """The samples of all rows, at any length."""
+    rows = np.arange(len(store), dtype=np.int32)
+    table = SampleTable(
+        np.full_like(rows, source), rows, np.zeros_like(rows), store.lengths, store.supervised
+    )
+    parts = store.parts
+    if not len(parts.row):
+        return table
+    several = SampleTable(
+        np.full_like(parts.row, source), parts.row, parts.start, parts.length, parts.supervised
+    )
+    single = np.delete(rows, np.unique(parts.row)).astype(np.int64)
+    return _by_row([table.take(single), several])
+
+
+def _by_row(tables: list[SampleTable]) -> SampleTable:
+    """The samples in the order of the rows."""
+    samples = SampleTable.joined(tables)
+    return samples.take(np.lexsort((samples.start, samples.row)))
 
 
 def kept_pieces(lengths: Sequence[int], max_length: int) -> list[tuple[int, int]]:
@@ -79,6 +96,8 @@ def _pieces(
     if policy == "truncate":
         kept = kept_pieces(store.sequences_of(row), max_length)
         counts = [store.count_supervised(row, start, length) for start, length in kept]
+        if len(kept) > 1 and store.sequences_per_row == 1:
+            return [(row, *piece, n) for piece, n in zip(kept, counts, strict=True) if n]
         return [(row, 0, sum(n for _, n in kept), sum(counts))] if all(counts) else []
     total = store.length(row)
     starts = list(range(0, total, max_length))

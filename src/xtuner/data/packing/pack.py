@@ -183,8 +183,9 @@ class PackedDataset:
         row = int(table.row[index])
         if store.sequences_per_row > 1:
             return self._sample_of_several(store, row)
-        ids, mask = store.tokens(row, int(table.start[index]), int(table.length[index]))
-        return Sample(ids, mask, store.ref(row), store.images(row))
+        start = int(table.start[index])
+        ids, mask = store.tokens(row, start, int(table.length[index]))
+        return Sample(ids, mask, store.ref(row), store.images(row, start))
 
     def _sample_of_several(self, store: RowStore, row: int) -> Sample:
         kept = kept_pieces(store.sequences_of(row), self._max_length)

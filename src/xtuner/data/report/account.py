@@ -12,8 +12,12 @@ from xtuner.data.packing.order import Ints
 from xtuner.data.packing.overlong import Fitted, Policy
 from xtuner.data.report.data_report import RowGroup, RowLocation, SourceReport, count
 from xtuner.data.sources.resolve import PreparedSource
-from xtuner.data.tokenize.store import KEPT_FAULTS, RowStore
+from xtuner.data.tokenize.faults import KEPT_FAULTS, FaultGroup
+from xtuner.data.tokenize.store import RowStore
 from xtuner.errors import DataError, listed
+
+SEVERAL = "become several samples, as the chat template rewrites earlier turns"
+"""What happens to rows whose turns one text cannot show as a chat does."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +59,29 @@ class EncodedSource:
 
     def lost(self) -> list[RowGroup]:
         """The rows that cannot be used, by reason."""
-        groups = [
-            RowGroup(
-                group.what,
-                group.count,
-                tuple(self._location(row.file, row.line, str(row.fault)) for row in group.first),
-            )
-            for group in self.store.faults
-        ]
+        groups = self._groups(self.store.faults)
         if len(self.fitted.lost):
             group = self._group(overlong_fault(self.policy, self.limit), self.fitted.lost)
             groups.append(replace(group, wanted=self.policy == "drop"))
         return groups
 
     def changed(self) -> list[RowGroup]:
-        """The rows that were cut or split to fit max_length."""
+        """The rows that are several samples, and those cut or split to fit max_length."""
+        groups = []
+        several = self.store.parts.row
+        if len(several):
+            split = np.unique(several).astype(np.int64)
+            groups.append(self._group(f"{SEVERAL} ({count(len(several), 'sample')})", split))
         rows = np.setdiff1d(self.fitted.overlong, self.fitted.lost)
-        if not len(rows):
-            return []
-        split = self.policy == "split"
-        what = "split into pieces of at most" if split else "cut to"
-        terms = f" ({self.limit})" if self.limit.image else ""
-        return [self._group(f"{what} {self.limit.tokens:,} tokens{terms}", rows)]
+        if len(rows):
+            what = "split into pieces of at most" if self.policy == "split" else "cut to"
+            terms = f" ({self.limit})" if self.limit.image else ""
+            groups.append(self._group(f"{what} {self.limit.tokens:,} tokens{terms}", rows))
+        return groups
+
+    def kept(self) -> list[RowGroup]:
+        """The rows that are used although their tool calls are wrong, by reason."""
+        return self._groups(self.store.kept)
 
     def report(self, *, rows_used: int) -> SourceReport:
         """The report of the source."""
@@ -93,7 +98,18 @@ class EncodedSource:
             rows_left_out=usable - rows_used,
             lost=tuple(lost),
             changed=tuple(self.changed()),
+            kept=tuple(self.kept()),
         )
+
+    def _groups(self, faults: Sequence[FaultGroup]) -> list[RowGroup]:
+        return [
+            RowGroup(
+                group.what,
+                group.count,
+                tuple(self._location(row.file, row.line, str(row.fault)) for row in group.first),
+            )
+            for group in faults
+        ]
 
     def _group(self, what: str, rows: Ints) -> RowGroup:
         return RowGroup(what, len(rows), tuple(map(self.location, rows[:KEPT_FAULTS].tolist())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,19 @@ from xtuner.data.packing.overlong import fit, policy_of
 from xtuner.data.report.account import EncodedSource, overlong_fault
 from xtuner.data.sources.resolve import PreparedSource, prepare
 from xtuner.data.tokenize.encode import Encoding
+from xtuner.data.tokenize.faults import BadRow
 from xtuner.data.tokenize.store import RowStore
 from xtuner.errors import DataError
-from xtuner.templates.base import Template
 from xtuner.types import Algorithm
 
 
 def bad_rows(
     settings: Settings,
     *,
-    template: Template,
-    tokenizer: Any,
-    folder: Path,
     algorithm: Algorithm,
+    folder: Path,
     image_layout: ImageLayout | None,
-    vocab_size: int | None = None,
-    quiet: bool = False,
+    **parts: Any,
 ) -> Iterator[str]:
     """Yield a line for each row or file that cannot be used: location, field and problem.
 
@@ -40,14 +37,7 @@ def bad_rows(
         ConfigError: unknown format.
     """
     encoding = Encoding(
-        settings,
-        template=template,
-        tokenizer=tokenizer,
-        folder=folder,
-        quiet=quiet,
-        algorithm=algorithm,
-        image_layout=image_layout,
-        vocab_size=vocab_size,
+        settings, algorithm=algorithm, folder=folder, image_layout=image_layout, **parts
     )
     policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)
     unusable: list[str] = []
@@ -55,14 +45,29 @@ def bad_rows(
         for part, store in _stores(encoding, source, unusable):
             if store.faults:
                 for chunk in encoding.chunks(part):
-                    for row in chunk.faults:
-                        fault = " ".join(str(row.fault).split())
-                        yield f"{part.location(row.file, row.line)}  {fault}"
+                    yield from _lines(part, chunk.faults)
             fitted = fit(store, source=number, max_length=limit.tokens, policy=policy)
             encoded = EncodedSource(part, store, fitted, limit, policy)
             for row_number in fitted.lost.tolist():
                 yield f"{encoded.location(row_number)}  {overlong_fault(policy, limit)}"
     yield from unusable
+
+
+def kept_rows(settings: Settings, *, folder: Path, **parts: Any) -> Iterator[str]:
+    """Yield a line for each row that is used although its tool calls are wrong: location, field and
+    problem. The arguments are those of `build`."""
+    encoding = Encoding(settings, folder=folder, **parts)
+    for source in prepare(settings, folder=folder, unusable=[]):
+        for part, store in _stores(encoding, source, []):
+            if store.kept:
+                for chunk in encoding.chunks(part):
+                    yield from _lines(part, chunk.kept)
+
+
+def _lines(source: PreparedSource, rows: Sequence[BadRow]) -> Iterator[str]:
+    for row in rows:
+        fault = " ".join(str(row.fault).split())
+        yield f"{source.location(row.file, row.line)}  {fault}"
 
 
 def _stores(

@@ -60,7 +60,10 @@ class SourceReport:
         rows_used: rows used for training or validation.
         rows_left_out: usable rows that the mix or max_dataset_length leaves out.
         lost: rows that cannot be used, by reason.
-        changed: rows that were cut or split to fit max_length; they are not lost.
+        changed: rows that are several samples, or were cut or split to fit max_length; they are not
+            lost.
+        kept: rows that are used although their tool calls are wrong (tool_call_errors = 'keep'), by
+            reason.
     """
 
     name: str
@@ -72,6 +75,7 @@ class SourceReport:
     rows_left_out: int
     lost: tuple[RowGroup, ...]
     changed: tuple[RowGroup, ...]
+    kept: tuple[RowGroup, ...] = ()
 
     def too_many_lost(self, limit: float) -> str | None:
         """The problem if more than `limit` of the rows are lost."""
@@ -116,6 +120,10 @@ class SourceReport:
             yield f"{count(group.count, 'row')} lost: {group.what} ({group.locations()})"
         if rest := sum(group.count for group in self.lost[_MAX_REASONS:]):
             yield f"{count(rest, 'row')} lost for other reasons, see {FILE_NAME}"
+        for group in self.kept[:_MAX_REASONS]:
+            yield f"{count(group.count, 'row')} kept: {group.what} ({group.locations()})"
+        if rest := sum(group.count for group in self.kept[_MAX_REASONS:]):
+            yield f"{count(rest, 'row')} kept with other wrong calls, see {FILE_NAME}"
         for group in self.changed:
             yield f"{count(group.count, 'row')} {group.what} ({group.locations()})"
         if self.rows_left_out:

@@ -24,7 +24,7 @@ from xtuner.device.ownership import refuse_others
 from xtuner.errors import DataError
 from xtuner.version import __version__
 
-_LAYOUT = 6
+_LAYOUT = 7
 """Increment it when stores of older versions must no longer be used."""
 
 

@@ -3,40 +3,40 @@
 token_ids.npy int32 [T]   mask.npy bool [T]          all rows, concatenated
 offsets.npy int64 [R+1]                              start of each row, then T
 sequence_lengths.npy int32 [R*k]                     for rows of k > 1 sequences; else empty
+parts.npy int32 [4*P]                                rows that are several samples; see PART
 lines.npy int32 [R]    files.npy int32 [R]           line of the row, number of its file
 supervised.npy int32 [R]  hashes.npy uint64 [R]      supervised tokens, hash of the row
 image_names.npy uint8 [B]  image_ends.npy int64 [R]  images (name, tokens) as JSON, end of each row
-about.json                                           counts, and the failed rows by reason
+about.json                                           counts, and failed and kept rows by reason
 bad_files.jsonl                                      names of faulty referenced files
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.data.sources.rows import Fault
 from xtuner.data.tokenize.columns import Column, ColumnWriter
+from xtuner.data.tokenize.faults import BadRow, FaultGroup, add_to_group, by_count
+from xtuner.data.tokenize.parts import PART, Parts
 from xtuner.types import ImageRef, RowRef
 
 ABOUT = "about.json"
 BAD_FILES = "bad_files.jsonl"
-_MAX_REASONS = 100
-KEPT_FAULTS = 20
-"""Number of rows per reason that are stored with their line; all are counted."""
 
 _ARRAYS: dict[str, Any] = {
     "token_ids": np.dtype("<i4"),
     "mask": np.dtype("?"),
     "offsets": np.dtype("<i8"),
     "sequence_lengths": np.dtype("<i4"),
+    "parts": np.dtype("<i4"),
     "lines": np.dtype("<i4"),
     "files": np.dtype("<i4"),
     "supervised": np.dtype("<i4"),
@@ -46,53 +46,16 @@ _ARRAYS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A failed row: the number of its file, its line, and the fault."""
-
-    file: int
-    line: int
-    fault: Fault
-
-
-@dataclass
-class FaultGroup:
-    """All rows that failed for one reason: a common description, and the first of them."""
-
-    what: str
-    count: int = 0
-    first: list[BadRow] = field(default_factory=list)
-
-    def add(self, row: BadRow) -> None:
-        """Count `row`; its fault differs from the others only in quoted words and list indices."""
-        self.count += 1
-        if len(self.first) < KEPT_FAULTS:
-            self.first.append(row)
-        if _outline(self.what) == _outline(row.fault.words):
-            parts = zip(*map(_VARIABLE.split, (self.what, row.fault.words)), strict=True)
-            self.what = "".join(a if a == b else _blank(a) for a, b in parts)
-
-
-_VARIABLE = re.compile(r"('[^']*'|\[\d*\])")
-
-
-def _outline(words: str) -> str:
-    """The part of a description that rows with the same fault have in common."""
-    return _VARIABLE.sub("?", words)
-
-
-def _blank(part: str) -> str:
-    return "[]" if part.startswith("[") else "'...'"
-
-
 @dataclass
 class EncodedChunk:
-    """Some encoded rows: arrays as on disk, lengths instead of offsets, and the failed rows."""
+    """Some encoded rows: arrays as on disk, lengths instead of offsets, parts ``[P, 4]``, and the
+    rows that failed, or were kept with wrong tool calls."""
 
     token_ids: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_]
     lengths: npt.NDArray[np.int64]
     sequence_lengths: npt.NDArray[np.int32]
+    parts: npt.NDArray[np.int32]
     lines: npt.NDArray[np.int32]
     files: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.int32]
@@ -100,6 +63,7 @@ class EncodedChunk:
     image_names: npt.NDArray[np.uint8]
     image_lengths: npt.NDArray[np.int64]
     faults: list[BadRow]
+    kept: list[BadRow]
 
 
 def packed_images(images: Sequence[ImageRef]) -> npt.NDArray[np.uint8]:
@@ -117,14 +81,17 @@ class StoreWriter:
             name: ColumnWriter(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()
         }
         self._columns["offsets"].append(np.zeros(1))
-        self._end = self._names_end = 0
+        self._end = self._names_end = self._rows = 0
         self._rows_read = 0
         self._faults: dict[str, FaultGroup] = {}
+        self._kept: dict[str, FaultGroup] = {}
         self._bad_files = (folder / BAD_FILES).open("w", encoding="utf-8")
 
     def append(self, chunk: EncodedChunk) -> None:
         """Append the rows of `chunk`."""
-        computed = {
+        parts = chunk.parts + np.array([self._rows, 0, 0, 0], np.int32)
+        computed: dict[str, npt.NDArray[Any]] = {
+            "parts": parts.reshape(-1),
             "offsets": self._end + np.cumsum(chunk.lengths),
             "image_ends": self._names_end + np.cumsum(chunk.image_lengths),
         }
@@ -132,25 +99,24 @@ class StoreWriter:
             column.append(computed[name] if name in computed else getattr(chunk, name))
         self._end += len(chunk.token_ids)
         self._names_end += len(chunk.image_names)
+        self._rows += len(chunk.lengths)
         self._rows_read += len(chunk.lengths) + len(chunk.faults)
         for row in chunk.faults:
             if row.fault.file:
                 self._bad_files.write(json.dumps(row.fault.file) + "\n")
-            key = _outline(row.fault.words)
-            if key not in self._faults and len(self._faults) >= _MAX_REASONS:
-                key = "has another fault"
-                self._faults.setdefault(key, FaultGroup(key))
-            self._faults.setdefault(key, FaultGroup(row.fault.words)).add(row)
+            add_to_group(self._faults, row)
+        for row in chunk.kept:
+            add_to_group(self._kept, row)
 
     def finish(self) -> None:
         """Complete the arrays and write about.json; the store is valid afterwards."""
         self._bad_files.close()
         sizes = {name: column.close() for name, column in self._columns.items()}
-        faults = sorted(self._faults.values(), key=lambda group: -group.count)
         about = {
             "sizes": sizes,
             "rows_read": self._rows_read,
-            "faults": [asdict(group) for group in faults],
+            "faults": by_count(self._faults),
+            "kept": by_count(self._kept),
         }
         (self._folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
@@ -204,12 +170,23 @@ class RowStore:
             and sizes["offsets"] == rows + 1
             and sizes["token_ids"] == sizes["mask"] == offsets[-1]
             and (sizes["sequence_lengths"] % rows == 0 if rows else True)
+            and self._are_parts_complete()
             and {sizes[name] for name in ("files", "supervised", "hashes", "image_ends")} == {rows}
             and sizes["image_names"] == (self._value("image_ends", rows - 1) if rows else 0)
             and bool(np.all(offsets[1:] > offsets[:-1]))
         )
         if not consistent:
             raise ValueError(f"{self.folder}: the arrays are inconsistent")
+
+    def _are_parts_complete(self) -> bool:
+        """Whether the samples of each row of several are all of its tokens."""
+        if len(self._columns["parts"]) % len(PART):
+            return False
+        rows, first = np.unique(self.parts.row, return_index=True)
+        if not len(rows):
+            return True
+        totals = np.add.reduceat(self.parts.length, first)
+        return bool(rows[0] >= 0 and rows[-1] < len(self) and (totals == self.lengths[rows]).all())
 
     def _value(self, name: str, row: int) -> int:
         return int(self._columns[name].read(row, 1)[0])
@@ -244,8 +221,25 @@ class RowStore:
             else self._columns["sequence_lengths"].read().reshape(-1, k)
         )
 
+    @cached_property
+    def parts(self) -> Parts:
+        """The samples of the rows that are several samples."""
+        return Parts.of(self._columns["parts"].read())
+
+    @property
+    def longest(self) -> npt.NDArray[np.int32]:
+        """Tokens of the longest sequence of each row ``[R]``."""
+        longest: npt.NDArray[np.int32] = self.sequence_lengths.max(axis=1, initial=0)
+        if len(self.parts.row):
+            longest[self.parts.row] = 0
+            np.maximum.at(longest, self.parts.row, self.parts.length)
+        return longest
+
     def sequences_of(self, row: int) -> tuple[int, ...]:
         """Tokens of each sequence of one row."""
+        parts = self.parts.length[self.parts.of_row(row)]
+        if len(parts):
+            return tuple(parts.tolist())
         k = self.sequences_per_row
         if k == 1:
             return (self.length(row),)
@@ -269,14 +263,15 @@ class RowStore:
     @property
     def faults(self) -> list[FaultGroup]:
         """The failed rows by reason, most frequent first."""
-        return [
-            FaultGroup(
-                group["what"],
-                group["count"],
-                [BadRow(r["file"], r["line"], Fault(**r["fault"])) for r in group["first"]],
-            )
-            for group in self.about["faults"]
-        ]
+        return self._groups("faults")
+
+    @property
+    def kept(self) -> list[FaultGroup]:
+        """The rows that are used although their tool calls are wrong, by reason."""
+        return self._groups("kept")
+
+    def _groups(self, name: str) -> list[FaultGroup]:
+        return [FaultGroup.from_dict(group) for group in self.about[name]]
 
     def bad_files(self) -> Iterator[str]:
         """Names of the referenced files that made rows fail, in order."""
@@ -304,14 +299,20 @@ class RowStore:
         first = self._value("offsets", row) + start
         return int(np.count_nonzero(self._columns["mask"].read(first + 1, length - 1)))
 
-    def images(self, row: int) -> tuple[ImageRef, ...]:
-        """The images of one row."""
+    def images(self, row: int, start: int = 0) -> tuple[ImageRef, ...]:
+        """The images of one row, or of its sample that begins at the token `start`."""
         if not len(self._columns["image_names"]):
             return ()
-        start = self._value("image_ends", row - 1) if row else 0
-        packed = self._columns["image_names"].read(start, self._value("image_ends", row) - start)
+        first = self._value("image_ends", row - 1) if row else 0
+        packed = self._columns["image_names"].read(first, self._value("image_ends", row) - first)
         pairs = json.loads(packed.tobytes()) if len(packed) else ()
-        return tuple(ImageRef(*pair) for pair in pairs)
+        images = tuple(ImageRef(*pair) for pair in pairs)
+        where = self.parts.of_row(row)
+        if where.start == where.stop:
+            return images
+        ends = np.cumsum(self.parts.images[where])
+        index = int(np.flatnonzero(self.parts.start[where] == start)[0])
+        return images[int(ends[index - 1]) if index else 0 : int(ends[index])]
 
     @property
     def has_images(self) -> npt.NDArray[np.bool_]:

@@ -31,7 +31,9 @@ from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, Task, parse
-from xtuner.data.tokenize.store import BadRow, EncodedChunk, packed_images
+from xtuner.data.tokenize.faults import BadRow
+from xtuner.data.tokenize.parts import PART
+from xtuner.data.tokenize.store import EncodedChunk, packed_images
 from xtuner.errors import ConfigError, DataError, XTunerError
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm, Conversation, Encoded, ImageRef, Preference, Record, Row, Text
@@ -43,6 +45,15 @@ PIECE = 200_000
 
 _NO_IMAGES = "are present, but the model does not take images; set visual_encoder_name_or_path"
 _PR_SET_PDEATHSIG = 1
+
+
+class EncodedRow(NamedTuple):
+    """An encoded row: its sequences, the images of each, and what is wrong with its calls if it is
+    used all the same."""
+
+    parts: list[Encoded]
+    images: tuple[tuple[ImageRef, ...], ...]
+    kept: Fault | None = None
 
 
 @dataclass(frozen=True)
@@ -69,39 +80,55 @@ class Encoder:
 
     def record(self, task: Task) -> Record | Fault:
         """Parse and convert one row, and check its tool calls."""
+        record = self._read(task)
+        if isinstance(record, Fault):
+            return record
+        checked = self.calls.applied(record)
+        return _fault(checked) if isinstance(checked, Problem) else checked
+
+    def _read(self, task: Task) -> Record | Fault:
         raw = task.row.value
         row = parse(raw) if isinstance(raw, bytes) else raw
-        if isinstance(row, Fault):
-            return row
-        converted = self._converted(row, self.formats[task.file])
-        if isinstance(converted, Fault):
-            return converted
-        checked = self.calls.applied(converted)
-        if isinstance(checked, Problem):
-            return Fault(f"{checked.problem}; {checked.hint}", checked.where)
-        return checked
+        return row if isinstance(row, Fault) else self._converted(row, self.formats[task.file])
 
     def encode(self, task: Task) -> list[Encoded] | Fault:
         """Encode one row; faults are returned, not raised."""
-        return self.encode_with_images(task)[0]
+        row = self.encode_row(task)
+        return row if isinstance(row, Fault) else row.parts
 
-    def encode_with_images(self, task: Task) -> tuple[list[Encoded] | Fault, tuple[ImageRef, ...]]:
-        """Encode one row and check its images; return the images too."""
+    def encode_row(self, task: Task) -> EncodedRow | Fault:
+        """Encode one row and check its images."""
         record = self.record(task)
         if isinstance(record, Fault):
-            return record, ()
+            return record
+        problem = self.calls.problem(record) if self.calls.errors == "keep" else None
+        kept = None if problem is None else _fault(problem)
         images = _images_of(record)
         if images and self.image_layout is None:
-            return Fault(_NO_IMAGES, "images"), ()
+            return Fault(_NO_IMAGES, "images")
         if images and isinstance(record, Preference):
-            return Fault("a preference with images cannot be trained on yet", "images"), ()
+            return Fault("a preference with images cannot be trained on yet", "images")
         parts = self._encode(record)
-        if self.image_layout is None or isinstance(parts, Fault) or isinstance(record, Preference):
-            return parts, ()
-        expanded = self.image_layout.expanded(parts[0], images)
-        if isinstance(expanded, Fault):
-            return expanded, ()
-        return [expanded[0], *parts[1:]], expanded[1]
+        if isinstance(parts, Fault):
+            return parts
+        if self.image_layout is None or isinstance(record, Preference):
+            return EncodedRow(parts, ((),) * len(parts), kept)
+        expanded = self._expanded(parts, images, self.image_layout)
+        return expanded if isinstance(expanded, Fault) else expanded._replace(kept=kept)
+
+    def _expanded(
+        self, parts: Sequence[Encoded], images: Sequence[str], layout: ImageLayout
+    ) -> EncodedRow | Fault:
+        """The row with its image tokens repeated. Each sequence of a conversation shows the first
+        of its images; the first sequence shows most."""
+        found: list[tuple[Encoded, tuple[ImageRef, ...]]] = []
+        for part in parts:
+            shown = images[: part.input_ids.count(layout.token_id)] if found else images
+            expanded = layout.expanded(part, shown)
+            if isinstance(expanded, Fault):
+                return expanded
+            found.append(expanded)
+        return EncodedRow([part for part, _ in found], tuple(refs for _, refs in found))
 
     def _encode(self, record: Record) -> list[Encoded] | Fault:
         algorithm = self.algorithm
@@ -120,7 +147,7 @@ class Encoder:
                 f"{type(algorithm).__name__}.encode made a {type(wrong).__name__}; every sequence "
                 "must be an Encoded of xtuner.types, as encoder.conversation and encoder.text give"
             )
-        if len(parts) != algorithm.sequences_per_row:
+        if not parts or len(parts) != algorithm.sequences_per_row != 1:
             raise ConfigError(
                 f"{type(algorithm).__name__}.encode returned {len(parts)} sequences for a row, "
                 f"but its sequences_per_row is {algorithm.sequences_per_row}"
@@ -155,8 +182,12 @@ class Encoder:
             return Fault(f"format {format.name!r} raised {_one_line(error)}")
 
     def conversation(self, record: Conversation) -> Encoded:
-        """Encode a conversation with the template; assistant turns are supervised."""
+        """Encode a conversation to one sequence; assistant turns are supervised."""
         return self.template.encode(record)
+
+    def sequences(self, record: Conversation) -> Sequence[Encoded]:
+        """Encode a conversation to the sequences that together supervise each assistant turn."""
+        return self.template.sequences(record)
 
     def text(self, record: Text) -> Encoded:
         """Encode text with the tokenizer's BOS and EOS; all but the first token are supervised."""
@@ -175,6 +206,10 @@ class Encoder:
         """The BOS token, if the tokenizer adds one by default."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
+
+
+def _fault(problem: Problem) -> Fault:
+    return Fault(f"{problem.problem}; {problem.hint}", problem.where)
 
 
 def _images_of(record: Record) -> tuple[str, ...]:
@@ -205,50 +240,76 @@ def _one_line(error: Exception) -> str:
 
 
 class _Row(NamedTuple):
-    """An encoded row: its concatenated sequences."""
+    """An encoded row: its concatenated sequences, and the images of each."""
 
     task: Task
     token_ids: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_]
     lengths: list[int]
-    image_names: npt.NDArray[np.uint8]
+    images: tuple[tuple[ImageRef, ...], ...]
+
+    @classmethod
+    def of(cls, task: Task, row: EncodedRow) -> _Row:
+        ids = np.concatenate([np.array(part.input_ids, np.int32) for part in row.parts])
+        mask = np.concatenate([np.array(part.loss_mask, np.bool_) for part in row.parts])
+        return cls(task, ids, mask, [len(part.input_ids) for part in row.parts], row.images)
 
     @property
-    def supervised(self) -> int:
-        """Number of supervised tokens; the first token of a sequence never counts."""
-        firsts = np.cumsum([0, *self.lengths[:-1]])
-        return int(self.mask.sum() - self.mask[firsts].sum())
+    def supervised(self) -> list[int]:
+        """Number of supervised tokens of each sequence; its first token never counts."""
+        ends = np.cumsum(self.lengths)
+        starts = ends - self.lengths
+        return [int(self.mask[a + 1 : b].sum()) for a, b in zip(starts, ends, strict=True)]
+
+    @property
+    def image_names(self) -> npt.NDArray[np.uint8]:
+        return packed_images([ref for refs in self.images for ref in refs])
 
 
 def encode_chunk(encoder: Encoder, tasks: Sequence[Task]) -> EncodedChunk:
     """Encode some rows."""
     rows: list[_Row] = []
     faults: list[BadRow] = []
+    kept: list[BadRow] = []
     for task in tasks:
-        parts, images = encoder.encode_with_images(task)
-        if isinstance(parts, Fault):
-            faults.append(BadRow(task.file, task.row.line, parts))
+        encoded = encoder.encode_row(task)
+        if isinstance(encoded, Fault):
+            faults.append(BadRow(task.file, task.row.line, encoded))
             continue
-        ids = np.concatenate([np.array(part.input_ids, np.int32) for part in parts])
-        mask = np.concatenate([np.array(part.loss_mask, np.bool_) for part in parts])
-        lengths = [len(part.input_ids) for part in parts]
-        rows.append(_Row(task, ids, mask, lengths, packed_images(images)))
-    several = encoder.algorithm.sequences_per_row > 1
+        rows.append(_Row.of(task, encoded))
+        if encoded.kept is not None:
+            kept.append(BadRow(task.file, task.row.line, encoded.kept))
+    together = encoder.algorithm.sequences_per_row > 1
+    names = [row.image_names for row in rows]
     return EncodedChunk(
         token_ids=np.concatenate([np.zeros(0, np.int32), *(row.token_ids for row in rows)]),
         mask=np.concatenate([np.zeros(0, np.bool_), *(row.mask for row in rows)]),
         lengths=np.array([len(row.token_ids) for row in rows], np.int64),
         sequence_lengths=np.array(
-            [length for row in rows for length in row.lengths] if several else [], np.int32
+            [length for row in rows for length in row.lengths] if together else [], np.int32
         ),
+        parts=np.array([] if together else _parts(rows), np.int32).reshape(-1, len(PART)),
         lines=np.array([row.task.row.line for row in rows], np.int32),
         files=np.array([row.task.file for row in rows], np.int32),
-        supervised=np.array([row.supervised for row in rows], np.int32),
-        hashes=np.array([_hash(r.token_ids, r.mask, r.image_names) for r in rows], np.uint64),
-        image_names=np.concatenate([np.zeros(0, np.uint8), *(row.image_names for row in rows)]),
-        image_lengths=np.array([len(row.image_names) for row in rows], np.int64),
+        supervised=np.array([sum(row.supervised) for row in rows], np.int32),
+        hashes=np.array(
+            [_hash(r.token_ids, r.mask, n) for r, n in zip(rows, names, strict=True)], np.uint64
+        ),
+        image_names=np.concatenate([np.zeros(0, np.uint8), *names]),
+        image_lengths=np.array([len(name) for name in names], np.int64),
         faults=faults,
+        kept=kept,
     )
+
+
+def _parts(rows: Sequence[_Row]) -> list[tuple[int, ...]]:
+    """The samples of the rows that have several; see `store.PART`."""
+    return [
+        (number, length, supervised, len(refs))
+        for number, row in enumerate(rows)
+        if len(row.lengths) > 1
+        for length, supervised, refs in zip(row.lengths, row.supervised, row.images, strict=True)
+    ]
 
 
 def encode_all(
