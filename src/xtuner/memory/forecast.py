@@ -29,7 +29,7 @@ ALLOCATOR = {"cpu": 1.05, "cuda": 1.05}
 """Memory that allocators hold per requested byte; the CPU value was measured
 (`benchmarks/memory.py`), the GPU value was not."""
 
-WHOLE = Division()
+UNSHARDED = Division()
 """The shares of a process that holds everything."""
 
 TYPICAL_SAMPLE = 512
@@ -65,7 +65,7 @@ class Forecast:
     paged: bool = False
     graphs: bool = False
     failure: str = ""
-    division: Division = WHOLE
+    division: Division = UNSHARDED
     strategy: str = "replicated"
     processes: int = 1
 
@@ -96,16 +96,16 @@ class Forecast:
 
     @property
     def step(self) -> int:
-        """Bytes of activations and gradients; of divided gradients this process's part, those of
+        """Bytes of activations and gradients; of sharded gradients this process's part, those of
         two units, and a bucket."""
         parts, divided = self.footprint, self.division
         bucket = 4 * min(divided.bucket, parts.trainable)
         if divided.gradients == 1.0:
             return parts.step + bucket
         share = parts.gradients / max(1, parts.weights)
-        whole = min(parts.gradients, int(2 * parts.unit * share))
+        gathered = min(parts.gradients, int(2 * parts.unit * share))
         part = int(parts.gradients * divided.gradients)
-        return parts.step - parts.gradients + max(part, whole) + bucket
+        return parts.step - parts.gradients + max(part, gathered) + bucket
 
     @property
     def held_optimizer(self) -> int:

@@ -63,8 +63,8 @@ def _of_arrow(path: str) -> Iterator[dict[str, Any]]:
         size = max(1, os.path.getsize(path))
         if file.read(6) == b"ARROW1":
             with pyarrow.ipc.open_file(path) as table:
-                whole: Any = (table.get_batch(i) for i in range(table.num_record_batches))
-                yield from _in_batches(whole, lambda: 0.5)
+                batches: Any = (table.get_batch(i) for i in range(table.num_record_batches))
+                yield from _in_batches(batches, lambda: 0.5)
         else:
             file.seek(0)
             with pyarrow.ipc.open_stream(file) as stream:
