@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from xtuner.errors import ConfigError, did_you_mean
+from xtuner.local_imports import local_imports
 
 
 def names(package: str) -> list[str]:
@@ -49,7 +52,7 @@ def user_location(error: BaseException) -> str:
     found, step = "", error.__traceback__
     while step is not None:
         code = step.tb_frame.f_code
-        if str(Path(code.co_filename).parent) in folders:
+        if any(Path(code.co_filename).is_relative_to(folder) for folder in folders):
             found = f"{code.co_filename} line {step.tb_lineno}, in {code.co_name}"
         step = step.tb_next
     return found
@@ -83,7 +86,7 @@ def load(package: str, name: str, *, setting: str) -> ModuleType:
 
 def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> Any:
     """Load ``"my_file.py:object"``; a relative path is looked up in `folder`, then in the working
-    directory.
+    directory. The file may import modules from its own folder (see `local_imports`).
 
     Raises:
         ConfigError: the file is missing, cannot be imported, or does not define the object.
@@ -102,6 +105,7 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        _local.offer(path, setting=f"{setting} = {name!r}")
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
@@ -117,6 +121,79 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
             f"{did_you_mean(attribute, public)}"
         )
     return getattr(module, attribute)
+
+
+class _LocalModules:
+    """Finds the modules that a user's file imports from its own folder, and no others there.
+
+    If two users' files import different modules by one name, each gets its own: the module of the
+    file that was loaded before is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, Path] = {}
+
+    def offer(self, file: Path, *, setting: str) -> None:
+        """Let `file` import its `local_imports`.
+
+        Raises:
+            ConfigError: an installed module has the name of one of them.
+        """
+        files = {
+            name: path
+            for name, path in local_imports(file).items()
+            if name.partition(".")[0] not in sys.stdlib_module_names
+        }
+        files = _namespaces(file.parent.resolve(), files) | files
+        for name, path in files.items():
+            if self._files.get(name) not in (None, path):
+                sys.modules.pop(name, None)
+                del self._files[name]
+        for name, path in files.items():
+            origin = None if "." in name or name in self._files else _origin(name)
+            if origin is not None and origin != path:
+                raise ConfigError(
+                    f"{setting}: {path} has the name of an installed module ({origin}); rename it"
+                )
+        self._files |= files
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        file = self._files.get(name)
+        if file is None:
+            return None
+        if file.is_dir():
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(file)]
+            return spec
+        inside = [str(file.parent)] if file.name == "__init__.py" else None
+        return importlib.util.spec_from_file_location(name, file, submodule_search_locations=inside)
+
+
+def _namespaces(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """The packages of `files` that have no ``__init__.py``, and where they are."""
+    parts = [name.split(".")[:-1] for name in files]
+    return {
+        ".".join(each[:count]): folder.joinpath(*each[:count])
+        for each in parts
+        for count in range(1, len(each) + 1)
+    }
+
+
+_local = _LocalModules()
+
+
+def _origin(name: str) -> Path | None:
+    """The file of the module that ``import name`` loads; None if there is none."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin).resolve() if found and found.origin else None
 
 
 def same_type(value: Any, default: Any) -> bool:

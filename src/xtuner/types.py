@@ -34,9 +34,10 @@ class Message:
     """One turn of a conversation.
 
     `loss` overrides whether the turn is supervised: None is the default (only assistant turns are),
-    False excludes an assistant turn. `images` names the images of the turn, one for each
-    ``<image>`` in `content`, in order. `reasoning` is what the assistant thinks before `content`.
-    With `mask_thought` the reasoning, and the content of a turn with calls, are not supervised.
+    False excludes an assistant turn. `weight` is the loss weight of each of its tokens. `images`
+    names the images of the turn, one for each ``<image>`` in `content`, in order. `reasoning` is
+    what the assistant thinks before `content`. With `mask_thought` the reasoning, and the content
+    of a turn with calls, are not supervised.
     """
 
     role: Role
@@ -48,11 +49,12 @@ class Message:
     images: tuple[str, ...] = ()
     reasoning: str = ""
     mask_thought: bool = False
+    weight: float = 1.0
 
     @property
     def supervised(self) -> bool:
         """Whether the tokens of this turn contribute to the loss."""
-        return self.role == "assistant" and self.loss is not False
+        return self.role == "assistant" and self.loss is not False and self.weight > 0
 
     def as_dict(self) -> dict[str, Any]:
         """The turn as a dict for `tokenizer.apply_chat_template`."""
@@ -101,10 +103,12 @@ Record = Conversation | Text | Preference
 
 
 class Encoded(NamedTuple):
-    """Token ids and an aligned mask of the tokens that the loss is computed on."""
+    """Token ids, an aligned mask of the tokens that the loss is computed on, and their aligned loss
+    weights, positive where the mask is true; None if all are 1."""
 
     input_ids: list[int]
     loss_mask: list[bool]
+    weights: list[float] | None = None
 
 
 class RecordEncoder(Protocol):
@@ -148,14 +152,15 @@ class ImageRef(NamedTuple):
 @dataclass(frozen=True)
 class Sample:
     """One encoded row: `input_ids` int64 ``[T]``, `loss_mask` bool ``[T]``, where it came from,
-    the images whose tokens are among these, and the lengths of its sequences where it has
-    several."""
+    the images whose tokens are among these, the lengths of its sequences where it has several, and
+    the loss weights of its tokens, float32 ``[T]``, or None if all are 1."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     row: RowRef
     images: tuple[ImageRef, ...] = ()
     lengths: tuple[int, ...] = ()
+    weights: np.ndarray | None = None
 
     @property
     def sequence_lengths(self) -> tuple[int, ...]:
@@ -269,6 +274,7 @@ class Batch:
         images: None for a batch of text.
         found: labels, and the cached value of `predicting` for them.
         sequences_per_row: k; sequences ``k * i`` to ``k * i + k - 1`` belong to row i.
+        weights: float32 ``[1, N]``, the loss weight of each label; None if all are 1.
     """
 
     input_ids: Tensor
@@ -279,6 +285,7 @@ class Batch:
     images: BatchImages | None = None
     found: tuple[Tensor, Tensor] | None = None
     sequences_per_row: int = 1
+    weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -303,6 +310,17 @@ class Batch:
         return (self.labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0]
 
     @property
+    def weights_of_predicting(self) -> Tensor | None:
+        """Loss weight of each supervised token, float32 ``[S]``; None if all are 1."""
+        return None if self.weights is None else self.weights[0, 1:][self.predicting]
+
+    @property
+    def sum_of_weights(self) -> float:
+        """Sum of the loss weights of the supervised tokens; without weights, their number."""
+        weights = self.weights_of_predicting
+        return self.num_supervised if weights is None else float(weights.double().sum())
+
+    @property
     def sequence_of_predicting(self) -> Tensor:
         """Index of the sequence that each supervised token belongs to, int64 ``[S]``."""
         import torch
@@ -322,6 +340,7 @@ class Batch:
                 position_ids=self.position_ids[:, start:end],
                 cu_seqlens=self.cu_seqlens[k * i : k * (i + 1) + 1] - start,
                 rows=self.rows[i : i + 1],
+                weights=None if self.weights is None else self.weights[:, start:end],
                 images=self.images.of_sample(i, start, end) if self.images else None,
                 found=None,
             )
@@ -348,6 +367,7 @@ class Batch:
             labels=move(self.labels),
             position_ids=move(self.position_ids),
             images=self.images.moved(move) if self.images else None,
+            weights=None if self.weights is None else move(self.weights),
         )
 
 

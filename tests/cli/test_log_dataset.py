@@ -48,6 +48,15 @@ def test_the_text_shows_what_is_learnt_and_where_samples_begin(config, capsys):
     assert "1 row lost: messages[0].content: is empty" in out
 
 
+def test_loss_weights_are_shown(config, capsys):
+    rows = [chat("one", "two", "three", "four", weight=0.5)]
+    (config.parent / "d.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    out = shown(capsys, config)
+    assert "«two<|im_end|>»\n" in out
+    assert "«four<|im_end|>»(x0.5)" in out
+    assert "1 row with loss weights" in out
+
+
 def test_all_packs_are_shown_if_asked_for(config, capsys):
     out = shown(capsys, config, "-n", "9")
     assert "pack 2 of 2" in out

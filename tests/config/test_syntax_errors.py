@@ -43,6 +43,11 @@ def test_hints_for_python_syntax_errors(tmp_path, text, hint):
         ("data_path：a.csv", "write : instead of the full-width character ："),
         ("data_path = a.csv", "must end in .py"),
         ("data_path: [a.csv，b.csv", "write , instead of the full-width character ，"),
+        ('a: 1\ndata_path: "a.csv\nlr: 1', 'line 2  data_path: "a.csv   is not YAML: found'),
+        ('data_path: "a.csv\nlr: 1', "a quote is opened and not closed"),
+        ("a: 1\ndata_path: [a.csv\nlr: 1", "line 2  data_path: [a.csv   is not YAML: expected"),
+        ("data_path: [a.csv\nlr: 1", "add the closing bracket ]"),
+        ("a: 1\nlr： 1\n", "line 2  lr： 1   is not YAML: could not find expected ':'; write : in"),
     ],
     ids=lambda value: None,
 )

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import peft
 import pytest
 import torch
 from checkpoint_maker import write_adapter
@@ -199,22 +198,6 @@ def test_another_base_than_trained_on_gets_a_warning(tiny_model_path, adapter, t
     assert f"was trained on {tiny_model_path}" in said
     _, said = quiet_merge(tiny_model_path, adapter, tmp_path / "again")
     assert "Warning" not in said
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"modules_to_save": ["embed_tokens"]},
-        {"trainable_token_indices": {"embed_tokens": [261, 262]}},
-    ],
-    ids=["saved", "indices"],
-)
-def test_an_adapter_with_more_tokens_than_the_base_is_named(options, tiny_model_path, tmp_path):
-    model = tiny_model()
-    model.resize_token_embeddings(263)
-    peft.get_peft_model(model, lora(**options)).save_pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(ModelError, match=r"2 more tokens than the model has \(263, not 261\)"):
-        quiet_merge(tiny_model_path, tmp_path / "adapter", tmp_path / "merged")
 
 
 @pytest.mark.parametrize(

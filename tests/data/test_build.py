@@ -1,11 +1,12 @@
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from data_makers import build_data, chat, chats, lines_of, text_of, tokenizer, write_jsonl
 
-from xtuner.errors import DataError
+from xtuner.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -56,6 +57,58 @@ def test_identical_rows_are_noted(tmp_path):
     assert report.duplicates == 99
     assert "99 of 100 rows duplicate an earlier row" in report.notes[0]
     assert "10 of 10 validation rows are also in the training data" in report.notes[1]
+
+
+def test_loss_weights_reach_the_tokens_of_their_answer(tmp_path):
+    rows = [chat("Hi", "abc" * 30), chat("Hi", "plain")]
+    rows[0]["messages"] += [{"role": "user", "content": "?"},
+                            {"role": "assistant", "content": "d" * 40, "weight": 0.25}]  # fmt: skip
+    path = write_jsonl(tmp_path / "d.jsonl", [rows[1], rows[0], rows[1]])
+    data = build_data(path, shuffle=False, pack_to_max_length=False)
+    plain, whole, _ = (data.train[i][0] for i in range(3))
+    assert plain.weights is None
+    text = "d" * 40 + "<|im_end|>"
+    assert text in text_of(replace(whole, input_ids=whole.input_ids[whole.weights == 0.25]))
+    assert set(whole.weights[whole.loss_mask].tolist()) == {1.0, 0.25}
+    assert "1 row with loss weights: the loss is a weighted mean over tokens" in data.report.notes
+    cut = build_data(path, shuffle=False, max_length=180).train
+    (short,) = [s for i in range(len(cut)) for s in cut[i] if s.row.line == 2]
+    assert short.weights.tolist() == whole.weights[:180].tolist()
+    assert {0.25, 1.0} == set(short.weights.tolist())
+
+
+def test_loss_weights_take_no_memory_where_there_are_none_and_count_in_the_cache(tmp_path):
+    row = chat("Hi", "short")
+    path = write_jsonl(tmp_path / "d.jsonl", [row, row])
+    found = build_data(path).train
+    (store,) = found._stores
+    assert store.num_weighted == 0
+    assert (store.folder / "weights.npy").stat().st_size <= 128  # the header alone
+    row["messages"][1]["weight"] = 0.5
+    changed = build_data(write_jsonl(path, [row, row])).train
+    assert changed._stores[0].key != store.key
+    assert changed.fingerprint() != found.fingerprint()
+    assert changed._stores[0].tokens(0, 0, 9)[0].tolist() == store.tokens(0, 0, 9)[0].tolist()
+
+
+@pytest.mark.parametrize("declared", [False, True], ids=["silent", "declared"])
+def test_an_algorithm_whose_loss_ignores_weights_refuses_them(tmp_path, declared):
+    (tmp_path / "own.py").write_text(
+        "from xtuner.algorithms.base import BaseAlgorithm\n"
+        "class Own(BaseAlgorithm):\n"
+        "    def loss(self, model, batch):\n"
+        "        return super().loss(model, batch)\n"
+        + ("    takes_weights = True\n" if declared else "")
+    )
+    row = chat("Hi", "short")
+    row["messages"][1]["weight"] = 0.5
+    path = write_jsonl(tmp_path / "d.jsonl", [row])
+    options = {"algorithm": "own.py:Own", "folder": tmp_path}
+    if declared:
+        assert build_data(path, **options).train[0][0].weights is not None
+        return
+    with pytest.raises(ConfigError, match=r"Own\.loss does not declare .* takes_weights = True"):
+        build_data(path, **options)
 
 
 def test_without_packing_there_is_one_sample_a_pack(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -21,6 +23,18 @@ def test_samples_are_concatenated_without_loss_across_boundaries():
     for tensor in (batch.input_ids, batch.labels, batch.position_ids):
         assert tensor.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
+
+
+def test_weights_of_samples_without_any_are_one():
+    plain = sample([7, 8], [0, 1])
+    assert concatenate([plain]).weights is None
+    weights = np.array([1, 0.5, 2], np.float32)
+    batch = concatenate([plain, replace(sample([5, 6, 7], [0, 1, 1]), weights=weights)])
+    assert batch.weights.tolist() == [[1, 1, 1, 0.5, 2]]
+    assert batch.weights_of_predicting.tolist() == [1, 0.5, 2]
+    assert batch.sum_of_weights == 3.5
+    first, second = batch.split()
+    assert (first.sum_of_weights, second.sum_of_weights) == (1, 2.5)
 
 
 def test_the_batch_does_not_share_memory_with_the_sample():

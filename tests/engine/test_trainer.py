@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -111,18 +112,35 @@ def weights_after_one_step(tmp_path, groups):
     return {n: p.detach().clone() for n, p in trainer.model.model.named_parameters()}
 
 
-def test_first_step_equals_plain_transformers(tmp_path):
-    """With SGD and lr 1 the change of the weights is the gradient of the mean over all tokens."""
-    samples = make_samples()
+def weighted(samples, seed=0):
+    """Every other of `samples`, with random loss weights."""
+    generator = np.random.default_rng(seed)
+    return [
+        replace(s, weights=generator.uniform(0.01, 3, len(s.input_ids)).astype(np.float32))
+        if n % 2
+        else s
+        for n, s in enumerate(samples)
+    ]
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "weighted"])
+def test_first_step_equals_plain_transformers(tmp_path, weights):
+    """With SGD and lr 1 the change of the weights is the gradient of the mean over all tokens, or
+    of their weighted mean, sum(w * nll) / sum(w)."""
+    samples = weighted(make_samples()) if weights else make_samples()
     model = tiny_model()
-    total, count = 0.0, 0
+    total, count, divisor = 0.0, 0, 0.0
     for sample in samples:
         ids = torch.from_numpy(sample.input_ids)[None]
         labels = torch.where(torch.from_numpy(sample.loss_mask), ids[0], -100)[1:]
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        total = total + F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        each = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        weight = torch.ones(len(ids[0])) if sample.weights is None else sample.weights
+        weight = torch.as_tensor(weight)[1:] * (labels != -100)
+        total = total + (each * weight).sum()
         count += int((labels != -100).sum())
-    (total / count).backward()
+        divisor += float(weight.double().sum())
+    (total / divisor).backward()
     seen = []
 
     class Watch(BaseHook):
@@ -133,7 +151,7 @@ def test_first_step_equals_plain_transformers(tmp_path):
     before = {n: p.detach().clone() for n, p in trainer.model.model.named_parameters()}
     trainer.fit()
     assert seen[0]["supervised_tokens"] == count
-    assert abs(seen[0]["loss"] - (total / count).item()) < 1e-5
+    assert abs(seen[0]["loss"] - (total / divisor).item()) < 1e-5
     gradients = dict(model.named_parameters())
     norm = math.sqrt(sum(float(p.grad.norm()) ** 2 for p in model.parameters()))
     assert abs(seen[0]["grad_norm"] - norm) < 1e-4 * norm
@@ -143,7 +161,7 @@ def test_first_step_equals_plain_transformers(tmp_path):
 
 
 def test_every_grouping_gives_one_gradient(tmp_path):
-    samples = make_samples(8)
+    samples = weighted(make_samples(8))
     groupings = {
         "1 x 8": [[samples]],
         "8 x 1": [[[s] for s in samples]],
@@ -154,6 +172,15 @@ def test_every_grouping_gives_one_gradient(tmp_path):
     for name, weights in results.items():
         worst = max(float((weights[n] - reference[n]).abs().max()) for n in reference)
         assert worst < 1e-6, (name, worst)
+
+
+def test_weights_that_sum_to_less_than_one_are_divided_by_their_sum(tmp_path):
+    """All weights equal is the same as no weights, however small they are."""
+    samples = make_samples(2)
+    small = [replace(s, weights=np.full(len(s.input_ids), 0.001, np.float32)) for s in samples]
+    plain, scaled = (weights_after_one_step(tmp_path, [[group]]) for group in (samples, small))
+    for name in plain:
+        assert (plain[name] - scaled[name]).abs().max() < 1e-5, name
 
 
 def test_a_loss_that_is_not_finite_names_its_row_and_keeps_the_weights(tmp_path):

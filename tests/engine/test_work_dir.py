@@ -26,3 +26,27 @@ def test_python_files_of_the_user_are_copied_and_found_from_the_work_dir(tmp_pat
     assert kept.settings.dataset_format[0].startswith("user_code/mine")
     names = (*kept.settings.dataset_format, *kept.settings.custom_hooks)
     assert [load_user_object(n, setting="s", folder=kept.folder) for n in names] == [1, 2]
+
+
+def test_modules_that_a_file_imports_from_its_folder_are_copied_with_it(tmp_path):
+    folder = tmp_path / "here"
+    (folder / "words_of_mine").mkdir(parents=True)
+    (folder / "mine.py").write_text("import near_mine\nA = near_mine.A\n")
+    (folder / "near_mine.py").write_text("from words_of_mine.one import A\n")
+    (folder / "words_of_mine" / "one.py").write_text("A = 1\n")
+    (folder / "unrelated.py").write_text("")
+    text = "pretrained_model_name_or_path = 'm'\ndata_path = 'd.jsonl'\n"
+    (folder / "settings.py").write_text(f"{text}dataset_format = 'mine.py:A'\n")
+    place = WorkPlace.prepare(tmp_path / "run", resuming=False, overwrite=False)
+    kept = []
+    for number in (1, 1, 2):  # a second start makes no second copy; a changed module makes one
+        (folder / "words_of_mine" / "one.py").write_text(f"A = {number}\n")
+        place.keep_settings(load_settings(str(folder / "settings.py")))
+        found = load_settings(str(tmp_path / "run" / "settings.py"))
+        kept.append((found.settings.dataset_format[0], found.folder))
+    names = [name for name, _ in kept]
+    assert names == ["user_code/mine/mine.py:A"] * 2 + ["user_code/mine_2/mine.py:A"]
+    assert not list((tmp_path / "run").rglob("unrelated.py"))
+    folder.rename(tmp_path / "gone")
+    values = [load_user_object(name, setting="s", folder=at) for name, at in kept]
+    assert values == [1, 1, 2]

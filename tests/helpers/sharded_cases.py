@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from test_trainer import make_samples
+from test_trainer import make_samples, weighted
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
@@ -25,7 +25,7 @@ class Shares:
     """The steps of two ranks as they are dealt to one rank or two.
 
     The first step is full, in the second the second half has fewer micro-batches, in the third it
-    has none.
+    has none. Half of the samples have loss weights.
     """
 
     steps_per_epoch = STEPS
@@ -35,7 +35,7 @@ class Shares:
         self._steps = []
         for step, counts in enumerate(sizes):
             halves = [
-                [make_samples(2, seed=100 * step + 10 * half + n) for n in range(count)]
+                [weighted(make_samples(2, seed=100 * step + 10 * half + n)) for n in range(count)]
                 for half, count in enumerate(counts)
             ]
             alone = processes.data_world_size == 1

@@ -38,14 +38,14 @@ def auto(source, **options):
 
 
 def learnt(template, tokenizer, *messages, tools=()):
-    ids, mask = template.encode(Conversation(tuple(messages), tools))
+    ids, mask, _ = template.encode(Conversation(tuple(messages), tools))
     return tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
 
 
 def sequences(template, tokenizer, *messages, tools=()):
     """The texts of the sequences, with supervised tokens between « and »."""
     texts = []
-    for ids, mask in template.sequences(Conversation(tuple(messages), tools)):
+    for ids, mask, _ in template.sequences(Conversation(tuple(messages), tools)):
         pairs = groupby(zip(ids, mask, strict=True), lambda pair: pair[1])
         runs = [(on, tokenizer.decode([token for token, _ in run])) for on, run in pairs]
         texts.append("".join(f"«{run}»" if on else run for on, run in runs))
@@ -54,7 +54,7 @@ def sequences(template, tokenizer, *messages, tools=()):
 
 def test_exact_ids_of_one_turn():
     template, tokenizer = auto(CHATML)
-    ids, mask = template.encode(Conversation((ASK, TELL)))
+    ids, mask, _ = template.encode(Conversation((ASK, TELL)))
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert mask == [False] * (len(ids) - 7) + [True] * 6 + [False]

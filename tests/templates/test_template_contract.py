@@ -1,5 +1,9 @@
 """The contract of every template, whatever the tokenizer merges."""
 
+from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
+
 import pytest
 from template_makers import EXACT, merging_tokenizer, space_tokenizer
 
@@ -61,7 +65,7 @@ def messages(request):
 def pieces(encoded):
     """The supervised runs of ids."""
     runs, last = [], False
-    for token, on in zip(*encoded, strict=True):
+    for token, on in zip(*encoded[:2], strict=True):
         if on and not last:
             runs.append([])
         if on:
@@ -91,9 +95,24 @@ def test_supervised_tokens_are_the_answers_and_their_stop(make, make_tokenizer, 
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_every_token_of_an_answer_has_its_weight(make, case):
+    template, _ = make(case)
+    turns = [user("Hello"), assistant("Fine."), user("And you?"), assistant("Fine, thank you.")]
+    ids, mask, none = template.encode(Conversation(tuple(turns)))
+    assert none is None
+    weighted = [turns[0], replace(turns[1], weight=0.25), *turns[2:]]
+    same_ids, same_mask, weights = template.encode(Conversation(tuple(weighted)))
+    assert (same_ids, same_mask) == (ids, mask)
+    runs = [list(run) for on, run in groupby(zip(mask, weights, strict=True), itemgetter(0)) if on]
+    assert [{weight for _, weight in run} for run in runs] == [{0.25}, {1.0}]
+    excluded = [turns[0], replace(turns[1], weight=0.0), *turns[2:]]
+    assert sum(template.encode(Conversation(tuple(excluded))).loss_mask) == len(runs[1])
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_prompt_is_a_prefix_of_the_conversation(make, case, messages):
     template, _ = make(case)
-    ids, mask = template.encode(Conversation(tuple(messages)))
+    ids, mask, _ = template.encode(Conversation(tuple(messages)))
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue

@@ -75,7 +75,7 @@ def conversation(*messages, tools=TOOLS):
 def runs(template, tokenizer, record):
     """The texts of the supervised runs of all sequences, in the order of the conversation."""
     found = []
-    for ids, mask in template.sequences(record):
+    for ids, mask, _ in template.sequences(record):
         last = False
         for at, (token, on) in enumerate(zip(ids, mask, strict=True)):
             if on and not last:
@@ -120,7 +120,7 @@ def test_prompts_are_prefixes_and_show_the_tools(case):
         for index in (1, 3):
             prompt = template.prompt_ids(record.messages[:index], tools=TOOLS)
             (mask,) = [
-                mask for ids, mask in sequences
+                mask for ids, mask, _ in sequences
                 if ids[: len(prompt)] == prompt and mask[len(prompt)]
             ]  # fmt: skip
             assert not mask[len(prompt) - 1]
@@ -165,7 +165,7 @@ def test_thoughts_are_masked_exactly(case):
         *_, called, told = runs(template, tokenizer, masked)
         assert "look it up" not in "".join(runs(template, tokenizer, masked))
         assert "weather" in called and "It is sunny." in told
-        text = "".join(tokenizer.decode(ids) for ids, _ in template.sequences(removed))
+        text = "".join(tokenizer.decode(ids) for ids, *_ in template.sequences(removed))
         assert "look it up" not in text and "weather" in text
 
 
@@ -199,7 +199,7 @@ def test_the_ids_of_internlm2():
     template = load("internlm2_chat", tokenizer)
     code = Message("assistant", "", tool_calls=(make_call("python_interpreter", {"code": "1+1"}),))
     record = conversation(ASK, CALL, RESULT, ASK, code, Message("tool", "2"), TELL)
-    ids, mask = template.encode(record)
+    ids, mask, _ = template.encode(record)
     plugin = ids.index(92541)
     assert ids[plugin : plugin + 2] == [92541, 92538] and mask[plugin] and mask[plugin + 1]
     assert [ids.count(i) for i in (92541, 92540, 92542)] == [2, 2, 9]

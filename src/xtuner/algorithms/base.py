@@ -34,6 +34,8 @@ class BaseAlgorithm:
         continues_text: whether 'auto' selects the template 'plain' for a model without a chat
             template.
         options: the algorithm's own settings with their defaults, set by `algorithm_options`.
+        takes_weights: whether `loss` and `count` use `batch.weights`. A class that overrides `loss`
+            declares it again; otherwise rows with loss weights are refused.
         metrics: names of the sums that `loss` returns in addition to the loss; the trainer divides
             them by the same count and logs them.
         uncommon: settings that a copied settings file leaves out.
@@ -48,6 +50,7 @@ class BaseAlgorithm:
     options: ClassVar[Mapping[str, Any]] = {}
     metrics: ClassVar[tuple[str, ...]] = ()
     uncommon: ClassVar[tuple[str, ...]] = ()
+    takes_weights: ClassVar[bool] = True
 
     def __init__(self, settings: Settings | None = None) -> None:
         given = dict(settings.algorithm_options) if settings else {}
@@ -96,12 +99,13 @@ class BaseAlgorithm:
         return concatenate(samples)
 
     def count(self, batch: Batch) -> float:
-        """What `batch` adds to the divisor of the loss: its supervised tokens."""
-        return batch.num_supervised
+        """What `batch` adds to the divisor of the loss: the sum of the loss weights of its
+        supervised tokens, which is their number if the data have no weights."""
+        return batch.sum_of_weights
 
     def loss(self, model: Any, batch: Batch) -> LossOutput:
         """The loss of `batch`, *summed*: the trainer divides it once by the total count of the
-        step.
+        step. Each token's loss is multiplied by its weight.
 
         Args:
             model: returns the log-probability of each supervised token, float32 ``[S]``.
@@ -109,4 +113,5 @@ class BaseAlgorithm:
         """
         from xtuner.types import LossOutput
 
-        return LossOutput(-model(batch).sum())
+        scores, weights = model(batch), batch.weights_of_predicting
+        return LossOutput(-(scores if weights is None else scores * weights).sum())

@@ -6,7 +6,6 @@ work dir ─► iter_N ─► adapter ─► run.yaml: base model, template, sys
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from xtuner.errors import ConfigError, ModelError
 from xtuner.hub import fetch
+from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.load import read_config
 from xtuner.models.quantize import Quantization, Rounding
 from xtuner.models.references import checkpoint_of, same_model
@@ -237,8 +237,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _declared_base(folder: Path) -> str:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return str(config.get("base_model_name_or_path") or "")
+    return str(read_adapter_config(folder).get("base_model_name_or_path") or "")
 
 
 def _looks_like_path(name: str) -> bool:

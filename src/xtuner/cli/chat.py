@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from xtuner.cli import _chat_tools, _model, _sampling
+from xtuner.cli._heartbeat import heartbeat
 
 
 def command(
@@ -85,20 +86,21 @@ def command(
     named = _chat_tools.names(tools or (), lagent=lagent, with_plugins=with_plugins or ())
     _chat_tools.check(named, yes=yes)
     _sampling.note_without_effect(options)
-    session = open_chat(
-        model,
-        adapter=adapter,
-        prompt_template=prompt_template,
-        system=system,
-        bits=bits,
-        options=options,
-        device=device.value,
-        dtype=dtype.value,
-        trust_remote_code=trust_remote_code,
-        trust_code=trust_code,
-        visual_encoder=visual_encoder,
-        llava=llava,
-    )
+    with heartbeat(on=sys.stderr.isatty()):
+        session = open_chat(
+            model,
+            adapter=adapter,
+            prompt_template=prompt_template,
+            system=system,
+            bits=bits,
+            options=options,
+            device=device.value,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
+            visual_encoder=visual_encoder,
+            llava=llava,
+        )
     terminal = Terminal.standard(streaming=not no_streamer, images=tuple(image or ()))
     with _chat_tools.opened(
         session, terminal, named, yes=yes, max_rounds=max_rounds, timeout=tool_timeout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 from enum import StrEnum
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xtuner.cli import _model, _settings
+from xtuner.cli._heartbeat import heartbeat
 from xtuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,21 +66,17 @@ def pth_to_hf(
     state is left out.
     """
     settings = _settings_of(config, trust_remote_code=trust_remote_code)
-    from xtuner.hub import old_pth
+    with heartbeat(), contextlib.ExitStack() as stack:
+        from xtuner.hub import old_pth
 
-    if old_pth.is_old(checkpoint):
-        from xtuner.convert.old_checkpoint import as_folder
+        if old_pth.is_old(checkpoint):
+            from xtuner.convert.old_checkpoint import as_folder
 
-        with as_folder(checkpoint, settings, beside=save_dir) as folder:
-            _convert(
-                settings, folder, save_dir, save_format, config=config, fp32=fp32,
-                max_shard_size=max_shard_size, trust_code=trust_code,
-            )  # fmt: skip
-        return
-    _convert(
-        settings, checkpoint, save_dir, save_format, config=config, fp32=fp32,
-        max_shard_size=max_shard_size, trust_code=trust_code,
-    )  # fmt: skip
+            checkpoint = stack.enter_context(as_folder(checkpoint, settings, beside=save_dir))
+        _convert(
+            settings, checkpoint, save_dir, save_format, config=config, fp32=fp32,
+            max_shard_size=max_shard_size, trust_code=trust_code,
+        )  # fmt: skip
 
 
 def _settings_of(config: str, *, trust_remote_code: bool) -> Settings:
@@ -201,17 +199,21 @@ def merge(
     merged file by file, which takes little memory; the verification loads the model.
     """
     if is_clip:
-        from xtuner.convert.vision_tower import merge_encoder
+        with heartbeat():
+            from xtuner.convert.vision_tower import merge_encoder
 
-        difference = merge_encoder(llm, adapter, save_dir, dtype=dtype.value, device=device.value)
+            difference = merge_encoder(
+                llm, adapter, save_dir, dtype=dtype.value, device=device.value
+            )
         typer.echo(f"Wrote {save_dir}. Largest difference before rounding: {difference:.1e}.")
         return
-    from xtuner.convert.merge import merge as run
+    with heartbeat():
+        from xtuner.convert.merge import merge as run
 
-    report = run(
-        llm, adapter, save_dir, max_shard_size=max_shard_size, device=device.value,
-        dtype=dtype.value, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        report = run(
+            llm, adapter, save_dir, max_shard_size=max_shard_size, device=device.value,
+            dtype=dtype.value, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     typer.echo(f"Wrote {save_dir}, merged {report.how}.")
     if report.max_difference is not None and report.relative is not None:
         typer.echo(
@@ -231,9 +233,10 @@ def split(
 
     Writes weight files of another size; the tensors do not change.
     """
-    from xtuner.convert.split import split as run
+    with heartbeat():
+        from xtuner.convert.split import split as run
 
-    run(src, dst, max_shard_size=max_shard_size)
+        run(src, dst, max_shard_size=max_shard_size)
     typer.echo(f"Wrote {dst}; every tensor was read back and is identical.")
     _next("xtuner", "chat", str(dst))
 

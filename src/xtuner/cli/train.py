@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from xtuner.cli import _launch, _settings, _strategy
+from xtuner.cli._heartbeat import heartbeat
 from xtuner.config.load import LoadedSettings
 from xtuner.parallel.cluster import Cluster
 
@@ -101,20 +102,33 @@ def command(
             raise typer.Exit(_launch.start(cluster, max_restarts=max_restarts, work_dir=folder))
     _settings.remember_work_dir(folder)
 
+    again = ["xtuner", "train", config, *(["--work-dir", str(work_dir)] if work_dir else [])]
+    again += [word for override in overrides or () for word in ("--set", override)]
+    again += ["--nproc", str(nproc)] if nproc > 1 else []
+    again += ["--max-restarts", str(max_restarts)] if max_restarts else []
+    with heartbeat(on=not sys.stdout.isatty() and os.environ.get("RANK", "0") == "0"):
+        _train(loaded, work_dir, resume=resume, overwrite=overwrite, again=again)
+    if old is not None:
+        _keep(old, folder)
+
+
+def _train(
+    loaded: LoadedSettings,
+    work_dir: Path | None,
+    *,
+    resume: str | None,
+    overwrite: bool,
+    again: list[str],
+) -> None:
+    """Train in this process; `again` is the command to continue after an interruption."""
     from xtuner.engine.signals import Interrupted
     from xtuner.training.run import train
 
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
-        if old is not None:
-            _keep(old, folder)
     except Interrupted as stopped:
-        again = ["xtuner", "train", config, *(["--work-dir", str(work_dir)] if work_dir else [])]
-        again += [word for override in overrides for word in ("--set", override)]
-        again += ["--nproc", str(nproc)] if nproc > 1 else []
-        again += ["--max-restarts", str(max_restarts)] if max_restarts else []
-        again += ["--resume"] if stopped.can_resume else []
-        print(f"\n{stopped} Continue with:\n  {shlex.join(again)}", file=sys.stderr)
+        command = [*again, *(["--resume"] if stopped.can_resume else [])]
+        print(f"\n{stopped} Continue with:\n  {shlex.join(command)}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

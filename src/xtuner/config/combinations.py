@@ -45,8 +45,8 @@ def _check_embedding_on_cpu(s: Settings) -> Iterator[tuple[str, str]]:
     if s.embedding_on_cpu is True and not s.can_keep_embedding_on_cpu:
         yield (
             "embedding_on_cpu",
-            "requires tuning = 'lora' or 'qlora', strategy = 'replicated' and no vision tower; "
-            "set it to 'auto'",
+            "requires tuning = 'lora' or 'qlora', strategy = 'replicated', resize_embeddings = "
+            "False and no vision tower; set it to 'auto'",
         )
 
 
@@ -97,6 +97,19 @@ def _check_lora_modules_to_save(s: Settings) -> Iterator[tuple[str, str]]:
         yield (
             "lora_modules_to_save",
             "is not supported with a vision tower; remove it",
+        )
+
+
+def _check_resize_embeddings(s: Settings) -> Iterator[tuple[str, str]]:
+    if not s.resize_embeddings:
+        return
+    if s.has_vision:
+        yield "resize_embeddings", "is not supported with a vision tower; remove it"
+    if s.uses_adapter and s.strategy != "replicated":
+        yield (
+            "resize_embeddings",
+            f"is not supported with adapters and strategy = {s.strategy!r}; set strategy = "
+            "'replicated' or tuning = 'full'",
         )
 
 
@@ -187,6 +200,7 @@ CHECKS: tuple[Check, ...] = (
     _check_vision,
     _check_evaluation_images,
     _check_lora_modules_to_save,
+    _check_resize_embeddings,
     _check_sequence_parallel,
     _check_pack_length,
     _check_data_path,

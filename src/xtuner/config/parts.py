@@ -126,6 +126,10 @@ class ModelPart(Part):
     loraplus_lr_ratio: Annotated[AboveZero | None, Mark("fixed", idle=_no_adapter)] = None
     """LoRA+: the learning rate of the second matrix of each adapter (B) is this times lr; 16 is
     usual. None trains both alike."""
+    resize_embeddings: Annotated[bool, Mark("fixed")] = False
+    """Give the model an embedding and an output row for every token of its tokenizer that has none.
+    The new rows start as the mean of the others, and are trained, with adapters too; checkpoints,
+    chat and merge have them. Without it, rows with such tokens are refused."""
     quantization: Annotated[Literal["auto", "none", "nf4", "fp4", "int8"], Mark("fixed")] = "auto"
     """How frozen weights are stored: 'auto' is 'nf4' with tuning = 'qlora' and 'none' otherwise."""
     double_quant: Annotated[

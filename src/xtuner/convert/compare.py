@@ -17,6 +17,7 @@ from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, load_tokenizer, quiet_transformers
 from xtuner.models.quantize import Rounding
+from xtuner.models.vocabulary import num_embeddings, tokens_of_adapter
 
 _TEXT = "Question: Who are you, and what is the capital of France?\nAnswer: 我是一个小助手。Paris."
 
@@ -110,7 +111,8 @@ def compare(
     base = load_plain(llm, **options)
     if rounding:
         rounding.apply(base)
-    ids = _probe(merged, base.get_input_embeddings().weight.shape[0], trust_remote_code).to(device)
+    tokens = min(num_embeddings(base), tokens_of_adapter(adapter)[0] or num_embeddings(base))
+    ids = _probe(merged, tokens, trust_remote_code).to(device)
     with warnings.catch_warnings():
         # PEFT warns about tied embeddings, which the merge unties.
         warnings.filterwarnings("ignore", message=".*tie")

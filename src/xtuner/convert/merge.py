@@ -37,8 +37,9 @@ from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import ModelError
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
-from xtuner.models import manifest, original
-from xtuner.models.adapters import check_num_tokens, load_adapter
+from xtuner.models import manifest, original, vocabulary
+from xtuner.models.adapter_config import read_adapter_config
+from xtuner.models.adapters import load_adapter
 from xtuner.models.families import internlm2
 from xtuner.models.load import load_tokenizer, read_config
 from xtuner.models.quantize import Rounding
@@ -146,7 +147,7 @@ class _Merge:
         for folder in filter(None, (self.adapter, self.folder)):
             manifest.check(folder)
             refuse_links_out(folder)
-        config = lora.read_adapter_config(self.adapter)
+        config = read_adapter_config(self.adapter)
         weights = Weights.of_adapter(self.adapter)
         info = self._run_info()
         if self.rounding:
@@ -195,8 +196,9 @@ class _Merge:
         except ModelError as error:
             raise lora.NeedsModel(str(error)) from error
         base_config = read_config(self.source)
-        if isinstance(size := base_config.get("vocab_size"), int):
-            check_num_tokens(self.adapter, size)
+        size = base_config.get("vocab_size")
+        if isinstance(size, int) and (problem := vocabulary.misfit(self.adapter, size)):
+            raise lora.NeedsModel(problem)
         changes = lora.changes(adapter, config, base.stored, base_config)
         if self.rounding and base_config.get("model_type") in internlm2.MODEL_TYPES:
             raise lora.NeedsModel("its files hold layers fused that were quantized one by one")
@@ -233,8 +235,9 @@ class _Merge:
         )  # fmt: skip
         if self.rounding:
             self.rounding.apply(model)
-        if not config.get("ensure_weight_tying"):
-            _untie(model, Weights.of_adapter(self.adapter))
+        untied = not config.get("ensure_weight_tying") and _untie(
+            model, Weights.of_adapter(self.adapter)
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie")
             adapted = load_adapter(model, self.adapter)
@@ -246,6 +249,8 @@ class _Merge:
                     "use it unmerged: "
                     + shlex.join(["xtuner", "chat", self.llm, "--adapter", str(self.adapter)])
                 ) from error
+        if untied:
+            _tie_equal(merged)
         save_model(merged, draft, max_shard_size=f"{max(1, self.max_bytes // 1000)}KB")
         if self.folder is not None:
             original.keep_config(self.folder, draft)
@@ -330,14 +335,27 @@ class _Rounded:
         return self._rounding(weight) if name in self._names else weight
 
 
-def _untie(model: Any, adapter: Weights) -> None:
-    """Untie the head from the embedding if the adapter modifies either of them."""
+def _untie(model: Any, adapter: Weights) -> bool:
+    """Untie the head from the embedding if the adapter modifies one of them alone; return whether
+    it did. Tokens that PEFT trains are those of both."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
-        return
+        return False
     names = [n for n, m in model.named_modules() if m is head or m is embedding]
-    if any(f".{name}." in f".{key}" for name in names for key in adapter.stored):
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
+    keys = [key for key in adapter.stored if ".token_adapter." not in key]
+    if not any(f".{name}." in f".{key}" for name in names for key in keys):
+        return False
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def _tie_equal(model: Any) -> None:
+    """Tie the head to the embedding again if both got the same weights; otherwise save both."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+        model.config.tie_word_embeddings = True
+    else:
         # save_pretrained omits tied weights, since loading ties them again.
         model.all_tied_weights_keys = {}

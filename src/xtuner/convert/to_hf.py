@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,6 +27,7 @@ from xtuner.errors import CheckpointError
 from xtuner.hub.links import refuse_links_out
 from xtuner.hub.weight_files import tensors_of
 from xtuner.models import manifest, original
+from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.load import read_config
 from xtuner.models.references import checkpoint_of
 from xtuner.models.run_info import RunInfo
@@ -97,6 +97,8 @@ def to_hf(
     refuse_links_out(source)
     info = run_of(source)
     is_adapter = (source / "adapter_config.json").is_file()
+    if is_adapter:
+        read_adapter_config(source)
     computed = DTYPES.get(info.computed_in if info else "", torch.bfloat16)
     short_dtype = computed if is_adapter or computed == torch.float16 else torch.bfloat16
     dtype = torch.float32 if fp32 else short_dtype
@@ -123,7 +125,7 @@ def _restore_layers(folder: Path, info: RunInfo) -> None:
     if base is None:
         return
     file = folder / "adapter_model.safetensors"
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_adapter_config(folder)
     found = original_adapter(config, tensors_of(file), read_config(str(base)))
     if found is None:
         return

@@ -257,8 +257,15 @@ def write_config(source: Path, folder: Path, *, dtype: torch.dtype, untie: bool 
         folder: the target folder.
         dtype: the dtype of the written weights.
         untie: the output head is no longer tied to the input embedding.
+
+    Raises:
+        ModelError: config.json cannot be read.
     """
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    file = source / "config.json"
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
     config.pop("quantization_config", None)
     config = with_dtype(config, str(dtype).removeprefix("torch."))
     if untie:

@@ -30,7 +30,7 @@ from xtuner.data.report.account import (
     num_duplicates,
     refuse_unusable,
 )
-from xtuner.data.report.data_report import DataReport, PartReport
+from xtuner.data.report.data_report import DataReport, PartReport, count
 from xtuner.data.sources.resolve import prepare
 from xtuner.data.tokenize.encode import Encoding
 from xtuner.errors import DataError
@@ -235,9 +235,18 @@ class _Assembly:
             notes=(
                 *(note for each in self._encoded for note in each.source.notes),
                 *duplicate_notes(train_hashes, validation_hashes),
+                *self._notes_on_weights(),
                 *self._notes_on_images(train),
             ),
         )
+
+    def _notes_on_weights(self) -> list[str]:
+        """How many rows have loss weights."""
+        weighted = sum(each.store.num_weighted for each in self._encoded)
+        note = (
+            f"{count(weighted, 'row')} with loss weights: the loss is a weighted mean over tokens"
+        )
+        return [note] if weighted else []
 
     def _notes_on_images(self, train: PackedDataset) -> list[str]:
         """A note if no row has images; an error if training requires images."""

@@ -88,7 +88,7 @@ class StepGradients:
         scaler, strategy = self.loss_scaler, self.strategy
         while True:
             strategy.zero_grad()
-            loss, metrics = self._accumulate(group, max(divisor, 1.0), step)
+            loss, metrics = self._accumulate(group, divisor or 1.0, step)
             with activity.in_call("the sum of gradients"):
                 strategy.reduce_gradients()
                 if scaler.enabled:

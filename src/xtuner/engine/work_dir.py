@@ -14,6 +14,7 @@ from xtuner.config.render import render_all
 from xtuner.config.schema import Settings
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.errors import CheckpointError
+from xtuner.local_imports import local_imports
 
 _USER_CODE = "user_code"
 """Folder in the work dir for copies of the Python files that the settings name."""
@@ -51,8 +52,9 @@ class WorkPlace:
         return cls(work_dir, log_dir)
 
     def _keep_user_files(self, settings: Settings, folder: Path) -> dict[str, Any]:
-        """Copy the Python files that settings name as ``"my_file.py:object"``, and return these
-        settings with the paths of the copies."""
+        """Copy the Python files that settings name as ``"my_file.py:object"``, with the modules
+        that they import from their own folder, and return these settings with the paths of the
+        copies."""
 
         def kept(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -65,7 +67,8 @@ class WorkPlace:
             file = next((file for file in files if file.is_file()), None)
             if file is None:
                 return value
-            return f"{_USER_CODE}/{_copied(file, self.work_dir / _USER_CODE)}:{attribute}"
+            copy = _copied(file, self.work_dir / _USER_CODE)
+            return f"{copy.relative_to(self.work_dir).as_posix()}:{attribute}"
 
         values = {name: getattr(settings, name) for name in type(settings).model_fields}
         changed = {name: kept(value) for name, value in values.items()}
@@ -89,18 +92,28 @@ class WorkPlace:
         file.write_text(text, encoding="utf-8")
 
 
-def _copied(file: Path, folder: Path) -> str:
-    """Copy `file` to `folder` and return the copy's name; an existing file of that name is kept."""
-    content = file.read_bytes()
+def _copied(file: Path, folder: Path) -> Path:
+    """Copy `file` to `folder` and return the copy; with local imports, to a folder of its own
+    there. What exists with another content is kept, and the copy gets another name."""
+    local = local_imports(file)
+    root = file.parent.resolve()
+    contents = {path.relative_to(root): path.read_bytes() for path in local.values()}
+    contents[Path(file.name)] = file.read_bytes()
     for number in range(1, 1000):
-        name = file.name if number == 1 else f"{file.stem}_{number}{file.suffix}"
-        target = folder / name
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-        if target.read_bytes() == content:
+        stem = file.stem if number == 1 else f"{file.stem}_{number}"
+        target = folder / stem if local else folder
+        names = {name: name if local else Path(f"{stem}{file.suffix}") for name in contents}
+        if all(_written(target / names[name], content) for name, content in contents.items()):
             break
-    return name
+    return target / names[Path(file.name)]
+
+
+def _written(file: Path, content: bytes) -> bool:
+    """Write `file` if it does not exist; return whether it has `content`."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return file.read_bytes() == content
 
 
 def _absolute(value: Any, folder: Path) -> Any:

@@ -6,16 +6,13 @@ PEFT creates, names and saves the adapters; their forward pass is `kernels.lora_
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,8 +21,8 @@ from xtuner.hub.weight_files import tensors_of
 from xtuner.kernels.lora.layers import layer_classes
 from xtuner.models.check.training_pass import text_decoder
 from xtuner.models.old_adapters import fitting_llm_adapter
+from xtuner.models.vocabulary import fit_to_adapter
 
-_VOCABULARY = re.compile(r"(embed_tokens|lm_head|wte|embed_in|word_embeddings)\.weight$")
 _FEW = 0.01
 """A smaller share of weights without adapters is not reported."""
 
@@ -202,6 +199,7 @@ def load_adapter(
 
     Args:
         model: A causal language model, or a result of this function, which gets another adapter.
+            Its embeddings get as many rows as the adapter was trained with.
         folder: The adapter's folder.
         trainable: Whether its weights are trained.
         name: The name by which `set_adapter` selects it.
@@ -222,7 +220,7 @@ def load_adapter(
             f"{folder}: is not an adapter: it lacks adapter_config.json (found: "
             f"{found or 'nothing'})"
         )
-    check_vocabulary(model, folder)
+    fit_to_adapter(model, folder)
     try:
         with fitting_llm_adapter(model, folder) as fitted:
             if isinstance(model, PeftModel):
@@ -243,46 +241,6 @@ def load_adapter(
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
             f"{words if known else f'{type(error).__name__}: {words}'}"
         ) from error
-
-
-def check_vocabulary(model: Any, folder: Path) -> None:
-    """Refuse the adapter in `folder` if it was trained with more tokens than `model` has.
-
-    Raises:
-        ModelError: says how many, and what to do.
-    """
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    if embedding is not None:
-        check_num_tokens(folder, int(embedding.weight.shape[0]))
-
-
-def check_num_tokens(folder: Path, num_tokens: int) -> None:
-    """As `check_vocabulary`, for a model of `num_tokens` tokens."""
-    needed = _num_tokens_of(folder)
-    if needed > num_tokens:
-        more = needed - num_tokens
-        tokens = "1 more token" if more == 1 else f"{more:,} more tokens"
-        raise ModelError(
-            f"{folder}: the adapter was trained with {tokens} than the model has ({needed:,}, not "
-            f"{num_tokens:,}). Give the model with these tokens; or resize this one, with "
-            f"transformers: model.resize_token_embeddings({needed})"
-        )
-
-
-def _num_tokens_of(folder: Path) -> int:
-    """Tokens that the adapter in `folder` needs: by its embedding, its head, or the tokens it
-    trains; 0 if it says nothing of them."""
-    found = [0]
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        indices = config.get("trainable_token_indices") or []
-        for some in indices.values() if isinstance(indices, dict) else [indices]:
-            found += [int(index) + 1 for index in some]
-    file = folder / "adapter_model.safetensors"
-    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as weights:
-        names = [name for name in weights.keys() if _VOCABULARY.search(name)]  # noqa: SIM118
-        found += [weights.get_slice(name).get_shape()[0] for name in names]
-    return max(found)
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:

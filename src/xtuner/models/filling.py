@@ -54,4 +54,5 @@ def filled(
         position_ids=positions,
         cu_seqlens=torch.cat([batch.cu_seqlens, ends]),
         images=images,
+        weights=None if batch.weights is None else F.pad(batch.weights, (0, missing)),
     )

@@ -18,7 +18,7 @@ from xtuner.config.marks import thawed
 from xtuner.config.schema import Settings
 from xtuner.kernels import host_embedding
 from xtuner.kernels.fused import attention, decoder, norm_mlp
-from xtuner.models import adapters
+from xtuner.models import adapters, vocabulary
 from xtuner.models.can_pack import training_implementation
 from xtuner.models.load import lasting_name, load_model
 from xtuner.models.vision.folder import LLM, LLM_ADAPTER
@@ -53,6 +53,7 @@ def make_trainable(
     stored = weights_dtype(s, dtype)
     model = base(stored) if base else _loaded(s, stored, device, source)
     on_meta = next(model.parameters()).is_meta
+    new_rows = grow(model, s)
     model.set_attn_implementation(training_implementation(model, s.attn_implementation))
     if embedding_on_cpu:
         host_embedding.install(model, [*s.lora_target_modules, *s.lora_modules_to_save])
@@ -78,7 +79,7 @@ def make_trainable(
         target_modules=s.lora_target_modules,
         modules_to_save=s.lora_modules_to_save,
         seed=s.seed,
-        further=_further(s, on_meta=on_meta),
+        further={**_further(s, on_meta=on_meta), **_trained_rows(model, s, new_rows)},
     )
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = lasting_name(s.pretrained_model_name_or_path)
@@ -99,6 +100,30 @@ def _further(s: Settings, *, on_meta: bool) -> dict[str, Any]:
     """The setting `lora_config`, adapted for meta tensors, which have no principal components."""
     further: dict[str, Any] = thawed(s.lora_config) or {}
     return {k: v for k, v in further.items() if not (on_meta and k == "init_lora_weights")}
+
+
+def grow(model: Any, s: Settings) -> range:
+    """The new embeddings of `model`, with the setting `resize_embeddings`."""
+    if not s.resize_embeddings:
+        return range(0)
+    return vocabulary.grow_to_tokenizer(
+        model, s.pretrained_model_name_or_path, trust_remote_code=s.trust_remote_code
+    )
+
+
+def _trained_rows(model: Any, s: Settings, rows: range) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig that train `rows` of the embeddings."""
+    if not rows:
+        return {}
+    vocabulary.check_targets(model, s.lora_target_modules)
+    indices = vocabulary.trainable_rows(model, rows, saved=s.lora_modules_to_save)
+    given = (thawed(s.lora_config) or {}).get("trainable_token_indices") or {}
+    if not isinstance(given, dict):
+        given = {next(iter(indices), "embed_tokens"): given}
+    for name, more in given.items():
+        key = next((key for key in indices if key.endswith(name)), name)
+        indices[key] = sorted({*indices.get(key, ()), *more})
+    return {"trainable_token_indices": indices} if indices else {}
 
 
 def weights_dtype(s: Settings, dtype: torch.dtype) -> torch.dtype:

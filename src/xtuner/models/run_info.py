@@ -88,7 +88,14 @@ class RunInfo:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls(**values)
-        except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (
+            yaml.YAMLError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+        ) as error:
             raise CheckpointError(f"{path}: is not an xtuner run file: {error}") from error
         except RecursionError as error:
             raise CheckpointError(f"{path}: is nested too deeply for a run file") from error

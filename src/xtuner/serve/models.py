@@ -23,8 +23,9 @@ from xtuner.errors import ConfigError
 from xtuner.generation.running import takes_batches
 from xtuner.models import manifest
 from xtuner.models.adapters import load_adapter
-from xtuner.models.load import load_tokenizer
+from xtuner.models.load import load_tokenizer, located, read_config
 from xtuner.models.vision.load import VisionLanguageModel
+from xtuner.models.vocabulary import misfit
 from xtuner.templates.base import Template
 
 
@@ -89,7 +90,7 @@ def open_models(
     Args:
         model: what `open_chat` takes; of a run with an adapter the base model is served as well.
         adapters: folders of further adapters, each as ``DIR`` or ``NAME=DIR``.
-        base_too: also serve the base model without an adapter.
+        base_too: also serve the base model without an adapter, if the adapter has its vocabulary.
         options: further arguments of `open_chat`.
 
     Raises:
@@ -109,6 +110,12 @@ def open_models(
         session = open_chat(model, **options)
         return [_served(base, Weights(session.model), session)]
     (first, folder), *others = named
+    if _has_own_vocabulary(found.model, folder):
+        if others:
+            raise ConfigError(
+                f"{folder}: the adapter has a vocabulary of its own; serve it without others"
+            )
+        base_too = False
     session = open_chat(found.model, adapter=folder, **options)
     weights = Weights(session.model)
     served = [_served(f"{base}:{first}", weights, session, adapter="default")]
@@ -118,6 +125,13 @@ def open_models(
     if base_too:
         served.insert(0, _base(base, weights, session, found.model, options))
     return _distinct(served)
+
+
+def _has_own_vocabulary(model: str, adapter: str) -> bool:
+    """Whether `adapter` was trained with another number of tokens than `model` has."""
+    size = read_config(located(model)).get("vocab_size")
+    folder = find(model, adapter=adapter).adapter
+    return isinstance(size, int) and folder is not None and bool(misfit(folder, size))
 
 
 def short_name(model: str) -> str:

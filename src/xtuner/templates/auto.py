@@ -43,7 +43,8 @@ _PATIENCE = 3
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STOPPING_OPENERS = ("<|user|>", "<|observation|>")
 _FURTHER_ENDS = (
-    "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|observation|>"
+    "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>",
+    "<|observation|>", "<|tool_response>",
 )  # fmt: skip
 ONE_SEQUENCE = (
     "the model's chat template rewrites earlier turns, and this algorithm takes one sequence, so "

@@ -39,12 +39,13 @@ logger = logging.getLogger("xtuner.templates")
 
 class Turn(NamedTuple):
     """An assistant turn, including its stop: characters ``[start, end)``; those of `masked` in it
-    are not supervised."""
+    are not supervised. `weight` is the loss weight of its tokens."""
 
     start: int
     end: int
     supervised: bool
     masked: tuple[tuple[int, int], ...] = ()
+    weight: float = 1.0
 
 
 class Rendered(NamedTuple):
@@ -113,7 +114,7 @@ class Template(ABC):
         """A hash of everything that affects rendering; part of the key of the data cache."""
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Token ids and loss mask of a conversation.
+        """Token ids, loss mask and loss weights of a conversation.
 
         The stop token of a supervised turn is supervised; what follows it, such as a line break,
         is not.
@@ -139,14 +140,17 @@ class Template(ABC):
     def _encoded(self, rendered: Rendered) -> Encoded:
         ids: list[int] = []
         mask: list[bool] = []
+        weights: list[float] = []
         for index, segment in enumerate(self._segments(rendered)):
             turn = rendered.turns[index // 2] if index % 2 else None
             ids += segment
+            weights += [turn.weight if turn else 1.0] * len(segment)
             if turn is not None and turn.supervised and turn.masked:
                 mask += self._partly_masked(rendered.text, turn, segment)
             else:
                 mask += [turn is not None and turn.supervised] * len(segment)
-        return Encoded(ids, mask)
+        weighted = any(turn.weight != 1.0 for turn in rendered.turns if turn.supervised)
+        return Encoded(ids, mask, weights if weighted else None)
 
     def _partly_masked(self, text: str, turn: Turn, ids: list[int]) -> list[bool]:
         """Which of the `ids` of `turn` are supervised.

@@ -61,7 +61,8 @@ class NamedTemplate(Template):
                 answer = fill(spec.answer, {"content": content})
                 text += spec.assistant + answer
                 masked = masked_spans(message, text, start, start + len(answer))
-                turns.append(Turn(start, start + len(answer), message.supervised, masked))
+                end = start + len(answer)
+                turns.append(Turn(start, end, message.supervised, masked, message.weight))
                 text += spec.after
                 closed = True
                 continue

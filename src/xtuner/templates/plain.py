@@ -66,7 +66,7 @@ class PlainText(Template):
             if role == "assistant" and message:
                 text += self._end
                 masked = masked_spans(message, text, start, len(text))
-                turns.append(Turn(start, len(text), message.supervised, masked))
+                turns.append(Turn(start, len(text), message.supervised, masked, message.weight))
                 text += self.between
             elif role == "system":
                 text += self.between

@@ -170,7 +170,8 @@ class TurnFinder:
                 masked.append((span[0], mark[0]))
             if message is not None:
                 masked += masked_spans(message, text.text, *span)
-            found[index] = Turn(*span, self._is_supervised(index), tuple(masked))
+            weight = message.weight if message else 1.0
+            found[index] = Turn(*span, self._is_supervised(index), tuple(masked), weight)
         return found
 
     def _span(self, text: str, index: int, mark: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -217,6 +218,10 @@ class TurnFinder:
         span = (len(completion.prompt), len(text))
         message = self._messages[index]
         masked = masked_spans(message, text, *span) if message else ()
-        turns = [*(turn._replace(supervised=False) for turn in earlier), Turn(*span, True, masked)]
+        weight = message.weight if message else 1.0
+        turns = [
+            *(turn._replace(supervised=False) for turn in earlier),
+            Turn(*span, True, masked, weight),
+        ]
         self._check(completion.turn, completion.answer)
         return self._stops.opened(Rendered(text, turns), self._moments.dicts[index])

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 _WIDTHS = {
     32: "hidden_size d_model n_embd dim embedding_size embed_dim emb_dim word_embed_proj_dim "
     "dim_model lru_width attention_hidden_size project_dim moe_intermediate_size "
-    "shared_expert_intermediate_size expert_ffn_hidden_size",
+    "shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
+    "hidden_size_global adapter_in_dim adapter_out_dim",
     64: "intermediate_size n_inner ffn_dim d_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim "
     "dim_ff mamba_d_ssm intermediate_size_mlp",
     8: "head_dim dim_head d_head qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_d_head "
@@ -39,8 +40,17 @@ _SIZES["eos_token_id"] = 4
 _OPTIONAL = ("sliding_window", "vocab_size", "q_lora_rank", "pad_token_id")
 """Fields that mean something where they are None."""
 _MISSING = object()
+_ROTARY = {"rope_type": "default", "rope_theta": 1e4}
 _OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1},
     "bert": {"is_decoder": True},
+    "blt": {"encoder_hash_byte_group_vocab": 261, "encoder_hash_byte_group_size": [3]},
+    "cohere_compass_text": {
+        "rope_parameters": {"sliding_attention": _ROTARY, "full_attention": _ROTARY}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "dense"]},
     "roberta": {"is_decoder": True},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {
@@ -50,6 +60,22 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local", "local"]},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"], "is_decoder": True},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+    },
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -86,7 +112,8 @@ def _changes(config: Any) -> dict[str, Any]:
     for name in kind.sub_configs:
         inner = _value(config, name)
         if inner is not None and inner is not _MISSING:
-            changed[name] = {**_changes(inner), "model_type": inner.model_type}
+            own = _OWN.get(inner.model_type, {})
+            changed[name] = {**_changes(inner), **own, "model_type": inner.model_type}
     return changed
 
 

@@ -65,6 +65,8 @@ class CheckpointWriter:
         Raises:
             LaunchError: The disk or memory is full.
         """
+        if not self.console.is_terminal:  # where a bar is drawn
+            self.console.print(f"Saving iter_{run.count}...", markup=False)
         path = self.store.save(
             run.count,
             lambda folder: self._write(folder, run),

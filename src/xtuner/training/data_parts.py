@@ -64,7 +64,9 @@ class DataParts:
             settings.pretrained_model_name_or_path, trust_remote_code=settings.trust_remote_code
         )
         template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)
-        vocab_size = check_tokenizer(tokenizer, template, facts_of(settings))
+        vocab_size = None
+        if not settings.resize_embeddings:
+            vocab_size = check_tokenizer(tokenizer, template, facts_of(settings))
         image_layout = image_layout_of(settings, tokenizer, folder=folder)
         if image_layout is not None:  # the token <image> may change the template's output
             template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=folder)

@@ -71,7 +71,7 @@ class Validation:
         if faults:
             messages = processes.gather([str(fault)] if fault else [])
             raise DataError("; ".join(dict.fromkeys(messages))) from fault
-        return total / max(1.0, count)
+        return total / (count or 1.0)
 
     def _read(self, index: int) -> tuple[Batch | None, DataError | None]:
         try:

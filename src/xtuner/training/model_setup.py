@@ -12,8 +12,10 @@ from xtuner.config.schema import Settings
 from xtuner.engine.optimizer import optim
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.memory.plan import MemoryPlan
+from xtuner.models import vocabulary
 from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.facts import facts_of
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.parallel.processes import Processes
@@ -66,6 +68,8 @@ def make_model(
         console.print(f"Note: {note}.")
     if processes.sequence is not None:
         model.split_rows(processes.sequence)
+    if s.resize_embeddings:
+        console.print(f"Note: {vocabulary.growth(model.causal, facts_of(s).vocab_size)}.")
     for note in notes_on_adapters(llm) if s.uses_adapter else ():
         console.print(f"Note: {note}.", markup=False)
     for line in vision.trained() if vision else ():

@@ -143,7 +143,6 @@ def check_tokenizer(tokenizer: Any, template: Template, facts: ModelFacts) -> in
             f"{facts.path}: the tokenizer has {len(tokenizer):,} tokens, but the model only "
             f"{facts.vocab_size:,} embeddings, and the template writes tokens without one "
             f"({shown}). Use the tokenizer that belongs to the model, set another prompt_template, "
-            f"or enlarge the model first with transformers: "
-            f"model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(...)"
+            f"or set resize_embeddings = True, which adds and trains them"
         )
     return facts.vocab_size

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -134,6 +135,45 @@ def test_output_with_loss_of_xtuner_0_1_is_read():
     said = [{"input": "a", "output": "b", "output_with_loss": on} for on in (False, True, None)]
     record = read("xtuner", conversation=said)
     assert [m.supervised for m in record.messages] == [False, False, False, True, False, True]
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight"])
+def test_a_weight_may_be_a_fraction(key):
+    def weights(record):
+        said = [m for m in record.messages if m.role == "assistant"]
+        return [(m.supervised, m.weight) for m in said]
+
+    each, expected = [0.5, 0, 2, None], [(True, 0.5), (False, 1.0), (True, 2.0), (True, 1.0)]
+    said = [{"role": "assistant", "content": "b", key: weight} for weight in each]
+    assert weights(read("openai", messages=[{"role": "user", "content": "a"}, *said])) == expected
+    turns = [
+        {"from": "human", "value": "a"},
+        *({"from": "gpt", "value": "b", key: w} for w in each),
+    ]
+    for name in ("sharegpt", "llava", "msagent"):
+        assert weights(read(name, conversations=turns)) == expected
+    pairs = [{"input": "a", "output": "b", key: weight} for weight in each]
+    assert weights(read("xtuner", conversation=pairs)) == expected
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"weight": -0.5}, r"weight: is -0.5; it must be 0, or a number from 1e-06 to 1e\+06"),
+        ({"weight": float("nan")}, "weight: is nan"),
+        ({"loss_weight": "0.5"}, "loss_weight: is '0.5'"),
+        ({"loss": 0.5}, "loss: is 0.5; it must be true or false"),
+        ({"weight": 0.5, "loss_weight": 0.6}, "weight: weight and loss_weight disagree"),
+        ({"weight": 0.5, "train": False}, "train: train and weight disagree"),
+        ({"role": "user", "weight": 0.5}, "weight: is 0.5 in a turn of 'user'"),
+    ],
+    ids=["negative", "nan", "text", "loss", "two", "train", "user"],
+)
+def test_a_weight_that_is_not_allowed_is_named(turn, said):
+    turn = {"role": "assistant", "content": "b", **turn}
+    with pytest.raises(RowError) as caught:
+        read("openai", messages=[{"role": "user", "content": "a"}, turn])
+    assert re.search(said, f"{caught.value.field}: {caught.value.problem}; {caught.value.hint}")
 
 
 def test_supervision_that_disagrees_with_itself_is_named():

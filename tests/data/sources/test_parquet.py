@@ -80,3 +80,13 @@ def test_one_process_reads_several_files(tmp_path) -> None:
     assert len(_Child._idle) <= 1
     some = list(itertools.islice(parquet_rows(tmp_path / "a.parquet", name="a"), 100))
     assert [row["a"] for row, _ in some] == list(range(100))
+
+
+@pytest.mark.parametrize("dictionary", [True, False], ids=["dictionary", "plain"])
+def test_a_file_that_expands_beyond_all_measure_is_refused(dictionary, tmp_path) -> None:
+    file = tmp_path / "bomb.parquet"
+    table = pyarrow.table({"text": pyarrow.array(["a" * 100_000] * 700)})
+    pyarrow.parquet.write_table(table, file, compression="zstd", use_dictionary=dictionary)
+    with pytest.raises(DataError, match=r"it expands from 0\.\d+ MB to (64|70) MB or more"):
+        for _ in parquet_rows(file, name=file.name):
+            pass

@@ -12,6 +12,7 @@ from typing import Any
 
 from xtuner.calls.families.base import Family, parse
 from xtuner.calls.families.blocks import Blocks, DeepSeek, Kimi
+from xtuner.calls.families.gemma import Gemma
 from xtuner.calls.families.internlm2 import InternLM2
 from xtuner.calls.families.json_text import BareJson, TaggedJson
 from xtuner.calls.families.mistral import Mistral
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Family] = {
             "command_r", "<|START_ACTION|>", "<|END_ACTION|>", as_list=True, names="tool_name",
             arguments="parameters", ids="tool_call_id",
         ),
+        Gemma("gemma4"),
         Pythonic("lfm2", "<|tool_call_start|>", "<|tool_call_end|>"),
         Moss("moss"),
         Blocks("glm4"),

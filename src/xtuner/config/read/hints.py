@@ -44,8 +44,8 @@ def python_hint(line: str, message: str) -> str:
     return ""
 
 
-def yaml_hint(line: str, message: str) -> str:
-    """A hint about a syntax error in `line`, for which PyYAML gives `message`."""
+def yaml_hint(line: str, message: str, context: str = "") -> str:
+    """A hint about a syntax error in `line`, for which PyYAML gives `message` and `context`."""
     if "'\\t'" in message or ("\t" in line[: len(line) - len(line.lstrip())]):
         return "the line has a tab; YAML takes spaces only"
     if "escape" in message:
@@ -54,6 +54,10 @@ def yaml_hint(line: str, message: str) -> str:
         return _replace(sign)
     if "mapping values are not allowed" in message:
         return "write one  name: value  per line, and quotes around a value with a colon"
+    if "quoted scalar" in context:
+        return "a quote is opened and not closed"
+    if "flow sequence" in context or "flow mapping" in context:
+        return f"add the closing bracket {']' if 'sequence' in context else '}'}"
     if re.match(r"\s*[A-Za-z_]\w*\s*=", line):
         return "YAML takes  name: value ; a file with  name = value  must end in .py"
     return ""

@@ -125,9 +125,13 @@ def _syntax_problem(text: str, error: yaml.YAMLError) -> Problem:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return Problem("the file", f"is not YAML: {error}")
+    context = getattr(error, "context", None) or ""
+    opened = getattr(error, "context_mark", None)
+    if opened is not None and any(word in context for word in ("scalar", "flow", "simple key")):
+        mark = opened  # where the quote or bracket is, not where the file or next name shows it
     lines = text.split("\n")
     line = lines[mark.line] if mark.line < len(lines) else ""
     message = getattr(error, "problem", None) or ""
-    hint = hints.yaml_hint(line, message)
+    hint = hints.yaml_hint(line, message, context)
     reason = f"is not YAML: {message}{f'; {hint}' if hint else ''}"
     return Problem(line.strip(), reason, line=mark.line + 1)

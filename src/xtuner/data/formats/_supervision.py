@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from xtuner.data.formats.base import RowError, optional_text
 from xtuner.types import Role
 
-LOSS_KEYS = ("loss", "train", "training", "weight")
-"""Keys for whether a turn is supervised: ours, Axolotl's two, and OpenAI's."""
+WEIGHT_KEYS = ("weight", "loss_weight")
+"""Keys for the loss weight of a turn: OpenAI's name, and a longer one."""
+
+LOSS_KEYS = ("loss", "train", "training", *WEIGHT_KEYS)
+"""Keys for whether a turn is supervised: ours, Axolotl's two, and the weights, where 0 means no."""
+
+_LEAST, _MOST = 1e-6, 1e6
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys for the reasoning before an answer, as in DeepSeek, vLLM and gpt-oss."""
@@ -17,24 +22,43 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 SUPERVISION_KEYS = (*LOSS_KEYS, *REASONING_KEYS)
 
 
-def read_loss(turn: Mapping[str, Any], role: Role, path: str) -> bool | None:
-    """Read whether a turn is supervised; None if it does not say.
+class Supervision(TypedDict):
+    """What a turn says about its loss, as fields of a `Message`."""
+
+    loss: bool | None
+    weight: float
+
+
+def read_loss(turn: Mapping[str, Any], role: Role, path: str) -> Supervision:
+    """Read whether a turn is supervised, None if it does not say, and its loss weight.
 
     Raises:
-        RowError: a value is neither true nor false, two of them disagree, or a turn that is not
-            the assistant's is to be supervised.
+        RowError: a value is not allowed, two of them disagree, or a turn that is not the
+            assistant's is to be supervised.
     """
     given = {key: turn[key] for key in LOSS_KEYS if turn.get(key) is not None}
     for key, value in given.items():
-        if value not in (0, 1):
+        if key in WEIGHT_KEYS:
+            _check_weight(key, value, path)
+        elif value not in (0, 1):
             raise RowError(f"{path}{key}", f"is {value!r}", "it must be true or false")
         if value and role != "assistant":
             hint = "only assistant turns are supervised"
-            raise RowError(f"{path}{key}", f"is true in a turn of {role!r}", hint)
-    if len({bool(value) for value in given.values()}) > 1:
+            seen = value if key in WEIGHT_KEYS and value is not True else "true"
+            raise RowError(f"{path}{key}", f"is {seen} in a turn of {role!r}", hint)
+    weights = {float(given[key]) for key in WEIGHT_KEYS if key in given}
+    if len({bool(value) for value in given.values()}) > 1 or len(weights) > 1:
         names = " and ".join(given)
         raise RowError(f"{path}{next(iter(given))}", f"{names} disagree", "keep one of them")
-    return next((bool(value) for value in given.values()), None)
+    loss = next((bool(value) for value in given.values()), None)
+    return Supervision(loss=loss, weight=next(iter(weights), 1.0) if loss else 1.0)
+
+
+def _check_weight(key: str, value: Any, path: str) -> None:
+    number = isinstance(value, int | float)
+    if not number or (value and not _LEAST <= value <= _MOST):
+        hint = f"it must be 0, or a number from {_LEAST:g} to {_MOST:g}"
+        raise RowError(f"{path}{key}", f"is {value!r}", hint)
 
 
 def read_reasoning(turn: Mapping[str, Any], role: Role, path: str) -> str:

@@ -39,11 +39,11 @@ def _turn(turn: Mapping[str, Any], path: str) -> Message:
     role = _ROLES.get(name)
     if role is None:
         raise RowError(f"{path}from", f"is {name!r}", f"it must be one of {', '.join(_ROLES)}")
-    loss, reasoning = read_loss(turn, role, path), read_reasoning(turn, role, path)
+    supervision, reasoning = read_loss(turn, role, path), read_reasoning(turn, role, path)
     if name == "function_call":
         calls = read_calls(text(turn, "value", within=path), where=f"{path}value")
-        return Message(role, "", loss=loss, tool_calls=calls, reasoning=reasoning)
+        return Message(role, "", tool_calls=calls, reasoning=reasoning, **supervision)
     # Tool results and system messages may be empty.
     may_be_empty = role in ("system", "tool") and turn.get("value") is not None
     content = (optional_text if may_be_empty else text)(turn, "value", within=path)
-    return Message(role, content, loss=loss, reasoning=reasoning)
+    return Message(role, content, reasoning=reasoning, **supervision)

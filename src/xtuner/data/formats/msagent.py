@@ -64,13 +64,11 @@ def _parts(turn: Message, where: str) -> Iterator[Message]:
         inner = _FENCE.sub("", part[2])
         if part[1] == "exec":
             if said.strip():
-                yield Message("assistant", said.strip(), loss=turn.loss, reasoning=reasoning)
+                yield replace(turn, content=said.strip(), reasoning=reasoning)
             yield Message("tool", inner)
         else:
             calls = read_calls(inner, where=where)
-            yield Message(
-                "assistant", said.strip(), loss=turn.loss, tool_calls=calls, reasoning=reasoning
-            )
+            yield replace(turn, content=said.strip(), tool_calls=calls, reasoning=reasoning)
         said = reasoning = ""
     rest = said + turn.content[at:]
     if rest.strip():

@@ -64,11 +64,11 @@ def _message(turn: Mapping[str, Any], path: str) -> Message:
     return Message(
         role=role,
         content=(optional_text if may_be_empty else text)(turn, "content", within=path),
-        loss=read_loss(turn, role, path),
         tool_calls=calls,
         name=optional_text(turn, "name", within=path) or None,
         tool_call_id=optional_text(turn, "tool_call_id", within=path) or None,
         reasoning=read_reasoning(turn, role, path),
+        **read_loss(turn, role, path),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xtuner.data.formats._supervision import LOSS_KEYS, read_loss
+from xtuner.data.formats._supervision import LOSS_KEYS, Supervision, read_loss
 from xtuner.data.formats.base import (
     Format,
     RowError,
@@ -31,11 +31,11 @@ def convert(row: Row) -> Conversation:
             raise RowError(f"{path}system", "is in a later turn", "only the first may have one")
         messages += [*system, Message("user", text(turn, "input", within=path))]
         answer = text(turn, "output", within=path)
-        messages.append(Message("assistant", answer, loss=_loss(turn, path)))
+        messages.append(Message("assistant", answer, **_loss(turn, path)))
     return conversation(messages, column="conversation")
 
 
-def _loss(turn: Mapping[str, Any], path: str) -> bool | None:
+def _loss(turn: Mapping[str, Any], path: str) -> Supervision:
     """Read whether the answer is supervised; XTuner 0.1 names it `output_with_loss`."""
     value = turn.get("output_with_loss")
     if value is None:

@@ -83,10 +83,17 @@ class ImageLayout:
         )
         mask = [
             supervised and token_id != self.token_id
-            for token_id, supervised, count in zip(*encoded, times, strict=True)
+            for token_id, supervised, count in zip(
+                encoded.input_ids, encoded.loss_mask, times, strict=True
+            )
             for _ in range(count)
         ]
-        return Encoded(ids, mask), tuple(images)
+        weights = encoded.weights and [
+            weight
+            for weight, count in zip(encoded.weights, times, strict=True)
+            for _ in range(count)
+        ]
+        return Encoded(ids, mask, weights), tuple(images)
 
     def is_sound(self, name: str) -> bool:
         """Whether an image can be used."""
@@ -110,6 +117,7 @@ class ImageLayout:
             sample,
             input_ids=sample.input_ids[:end],
             loss_mask=sample.loss_mask[:end],
+            weights=None if sample.weights is None else sample.weights[:end],
             images=sample.images[:kept],
         )
 

@@ -183,16 +183,22 @@ class PackedDataset:
         row = int(table.row[index])
         if store.sequences_per_row > 1:
             return self._sample_of_several(store, row)
-        start = int(table.start[index])
-        ids, mask = store.tokens(row, start, int(table.length[index]))
-        return Sample(ids, mask, store.ref(row), store.images(row, start))
+        start, length = int(table.start[index]), int(table.length[index])
+        ids, mask = store.tokens(row, start, length)
+        weights = store.weights(row)
+        kept = None if weights is None else weights[start : start + length]
+        return Sample(ids, mask, store.ref(row), store.images(row, start), weights=kept)
 
     def _sample_of_several(self, store: RowStore, row: int) -> Sample:
         kept = kept_pieces(store.sequences_of(row), self._max_length)
         parts = [store.tokens(row, start, length) for start, length in kept]
+        weights = store.weights(row)
+        if weights is not None:
+            weights = np.concatenate([weights[start : start + length] for start, length in kept])
         return Sample(
             np.concatenate([ids for ids, _ in parts]),
             np.concatenate([mask for _, mask in parts]),
             store.ref(row),
             lengths=tuple(length for _, length in kept),
+            weights=weights,
         )

@@ -16,7 +16,7 @@ from xtuner.data.tokenize.faults import KEPT_FAULTS, FaultGroup
 from xtuner.data.tokenize.store import RowStore
 from xtuner.errors import DataError, listed
 
-SEVERAL = "become several samples, as the chat template rewrites earlier turns"
+SEVERAL = "samples, as the chat template rewrites earlier turns"
 """What happens to rows whose turns one text cannot show as a chat does."""
 
 
@@ -71,7 +71,8 @@ class EncodedSource:
         several = self.store.parts.row
         if len(several):
             split = np.unique(several).astype(np.int64)
-            groups.append(self._group(f"{SEVERAL} ({count(len(several), 'sample')})", split))
+            verb = "becomes" if len(split) == 1 else "become"
+            groups.append(self._group(f"{verb} {len(several):,} {SEVERAL}", split))
         rows = np.setdiff1d(self.fitted.overlong, self.fitted.lost)
         if len(rows):
             what = "split into pieces of at most" if self.policy == "split" else "cut to"

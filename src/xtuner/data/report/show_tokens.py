@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from rich.text import Text
 
 from xtuner.data.collate import concatenate
@@ -33,12 +34,13 @@ def draw(
         show: 'text'; 'masked_text', which shows only the number of unsupervised tokens;
             'input_ids'; or 'labels' as passed to the loss.
         tokenizer: decodes ids.
-        marks: put supervised tokens between « and », for output without colors.
+        marks: put supervised tokens between « and », for output without colors. A loss weight other
+            than 1 follows the tokens, such as ``(x0.5)``.
         image_layout: how images are expanded to tokens; the tokens of an image are rendered as its
             name.
     """
     output, images = Text(), iter(sample.images)
-    for supervised, start, stop in _spans(sample, image_layout):
+    for supervised, weight, start, stop in _spans(sample, image_layout):
         if image_layout and sample.images and sample.input_ids[start] == image_layout.token_id:
             while start < stop and (ref := next(images, None)):
                 label = visible(f"[{IMAGE} {ref.name}: {ref.num_tokens} tokens]")
@@ -57,6 +59,8 @@ def draw(
             span = visible(_text(sample, start, stop, tokenizer))
         if supervised and marks:
             span = f"«{span}»"
+        if supervised and weight != 1:
+            span += f"(x{weight:g})"
         output.append(span, style=_SUPERVISED if supervised else _UNSUPERVISED)
         if show in _NUMBERS:
             output.append(" ")
@@ -76,9 +80,11 @@ def _symbol(control: str) -> str:
     return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else "\ufffd"
 
 
-def _spans(sample: Sample, image_layout: ImageLayout | None) -> Iterator[tuple[bool, int, int]]:
-    """(supervised, start, stop) of each run of supervised or unsupervised tokens; image tokens are
-    separate runs."""
+def _spans(
+    sample: Sample, image_layout: ImageLayout | None
+) -> Iterator[tuple[bool, float, int, int]]:
+    """(supervised, weight, start, stop) of each run of tokens that have these in common; image
+    tokens are separate runs."""
     labels = concatenate([sample]).labels[0].numpy()
     is_image = (
         sample.input_ids == image_layout.token_id
@@ -86,10 +92,12 @@ def _spans(sample: Sample, image_layout: ImageLayout | None) -> Iterator[tuple[b
         else labels > labels.max()
     )
     start = 0
-    kinds = zip((labels != IGNORE_INDEX).tolist(), is_image.tolist(), strict=True)
-    for (supervised, _), run in groupby(kinds):
+    supervised = labels != IGNORE_INDEX
+    weights = np.where(supervised, 1.0 if sample.weights is None else sample.weights, 1.0)
+    kinds = zip(supervised.tolist(), is_image.tolist(), weights.tolist(), strict=True)
+    for (learned, _, weight), run in groupby(kinds):
         stop = start + len(list(run))
-        yield supervised, start, stop
+        yield learned, weight, start, stop
         start = stop
 
 

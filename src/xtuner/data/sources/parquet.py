@@ -114,6 +114,8 @@ class _Child:
             )
         self._waiting -= 1
         found: dict[str, Any] = _Unpickler(io.BytesIO(content)).load()
+        if "refused" in found:
+            raise DataError(f"{name}: {found['refused']}")
         if "error" in found:
             kind = Path(name).suffix.removeprefix(".")
             raise DataError(f"{name}: is not a complete {kind} file: {found['error']}")

@@ -1,9 +1,10 @@
 """Reads parquet and arrow files in a separate process, which a malformed file may crash.
 
 Run as a script. Requests are lines of JSON on stdin, ``{"open": PATH}`` or ``{}`` for the next
-rows. Each answer on stdout is its length in 8 bytes and a pickle: ``{"rows", "share"}`` or
-``{"error"}``. A row that cannot be read is ``(column, reason, detail)``, and no rows are the end of
-the file. Imports nothing of xtuner, so that it starts in the time that pyarrow takes.
+rows. Each answer on stdout is its length in 8 bytes and a pickle: ``{"rows", "share"}``,
+``{"error"}``, or ``{"refused"}`` for a sound file. A row that cannot be read is ``(column, reason,
+detail)``, and no rows are the end of the file. Imports nothing of xtuner, so that it starts in the
+time that pyarrow takes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _BATCH_ROWS = 64
+_SMALL, _RATIO = 64_000_000, 1_000
+"""A file that expands to more bytes than these and to this many times its size is refused: natural
+text shrinks to a tenth, and tables with repeated columns to a hundredth."""
+
+
+class _ExpansionError(Exception):
+    """A small file holds implausibly much."""
 
 
 class _Pickler(pickle.Pickler):
@@ -44,14 +52,32 @@ def answers(path: str) -> Iterator[dict[str, Any]]:
             return
         import pyarrow.parquet
 
+        size = os.path.getsize(path)
         with pyarrow.parquet.ParquetFile(path) as table:
-            done, total = 0, table.metadata.num_rows
+            groups = range(table.metadata.num_row_groups)
+            expanded = sum(table.metadata.row_group(i).total_byte_size for i in groups)
+            _check_expansion(size, expanded)
+            done, total, expanded = 0, table.metadata.num_rows, 0
             for batch in table.iter_batches(batch_size=_BATCH_ROWS):
                 done += batch.num_rows
+                expanded += batch.nbytes
+                _check_expansion(size, expanded)
                 yield {"rows": _rows(batch), "share": done / max(1, total)}
         yield {"rows": [], "share": 1.0}
+    except _ExpansionError as error:
+        yield {"refused": str(error)}
     except Exception as error:  # whatever a malformed file causes
         yield {"error": " ".join(str(error).split()) or repr(error)}
+
+
+def _check_expansion(size: int, expanded: int) -> None:
+    """Refuse a file of `size` bytes that expands to implausibly many."""
+    if expanded > max(_SMALL, _RATIO * size):
+        raise _ExpansionError(
+            f"it expands from {size / 1e6:,.2f} MB to {expanded / 1e6:,.0f} MB or more, over "
+            f"{_RATIO:,} times its size, which no natural data do; if it is meant so, write it "
+            "without compression"
+        )
 
 
 def _of_arrow(path: str) -> Iterator[dict[str, Any]]:

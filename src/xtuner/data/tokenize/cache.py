@@ -22,6 +22,7 @@ from xtuner.data import formats
 from xtuner.data.tokenize.store import RowStore, StoreWriter
 from xtuner.device.ownership import refuse_others
 from xtuner.errors import DataError
+from xtuner.local_imports import sources
 from xtuner.version import __version__
 
 _LAYOUT = 7
@@ -111,11 +112,13 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def rules_of(name: str, *, folder: Path) -> str:
-    """A hash of the source code of the format `name`."""
+    """A hash of the source code of the format `name`, with the modules that a user's file imports
+    from its folder."""
     digest = hashlib.sha256()
     if plugins.is_user_path(name):
         file = Path(name.rpartition(":")[0]).expanduser()
-        paths = [path for base in (folder, Path.cwd()) if (path := base / file).is_file()][:1]
+        found = [path for base in (folder, Path.cwd()) if (path := base / file).is_file()]
+        paths = sources(found[0]) if found else []
     else:
         paths = sorted(Path(next(iter(formats.__path__))).glob("*.py"))
     for path in paths:

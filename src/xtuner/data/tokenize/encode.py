@@ -19,6 +19,7 @@ from xtuner.data.tokenize import cache
 from xtuner.data.tokenize.progress import progress_bar
 from xtuner.data.tokenize.store import EncodedChunk, RowStore, StoreWriter
 from xtuner.data.tokenize.workers import Encoder, chunked, encode_all
+from xtuner.local_imports import sources
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm
 
@@ -145,5 +146,8 @@ def _source_hash(algorithm: Algorithm) -> str:
     for kind in type(algorithm).__mro__:
         if function := vars(kind).get("encode"):
             digest.update(f"{kind.__name__}\n".encode())
-            digest.update(Path(function.__code__.co_filename).read_bytes())
+            file = Path(function.__code__.co_filename)
+            package = file.is_relative_to(Path(__file__).parents[2])
+            for path in [file] if package else sources(file):
+                digest.update(path.read_bytes())
     return digest.hexdigest()

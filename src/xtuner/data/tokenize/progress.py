@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,17 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _REFRESH_SECONDS = 0.2
+_SLOW_SECONDS = 2.0
 
 
 @contextmanager
 def progress_bar(name: str, *, total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that shows (size read, rows done); silent unless stderr is a terminal.
+    """Yield a function that shows (size read, rows done). Unless stderr is a terminal, a source
+    that takes longer than some seconds is named in a line.
 
     The bar is drawn when the function is called: a refresh thread would interfere with forking.
     """
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield lambda read, rows: None
+        yield _line_of_slow(name, quiet=quiet)
         return
     columns = (
         TextColumn("Encoding {task.description}", markup=False),
@@ -41,3 +44,17 @@ def progress_bar(name: str, *, total: int, quiet: bool) -> Iterator[Callable[[in
                 drawn = time.monotonic()
 
         yield show
+
+
+def _line_of_slow(name: str, *, quiet: bool) -> Callable[[int, int], None]:
+    """A function that prints one line after some seconds."""
+    due = time.monotonic() + _SLOW_SECONDS
+    told = quiet
+
+    def show(read: int, rows: int) -> None:
+        nonlocal told
+        if not told and time.monotonic() > due:
+            told = True
+            print(f"Encoding {name}...", file=sys.stderr, flush=True)
+
+    return show

@@ -3,6 +3,8 @@
 token_ids.npy int32 [T]   mask.npy bool [T]          all rows, concatenated
 offsets.npy int64 [R+1]                              start of each row, then T
 sequence_lengths.npy int32 [R*k]                     for rows of k > 1 sequences; else empty
+weights.npy float32 [W]  weighted_rows.npy int32 [V]  loss weights of the tokens of the V rows that
+                                                     have any; empty if all weights are 1
 parts.npy int32 [4*P]                                rows that are several samples; see PART
 lines.npy int32 [R]    files.npy int32 [R]           line of the row, number of its file
 supervised.npy int32 [R]  hashes.npy uint64 [R]      supervised tokens, hash of the row
@@ -36,6 +38,8 @@ _ARRAYS: dict[str, Any] = {
     "mask": np.dtype("?"),
     "offsets": np.dtype("<i8"),
     "sequence_lengths": np.dtype("<i4"),
+    "weights": np.dtype("<f4"),
+    "weighted_rows": np.dtype("<i4"),
     "parts": np.dtype("<i4"),
     "lines": np.dtype("<i4"),
     "files": np.dtype("<i4"),
@@ -49,12 +53,15 @@ _ARRAYS: dict[str, Any] = {
 @dataclass
 class EncodedChunk:
     """Some encoded rows: arrays as on disk, lengths instead of offsets, parts ``[P, 4]``, and the
-    rows that failed, or were kept with wrong tool calls."""
+    rows that failed, or were kept with wrong tool calls. `weighted_rows` counts from the first row
+    of the chunk."""
 
     token_ids: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_]
     lengths: npt.NDArray[np.int64]
     sequence_lengths: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    weighted_rows: npt.NDArray[np.int32]
     parts: npt.NDArray[np.int32]
     lines: npt.NDArray[np.int32]
     files: npt.NDArray[np.int32]
@@ -94,6 +101,7 @@ class StoreWriter:
             "parts": parts.reshape(-1),
             "offsets": self._end + np.cumsum(chunk.lengths),
             "image_ends": self._names_end + np.cumsum(chunk.image_lengths),
+            "weighted_rows": self._rows + chunk.weighted_rows,
         }
         for name, column in self._columns.items():
             column.append(computed[name] if name in computed else getattr(chunk, name))
@@ -160,6 +168,11 @@ class RowStore:
         self._columns = {
             name: Column(self.folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()
         }
+        self._weighted_rows = self._columns["weighted_rows"].read()
+        if self._weighted_rows.max(initial=-1) >= len(self):
+            raise ValueError(f"{self.folder}: the arrays are inconsistent")
+        lengths = self.lengths[self._weighted_rows] if len(self._weighted_rows) else ()
+        self._weight_starts = np.cumsum([0, *lengths], dtype=np.int64)
 
     def _check(self) -> None:
         sizes = {name: len(column) for name, column in self._columns.items()}
@@ -174,6 +187,7 @@ class RowStore:
             and {sizes[name] for name in ("files", "supervised", "hashes", "image_ends")} == {rows}
             and sizes["image_names"] == (self._value("image_ends", rows - 1) if rows else 0)
             and bool(np.all(offsets[1:] > offsets[:-1]))
+            and sizes["weights"] == self._weight_starts[-1]
         )
         if not consistent:
             raise ValueError(f"{self.folder}: the arrays are inconsistent")
@@ -288,6 +302,19 @@ class RowStore:
             self._columns["token_ids"].read(first, length).astype(np.int64),
             self._columns["mask"].read(first, length).copy(),
         )
+
+    @property
+    def num_weighted(self) -> int:
+        """Number of rows with loss weights other than 1."""
+        return len(self._weighted_rows)
+
+    def weights(self, row: int) -> npt.NDArray[np.float32] | None:
+        """The loss weight of each token of a row ``[T]``; None if all are 1."""
+        at = int(np.searchsorted(self._weighted_rows, row))
+        if at == len(self._weighted_rows) or self._weighted_rows[at] != row:
+            return None
+        start, end = self._weight_starts[at : at + 2].tolist()
+        return self._columns["weights"].read(start, end - start).copy()
 
     def length(self, row: int) -> int:
         """Tokens of one row."""

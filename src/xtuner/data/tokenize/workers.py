@@ -152,11 +152,28 @@ class Encoder:
                 f"{type(algorithm).__name__}.encode returned {len(parts)} sequences for a row, "
                 f"but its sequences_per_row is {algorithm.sequences_per_row}"
             )
+        if any(part.weights is not None for part in parts):
+            self._check_weights(parts)
         if self.vocab_size is not None and (fault := self._without_embedding(parts)):
             return fault
         if not all(any(part.loss_mask[1:]) for part in parts):
             return Fault("has no supervised tokens, so it has no effect on training")
         return parts
+
+    def _check_weights(self, parts: Sequence[Encoded]) -> None:
+        name = type(self.algorithm).__name__
+        if not _takes_weights(self.algorithm):
+            raise ConfigError(
+                f"the data have loss weights, but {name}.loss does not declare that it uses them: "
+                "multiply by batch.weights_of_predicting, divide by batch.sum_of_weights, and set "
+                f"takes_weights = True in {name}; or remove the weights from the data"
+            )
+        for part in parts:
+            if part.weights is not None and len(part.weights) != len(part.input_ids):
+                raise ConfigError(
+                    f"{name}.encode returned {len(part.weights)} weights for "
+                    f"{len(part.input_ids)} tokens"
+                )
 
     def _without_embedding(self, parts: Sequence[Encoded]) -> Fault | None:
         """The fault of a row whose token ids exceed the model's embedding."""
@@ -166,8 +183,8 @@ class Encoder:
                 if self.vocab_size is not None and token >= self.vocab_size and not image:
                     name = self.tokenizer.convert_ids_to_tokens(token)
                     return Fault(
-                        "has a token for which the model has no embedding; remove it, or give the "
-                        "tokenizer that belongs to the model",
+                        "has a token for which the model has no embedding; set resize_embeddings = "
+                        "True, remove it, or give the tokenizer that belongs to the model",
                         detail=f"{name!r}, id {token}",
                     )
         return None
@@ -221,6 +238,16 @@ def _images_of(record: Record) -> tuple[str, ...]:
     return ()
 
 
+def _takes_weights(algorithm: Algorithm) -> bool:
+    """Whether the class that defines `algorithm.loss`, or one derived from it, says so."""
+    for kind in type(algorithm).__mro__:
+        if "takes_weights" in vars(kind):
+            return bool(vars(kind)["takes_weights"])
+        if "loss" in vars(kind):
+            return False
+    return False
+
+
 def _pieces(text: str) -> Iterator[str]:
     """Split a very long text after line ends, otherwise before spaces."""
     start = 0
@@ -247,12 +274,14 @@ class _Row(NamedTuple):
     mask: npt.NDArray[np.bool_]
     lengths: list[int]
     images: tuple[tuple[ImageRef, ...], ...]
+    weights: npt.NDArray[np.float32]
 
     @classmethod
     def of(cls, task: Task, row: EncodedRow) -> _Row:
         ids = np.concatenate([np.array(part.input_ids, np.int32) for part in row.parts])
         mask = np.concatenate([np.array(part.loss_mask, np.bool_) for part in row.parts])
-        return cls(task, ids, mask, [len(part.input_ids) for part in row.parts], row.images)
+        lengths = [len(part.input_ids) for part in row.parts]
+        return cls(task, ids, mask, lengths, row.images, _weights_of(row.parts))
 
     @property
     def supervised(self) -> list[int]:
@@ -264,6 +293,14 @@ class _Row(NamedTuple):
     @property
     def image_names(self) -> npt.NDArray[np.uint8]:
         return packed_images([ref for refs in self.images for ref in refs])
+
+
+def _weights_of(parts: Sequence[Encoded]) -> npt.NDArray[np.float32]:
+    """The loss weight of each token of a row; empty if all are 1."""
+    if all(part.weights is None for part in parts):
+        return np.zeros(0, np.float32)
+    each = [part.weights or [1.0] * len(part.input_ids) for part in parts]
+    return np.concatenate([np.array(weights, np.float32) for weights in each])
 
 
 def encode_chunk(encoder: Encoder, tasks: Sequence[Task]) -> EncodedChunk:
@@ -289,12 +326,12 @@ def encode_chunk(encoder: Encoder, tasks: Sequence[Task]) -> EncodedChunk:
             [length for row in rows for length in row.lengths] if together else [], np.int32
         ),
         parts=np.array([] if together else _parts(rows), np.int32).reshape(-1, len(PART)),
+        weights=np.concatenate([np.zeros(0, np.float32), *(row.weights for row in rows)]),
+        weighted_rows=np.array([i for i, row in enumerate(rows) if len(row.weights)], np.int32),
         lines=np.array([row.task.row.line for row in rows], np.int32),
         files=np.array([row.task.file for row in rows], np.int32),
         supervised=np.array([sum(row.supervised) for row in rows], np.int32),
-        hashes=np.array(
-            [_hash(r.token_ids, r.mask, n) for r, n in zip(rows, names, strict=True)], np.uint64
-        ),
+        hashes=np.array([_hash(r, n) for r, n in zip(rows, names, strict=True)], np.uint64),
         image_names=np.concatenate([np.zeros(0, np.uint8), *names]),
         image_lengths=np.array([len(name) for name in names], np.int64),
         faults=faults,
@@ -396,10 +433,8 @@ def _serial_tokenizers() -> Iterator[None]:
             os.environ[name] = previous
 
 
-def _hash(
-    ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], names: npt.NDArray[np.uint8]
-) -> int:
-    digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
-    digest.update(mask.tobytes())
-    digest.update(names.tobytes())
+def _hash(row: _Row, names: npt.NDArray[np.uint8]) -> int:
+    digest = hashlib.blake2b(row.token_ids.tobytes(), digest_size=8)
+    for array in (row.mask, names, row.weights):
+        digest.update(array.tobytes())
     return int.from_bytes(digest.digest(), "little")

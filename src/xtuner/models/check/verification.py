@@ -69,8 +69,10 @@ def split_rows(lm: Any, group: SequenceGroup) -> None:
 
 
 def _check_alone(lm: Any) -> None:
+    check = IsolationCheck(lm, LENGTHS[1:2])
     try:
-        leak = IsolationCheck(lm, LENGTHS[1:2]).leak()
+        leak = check.leak()
+        learns = lm._scores_of_row(check.batch(), check.batch()).requires_grad
     except (XTunerError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # third-party code
@@ -82,6 +84,11 @@ def _check_alone(lm: Any) -> None:
         raise ModelError(
             f"{_described(lm)}: {leak}. As configured it is not a causal language model "
             f"(but an encoder, for example), and cannot be trained here"
+        )
+    if not learns and any(parameter.requires_grad for parameter in lm.parameters()):
+        raise ModelError(
+            f"{_described(lm)}: no gradient reaches the trained weights, since its layers "
+            "compute their own gradients; set tuning = 'full'"
         )
 
 
