@@ -34,10 +34,13 @@ def _problem(config: Any) -> str:
         return "it is not an object"
     kinds = {
         "peft_type": str, "r": int, "lora_alpha": int | float, "alpha_pattern": dict,
-        "rank_pattern": dict, "bias": str,
+        "rank_pattern": dict, "bias": str, "lora_dropout": int | float,
+        "alora_invocation_tokens": list,
     }  # fmt: skip
     for name, kind in kinds.items():
         value = config.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"{name} is {value!r:.40}"
+    if not all(isinstance(token, int) for token in config.get("alora_invocation_tokens") or ()):
+        return "alora_invocation_tokens are no token ids"
     return "" if config.get("peft_type") else "peft_type is missing"

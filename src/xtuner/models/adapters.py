@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean
 from xtuner.hub.weight_files import tensors_of
 from xtuner.kernels.lora.layers import layer_classes
+from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.check.training_pass import text_decoder
 from xtuner.models.old_adapters import fitting_llm_adapter
 from xtuner.models.vocabulary import fit_to_adapter
@@ -220,6 +221,7 @@ def load_adapter(
             f"{folder}: is not an adapter: it lacks adapter_config.json (found: "
             f"{found or 'nothing'})"
         )
+    read_adapter_config(folder)
     fit_to_adapter(model, folder)
     try:
         with fitting_llm_adapter(model, folder) as fitted:

@@ -48,8 +48,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         ModelError: It does not exist or cannot be read.
     """
     source = located(path)
-    register_family(source)
     with readable_errors(path, "tokenizer"), quiet_transformers():
+        register_family(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         sentencepiece.correct(tokenizer, source)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -83,8 +83,9 @@ def load_model(
         ModelError: The model does not exist, cannot be read, or lacks weights.
     """
     source = located(path)
-    check_supported(str(path), read_config(source))
-    register_family(source)
+    with readable_errors(path, "model"):  # config.json may hold anything
+        check_supported(str(path), read_config(source))
+        register_family(source)
     options: dict[str, Any] = {}
     if quantization != "none":
         options["quantization_config"] = quantization_config(
@@ -122,9 +123,9 @@ def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         ModelError: It does not exist or cannot be read.
     """
     source = located(path)
-    check_supported(str(path), read_config(source))
-    register_family(source)
     with readable_errors(path, "model"):
+        check_supported(str(path), read_config(source))
+        register_family(source)
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -206,7 +207,7 @@ def read_config(source: str) -> dict[str, Any]:
             return {}
     try:
         return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -39,7 +39,8 @@ def check_supported(path: str, config: Mapping[str, Any]) -> None:
         ModelError: Says what the model is and what to use instead.
     """
     kind = str(config.get("model_type", "")).lower().replace("-", "")
-    classes = config.get("architectures") or []
+    named = config.get("architectures")
+    classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     reason = _TYPES.get(kind) or next((_CLASSES[c] for c in classes if c in _CLASSES), None)
     if reason:
         raise ModelError(f"{path} ({', '.join(classes) or kind}): {reason}")
