@@ -206,7 +206,7 @@ def test_another_base_than_trained_on_gets_a_warning(tiny_model_path, adapter, t
         ("[1]", "is not an object"),
         ("{}", "peft_type is missing"),
         ('{"peft_type": "LORA", "alpha_pattern": 7}', "alpha_pattern is 7"),
-        ('{"peft_type": "LORA", "alora_invocation_tokens": ["x"]}', "are no token ids"),
+        ('{"peft_type": "LORA", "alora_invocation_tokens": ["x"]}', "are not token ids"),
         ('{"peft_type": "X", "r": 2, "lora_alpha": 4}', "adapter_config.json is damaged"),
     ],
     ids=["list", "empty", "pattern", "alora", "type"],

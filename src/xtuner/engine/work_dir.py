@@ -94,7 +94,7 @@ class WorkPlace:
 
 def _copied(file: Path, folder: Path) -> Path:
     """Copy `file` to `folder` and return the copy; with local imports, to a folder of its own
-    there. What exists with another content is kept, and the copy gets another name."""
+    there. An existing file with other content is kept, and the copy gets another name."""
     local = local_imports(file)
     root = file.parent.resolve()
     contents = {path.relative_to(root): path.read_bytes() for path in local.values()}

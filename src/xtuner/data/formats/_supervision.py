@@ -23,7 +23,7 @@ SUPERVISION_KEYS = (*LOSS_KEYS, *REASONING_KEYS)
 
 
 class Supervision(TypedDict):
-    """What a turn says about its loss, as fields of a `Message`."""
+    """The loss settings of a turn, as fields of a `Message`."""
 
     loss: bool | None
     weight: float

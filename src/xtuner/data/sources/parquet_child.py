@@ -75,7 +75,7 @@ def _check_expansion(size: int, expanded: int) -> None:
     if expanded > max(_SMALL, _RATIO * size):
         raise _ExpansionError(
             f"it expands from {size / 1e6:,.2f} MB to {expanded / 1e6:,.0f} MB or more, over "
-            f"{_RATIO:,} times its size, which no natural data do; if it is meant so, write it "
+            f"{_RATIO:,} times its size, which real data never do; if this is intended, write it "
             "without compression"
         )
 
