@@ -68,9 +68,8 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
 
     all_linear = list(target_modules) == ["all-linear"]
-    outside = (
-        [*OUTSIDE_PEFT.get(model.config.model_type, ()), *unsuitable(model)] if all_linear else []
-    )
+    model_type = str(model.config.model_type)
+    outside = [*OUTSIDE_PEFT.get(model_type, ()), *unsuitable(model)] if all_linear else []
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

@@ -79,7 +79,7 @@ def test_damaged_and_foreign_files_are_named(folder, name):
     with pytest.raises(ImageError, match="is not an image"):
         folder.check(name)
     Image.new("RGB", (4, 4)).save(file, format="TIFF")
-    with pytest.raises(ImageError, match="is no image in JPEG, PNG"):
+    with pytest.raises(ImageError, match="is not an image in JPEG, PNG"):
         folder.check(name)
 
 
@@ -102,7 +102,7 @@ def test_decompression_bomb_is_rejected_before_decoding(folder, side):
 def test_a_line_that_would_become_a_huge_square_is_refused(folder, size):
     Image.new("1", size).save(folder.root / "line.png")
     assert (folder.root / "line.png").stat().st_size < 2_000
-    with pytest.raises(ImageError, match=r"more than (10,000 on a side|100 times)"):
+    with pytest.raises(ImageError, match=r"more than (10,000|100 times)"):
         folder.check("line.png")
     with pytest.raises(ImageError):
         folder.load("line.png")
