@@ -18,7 +18,7 @@ from xtuner.generation.generate import GenerationOptions
 
 WILD = (
     None, -1, 0, 2**70, 1e308, float("nan"), "", "x", "../x", [], {}, [[]], {"a": {}}, True, [None],
-    "0" * 5000, -3.5,
+    "0" * 5000, -3.5, "\ud800",
 )  # fmt: skip
 COUNT = 12
 

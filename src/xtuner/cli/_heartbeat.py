@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-SILENCE = 2.5
+SILENCE = 2.0
 """Seconds without output after which a dot is written."""
 
 

@@ -23,11 +23,17 @@ import typer
 
 from xtuner import plugins
 from xtuner.cli import _old_words
+from xtuner.cli._heartbeat import heartbeat
 from xtuner.errors import PeerLostError, XTunerError
 from xtuner.parallel.attempt import PEER_LOST
 from xtuner.version import __version__
 
 _PACKAGE = "xtuner.cli"
+_MAY_BE_SILENT = (
+    "check-custom-dataset", "convert", "evaluate-tools", "fetch", "log-dataset", "mmbench",
+    "report", "test",
+)  # fmt: skip
+"""Commands that show by dots that they are alive; the others end, wait, or show it themselves."""
 _OVERRIDE_FLAGS = ("--set", "--cfg-options")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _EPILOG = "Start with `xtuner list-cfg`. `xtuner COMMAND --help` describes a command."
@@ -44,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     try:
         given = complete_resume(expand_overrides(_old_words.translated(given)))
-        build_app()(given or ["--help"], prog_name="xtuner")
+        with heartbeat(on=next(iter(given), "") in _MAY_BE_SILENT):
+            build_app()(given or ["--help"], prog_name="xtuner")
     except XTunerError as error:
         if debug:
             raise

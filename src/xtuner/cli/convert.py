@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xtuner.cli import _model, _settings
-from xtuner.cli._heartbeat import heartbeat
 from xtuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def pth_to_hf(
     state is left out.
     """
     settings = _settings_of(config, trust_remote_code=trust_remote_code)
-    with heartbeat(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         from xtuner.hub import old_pth
 
         if old_pth.is_old(checkpoint):
@@ -199,21 +198,17 @@ def merge(
     merged file by file, which takes little memory; the verification loads the model.
     """
     if is_clip:
-        with heartbeat():
-            from xtuner.convert.vision_tower import merge_encoder
+        from xtuner.convert.vision_tower import merge_encoder
 
-            difference = merge_encoder(
-                llm, adapter, save_dir, dtype=dtype.value, device=device.value
-            )
+        difference = merge_encoder(llm, adapter, save_dir, dtype=dtype.value, device=device.value)
         typer.echo(f"Wrote {save_dir}. Largest difference before rounding: {difference:.1e}.")
         return
-    with heartbeat():
-        from xtuner.convert.merge import merge as run
+    from xtuner.convert.merge import merge as run
 
-        report = run(
-            llm, adapter, save_dir, max_shard_size=max_shard_size, device=device.value,
-            dtype=dtype.value, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+    report = run(
+        llm, adapter, save_dir, max_shard_size=max_shard_size, device=device.value,
+        dtype=dtype.value, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     typer.echo(f"Wrote {save_dir}, merged {report.how}.")
     if report.max_difference is not None and report.relative is not None:
         typer.echo(
@@ -233,10 +228,9 @@ def split(
 
     Writes weight files of another size; the tensors do not change.
     """
-    with heartbeat():
-        from xtuner.convert.split import split as run
+    from xtuner.convert.split import split as run
 
-        run(src, dst, max_shard_size=max_shard_size)
+    run(src, dst, max_shard_size=max_shard_size)
     typer.echo(f"Wrote {dst}; every tensor was read back and is identical.")
     _next("xtuner", "chat", str(dst))
 

@@ -105,6 +105,8 @@ def has_tokenizer_of(folder: Path, base: Path) -> bool:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` in the style of config.json."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    if any("\ud800" <= character <= "\udfff" for character in text):  # UTF-8 has none of them
+        text = json.dumps(values, indent=2) + "\n"
     path.write_text(text, encoding="utf-8")
 
 
