@@ -68,7 +68,7 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
 
     all_linear = list(target_modules) == ["all-linear"]
-    model_type = str(model.config.model_type)
+    model_type: str = getattr(model.config, "model_type", "")
     outside = [*OUTSIDE_PEFT.get(model_type, ()), *unsuitable(model)] if all_linear else []
     config = LoraConfig(
         r=r,
