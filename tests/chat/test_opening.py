@@ -129,3 +129,20 @@ def test_four_bits(run: Path) -> None:
     assert "".join(session.ask("Hi")) == "".join(
         opening.open_chat(run / "work", bits=4, dtype="float32").ask("Hi")
     )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("internlm/internlm2-chat-1_8b", "models/internlm2-chat-1_8b", True),
+        ("internlm/internlm2-chat-7b", "models/internlm2-chat-1_8b", False),
+        ("other/internlm2-chat-1_8b", "models/internlm2-chat-1_8b", False),
+        ("models/../models/internlm2-chat-1_8b", "models/internlm2-chat-1_8b", True),
+    ],
+    ids=["of the hub", "of another size", "two folders", "one folder"],
+)
+def test_whether_two_names_mean_one_model(one, other, same, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models", "other"):
+        (tmp_path / folder / "internlm2-chat-1_8b").mkdir(parents=True)
+    assert opening._same(one, other) == same

@@ -22,6 +22,10 @@ from xtuner.errors import ConfigError
         ("chat M --command-stop-word <eoc> --answer-stop-word <eom>",
          "chat M --stop-words <eoc> --stop-words <eom>"),
         ("chat M --bot-name Ming --offload-folder x --top-k 3", "chat M --top-k 3"),
+        ("chat M --visual-select-layer -2 --bits 4", "chat M --bits 4"),
+        ("mmbench M --torch-dtype fp16 --bot-name X --seed 1 --limit 3", "mmbench M --limit 3"),
+        ("convert merge M A D --safe-serialization --fp", "convert merge M A D --fp"),
+        ("test C --checkpoint K --launcher none", "test C --checkpoint K"),
         ("train C --seed 3", "train C --set seed=3"),
         ("train C --local_rank=1", "train C"),
         ("train C --set seed=1 lr=2", "train C --set seed=1 lr=2"),
@@ -38,6 +42,7 @@ def test_old_command_lines(old, new):
         ("eval_refcoco M", "xtuner mmbench"),
         ("dist_train C 8", "--nproc"),
         ("chat M --system-template nobody", "alpaca"),
+        ("chat M --visual-select-layer -1", "visual_select_layer"),
         ("convert pth_to_hf C P D --save-format official", "--save-format huggingface"),
     ],
 )

@@ -51,6 +51,14 @@ def test_lines_are_short(mixed_bag):
     assert re.match(train, lines[5])
 
 
+def test_many_rows_without_their_ends_are_said(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [chat("Who?", "I am Mia, and more. " * 9)] * 10)
+    report = build_data(path, max_length=64).report
+    assert "10 rows cut to 64 tokens, so the model does not learn how they end: raise" in str(
+        report.lines()
+    )
+
+
 def test_identical_rows_are_noted(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [chat("Who are you?", "I am Mia.")] * 100)
     report = build_data(path, validation_ratio=0.1).report

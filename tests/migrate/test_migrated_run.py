@@ -55,6 +55,11 @@ def test_the_old_config_is_trained_with_its_own_numbers(old, tmp_path, capsys):
     work_dir = tmp_path / "work_dirs" / "old"
     convert = ["convert", "pth_to_hf", str(work_dir / "old.py"), str(work_dir / "iter_22.pth")]
     assert main([*convert, "hf"]) == 0  # the work dir has the config of old, as scripts expect
+    capsys.readouterr()
+    assert main(["test", "old.py"]) == 0  # its work dir has the newest checkpoint
+    assert "Q: Who are you?" in capsys.readouterr().out
+    for command in ("log-dataset", "check-custom-dataset"):
+        assert main([command, "old.py"]) == 0
     saved = sorted(int(p.name.removeprefix("iter_")) for p in work_dir.glob("iter_*") if p.is_dir())
     assert saved == [6, 12, 18, 22]
     asked = [p.stem.rpartition("_")[2] for p in work_dir.glob("*/eval_outputs_iter_*.txt")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -17,7 +18,7 @@ import typer
 from xtuner import plugins
 from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.schema import Settings
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, listed
 from xtuner.hub import trust
 
 Config: TypeAlias = Annotated[
@@ -63,6 +64,47 @@ def load(
     if not trust_code:
         _check_files(loaded, overrides or ())
     return loaded
+
+
+def load_any(
+    config: str,
+    *,
+    overrides: Sequence[str] | None = None,
+    reads_data: bool = False,
+    trust_remote_code: bool = False,
+    trust_code: bool = False,
+) -> LoadedSettings:
+    """Like `load`, but `config` may also be an unchanged config of another trainer.
+
+    Args:
+        reads_data: Whether the command reads rows; some migrated configs need the Python file that
+            `xtuner migrate-cfg` writes for this.
+
+    Raises:
+        ConfigError: As `load`; or the config cannot be migrated.
+    """
+    from xtuner.config.read import foreign
+
+    path = Path(config)
+    text = ""
+    if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    if not (origin := foreign.origin(text, path.suffix)):
+        return load(
+            config,
+            overrides=overrides,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
+        )
+    from xtuner.migrate import file
+
+    draft = file.read(path)
+    if draft.not_yet or draft.refused:
+        raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
+    if draft.files and reads_data:
+        raise ConfigError(foreign.offer(config, origin))
+    loaded = load_settings(draft.values, overrides=overrides or ())
+    return replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
 
 
 def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag: bool) -> None:

@@ -55,6 +55,7 @@ def pth_to_hf(
             "(huggingface)."
         ),
     ] = SaveFormat.xtuner,
+    overrides: _settings.Overrides = None,
     trust_remote_code: _settings.TrustRemoteCode = False,
     trust_code: _model.TrustCode = False,
 ) -> None:
@@ -64,7 +65,9 @@ def pth_to_hf(
     and run.yaml are kept, so that chat and merge find the base model and the template. Training
     state is left out.
     """
-    settings = _settings_of(config, trust_remote_code=trust_remote_code)
+    settings = _settings.load_any(
+        config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=True
+    ).settings
     with contextlib.ExitStack() as stack:
         from xtuner.hub import old_pth
 
@@ -76,22 +79,6 @@ def pth_to_hf(
             settings, checkpoint, save_dir, save_format, config=config, fp32=fp32,
             max_shard_size=max_shard_size, trust_code=trust_code,
         )  # fmt: skip
-
-
-def _settings_of(config: str, *, trust_remote_code: bool) -> Settings:
-    """The settings of `config`, which may be a config of another trainer."""
-    from xtuner.config.read import foreign
-
-    path = Path(config)
-    if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if foreign.origin(text, path.suffix):
-            from xtuner.migrate.file import settings_of
-
-            return settings_of(path)
-    return _settings.load(
-        config, overrides=None, trust_remote_code=trust_remote_code, trust_code=True
-    ).settings
 
 
 def _convert(

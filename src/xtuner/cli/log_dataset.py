@@ -53,8 +53,12 @@ def command(
     from xtuner.training.data_parts import DataParts
 
     parts = DataParts.open(
-        _settings.load(
-            config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+        _settings.load_any(
+            config,
+            reads_data=True,
+            overrides=overrides,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
         )
     )
     data = parts.build()

@@ -35,7 +35,7 @@ def command(
     from xtuner.errors import ConfigError
     from xtuner.generation.generate import GenerationOptions
 
-    loaded = _settings.load(
+    loaded = _settings.load_any(
         config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
     s = loaded.settings

@@ -10,6 +10,7 @@ weights would round them again, which loses far more than the difference between
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import warnings
 from collections.abc import Callable
@@ -103,11 +104,13 @@ def merge(
     """
     checkpoint = find_checkpoint(adapter)
     llm_adapter = checkpoint / LLM_ADAPTER
+    chosen = pick_device(device)
+    os.environ.setdefault("DS_ACCELERATOR", chosen)  # else DeepSpeed warns that it has to guess
     job = _Merge(
         llm=str(llm),
         adapter=llm_adapter if llm_adapter.is_dir() else checkpoint,
         max_bytes=parse_size(max_shard_size),
-        device=pick_device(device),
+        device=chosen,
         dtype=DTYPES.get(dtype),
         trust_remote_code=trust_remote_code,
         log=log,

@@ -177,13 +177,20 @@ class CheckpointStore:
         inside = self.work_dir / given
         path = inside if given.name == str(given) and inside.is_dir() else given
         if not (path / STATE_FILE).is_file():
-            names = ", ".join(p.name for p in found) or "none"
+            beside = path.parent if path.parent.is_dir() and str(path) != path.name else None
+            places = [self.work_dir, *([beside] if beside and beside != self.work_dir else [])]
+            lists = [f"In {place}: {_names_in(place)}" for place in places]
             raise CheckpointError(
                 f"cannot resume from {path}: it "
                 f"{f'lacks {STATE_FILE}' if path.is_dir() else 'does not exist'}. "
-                f"In {self.work_dir}: {names}"
+                f"{'. '.join(lists)}"
             )
         return path
+
+
+def _names_in(folder: Path) -> str:
+    steps = sorted(int(p.name[5:]) for p in folder.glob("iter_*") if p.name[5:].isdigit())
+    return ", ".join(f"iter_{step}" for step in steps) or "none"
 
 
 def folder_of(name: Path) -> Path:

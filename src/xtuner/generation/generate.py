@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.errors import ConfigError, ModelError, listed
 from xtuner.generation.detokenize import Detokenizer, StopWords
 from xtuner.generation.images import ImageInput
@@ -217,6 +218,7 @@ def token_ids(
             if cached:
                 extra["past_key_values"] = cache
             output = within(functools.partial(model, **inputs, use_cache=cached, **extra))
+            trim_if_grown()
             chosen = choose(seen, output.logits[:, -1].float())
             chosen = agree(chosen) if agree else chosen
         yield int(chosen)

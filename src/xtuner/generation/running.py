@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.generation.answer import Answer
 from xtuner.generation.generate import takes, token_ids
 from xtuner.kernels.attention import packed
@@ -119,6 +120,7 @@ class RunningBatch:
             output = self._model(
                 attention_mask=mask, past_key_values=cache, use_cache=True, **inputs, **self._extra
             )
+        trim_if_grown()
         logits: Tensor = output.logits[:, -1].float()
         return logits
 

@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from xtuner import plugins
+from xtuner.device.heap import trim_if_grown
 from xtuner.errors import ModelError, XTunerError, listed
 from xtuner.hub import fetch
 from xtuner.kernels.four_bit import fix_4bit_layers
@@ -113,6 +114,7 @@ def load_model(
     fix_4bit_layers(model)
     model = model if quantization != "none" else model.to(device)
     check_remote_code(str(path), model)
+    trim_if_grown()
     return model
 
 

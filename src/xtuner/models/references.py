@@ -22,11 +22,15 @@ def checkpoint_of(path: str | Path) -> Path:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names (folders, hub names, fetched models) refer to the same model."""
-    return _resolved(one) == _resolved(other)
+    """Whether two names (folders, hub names, fetched models) refer to the same model. A hub name
+    that is not on this machine matches any folder of that name:
+    ``internlm/internlm2-chat-1_8b`` is ``/models/internlm2-chat-1_8b``."""
+    first, second = _folder_of(one), _folder_of(other)
+    if first is None or second is None:
+        return Path(one).name.lower() == Path(other).name.lower()
+    return first.resolve() == second.resolve()
 
 
-def _resolved(name: str) -> str:
+def _folder_of(name: str) -> Path | None:
     folder = checkpoint_of(name)
-    found = folder if folder.is_dir() else fetch.cached(name)
-    return str(found.resolve()) if found else name
+    return folder if folder.is_dir() else fetch.cached(name)
