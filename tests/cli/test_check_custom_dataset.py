@@ -101,12 +101,12 @@ def test_rows_kept_with_wrong_calls_are_counted_and_named(check):
     call = {"type": "function", "function": {"name": "g", "arguments": "{}"}}
     rows = [chat("Hi", "Hello"), {**chat("Hi", ""), "tools": [tool]}]
     rows[1]["messages"][1]["tool_calls"] = [call]
-    problem = "turn [2], call of 'g': is of a tool that the row does not declare; add the tool"
+    problem = "turn [2], call of 'g': calls a tool that the row does not declare; add the tool"
     keep = ("--set", "max_length=2000", "--set", "tool_call_errors=keep")
     code, out, _ = check(rows, *keep)
     assert code == 0
     assert out[0].startswith(f"kept: d.jsonl line 2  {problem}")
-    assert out[2].lstrip().startswith("1 row kept: turn [2], call of 'g': is of a tool that")
+    assert out[2].lstrip().startswith("1 row kept: turn [2], call of 'g': calls a tool that")
     assert out[2].endswith("(line 2)")
     assert out[-2:] == ["No bad rows.", KEPT]
     code, out, _ = check(rows, *keep[:2])
