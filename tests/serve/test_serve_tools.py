@@ -112,8 +112,9 @@ def _recording(submit, prompts):
         ({"tools": [{"type": "function"}]}, "name: is missing"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "assistant"),
+        ({"messages": [ASK, {"role": "tool", "content": "x"}]}, "but no call precedes it"),
     ],
-    ids=["tool", "choice", "role"],
+    ids=["tool", "choice", "role", "result"],
 )
 def test_invalid_values_are_reported(server, change, words):
     request = {"messages": [ASK], "tools": [TOOL], **change}

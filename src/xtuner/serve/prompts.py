@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from xtuner.calls.check import with_ids
+from xtuner.calls.check import call_problems, with_ids
 from xtuner.calls.read import CallFormatError, read_call
 from xtuner.data.images.files import open_image
 from xtuner.errors import ConfigError, DataError
@@ -72,10 +72,12 @@ def messages_of(
 
     Raises:
         DataError: an image cannot be used, or the model takes none.
-        ConfigError: a turn needs what this server does not have.
+        ConfigError: a turn needs what this server does not have, or a result has no call.
     """
-    messages = tuple(_message(turn, served, images) for turn in turns)
-    return list(with_ids(Conversation(messages)).messages)
+    conversation = Conversation(tuple(_message(turn, served, images) for turn in turns))
+    if problem := next(call_problems(conversation), None):
+        raise ConfigError(f"messages: {problem}")
+    return list(with_ids(conversation).messages)
 
 
 def _message(turn: ChatMessage, served: ServedModel, images: ImageStore) -> Message:
