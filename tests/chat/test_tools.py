@@ -1,4 +1,4 @@
-"""A session and a terminal with tools, with a model whose answers are known."""
+"""A session and a terminal with tools, with a model whose answers are scripted."""
 
 import io
 
@@ -73,7 +73,7 @@ def test_a_stopped_answer_keeps_what_is_complete():
     assert session.messages[-1].content == "S"
 
 
-def test_a_call_that_was_interrupted_leaves_no_open_call():
+def test_interrupted_call_is_removed_from_the_history():
     provider = Weather()
     provider.fails = True
     session = make_session(f"Hm.{CALL}", provider=provider)
@@ -122,7 +122,7 @@ def test_chat_with_a_tool_runs(capsys, tiny_model_path):
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_the_words_of_xtuner_0():
+def test_xtuner_0_command_lines():
     from xtuner.cli import _chat_tools, _old_words
 
     command = "chat m --with-plugins calculate solve --command-stop-word <eoc> --bits 4"

@@ -1,4 +1,4 @@
-"""Who is not let in: foreign hosts and pages, large bodies, missing keys."""
+"""Rejected requests: foreign hosts and pages, large bodies, missing keys."""
 
 import base64
 
@@ -124,7 +124,7 @@ def test_credentials(credentials, headers, status):
     assert ask(headers=headers, credentials=credentials).status_code == status
 
 
-def test_a_token_in_the_address_becomes_a_cookie():
+def test_token_in_the_url_becomes_a_cookie():
     response = ask(path="/?token=t", credentials=Token("t"))
     assert response.status_code == 303 and response.headers["location"] == "/"
     cookie = response.headers["set-cookie"]

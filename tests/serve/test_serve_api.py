@@ -1,4 +1,4 @@
-"""The OpenAI API, asked by OpenAI's client."""
+"""The OpenAI API, used with OpenAI's client."""
 
 import threading
 
@@ -155,7 +155,7 @@ def test_completions_continue_texts_and_ids(server):
         "role",
     ],
 )
-def test_what_is_wrong_with_a_request(server, change, status, words):
+def test_invalid_requests(server, change, status, words):
     with pytest.raises(openai.APIStatusError) as error:
         chat(server, **change)
     assert error.value.status_code == status
@@ -166,7 +166,7 @@ def test_what_is_wrong_with_a_request(server, change, status, words):
 
 def test_an_image_for_a_model_of_text_is_refused(server):
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    with pytest.raises(openai.BadRequestError, match="is no image"):
+    with pytest.raises(openai.BadRequestError, match="is not an image"):
         chat(server, messages=[{"role": "user", "content": [part]}])
     part["image_url"]["url"] = "http://127.0.0.1/secret.png"
     with pytest.raises(openai.BadRequestError, match="does not fetch images"):

@@ -46,7 +46,7 @@ def test_a_conversation_goes_on(site):
     assert [m.role for m in second.history] == ["user", "assistant"] * 2
 
 
-def test_what_was_said_stays_when_an_answer_is_stopped(site):
+def test_stopped_answer_keeps_its_text(site):
     turn = Turn()
     turn.stopped.set()
     (side,) = ask(site, ["bob"], "Who are you?", turn=turn)[-1]
@@ -55,7 +55,7 @@ def test_what_was_said_stays_when_an_answer_is_stopped(site):
     assert side.history == (Message("user", "Who are you?"), Message("assistant", side.text))
 
 
-def test_faults_are_told(site):
+def test_errors_are_reported(site):
     (side,) = ask(site, ["ada"], "x" * 3000)[-1]
     assert "context length" in side.error and side.history is None
     (side,) = ask(site, ["ada"], "?", template="evil.py:T")[-1]
@@ -69,7 +69,7 @@ def test_another_template_changes_the_prompt(site):
     assert len(texts) == 2
 
 
-def test_models_outside_the_folders_are_refused_and_unknown_ones_told(site, tmp_path):
+def test_models_outside_the_folders_are_rejected_and_unknown_ones_reported(site, tmp_path):
     with pytest.raises(ConfigError, match="outside the folders"):
         site.pool.open(str(tmp_path))
     opening = site.pool.open(str(site.folders.runs / "nobody"))

@@ -1,4 +1,4 @@
-"""Runs are processes of their own, one at a time."""
+"""Runs are separate processes, one at a time."""
 
 import subprocess
 import sys

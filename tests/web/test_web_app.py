@@ -1,4 +1,4 @@
-"""The page over HTTP: who gets in, which routes there are, and that files stay where they are."""
+"""The page over HTTP: access, routes, and files that are not served."""
 
 import contextlib
 import http.client
@@ -97,7 +97,7 @@ def test_other_hosts_and_origins_are_refused(client):
         assert client.post(join, json={}, headers=headers).status_code == 403
 
 
-def test_a_file_that_was_not_uploaded_cannot_be_named(client, folder, web):
+def test_file_that_was_not_uploaded_is_rejected(client, folder, web):
     """An event whose payload names a file of the machine as an upload."""
     config = client.get("/en/config").json()
     uploads = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "data-file"]

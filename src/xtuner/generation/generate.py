@@ -89,10 +89,6 @@ def _plainly(run: Callable[[], Any]) -> Any:
     return run()
 
 
-def _inputs(vision: ImageInput | None, prompt: list[int], messages: Sequence[Message]) -> Any:
-    return vision.inputs(prompt, messages) if vision else {}
-
-
 def stream(
     model: Any,
     tokenizer: Any,
@@ -126,7 +122,7 @@ def stream(
     text = Detokenizer(tokenizer, keep=call_markers(template) if tools else ())
     with generation_mode(model):
         with packed.without_cudnn(next(model.parameters()).device):
-            first = within(lambda: _inputs(vision, prompt, messages))
+            first = within(lambda: vision.inputs(prompt, messages) if vision else {})
         choose = chooser(options, next(model.parameters()).device)
         ids = token_ids(model, prompt, choose, first, agree, within)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):

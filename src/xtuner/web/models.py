@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xtuner.chat.opening import find
+from xtuner.chat.lookup import find
 from xtuner.errors import ModelError, XTunerError
 from xtuner.hub.fetch import models_root
 from xtuner.runs.listing import work_dirs
