@@ -1,4 +1,4 @@
-"""The command lines of XTuner 0.x, word for word."""
+"""The command lines of XTuner 0.x."""
 
 import pytest
 
@@ -31,7 +31,7 @@ from xtuner.errors import ConfigError
         ("train C --set seed=1 lr=2", "train C --set seed=1 lr=2"),
     ],
 )  # fmt: skip
-def test_words_of_old(old, new):
+def test_old_command_lines(old, new):
     assert translated(old.split()) == new.split()
 
 
@@ -46,7 +46,7 @@ def test_words_of_old(old, new):
         ("convert pth_to_hf C P D --save-format official", "--save-format huggingface"),
     ],
 )
-def test_what_is_gone_names_its_replacement(old, words):
+def test_removed_commands_name_their_replacement(old, words):
     with pytest.raises(ConfigError, match=words):
         translated(old.split())
 
@@ -57,7 +57,7 @@ def test_a_system_template_is_its_text(capsys):
     assert "own words" in capsys.readouterr().err
 
 
-def test_cfg_options_of_old_set_what_they_set():
+def test_old_cfg_options_still_work():
     words = "--cfg-options randomness.seed=7 train_dataloader.batch_size=2 "
     words += "optim_wrapper.optimizer.lr=1e-4 default_hooks.checkpoint.interval=300"
     expanded = expand_overrides(words.split())

@@ -26,7 +26,7 @@ from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.training_state import STATE_FILE
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models import manifest
-from xtuner.models.folder_swap import put_in_place, recover
+from xtuner.models.folder_swap import recover, replace_folder
 from xtuner.models.save import flush, flush_tree
 from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
@@ -95,7 +95,7 @@ class CheckpointStore:
     def _finish(self, draft: Path, target: Path) -> None:
         manifest.write(draft)
         flush_tree(draft)
-        put_in_place(draft, target)
+        replace_folder(draft, target)
         self._point_at(target.name)
         if self.alias:
             _alias_of(target).write_text(target.name + "\n", encoding="utf-8")
@@ -121,10 +121,10 @@ class CheckpointStore:
         path = self.work_dir / words[0] if words else None
         return path if path is not None and _NAME.fullmatch(path.name) and path.is_dir() else None
 
-    def mark_best(self, count: int, told: str) -> None:
-        """Keep checkpoint ``iter_<count>`` regardless of `limit`, and write its name and `told` to
-        the file `best_checkpoint`."""
-        self._point_at(f"iter_{count} {told}", BEST_FILE)
+    def mark_best(self, count: int, summary: str) -> None:
+        """Keep checkpoint ``iter_<count>`` whatever `limit` is; write its name and `summary` to the
+        file `best_checkpoint`."""
+        self._point_at(f"iter_{count} {summary}", BEST_FILE)
         flush(self.work_dir)
 
     def _prune(self, keep: Path) -> None:
@@ -227,13 +227,13 @@ def _together(act: Callable[[], object], target: Path, processes: Processes | No
         error = raised
     # torch reports a full disk as RuntimeError, safetensors as its own error type
     expected = isinstance(error, OSError | RuntimeError | SafetensorError | MemoryError)
-    told = [] if error is None else [_fault(error, target)]
+    messages = [] if error is None else [_fault(error, target)]
     if processes is not None and processes.world_size > 1:
-        told = processes.gather([f"process {processes.rank}: {words}" for words in told])
+        messages = processes.gather([f"process {processes.rank}: {words}" for words in messages])
     if error is not None and not expected:
         raise error
-    if told:
-        raise LaunchError("\n".join(told)) from error
+    if messages:
+        raise LaunchError("\n".join(messages)) from error
 
 
 def _fault(error: Exception, target: Path) -> str:
@@ -262,5 +262,5 @@ def _is_full_disk(error: Exception, free: int) -> bool:
     """Whether the disk is full; torch and safetensors report this with their own error types."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    told = str(error).lower()
-    return free < _LITTLE_SPACE or "no space left" in told or "quota" in told
+    text = str(error).lower()
+    return free < _LITTLE_SPACE or "no space left" in text or "quota" in text

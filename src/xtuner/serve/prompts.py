@@ -44,17 +44,17 @@ class ImageStore:
         """Write the image of a data URL to a file, and return its name.
 
         Raises:
-            DataError: `url` is no data URL of an image that can be opened.
+            DataError: `url` is not a data URL of an image that can be opened.
         """
         match = _DATA_URL.match(url)
         if match is None:
             raise DataError(
-                "image_url: must be a data URL, data:image/png;base64,...; this server fetches "
-                "nothing from elsewhere"
+                "image_url: must be a data URL (data:image/png;base64,...); this server does not "
+                "fetch images"
             )
         self._count += 1
         if self._count > MOST_IMAGES:
-            raise DataError(f"image_url: a request may have {MOST_IMAGES} images")
+            raise DataError(f"image_url: a request may have at most {MOST_IMAGES} images")
         try:
             content = base64.b64decode(url[match.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
@@ -71,8 +71,8 @@ def messages_of(
     """The turns as messages.
 
     Raises:
-        DataError: an image cannot be used, or the model takes none.
-        ConfigError: a turn needs what this server does not have, or a result has no call.
+        DataError: an image cannot be used, or the model does not take images.
+        ConfigError: a turn is malformed, or a result has no call.
     """
     conversation = Conversation(tuple(_message(turn, served, images) for turn in turns))
     if problem := next(call_problems(conversation), None):

@@ -127,7 +127,7 @@ class EncodedSource:
 
 
 def overlong_fault(policy: Policy, limit: LengthLimit) -> str:
-    """Why the setting `overlong` loses a row."""
+    """Why the setting `overlong` discards a row."""
     if policy == "truncate":
         return f"has no supervised token within {limit}; raise max_length"
     return f"has more than {limit.in_tokens}; raise max_length"

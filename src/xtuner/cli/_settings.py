@@ -1,8 +1,8 @@
-"""Settings as the commands load them: what would run a stranger's code needs a flag.
+"""Settings as the commands load them; what runs the code of others needs a flag.
 
-`trust_remote_code = True` in a settings file counts once the flag was given for that model on this
-machine. A settings file that lies among checkpoints which this user's runs did not write may name
-Python files only with ``--trust-code``.
+`trust_remote_code = True` in a settings file takes effect after ``--trust-remote-code`` was given
+for that model once on this machine. A settings file beside checkpoints that this user's runs did
+not write may name Python files only with ``--trust-code``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,21 @@ from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, listed
 from xtuner.hub import trust
 
+Config: TypeAlias = Annotated[
+    str, typer.Argument(help="A settings file or the name of built-in settings.")
+]
+Overrides: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
+    ),
+]
 TrustRemoteCode: TypeAlias = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Let trust_remote_code = True of CONFIG run the Python code of its model; asked for "
-        "once a model and machine.",
+        help="Let trust_remote_code = True of CONFIG run the Python code of its model. Needed once "
+        "per model and machine.",
     ),
 ]
 TrustCode: TypeAlias = Annotated[
@@ -45,7 +54,7 @@ def load(
     trust_remote_code: bool = False,
     trust_code: bool = False,
 ) -> LoadedSettings:
-    """Load settings, and refuse those that would run code that nobody has agreed to.
+    """Load settings; refuse those that would run code the user has not agreed to.
 
     Raises:
         ConfigError: as `load_settings`; or a flag is missing.
@@ -65,14 +74,14 @@ def load_any(
     trust_remote_code: bool = False,
     trust_code: bool = False,
 ) -> LoadedSettings:
-    """Like `load`, but `config` may also be a config of another trainer, as it is.
+    """Like `load`, but `config` may also be an unchanged config of another trainer.
 
     Args:
-        reads_data: whether the command reads rows, which some migrated configs can only with the
-            Python file that `xtuner migrate-cfg` writes.
+        reads_data: Whether the command reads rows; some migrated configs need the Python file that
+            `xtuner migrate-cfg` writes for this.
 
     Raises:
-        ConfigError: as `load`; or the config cannot be migrated.
+        ConfigError: As `load`; or the config cannot be migrated.
     """
     from xtuner.config.read import foreign
 
@@ -108,15 +117,17 @@ def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag
     elif not trust.is_remembered("remote_code", name):
         raise ConfigError(
             f"{loaded.path or loaded.name}: trust_remote_code = True lets the model {name} run "
-            "Python code of its own on this machine. If you trust it, add --trust-remote-code, "
-            "once on this machine; else take the setting out"
+            "its own Python code on this machine. If you trust it, add --trust-remote-code, once "
+            "per machine; otherwise remove the setting"
         )
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"Warning: Python code of the model {name} runs (trust_remote_code).", err=True)
+        typer.echo(
+            f"Warning: running Python code of the model {name} (trust_remote_code).", err=True
+        )
 
 
 def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
-    """Refuse Python files named by a settings file that lies among a stranger's checkpoints."""
+    """Refuse Python files named by a settings file that lies beside the checkpoints of others."""
     if loaded.path is None or not any(any(loaded.folder.glob(mark)) for mark in _MARKS):
         return
     if trust.is_remembered("work_dirs", str(loaded.folder)):
@@ -125,7 +136,7 @@ def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
     files = [f"{name} = {value!r}" for name, value in _python(loaded.settings) if name not in given]
     if files:
         raise ConfigError(
-            f"{loaded.path}: lies beside checkpoints that no run of yours wrote on this machine, "
+            f"{loaded.path}: lies beside checkpoints that your runs on this machine did not write, "
             f"and names Python files, which are not run: {', '.join(files)}. If you have read them "
             "and trust them, add --trust-code"
         )
@@ -145,5 +156,5 @@ def _names(overrides: Sequence[str]) -> set[str]:
 
 
 def remember_work_dir(folder: Path) -> None:
-    """Keep that `folder` is written by this user's own run."""
+    """Remember that `folder` is written by a run of this user."""
     trust.remember("work_dirs", str(folder.expanduser().resolve()))
