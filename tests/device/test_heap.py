@@ -45,6 +45,13 @@ def test_larger_passes_become_the_level():
     assert growth.exceeds(5 * GB)
 
 
+def test_smaller_passes_become_the_level_again():
+    """Sample answers after training: what they leave is returned early."""
+    growth = Growth(level=8 * GB)
+    assert not any(growth.exceeds(GB) for _ in range(150))
+    assert growth.exceeds(2 * GB)
+
+
 def test_memory_is_returned_through_the_c_library(monkeypatch):
     calls = []
     monkeypatch.setattr(heap, "_malloc_trim", lambda: calls.append)

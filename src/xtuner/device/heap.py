@@ -26,7 +26,7 @@ class Growth:
     a level, not growth. Only what comes on top is returned.
 
     Attributes:
-        level: the resident memory after a pass, in bytes.
+        level: the resident memory after a pass, in bytes; it falls slowly when passes take less.
         returned_at: the resident memory before memory was returned after the last pass, if it was.
     """
 
@@ -37,6 +37,8 @@ class Growth:
         """Whether memory should be returned now, after a pass that leaves `resident` bytes."""
         if not self.level or resident > 0.9 * self.returned_at > 0:  # one pass takes that much
             self.level = max(self.level, resident)
+        elif resident < self.level:
+            self.level = max(resident, int(0.98 * self.level))
         grown = resident > 1.25 * self.level + (256 << 20)
         self.returned_at = resident if grown else 0
         return grown
