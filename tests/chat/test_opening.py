@@ -13,6 +13,7 @@ from xtuner.generation.generate import GenerationOptions
 from xtuner.hub import fetch
 from xtuner.models import adapters
 from xtuner.models.load import load_model
+from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
 from xtuner.testing.tiny import tiny_model_folder, tiny_tokenizer
@@ -145,4 +146,4 @@ def test_whether_two_names_mean_one_model(one, other, same, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for folder in ("models", "other"):
         (tmp_path / folder / "internlm2-chat-1_8b").mkdir(parents=True)
-    assert opening._same(one, other) == same
+    assert same_model(one, other) == same

@@ -57,8 +57,8 @@ class Strategy(ShardedStrategy):
         mesh = init_device_mesh(self.processes.device.type, (size,))
         policy = CPUOffloadPolicy() if self.option["cpu_offload"] else OffloadPolicy()
         units = _parts.units_of(model)
-        divided: list[Any] = [*units, *([] if model in units else [model])]
-        for unit in divided:
+        modules: list[Any] = [*units, *([] if model in units else [model])]
+        for unit in modules:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
