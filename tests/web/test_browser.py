@@ -4,6 +4,7 @@ Needs Debian's chromium (`apt-get install chromium`) and playwright (extra `brow
 XTUNER_SCREENSHOTS=FOLDER keeps pictures of the page.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -96,9 +97,18 @@ def choose(page, control, value):
 
 
 def ask(page, text, side="left", count=1):
-    """Ask, and return the text of answer number `count` once it is complete."""
-    page.fill("#question textarea", text)
-    page.keyboard.press("Enter")
+    """Ask, and return the text of answer number `count` once it is complete.
+
+    The page takes a question, and empties the box, only after the answer before has ended, which is
+    a moment after its text is complete.
+    """
+    box = page.locator("#question textarea")
+    for _ in range(10):
+        box.fill(text)
+        box.press("Enter")
+        with contextlib.suppress(AssertionError):
+            playwright.expect(box).to_have_value("", timeout=5000)
+            break
     return answer(page, side, count)
 
 
