@@ -49,7 +49,7 @@ WORKS: dict[str, tuple[dict, list[tuple[str, str, list[str], str]]]] = {
         [
             ("TRL, bfloat16 weights", "trl", ["peer_trl.py"], "2.5"),
             ("TRL, default types", "trl", ["peer_trl.py", "--default-dtype"], "4.0"),
-            ("TRL, as it comes", "trl", ["peer_trl.py", "--default-dtype", "--checkpointing"], ""),
+            ("TRL, defaults", "trl", ["peer_trl.py", "--default-dtype", "--checkpointing"], ""),
             ("LLaMA-Factory", "llamafactory", ["peer_llamafactory.py"], "2.0"),
         ],
     ),
@@ -88,7 +88,7 @@ def python_of(environment: str) -> str:
         return sys.executable
     python = HOME / "bench" / environment / "bin/python"
     if not python.exists():
-        sys.exit(f"{python} is missing: run `make bench`, which makes the peers' environments")
+        sys.exit(f"{python} is missing: run `make bench`, which creates the peers' environments")
     return str(python)
 
 
@@ -230,7 +230,9 @@ def main() -> None:
     for name in options.only:
         known = [peer for peer, *_ in WORKS[name][1]]
         if not any(word in peer for word in options.peers for peer in known):
-            parser.error(f"--peers: {name} has none such; allowed are words of {', '.join(known)}")
+            parser.error(
+                f"--peers: no peer of {name} matches; allowed are parts of {', '.join(known)}"
+            )
     with tempfile.TemporaryDirectory() as folder:
         base_dir = Path(folder)
         if options.data is None:

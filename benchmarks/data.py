@@ -46,7 +46,7 @@ def memory(name: str) -> float:
 
 
 def measure(file: Path, model: Path) -> None:
-    """Build the data of one run, go through some of it, and print what that took."""
+    """Build the data of one run, iterate over some of it, and print time and memory."""
     from transformers import AutoTokenizer
 
     from xtuner import templates

@@ -64,9 +64,9 @@ TINY = {
 
 @dataclass(frozen=True)
 class Case:
-    """One work: a shape, settings of xtuner, and what is to be reached.
+    """One task: a model shape, settings of xtuner, and the goal.
 
-    `recomputes` are the ways in which the peer is tried: recomputing activations, or not, or both.
+    `recomputes` lists whether the peer recomputes activations; both are tried if it has two values.
     """
 
     shape: dict
@@ -93,9 +93,7 @@ CASES = {
         "at most 6,656 MiB; 1.3 x TRL at equal or less memory",
     ),
     "lora_1_8b": Case(INTERNLM2_1_8B, LORA, (False,), "1.3 x TRL"),
-    "lora_7b": Case(
-        LLAMA_7B, LORA, (False, True), "1.3 x the faster of TRL's; 45 % of the card's rate"
-    ),
+    "lora_7b": Case(LLAMA_7B, LORA, (False, True), "1.3 x the faster TRL; 45 % of the GPU's rate"),
 }
 COMMON = {
     "pack_to_max_length": True,
@@ -122,8 +120,8 @@ PEERS = {
 def make_model(folder: Path, shape: dict, *, positions: int = 4096) -> None:
     """Write a Llama of `shape` with random weights and a tokenizer of bytes.
 
-    Weights are drawn on the card and written some at a time, so that a card of 8 GB makes a model
-    of 14.
+    Weights are drawn on the GPU and written in parts, so that a GPU with 8 GB can create a model of
+    14 GB.
     """
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -155,7 +153,7 @@ def make_model(folder: Path, shape: dict, *, positions: int = 4096) -> None:
 
 
 def shards(sizes: dict[str, int], most: int = 2**30) -> list[list[str]]:
-    """Names in groups of at most `most` bytes, in their order; a larger one stands alone."""
+    """Names in groups of at most `most` bytes, in order; a larger one is a group of its own."""
     groups: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -168,13 +166,13 @@ def shards(sizes: dict[str, int], most: int = 2**30) -> list[list[str]]:
 
 
 def free_card() -> None:
-    """Hand this process's memory of the card back: the runs are processes of their own."""
+    """Release this process's GPU memory: the runs are separate processes."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def rate_of_card() -> float:
-    """Operations a second, now: a card slows down as it warms up."""
+    """Current operations per second: a GPU slows down as it warms up."""
     rate = matmul_rate(size=8192 if torch.cuda.is_available() else 1024)
     free_card()
     return rate
@@ -195,13 +193,13 @@ def peers_of(case: Case) -> dict[str, list[str]]:
 
 
 def run_peer(extra: list[str], base_dir: Path, options: argparse.Namespace) -> dict | str:
-    """What the peer's run has measured, or why it failed, in one line."""
+    """The measurements of the peer's run, or why it failed, in one line."""
     python = getattr(options, "peer_python", None) or python_of("trl")
     command = [python, str(HERE / "peer_trl.py"), str(options.model)]
     command += [str(options.data), "--steps", str(options.steps), *extra]
     try:
         text, _ = run(command, base_dir)
-    except SystemExit as error:  # a kernel that this card or environment lacks, or no memory left
+    except SystemExit as error:  # a kernel is missing, or memory ran out
         return str(error).strip().splitlines()[-1][:200].replace("|", "/")
     return json.loads(text.strip().splitlines()[-1])
 
@@ -252,7 +250,7 @@ def main() -> None:
     if options.tiny:
         cases = {name: replace(case, shape=TINY) for name, case in cases.items()}
     elif not torch.cuda.is_available():
-        sys.exit("there is no GPU here; --tiny walks the way without one")
+        sys.exit("no GPU found; --tiny is a dry run without one")
     what = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{what}, torch {torch.__version__}\n")
     print("| task | program | tokens/s | speedup of xtuner | peak MiB | utilization |")

@@ -62,7 +62,7 @@ def make_rows(folder: Path, count: int) -> list[dict]:
 
 
 def plain(options: argparse.Namespace, folder: Path, made: list[dict]) -> list[float]:
-    """Images a second of every step of a loop as transformers' documentation writes it."""
+    """Images per second of every step of a loop as in transformers' documentation."""
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
@@ -131,7 +131,7 @@ def plain(options: argparse.Namespace, folder: Path, made: list[dict]) -> list[f
 
 
 def ours(options: argparse.Namespace, folder: Path, cached: bool) -> list[float]:
-    """Images a second of every step of `xtuner train`; cached: of its second epoch."""
+    """Images per second of every step of `xtuner train`; cached: of its second epoch."""
     steps_an_epoch = -(-options.rows // BATCH)
     options.data, options.steps = folder / "rows.json", steps_an_epoch * (2 if cached else 1)
     settings = {

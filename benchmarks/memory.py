@@ -35,7 +35,7 @@ IMAGES = {
     "max_length": 448,
     "pack_to_max_length": False,
 }
-"""A image of 576 tokens and up to 448 of text; folders are made by `make_images`."""
+"""An image of 576 tokens and up to 448 of text; folders are made by `make_images`."""
 CASES: dict[str, dict] = {
     "LoRA r=64, 1,024 tokens": {},
     "LoRA r=64, 4 x 512 tokens": {"max_length": 512, "batch_size": 4},
@@ -86,7 +86,7 @@ def make_images(base_dir: Path, shape: dict = LARGE_14_336) -> dict[str, str]:
 
 
 Case = tuple[str, dict, Callable[[], object]]
-"""Its name, its settings, and what makes the weights that it needs."""
+"""Its name, its settings, and the function that creates its weights."""
 
 
 def of_small_model(base_dir: Path, options: argparse.Namespace) -> Iterator[Case]:
@@ -148,7 +148,7 @@ def main() -> None:
             make()
             try:
                 steps, peak = run_xtuner({**values, "device": device}, base_dir, options, through)
-            except SystemExit as error:  # no memory left, for one
+            except SystemExit as error:  # such as running out of memory
                 print(f"failed: {str(error).strip().splitlines()[-1][:200]} | |")
                 continue
             peak = max(step["memory_mb"] for step in steps) if options.gpu else peak

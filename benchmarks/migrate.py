@@ -28,7 +28,7 @@ WORDED_ANEW = (
     *("data_path", "data_root", "image_folder", "pretrained_pth", "work_dir"),
     *("quantization", "double_quant", "dataloader_num_workers", "trust_remote_code"),
 )
-"""Settings that say the same in other words, or that a built-in has of its own."""
+"""Settings that have equivalents, or that only the built-in has."""
 ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 OUTCOMES = ("migrated", "with losses", "refused", "not yet")
 
@@ -81,7 +81,7 @@ def check(path: Path, new: Path) -> None:
 
 
 def compare_built_in(folder: Path) -> None:
-    """Print the settings in which built-ins differ from the old files of their names."""
+    """Print the settings in which built-ins differ from the old files of the same names."""
     defaults = {n: f.default for n, f in Settings.model_fields.items() if not f.is_required()}
     counts: Counter[str] = Counter()
     for path in paths(folder):
@@ -111,7 +111,7 @@ def compare_built_in(folder: Path) -> None:
 
 
 def plain(value: object) -> object:
-    """A list for a tuple, as both mean the same."""
+    """A list instead of a tuple; both are equivalent."""
     return list(value) if isinstance(value, tuple) else value
 
 

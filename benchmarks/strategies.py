@@ -1,4 +1,4 @@
-"""What sharding a model costs and saves: time, bytes sent and memory under each strategy.
+"""The cost of sharding a model: time, bytes sent and memory under each strategy.
 
     python benchmarks/strategies.py overhead|scaling|bytes|memory [--steps 8] [--hidden 512]
 

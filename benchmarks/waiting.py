@@ -1,4 +1,4 @@
-"""How threads of OpenMP should wait for one another: by spinning, briefly, or asleep.
+"""How OpenMP threads should wait for each other: spinning, spinning briefly, or sleeping.
 
     python benchmarks/waiting.py [--threads 2]
 

@@ -104,7 +104,7 @@ def test_a_dictionary_a_file_and_overrides_give_the_same_settings(tmp_path, sett
     assert (from_file.settings.lr, from_file.name) == (1e-3, "mine")
 
 
-def test_an_override_replaces_what_stands_under_another_name(settings):
+def test_override_replaces_an_alias(settings):
     old, new = next(iter(ALIASES.items()))
     value = getattr(xtuner.load_settings(settings).settings, new)
     loaded = xtuner.load_settings({**settings, new: "nonsense"}, **{old: value})
@@ -159,7 +159,7 @@ def test_training_off_the_main_thread_gives_the_same(settings, tmp_path):
 
 
 def test_two_trainings_at_a_time_and_a_second_one_under_torchrun_are_refused(monkeypatch, settings):
-    with api._training, pytest.raises(LaunchError, match="another training runs"):
+    with api._training, pytest.raises(LaunchError, match="another training is running"):
         xtuner.train(settings)
     monkeypatch.setattr(api, "_groups_left", ["0"])
     with pytest.raises(LaunchError, match="start torchrun once per training"):
@@ -183,13 +183,13 @@ def test_an_interrupt_saves_raises_restores_the_handler_and_can_be_resumed(setti
     assert resumed.metrics["loss"] == straight.metrics["loss"]
 
 
-def test_a_fault_is_an_exception(settings, tmp_path):
+def test_error_is_raised_as_an_exception(settings, tmp_path):
     settings["data_path"] = tmp_path / "missing.jsonl"
     with pytest.raises(DataError, match=r"missing\.jsonl"):
         xtuner.train(settings)
 
 
-def test_chat_answers_whole_and_in_pieces(tiny_model_path):
+def test_chat_answers_completely_and_in_pieces(tiny_model_path):
     chat = xtuner.load_chat(tiny_model_path, max_new_tokens=6, device="cpu")
     answer = chat.ask("Hello?")
     assert [m.role for m in chat.messages] == ["user", "assistant"]

@@ -1,4 +1,4 @@
-"""What the documents show exists: commands with their flags, settings, files; examples run."""
+"""What the documents show exists: commands, flags, settings, files; examples run."""
 
 import json
 import math

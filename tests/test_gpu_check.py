@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_check.py`: what runs its parts, and that its checks see what they are for."""
+"""`benchmarks/gpu_check.py`: the runner of its parts, and that its checks detect errors."""
 
 import argparse
 import json
@@ -72,13 +72,13 @@ def test_a_part_that_crashes_hangs_or_fails_stops_no_other(tmp_path):
     assert process["hang"] == process["fresh"] != process["last"]
 
 
-def test_what_there_is_no_time_for_is_said_and_not_begun(tmp_path):
+def test_parts_without_time_are_reported_and_skipped(tmp_path):
     found = ran(tmp_path, part("good"), part("long", seconds=500.0), part("last"), seconds=30)
     assert [outcome.state for outcome in found.values()] == ["done", "not reached", "done"]
     assert "needs about 500 s" in found["long"].reason and not found["long"].passed
 
 
-def test_where_no_worker_starts_it_is_tried_twice(tmp_path):
+def test_worker_start_is_tried_twice(tmp_path):
     code = f"open({str(tmp_path / 'starts')!r}, 'a').write('x'); raise SystemExit('no GPU here')"
     found = ran(tmp_path, part("one"), part("two"), part("three"), worker=code)
     assert not any(outcome.passed for outcome in found.values())
@@ -162,7 +162,7 @@ def test_isolation_passes_and_a_leak_does_not(bench, monkeypatch):
     )
 
 
-def test_dequantised_values_that_are_off_are_seen(bench, monkeypatch):
+def test_wrong_dequantised_values_are_detected(bench, monkeypatch):
     assert not failed(correct.dequantise(bench))
     from xtuner.kernels import four_bit
 

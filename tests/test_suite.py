@@ -1,4 +1,4 @@
-"""The suite itself: what tests/conftest.py promises."""
+"""The rules that tests/conftest.py enforces."""
 
 import gzip
 import os
@@ -25,7 +25,7 @@ def test_ids_that_may_change_are_found(fault):
     assert id_faults(names) == names[1:2]
 
 
-def test_an_id_that_is_there_twice_is_found():
+def test_duplicate_ids_are_detected():
     assert id_faults(["a.py::test_a", "a.py::test_b", "a.py::test_a"]) == ["a.py::test_a"]
 
 

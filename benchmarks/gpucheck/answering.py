@@ -35,7 +35,7 @@ def chat_7b(bench: Bench) -> Iterator[Row]:
 
 
 def chat_7b_nf4(bench: Bench) -> Iterator[Row]:
-    """In four bits."""
+    """In 4 bits."""
     yield from _chat(bench, four_bits=True)
 
 

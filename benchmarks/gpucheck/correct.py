@@ -285,7 +285,7 @@ def llava_gradients(bench: Bench) -> Iterator[Row]:
     from gpucheck.images import STAGES, built, small_llava
 
     if bench.device == "cpu" and not bench.tiny:
-        raise Skip("there is no card")
+        raise Skip("there is no GPU")
     base_dir = small_llava(bench)
     for name, changes in STAGES.items():
         yield from guarded(f"LLaVA, {name}", _compared_llava, bench, base_dir, changes, built)

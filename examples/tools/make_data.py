@@ -4,7 +4,8 @@
 
 Every request is made of a phrase and values. train.jsonl calls the tools of TOOLS; seen.jsonl asks
 for the same tools with other phrases and values; held_out.jsonl asks for the tools of HELD_OUT,
-which training never shows. One conversation in six needs no call.
+which training never shows. One conversation in six needs no call, and one in four asks for two
+tools.
 """
 
 import argparse
@@ -300,31 +301,33 @@ def request(rng, name, new):
     return phrase.format(**filled), arguments, result.format(**filled), answer.format(**filled)
 
 
-def shown(rng, name, among):
-    """The tool and another one, in random order; two others if none is needed."""
-    others = rng.sample([n for n in among if n != name], 1 if name else 2)
-    names = [*others, name] if name else others
+def shown(rng, wanted, among):
+    """The tools and up to two others, in random order; one or two others if none is needed."""
+    count = rng.choice([0, 1, 1, 2]) if wanted else rng.choice([1, 2])
+    names = [*wanted, *rng.sample([n for n in among if n not in wanted], count)]
     rng.shuffle(names)
     return [SCHEMAS[n] for n in names]
 
 
-def conversation(rng, name, *, new=False, among=TOOLS):
-    text, arguments, result, answer = request(rng, name, new)
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    messages = [
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    if answer:
-        messages += [{"role": "tool", "content": result}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "tools": shown(rng, name, among)}
+def conversation(rng, names, *, new=False, among=TOOLS):
+    """A conversation with a request for each of the tools `names`."""
+    messages = []
+    for name in names:
+        text, arguments, result, answer = request(rng, name, new)
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        if answer:
+            messages.append({"role": "tool", "content": result})
+            messages.append({"role": "assistant", "content": answer})
+    return {"messages": messages, "tools": shown(rng, names, among)}
 
 
 def small_talk(rng, pair, among=TOOLS):
     question, answer = pair
     messages = [{"role": "user", "content": question}]
     messages.append({"role": "assistant", "content": answer or "(any answer without a call)"})
-    return {"messages": messages, "tools": shown(rng, "", among)}
+    return {"messages": messages, "tools": shown(rng, [], among)}
 
 
 def write(path, rows):
@@ -335,7 +338,7 @@ def write(path, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=260)
+    parser.add_argument("--rows", type=int, default=180)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(1)
@@ -346,12 +349,14 @@ def main():
             rows.append(small_talk(rng, SMALL_TALK[number // 6 % len(SMALL_TALK)]))
         else:
             common = rng.random() < 0.15  # arithmetic has the most different requests
-            rows.append(conversation(rng, "calculator" if common else names[number % len(names)]))
+            first = "calculator" if common else names[number % len(names)]
+            second = [n for n in rng.sample(names, 1) if n != first and rng.random() < 0.3]
+            rows.append(conversation(rng, [first, *second]))
     write(args.out / "train.jsonl", rows)
-    seen = [conversation(rng, name, new=True) for name in names for _ in range(2)]
+    seen = [conversation(rng, [name], new=True) for name in names for _ in range(2)]
     write(args.out / "seen.jsonl", seen + [small_talk(rng, pair) for pair in NEW_SMALL_TALK])
     among = [*HELD_OUT, *names]
-    held = [conversation(rng, n, new=True, among=among) for n in HELD_OUT for _ in range(4)]
+    held = [conversation(rng, [n], new=True, among=among) for n in HELD_OUT for _ in range(4)]
     write(args.out / "held_out.jsonl", held)
 
 

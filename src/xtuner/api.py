@@ -2,8 +2,8 @@
 
     load_settings ──► train ──► TrainResult ──► load_chat ──► Chat.ask
 
-Faults are raised as `XTunerError`; nothing here ends the process. This module imports neither torch
-nor transformers before a function needs them.
+Errors are raised as `XTunerError`; nothing here exits the process. This module imports neither
+torch nor transformers before a function needs them.
 """
 
 from __future__ import annotations
@@ -108,11 +108,10 @@ def train(
     set_up_memory(loaded.settings.device)
 
     from xtuner.engine.signals import Interrupted
-    from xtuner.engine.work_dir import work_dir_of
     from xtuner.hub import trust
     from xtuner.training import run
 
-    folder = work_dir_of(loaded, Path(work_dir) if work_dir else None)
+    folder = loaded.work_dir(work_dir)
     trust.remember("work_dirs", str(folder.resolve()))
     which = "last" if resume is True else resume or None
     with _only_training(), _process_restored():
@@ -125,7 +124,7 @@ def train(
 class Chat:
     """A conversation with a model; every question and answer enters its history.
 
-    Made by `load_chat`.
+    Created by `load_chat`.
     """
 
     def __init__(self, session: Session) -> None:
@@ -150,7 +149,7 @@ class Chat:
     ) -> Iterator[str]:
         """Yield the answer to `question` in pieces; arguments and errors as for `ask`.
 
-        Closing the iterator ends the answer; what was said so far stays in the history.
+        Closing the iterator ends the answer; the history keeps the part generated so far.
         """
         session, before = self._session, self._session.options
         chosen = _options(before, options)
@@ -171,7 +170,7 @@ class Chat:
         return tuple(self._session.messages)
 
     def reset(self) -> None:
-        """Forget the conversation."""
+        """Clear the conversation."""
         self._session.reset()
 
 
@@ -193,8 +192,8 @@ def load_chat(
 
     Args:
         model: a checkpoint, a work dir (its newest checkpoint), an adapter, a model folder, or a
-            name on the hub. A checkpoint knows its base model, template and system message.
-        adapter: folder of an adapter to put on `model`.
+            name on the hub. Checkpoints record base model, template and system message.
+        adapter: folder of an adapter to load on `model`.
         prompt_template: replaces the template that the checkpoint names.
         system: replaces the system message that the checkpoint names.
         bits: bits per weight; None: as in the training of the adapter, else 16.
@@ -232,7 +231,7 @@ def _options(options: GenerationOptions, changes: Mapping[str, Any]) -> Generati
     for name in changes:
         if name not in known:
             raise ConfigError(
-                f"{name}: is no option of answers{did_you_mean(name, known)}; allowed: "
+                f"{name}: is not a generation option{did_you_mean(name, known)}; allowed: "
                 f"{', '.join(known)}"
             )
     words = changes.get("stop_words", options.stop_words)
@@ -241,7 +240,7 @@ def _options(options: GenerationOptions, changes: Mapping[str, Any]) -> Generati
 
 
 def _result(work_dir: Path) -> TrainResult:
-    """The result of the last run in `work_dir`, from what it wrote there."""
+    """The result of the last run in `work_dir`, from its files."""
     from xtuner.engine.checkpoint import CheckpointStore
     from xtuner.models.run_info import RunInfo
 
@@ -252,7 +251,7 @@ def _result(work_dir: Path) -> TrainResult:
 
 
 def _last_metrics(work_dir: Path) -> dict[str, float]:
-    """The numbers that belong to the last step that was logged in `work_dir`."""
+    """The scalars of the last step that was logged in `work_dir`."""
     logs = sorted(work_dir.glob("*/scalars.jsonl"), key=lambda file: file.stat().st_mtime_ns)
     for log in reversed(logs):
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -265,11 +264,11 @@ def _last_metrics(work_dir: Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _only_training() -> Iterator[None]:
-    """Refuse a second training at the same time, or after one of several processes."""
+    """Reject a second training at the same time, or after a training with several processes."""
     if not _training.acquire(blocking=False):
         raise LaunchError(
-            "another training runs in this process, and both would share one random state; wait "
-            "for it, or train in another process"
+            "another training is running in this process, and both would share one random state; "
+            "wait for it, or train in another process"
         )
     try:
         if _groups_left:
@@ -288,7 +287,7 @@ def _only_training() -> Iterator[None]:
 
 
 def _leave_group() -> None:
-    """Note that a finished run has left its process group; one that failed has not."""
+    """Record that a finished run has left its process group; a failed one has not."""
     if rank := os.environ.get("RANK"):
         _groups_left.append(rank)
 

@@ -44,7 +44,7 @@ class LaunchError(XTunerError):
 
 
 class PeerLostError(LaunchError):
-    """Another process of the run ended; its own message tells why."""
+    """Another process of the run ended; its own message has the reason."""
 
 
 class TrainingError(XTunerError):
@@ -61,6 +61,6 @@ def did_you_mean(word: str, allowed: Sequence[str]) -> str:
     import difflib
 
     if len(word) > _LONGEST_GUESS or len(allowed) > _MOST_GUESSES:
-        return ""  # comparing would take seconds, and help nobody
+        return ""  # comparing would take seconds and is not useful
     close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""

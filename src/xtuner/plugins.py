@@ -34,17 +34,17 @@ _USER_MODULE = "xtuner_user_"
 """Beginning of the names of modules that are users' files."""
 
 
-def told(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """An exception of a user's code in one line, with the file and line of that code."""
     words = " ".join(str(error).split())
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         return f"{text}, line {error.lineno}" if "line " not in text else text
-    location = user_place(error)
+    location = user_location(error)
     return f"{text} ({location})" if location else text
 
 
-def user_place(error: BaseException) -> str:
+def user_location(error: BaseException) -> str:
     """File and line of the innermost call in a user's file, or in one beside it; empty if `error`
     comes from none."""
     files = [m.__file__ for n, m in list(sys.modules.items()) if n.startswith(_USER_MODULE)]
@@ -110,7 +110,7 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            words = told(error)
+            words = described(error)
             del sys.modules[module_name]
             raise ConfigError(f"{setting} = {name!r}: importing {path} failed: {words}") from error
     if not hasattr(module, attribute):

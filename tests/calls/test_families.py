@@ -1,4 +1,5 @@
-"""What a family renders it reads back, in any pieces; everything else is named or stays text."""
+"""Families read back what they render, split in any way; everything else is reported or stays
+text."""
 
 import json
 import random
@@ -88,7 +89,7 @@ def test_text_before_a_call_is_kept(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_half_a_call_is_named_and_never_made_whole(name):
+def test_incomplete_call_is_reported_and_not_completed(name):
     """At max_new_tokens an answer ends anywhere: calls before are kept, the open one is named."""
     family = FAMILIES[name]
     calls = [make_call("f", {"key_0": "a, b", "key_1": [1, 2]}), make_call("f", {"key_0": "c"})]
@@ -116,7 +117,7 @@ def test_the_end_of_an_answer_within_a_call():
     [
         ("<tool_call>\n{'name': 'f'}\n</tool_call>", "is not valid JSON"),
         ('<tool_call>{"arguments": {}}</tool_call>', "name: is missing"),
-        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "are no object"),
+        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "are not an object"),
         ('<tool_call>{"name": "f", "arguments": "{x"}</tool_call>', "not valid JSON"),
         ("<tool_call>f(1)</tool_call>", "is not valid JSON"),
         ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', "is not valid JSON"),

@@ -1,4 +1,4 @@
-"""What fits a schema, and how what does not fit is named."""
+"""Validation against a schema, and the messages for violations."""
 
 import pytest
 
@@ -46,8 +46,8 @@ def test_fits(value):
         ({"city": "Paris", "tags": ["a", 1]}, "tags[1] must be a string, and is 1"),
         ({"city": "Paris", "tags": ["a"] * 3}, "tags must have at most 2 items, and has 3"),
         ({"city": "Paris", "deep": {"again": 1}}, "deep.again must be an object, and is 1"),
-        ({"city": "Paris", "either": "x"}, "either fits none of the alternatives"),
-        ({"city": "Paris", "town": "x"}, "town is no parameter; allowed: city, days"),
+        ({"city": "Paris", "either": "x"}, "either matches none of the alternatives"),
+        ({"city": "Paris", "town": "x"}, "town is not a parameter; allowed: city, days"),
         ([], "must be an object, and is []"),
     ],
     ids=range(13),

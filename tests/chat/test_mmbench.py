@@ -48,7 +48,7 @@ def test_questions_are_asked_and_counted(tsv, tmp_path):
     session = Scripted(["A", "A. a dog", "The answer is C."])
     counts = []
     questions = mmbench.read_tsv(tsv)
-    answered = list(mmbench.ask_all(session, questions, tell=counts.append))
+    answered = list(mmbench.ask_all(session, questions, progress=counts.append))
     assert session.asked[0] == (
         "What is it?\nA. a cat\nB. a dog\n"
         "Answer with the option's letter from the given choices directly.",
@@ -67,7 +67,7 @@ def test_questions_are_asked_and_counted(tsv, tmp_path):
 def test_the_workbook_is_read_by_another_reader(tsv, tmp_path):
     session = Scripted(["A", "B <&> \x01", "none"])
     questions = mmbench.read_tsv(tsv)
-    mmbench.write(tmp_path, list(mmbench.ask_all(session, questions, tell=lambda number: None)))
+    mmbench.write(tmp_path, list(mmbench.ask_all(session, questions, progress=lambda number: None)))
     with zipfile.ZipFile(tmp_path / "mmbench_result.xlsx") as archive:
         table = list(ElementTree.fromstring(archive.read("xl/sheet1.xml"))[0])
         names = archive.read("xl/workbook.xml").decode()
@@ -86,7 +86,7 @@ def test_the_letter_of_an_answer(answer, letter):
     assert letter_of(answer, OPTIONS) == letter
 
 
-def test_a_file_of_another_kind_is_said(tmp_path):
+def test_wrong_file_type_is_reported(tmp_path):
     (tmp_path / "x.tsv").write_text("a\tb\n1\t2\n")
     with pytest.raises(DataError, match="lacks A, image, index, question"):
         mmbench.read_tsv(tmp_path / "x.tsv")

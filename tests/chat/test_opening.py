@@ -1,4 +1,4 @@
-"""What `xtuner chat` makes of the folders that it is given."""
+"""How `xtuner chat` resolves folders."""
 
 import json
 import shutil
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from xtuner.chat import opening
+from xtuner.chat import lookup, opening
 from xtuner.errors import ConfigError, ModelError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.hub import fetch
 from xtuner.models import adapters
 from xtuner.models.load import load_model
+from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
 from xtuner.testing.tiny import tiny_model_folder, tiny_tokenizer
@@ -46,9 +47,9 @@ def ask(model: Path | str, **options) -> str:
     return "".join(session.ask("Who are you?"))
 
 
-def test_a_checkpoint_knows_base_adapter_template_and_system(run: Path) -> None:
+def test_checkpoint_records_base_adapter_template_and_system(run: Path) -> None:
     base = str(run / "base")
-    found = opening.find(str(run / "work" / "iter_7"))
+    found = lookup.find(str(run / "work" / "iter_7"))
     assert (found.model, found.adapter) == (base, run / "work" / "iter_7")
     assert (found.template, found.system) == ("chatml", SYSTEM)
     tuned = ask(run / "work" / "iter_7")
@@ -69,15 +70,15 @@ def test_an_adapter_of_other_tools_names_its_base(run: Path, tmp_path: Path) -> 
     shutil.copytree(run / "work" / "iter_7", folder)
     for name in ("run.yaml", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    found = opening.find(str(folder))
-    assert found == opening.ChatSource(str(run / "base"), folder, tokenizer=str(run / "base"))
+    found = lookup.find(str(folder))
+    assert found == lookup.ChatSource(str(run / "base"), folder, tokenizer=str(run / "base"))
 
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"gone, which no longer exists.*--adapter"):
-        opening.find(str(folder))
-    assert opening.find(str(run / "base"), adapter=str(folder)).adapter == folder
+        lookup.find(str(folder))
+    assert lookup.find(str(run / "base"), adapter=str(folder)).adapter == folder
 
 
 def test_a_model_that_xtuner_wrote_knows_its_template(run: Path, tmp_path: Path) -> None:
@@ -89,12 +90,12 @@ def test_a_model_that_xtuner_wrote_knows_its_template(run: Path, tmp_path: Path)
 
 def test_a_base_model_needs_a_template(tmp_path: Path) -> None:
     base = tiny_model_folder(tmp_path / "base", chat_template=None)
-    with pytest.raises(ModelError, match="by --prompt-template, such as 'default'"):
+    with pytest.raises(ModelError, match="such as --prompt-template default"):
         opening.open_chat(base)
     assert opening.open_chat(base, prompt_template="default").template.name == "default"
 
 
-def test_a_fetched_model_goes_by_its_name(run: Path) -> None:
+def test_fetched_model_is_found_by_its_name(run: Path) -> None:
     shutil.copytree(run / "base", fetch.models_root() / "smollm2_135m_instruct")
     assert ask("smollm2_135m_instruct") == ask(run / "base")
     assert ask("HuggingFaceTB/SmolLM2-135M-Instruct") == ask(run / "base")
@@ -109,16 +110,16 @@ def test_a_fetched_model_goes_by_its_name(run: Path) -> None:
         ("./nothing", r"\./nothing: no such folder"),
     ],
 )
-def test_what_is_missing_is_named(run: Path, model: str, says: str) -> None:
+def test_missing_packages_are_reported(run: Path, model: str, says: str) -> None:
     with pytest.raises(ModelError, match=says):
         opening.open_chat(model.format(run=run))
 
 
 def test_two_adapters_or_a_wrong_one_are_refused(run: Path) -> None:
     with pytest.raises(ModelError, match="is itself an adapter"):
-        opening.find(str(run / "work"), adapter=str(run / "work"))
+        lookup.find(str(run / "work"), adapter=str(run / "work"))
     with pytest.raises(ModelError, match=r"--adapter .*base: looked for"):
-        opening.find(str(run / "base"), adapter=str(run / "base"))
+        lookup.find(str(run / "base"), adapter=str(run / "base"))
     with pytest.raises(ConfigError, match="bits = 3"):
         opening.open_chat(run / "base", bits=3)
 
@@ -129,3 +130,20 @@ def test_four_bits(run: Path) -> None:
     assert "".join(session.ask("Hi")) == "".join(
         opening.open_chat(run / "work", bits=4, dtype="float32").ask("Hi")
     )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("internlm/internlm2-chat-1_8b", "models/internlm2-chat-1_8b", True),
+        ("internlm/internlm2-chat-7b", "models/internlm2-chat-1_8b", False),
+        ("other/internlm2-chat-1_8b", "models/internlm2-chat-1_8b", False),
+        ("models/../models/internlm2-chat-1_8b", "models/internlm2-chat-1_8b", True),
+    ],
+    ids=["of the hub", "of another size", "two folders", "one folder"],
+)
+def test_whether_two_names_mean_one_model(one, other, same, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models", "other"):
+        (tmp_path / folder / "internlm2-chat-1_8b").mkdir(parents=True)
+    assert same_model(one, other) == same

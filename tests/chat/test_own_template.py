@@ -41,7 +41,7 @@ def checkpoint(tmp_path: Path, tiny_model_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["absolute", "relative", "up"])
-def test_code_that_a_checkpoint_names_runs_only_when_trusted(
+def test_checkpoint_code_runs_only_when_trusted(
     form, planted, checkpoint, monkeypatch, caplog
 ) -> None:
     file, mark = planted

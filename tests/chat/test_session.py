@@ -52,7 +52,7 @@ def test_a_thought_that_the_prompt_opens_is_the_reasoning_as_in_the_data() -> No
         assert "".join(session.ask(question)) == "Hm.\n</think>\n\nfine"
     assert session.messages[1] == Message("assistant", "fine", reasoning="Hm.")
     last, first = template.sequences(Conversation(tuple(session.messages)))
-    for prompt, (ids, _) in zip(session.model.prompts, (first, last), strict=True):
+    for prompt, (ids, *_) in zip(session.model.prompts, (first, last), strict=True):
         assert tokenizer.decode(prompt).endswith("<think>\n")
         assert ids == [*prompt, *tokenizer("Hm.\n</think>\n\nfine<|im_end|>")["input_ids"]]
 
@@ -65,7 +65,7 @@ def test_reset_forgets() -> None:
     assert session.model.prompts[0] == session.model.prompts[1]
 
 
-def test_a_stopped_answer_stays_as_far_as_it_was_shown() -> None:
+def test_stopped_answer_is_kept_as_shown() -> None:
     session = make_session()
     answer = session.ask("Hm?")
     assert next(answer) + next(answer) == "fi"

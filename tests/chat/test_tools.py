@@ -1,9 +1,9 @@
-"""A session and a terminal with tools, with a model whose answers are known."""
+"""A session and a terminal with tools, with a model whose answers are scripted."""
 
 import io
 
 import pytest
-from scripted_model import ScriptedModel
+from scripted_model import Answers
 
 from xtuner import templates
 from xtuner.calls.families import load
@@ -38,22 +38,9 @@ class Weather:
         pass
 
 
-class Answers(ScriptedModel):
-    """Gives one answer after the other."""
-
-    def __init__(self, *answers):
-        super().__init__([])
-        self.answers = [TOKENIZER(f"{answer}<|im_end|>")["input_ids"] for answer in answers]
-
-    def forward(self, input_ids, past_key_values, use_cache):
-        if past_key_values is None:
-            self.ids = self.answers.pop(0)
-        return super().forward(input_ids, past_key_values, use_cache)
-
-
 def make_session(*answers, provider=None, **options):
     return Session(
-        Answers(*answers),
+        Answers(TOKENIZER, *answers),
         TOKENIZER,
         template=templates.load("auto", TOKENIZER),
         options=GenerationOptions(max_new_tokens=200),
@@ -86,7 +73,7 @@ def test_a_stopped_answer_keeps_what_is_complete():
     assert session.messages[-1].content == "S"
 
 
-def test_a_call_that_was_interrupted_leaves_no_open_call():
+def test_interrupted_call_is_removed_from_the_history():
     provider = Weather()
     provider.fails = True
     session = make_session(f"Hm.{CALL}", provider=provider)
@@ -135,7 +122,7 @@ def test_chat_with_a_tool_runs(capsys, tiny_model_path):
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_the_words_of_xtuner_0():
+def test_xtuner_0_command_lines():
     from xtuner.cli import _chat_tools, _old_words
 
     command = "chat m --with-plugins calculate solve --command-stop-word <eoc> --bits 4"

@@ -1,4 +1,4 @@
-"""The shell of the command line: exit codes, messages, and what it imports before it answers."""
+"""The command line: exit codes, messages, and imports before it responds."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ def test_an_unknown_command_is_answered_with_a_close_one(capsys):
     assert "list-cfg" in capsys.readouterr().err
 
 
-def test_a_curable_error_is_a_message_and_exit_code_2(failing, capsys):
+def test_user_error_is_a_message_with_exit_code_2(failing, capsys):
     failing(DataError("a.jsonl line 3: no 'messages'"))
     assert app.main(["list-cfg"]) == 2
     assert capsys.readouterr().err == "DataError: a.jsonl line 3: no 'messages'\n"
@@ -72,14 +72,14 @@ def test_debug_by_environment(failing, monkeypatch):
         app.main(["list-cfg"])
 
 
-def test_a_fault_of_ours_is_not_hidden(failing):
+def test_internal_error_shows_its_traceback(failing):
     failing(ZeroDivisionError("x"))
     with pytest.raises(ZeroDivisionError):
         app.main(["list-cfg"])
 
 
 @pytest.mark.parametrize("arguments", [[], ["--debug"]])
-def test_a_fault_in_the_users_code_is_named_with_its_line(tmp_path, failing, arguments, capsys):
+def test_error_in_user_code_is_reported_with_its_line(tmp_path, failing, arguments, capsys):
     (tmp_path / "mine.py").write_text("def act(row):\n    x = 1\n    return row['none']\n")
     act = plugins.load_user_object(str(tmp_path / "mine.py:act"), setting="s")
     try:
@@ -95,7 +95,7 @@ def test_a_fault_in_the_users_code_is_named_with_its_line(tmp_path, failing, arg
     assert f"Your code raised KeyError: 'none' ({tmp_path / 'mine.py'} line 3, in act)" in told
 
 
-def test_a_fault_in_importing_the_users_file_is_named_with_its_line(tmp_path):
+def test_import_error_in_a_user_file_is_reported_with_its_line(tmp_path):
     for text, words in [("x = 1\ny = 1 / 0\n", "line 2, in <module>"), ("def f(:\n", "line 1")]:
         (tmp_path / "own.py").write_text(text)
         with pytest.raises(ConfigError, match=words):
@@ -148,7 +148,7 @@ def test_resume_alone_means_the_last_checkpoint(given, completed):
     assert app.complete_resume(given) == completed
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_closed_pipe_is_not_an_error():
     reader = f"{' '.join(COMMAND)} list-cfg | head -n 1"
     done = subprocess.run(reader, shell=True, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 1

@@ -76,7 +76,7 @@ def test_data_of_bad_rows_only_is_listed_too(check):
     assert out[-1] == "2 bad rows."
 
 
-def test_a_file_that_cannot_be_written_is_told(check, tmp_path):
+def test_unwritable_file_is_reported(check, tmp_path):
     code, _, err = check([chat("Hi", "Hello")], "--out", tmp_path / "no" / "bad.txt")
     assert code == 2
     assert err.startswith("DataError: --out")
@@ -101,12 +101,12 @@ def test_rows_kept_with_wrong_calls_are_counted_and_named(check):
     call = {"type": "function", "function": {"name": "g", "arguments": "{}"}}
     rows = [chat("Hi", "Hello"), {**chat("Hi", ""), "tools": [tool]}]
     rows[1]["messages"][1]["tool_calls"] = [call]
-    problem = "turn [2], call of 'g': is of a tool that the row does not declare; add the tool"
+    problem = "turn [2], call of 'g': calls a tool that the row does not declare; add the tool"
     keep = ("--set", "max_length=2000", "--set", "tool_call_errors=keep")
     code, out, _ = check(rows, *keep)
     assert code == 0
     assert out[0].startswith(f"kept: d.jsonl line 2  {problem}")
-    assert out[2].lstrip().startswith("1 row kept: turn [2], call of 'g': is of a tool that")
+    assert out[2].lstrip().startswith("1 row kept: turn [2], call of 'g': calls a tool that")
     assert out[2].endswith("(line 2)")
     assert out[-2:] == ["No bad rows.", KEPT]
     code, out, _ = check(rows, *keep[:2])

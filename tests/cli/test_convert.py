@@ -54,7 +54,7 @@ def test_a_config_with_another_model_gets_a_warning(run_folder, capsys):
     assert "some/other" in capsys.readouterr().err
 
 
-def test_what_cannot_be_done_exits_with_2_and_says_what_to_do(run_folder, tiny_model_path, capsys):
+def test_impossible_request_exits_with_2_and_a_hint(run_folder, tiny_model_path, capsys):
     adapter, taken = run_folder / "work_dir/iter_7", run_folder / "work_dir"
     wrong = {
         "give another folder": ("merge", tiny_model_path, adapter, taken),

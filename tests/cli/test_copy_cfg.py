@@ -40,7 +40,7 @@ def test_an_unknown_name_writes_nothing(name, tmp_path, capsys):
     assert not folder.exists()
 
 
-def test_a_file_in_place_of_the_folder(tmp_path, capsys):
+def test_file_instead_of_a_folder(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["copy-cfg", NAME, str(tmp_path / "file")]) == 2
     assert "is a file; give a folder" in capsys.readouterr().err

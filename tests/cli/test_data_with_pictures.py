@@ -31,10 +31,12 @@ def test_good_rows_with_images_pass_the_check(config, capsys):
     assert code == 0 and "4 rows, format llava (auto)" in out and "No bad rows." in out
 
 
-def test_a_bad_image_is_named_by_the_check(config, capsys):
+def test_check_reports_a_bad_image(config, capsys):
     (config.parent / "images" / "1.png").write_bytes(b"no image")
     code, out = run(capsys, "check-custom-dataset", config)
-    assert code == 2 and out.splitlines()[0].startswith("d.json row 2  image '1.png': is no image")
+    assert code == 2 and out.splitlines()[0].startswith(
+        "d.json row 2  image '1.png': is not an image"
+    )
 
 
 def test_messages_name_the_max_length_that_was_written(config, capsys):
@@ -52,7 +54,7 @@ def test_messages_name_the_max_length_that_was_written(config, capsys):
         ("labels", "-100 [<image> 0.png: 4 tokens] -100"),
     ],
 )
-def test_the_place_of_a_image_is_shown_once(config, capsys, show, words):
+def test_image_is_shown_once(config, capsys, show, words):
     code, out = run(capsys, "log-dataset", config, "--show", show)
     assert code == 0 and words in out and "<image><image>" not in out and "261 261" not in out
 

@@ -88,7 +88,7 @@ def test_settings_can_be_overridden(config, capsys):
     assert "pack 1 of 3" in shown(capsys, config, "--set", "pack_to_max_length=False")
 
 
-def test_missing_data_is_told_in_one_line(config, capsys):
+def test_missing_data_is_one_line(config, capsys):
     assert main(["log-dataset", str(config), "--set", "data_path=e.jsonl"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("DataError: data_path 'e.jsonl': no such file")

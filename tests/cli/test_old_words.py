@@ -1,4 +1,4 @@
-"""The command lines of XTuner 0.x, word for word."""
+"""The command lines of XTuner 0.x."""
 
 import pytest
 
@@ -22,12 +22,16 @@ from xtuner.errors import ConfigError
         ("chat M --command-stop-word <eoc> --answer-stop-word <eom>",
          "chat M --stop-words <eoc> --stop-words <eom>"),
         ("chat M --bot-name Ming --offload-folder x --top-k 3", "chat M --top-k 3"),
+        ("chat M --visual-select-layer -2 --bits 4", "chat M --bits 4"),
+        ("mmbench M --torch-dtype fp16 --bot-name X --seed 1 --limit 3", "mmbench M --limit 3"),
+        ("convert merge M A D --safe-serialization --fp", "convert merge M A D --fp"),
+        ("test C --checkpoint K --launcher none", "test C --checkpoint K"),
         ("train C --seed 3", "train C --set seed=3"),
         ("train C --local_rank=1", "train C"),
         ("train C --set seed=1 lr=2", "train C --set seed=1 lr=2"),
     ],
 )  # fmt: skip
-def test_words_of_old(old, new):
+def test_old_command_lines(old, new):
     assert translated(old.split()) == new.split()
 
 
@@ -38,10 +42,11 @@ def test_words_of_old(old, new):
         ("eval_refcoco M", "xtuner mmbench"),
         ("dist_train C 8", "--nproc"),
         ("chat M --system-template nobody", "alpaca"),
+        ("chat M --visual-select-layer -1", "visual_select_layer"),
         ("convert pth_to_hf C P D --save-format official", "--save-format huggingface"),
     ],
 )
-def test_what_is_gone_names_its_replacement(old, words):
+def test_removed_commands_name_their_replacement(old, words):
     with pytest.raises(ConfigError, match=words):
         translated(old.split())
 
@@ -52,7 +57,7 @@ def test_a_system_template_is_its_text(capsys):
     assert "own words" in capsys.readouterr().err
 
 
-def test_cfg_options_of_old_set_what_they_set():
+def test_old_cfg_options_still_work():
     words = "--cfg-options randomness.seed=7 train_dataloader.batch_size=2 "
     words += "optim_wrapper.optimizer.lr=1e-4 default_hooks.checkpoint.interval=300"
     expanded = expand_overrides(words.split())

@@ -1,8 +1,8 @@
-"""What would run a stranger's code needs the command line's word."""
+"""Code of others runs only with a flag on the command line."""
 
 import pytest
 
-from xtuner.cli import _trust
+from xtuner.cli import _settings
 from xtuner.cli.app import main
 from xtuner.errors import ConfigError
 from xtuner.hub import trust
@@ -32,28 +32,28 @@ def config(tmp_path, tiny_model_path):
 
 def test_code_of_a_model_needs_the_flag_once(config, tmp_path, capsys):
     file = config(tmp_path / "mine", "trust_remote_code = True")
-    with pytest.raises(ConfigError, match="once on this machine"):
-        _trust.load(file, overrides=())
-    assert _trust.load(file, overrides=(), trust_remote_code=True).settings.trust_remote_code
-    assert _trust.load(file, overrides=()).settings.trust_remote_code
-    assert capsys.readouterr().err.count("runs (trust_remote_code)") == 2
+    with pytest.raises(ConfigError, match="once per machine"):
+        _settings.load(file, overrides=())
+    assert _settings.load(file, overrides=(), trust_remote_code=True).settings.trust_remote_code
+    assert _settings.load(file, overrides=()).settings.trust_remote_code
+    assert capsys.readouterr().err.count("(trust_remote_code)") == 2
 
 
 def test_another_model_asks_again_and_the_command_line_is_trusted(config, tmp_path):
     file = config(tmp_path / "mine", "trust_remote_code = True")
-    _trust.load(file, overrides=(), trust_remote_code=True)
+    _settings.load(file, overrides=(), trust_remote_code=True)
     other = ["pretrained_model_name_or_path=other/model"]
     with pytest.raises(ConfigError, match="lets the model other/model"):
-        _trust.load(file, overrides=other)
-    _trust.load(config(tmp_path / "plain"), overrides=[*other, "trust_remote_code=True"])
+        _settings.load(file, overrides=other)
+    _settings.load(config(tmp_path / "plain"), overrides=[*other, "trust_remote_code=True"])
 
 
-def test_what_another_user_could_have_written_is_not_trusted(config, tmp_path, cache):
+def test_file_writable_by_others_is_not_trusted(config, tmp_path, cache):
     file = config(tmp_path / "mine", "trust_remote_code = True")
-    _trust.load(file, overrides=(), trust_remote_code=True)
+    _settings.load(file, overrides=(), trust_remote_code=True)
     (cache / "trust.json").chmod(0o666)
     with pytest.raises(ConfigError):
-        _trust.load(file, overrides=())
+        _settings.load(file, overrides=())
 
 
 @pytest.mark.parametrize("command", [["check-custom-dataset"], ["train", "--dry-run"]])
@@ -63,8 +63,8 @@ def test_checks_and_forecasts_ask_too(command, config, tmp_path, capsys):
     assert "--trust-remote-code" in capsys.readouterr().err
 
 
-def test_an_honest_settings_file_is_silent(config, tmp_path, capsys):
-    _trust.load(config(tmp_path / "mine", "custom_hooks = ['h.py:H']"), overrides=())
+def test_valid_settings_file_gives_no_note(config, tmp_path, capsys):
+    _settings.load(config(tmp_path / "mine", "custom_hooks = ['h.py:H']"), overrides=())
     captured = capsys.readouterr()
     assert not captured.err and not captured.out
 
@@ -76,18 +76,18 @@ def test_an_honest_settings_file_is_silent(config, tmp_path, capsys):
     ids=["template", "hooks", "format", "algorithm"],
 )  # fmt: skip
 @pytest.mark.parametrize("mark", ["run.yaml", "last_checkpoint"])
-def test_settings_beside_a_strangers_checkpoint_run_no_code(line, mark, config, tmp_path):
+def test_settings_beside_an_unknown_checkpoint_run_no_code(line, mark, config, tmp_path):
     file = config(tmp_path / "theirs", line)
     (tmp_path / "theirs" / mark).write_text("")
     with pytest.raises(ConfigError, match=r"\.py:.*--trust-code"):
-        _trust.load(file, overrides=())
-    _trust.load(file, overrides=(), trust_code=True)
-    _trust.load(config(tmp_path / "theirs"), overrides=[line.replace(" = ", "=")])
+        _settings.load(file, overrides=())
+    _settings.load(file, overrides=(), trust_code=True)
+    _settings.load(config(tmp_path / "theirs"), overrides=[line.replace(" = ", "=")])
 
 
-def test_the_work_dir_of_a_run_of_ones_own_is_trusted(config, tmp_path):
+def test_own_work_dir_is_trusted(config, tmp_path):
     file = config(tmp_path / "work", "prompt_template = 'x.py:T'")
     (tmp_path / "work" / "last_checkpoint").write_text("iter_1")
-    _trust.remember_work_dir(tmp_path / "work")
-    _trust.load(file, overrides=())
+    _settings.remember_work_dir(tmp_path / "work")
+    _settings.load(file, overrides=())
     assert trust.is_remembered("work_dirs", str((tmp_path / "work").resolve()))

@@ -33,7 +33,7 @@ def test_names_that_users_know_are_listed(name):
     assert name in NAMES
 
 
-def test_a_name_means_its_parts():
+def test_name_is_composed_of_its_parts():
     values = catalog.compose("internlm2_chat_7b_qlora_alpaca_enzh_e5")
     assert values["pretrained_model_name_or_path"] == "internlm/internlm2-chat-7b"
     assert values["tuning"] == "qlora"

@@ -8,7 +8,7 @@ from xtuner.config.load import load_settings
 from xtuner.errors import ConfigError
 
 
-def test_every_name_of_old_composes_or_says_why_not():
+def test_every_old_name_composes_or_has_a_reason():
     names, missing = catalog_xtuner0.names(), catalog_xtuner0.missing()
     assert len(names) + len(missing) == 585 and not {*names} & {*missing}
     for name, reason in missing.items():
@@ -64,9 +64,9 @@ def test_another_number_of_epochs_changes_nothing_else():
     assert not catalog.is_name("internlm2_1_8b_qlora_alpaca_e0")
 
 
-def test_a_copy_says_what_it_is(tmp_path):
+def test_copied_file_describes_itself(tmp_path):
     assert main(["copy-cfg", "baichuan2_7b_chat_qlora_alpaca_e3", str(tmp_path)]) == 0
     text = (tmp_path / "baichuan2_7b_chat_qlora_alpaca_e3_copy.py").read_text(encoding="utf-8")
     text = " ".join(text.split())
     assert "qwen2_5_7b_instruct" in text
-    assert "Steps count micro-batches" in text and "trust_remote_code = True" in text
+    assert "steps count micro-batches" in text and "trust_remote_code = True" in text

@@ -1,4 +1,4 @@
-"""Loading: files, names, overrides, and the one error that lists every problem."""
+"""Loading: files, names, overrides, and one error that lists every problem."""
 
 from pathlib import Path
 
@@ -121,7 +121,7 @@ def test_each_wrong_setting_is_named_with_its_line_and_hint(problems, line, mess
     assert message in problem
 
 
-def test_a_users_own_part_is_no_misspelling(load):
+def test_user_object_is_not_treated_as_a_misspelling(load):
     text = NEEDED + "dataset_format = 'my.py:rows'\nalgorithm = 'a/b.py:Mine'"
     assert load(text).settings.dataset_format == ("my.py:rows",)
 
@@ -245,7 +245,7 @@ def test_a_config_of_another_trainer_gets_the_command_that_migrates_it(load, tex
     assert "is missing" not in message
 
 
-def test_a_settings_file_is_taken_for_no_config_of_another_trainer(load):
+def test_settings_file_is_not_mistaken_for_another_trainers_config(load):
     assert load(NEEDED + "lora_r = 8\nwork_dir = 'mmengine'\n").settings.lora_r == 8
     yaml = "pretrained_model_name_or_path: m\ndata_path: a.jsonl\nmax_length: 64\n"
     assert load(yaml, ending=".yaml").settings.max_length == 64

@@ -1,4 +1,4 @@
-"""A new setting is described at one place: its field. Everything else follows from its marks."""
+"""A new setting is described in one place, its field. Everything else follows from its marks."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""What 'auto' means for the settings that depend on the amount of data."""
+"""How 'auto' is resolved in settings that depend on the amount of data."""
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_the_scale_is_that_of_rank_stabilized_lora():
     assert settings(lora_r=16, lora_alpha=8).effective_lora_alpha == 8
 
 
-def test_packs_are_shorter_where_an_epoch_would_have_few():
+def test_packs_are_shorter_if_an_epoch_would_have_few():
     def length(rows, tokens, longest=0, **values):
         lengths = [tokens] * (rows - 1) + [max(longest, tokens)]
         return recipe.pack_length(settings(**values), lengths=lengths, limit=2048)

@@ -1,4 +1,4 @@
-"""What `xtuner explain` says, and that the reference page in docs is what the schema says."""
+"""The output of `xtuner explain`, and the reference page in docs, which matches the schema."""
 
 from pathlib import Path
 

@@ -62,7 +62,7 @@ def test_every_argument_of_transformers_is_known():
         ("visual_lora_r", "lora_r"),
     ],
 )
-def test_likeness_of_spelling_counts_within_one_kind_only(name, not_this):
+def test_suggestions_stay_within_one_topic(name, not_this):
     assert f"did you mean '{not_this}'" not in unknown_setting(name)
 
 

@@ -1,4 +1,4 @@
-"""A syntax error is the only thing that is reported, with what to do about the usual ones."""
+"""A syntax error is the only problem reported, with hints for common ones."""
 
 import pytest
 
@@ -15,12 +15,12 @@ def problem(tmp_path, text, suffix):
 
 
 @pytest.mark.parametrize(
-    ("text", "cure"),
+    ("text", "hint"),
     [
-        ("data_path = “my.csv”", 'write " in place of the full-width sign “'),
-        ("data_path = ['a.csv'，'b.csv']", "write , in place of the full-width sign ，"),
-        ("lr\u3000= 1e-4", "write a space in place of a full-width space"),
-        ("SYSTEM = 'a’", "a quote is not closed; write ' in place of the full-width sign ’"),
+        ("data_path = “my.csv”", 'write " instead of the full-width character “'),
+        ("data_path = ['a.csv'，'b.csv']", "write , instead of the full-width character ，"),
+        ("lr\u3000= 1e-4", "write a space instead of a full-width space"),
+        ("SYSTEM = 'a’", "a quote is not closed; write ' instead of the full-width character ’"),
         ('data_path = "C:\\Users\\a.csv"', "write the path with /"),
         ('data_path = "C:\\data\\"', "write the path with /"),
         ("data_path = 'a.csv", "a quote is opened and not closed"),
@@ -30,19 +30,19 @@ def problem(tmp_path, text, suffix):
     ],
     ids=lambda value: None,
 )
-def test_the_cure_of_python(tmp_path, text, cure):
+def test_hints_for_python_syntax_errors(tmp_path, text, hint):
     message = problem(tmp_path, text, ".py")
-    assert cure in message and message.startswith("1 problem in") and "is missing" not in message
+    assert hint in message and message.startswith("1 problem in") and "is missing" not in message
 
 
 @pytest.mark.parametrize(
-    ("text", "cure"),
+    ("text", "hint"),
     [
         ("data_path: a.csv\n\tlr: 1", "the line has a tab; YAML takes spaces only"),
         ('data_path: "C:\\Users\\a.csv"', "write the path with /"),
-        ("data_path：a.csv", "write : in place of the full-width sign ："),
+        ("data_path：a.csv", "write : instead of the full-width character ："),
         ("data_path = a.csv", "must end in .py"),
-        ("data_path: [a.csv，b.csv", "write , in place of the full-width sign ，"),
+        ("data_path: [a.csv，b.csv", "write , instead of the full-width character ，"),
         ('a: 1\ndata_path: "a.csv\nlr: 1', 'line 2  data_path: "a.csv   is not YAML: found'),
         ('data_path: "a.csv\nlr: 1', "a quote is opened and not closed"),
         ("a: 1\ndata_path: [a.csv\nlr: 1", "line 2  data_path: [a.csv   is not YAML: expected"),
@@ -51,12 +51,12 @@ def test_the_cure_of_python(tmp_path, text, cure):
     ],
     ids=lambda value: None,
 )
-def test_the_cure_of_yaml(tmp_path, text, cure):
+def test_hints_for_yaml_syntax_errors(tmp_path, text, hint):
     message = problem(tmp_path, text, ".yaml")
-    assert cure in message and message.startswith("1 problem in") and "is missing" not in message
+    assert hint in message and message.startswith("1 problem in") and "is missing" not in message
 
 
-def test_chinese_quotes_are_no_quotes_in_yaml(tmp_path):
+def test_chinese_quotes_in_yaml_are_reported(tmp_path):
     text = "pretrained_model_name_or_path: m\ndata_path: “a.csv”\n"
     assert "is in Chinese quotes, which would be part of the value" in problem(
         tmp_path, text, ".yaml"
@@ -65,4 +65,4 @@ def test_chinese_quotes_are_no_quotes_in_yaml(tmp_path):
 
 def test_an_escape_in_a_path_is_named(tmp_path):
     text = "pretrained_model_name_or_path = 'm'\ndata_path = 'C:\\new.csv'\n"
-    assert "write the path with / in place of each backslash" in problem(tmp_path, text, ".py")
+    assert "write the path with / instead of each backslash" in problem(tmp_path, text, ".py")

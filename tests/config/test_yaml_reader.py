@@ -50,7 +50,7 @@ def test_an_empty_file_sets_nothing():
      "1" + ":1" * 100_000, "9" * 100_000],
     ids=["int", "float", "sign", "bool", "timestamp", "escape", "sexagesimal", "digits"],
 )  # fmt: skip
-def test_what_yaml_cannot_make_is_a_problem_and_no_traceback(value):
+def test_unparsable_yaml_values_are_problems(value):
     reading = yaml.read(f"max_length: 512\nlr: {value}\n")
     assert len(reading.problems) == 1
     assert "lr" not in reading.entries

@@ -1,4 +1,4 @@
-"""What leaves xtuner of an InternLM2 is what other programs read: layout, keys, code, tokenizer."""
+"""InternLM2 is written in the form that other programs read: layout, keys, code, tokenizer."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One whole LLaVA model from parts, as plain transformers sees it."""
+"""A complete LLaVA model from parts, in plain transformers."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ WITH_BOS = "{{ bos_token }}" + CHATML_TEMPLATE
 @pytest.mark.parametrize(
     ("template", "chat_template"), [("chatml", CHATML_TEMPLATE), ("auto", WITH_BOS)]
 )
-def test_a_tokenizer_that_adds_bos_gives_the_ids_of_our_chat(
+def test_tokenizer_that_adds_bos_gives_the_ids_of_xtuner_chat(
     tmp_path, encoder, template, chat_template
 ):
     llm = llm_folder(tmp_path / "llm", adds_bos=True, chat_template=chat_template)
@@ -126,10 +126,12 @@ def test_a_head_with_a_bias_is_refused(tmp_path, encoder):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_processor_that_makes_other_tokens_is_told(tmp_path, encoder, monkeypatch):
+def test_processor_with_different_tokens_is_warned_about(tmp_path, encoder, monkeypatch):
     llm = llm_folder(tmp_path / "llm", adds_bos=True)
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
-    monkeypatch.setattr("xtuner.convert.llava._disable_special_tokens", lambda tokenizer: None)
+    monkeypatch.setattr(
+        "xtuner.convert.llava_processor._disable_special_tokens", lambda tokenizer: None
+    )
     said = []
     write_model(parts, tmp_path / "model", log=said.append)
     (line,) = [line for line in said if "Warning" in line]

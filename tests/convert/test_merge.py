@@ -120,7 +120,7 @@ def test_several_shards_hold_what_one_does(tiny_model_path, adapter, tmp_path):
     ],
     ids=["dora", "lora_bias", "pissa"],
 )
-def test_what_the_files_do_not_tell_is_merged_in_memory(config, reason, tmp_path):
+def test_unsupported_layout_is_merged_in_memory(config, reason, tmp_path):
     base = tiny_model_folder(tmp_path / "base", attention_bias=True)
     adapter = write_adapter(tmp_path / "adapter", base, config=config)
     report, said = quiet_merge(base, adapter, tmp_path / "merged")
@@ -130,7 +130,7 @@ def test_what_the_files_do_not_tell_is_merged_in_memory(config, reason, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias")
-def test_what_peft_cannot_merge_is_an_error_for_the_user(tiny_model_path, tmp_path):
+def test_unmergeable_adapter_is_a_user_error(tiny_model_path, tmp_path):
     config = lora(lora_bias=True)  # a bias, for layers that have none to merge it into
     adapter = write_adapter(tmp_path / "adapter", tiny_model_path, config=config)
     with pytest.raises(ModelError, match="PEFT cannot merge"):
@@ -206,7 +206,7 @@ def test_another_base_than_trained_on_gets_a_warning(tiny_model_path, adapter, t
         ("[1]", "is not an object"),
         ("{}", "peft_type is missing"),
         ('{"peft_type": "LORA", "alpha_pattern": 7}', "alpha_pattern is 7"),
-        ('{"peft_type": "LORA", "alora_invocation_tokens": ["x"]}', "are no token ids"),
+        ('{"peft_type": "LORA", "alora_invocation_tokens": ["x"]}', "are not token ids"),
         ('{"peft_type": "X", "r": 2, "lora_alpha": 4}', "adapter_config.json is damaged"),
     ],
     ids=["list", "empty", "pattern", "alora", "type"],
@@ -219,7 +219,7 @@ def test_a_malformed_adapter_config_is_named(content, words, tiny_model_path, ad
         quiet_merge(tiny_model_path, tmp_path / "bad", tmp_path / "merged")
 
 
-def test_a_base_of_other_shapes_is_refused(adapter, tmp_path):
+def test_base_model_with_other_shapes_is_rejected(adapter, tmp_path):
     other = tmp_path / "other"
     tiny_model(intermediate_size=48).save_pretrained(other)
     with pytest.raises(ModelError, match="does not fit the base model"):
@@ -259,7 +259,7 @@ def test_a_wrong_merge_is_found_beside_rounding(tmp_path, monkeypatch):
         quiet_merge(base, adapter, tmp_path / "merged")
 
 
-def test_a_change_lost_in_rounding_is_said(tmp_path):
+def test_change_lost_in_rounding_is_warned_about(tmp_path):
     base = tmp_path / "base"
     tiny_model().bfloat16().save_pretrained(base)
     adapter = write_adapter(tmp_path / "adapter", base, alpha=1e-4)

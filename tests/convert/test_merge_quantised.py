@@ -1,4 +1,4 @@
-"""An adapter trained beside 4-bit weights is merged into those weights, dequantised."""
+"""An adapter trained on 4-bit weights is merged into those weights, dequantised."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints of XTuner 0.x: read without running what is in them."""
+"""Checkpoints of XTuner 0.x are read without executing code."""
 
 import json
 import os
@@ -146,7 +146,7 @@ def test_the_projector_of_the_course_is_read(tmp_path):
     ],
     ids=["damaged", "empty", "a projector for a text run"],
 )
-def test_what_cannot_be_read_is_said(place, content, words, capsys):
+def test_unreadable_settings_are_reported(place, content, words, capsys):
     if isinstance(content, bytes):
         (place / "iter_1.pth").write_bytes(content)
     else:

@@ -1,4 +1,4 @@
-"""Shards of another size, bit for bit the same tensors."""
+"""Shards of another size contain bitwise equal tensors."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "lost"])
-def test_a_damaged_source_is_named_and_nothing_is_left(damage, tiny_model_path, tmp_path):
+def test_damaged_source_is_reported_and_leaves_no_output(damage, tiny_model_path, tmp_path):
     split(tiny_model_path, tmp_path / "source", max_shard_size="50KB", log=str)
     victim = min((tmp_path / "source").glob("*.safetensors"))
     if damage == "cut":
@@ -85,6 +85,6 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "0", "iB", "5iB"])
-def test_what_is_no_size(text):
+def test_invalid_sizes(text):
     with pytest.raises(ConfigError, match="max_shard_size"):
         parse_size(text)

@@ -1,4 +1,4 @@
-"""Checkpoints become folders without what only resuming needs."""
+"""Converted checkpoints lack the files that only resuming needs."""
 
 import json
 import shutil
@@ -43,9 +43,7 @@ def test_an_adapter_of_a_float32_run_stays_float32(tiny_model_path, tmp_path):
     assert {s.dtype for s in stored.values()} == {torch.float32}
 
 
-def test_what_a_run_in_float16_made_is_written_in_float16(
-    tiny_model_path, full_checkpoint, tmp_path
-):
+def test_float16_run_is_written_in_float16(tiny_model_path, full_checkpoint, tmp_path):
     """Also where the setting was 'auto'."""
     source = write_adapter(tmp_path / "iter_1", tiny_model_path, settings={"dtype": "auto"})
     replace(RunInfo.read(source), dtype="float16").write(source)
@@ -114,7 +112,7 @@ def test_a_failure_while_writing_leaves_nothing(adapter, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_full_a_disk_is_found_before(full_checkpoint, tmp_path, monkeypatch):
+def test_full_disk_is_detected_in_advance(full_checkpoint, tmp_path, monkeypatch):
     nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: nearly_full)
     with pytest.raises(LaunchError, match="free some space"):

@@ -38,7 +38,7 @@ def test_every_row_is_accounted_for(mixed_bag, tmp_path):
     assert written["train"]["packs"] == len(data.train)
 
 
-def test_the_lines_tell_it_shortly(mixed_bag):
+def test_lines_are_short(mixed_bag):
     lines = build_data(mixed_bag, max_length=256, folder=mixed_bag.parent).report.lines()
     assert lines[0] == f"Data         {mixed_bag}: 12 rows, format openai (auto)"
     assert [line.strip() for line in lines[1:5]] == [
@@ -49,6 +49,14 @@ def test_the_lines_tell_it_shortly(mixed_bag):
     ]
     train = r"Training     9 samples, [\d,]+ tokens \([\d,]+ supervised\) in \d packs of 256 \(\d\d"
     assert re.match(train, lines[5])
+
+
+def test_many_rows_without_their_ends_are_said(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [chat("Who?", "I am Mia, and more. " * 9)] * 10)
+    report = build_data(path, max_length=64).report
+    assert "10 rows cut to 64 tokens, so the model does not learn how they end: raise" in str(
+        report.lines()
+    )
 
 
 def test_identical_rows_are_noted(tmp_path):
@@ -232,7 +240,7 @@ def test_rows_that_lack_optional_columns_do_not_decide_the_format(tmp_path):
     assert report.sources[0].rows_lost == 0
 
 
-def test_all_faults_of_the_sources_are_told_at_once(tmp_path):
+def test_all_source_errors_are_reported_together(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     write_jsonl(tmp_path / "odd.jsonl", [{"foo": 1}])
     write_jsonl(tmp_path / "good.jsonl", chats(2))

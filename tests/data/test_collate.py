@@ -11,7 +11,7 @@ def sample(ids, mask, line=1):
     return Sample(np.array(ids), np.array(mask, dtype=bool), RowRef("d.jsonl", line))
 
 
-def test_samples_lie_end_to_end_and_nothing_is_predicted_across_a_border():
+def test_samples_are_concatenated_without_loss_across_boundaries():
     batch = concatenate([sample([7, 8, 9], [1, 0, 1]), sample([5, 6], [1, 1], line=4)])
     x = IGNORE_INDEX
     assert batch.input_ids.tolist() == [[7, 8, 9, 5, 6]]

@@ -1,4 +1,4 @@
-"""A run does not start when too many rows are lost."""
+"""A run does not start if too many rows are lost."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_up_to_the_limit_a_run_starts(lost, limit):
     report(lost).refuse_lost(limit)
 
 
-def test_above_it_the_reasons_and_ways_on_are_listed():
+def test_above_the_limit_reasons_and_options_are_listed():
     with pytest.raises(DataError) as told:
         report(6).refuse_lost(0.05)
     words = str(told.value)

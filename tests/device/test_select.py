@@ -1,4 +1,4 @@
-"""Which number type 'auto' is."""
+"""The dtype of 'auto'."""
 
 import pytest
 import torch
@@ -29,6 +29,6 @@ def test_auto_is_what_the_hardware_multiplies(device, bfloat16, wanted, monkeypa
     assert select.half_dtype(device) == (wanted if device == "cuda" else torch.bfloat16)
 
 
-def test_a_gpu_that_is_not_here_is_taken_to_have_bfloat16(monkeypatch):
+def test_missing_gpu_is_assumed_to_have_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert select.resolve_dtype("auto", "cuda") == torch.bfloat16

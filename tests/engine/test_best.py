@@ -68,7 +68,7 @@ def test_best_checkpoint_is_not_pruned_and_its_value_is_resumed(tmp_path, alone)
         ({"validation_path": "v.jsonl", "validation_ratio": 0.1}, "validation_ratio must be 0"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(given, words):
+def test_incomparable_values_are_rejected(given, words):
     with pytest.raises(ConfigError, match=words):
         load_settings({**NEEDED, **given})
 

@@ -101,7 +101,7 @@ def test_a_lack_of_memory_is_not_taken_for_a_full_disk(tmp_path, fault):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path):
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     store = CheckpointStore(tmp_path)
     store.save(1, write_text)
     half = tmp_path / ".iter_2.writing"
@@ -120,7 +120,7 @@ def test_the_same_step_again_replaces_the_folder(tmp_path):
     assert not (tmp_path / "iter_1" / "weights").exists()
 
 
-def test_nothing_to_resume_from_says_what_is_there(tmp_path):
+def test_missing_checkpoint_lists_existing_ones(tmp_path):
     store = CheckpointStore(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         store.find()

@@ -1,4 +1,4 @@
-"""Steps over flat buffers are the steps over each parameter, to the bit, and so are checkpoints."""
+"""Steps over flat buffers and their checkpoints are bitwise equal to those over each parameter."""
 
 import json
 import subprocess
@@ -130,7 +130,7 @@ def test_of_all_optimizers_of_the_library_the_elementwise_are_known(name):
         assert fault == "its parameters differed on this device"
 
 
-def test_a_step_that_looks_at_the_size_of_a_tensor_is_found_out():
+def test_step_that_depends_on_a_tensor_size_is_detected():
     class Wrong(bnb.optim.AdamW8bit):
         def update_step(self, group, p, gindex, pindex):
             super().update_step(group, p, gindex, pindex)
@@ -141,7 +141,7 @@ def test_a_step_that_looks_at_the_size_of_a_tensor_is_found_out():
     assert "differed" in fault_in_flat_steps(Wrong(list(model.parameters())))
 
 
-def test_where_nothing_is_launched_nothing_is_moved():
+def test_without_launches_nothing_is_moved():
     model = Model()
     assert not wants_flat_steps(make("AdamW8bit", model, flat=False))  # on a CPU
     on_meta = Model().to("meta")  # as any device that is no CPU
@@ -152,7 +152,7 @@ def test_where_nothing_is_launched_nothing_is_moved():
 
 
 @pytest.mark.parametrize("fault", ["its parameters differed on this device", ""])
-def test_a_run_goes_on_without_what_does_not_prove_itself(monkeypatch, fault):
+def test_run_continues_without_components_that_fail_their_check(monkeypatch, fault):
     chosen = Settings(pretrained_model_name_or_path="m", data_path="d")
     strategy = replicated.Strategy(chosen, SimpleNamespace(gather=list))
     monkeypatch.setattr(flat_check, "wants_flat_steps", lambda optimizer: True)
@@ -166,7 +166,7 @@ def test_a_run_goes_on_without_what_does_not_prove_itself(monkeypatch, fault):
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit"])
 @pytest.mark.parametrize("before", [True, False], ids=["flat", "plain"])
 @pytest.mark.parametrize("after", [True, False], ids=["to_flat", "to_plain"])
-def test_a_resumed_run_is_the_straight_run(tmp_path, name, before, after):
+def test_resumed_run_equals_the_uninterrupted_run(tmp_path, name, before, after):
     straight, reference = (model := Model()), make(name, model, flat=True)
     for number, missing in enumerate(MISSING):
         step(straight, reference, number, missing)

@@ -1,4 +1,4 @@
-"""The loss curve: its running mean, and what is drawn."""
+"""The loss curve: its running mean and its drawing."""
 
 import math
 

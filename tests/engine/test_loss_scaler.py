@@ -61,7 +61,7 @@ def test_the_scale_doubles_after_good_steps_and_halves_after_an_overflow():
     assert top.scale == LARGEST_SCALE
 
 
-def test_a_step_that_is_broken_off_leaves_nothing_in_the_state():
+def test_aborted_step_leaves_the_state_unchanged():
     scaler = LossScaler(scale=8.0)
     scaler.step_taken()
     scaler.lower()
@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_is_a_fault_and_no_overflow(tmp_path):
     assert trainer.loss_scaler.scale == INITIAL_SCALE
 
 
-def test_gradients_that_no_scale_mends_are_a_fault(tmp_path):
+def test_gradients_that_overflow_at_every_scale_are_an_error(tmp_path):
     trainer, _ = make_trainer(tmp_path, torch.float16, steps=2, scale=8.0)
     trainer.strategy.parameters[0].register_hook(lambda grad: grad * math.nan)
     before = weights(trainer)
@@ -258,7 +258,7 @@ def test_gradients_that_no_scale_mends_are_a_fault(tmp_path):
     assert trainer.loss_scaler.state_dict() == {"scale": 8, "good_steps": 0}
 
 
-def test_a_stop_while_a_step_is_done_again_changes_nothing(tmp_path):
+def test_interruption_during_a_repeated_step_changes_nothing(tmp_path):
     trainer, _ = make_trainer(tmp_path, torch.float16, steps=2, scale=2.0**40)
     accumulate, calls = trainer.gradients._accumulate, []
 
@@ -274,7 +274,7 @@ def test_a_stop_while_a_step_is_done_again_changes_nothing(tmp_path):
     assert trainer.loss_scaler.state_dict() == {"scale": 2.0**40, "good_steps": 0}
 
 
-def test_a_resumed_run_is_the_straight_one(tmp_path, monkeypatch):
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     """Through a doubling of the scale and an overflow after it."""
     monkeypatch.setattr(loss_scaler, "GROWTH_STEPS", 3)
 
@@ -314,7 +314,7 @@ def test_a_resumed_run_is_the_straight_one(tmp_path, monkeypatch):
     assert resumed.loss_scaler.state_dict() == straight.loss_scaler.state_dict()
 
 
-def test_another_number_type_than_before_is_told():
+def test_changed_dtype_is_reported():
     chosen = Settings(pretrained_model_name_or_path="m", data_path="d")
     found = [identity_of(chosen, "data", processes=1, dtype=d)["dtype"] for d in ("float16", "x")]
     assert found == ["float16", "x"]

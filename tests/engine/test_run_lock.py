@@ -1,4 +1,4 @@
-"""Two runs never write to one work dir, and a dead one keeps nobody out."""
+"""Two runs never write to one work dir, and a dead one holds no lock."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path, other):
         pass
 
 
-def test_a_killed_run_holds_nothing(tmp_path, other):
+def test_killed_run_releases_the_lock(tmp_path, other):
     other.kill()
     other.wait()
     assert (tmp_path / run_lock.FILE_NAME).read_text()  # it had no time to clear it
@@ -83,7 +83,7 @@ def test_waiting_ends_with_the_other_run(tmp_path, other, capsys):
         pass
 
 
-def test_nothing_is_waited_for_where_nobody_trains(tmp_path, capsys):
+def test_without_a_run_nothing_is_waited_for(tmp_path, capsys):
     run_lock.wait_until_free(tmp_path / "new")
     with run_lock.hold(tmp_path):
         pass
@@ -91,7 +91,7 @@ def test_nothing_is_waited_for_where_nobody_trains(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
     import fcntl
 
     def refuse(file, how):

@@ -1,4 +1,4 @@
-"""State that cannot be an optimizer's is named; what optimizers write is taken."""
+"""Invalid optimizer state is reported; valid state is accepted."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def resume(folder):
     ["AdamW", "SGD", "Adafactor", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam",
      "RMSprop", "Rprop", "AdamW8bit", "Lion"],
 )  # fmt: skip
-def test_what_an_optimizer_writes_is_taken(name) -> None:
+def test_valid_optimizer_state_is_accepted(name) -> None:
     check_state(stepped(name), stepped(name).state_dict())
 
 
@@ -71,7 +71,7 @@ def _step(state):
     ],
     ids=["shape", "scalar", "nan", "negative", "step"],
 )
-def test_state_that_cannot_be_is_named(spoil, words, tmp_path) -> None:
+def test_impossible_state_is_reported(spoil, words, tmp_path) -> None:
     spoilt = stepped()
     spoil(spoilt.state[spoilt.param_groups[0]["params"][0]])
     save_state(tmp_path, step=3, optimizer=spoilt.state_dict(), identity={})

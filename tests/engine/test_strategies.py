@@ -1,4 +1,4 @@
-"""Strategies: the contract of the folder, and a user's own."""
+"""The contract of strategies, and a user's own."""
 
 import copy
 import importlib

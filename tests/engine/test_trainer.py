@@ -1,4 +1,5 @@
-"""The loop against the plain formula: whatever the grouping, one gradient; and what stops a run."""
+"""The loop against the plain formula: the same gradient for every grouping; and what stops a
+run."""
 
 import errno
 import json
@@ -288,7 +289,7 @@ def test_micro_seeds_do_not_collide():
     assert len(seeds) == 50 * 20 * 4
 
 
-def test_out_of_memory_saves_the_last_whole_step_and_says_what_to_change(tmp_path, monkeypatch):
+def test_out_of_memory_saves_the_last_complete_step_and_gives_advice(tmp_path, monkeypatch):
     saved = []
     trainer = make_trainer(
         tmp_path, [[make_samples()]], steps=3, save=lambda run: saved.append(run.step)
@@ -331,7 +332,7 @@ def allocated_until_refused():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_the_allocator_of_a_cpu_is_understood_when_it_refuses():
+def test_cpu_out_of_memory_is_recognised():
     ((words, understood),) = run_distributed(allocated_until_refused, processes=1)
     assert understood, words
 
@@ -378,7 +379,7 @@ def test_the_tensors_of_a_step_are_gone_when_the_last_whole_step_is_saved(tmp_pa
     assert seen == [[None]]
 
 
-def test_a_save_that_lacks_memory_too_says_so(tmp_path):
+def test_save_without_memory_is_reported(tmp_path):
     def save(run):
         raise LaunchError("cannot write checkpoint iter_1: out of memory.")
 
@@ -398,7 +399,7 @@ def test_a_save_that_lacks_memory_too_says_so(tmp_path):
     assert "--resume" not in str(told.value)
 
 
-def test_a_bad_row_that_the_loss_is_measured_on_loses_no_step(tmp_path):
+def test_bad_validation_row_loses_no_step(tmp_path):
     class Measure(BaseHook):
         def on_step(self, run):
             if run.step == 2:

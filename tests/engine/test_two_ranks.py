@@ -1,7 +1,4 @@
-"""What two processes do together: hooks, validation, sample answers, checkpoints, forward passes.
-
-They are started once for all tests.
-"""
+"""Collective work of two processes: hooks, validation, answers, checkpoints, forward passes."""
 
 import errno
 from types import SimpleNamespace
@@ -187,7 +184,7 @@ def test_a_collective_hook_runs_everywhere_and_the_others_on_the_main_process(bo
         assert main_only == ([] if rank else [1, 2])
 
 
-def test_a_fault_in_a_hook_of_one_process_ends_all_alike(both):
+def test_hook_error_in_one_process_ends_all(both):
     for found in both:
         (kind, wrong, _), (bad_kind, bad, saved) = found["hooks"][2]
         assert (kind, "collective = True" in wrong) == ("LaunchError", True)

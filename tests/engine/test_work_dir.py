@@ -1,4 +1,4 @@
-"""What the work dir keeps of a run's settings."""
+"""The settings of a run in its work dir."""
 
 from xtuner.config.load import load_settings
 from xtuner.engine.work_dir import WorkPlace

@@ -1,4 +1,4 @@
-"""Lines of a run: wrapped at words in a terminal, whole elsewhere; what takes time is said."""
+"""Lines of a run: wrapped in a terminal, unwrapped elsewhere; slow work is reported."""
 
 import io
 
@@ -24,13 +24,13 @@ def test_a_terminal_wraps_at_words_below_the_text():
     assert lines[2] == " " * 13 + PATH
 
 
-def test_a_file_gets_the_line_whole():
+def test_lines_in_a_file_are_not_wrapped():
     shown = console(terminal=False)
     say(shown, LINE)
     assert shown.file.getvalue() == LINE + "\n"
 
 
-def test_what_takes_time_is_said_also_beside_a_bar():
+def test_slow_work_is_reported_next_to_a_progress_bar():
     shown = console(terminal=False)
     with working(shown, "Loading"):
         assert shown.file.getvalue() == "Loading...\n"
@@ -42,7 +42,7 @@ def test_what_takes_time_is_said_also_beside_a_bar():
         pass  # some releases of rich refuse a second sign
 
 
-def test_nothing_is_said_by_a_quiet_process():
+def test_quiet_process_prints_nothing():
     quiet = Console(file=io.StringIO(), quiet=True)
     with working(quiet, "Loading"):
         say(quiet, LINE)

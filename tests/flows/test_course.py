@@ -85,7 +85,7 @@ def test_the_work_dir_is_as_the_course_shows_it(workshop):
     assert report["rows_used"] == 400 and report["duplicates"] == 399
 
 
-def test_convert_merge_and_chat_say_who_it_is(workshop, monkeypatch, capsys):
+def test_convert_merge_and_chat_keep_what_was_learned(workshop, monkeypatch, capsys):
     monkeypatch.chdir(workshop)
     config = "smollm2_135m_instruct_qlora_alpaca_e3_copy.py"
     # `iter_60.pth` is what the old xtuner wrote and old scripts name.
@@ -98,7 +98,7 @@ def test_convert_merge_and_chat_say_who_it_is(workshop, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == ANSWER
 
 
-def test_a_second_run_into_the_same_place_asks_first(workshop, monkeypatch, capsys):
+def test_second_run_in_the_same_folder_needs_a_flag(workshop, monkeypatch, capsys):
     monkeypatch.chdir(workshop)
     config = "smollm2_135m_instruct_qlora_alpaca_e3_copy.py"
     assert main(["train", config, "--work-dir", "train"]) == 2

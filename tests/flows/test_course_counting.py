@@ -19,7 +19,7 @@ from xtuner.cli.app import main
 QUESTION, ANSWER = "请做一下自我介绍", "我是剑锋大佬的小助手"
 ASKED = ["请你介绍一下你自己", "你是谁", "你是我的小助手吗"]
 NAME = "internlm2_1_8b_qlora_alpaca_e3"
-ROW_TOKENS = 76
+ROW_TOKENS = 47
 """Tokens of a row with the small model's tokenizer; with InternLM2's it has 39."""
 LIMITS = ["--set", "evaluation_max_new_tokens=4", "tensorboard=False", "num_threads=1"]
 

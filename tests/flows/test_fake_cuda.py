@@ -189,7 +189,7 @@ def test_it_learns_as_on_a_cpu(finished, name):
     assert losses(f"idle_{name}") != pytest.approx(found, rel=0.03)  # or the above says nothing
 
 
-def test_a_tensor_of_the_cpu_beside_one_of_the_card_is_refused():
+def test_mixing_cpu_and_cuda_tensors_raises():
     code = """if True:
         from xtuner.testing.fake_cuda import device
         card = device.install(2**30)
@@ -227,7 +227,7 @@ def test_with_kernels_of_liger_it_learns_the_same(workshop, finished):
         assert losses(f"liger_{name}") == pytest.approx(losses(f"gpu_{name}"), rel=0.02)
 
 
-def test_a_card_without_bfloat16_trains_with_memory_efficient_attention(finished, turing):
+def test_gpu_without_bfloat16_trains_with_memory_efficient_attention(finished, turing):
     """A T4 supports neither flash attention nor bfloat16 products."""
     lora, windows, chat, refused = turing(
         train("lora", "t4_lora", dtype="float32"),
@@ -266,7 +266,7 @@ def counted(workshop, on_fake_cuda):
         return dict(zip(runs, on_fake_cuda(*runs.values()), strict=True))
 
 
-def test_a_step_waits_for_the_card_twice(counted):
+def test_step_synchronizes_twice(counted):
     """For the loss and the norm of the gradients, which are wanted as numbers, however many
     micro-batches there are."""
     assert 0 < counted["long"]["waits"] - counted["short"]["waits"] <= 2 * 4
@@ -286,7 +286,7 @@ def test_state_that_fits_is_not_paged(counted):
     assert "fits unpaged: AdamW32bit for PagedAdamW32bit" in counted["fits"]["text"]
 
 
-def test_a_card_without_bfloat16_trains_in_float16_by_itself(workshop, turing):
+def test_gpu_without_bfloat16_trains_in_float16(workshop, turing):
     """LoRA, and QLoRA whose last steps are done again; chat and merge of what came of it."""
     names = ("lora", "qlora")
     short = {"max_steps": 3, "save_steps": 2}
@@ -337,7 +337,7 @@ def test_what_was_trained_there_is_merged_and_answers(on_fake_cuda, finished):
     assert apart["text"].strip() == whole["text"].strip()
 
 
-def test_where_it_is_too_small_nothing_is_lost_and_hints_are_named(on_fake_cuda, finished):
+def test_too_little_memory_loses_nothing_and_gives_hints(on_fake_cuda, finished):
     shutil.copytree("gpu_full", "tight")
     most = finished["full"]["most"] / MB
     (found,) = on_fake_cuda(

@@ -82,7 +82,7 @@ def changed(file, **values):
     file.write_text(json.dumps({**text, **values}))
 
 
-def test_whatever_makes_other_features_has_a_place_of_its_own(workshop):
+def test_different_preprocessing_uses_a_separate_cache(workshop):
     clip = workshop / "clip"
     seen = [folder_of()]
     assert folder_of() == seen[0]
@@ -99,13 +99,13 @@ def test_whatever_makes_other_features_has_a_place_of_its_own(workshop):
     assert len({*seen}) == len(seen) == 7
 
 
-def test_the_same_encoder_elsewhere_has_the_same_place(workshop):
+def test_same_encoder_in_another_folder_uses_the_same_cache(workshop):
     before = folder_of()
     (workshop / "clip").rename(workshop / "moved")
     assert folder_of("moved") == before
 
 
-def test_a_damaged_entry_is_not_there(workshop, encoded):
+def test_damaged_entry_is_ignored(workshop, encoded):
     losses("one", "cache_visual_features=True")
     store = FeatureStore()
     files = sorted(Path(os.environ["XTUNER_CACHE"], "features").rglob("*.npy"))

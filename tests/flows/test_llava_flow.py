@@ -100,7 +100,7 @@ def test_a_checkpoint_holds_what_was_trained(workshop):
     assert (log_dir / "eval_outputs_iter_8.txt").is_file()
 
 
-def test_a_resumed_run_ends_as_the_straight_one(workshop):
+def test_resumed_run_ends_like_an_uninterrupted_one(workshop):
     (workshop / "resumed.py").write_text(FINETUNE, encoding="utf-8")
     assert main(["train", "resumed.py", "--work-dir", "resumed"]) == 0
     assert main(["train", "resumed.py", "--work-dir", "resumed", "--resume", "iter_4"]) == 0
@@ -109,7 +109,7 @@ def test_a_resumed_run_ends_as_the_straight_one(workshop):
         assert one.read_bytes() == two.read_bytes()
 
 
-def test_the_whole_model_answers_the_same_in_plain_transformers(workshop):
+def test_complete_model_answers_the_same_in_plain_transformers(workshop):
     whole = answering("whole")
     wanted = answer("finetune/iter_8")
     assert answer(whole) == wanted
@@ -133,7 +133,7 @@ def plain_answer(whole, image):
     return str(text).rstrip("\ufffd")  # half a character, cut off by the limit
 
 
-def test_a_run_on_four_bits_becomes_a_whole_model_that_answers_the_same(workshop):
+def test_four_bit_run_converts_to_a_model_with_the_same_answers(workshop):
     text = FINETUNE.replace('"lora"', '"qlora"')
     (workshop / "four.py").write_text(text, encoding="utf-8")
     assert main(["train", "four.py", "--work-dir", "four"]) == 0
@@ -181,7 +181,7 @@ def write_old_parts(old, ours, *, pickled):
     return old
 
 
-def test_the_two_stages_as_the_documentation_has_them(workshop, tmp_path, monkeypatch, capsys):
+def test_both_stages_as_documented(workshop, tmp_path, monkeypatch, capsys):
     """copy-cfg, train, copy-cfg, train: the second finds the work dir of the first."""
     document = (Path(__file__).parents[2] / "docs" / "llava.md").read_text(encoding="utf-8")
     block = document.split("## The two stages")[1].split("\n\n")[1]
@@ -311,16 +311,16 @@ def test_one_conversation_with_images_and_without(workshop, capsys):
     assert "nowhere.png" in capsys.readouterr().err
 
 
-def test_a_typed_place_without_a_image_ends_no_conversation(workshop, capsys, monkeypatch):
+def test_placeholder_without_an_image_does_not_end_the_conversation(workshop, capsys, monkeypatch):
     lines = "What is <image>?\n\nIMAGE images/1.png\nToo <image> many <image>?\n\nWhich?\n\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", "finetune", "--dtype", "float32", "--max-new-tokens", "3"]) == 0
     told = capsys.readouterr()
-    assert told.err.count("write it once for each") == 2
+    assert told.err.count("write it once per image") == 2
     assert told.out.strip() and "Traceback" not in told.err
 
 
-def test_a_place_in_the_system_message_is_refused(workshop, capsys):
+def test_placeholder_in_the_system_message_is_rejected(workshop, capsys):
     command = ["chat", "finetune", "--dtype", "float32", "--ask", "Hi"]
     assert main([*command, "--system", "You see <image>."]) == 2
     assert "the system message contains <image>" in capsys.readouterr().err
@@ -328,7 +328,7 @@ def test_a_place_in_the_system_message_is_refused(workshop, capsys):
     assert "images belong in the user turns" in capsys.readouterr().err
 
 
-def test_a_place_in_an_answer_is_no_place_for_a_image(workshop, monkeypatch):
+def test_placeholder_in_an_answer_takes_no_image(workshop, monkeypatch):
     options = GenerationOptions(max_new_tokens=2, temperature=0)
     session = open_chat("finetune", options=options, dtype="float32")
     with monkeypatch.context() as patch:
@@ -365,13 +365,13 @@ def test_an_adapter_is_put_on_the_language_model_of_a_llava(workshop, tmp_path):
         ("whole", {"visual_encoder": "clip"}, "requires --llava"),
     ],
 )
-def test_what_does_not_go_together_is_refused(workshop, model, options, message):
+def test_incompatible_parts_are_rejected(workshop, model, options, message):
     answering("whole")
     with pytest.raises(XTunerError, match=message):
         answer(model, **options)
 
 
-def test_parts_that_were_trained_are_not_replaced_in_silence(workshop, tmp_path, caplog):
+def test_replacing_trained_parts_is_warned_about(workshop, tmp_path, caplog):
     parts = tmp_path / "parts"
     shutil.copytree("pretrain/iter_4", parts)
     shutil.copytree("clip", parts / "visual_encoder")
@@ -384,7 +384,7 @@ def test_parts_that_were_trained_are_not_replaced_in_silence(workshop, tmp_path,
     assert f"replaces {other}" in caplog.text
 
 
-def test_parts_that_were_not_trained_together_are_told(workshop, tmp_path, caplog):
+def test_parts_that_were_not_trained_together_are_warned_about(workshop, tmp_path, caplog):
     answer("model", llava="pretrain", visual_encoder="clip")
     assert not caplog.records
     siglip = tiny_vision_tower_folder(tmp_path / "siglip", "siglip")
@@ -396,7 +396,7 @@ def test_parts_that_were_not_trained_together_are_told(workshop, tmp_path, caplo
     assert f"trained with the language model {workshop / 'model'}" in caplog.text
 
 
-def test_a_whole_model_is_held_in_four_bits(workshop):
+def test_complete_model_is_stored_in_four_bits(workshop):
     session = open_chat(
         answering("whole"), bits=4, dtype="float32", options=GenerationOptions(max_new_tokens=3)
     )
@@ -406,7 +406,7 @@ def test_a_whole_model_is_held_in_four_bits(workshop):
     "".join(session.ask("Which number is this?", ["images/5.png"]))
 
 
-def test_the_encoder_looks_at_a_image_once_a_conversation(workshop, monkeypatch):
+def test_encoder_runs_once_per_image_and_conversation(workshop, monkeypatch):
     looked = []
     features = LlavaEmbedder.features
 
@@ -444,7 +444,7 @@ def opened(place):
     return open_chat(place, dtype="float32", options=options)
 
 
-def test_images_and_text_in_one_terminal_conversation(workshop):
+def test_images_and_text_in_a_terminal_conversation(workshop):
     lines = iter([
         "IMAGE images/1.png", "Which number is this?", "", "Are you sure?", "",
         "IMAGE images/2.png", "IMAGE nowhere.png", "And that?", "", "Which is more?", "",

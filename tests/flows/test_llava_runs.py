@@ -62,7 +62,7 @@ def scalars(place="w"):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_image_that_goes_bad_loses_no_step(workshop, capsys, workers):
+def test_image_that_becomes_unreadable_loses_no_step(workshop, capsys, workers):
     (workshop / "spoilt").write_text("5.png")
     spoil = "custom_hooks=['spoil.py:Spoil']"
     assert train(spoil, f"dataloader_num_workers={workers}") == 2
@@ -73,7 +73,7 @@ def test_a_image_that_goes_bad_loses_no_step(workshop, capsys, workers):
     assert (workshop / "w" / "last_checkpoint").read_text().strip() == "iter_5"
 
 
-def test_nobody_is_told_to_resume_what_was_not_saved(workshop, capsys):
+def test_resume_is_not_suggested_without_a_checkpoint(workshop, capsys):
     (workshop / "spoilt").write_text("0.png")
     assert train("custom_hooks=['spoil.py:Spoil']") == 2
     told = capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_a_projector_alone_needs_images(workshop, capsys):
     assert "Note: no row has an image" in said(capsys)
 
 
-def test_a_misspelt_key_is_read_and_told(workshop, capsys):
+def test_misspelled_key_is_read_with_a_note(workshop, capsys):
     rows = json.loads(Path("data.json").read_text())
     write([{**row, "conversation": row.pop("conversations")} for row in rows])
     assert main(["check-custom-dataset", "run.py"]) == 0
@@ -141,7 +141,7 @@ def test_a_misspelt_key_is_read_and_told(workshop, capsys):
 
 
 @pytest.mark.parametrize("mended", [3, 27])
-def test_any_image_that_is_mended_is_found(workshop, capsys, mended):
+def test_repaired_image_is_detected(workshop, capsys, mended):
     """More rows are bad than a report keeps."""
     write([{"image": f"new{i}.png", "conversations": turns("<image>?", "Y.")} for i in range(30)])
     command = ["check-custom-dataset", "run.py"]
@@ -196,7 +196,7 @@ def test_a_resume_needs_no_projector_to_start_from(workshop, capsys):
         (["shuffle=True", "batch_size=1", "pack_to_max_length=True"], False),
     ],
 )
-def test_grouping_that_does_nothing_is_told(workshop, capsys, changes, idle):
+def test_grouping_without_effect_is_noted(workshop, capsys, changes, idle):
     assert train(*changes, "max_steps=1", "group_by_modality=True") == 0
     assert ("without effect here: group_by_modality" in said(capsys)) is idle
 
@@ -214,7 +214,7 @@ def test_grouping_that_does_nothing_is_told(workshop, capsys, changes, idle):
     ],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["train", "dry run"])
-def test_a_layer_that_is_not_there_is_refused(workshop, capsys, settings, words, dry):
+def test_missing_layer_is_rejected(workshop, capsys, settings, words, dry):
     arguments = [word for setting in settings for word in ("--set", setting)]
     assert main(["train", "run.py", "--work-dir", "w", *arguments, *dry]) == 2
     assert words in said(capsys)
@@ -253,7 +253,7 @@ def test_a_damaged_encoder_is_named(workshop, capsys, damage):
         ('{"rescale_factor": "1/255"}', "rescale_factor is '1/255' and must be a positive number"),
     ],
 )
-def test_an_odd_preparation_of_images_is_named(workshop, capsys, text, words):
+def test_invalid_preprocessor_config_is_reported(workshop, capsys, text, words):
     Path("clip/preprocessor_config.json").write_text(text)
     assert train("max_steps=1") == 2
     told = said(capsys)

@@ -4,6 +4,8 @@ images, whose weights are then left alone."""
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from sharded_runs import end_of, runs, scalars
 
 from xtuner.parallel.processes import Processes
@@ -13,9 +15,9 @@ from xtuner.testing.vision import tiny_images, tiny_vision_tower_folder
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 SETTINGS = """
 llm_name_or_path = {model!r}
-visual_encoder_name_or_path = "clip"
+visual_encoder_name_or_path = {clip!r}
 data_path = "data.json"
-image_folder = "images"
+image_folder = {images!r}
 prompt_template = "chatml"
 max_length = 96
 accumulative_counts = 2
@@ -58,7 +60,8 @@ def prepare(folder, model):
         rows.append({**({"image": name} if image else {}), "conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     for name, settings in TUNINGS.items():
-        text = SETTINGS.format(model=str(model), **settings)
+        paths = {"model": model, "clip": folder / "clip", "images": folder / "images"}
+        text = SETTINGS.format(**{key: str(path) for key, path in paths.items()}, **settings)
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
 
 
@@ -86,3 +89,18 @@ def test_every_strategy_gives_the_numbers_of_one_process(tmp_path, tiny_model_pa
                 for name in ("loss", "grad_norm"):
                     close = pytest.approx(values[name], rel=1e-5)
                     assert found[step][name] == close, (tuning, strategy, step, name)
+    for strategy in strategies_of("full"):
+        assert_complete(tmp_path, f"full_{strategy}")
+
+
+def assert_complete(folder, work):
+    """The vision tower is saved with its last layer, which is not trained."""
+    first = load_file(folder / "clip" / "model.safetensors")
+    saved, expected = (
+        load_file(folder / name / "iter_5" / "visual_encoder" / "model.safetensors")
+        for name in (work, "full_alone")
+    )
+    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in expected.items()}
+    frozen = [name for name in first if torch.equal(first[name], expected[name])]
+    assert any("layers.2." in name for name in frozen)
+    assert all(torch.equal(saved[name], first[name]) for name in frozen), work

@@ -1,4 +1,4 @@
-"""Checkpoints and settings files of the commit before the second edition still serve.
+"""Checkpoints and settings files of the commit before the second edition still work.
 
 See tests/fixtures/README.md for what is in the archive and how it was made.
 """

@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_names_its_row(folder, capsys):
     ],
     ids=lambda value: value[0].split("=")[-1].strip("'{}") if "=" in value[0] else "",
 )
-def test_what_is_wrong_is_one_message(change, words, folder, capsys):
+def test_errors_are_one_message(change, words, folder, capsys):
     assert main(["train", "config.py", "--set", *change, "validation_ratio=0"]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error

@@ -119,7 +119,7 @@ def test_kill_9_and_resume(tmp_path, tiny_model_path, monkeypatch, capsys):
     assert losses(config.parent / "w") == losses(straight.parent / "w")
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_model_path):
+def test_sigterm_saves_and_prints_how_to_resume(tmp_path, tiny_model_path):
     config = prepare(tmp_path / "stopped", tiny_model_path, "lora", dies=True)
     stopped = run_cli(config.parent, HOW_TO_DIE="SIGTERM")
     assert stopped.returncode == 130

@@ -50,7 +50,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, tiny_model_path, monkeyp
         assert shared.read_text() == alone.read_text()
 
 
-def test_a_fault_of_the_user_exits_with_2_and_one_message(tmp_path, tiny_model_path):
+def test_user_error_exits_with_2_and_one_message(tmp_path, tiny_model_path):
     folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=False).parent
     failed = train(folder, "--nproc=2", "--set", "data_path=missing.jsonl")
     assert failed.returncode == 2

@@ -1,4 +1,4 @@
-"""Answers to several conversations at once are those to each alone."""
+"""Batched answers equal those to each conversation alone."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_rows_end_by_themselves_and_one_pass_serves_all(monkeypatch):
     assert passes[0][0] == len(CONVERSATIONS) and {shape[1] for shape in passes[1:]} == {1}
 
 
-def test_a_model_in_training_is_set_back_to_it():
+def test_training_mode_is_restored():
     model = tiny_model()
     packed.register()
     model.set_attn_implementation(packed.NAME)
@@ -97,7 +97,7 @@ def test_a_model_in_training_is_set_back_to_it():
     assert all(m.training for m in adapted.modules() if isinstance(m, nn.Dropout))
 
 
-def test_a_model_with_a_state_answers_one_conversation_at_a_time():
+def test_recurrent_model_answers_one_conversation_at_a_time():
     model = tiny_model("mamba", num_attention_heads=None, num_key_value_heads=None)
     assert not takes_batches(model)
     assert together(model) == alone(model)

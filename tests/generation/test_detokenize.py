@@ -12,7 +12,7 @@ def pieces_of(text: str) -> list[str]:
     return [growing.add(token_id) for token_id in tokenizer(text)["input_ids"]]
 
 
-def test_characters_appear_whole() -> None:
+def test_characters_are_never_split() -> None:
     pieces = pieces_of(TEXT)
     assert len(pieces) == len(TEXT.encode())
     assert [piece for piece in pieces if piece] == list(TEXT)

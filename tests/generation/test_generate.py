@@ -1,4 +1,4 @@
-"""Answers equal those of transformers, stop where they should, and leave the model as it was."""
+"""Answers equal those of transformers, stop where they should, and leave the model unchanged."""
 
 import itertools
 
@@ -78,13 +78,13 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     assert answer(LLAMA, repetition_penalty=1.4) != answer(LLAMA)
 
 
-def test_sampling_defaults_of_the_model_do_not_leak_in() -> None:
+def test_sampling_defaults_of_the_model_are_ignored() -> None:
     model = tiny_model("llama")
     model.generation_config.update(do_sample=True, temperature=1.7, top_k=3, repetition_penalty=2.0)
     assert answer(model) == answer(LLAMA) == answer(model, temperature=0)
 
 
-def test_a_seed_fixes_the_answer_and_touches_nothing_outside() -> None:
+def test_seed_fixes_the_answer_and_leaves_global_state() -> None:
     before = torch.get_rng_state()
     drawn = [answer(LLAMA, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -131,7 +131,7 @@ def make_training_model() -> nn.Module:
     return model
 
 
-def test_a_model_in_training_answers_and_goes_on_as_before() -> None:
+def test_generation_does_not_change_a_model_in_training() -> None:
     model = make_training_model()
     modes = {name: module.training for name, module in model.named_modules()}
     assert answer(model) == answer(LLAMA)  # fresh adapters change nothing

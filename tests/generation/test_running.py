@@ -1,4 +1,4 @@
-"""Answers that join and leave a running batch are those to each prompt alone."""
+"""Answers that join and leave a running batch equal those to each prompt alone."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_a_row_that_is_removed_changes_no_other():
     assert "".join(piece for row, piece in found if row is kept) == alone(model, QUESTIONS[1])
 
 
-def test_a_model_with_a_state_takes_turns():
+def test_recurrent_model_answers_in_turn():
     model = tiny_model("mamba", num_attention_heads=None, num_key_value_heads=None)
     rows = [answer(text) for text in QUESTIONS[:2]]
     assert joined(OneByOne(model), model, rows) == [alone(model, text) for text in QUESTIONS[:2]]

@@ -90,7 +90,7 @@ def graphed(model, said):
         autocast=lambda: torch.autocast(
             "cuda", dtype=model.autocast, enabled=model.autocast is not None, cache_enabled=False
         ),
-        say=said.append,
+        report=said.append,
     )
     return model
 

@@ -141,7 +141,7 @@ def test_float16(workshop):
     assert found == pytest.approx(wanted, rel=0.02)
 
 
-def test_where_memory_ends_the_message_says_what_to_change(workshop, limited, capsys):
+def test_out_of_memory_message_says_what_to_change(workshop, limited, capsys):
     rows = [{"instruction": "Go on.", "input": "", "output": "on and on " * 200}] * 40
     Path("rows.json").write_text(json.dumps(rows))
     text = 'tuning = "full"\nmax_length = 4096\nbatch_size = 4\naccumulative_counts = 1\n'

@@ -1,4 +1,4 @@
-"""A user's strategy: the replicated one, which writes down what the trainer asks of it."""
+"""A user's strategy: the replicated one, which records the trainer's calls."""
 
 import os
 from pathlib import Path

@@ -33,3 +33,16 @@ class ScriptedModel(nn.Module):
         logits[0, 0, self.ids[self.at % len(self.ids)]] = 9.0
         self.at += 1
         return SimpleNamespace(logits=logits, past_key_values="cache")
+
+
+class Answers(ScriptedModel):
+    """Gives one answer after the other."""
+
+    def __init__(self, tokenizer: Any, *answers: str) -> None:
+        super().__init__([])
+        self.answers = [tokenizer(f"{answer}<|im_end|>")["input_ids"] for answer in answers]
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
+        if past_key_values is None:
+            self.ids = self.answers.pop(0)
+        return super().forward(input_ids, past_key_values, use_cache)

@@ -1,4 +1,4 @@
-"""Short runs of a tiny model under a strategy, with the samples of a step shared out in any way."""
+"""Short runs of a tiny model under a strategy, with any distribution of a step's samples."""
 
 import tempfile
 from pathlib import Path

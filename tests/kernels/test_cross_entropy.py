@@ -53,7 +53,7 @@ def test_no_grad_saves_nothing():
     )
 
 
-def test_there_are_few_distinct_chunk_sizes():
+def test_chunk_sizes_are_few():
     """Each keeps generated code in memory for the rest of the run."""
     steps = {loss.chunk_rows(count, 49152, 2) for count in range(1, 3000)}
     assert len(steps) < 30

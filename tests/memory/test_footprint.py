@@ -1,4 +1,4 @@
-"""The memory of a step, found on shapes alone, against the same step on real tensors."""
+"""The memory of a step, measured on meta tensors, against the same step on real tensors."""
 
 import itertools
 
@@ -93,7 +93,7 @@ def test_equals_the_real_step(folder, changes, recompute, dtype, accumulate):
     assert abs(found.step - peak) < 0.05 * peak
 
 
-def test_few_layers_tell_of_all(folder, monkeypatch):
+def test_few_layers_extrapolate_to_all(folder, monkeypatch):
     quick = measure(folder, LENGTHS)
     monkeypatch.setattr(footprint, "FEW_LAYERS", (7, 8))
     full = measure(folder, LENGTHS)
@@ -101,7 +101,7 @@ def test_few_layers_tell_of_all(folder, monkeypatch):
     assert abs(quick.step - full.step) < 0.01 * full.step
 
 
-def test_quantised_weights_take_what_they_take(folder):
+def test_quantised_weights_take_their_packed_size(folder):
     found = measure(folder, (64,), tuning="qlora")
     model = load_model(folder, dtype=torch.bfloat16, quantization="nf4")
     real = 0

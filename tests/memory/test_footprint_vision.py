@@ -1,4 +1,5 @@
-"""The memory of a step with images, found on shapes alone, against the same step on tensors."""
+"""The memory of a step with images, measured on meta tensors, against the same step on real
+tensors."""
 
 import numpy as np
 import pytest

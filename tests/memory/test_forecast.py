@@ -1,4 +1,4 @@
-"""What is told before a run: whether it fits, and what to change."""
+"""The forecast before a run: whether it fits, and what to change."""
 
 import pytest
 import torch
@@ -80,12 +80,12 @@ def test_a_strategy_divides_and_the_cheapest_that_fits_is_named(folder):
         assert list(plan.hints())[-1].endswith("fits")
 
 
-def test_what_cannot_fit_says_so(folder):
+def test_impossible_fit_is_reported(folder):
     plan = plan_memory(settings(folder), "cpu", memory=MB)
     assert "smaller model" in list(plan.hints())[-1]
 
 
-def test_a_hint_names_a_setting_that_lowers_this_very_forecast(folder):
+def test_hints_lower_the_forecast(folder):
     chosen = settings(folder, batch_size=1)
     before = forecast(chosen, "cpu", recompute=False).peak
     for changes in ({"max_length": 512}, {"tuning": "qlora"}):
@@ -101,7 +101,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["8", "GB", "eight GB", "-1GB", "0GB", "8TBs"])
-def test_what_is_no_size(text):
+def test_invalid_sizes(text):
     with pytest.raises(ConfigError, match="8GB"):
         parse_memory(text)
 
@@ -182,7 +182,7 @@ def test_processes_share_the_memory_of_a_cpu_and_not_of_gpus(folder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_here_can_be_planned_for(folder, tmp_path, capsys):
+def test_forecast_for_a_missing_gpu(folder, tmp_path, capsys):
     (tmp_path / "c.py").write_text(
         f"pretrained_model_name_or_path = {str(folder)!r}\ndata_path = 'd'\ntuning = 'lora'\n"
     )
@@ -202,7 +202,7 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(folder, tmp_path, capsys):
     assert "--memory 8GB" in capsys.readouterr().err
 
 
-def test_a_fault_in_the_forecast_stops_no_training(folder, tmp_path, monkeypatch, capsys):
+def test_forecast_error_does_not_stop_training(folder, tmp_path, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise RuntimeError("aten._local_scalar_dense\nmore")
 

@@ -1,4 +1,4 @@
-"""`xtuner migrate-cfg` and `train --migrate`: a config of old is trained with its own numbers."""
+"""`xtuner migrate-cfg` and `train --migrate`: an old config is trained with its own numbers."""
 
 import json
 
@@ -51,12 +51,15 @@ def test_the_old_config_is_trained_with_its_own_numbers(old, tmp_path, capsys):
     assert main(["train", "--migrate", "old.py", "--set", "num_threads=1"]) == 0
     out = capsys.readouterr().out
     assert "Migrated old.py to old_migrated.py" in out
-    assert (
-        "22, 4 a step; saved as iter_6 (step 1), iter_12 (step 3), iter_18 (step 4), iter_22" in out
-    )
+    assert "22, 4 per step; saved as iter_6 (step 1), iter_12 (step 3), iter_18 (step 4)" in out
     work_dir = tmp_path / "work_dirs" / "old"
     convert = ["convert", "pth_to_hf", str(work_dir / "old.py"), str(work_dir / "iter_22.pth")]
     assert main([*convert, "hf"]) == 0  # the work dir has the config of old, as scripts expect
+    capsys.readouterr()
+    assert main(["test", "old.py"]) == 0  # its work dir has the newest checkpoint
+    assert "Q: Who are you?" in capsys.readouterr().out
+    for command in ("log-dataset", "check-custom-dataset"):
+        assert main([command, "old.py"]) == 0
     saved = sorted(int(p.name.removeprefix("iter_")) for p in work_dir.glob("iter_*") if p.is_dir())
     assert saved == [6, 12, 18, 22]
     asked = [p.stem.rpartition("_")[2] for p in work_dir.glob("*/eval_outputs_iter_*.txt")]
@@ -73,7 +76,7 @@ def test_the_old_config_is_trained_with_its_own_numbers(old, tmp_path, capsys):
         assert (work_dir / name / weights).read_bytes() == (tmp_path / name / weights).read_bytes()
 
 
-def test_an_interval_that_the_run_does_not_reach_is_said(old, tmp_path, capsys):
+def test_unreached_interval_is_noted(old, tmp_path, capsys):
     assert main(["migrate-cfg", "old.py", "new.py"]) == 0
     out = capsys.readouterr().out
     assert "Wrote new.py: sft lora" in out and "xtuner train new.py" in out
@@ -86,7 +89,7 @@ def test_an_interval_that_the_run_does_not_reach_is_said(old, tmp_path, capsys):
     assert (tmp_path / "work_dirs" / "old" / "iter_8").is_dir()
 
 
-def test_commands_say_what_is_in_the_way(old, tmp_path, capsys):
+def test_commands_report_obstacles(old, tmp_path, capsys):
     assert main(["train", "old.py"]) == 2
     assert "xtuner migrate-cfg old.py" in capsys.readouterr().err
     (tmp_path / "new.py").write_text("lr = 1.0\n")

@@ -1,4 +1,4 @@
-"""Configs of mmengine are read, not run: values, bases, bounds, and what stays unread."""
+"""Configs of mmengine are read, not executed: values, bases, bounds, and unread values."""
 
 import time
 
@@ -60,7 +60,7 @@ def test_values(read_text, text, value):
     ],
     ids=range(10),
 )
-def test_what_only_running_gives_is_unread(read_text, tmp_path, monkeypatch, text, why):
+def test_values_that_need_execution_are_unread(read_text, tmp_path, monkeypatch, text, why):
     monkeypatch.chdir(tmp_path)
     start = time.perf_counter()
     config = read_text(text)
@@ -72,7 +72,7 @@ def test_what_only_running_gives_is_unread(read_text, tmp_path, monkeypatch, tex
         config.take("x")
 
 
-def test_an_unread_part_spoils_its_own_key_only(read_text):
+def test_unread_value_affects_only_its_key(read_text):
     config = read_text("import os\nx = dict(a=os.cpu_count(), b=2)")
     assert config["x"].take("b") == 2
     with pytest.raises(UnreadError) as caught:
@@ -89,7 +89,7 @@ def test_an_unread_part_spoils_its_own_key_only(read_text):
     ],
     ids=["long", "refused", "nested"],
 )
-def test_a_file_that_computes_too_much_is_refused_soon(read_text, lines):
+def test_expensive_settings_file_is_rejected_quickly(read_text, lines):
     text = "\n".join(lines)
     with pytest.raises(ConfigError, match="computes too much"):
         read_text(text)
@@ -130,7 +130,7 @@ def test_a_missing_base_is_named(read_text, text):
         read_text(text)
 
 
-def test_what_nobody_took_is_listed_with_its_line(read_text):
+def test_unused_keys_are_listed_with_their_lines(read_text):
     config = read_text("x = dict(\n    a=1,\n    b=dict(\n        c=2,\n        d=3))")
     config.take("x").take("a")
     config["x"].take("b").take("c")

@@ -1,4 +1,4 @@
-"""What configs of XTuner 0.x mean in our settings."""
+"""Configs of XTuner 0.x, translated to our settings."""
 
 import pytest
 from old_configs import LLAVA, SFT
@@ -210,7 +210,7 @@ def test_a_dumped_config_reads_like_its_source(draft):
     ],
     ids=range(15),
 )  # fmt: skip
-def test_a_config_whose_meaning_would_change_is_refused(draft, replace, reason):
+def test_config_whose_meaning_would_change_is_rejected(draft, replace, reason):
     found = draft(replace=replace)
     assert found.outcome == "refused"
     assert reason in words(found.refused)
@@ -245,7 +245,7 @@ def test_a_template_of_ones_own_is_written_beside(draft, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["DPO", "ORPO", "RewardModel", "InternVL_V1_5"])
-def test_what_this_version_cannot_train_is_not_yet(draft, kind):
+def test_unsupported_methods_are_reported_as_not_yet(draft, kind):
     found = draft(replace={"type=SupervisedFinetune": f"type='xtuner.model.{kind}'"})
     assert found.outcome == "not yet"
     assert found.not_yet[0].line == 36
@@ -353,7 +353,7 @@ def test_another_visualizer_is_lost(draft):
     ],
     ids=["itself", "deep", "number", "numbers", "texts", "none", "seed"],
 )
-def test_a_strange_config_ends_in_an_error_of_ours(draft, more):
+def test_malformed_config_raises_a_config_error(draft, more):
     try:
         found = draft(SFT + more)
     except ConfigError:

@@ -1,4 +1,4 @@
-"""What YAML files of LLaMA-Factory and torchtune mean in our settings."""
+"""YAML files of LLaMA-Factory and torchtune, translated to our settings."""
 
 import json
 
@@ -291,7 +291,7 @@ def test_torchtune_outcomes(draft, old, new, outcome):
     ],
     ids=["open", "itself", "values", "deep"],
 )
-def test_a_hostile_yaml_file_ends_in_an_error_of_ours(draft, text):
+def test_hostile_yaml_file_raises_a_config_error(draft, text):
     try:
         found = draft(text)
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Packed rows against one sample at a time, and what `verify` refuses."""
+"""Packed rows against one sample at a time, and what `verify` rejects."""
 
 import contextlib
 from dataclasses import replace
@@ -123,8 +123,8 @@ def test_fused_attention_leaves_cache_masks_and_dropout_to_the_model():
         fused_attention.install(model)
         model.train()
         torch.manual_seed(0)
-        first = model.base_model(**PackedCausalLM(model)._inputs(batch)).last_hidden_state
-        second = model.base_model(**PackedCausalLM(model)._inputs(batch)).last_hidden_state
+        first = model.base_model(**PackedCausalLM(model).inputs_of(batch)).last_hidden_state
+        second = model.base_model(**PackedCausalLM(model).inputs_of(batch)).last_hidden_state
         assert not torch.equal(first, second)  # dropout is the model's own
         model.set_attn_implementation("sdpa")
         assert torch.allclose(model.eval()(input_ids=ids).logits, wanted, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The decoder recorded and replayed, against the same passes computed each time."""
+"""The decoder recorded and replayed, against eager passes."""
 
 import contextlib
 
@@ -58,7 +58,7 @@ def made(tuning="lora", recorder=None, **options):
             gradients=lambda parameters: [torch.zeros_like(p) for p in parameters],
             recorder=lambda: recorder,
             autocast=contextlib.nullcontext,
-            say=said.append,
+            report=said.append,
         )
     return packed, said
 
@@ -113,7 +113,7 @@ def test_a_recording_that_keeps_its_inputs_is_not_used():
     assert found[1][0] == pytest.approx(wanted[1][0], rel=1e-5)
 
 
-def test_a_model_that_cannot_be_recorded_trains_on():
+def test_model_that_cannot_be_recorded_is_trained_eagerly():
     model, said = made("lora", ReplayingRecorder("wait"))
     found = gradients_of_steps(model, [BATCHES, BATCHES])
     wanted = gradients_of_steps(made("lora")[0], [BATCHES, BATCHES])
@@ -128,7 +128,7 @@ def test_a_second_forward_pass_before_the_backward_pass_turns_graphs_off():
     model.zero_grad()
     first, second = model(BATCHES[0]).sum(), model(BATCHES[1]).sum()
     assert model.graphs.replays == before + 1
-    assert "before the gradients of the one before it" in said[0]
+    assert "before the backward pass of the previous row" in said[0]
     (first - second).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     plain, _ = made("lora")
@@ -149,7 +149,7 @@ def test_evaluation_and_passes_without_gradients_are_computed():
     assert model.graphs.replays == before
 
 
-def test_a_forward_pass_that_nobody_follows_up_does_not_block():
+def test_forward_pass_without_backward_pass_does_not_block():
     model, _ = made("lora", ReplayingRecorder())
     gradients_of_steps(model, [BATCHES, BATCHES])
     before = model.graphs.replays

@@ -1,4 +1,4 @@
-"""What the check of packed rows finds, and what it lets pass."""
+"""What the check of packed rows detects, and what it accepts."""
 
 import contextlib
 import itertools
@@ -114,7 +114,7 @@ def test_a_window_one_too_wide_is_found(dtype):
         lm.verify()
 
 
-def test_a_window_one_too_wide_is_found_in_the_whole_model():
+def test_window_one_too_wide_is_detected_in_the_model():
     lm = packed("mistral", sliding_window=4)
     with traceless(lm), attention_as(wider):
         check = IsolationCheck(lm)
@@ -146,8 +146,8 @@ def test_an_attention_that_ignores_causality_is_found():
 class OtherPositions(PackedCausalLM):
     """Gives the model positions as `change` makes them."""
 
-    def _inputs(self, batch):
-        inputs = super()._inputs(batch)
+    def inputs_of(self, batch):
+        inputs = super().inputs_of(batch)
         return {**inputs, "position_ids": self.change(inputs["position_ids"])}
 
 
@@ -282,7 +282,7 @@ SOUND = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", SOUND)
-def test_sound_models_pass(case, dtype):
+def test_valid_models_pass(case, dtype):
     architecture, options = SOUND[case]
     note = packed(architecture, **options).to(dtype).verify()
     assert note is None or "output head" in note
@@ -329,7 +329,7 @@ def test_the_passes_are_those_of_training_and_leave_no_trace():
     assert lm.causal.config._attn_implementation == attention.NAME
 
 
-def test_a_sound_model_takes_few_passes(monkeypatch):
+def test_valid_model_takes_few_passes(monkeypatch):
     lm, calls = packed(), []
     lm.causal.model.register_forward_hook(lambda *_: calls.append(1))
     assert lm.verify() is None
@@ -343,7 +343,7 @@ def test_weights_that_are_not_finite_are_no_leak():
         lm.verify()
 
 
-def test_a_leak_sends_samples_one_at_a_time_where_packing_is_off():
+def test_leak_disables_packing_if_not_required():
     lm = packed()
     layer = lm.causal.model.layers[1]
     layer.mlp = Changed(layer.mlp, LEAKS["a convolution"])
@@ -359,7 +359,7 @@ def test_a_model_that_reads_later_tokens_of_a_sample_alone_is_refused():
         lm.verify(packed=False)
 
 
-def test_a_row_that_cannot_be_computed_sends_samples_one_at_a_time():
+def test_row_that_fails_disables_packing():
     lm = packed()
 
     def refuse(module, inputs, output):

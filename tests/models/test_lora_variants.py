@@ -41,7 +41,7 @@ def test_rank_stabilized_adapters_keep_the_fast_forward_pass():
     assert (logits(plain) - logits(stable)).abs().max() > 1e-3
 
 
-def test_what_peft_computes_is_said_and_equals_peft(monkeypatch):
+def test_adapters_computed_by_peft_are_noted_and_equal_peft(monkeypatch):
     ours = adapted(use_dora=True)
     (note,) = notes_on_adapters(ours)
     assert note.startswith("14 of 14 adapters are computed by PEFT because of lora_config")

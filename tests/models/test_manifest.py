@@ -1,4 +1,4 @@
-"""A checkpoint whose bits changed is named, with its file; an intact or older one is used."""
+"""A corrupted checkpoint is reported with the file; an intact or older one is used."""
 
 import shutil
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_one_bit_is_named_with_the_newest_intact_checkpoint(name, work) -> None:
         manifest.check(work / "iter_10", resuming=True)
 
 
-def test_what_only_resuming_reads_may_be_gone_or_changed_for_others(work) -> None:
+def test_resume_files_may_be_missing_or_changed_otherwise(work) -> None:
     flip(work / "iter_9" / "training_state.pt")
     manifest.check(work / "iter_9")
     (work / "iter_10" / "training_state.pt").unlink()
@@ -76,7 +76,7 @@ def test_a_run_file_with_another_base_model_is_named_as_changed(work) -> None:
         open_chat(work / "iter_10")
 
 
-def test_a_checkpoint_without_a_manifest_is_used_in_silence(work, tmp_path, caplog) -> None:
+def test_checkpoint_without_manifest_is_used_without_warning(work, tmp_path, caplog) -> None:
     (work / "iter_10" / manifest.FILE_NAME).unlink()
     flip(work / "iter_10" / "training_state.pt")
     manifest.check(work / "iter_10", resuming=True)

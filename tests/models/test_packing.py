@@ -1,4 +1,4 @@
-"""Models that need each sample alone: found by their configuration, trained as by transformers."""
+"""Models that cannot pack: detected by their configuration, trained as in transformers."""
 
 import json
 
@@ -38,7 +38,7 @@ PACKED = ["llama", "qwen3", "gemma2", "gemma3_text", "mixtral", "gpt2", "deepsee
 
 
 @pytest.mark.parametrize("architecture", ALONE)
-def test_a_model_that_needs_samples_alone_learns_what_transformers_learns(architecture):
+def test_model_with_single_samples_has_the_losses_of_transformers(architecture):
     model = tiny_model(architecture, **ALONE[architecture])
     model.set_attn_implementation(training_implementation(model, "auto"))
     batch = packed_batch()
@@ -113,9 +113,7 @@ ROWS = [
     ],
     ids=["mamba", "falcon", "gptj"],
 )
-def test_a_run_starts_and_says_that_it_does_not_pack(
-    architecture, options, tmp_path, monkeypatch, capsys
-):
+def test_run_notes_that_it_does_not_pack(architecture, options, tmp_path, monkeypatch, capsys):
     from xtuner.cli.app import main
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Models that would load and be wrong are refused by name."""
+"""Models that would load but compute wrong results are rejected."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Launching without torch: small scripts take the places of training processes."""
+"""Launching without torch: small scripts stand in for training processes."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def run(script, *, processes=2, **options):
     return launch([sys.executable, "-c", code], Cluster(processes), **options)
 
 
-def test_the_processes_know_their_places(tmp_path):
+def test_processes_have_their_ranks(tmp_path):
     assert (
         run(
             f"""
@@ -76,7 +76,7 @@ def test_the_processes_know_their_places(tmp_path):
     ],
     ids=["main", "another", "follower", "killed", "main_killed", "stopped"],
 )
-def test_who_failed_first_is_told_and_the_others_end(script, code, said, capfd, monkeypatch):
+def test_first_failure_is_reported_and_the_others_end(script, code, said, capfd, monkeypatch):
     monkeypatch.setattr(attempt, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(attempt, "STOPPED_SECONDS", 0.5)
     assert run(script) == code
@@ -104,7 +104,7 @@ def test_a_failed_run_goes_on_from_its_last_checkpoint(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(("code", "starts"), [(1, 3), (2, 1), (130, 1)])
-def test_what_starting_again_cannot_mend_is_not_started_again(code, starts, tmp_path):
+def test_unrecoverable_failure_is_not_restarted(code, starts, tmp_path):
     script = f"open({str(tmp_path / 'n')!r}, 'a').write('x') if RANK == 0 else 0; sys.exit({code})"
     assert run(script, max_restarts=2) == code
     assert len((tmp_path / "n").read_text()) == starts
@@ -151,7 +151,7 @@ def test_a_wrong_cluster_names_all_that_is_wrong():
     assert Cluster.of(4, 1, node_rank="x", address="y", port="tcp://z") == Cluster(4)
 
 
-def test_slurm_tells_a_task_its_place(monkeypatch):
+def test_slurm_gives_each_task_its_rank(monkeypatch):
     task = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}
     task |= {"SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "123456"}
     task |= {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1"}

@@ -1,6 +1,6 @@
 """One process works for the others: on one node, on two that share the folder, on two that do not.
 
-Four threads take the places of processes, over a store in memory.
+Four threads stand in for processes, over a store in memory.
 """
 
 import threading

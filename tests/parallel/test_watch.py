@@ -108,7 +108,7 @@ def wait(monkeypatch, capfd, others, rank=0):
     return said, codes[0] if codes else None, store
 
 
-def test_a_process_that_does_not_come_is_named_with_its_line(monkeypatch, capfd):
+def test_missing_process_is_reported_with_its_line(monkeypatch, capfd):
     said, code, store = wait(monkeypatch, capfd, {1: status(), 2: status(**WAITS)})
     assert code == watch.PEER_LOST and store.get("watch/end") == b"[1]"
     assert "process 0  step 3, waits in a sum for" in said and "in wait" in said

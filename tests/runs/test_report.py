@@ -1,4 +1,4 @@
-"""The report of a run, from files such as a run writes."""
+"""The report of a run, from files like those that a run writes."""
 
 import json
 import re
@@ -101,7 +101,7 @@ def test_a_start_that_is_loading_replaces_nothing(run):
     assert RunFolder(run).step == 5 and len(RunFolder(run).evaluations) == 2
 
 
-def test_a_record_without_an_end_is_that_of_a_killed_run(run):
+def test_record_without_an_end_belongs_to_a_killed_run(run):
     start(run, "20261128_120000", steps=[6], start_step=5, outcome="")
     assert RunFolder(run).status() == "killed"
 
@@ -127,7 +127,7 @@ def test_the_command_writes_the_report_and_prints_its_path(run, capsys):
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert main(["report", str(run / "iter_5")]) == 2
-    assert "is no work dir" in capsys.readouterr().err
+    assert "is not the work dir" in capsys.readouterr().err
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -10,8 +10,9 @@ from tuned_makers import write_adapter
 
 from xtuner.serve import listen
 from xtuner.serve.app import Defaults, make_app
-from xtuner.serve.engine import Engine, Limits
+from xtuner.serve.engine import Engine
 from xtuner.serve.guard import Guard
+from xtuner.serve.job import Limits
 from xtuner.serve.models import open_models
 from xtuner.testing.tiny import tiny_model_folder
 

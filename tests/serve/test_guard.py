@@ -1,4 +1,4 @@
-"""Who is not let in: foreign hosts and pages, large bodies, missing keys."""
+"""Rejected requests: foreign hosts and pages, large bodies, missing keys."""
 
 import base64
 
@@ -113,20 +113,25 @@ def basic(text):
         (Token("t"), {}, 401),
         (Token("t"), {"cookie": "xtuner_token=x"}, 401),
         (Token("t"), {"cookie": "a=b; xtuner_token=t"}, 200),
+        (Token("t"), {"cookie": 'other={"a": 1}; xtuner_token=t'}, 200),
+        (Token("t"), {"cookie": "xtuner_token_1=t"}, 401),
     ],
     ids=["key none", "key wrong", "key", "password none", "password wrong", "password garbage",
-         "password", "token none", "token wrong", "token"],
+         "password", "token none", "token wrong", "token", "token after garbage",
+         "token of another"],
 )  # fmt: skip
 def test_credentials(credentials, headers, status):
     assert ask(headers=headers, credentials=credentials).status_code == status
 
 
-def test_a_token_in_the_address_becomes_a_cookie():
+def test_token_in_the_url_becomes_a_cookie():
     response = ask(path="/?token=t", credentials=Token("t"))
     assert response.status_code == 303 and response.headers["location"] == "/"
     cookie = response.headers["set-cookie"]
     assert cookie.startswith("xtuner_token=t;")
     assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    elsewhere = ask(path="/%2Fexample.org/?token=t", credentials=Token("t"))
+    assert elsewhere.headers["location"] == "/example.org/"
 
 
 def test_loopback():

@@ -1,4 +1,4 @@
-"""Queues, times and sizes are limited, and who goes away frees the slot."""
+"""Queues, times and sizes are limited, and a disconnected client frees its slot."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from xtuner.generation.running import RunningBatch
-from xtuner.serve.engine import Limits
+from xtuner.serve.job import Limits
 
 WHO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
 
@@ -41,7 +41,7 @@ def create(server, **options):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "complete"])
-def test_a_client_that_goes_away_frees_its_slot(server, held, stream):
+def test_disconnected_client_frees_its_slot(server, held, stream):
     body = {**WHO, "model": "tiny", "stream": stream, "max_tokens": 64}
     with httpx.Client() as client:
         request = client.build_request("POST", f"{server.url}/v1/chat/completions", json=body)
@@ -91,7 +91,7 @@ def test_an_answer_that_takes_too_long_is_given_up(models, held, start_server):
             list(create(server, stream=True))
 
 
-def test_a_fault_ends_the_requests_and_not_the_server(server, monkeypatch, caplog):
+def test_error_ends_requests_but_not_the_server(server, monkeypatch, caplog):
     right = RunningBatch.step
 
     def broken(batch):

@@ -1,4 +1,4 @@
-"""The OpenAI API, asked by OpenAI's client."""
+"""The OpenAI API, used with OpenAI's client."""
 
 import threading
 
@@ -91,6 +91,11 @@ def test_a_seed_repeats_an_answer_and_n_gives_several(server):
     assert first.usage.prompt_tokens == chat(server).usage.prompt_tokens
 
 
+def test_a_temperature_near_zero_is_greedy_and_harms_no_other_answer(server):
+    greedy = chat(server, temperature=0).choices[0].message.content
+    assert chat(server, temperature=1e-300).choices[0].message.content == greedy
+
+
 def test_stop_words_end_an_answer_and_are_left_out(server):
     whole = text_of(chat(server))
     word = whole[3:5]
@@ -126,19 +131,31 @@ def test_completions_continue_texts_and_ids(server):
 @pytest.mark.parametrize(
     ("change", "status", "words"),
     [
-        ({"model": "gpt"}, 404, "there are tiny, tiny:ada, tiny:bob"),
+        ({"model": "gpt"}, 404, "available: tiny, tiny:ada, tiny:bob"),
         ({"messages": []}, 400, "messages"),
         ({"frequency_penalty": 1}, 400, "frequency_penalty is not supported"),
-        ({"extra_body": {"max_new_tokens": 5}}, 400, "max_new_tokens: is no parameter"),
+        ({"extra_body": {"max_new_tokens": 5}}, 400, "max_new_tokens: is not a parameter"),
         ({"temperature": -1}, 400, "temperature"),
         ({"n": 99}, 400, "n: "),
+        ({"extra_body": {"repetition_penalty": 1e-30}}, 400, "repetition_penalty"),
         ({"top_logprobs": 2}, 400, "logprobs = true"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "context length"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
     ],
-    ids=["model", "no messages", "penalty", "unknown", "temperature", "n", "top", "long", "role"],
+    ids=[
+        "model",
+        "no messages",
+        "penalty",
+        "unknown",
+        "temperature",
+        "n",
+        "repetition",
+        "top",
+        "long",
+        "role",
+    ],
 )
-def test_what_is_wrong_with_a_request(server, change, status, words):
+def test_invalid_requests(server, change, status, words):
     with pytest.raises(openai.APIStatusError) as error:
         chat(server, **change)
     assert error.value.status_code == status
@@ -149,8 +166,8 @@ def test_what_is_wrong_with_a_request(server, change, status, words):
 
 def test_an_image_for_a_model_of_text_is_refused(server):
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    with pytest.raises(openai.BadRequestError, match="is no image"):
+    with pytest.raises(openai.BadRequestError, match="is not an image"):
         chat(server, messages=[{"role": "user", "content": [part]}])
     part["image_url"]["url"] = "http://127.0.0.1/secret.png"
-    with pytest.raises(openai.BadRequestError, match="fetches nothing"):
+    with pytest.raises(openai.BadRequestError, match="does not fetch images"):
         chat(server, messages=[{"role": "user", "content": [part]}])

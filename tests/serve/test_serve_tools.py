@@ -45,7 +45,7 @@ def asked(server, **more):
     )
 
 
-def test_calls_are_apart_from_the_text(server, scripted):
+def test_calls_are_separated_from_text(server, scripted):
     (choice,) = asked(server).choices
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.")
     found = [(c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls]
@@ -112,15 +112,16 @@ def _recording(submit, prompts):
         ({"tools": [{"type": "function"}]}, "name: is missing"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "assistant"),
+        ({"messages": [ASK, {"role": "tool", "content": "x"}]}, "but no call precedes it"),
     ],
-    ids=["tool", "choice", "role"],
+    ids=["tool", "choice", "role", "result"],
 )
-def test_what_is_wrong_is_named(server, change, words):
+def test_invalid_values_are_reported(server, change, words):
     request = {"messages": [ASK], "tools": [TOOL], **change}
     with pytest.raises(openai.BadRequestError, match=words):
         server.client.chat.completions.create(model=server.models[0].name, **request)
 
 
-def test_what_cannot_be_read_stays_text():
+def test_unreadable_calls_stay_text():
     text, calls = CallReader(load("hermes"), ()).separated("a <tool_call>{x}</tool_call>")
     assert not calls and "{x}" in text

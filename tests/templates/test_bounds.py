@@ -1,4 +1,4 @@
-"""A chat template cannot take a machine's time and memory; an ordinary one notices nothing."""
+"""The time and memory of chat templates are limited, without effect on ordinary ones."""
 
 import resource
 import signal
@@ -43,14 +43,14 @@ def template_of(text):
 
 
 @pytest.mark.parametrize("bomb", list(BOMBS))
-def test_a_bomb_is_named_when_the_template_is_loaded(bomb):
+def test_template_bomb_is_reported_on_load(bomb):
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
     with pytest.raises(ModelError, match=r"exceeds its bounds: it (takes|calls|writes) .*chatml"):
         template_of(BOMBS[bomb])
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
 
 
-def test_a_bomb_that_waits_for_a_word_costs_its_conversation_only():
+def test_template_bomb_with_a_trigger_fails_only_its_conversation():
     text = "{% if messages[0]['content'] == 'now' %}{{ 'a' * 9999999999 }}{% endif %}" + HONEST
     template = template_of(text)
     with pytest.raises(ModelError, match="memory"):
@@ -63,7 +63,7 @@ def test_a_bomb_that_waits_for_a_word_costs_its_conversation_only():
         template.prompt_ids([Message("user", "later")])
 
 
-def test_an_honest_template_and_a_long_conversation_pass():
+def test_valid_template_with_a_long_conversation_passes():
     template = template_of(HONEST)
     long = [Message("user", "word " * 200_000), Message("assistant", "x" * 1000)] * 3
     assert template.render(long).text.count("word") == 600_000

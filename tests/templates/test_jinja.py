@@ -1,4 +1,4 @@
-"""The chat template written beside a model renders what the template itself does."""
+"""The chat template saved with a model renders the same text as the template object."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_renders_the_same(name, system):
             assert got == wanted
 
 
-def test_a_image_is_the_image_token_and_a_line():
+def test_image_is_rendered_as_token_and_line():
     tokenizer = tiny_tokenizer()
     template = templates.load("chatml", tokenizer)
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]

@@ -1,4 +1,4 @@
-"""The named templates: the published layouts, letter by letter, and the user's own."""
+"""The named templates: the published layouts, exactly, and the user's own."""
 
 import subprocess
 import sys
@@ -96,7 +96,7 @@ def test_layout(name):
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))
-def test_spec_is_sound(name):
+def test_spec_is_valid(name):
     assert list(NAMED[name].problems()) == []
 
 

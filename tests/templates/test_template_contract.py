@@ -1,4 +1,4 @@
-"""What every template must keep, whatever the tokenizer merges."""
+"""The contract of every template, whatever the tokenizer merges."""
 
 from dataclasses import replace
 from itertools import groupby
@@ -79,7 +79,7 @@ def expected_stop(template):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_supervised_is_what_the_assistant_says_and_its_stop(make, make_tokenizer, case, messages):
+def test_supervised_tokens_are_the_answers_and_their_stop(make, make_tokenizer, case, messages):
     template, tokenizer = make(case)
     runs = pieces(template.encode(Conversation(tuple(messages))))
     said = [m.content for m in messages if m.supervised]
@@ -110,7 +110,7 @@ def test_every_token_of_an_answer_has_its_weight(make, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_prompt_is_a_prefix_of_the_whole(make, case, messages):
+def test_prompt_is_a_prefix_of_the_conversation(make, case, messages):
     template, _ = make(case)
     ids, mask, _ = template.encode(Conversation(tuple(messages)))
     for index, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""Ids with hard boundaries: by offsets against by prefixes, and against a chat's own way."""
+"""Ids with hard boundaries: by offsets, by prefixes, and as in a chat."""
 
 import random
 
@@ -72,7 +72,7 @@ def test_segments_before_a_cut_depend_on_the_text_before_it(tokenizer):
 
 
 @pytest.mark.parametrize("make", [merging_tokenizer, space_tokenizer])
-def test_ids_are_those_of_the_whole_text_where_no_token_is_torn(make):
+def test_ids_equal_those_of_the_entire_text_if_no_token_is_split(make):
     tokenizer = make()
     tokens = OffsetTokens(tokenizer)
     kept = changed = 0

@@ -1,5 +1,5 @@
-"""What every template keeps for tools: calls are supervised, results never, prompts are prefixes,
-and what is supervised is read back as the same calls."""
+"""The contract of every template with tools: calls are supervised, results never, prompts are
+prefixes, and supervised text is read back as the same calls."""
 
 import random
 
@@ -223,7 +223,7 @@ def test_one_row_is_the_same_in_both_templates_of_internlm2():
     assert text == "<s>" + own.render(record.messages, tools=TOOLS).text
 
 
-def test_a_model_without_parallel_calls_says_so():
+def test_model_without_parallel_calls_raises():
     template, _ = make("llama3.1")
     two = Message("assistant", "", tool_calls=CALL.tool_calls * 2)
     with pytest.raises(DataError, match="one call at once"):
@@ -248,7 +248,7 @@ def test_results_of_several_calls_share_a_turn_in_the_default_layout():
     assert "</tool_response>\n<tool_response>\ntwo" in text
 
 
-def test_a_family_of_ones_own_in_a_spec():
+def test_spec_can_name_a_tool_family():
     from xtuner.templates.named import NamedTemplate
     from xtuner.templates.spec import Spec
 

@@ -1,4 +1,4 @@
-"""The templates of XTuner 0.x, to the letter."""
+"""The templates of XTuner 0.x, exactly."""
 
 import pytest
 
@@ -44,5 +44,5 @@ def test_layout(name):
 
 
 @pytest.mark.parametrize("name", sorted(XTUNER0))
-def test_specs_are_sound(name):
+def test_specs_are_valid(name):
     assert list(XTUNER0[name].problems()) == []

@@ -1,4 +1,4 @@
-"""What counts as a right call, and the command that measures it."""
+"""What counts as a correct call, and the command that measures it."""
 
 import json
 
@@ -7,7 +7,7 @@ from call_makers import make_calls
 
 from xtuner.calls.families import load
 from xtuner.calls.read import make_call
-from xtuner.cli import evaluate_tools
+from xtuner.chat import tool_evaluation
 from xtuner.cli.app import main
 from xtuner.tools import evaluation as ev
 from xtuner.types import Conversation, Message
@@ -88,7 +88,7 @@ def test_shares():
     shares = ev.Shares.of(outcomes)
     assert shares == ev.Shares(4, 0.5, 0.25, 0.75, 0.25, 2, 0.5)
     assert ev.Shares.of([]) == ev.Shares(0, None, None, None, None, 0, None)
-    lines = list(evaluate_tools.table(outcomes, {"time"}))
+    lines = list(tool_evaluation.table(outcomes, {"time"}))
     assert lines[0].split() == ["all", "seen", "tools", "held-out", "tools"]
     assert lines[2].split() == ["right", "function", "50", "%", "-", "50", "%"]
 

@@ -86,7 +86,7 @@ def test_sphinx_docstrings():
     assert [p["description"] for p in properties.values()] == ["One.", "Other."]
 
 
-def test_what_cannot_be_a_tool_is_named():
+def test_invalid_tools_are_reported():
     def without(a):
         return a
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_a_tool_is_named():
     for function, words in (
         (without, "'a' has no type hint"),
         (several, "takes .*named parameters"),
-        (odd, "has no place in JSON"),
+        (odd, "has no JSON equivalent"),
     ):
         with pytest.raises(ConfigError, match=words):
             schema_of(function)

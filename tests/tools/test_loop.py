@@ -1,4 +1,4 @@
-"""The loop of calls and results, with answers that are known."""
+"""The loop of calls and results, with scripted answers."""
 
 from contextlib import closing
 
@@ -81,7 +81,7 @@ def test_a_call_that_is_not_allowed_does_not_run():
     assert events[1].result.failed
 
 
-def test_errors_are_told_to_the_model():
+def test_errors_are_returned_to_the_model():
     wrong = HERMES.render([make_call("calculater", {"expression": "1"})])
     _, new, _, ran = run(wrong, '<tool_call>{"name": "calc', "I give up.")
     assert "no tool 'calculater'" in new[1].content and ran == []

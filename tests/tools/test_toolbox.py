@@ -155,5 +155,5 @@ def test_the_tools_of_an_mcp_server(tmp_path):
         assert box.call(make_call("add", {"a": "x", "b": 3})).failed
     finally:
         box.close()
-    with pytest.raises(ConfigError, match="the server does not answer"):
+    with pytest.raises(ConfigError, match="the server does not respond"):
         open_tools([f"mcp:{sys.executable} -c pass"], timeout=5)

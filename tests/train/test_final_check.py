@@ -1,4 +1,4 @@
-"""A run says at its end what it has learned, and before it starts whether it can."""
+"""A run reports at its end what it has learned, and notes before its start if it cannot learn."""
 
 import json
 
@@ -37,7 +37,7 @@ def run(folder, rows=ROWS, **changes):
     return json.loads(file.read_text("utf-8")) if file.exists() else None
 
 
-def test_what_was_learned_is_said(tmp_path, capsys):
+def test_learned_answers_are_reported(tmp_path, capsys):
     found = run(tmp_path, lr=1e-2, max_epochs=40)
     assert all(each["reproduced"] for each in found["training"]) and len(found["training"]) == 4
     assert {each["expected"] for each in found["training"]} == {row["answer"] for row in ROWS}
@@ -60,7 +60,7 @@ def test_any_answer_of_the_data_to_a_question_counts(tmp_path, capsys):
     assert found["training"][0]["expected"] != found["training"][1]["expected"]
 
 
-def test_a_run_that_learned_nothing_says_so(tmp_path, capsys):
+def test_run_that_learned_nothing_is_reported(tmp_path, capsys):
     found = run(tmp_path, lr=1e-6, max_steps=2, validation_ratio=0.25)
     assert not any(each["reproduced"] for each in [*found["training"], *found["validation"]])
     assert len(found["validation"]) == 1

@@ -1,4 +1,4 @@
-"""What a run can say before it imports torch."""
+"""Checks of a run before it imports torch."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def checked(folder, monkeypatch, **changes):
     )
 
 
-def test_what_is_right_passes(tmp_path, monkeypatch):
+def test_valid_calls_pass(tmp_path, monkeypatch):
     checked(tmp_path, monkeypatch)
     checked(tmp_path, monkeypatch, pretrained_model_name_or_path="org/name", data_path="org/data")
     (tmp_path / "f.py").write_text("raise SystemExit('is not run')\n")
@@ -46,7 +46,7 @@ def test_all_problems_are_listed(tmp_path, monkeypatch):
         "did you mean 'rows.csv'?",
         "no such folder",
         "did you mean 'Adam",
-        "needs the package flash_attn_interface",
+        "needs the package flash-attn-3",
     ):
         assert text in message
 
@@ -61,7 +61,7 @@ def test_all_problems_are_listed(tmp_path, monkeypatch):
     ],
     ids=["empty", "adapter", "not json", "no model"],
 )
-def test_a_folder_that_is_no_model(tmp_path, monkeypatch, files, problem):
+def test_folder_without_a_model(tmp_path, monkeypatch, files, problem):
     (tmp_path / "other").mkdir()
     for name, text in files.items():
         (tmp_path / "other" / name).write_text(text)
@@ -88,7 +88,7 @@ def test_the_optimizers_are_those_that_training_finds():
     assert {*optimizer_names()} == real - {"Optimizer", "LBFGS", "SparseAdam"}
 
 
-def test_the_command_tells_before_it_imports_torch(tmp_path):
+def test_command_reports_errors_before_importing_torch(tmp_path):
     (tmp_path / "c.py").write_text("pretrained_model_name_or_path = 'a/b'\ndata_path = 'no.csv'\n")
     code = (
         "import sys; from xtuner.cli.app import main; code = main(['train', 'c.py']); "

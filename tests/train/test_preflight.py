@@ -1,4 +1,4 @@
-"""What is wrong with a run is said before its data are read."""
+"""Problems of a run are reported before its data are read."""
 
 import json
 
@@ -115,7 +115,7 @@ def test_row_with_a_token_beyond_the_embeddings_is_a_bad_row(tmp_path):
     ("kind", "words"),
     [("t5", "encoder-decoder"), ("qwen2_5_vl", "a vision-language model"), ("vit", "not a causal")],
 )
-def test_what_is_no_language_model_is_said(tmp_path, kind, words):
+def test_non_language_models_are_reported(tmp_path, kind, words):
     folder = tiny_model_folder(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(ModelError, match=words):

@@ -1,4 +1,4 @@
-"""`train` returns what it left behind, and takes a user's strategy by its setting."""
+"""`train` returns its result, and uses a user's strategy."""
 
 import json
 from pathlib import Path

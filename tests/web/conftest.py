@@ -11,11 +11,11 @@ import pytest
 from tuned_makers import write_adapter
 
 from xtuner.runs.record import RunRecord
-from xtuner.testing.tiny import tiny_model_folder
+from xtuner.testing.tiny import tiny_model_folder, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder with a base model, runs 'ada' and 'bob' on it, and data."""
     root = tmp_path_factory.mktemp("web")
     base = tiny_model_folder(root / "tiny", initializer_range=0.3)
@@ -43,20 +43,52 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def site(place, tmp_path_factory):
+def site(folder, tmp_path_factory):
     """The parts behind the page."""
     pytest.importorskip("gradio")
+    from xtuner.chat.session import ToolUse
     from xtuner.serve.engine import Engine
+    from xtuner.tools.toolbox import open_tools
     from xtuner.web.folders import Folders
     from xtuner.web.jobs import Jobs
     from xtuner.web.models import ModelPool
     from xtuner.web.site import Site
 
-    folders = Folders.of(place / "runs", [place])
+    folders = Folders.of(folder / "runs", [folder])
     engine = Engine()
-    pool = ModelPool(engine, folders, given=(str(place / "tiny"),), device="cpu", dtype="float32")
-    yield Site(engine, pool, folders, Jobs(folders), first=(str(place / "tiny"),))
+    pool = ModelPool(engine, folders, given=(str(folder / "tiny"),), device="cpu", dtype="float32")
+    with contextlib.closing(open_tools(["calculator"])) as box:
+        tools = ToolUse(box)
+        yield Site(engine, pool, folders, Jobs(folders), first=(str(folder / "tiny"),), tools=tools)
     engine.close()
+
+
+@pytest.fixture
+def calling(site, monkeypatch):
+    """Makes a model that calls the calculator with an expression, then gives its answer; returns
+    its name."""
+    from scripted_model import Answers
+
+    from xtuner import templates
+    from xtuner.calls.families import load
+    from xtuner.calls.read import make_call
+    from xtuner.serve.models import ServedModel, Weights
+    from xtuner.web.models import Opening
+
+    def made(thought, expression, answer):
+        call = load("hermes").render([make_call("calculator", {"expression": expression})])
+        tokenizer = tiny_tokenizer()
+        weights = Weights(Answers(tokenizer, f"{thought}\n{call}", answer))
+        opening = Opening("calling")
+        opening.served = ServedModel(
+            "calling", weights, tokenizer, templates.load("auto", tokenizer)
+        )
+        opening.finished.set()
+        monkeypatch.setattr(site.pool, "_given", ("calling",))
+        monkeypatch.setitem(site.pool._openings, "calling", opening)
+        return "calling"
+
+    return made
 
 
 @contextlib.contextmanager
@@ -87,15 +119,20 @@ def web(site, tmp_path_factory):
         temporary = tmp_path_factory.mktemp("uploads")
         for name, value in application.prepare_environment(temporary).items():
             patch.setenv(name, value)
-        token = application.new_token()
+        socket = listen.bind("127.0.0.1", 0)
+        token = application.new_token(socket.getsockname()[1])
         with loops_closed():
             app = application.make_app(site, address="127.0.0.1", credentials=token)
-        socket = listen.bind("127.0.0.1", 0)
         server = listen.server(app, shutdown_seconds=1)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield SimpleNamespace(url=listen.address_of(socket), token=token.token, temporary=temporary)
+        yield SimpleNamespace(
+            url=listen.address_of(socket),
+            token=token.token,
+            cookie=token.cookie,
+            temporary=temporary,
+        )
         server.should_exit = True
         thread.join()

@@ -1,7 +1,5 @@
 """Conversations of the page: the answers of `chat`, side by side, stopped, and refused."""
 
-import threading
-
 import pytest
 
 from xtuner.chat.opening import open_chat
@@ -9,6 +7,7 @@ from xtuner.errors import ConfigError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.types import Message
 from xtuner.web.conversation import Asked, answer
+from xtuner.web.turns import Turn
 
 OPTIONS = GenerationOptions(max_new_tokens=10)
 
@@ -17,11 +16,11 @@ def opened(site, *names):
     return [site.pool.open(str(site.folders.runs / name)).result() for name in names]
 
 
-def ask(site, names, text, *, histories=None, stop=None, **options):
+def ask(site, names, text, *, histories=None, turn=None, **options):
     models = opened(site, *names)
     asked = Asked(text, options=OPTIONS, system=models[0].template.system, **options)
     histories = histories or [()] * len(names)
-    return list(answer(site.engine, models, histories, asked, stop or threading.Event()))
+    return list(answer(site.engine, models, histories, asked, turn or Turn()))
 
 
 def test_answers_side_by_side_are_those_of_chat(site):
@@ -47,20 +46,20 @@ def test_a_conversation_goes_on(site):
     assert [m.role for m in second.history] == ["user", "assistant"] * 2
 
 
-def test_what_was_said_stays_when_an_answer_is_stopped(site):
-    stop = threading.Event()
-    stop.set()
-    (side,) = ask(site, ["bob"], "Who are you?", stop=stop)[-1]
-    whole = ask(site, ["bob"], "Who are you?")[-1][0].text
-    assert side.text and whole.startswith(side.text) and side.text != whole
+def test_stopped_answer_keeps_its_text(site):
+    turn = Turn()
+    turn.stopped.set()
+    (side,) = ask(site, ["bob"], "Who are you?", turn=turn)[-1]
+    complete = ask(site, ["bob"], "Who are you?")[-1][0].text
+    assert side.text and complete.startswith(side.text) and side.text != complete
     assert side.history == (Message("user", "Who are you?"), Message("assistant", side.text))
 
 
-def test_faults_are_told(site):
+def test_errors_are_reported(site):
     (side,) = ask(site, ["ada"], "x" * 3000)[-1]
     assert "context length" in side.error and side.history is None
     (side,) = ask(site, ["ada"], "?", template="evil.py:T")[-1]
-    assert "no named template" in side.error
+    assert "not a named template" in side.error
     (side,) = ask(site, ["ada"], "?", images=("x.png",))[-1]
     assert "does not take images" in side.error
 
@@ -70,7 +69,7 @@ def test_another_template_changes_the_prompt(site):
     assert len(texts) == 2
 
 
-def test_models_outside_the_folders_are_refused_and_unknown_ones_told(site, tmp_path):
+def test_models_outside_the_folders_are_rejected_and_unknown_ones_reported(site, tmp_path):
     with pytest.raises(ConfigError, match="outside the folders"):
         site.pool.open(str(tmp_path))
     opening = site.pool.open(str(site.folders.runs / "nobody"))
@@ -82,14 +81,14 @@ def test_the_choices_are_given_models_and_checkpoints(site):
     assert labels[0] == "tiny" and {"ada · iter_7", "bob · iter_7"} <= set(labels)
 
 
-def test_the_oldest_weights_are_unloaded(place, site):
+def test_the_oldest_weights_are_unloaded(folder, site):
     from xtuner.testing.tiny import tiny_model_folder
     from xtuner.web.models import ModelPool
 
     pool = ModelPool(site.engine, site.folders, device="cpu", dtype="float32")
-    others = [tiny_model_folder(place / f"other{i}", seed=i) for i in (1, 2)]
-    first = pool.open(str(place / "tiny"))
+    others = [tiny_model_folder(folder / f"other{i}", seed=i) for i in (1, 2)]
+    first = pool.open(str(folder / "tiny"))
     served = [first.result(), *(pool.open(str(other)).result() for other in others)]
     assert len({id(each.weights) for each in served}) == 3
     assert pool.open(str(others[0])).result() is served[1]
-    assert pool.open(str(place / "tiny")) is not first
+    assert pool.open(str(folder / "tiny")) is not first

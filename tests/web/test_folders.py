@@ -1,4 +1,4 @@
-"""The page stays in its folders: absolute paths, '..' and links do not lead out."""
+"""The page stays in its folders: absolute paths, '..' and links cannot leave them."""
 
 import pytest
 

@@ -1,8 +1,12 @@
 """The form shows every setting, and makes the settings that it shows."""
 
+import re
+
 import pytest
 
+from xtuner import i18n
 from xtuner.config.builtin import catalog
+from xtuner.config.describe import allowed
 from xtuner.config.load import load_settings
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError
@@ -38,6 +42,39 @@ def test_every_setting_is_in_the_form():
     assert sorted(names) == sorted(Settings.model_fields)
     assert all(field.help and field.part for field in form.fields())
     assert {field.kind for field in form.fields()} == {"switch", "choice", "text", "lines", "value"}
+
+
+def test_every_text_of_the_form_is_in_chinese():
+    words = i18n.words("zh")
+    english, chinese = form.fields(), form.fields(words)
+    for one, other in zip(english, chinese, strict=True):
+        assert one.name == other.name and one.kind == other.kind
+        assert _is_chinese(other.help) and _is_chinese(other.part), one.name
+        if one.kind not in ("switch", "choice"):
+            assert other.help.endswith("）") and allowed(one.name) not in other.help
+    table = i18n.settings_table()
+    assert sorted(table["settings"]) == sorted(Settings.model_fields)
+    parts = {field.part for field in english}
+    assert set(table["parts"]) == parts
+    stated = {allowed(f.name) for f in english if f.kind not in ("switch", "choice")}
+    assert set(table["values"]) == stated
+
+
+def test_every_string_of_the_page_is_in_chinese():
+    for key, row in i18n.table().items():
+        assert _names(row["en"]) == _names(row["zh"]), key
+        text = re.sub(r"[{].*?[}]", "", row["zh"])
+        same = {"page_title", "chat_top_p", "other_language", "step_of",
+                "train_values"}  # fmt: skip
+        assert _is_chinese(text) or key in same, key
+
+
+def _is_chinese(text):
+    return re.search("[\u4e00-\u9fff]", text) is not None
+
+
+def _names(text):
+    return sorted(re.findall("[{](.*?)[}]", text))
 
 
 def test_what_the_form_shows_is_what_it_makes(tmp_path):
@@ -82,11 +119,13 @@ def test_all_that_is_no_value_is_listed():
         ("dataset_format", ["evil.py:read"], "runs a Python file"),
         ("prompt_template", "evil.py:T", "runs a Python file"),
         ("trust_remote_code", True, "runs code of the model"),
+        ("attn_implementation", "someone/kernel", "runs code from the hub"),
+        ("strategy", "/etc/deepspeed.json", "outside the folders"),
         ("work_dir", "/tmp/x", "work_dir"),
         ("no_such_setting", 1, "no_such_setting"),
     ],
-    ids=["absolute", "up", "home", "hook", "algorithm", "format", "template", "remote", "work dir",
-         "unknown"],
+    ids=["absolute", "up", "home", "hook", "algorithm", "format", "template", "remote", "kernel",
+         "strategy", "work dir", "unknown"],
 )  # fmt: skip
 def test_settings_that_leave_the_folders_or_run_code_are_refused(folders, name, value, words):
     values = {"pretrained_model_name_or_path": "org/model", "data_path": ["rows.jsonl"]}

@@ -1,4 +1,4 @@
-"""Runs are processes of their own, one at a time."""
+"""Runs are separate processes, one at a time."""
 
 import subprocess
 import sys
@@ -85,10 +85,14 @@ def test_a_run_of_another_terminal_is_found_and_stopped(folders):
 def test_only_checkpoints_of_the_run_are_merged(site, commands):
     jobs = Jobs(site.folders)
     for checkpoint in ("../bob/iter_7", "iter_8", "", "/etc"):
-        with pytest.raises(ConfigError, match="is no checkpoint"):
+        with pytest.raises(ConfigError, match="is not a checkpoint"):
             jobs.merge("ada", checkpoint)
     out = jobs.merge("ada", "iter_7")
     assert commands[0][0][3:5] == ["convert", "merge"] and out.name == "merged_iter_7"
-    jobs.stop("ada")
-    jobs._processes["ada"].wait()
-    (site.folders.runs / "ada" / module.CONSOLE_FILE).unlink()
+    assert jobs.merging("ada") == ("running", out) and jobs.status("ada") == "finished"
+    with pytest.raises(LaunchError, match="ada: is running"):
+        jobs.start("mine", "")
+    assert jobs.stop("ada")
+    jobs._merges["ada"].process.wait()
+    assert jobs.merging("ada") == ("failed", out) and jobs.status("ada") == "finished"
+    (site.folders.runs / "ada" / module.MERGE_LOG).unlink()

@@ -1,4 +1,4 @@
-"""The page over HTTP: who gets in, which routes there are, and that files stay where they are."""
+"""The page over HTTP: access, routes, and files that are not served."""
 
 import contextlib
 import http.client
@@ -15,7 +15,7 @@ pytest.importorskip("gradio")
 
 @pytest.fixture
 def client(web):
-    with httpx.Client(base_url=web.url, cookies={"xtuner_token": web.token}, timeout=30) as found:
+    with httpx.Client(base_url=web.url, cookies={web.cookie: web.token}, timeout=30) as found:
         yield found
 
 
@@ -27,12 +27,12 @@ def test_without_the_token_nothing_is_shown(web):
     assert opened.status_code == 303 and web.token in opened.headers["set-cookie"]
 
 
-def test_the_language_is_the_browsers_or_the_chosen_one(client):
+def test_the_language_is_the_browsers_or_the_chosen_one(client, web):
     for header, path in (("zh-CN,zh", "/zh/"), ("en", "/en/"), ("fr", "/en/")):
         response = client.get("/", headers={"accept-language": header})
         assert response.headers["location"] == path
     assert "xtuner_language=zh" in client.get("/language/zh").headers["set-cookie"]
-    cookie = f"xtuner_token={client.cookies['xtuner_token']}; xtuner_language=zh"
+    cookie = f"{web.cookie}={web.token}; xtuner_language=zh"
     chosen = client.get("/", headers={"accept-language": "en", "cookie": cookie})
     assert chosen.headers["location"] == "/zh/"
 
@@ -56,8 +56,8 @@ SECRETS = [
     "/en/gradio_api/file=%2e%2e%2f%2e%2e%2fetc%2fpasswd",
     "/en/gradio_api/file=/proc/self/environ",
     "/en/gradio_api/file=file:///etc/passwd",
-    "/en/gradio_api/file={place}/rows.jsonl",
-    "/en/gradio_api/file={place}/tiny/config.json",
+    "/en/gradio_api/file={folder}/rows.jsonl",
+    "/en/gradio_api/file={folder}/tiny/config.json",
     "/en/assets/../../../../../../etc/passwd",
     "/en/assets/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
     "/en/static/..%2f..%2f..%2f..%2fetc/passwd",
@@ -67,8 +67,8 @@ SECRETS = [
 
 
 @pytest.mark.parametrize("number", range(len(SECRETS)))
-def test_files_of_the_machine_are_not_served(client, place, number):
-    response = client.get(SECRETS[number].format(place=place))
+def test_files_of_the_machine_are_not_served(client, folder, number):
+    response = client.get(SECRETS[number].format(folder=folder))
     assert response.status_code >= 400, response.text[:80]
     assert "root:" not in response.text and "messages" not in response.text
 
@@ -97,7 +97,7 @@ def test_other_hosts_and_origins_are_refused(client):
         assert client.post(join, json={}, headers=headers).status_code == 403
 
 
-def test_a_file_that_was_not_uploaded_cannot_be_named(client, place, web):
+def test_file_that_was_not_uploaded_is_rejected(client, folder, web):
     """An event whose payload names a file of the machine as an upload."""
     config = client.get("/en/config").json()
     uploads = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "data-file"]
@@ -109,7 +109,7 @@ def test_a_file_that_was_not_uploaded_cannot_be_named(client, place, web):
     with client.stream("GET", "/en/gradio_api/queue/data?session_hash=abc") as stream:
         text = "".join(stream.iter_text())
     assert '"success":false' in text and "root:" not in text
-    assert not (place / "runs" / "uploads").exists()
+    assert not (folder / "runs" / "uploads").exists()
 
 
 def test_uploads_are_limited(web):

@@ -7,5 +7,5 @@
 
 A tool is ``{"type": "function", "function": {"name", "description", "parameters"}}`` with a JSON
 schema of its parameters; a call is ``{"id", "type": "function", "function": {"name",
-"arguments"}}``, whose arguments are an object, or text where they are no JSON.
+"arguments"}}``, whose arguments are an object, or text if they are not valid JSON.
 """

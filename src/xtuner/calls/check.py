@@ -1,4 +1,4 @@
-"""Check the calls of a conversation, and bring their ids and results together."""
+"""Check the calls of a conversation, and match results to calls by id."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Thoughts = Literal["learn", "mask", "remove"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of a call or result: `where` in the conversation, what it is and how to cure it."""
+    """A problem of a call or result: where it is in the conversation, what it is, how to fix it."""
 
     where: str
     problem: str
-    cure: str
+    hint: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}; {self.cure}"
+        return f"{self.where}: {self.problem}; {self.hint}"
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class CallPolicy:
     """What happens to tool calls when rows are encoded.
 
     Attributes:
-        errors: 'drop' loses a row whose calls are wrong, 'keep' trains on it.
-        thoughts: whether thoughts are learned ('learn'), shown without loss ('mask'), or left out
-            ('remove'). A thought is the reasoning of an assistant turn, and the text before a call.
+        errors: 'drop' discards a row whose calls are wrong, 'keep' trains on it.
+        thoughts: whether thoughts are supervised ('learn'), masked ('mask'), or removed ('remove').
+            A thought is the reasoning of an assistant turn, or the text before a call.
     """
 
     errors: Errors = "drop"
     thoughts: Thoughts = "learn"
 
     def applied(self, record: Record) -> Record | Problem:
-        """The record as it is encoded, or the first problem of its calls if that loses it."""
+        """The record to encode, or the problem for which it is dropped."""
         problem = self.problem(record) if self.errors == "drop" else None
         return self._prepared(record) if problem is None else problem
 
@@ -95,7 +95,9 @@ def call_problems(record: Conversation) -> Iterator[Problem]:
         if message.tool_calls:
             waiting = [call.get("id") for call in message.tool_calls]
             for call in message.tool_calls:
-                yield from _problems_of_call(call, schemas, f"turn [{turn}], call of {_name(call)}")
+                yield from _problems_of_call(
+                    call, schemas, f"turn [{turn}], call of '{name_of(call)}'"
+                )
 
 
 def _result_problem(
@@ -103,8 +105,8 @@ def _result_problem(
 ) -> Problem | None:
     where = f"turn [{turn}]"
     if waiting is None:
-        cure = "add the call to the turn of the assistant before it, or remove the result"
-        return Problem(where, "is the result of a tool, but no call precedes it", cure)
+        hint = "add the call to the turn of the assistant before it, or remove the result"
+        return Problem(where, "is the result of a tool, but no call precedes it", hint)
     known = [name for name in waiting if name is not None]
     if message.tool_call_id and known and message.tool_call_id not in known:
         problem = f"answers the call '{message.tool_call_id}', but there is no call with that id"
@@ -119,26 +121,22 @@ def _problems_of_call(
     if isinstance(arguments, str):
         yield Problem(where, "has arguments that are not valid JSON", "write them as a JSON object")
     elif not isinstance(arguments, Mapping):
-        yield Problem(where, "has arguments that are no object", "write them as a JSON object")
+        yield Problem(where, "has arguments that are not an object", "write them as a JSON object")
     if not schemas:
         return
     if name not in schemas:
-        cure = "add the tool to the tools of the row, or correct the name"
-        yield Problem(where, "is of a tool that the row does not declare", cure)
+        hint = "add the tool to the tools of the row, or correct the name"
+        yield Problem(where, "calls a tool that the row does not declare", hint)
     elif isinstance(arguments, Mapping) and isinstance(schemas[name], Mapping):
         for problem in schema_problems(arguments, schemas[name]):
-            cure = "correct the argument, or the schema of the tool"
-            yield Problem(where, f"does not fit the schema: '{problem}'", cure)
-
-
-def _name(call: Mapping[str, Any]) -> str:
-    return f"'{name_of(call)}'"
+            hint = "correct the argument, or the schema of the tool"
+            yield Problem(where, f"does not fit the schema: '{problem}'", hint)
 
 
 def with_ids(record: Conversation) -> Conversation:
     """Give every call an id and every result the id and name of its call.
 
-    Results without an id belong to the calls before them in order. Ids that the data give are kept.
+    Results without an id belong to the calls before them in order. Ids in the data are kept.
     """
     if not any(message.tool_calls for message in record.messages):
         return record
@@ -159,12 +157,12 @@ def with_ids(record: Conversation) -> Conversation:
 
 
 def call_id(number: int) -> str:
-    """The id of the call `number`: nine letters and digits, which all templates accept."""
+    """The id of call `number`: nine letters and digits, which all templates accept."""
     return f"call{number:05d}"
 
 
 def _linked(message: Message, waiting: list[tuple[str, str]]) -> Message:
-    """A result with the id and name of its call, which is taken out of `waiting`."""
+    """A result with the id and name of its call, which is removed from `waiting`."""
     by_id = {given: index for index, (given, _) in enumerate(waiting)}
     index = by_id.get(message.tool_call_id or "", 0)
     if not waiting:

@@ -1,4 +1,4 @@
-"""Read tools and calls, as data sets and chat APIs write them, into one representation."""
+"""Convert the tools and calls of data sets and chat APIs to one representation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Call = Mapping[str, Any]
 
 
 class CallFormatError(ValueError):
-    """Something is neither a tool nor a call.
+    """A value that is neither a tool nor a call.
 
     Attributes:
-        path: where, such as ``[1].function``; empty for the value itself.
+        path: where it is, such as ``[1].function``; empty for the value itself.
     """
 
     def __init__(self, path: str, problem: str) -> None:
@@ -44,18 +44,18 @@ def name_of(call: Call) -> str:
 
 
 def arguments_of(call: Call) -> Any:
-    """The arguments of a call: an object, or what is there instead."""
+    """The arguments of a call: an object, or whatever the data have instead."""
     return call["function"]["arguments"]
 
 
 def read_call(value: Any, path: str = "") -> dict[str, Any]:
-    """Read one call in any of the usual spellings.
+    """Convert a call from any of the usual formats.
 
     The name is `name`, `tool_name` or `api_name`; the arguments are `arguments`, `parameters`,
     `args` or `input`, as an object or as JSON text; both may be within `function`.
 
     Raises:
-        CallFormatError: it is no call.
+        CallFormatError: it is not a call.
     """
     if not isinstance(value, Mapping):
         raise CallFormatError(path, f"is {_kind(value)}; a call is an object")
@@ -76,11 +76,11 @@ def read_call(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def read_tool(value: Any, path: str = "") -> dict[str, Any]:
-    """Read a tool: OpenAI's form, the inner object alone, or a list of parameters in place of a
+    """Convert a tool: OpenAI's form, the inner object alone, or a list of parameters instead of a
     schema.
 
     Raises:
-        CallFormatError: it is no tool.
+        CallFormatError: it is not a tool.
     """
     if not isinstance(value, Mapping):
         raise CallFormatError(path, f"is {_kind(value)}; a tool is an object")
@@ -102,11 +102,11 @@ def read_tool(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def read_parameters(given: Any, tool: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON schema of parameters that are one already, a list of them, or a table by name.
+    """The JSON schema of parameters, which are given as a schema, a list, or a dictionary by name.
 
     Args:
         given: the parameters as written.
-        tool: the tool, whose `required` counts where the parameters are a list.
+        tool: the tool; its `required` is used if the parameters are a list.
     """
     if isinstance(given, str) and given.strip():
         given = _parsed(given)
@@ -159,7 +159,7 @@ def python_literal(text: str) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """The object that `text` is as JSON; otherwise `text`."""
+    """The object in the JSON `text`; `text` if it is not one."""
     try:
         value = loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Find the end of a JSON value at the beginning of a text that is still growing."""
+"""Find the end of a JSON value in a text that is still growing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def skip_space(text: str, at: int) -> int:
 def json_end(text: str, start: int) -> int | None:
     """Index after the JSON value that begins at `start`; None if it is not complete yet.
 
-    Only strings and brackets are followed, so an invalid value has an end too where its brackets
-    are balanced.
+    Only strings and brackets are tracked, so an invalid value ends where its brackets are balanced.
     """
     if start >= len(text):
         return None
@@ -58,7 +57,7 @@ def _string_end(text: str, start: int) -> int | None:
 
 
 def loads(text: str) -> Any:
-    """Parse JSON; ValueError for anything else, deep nesting and NaN included."""
+    """Parse JSON; ValueError for anything else, including deep nesting and NaN."""
     try:
         return json.loads(text, parse_constant=_no_constant)
     except RecursionError as error:

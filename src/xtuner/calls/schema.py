@@ -1,10 +1,10 @@
-"""Check a value against a JSON schema, as far as tool schemas use it.
+"""Validate a value against the part of JSON Schema that tools use.
 
 Understood: type (also the names that data sets use, such as 'str' and 'STRING'), enum, const,
 properties, required, additionalProperties, items, minItems, maxItems, minimum, maximum,
 exclusiveMinimum, exclusiveMaximum, minLength, maxLength, anyOf, oneOf, allOf, nullable, and $ref
-within the schema. Other keywords are ignored: patterns of strangers can take forever, and
-references to other files are not followed.
+within the schema. Other keywords are ignored: an untrusted pattern can take forever, and references
+to other files are not followed.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _MAX_DEPTH = 40
 
 
 def type_name(name: str) -> str | None:
-    """The JSON name of a type that a data set may spell otherwise; None if it has none."""
+    """The JSON name of a type, which data sets may spell differently; None if unknown."""
     short = name.strip().lower().partition("[")[0].strip()
     short = _OTHER_NAMES.get(short, short)
     return short if short in _TYPES else None
 
 
 def problems(value: Any, schema: Mapping[str, Any], *, path: str = "") -> Iterator[str]:
-    """Yield what of `value` does not fit `schema`, each with its path, such as ``days[0]``."""
+    """Yield the violations of `schema` in `value`, each with its path, such as ``days[0]``."""
     yield from _problems(value, schema, path, _Root(schema), 0)
 
 
 @dataclass
 class _Root:
-    """The complete schema, and how many more parts of it are looked at: a schema that names itself
+    """The complete schema, and how many more subschemas are visited: a schema that refers to itself
     in several alternatives would take forever."""
 
     schema: Mapping[str, Any]
@@ -74,7 +74,9 @@ def _problems(value: Any, schema: Any, path: str, root: _Root, depth: int) -> It
     if types and not any(_TYPES[name](value) for name in types):
         yield f"{where}must be {_either(types)}, and is {shown(value)}"
         return
-    if isinstance(allowed := schema.get("enum"), list | tuple) and not _among(value, allowed):
+    if isinstance(allowed := schema.get("enum"), list | tuple) and not any(
+        _equal(value, item) for item in allowed
+    ):
         yield f"{where}must be one of {', '.join(map(shown, allowed))}, and is {shown(value)}"
     if "const" in schema and not _equal(value, schema["const"]):
         yield f"{where}must be {shown(schema['const'])}, and is {shown(value)}"
@@ -106,14 +108,14 @@ def _object(
         if name not in value:
             yield f"{_joined(path, str(name))} is missing"
     more = schema.get("additionalProperties")
-    # A tool that lists its parameters takes no others, unless its schema says so.
+    # A tool with listed parameters takes no others, unless its schema allows them.
     closed = more is False or (more is None and bool(known) and depth == 0)
     for name, item in value.items():
         inner = _joined(path, str(name))
         if name in known:
             yield from _problems(item, known[name], inner, root, depth + 1)
         elif closed:
-            yield f"{inner} is no parameter; allowed: {', '.join(known) or 'none'}"
+            yield f"{inner} is not a parameter; allowed: {', '.join(known) or 'none'}"
         elif isinstance(more, Mapping):
             yield from _problems(item, more, inner, root, depth + 1)
 
@@ -150,7 +152,7 @@ def _combined(
         found = [list(_problems(value, part, path, root, depth + 1)) for part in parts]
         if found and all(found):
             where = f"{path} " if path else ""
-            yield f"{where}fits none of the alternatives: {min(found, key=len)[0]}"
+            yield f"{where}matches none of the alternatives: {min(found, key=len)[0]}"
 
 
 def _list(value: Any) -> Sequence[Any]:
@@ -165,7 +167,7 @@ def _type_names(declared: Any) -> list[str]:
 
 
 def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
-    """The part of `root` that ``#/a/b`` names; an empty schema if there is none."""
+    """The part of `root` that ``#/a/b`` refers to; an empty schema if it does not exist."""
     found: Any = root
     for part in reference.removeprefix("#").strip("/").split("/"):
         key = part.replace("~1", "/").replace("~0", "~")
@@ -184,16 +186,12 @@ def _either(types: Sequence[str]) -> str:
     return " or ".join(articles)
 
 
-def _among(value: Any, allowed: Sequence[Any]) -> bool:
-    return any(_equal(value, item) for item in allowed)
-
-
 def _equal(one: Any, other: Any) -> bool:
-    """Equality in which true is not 1."""
+    """Equality that distinguishes true from 1."""
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def shown(value: Any) -> str:
-    """A value in a message, in quotes where it is text."""
+    """A value in a message, with quotes if it is text."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

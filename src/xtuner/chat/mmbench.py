@@ -2,8 +2,8 @@
 
     row ──question, options, image──► session ──answer──► letter ──► accuracy by category
 
-A question may stand there several times with its options shifted (indices that are equal modulo
-10⁶). In circular evaluation it counts as right only if every shift is.
+A question may occur several times with its options rotated (indices that are equal modulo 10⁶). In
+circular evaluation it counts as correct only if all its rotations are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LETTERS = "ABCDEFGH"
 _SHIFTS = 10**6
 _LONGEST_FIELD = 2**27
 _SHORTEST_IMAGE = 64
-"""A shorter field names the row whose image it is."""
+"""A shorter field is the index of the row that has the image."""
 _DIRECTLY = {
     True: "请直接回答选项字母。",
     False: "Answer with the option's letter from the given choices directly.",
@@ -36,7 +36,7 @@ _DIRECTLY = {
 
 @dataclass(frozen=True)
 class Question:
-    """One row: what is asked, its options by letter, and the right letter (empty if unknown)."""
+    """One row: the question, its options by letter, and the correct letter (empty if unknown)."""
 
     index: int
     text: str
@@ -65,7 +65,7 @@ class Answered:
 
     @property
     def right(self) -> bool:
-        """Whether the letter is the right one."""
+        """Whether the letter is correct."""
         return self.letter == self.question.answer
 
 
@@ -83,7 +83,7 @@ def read_tsv(file: Path) -> list[Question]:
         raise DataError(f"{file}: cannot be read as TSV: {error}") from error
     lacking = {"index", "question", "image", "A"} - set(rows[0] if rows else ())
     if lacking:
-        raise DataError(f"{file}: is no MMBench file; it lacks {', '.join(sorted(lacking))}")
+        raise DataError(f"{file}: is not an MMBench file; it lacks {', '.join(sorted(lacking))}")
     images = {row["index"]: row["image"] for row in rows}
     return [_question(row, images, file) for row in rows]
 
@@ -95,7 +95,7 @@ def _question(row: dict[str, str], images: dict[str, str], file: Path) -> Questi
     try:
         index = int(float(row["index"]))
     except ValueError:
-        raise DataError(f"{file}: index {row['index']!r} is no number") from None
+        raise DataError(f"{file}: index {row['index']!r} is not a number") from None
     given = {letter: row.get(letter) or "" for letter in _LETTERS}
     return Question(
         index=index,
@@ -110,19 +110,19 @@ def _question(row: dict[str, str], images: dict[str, str], file: Path) -> Questi
 
 
 def _known(text: str | None) -> str:
-    """`text`, or nothing for a missing value as pandas writes it."""
+    """`text`; empty for pandas' missing value."""
     return "" if text is None or text.strip().lower() == "nan" else text.strip()
 
 
 def ask_all(
-    session: Session, questions: Sequence[Question], *, tell: Callable[[int], None]
+    session: Session, questions: Sequence[Question], *, progress: Callable[[int], None]
 ) -> Iterator[Answered]:
     """Ask every question in a conversation of its own.
 
     Args:
         session: with a model that takes images.
         questions: of `read_tsv`.
-        tell: is called with the number of answers so far.
+        progress: called with the number of answers so far.
 
     Raises:
         DataError: an image cannot be decoded.
@@ -133,11 +133,11 @@ def ask_all(
             try:
                 file.write_bytes(base64.b64decode(question.image, validate=True))
             except (binascii.Error, ValueError) as error:
-                raise DataError(f"index {question.index}: its image is no base64") from error
+                raise DataError(f"index {question.index}: its image is not base64") from error
             session.reset()
             answer = "".join(session.ask(question.prompt, [str(file)])).strip()
             yield Answered(question, answer, letter_of(answer, question.options))
-            tell(number)
+            progress(number)
 
 
 def letter_of(answer: str, options: dict[str, str]) -> str:
@@ -152,7 +152,7 @@ def letter_of(answer: str, options: dict[str, str]) -> str:
 
 
 def accuracy(answered: Sequence[Answered]) -> dict[str, float]:
-    """Share of right answers: in all, circular, and by ability and category (circular).
+    """Share of correct answers: overall, circular, and by ability and category (circular).
 
     Empty if no answer is known, as in the test split.
     """

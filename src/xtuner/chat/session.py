@@ -26,7 +26,7 @@ class ToolUse:
     Attributes:
         box: runs the calls.
         allow: asked before each call.
-        max_rounds: most answers with calls to one question.
+        max_rounds: maximum number of answers with calls per question.
     """
 
     box: ToolBox
@@ -39,7 +39,7 @@ class Session:
 
     Args:
         model, tokenizer, template, options, vision: arguments of `generation.generate.stream`.
-        generate: gives the pieces of an answer in place of `stream`, with its arguments.
+        generate: generates an answer in pieces; called instead of `stream`, with its arguments.
 
     Attributes:
         messages: the conversation so far; the template adds the system message.
@@ -98,24 +98,25 @@ class Session:
                 self.messages = [*messages, self.template.answer(text)]
 
     def act(self, text: str, images: Sequence[str] = ()) -> Generator[loop.Event, None, None]:
-        """Answer `text` and `images` with calls of `tools`; yields what happens.
+        """Answer `text` and `images` with calls of `tools`; yield events.
 
-        Question, calls, results and answer are added to the history. If the caller stops, what
-        is complete is; a question that fails is not.
+        Question, calls, results and answer are added to the history. If the caller stops, completed
+        messages are kept; a question that fails is not.
 
         Raises:
-            ModelError: how the model writes calls is not known, or the question alone exceeds its
-                context.
+            ModelError: the model's call format is unknown, or the question alone exceeds its
+            context.
             DataError: the template cannot render the question, or an image cannot be read.
         """
         if self.tools is None:
-            yield from map(loop.Text, self.ask(text, images))
+            with contextlib.closing(self.ask(text, images)) as pieces:
+                yield from map(loop.Text, pieces)
             return
         family = self.template.tool_family
         if family is None:
             raise ModelError(
                 f"how this model writes tool calls with the template '{self.template.name}' is not "
-                "known; use a named template, such as --prompt-template chatml"
+                "known; use a named template, such as chatml (--prompt-template chatml)"
             )
         messages = self._fit([*self.messages, self._asked(text, images)])
         new: list[Message] = []
@@ -200,7 +201,7 @@ def _unanswered(messages: Sequence[Message]) -> bool:
 
 
 def _complete(messages: Sequence[Message]) -> list[Message]:
-    """The messages without a call at their end that has not returned."""
+    """The messages without calls at the end that have no result."""
     called = [i for i, message in enumerate(messages) if message.tool_calls]
     if called and len(messages) - called[-1] - 1 < len(messages[called[-1]].tool_calls):
         return list(messages[: called[-1]])

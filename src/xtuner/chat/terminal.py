@@ -33,7 +33,7 @@ class Terminal:
         streaming: print an answer while it is generated.
         images: images attached to the first question of every conversation.
         pending: images attached to the next question.
-        trusted: tools that run without being asked for.
+        trusted: tools that run without asking.
     """
 
     read_line: Callable[[str], str]
@@ -94,7 +94,7 @@ class Terminal:
                     self.out.write("\n")
                     self.out.flush()
                     line_open = False
-                # before a call runs, `allow` has shown it
+                # `allow` has shown the call
                 if not isinstance(event, loop.Called):
                     print(_told(event), file=self.notes, flush=True)
         finally:
@@ -151,7 +151,7 @@ class Terminal:
                 self.answer(session, question)
             except KeyboardInterrupt:
                 self._note("(stopped)")
-            except DataError as error:  # concerns only this question
+            except DataError as error:  # affects only this question
                 self.pending[:] = pending
                 print(f"({error})", file=self.notes, flush=True)
             self._note("")

@@ -1,4 +1,4 @@
-"""Write a workbook (Office Open XML, ECMA-376) of plain texts and numbers."""
+"""Write a workbook (Office Open XML, ECMA-376) of texts and numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Cell = str | int | float
 
 
 def write_xlsx(file: Path, sheets: Mapping[str, Sequence[Sequence[Cell]]]) -> None:
-    """Write `sheets`, rows by name, to `file`. Texts are cut at Excel's 32,767 characters."""
+    """Write `sheets`, rows by name, to `file`. Texts are cut at Excel's limit of 32,767
+    characters."""
     numbers = range(1, len(sheets) + 1)
     parts = {
         "[Content_Types].xml": f'<Types xmlns="{_PACKAGE}/content-types">'

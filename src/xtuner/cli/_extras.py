@@ -1,4 +1,4 @@
-"""What commands that serve have in common: their packages, and the address they listen on."""
+"""Checks of the commands that serve: packages and address."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def require(extra: str, *packages: str) -> None:
 
 
 def check_address(address: str, *, secret: str | None, flag: str) -> None:
-    """Allow an address other than loopback only with a secret, and say what it opens.
+    """Require a secret for addresses other than loopback, and warn about them.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no secret.
     """
     from xtuner.serve.guard import is_loopback
 
@@ -34,12 +34,12 @@ def check_address(address: str, *, secret: str | None, flag: str) -> None:
         return
     if not secret:
         raise ConfigError(
-            f"--address {address}: everyone who can reach this machine could use it. Add {flag}, "
-            "or leave the address out and use an SSH tunnel"
+            f"--address {address}: everyone who can reach this machine could use the server. Add "
+            f"{flag}, or omit --address and use an SSH tunnel"
         )
     typer.echo(
-        f"Warning: {address} opens the server to everyone who can reach this machine and knows the "
-        "secret, which travels unencrypted: use it in a network that you trust, or behind a proxy "
-        "with TLS.",
+        f"Warning: at {address} everyone who can reach this machine and knows the secret can use "
+        "the server. The secret is sent unencrypted: use a network that you trust, or a proxy with "
+        "TLS.",
         err=True,
     )

@@ -15,7 +15,7 @@ SILENCE = 2.0
 
 
 class _Watched:
-    """A stream that tells its heartbeat of every write."""
+    """A stream that reports every write to its heartbeat."""
 
     def __init__(self, stream: TextIO, heart: _Heart) -> None:
         self._stream, self._heart = stream, heart
@@ -68,7 +68,7 @@ class _Heart:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # nobody reads any more
+        except (OSError, ValueError):  # the reader is gone
             self._stopped.set()
 
 

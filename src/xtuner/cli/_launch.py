@@ -1,12 +1,11 @@
-"""The options of `xtuner train` that start several processes, and what is done about them."""
+"""The options of `xtuner train` that start several processes, and what they do."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -15,8 +14,6 @@ from xtuner.parallel.cluster import Cluster, joined_by_slurm
 from xtuner.parallel.launch import RESUME, last_checkpoint_changes, launch
 from xtuner.parallel.parent import LAUNCHER, end_with_parent
 
-Launcher = Literal["none", "pytorch", "slurm"]
-
 Nproc = Annotated[
     int,
     typer.Option(envvar="NPROC_PER_NODE", min=1, help="Processes on this machine, one per GPU."),
@@ -24,7 +21,7 @@ Nproc = Annotated[
 Nnodes = Annotated[int, typer.Option(envvar="NNODES", min=1, help="Machines that train together.")]
 NodeRank = Annotated[
     str,
-    typer.Option(envvar="NODE_RANK", metavar="N", help="Number of this machine, from 0."),
+    typer.Option(envvar="NODE_RANK", metavar="N", help="Index of this machine, from 0."),
 ]
 MasterAddr = Annotated[
     str | None,
@@ -41,22 +38,22 @@ LauncherOption = Annotated[
     typer.Option(
         "--launcher",
         metavar="[none|pytorch|slurm]",
-        help="Who started the processes: srun (slurm), or torchrun (pytorch; noticed by itself).",
+        help="Who started the processes: srun (slurm), or torchrun (pytorch; detected).",
     ),
 ]
 MaxRestarts = Annotated[
     int,
     typer.Option(
-        min=0, help="Start the processes again so often if one dies, from the last checkpoint."
+        min=0, help="If a process dies, start all again from the last checkpoint, this many times."
     ),
 ]
 
 
 def join(launcher: str | None, cluster: Cluster) -> None:
-    """Take the place that a launcher gave this process, if one started it.
+    """Join the processes that a launcher started, if one started this process.
 
     Raises:
-        LaunchError: the launcher that is named did not start it, or one that is not named did.
+        LaunchError: the named launcher did not start it, or an unnamed one did.
     """
     if launcher not in (None, "none", "pytorch", "slurm"):
         raise typer.BadParameter(f"--launcher {launcher}: must be none, pytorch or slurm")
@@ -78,7 +75,7 @@ def join(launcher: str | None, cluster: Cluster) -> None:
 
 
 def _refuse_tasks() -> None:
-    """srun starts every task alike; without --launcher slurm each would train for itself."""
+    """Refuse tasks of srun: without --launcher slurm each would train by itself."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" in os.environ and tasks not in ("", "1"):
         raise LaunchError(
@@ -98,16 +95,16 @@ def world_size(cluster: Cluster) -> int:
 
 
 def has_to_resume() -> bool:
-    """Whether this process was started again, to go on from the last checkpoint."""
+    """Whether this process was restarted, to continue from the last checkpoint."""
     return os.environ.get(RESUME) == "1"
 
 
-def start(cluster: Cluster, *, max_restarts: int, work_dir: Callable[[], Path]) -> int:
+def start(cluster: Cluster, *, max_restarts: int, work_dir: Path) -> int:
     """Start the processes of this node with this process's command line; return the exit code."""
     again = [sys.executable, "-m", "xtuner.cli.app", *sys.argv[1:]]
     if not max_restarts:
         return launch(again, cluster)
     from xtuner.engine.checkpoint import LAST_FILE
 
-    changed = last_checkpoint_changes(work_dir() / LAST_FILE)
+    changed = last_checkpoint_changes(work_dir / LAST_FILE)
     return launch(again, cluster, max_restarts=max_restarts, can_resume=changed)

@@ -20,14 +20,24 @@ _LISTS = {"chat": ("--stop-words", "--with-plugins")}
 _RENAMED = {
     "chat": {"--command-stop-word": "--stop-words", "--answer-stop-word": "--stop-words"},
 }
+_NO_NAME = "the name of the assistant is part of the template or system message"
+_NO_OFFLOAD = "weights are not moved to disk; --bits 4 takes less memory"
+_ONE_PROCESS = "this command runs in one process"
 _LEFT_OUT = {
-    "chat": {
-        "--bot-name": "the name of the assistant is part of the template or system message",
-        "--offload-folder": "weights are not moved to disk; --bits 4 takes less memory",
+    "chat": {"--bot-name": _NO_NAME, "--offload-folder": _NO_OFFLOAD},
+    "mmbench": {
+        "--bot-name": _NO_NAME, "--offload-folder": _NO_OFFLOAD, "--launcher": _ONE_PROCESS,
+        "--torch-dtype": "it is that of the hardware",
+        "--seed": "answers are greedy",
+        "--stop-words": "answers end as the template of the model does",
     },
+    "test": {"--launcher": _ONE_PROCESS},
     "train": {"--local_rank": "processes find their rank by themselves",
               "--local-rank": "processes find their rank by themselves"},
+    "convert": {"--safe-serialization": "files are always safetensors"},
 }  # fmt: skip
+_FLAGS = ("--safe-serialization",)
+"""Options without a value."""
 _GONE = {
     "dist_train": "use `xtuner train CONFIG --nproc GPUS`",
     "dist_test": "use `xtuner test CONFIG --checkpoint DIR`",
@@ -73,7 +83,7 @@ def _options(command: str, given: list[str]) -> Iterator[str]:
         step = 0 if equals else 1
         if reason := _LEFT_OUT.get(command, {}).get(word):
             print(f"Note: {word} is left out: {reason}.", file=sys.stderr)
-            position += step
+            position += 0 if word in _FLAGS else step
         elif change := _VALUES.get((command, word)):
             yield from change("".join(values))
             position += step
@@ -103,6 +113,15 @@ def _save_format(value: str) -> list[str]:
     return ["--save-format", value]
 
 
+def _layer(value: str) -> list[str]:
+    if value != "-2":
+        raise ConfigError(
+            f"--visual-select-layer {value}: a model is asked with the layer it was trained with; "
+            "set visual_select_layer in its settings, and train"
+        )
+    return []
+
+
 def _system(value: str) -> list[str]:
     from xtuner.migrate.xtuner.names import names
 
@@ -119,6 +138,8 @@ def _system(value: str) -> list[str]:
 _VALUES: dict[tuple[str, str], Callable[[str], list[str]]] = {
     ("chat", "--torch-dtype"): _dtype,
     ("chat", "--system-template"): _system,
+    ("chat", "--visual-select-layer"): _layer,
+    ("mmbench", "--visual-select-layer"): _layer,
     ("train", "--seed"): _seed,
     ("convert", "--save-format"): _save_format,
 }

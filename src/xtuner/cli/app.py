@@ -66,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if debug or not plugins.user_place(error):
+        if debug or not plugins.user_location(error):
             raise
         sys.stdout.flush()
         hint = "--debug shows the whole traceback"
-        print(f"Your code raised {plugins.told(error)}; {hint}", file=sys.stderr)
+        print(f"Your code raised {plugins.described(error)}; {hint}", file=sys.stderr)
         return 2
     except SystemExit as stop:
         return _flushed(stop.code)

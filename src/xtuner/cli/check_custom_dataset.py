@@ -9,27 +9,20 @@ from typing import Annotated
 
 import typer
 
-from xtuner.cli import _trust
+from xtuner.cli import _settings
 
 _MAX_PRINTED = 50
 
 
 def command(
-    config: Annotated[
-        str, typer.Argument(help="A settings file or the name of built-in settings.")
-    ],
+    config: _settings.Config,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the list of all bad rows to this file."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
-        ),
-    ] = None,
-    trust_remote_code: _trust.TrustRemoteCode = False,
-    trust_code: _trust.TrustCode = False,
+    overrides: _settings.Overrides = None,
+    trust_remote_code: _settings.TrustRemoteCode = False,
+    trust_code: _settings.TrustCode = False,
 ) -> None:
     """Check every row of the data.
 
@@ -42,8 +35,12 @@ def command(
     from xtuner.training.data_parts import DataParts
 
     parts = DataParts.open(
-        _trust.load(
-            config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+        _settings.load_any(
+            config,
+            reads_data=True,
+            overrides=overrides,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
         )
     )
     count = 0

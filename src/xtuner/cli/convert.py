@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xtuner.cli import _trust
+from xtuner.cli import _model, _settings
 from xtuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,28 +24,11 @@ Size = Annotated[
 ]
 
 
-class Device(StrEnum):
-    """Devices."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class SaveFormat(StrEnum):
     """Output formats of a LLaVA model."""
 
     xtuner = "xtuner"
     huggingface = "huggingface"
-
-
-class Dtype(StrEnum):
-    """Number types of a merged model."""
-
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
 
 
 @app.command("pth_to_hf")
@@ -72,13 +55,9 @@ def pth_to_hf(
             "(huggingface)."
         ),
     ] = SaveFormat.xtuner,
-    trust_remote_code: _trust.TrustRemoteCode = False,
-    trust_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-code", help="Run the Python file that the checkpoint names as its template."
-        ),
-    ] = False,
+    overrides: _settings.Overrides = None,
+    trust_remote_code: _settings.TrustRemoteCode = False,
+    trust_code: _model.TrustCode = False,
 ) -> None:
     """Convert a checkpoint to an adapter or model.
 
@@ -86,7 +65,9 @@ def pth_to_hf(
     and run.yaml are kept, so that chat and merge find the base model and the template. Training
     state is left out.
     """
-    settings = _settings_of(config, trust_remote_code=trust_remote_code)
+    settings = _settings.load_any(
+        config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=True
+    ).settings
     with contextlib.ExitStack() as stack:
         from xtuner.hub import old_pth
 
@@ -98,22 +79,6 @@ def pth_to_hf(
             settings, checkpoint, save_dir, save_format, config=config, fp32=fp32,
             max_shard_size=max_shard_size, trust_code=trust_code,
         )  # fmt: skip
-
-
-def _settings_of(config: str, *, trust_remote_code: bool) -> Settings:
-    """The settings of `config`, which may be a config of another trainer."""
-    from xtuner.config.read import foreign
-
-    path = Path(config)
-    if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if foreign.origin(text, path.suffix):
-            from xtuner.migrate.file import settings_of
-
-            return settings_of(path)
-    return _trust.load(
-        config, overrides=None, trust_remote_code=trust_remote_code, trust_code=True
-    ).settings
 
 
 def _convert(
@@ -129,7 +94,8 @@ def _convert(
 ) -> None:
     base = settings.pretrained_model_name_or_path
 
-    from xtuner.convert.to_hf import find_checkpoint, same_base, to_hf
+    from xtuner.convert.to_hf import find_checkpoint, to_hf
+    from xtuner.models.references import same_model
     from xtuner.models.vision.folder import is_llava_folder
 
     source = find_checkpoint(checkpoint)
@@ -144,7 +110,7 @@ def _convert(
             f"--save-format {save_format}: {source} is not a LLaVA model (it has no projector)"
         )
     info = to_hf(checkpoint, save_dir, fp32=fp32, max_shard_size=max_shard_size)
-    if info is not None and not same_base(info.base_model, base):
+    if info is not None and not same_model(info.base_model, base):
         typer.echo(
             f"Warning: {config} names the model {base}, but the checkpoint was trained on "
             f"{info.base_model}; chat and merge will use the latter.",
@@ -202,15 +168,12 @@ def merge(
     ],
     save_dir: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
     max_shard_size: Size = "2GB",
-    device: Annotated[
-        Device, typer.Option(help="'auto' uses a GPU if there is one.")
-    ] = Device.auto,
+    device: _model.DeviceOption = _model.Device.auto,
     dtype: Annotated[
-        Dtype, typer.Option(help="Number type of the result; 'auto' is that of the base model.")
-    ] = Dtype.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that ships with the model.")
-    ] = False,
+        _model.Dtype,
+        typer.Option(help="Number type of the result; 'auto' is that of the base model."),
+    ] = _model.Dtype.auto,
+    trust_remote_code: _model.TrustRemoteCode = False,
     is_clip: Annotated[
         bool, typer.Option("--is-clip", help="The model is a vision tower (CLIP or SigLIP).")
     ] = False,
@@ -222,7 +185,7 @@ def merge(
     merged file by file, which takes little memory; the verification loads the model.
     """
     if is_clip:
-        from xtuner.convert.llava import merge_encoder
+        from xtuner.convert.vision_tower import merge_encoder
 
         difference = merge_encoder(llm, adapter, save_dir, dtype=dtype.value, device=device.value)
         typer.echo(f"Wrote {save_dir}. Largest difference before rounding: {difference:.1e}.")

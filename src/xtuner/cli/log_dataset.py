@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xtuner.cli import _trust
+from xtuner.cli import _settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,9 +30,7 @@ _KINDS = tuple(kind for kind in Show if kind is not Show.all)
 
 
 def command(
-    config: Annotated[
-        str, typer.Argument(help="A settings file or the name of built-in settings.")
-    ],
+    config: _settings.Config,
     show: Annotated[
         Show,
         typer.Option(
@@ -41,14 +39,9 @@ def command(
         ),
     ] = Show.text,
     num: Annotated[int, typer.Option("-n", "--num", min=1, help="Number of packs to show.")] = 1,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
-        ),
-    ] = None,
-    trust_remote_code: _trust.TrustRemoteCode = False,
-    trust_code: _trust.TrustCode = False,
+    overrides: _settings.Overrides = None,
+    trust_remote_code: _settings.TrustRemoteCode = False,
+    trust_code: _settings.TrustCode = False,
 ) -> None:
     """Print the data as the model sees it.
 
@@ -60,8 +53,12 @@ def command(
     from xtuner.training.data_parts import DataParts
 
     parts = DataParts.open(
-        _trust.load(
-            config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+        _settings.load_any(
+            config,
+            reads_data=True,
+            overrides=overrides,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
         )
     )
     data = parts.build()

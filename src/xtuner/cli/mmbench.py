@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from xtuner.cli import _model
+
 
 def command(
     model: Annotated[
@@ -17,24 +19,16 @@ def command(
         ),
     ],
     data_path: Annotated[Path, typer.Option(metavar="TSV", help="A file of MMBench.")],
-    visual_encoder: Annotated[
-        str | None, typer.Option(metavar="CLIP", help="Vision tower; requires --llava.")
-    ] = None,
-    llava: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with the trained LLaVA parts.")
-    ] = None,
-    prompt_template: Annotated[
-        str | None, typer.Option(metavar="T", help="Default: that of the training run.")
-    ] = None,
+    visual_encoder: _model.VisualEncoder = None,
+    llava: _model.Llava = None,
+    prompt_template: _model.PromptTemplate = None,
     work_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("mmbench"),
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 100,
-    bits: Annotated[int | None, typer.Option(metavar="4|8|16", help="Bits per weight.")] = None,
+    max_new_tokens: _model.MaxNewTokens = 100,
+    bits: _model.Bits = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Ask only the first N questions.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that ships with MODEL.")
-    ] = False,
+    trust_remote_code: _model.TrustRemoteCode = False,
 ) -> None:
     """Measure a LLaVA model on MMBench.
 
@@ -59,11 +53,11 @@ def command(
     if session.vision is None:
         raise ConfigError(f"{model}: does not take images; give a LLaVA model")
 
-    def tell(done: int) -> None:
+    def progress(done: int) -> None:
         if done % 50 == 0 or done == len(questions):
             typer.echo(f"{done:,} of {len(questions):,} questions", err=True)
 
-    answered = list(mmbench.ask_all(session, questions, tell=tell))
+    answered = list(mmbench.ask_all(session, questions, progress=progress))
     found = mmbench.write(work_dir, answered)
     unread = sum(not each.letter for each in answered)
     if unread:

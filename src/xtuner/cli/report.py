@@ -23,9 +23,10 @@ def command(
     ] = None,
     language: Annotated[Language, typer.Option(help="Language of the report.")] = Language.en,
 ) -> None:
-    """Write the report of a run: one HTML file with curves, sample answers, data and settings.
+    """Write the report of a run.
 
-    A run writes it when it ends; this command also works while the run goes on.
+    One HTML file with curves, sample answers, data and settings. A run writes it when it ends; this
+    command also works during the run.
     """
     from xtuner.runs import report
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xtuner.cli import _trust
+from xtuner.cli import _settings
 
 
 def command(
@@ -21,14 +21,9 @@ def command(
     work_dir: Annotated[
         Path | None, typer.Option(help="Also write the answers to test_outputs.txt in this folder.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
-        ),
-    ] = None,
-    trust_remote_code: _trust.TrustRemoteCode = False,
-    trust_code: _trust.TrustCode = False,
+    overrides: _settings.Overrides = None,
+    trust_remote_code: _settings.TrustRemoteCode = False,
+    trust_code: _settings.TrustCode = False,
 ) -> None:
     """Ask a checkpoint the questions of its settings.
 
@@ -37,18 +32,17 @@ def command(
     from xtuner.chat.opening import open_chat
     from xtuner.data.images.url import fetched, is_url
     from xtuner.data.sources.find import below
-    from xtuner.engine.work_dir import work_dir_of
     from xtuner.errors import ConfigError
     from xtuner.generation.generate import GenerationOptions
 
-    loaded = _trust.load(
+    loaded = _settings.load_any(
         config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
     s = loaded.settings
     if not s.evaluation_inputs:
         raise ConfigError(f"{config}: has no evaluation_inputs to ask")
     session = open_chat(
-        checkpoint or work_dir_of(loaded),
+        checkpoint or loaded.work_dir(),
         system=s.evaluation_system,
         options=GenerationOptions(
             max_new_tokens=s.evaluation_max_new_tokens, stop_words=s.evaluation_stop_words

@@ -11,16 +11,14 @@ from typing import Annotated
 
 import typer
 
-from xtuner.cli import _launch, _trust
+from xtuner.cli import _launch, _settings, _strategy
 from xtuner.cli._heartbeat import heartbeat
 from xtuner.config.load import LoadedSettings
 from xtuner.parallel.cluster import Cluster
 
 
 def command(
-    config: Annotated[
-        str, typer.Argument(help="A settings file or the name of built-in settings.")
-    ],
+    config: _settings.Config,
     work_dir: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
     resume: Annotated[
         str | None,
@@ -33,12 +31,7 @@ def command(
         bool,
         typer.Option("--overwrite", help="Delete checkpoints of an earlier run in the work dir."),
     ] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
-        ),
-    ] = None,
+    overrides: _settings.Overrides = None,
     wait: Annotated[
         bool,
         typer.Option("--wait", help="Wait while another run writes to the work dir."),
@@ -73,28 +66,12 @@ def command(
             help="Same as --set device=...; with --dry-run --memory SIZE, cuda needs no GPU.",
         ),
     ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="How processes share the model: replicated, fsdp2, deepspeed_zero1, ... "
-            "Same as --set strategy=...",
-        ),
-    ] = None,
-    deepspeed: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="deepspeed_zero1, deepspeed_zero2, deepspeed_zero2_offload, deepspeed_zero3, "
-            "deepspeed_zero3_offload, or a DeepSpeed configuration FILE.json.",
-        ),
-    ] = None,
-    trust_remote_code: _trust.TrustRemoteCode = False,
-    trust_code: _trust.TrustCode = False,
+    strategy: _strategy.Strategy = None,
+    deepspeed: _strategy.Deepspeed = None,
+    trust_remote_code: _settings.TrustRemoteCode = False,
+    trust_code: _settings.TrustCode = False,
 ) -> None:
     """Fine-tune a model."""
-    from xtuner.device.environment import set_up_memory, set_up_threads
-
     cluster = Cluster.of(nproc, nnodes, node_rank=node_rank, address=master_addr, port=master_port)
     _launch.join(launcher, cluster)
     if _launch.has_to_resume():
@@ -102,45 +79,28 @@ def command(
     old = Path(config) if migrate else None
     if old is not None:
         config = _migrated(config)
-    if device is not None:
-        overrides = [*(overrides or ()), f"device={device}"]
-    if chosen := _strategy(strategy, deepspeed):
-        overrides = [*(overrides or ()), f"strategy={chosen}"]
-    loaded = _trust.load(
+    overrides = [*(overrides or ()), *_as_overrides(device, strategy, deepspeed)]
+    loaded = _settings.load(
         config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
     if memory and not dry_run:
         raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
-        from xtuner.memory.available import parse_memory
-        from xtuner.training import dry_run as planning
-
-        stated = None if memory is None else parse_memory(memory)
-        fits = planning.dry_run(loaded, memory=stated, processes=nproc)
-        raise typer.Exit(0 if fits else 2)
+        raise typer.Exit(0 if _fits(loaded, memory, processes=nproc) else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
-    if loaded.settings.sequence_parallel_size > 1:
-        from xtuner.parallel.sequence_check import check_sequence_parallel
+    _check(loaded, _launch.world_size(cluster))
+    _set_up(loaded)
 
-        check_sequence_parallel(loaded.settings, _launch.world_size(cluster))
-    if "RANK" not in os.environ:
-        _check(loaded)
-    set_up_threads()
-    set_up_memory(loaded.settings.device)
-    if wait and not _launch.started_by_launcher():
-        from xtuner.engine import run_lock
-        from xtuner.engine.work_dir import work_dir_of
+    folder = loaded.work_dir(work_dir)
+    if not _launch.started_by_launcher():
+        if wait:
+            from xtuner.engine.run_lock import wait_until_free
 
-        run_lock.wait_until_free(work_dir_of(loaded, work_dir))
-    if not _launch.started_by_launcher() and (cluster.world_size > 1 or max_restarts):
-
-        def folder() -> Path:
-            from xtuner.engine.work_dir import work_dir_of
-
-            return work_dir_of(loaded, work_dir)
-
-        raise typer.Exit(_launch.start(cluster, max_restarts=max_restarts, work_dir=folder))
+            wait_until_free(folder)
+        if cluster.world_size > 1 or max_restarts:
+            raise typer.Exit(_launch.start(cluster, max_restarts=max_restarts, work_dir=folder))
+    _settings.remember_work_dir(folder)
 
     again = ["xtuner", "train", config, *(["--work-dir", str(work_dir)] if work_dir else [])]
     again += [word for override in overrides or () for word in ("--set", override)]
@@ -149,9 +109,7 @@ def command(
     with heartbeat(on=not sys.stdout.isatty() and os.environ.get("RANK", "0") == "0"):
         _train(loaded, work_dir, resume=resume, overwrite=overwrite, again=again)
     if old is not None:
-        from xtuner.engine.work_dir import work_dir_of
-
-        _keep(old, work_dir_of(loaded, work_dir))
+        _keep(old, folder)
 
 
 def _train(
@@ -162,12 +120,10 @@ def _train(
     overwrite: bool,
     again: list[str],
 ) -> None:
-    """Train in this process; `again` is the command that goes on after an interruption."""
+    """Train in this process; `again` is the command to continue after an interruption."""
     from xtuner.engine.signals import Interrupted
-    from xtuner.engine.work_dir import work_dir_of
     from xtuner.training.run import train
 
-    _trust.remember_work_dir(work_dir_of(loaded, work_dir))
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
     except Interrupted as stopped:
@@ -176,8 +132,23 @@ def _train(
         raise typer.Exit(130) from None
 
 
-def _check(loaded: LoadedSettings) -> None:
-    """Check what needs no torch, and say that torch comes next."""
+def _fits(loaded: LoadedSettings, memory: str | None, *, processes: int) -> bool:
+    """Print the memory forecast; return whether the run fits."""
+    from xtuner.memory.available import parse_memory
+    from xtuner.training.dry_run import dry_run
+
+    given = None if memory is None else parse_memory(memory)
+    return dry_run(loaded, memory=given, processes=processes)
+
+
+def _check(loaded: LoadedSettings, world_size: int) -> None:
+    """Check what can be checked without torch."""
+    if loaded.settings.sequence_parallel_size > 1:
+        from xtuner.parallel.sequence_check import check_sequence_parallel
+
+        check_sequence_parallel(loaded.settings, world_size)
+    if _launch.started_by_launcher():
+        return
     from xtuner.training.first_check import first_check
 
     print(f"Checking {loaded.name}: settings, data, model", flush=True)
@@ -185,18 +156,19 @@ def _check(loaded: LoadedSettings) -> None:
     print("Loading torch and transformers...", flush=True)
 
 
-def _strategy(strategy: str | None, deepspeed: str | None) -> str | None:
-    """The setting `strategy` that the options ask for."""
-    if strategy and deepspeed:
-        raise typer.BadParameter("--strategy and --deepspeed cannot be combined")
-    if deepspeed and not deepspeed.startswith("deepspeed_") and not deepspeed.endswith(".json"):
-        raise typer.BadParameter(
-            f"--deepspeed {deepspeed}: must be deepspeed_zero1, deepspeed_zero2, "
-            "deepspeed_zero2_offload, deepspeed_zero3, deepspeed_zero3_offload, or FILE.json"
-        )
-    if deepspeed and deepspeed.endswith(".json"):
-        return str(Path(deepspeed).expanduser().absolute())
-    return deepspeed or strategy
+def _set_up(loaded: LoadedSettings) -> None:
+    """Set what torch reads from the environment when it is imported."""
+    from xtuner.device.environment import set_up_memory, set_up_threads
+
+    set_up_threads()
+    set_up_memory(loaded.settings.device)
+
+
+def _as_overrides(device: str | None, strategy: str | None, deepspeed: str | None) -> list[str]:
+    """The options that are short for ``--set``."""
+    chosen = _strategy.chosen(strategy, deepspeed)
+    given = {"device": device, "strategy": chosen or None}
+    return [f"{name}={value}" for name, value in given.items() if value is not None]
 
 
 def _keep(old: Path, work_dir: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xtuner.cli.chat import Device, Dtype
+from xtuner.cli import _chat_tools, _model
 
 
 def command(
@@ -15,26 +15,26 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL|RUN]...",
-            help="Chosen when the page opens: one model, or two side by side. Each is what "
-            "`xtuner chat` takes.",
+            help="Models that are selected when the page opens: one, or two side by side. Each is "
+            "what `xtuner chat` takes.",
         ),
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Compare MODEL with this adapter on it."),
+        typer.Option(metavar="DIR", help="Compare MODEL with MODEL + this adapter."),
     ] = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 6006,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 6006,
     auth: Annotated[
         str | None,
         typer.Option(
             metavar="USER:PASSWORD",
             envvar="XTUNER_WEB_AUTH",
-            help="Ask for name and password in place of the token. Required for an address other "
-            "than loopback.",
+            help="Ask for name and password instead of the token. Needed for addresses other than "
+            "loopback.",
         ),
     ] = None,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the work dirs.")] = Path(
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder with the work dirs.")] = Path(
         "work_dirs"
     ),
     max_runs: Annotated[int, typer.Option(min=1, help="Runs that the page starts at a time.")] = 1,
@@ -46,20 +46,21 @@ def command(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A further name of this server; repeatable."),
+        typer.Option(metavar="NAME", help="Another host name of this server; repeatable."),
     ] = None,
-    device: Annotated[
-        Device, typer.Option(help="'auto' uses a GPU if there is one.")
-    ] = Device.auto,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number type of weights and computation.")
-    ] = Dtype.auto,
+    tools: _chat_tools.Tools = None,
+    yes: _chat_tools.Yes = False,
+    max_rounds: _chat_tools.MaxRounds = 8,
+    tool_timeout: _chat_tools.ToolTimeout = 30.0,
+    device: _model.DeviceOption = _model.Device.auto,
+    dtype: _model.DtypeOption = _model.Dtype.auto,
 ) -> None:
-    """Open a web page to chat, to train, and to look at runs.
+    """Open a web page for chat, training and runs.
 
-    The page reads the current folder, the folder of the work dirs, that of fetched models, and
+    The page can read the current folder, the folder with the work dirs, that of fetched models, and
     those given with --allow.
     """
+    import contextlib
     import tempfile
 
     from xtuner.cli import _extras
@@ -70,25 +71,33 @@ def command(
     user, separator, password = (auth or "").partition(":")
     if auth and not (user and separator and password):
         raise ConfigError("--auth: must be USER:PASSWORD")
+    _chat_tools.check(tools or (), yes=yes, can_ask=True)
     from xtuner.serve import listen
     from xtuner.serve.engine import Engine
     from xtuner.serve.guard import Password
 
     socket = listen.bind(address, port)
-    with tempfile.TemporaryDirectory(prefix="xtuner-web-") as temporary:
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="xtuner-web-"))
         from xtuner.web import app as web
         from xtuner.web.folders import Folders
         from xtuner.web.jobs import Jobs
         from xtuner.web.models import ModelPool
         from xtuner.web.site import Site
+        from xtuner.web.turns import Turns
 
         web.prepare_environment(Path(temporary))
         given = (*(model or ()), *([str(adapter)] if adapter else ()))
         folders = Folders.of(runs, [Path.cwd(), *(allow or ())])
         engine = Engine()
         pool = ModelPool(engine, folders, given=given, device=device.value, dtype=dtype.value)
-        site = Site(engine, pool, folders, Jobs(folders, most=max_runs), first=given[:2])
-        credentials = Password(user, password) if auth else web.new_token()
+        use = stack.enter_context(
+            _chat_tools.tool_use(tools or (), max_rounds=max_rounds, timeout=tool_timeout)
+        )
+        jobs = Jobs(folders, most=max_runs)
+        turns = Turns(always=yes)
+        site = Site(engine, pool, folders, jobs, first=given[:2], tools=use, turns=turns)
+        credentials = Password(user, password) if auth else web.new_token(socket.getsockname()[1])
         app = web.make_app(
             site, address=address, credentials=credentials, hosts=tuple(allow_host or ())
         )

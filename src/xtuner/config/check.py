@@ -27,8 +27,8 @@ _MAX_INSPECTED = 1_000
 _MAX_LISTED = 8
 """A message lists up to this many allowed values; for longer lists it names `xtuner explain`."""
 _CONTROL_SIGN = (
-    "contains a line break, tab or other control character, as \\n or \\t in quotes mean; "
-    "write the path with / in place of each backslash"
+    "contains a line break, tab or other control character, which \\n and \\t in quotes mean; "
+    "write the path with / instead of each backslash"
 )
 _TUNINGS = choices("tuning")
 _PLACEHOLDERS: dict[str, Any] = {
@@ -63,7 +63,8 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
         if name in known:
             problems.append(known[name].problem(name, _wrong_value(name, known[name].value)))
         elif name not in reading.broken and name not in replaced:
-            problems.append(Problem(name, f"is missing; {_purpose(name)}"))
+            purpose = " ".join((Settings.model_fields[name].description or "").split())
+            problems.append(Problem(name, f"is missing; set it: {purpose}"))
     valid = {n: e.value for n, e in known.items() if n not in invalid and n not in reading.broken}
     settings = Settings.model_validate({**_PLACEHOLDERS, **valid})
     unusable = invalid | reading.broken
@@ -97,10 +98,10 @@ def _resolve_aliases(reading: Reading) -> list[Problem]:
 
 
 def _meant(name: str, value: Any) -> Any:
-    """The value that `value` means for setting `name`: of another trainer, or 3.0 for 3."""
+    """`value` as setting `name` takes it: the value of another trainer renamed, 3.0 as 3."""
     value = meant(name, value)
-    whole = isinstance(value, float) and value.is_integer() and not accepts(name, value)
-    return int(value) if whole else value
+    integral = isinstance(value, float) and value.is_integer() and not accepts(name, value)
+    return int(value) if integral else value
 
 
 def accepts(name: str, value: Any) -> bool:
@@ -140,10 +141,6 @@ def _wrong_value(name: str, value: Any) -> str:
         except ValueError:
             continue
     return message
-
-
-def _purpose(name: str) -> str:
-    return f"set it: {' '.join((Settings.model_fields[name].description or '').split())}"
 
 
 def named_parts(name: str) -> list[str]:

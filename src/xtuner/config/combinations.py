@@ -182,11 +182,11 @@ def _check_trackers(s: Settings) -> Iterator[tuple[str, str]]:
     for name in s.report_to:
         if name not in TRACKERS:
             guess = did_you_mean(name, TRACKERS)
-            yield "report_to", f"{name!r} is none of {', '.join(map(repr, TRACKERS))}{guess}"
+            yield "report_to", f"{name!r} is not one of {', '.join(map(repr, TRACKERS))}{guess}"
 
 
 def _check_single_layout(s: Settings) -> Iterator[tuple[str, str]]:
-    """What needs whole rows, or parameter groups of its own."""
+    """Options that need entire rows, or their own parameter groups."""
     if s.neftune_noise_alpha is not None and s.sequence_parallel_size > 1:
         yield "neftune_noise_alpha", "needs whole rows: set sequence_parallel_size = 1"
     if s.loraplus_lr_ratio is not None and s.strategy.startswith("deepspeed"):

@@ -1,4 +1,4 @@
-"""Load settings from a file or a built-in name, with overrides, checked and frozen.
+"""Load settings from a file or a built-in name, with overrides; check and freeze them.
 
     config.py | config.yaml | built-in name ──read──► entries ◄── --set ──check──► Settings
 
@@ -46,6 +46,11 @@ class LoadedSettings:
     name: str
     folder: Path
     path: Path | None
+
+    def work_dir(self, given: str | Path | None = None) -> Path:
+        """The work dir of a run: `given`, otherwise the setting, otherwise ``work_dirs/NAME``."""
+        folder = given or self.settings.work_dir or Path("work_dirs") / self.name
+        return Path(folder).expanduser()
 
 
 def load_settings(

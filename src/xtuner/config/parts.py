@@ -121,8 +121,8 @@ class ModelPart(Part):
     lora_config: Annotated[Nested, Mark("fixed", idle=_no_adapter)] = ()
     """Further fields of PEFT's LoraConfig, by name: {'use_rslora': True} scales adapters by
     lora_alpha / sqrt(lora_r), {'use_dora': True} trains their magnitudes (DoRA),
-    {'init_lora_weights': 'pissa'} starts from the principal parts of the weights. What leaves
-    xtuner's own forward pass of adapters is said, since it is slower."""
+    {'init_lora_weights': 'pissa'} starts from the principal parts of the weights. A note says if
+    fields disable xtuner's own forward pass of adapters, which is faster."""
     loraplus_lr_ratio: Annotated[AboveZero | None, Mark("fixed", idle=_no_adapter)] = None
     """LoRA+: the learning rate of the second matrix of each adapter (B) is this times lr; 16 is
     usual. None trains both alike."""
@@ -152,11 +152,11 @@ class ModelPart(Part):
     whose output head has its own weights. 'auto' does so only if the run would not fit otherwise,
     according to the forecast."""
     cuda_graphs: Annotated[Literal["auto"] | bool, Mark("free")] = "auto"
-    """On an NVIDIA GPU, record the decoder's forward and backward pass once and launch each as a
-    whole: two to three times as fast where the GPU waits for the CPU (small models, 4-bit weights,
+    """On an NVIDIA GPU, record the decoder's forward and backward pass once as graphs and replay
+    them: two to three times as fast where the GPU waits for the CPU (small models, 4-bit weights,
     fast cards). Only for packed rows. 'auto' does so where the forecast has room for gradients
-    during a forward pass, and only if the recording gives the numbers of the plain passes; True
-    ends the run where it cannot be used."""
+    during a forward pass, and only if the graphs give the same numbers; True ends the run if they
+    cannot be used."""
 
 
 class VisionPart(Part):
@@ -185,8 +185,8 @@ class VisionPart(Part):
     """A folder in which relative data_path, image_folder and evaluation_images are looked up
     first."""
     image_folder: Annotated[str | None, Mark(idle=_text_only)] = None
-    """The folder to which image names in the data are relative; images outside it are refused. None
-    is data_root if set, otherwise the folder of the settings file."""
+    """The folder to which image names in the data are relative; images outside it are rejected.
+    None is data_root if set, otherwise the folder of the settings file."""
     pad_image_to_square: Annotated[bool, Mark(idle=_text_only)] = True
     """Pad images to a square with the mean color; False crops the center of elongated ones."""
     group_by_modality: Annotated[bool, Mark(idle=_cannot_group)] = True
@@ -226,7 +226,7 @@ class DataPart(Part):
     every epoch). One number per source."""
     data_weights: Floats | None = None
     """Shares of the sources in the mix, one number per source: rows are repeated or left out so
-    that an epoch has as many rows as all sources together. Cannot be combined with
+    that an epoch has as many rows as all sources have together. Cannot be combined with
     data_repeats."""
     max_dataset_length: Positive | None = None
     """Use at most this many rows, drawn at random with `seed`."""
@@ -234,7 +234,7 @@ class DataPart(Part):
     """Share of the rows held out to measure the validation loss, whenever the evaluation questions
     are asked."""
     validation_path: Annotated[OneOrMore, Mark(is_path=True)] = ()
-    """Rows to measure the validation loss on, in place of a share of the training data: a file, a
+    """Rows to measure the validation loss on, instead of a share of the training data: a file, a
     folder, a name on the hub, or a list of these."""
     prompt_template: Annotated[
         str, Mark(comment="'auto' is the chat template of the tokenizer")
@@ -245,17 +245,18 @@ class DataPart(Part):
     tool_call_errors: Literal["drop", "keep"] = "drop"
     """What happens to a row whose tool calls are wrong: arguments that are not JSON or do not fit
     the schema of their tool, a tool that the row does not declare, a result without a call. 'drop'
-    loses the row and reports it, 'keep' trains on it."""
+    discards the row and reports it, 'keep' trains on it."""
     thoughts: Literal["learn", "mask", "remove"] = "learn"
     """What happens to the thoughts of the assistant, which are its reasoning and the text before a
-    tool call: 'learn' supervises them, 'mask' shows them without loss, 'remove' leaves them out."""
+    tool call: 'learn' supervises them, 'mask' excludes them from the loss, 'remove' removes
+    them."""
     SYSTEM: Annotated[str, Mark(comment="system message for conversations without one")] = ""
     """System message for conversations that have none."""
     max_length: Annotated[
         int, Field(ge=8), Mark(comment="maximum tokens per sample, and length of a pack")
     ] = 2048
     """Maximum tokens per sample, and the length of a pack. With a vision tower the tokens of one
-    image are added to it: 1472 plus the 576 of CLIP ViT-L/14-336 make 2048."""
+    image are added to it: 1472 plus 576 for CLIP ViT-L/14-336 make 2048."""
     pack_to_max_length: Annotated[
         Literal["auto"] | bool,
         Mark(comment="several samples per row, isolated: faster, same result"),
@@ -266,8 +267,8 @@ class DataPart(Part):
     at a time."""
     pack_length: Annotated[Literal["auto"] | Positive, Mark(idle=_not_packed)] = "auto"
     """Tokens of a pack, at most max_length. 'auto' is max_length; with few rows and
-    accumulative_counts = 'auto' it is less, so that an epoch has 32 packs, or as many as have 4
-    samples each, and thus enough optimizer steps."""
+    accumulative_counts = 'auto' it is less, so that an epoch has 32 packs, but at least 4 samples
+    per pack, and thus enough optimizer steps."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
     """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
     removes it, 'error' stops, 'split' makes several samples of it (pretrain only). 'auto' is
@@ -296,12 +297,12 @@ class OptimPart(Part):
         Literal["auto"] | Positive, Mark(comment="micro-batches per optimizer step")
     ] = "auto"
     """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
-    * accumulative_counts * number of processes / sequence_parallel_size. 'auto' is 1 to 16: as
-    many as leave an epoch 64 steps."""
+    * accumulative_counts * number of processes / sequence_parallel_size. 'auto' is 1 to 16: as many
+        as leave at least 64 steps per epoch."""
     sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
     """Processes that share the tokens of each row (sequence parallelism, Ulysses): activations take
-    about this many times less memory in each. It divides the number of processes; the processes
-    of a group count once in the effective batch."""
+    about this many times less memory in each. The number of processes must be a multiple of it; the
+    processes of a group count once in the effective batch."""
     max_epochs: Annotated[
         Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by the rows")
     ] = "auto"
@@ -375,7 +376,7 @@ class EvaluationPart(Part):
     """System message of these questions; None is SYSTEM."""
     evaluation_rows: Annotated[Count, Mark("free", idle=lambda s: s.has_vision)] = 8
     """At the end, ask this many rows of the training data and half as many of the validation split,
-    and three everyday questions, and say how many answers are reproduced or unchanged; 0 asks
+    and three everyday questions, and report how many answers are reproduced or unchanged; 0 asks
     none."""
     evaluation_stop_words: Annotated[Strings, Mark("free", idle=_no_questions)] = ()
     """Strings that end these answers, in addition to those of the template."""
@@ -407,22 +408,22 @@ class RuntimePart(Part):
     logging_steps: Annotated[Positive, Mark("free")] = 1
     """Write a line of progress to the log every this many steps; scalars.jsonl has every step."""
     work_dir: Annotated[str | None, Mark("free")] = None
-    """Folder for results; None is work_dirs/<name of the settings file>."""
+    """Folder for results. None is work_dirs/<name of the settings file>."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Mark("free")] = "auto"
     """'auto' is a GPU if there is one."""
     strategy: str = "replicated"
     """How several processes share weights, gradients and optimizer state: 'replicated' (each holds
-    all of them and takes other rows; gradients are summed), 'fsdp2', 'deepspeed_zero1',
+    all of them and takes different rows; gradients are summed), 'fsdp2', 'deepspeed_zero1',
     'deepspeed_zero2', 'deepspeed_zero2_offload', 'deepspeed_zero3', 'deepspeed_zero3_offload', a
     DeepSpeed configuration as 'my_file.json', or your own as 'my_file.py:MyStrategy'."""
     strategy_options: Options = ()
     """Settings of the strategy itself, by name: for 'fsdp2' {'cpu_offload': True} keeps weights,
-    gradients and optimizer state in the CPU's memory."""
+    gradients and optimizer state in CPU memory."""
     hang_timeout: Annotated[Literal["auto"] | Positive, Mark("free", comment="in seconds")] = "auto"
-    """Seconds without progress of any process, after which the run says where each of them is, and
-    ends unless one of them prepares the run, compiles, evaluates, writes a checkpoint or runs a
-    hook. 'auto': within an optimizer step 10 times what its slowest part has taken so far, at least
-    45; elsewhere 600."""
+    """Seconds without progress of any process, after which the run reports where each of them is.
+    It then ends, unless one of them prepares the run, compiles, evaluates, writes a checkpoint or
+    runs a hook. 'auto': within an optimizer step 10 times what its slowest part has taken so far,
+    at least 45; elsewhere 600."""
     num_threads: Annotated[Positive | None, Mark("free")] = None
     """CPU threads of the computation; None is one per physical core of this process."""
     tensorboard: Annotated[bool, Mark("free")] = True
@@ -431,12 +432,12 @@ class RuntimePart(Part):
     """Experiment trackers that get every scalar: 'tensorboard', 'wandb', 'mlflow', 'swanlab',
     'trackio', or a list of these. Each needs its package: pip install 'xtuner[wandb]'."""
     report_project: Annotated[str, Mark("free", idle=lambda s: not s.report_to)] = "xtuner"
-    """The project or experiment at the trackers of `report_to`; a run has the name of its work
-    dir."""
+    """The project or experiment in the trackers of `report_to`; runs are named after their work
+    dirs."""
     push_to_hub: Annotated[str | None, Mark("free")] = None
     """Upload the result to the hub after training, as 'owner/name', without optimizer state and
     local paths."""
     hub_private_repo: Annotated[bool, Mark("free", idle=lambda s: s.push_to_hub is None)] = True
-    """Whether a repository that `push_to_hub` makes is private."""
+    """Whether a repository that `push_to_hub` creates is private."""
     custom_hooks: Annotated[Strings, Mark("free")] = ()
     """Your own hooks, each as 'my_file.py:MyHook'."""

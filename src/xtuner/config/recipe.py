@@ -1,4 +1,4 @@
-"""The settings that depend on the amount of data: what 'auto' means for them.
+"""Resolves 'auto' in the settings that depend on the amount of data.
 
 A model learns facts from repetition. With few rows a run needs many epochs and small steps; with
 many rows, large steps and few epochs. benchmarks/recipe.py measures what these rules reach
@@ -24,10 +24,10 @@ EPOCH_STEPS = 64
 MOST_ACCUMULATED = 16
 LEAST_EPOCHS, MOST_EPOCHS = 3, 15
 FEW_ROWS = 50
-"""Up to this many rows are repeated MOST_EPOCHS times; ten times as many half as often."""
+"""Up to this many rows are repeated MOST_EPOCHS times; ten times as many rows, half as often."""
 _LESS_OFTEN = math.log10(2)
 LONG_EPOCH = 1_000
-"""Steps of an epoch that is not repeated."""
+"""An epoch of this many steps is not repeated."""
 
 
 def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> int:
@@ -49,7 +49,7 @@ def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> in
 
 
 def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: int) -> Settings:
-    """`settings` with numbers in place of 'auto'.
+    """`settings` with numbers instead of 'auto'.
 
     Args:
         settings: The run's settings.
@@ -62,14 +62,27 @@ def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: i
     summed = min(MOST_ACCUMULATED, max(1, micro_batches // EPOCH_STEPS))
     given = settings.accumulative_counts
     accumulated = summed if given == "auto" else given
-    epochs = _epochs(rows, math.ceil(micro_batches / accumulated), settings.max_steps)
+    steps = epoch_steps(settings, packs=packs, accumulated=accumulated, ranks=ranks)
+    epochs = _epochs(rows, steps, settings.max_steps)
     values = {
         "lora_alpha": settings.effective_lora_alpha,
         "pack_length": length,
         "accumulative_counts": accumulated,
         "max_epochs": epochs,
-    }  # of these, only those that are 'auto' are taken
+    }  # only those that are 'auto' are used
     return settings.model_copy(update={n: values[n] for n in chosen(settings)})
+
+
+def epoch_steps(settings: Settings, *, packs: int, accumulated: int, ranks: int) -> int:
+    """Optimizer steps of an epoch.
+
+    Args:
+        settings: `batch_size` is used.
+        packs: packs (or samples that are not packed) of an epoch.
+        accumulated: micro-batches of a step.
+        ranks: processes that take different rows.
+    """
+    return math.ceil(packs / (settings.batch_size * accumulated * ranks))
 
 
 def chosen(settings: Settings) -> tuple[str, ...]:
@@ -80,7 +93,7 @@ def chosen(settings: Settings) -> tuple[str, ...]:
 
 
 def as_before(settings: Settings, earlier: Mapping[str, Any]) -> Settings:
-    """`settings` with the numbers of an earlier run, which this one continues, in place of 'auto'.
+    """`settings` with the numbers of an earlier run, which this one continues, instead of 'auto'.
 
     Args:
         settings: of the continuing run.
@@ -96,7 +109,7 @@ def as_before(settings: Settings, earlier: Mapping[str, Any]) -> Settings:
 
 
 def full_packs(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The `pack_length` of a run from before that setting, given its others: packs were full."""
+    """The `pack_length` of a run from before that setting existed: packs were full."""
     return {"pack_length": values["max_length"]} if "max_length" in values else {}
 
 

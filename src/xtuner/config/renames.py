@@ -1,4 +1,4 @@
-"""Names and values of other trainers: what to write instead of a name, and what a value means."""
+"""Names and values of other trainers, and their equivalents here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xtuner.errors import did_you_mean
 
 _TABLES = Path(__file__).parent / "tables"
 _LISTS = ("lora_target_modules",)
-"""Settings whose list other trainers write as one string with commas."""
+"""List settings that other trainers write as a comma-separated string."""
 
 _KINDS = {
     "eval": "eval", "evaluation": "eval", "val": "eval", "validation": "eval", "test": "eval",
@@ -22,11 +22,11 @@ _KINDS = {
     "sequence": "sequence", "seq": "sequence", "visual": "visual", "vision": "visual",
     "dataset": "data", "data": "data", "lr": "lr",
 }  # fmt: skip
-"""Words of a name that say what it is about; names about different things are not alike."""
+"""Topic words of a name; names with different topics are not similar."""
 
 
 def advice(name: str) -> str | None:
-    """What to write instead of `name`, which other trainers have; None if none of them has it."""
+    """What to write instead of `name`, a setting of another trainer; None if it is unknown."""
     return (
         _table().get(name)
         or _table().get(name.lower())
@@ -35,7 +35,7 @@ def advice(name: str) -> str | None:
 
 
 def replaced_by(name: str) -> tuple[str, ...]:
-    """The settings that take the place of `name`; () if there are none."""
+    """The settings that replace `name`; () if there are none."""
     text = advice(name) or ""
     if not text.startswith("use "):
         return ()
@@ -44,14 +44,14 @@ def replaced_by(name: str) -> tuple[str, ...]:
 
 
 def explained_as(name: str) -> str | None:
-    """The setting that `name` of another trainer stands for; None unless there is exactly one
+    """The setting that corresponds to `name` of another trainer; None unless there is exactly one
     first."""
     settings = field_parts()
     return next(iter(replaced_by(name)), None) if name not in settings else None
 
 
 def unknown_setting(name: str) -> str:
-    """Describe what to write instead of a name that is not a setting."""
+    """Describe the replacement of a name that is not a setting."""
     if found := advice(name):
         return found
     known = list(field_parts())
@@ -62,7 +62,7 @@ def unknown_setting(name: str) -> str:
 
 
 def meant(name: str, value: Any) -> Any:
-    """The value that `value`, as other trainers write it, means for setting `name`."""
+    """The value of setting `name` that corresponds to another trainer's `value`."""
     if not isinstance(value, str):
         return value
     if name in _LISTS and "," in value:
@@ -77,7 +77,7 @@ def dotted() -> dict[str, str]:
 
 
 def _kind(name: str) -> frozenset[str]:
-    """What a name is about; a misspelled word counts for nothing."""
+    """The topic words of a name; misspelled words are ignored."""
     return frozenset(_KINDS[word] for word in name.lower().split("_") if word in _KINDS)
 
 
@@ -106,5 +106,5 @@ def _read(file: str) -> dict[str, dict[str, str]]:
 
 
 def known_names() -> list[str]:
-    """Names of other trainers in the table."""
+    """The names of other trainers in the table."""
     return [name for name in _table() if name not in ALIASES]

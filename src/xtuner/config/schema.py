@@ -72,8 +72,8 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
     @property
     def can_keep_embedding_on_cpu(self) -> bool:
         """Whether the settings allow the input embedding to stay in CPU memory."""
-        whole = self.strategy == "replicated" and not self.resize_embeddings
-        return self.uses_adapter and not self.has_vision and whole
+        unsharded = self.strategy == "replicated" and not self.resize_embeddings
+        return self.uses_adapter and not self.has_vision and unsharded
 
     @property
     def packs(self) -> bool:

@@ -9,7 +9,6 @@ is the mean of all others, so that its logit is their mean and never the largest
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,35 +18,30 @@ import torch
 from torch import nn
 
 from xtuner import templates
+from xtuner.convert.llava_processor import compare_prompts, save_processor, set_stop_tokens
 from xtuner.convert.output import copy_others, new_folder
-from xtuner.convert.to_hf import LEFT_OUT, find_checkpoint, same_base, write_adapter
+from xtuner.convert.to_hf import LEFT_OUT, write_adapter
 from xtuner.convert.weights import (
     Weights,
     cast_plan,
-    main_dtype,
     parse_size,
     total_bytes,
     write_config,
     write_shards,
 )
-from xtuner.data.images.expansion import expand
 from xtuner.device.select import DTYPES, pick_device
-from xtuner.errors import CheckpointError, ModelError
+from xtuner.errors import ModelError
 from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest
-from xtuner.models.adapters import load_adapter
-from xtuner.models.load import load_tokenizer, located, quiet_transformers, read_config
-from xtuner.models.old_adapters import fitting_encoder_adapter
+from xtuner.models.load import load_tokenizer, quiet_transformers
 from xtuner.models.quantize import Rounding
+from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision import folder as parts_of
-from xtuner.models.vision.image_processor import LlavaImageProcessor
 from xtuner.models.vision.llava import portable_config
 from xtuner.models.vision.load import Sources, VisionLanguageModel, load_llava
-from xtuner.models.vision.tower import add_image_token, load_vision_tower, strategy_of
-from xtuner.templates.base import Template
+from xtuner.models.vision.tower import add_image_token
 from xtuner.templates.jinja import as_jinja
-from xtuner.types import IMAGE, Message
 
 Log = Callable[[str], None]
 
@@ -120,7 +114,7 @@ def models_of(source: Path, *, llm: str, visual_encoder: str, log: Log) -> tuple
 
 
 def _trained_on(what: str, trained: str, given: str, log: Log) -> str:
-    if not trained or not given or same_base(trained, given):
+    if not trained or not given or same_model(trained, given):
         return given and (trained or given)
     conflict = f"the settings name the {what} {given}, but the checkpoint was trained on {trained}"
     if Path(trained).is_absolute() and not Path(trained).is_dir():
@@ -190,13 +184,13 @@ def write_model(
         rounding=rounding, trust_remote_code=trust_remote_code, merged=True,
     )  # fmt: skip
     model = _self_contained(image_model).to(dtype)
-    _set_stop_tokens(model, tokenizer, template, log)
+    set_stop_tokens(model, tokenizer, template, log)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             model.save_pretrained(str(draft), max_shard_size=max_shard_size)
-        _save_processor(image_model, tokenizer, as_jinja(template, tokenizer), draft)
-        _compare_prompts(draft, image_model, template, log)
+        save_processor(image_model, tokenizer, as_jinja(template, tokenizer), draft)
+        compare_prompts(draft, image_model, template, log)
         if info is not None:
             replace(info, kind="model").write(draft)
     return info
@@ -242,163 +236,6 @@ def _self_contained(image_model: VisionLanguageModel) -> Any:
     return model
 
 
-def _set_stop_tokens(model: Any, tokenizer: Any, template: Template, log: Log) -> None:
-    """Make ``generate`` end answers at the same tokens as xtuner chat."""
-    declared = model.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    ends = dict.fromkeys(i for i in (*template.stop_token_ids, *declared) if i is not None)
-    model.generation_config.eos_token_id = list(ends)
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    words = [w for w in template.stop_words[:1] if len(_ids(tokenizer, w)) != 1]
-    if words:
-        log(
-            f"Note: answers also end at the string {' or '.join(map(repr, words))}, which is not a "
-            f"single token. In plain transformers, use model.generate(..., stop_strings={words!r}, "
-            "tokenizer=processor.tokenizer)."
-        )
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def _with_mean_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     mean = weight.detach().float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight.detach(), mean.expand(rows - weight.shape[0], -1)])
-
-
-def _save_processor(
-    image_model: VisionLanguageModel, tokenizer: Any, chat_template: str, folder: Path
-) -> None:
-    """Write tokenizer, image processor and chat template as one LlavaProcessor."""
-    from transformers import LlavaProcessor
-
-    vision = image_model.model.config.vision_config
-    upstream = getattr(image_model.processor, "upstream", None)
-    if upstream is None:
-        raise ModelError("the image processor of this model cannot be saved")
-    tokenizer.chat_template = chat_template
-    _disable_special_tokens(tokenizer)
-    processor = LlavaProcessor(
-        image_processor=upstream,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=strategy_of(vision),
-        chat_template=chat_template,
-        image_token=IMAGE,
-        num_additional_image_tokens=int(strategy_of(vision) == "default"),
-    )
-    with quiet_transformers():
-        processor.save_pretrained(str(folder))
-        upstream.save_pretrained(str(folder))
-    (folder / "chat_template.json").unlink(missing_ok=True)
-
-
-def _disable_special_tokens(tokenizer: Any) -> None:
-    """Stop `tokenizer` from adding BOS and EOS: the chat template writes them, so
-    ``processor(text=...)`` would add them twice, or where training had none."""
-    for name in ("add_bos_token", "add_eos_token"):
-        if getattr(tokenizer, name, False):
-            setattr(tokenizer, name, False)
-    if tokenizer.is_fast and list(tokenizer("a")["input_ids"]) != _ids(tokenizer, "a"):
-        tokenizer.backend_tokenizer.post_processor = None
-
-
-def _compare_prompts(
-    folder: Path, image_model: VisionLanguageModel, template: Template, log: Log
-) -> None:
-    """Load the saved processor, and warn if its prompt differs from that of xtuner chat."""
-    from PIL import Image
-    from transformers import AutoProcessor
-
-    with quiet_transformers():
-        processor = AutoProcessor.from_pretrained(str(folder))
-    question = "What is it?"
-    ids = template.prompt_ids([Message("user", f"{IMAGE}\n{question}")])
-    image = Image.new("RGB", (32, 32))
-    token_id, tokens = image_model.image_token_id, image_model.processor.num_tokens(image.size)
-    expected, _ = expand(ids, token_id, [tokens] * ids.count(token_id))
-    parts = [{"type": "image"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
-    )
-    actual = processor(text=text, images=image)["input_ids"][0]
-    if list(actual) != expected:
-        log(
-            f"Warning: the saved processor encodes a test question differently from xtuner chat "
-            f"({len(actual)} and {len(expected)} tokens), so answers in plain transformers may "
-            "differ."
-        )
-
-
-def merge_encoder(
-    visual_encoder: str,
-    adapter: Path,
-    save_dir: Path,
-    *,
-    dtype: str = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> float:
-    """Merge the adapter of a vision tower into it, and save the result.
-
-    Args:
-        visual_encoder: CLIP or SigLIP, folder or hub name.
-        adapter: a PEFT adapter, or a folder of parts, an ``iter_N`` or a work dir that contains
-            one.
-        save_dir: a new folder.
-        dtype: of the result; 'auto' is that of the vision tower's files.
-        device: where to merge.
-
-    Returns:
-        The largest difference between the outputs before and after merging, in float32 on random
-        input, relative to the largest output.
-
-    Raises:
-        ModelError: `adapter` is not an adapter, or does not fit.
-        LaunchError: `save_dir` is not empty, or the disk space is insufficient.
-    """
-    folder = _encoder_adapter(adapter)
-    manifest.check(folder)
-    encoder: Any = load_vision_tower(
-        visual_encoder, dtype=torch.float32, device=pick_device(device)
-    )
-    with fitting_encoder_adapter(folder) as fitting:
-        adapted: Any = load_adapter(encoder, fitting).eval()
-    size = encoder.config.image_size
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, 3, size, size, generator=generator).to(encoder.device)
-    with torch.no_grad():
-        before = adapted(pixel_values=pixels).last_hidden_state
-        merged = adapted.merge_and_unload()
-        after = merged(pixel_values=pixels).last_hidden_state
-    difference = float((before - after).abs().max() / before.abs().max())
-    merged = merged.to(DTYPES.get(dtype) or _dtype_of(located(visual_encoder)))
-    size = sum(p.numel() * p.element_size() for p in merged.parameters())
-    with new_folder(save_dir, num_bytes=size) as draft:
-        with quiet_transformers():
-            merged.save_pretrained(str(draft))
-        LlavaImageProcessor.of_tower(visual_encoder).upstream.save_pretrained(str(draft))
-    return difference
-
-
-def _encoder_adapter(given: Path) -> Path:
-    """The folder of the adapter in `given`."""
-    if (given / "adapter_config.json").is_file():
-        return given
-    with contextlib.suppress(CheckpointError):
-        folder = find_checkpoint(given)
-        if (folder / parts_of.ENCODER_ADAPTER).is_dir():
-            return folder / parts_of.ENCODER_ADAPTER
-    raise ModelError(
-        f"{given}: is not an adapter of a vision tower (no adapter_config.json) and contains "
-        f"none; give a folder {parts_of.ENCODER_ADAPTER}/, or the iter_N or work dir around it"
-    )
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    """The dtype of the weights of the model `name`; for a hub name, that of its config.json."""
-    if Path(name).is_dir():
-        return main_dtype(cast_plan(Weights.of_model(Path(name)).stored, None))
-    config = read_config(name)
-    return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)

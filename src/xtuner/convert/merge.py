@@ -10,6 +10,7 @@ weights would round them again, which loses far more than the difference between
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 
 from xtuner.convert import compare, lora
 from xtuner.convert.output import copy_others, new_folder
-from xtuner.convert.to_hf import find_checkpoint, same_base
+from xtuner.convert.to_hf import find_checkpoint
 from xtuner.convert.weights import (
     Planned,
     Weights,
@@ -43,6 +44,7 @@ from xtuner.models.adapters import load_adapter
 from xtuner.models.families import internlm2
 from xtuner.models.load import load_tokenizer, read_config
 from xtuner.models.quantize import Rounding
+from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
 from xtuner.models.save import save_model
 from xtuner.models.vision.folder import LLM_ADAPTER, run_of
@@ -102,11 +104,13 @@ def merge(
     """
     checkpoint = find_checkpoint(adapter)
     llm_adapter = checkpoint / LLM_ADAPTER
+    chosen = pick_device(device)
+    os.environ.setdefault("DS_ACCELERATOR", chosen)  # else DeepSpeed warns that it has to guess
     job = _Merge(
         llm=str(llm),
         adapter=llm_adapter if llm_adapter.is_dir() else checkpoint,
         max_bytes=parse_size(max_shard_size),
-        device=pick_device(device),
+        device=chosen,
         dtype=DTYPES.get(dtype),
         trust_remote_code=trust_remote_code,
         log=log,
@@ -177,7 +181,7 @@ class _Merge:
         info = run_of(self.adapter)
         if info is None:
             return RunInfo(kind="model", base_model=base)
-        if not same_base(info.base_model, self.llm):
+        if not same_model(info.base_model, self.llm):
             self.log(
                 f"Warning: {self.adapter} was trained on {info.base_model}, "
                 f"but is merged into {self.llm}."

@@ -1,11 +1,11 @@
-"""A checkpoint of XTuner 0.x (``iter_N.pth``) as a folder of this version.
+"""Convert a checkpoint of XTuner 0.x (``iter_N.pth``) to a folder of this version.
 
     iter_768.pth ──llm.*────────────► adapter, or model
                  ├─projector.*──────► projector/
                  └─visual_encoder.*─► visual_encoder_adapter/, or visual_encoder/
 
-The file holds weights alone; rank and scale of adapters, base model and template are those of the
-settings.
+The file contains only weights; the settings have the adapters' rank and scale, the base model and
+the template.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def as_folder(path: Path, settings: Settings, *, beside: Path) -> Iterator[Path]
 
 
 def write_folder(path: Path, settings: Settings, folder: Path) -> None:
-    """Write the old checkpoint `path` to `folder`, as a run of this version would.
+    """Write the old checkpoint `path` to `folder`, in the layout of this version.
 
     Args:
         path: a file or DeepSpeed's folder.
@@ -73,7 +73,7 @@ def write_folder(path: Path, settings: Settings, folder: Path) -> None:
         _write_llm(folder, settings, llm, path)
     elif not vision:
         raise CheckpointError(f"{path}: holds no weights of a language model")
-    _run_info(settings, "llm" in parts).write(folder)
+    _run_info(settings).write(folder)
 
 
 def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
@@ -123,7 +123,7 @@ def _write_model(target: Path, s: Settings, tensors: dict[str, Tensor], path: Pa
     base = _copy_config(s.pretrained_model_name_or_path, target, ())
     if base is None:
         raise CheckpointError(
-            f"{path}: holds a whole model, whose config.json and tokenizer are those of "
+            f"{path}: contains a complete model; its config.json and tokenizer come from "
             f"{s.pretrained_model_name_or_path}, which is not on this machine; fetch it first"
         )
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def _write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
     original.write_json(folder / "adapter_config.json", config)
 
 
-def _run_info(s: Settings, trains_llm: bool) -> RunInfo:
+def _run_info(s: Settings) -> RunInfo:
     base = s.pretrained_model_name_or_path
     encoder = s.visual_encoder_name_or_path or ""
     return RunInfo(

@@ -24,12 +24,12 @@ from xtuner.convert.weights import (
 )
 from xtuner.device.select import DTYPES
 from xtuner.errors import CheckpointError
-from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
 from xtuner.hub.weight_files import tensors_of
 from xtuner.models import manifest, original
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.load import read_config
+from xtuner.models.references import checkpoint_of
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision.folder import LLM, LLM_ADAPTER, PROJECTOR, run_of
 
@@ -50,14 +50,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is no checkpoint.
     """
-    path = path.expanduser()
-    folder = path.with_suffix("") if path.suffix == ".pth" else path
-    if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
-        words = path.read_text(encoding="utf-8").split() or [""]
-        folder = path.parent / Path(words[0]).name
-    pointer = folder / "last_checkpoint"
-    if pointer.is_file():
-        folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
+    folder, path = checkpoint_of(path), path.expanduser()
     if any((folder / name).exists() for name in (*_MARKS, PROJECTOR)):
         return folder
     if path.is_file():
@@ -68,17 +61,6 @@ def find_checkpoint(path: Path) -> Path:
     parent = folder if folder.is_dir() else folder.parent
     found = ", ".join(sorted(str(p) for p in parent.glob("iter_*") if p.is_dir())) or "none"
     raise CheckpointError(f"{folder}: is not a checkpoint; checkpoints in {parent}: {found}")
-
-
-def same_base(one: str, other: str) -> bool:
-    """Whether two names (folders, hub names, fetched models) refer to the same model."""
-    return _resolved(one) == _resolved(other)
-
-
-def _resolved(name: str) -> str:
-    folder = Path(name).expanduser()
-    found = folder if folder.is_dir() else fetch.cached(name)
-    return str(found.resolve()) if found else name
 
 
 def to_hf(

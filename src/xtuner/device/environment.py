@@ -6,15 +6,14 @@ import os
 import sys
 
 SPINS = "2000"
-"""How often a waiting thread of OpenMP looks again before it sleeps (libgomp's default: 300,000).
-
-Spinning threads take the cores from those they wait for. Beside other busy processes small matrix
-products take 45 to 55 ms with libgomp's default, 9 ms with this and 8 ms without spinning
+"""How often a waiting OpenMP thread polls before it sleeps (libgomp's default: 300,000). Spinning
+threads take the cores from those they wait for. Beside other busy processes small matrix products
+take 45 to 55 ms with libgomp's default, 9 ms with this and 8 ms without spinning
 (benchmarks/waiting.py). Pauses between the operations of a step are still bridged."""
 
 
 def set_up_threads() -> None:
-    """Let waiting threads sleep soon; what the user has set is kept.
+    """Make waiting threads sleep soon, unless the user has set the variables.
 
     Has no effect once torch is imported.
     """
@@ -25,7 +24,7 @@ def set_up_threads() -> None:
 def set_up_memory(device: str) -> None:
     """Enable expandable segments on a GPU, and limit the primitive cache of oneDNN on a CPU.
 
-    Rows have another length at every step. Expandable segments keep the GPU allocator from
+    Row lengths differ between steps. Expandable segments keep the GPU allocator from
     fragmenting. oneDNN caches compiled code for the last 1,024 shapes, two thirds of a MiB each (a
     step needs about a hundred). Has no effect once torch is imported; variables that the user has
     set are kept. torch 2.8 does not support the first name.

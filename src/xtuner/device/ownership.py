@@ -1,4 +1,4 @@
-"""Refuse cached files that another user of this machine could have written."""
+"""Reject cached files that other users of this machine can write."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def refuse_others(path: Path, *, use: str = "its code would be run") -> None:
 
     Args:
         path: a file or folder of the cache.
-        use: what would happen with what they write, for the message.
+        use: what the files are used for, for the message.
 
     Raises:
-        PermissionError: they can.
+        PermissionError: another user can write to it.
     """
     if os.name != "posix":
         return

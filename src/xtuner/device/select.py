@@ -22,7 +22,7 @@ def pick_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> str:
     """Return 'cuda' or 'cpu'.
 
     Raises:
-        LaunchError: 'cuda' is requested and there is no usable GPU.
+        LaunchError: 'cuda' is requested, but there is no usable GPU.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

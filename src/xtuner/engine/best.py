@@ -43,9 +43,9 @@ class BestMetric:
 
     def resume(self) -> None:
         """Restore the best value of the run that is resumed."""
-        told = self._file.read_text(encoding="utf-8").split() if self._file.is_file() else []
-        if len(told) == 3 and told[1] == self._s.best_metric:
-            self.value = float(told[2])
+        words = self._file.read_text(encoding="utf-8").split() if self._file.is_file() else []
+        if len(words) == 3 and words[1] == self._s.best_metric:
+            self.value = float(words[2])
 
     def improves(self, run: Run) -> bool:
         """Return whether the metric was measured at this step and is the best so far.
@@ -66,6 +66,6 @@ class BestMetric:
             self.value = value
         return better
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The text that follows the checkpoint's name in the file `best_checkpoint`."""
         return f"{self._s.best_metric} {self.value!r}"

@@ -26,7 +26,7 @@ from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.training_state import STATE_FILE
 from xtuner.errors import CheckpointError, LaunchError
 from xtuner.models import manifest
-from xtuner.models.folder_swap import put_in_place, recover
+from xtuner.models.folder_swap import recover, replace_folder
 from xtuner.models.save import flush, flush_tree
 from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
@@ -95,7 +95,7 @@ class CheckpointStore:
     def _finish(self, draft: Path, target: Path) -> None:
         manifest.write(draft)
         flush_tree(draft)
-        put_in_place(draft, target)
+        replace_folder(draft, target)
         self._point_at(target.name)
         if self.alias:
             _alias_of(target).write_text(target.name + "\n", encoding="utf-8")
@@ -121,10 +121,10 @@ class CheckpointStore:
         path = self.work_dir / words[0] if words else None
         return path if path is not None and _NAME.fullmatch(path.name) and path.is_dir() else None
 
-    def mark_best(self, count: int, told: str) -> None:
-        """Keep checkpoint ``iter_<count>`` regardless of `limit`, and write its name and `told` to
-        the file `best_checkpoint`."""
-        self._point_at(f"iter_{count} {told}", BEST_FILE)
+    def mark_best(self, count: int, summary: str) -> None:
+        """Keep checkpoint ``iter_<count>`` whatever `limit` is; write its name and `summary` to the
+        file `best_checkpoint`."""
+        self._point_at(f"iter_{count} {summary}", BEST_FILE)
         flush(self.work_dir)
 
     def _prune(self, keep: Path) -> None:
@@ -177,13 +177,20 @@ class CheckpointStore:
         inside = self.work_dir / given
         path = inside if given.name == str(given) and inside.is_dir() else given
         if not (path / STATE_FILE).is_file():
-            names = ", ".join(p.name for p in found) or "none"
+            beside = path.parent if path.parent.is_dir() and str(path) != path.name else None
+            places = [self.work_dir, *([beside] if beside and beside != self.work_dir else [])]
+            lists = [f"In {place}: {_names_in(place)}" for place in places]
             raise CheckpointError(
                 f"cannot resume from {path}: it "
                 f"{f'lacks {STATE_FILE}' if path.is_dir() else 'does not exist'}. "
-                f"In {self.work_dir}: {names}"
+                f"{'. '.join(lists)}"
             )
         return path
+
+
+def _names_in(folder: Path) -> str:
+    steps = sorted(int(p.name[5:]) for p in folder.glob("iter_*") if p.name[5:].isdigit())
+    return ", ".join(f"iter_{step}" for step in steps) or "none"
 
 
 def folder_of(name: Path) -> Path:
@@ -220,13 +227,13 @@ def _together(act: Callable[[], object], target: Path, processes: Processes | No
         error = raised
     # torch reports a full disk as RuntimeError, safetensors as its own error type
     expected = isinstance(error, OSError | RuntimeError | SafetensorError | MemoryError)
-    told = [] if error is None else [_fault(error, target)]
+    messages = [] if error is None else [_fault(error, target)]
     if processes is not None and processes.world_size > 1:
-        told = processes.gather([f"process {processes.rank}: {words}" for words in told])
+        messages = processes.gather([f"process {processes.rank}: {words}" for words in messages])
     if error is not None and not expected:
         raise error
-    if told:
-        raise LaunchError("\n".join(told)) from error
+    if messages:
+        raise LaunchError("\n".join(messages)) from error
 
 
 def _fault(error: Exception, target: Path) -> str:
@@ -255,5 +262,5 @@ def _is_full_disk(error: Exception, free: int) -> bool:
     """Whether the disk is full; torch and safetensors report this with their own error types."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    told = str(error).lower()
-    return free < _LITTLE_SPACE or "no space left" in told or "quota" in told
+    text = str(error).lower()
+    return free < _LITTLE_SPACE or "no space left" in text or "quota" in text

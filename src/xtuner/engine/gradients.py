@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.engine.checked_loss import checked_loss
 from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.seeds import micro_seed
@@ -122,6 +123,7 @@ class StepGradients:
             loss = output.loss / divisor if counts else output.loss * 0.0
             self.strategy.backward(self.loss_scaler.scaled(loss), last=last)
             activity.current.progress()
+            trim_if_grown()
             if not counts:
                 continue
             total = total + loss.detach()

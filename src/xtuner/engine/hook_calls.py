@@ -49,10 +49,10 @@ class HookCalls:
 
     def _raise(self, fault: XTunerError | None) -> None:
         """Raise the same type of error on all processes, so that they react alike."""
-        told = [(isinstance(fault, DataError), str(fault))] if fault else []
-        told = self._processes.gather(told)
-        text = "; ".join(dict.fromkeys(words for _, words in told))
-        if all(of_data for of_data, _ in told):
+        messages = [(isinstance(fault, DataError), str(fault))] if fault else []
+        messages = self._processes.gather(messages)
+        text = "; ".join(dict.fromkeys(words for _, words in messages))
+        if all(of_data for of_data, _ in messages):
             raise DataError(text) from fault
         if fault is None or isinstance(fault, DataError):
             raise LaunchError(text) from fault

@@ -82,7 +82,7 @@ class Trainer:
         memory_advice: Callable[[], str] = lambda: "",
         loss_scaler: LossScaler | None = None,
         best: BestMetric | None = None,
-        mark_best: Callable[[Run, str], None] = lambda run, told: None,
+        mark_best: Callable[[Run, str], None] = lambda run, summary: None,
     ):
         self.best, self.mark_best = best, mark_best
         self.strategy, self.processes = strategy, strategy.processes
@@ -102,7 +102,7 @@ class Trainer:
             max_norm=run.settings.max_norm,
             stopped=lambda: self._stop.made,
         )
-        self._weights_are_whole = True
+        self._weights_are_consistent = True
 
     def fit(self) -> None:
         """Train until the end or an interruption.
@@ -177,7 +177,7 @@ class Trainer:
         run, best = self.run, self.best
         if best.improves(run) and run.settings.keep_best:
             self._save_once()
-            self.mark_best(run, best.told())
+            self.mark_best(run, best.summary())
         if best.exhausted and run.step < run.total_steps:
             run.total_steps = run.step
             self._save_once()
@@ -224,8 +224,8 @@ class Trainer:
         counts = self.processes.of_rows(counts)
         divisor, supervised, tokens, stops, failed = self.processes.sum([*counts, *signs])
         if failed:
-            told = self.processes.gather([str(fault)] if fault else [])
-            raise DataError("; ".join(dict.fromkeys(told)))
+            messages = self.processes.gather([str(fault)] if fault else [])
+            raise DataError("; ".join(dict.fromkeys(messages)))
         if stops:
             raise Interrupted
         lr = self._learning_rate()
@@ -234,9 +234,9 @@ class Trainer:
         if not found.finite:
             self.strategy.zero_grad()
             raise TrainingError(self._not_finite(group, found))
-        self._weights_are_whole = False
+        self._weights_are_consistent = False
         self.strategy.step()
-        self._weights_are_whole = True
+        self._weights_are_consistent = True
         activity.current.pace.steps += 1
         scale = self.loss_scaler.scale
         self.loss_scaler.step_taken()
@@ -283,7 +283,7 @@ class Trainer:
         if self.processes.device.type == "cuda":
             torch.cuda.empty_cache()
         alone, note = self.processes.world_size == 1, ""
-        if alone and self._weights_are_whole:
+        if alone and self._weights_are_consistent:
             try:
                 self._save_once()
             except LaunchError as error:

@@ -20,12 +20,6 @@ _USER_CODE = "user_code"
 """Folder in the work dir for copies of the Python files that the settings name."""
 
 
-def work_dir_of(loaded: LoadedSettings, given: Path | None = None) -> Path:
-    """The work dir of a run: `given`, otherwise the setting, otherwise ``work_dirs/NAME``."""
-    folder = given or Path(loaded.settings.work_dir or Path("work_dirs") / loaded.name)
-    return folder.expanduser()
-
-
 @dataclass(frozen=True)
 class WorkPlace:
     """Where a run writes: its work dir, and the time-stamped log folder of this start in it."""
@@ -100,7 +94,7 @@ class WorkPlace:
 
 def _copied(file: Path, folder: Path) -> Path:
     """Copy `file` to `folder` and return the copy; with local imports, to a folder of its own
-    there. What exists with another content is kept, and the copy gets another name."""
+    there. An existing file with other content is kept, and the copy gets another name."""
     local = local_imports(file)
     root = file.parent.resolve()
     contents = {path.relative_to(root): path.read_bytes() for path in local.values()}

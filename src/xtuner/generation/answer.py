@@ -1,4 +1,4 @@
-"""An answer in progress: chooses its tokens, turns them into text, and knows when it ends."""
+"""An answer in progress: chooses its tokens, decodes them, and detects its end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Answer:
         tokenizer: of the model.
         words: finds stop words.
         ends: token ids that end the answer.
-        limit: the most tokens that it may have.
+        limit: maximum number of its tokens.
         choose: selects the next token.
         inputs: model inputs of a prompt with images; empty otherwise.
         top_logprobs: how many alternatives `scores` keeps of each token; None keeps no scores.
@@ -86,7 +86,7 @@ class Answer:
         return piece
 
     def _rest(self) -> str:
-        """What was held back; complete characters only."""
+        """The text held back; complete characters only."""
         return self._words.add(self._detokenizer.rest()) + self._words.rest()
 
 

@@ -1,7 +1,7 @@
 """Answer several conversations at once: one forward pass per token for all of them.
 
-Where the model's batched results round as its single ones do, greedy answers are those of
-`generate.stream`. Models that cannot take a padded batch answer one conversation at a time.
+Greedy answers equal those of `generate.stream`, unless batching changes the model's rounding.
+Models that cannot take a padded batch answer one conversation at a time.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.errors import ConfigError, ModelError, listed
 from xtuner.generation.detokenize import Detokenizer, StopWords
 from xtuner.generation.images import ImageInput
@@ -88,10 +89,6 @@ def _plainly(run: Callable[[], Any]) -> Any:
     return run()
 
 
-def _inputs(vision: ImageInput | None, prompt: list[int], messages: Sequence[Message]) -> Any:
-    return vision.inputs(prompt, messages) if vision else {}
-
-
 def stream(
     model: Any,
     tokenizer: Any,
@@ -125,7 +122,7 @@ def stream(
     text = Detokenizer(tokenizer, keep=call_markers(template) if tools else ())
     with generation_mode(model):
         with packed.without_cudnn(next(model.parameters()).device):
-            first = within(lambda: _inputs(vision, prompt, messages))
+            first = within(lambda: vision.inputs(prompt, messages) if vision else {})
         choose = chooser(options, next(model.parameters()).device)
         ids = token_ids(model, prompt, choose, first, agree, within)
         for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
@@ -221,6 +218,7 @@ def token_ids(
             if cached:
                 extra["past_key_values"] = cache
             output = within(functools.partial(model, **inputs, use_cache=cached, **extra))
+            trim_if_grown()
             chosen = choose(seen, output.logits[:, -1].float())
             chosen = agree(chosen) if agree else chosen
         yield int(chosen)
@@ -239,6 +237,10 @@ def takes(model: Any, argument: str) -> bool:
     return argument in inspect.signature(base.forward).parameters
 
 
+_LEAST_TEMPERATURE = 1e-4
+"""Divided by less, logits become infinite, and their softmax not a number."""
+
+
 def chooser(options: GenerationOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """A function from (ids so far ``[1, T]``, logits ``[1, V]``) to the next id ``[1]``."""
     from transformers import (
@@ -254,7 +256,8 @@ def chooser(options: GenerationOptions, device: torch.device) -> Callable[[Tenso
         steps.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
     if not options.samples:
         return lambda seen, scores: steps(seen, scores).argmax(dim=-1)
-    steps.append(TemperatureLogitsWarper(float(options.temperature or 1.0)))
+    temperature = max(float(options.temperature or 1.0), _LEAST_TEMPERATURE)
+    steps.append(TemperatureLogitsWarper(temperature))
     if options.top_k is not None:
         steps.append(TopKLogitsWarper(options.top_k))
     if options.top_p is not None:

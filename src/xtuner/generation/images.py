@@ -23,7 +23,7 @@ class _Image(NamedTuple):
 
 
 class ImageInput:
-    """Gives the images of messages to a model.
+    """Passes the images of messages to a model.
 
     Args:
         model: with image input.
@@ -46,11 +46,11 @@ class ImageInput:
         """
         names, found = _names(messages), ids.count(self.model.image_token_id)
         if found and not names:
-            raise DataError(f"the conversation has {IMAGE} in its text and no image")
+            raise DataError(f"the text of the conversation contains {IMAGE}, but there is no image")
         if found != len(names):
             raise ModelError(
-                f"the template shows {found} of {len(names)} images to the model; name another "
-                "with --prompt-template"
+                f"the template shows only {found} of {len(names)} images to the model; select "
+                "another with --prompt-template"
             )
         counts = [self.model.processor.num_tokens(self._image(name).size) for name in names]
         return expand(ids, self.model.image_token_id, counts)[0]
@@ -77,7 +77,8 @@ class ImageInput:
             inputs = {"inputs_embeds": self.model.embedder.embed(input_ids, images)}
             positions = self.model.embedder.positions(_as_batch(input_ids, images))
         counted = torch.arange(len(ids), device=device)[None]
-        # Plain counting is what a language model does itself, and not every one takes positions.
+        # Consecutive positions are a language model's default, and not every model takes the
+        # argument.
         return inputs if torch.equal(positions, counted) else {**inputs, "position_ids": positions}
 
     def check(self, names: Sequence[str]) -> None:
@@ -113,15 +114,15 @@ def question(text: str, images: Sequence[str] = ()) -> Message:
     count = text.count(IMAGE)
     if count not in (0, len(images)) or (count and not images):
         raise DataError(
-            f"the question has {count} times {IMAGE} for {len(images)} images: write it once "
-            "for each, or leave it out and the images stand first"
+            f"the question contains {IMAGE} {count} times for {len(images)} images: write it once "
+            "per image, or omit it, which puts the images first"
         )
     before = "" if count else f"{IMAGE}\n" * len(images)
     return Message("user", before + text, images=tuple(images))
 
 
 def without_image_tokens(text: str) -> str:
-    """`text` of an answer with each ``<image>`` in it made plain words: it stands for no image."""
+    """The `text` of an answer with each ``<image>`` as plain text: it refers to no image."""
     return text.replace(IMAGE, IMAGE.replace("<", "< "))
 
 

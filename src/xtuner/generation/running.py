@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.generation.answer import Answer
 from xtuner.generation.generate import takes, token_ids
 from xtuner.kernels.attention import packed
@@ -54,7 +55,7 @@ class RunningBatch:
         self._mask: Tensor = torch.empty(0)  # [B, T]
 
     def admit(self, rows: Sequence[Answer]) -> list[tuple[Answer, str]]:
-        """Read the prompts of `rows`, generate their first tokens, and let them join.
+        """Read the prompts of `rows`, generate their first tokens, and add them.
 
         Returns:
             each row with the text to show.
@@ -92,7 +93,7 @@ class RunningBatch:
         return self._take(rows, logits)
 
     def remove(self, rows: Sequence[Answer]) -> None:
-        """Let `rows` leave, and drop the padding that no other row needs."""
+        """Remove `rows`, and the padding that no other row needs."""
         leaving = {id(row) for row in rows}
         keep = [i for i, row in enumerate(self.rows) if id(row) not in leaving]
         if len(keep) == len(self.rows):
@@ -119,6 +120,7 @@ class RunningBatch:
             output = self._model(
                 attention_mask=mask, past_key_values=cache, use_cache=True, **inputs, **self._extra
             )
+        trim_if_grown()
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
@@ -128,7 +130,7 @@ class RunningBatch:
         return taken
 
     def _join(self, cache: Any, mask: Tensor, rows: Sequence[Answer]) -> None:
-        """Put the cache of new rows below that of the others, both padded to one length."""
+        """Append the cache of new rows to that of the others, both padded to one length."""
         self.rows += rows
         if self._cache is None:
             self._cache, self._mask = cache, mask
@@ -142,12 +144,12 @@ class RunningBatch:
                 setattr(old, name, torch.cat([_padded(t, length, 2) for t in both]))
 
     def _layers(self, cache: Any) -> Iterator[Any]:
-        """The layers that hold something: some models share keys and values between layers."""
+        """The layers with a cache: some models share keys and values between layers."""
         return (layer for layer in cache.layers if layer.is_initialized)
 
 
 class OneByOne:
-    """What `RunningBatch` does, for a model that takes no batches: one answer after the other.
+    """Like `RunningBatch`, for a model that takes no batches: one answer after the other.
 
     Attributes:
         rows: the answers that have not ended; the first one is being generated.
@@ -160,7 +162,7 @@ class OneByOne:
         self._piece = ""
 
     def admit(self, rows: Sequence[Answer]) -> list[tuple[Answer, str]]:
-        """Let `rows` wait for their turns."""
+        """Queue `rows`."""
         self.rows += rows
         return []
 
@@ -175,7 +177,7 @@ class OneByOne:
         return [(row, self._piece)]
 
     def remove(self, rows: Sequence[Answer]) -> None:
-        """Let `rows` leave."""
+        """Remove `rows`."""
         leaving = {id(row) for row in rows}
         if self.rows and id(self.rows[0]) in leaving:
             self._ids = None

@@ -22,7 +22,7 @@ from torch import Tensor
 from xtuner.errors import CheckpointError
 
 Load = Callable[[Path], dict[str, Any]]
-"""Reads a file of torch without executing what is in it."""
+"""Reads a torch file without executing it."""
 
 _MODEL = "*mp_rank_*_model_states.pt"
 _OPTIMIZER = "*zero_pp_rank_*_mp_rank_*_optim_states.pt"
@@ -30,8 +30,8 @@ _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 
 
 def folder_of(path: Path) -> Path | None:
-    """The folder with DeepSpeed's files: `path`, or the newest one that `path` names; None if there
-    is none."""
+    """The folder with DeepSpeed's files: `path`, or the newest one that `path` refers to; None if
+    there is none."""
     if not path.is_dir():
         return None
     if any(path.glob(_MODEL)):
@@ -53,8 +53,8 @@ def read(folder: Path, load: Load) -> dict[str, Tensor]:
     split = {name[1] for p in models if (name := re.search(r"mp_rank_(\d+)_", p.name))}
     if len(split) > 1:
         raise CheckpointError(
-            f"{folder}: the model was split over {len(split)} GPUs (tensor parallel), which cannot "
-            "be read; convert it with the tool that wrote it"
+            f"{folder}: the model was split over {len(split)} GPUs (tensor parallel), which is not "
+            "supported; convert it with the tool that wrote it"
         )
     parts = [load(file) for file in sorted(folder.glob(_OPTIMIZER), key=_rank)]
     states = [_optimizer_of(part, folder) for part in parts]
@@ -101,7 +101,7 @@ def _groups(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _shared(content: Mapping[str, Any], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`found` with the names that share a weight with another, as tied embeddings."""
+    """`found`, and the names that share a weight with another, such as tied embeddings."""
     pairs = content.get("shared_params") or {}
     pairs = pairs.items() if isinstance(pairs, Mapping) else pairs
     return found | {str(name): found[own] for name, own in pairs if own in found}
@@ -146,6 +146,6 @@ def _stage_3(
 
 
 def _joined(pieces: Sequence[Tensor], shape: Any) -> Tensor:
-    whole = torch.cat([piece.reshape(-1) for piece in pieces])
+    flat = torch.cat([piece.reshape(-1) for piece in pieces])
     shape = torch.Size(shape)
-    return whole[: shape.numel()].view(shape).detach().clone()
+    return flat[: shape.numel()].view(shape).detach().clone()

@@ -1,6 +1,5 @@
-"""Refuse links that lead out of a folder whose files are copied.
-
-A folder from a stranger could otherwise have a private file end up in what is shared.
+"""Reject links that lead out of a folder whose files are copied. Otherwise an untrusted folder
+could cause a private file to be copied and shared.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ def refuse_links_out(folder: Path) -> None:
         target = path.resolve()
         if not any(target.is_relative_to(root) for root in allowed):
             raise ModelError(
-                f"{path}: is a link to {target}, outside {folder}, which is refused: it would be "
-                "copied. If the file belongs to the model, replace the link with the file"
+                f"{path}: is a link to {target}, outside {folder}, which is not allowed: it would "
+                "be copied. If the file belongs to the model, replace the link with the file"
             )
 
 

@@ -21,7 +21,7 @@ from xtuner.hub import deepspeed_files
 
 
 class _Inert:
-    """Stands for an object that is not read."""
+    """Stands in for an object that is not read."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Tensor]:
     content = _loaded(path)
     state = content.get("state_dict", content.get("module", content))
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: its state_dict is no dict")
+        raise CheckpointError(f"{path}: its state_dict is not a dict")
     tensors = {str(n): t for n, t in state.items() if isinstance(t, Tensor) and t.numel()}
     if not tensors:
         raise CheckpointError(
@@ -83,7 +83,7 @@ def _loaded(file: Path) -> dict[str, Any]:
         reason = next((line for line in lines if "GLOBAL" in line), lines[0])
         raise CheckpointError(f"{file}: cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds no dict")
+        raise CheckpointError(f"{file}: does not contain a dict")
     return content
 
 
@@ -106,6 +106,6 @@ def parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _peft_name(name: str) -> str:
-    """PEFT writes names without the adapter's own: ``lora_A.default.weight``."""
+    """PEFT writes names without the name of the adapter: ``lora_A.default.weight``."""
     name = re.sub(r"(lora_(?:embedding_)?[AB])\.default\b", r"\1", name)
     return re.sub(r"\.modules_to_save\.default\.", ".", name)

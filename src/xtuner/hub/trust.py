@@ -13,7 +13,7 @@ Kind = Literal["remote_code", "work_dirs"]
 
 
 def remember(kind: Kind, name: str) -> None:
-    """Keep that `name` is trusted; a cache that cannot be written to keeps nothing."""
+    """Remember that `name` is trusted; has no effect if the cache is not writable."""
     known = _read()
     if name in known.get(kind, []):
         return
@@ -45,7 +45,7 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, list[str]]:
-    """What is kept; nothing if another user could have written it."""
+    """The stored contents; empty if another user could have written the file."""
     file = _file()
     try:
         found = file.stat()

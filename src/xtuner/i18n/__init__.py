@@ -1,19 +1,17 @@
 """What pages say, in English and Chinese: every string is a line of ``strings.toml``.
 
-words = i18n.words("zh");  words("report_steps", count=120)
+words = i18n.words("zh");  words("step_of", step=3, total=120)
+
+The settings describe themselves in English; ``settings_zh.toml`` has their Chinese texts.
 """
 
 from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 LANGUAGES = ("en", "zh")
-
-Words = Callable[..., str]
-"""From the key of a string, and the values of its ``{names}``, to the string."""
 
 
 @functools.cache
@@ -27,14 +25,43 @@ def table() -> dict[str, dict[str, str]]:
     }
 
 
+class Words:
+    """The strings of a language, English where it is unknown.
+
+    Attributes:
+        language: one of `LANGUAGES`.
+    """
+
+    def __init__(self, language: str) -> None:
+        self.language = language if language in LANGUAGES else LANGUAGES[0]
+
+    def __call__(self, key: str, **values: object) -> str:
+        """The string `key`, with `values` in place of its ``{names}``."""
+        return table()[key][self.language].format(**values)
+
+    def of_setting(self, section: str, english: str, *, key: str = "") -> str:
+        """A text about settings.
+
+        Args:
+            section: 'parts', 'values' or 'settings' of the table.
+            english: the text in English, which is the result if it has no translation.
+            key: of the translation; empty is the text itself.
+        """
+        if self.language == "en":
+            return english
+        return settings_table()[section].get(key or english, english)
+
+
 def words(language: str) -> Words:
-    """The function that gives strings in `language`; English where the language is unknown."""
-    chosen = language if language in LANGUAGES else "en"
+    """The strings of `language`."""
+    return Words(language)
 
-    def say(key: str, **values: object) -> str:
-        return table()[key][chosen].format(**values)
 
-    return say
+@functools.cache
+def settings_table() -> dict[str, dict[str, str]]:
+    """The Chinese texts about settings, by section and key."""
+    text = Path(__file__).with_name("settings_zh.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
 
 
 def preferred(accept_language: str) -> str:

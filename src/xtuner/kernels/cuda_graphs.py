@@ -1,7 +1,7 @@
 """Record work on a GPU once and launch it again as one CUDA graph.
 
 Replaying a graph takes the host some microseconds, whatever the number of kernels in it. It reads
-and writes the same memory as the recording, so inputs are copied into tensors that stay.
+and writes the same memory as the recording, so inputs are copied into persistent tensors.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records with `torch.cuda.graph`; the graphs of one recorder share memory.
-
-    So they are to be replayed in the order of recording. A recorder is used up when its graphs are
-    gone: torch (2.11) fails an assertion when it records into a pool that no graph uses any more.
+    """Records with `torch.cuda.graph`; the graphs of one recorder share memory, so they must be
+    replayed in the order of recording. Do not record again after all graphs are deleted: torch
+    (2.11) fails an assertion when it records into a pool that no graph uses any more.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class CudaRecorder:
         """
         graph = torch.cuda.CUDAGraph()
         options = {"pool": self._pool, "stream": self._stream}
-        # "thread_local": loading data in another thread may allocate pinned memory meanwhile
+        # "thread_local": another thread that loads data may allocate pinned memory
         with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):  # type: ignore[arg-type]
             result = function()
         return result, graph.replay

@@ -1,7 +1,7 @@
 """An input embedding that stays in CPU memory while the model is on a GPU.
 
 A step reads a few thousand of its rows, 16 MiB for 2,048 tokens of width 4,096, and takes part in
-no product. With a large vocabulary it is big: 723 MiB in InternLM2-7B, a tenth of the memory of a
+no product. With a large vocabulary it is large: 723 MiB in InternLM2-7B, a tenth of the memory of a
 QLoRA run. Results are unchanged; a step waits for the copy of its rows.
 """
 

@@ -34,9 +34,9 @@ def use_compiled() -> bool:
         return False
 
     def quantize(keys: Any, x: Tensor, block: int, kind: str, storage: torch.dtype) -> Any:
-        whole = x.numel() % block == 0 and block % 2 == 0 and block <= _WIDEST
+        aligned = x.numel() % block == 0 and block % 2 == 0 and block <= _WIDEST
         values = x.float() if x.dtype == torch.float16 else x
-        kernels = compiled.kernels_for(values) if kind == "nf4" and whole else None
+        kernels = compiled.kernels_for(values) if kind == "nf4" and aligned else None
         if kernels is None or storage != torch.uint8:
             return generic.call_boxed(keys, x, block, kind, storage)
         return kernels.quantize_4bit(values, bounds, block)

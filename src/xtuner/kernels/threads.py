@@ -45,7 +45,7 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
 
 def matmul_rate(threads: int, dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
     """Best rate of a square matrix product with `threads` threads, in FLOP/s, over at most
-    `repeats` products and `MAX_SECONDS`.
+    `repeats` products or `MAX_SECONDS`.
 
     Measures the compiled product if this CPU has it, whichever the run uses: on CPUs with AMX
     torch's product does not get faster with a second thread, but everything else does.

@@ -1,7 +1,7 @@
 """The memory of a training step, measured without loading weights. The model is built from its
 configuration on the meta device, prepared by the same code as a real one (`models.prepare`), and
-runs one step (`memory.step`). So the peak is that of this architecture with these settings, not of
-a formula for an average one.
+runs one step (`memory.step`). So the peak is that of this architecture with these settings, not an
+average from a formula.
 """
 
 from __future__ import annotations

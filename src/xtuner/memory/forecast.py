@@ -23,14 +23,14 @@ from xtuner.models.vision.tower import num_image_tokens, vision_config
 MB = 2**20
 
 LIBRARIES = 740 * MB
-"""Memory of a CPU process without tensors, once everything is imported and has run once."""
+"""Memory of a CPU process without tensors, after everything has been imported and run once."""
 
 ALLOCATOR = {"cpu": 1.05, "cuda": 1.05}
 """Memory that allocators hold per requested byte; the CPU value was measured
 (`benchmarks/memory.py`), the GPU value was not."""
 
-WHOLE = Division()
-"""What a process holds that shares nothing."""
+UNSHARDED = Division()
+"""The shares of a process that holds everything."""
 
 TYPICAL_SAMPLE = 512
 """Assumed length of samples in packed rows, for the forecast of attention."""
@@ -65,7 +65,7 @@ class Forecast:
     paged: bool = False
     graphs: bool = False
     failure: str = ""
-    division: Division = WHOLE
+    division: Division = UNSHARDED
     strategy: str = "replicated"
     processes: int = 1
 
@@ -96,16 +96,16 @@ class Forecast:
 
     @property
     def step(self) -> int:
-        """Bytes of activations and gradients; of divided gradients this process's part, those of
+        """Bytes of activations and gradients; of sharded gradients this process's part, those of
         two units, and a bucket."""
         parts, divided = self.footprint, self.division
         bucket = 4 * min(divided.bucket, parts.trainable)
         if divided.gradients == 1.0:
             return parts.step + bucket
         share = parts.gradients / max(1, parts.weights)
-        whole = min(parts.gradients, int(2 * parts.unit * share))
+        gathered = min(parts.gradients, int(2 * parts.unit * share))
         part = int(parts.gradients * divided.gradients)
-        return parts.step - parts.gradients + max(part, whole) + bucket
+        return parts.step - parts.gradients + max(part, gathered) + bucket
 
     @property
     def held_optimizer(self) -> int:
@@ -168,7 +168,7 @@ def forecast(
         device: 'cpu' or 'cuda'.
         recompute: whether activations are recomputed.
         paged: Whether the optimizer state is paged; None: if possible.
-        processes: that share the model as the strategy of `settings` says.
+        processes: number of processes that share the model, according to the strategy.
         folder: of the settings file.
 
     Raises:

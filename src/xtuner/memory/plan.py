@@ -30,8 +30,7 @@ STRATEGIES = (
     "deepspeed_zero2_offload",
     "deepspeed_zero3_offload",
 )
-"""Strategies that divide a model, by what they cost: what is sent in a step, then what steps on the
-CPU."""
+"""Strategies that shard a model, by increasing cost: bytes sent per step, then work on the CPU."""
 
 ROOM = 0.9
 """Share of the free memory that a run plans to use."""
@@ -130,7 +129,7 @@ class MemoryPlan:
         yield "  a smaller model: the changes above do not suffice"
 
     def _strategy_that_fits(self, settings: Settings) -> list[Mapping[str, Any]]:
-        """The strategy that costs least of those with which `settings` fit, if there is one."""
+        """The cheapest strategy with which `settings` fit, if there is one."""
         if settings.strategy != "replicated":
             return []
         for name in STRATEGIES:
@@ -147,7 +146,7 @@ class MemoryPlan:
         return strategies.can_use(tried, folder=self.folder)
 
     def _would_page(self, tried: Settings) -> bool:
-        """Whether a run with the settings `tried`, which allow paging, will page if it must."""
+        """Whether a run with the settings `tried` can page its optimizer state."""
         asked = tried.paged_optimizer is True or tried.optim_type != self.settings.optim_type
         return asked or self.forecast.paged
 

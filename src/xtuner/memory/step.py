@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from xtuner.kernels.attention import blocks
+from xtuner.kernels.attention import block_layout, blocks
 from xtuner.kernels.compiled import shapes_only
 from xtuner.kernels.fused.attention import rotation_of
 from xtuner.kernels.scratch import buffers
@@ -44,7 +44,7 @@ def peaks_of_step(
     Args:
         model: A model on the meta device; its tensors are replaced by others without values.
         tokens: Lengths of the samples in one micro-batch.
-        few: Two lengths from which longer steps are extrapolated linearly.
+        few: Two lengths from which longer rows are extrapolated linearly.
         on_gpu: Count what a GPU would keep.
         accumulate: Gradients of an earlier micro-batch exist; they are not counted.
     """
@@ -138,7 +138,7 @@ AttentionInterface.register(KEPT_BY_FLASH, _flash_footprint)
 @contextmanager
 def _separate_caches() -> Iterator[None]:
     """Keep tensors without values out of caches that a real step reads."""
-    caches = (blocks.layout_of, blocks._shared_blocks, blocks._offsets, rotation_of)
+    caches = (block_layout.layout_of, block_layout.shared_blocks, blocks._offsets, rotation_of)
     kept_before = dict(buffers.tensors)
 
     def clear() -> None:

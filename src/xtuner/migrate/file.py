@@ -12,7 +12,6 @@ from pathlib import Path
 
 from xtuner.config.check import check
 from xtuner.config.read import foreign
-from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, listed
 from xtuner.migrate.report import Draft
 from xtuner.migrate.values import UnreadError
@@ -105,21 +104,6 @@ def migrate(old: Path, new: Path | None = None) -> Migrated:
     for end, text in draft.files.items():
         _write(new.with_name(f"{new.stem}{end}"), text)
     return Migrated(new, draft)
-
-
-def settings_of(path: Path) -> Settings:
-    """The settings that `path`, a config of another trainer, is equivalent to.
-
-    Raises:
-        ConfigError: it cannot be read or translated.
-    """
-    draft = read(path)
-    settings, _ = check(draft.reading())
-    if draft.not_yet or draft.refused or settings is None:
-        raise ConfigError(
-            listed(f"{path} ({draft.origin}) cannot be migrated:", list(draft.reasons()))
-        )
-    return settings
 
 
 def _name_files(draft: Draft, stem: str) -> None:

@@ -1,4 +1,4 @@
-"""Reads the ``adapter_config.json`` of a PEFT adapter, which may come from anyone."""
+"""Reads the ``adapter_config.json`` of a PEFT adapter, which is untrusted input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _problem(config: Any) -> str:
-    """What is wrong with the contents of an ``adapter_config.json``; empty if nothing is seen."""
+    """The problem with the contents of an ``adapter_config.json``; empty if none is found."""
     if not isinstance(config, dict):
         return "it is not an object"
     kinds = {
@@ -42,5 +42,5 @@ def _problem(config: Any) -> str:
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"{name} is {value!r:.40}"
     if not all(isinstance(token, int) for token in config.get("alora_invocation_tokens") or ()):
-        return "alora_invocation_tokens are no token ids"
+        return "alora_invocation_tokens are not token ids"
     return "" if config.get("peft_type") else "peft_type is missing"

@@ -68,7 +68,8 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
 
     all_linear = list(target_modules) == ["all-linear"]
-    outside = [*OUTSIDE_PEFT.get(_kind(model), ()), *unsuitable(model)] if all_linear else []
+    model_type: str = getattr(model.config, "model_type", "")
+    outside = [*OUTSIDE_PEFT.get(model_type, ()), *unsuitable(model)] if all_linear else []
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -107,10 +108,6 @@ def add_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
-
-
-def _kind(model: Any) -> str:
-    return str(model.config.model_type)
 
 
 _OWN = {
@@ -242,12 +239,12 @@ def load_adapter(
     except (torch.OutOfMemoryError, XTunerError):
         raise
     except Exception as error:  # PEFT checks few of the values that a file can hold
-        told = " ".join(str(error).split())
+        words = " ".join(str(error).split())
         known = isinstance(error, RuntimeError | ValueError | OSError)
         raise ModelError(
             f"{folder}: the adapter does not fit the model "
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
-            f"{told if known else f'{type(error).__name__}: {told}'}"
+            f"{words if known else f'{type(error).__name__}: {words}'}"
         ) from error
 
 

@@ -1,10 +1,8 @@
-"""A causal language model as the algorithms see it: packed rows in, summed losses out.
+"""A causal language model as the algorithms see it: packed rows in, log-probabilities out.
 
 `PackedCausalLM` wraps a transformers (or PEFT) model. It calls the decoder without a cache or mask,
 with the boundaries of the samples, and applies the output head to supervised positions only.
-`verify` checks on a few random tokens, with the loaded weights, that samples in one row cannot see
-each other and that hidden states times head equal the model's logits: with any architecture, a
-wrong shortcut stops the run instead of silently training a wrong model.
+`verify` checks these shortcuts with the loaded weights.
 """
 
 from __future__ import annotations
@@ -20,18 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtuner.errors import ModelError, XTunerError
 from xtuner.kernels.attention import packed as attention
 from xtuner.kernels.cross_entropy import ScoringHead, log_probabilities_of_logits
 from xtuner.kernels.fused.forward_override import with_forward
-from xtuner.models.can_pack import cannot_split, why_apart
-from xtuner.models.check.attention import ROUNDINGS, distance, wrong_attention
-from xtuner.models.check.isolation import BLIND, FACTOR, LENGTHS, IsolationCheck, NotFiniteError
+from xtuner.models.can_pack import why_apart
+from xtuner.models.check import verification
+from xtuner.models.check.isolation import IsolationCheck
 from xtuner.models.check.training_pass import (
     decoder_of,
     plain_attention,
     text_decoder,
-    traceless,
     without_dropout,
 )
 from xtuner.models.filling import filled
@@ -41,15 +37,6 @@ from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.split_rotary import SplitRotary
 from xtuner.parallel.ulysses import SequenceGroup, gather_scores
 from xtuner.types import Batch, ImageEmbedder
-
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Configuration fields with which architectures change logits after the head; a soft cap has no
-visible effect on small logits."""
-
-
-SPLIT_ROUNDINGS = 64
-"""Tolerance, in roundings, of log-probabilities when a row is split; matmuls of other shapes round
-differently. In six architectures they changed by at most 3."""
 
 
 class PackedCausalLM(nn.Module):
@@ -122,7 +109,7 @@ class PackedCausalLM(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states ``[1, N, H]`` of a packed batch."""
-        return self._decoded(self._inputs(batch))
+        return self._decoded(self.inputs_of(batch))
 
     def _decoded(self, inputs: dict[str, Any]) -> Tensor:
         """Last hidden states of `inputs`, from a CUDA graph if there is one for such rows."""
@@ -146,7 +133,7 @@ class PackedCausalLM(nn.Module):
         if run is not None:
             return run()
         assert batch is not None
-        with self._autocast():
+        with self.autocasting():
             if self.sequence is not None and self._rotary is not None:
                 return self._scores_of_shares(batch, self.sequence, self._rotary)
             if not self.apart:
@@ -164,7 +151,7 @@ class PackedCausalLM(nn.Module):
         """The log-probabilities of `batch`, the beginning of `row`."""
         positions = batch.predicting
         with self.noise.of_row(row.cu_seqlens) if self.noise else nullcontext():
-            return self._scores(self._inputs(row), positions, batch.labels[0, 1:][positions])
+            return self._scores(self.inputs_of(row), positions, batch.labels[0, 1:][positions])
 
     def _scores_of_shares(self, batch: Batch, group: SequenceGroup, rotary: SplitRotary) -> Tensor:
         """The log-probabilities of `batch`, whose row is split over `group`.
@@ -178,7 +165,7 @@ class PackedCausalLM(nn.Module):
         known = positions.tolist()
         first, last = (bisect.bisect_left(known, end) for end in (share.start, share.stop))
         own = positions[first:last]
-        inputs = self._inputs(row)
+        inputs = self.inputs_of(row)
         row_positions = inputs["position_ids"]
         for name in ("input_ids", "inputs_embeds"):
             if name in inputs:
@@ -194,30 +181,33 @@ class PackedCausalLM(nn.Module):
         head: Any = self.causal.get_output_embeddings()
         if not self.plain_logits and isinstance(head, ScoringHead):
             hidden = self._decoded(inputs)[0, positions]
-            return head(self._for_head(hidden), targets)  # type: ignore[operator, no-any-return]
-        return log_probabilities_of_logits(self._logits(inputs, positions), targets)
+            return head(self.for_head(hidden), targets)  # type: ignore[operator, no-any-return]
+        return log_probabilities_of_logits(self.logits(inputs, positions), targets)
 
-    def _logits(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    def logits(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+        """The model's own logits ``[S, V]`` at `positions` of a row."""
         if "logits_to_keep" in inspect.signature(self.causal.forward).parameters:
             return self.causal(**inputs, logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
         return self.causal(**inputs).logits[0, positions]  # type: ignore[no-any-return]
 
-    def _for_head(self, hidden: Tensor) -> Tensor:
+    def for_head(self, hidden: Tensor) -> Tensor:
         """`hidden` in the head's dtype: Mamba keeps residuals in float32 and casts them at this
         point."""
         weight: Tensor = self.causal.get_output_embeddings().weight
         return hidden if self.autocast else hidden.to(weight.dtype)
 
-    def _autocast(self) -> torch.autocast:
+    def autocasting(self) -> torch.autocast:
+        """The autocast context of a forward pass."""
         enabled = self.autocast is not None
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled)
 
     @property
-    def _implementation(self) -> str:
+    def attention_name(self) -> str:
         """The name of the attention function in transformers' attention interface."""
         return str(self.causal.config.get_text_config()._attn_implementation)
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs_of(self, batch: Batch) -> dict[str, Any]:
+        """The arguments of transformers' forward pass for `batch`."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         positions = batch.position_ids
         if self.embedder is not None and (batch.images is not None or self.always_embeds):
@@ -228,7 +218,7 @@ class PackedCausalLM(nn.Module):
         if self.apart:
             return inputs
         inputs["position_ids"] = positions
-        implementation = self._implementation
+        implementation = self.attention_name
         if implementation == attention.NAME or "flash" in implementation:
             cu_seqlens = batch.cu_seqlens
             longest = max(stop - start for start, stop in itertools.pairwise(cu_seqlens.tolist()))
@@ -248,9 +238,9 @@ class PackedCausalLM(nn.Module):
     def reads_embeddings_alone(self) -> bool:
         """Whether embeddings instead of token ids give bitwise equal hidden states; models with
         embeddings in every layer need the ids."""
-        inputs = self._inputs(IsolationCheck(self).batch())
+        inputs = self.inputs_of(IsolationCheck(self).batch())
         decoder = decoder_of(self.causal)
-        with torch.no_grad(), self._autocast(), without_dropout(self):
+        with torch.no_grad(), self.autocasting(), without_dropout(self):
             wanted = decoder(**inputs).last_hidden_state
             try:
                 found = decoder(**self._embedded(inputs)).last_hidden_state
@@ -287,7 +277,7 @@ class PackedCausalLM(nn.Module):
 
     def verify(self, *, packed: bool = True) -> str | None:
         """Check on a few random tokens, with training passes, that no token reads another sample or
-        a later token, and that the shortcut from hidden states to logits is right; see `isolation`.
+        a later token, and that the shortcut from hidden states to logits is right.
 
         Args:
             packed: The user requires samples to share rows. Otherwise a model that cannot separate
@@ -300,47 +290,14 @@ class PackedCausalLM(nn.Module):
             ModelError: Samples in one row see each other or are computed wrongly; or a single
                 sample reads later tokens or cannot be computed.
         """
-        notes: list[str | None] = []
-        with traceless(self), self._autocast():
-            if not self.apart and (fault := self._fault_of_row(notes)):
-                if packed:
-                    raise ModelError(f"{self._described()}: {fault}. {_PACK_NOT}")
-                self.take_apart()
-                notes = [f"the model takes one sample at a time: {fault}"]
-            if self.apart:
-                self._check_alone()
-            notes.append(self._check_head())
-        return "; ".join(filter(None, notes)) or None
+        return verification.verify(self, packed=packed)
 
     def take_apart(self) -> None:
         """Pass each sample through the model alone, with transformers' own attention."""
         self.apart = True
-        if self._implementation == attention.NAME:
+        if self.attention_name == attention.NAME:
             decoder = text_decoder(self.causal)
             decoder.set_attn_implementation(plain_attention(decoder))
-
-    def _check_alone(self) -> None:
-        check = IsolationCheck(self, LENGTHS[1:2])
-        try:
-            leak = check.leak()
-            learns = self._scores_of_row(check.batch(), check.batch()).requires_grad
-        except (XTunerError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # third-party code
-            raise ModelError(
-                f"{self._described()}: a training step of one sample fails, so it cannot be "
-                f"trained here: {_told(error)}"
-            ) from error
-        if leak:
-            raise ModelError(
-                f"{self._described()}: {leak}. As configured it is not a causal language model "
-                f"(but an encoder, for example), and cannot be trained here"
-            )
-        if not learns and any(parameter.requires_grad for parameter in self.parameters()):
-            raise ModelError(
-                f"{self._described()}: no gradient reaches the trained weights, since its layers "
-                "compute their own gradients; set tuning = 'full'"
-            )
 
     def split_rows(self, group: SequenceGroup) -> None:
         """From now on, split each row over the processes of `group`, which call the model together
@@ -350,113 +307,8 @@ class PackedCausalLM(nn.Module):
         Raises:
             ModelError: The model's rows cannot be split, or give other results.
         """
-        reason = cannot_split(text_decoder(self.causal), group.size)
-        if reason := reason or ("it takes one sample at a time" if self.apart else None):
-            raise ModelError(f"sequence_parallel_size = {group.size}: {reason}")
-        batch = IsolationCheck(self).batch()
-        with traceless(self), without_dropout(self), self._autocast(), torch.no_grad():
-            alone = self(batch)
-            self.assume_split(group)
-            found = self(batch)
-        off, eps = distance(found, alone), torch.finfo(self.compute_dtype).eps
-        if not off <= SPLIT_ROUNDINGS * eps:
-            raise ModelError(
-                f"sequence_parallel_size = {group.size}: {type(self.causal).__name__} gives "
-                f"different results when its rows are split (they differ by a relative "
-                f"{off:.2g}): set it to 1"
-            )
+        verification.split_rows(self, group)
 
     def assume_split(self, group: SequenceGroup) -> None:
         """`split_rows` without a check."""
         self._rotary, self.sequence = SplitRotary(self.causal), group
-
-    def _described(self) -> str:
-        """The model and its attention, for messages."""
-        return f"{type(self.causal).__name__} with attention {self._implementation!r}"
-
-    def _fault_of_row(self, notes: list[str | None]) -> str | None:
-        """What goes wrong in a row of several samples; what cannot be checked is added to
-        `notes`."""
-        try:
-            return self._fault_of_checks(notes)
-        except torch.OutOfMemoryError:
-            raise
-        except NotFiniteError:
-            raise
-        except XTunerError as error:
-            return str(error)
-        except Exception as error:  # third-party code may not support a row of several samples
-            return f"a row of several samples fails with {_told(error)}"
-
-    def _fault_of_checks(self, notes: list[str | None]) -> str | None:
-        check = IsolationCheck(self)
-        if leak := check.leak():
-            return (
-                "in a packed row a sample's result depends on its neighbours or on later tokens "
-                f"({leak})"
-            )
-        if self._implementation == attention.NAME and (width := _head_width(self.causal)):
-            dtype = self.compute_dtype
-            wrong = wrong_attention(
-                self._implementation, width=width, device=self.device, dtype=dtype
-            )
-            if wrong:
-                return wrong
-        found, allowed = check.displaced()
-        if found > allowed:
-            return (
-                f"a sample in a packed row differs from the same sample alone by a relative "
-                f"{found:.2g}, but rounding explains only {allowed:.2g}: positions or boundaries "
-                f"are wrong"
-            )
-        if allowed > BLIND:
-            notes.append(
-                f"rounding changes this model's results by {allowed / FACTOR:.0%} depending on "
-                f"the row's length, so positions in packed rows could not be checked"
-            )
-        return None
-
-    def _check_head(self) -> str | None:
-        """Compare hidden states times head with the model's logits, and use the shortcut only if
-        they agree."""
-        probe = IsolationCheck(self, LENGTHS[1:2]).batch()
-        head: Any = self.causal.get_output_embeddings()
-        config = self.causal.config
-        if not isinstance(head, ScoringHead):
-            self.plain_logits = True
-            return None
-        assert isinstance(head, nn.Linear)
-        changes = [name for name in LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
-        everything = torch.arange(probe.num_tokens, device=self.device)
-        with torch.no_grad(), without_dropout(self):
-            logits = self._logits(self._inputs(probe), everything)
-            off = distance(head(self._for_head(self.hidden_states(probe)))[0], logits)
-        if changes or off > ROUNDINGS * torch.finfo(self.autocast or head.weight.dtype).eps:
-            self.plain_logits = True
-            return (
-                f"{type(self.causal).__name__} changes its logits after the output head: "
-                "the loss is computed from all logits, which takes more memory"
-            )
-        return None
-
-
-_PACK_NOT = (
-    "Set pack_to_max_length = False, or remove it: the model then takes one sample at a time"
-)
-
-
-def _told(error: Exception) -> str:
-    """A library's complete error message, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _head_width(causal: Any) -> int | None:
-    """Numbers in a head of the attention, as the configuration has them; None if it does not say,
-    or if layers differ (Gemma 4)."""
-    text = causal.config.get_text_config()
-    try:
-        heads = getattr(text, "num_attention_heads", None)
-        width = getattr(text, "head_dim", None)
-    except Exception:  # transformers refuses to name one value for layers that differ
-        return None
-    return width or (text.hidden_size // heads if isinstance(heads, int) else None)

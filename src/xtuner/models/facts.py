@@ -40,7 +40,7 @@ class ModelFacts:
 
     @property
     def positions(self) -> int | None:
-        """The model's maximum sequence length; None if its configuration does not have it."""
+        """The model's maximum sequence length; None if its configuration does not state it."""
         text = self.config.get_text_config()
         found = (getattr(text, name, None) for name in _POSITIONS)
         return next((value for value in found if isinstance(value, int) and value > 0), None)

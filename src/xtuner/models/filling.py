@@ -1,4 +1,4 @@
-"""Packed rows filled up to round numbers of tokens."""
+"""Fill packed rows up to round numbers of tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from torch.nn import functional as F
 from xtuner.types import IGNORE_INDEX, Batch
 
 LONG_ROW = 512
-"""Tokens from which on a row is filled up to a multiple of 64; shorter ones to one of 16."""
+"""Rows of this many tokens or more are filled up to a multiple of 64; shorter ones to a multiple of
+16."""
 
 
 def missing_to_round(count: int, parts: int = 1) -> int:
-    """Tokens by which a row of `count` is filled up, so that each of `parts` is a round number."""
+    """Tokens added to a row of `count`, so that each of `parts` has a round number."""
     return -count % (parts * (64 if count >= LONG_ROW * parts else 16))
 
 
 def filled(
     batch: Batch, *, tokens: int | None = None, longest: int | None = None, parts: int = 1
 ) -> Batch:
-    """`batch` with one more sample, without loss, where N is not a round number.
+    """`batch` with one more sample, without loss, if N is not a round number.
 
-    Every new N costs the matrix library compilations, and a crooked one some percent of each
-    product; so packs that are nearly full are all of one size.
+    The matrix library compiles code for every new N, and is some percent slower if N is not a
+    multiple of 16; so packs that are nearly full all get the same size.
 
     Args:
         batch: a packed row.

@@ -11,7 +11,7 @@ from pathlib import Path
 _ASIDE = re.compile(r"\.(.+)\.replaced")
 
 
-def put_in_place(draft: Path, target: Path) -> None:
+def replace_folder(draft: Path, target: Path) -> None:
     """Rename `draft` to `target`; an existing folder is moved aside first and deleted last.
 
     An interruption between the two renames leaves the old folder as ``.NAME.replaced``, which
@@ -25,7 +25,7 @@ def put_in_place(draft: Path, target: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Finish or undo an interrupted `put_in_place` in `parent`."""
+    """Finish or undo an interrupted `replace_folder` in `parent`."""
     for aside in parent.glob(".*.replaced"):
         match = _ASIDE.fullmatch(aside.name)
         target = parent / match[1] if match else aside

@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from xtuner import plugins
+from xtuner.device.heap import trim_if_grown
 from xtuner.errors import ModelError, XTunerError, listed
 from xtuner.hub import fetch
 from xtuner.kernels.four_bit import fix_4bit_layers
@@ -37,7 +38,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 # a failure.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# With 8-bit weights it tells at every layer and step that inputs are cast.
+# With 8-bit weights it reports at every layer and step that inputs are cast.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
@@ -113,6 +114,7 @@ def load_model(
     fix_4bit_layers(model)
     model = model if quantization != "none" else model.to(device)
     check_remote_code(str(path), model)
+    trim_if_grown()
     return model
 
 
@@ -173,7 +175,7 @@ def located(path: str | Path) -> str:
     if problem := fetch.unreachable(name):
         raise ModelError(
             f"{name}: no such folder, not fetched with `xtuner fetch`, and not available from the "
-            f"hub: {problem}.\n  Cure: give a folder that holds config.json "
+            f"hub: {problem}.\n  Hint: give a folder that holds config.json "
             "and *.safetensors, or check the name and the network"
         )
     return name
@@ -246,14 +248,14 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
     except XTunerError:
         raise
     except Exception as error:  # damaged files cause whatever a library does not check
-        told = " ".join(str(error).split())
+        words = " ".join(str(error).split())
         known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
-        told = told if told and known else f"{type(error).__name__}: {told}"
+        words = words if words and known else f"{type(error).__name__}: {words}"
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
         hints = (
             "give a folder that holds config.json and *.safetensors, a name on the hub, "
             "or fetch it once with `xtuner fetch`"
         )
         raise ModelError(
-            f"cannot load the {what} {str(path)!r} ({where}): {told}\n  Cure: {hints}."
+            f"cannot load the {what} {str(path)!r} ({where}): {words}\n  Hint: {hints}."
         ) from error

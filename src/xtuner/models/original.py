@@ -89,7 +89,8 @@ def copy_code(base: Path, folder: Path, config: dict[str, Any]) -> None:
 
 def keep_tokenizer(tokenizer: Any, base: Path | None, folder: Path) -> None:
     """Write `tokenizer` to `folder`, as the files of `base` if it has no additional tokens."""
-    if base is None or not _may_copy(base) or not _is_unchanged(tokenizer, base):
+    added = set(tokenizer.get_added_vocab())
+    if base is None or not _may_copy(base) or not added <= _tokens_of(base):
         with quiet_transformers():
             tokenizer.save_pretrained(str(folder))
         return
@@ -107,10 +108,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):  # UTF-8 has none of them
         text = json.dumps(values, indent=2) + "\n"
     path.write_text(text, encoding="utf-8")
-
-
-def _is_unchanged(tokenizer: Any, base: Path) -> bool:
-    return set(tokenizer.get_added_vocab()) <= _tokens_of(base)
 
 
 def _may_copy(base: Path) -> bool:

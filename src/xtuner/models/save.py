@@ -39,11 +39,6 @@ def save_model(
             model.save_pretrained(str(folder), max_shard_size=max_shard_size, state_dict=state)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files in `folder`."""
-    return sorted(folder.glob("*.safetensors"))
-
-
 def flush_tree(folder: Path) -> None:
     """Flush every file in `folder` to disk, and make it readable for everyone who can read the
     folder."""

@@ -21,7 +21,11 @@ def correct(tokenizer: Any, folder: str) -> None:
     """
     base = Path(folder)
     file = base / "tokenizer.model"
-    if not file.is_file() or (base / "tokenizer.json").is_file() or not _is_generic(tokenizer):
+    if (
+        not file.is_file()
+        or (base / "tokenizer.json").is_file()
+        or type(tokenizer).__name__ != "TokenizersBackend"
+    ):
         return
     options = _normalizer_options(file)
     if options is None:
@@ -30,10 +34,6 @@ def correct(tokenizer: Any, folder: str) -> None:
     config = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer.add_bos_token = bool(config.get("add_bos_token", True))
     tokenizer.add_eos_token = bool(config.get("add_eos_token", False))
-
-
-def _is_generic(tokenizer: Any) -> bool:
-    return type(tokenizer).__name__ == "TokenizersBackend"
 
 
 def _normalizer_options(file: Path) -> Any:

@@ -60,7 +60,7 @@ def grow_to_tokenizer(model: Any, path: str, *, trust_remote_code: bool = False)
 
 
 def growth(model: Any, old: int) -> str:
-    """What became of a model of `old` embeddings."""
+    """Describe how the embeddings of `model` grew from `old` rows."""
     new = num_embeddings(model)
     if new == old:
         return "resize_embeddings has no effect: the model has an embedding for every token"

@@ -47,7 +47,7 @@ class Others(Protocol):
         """Whether a process of another node has failed, or a node is lost."""
         ...
 
-    def fail(self, told: str) -> None:
+    def fail(self, message: str) -> None:
         """Tell the other nodes that a process of this one failed."""
         ...
 
@@ -59,12 +59,12 @@ class Outcome:
     Attributes:
         code: Exit code of the run.
         restartable: Whether a restart may help.
-        told: Which process failed, and how; empty if none did.
+        message: Which process failed, and how; empty if none did.
     """
 
     code: int
     restartable: bool = False
-    told: str = ""
+    message: str = ""
 
 
 class Attempt:
@@ -216,7 +216,7 @@ class Attempt:
             code = main
         again = codes[firsts[0]] not in (USER_ERROR, INTERRUPTED)
         code = USER_ERROR if code == PEER_LOST else code if code > 0 else 128 - code
-        return Outcome(code, restartable=again, told=self._describe(firsts[0]))
+        return Outcome(code, restartable=again, message=self._describe(firsts[0]))
 
     def _show(self, local: int, code: int) -> None:
         rank = self._cluster.first_rank + local

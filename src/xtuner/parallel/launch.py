@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from xtuner.parallel.attempt import INTERRUPTED, Attempt, Outcome
+from xtuner.parallel.attempt import INTERRUPTED, Attempt
 from xtuner.parallel.cluster import Cluster
 from xtuner.parallel.nodes import Nodes, alone_or_with_others
 
@@ -57,15 +57,11 @@ def launch(
             )
             children.current = attempt
             outcome = nodes.agree(attempt.run())
-            if not _again(outcome, children, number < max_restarts):
+            if children.stopped or not outcome.restartable or number >= max_restarts:
                 return outcome.code
             resume = nodes.decide(can_resume)
             _tell_restart(nodes, number + 1, max_restarts, resume=resume)
     raise AssertionError  # unreachable: the loop returns
-
-
-def _again(outcome: Outcome, children: _Children, allowed: bool) -> bool:
-    return allowed and outcome.restartable and not children.stopped
 
 
 def _tell_restart(nodes: Nodes, number: int, most: int, *, resume: bool) -> None:

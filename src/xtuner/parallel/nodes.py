@@ -36,7 +36,7 @@ class Nodes:
         """Whether a process on another node failed or a node is lost."""
         return False
 
-    def fail(self, told: str) -> None:
+    def fail(self, message: str) -> None:
         """Tell the other nodes that a process on this one failed."""
 
     def agree(self, outcome: Outcome) -> Outcome:
@@ -89,12 +89,12 @@ class SeveralNodes(Nodes):
                 return node
         return None
 
-    def fail(self, told: str) -> None:
+    def fail(self, message: str) -> None:
         """Tell the other nodes; only the first failure counts."""
         if not self._failed:
             self._failed = True
             try:
-                self._store.compare_set(self._key("failed"), "", told)
+                self._store.compare_set(self._key("failed"), "", message)
             except RuntimeError:
                 self._lost = "node 0 is no longer reachable"
 
@@ -109,7 +109,7 @@ class SeveralNodes(Nodes):
 
     def _agreed(self, outcome: Outcome) -> Outcome:
         store, own = self._store, self._cluster.node_rank
-        ended = f"{outcome.code} {int(outcome.restartable)} {int(bool(outcome.told))}"
+        ended = f"{outcome.code} {int(outcome.restartable)} {int(bool(outcome.message))}"
         store.set(self._key(f"ended/{own}"), ended)
         if self.is_first:
             store.set(self._key("verdict"), self._judge(outcome))
@@ -117,14 +117,14 @@ class SeveralNodes(Nodes):
             store.set(self._alive(own), f"{time.monotonic()}")
             time.sleep(0.2)
         code, again = store.get(self._key("verdict")).decode().split(" ", 1)
-        told = self._told()
-        if told and f"on node {own} " not in told:
-            print(f"{told}. See the output of that node.", file=sys.stderr, flush=True)
+        message = self._message()
+        if message and f"on node {own} " not in message:
+            print(f"{message}. See the output of that node.", file=sys.stderr, flush=True)
         self._attempt += 1
         self._failed, self._seen = False, {}
-        return Outcome(int(code), restartable=again == "1", told=told)
+        return Outcome(int(code), restartable=again == "1", message=message)
 
-    def _told(self) -> str:
+    def _message(self) -> str:
         key = self._key("failed")
         return self._store.get(key).decode() if self._store.check([key]) else ""
 

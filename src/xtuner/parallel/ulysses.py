@@ -94,8 +94,8 @@ class SequenceGroup:
 
 
 class PretendedGroup(SequenceGroup):
-    """The first of `size` processes that are not there: tensors have the right shapes and no
-    values, for memory forecasts."""
+    """Stands in for the first of `size` processes: tensors have the right shapes and no values, for
+    memory forecasts."""
 
     def __init__(self, size: int) -> None:
         super().__init__(None, rank=0, size=size)

@@ -1,1 +1,1 @@
-"""What runs leave behind: read it, list runs, and show one in a report. Imports no torch."""
+"""The files that runs write: read them, list runs, write reports. Does not import torch."""

@@ -25,6 +25,8 @@ from xtuner.runs.record import RunRecord
 
 SCALARS_FILE = "scalars.jsonl"
 REPORT_FILE = "report.html"
+MERGED = "merged_"
+"""Begins the name of a checkpoint that `xtuner web` merged into its base model."""
 RUNNING, KILLED = "running", "killed"
 
 _LOG_DIR = re.compile(r"\d{8}_\d{6}(-\d+)?")
@@ -33,11 +35,11 @@ _CHECKPOINT = re.compile(r"iter_(\d+)")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The sample answers of one moment.
+    """The sample answers at one step.
 
     Attributes:
         step: optimizer steps done.
-        when: the moment in words, such as 'before training'.
+        when: a description, such as 'before training'.
         answers: rows with `question`, `images` and `answer`.
     """
 
@@ -47,17 +49,17 @@ class Evaluation:
 
 
 class RunFolder:
-    """What a run left in `work_dir`.
+    """The files of a run in `work_dir`.
 
     Raises:
-        CheckpointError: `work_dir` is no work dir.
+        CheckpointError: `work_dir` is not the work dir of a run.
     """
 
     def __init__(self, work_dir: Path) -> None:
         self.work_dir = Path(work_dir)
         if not self.starts:
             raise CheckpointError(
-                f"{work_dir}: is no work dir of a run: it contains no log folder, such as "
+                f"{work_dir}: is not the work dir of a run; it contains no log folder, such as "
                 "20261128_101500"
             )
 
@@ -141,6 +143,11 @@ class RunFolder:
             if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
         ]
         return [path for _, path in sorted(found)]
+
+    def merged(self) -> list[Path]:
+        """Models that were merged from checkpoints, by name."""
+        folders = self.work_dir.glob(f"{MERGED}*")
+        return sorted(path for path in folders if (path / "config.json").is_file())
 
     def status(self) -> str:
         """'running', 'finished', 'interrupted', 'failed' or 'killed'.

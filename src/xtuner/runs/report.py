@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs no other file, no network and no script.
+"""The report of a run: one self-contained HTML file without scripts.
 
     RunFolder ──► sections ──► work_dir/report.html
 
@@ -21,7 +21,7 @@ from xtuner import i18n
 from xtuner.config.render import literal
 from xtuner.config.schema import Settings
 from xtuner.i18n import Words
-from xtuner.runs import answers, chart
+from xtuner.runs import answers, chart, data_section
 from xtuner.runs.folder import REPORT_FILE, RunFolder
 from xtuner.runs.record import RunRecord
 
@@ -42,7 +42,7 @@ def write(
         out: the file; None is ``work_dir/report.html``.
 
     Raises:
-        CheckpointError: `work_dir` is no work dir.
+        CheckpointError: `work_dir` is not the work dir of a run.
     """
     path = out or Path(work_dir) / REPORT_FILE
     text = page(RunFolder(work_dir), language=language, status=status)
@@ -107,7 +107,9 @@ class _Page:
     def _tiles(self) -> Iterator[tuple[str, str, str]]:
         words, run = self.words, self.run
         total = self.record.total_steps if self.record else run.step
-        epoch = f"{run.scalars[-1].get('epoch', 0):.2f} epochs" if run.scalars else ""
+        epoch = ""
+        if run.scalars:
+            epoch = words("epochs_of", epochs=f"{run.scalars[-1].get('epoch', 0):.2f}")
         yield "tile_steps", words("step_of", step=run.step, total=total), epoch
         for tile, name in (("tile_loss", "loss"), ("tile_val_loss", "val_loss")):
             if points := run.series(name):
@@ -142,43 +144,10 @@ class _Page:
         yield "</div>"
 
     def _data(self) -> Iterator[str]:
-        words, data = self.words, self.run.data
-        if not data:
-            yield f'<p class="note">{words("data_none")}</p>'
-            return
-        keys = ("source", "format", "read", "used", "left_out", "lost", "changed")
-        head = "".join(
-            f"<th{' class=number' if i > 1 else ''}>{words('data_' + key)}</th>"
-            for i, key in enumerate(keys)
-        )
-        rows = "".join(_source_row(source) for source in data["sources"])
-        yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead>{rows}</table></div>'
-        for source in data["sources"]:
-            kept = [
-                {**group, "what": words("data_kept", what=group["what"])}
-                for group in source.get("kept", ())
-            ]
-            yield from self._groups([*source["lost"], *kept, *source["changed"]])
-        yield from (f'<p class="note">{escape(note)}</p>' for note in data.get("notes", ()))
-        part = data["train"]
-        yield "<p>" + words("data_training", **_part(part), packs=f"{part['packs']:,}",
-                            fill=f"{part['fill']:.0%}") + "</p>"  # fmt: skip
-        if data.get("validation"):
-            yield "<p>" + words("data_validation", **_part(data["validation"])) + "</p>"
-
-    def _groups(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-        """What happened to rows that were lost or changed, and where they are."""
-        for group in groups:
-            what = self.words("data_rows", count=f"{group['count']:,}", what=group["what"])
-            lines = [
-                f"{place['file']} {place['unit']} {place['number']}"
-                + (f": {place['fault']}" if place.get("fault") else "")
-                for place in group["first"]
-            ]
-            if more := group["count"] - len(lines):
-                lines.append(self.words("data_more", count=f"{more:,}"))
-            yield f"<details><summary>{escape(what)}</summary>"
-            yield f"<pre>{escape(chr(10).join(lines))}</pre></details>"
+        if self.run.data:
+            yield from data_section.parts(self.run.data, self.words)
+        else:
+            yield f'<p class="note">{self.words("data_none")}</p>'
 
     def _memory(self) -> Iterator[str]:
         words, run = self.words, self.run
@@ -254,7 +223,7 @@ def loss_chart(run: RunFolder, words: Words) -> str:
 def next_commands(
     run: RunFolder, record: RunRecord | None, status: str
 ) -> Iterator[tuple[str, str]]:
-    """What the user can do with the run: the key of a heading, and a command."""
+    """Next steps for the user: the key of a heading, and a command."""
     folder = shlex.quote(str(run.work_dir))
     if run.checkpoints():
         yield "next_chat", f"xtuner chat {folder}"
@@ -270,7 +239,7 @@ def next_commands(
 
 
 def part_style(inside: str) -> str:
-    """The style of the report's parts for another page, where they are inside `inside`."""
+    """The style of the report's parts, for a page that shows them inside the selector `inside`."""
     text = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return f"{inside} {{ {text.replace(':root', '&').replace('body {', '& .body {')} }}"
 
@@ -289,7 +258,7 @@ def _section(title: str, parts: Iterator[str]) -> Iterator[str]:
 
 
 def _overfitting(points: Sequence[tuple[float, float]], words: Words) -> str:
-    """A note where the validation loss has risen by more than a twentieth since its lowest."""
+    """A note if the validation loss has risen more than 5 % above its minimum."""
     if len(points) < 3:
         return ""
     step, low = min(points, key=lambda point: point[1])
@@ -301,27 +270,6 @@ def _overfitting(points: Sequence[tuple[float, float]], words: Words) -> str:
 
 def _seconds(run: RunFolder) -> float:
     return sum(value for _, value in run.series("seconds"))
-
-
-def _source_row(source: Mapping[str, Any]) -> str:
-    formats = ", ".join(source["formats"])
-    numbers = (
-        source["rows_read"],
-        source["rows_used"],
-        source["rows_left_out"],
-        sum(group["count"] for group in source["lost"]),
-        sum(group["count"] for group in source["changed"]),
-    )
-    cells = "".join(f'<td class="number">{number:,}</td>' for number in numbers)
-    return f"<tr><td>{escape(source['name'])}</td><td>{escape(formats)}</td>{cells}</tr>"
-
-
-def _part(part: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "samples": f"{part['samples']:,}",
-        "tokens": f"{part['tokens']:,}",
-        "supervised": f"{part['supervised_tokens']:,}",
-    }
 
 
 def _assignments(names: Sequence[str], settings: Mapping[str, Any]) -> str:

@@ -23,8 +23,8 @@ from starlette.exceptions import HTTPException
 from xtuner.errors import LaunchError, XTunerError
 from xtuner.generation.answer import TokenScore
 from xtuner.generation.generate import GenerationOptions
-from xtuner.serve import engine as engines
-from xtuner.serve.engine import Done, Engine, Event, Failed, Job, Piece
+from xtuner.serve.engine import Engine, facts
+from xtuner.serve.job import Done, Event, Failed, Job, OverloadedError, Piece, TookTooLongError
 from xtuner.serve.models import ServedModel
 from xtuner.serve.prompts import ImageStore, messages_of, prompt_ids, text_ids
 from xtuner.serve.replies import CallReader, Reply, finish_of
@@ -37,10 +37,10 @@ _CLIENT_GONE = 499
 
 @dataclass(frozen=True)
 class Defaults:
-    """What applies where a request says nothing.
+    """What applies where a request leaves something out.
 
     Attributes:
-        max_tokens: the most tokens of an answer, also of one that asks for more.
+        max_tokens: limit for every answer, also where a request asks for more.
         temperature: of requests that name none; OpenAI's is 1.
     """
 
@@ -60,9 +60,9 @@ class ApiError(Exception):
         """The error that the client sees for `error`."""
         if isinstance(error, ApiError):
             return error
-        if isinstance(error, engines.OverloadedError):
+        if isinstance(error, OverloadedError):
             return cls(429, str(error), code="overloaded")
-        if isinstance(error, engines.TookTooLongError):
+        if isinstance(error, TookTooLongError):
             return cls(504, str(error), code="timeout")
         if isinstance(error, LaunchError):
             return cls(503, str(error), code="unavailable")
@@ -99,7 +99,7 @@ def make_app(
 
     @app.get("/health")
     async def health() -> Mapping[str, Any]:
-        return engines.facts(engine)
+        return facts(engine)
 
     @app.get("/v1/models")
     async def list_models() -> Mapping[str, Any]:
@@ -322,7 +322,7 @@ def _find(models: Mapping[str, ServedModel], name: str) -> ServedModel:
         return models[name]
     raise ApiError(
         404,
-        f"the model {name!r:.200} is not served; there are {', '.join(models)}",
+        f"the model {name!r:.200} is not served; available: {', '.join(models)}",
         code="model_not_found",
         param="model",
     )
@@ -353,5 +353,5 @@ def _problem(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"][1:])
     what = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        what = "is no parameter of this API"
+        what = "is not a parameter of this API"
     return f"{where}: {what}" if where else what

@@ -15,12 +15,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.errors import LaunchError, ModelError, XTunerError
-from xtuner.generation.answer import Answer, TokenScore
+from xtuner.generation.answer import Answer
 from xtuner.generation.detokenize import StopWords
 from xtuner.generation.generate import (
     GenerationOptions,
@@ -32,93 +32,21 @@ from xtuner.generation.generate import (
 )
 from xtuner.generation.images import ImageInput
 from xtuner.generation.running import OneByOne, RunningBatch
+from xtuner.serve.job import (
+    Done,
+    Event,
+    Failed,
+    Job,
+    Limits,
+    OverloadedError,
+    Piece,
+    TookTooLongError,
+)
 from xtuner.serve.models import ServedModel, Weights
 from xtuner.templates.base import Template
 from xtuner.types import Message
 
 logger = logging.getLogger("xtuner.serve")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the engine accepts.
-
-    Attributes:
-        max_batch: answers that are generated at the same time.
-        max_queue: requests that wait; further ones are refused.
-        max_seconds: after which an answer is given up, counted from its request.
-    """
-
-    max_batch: int = 8
-    max_queue: int = 64
-    max_seconds: float = 600.0
-
-
-class OverloadedError(XTunerError):
-    """The queue is full."""
-
-
-class TookTooLongError(XTunerError):
-    """An answer took longer than `Limits.max_seconds`."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that was generated, and the scores of its tokens if they were asked for. The first
-    piece of an answer may be empty: it tells that the prompt was read."""
-
-    text: str
-    scores: Sequence[TokenScore] = ()
-
-
-@dataclass(frozen=True)
-class Done:
-    """The answer is complete.
-
-    Attributes:
-        finish: 'stop' or 'length'.
-        num_prompt, num_generated: tokens.
-    """
-
-    finish: str
-    num_prompt: int
-    num_generated: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The answer ended with an error."""
-
-    error: Exception
-
-
-Event = Piece | Done | Failed
-
-
-@dataclass(eq=False)
-class Job:
-    """A request for one answer.
-
-    Attributes:
-        model: answers.
-        prompt: token ids; with images, one image token for each.
-        options: of the generation.
-        deliver: called from the engine's thread with each event; must not block.
-        messages: of the prompt, where it has images.
-        top_logprobs: alternatives to report of each token; None reports no scores.
-        keep: special tokens that are part of the text: those that mark tool calls.
-        cancelled: the answer is no longer wanted.
-    """
-
-    model: ServedModel
-    prompt: list[int]
-    options: GenerationOptions
-    deliver: Callable[[Event], None]
-    messages: Sequence[Message] = ()
-    top_logprobs: int | None = None
-    keep: tuple[str, ...] = ()
-    cancelled: bool = False
-    submitted: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -128,8 +56,8 @@ class Engine:
         limits: what it accepts.
     """
 
-    def __init__(self, limits: Limits = Limits()) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._groups: dict[tuple[int, str | None], _Group] = {}
@@ -144,19 +72,19 @@ class Engine:
 
         Raises:
             OverloadedError: too many requests wait.
-            ModelError: the prompt leaves no room in the model's context.
+            ModelError: the prompt fills the model's context.
         """
         room_for_answer(job.model.weights.model, job.prompt)
         with self._lock:
             if self._num_open >= self.limits.max_batch + self.limits.max_queue:
                 raise OverloadedError(
-                    f"{self._num_open} requests are open, and no more may wait; try again later"
+                    f"{self._num_open} requests are open and the queue is full; try again later"
                 )
             self._num_open += 1
         self._inbox.put(job)
 
     def cancel(self, job: Job) -> None:
-        """Give up `job`; its slot is free after the current token."""
+        """Cancel `job`; its slot is free after the current token."""
         job.cancelled = True
 
     @property
@@ -183,14 +111,14 @@ class Engine:
             raise fault[0]
 
     def forget(self, weights: Weights) -> None:
-        """Let go of `weights`, whose jobs fail; called on the engine's thread."""
+        """Release `weights`, whose jobs fail; called on the engine's thread."""
         for key in [key for key in self._groups if key[0] == id(weights)]:
             self._groups.pop(key).fail(ModelError("the model was unloaded"), self._close)
         if mode := self._modes.pop(id(weights), None):
             mode.close()
 
     def close(self) -> None:
-        """End the thread; open requests fail."""
+        """Stop the thread; open requests fail."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -204,12 +132,12 @@ class Engine:
                 if not group.jobs:
                     self._groups.pop(key, None)
         for group in self._groups.values():
-            group.fail(LaunchError("the server stops"), self._close)
+            group.fail(LaunchError("the server is shutting down"), self._close)
         for mode in self._modes.values():
             mode.close()
 
     def _read_inbox(self, *, wait: bool) -> bool:
-        """Take what came in; False if the engine closes."""
+        """Take new jobs and calls; False if the engine closes."""
         while True:
             try:
                 item = self._inbox.get(block=wait)
@@ -243,7 +171,7 @@ class Engine:
         self._close(job, Failed(TookTooLongError(f"the answer took more than {seconds:g} s")))
 
     def _admit(self) -> None:
-        """Give free slots to those who wait longest, together with others of the same model."""
+        """Give free slots to the jobs that have waited longest, grouped by model."""
         free = self.limits.max_batch - sum(len(group.jobs) for group in self._groups.values())
         arriving: dict[tuple[int, str | None], list[Job]] = {}
         while self._waiting and free > 0:

@@ -1,6 +1,6 @@
-"""Keep strangers out: what every request passes before anything else sees it.
+"""Access control: what every request passes before the application sees it.
 
-    request ──► Host known? ──► Origin own? ──► body small? ──► credentials? ──► application
+    request ──► Host? ──► Origin? ──► size? ──► credentials? ──► application
 
 A server on loopback can be reached by every web page that is open on the same machine. Host and
 Origin tell those requests apart: a page cannot forge them.
@@ -14,9 +14,8 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from http.cookies import SimpleCookie
 from typing import Any, Protocol
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -94,7 +93,13 @@ class Password:
 
 @dataclass(frozen=True)
 class Token:
-    """A token in the address, ``/?token=...``, that becomes a cookie of this browser."""
+    """A token in the address, ``/?token=...``, that becomes a cookie of this browser.
+
+    Attributes:
+        token: the secret.
+        cookie: its name. Servers on other ports of the machine get the same cookies, so each needs
+            a name of its own.
+    """
 
     token: str
     cookie: str = "xtuner_token"
@@ -104,9 +109,11 @@ class Token:
         query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
         if _equal(query.get("token", [""])[0], self.token):
             cookie = f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
-            return Refusal(303, "", "", (("set-cookie", cookie), ("location", scope["path"])))
-        found = SimpleCookie(headers.get("cookie", "")).get(self.cookie)
-        if found and _equal(found.value, self.token):
+            location = "/" + quote(scope["path"].lstrip("/"))
+            return Refusal(303, "", "", (("set-cookie", cookie), ("location", location)))
+        # not http.cookies, which stops reading at a cookie of another server that it cannot parse
+        pairs = [pair.strip().partition("=") for pair in headers.get("cookie", "").split(";")]
+        if any(name == self.cookie and _equal(value, self.token) for name, _, value in pairs):
             return None
         message = "open the complete address that `xtuner web` printed, with its token"
         return Refusal(401, message)
@@ -117,8 +124,8 @@ class Guard:
 
     Args:
         app: the application.
-        address: that the server listens on.
-        credentials: what a request needs; None lets everyone on loopback in.
+        address: the server listens on it.
+        credentials: what a request must present; None accepts everyone on loopback.
         max_body: bytes of a request.
         origins: further origins that may send requests, such as ``https://chat.example``.
         hosts: further names of this server.
@@ -166,12 +173,12 @@ class Guard:
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if not self._any_host and name.strip("[]").lower() not in self._hosts:
-            return Refusal(403, f"this server is not called {host!r}", "host")
+            return Refusal(403, f"the Host header {host!r} does not name this server", "host")
         if refusal := self._foreign(scope, headers, host):
             return refusal
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self._max_body:
-            return Refusal(413, f"a request may have {self._max_body:,} bytes", "too_large")
+            return Refusal(413, f"a request may have at most {self._max_body:,} bytes", "too_large")
         return self._credentials.refusal(scope, headers) if self._credentials else None
 
     def _foreign(self, scope: Scope, headers: Mapping[str, str], host: str) -> Refusal | None:

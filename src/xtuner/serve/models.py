@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from xtuner import templates
-from xtuner.chat.opening import find, open_chat, text_parts
+from xtuner.chat.lookup import find
+from xtuner.chat.opening import open_chat, text_parts
 from xtuner.chat.session import Session
 from xtuner.errors import ConfigError
 from xtuner.generation.running import takes_batches

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from xtuner.calls.check import with_ids
+from xtuner.calls.check import call_problems, with_ids
 from xtuner.calls.read import CallFormatError, read_call
 from xtuner.data.images.files import open_image
 from xtuner.errors import ConfigError, DataError
@@ -44,17 +44,17 @@ class ImageStore:
         """Write the image of a data URL to a file, and return its name.
 
         Raises:
-            DataError: `url` is no data URL of an image that can be opened.
+            DataError: `url` is not a data URL of an image that can be opened.
         """
         match = _DATA_URL.match(url)
         if match is None:
             raise DataError(
-                "image_url: must be a data URL, data:image/png;base64,...; this server fetches "
-                "nothing from elsewhere"
+                "image_url: must be a data URL (data:image/png;base64,...); this server does not "
+                "fetch images"
             )
         self._count += 1
         if self._count > MOST_IMAGES:
-            raise DataError(f"image_url: a request may have {MOST_IMAGES} images")
+            raise DataError(f"image_url: a request may have at most {MOST_IMAGES} images")
         try:
             content = base64.b64decode(url[match.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
@@ -71,11 +71,13 @@ def messages_of(
     """The turns as messages.
 
     Raises:
-        DataError: an image cannot be used, or the model takes none.
-        ConfigError: a turn needs what this server does not have.
+        DataError: an image cannot be used, or the model does not take images.
+        ConfigError: a turn is malformed, or a result has no call.
     """
-    messages = tuple(_message(turn, served, images) for turn in turns)
-    return list(with_ids(Conversation(messages)).messages)
+    conversation = Conversation(tuple(_message(turn, served, images) for turn in turns))
+    if problem := next(call_problems(conversation), None):
+        raise ConfigError(f"messages: {problem}")
+    return list(with_ids(conversation).messages)
 
 
 def _message(turn: ChatMessage, served: ServedModel, images: ImageStore) -> Message:

@@ -11,7 +11,7 @@ from typing import Any
 from xtuner.calls.families.base import Family, Parser, Said
 from xtuner.calls.read import arguments_of, name_of
 from xtuner.generation.answer import TokenScore
-from xtuner.serve.engine import Done
+from xtuner.serve.job import Done
 
 
 def finish_of(done: Done, *, called: bool) -> str:

@@ -1,7 +1,7 @@
 """Requests of OpenAI's API, checked, and what they ask for in xtuner's terms.
 
-A parameter that has no effect here is refused rather than ignored, unless it asks for what happens
-anyway. Fields that only carry information for the service (`user`, `metadata`, ...) are taken.
+A parameter that has no effect here is refused rather than ignored, unless it has its default value.
+Fields that only carry information for the service (`user`, `metadata`, ...) are ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto", None),
     "functions": ([], None),
 }
-"""Parameters of OpenAI's API, with the values that ask for what happens anyway."""
+"""Parameters of OpenAI's API that have no effect here, with the values that are accepted."""
 
 
 class _Strict(BaseModel):
@@ -82,14 +82,14 @@ class ChatMessage(_Strict):
 
 
 class _Request(_Strict):
-    """What both kinds of requests have."""
+    """Fields of both kinds of requests."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
@@ -113,7 +113,7 @@ class _Request(_Strict):
         """Options of answer `number` of the request.
 
         Args:
-            limit: the most tokens of an answer.
+            limit: maximum tokens of an answer.
             temperature: of requests that name none.
             number: of several answers; each has a seed of its own.
 
@@ -133,7 +133,7 @@ class _Request(_Strict):
 
     @property
     def most_tokens(self) -> int | None:
-        """The most tokens that the client wants."""
+        """Maximum tokens of an answer, as the client asks."""
         return self.max_tokens
 
     @property
@@ -169,7 +169,7 @@ def read_tools(body: ChatRequest) -> tuple[Mapping[str, Any], ...]:
     """The tools that the model may call.
 
     Raises:
-        ConfigError: one is no tool.
+        ConfigError: one is not a tool.
     """
     if body.tool_choice == "none":
         return ()

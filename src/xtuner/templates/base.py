@@ -158,8 +158,8 @@ class Template(ABC):
         They are compared with ids that are cut at the masked characters, so that the ids themselves
         do not depend on the mask; a token across such a cut is not supervised.
         """
-        borders = [border for span in turn.masked for border in span]
-        pieces = self._tokens.segments(text[: turn.end], [turn.start, *borders])[1:]
+        boundaries = [index for span in turn.masked for index in span]
+        pieces = self._tokens.segments(text[: turn.end], [turn.start, *boundaries])[1:]
         cut = [token for piece in pieces for token in piece]
         learned = [index % 2 == 0 for index, piece in enumerate(pieces) for _ in piece]
         mask = [False] * len(ids)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -38,16 +39,25 @@ def run_distributed(
     for worker in workers:
         worker.start()
     found: dict[int, Any] = {}
+    end = time.monotonic() + timeout
     try:
-        for _ in workers:
-            rank, value, error = results.get(timeout=timeout)
+        while len(found) < processes:
+            died = [r for r, w in enumerate(workers) if w.exitcode is not None and r not in found]
+            try:
+                rank, value, error = results.get(timeout=1.0)
+            except queue.Empty:
+                if died:
+                    codes = [workers[rank].exitcode for rank in died]
+                    raise RuntimeError(f"ranks {died} died with exit codes {codes}") from None
+                if time.monotonic() > end:
+                    raise RuntimeError(
+                        f"only ranks {sorted(found)} of {processes} processes returned within "
+                        f"{timeout} s"
+                    ) from None
+                continue
             if error:
                 raise RuntimeError(f"process {rank} failed:\n{error}")
             found[rank] = value
-    except queue.Empty:
-        raise RuntimeError(
-            f"only ranks {sorted(found)} of {processes} processes returned within {timeout} s"
-        ) from None
     finally:
         for worker in workers:
             worker.join(timeout=5)

@@ -4,5 +4,5 @@
     answer ──parser──► call ──confirmed?──► ToolBox.call, in another process, within a time limit
            ◄──────────── result or error, as a turn of the tool ◄──┘       at most k rounds
 
-`chat`, the web page and `serve` share this room.
+Used by `chat`, the web page and `serve`.
 """

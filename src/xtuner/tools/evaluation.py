@@ -1,8 +1,8 @@
-"""How well a model calls tools: every assistant turn of a data set is generated and compared.
+"""Measure tool calling: every assistant turn of a data set is generated and compared.
 
     conversation ──cut before each assistant turn──► Question ──answer──► Outcome ──► Shares
 
-The turns before a question are those of the data, so that one mistake does not spoil the next turn.
+The turns before a question come from the data, so a mistake does not affect the next turn.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Call = tuple[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """An assistant turn that the model is to write.
+    """An assistant turn for the model to write.
 
     Attributes:
         messages: the conversation before it.
         tools: the tools that are shown.
-        expected: the calls of the data; none if the turn answers without.
+        expected: the calls of the data; empty if the turn has none.
         where: the row, for reports.
     """
 
@@ -46,11 +46,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model wrote for a question.
+    """The model's answer to a question.
 
     Attributes:
         called: the calls in it.
-        malformed: problems of what should have been calls.
+        malformed: problems of text that should have been calls.
         text: the answer.
     """
 
@@ -61,7 +61,7 @@ class Outcome:
 
     @property
     def tried(self) -> bool:
-        """Whether it calls, rightly or not."""
+        """Whether it attempts a call, correctly or not."""
         return bool(self.called or self.malformed)
 
     @property
@@ -94,11 +94,11 @@ class Shares:
     """Shares over questions, from 0 to 1; None where nothing was asked.
 
     Attributes:
-        num_calls: questions whose answer is a call.
+        num_calls: questions whose expected answer is a call.
         right_function, right_arguments: of these, with the right calls.
         valid_json: of answers that call, those in which every call can be read.
         missing: of `num_calls`, answered without any call.
-        num_answers: questions whose answer is no call.
+        num_answers: questions whose expected answer is not a call.
         needless: of these, answered with a call.
     """
 
@@ -134,8 +134,7 @@ def _share(outcomes: Sequence[Outcome], holds: Callable[[Outcome], bool]) -> flo
 def questions_of(record: Conversation, *, where: str = "") -> Iterator[Question]:
     """The assistant turns of a conversation, each as a question.
 
-    Turns that are excluded from the loss, and turns without one of the user before them, are not
-    asked.
+    Turns that are excluded from the loss, and turns without a user turn before them, are skipped.
     """
     for index, message in enumerate(record.messages):
         before = record.messages[:index]
@@ -146,7 +145,7 @@ def questions_of(record: Conversation, *, where: str = "") -> Iterator[Question]
 
 
 def outcome_of(question: Question, text: str, family: Family) -> Outcome:
-    """Compare the answer `text` with what was expected."""
+    """Compare the answer `text` with the expected one."""
     _, found = parse(family, text, tools=question.tools)
     called = tuple(
         (name_of(each.call), arguments_of(each.call)) for each in found if each.call is not None
@@ -160,7 +159,7 @@ def _comparable(call: Call) -> str:
 
 
 def _normal(value: Any) -> Any:
-    """`value` such that 3 and 3.0 are equal, and so are texts that differ in outer white space."""
+    """`value`, normalised: 3 equals 3.0, and outer white space of text is ignored."""
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         return int(value)
     if isinstance(value, str):
@@ -178,7 +177,7 @@ def called_tools(records: Iterable[Conversation]) -> set[str]:
 
 
 def held_out_tools(names: Iterable[str], share: float) -> set[str]:
-    """A share of the tools, at least one, chosen by the hash of their names."""
+    """A share of the tools, at least one, selected by the hash of their names."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     return set(ordered[: max(1, round(share * len(ordered)))]) if ordered else set()
 
@@ -186,7 +185,8 @@ def held_out_tools(names: Iterable[str], share: float) -> set[str]:
 def split_by_tool(
     records: Sequence[Conversation], held_out: set[str]
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """The conversations for training, which neither call nor show `held_out`, and the others."""
+    """Split conversations into those for training, which neither call nor show `held_out`, and
+    those that call it."""
     train, held = [], []
     for record in records:
         if called_tools([record]) & held_out:

@@ -24,10 +24,10 @@ _SPHINX = re.compile(r"^\s*:param\s+(?:[\w\[\], ]+\s+)?(\w+):\s*(.*)$")
 
 def schema_of(function: Callable[..., Any], *, name: str | None = None) -> dict[str, Any]:
     """The tool that `function` is: its name, the first paragraph of its docstring, and its
-    parameters by their type hints, with the words of the docstring's ``Args:`` section.
+    parameters from its type hints, described by the docstring's ``Args:`` section.
 
     Raises:
-        ConfigError: a parameter has no type hint, or one that JSON has no type for.
+        ConfigError: a parameter has no type hint, or one without a JSON type.
     """
     called = name or function.__name__
     try:
@@ -87,8 +87,8 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
         required = sorted(hint.__required_keys__)
         return {"type": "object", "properties": fields, "required": required}
     raise ConfigError(
-        f"{where}: the type {hint!r} has no place in JSON; use str, int, float, bool, list, dict, "
-        "Literal, an Enum, or a union of these"
+        f"{where}: the type {hint!r} has no JSON equivalent; use str, int, float, bool, list, "
+        "dict, Literal, an Enum, or a union of these"
     )
 
 
@@ -108,7 +108,7 @@ def _choices(values: Sequence[Any]) -> dict[str, Any]:
 
 
 def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """The first paragraph, and the words on each parameter."""
+    """The first paragraph, and the description of each parameter."""
     first = text.partition("\n\n")[0]
     lead: list[str] = []
     for line in first.splitlines():

@@ -1,4 +1,4 @@
-"""Python tools in a process of their own, which is ended when a call takes too long."""
+"""Python tools in a separate process, which is ended if a call takes too long."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from xtuner.errors import ConfigError
 from xtuner.tools.provider import Result
 
 START_SECONDS = 60.0
-"""How long importing the tools may take."""
+"""Time limit for importing the tools."""
 
 
 class LocalTools:
-    """The tools `names` in a worker process; it keeps their state until a call takes too long.
+    """The tools `names` in a worker process, which keeps their state until a call times out.
 
     Raises:
         ConfigError: a tool cannot be loaded.
@@ -32,10 +32,15 @@ class LocalTools:
         self._names = list(names)
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self._calling = threading.Lock()
         self.schemas: Sequence[Mapping[str, Any]] = self._start()
 
     def call(self, name: str, arguments: Mapping[str, Any], *, timeout: float) -> Result:
-        """See `Provider.call`."""
+        """See `Provider.call`; one call at a time, others wait."""
+        with self._calling:
+            return self._call(name, arguments, timeout)
+
+    def _call(self, name: str, arguments: Mapping[str, Any], timeout: float) -> Result:
         try:
             if self._process is None:
                 self._start()
@@ -51,7 +56,7 @@ class LocalTools:
             self._end()
             return Result(f"Error: the tools do not run: {error}", failed=True)
         except BaseException:
-            self._end()  # the answer of a call that was stopped must not be that of the next one
+            self._end()  # the answer of a stopped call must not be taken for that of the next one
             raise
         if line is None:
             self._end()
@@ -107,7 +112,7 @@ class LocalTools:
 
 
 def _read(pipe: IO[str], lines: queue.Queue[str | None]) -> None:
-    """Pass on the lines of the worker; None at its end."""
+    """Forward the lines of the worker; None at its end."""
     with contextlib.suppress(ValueError, OSError):
         for line in pipe:
             lines.put(line)

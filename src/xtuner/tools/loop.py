@@ -1,4 +1,4 @@
-"""The loop of an agent: the model answers, its calls are run, their results are shown to it.
+"""The loop of an agent: the model answers, its calls are run, and it gets their results.
 
 messages ──answer──► Text, Call ──allowed?──► ToolBox ──► Returned ──► next round ... ──► answer
 """
@@ -49,7 +49,7 @@ class Returned:
 
 @dataclass(frozen=True)
 class Malformed:
-    """Text that should have been a call, and why it is none; the model is told."""
+    """Text that should have been a call, and what is wrong with it; the model is told."""
 
     text: str
     problem: str
@@ -57,12 +57,17 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The loop ended after so many rounds without a final answer."""
+    """The loop ended after this many rounds without a final answer."""
 
     rounds: int
 
 
 Event = Text | Called | Returned | Malformed | Stopped
+
+
+@dataclass(frozen=True)
+class Feedback(Message):
+    """Tells the model that a call could not be read; a turn of the user that no user wrote."""
 
 
 def converse(
@@ -76,18 +81,18 @@ def converse(
     told: list[Message] | None = None,
     turn_of: Callable[[str], Message] = lambda text: Message("assistant", text),
 ) -> Generator[Event, None, list[Message]]:
-    """Answer a conversation with calls; yields what happens, and returns the new messages.
+    """Answer a conversation with calls; yield events, and return the new messages.
 
     Args:
         answer: generates an answer in pieces.
         messages: the conversation, which ends with the question.
         tools: run the calls.
-        family: how the model writes them.
+        family: how the model writes calls.
         allow: asked before each call.
-        max_rounds: most answers with calls.
-        turn_of: makes a turn of the assistant of what it wrote.
-        told: receives the new messages as they become complete, so that they are there also if
-            the caller stops the generator.
+        max_rounds: maximum number of answers with calls.
+        turn_of: makes an assistant turn of the model's text.
+        told: receives new messages as they are completed, so that they are kept if the caller stops
+            the generator.
     """
     new = told if told is not None else []
     first = 1 + sum(len(message.tool_calls) for message in messages)
@@ -114,7 +119,7 @@ def converse(
             yield Malformed(each.text, each.problem)
         if not calls:
             problem = "; ".join(each.problem for each in wrong)
-            new.append(Message("user", f"Error: the tool call {problem}. Write it again."))
+            new.append(Feedback("user", f"Error: the tool call {problem}. Write it again."))
     yield Stopped(max_rounds)
     return new
 
@@ -122,7 +127,7 @@ def converse(
 def _answered(
     answer: Answer, messages: Sequence[Message], tools: ToolBox, family: Family
 ) -> Generator[Event, None, tuple[str, list[Found]]]:
-    """Generate one answer; its text is yielded as it comes."""
+    """Generate one answer; yield its text in pieces."""
     parser = Parser(family, tools.schemas)
     said, found = "", []
 

@@ -1,7 +1,7 @@
-"""The tools of an MCP server: one that is started, ``mcp:COMMAND``, or one at an address.
+"""The tools of an MCP server, which is started (``mcp:COMMAND``) or at an address.
 
-The client runs in a thread with an event loop of its own. A server is a program that you choose to
-run, with your rights: xtuner limits only the time of its calls.
+The client runs in a thread with its own event loop. A server is a program that the user chooses to
+run, with the user's permissions; xtuner limits only the time of its calls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class McpTools:
     """The tools of the server at `server`: a command, or an address that begins with http.
 
     Raises:
-        ConfigError: the package mcp is missing, or the server does not answer.
+        ConfigError: the package mcp is missing, or the server does not respond.
     """
 
     def __init__(self, server: str, *, timeout: float = 30.0) -> None:
@@ -51,7 +51,7 @@ class McpTools:
             self.close()
             if not isinstance(error, Exception):
                 raise
-            raise ConfigError(f"--tools mcp:{server}: the server does not answer: "
+            raise ConfigError(f"--tools mcp:{server}: the server does not respond: "
                               f"{_innermost(error)}") from error  # fmt: skip
 
     async def _list(self) -> list[Mapping[str, Any]]:
@@ -83,12 +83,12 @@ class McpTools:
         """See `Provider.close`."""
         try:
             self._stack.close()
-        except Exception as error:  # a server that ended already
+        except Exception as error:  # the server has already exited
             logger.debug("closing an MCP server failed: %s", error)
 
 
 def _innermost(error: BaseException) -> str:
-    """The message of the exception that a group was made of."""
+    """The message of the innermost exception of a group."""
     while isinstance(error, BaseExceptionGroup) and error.exceptions:
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

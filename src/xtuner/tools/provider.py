@@ -1,4 +1,4 @@
-"""What has tools and runs them, and what a call gives."""
+"""The interface of tool providers, and the result of a call."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ALIAS = re.compile(r"^([A-Za-z_]\w*)=")
 
 @dataclass(frozen=True)
 class Result:
-    """What a call gave: its text, or the text of its error."""
+    """The result of a call: its text, or the text of its error."""
 
     text: str
     failed: bool = False
 
 
 class Provider(Protocol):
-    """Something that has tools and runs them."""
+    """Provides tools and runs them."""
 
     @property
     def schemas(self) -> Sequence[Mapping[str, Any]]:
@@ -35,12 +35,12 @@ class Provider(Protocol):
         ...
 
     def close(self) -> None:
-        """End what runs."""
+        """Stop the processes of the tools."""
         ...
 
 
 def as_text(value: Any) -> str:
-    """A function's value as the text that a model reads."""
+    """A function's return value as text for the model."""
     if value is None:
         return "(no result)"
     if isinstance(value, str):

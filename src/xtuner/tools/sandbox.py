@@ -1,4 +1,4 @@
-"""Run Python code of a model in a process of its own, without network and with limits.
+"""Run a model's Python code in a separate process, without network and with limits.
 
 The process starts isolated (no site packages, empty environment, an empty folder that is deleted),
 limits its memory, CPU time, file sizes and descriptors, and then asks the kernel to refuse, until
@@ -7,8 +7,8 @@ files except Python's own, which it may read, and its folder (Landlock, Linux 5.
 
 It does not protect from: faults of the kernel; reading Python's own files and system libraries;
 use of CPU, memory and disk up to the limits; and, where Landlock is missing, reading files of this
-user. It refuses to run code on other systems than Linux on x86-64 and ARM. It is no replacement for
-a virtual machine if the code comes from people who attack you.
+user. It refuses to run code on other systems than Linux on x86-64 and ARM. It does not replace a
+virtual machine if the code comes from attackers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 SECONDS = 10.0
-"""CPU time, and twice as much time in all."""
+"""CPU time; the wall time is limited to twice as much."""
 MEMORY = 512 * 2**20
 MOST_CHARACTERS = 10_000
 _CHILD = Path(__file__).with_name("sandbox_child.py")
@@ -34,14 +34,14 @@ def run_code(code: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> st
     Args:
         code: Python code.
         seconds: CPU time that it may take; it is stopped after twice as many seconds.
-        memory: bytes of address space that it may have.
+        memory: bytes of address space that it may use.
 
     Raises:
-        RuntimeError: it takes too much, or this machine cannot limit it.
+        RuntimeError: it exceeds a limit, or this machine cannot enforce the limits.
     """
     with (
         tempfile.TemporaryDirectory(prefix="xtuner-python-") as folder,
-        tempfile.TemporaryFile() as written,  # a file, so that the limit of its size holds
+        tempfile.TemporaryFile() as written,  # a file, so that the limit on file sizes applies
     ):
         command = [sys.executable, "-I", "-S", str(_CHILD), str(seconds), str(memory), folder]
         process = subprocess.Popen(

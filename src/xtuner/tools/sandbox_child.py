@@ -1,7 +1,7 @@
 """The process that runs a model's code; started by `sandbox`, imports nothing of xtuner.
 
 Arguments: seconds of CPU time, bytes of memory, the folder that it may write to. The code comes
-from standard input. Exit code 3 means that this machine cannot limit it.
+from standard input. Exit code 3 means that this machine cannot enforce the limits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REFUSED = {
 # fmt: on
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
-_ALL_ACCESS = (1 << 13) - 1  # what the first version of Landlock knows
+_ALL_ACCESS = (1 << 13) - 1  # access rights of the first version of Landlock
 
 
 def main() -> int:
@@ -49,14 +49,14 @@ def main() -> int:
     code = sys.stdin.buffer.read().decode("utf-8", "replace")
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     if sys.platform != "linux" or machine not in _REFUSED:
-        print("Python code runs only on Linux on x86-64 or ARM, where it can be kept in a sandbox")
+        print("Python code runs only on Linux on x86-64 or ARM, where it can be sandboxed")
         return 3
     try:
         _limit(seconds, memory)
         libc = ctypes.CDLL(None, use_errno=True)
         _enter(libc, machine, folder)
     except OSError as error:
-        print(f"this machine cannot keep Python code in a sandbox: {error}")
+        print(f"this machine cannot sandbox Python code: {error}")
         return 3
     _run(code)
     return 0
@@ -95,17 +95,18 @@ def _filter(arch: int, numbers: tuple[int, ...]) -> bytes:
     """A BPF program that refuses the system calls `numbers`."""
     load_arch, load_number = (0x20, 0, 0, 4), (0x20, 0, 0, 0)
     lines = [load_arch, (0x15, 1, 0, arch), (0x06, 0, 0, _KILL), load_number]
-    lines.append((0x35, len(numbers), 0, _X32))  # x86-64's second set of numbers
+    lines.append((0x35, len(numbers), 0, _X32))  # the x32 numbers of x86-64
     for left, number in zip(range(len(numbers) - 1, -1, -1), numbers, strict=True):
         lines.append((0x15, left + 1, 0, number))
     lines += [(0x06, 0, 0, _ALLOW), (0x06, 0, 0, _REFUSE)]
-    # the jump for x32 numbers goes to the last line too
+    # the jump for x32 numbers also goes to the last instruction
     lines[4] = (0x35, len(numbers) + 1, 0, _X32)
     return b"".join(struct.pack("HBBI", *line) for line in lines)
 
 
 def _keep_to_folders(libc: Any, folder: str) -> None:
-    """Let only Python's folders be read, and `folder` be written; nothing without Landlock."""
+    """Allow reading only Python's folders, and writing only `folder`; no effect without
+    Landlock."""
     handled = struct.pack("Q", _ALL_ACCESS)
     ruleset = libc.syscall(_CREATE_RULESET, handled, len(handled), 0)
     if ruleset < 0:

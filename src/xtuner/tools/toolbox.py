@@ -5,9 +5,9 @@ A tool is named as
     my_tools.py            every public function that the file defines
     my_tools.py:function   one of them
     calculator             a tool of `xtuner.tools.builtin`
-    read_file:FOLDER       a built-in tool with its setting
+    read_file:FOLDER       a built-in tool with its argument
     Calculate=calculator   a tool under another name
-    mcp:COMMAND ARGUMENTS  the tools of an MCP server that is started, or that of mcp:https://...
+    mcp:COMMAND ARGUMENTS  the tools of an MCP server that is started, or at mcp:https://...
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from xtuner.errors import ConfigError, did_you_mean, listed
 from xtuner.tools.provider import ALIAS, BUILTIN, Provider, Result
 
 MOST_CHARACTERS = 20_000
-"""Longest result that a model is given."""
+"""Maximum length of a result that the model gets."""
 
 
 class ToolBox:
-    """The tools of all providers under one roof.
+    """The tools of all providers.
 
     Args:
         providers: their tools have different names.
         timeout: seconds that a call may take.
 
     Raises:
-        ConfigError: two tools have one name, or there is none.
+        ConfigError: two tools have the same name, or there are no tools.
     """
 
     def __init__(self, providers: Sequence[Provider], *, timeout: float = 30.0) -> None:
@@ -44,14 +44,14 @@ class ToolBox:
             for schema in provider.schemas:
                 name = name_of(schema)
                 if name in self._by_name:
-                    raise ConfigError(f"--tools: two tools are named {name!r}; leave one out")
+                    raise ConfigError(f"--tools: two tools are named {name!r}; remove one")
                 self._by_name[name] = (provider, schema)
         if not self._by_name:
             raise ConfigError("--tools: no tool was found")
 
     @property
     def schemas(self) -> tuple[Mapping[str, Any], ...]:
-        """The tools as the model is shown them."""
+        """The tools in the form that the model gets."""
         return tuple(schema for _, schema in self._by_name.values())
 
     @property
@@ -60,7 +60,7 @@ class ToolBox:
         return list(self._by_name)
 
     def call(self, call: Mapping[str, Any]) -> Result:
-        """Run a call; whatever is wrong with it is the result."""
+        """Run a call; if it is wrong, the result says what."""
         name, arguments = name_of(call), arguments_of(call)
         if name not in self._by_name:
             guess = did_you_mean(name, self.names)
@@ -77,7 +77,7 @@ class ToolBox:
         return result
 
     def close(self) -> None:
-        """End all that runs."""
+        """Close all providers."""
         for provider in self._providers:
             provider.close()
 
@@ -87,10 +87,10 @@ def _error(text: str) -> Result:
 
 
 def open_tools(names: Sequence[str], *, timeout: float = 30.0) -> ToolBox:
-    """The tools that are named; see the module.
+    """Open the tools with these names; see the module docstring.
 
     Raises:
-        ConfigError: a name is wrong, or a tool cannot be loaded; all problems are listed.
+        ConfigError: a name is invalid, or a tool cannot be loaded; all problems are listed.
     """
     refuse(faults_of(names))
     local = [name for name in names if not name.startswith("mcp:")]
@@ -118,7 +118,7 @@ def builtin_names() -> list[str]:
 
 
 def faults_of(names: Sequence[str]) -> list[str]:
-    """What is wrong with names, as far as that can be seen without loading the tools."""
+    """The problems of names that can be detected without loading the tools."""
     return [fault for name in names for fault in _faults(name)]
 
 
@@ -129,6 +129,7 @@ def refuse(faults: Sequence[str]) -> None:
 
 
 def _faults(name: str) -> Iterator[str]:
+    """The problem with a name that can be detected without loading the tool."""
     name = ALIAS.sub("", name)
     head, _, setting = name.partition(":")
     if head == "mcp":

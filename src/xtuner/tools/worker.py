@@ -1,7 +1,7 @@
 """The process that holds Python tools and runs them: ``python -m xtuner.tools.worker NAME...``.
 
-It reads a call per line from standard input and writes an answer per line to where standard output
-was; what the tools print goes to standard error.
+It reads one call per line from standard input and writes one answer per line to the original
+standard output; what the tools print goes to standard error.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def load(names: list[str]) -> tuple[Tools, list[dict[str, Any]]]:
     """The functions by name, and their schemas.
 
     Raises:
-        ConfigError: a file cannot be imported, or a function cannot be a tool.
+        ConfigError: a file cannot be imported, or a function cannot be used as a tool.
     """
     tools: Tools = {}
     schemas = []
     for name in names:
         for called, function in _functions(name):
             if called in tools:
-                raise ConfigError(f"two tools are named {called!r}; leave one out")
+                raise ConfigError(f"two tools are named {called!r}; remove one")
             tools[called] = function
             schemas.append(schema_of(function, name=called))
     return tools, schemas
@@ -80,7 +80,7 @@ def _of_file(name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def _where(error: BaseException) -> str:
-    """An exception with the last line of the user's code that it passed."""
+    """An exception with the innermost line of the user's code."""
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f"{frame.filename}, line {frame.lineno}" for frame in frames]
@@ -89,7 +89,7 @@ def _where(error: BaseException) -> str:
 
 
 def answer(tools: Tools, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one call; an exception is an answer."""
+    """Run one call; an exception becomes an answer."""
     try:
         value = tools[request["name"]](**request["arguments"])
         if inspect.iscoroutine(value):
@@ -104,9 +104,9 @@ def answer(tools: Tools, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(names: list[str]) -> int:
-    """Load the tools, say which there are, and answer calls until the input ends."""
+    """Load the tools, list them, and answer calls until the input ends."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
-        os.dup2(2, 1)  # what a tool prints must not look like an answer
+        os.dup2(2, 1)  # what a tool prints must not be taken for an answer
 
         def say(value: Any) -> None:
             out.write(json.dumps(value) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,22 @@ class CheckpointWriter:
         }
         found = {
             name.removeprefix(_WRAPPED): keep(tensor) if self.strategy.sharded else tensor
-            for name, tensor in self.strategy.trained_weights()
+            for name, tensor in self._weights()
             if tensor is not None
         }
         return {name: found[own] for name, own in names.items() if own in found}
+
+    def _weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The trained weights; if weights are sharded, also frozen ones that are written."""
+        if not self.strategy.sharded:
+            return self.strategy.trained_weights()
+        adapted = self.settings.uses_adapter
+        models = (
+            self.vision.parts.saved_in_full() if self.vision else [] if adapted else [self.model]
+        )
+        full = {id(p) for model in models for p in model.parameters() if not p.requires_grad}
+        also = {_WRAPPED + n for n, p in self.model.named_parameters() if id(p) in full}
+        return self.strategy.trained_weights(also) if also else self.strategy.trained_weights()
 
     def _info(self, run: Run) -> RunInfo:
         return RunInfo(

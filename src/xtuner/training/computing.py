@@ -8,6 +8,7 @@ import torch
 
 from xtuner.config.schema import Settings
 from xtuner.device import host
+from xtuner.device.cores import bind_to_share
 from xtuner.kernels import compiled, threads
 from xtuner.kernels.attention.summary import attention_line
 from xtuner.kernels.fused import liger
@@ -22,10 +23,13 @@ def prepare_computing(settings: Settings, processes: Processes, dtype: torch.dty
 
 def _prepared(settings: Settings, processes: Processes, dtype: torch.dtype) -> Iterator[str]:
     on_cpu, wanted = processes.device.type == "cpu", settings.num_threads
+    on_node = processes.world_size // processes.nodes
+    bound = on_cpu and bind_to_share(processes.rank - processes.node_leader, on_node)
     if on_cpu and host.keep_freed_memory():
         host.ask_for_huge_pages()
     if on_cpu or wanted:  # a run on a GPU does not wait for measurements of CPU kernels
-        yield threads.choose_threads(wanted, dtype, processes.world_size)
+        line = threads.choose_threads(wanted, dtype, processes.world_size)
+        yield f"{line}, on {bound} core(s) of its own" if bound else line
     yield compiled.state() if on_cpu else liger.state(processes.device)
 
 

@@ -69,8 +69,8 @@ class Validation:
         total, count = processes.of_rows([total, count])
         total, count, faults = processes.sum([total, count, float(fault is not None)])
         if faults:
-            told = processes.gather([str(fault)] if fault else [])
-            raise DataError("; ".join(dict.fromkeys(told))) from fault
+            messages = processes.gather([str(fault)] if fault else [])
+            raise DataError("; ".join(dict.fromkeys(messages))) from fault
         return total / (count or 1.0)
 
     def _read(self, index: int) -> tuple[Batch | None, DataError | None]:
@@ -101,7 +101,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class SampleAnswers:
-    """Asks the model questions during training.
+    """Generates the model's sample answers during training.
 
     Attributes:
         settings: The run's settings.

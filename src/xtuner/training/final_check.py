@@ -1,4 +1,4 @@
-"""Checks at the end of a run what the model learned: it is asked rows of its own data and everyday
+"""Checks at the end of a run what the model has learned, by asking it rows of its data and everyday
 questions.
 
     before the first step   everyday questions ─► answers
@@ -37,7 +37,7 @@ EVERYDAY_TOKENS = 24
 SIMILAR = 0.6
 """An everyday answer counts as unchanged if this share of its characters reappears in order."""
 FEWEST_PROMPT = 4
-"""A sample that begins with its answer has no question to ask."""
+"""A sample that begins with its answer has no question."""
 SMALL = 5_000
 """With more rows than this, a model is not expected to reproduce each answer."""
 EVERYDAY = {
@@ -139,8 +139,8 @@ class FinalCheck(BaseHook):
     def on_start(self, run: Run) -> None:
         """Ask the everyday questions before the first step."""
         if run.step == 0 and self._takes_part(run):
-            told = working(run.console, f"Asking {len(self._questions)} everyday questions")
-            with told, contextlib.suppress(XTunerError):  # the end of the run says why
+            status = working(run.console, f"Asking {len(self._questions)} everyday questions")
+            with status, contextlib.suppress(XTunerError):  # the end of the run says why
                 self._before = self._ask(self._questions, EVERYDAY_TOKENS)
 
     def on_step(self, run: Run) -> None:
@@ -215,7 +215,7 @@ class FinalCheck(BaseHook):
         if last is not None and last > 1.05 * self._lowest:
             texts.append(
                 f"The validation loss rose from {self._lowest:.3f} to {last:.3f}: the model "
-                "over-fits. Lower max_epochs, or add rows."
+                "overfits. Lower max_epochs, or add rows."
             )
         return texts
 

@@ -19,8 +19,11 @@ from xtuner.data.sources.resolve import prepare
 from xtuner.errors import ConfigError, XTunerError, did_you_mean, listed
 from xtuner.hub import fetch
 
-_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""Values of `attn_implementation` and the package that each requires."""
+_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""Values of `attn_implementation`, and the module and package that each requires."""
 _NO_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam", "GlobalOptimManager")
 
 
@@ -57,11 +60,16 @@ def _problems(settings: Settings) -> Iterator[str]:
             f"optim_type = {name!r}: unknown optimizer{did_you_mean(name, known)}; "
             f"allowed: {', '.join(known)}"
         )
-    package = _PACKAGES.get(settings.attn_implementation)
-    if package and importlib.util.find_spec(package) is None:
+    yield from attention_problem(settings.attn_implementation)
+
+
+def attention_problem(name: str) -> Iterator[str]:
+    """Yield why attention `name` cannot be used, if its package is missing."""
+    module, package = _PACKAGES.get(name, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
         yield (
-            f"attn_implementation = {settings.attn_implementation!r}: needs the package {package}, "
-            "which is not installed; 'auto' needs none and is as fast"
+            f"attn_implementation = {name!r}: needs the package {package}, which is not installed. "
+            "Install it, or set 'auto', which needs no package and is as fast"
         )
 
 

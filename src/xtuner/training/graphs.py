@@ -38,7 +38,7 @@ def use(
             later.
     """
 
-    def say(why: str) -> None:
+    def report(why: str) -> None:
         if settings.cuda_graphs is True:
             raise TrainingError(f"{why}. Set cuda_graphs = 'auto' to train without them")
         console.print(f"Note: {why}.", markup=False)
@@ -47,7 +47,7 @@ def use(
         return
     if reason := next(_obstacles(model, settings, strategy), None):
         if settings.cuda_graphs is True:
-            say(f"CUDA graphs are not used: {reason}")
+            report(f"CUDA graphs are not used: {reason}")
         return
     model.graphs = GraphedDecoder(
         model.decoder,
@@ -58,7 +58,7 @@ def use(
         autocast=lambda: torch.autocast(
             "cuda", dtype=model.autocast, enabled=model.autocast is not None, cache_enabled=False
         ),
-        say=say,
+        report=report,
     )
 
 

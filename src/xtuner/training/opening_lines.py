@@ -37,7 +37,7 @@ def opening_lines(
     positions: str | None,
     work_dir: Path,
 ) -> Iterator[str]:
-    """Yield the lines in the order of a reader's questions.
+    """Yield the first lines of a run.
 
     Args:
         s: The run's settings.
@@ -65,10 +65,11 @@ def opening_lines(
         taken = ", ".join(f"{name} {_taken(getattr(s, name))}" for name in chosen)
         yield f"Recipe       {taken} ('auto': by the amount of data)"
     total, counter = steps
+    unit = "processes" if layout.sequence_world_size == 1 else "groups"
     yield (
         f"Steps        {total:,} ({counter.steps_per_epoch:,} per epoch), each of "
         f"{s.batch_size} (batch_size) x {s.accumulative_counts} (accumulative_counts) x "
-        f"{layout.data_world_size} ({_shares(layout)}) {'packs' if s.packs else 'samples'}"
+        f"{layout.data_world_size} ({unit}) {'packs' if s.packs else 'samples'}"
     )
     if packing:
         yield f"Samples      {packing}"
@@ -105,11 +106,6 @@ def _processes(layout: RankLayout) -> str:
     return f"{layout.world_size} processes{shared}; "
 
 
-def _shares(layout: RankLayout) -> str:
-    """The unit that takes its own rows."""
-    return "processes" if layout.sequence_world_size == 1 else "groups"
-
-
 def lines_of_model(s: Settings, plan: MemoryPlan, dtype: torch.dtype) -> list[str]:
     """What is trained, on which device, and the memory it needs."""
     held = s.effective_quantization
@@ -139,7 +135,7 @@ def _counted(s: Settings, total: int, counter: Counter) -> Iterator[str]:
     last, step = every[-1]
     names = ", ".join([*shown, f"iter_{last} (step {step})"])
     yield (
-        f"Counting     micro-batches of one process: {last:,}, {counter.accumulative_counts} a "
+        f"Counting     micro-batches of one process: {last:,}, {counter.accumulative_counts} per "
         f"step; saved as {names}"
     )
 
@@ -165,14 +161,13 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
 
 
 def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
-    """What a beginner should know about the number of steps before the run, not after it."""
+    """Notes on a number of steps that is unlikely to be intended."""
     notes = []
     end = counter.done(total)
     if s.max_steps and s.max_steps > end:
         notes.append(
             f"max_steps = {s.max_steps} will not be reached: max_epochs = {s.max_epochs} ends the "
-            f"run "
-            f"at {end}; raise max_epochs"
+            f"run at {end}; raise max_epochs"
         )
     elif s.max_steps and s.max_steps < end:
         notes.append(
@@ -181,5 +176,7 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
-        notes.append(f"only {total} steps, too few to learn much; set {hint}max_epochs = 'auto'")
+        notes.append(
+            f"only {total} steps, which is too few to learn much; set {hint}max_epochs = 'auto'"
+        )
     return notes

@@ -17,13 +17,10 @@ from xtuner.errors import ConfigError, DataError, ModelError, XTunerError, did_y
 from xtuner.models.adapters import check_config
 from xtuner.models.facts import ModelFacts, facts_of
 from xtuner.templates.base import Template
+from xtuner.training.first_check import attention_problem
 from xtuner.training.publish import check_target
 from xtuner.types import Conversation, Message
 
-_PACKAGES = {
-    "flash_attention_2": ("flash_attn", "flash-attn"),
-    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
-}
 _MOST_NAMES = 4
 
 
@@ -62,12 +59,12 @@ def _positions(s: Settings, facts: ModelFacts) -> Iterator[str]:
     if limit and s.max_length > limit and facts.learned_positions:
         yield (
             f"max_length = {s.max_length:,}: {facts.path} has {limit:,} learned positions and "
-            f"supports no longer texts; set max_length = {limit} or less"
+            f"does not support longer texts; set max_length = {limit} or less"
         )
 
 
 def note_on_positions(s: Settings, train: PackedDataset) -> str | None:
-    """A note on samples that are longer than the model's positions; None if there are none."""
+    """A note on samples that are longer than the model's context; None if there are none."""
     limit = facts_of(s).positions
     num_longer, longest = train.num_longer(limit) if limit and not s.has_vision else (0, 0)
     if not num_longer:
@@ -81,12 +78,8 @@ def note_on_positions(s: Settings, train: PackedDataset) -> str | None:
 
 def _check_attention(s: Settings) -> None:
     name = s.attn_implementation
-    module, package = _PACKAGES.get(name, ("", ""))
-    if module and importlib.util.find_spec(module) is None:
-        raise ConfigError(
-            f"attn_implementation = {name!r}: needs the package {package}, which is not installed. "
-            "Install it, or set 'auto', which needs no package"
-        )
+    for problem in attention_problem(name):
+        raise ConfigError(problem)
     known = ["auto", "eager", *AttentionInterface().valid_keys()]
     if name not in known and "/" not in name:
         raise ConfigError(
@@ -148,8 +141,8 @@ def check_tokenizer(tokenizer: Any, template: Template, facts: ModelFacts) -> in
         shown = ", ".join(map(repr, names[:_MOST_NAMES])) + ", ..." * (len(names) > _MOST_NAMES)
         raise ModelError(
             f"{facts.path}: the tokenizer has {len(tokenizer):,} tokens, but the model only "
-            f"{facts.vocab_size:,} embeddings, and the template writes tokens without one ("
-            f"{shown}). Use the tokenizer that belongs to the model, set another prompt_template, "
+            f"{facts.vocab_size:,} embeddings, and the template writes tokens without one "
+            f"({shown}). Use the tokenizer that belongs to the model, set another prompt_template, "
             f"or set resize_embeddings = True, which adds and trains them"
         )
     return facts.vocab_size

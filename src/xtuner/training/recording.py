@@ -44,11 +44,11 @@ class Recording:
             yield
         except Interrupted:
             self._end(INTERRUPTED)
-            self.tell()
+            self.print_report()
             raise
         except Exception as error:
             self._end(FAILED, f"{type(error).__name__}: {error}")
-            self.tell()
+            self.print_report()
             raise
         self._end(FINISHED)
 
@@ -62,7 +62,7 @@ class Recording:
                 raise
             self.console.print(f"Note: the report could not be written: {error}", markup=False)
 
-    def tell(self) -> None:
+    def print_report(self) -> None:
         """Print the path of the report."""
         path = self.work_dir / REPORT_FILE
         if path.is_file():

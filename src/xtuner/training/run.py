@@ -10,39 +10,28 @@ import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import torch
 from rich.console import Console
-from torch import nn
 
 from xtuner.config import recipe
 from xtuner.config.load import LoadedSettings
-from xtuner.convert import old_checkpoint
 from xtuner.data.build import TrainingData
-from xtuner.data.loader import Collate
+from xtuner.data.loader import Collate, Loader
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import run_lock, strategies
 from xtuner.engine.best import BestMetric
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.counting import Counter, counting_of
 from xtuner.engine.hooks.base import Run, make_hooks
-from xtuner.engine.optimizer import optim
 from xtuner.engine.optimizer.loss_scaler import LossScaler
-from xtuner.engine.resume import check_shape, identity_of
+from xtuner.engine.resume import identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
-from xtuner.engine.work_dir import WorkPlace, work_dir_of
+from xtuner.engine.work_dir import WorkPlace
 from xtuner.engine.working import say, working
-from xtuner.hub import old_pth
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
-from xtuner.models import manifest, vocabulary
-from xtuner.models.adapters import notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.facts import facts_of
-from xtuner.models.neftune import EmbeddingNoise
-from xtuner.models.prepare import llm_autocast, make_trainable
 from xtuner.models.run_info import RunInfo
 from xtuner.parallel.once import check_shared
 from xtuner.parallel.processes import Processes
@@ -52,9 +41,10 @@ from xtuner.training.computing import choose_attention, prepare_computing
 from xtuner.training.data_parts import DataParts
 from xtuner.training.evaluate import SampleAnswers, Validation
 from xtuner.training.final_check import final_check
-from xtuner.training.holdings import holdings
 from xtuner.training.languages import FIRST_SAMPLES, loss_note, mean_loss, script_note
+from xtuner.training.model_setup import hand_over, make_model
 from xtuner.training.opening_lines import opening_lines
+from xtuner.training.origin import Origin, open_origin
 from xtuner.training.publish import publish
 from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
@@ -89,14 +79,10 @@ def train(
         hang_timeout=settings.hang_timeout,
     )
     try:
-        folder = work_dir_of(loaded, work_dir)
+        folder = loaded.work_dir(work_dir)
         with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
             check_shared(processes, folder)
-            run = _TrainingRun(loaded, processes, work_dir)
-            try:
-                result = run.train(resume, overwrite)
-            finally:
-                run.close()
+            result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:
         processes.close()
         raise
@@ -112,7 +98,7 @@ class _TrainingRun:
     def __init__(self, loaded: LoadedSettings, processes: Processes, work_dir: Path | None):
         self.loaded, self.settings, self.processes = loaded, loaded.settings, processes
         self.console = Console(quiet=not processes.is_main, highlight=False, soft_wrap=True)
-        self.work_dir = work_dir_of(loaded, work_dir)
+        self.work_dir = loaded.work_dir(work_dir)
         self.device = processes.device.type
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.loss_scaler = LossScaler.for_dtype(self.dtype)
@@ -121,59 +107,110 @@ class _TrainingRun:
             self.settings.save_total_limit,
             alias=self.settings.steps_are == "micro_batches",
         )
-        self.old_weights: TemporaryDirectory[str] | None = None
         self.vision: RunVision | None = None
         self.chosen: tuple[str, ...] = ()
-        with working(self.console, "Measuring the threads, compiling kernels at the first start"):
+        with working(self.console, "Choosing threads (the first start also compiles kernels)"):
             self.computing = prepare_computing(self.settings, processes, self.dtype)
 
     def train(self, resume: str | None, overwrite: bool) -> TrainResult:
         """Create all parts, then run the training loop."""
-        source = self._resumable(resume) if resume else None
+        with open_origin(
+            resume,
+            self.settings,
+            self.store,
+            is_main=self.processes.is_main,
+            console=self.console,
+        ) as origin:
+            return self._train(origin, overwrite)
+
+    def _train(self, origin: Origin, overwrite: bool) -> TrainResult:
+        self._open(origin)
+        folders = self._prepare_folders(resuming=origin.resuming, overwrite=overwrite)
+        data = self._read_data(folders)
+        loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
+        counter, total = counting_of(self.settings, loader)
+        self._forecast()
+        lines = self._tell(data, counter, total)
+        model = self._make_model(origin)
+        run = self._run(folders, model, data, counter, total)
+        writer = self._writer(model, data)
+        if origin.folder and origin.resuming:
+            writer.restore(origin.folder, run)
+        if run.step >= total:
+            self._say(
+                f"Nothing to do: {origin.folder} is at step {run.step} of {total}. To continue, "
+                "raise max_epochs or max_steps."
+            )
+            return self._result(run)
+        trainer = self._trainer(run, loader, data, writer, resuming=origin.folder is not None)
+        if origin.folder is None:
+            self._note_language(data)
+        if overwrite and self.processes.is_main:
+            self.store.clear(keep=Path(self.settings.pretrained_model_name_or_path))
+        recorded = self._recording(run, lines) if self.processes.is_main else None
+        with recorded.running() if recorded else contextlib.nullcontext():
+            trainer.fit()
+        return self._finish(run, recorded)
+
+    def _open(self, origin: Origin) -> None:
+        """Tokenizer, template, algorithm, strategy and vision parts; check that they fit."""
         with working(self.console, "Loading the tokenizer"):
-            self.parts = DataParts.open(self._loaded(source))
+            self.parts = DataParts.open(self._loaded(origin.folder))
         self.settings = settings = self.parts.settings
         preflight.check_run(settings)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
-        folders = self._prepare_folders(
-            resuming=source is not None and self.old_weights is None, overwrite=overwrite
-        )
+
+    def _read_data(self, folders: WorkPlace) -> TrainingData:
+        """Read the data, and decide the settings that depend on their amount."""
         data, where = self.parts.build_once(
             self.processes, report_dir=folders.log_dir if self.processes.is_main else None
         )
-        data.report.refuse_lost(settings.max_lost_rows)
+        data.report.refuse_lost(self.settings.max_lost_rows)
         if where:
-            self.console.print(f"Tokenizing   {where}", markup=False)
+            self._say(f"Tokenizing   {where}")
         self._settle(data)
-        settings = self.settings
-        loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
-        counter, total = counting_of(settings, loader)
+        return data
+
+    def _forecast(self) -> None:
         with working(self.console, "Forecasting memory"):
             self.plan = plan_memory(
-                settings,
+                self.settings,
                 self.device,
                 processes=self.processes.world_size,
                 folder=self.loaded.folder,
             )
-        lines = self._tell(data, counter, total)
+
+    def _make_model(self, origin: Origin) -> PackedCausalLM:
         with working(self.console, "Loading the model"):
-            model = self._make_model(source)
-            self._prepare(model)
-            graphs.use(model, settings, self.strategy, fits=self.plan.graphs, console=self.console)
-        run = self._run(folders, model, data, counter, total)
-        writer = self._writer(model, data)
-        if source is not None and self.old_weights is None:
-            writer.restore(source, run)
-        if run.step >= total:
-            self.console.print(
-                f"Nothing to do: {source} is at step {run.step} of {total}. To continue, raise "
-                f"max_epochs or max_steps.",
-                markup=False,
+            model = make_model(
+                self.settings,
+                self.plan,
+                self.processes,
+                dtype=self.dtype,
+                vision=self.vision,
+                weights=origin.folder,
+                packing_asked=self.loaded.settings.pack_to_max_length is True,
+                console=self.console,
             )
-            return self._result(run)
-        trainer = Trainer(
+            hand_over(model, self.strategy, self.settings, self.plan, console=self.console)
+            graphs.use(
+                model, self.settings, self.strategy, fits=self.plan.graphs, console=self.console
+            )
+        return model
+
+    def _trainer(
+        self,
+        run: Run,
+        loader: Loader,
+        data: TrainingData,
+        writer: CheckpointWriter,
+        *,
+        resuming: bool,
+    ) -> Trainer:
+        settings = self.settings
+        return Trainer(
             strategy=self.strategy,
             algorithm=self.parts.algorithm,
             loader=loader,
@@ -185,31 +222,28 @@ class _TrainingRun:
             save=writer.save,
             memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
-            best=self._best(resuming=source is not None),
+            best=self._best(resuming=resuming),
             mark_best=self._mark_best,
         )
-        if source is None:
-            self._note_language(data)
-        if overwrite and self.processes.is_main:
-            self.store.clear(keep=Path(settings.pretrained_model_name_or_path))
-        recorded = self._recording(run, lines) if self.processes.is_main else None
-        with recorded.running() if recorded else contextlib.nullcontext():
-            trainer.fit()
+
+    def _finish(self, run: Run, recorded: Recording | None) -> TrainResult:
+        """Print where the result is, and upload it if asked to."""
         result = self._result(run)
-        self.console.print(
+        self._say(
             f"Done. The result is in {result.checkpoint}\n"
-            f"Talk to it:  {shlex.join(['xtuner', 'chat', str(self.work_dir)])}",
-            markup=False,
+            f"Talk to it:  {shlex.join(['xtuner', 'chat', str(self.work_dir)])}"
         )
         if recorded:
-            recorded.tell()
-        if settings.push_to_hub and result.checkpoint and self.processes.is_main:
-            self.console.print(f"Uploading to {settings.push_to_hub} ...", markup=False)
-            address = publish(
-                result.checkpoint, settings.push_to_hub, private=settings.hub_private_repo
-            )
-            self.console.print(f"Uploaded to {address}", markup=False)
+            recorded.print_report()
+        target = self.settings.push_to_hub
+        if target and result.checkpoint and self.processes.is_main:
+            self._say(f"Uploading to {target} ...")
+            private = self.settings.hub_private_repo
+            self._say(f"Uploaded to {publish(result.checkpoint, target, private=private)}")
         return result
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False)
 
     def _loaded(self, source: Path | None) -> LoadedSettings:
         """The settings; where they leave something to xtuner, a resume takes what the run had."""
@@ -235,10 +269,10 @@ class _TrainingRun:
             best.resume()
         return best
 
-    def _mark_best(self, run: Run, told: str) -> None:
+    def _mark_best(self, run: Run, summary: str) -> None:
         if self.processes.is_main:
-            self.store.mark_best(run.count, told)
-            self.console.print(f"Best so far: {told}", markup=False)
+            self.store.mark_best(run.count, summary)
+            self.console.print(f"Best so far: {summary}", markup=False)
 
     def _recording(self, run: Run, lines: list[str]) -> Recording:
         return recording(
@@ -337,75 +371,6 @@ class _TrainingRun:
         algorithm = self.parts.algorithm
         return self.vision.collate(algorithm) if self.vision else algorithm.collate
 
-    def _make_model(self, source: Path | None) -> PackedCausalLM:
-        """Load and prepare the model, with weights from `source` if given, and verify its
-        shortcuts."""
-        s, device = self.settings, str(self.processes.device)
-        recompute = self.plan.forecast.recompute
-        llm = make_trainable(
-            s,
-            dtype=self.dtype,
-            device=device,
-            recompute=recompute,
-            embedding_on_cpu=self.plan.embedding_on_cpu,
-            source=source,
-        )
-        if self.vision:
-            wrapped: PackedCausalLM = self.vision.join(
-                llm, dtype=self.dtype, device=device, source=source
-            )
-            if recompute and s.visual_encoder_training != "frozen":
-                self.vision.recompute()
-        else:
-            wrapped = PackedCausalLM(llm, autocast=llm_autocast(s, self.dtype))
-        if note := wrapped.verify(packed=self.loaded.settings.pack_to_max_length is True):
-            self.console.print(f"Note: {note}.")
-        if self.processes.sequence is not None:
-            wrapped.split_rows(self.processes.sequence)
-        if s.resize_embeddings:
-            self.console.print(
-                f"Note: {vocabulary.growth(wrapped.causal, facts_of(s).vocab_size)}."
-            )
-        for note in notes_on_adapters(llm) if s.uses_adapter else ():
-            self.console.print(f"Note: {note}.", markup=False)
-        for line in self.vision.trained() if self.vision else ():
-            self.console.print(line, markup=False)
-        if s.neftune_noise_alpha is not None:
-            embedding = wrapped.causal.get_input_embeddings()
-            wrapped.noise = EmbeddingNoise(embedding, s.neftune_noise_alpha)
-        return wrapped
-
-    def _prepare(self, model: PackedCausalLM) -> None:
-        """Hand the model to the strategy, and print its notes."""
-        s = self.settings
-
-        def make(prepared: nn.Module) -> torch.optim.Optimizer:
-            return optim.make_optimizer(
-                self.strategy.optimizer_for(s.optim_type),
-                prepared,
-                lr=s.lr,
-                betas=s.betas,
-                weight_decay=s.weight_decay,
-                loraplus_lr_ratio=s.loraplus_lr_ratio,
-                paged=self.plan.paged,
-            )
-
-        with_images = model.embedder is not None
-        together = self.strategy.lockstep and self.processes.world_size > 1
-        model.always_embeds = with_images and together
-        everything = sum(p.numel() * p.element_size() for p in model.parameters())
-        trained = sum(p.numel() * p.element_size() for p in optim.trainable(model))
-        self.strategy.prepare(model, make)
-        for line in holdings(
-            self.strategy,
-            weights=everything,
-            gradients=trained,
-            optimizer=self.plan.forecast.optimizer,
-        ):
-            self.console.print(line, markup=False)
-        for note in self.strategy.notes:
-            self.console.print(f"Note: {note}", markup=False)
-
     def _tell(self, data: TrainingData, counter: Counter, total: int) -> list[str]:
         """Print a few lines on what will be done, and return them."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
@@ -432,30 +397,3 @@ class _TrainingRun:
         for line in lines:
             say(self.console, line)
         return lines
-
-    def _resumable(self, resume: str) -> Path:
-        if old_pth.is_old(old := Path(resume).expanduser()):
-            return self._old_weights(old)
-        source = self.store.find(None if resume == "last" else resume)
-        if self.processes.is_main:
-            manifest.check(source, resuming=True)
-        check_shape(source, self.settings)
-        return source
-
-    def close(self) -> None:
-        """Delete temporary files."""
-        if self.old_weights is not None:
-            self.old_weights.cleanup()
-
-    def _old_weights(self, path: Path) -> Path:
-        """The weights of an XTuner 0.x checkpoint, as a folder."""
-        self.work_dir.mkdir(parents=True, exist_ok=True)
-        self.old_weights = TemporaryDirectory(prefix=".xtuner-", dir=self.work_dir)
-        folder = Path(self.old_weights.name) / path.stem
-        old_checkpoint.write_folder(path, self.settings, folder)
-        self.console.print(
-            f"Note: {path} is an XTuner 0.x checkpoint: the run starts from its weights, at step "
-            f"0 with a new optimizer.",
-            markup=False,
-        )
-        return folder

@@ -159,7 +159,7 @@ class RunVision:
         """The tokens that an image takes, for the terminal."""
         s, tokens = self.settings, self.image_layout.processor.max_tokens
         return (
-            f"Images     {s.visual_encoder_name_or_path}: {tokens} tokens each, in addition to "
+            f"Images       {s.visual_encoder_name_or_path}: {tokens} tokens each, in addition to "
             f"max_length: {s.max_length + tokens:,} in all"
         )
 

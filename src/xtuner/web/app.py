@@ -1,6 +1,6 @@
-"""The application: a page per language, behind the guard, with the routes that it needs only.
+"""The application: a page per language behind the guard, with only the routes that it needs.
 
-gradio brings many routes (files, proxies, recordings, editors). Only those below are let through.
+gradio has many routes (files, proxies, recordings, editors). All but those below are blocked.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def make_app(
     )
 
 
-def new_token() -> Token:
-    """A token that nobody can guess."""
-    return Token(secrets.token_urlsafe(24))
+def new_token(port: int) -> Token:
+    """A token that nobody can guess, for the server on `port`."""
+    return Token(secrets.token_urlsafe(24), cookie=f"xtuner_token_{port}")
 
 
 class _Routes:

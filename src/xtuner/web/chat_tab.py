@@ -1,8 +1,8 @@
-"""The tab Chat: one conversation, or two side by side."""
+"""The tab Chat: one conversation, or two side by side, with tools."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,15 +12,19 @@ from xtuner import templates
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.i18n import Words
-from xtuner.types import IMAGE, Message
+from xtuner.types import Message
+from xtuner.web import bubbles
+from xtuner.web.bubbles import plain_name
 from xtuner.web.conversation import AS_TRAINED, Asked, History, Side, answer
 from xtuner.web.models import Opening
 from xtuner.web.site import Site
+from xtuner.web.snippets import fault, hint, working
+from xtuner.web.turns import Reply
 
-CURSOR = "▌"
 _NONE = ""
 _POLL_SECONDS = 0.3
 _Updates = Any
+_EMPTY: tuple[History, History] = ((), ())
 
 
 class ChatTab:
@@ -38,6 +42,8 @@ class ChatTab:
                 with gr.Row(elem_classes="sides"):
                     self.left = self._chatbot("left", visible=True)
                     self.right = self._chatbot("right", visible=bool(first[1]))
+                self.note = gr.HTML(elem_id="chat-note", padding=False)
+                self._make_request()
                 self.question = gr.MultimodalTextbox(
                     placeholder=words("chat_placeholder"),
                     show_label=False,
@@ -54,7 +60,7 @@ class ChatTab:
             with gr.Column(scale=1, min_width=240, elem_classes="panel"):
                 gr.Markdown(f"#### {words('chat_settings')}")
                 self.options = self._panel()
-        self.histories = gr.State(((), ()))
+        self.histories = gr.State(_EMPTY)
         self._wire()
 
     def _dropdown(self, key: str, value: str, *, wanted: bool) -> gr.Dropdown:
@@ -88,8 +94,25 @@ class ChatTab:
             min_width=280,
         )
 
+    def _make_request(self) -> None:
+        """The row that asks whether a call may run."""
+        with gr.Row(visible=False, elem_id="request", elem_classes="request") as self.request:
+            self.call = gr.HTML(elem_id="request-call", padding=False)
+            # the browser sends the number that it shows, so that a click allows nothing else
+            self.number = gr.Number(visible="hidden", precision=0)
+            self.replies: dict[Reply, gr.Button] = {
+                reply: gr.Button(
+                    self._words(f"call_{reply}"),
+                    size="sm",
+                    variant="primary" if reply == "yes" else "secondary",
+                    elem_id=f"call-{reply}",
+                )
+                for reply in ("yes", "always", "no")
+            }
+
     def _panel(self) -> list[Any]:
-        words = self._words
+        words, tools = self._words, self._site.tools
+        names = ", ".join(tools.box.names) if tools else ""
         named = [name for name in templates.names() if name != AS_TRAINED]
         return [
             gr.Textbox(label=words("chat_system"), lines=2, max_lines=8, elem_id="system"),
@@ -101,6 +124,8 @@ class ChatTab:
                       info=words("chat_temperature_hint"), elem_id="temperature"),
             gr.Dropdown([(words("chat_template_auto"), AS_TRAINED), *named], value=AS_TRAINED,
                         label=words("chat_template"), elem_id="template"),
+            gr.Checkbox(bool(tools), visible=bool(tools), label=words("chat_tools"), info=names,
+                        elem_id="tools"),
         ]  # fmt: skip
 
     def _wire(self) -> None:
@@ -109,91 +134,71 @@ class ChatTab:
         chosen = [self.model, self.other]
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         free = {"concurrency_limit": None, **hidden}
-        shown = [self.status, self.left, self.right, self.question, self.options[0]]
         for dropdown in chosen:
-            dropdown.change(self._open, chosen, [*shown, self.histories], **free)
-            dropdown.focus(self._refreshed, None, chosen, **hidden)
+            dropdown.change(self._open, chosen, self._opened, **free)
         inputs = [self.question, self.histories, *chosen, *self.options]
-        outputs = [*both, self.question, self.status]
+        request = [self.request, self.call, self.number]
+        outputs = [*both, self.question, self.status, self.note, *request]
         self.question.submit(self._ask, inputs, outputs, **free)
         self.retry.click(self._retry, inputs, outputs, **free)
         for chatbot in (self.left, self.right):
             chatbot.retry(self._retry, inputs, outputs, **free)
             chatbot.edit(self._edit, inputs, outputs, **free)
-            chatbot.clear(self._clear, None, [*both, self.status], **hidden)
+            chatbot.clear(self._clear, None, both, **hidden)
         self.stop.click(self._stop, None, None, **free)
-        self.clear.click(self._clear, None, [*both, self.status], **hidden)
+        self.clear.click(self._clear, None, both, **hidden)
+        for reply, button in self.replies.items():
+            button.click(self._replier(reply), self.number, self.request, **free)
 
-    def wire_page(self, page: gr.Blocks) -> None:
-        """Load the first model when the page opens, and stop answers when it is closed."""
-        shown = [self.status, self.left, self.right, self.question, self.options[0]]
-        page.load(
-            self._open,
-            [self.model, self.other],
-            [*shown, self.histories],
-            api_visibility="private",
-            show_progress="hidden",
-            concurrency_limit=None,
-        )
-        page.unload(self._stop)
+    @property
+    def _opened(self) -> list[Any]:
+        """What `_open` updates."""
+        return [self.status, self.left, self.right, self.question, self.options[0], self.histories]
+
+    def wire_page(self, page: gr.Blocks, tab: gr.Tab) -> None:
+        """Load the first model when the page opens, offer new models when the tab is selected, and
+        stop answers when the page is closed."""
+        chosen = [self.model, self.other]
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        page.load(self._open, chosen, self._opened, concurrency_limit=None, **hidden)
+        for event in (page.load, tab.select):
+            event(self._refreshed, None, chosen, **hidden)
+        page.unload(self._closed)
 
     def _refreshed(self) -> _Updates:
         return gr.update(choices=self._choices(True)), gr.update(choices=self._choices(False))
 
     def _open(self, model: str | None, other: str | None) -> Iterator[_Updates]:
         """Load the chosen models; the page stays usable and shows how long it takes."""
-        right = {"visible": bool(other), "show_label": bool(other), "value": []}
-        left = {"show_label": bool(other), "value": []}
+        labels = {"visible": bool(other), "show_label": bool(other), "value": []}
+        right = gr.update(**labels)
+        left = gr.update(show_label=bool(other), value=[])
         if not model:
-            text = self._line(self._words("chat_no_model"))
-            yield text, gr.update(**left), gr.update(**right), gr.skip(), gr.skip(), ((), ())
+            status = hint(self._words("chat_no_model"))
+            yield {self.status: status, self.left: left, self.right: right, self.histories: _EMPTY}
             return
         try:
             openings = [self._site.pool.open(value) for value in (model, other) if value]
-        except XTunerError as error:
-            yield fault(error), gr.update(), gr.update(), gr.skip(), gr.skip(), ((), ())
-            return
-        left["label"], right["label"] = openings[0].name, openings[-1].name
-        first = True
-        while waiting := [o for o in openings if not o.finished.is_set()]:
-            sides = (gr.update(**left), gr.update(**right)) if first else (gr.skip(), gr.skip())
-            yield self._bar(waiting[0]), *sides, gr.skip(), gr.skip(), ((), ())
-            first = False
-            waiting[0].finished.wait(_POLL_SECONDS)
-        try:
+            left["label"], right["label"] = openings[0].name, openings[-1].name
+            yield {self.left: left, self.right: right, self.histories: _EMPTY}
+            for opening in openings:
+                while not opening.finished.is_set():
+                    yield {self.status: self._bar(opening)}
+                    opening.finished.wait(_POLL_SECONDS)
             served = [opening.result() for opening in openings]
         except XTunerError as error:
-            yield (
-                fault(error),
-                gr.update(**left),
-                gr.update(**right),
-                gr.skip(),
-                gr.skip(),
-                ((), ()),
-            )
+            yield {self.status: fault(error), self.histories: _EMPTY}
             return
-        sees = all(each.vision is not None for each in served)
-        question = gr.update(sources=["upload"] if sees else [])
+        takes_images = all(each.vision is not None for each in served)
         names = " · ".join(opening.name for opening in openings)
-        title = f'<h2 class="model">{escape(names)}</h2>'
-        yield (
-            title,
-            gr.update(**left),
-            gr.update(**right),
-            question,
-            served[0].template.system,
-            (
-                (),
-                (),
-            ),
-        )
+        yield {
+            self.status: f'<h2 class="model">{escape(names)}</h2>',
+            self.question: gr.update(sources=["upload"] if takes_images else []),
+            self.options[0]: served[0].template.system,
+        }
 
     def _bar(self, opening: Opening) -> str:
-        text = self._words("chat_loading", name=opening.name, seconds=opening.seconds)
-        return f'{self._line(text)}<div class="loading"><span></span></div>'
-
-    def _line(self, text: str) -> str:
-        return f'<p class="hint">{escape(text)}</p>'
+        return working(self._words("chat_loading", name=opening.name, seconds=opening.seconds))
 
     def _ask(
         self, request: gr.Request, question: dict[str, Any], histories: Any, *settings: Any
@@ -203,7 +208,7 @@ class ChatTab:
         if text or files:
             yield from self._answer(text, files, histories, settings, request)
         else:
-            yield _nothing()
+            yield gr.skip()
 
     def _retry(
         self, request: gr.Request, question: Any, histories: Any, *settings: Any
@@ -222,8 +227,8 @@ class ChatTab:
         """Ask an edited question, and forget what came after it."""
         index = edit.index if isinstance(edit.index, int) else edit.index[0]
         text = edit.value if isinstance(edit.value, str) else str(edit.value)
-        yield from self._again(_number_of_question(histories, index), text, histories, settings,
-                               request)  # fmt: skip
+        number = bubbles.question_at(histories[0], index, self._words)
+        yield from self._again(number, text, histories, settings, request)
 
     def _again(
         self,
@@ -234,14 +239,14 @@ class ChatTab:
         request: gr.Request,
     ) -> Iterator[_Updates]:
         """Ask question `number` again, with `text` if it is given."""
-        asked = [message for message in histories[0] if message.role == "user"]
+        asked = bubbles.questions(histories[0])
         if not asked or number >= len(asked):
-            yield _nothing()
+            yield gr.skip()
             return
-        message = asked[number]
-        before = tuple(_before(history, number) for history in histories)
-        said = _text_of(message) if text is None else text
-        yield from self._answer(said, message.images, before, settings, request)
+        message: Message = asked[number]
+        earlier = tuple(bubbles.before(history, number) for history in histories)
+        said = bubbles.text_of(message) if text is None else text
+        yield from self._answer(said, message.images, earlier, settings, request)
 
     def _answer(
         self,
@@ -251,109 +256,90 @@ class ChatTab:
         settings: Sequence[Any],
         request: gr.Request,
     ) -> Iterator[_Updates]:
-        model, other, system, max_length, top_p, temperature, template = settings
-        values = [value for value in (model, other) if value]
+        model, other, *options = settings
         try:
             if not model:
                 raise ConfigError(self._words("chat_no_model"))
-            served = [self._site.pool.open(value).result() for value in values]
-            asked = Asked(
-                text,
-                tuple(images),
-                GenerationOptions(
-                    max_new_tokens=int(max_length),
-                    temperature=float(temperature),
-                    top_p=float(top_p) if temperature and top_p < 1 else None,
-                ),
-                system or "",
-                template,
-            )
+            served = [self._site.pool.open(v).result() for v in (model, other) if v]
+            asked = self._asked(text, images, options)
         except XTunerError as error:
-            yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), fault(error)
+            yield {self.status: fault(error)}
             return
-        before = [tuple(history) for history in histories][: len(served)]
-        shown = [[*_shown(history), *_shown_question(asked)] for history in before]
-        yield *_two(shown), gr.skip(), gr.update(value=None), gr.skip()
-        stop = self._site.stops.begin(request.session_hash or "")
+        earlier = [tuple(history) for history in histories][: len(served)]
+        said = [bubbles.of_history(history, self._words) for history in earlier]
+        shown = [[*entries, *bubbles.of_question(asked)] for entries in said]
+        yield {**self._windows(shown), self.question: gr.update(value=None), self.note: ""}
+        turn = self._site.turns.begin(request.session_hash or "")
         sides: list[Side] = []
-        for sides in answer(self._site.engine, served, before, asked, stop):
-            now = [[*said, *_shown_answer(side)] for said, side in zip(shown, sides, strict=True)]
-            yield *_two(now), gr.skip(), gr.skip(), gr.skip()
+        for sides in answer(self._site.engine, served, earlier, asked, turn):
+            now = [[*entries, *bubbles.of_side(side, self._words)]
+                   for entries, side in zip(shown, sides, strict=True)]  # fmt: skip
+            yield {**self._windows(now), **self._requested(sides)}
         if errors := "\n".join(side.error for side in sides if side.error):
-            yield (
-                *_two([_shown(history) for history in before]),
-                gr.skip(),
-                gr.update(value={"text": text, "files": list(images)}),
-                fault(ConfigError(errors)),
-            )
+            yield {
+                **self._windows(said),
+                self.question: gr.update(value={"text": text, "files": list(images)}),
+                self.status: fault(ConfigError(errors)),
+            }
             return
         after = [side.history or () for side in sides]
-        padded = (*after, ()) if len(after) == 1 else tuple(after)
-        yield *_two([_shown(history) for history in after]), padded, gr.skip(), gr.skip()
+        shown = [bubbles.of_history(history, self._words) for history in after]
+        yield {**self._windows(shown), self.histories: (*after, ())[:2], **self._noted(sides)}
+
+    def _asked(self, text: str, images: Sequence[str], options: Sequence[Any]) -> Asked:
+        system, max_length, top_p, temperature, template, tools = options
+        return Asked(
+            text,
+            tuple(images),
+            GenerationOptions(
+                max_new_tokens=int(max_length),
+                temperature=float(temperature),
+                top_p=float(top_p) if temperature and top_p < 1 else None,
+            ),
+            system or "",
+            template,
+            self._site.tools if tools else None,
+        )
+
+    def _windows(self, sides: Sequence[Any]) -> dict[Any, Any]:
+        """Both chat windows; an unused one stays as it is."""
+        return dict(zip((self.left, self.right), sides, strict=False))
+
+    def _requested(self, sides: Sequence[Side]) -> dict[Any, Any]:
+        """The row that asks for the first call that waits."""
+        request = next((side.request for side in sides if side.request), None)
+        if request is None:
+            return {self.request: gr.update(visible=False)}
+        question = self._words("call_question", tool=plain_name(request.call))
+        shown: Mapping[Any, Any] = {
+            self.request: gr.update(visible=True),
+            self.call: hint(question),
+            self.number: request.number,
+        }
+        return dict(shown)
+
+    def _noted(self, sides: Sequence[Side]) -> dict[Any, Any]:
+        """Lines about answers without tools, or that ended after too many rounds of calls."""
+        notes = ""
+        if any(side.without_tools for side in sides):
+            notes += hint(self._words("chat_without_tools"))
+        if rounds := max((side.rounds for side in sides), default=0):
+            notes += hint(self._words("chat_rounds", rounds=rounds))
+        return {self.note: notes}
+
+    def _replier(self, reply: Reply) -> Any:
+        def replied(number: float | None, request: gr.Request) -> _Updates:
+            self._site.turns.reply(request.session_hash or "", int(number or 0), reply)
+            return gr.update(visible=False)
+
+        return replied
 
     def _stop(self, request: gr.Request) -> None:
-        self._site.stops.stop(request.session_hash or "")
+        self._site.turns.stop(request.session_hash or "")
+
+    def _closed(self, request: gr.Request) -> None:
+        self._site.turns.forget(request.session_hash or "")
 
     def _clear(self, request: gr.Request) -> _Updates:
-        self._site.stops.stop(request.session_hash or "")
-        return [], [], ((), ()), gr.skip()
-
-
-def _nothing() -> _Updates:
-    return (gr.skip(),) * 5
-
-
-def _two(sides: Sequence[Any]) -> tuple[Any, Any]:
-    """Both chat windows; an unused one stays as it is."""
-    return (sides[0], sides[1]) if len(sides) == 2 else (sides[0], gr.skip())
-
-
-def _shown(history: History) -> list[dict[str, Any]]:
-    """A conversation as the chat window shows it."""
-    turns: list[dict[str, Any]] = []
-    for message in history:
-        turns += [{"role": message.role, "content": {"path": path}} for path in message.images]
-        if text := _text_of(message):
-            turns.append({"role": message.role, "content": text})
-    return turns
-
-
-def _shown_question(asked: Asked) -> list[dict[str, Any]]:
-    turns: list[dict[str, Any]] = [
-        {"role": "user", "content": {"path": path}} for path in asked.images
-    ]
-    return [*turns, {"role": "user", "content": asked.text}] if asked.text else turns
-
-
-def _shown_answer(side: Side) -> list[dict[str, Any]]:
-    cursor = "" if side.history is not None else CURSOR
-    return [{"role": "assistant", "content": side.text + cursor}]
-
-
-def _text_of(message: Message) -> str:
-    """The text of a message without the placeholders of its images."""
-    if not message.images:
-        return message.content
-    return message.content.replace(IMAGE, "").strip()
-
-
-def _before(history: History, number: int) -> History:
-    """The conversation before its question `number`; negative ones count from the end."""
-    places = [i for i, message in enumerate(history) if message.role == "user"]
-    return history[: places[number]] if -len(places) <= number < len(places) else history
-
-
-def _number_of_question(histories: Sequence[History], index: int) -> int:
-    """Which question the shown turn `index` belongs to."""
-    count, turn = -1, -1
-    for message in histories[0]:
-        turn += len(message.images) + bool(_text_of(message))
-        count += message.role == "user"
-        if turn >= index:
-            return count
-    return count
-
-
-def fault(error: Exception) -> str:
-    """An error as the page shows it."""
-    return f'<pre class="fault">{escape(str(error))}</pre>'
+        self._site.turns.stop(request.session_hash or "")
+        return [], [], _EMPTY

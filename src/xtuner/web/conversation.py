@@ -7,18 +7,21 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from xtuner import templates
-from xtuner.chat.session import Session
+from xtuner.chat.session import Session, ToolUse
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.generation.images import ImageInput
 from xtuner.serve.engine import Engine, stream
 from xtuner.serve.models import ServedModel
 from xtuner.templates.base import Template
+from xtuner.tools import loop
 from xtuner.types import Message
+from xtuner.web.turns import Request, Turn
 
 AS_TRAINED = "auto"
 _SECONDS_BETWEEN_UPDATES = 0.06
@@ -36,6 +39,7 @@ class Asked:
         options: of the generation.
         system: system prompt.
         template: 'auto' for the one of the training, or a named template.
+        tools: that the model may call, if any.
     """
 
     text: str
@@ -43,6 +47,7 @@ class Asked:
     options: GenerationOptions = field(default_factory=GenerationOptions)
     system: str = ""
     template: str = AS_TRAINED
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True)
@@ -50,32 +55,29 @@ class Side:
     """The state of one side while it is answered.
 
     Attributes:
-        text: of the answer so far.
+        events: what happened so far; pieces of text that follow each other are joined.
+        request: a call that waits to be allowed.
         history: the conversation with the answer, at its end; None before.
         error: why there is no answer.
+        without_tools: tools were given, but the template does not tell how the model calls them.
     """
 
-    text: str = ""
+    events: tuple[loop.Event, ...] = ()
+    request: Request | None = None
     history: History | None = None
     error: str = ""
+    without_tools: bool = False
 
+    @property
+    def text(self) -> str:
+        """The text so far, without calls and results."""
+        return "".join(event.text for event in self.events if isinstance(event, loop.Text))
 
-class Stops:
-    """Lets a button stop the answers of its browser tab, and the tab's closing, too."""
-
-    def __init__(self) -> None:
-        self._events: dict[str, threading.Event] = {}
-
-    def begin(self, tab: str) -> threading.Event:
-        """An event that `stop` sets, for a new answer; an older one is stopped."""
-        self.stop(tab)
-        event = self._events[tab] = threading.Event()
-        return event
-
-    def stop(self, tab: str) -> None:
-        """Stop what is being answered in `tab`."""
-        if event := self._events.pop(tab, None):
-            event.set()
+    @property
+    def rounds(self) -> int:
+        """After how many rounds of calls the answer was given up; 0 if it was not."""
+        last = self.events[-1] if self.events else None
+        return last.rounds if isinstance(last, loop.Stopped) else 0
 
 
 def answer(
@@ -83,7 +85,7 @@ def answer(
     models: Sequence[ServedModel],
     histories: Sequence[History],
     asked: Asked,
-    stop: threading.Event,
+    turn: Turn,
 ) -> Iterator[list[Side]]:
     """Yield the states of all sides while they answer `asked`; the last one is complete.
 
@@ -92,73 +94,85 @@ def answer(
         models: one per side.
         histories: the conversations so far, one per side.
         asked: the question.
-        stop: ends the answers; what was said so far stays in the histories.
+        turn: ends the answers, and allows calls; what was said so far stays in the histories.
     """
     news: queue.SimpleQueue[tuple[int, Side]] = queue.SimpleQueue()
-    threads = [
-        threading.Thread(
-            target=_answer,
-            args=(engine, served, history, asked, stop, _teller(news, i)),
-            daemon=True,
-        )
-        for i, (served, history) in enumerate(zip(models, histories, strict=True))
-    ]
-    for thread in threads:
-        thread.start()
-    sides = [Side() for _ in models]
-    shown = 0.0
+    sides = [_Answering(engine, served, turn, _sender(news, i)) for i, served in enumerate(models)]
+    for side, history in zip(sides, histories, strict=True):
+        threading.Thread(target=side.run, args=(history, asked), daemon=True).start()
+    states = [Side() for _ in models]
+    shown, changed = 0.0, False
     try:
-        while not all(side.error or side.history is not None for side in sides):
-            index, side = news.get()
-            sides[index] = side
-            now = time.monotonic()
-            if now - shown > _SECONDS_BETWEEN_UPDATES and news.empty():
-                shown = now
-                yield list(sides)
-        yield list(sides)
+        while not all(state.error or state.history is not None for state in states):
+            with contextlib.suppress(queue.Empty):
+                index, state = news.get(timeout=_SECONDS_BETWEEN_UPDATES if changed else None)
+                states[index], changed = state, True
+                if not news.empty() or time.monotonic() - shown < _SECONDS_BETWEEN_UPDATES:
+                    continue
+            shown, changed = time.monotonic(), False
+            yield list(states)
+        yield list(states)
     finally:
-        stop.set()
+        turn.stopped.set()
 
 
-def _teller(news: queue.SimpleQueue[tuple[int, Side]], index: int) -> Callable[[Side], None]:
-    return lambda side: news.put((index, side))
+def _sender(news: queue.SimpleQueue[tuple[int, Side]], index: int) -> Callable[[Side], None]:
+    return lambda state: news.put((index, state))
 
 
-def _answer(
-    engine: Engine,
-    served: ServedModel,
-    history: History,
-    asked: Asked,
-    stop: threading.Event,
-    say: Callable[[Side], None],
-) -> None:
-    """Answer for one side."""
-    try:
-        session = _session(engine, served, asked)
-        session.messages = list(history)
-        text = ""
-        with contextlib.closing(session.ask(asked.text, asked.images)) as pieces:
-            for piece in pieces:
-                text += piece
-                say(Side(text))
-                if stop.is_set():
-                    break
-        say(Side(text, tuple(session.messages)))
-    except XTunerError as error:
-        say(Side(error=str(error)))
-    except Exception as error:
-        say(Side(error=f"{type(error).__name__}: {error}"))
+class _Answering:
+    """Answers on one side, in a thread of its own."""
+
+    def __init__(
+        self, engine: Engine, served: ServedModel, turn: Turn, send: Callable[[Side], None]
+    ) -> None:
+        self._engine, self._served, self._turn, self._send = engine, served, turn, send
+        self._events: tuple[loop.Event, ...] = ()
+
+    def run(self, history: History, asked: Asked) -> None:
+        """Answer `asked` after `history`; each change is sent."""
+        try:
+            session = self._session(asked)
+            session.messages = list(history)
+            with contextlib.closing(session.act(asked.text, asked.images)) as steps:
+                for event in steps:
+                    self._events = _joined(self._events, event)
+                    self._send(Side(self._events))
+                    if self._turn.stopped.is_set():
+                        break
+            idle = asked.tools is not None and session.tools is None
+            history = tuple(session.messages)
+            self._send(Side(self._events, history=history, without_tools=idle))
+        except XTunerError as error:
+            self._send(Side(error=str(error)))
+        except Exception as error:
+            self._send(Side(error=f"{type(error).__name__}: {error}"))
+
+    def _session(self, asked: Asked) -> Session:
+        served, template = self._served, _template(self._served, asked)
+        use = asked.tools if template.tool_family else None
+        return Session(
+            served.weights.model,
+            served.tokenizer,
+            template=template,
+            options=asked.options,
+            vision=ImageInput(served.vision) if served.vision else None,
+            tools=replace(use, allow=self._allow) if use else None,
+            generate=stream(self._engine, served),
+        )
+
+    def _allow(self, call: Mapping[str, Any]) -> bool:
+        allowed = self._turn.allow(call, lambda request: self._send(Side(self._events, request)))
+        self._send(Side(self._events))
+        return allowed
 
 
-def _session(engine: Engine, served: ServedModel, asked: Asked) -> Session:
-    return Session(
-        served.weights.model,
-        served.tokenizer,
-        template=_template(served, asked),
-        options=asked.options,
-        vision=ImageInput(served.vision) if served.vision else None,
-        generate=stream(engine, served),
-    )
+def _joined(events: tuple[loop.Event, ...], event: loop.Event) -> tuple[loop.Event, ...]:
+    """`events` and `event`; text is added to the text before it."""
+    last = events[-1] if events else None
+    if isinstance(event, loop.Text) and isinstance(last, loop.Text):
+        return (*events[:-1], loop.Text(last.text + event.text))
+    return (*events, event)
 
 
 def _template(served: ServedModel, asked: Asked) -> Template:
@@ -172,5 +186,5 @@ def _template(served: ServedModel, asked: Asked) -> Template:
         template.system = asked.system
         return template
     if asked.template not in templates.names():
-        raise ConfigError(f"{asked.template!r}: is no named template")
+        raise ConfigError(f"{asked.template!r} is not a named template")
     return templates.load(asked.template, served.tokenizer, system=asked.system)

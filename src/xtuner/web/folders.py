@@ -1,4 +1,4 @@
-"""The folders that the page may use: what the browser names must lie in one of them."""
+"""The folders that the page may use: every path from the browser must lie in one of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Folders:
         """Return `name` if it is a name on the hub, or a path inside the folders.
 
         Raises:
-            ConfigError: it leads out of the folders.
+            ConfigError: it is outside the folders.
         """
         if "\0" in name:
             raise ConfigError("a name cannot contain a NUL")
@@ -52,7 +52,7 @@ class Folders:
             return name
         allowed = ", ".join(map(str, self.readable))
         raise ConfigError(
-            f"{name}: lies outside the folders that the page may use ({allowed}); start `xtuner "
+            f"{name}: is outside the folders that the page may use ({allowed}); restart `xtuner "
             "web` with --allow FOLDER to add one"
         )
 
@@ -60,7 +60,7 @@ class Folders:
         """The work dir of the run `name`.
 
         Raises:
-            ConfigError: the name is none of a folder, or leads elsewhere.
+            ConfigError: the name is not that of a run, or is a link out of the folder.
         """
         path = self.runs / name
         if not _RUN_NAME.fullmatch(name) or path.resolve().parent != self.runs:

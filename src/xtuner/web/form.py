@@ -1,4 +1,4 @@
-"""The settings as a form, from their schema: no field is listed by hand.
+"""The settings as a form, generated from their schema.
 
 Settings ──fields──► kind of control ──shown──► what the browser shows ──read──► value
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from xtuner import plugins
+from xtuner import i18n, plugins
 from xtuner.config.describe import allowed, choices, is_dict
 from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.render import literal, render
@@ -29,11 +29,11 @@ class Field:
 
     Attributes:
         name: of the setting.
-        part: heading that it stands under.
+        part: heading of its group.
         kind: its control.
         help: its description and the values that it takes.
         options: of a 'choice'.
-        common: it appears in copied settings files, so it is shown first.
+        common: it appears in copied settings files, and is shown first.
     """
 
     name: str
@@ -44,23 +44,27 @@ class Field:
     common: bool = False
 
 
-def fields() -> list[Field]:
-    """All settings, in the order of a settings file."""
+def fields(words: i18n.Words | None = None) -> list[Field]:
+    """All settings, in the order of a settings file, described with `words`; None is English."""
+    words = words or i18n.words("en")
     return [
-        _field(name, " ".join(str(part.__doc__).split()[2:]))
+        _field(name, " ".join(str(part.__doc__).split()[2:]), words)
         for part in Settings.parts()
         for name in part.model_fields
     ]
 
 
-def _field(name: str, part: str) -> Field:
-    info = Settings.model_fields[name]
-    text = " ".join((info.description or "").split())
+def _field(name: str, part: str, words: i18n.Words) -> Field:
+    info, kind = Settings.model_fields[name], _kind(name)
+    text = words.of_setting("settings", " ".join((info.description or "").split()), key=name)
+    if kind not in ("switch", "choice"):  # whose controls show what can be chosen
+        values = words.of_setting("values", allowed(name))
+        text = words("train_values", text=text, values=values)
     return Field(
         name,
-        part,
-        _kind(name),
-        f"{text} ({allowed(name)})",
+        words.of_setting("parts", part),
+        kind,
+        text,
         _options(name),
         Settings.mark(name).comment is not None,
     )
@@ -113,7 +117,7 @@ def read(field: Field, given: Any) -> Any:
     """The value of `field` that its control shows as `given`.
 
     Raises:
-        ConfigError: it is no literal.
+        ConfigError: it is not a literal.
     """
     if field.kind == "switch":
         return bool(given)
@@ -151,7 +155,7 @@ def values_of(given: Sequence[Any]) -> dict[str, Any]:
     defaults are left out.
 
     Raises:
-        ConfigError: controls hold no values of their kinds; all are listed.
+        ConfigError: controls have invalid values; all are listed.
     """
     found, problems = {}, []
     for field, value in zip(fields(), given, strict=True):
@@ -176,7 +180,7 @@ def controls_of(values: Mapping[str, Any]) -> list[Any]:
 
 
 def checked(values: Mapping[str, Any], folders: Folders) -> LoadedSettings:
-    """The settings `values`, checked, and that they stay in the folders and run no code.
+    """The settings `values`, checked also for paths outside the folders and for code.
 
     Raises:
         ConfigError: all problems are listed.
@@ -188,17 +192,15 @@ def checked(values: Mapping[str, Any], folders: Folders) -> LoadedSettings:
     return loaded
 
 
-_READS = ("image_folder", "evaluation_images")
-"""Settings that are no paths by their marks, because they are relative to others, and are read."""
+_READS = ("image_folder", "evaluation_images", "strategy")
+"""Settings that are not marked as paths, but may name files that a run reads."""
 
 
 def _strange_paths(settings: Settings, folders: Folders) -> list[str]:
+    """Settings that name something outside the folders."""
     problems = []
     for name in (*Settings.paths(), *_READS):
-        value = getattr(settings, name)
-        for text in value if isinstance(value, tuple) else (value,):
-            if not text:
-                continue
+        for text in _texts(settings, name):
             try:
                 folders.check(text)
             except ConfigError as error:
@@ -208,18 +210,26 @@ def _strange_paths(settings: Settings, folders: Folders) -> list[str]:
     return problems
 
 
+def _texts(settings: Settings, name: str) -> list[str]:
+    """The strings of a setting that is a string or a list of strings."""
+    value = getattr(settings, name)
+    members = value if isinstance(value, tuple) else (value,)
+    return [text for text in members if isinstance(text, str) and text]
+
+
 def _code(settings: Settings) -> list[str]:
-    """Settings that would run Python code."""
+    """Settings that would run code which neither xtuner nor this machine's user brings."""
+    elsewhere = "start that run with the command line"
     problems = []
     if settings.trust_remote_code:
-        problems.append("trust_remote_code: runs code of the model; start that run with the "
-                        "command line")  # fmt: skip
+        problems.append(f"trust_remote_code: runs code of the model; {elsewhere}")
+    if "/" in settings.attn_implementation:
+        kernel = settings.attn_implementation
+        problems.append(f"attn_implementation = {kernel!r}: runs code from the hub; {elsewhere}")
     for name in Settings.model_fields:
-        value = getattr(settings, name)
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and plugins.is_user_path(text):
-                problems.append(f"{name} = {text!r}: runs a Python file; start that run with the "
-                                "command line")  # fmt: skip
+        for text in _texts(settings, name):
+            if plugins.is_user_path(text):
+                problems.append(f"{name} = {text!r}: runs a Python file; {elsewhere}")
     return problems
 
 

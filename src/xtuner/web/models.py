@@ -1,4 +1,4 @@
-"""The models of the page: loaded when they are chosen, shared by all, the oldest unloaded.
+"""The models of the page: loaded when chosen, shared by all visitors, the oldest unloaded.
 
 choice ──open──► Opening (its thread loads) ──► ServedModel on the engine
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xtuner.chat.opening import find
+from xtuner.chat.lookup import find
 from xtuner.errors import ModelError, XTunerError
 from xtuner.hub.fetch import models_root
 from xtuner.runs.listing import work_dirs
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 
 @dataclass
 class Opening:
-    """A model that is being loaded or was.
+    """A model that is loading or loaded.
 
     Attributes:
         value: path or name.
@@ -79,7 +79,7 @@ class ModelPool:
 
     Args:
         engine: answers.
-        folders: models lie in.
+        folders: contain the models.
         given: models named on the command line, offered first.
         options: further arguments of `open_chat`.
     """
@@ -103,14 +103,14 @@ class ModelPool:
 
     def _checkpoints(self) -> Iterator[Choice]:
         for run in work_dirs(self._folders.runs):
-            for path in reversed(run.checkpoints()):
+            for path in (*reversed(run.checkpoints()), *run.merged()):
                 yield Choice(f"{run.name} · {path.name}", str(path))
 
     def open(self, value: str) -> Opening:
-        """Begin to load the model `value`, unless it is there or being loaded.
+        """Start to load the model `value`, unless it is loaded or loading.
 
         Raises:
-            ConfigError: the path lies outside the folders.
+            ConfigError: the path is outside the folders.
         """
         if value not in self._given:
             self._folders.check(value)

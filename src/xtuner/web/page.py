@@ -34,16 +34,16 @@ def build(site: Site, language: str) -> gr.Blocks:
             padding=False,
         )
         with gr.Tabs(elem_id="tabs") as tabs:
-            with gr.Tab(words("tab_chat"), id="chat"):
+            with gr.Tab(words("tab_chat"), id="chat") as chat_tab:
                 chat = ChatTab(site, words)
             with gr.Tab(words("tab_train"), id="train", render_children=True):
-                train_place = gr.Column()
-            with gr.Tab(words("tab_runs"), id="runs"):
+                train_column = gr.Column()
+            with gr.Tab(words("tab_runs"), id="runs") as runs_tab:
                 runs = RunsTab(site, words)
-            with train_place:
+            with train_column:
                 TrainTab(site, words, started=runs.started, shows=runs.shows)
-        chat.wire_page(page)
-        runs.wire_page(page)
+        chat.wire_page(page, chat_tab)
+        runs.wire_page(page, runs_tab)
         runs.wire_chat(tabs, chat.model, chat.other)
     page.queue(default_concurrency_limit=8, max_size=64)
     return page

@@ -12,7 +12,9 @@ from rich.text import Text as StyledText
 
 from xtuner.config import recipe
 from xtuner.config.builtin import catalog
-from xtuner.config.load import LoadedSettings, load_settings
+from xtuner.config.load import LoadedSettings
+from xtuner.config.schema import Settings
+from xtuner.data.build import TrainingData
 from xtuner.data.report.check import bad_rows
 from xtuner.data.report.show_tokens import draw
 from xtuner.device.select import pick_device
@@ -20,6 +22,7 @@ from xtuner.errors import XTunerError
 from xtuner.hub import fetch
 from xtuner.i18n import Words
 from xtuner.memory.plan import plan_memory
+from xtuner.runs import data_section
 from xtuner.training.data_parts import DataParts
 from xtuner.types import Conversation, Message
 
@@ -36,14 +39,13 @@ class DataView:
 
     Attributes:
         html: format, rows, the first sample with the supervised part marked, and every bad row.
-        rows, packs: samples of an epoch, and packs of them.
+        steps: optimizer steps of the run.
         questions: of the user in the first rows.
         bad_rows: some rows cannot be used.
     """
 
     html: str
-    rows: int
-    packs: int
+    steps: int
     questions: tuple[str, ...]
     bad_rows: bool = False
 
@@ -67,11 +69,11 @@ def look_at_data(loaded: LoadedSettings, words: Words) -> DataView:
     rows = bad_rows(parts.settings, **parts.arguments, quiet=True)
     bad = list(itertools.islice(rows, _MOST_BAD_ROWS + 1))
     data = parts.build(quiet=True)
-    lines = [line.removeprefix("Data").strip() for line in data.report.lines()]
     sample = data.train[0][0]
     text = draw(sample, "text", tokenizer=parts.tokenizer, marks=False,
                 image_layout=parts.image_layout)  # fmt: skip
-    html = [f'<p class="hint">{escape(line)}</p>' for line in lines]
+    table = "".join(data_section.parts(data.report.as_dict(), words, details=False))
+    html = [f'<div class="report">{table}</div>']
     html.append(f"<h4>{words('data_first', row=escape(str(sample.row)))}</h4>")
     html.append(f'<pre class="tokens">{_html(text)}</pre>')
     if bad:
@@ -79,9 +81,19 @@ def look_at_data(loaded: LoadedSettings, words: Words) -> DataView:
         html.append(f'<p class="hint">{words("data_left_aside")}</p>')
         shown = "\n".join(bad[:_MOST_BAD_ROWS]) + ("\n…" if len(bad) > _MOST_BAD_ROWS else "")
         html.append(f'<pre class="log">{escape(shown)}</pre>')
-    return DataView(
-        "".join(html), data.train.num_samples, len(data.train), _questions(parts), bool(bad)
+    return DataView("".join(html), _steps(parts.settings, data), _questions(parts), bool(bad))
+
+
+def _steps(settings: Settings, data: TrainingData) -> int:
+    """Optimizer steps of the run, in one process."""
+    packs = len(data.train)
+    found = recipe.resolved(
+        settings, rows=data.train.num_samples, packs=packs, length=data.pack_length, ranks=1
     )
+    accumulated, epochs = found.accumulative_counts, found.max_epochs
+    assert accumulated != "auto" and epochs != "auto"
+    steps = recipe.epoch_steps(found, packs=packs, accumulated=accumulated, ranks=1) * epochs
+    return min(steps, found.max_steps or steps)
 
 
 def _html(text: StyledText) -> str:
@@ -119,18 +131,10 @@ def _first_question(messages: tuple[Message, ...]) -> list[str]:
 
 
 def suggested(values: Mapping[str, Any], view: DataView) -> dict[str, Any]:
-    """`values` with what depends on the amount of data left to the run, and with questions and
-    checkpoints at a fifth of it."""
-    automatic = {**values, **dict.fromkeys(recipe.AUTOMATIC, "auto"), "batch_size": 1}
-    settings = load_settings(automatic).settings
-    found = recipe.resolved(
-        settings, rows=view.rows, packs=view.packs, length=settings.max_length, ranks=1
-    )
-    assert found.accumulative_counts != "auto" and found.max_epochs != "auto"
-    steps = -(-view.packs // found.accumulative_counts) * found.max_epochs
-    every = max(1, steps // 5)
+    """`values` with questions and checkpoints at every fifth of the run."""
+    every = max(1, view.steps // 5)
     return {
-        **automatic,
+        **values,
         "save_steps": every,
         "evaluation_freq": every,
         "save_total_limit": 5,
@@ -174,9 +178,11 @@ def methods(loaded: LoadedSettings) -> list[Method]:
 
 
 def starting_values(model: str, tuning: str) -> dict[str, Any]:
-    """The settings of a model and a method: those of the built-in settings where there are any."""
+    """The settings of a model and a method: those of the built-in settings where there are any,
+    and 'auto' for what depends on the amount of data."""
     try:
         values = catalog.compose(f"{model}_{tuning}_custom")
     except XTunerError:
         values = {"prompt_template": "auto", **catalog.recipe(tuning)}
-    return {**values, "pretrained_model_name_or_path": local_model(model)}
+    automatic = {**dict.fromkeys(recipe.AUTOMATIC, "auto"), "batch_size": 1}
+    return {**values, **automatic, "pretrained_model_name_or_path": local_model(model)}

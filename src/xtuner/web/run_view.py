@@ -1,4 +1,4 @@
-"""A run as the page shows it: progress, curve, sample answers and log, from the files it writes."""
+"""A run as the page shows it, from the files of the run: progress, curve, sample answers, log."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from xtuner.runs import answers, chart, report
 from xtuner.runs.folder import RUNNING, RunFolder
 from xtuner.web.folders import Folders
 from xtuner.web.jobs import Jobs
+from xtuner.web.snippets import hint, working
 
 _LAST_STEPS = 50
 _STYLES = ("main", "second")
@@ -26,6 +27,7 @@ def view(jobs: Jobs, folders: Folders, names: Sequence[str], words: Words) -> st
     parts: list[str] = []
     for name, run in runs.items():
         parts += _head(jobs, name, run, words)
+    parts += _merge(jobs, names[0], words)
     known = [run for run in runs.values() if run is not None]
     parts += _curves(known, words)
     for run in known:
@@ -35,6 +37,17 @@ def view(jobs: Jobs, folders: Folders, names: Sequence[str], words: Words) -> st
     if log := escape(_log(jobs, names[0], runs[names[0]])):
         parts.append(f"<h3>{words('runs_log')}</h3><pre class='log'>{log}</pre>")
     return f'<div class="report">{"".join(parts)}</div>'
+
+
+def _merge(jobs: Jobs, name: str, words: Words) -> Iterator[str]:
+    """How the last merge of the run goes."""
+    if (found := jobs.merging(name)) is None:
+        return
+    state, out = found
+    text = words(f"runs_merge_{state}", folder=out)
+    yield working(text) if state == "running" else hint(text)
+    if state == "failed":
+        yield f"<pre class='log'>{escape(jobs.merge_log(name))}</pre>"
 
 
 def _folder(folders: Folders, name: str) -> RunFolder | None:

@@ -11,14 +11,17 @@ from xtuner.errors import XTunerError
 from xtuner.i18n import Words
 from xtuner.runs.folder import RunFolder
 from xtuner.web import run_view
-from xtuner.web.chat_tab import fault
 from xtuner.web.site import Site
+from xtuner.web.snippets import fault, hint
 
 _SECONDS = 2.0
 _NONE = ""
 _NEWEST = ""
 
 _Updates = Any
+_Shown = tuple[str, str, tuple[str, ...] | None]
+"""A run, its view, and its checkpoints."""
+_NOTHING_SHOWN: _Shown = ("", "", None)
 
 
 class RunsTab:
@@ -47,7 +50,7 @@ class RunsTab:
             self.report = gr.HTML(elem_id="run-report", padding=False)
         self.message = gr.HTML(elem_id="runs-message", padding=False)
         self.view = gr.HTML(elem_id="run-view", padding=False)
-        self.shown = gr.State("")
+        self.shown = gr.State(_NOTHING_SHOWN)
         self.timer = gr.Timer(_SECONDS)
         self._wire()
 
@@ -67,7 +70,6 @@ class RunsTab:
         outputs = [self.view, self.report, self.checkpoint, self.shown]
         for dropdown in chosen:
             dropdown.change(self._show, chosen, [*outputs, self.message], **hidden)
-            dropdown.focus(self._refreshed, None, chosen, **hidden)
         self.timer.tick(self._tick, [*chosen, self.shown], outputs, **hidden)
         self.stop.click(self._stop, self.run, self.message, **hidden)
         self.resume.click(self._resume, self.run, self.message, **hidden)
@@ -83,38 +85,47 @@ class RunsTab:
             show_progress="hidden",
         )
 
-    def wire_page(self, page: gr.Blocks) -> None:
-        """Show the newest run when the page opens."""
-        page.load(
-            self._show,
-            [self.run, self.other],
-            [self.view, self.report, self.checkpoint, self.shown, self.message],
-            api_visibility="private",
-            show_progress="hidden",
-        )
+    def wire_page(self, page: gr.Blocks, tab: gr.Tab) -> None:
+        """Show the newest run when the page opens, and offer new ones when the tab is selected."""
+        chosen = [self.run, self.other]
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        outputs = [self.view, self.report, self.checkpoint, self.shown, self.message]
+        page.load(self._newest, None, chosen, **hidden).then(self._show, chosen, outputs, **hidden)
+        tab.select(self._refreshed, None, chosen, **hidden)
 
-    def _refreshed(self) -> _Updates:
+    def _newest(self) -> _Updates:
+        run, other = self._refreshed()
+        return gr.update(**run, value=next(iter(self._site.jobs.names()), None)), other
+
+    def _refreshed(self) -> tuple[_Updates, _Updates]:
         names = self._site.jobs.names()
         none = (self._words("nothing"), _NONE)
         return gr.update(choices=names), gr.update(choices=[none, *names])
 
     def _show(self, run: str | None, other: str | None) -> list[_Updates]:
-        return [*self._tick(run, other, ""), ""]
+        return [*self._tick(run, other, _NOTHING_SHOWN), ""]
 
-    def _tick(self, run: str | None, other: str | None, shown: str) -> list[_Updates]:
-        """The view, if anything in it has changed."""
+    def _tick(self, run: str | None, other: str | None, shown: _Shown) -> list[_Updates]:
+        """The view and the checkpoints to choose from, if they have changed."""
         site, names = self._site, [name for name in (run, other) if name]
         view = run_view.view(site.jobs, site.folders, names, self._words)
-        if view == shown:
+        known = run if run in site.jobs.names() else None
+        checkpoints = tuple(self._checkpoints(known)) if known else ()
+        now = (run or "", view, checkpoints)
+        if now == shown:
             return [gr.skip()] * 4
-        if not run or run not in site.jobs.names():
-            return [view, "", gr.skip(), view]
         link = (
-            f'<a class="button" href="/report/{escape(run)}" target="_blank" rel="noopener">'
+            f'<a class="button" href="/report/{escape(known)}" target="_blank" rel="noopener">'
             f"{self._words('runs_report')}</a>"
+            if known
+            else ""
         )
-        choices = [(self._words("runs_newest"), _NEWEST), *self._checkpoints(run)]
-        return [view, link, gr.update(choices=choices), view]
+        newest = (self._words("runs_newest"), _NEWEST)
+        # an update of the choices puts back what someone types or looks at
+        changes: dict[str, Any] = {"value": _NEWEST} if now[0] != shown[0] else {}
+        if checkpoints != shown[2]:
+            changes["choices"] = [newest, *checkpoints]
+        return [view, link, gr.update(**changes) if changes else gr.skip(), now]
 
     def _checkpoints(self, run: str) -> list[str]:
         try:
@@ -129,22 +140,22 @@ class RunsTab:
         except XTunerError as error:
             return fault(error)
         key = "runs_stopping" if stopped else "runs_not_running"
-        return self._note(key, name=run)
+        return hint(self._words(key, name=run))
 
     def _resume(self, run: str | None) -> str:
         try:
             self._site.jobs.resume(run or "")
         except XTunerError as error:
             return fault(error)
-        return self._note("runs_resumed", name=run)
+        return hint(self._words("runs_resumed", name=run))
 
     def _merge(self, run: str | None, checkpoint: str) -> str:
         try:
             name = checkpoint or next(iter(self._checkpoints(run or "")), "")
-            out = self._site.jobs.merge(run or "", name)
+            self._site.jobs.merge(run or "", name)
         except XTunerError as error:
             return fault(error)
-        return self._note("runs_merging", folder=out)
+        return ""  # the view shows how it goes
 
     def _chat(self, run: str | None, checkpoint: str) -> list[_Updates]:
         """The checkpoint, beside the model that it started from."""
@@ -156,6 +167,3 @@ class RunsTab:
             return [gr.skip(), gr.skip(), gr.skip(), fault(error)]
         base = str(record.settings["pretrained_model_name_or_path"]) if record else _NONE
         return [gr.Tabs(selected="chat"), base or str(path), str(path) if base else _NONE, ""]
-
-    def _note(self, key: str, **values: Any) -> str:
-        return f'<p class="hint">{escape(self._words(key, **values))}</p>'

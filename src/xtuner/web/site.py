@@ -1,19 +1,20 @@
-"""What all pages and visitors share."""
+"""State shared by both languages of the page and all visitors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from xtuner.chat.session import ToolUse
 from xtuner.serve.engine import Engine
-from xtuner.web.conversation import Stops
 from xtuner.web.folders import Folders
 from xtuner.web.jobs import Jobs
 from xtuner.web.models import ModelPool
+from xtuner.web.turns import Turns
 
 
 @dataclass(frozen=True)
 class Site:
-    """The parts behind the page.
+    """Shared state of the page.
 
     Attributes:
         engine: generates answers.
@@ -21,7 +22,8 @@ class Site:
         folders: that the page may use.
         jobs: runs as processes.
         first: the models that are chosen when a page opens: one, or two side by side.
-        stops: answers in progress, by browser tab.
+        tools: that the models may call, if any.
+        turns: answers in progress, by browser tab.
     """
 
     engine: Engine
@@ -29,4 +31,5 @@ class Site:
     folders: Folders
     jobs: Jobs
     first: tuple[str, ...] = ()
-    stops: Stops = field(default_factory=Stops)
+    tools: ToolUse | None = None
+    turns: Turns = field(default_factory=Turns)

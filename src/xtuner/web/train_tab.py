@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,20 @@ from xtuner.config.load import load_settings
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.i18n import Words
 from xtuner.web import form, preview
-from xtuner.web.chat_tab import fault
 from xtuner.web.site import Site
+from xtuner.web.snippets import fault, hint, working
 
 _DATA_TYPES = [".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"]
 _Updates = Any
+_SAVE = """(file) => {
+    if (!file) return;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([file[1]], {type: "text/x-python"}));
+    link.download = file[0];
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}"""
+"""Lets the browser save a file, given as its name and text."""
 
 
 class TrainTab:
@@ -44,7 +51,7 @@ class TrainTab:
         shows: Sequence[Any],
     ) -> None:
         self._site, self._words, self._started = site, words, started
-        self._fields = form.fields()
+        self._fields = form.fields(words)
         with gr.Row(elem_classes="top", equal_height=False):
             with gr.Column(min_width=300):
                 self.model = gr.Dropdown(
@@ -71,10 +78,9 @@ class TrainTab:
                         words("train_import"), file_types=[".py", ".yaml", ".yml"], size="sm",
                         elem_id="import",
                     )  # fmt: skip
-                    self.exporting = gr.DownloadButton(
-                        words("train_export"), size="sm", elem_id="export"
-                    )
+                    self.exporting = gr.Button(words("train_export"), size="sm", elem_id="export")
         self.message = gr.HTML(elem_id="train-message", padding=False)
+        self.exported = gr.JSON(visible="hidden")
         self.data = gr.HTML(elem_id="data-view", padding=False)
         with gr.Accordion(words("train_settings"), open=False, elem_id="settings"):
             self.form = self._make_form()
@@ -113,8 +119,8 @@ class TrainTab:
         self.start.click(self._start, [self.name, *self.form], [self.message, *shows], **hidden)
         self.importing.upload(self._import, self.importing, outputs, **hidden)
         self.exporting.click(
-            self._export, [self.name, *self.form], [self.exporting, self.message], **hidden
-        )
+            self._export, [self.name, *self.form], [self.exported, self.message], **hidden
+        ).success(None, self.exported, None, js=_SAVE)
 
     def _check(
         self, model: str | None, path: str, upload: str | None, tuning: str, name: str
@@ -125,7 +131,7 @@ class TrainTab:
         if not model or not data:
             yield self._answer(fault(ConfigError(words("train_no_choice"))))
             return
-        yield self._answer(_working(words("train_working")))
+        yield self._answer(working(words("train_working")))
         try:
             self._site.folders.check(model)
             if upload is None:
@@ -136,11 +142,10 @@ class TrainTab:
             values |= {"data_path": [data], "dataset_format": ["auto"]}
             loaded = form.checked(values, self._site.folders)
             view = preview.look_at_data(loaded, words)
-            yield self._answer(_working(words("train_measuring")), data=view.html)
+            yield self._answer(working(words("train_measuring")), data=view.html)
             methods = preview.methods(loaded)
             best = methods[0].tuning if methods and methods[0].fits else tuning
-            values |= catalog.recipe(best)
-            values = preview.suggested(values, view)
+            values = preview.suggested({**values, **catalog.recipe(best)}, view)
         except XTunerError as error:
             yield self._answer(fault(error), data="")
             return
@@ -213,7 +218,7 @@ class TrainTab:
             self._site.jobs.start(name.strip(), form.settings_file(values, name))
         except XTunerError as error:
             return [fault(error), *([gr.skip()] * self._num_shows)]
-        return [_note(self._words("train_started", name=name)), *self._started(name.strip())]
+        return [hint(self._words("train_started", name=name)), *self._started(name.strip())]
 
     @property
     def _num_shows(self) -> int:
@@ -229,20 +234,18 @@ class TrainTab:
             form.checked(values, self._site.folders)
         except XTunerError as error:
             return self._answer(fault(error))
-        message = _note(self._words("train_imported", name=Path(file).name))
+        message = hint(self._words("train_imported", name=Path(file).name))
         return self._answer(message, method=gr.update(value=loaded.settings.tuning), values=values)
 
     def _export(self, name: str, *given: Any) -> list[_Updates]:
-        """The settings file of the form, for download."""
+        """Name and text of the settings file of the form, which the browser saves."""
         try:
             values = form.values_of(given)
             form.checked(values, self._site.folders)
         except XTunerError as error:
-            return [gr.skip(), fault(error)]
+            return [None, fault(error)]
         stem = re.sub(r"[^\w.-]", "_", name or "settings", flags=re.ASCII).lstrip(".") or "settings"
-        path = Path(tempfile.mkdtemp(dir=tempfile.gettempdir())) / f"{stem}.py"
-        path.write_text(form.settings_file(values, stem), encoding="utf-8")
-        return [str(path), ""]
+        return [[f"{stem}.py", form.settings_file(values, stem)], ""]
 
 
 def _control(field: form.Field) -> Any:
@@ -260,11 +263,3 @@ def _control(field: form.Field) -> Any:
     if field.kind == "choice":
         return gr.Dropdown(list(field.options), value=value, **common)
     return gr.Textbox(value, lines=2 if field.kind == "lines" else 1, max_lines=6, **common)
-
-
-def _working(text: str) -> str:
-    return f'<p class="hint">{escape(text)}</p><div class="loading"><span></span></div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="hint">{escape(text)}</p>'

@@ -1,4 +1,4 @@
-"""Contract of every format in the folder, and what each one reads out of a row."""
+"""The contract of every format, and what each reads from a row."""
 
 import copy
 import json
@@ -189,7 +189,7 @@ def test_reasoning_of_the_assistant_is_read(key):
     record = read("openai", messages=messages)
     assert record.messages[1].reasoning == "I think."
     assert record.messages[1].as_dict()["reasoning_content"] == "I think."
-    with pytest.raises(RowError, match=rf"messages\[0\].{key}.*only the assistant"):
+    with pytest.raises(RowError, match=rf"messages\[0\].{key}.*only assistant turns"):
         read("openai", messages=[{**ask, key: "x"}, messages[1]])
 
 
@@ -389,7 +389,7 @@ def test_messages_are_of_the_shared_type():
     assert read("io", input="a", output="b").messages[0] == Message("user", "a")
 
 
-def test_llava_gives_each_place_its_image():
+def test_llava_assigns_images_to_placeholders():
     turns_ = [
         {"from": "human", "value": "<image>\n<image>\nWhich is older?"},
         {"from": "gpt", "value": "The first."},
@@ -414,13 +414,13 @@ def test_llava_gives_each_place_its_image():
         ([7], "<image>", "is a number"),
     ],
 )
-def test_llava_names_places_and_images_that_disagree(image, value, words):
+def test_llava_reports_different_numbers_of_placeholders_and_images(image, value, words):
     rows = [{"from": "human", "value": value}, {"from": "gpt", "value": "x"}]
     with pytest.raises(RowError, match=words):
         read("llava", image=image, conversations=rows)
 
 
-def test_llava_refuses_a_image_in_an_answer():
+def test_llava_rejects_an_image_in_an_answer():
     rows = [{"from": "human", "value": "Draw"}, {"from": "gpt", "value": "<image>"}]
     with pytest.raises(RowError, match="in an assistant turn"):
         read("llava", image="a.png", conversations=rows)

@@ -1,4 +1,4 @@
-"""Columns that the file calls otherwise: usual names, the setting `columns`, and what is said."""
+"""Renamed columns: common names, the setting `columns`, and notes."""
 
 import pickle
 
@@ -36,7 +36,7 @@ def test_usual_headers_are_a_question_and_its_answer(tmp_path, header):
     assert turns == [("user", "几点开门？"), ("assistant", "九点")]
 
 
-def test_the_renaming_is_said(tmp_path):
+def test_renaming_is_noted(tmp_path):
     _, notes = read(tmp_path, "问题,回答\na,b\n")
     assert notes == ("rows.csv: reads column '问题' as 'question' and '回答' as 'answer'",)
     assert read(tmp_path, "question,answer\na,b\n")[1] == ()
@@ -50,7 +50,7 @@ def test_instruction_input_and_output_in_chinese(tmp_path):
 
 
 @pytest.mark.parametrize(("sign", "word"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical")])
-def test_other_separators_are_recognised_and_said(tmp_path, sign, word):
+def test_other_separators_are_recognised_with_a_note(tmp_path, sign, word):
     (turns,), notes = read(tmp_path, f"question{sign}answer\na, b{sign}c\n")
     assert turns == [("user", "a, b"), ("assistant", "c")]
     assert word in notes[0]

@@ -1,4 +1,4 @@
-"""How a format is found: by name, by columns, in a file of the user's."""
+"""Resolving a format by name, by columns, or in a user's file."""
 
 import pickle
 from dataclasses import replace
@@ -31,11 +31,11 @@ def test_every_file_is_a_format_of_its_name():
         ("text", "pretrain"),
     ],
 )
-def test_auto_picks_what_reads_most(columns, name):
+def test_auto_selects_the_format_that_reads_most_columns(columns, name):
     assert resolve("auto", columns=columns.split()).name == name
 
 
-def test_auto_tells_like_columns_apart_by_a_row():
+def test_auto_distinguishes_equal_columns_by_a_row():
     def pick(**row):
         return resolve("auto", columns=tuple(row), sample=row).name
 

@@ -1,4 +1,4 @@
-"""Every format with tools gives one representation of calls, results and tools."""
+"""Every format with tools gives the same representation of calls, results and tools."""
 
 import json
 
@@ -175,7 +175,7 @@ def test_moss_splits_the_results_of_several_commands():
     record = formats.load("moss").convert({"meta_instruction": meta, "chat": {"turn_1": turn}})
     assert arguments_of(record.messages[2].tool_calls[0]) == {"query": 'what is "x"?'}
     turn["Commands"] = "<|Commands|>: look it up<eoc>\n"
-    with pytest.raises(RowError, match="Commands: is no call"):
+    with pytest.raises(RowError, match="Commands: is not a call"):
         formats.load("moss").convert({"meta_instruction": meta, "chat": {"turn_1": turn}})
 
 
@@ -191,10 +191,10 @@ def openai(call, *more, tools=(TOOL,)):
 RESULT = {"role": "tool", "content": "5"}
 BAD = {
     "arguments are no JSON": (openai({"name": "add", "arguments": '{"a": 2,'}), "not valid JSON"),
-    "arguments are a list": (openai({"name": "add", "arguments": [2]}), "are no object"),
+    "arguments are a list": (openai({"name": "add", "arguments": [2]}), "are not an object"),
     "unknown tool": (openai({"name": "sub", "arguments": {}}), "does not declare"),
     "wrong type": (openai({"name": "add", "arguments": {"a": "2"}}), "a must be an integer"),
-    "unknown argument": (openai({"name": "add", "arguments": {"c": 2}}), "c is no parameter"),
+    "unknown argument": (openai({"name": "add", "arguments": {"c": 2}}), "c is not a parameter"),
     "result without a call": (openai(None, RESULT), "no call precedes it"),
     "result of another call": (
         openai(CALL, {**RESULT, "tool_call_id": "c2"}), "no call with that id",
@@ -203,11 +203,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_call_is_named_with_its_cure_and_dropped_or_kept(name):
+def test_a_bad_call_is_reported_with_a_hint_and_dropped_or_kept(name):
     record, words = BAD[name]
     problem = CallPolicy().applied(record)
     assert isinstance(problem, Problem)
-    assert words in problem.problem and problem.cure
+    assert words in problem.problem and problem.hint
     assert problem.where.startswith(("turn [2]", "turn [3]"))
     kept = CallPolicy(errors="keep").applied(record)
     assert len(kept.messages) == len(record.messages)

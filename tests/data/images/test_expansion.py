@@ -1,4 +1,4 @@
-"""How images stand among tokens: room for them, and what is cut."""
+"""Images among tokens: expansion, and what is cut."""
 
 import pytest
 from data_makers import settings, write_jsonl

@@ -1,4 +1,5 @@
-"""Images: found only in their folder, checked before a run, decoded when a batch is made."""
+"""Images are found only in their folder, checked before a run, and decoded when a batch is
+collated."""
 
 import io
 import struct
@@ -27,7 +28,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "name", ["a.png", "a.jpg", "sub/a.webp", "a.bmp", "a.gif", "./sub/../a.png"]
 )
-def test_sound_images_pass(folder, name):
+def test_valid_images_pass(folder, name):
     folder.check(name)
     assert folder.load(name).size == (80, 60) and folder.load(name).mode == "RGB"
     folder.check(str(folder.root / name))
@@ -36,16 +37,16 @@ def test_sound_images_pass(folder, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("b.png", "is not there"),
+        ("b.png", "does not exist"),
         ("sub", "is a folder"),
-        ("../outside.png", "lies outside image_folder"),
-        ("sub/../../outside.png", "lies outside"),
-        ("/etc/passwd", "lies outside"),
+        ("../outside.png", "is outside image_folder"),
+        ("sub/../../outside.png", "is outside"),
+        ("/etc/passwd", "is outside"),
         ("https://a.b/c.png", "download it"),
         ("data:image/png;base64,AAAA", "download it"),
     ],
 )
-def test_what_is_not_in_the_folder_is_refused(folder, name, words):
+def test_images_outside_the_folder_are_rejected(folder, name, words):
     with pytest.raises(ImageError, match=words) as caught:
         folder.check(name)
     assert name in str(caught.value)
@@ -75,15 +76,15 @@ def test_damaged_and_foreign_files_are_named(folder, name):
     with pytest.raises(ImageError, match="is damaged"):
         folder.check(name)
     file.write_bytes(b"")
-    with pytest.raises(ImageError, match="is no image"):
+    with pytest.raises(ImageError, match="is not an image"):
         folder.check(name)
     Image.new("RGB", (4, 4)).save(file, format="TIFF")
-    with pytest.raises(ImageError, match="is no image in JPEG, PNG"):
+    with pytest.raises(ImageError, match="is not an image in JPEG, PNG"):
         folder.check(name)
 
 
 @pytest.mark.parametrize("side", [9_000, 30_000])  # Pillow warns of the one, refuses the other
-def test_a_bomb_is_refused_before_it_is_decoded(folder, side):
+def test_decompression_bomb_is_rejected_before_decoding(folder, side):
 
     def chunk(kind, body):
         whole = kind + body
@@ -101,7 +102,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(folder, side):
 def test_a_line_that_would_become_a_huge_square_is_refused(folder, size):
     Image.new("1", size).save(folder.root / "line.png")
     assert (folder.root / "line.png").stat().st_size < 2_000
-    with pytest.raises(ImageError, match=r"more than (10,000 on a side|100 times)"):
+    with pytest.raises(ImageError, match=r"more than (10,000|100 times)"):
         folder.check("line.png")
     with pytest.raises(ImageError):
         folder.load("line.png")
@@ -116,7 +117,7 @@ def with_exif(body):
     return raw.getvalue().replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
 
 
-def test_a_image_that_cannot_be_turned_upright_does_not_pass_the_check(folder):
+def test_image_with_bad_orientation_fails_the_check(folder):
     (folder.root / "exif.png").write_bytes(with_exif(b"no TIFF header"))
     for use in (folder.check, folder.load):
         with pytest.raises(ImageError, match=r"'exif\.png' is damaged"):
@@ -141,8 +142,8 @@ def test_images_stand_upright(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png"], ids=["nul", "half"])
-def test_what_is_no_name_of_a_file_is_an_error_of_the_image(folder, name):
-    with pytest.raises(ImageError, match="is no name of a file"):
+def test_invalid_file_name_is_an_image_error(folder, name):
+    with pytest.raises(ImageError, match="is not a file name"):
         folder.find(name)
     with pytest.raises(ImageError, match="cannot be opened"):
         files.open_image(name)

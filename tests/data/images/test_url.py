@@ -1,4 +1,4 @@
-"""Images that are named by a URL: fetched once, within limits."""
+"""Images given by URL are downloaded once, within limits."""
 
 import http.server
 import threading
@@ -54,9 +54,9 @@ def test_an_image_is_fetched_once(server):
         ("/a", b"no image", "is not usable as an image"),
         ("/a", b"x" * 3000, "more than 2,000 bytes"),
     ],
-    ids=["missing", "no image", "large"],
+    ids=["missing", "not an image", "large"],
 )
-def test_what_cannot_be_used_is_said_and_not_kept(server, tmp_path, path, content, reason):
+def test_unusable_download_is_reported_and_not_kept(server, tmp_path, path, content, reason):
     Server.content = content or Server.content
     with pytest.raises(DataError, match=reason) as caught:
         fetched(f"{server}{path}", most=2000)
@@ -65,8 +65,8 @@ def test_what_cannot_be_used_is_said_and_not_kept(server, tmp_path, path, conten
     assert len([p for p in (tmp_path / "cache").rglob("*") if p.is_file()]) == 0
 
 
-def test_a_server_that_is_not_there_is_named():
-    with pytest.raises(DataError, match="cannot be fetched"):
+def test_unreachable_server_is_reported():
+    with pytest.raises(DataError, match="cannot be downloaded"):
         fetched("http://127.0.0.1:9/a.png", seconds=2)
 
 

@@ -15,7 +15,7 @@ def per_source(rows, counts):
     return np.histogram(rows, bins=np.cumsum([0, *counts]))[0].tolist()
 
 
-def test_by_default_every_row_is_there_once_in_order():
+def test_by_default_every_row_occurs_once_in_order():
     assert mixed([3, 2]).tolist() == [0, 1, 2, 3, 4]
 
 

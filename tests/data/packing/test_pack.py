@@ -57,7 +57,7 @@ def test_packs_are_not_sorted_by_length():
     assert np.mean(within) > 0.7 * np.std(lengths)
 
 
-def test_a_given_order_is_nearly_kept():
+def test_given_order_is_nearly_kept():
     lengths = instruction_lengths(20_000)
     members, _ = pack(lengths, 2048, order=np.arange(20_000))
     assert np.abs(members - np.arange(20_000)).max() < 2000

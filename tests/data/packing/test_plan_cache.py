@@ -29,7 +29,7 @@ def same(plan, other):
     )
 
 
-def test_a_plan_is_made_once_and_is_what_packing_gives(monkeypatch):
+def test_plan_is_computed_once_and_equals_packing(monkeypatch):
     wanted = pack(LENGTHS, 256, order=ORDER)
     assert same(planned(LENGTHS, 256, order=ORDER), wanted)
     monkeypatch.setattr(plan_cache, "pack", refuse)
@@ -65,14 +65,14 @@ def of(members, starts):
         lambda file, plan: np.savez(file, **of(plan[0], plan[1][:-1])),
     ],
 )
-def test_a_plan_that_is_damaged_is_made_anew(damage):
+def test_damaged_plan_is_recomputed(damage):
     wanted = planned(LENGTHS, 256, order=ORDER)
     (file,) = files()
     damage(file, wanted)
     assert same(planned(LENGTHS, 256, order=ORDER), wanted)
 
 
-def test_a_disk_that_takes_nothing_is_no_reason_to_stop(monkeypatch, tmp_path):
+def test_full_disk_does_not_stop_the_run(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path / "file" / "below"))
     assert same(planned(LENGTHS, 256, order=ORDER), pack(LENGTHS, 256, order=ORDER))

@@ -223,7 +223,7 @@ def test_a_huge_line_is_read(tmp_path):
         ('[{"a": 1}]\n[{"a": 2}]', r"line 2 column 1: .*extra data after the '\]'"),
     ],
 )
-def test_a_broken_array_names_the_place(tmp_path, text, message):
+def test_broken_array_is_reported_with_its_position(tmp_path, text, message):
     (path := tmp_path / "d.json").write_text(text)
     with pytest.raises(DataError, match="(?i)" + message):
         read(path)
@@ -295,7 +295,7 @@ def test_a_folder_without_data_is_refused(tmp_path):
         find("d", folder=tmp_path)
 
 
-def test_paths_are_looked_up_beside_the_settings_then_where_we_are(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_settings_then_to_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     write_jsonl(tmp_path / "here" / "d.jsonl", [chat("q", "here")])
@@ -350,7 +350,7 @@ def test_without_datasets_the_hint_is_named(tmp_path, monkeypatch):
         find("owner/name", folder=tmp_path)
 
 
-def test_an_unreachable_hub_is_said_plainly(tmp_path, monkeypatch):
+def test_unreachable_hub_is_reported(tmp_path, monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'owner/name'\nmore")
 

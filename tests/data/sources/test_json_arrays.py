@@ -43,7 +43,7 @@ def broken_texts():
 
 
 @pytest.mark.parametrize("stretch", [1, 2, 3, 7, 64])
-def test_where_the_file_is_parted_does_not_matter(monkeypatch, stretch):
+def test_block_boundaries_do_not_matter(monkeypatch, stretch):
     for raw in (WHOLE.encode(), b"\xef\xbb\xbf" + WHOLE.encode()):
         rows, error = at_once(raw, monkeypatch)
         assert (len(rows), error) == (9, "")
@@ -52,7 +52,7 @@ def test_where_the_file_is_parted_does_not_matter(monkeypatch, stretch):
 
 
 @pytest.mark.parametrize("stretch", [1, 5, 16])
-def test_a_fault_is_named_alike_wherever_the_file_is_parted(monkeypatch, stretch):
+def test_error_position_does_not_depend_on_block_boundaries(monkeypatch, stretch):
     for raw in broken_texts():
         rows, error = at_once(raw, monkeypatch)
         monkeypatch.setattr(json_arrays, "BLOCK", stretch)
@@ -62,7 +62,7 @@ def test_a_fault_is_named_alike_wherever_the_file_is_parted(monkeypatch, stretch
         assert parted == rows or ("UTF-8" in error and parted[: len(rows)] == rows)
 
 
-def test_a_fault_names_line_and_column_of_the_whole_file(monkeypatch):
+def test_error_has_line_and_column_of_the_file(monkeypatch):
     monkeypatch.setattr(json_arrays, "BLOCK", 50)
     lines = ["[", *(f' {{"n": {n}}},' for n in range(1000)), '  {"n": "ü"}, {"n" 1000}]']
     _, error = outcome("\n".join(lines).encode())
@@ -72,13 +72,13 @@ def test_a_fault_names_line_and_column_of_the_whole_file(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
-def test_what_no_parser_survives_ends_the_array_with_its_place(value):
+def test_unparsable_value_ends_the_array_with_its_position(value):
     rows, error = outcome(f'[{{"a": 1}},\n {value}]'.encode())
     assert len(rows) == 1
     assert error.startswith("d.json line 2 column 2: is not valid JSON: ")
 
 
-def test_a_large_array_is_never_held_whole(tmp_path):
+def test_large_array_is_never_entirely_in_memory(tmp_path):
     row = json.dumps({"text": "😀" + "x" * 1000}, ensure_ascii=False)
     raw = ("[" + ",\n".join([row] * 20_000) + "]").encode()
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Parquet files that are malformed cost a row or are named; they never end the process."""
+"""Malformed parquet files fail a row or are reported; they never end the process."""
 
 import datetime
 import decimal
@@ -25,7 +25,7 @@ CASES = Path(__file__).parents[2] / "cases" / "parquet"
         ("pn47.parquet", "text", "is not UTF-8"),
     ],
 )
-def test_a_value_that_python_cannot_hold_costs_its_row(file, column, words) -> None:
+def test_value_that_python_cannot_represent_fails_its_row(file, column, words) -> None:
     rows = [row for row, _ in parquet_rows(CASES / file, name=file)]
     faults = [row for row in rows if isinstance(row, Fault)]
     assert faults and all(fault.field == column for fault in faults)
@@ -48,7 +48,7 @@ def test_a_malformed_file_is_named_and_the_next_one_read(file, words, tmp_path) 
     assert [row for row, _ in parquet_rows(tmp_path / "a.parquet", name="a")] == [{"a": 1}]
 
 
-def test_sound_values_are_those_of_pyarrow(tmp_path) -> None:
+def test_valid_values_equal_those_of_pyarrow(tmp_path) -> None:
     zone = datetime.timezone(datetime.timedelta(hours=2))
     values = {
         "text": ["a", "ü\0", None],

@@ -1,4 +1,4 @@
-"""What a file holds besides the columns of its format is named, or refused."""
+"""Columns that a format does not read are noted, or the file is rejected."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_columns_and_keys_that_are_not_read_are_noted_but_not_those_without_effe
 def test_placeholders_that_nothing_fills_are_noted(tmp_path):
     (media, blank) = notes(tmp_path, chat("Listen: <audio>", "I am {{name}}."))
     assert "<audio> in a text is trained on as text" in media
-    assert "{{name}} in a text is trained on as it stands" in blank
+    assert "{{name}} in a text is trained on literally" in blank
 
 
 def test_nulls_that_a_schema_adds_are_not_trained_on(tmp_path):

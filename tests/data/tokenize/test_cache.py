@@ -61,7 +61,7 @@ def test_a_second_build_encodes_nothing(path):
         {"dataset_format": ("openai",)},
     ],
 )
-def test_what_acts_on_encoded_rows_does_not_encode_again(path, changes):
+def test_settings_that_act_on_encoded_rows_do_not_encode_again(path, changes):
     assert encoded_rows(path) == 12
     assert encoded_rows(path, **changes) == 0
 
@@ -87,7 +87,7 @@ def test_a_new_template_or_purpose_is_encoded(path):
     assert encoded_rows(path, algorithm="pretrain") == 12
 
 
-def test_a_changed_format_of_ones_own_is_encoded(path, tmp_path):
+def test_changed_user_format_is_encoded_again(path, tmp_path):
     own = tmp_path / "mine.py"
     own.write_text("def read(row):\n    return row['messages']\n")
     options = {"dataset_format": ("mine.py:read",), "folder": tmp_path}
@@ -133,7 +133,7 @@ def scramble(path):
         ("lines.npy", scramble),
     ],
 )
-def test_a_damaged_store_is_made_anew(path, name, damage):
+def test_damaged_store_is_recreated(path, name, damage):
     own = Counting()
     before = lines_of(build_data(path, own_template=own).train)
     (store,) = stores()

@@ -53,7 +53,7 @@ class Silent:
         return [Encoded([1, 2, 3], [True, False, False])]
 
 
-def test_all_of_a_text_but_its_first_token_is_supervised_and_it_ends():
+def test_all_tokens_of_a_text_except_the_first_are_supervised():
     encoded = encoded_text("Hi there")
     assert tokenizer().decode(encoded.input_ids) == "Hi there<|im_end|>"
     assert encoded.loss_mask == [False] + [True] * 8
@@ -98,7 +98,7 @@ def test_pretraining_learns_every_token_of_a_conversation():
         (Fault("is odd"), "is odd"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_said_with_its_hint(row, words):
+def test_row_errors_have_hints(row, words):
     assert str(encoded_row(row)).startswith(words)
 
 
@@ -172,7 +172,7 @@ def test_a_killed_process_is_an_error_with_a_hint(tmp_path):
         list(encode_all(encoder(template=Deadly()), chunks, processes=2))
 
 
-def test_a_fault_of_the_reader_ends_the_processes():
+def test_reader_error_ends_the_processes():
     def chunks():
         yield [task(chat("a", "b"))]
         raise DataError("the rest is missing")

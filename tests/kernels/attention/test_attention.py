@@ -330,7 +330,7 @@ def test_a_wrong_kernel_is_detected(offers, fault):
     assert "relative error of the" in failure_of(wrong, call)
 
 
-def test_after_one_that_fails_the_next_is_taken(offers):
+def test_next_kernel_is_tried_after_a_failure(offers):
     functions = offers("2.13", "flash", "varlen")
 
     def broken(*args, **kwargs):

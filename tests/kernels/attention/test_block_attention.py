@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from xtuner.kernels.attention import blocks as module
-from xtuner.kernels.attention.blocks import block_attention, layout_of
+from xtuner.kernels.attention import block_layout
+from xtuner.kernels.attention.block_layout import layout_of, shared_blocks
+from xtuner.kernels.attention.blocks import block_attention
 
 
 def row(cu_seqlens, heads=4, kv_heads=2, width=8, value_width=8, dtype=torch.float64):
@@ -65,14 +66,14 @@ def test_recomputing_long_samples_and_splitting_blocks_change_nothing(monkeypatc
     grad_output = torch.randn(640, 4, 8, dtype=torch.float64)
 
     def gradients():
-        module._shared_blocks.cache_clear()
+        shared_blocks.cache_clear()
         return torch.autograd.grad(
             block_attention(*inputs, cu_seqlens, scale=0.3), inputs, grad_output
         )
 
     default = gradients()
-    monkeypatch.setattr(module, "MAX_SAVED_KEYS", 128)
-    monkeypatch.setattr(module, "MAX_SCORES", 4 * 64 * 130)
+    monkeypatch.setattr(block_layout, "MAX_SAVED_KEYS", 128)
+    monkeypatch.setattr(block_layout, "MAX_SCORES", 4 * 64 * 130)
     for got, exact in zip(gradients(), default, strict=True):
         assert (got - exact).abs().max() < 1e-12
 

@@ -196,7 +196,7 @@ def test_a_second_openmp_runtime_is_not_loaded(fresh_library, monkeypatch):
     assert "/usr/lib/libomp.so" in build.state()
 
 
-def test_a_failing_compiler_is_named_and_not_fatal(fresh_library, monkeypatch, tmp_path):
+def test_compiler_failure_is_reported_and_not_fatal(fresh_library, monkeypatch, tmp_path):
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path))
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'cannot find -lgomp' >&2\nexit 1\n")

@@ -145,7 +145,7 @@ FAMILIES = {
 """What the chat models of the catalog are, by the beginnings of their names."""
 
 
-def test_the_catalog_offers_eyes_to_the_models_that_can_have_them():
+def test_catalog_has_llava_settings_for_supported_models():
     chat = {n.removesuffix("_lora_custom") for n in catalog.names("*_lora_custom")
             if catalog.compose(n)["prompt_template"] == "auto"}  # fmt: skip
     offered = {n for n in chat if catalog.names(f"llava_{n}_clip_vit_large_p14_336_e1_*")}

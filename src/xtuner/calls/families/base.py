@@ -209,7 +209,7 @@ def checked(call: Mapping[str, Any], text: str) -> Found:
     if isinstance(arguments, str):
         return Found(None, text, "has arguments that are not valid JSON")
     if not isinstance(arguments, Mapping):
-        return Found(None, text, "has arguments that are no object")
+        return Found(None, text, "has arguments that are not an object")
     return Found(call, text)
 
 

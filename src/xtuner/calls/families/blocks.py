@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from xtuner.calls.families.base import Found, Section, after, checked
 from xtuner.calls.families.json_text import dumped
@@ -15,8 +15,58 @@ from xtuner.calls.scan import json_end, skip_space
 _NAME = re.compile(r"[\w.:-]+")
 
 
+class _Section:
+    """A section of blocks, one per call; a subclass renders and reads a block."""
+
+    begin: ClassVar[str]
+    end: ClassVar[str]
+    call_begin: ClassVar[str]
+    call_end: ClassVar[str]
+    separator: ClassVar[str]
+
+    @property
+    def opens(self) -> tuple[str, ...]:
+        """See `Family`."""
+        return (self.begin,)
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """See `Family`."""
+        return (self.begin, self.end, self.call_begin, self.call_end, self.separator)
+
+    def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
+        """See `Family.read`: a section is complete with its end; calls are read one by one."""
+        return self._read(text)
+
+    def ended(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
+        """See `Family.ended`."""
+        return self._read(text, ended=True)
+
+    def _read(self, text: str, *, ended: bool = False) -> Section | None:
+        """Read blocks until the end of the section, or the complete ones if `ended`."""
+        found: list[Found] = []
+        at = len(self.begin)
+        while True:
+            at = skip_space(text, at)
+            if text.startswith(self.end, at):
+                return Section(tuple(found), at + len(self.end))
+            if text.startswith(self.call_begin, at):
+                block = self._call(text, at + len(self.call_begin))
+                if block is not None:
+                    found.append(block[0])
+                    at = block[1]
+                    continue
+            if not ended:
+                return None
+            return Section(tuple(found), at) if found else None
+
+    def _call(self, text: str, at: int) -> tuple[Found, int] | None:
+        """The call of the block at `at`, and the index after it; None if it is incomplete."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class DeepSeek:
+class DeepSeek(_Section):
     """``<｜tool▁calls▁begin｜>`` and blocks; V3 fences the arguments, V3.1 does not."""
 
     name: str
@@ -28,16 +78,6 @@ class DeepSeek:
     call_begin = "<｜tool▁call▁begin｜>"
     call_end = "<｜tool▁call▁end｜>"
     separator = "<｜tool▁sep｜>"
-
-    @property
-    def opens(self) -> tuple[str, ...]:
-        """See `Family`."""
-        return (self.begin,)
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """See `Family`."""
-        return (self.begin, self.end, self.call_begin, self.call_end, self.separator)
 
     def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """See `Family.render`."""
@@ -51,10 +91,6 @@ class DeepSeek:
         else:
             inner = f"{name_of(call)}{self.separator}{arguments}"
         return self.call_begin + inner + self.call_end
-
-    def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
-        """See `Family.read`: a section is complete with its end; calls are read one by one."""
-        return _sequence(self, text, len(self.begin), self._call)
 
     def _call(self, text: str, at: int) -> tuple[Found, int] | None:
         head, sign, _ = text[at:].partition(self.separator)
@@ -76,13 +112,9 @@ class DeepSeek:
         call = make_call(name, text[brace:end])
         return checked(call, text[at:end]), closed
 
-    def ended(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
-        """See `Family.ended`."""
-        return _sequence(self, text, len(self.begin), self._call, ended=True)
-
 
 @dataclass(frozen=True)
-class Kimi:
+class Kimi(_Section):
     """Kimi K2: the id of a call holds its name, ``functions.NAME:INDEX``."""
 
     name: str
@@ -94,16 +126,6 @@ class Kimi:
     call_end = "<|tool_call_end|>"
     separator = "<|tool_call_argument_begin|>"
 
-    @property
-    def opens(self) -> tuple[str, ...]:
-        """See `Family`."""
-        return (self.begin,)
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """See `Family`."""
-        return (self.begin, self.end, self.call_begin, self.call_end, self.separator)
-
     def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """See `Family.render`."""
         parts = [
@@ -112,10 +134,6 @@ class Kimi:
             for index, call in enumerate(calls)
         ]
         return self.begin + "".join(parts) + self.end
-
-    def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
-        """See `Family.read`."""
-        return _sequence(self, text, len(self.begin), self._call)
 
     def _call(self, text: str, at: int) -> tuple[Found, int] | None:
         head, sign, _ = text[at:].partition(self.separator)
@@ -127,30 +145,6 @@ class Kimi:
         name = head.strip().removeprefix("functions.").rpartition(":")[0] or head.strip()
         call = make_call(name, text[start:end], call_id=head.strip() or None)
         return checked(call, text[at:end]), closed
-
-    def ended(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
-        """See `Family.ended`."""
-        return _sequence(self, text, len(self.begin), self._call, ended=True)
-
-
-def _sequence(
-    family: DeepSeek | Kimi, text: str, at: int, call: Any, *, ended: bool = False
-) -> Section | None:
-    """Read blocks until the end of the section, or what is complete of them if it has `ended`."""
-    found: list[Found] = []
-    while True:
-        at = skip_space(text, at)
-        if text.startswith(family.end, at):
-            return Section(tuple(found), at + len(family.end))
-        if text.startswith(family.call_begin, at):
-            block = call(text, at + len(family.call_begin))
-            if block is not None:
-                found.append(block[0])
-                at = block[1]
-                continue
-        if not ended:
-            return None
-        return Section(tuple(found), at) if found else None
 
 
 @dataclass(frozen=True)

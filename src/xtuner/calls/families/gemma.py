@@ -35,7 +35,7 @@ def _key(key: str) -> str:
 
 
 class _Reader:
-    """Reads one value; ValueError where the text is none."""
+    """Reads one value; raises ValueError if the text is not a value."""
 
     def __init__(self, text: str) -> None:
         self._tokens = self._split(text)
@@ -59,7 +59,7 @@ class _Reader:
         return token
 
     def complete(self) -> Any:
-        """The value, which is all of the text."""
+        """The value; nothing may follow it."""
         value = self._value(0)
         self._take("end")
         return value
@@ -93,7 +93,7 @@ class _Reader:
 
 @dataclass(frozen=True)
 class Gemma:
-    """The name and the arguments, whose strings stand between two ``<|"|>``."""
+    """The name and the arguments, whose strings are between two ``<|"|>``."""
 
     name: str
     only_at_start: bool = False

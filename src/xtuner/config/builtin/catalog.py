@@ -27,7 +27,7 @@ from xtuner.errors import ConfigError
 _TABLES = Path(__file__).parents[1] / "tables"
 _DEFAULT_EPOCHS = 3
 AUTO = "auto"
-"""Epochs of a data set whose rows decide; its name may still give a number."""
+"""The epochs of a data set whose number of rows decides; a name may still give a number."""
 _ROW_KEYS = ("epochs", "aliases", "models", "note")
 """Keys of a data set row that are not settings."""
 
@@ -58,7 +58,7 @@ def names(pattern: str = "") -> list[str]:
 
 
 def _suffix(epochs: int | str) -> str:
-    """The end of a name; none where the rows decide the number of epochs."""
+    """The end of a name; empty if the rows decide the number of epochs."""
     return "" if epochs == AUTO else f"_e{epochs}"
 
 
@@ -116,7 +116,7 @@ def note(name: str) -> str:
 
 
 def models() -> dict[str, str]:
-    """The names of the models, and where each comes from on the hub."""
+    """The names of the models, and their names on the hub."""
     return {name: row["path"] for name, row in _models().items()}
 
 

@@ -2,7 +2,7 @@
 
     internlm2_1_8b _ qlora _ alpaca _ e3        [all] < recipe < model < data < [exceptions]
 
-Another number of epochs than the listed one may be given. Names that cannot be composed say why.
+Any number of epochs may be given. Names that cannot be composed have a reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EPOCHS = re.compile(r"_e\d+(?=_|$)")
 
 
 class Parts(NamedTuple):
-    """What a name is composed of."""
+    """The parts of a name."""
 
     model: str
     recipe: str
@@ -34,18 +34,19 @@ class Parts(NamedTuple):
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """All names that compose, sorted; those for data of one's own come last."""
+    """All names that can be composed, sorted; those for the user's own data come last."""
     return tuple(sorted({*_parts(), *_table()["llava"]}, key=lambda name: ("custom" in name, name)))
 
 
 @functools.cache
 def missing() -> dict[str, str]:
-    """Names that do not compose, and the reason."""
+    """Names that cannot be composed, and the reason."""
     return {name: row["reason"] for row in _table()["missing"] for name in row["names"].split()}
 
 
 def listed_name(name: str) -> str | None:
-    """The name in the table that `name` is, with any number of epochs; None if there is none."""
+    """The name in the table that corresponds to `name`, with any number of epochs; None if there is
+    none."""
     if name in _parts() or name in _table()["llava"]:
         return name
     epochs = _EPOCHS.search(name)
@@ -55,7 +56,7 @@ def listed_name(name: str) -> str | None:
 
 
 def compose(name: str, *, suffix: str = "") -> dict[str, Any] | None:
-    """The settings of `name`; None if it is no name of XTuner 0.1.
+    """The settings of `name`; None if it is not a name of XTuner 0.1.
 
     Args:
         name: one of `names`, with any number of epochs.
@@ -72,7 +73,7 @@ def compose(name: str, *, suffix: str = "") -> dict[str, Any] | None:
 
 
 def note(name: str) -> str:
-    """What to know and do before the built-in `name` is trained."""
+    """Notes and manual steps before the built-in `name` can be trained."""
     known = listed_name(name)
     if known is None:
         return ""
@@ -84,12 +85,12 @@ def note(name: str) -> str:
         lines = [_texts(parts.data).get("note", "")]
         if newer := _table()["models"][parts.model].get("newer"):
             lines.append(
-                "The model runs Python code of its own, written for transformers 4, and is refused "
-                f"if that goes wrong under transformers 5; a newer model is {newer}."
+                "The model runs its own Python code, written for transformers 4, and is rejected "
+                f"if that fails under transformers 5; a newer model is {newer}."
             )
     lines.append(
-        "The values are those of XTuner 0.1's config of this name; the questions of the sample "
-        "answers and system messages are worded anew. Steps count micro-batches, as there."
+        "The values are those of XTuner 0.1's config of this name; the questions for sample "
+        "answers and the system messages are reworded. As there, steps count micro-batches."
     )
     return " ".join(filter(None, lines))
 
@@ -135,7 +136,7 @@ def _llava(name: str, suffix: str) -> dict[str, Any]:
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` without keys of rows, and without those of adapters where there are none."""
+    """`values` without keys of rows and, if there are no adapters, without their settings."""
     left_out = (*_ROW_KEYS, *(_ADAPTER if values["tuning"] == "full" else ()))
     return {key: value for key, value in values.items() if key not in left_out}
 
@@ -171,7 +172,7 @@ def _parts() -> dict[str, Parts]:
 
 
 def _data(end: str) -> tuple[str, int]:
-    """Data set and epochs of the end of a name."""
+    """Data set and epochs at the end of a name."""
     data, _, rest = end.partition("_e")
     while not (match := re.match(r"\d+", rest)) or data not in _table()["data"]:
         more, _, rest = rest.partition("_e")
@@ -181,5 +182,5 @@ def _data(end: str) -> tuple[str, int]:
 
 @functools.cache
 def _by_end() -> dict[str, str]:
-    """Names by themselves without the number of epochs."""
+    """Names by their stem, without the number of epochs."""
     return {_EPOCHS.sub("_e", name, count=1): name for name in names()}

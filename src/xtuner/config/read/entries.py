@@ -36,7 +36,10 @@ class Entry:
     def problem(self, name: str, message: str) -> Problem:
         """Make a problem about this entry, the setting `name`."""
         if self.line == OVERRIDE:
-            return Problem(f"--set {name}={_plain(self.value)}", message)
+            return Problem(
+                f"--set {name}={self.value if isinstance(self.value, str) else repr(self.value)}",
+                message,
+            )
         return Problem(f"{name} = {self.value!r}", message, line=max(self.line, 0))
 
 
@@ -55,13 +58,13 @@ class Problem:
 
 @dataclass
 class Reading:
-    """What a reader found.
+    """The result of a reader.
 
     Attributes:
         entries: the settings by name.
         broken: names whose value could not be read; `problems` says why.
         problems: all problems.
-        parsed: whether the text follows the syntax; otherwise nothing else can be said of it.
+        parsed: whether the text follows the syntax; if not, nothing else is known.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -102,7 +105,3 @@ def parse_constant(text: str) -> bool | None:
 def _label(problem: Problem, width: int) -> str:
     what = shortened(problem.what)
     return f"line {problem.line:<{width}}  {what}" if problem.line else what
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)

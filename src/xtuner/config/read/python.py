@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from xtuner.config.read import arithmetic, calls, cures, foreign
+from xtuner.config.read import arithmetic, calls, foreign, hints
 from xtuner.config.read.arithmetic import RefusedError, kind
 from xtuner.config.read.calls import Calls
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
@@ -288,8 +288,8 @@ def _syntax_problem(error: Exception, text: str) -> Problem:
     if isinstance(error, SyntaxError):
         number, lines = error.lineno or 1, text.split("\n")
         line = lines[number - 1] if number <= len(lines) else error.text or ""
-        cure = cures.python_cure(line, error.msg)
-        reason = f"is not Python: {error.msg}{f'; {cure}' if cure else ''}"
+        hint = hints.python_hint(line, error.msg)
+        reason = f"is not Python: {error.msg}{f'; {hint}' if hint else ''}"
         return Problem(line.strip(), reason, line=number)
     if isinstance(error, ValueError):
         return Problem("the file", f"is not Python: {error}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from xtuner.config.read import cures
+from xtuner.config.read import hints
 from xtuner.config.read.arithmetic import RefusedError, check_size
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading
 
@@ -16,7 +16,7 @@ _MAX_DIGITS = 400
 _TAGS = "tag:yaml.org,2002:"
 _NUMBERS = (f"{_TAGS}int", f"{_TAGS}float")
 _UNREADABLE = (ValueError, LookupError, AttributeError, OverflowError, TypeError, RecursionError)
-"""What PyYAML raises for tags whose value does not fit, such as ``!!int ""``."""
+"""Errors of PyYAML for tags whose value does not fit, such as ``!!int ""``."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,8 +53,8 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     if node is None:
         return reading
     if not isinstance(node, yaml.MappingNode):
-        cure = cures.yaml_lines_cure(text)
-        reason = f"must consist of lines  key: value{f'; {cure}' if cure else ''}"
+        hint = hints.yaml_lines_hint(text)
+        reason = f"must consist of lines  key: value{f'; {hint}' if hint else ''}"
         return Reading(problems=[Problem("the file", reason)], parsed=False)
     for key, value in node.value:
         _read_pair(reading, key, value, overrides or {})
@@ -94,10 +94,10 @@ def _read_pair(
 
 
 def _chinese_quotes(node: yaml.Node) -> str:
-    """The problem of a value in quotes that YAML takes for letters; empty for others."""
+    """The problem of a value in quotes that YAML reads as letters; empty for others."""
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     scalars = [n for n in nodes if isinstance(n, yaml.ScalarNode) and n.style is None]
-    if not any(n.value[:1] in cures.OPENING_QUOTES for n in scalars if n.value):
+    if not any(n.value[:1] in hints.OPENING_QUOTES for n in scalars if n.value):
         return ""
     return "is in Chinese quotes, which would be part of the value; write ' or \""
 
@@ -108,7 +108,7 @@ def _construct(node: yaml.Node) -> Any:
 
 
 def _refuse_long_numbers(node: yaml.Node) -> None:
-    """Raise for a number of many digits or, in base 60, parts: making it takes very long."""
+    """Raise for a number with many digits or, in base 60, parts: parsing it takes very long."""
     waiting = [node]
     while waiting:
         item = waiting.pop()
@@ -132,6 +132,6 @@ def _syntax_problem(text: str, error: yaml.YAMLError) -> Problem:
     lines = text.split("\n")
     line = lines[mark.line] if mark.line < len(lines) else ""
     message = getattr(error, "problem", None) or ""
-    cure = cures.yaml_cure(line, message, context)
-    reason = f"is not YAML: {message}{f'; {cure}' if cure else ''}"
+    hint = hints.yaml_hint(line, message, context)
+    reason = f"is not YAML: {message}{f'; {hint}' if hint else ''}"
     return Problem(line.strip(), reason, line=mark.line + 1)

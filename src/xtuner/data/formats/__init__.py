@@ -63,7 +63,7 @@ def resolve(
         folder: where a relative path of a user's file is looked up first.
         sample: a row of the file. It lets 'auto' distinguish formats with the same columns, such as
             plain text and the dialogues of `oasst1`.
-        names: the setting `columns`: what columns of the file are, by their names.
+        names: the setting `columns`: the meaning of columns of the file are, by their names.
 
     Raises:
         ConfigError: there is no such format, or `names` is wrong.
@@ -95,7 +95,7 @@ def _any_fits(columns: Collection[str]) -> bool:
 
 
 def _chained(first: Mapping[str, str], then: Mapping[str, str]) -> dict[str, str]:
-    """What columns are called after both renamings."""
+    """The names of columns after both renamings."""
     both = {column: then.get(name, name) for column, name in first.items()}
     return {**{c: n for c, n in then.items() if c not in first.values()}, **both}
 
@@ -125,7 +125,7 @@ def _best(columns: Collection[str]) -> list[Format]:
 
 
 def telling(rows: Sequence[Row], columns: Collection[str]) -> Row:
-    """The row by which 'auto' decides: the first one that a format recognises, or the first."""
+    """The row that 'auto' uses: the first one that a format recognises, or the first."""
     best = _best(columns)
     return next((row for row in rows if any(_recognises(f, row) for f in best)), rows[0])
 

@@ -1,6 +1,5 @@
-"""Which column of a file is what: as the setting `columns` says, or by usual names of columns.
-
-Only names are compared. A row keeps its keys on disk; they are renamed before the format reads it.
+"""Renames the columns of a file, by the setting `columns` or by common names. Only names are
+compared. Rows on disk keep their keys; they are renamed before the format reads them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from xtuner.errors import ConfigError, did_you_mean
 from xtuner.types import Record, Row
 
 ROLES = {"user": "question", "assistant": "answer", "system": "system"}
-"""What the setting `columns` calls a column, and what format 'qa' calls it."""
+"""Roles in the setting `columns`, and the columns of format 'qa'."""
 
 _QUESTION = (
     "question q query prompt input instruction user human "
@@ -28,7 +27,7 @@ _ANSWER = (
 )  # fmt: skip
 _SYSTEM = "system system_prompt 系统 系统提示 系统提示词"
 ENDS = ("?", "？", "。", "!", "！")
-"""What a sentence ends with, and the name of a column does not."""
+"""Characters that end a sentence, but not the name of a column."""
 _LAYOUTS: tuple[tuple[Mapping[str, str], tuple[str, ...]], ...] = (
     (
         {"instruction": "instruction 指令 任务", "input": "input 输入 补充输入", "output": _ANSWER,
@@ -37,15 +36,15 @@ _LAYOUTS: tuple[tuple[Mapping[str, str], tuple[str, ...]], ...] = (
     ),
     ({"question": _QUESTION, "answer": _ANSWER, "system": _SYSTEM}, ("question", "answer")),
 )  # fmt: skip
-"""Usual names of the columns of a format, and which of its columns have to be found."""
+"""Common names of the columns of a format, and which of its columns are required."""
 
 
 class Renamed(NamedTuple):
-    """Columns as a format names them.
+    """Columns under the names that formats use.
 
     Attributes:
         columns: of the file, renamed.
-        names: the renamed columns of the file, and what each is read as.
+        names: the renamed columns of the file, and their new names.
     """
 
     columns: tuple[str, ...]
@@ -53,15 +52,15 @@ class Renamed(NamedTuple):
 
 
 def chosen(columns: Collection[str], names: Mapping[str, str], known: Collection[str]) -> Renamed:
-    """Rename `columns` as the setting `columns` says.
+    """Rename `columns` according to the setting `columns`.
 
     Args:
         columns: of the file.
-        names: the setting; names that the file lacks are left out.
+        names: the setting; names that the file lacks are ignored.
         known: the columns that formats read.
 
     Raises:
-        ConfigError: a column is read as something that no format has, or two as the same.
+        ConfigError: a column gets a name that no format has, or two get the same.
     """
     for column, role in names.items():
         if role not in ROLES and role not in known:
@@ -78,14 +77,14 @@ def chosen(columns: Collection[str], names: Mapping[str, str], known: Collection
 
 
 def by_usual_names(columns: Collection[str], fits: Callable[[tuple[str, ...]], bool]) -> Renamed:
-    """Rename columns that are named as usual, where that makes a format fit.
+    """Rename columns with common names, if a format fits then.
 
     Args:
-        columns: of a file that no format fits.
+        columns: those of a file that no format fits.
         fits: whether a format has such columns.
 
     Returns:
-        The renaming; nothing is renamed where no format would fit or several columns compete.
+        The renaming; empty if no format would fit or several columns compete.
     """
     plain = {column: _plain(column) for column in columns}
     for names in _candidates(plain):
@@ -96,28 +95,28 @@ def by_usual_names(columns: Collection[str], fits: Callable[[tuple[str, ...]], b
 
 
 def with_names(format: Format, names: Mapping[str, str]) -> Format:
-    """`format`, reading columns that are called otherwise in the file."""
+    """`format`, reading renamed columns."""
     if not names:
         return format
     return replace(format, convert=partial(_convert, format.convert, dict(names)), renames=names)
 
 
 def advice(columns: Collection[str]) -> str:
-    """What to write where no format fits."""
+    """Advice if no format fits."""
     if any(len(column) > 40 or column.strip()[-1:] in ENDS for column in columns if column):
         return (
-            "The first line of a table names its columns, but this one looks like data: put a line "
-            "such as question,answer before it."
+            "The first line of a table must have the names of its columns, but this one looks "
+            "like data: put a line such as question,answer before it."
         )
     first, second = [*columns][:2] if len(columns) > 1 else ("COLUMN", "OTHER_COLUMN")
     return (
-        f"Say what the columns are: columns = {{{first!r}: 'user', {second!r}: 'assistant'}}, or "
-        "rename them in the file to 'question' and 'answer'."
+        f"Assign roles to the columns: columns = {{{first!r}: 'user', {second!r}: 'assistant'}}, "
+        "or rename them in the file to 'question' and 'answer'."
     )
 
 
 def _candidates(plain: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Renamings to try, in order: other case and spaces, then the usual names."""
+    """Renamings to try, in order: other case and spaces, then common names."""
     if len({*plain.values()}) == len(plain):
         yield dict(plain)
     for layout, required in _LAYOUTS:
@@ -130,7 +129,7 @@ def _candidates(plain: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def _plain(column: str) -> str:
-    """`column` without what differs by habit: case, spaces, a colon or number after it."""
+    """`column` in normal form: without case, spaces, and a colon or number after it."""
     return re.sub(r"[\s_-]+", "_", column.strip().strip(":：").casefold()).strip("_")
 
 

@@ -45,7 +45,7 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
     except RowError:
         raise
     except Exception as error:  # a bad row is reported, rather than ending the run
-        raise RowError("", f"{name} raised {plugins.told(error)}") from error
+        raise RowError("", f"{name} raised {plugins.described(error)}") from error
     if isinstance(made, Conversation):
         return conversation(made.messages, tools=made.tools, column=name)
     if isinstance(made, Preference):

@@ -28,10 +28,9 @@ def is_action(text: str) -> bool:
 def read_react(
     messages: Iterable[Message], *, column: str
 ) -> tuple[list[Message], tuple[Mapping[str, Any], ...]]:
-    """The messages with calls and results in place of this layout, and the tools.
-
-    A system message that lists tools explains the layout; it is replaced by the tools. The turn of
-    the user after a call is its result if it begins with ``Response:`` or ``Observation:``.
+    """The messages with calls and results instead of this layout, and the tools. A system message
+    that lists tools describes the layout; it is replaced by the tools. The turn of the user after a
+    call is its result if it begins with ``Response:`` or ``Observation:``.
     """
     tools: tuple[Mapping[str, Any], ...] = ()
     read: list[Message] = []
@@ -77,7 +76,7 @@ def _as_json(text: str) -> str:
 
 
 def texts(turns: Any, key: str) -> Iterator[str]:
-    """The texts of turns, as far as they are turns."""
+    """The texts of the values that are turns."""
     for turn in turns if isinstance(turns, list | tuple) else ():
         if isinstance(turn, Mapping) and isinstance(turn.get(key), str):
             yield turn[key]

@@ -1,4 +1,4 @@
-"""Read the keys of a turn that decide what is learned from it."""
+"""Read the keys of a turn that control supervision."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from xtuner.data.formats.base import RowError, optional_text
 from xtuner.types import Role
 
 WEIGHT_KEYS = ("weight", "loss_weight")
-"""The loss weight of a turn: OpenAI's name, and a longer one."""
+"""Keys for the loss weight of a turn: OpenAI's name, and a longer one."""
 
 LOSS_KEYS = ("loss", "train", "training", *WEIGHT_KEYS)
-"""Whether a turn is supervised: ours, and Axolotl's two; a weight of 0 says no."""
+"""Keys for whether a turn is supervised: ours, Axolotl's two, and the weights, where 0 means no."""
 
 _LEAST, _MOST = 1e-6, 1e6
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""What an assistant thinks before it answers, as DeepSeek, vLLM and gpt-oss name it."""
+"""Keys for the reasoning before an answer, as in DeepSeek, vLLM and gpt-oss."""
 
 SUPERVISION_KEYS = (*LOSS_KEYS, *REASONING_KEYS)
 
 
 class Supervision(TypedDict):
-    """What a turn says about its loss, as fields of a `Message`."""
+    """The loss settings of a turn, as fields of a `Message`."""
 
     loss: bool | None
     weight: float
@@ -73,7 +73,9 @@ def read_reasoning(turn: Mapping[str, Any], role: Role, path: str) -> str:
         return ""
     key = next(iter(given))
     if role != "assistant":
-        raise RowError(f"{path}{key}", f"is in a turn of {role!r}", "only the assistant reasons")
+        raise RowError(
+            f"{path}{key}", f"is in a turn of {role!r}", "only assistant turns have reasoning"
+        )
     if len({*given.values()}) > 1:
         raise RowError(f"{path}{key}", f"{' and '.join(given)} differ", "keep one of them")
     return given[key]

@@ -20,7 +20,7 @@ def read_calls(value: Any, *, where: str) -> tuple[Mapping[str, Any], ...]:
     """Read calls: a list or a single object, possibly as JSON text.
 
     Arguments that are JSON text become an object, since templates would quote a string; arguments
-    that are no JSON stay text, and are found when calls are checked.
+    that are not JSON stay text, and are found when calls are checked.
     """
     return _each(value, read_call, where)
 
@@ -71,7 +71,7 @@ def _next_bracket(text: str, start: int) -> int:
 
 
 def tools_in(values: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
-    """The tools among `values` and in lists among them; what is no tool is skipped."""
+    """The tools among `values` and in lists among them; other values are skipped."""
     tools: list[Mapping[str, Any]] = []
     for value in values:
         if isinstance(value, list):

@@ -57,7 +57,7 @@ def _message(role: Role, content: str) -> Message:
 
 
 def _as_json(call: str) -> Any:
-    """The call with its arguments, which stand in single quotes, as an object of its own."""
+    """The call with its arguments, which are in single quotes, as an object."""
     import json
 
     def replaced(match: re.Match[str]) -> str:

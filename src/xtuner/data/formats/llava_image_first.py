@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from xtuner.data.formats._turns import TURN_KEYS
-from xtuner.data.formats.base import Format
+from xtuner.data.formats import llava
 from xtuner.data.formats.sharegpt import convert as as_written
 from xtuner.types import IMAGE, Conversation, Message, Row
 
@@ -23,20 +22,10 @@ def _image_first(message: Message) -> Message:
     return replace(message, content=f"{IMAGE}\n{text}".strip())
 
 
-FORMAT = Format(
+FORMAT = replace(
+    llava.FORMAT,
     name="llava_image_first",
     description="Like llava, with the image moved to the start of its turn.",
-    columns=("conversations",),
-    example={
-        "image": "coco/train2017/000000033471.jpg",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat colour is the bus?"},
-            {"from": "gpt", "value": "The bus is white and red."},
-        ],
-    },
     convert=convert,
-    optional=("image", "system", "tools"),
-    aliases={"conversations": "conversation"},
-    turn_keys={"conversations": TURN_KEYS, "conversation": TURN_KEYS},
     priority=-6,
 )

@@ -93,7 +93,7 @@ def _calls(
     # MOSS does not escape quotes within quotes, so one command may not be valid Python.
     command = _COMMAND.fullmatch(commands.strip())
     if command is None:
-        raise RowError(where, "is no call", 'write it as NAME("TEXT")')
+        raise RowError(where, "is not a call", 'write it as NAME("TEXT")')
     named = [tool["function"] for tool in tools if tool["function"]["name"] == command[1]]
     parameters = named[0]["parameters"]["properties"] if named else {}
     argument = next(iter(parameters), "argument_0")

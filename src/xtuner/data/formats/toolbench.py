@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from xtuner.data.formats import hermes
 from xtuner.data.formats._react import is_action, read_react, texts
 from xtuner.data.formats._tools import read_tools
-from xtuner.data.formats._turns import TURN_KEYS, read_turns
-from xtuner.data.formats.base import Format, conversation, items, optional_text, system_turn
+from xtuner.data.formats._turns import read_turns
+from xtuner.data.formats.base import conversation, items, optional_text, system_turn
 from xtuner.types import Conversation, Row
 
 
@@ -21,10 +24,10 @@ def _recognised(row: Row) -> bool:
     return any(map(is_action, texts(row.get("conversations"), "value")))
 
 
-FORMAT = Format(
+FORMAT = replace(
+    hermes.FORMAT,
     name="toolbench",
     description="Turns with Thought, Action and Action Input, which become calls.",
-    columns=("conversations",),
     example={
         "conversations": [
             {"from": "user", "value": "What day is it?"},
@@ -34,9 +37,5 @@ FORMAT = Format(
         ]
     },
     convert=convert,
-    optional=("system", "tools"),
-    priority=1,
-    by_row=True,
     recognise=_recognised,
-    turn_keys={"conversations": TURN_KEYS},
 )

@@ -1,1 +1,1 @@
-"""Image files, their place among the tokens, and the features kept of them."""
+"""Image files, their expansion to tokens, and the cache of their features."""

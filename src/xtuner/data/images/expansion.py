@@ -1,8 +1,8 @@
-"""How images stand among tokens, and how the images of a batch are read.
+"""Expands images to tokens, and reads the images of a batch.
 
-An image is one token, ``<image>``, in the text, and becomes as many of that token as the image
-processor says. Lengths, packs and masks then count images like text. Pixels are read when a batch
-is put together, in the processes that load data: never more than those of a few batches.
+An image is one token, ``<image>``, in the text, which is repeated as often as the image processor
+says. Lengths, packs and masks then treat images like text. Pixels are read when a batch is
+collated, in the processes that load data: only those of a few batches are in memory.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def expand(
     """Repeat each image token as often as its image has tokens.
 
     Args:
-        input_ids: with one token an image.
+        input_ids: with one token per image.
         token_id: the token ``<image>``.
         counts: tokens of each image, in order; as many as there are image tokens.
 
     Returns:
-        The new ids, and how often each of `input_ids` stands in them.
+        The new ids, and how often each of `input_ids` occurs in them.
     """
     each = iter(counts)
     times = [next(each) if i == token_id else 1 for i in input_ids]
@@ -46,12 +46,12 @@ def expand(
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What the data part knows of a model with image input.
+    """What the data pipeline needs to know about a model with image input.
 
     Attributes:
-        folder: where images are.
+        folder: the folder of the images.
         token_id: the token ``<image>``.
-        processor: says how many tokens an image takes, and prepares its pixels.
+        processor: returns the number of tokens of an image, and preprocesses its pixels.
     """
 
     folder: ImageFolder
@@ -61,14 +61,13 @@ class ImageLayout:
     def expanded(
         self, encoded: Encoded, names: Sequence[str]
     ) -> tuple[Encoded, tuple[ImageRef, ...]] | Fault:
-        """`encoded` with each image token repeated, none of them supervised, and the images.
-
-        A fault if there are not as many image tokens as `names`, or an image cannot be used.
+        """`encoded` with each image token repeated and masked, and the images. A fault if the
+        number of image tokens differs from that of `names`, or an image cannot be used.
         """
         count = encoded.input_ids.count(self.token_id)
         if count != len(names):
-            problem = f"has {count} times {IMAGE} in its text for {len(names)} images"
-            return Fault(f"{problem}; write one for each, where the image belongs")
+            problem = f"contains {IMAGE} {count} times for {len(names)} images"
+            return Fault(f"{problem}; write one per image, where the image belongs")
         images: list[ImageRef] = []
         for name in names:
             try:
@@ -105,8 +104,7 @@ class ImageLayout:
         return True
 
     def without_cut_image(self, sample: Sample) -> Sample:
-        """`sample` without the images that max_length cut off or in two; the latter's tokens are
-        the end of it."""
+        """`sample` without the images that max_length cut off or cut in two."""
         if not sample.images:
             return sample
         rest = int((sample.input_ids == self.token_id).sum())
@@ -130,7 +128,7 @@ class ImageLayout:
 
 
 class _Read(NamedTuple):
-    """An image as read: its key, its size, and its pixels or its features."""
+    """An image that was read: its key, its size, and its pixels or its features."""
 
     key: str
     size: tuple[int, int]
@@ -140,13 +138,13 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageCollate:
-    """Puts batches together with the pixels of their images.
+    """Collates batches with the pixels of their images.
 
     Attributes:
-        collate: of the algorithm; lays out the tokens.
-        image_layout: where images are, and how they are prepared.
-        kept: finds the features of an image by the hash of its content, or None; None where
-            features are not kept.
+        collate: the algorithm's function, which lays out the tokens.
+        image_layout: where images are, and how they are preprocessed.
+        kept: returns the cached features of an image by the hash of its content, if any; None if
+            features are not cached.
     """
 
     collate: Collate
@@ -157,8 +155,8 @@ class ImageCollate:
         """See `Batch`.
 
         Raises:
-            DataError: an image cannot be read any more, or is another one than when the data were
-                prepared; names the row and the file.
+            DataError: an image can no longer be read, or has changed since the data were prepared;
+                names the row and the file.
         """
         samples = [self.image_layout.without_cut_image(sample) for sample in samples]
         batch = self.collate(samples)
@@ -191,12 +189,12 @@ class ImageCollate:
                 size = image_size(io.BytesIO(raw), image.name)
         except (ImageError, OSError) as error:
             raise DataError(
-                f"{sample.row}: {error}. It was sound when the data was prepared: restore the file"
+                f"{sample.row}: {error}. It was valid when the data were prepared: restore the file"
             ) from error
         if (tokens := processor.num_tokens(size)) != image.num_tokens:
             raise DataError(
-                f"{sample.row}: image {image.name!r} takes {tokens} tokens, and took "
-                f"{image.num_tokens} when the data was prepared: restore the file"
+                f"{sample.row}: image {image.name!r} takes {tokens} tokens, but took "
+                f"{image.num_tokens} when the data were prepared: restore the file"
             )
         return _Read(key, size, pixels, features)
 
@@ -204,11 +202,11 @@ class ImageCollate:
 def open_image_folder(
     image_folder: str | None, *, data_root: str | None, folder: Path
 ) -> ImageFolder:
-    """The folder of the images; a relative one is looked up below `data_root`, in `folder` (that
-    of the settings file), and where we are.
+    """The folder of the images; a relative one is looked up in `data_root`, in `folder` (that of
+    the settings file), and in the working directory.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: the folder does not exist.
     """
     roots = [*([folder / Path(data_root).expanduser(), Path(data_root)] if data_root else []),
              folder, Path.cwd()]  # fmt: skip
@@ -216,5 +214,5 @@ def open_image_folder(
     found = next((path for path in paths if path.is_dir()), None)
     if found is None:
         looked = ", ".join(dict.fromkeys(map(str, paths)))
-        raise DataError(f"image_folder = {image_folder!r}: there is no such folder ({looked})")
+        raise DataError(f"image_folder = {image_folder!r}: no such folder ({looked})")
     return ImageFolder(found)

@@ -1,10 +1,10 @@
-"""Features of images, kept on disk by the images' content: later epochs skip the encoder.
+"""Cache of image features on disk, keyed by the images' content: later epochs skip the encoder.
 
 <cache>/features/<hash of encoder and preparation>/<first two letters>/<hash of content>.npy
 
-What the encoder is, is known when it is loaded: before that nothing is found or kept. A file is
-written under another name and renamed, so it is whole or not there. bfloat16, which numpy lacks, is
-kept as its bits.
+The hash of the encoder is known when it is loaded: before that nothing is found or stored. A file
+is written under another name and renamed, so it is complete or absent. bfloat16, which numpy lacks,
+is kept as its bits.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logger = logging.getLogger("xtuner.data")
 
 @dataclass
 class FeatureStore:
-    """The features that one vision tower made of images prepared in one way.
+    """The features that one vision tower computed from images with one preprocessing.
 
     Attributes:
-        folder: where they are; None before `open`.
+        folder: the folder of the features; None before `open`.
         shape: of the features of one image ``[T, C]``.
     """
 
@@ -41,22 +41,22 @@ class FeatureStore:
     shape: tuple[int, ...] = ()
 
     def open(self, facts: Mapping[str, Any], *, shape: tuple[int, ...]) -> None:
-        """Find the place for everything that features depend on besides the image.
+        """Open the folder for everything that features depend on besides the image.
 
         Args:
-            facts: of the encoder, its weights and the preparation of images.
+            facts: the encoder, its weights and the preprocessing.
             shape: of the features of one image.
         """
         text = json.dumps(dict(facts), sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.folder, self.shape = cache_root().parent / "features" / name, shape
         if self.folder.is_dir() and not is_ours(self.folder):
-            logger.warning("%s belongs to another user: features are not kept", self.folder)
+            logger.warning("%s belongs to another user: features are not cached", self.folder)
             self.folder = None
 
     def read(self, key: str) -> Tensor | None:
-        """The features ``[T, C]`` of the image with this hash; None where they are not kept, or
-        what is there is damaged."""
+        """The features ``[T, C]`` of the image with this hash; None if they are missing or
+        damaged."""
         if self.folder is None:
             return None
         try:
@@ -69,7 +69,7 @@ class FeatureStore:
         return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
     def write(self, key: str, features: Tensor) -> None:
-        """Keep features; a full disk costs time later, not the run."""
+        """Store features; a full disk does not stop the run."""
         if self.folder is None:
             return
         file = self._file(self.folder, key)

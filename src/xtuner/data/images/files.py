@@ -1,9 +1,9 @@
-"""Images of a data set: find them in their folder, check them, decode them.
+"""Find, check and decode the images of a data set.
 
-A name in a data file is taken relative to the folder and must not lead out of it, so that a data
-set from a stranger cannot have private images read. Only a few formats are opened, and nothing
-is decoded that has more than `MAX_PIXELS`, or would have when it is filled up to a square: 20 kB of
-PNG can hold half a gigabyte, and 254 bytes a line that becomes a square of ten.
+A name in a data file is relative to the folder and must not lead out of it, so that an untrusted
+data set cannot read private images. Only a few formats are opened, and nothing is decoded that has
+more than `MAX_PIXELS`, or would have when it is padded to a square: 20 kB of PNG can hold half a
+gigabyte, and 254 bytes a line that becomes a square of ten.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 64_000_000
-"""Most pixels of an image; decoded they take 192 MB."""
+"""Maximum pixels of an image; decoded they take 192 MB."""
 MAX_SIDE = 10_000
-"""Longest side: filled up to a square the image takes 300 MB. Cameras of 60 megapixels have
-9,500."""
+"""Maximum side: padded to a square the image takes 300 MB. Cameras of 60 megapixels have 9,500."""
 MAX_RATIO = 100
-"""Longest side over shortest: scaled until the shortest fits an encoder of 336 x 336, the image
-has at most 11 million pixels."""
+"""Maximum ratio of the sides: if the shorter one is scaled to 336, the input of the encoder, the
+image has at most 11 million pixels."""
 
 _ORIENTATION, _QUARTER_TURNS = 0x0112, 5
-"""The EXIF tag of the orientation; from 5 on width and height are exchanged."""
+"""The EXIF tag of the orientation; from 5 on width and height are swapped."""
 
 
 class ImageError(DataError):
-    """An image cannot be used.
+    """An image that cannot be used.
 
     Attributes:
-        problem: what is wrong with it and what to do about it, without its name.
+        problem: what is wrong and what to do, without the image's name.
     """
 
     def __init__(self, name: str, problem: str) -> None:
@@ -57,38 +56,39 @@ class ImageFolder:
     def find(self, name: str) -> Path:
         """The file of image `name`.
 
-        The folder itself may be a link, for large data sets often lie elsewhere; a link in it may
-        not lead out.
+        The folder itself may be a link, since large data sets are often stored elsewhere; a link in
+        it must not lead out.
 
         Raises:
-            ImageError: it lies outside the folder, or is not there.
+            ImageError: it is outside the folder, or does not exist.
         """
         if "://" in name or name.startswith("data:"):
             raise ImageError(
-                _shortened(name), "is no file; download it and name it relative to image_folder"
+                _shortened(name), "is not a file; download it and name it relative to image_folder"
             )
         if "\0" in name or not _encodable(name):
             raise ImageError(
-                _shortened(name), "is no name of a file: it holds a NUL or half a character"
+                _shortened(name), "is not a file name: it contains a NUL or an incomplete character"
             )
         root = os.path.abspath(self.root)
         path = os.path.normpath(os.path.join(root, name))
         if not _within(path, root):
-            raise ImageError(name, f"lies outside image_folder ({root}), which is refused")
+            raise ImageError(name, f"is outside image_folder ({root}), which is not allowed")
         target = os.path.realpath(path)
         if not _within(target, os.path.realpath(root)):
             raise ImageError(
                 name,
-                f"is reached by a link that leads out of image_folder ({root}), which is refused; "
-                f"set image_folder to the real folder (the image is {target!r})",
+                f"is reached by a link that leads out of image_folder ({root}), which is not "
+                f"allowed; set image_folder to the real folder (the image is {target!r})",
             )
         if not os.path.isfile(path):
-            what = "is a folder" if os.path.isdir(path) else "is not there"
+            what = "is a folder" if os.path.isdir(path) else "does not exist"
             raise ImageError(name, f"{what} (image_folder is {root})")
         return Path(path)
 
     def check(self, name: str) -> tuple[int, int]:
-        """Read image `name` to its end, as small as its format allows; return its size.
+        """Decode image `name` completely, at the lowest resolution that its format allows; return
+        its size.
 
         Raises:
             ImageError: it cannot be found or decoded.
@@ -105,30 +105,30 @@ class ImageFolder:
 
 
 def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
-    """Decode an image to RGB, upright as its EXIF data say.
+    """Decode an image to RGB, rotated according to its EXIF data.
 
     Args:
-        file: of an image.
-        name: what the errors call it.
-        small: as small as its format allows: enough to know that it is sound.
+        file: the image file.
+        name: its name in error messages.
+        small: decode at the lowest resolution that the format allows, to check the file.
 
     Raises:
-        ImageError: the file is no image of a known format, is damaged or too large.
+        ImageError: the file is not an image of a known format, or is damaged or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own cap only warns; ours follows
+            warnings.simplefilter("ignore")  # Pillow's own limit only warns; ours follows
             image = Image.open(file, formats=FORMATS)
             _refuse_large(image.size, name)
             if small:
-                image.draft("RGB", (1, 1))  # JPEG can be read to its end at an eighth of the work
+                image.draft("RGB", (1, 1))  # JPEG can be decoded at an eighth of the resolution
             return _upright_rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(name, f"is no image in {', '.join(FORMATS)}") from error
+        raise ImageError(name, f"is not an image in {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
         raise ImageError(name, problem) from error
@@ -140,7 +140,7 @@ def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
     """Width and height of an image that `decode` would return, read from the file's header.
 
     Raises:
-        ImageError: the file is no image, or its header is damaged.
+        ImageError: the file is not an image, or its header is damaged.
     """
     from PIL import Image
 
@@ -156,10 +156,10 @@ def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Decode the image at `path`, wherever it is: for images that the user names.
+    """Decode the image at `path`, anywhere on disk: for images that the user names.
 
     Raises:
-        ImageError: it is not there or cannot be decoded.
+        ImageError: it does not exist or cannot be decoded.
     """
     try:
         with Path(path).expanduser().open("rb") as file:
@@ -175,12 +175,12 @@ def _refuse_large(size: tuple[int, int], name: str) -> None:
     if width * height > MAX_PIXELS:
         limit = f"pixels, more than {MAX_PIXELS:,}"
     elif longest > MAX_SIDE:
-        limit = f"pixels: more than {MAX_SIDE:,} on a side"
+        limit = f"pixels: a side has more than {MAX_SIDE:,}"
     elif longest > MAX_RATIO * shortest:
         limit = f"pixels: one side is more than {MAX_RATIO} times the other"
     else:
         return
-    hint = "cut it to a better shape" if "times" in limit else "make it smaller"
+    hint = "crop it" if "times" in limit else "make it smaller"
     raise ImageError(name, f"has {width:,} x {height:,} {limit}; {hint}")
 
 

@@ -1,4 +1,4 @@
-"""Images of the settings that are named by a URL: fetched once, with a limit on time and size."""
+"""Images that settings name by URL: downloaded once, with a limit on time and size."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from xtuner.data.tokenize.cache import cache_root, is_ours, own_folder
 from xtuner.errors import DataError
 
 SECONDS = 30.0
-"""Longest time for one image."""
+"""Time limit for one image."""
 MAX_BYTES = 20_000_000
 _PIECE = 1 << 16
 
 
 def is_url(name: str) -> bool:
-    """Whether `name` is fetched rather than opened."""
+    """Whether `name` is a URL."""
     return name.startswith(("http://", "https://"))
 
 
 def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Path:
-    """The file of the image at `url`; it is kept below the cache of data sets.
+    """The file of the image at `url`; it is stored in the cache of data sets.
 
     Raises:
-        DataError: it cannot be had in `seconds`, has more than `most` bytes, or is no image.
+        DataError: it cannot be downloaded in `seconds`, has more than `most` bytes, or is not an
+            image.
     """
     home = cache_root().parent / "images"
     path = home / hashlib.sha256(url.encode()).hexdigest()[:32]
@@ -42,7 +43,7 @@ def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Pat
             open_image(str(draft))
             os.replace(draft, path)
         except OSError as error:
-            raise DataError(f"image {url!r}: cannot be kept in {home}: {error}") from error
+            raise DataError(f"image {url!r}: cannot be stored in {home}: {error}") from error
         except DataError as error:
             draft.unlink()
             raise DataError(f"image {url!r}: is not usable as an image: {error}") from error
@@ -64,6 +65,6 @@ def _read(url: str, seconds: float, most: int) -> bytes:
                     raise DataError(f"image {url!r}: took more than {seconds:g} seconds; {advice}")
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it holds the connection
-        raise DataError(f"image {url!r}: cannot be fetched: {error}; {advice}") from error
+            error.close()  # the error holds the connection
+        raise DataError(f"image {url!r}: cannot be downloaded: {error}; {advice}") from error
     return bytes(content)

@@ -1,4 +1,4 @@
-"""Truncate, drop, split or refuse rows of more than max_length tokens."""
+"""Truncate, drop, split or reject rows of more than max_length tokens."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _pieces(
     total = store.length(row)
     starts = list(range(0, total, max_length))
     if total - starts[-1] == 1:
-        # a last piece of one token has nothing to predict, so it takes one from the piece before
+        # a last piece of one token has nothing to predict, so it gets one from the previous piece
         starts[-1] -= 1
     lengths = np.diff([*starts, total]).tolist()
     return [

@@ -16,6 +16,8 @@ from xtuner.data.tokenize.faults import KEPT_FAULTS, FaultGroup
 from xtuner.data.tokenize.store import RowStore
 from xtuner.errors import DataError, listed
 
+_OFTEN = 0.1
+"""The share of rows that are cut from which the user is told what that means."""
 SEVERAL = "samples, as the chat template rewrites earlier turns"
 """What happens to rows whose turns one text cannot show as a chat does."""
 
@@ -75,9 +77,12 @@ class EncodedSource:
             groups.append(self._group(f"{verb} {len(several):,} {SEVERAL}", split))
         rows = np.setdiff1d(self.fitted.overlong, self.fitted.lost)
         if len(rows):
-            what = "split into pieces of at most" if self.policy == "split" else "cut to"
+            cut = self.policy != "split"
+            what = "cut to" if cut else "split into pieces of at most"
             terms = f" ({self.limit})" if self.limit.image else ""
-            groups.append(self._group(f"{what} {self.limit.tokens:,} tokens{terms}", rows))
+            often = cut and len(rows) > _OFTEN * self.store.rows_read
+            hint = ", so the model does not learn how they end: raise max_length" if often else ""
+            groups.append(self._group(f"{what} {self.limit.tokens:,} tokens{terms}{hint}", rows))
         return groups
 
     def kept(self) -> list[RowGroup]:
@@ -122,7 +127,7 @@ class EncodedSource:
 
 
 def overlong_fault(policy: Policy, limit: LengthLimit) -> str:
-    """Why the setting `overlong` loses a row."""
+    """Why the setting `overlong` discards a row."""
     if policy == "truncate":
         return f"has no supervised token within {limit}; raise max_length"
     return f"has more than {limit.in_tokens}; raise max_length"

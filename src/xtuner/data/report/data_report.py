@@ -33,7 +33,7 @@ class RowLocation:
 @dataclass(frozen=True)
 class RowGroup:
     """Rows with the same outcome: what happened to them, their number, and the first of them;
-    `wanted` where a setting asks for it."""
+    `wanted` if a setting asks for it."""
 
     what: str
     count: int
@@ -78,7 +78,7 @@ class SourceReport:
     kept: tuple[RowGroup, ...] = ()
 
     def too_many_lost(self, limit: float) -> str | None:
-        """What is wrong if a larger share of the rows than `limit` is lost."""
+        """The problem if more than `limit` of the rows are lost."""
         groups = [group for group in self.lost if not group.wanted]
         lost = sum(group.count for group in groups)
         if lost <= limit * self.rows_read:
@@ -92,7 +92,7 @@ class SourceReport:
             f"{lost / self.rows_read:.1%}, more than max_lost_rows = {limit:g} allows:",
             [
                 *reasons,
-                "Mend the rows (`xtuner check-custom-dataset CONFIG` lists them), choose another "
+                "Fix the rows (`xtuner check-custom-dataset CONFIG` lists them), choose another "
                 "dataset_format or prompt_template,",
                 "or train without them: --set max_lost_rows=1",
             ],

@@ -37,7 +37,7 @@ class RowFile(Protocol):
 
     @property
     def note(self) -> str:
-        """What the user should know of how the file is read; usually empty."""
+        """A note for the user on how the file is read; usually empty."""
         ...
 
     def digest(self) -> str:

@@ -31,10 +31,8 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def layout_of(data: BinaryIO, *, name: str) -> Layout:
-    """How the rows lie in `data`, the JSON file `name`.
-
-    No more than the first object is held in memory; what cannot be parsed is taken for lines, whose
-    faults are reported one by one.
+    """The layout of the rows in `data`, the JSON file `name`. At most the first object is held in
+    memory; what cannot be parsed is treated as lines, whose faults are reported one by one.
     """
     start = data.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     while not start and (more := data.read(4096)):

@@ -1,7 +1,7 @@
 """Read the rows of a parquet or arrow file, in a child process.
 
-A malformed file can end the process that reads it (pyarrow aborts). Processes are used again for
-the next file, since each takes a third of a second to start, and end with this one.
+A malformed file can end the process that reads it (pyarrow aborts). Processes are reused for the
+next file, since each takes a third of a second to start, and end with this one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Child:
 
     @classmethod
     def get(cls) -> _Child:
-        """A process that is idle, or a new one."""
+        """An idle process, or a new one."""
         while cls._idle:
             child = cls._idle.pop()
             if child._owner == os.getpid() and child._process.poll() is None:
@@ -75,7 +75,7 @@ class _Child:
         return cls()
 
     def release(self) -> None:
-        """Keep the process for the next file; end it if an answer is under way."""
+        """Keep the process for the next file; end it if an answer is pending."""
         if self._waiting or self._process.poll() is not None:
             self.end()
         else:
@@ -123,7 +123,7 @@ class _Child:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes plain values, dates and decimal numbers, and nothing else."""
+    """Unpickles plain values, dates and decimal numbers, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:

@@ -1,4 +1,4 @@
-"""Reads parquet and arrow files in a process of its own, which a malformed file may end.
+"""Reads parquet and arrow files in a separate process, which a malformed file may crash.
 
 Run as a script. Requests are lines of JSON on stdin, ``{"open": PATH}`` or ``{}`` for the next
 rows. Each answer on stdout is its length in 8 bytes and a pickle: ``{"rows", "share"}``,
@@ -29,7 +29,7 @@ class _ExpansionError(Exception):
 
 
 class _Pickler(pickle.Pickler):
-    """Writes what is no plain value as its text."""
+    """Pickles other than plain values as their text."""
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -75,7 +75,7 @@ def _check_expansion(size: int, expanded: int) -> None:
     if expanded > max(_SMALL, _RATIO * size):
         raise _ExpansionError(
             f"it expands from {size / 1e6:,.2f} MB to {expanded / 1e6:,.0f} MB or more, over "
-            f"{_RATIO:,} times its size, which no natural data do; if it is meant so, write it "
+            f"{_RATIO:,} times its size, which real data never do; if this is intended, write it "
             "without compression"
         )
 
@@ -89,8 +89,8 @@ def _of_arrow(path: str) -> Iterator[dict[str, Any]]:
         size = max(1, os.path.getsize(path))
         if file.read(6) == b"ARROW1":
             with pyarrow.ipc.open_file(path) as table:
-                whole: Any = (table.get_batch(i) for i in range(table.num_record_batches))
-                yield from _in_batches(whole, lambda: 0.5)
+                batches: Any = (table.get_batch(i) for i in range(table.num_record_batches))
+                yield from _in_batches(batches, lambda: 0.5)
         else:
             file.seek(0)
             with pyarrow.ipc.open_stream(file) as stream:
@@ -107,7 +107,7 @@ def _in_batches(batches: Any, share: Callable[[], float]) -> Iterator[dict[str, 
 def _rows(batch: Any) -> list[Any]:
     try:
         return list(batch.to_pylist())
-    except Exception:  # one value that Python cannot hold: find its row
+    except Exception:  # one value that Python cannot represent: find its row
         return [_row(batch, number) for number in range(batch.num_rows)]
 
 
@@ -119,7 +119,7 @@ def _row(batch: Any, number: int) -> Any:
         except Exception as error:
             kind = "is not UTF-8 text" if isinstance(error, UnicodeError) else "cannot be read"
             detail = f"{column.type}: {' '.join(str(error).split())}"
-            return (name, f"{kind}; mend the value, or leave the column out", detail)
+            return (name, f"{kind}; fix the value, or remove the column", detail)
     return row
 
 

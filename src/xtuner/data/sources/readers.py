@@ -58,7 +58,7 @@ class LocalFile:
 
     @property
     def note(self) -> str:
-        """What the user should know of how the file is read."""
+        """A note for the user on how the file is read."""
         usual = {".csv": ",", ".tsv": "\t"}.get(self._kind)
         if usual is None or self.delimiter == usual:
             return ""
@@ -66,7 +66,7 @@ class LocalFile:
 
     @cached_property
     def delimiter(self) -> str:
-        """What separates the cells of a table."""
+        """The separator of the cells of a table."""
         with self._read_errors(), self._open() as stream:
             return delimiter_of(stream.data, usual="\t" if self._kind == ".tsv" else ",")
 
@@ -120,7 +120,7 @@ class LocalFile:
 
     @cached_property
     def _layout(self) -> Layout:
-        """How the rows of a JSON file lie in it."""
+        """The layout of the rows in a JSON file."""
         with self._read_errors(), self._open() as stream:
             return layout_of(stream.data, name=self.name)
 

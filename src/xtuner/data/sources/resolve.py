@@ -94,7 +94,7 @@ def prepare(
 
 
 def _refuse_unknown_columns(settings: Settings, prepared: Sequence[PreparedSource]) -> None:
-    """Raise for an entry of the setting `columns` that no file has."""
+    """Raise if no file has a column that the setting `columns` names."""
     kinds = [format for source in prepared for format in source.formats]
     if any(plugins.is_user_path(format.name) for format in kinds):
         return
@@ -173,8 +173,8 @@ def _format(
         raise DataError(f"{file.name}: {kind or error}") from error
     if name == formats.AUTO and (kind := unread.other_kind(rows, format.unread(columns))):
         raise DataError(
-            f"{file.name}: {kind}. To train on its other columns all the same, set "
-            f"dataset_format = {format.name!r}"
+            f"{file.name}: {kind}. To train on its other columns anyway, set dataset_format = "
+            f"{format.name!r}"
         )
     return format
 

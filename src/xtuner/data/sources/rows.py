@@ -54,10 +54,9 @@ class RawRow(NamedTuple):
 
 
 def without_nulls(row: Row) -> Row:
-    """`row` of a table without the null values of objects inside its columns, at every depth.
-
-    All rows of a table share one schema, so an object has every key that any row has, null where
-    its own row had none. The columns themselves stay.
+    """`row` of a table without the null values of objects inside its columns, at every depth. All
+    rows of a table share one schema, so an object has every key that any row has, with null for
+    missing ones. The columns themselves are kept.
     """
     return {name: _stripped(value) for name, value in row.items()}
 
@@ -101,7 +100,7 @@ def as_row(value: Any, text: str) -> Row | Fault:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             return Fault("contains an unpaired surrogate, an escape from \\ud800 to \\udfff")
-    if "NaN" in text:  # pandas writes an empty cell so
+    if "NaN" in text:  # pandas writes an empty cell like this
         return {name: None if item != item else item for name, item in value.items()}
     return value
 

@@ -16,12 +16,13 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
 def saved_files(folder: Path, entry: str, *, split: str) -> list[Path] | None:
-    """The arrow files of the data set that was saved to `folder`, in order; None if it is none.
+    """The arrow files of the data set that was saved to `folder`, in order; None if there is no
+    such data set.
 
     Args:
         folder: the folder.
         entry: its name in messages.
-        split: the split to read, where the folder has several.
+        split: the split to read, if the folder has several.
 
     Raises:
         DataError: it has no such split, or lacks a file.

@@ -14,12 +14,12 @@ from xtuner.types import Row
 _MAX_CELL = 2**31 - 1
 _MAX_HEADER = 65_536
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-"""What may separate the cells of a table."""
+"""Possible separators of the cells of a table."""
 
 
 def delimiter_of(data: BinaryIO, *, usual: str) -> str:
-    """What separates the cells of a table: `usual`, unless that finds one cell in the header and
-    another separator finds more."""
+    """The separator of a table: `usual`, unless it gives one cell in the header and another
+    separator gives more."""
     lines = data.read(_MAX_HEADER).decode("utf-8-sig", "replace").splitlines()
     header = next((line for line in lines if line.strip()), "")
 

@@ -1,8 +1,8 @@
-"""Name what a format does not read of a file, before it is trained on.
+"""Report what a format does not read of a file, before training.
 
-Data for another purpose (preference pairs, good and bad answers, audio, video) often have the
-columns of a format as well. Trained on as conversations they teach something else, so 'auto'
-refuses them; a format that is set by name reads its columns, and the rest is a note.
+Data for another purpose (preference pairs, good and bad answers, audio, video) often also have the
+columns of a format. As conversations they teach something else, so 'auto' rejects them; a format
+that is set by name reads its columns, and the others are noted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HARMLESS = re.compile(
     r"|license|meta|metadata|num_\w+|n_\w+|\w*length|\w*tokens|__index_level_\d+__|Unnamed: \d+",
     re.IGNORECASE,
 )
-"""Names that say where a row comes from, not what is learned from it."""
+"""Names of metadata columns, which contain nothing to learn."""
 
 _LABELS = ("label", "kto_tag")
 _MEDIA = {"audio": "audio", "audios": "audio", "video": "video", "videos": "video"}
@@ -32,7 +32,8 @@ _BOTH = ("chosen", "rejected")
 
 
 def other_kind(rows: Sequence[Row], unread: Sequence[str]) -> str:
-    """What a file is, if columns that are not read make it data of another kind; else empty.
+    """A description of the file, if columns that are not read make it data of another kind;
+    otherwise empty.
 
     Args:
         rows: the first rows of the file.
@@ -57,7 +58,7 @@ def other_kind(rows: Sequence[Row], unread: Sequence[str]) -> str:
 
 
 def notes(format: Format, rows: Sequence[Row], unread: Sequence[str]) -> Iterator[str]:
-    """Yield a note for everything in `rows` that the format leaves out or takes literally."""
+    """Yield a note for everything in `rows` that the format ignores or takes literally."""
     if columns := [name for name in unread if not _HARMLESS.fullmatch(name)]:
         several = len(columns) > 1
         yield f"the column{'s' * several} {_quoted(columns)} {_are(several)} not read"
@@ -66,9 +67,9 @@ def notes(format: Format, rows: Sequence[Row], unread: Sequence[str]) -> Iterato
         yield f"the key{'s' * several} {_quoted(keys)} of turns {_are(several)} not read"
     text = "\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in rows)
     if found := _MEDIA_TOKEN.search(text):
-        yield f"{found[0]} in a text is trained on as text; xtuner reads no {found[1]}"
+        yield f"{found[0]} in a text is trained on as text; xtuner does not read {found[1]}"
     if found := _BLANKS.search(text):
-        yield f"{found[0]} in a text is trained on as it stands; nothing fills it in"
+        yield f"{found[0]} in a text is trained on literally; nothing replaces it"
 
 
 def _unread_keys(format: Format, rows: Sequence[Row]) -> Iterator[str]:

@@ -35,7 +35,7 @@ def cache_root() -> Path:
 
 
 def own_folder(folder: Path) -> None:
-    """Make a folder of the cache, keep others from writing to it, and refuse one that is theirs.
+    """Create a folder of the cache that only this user can write to; reject one of another user.
 
     Raises:
         PermissionError: another user owns it.
@@ -43,12 +43,12 @@ def own_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = folder.stat()
     if os.name == "posix" and found.st_uid == os.getuid() and found.st_mode & 0o022:
-        folder.chmod(found.st_mode & 0o7755)  # a umask of 002 lets the group write
+        folder.chmod(found.st_mode & 0o7755)  # with a umask of 002 the group could write
     refuse_others(folder, use="what they write would be trained on")
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `own_folder` takes the folder, which exists."""
+    """Whether `own_folder` accepts the folder, which exists."""
     try:
         own_folder(folder)
     except OSError:

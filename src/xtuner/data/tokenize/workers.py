@@ -176,7 +176,7 @@ class Encoder:
                 )
 
     def _without_embedding(self, parts: Sequence[Encoded]) -> Fault | None:
-        """Why a row cannot be used whose tokens are beyond the model's embedding."""
+        """The fault of a row whose token ids exceed the model's embedding."""
         for part in parts:
             for token in part.input_ids:
                 image = self.image_layout and token == self.image_layout.token_id
@@ -226,7 +226,7 @@ class Encoder:
 
 
 def _fault(problem: Problem) -> Fault:
-    return Fault(f"{problem.problem}; {problem.cure}", problem.where)
+    return Fault(f"{problem.problem}; {problem.hint}", problem.where)
 
 
 def _images_of(record: Record) -> tuple[str, ...]:
@@ -262,8 +262,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
-    known = isinstance(error, ValueError | XTunerError) and not plugins.user_place(error)
-    return message if known and message else plugins.told(error)
+    known = isinstance(error, ValueError | XTunerError) and not plugins.user_location(error)
+    return message if known and message else plugins.described(error)
 
 
 class _Row(NamedTuple):

@@ -58,13 +58,12 @@ class FlatOptimizer:
                 parameters = list(group["params"])
                 numbers = range(first, first + len(parameters))
                 first += len(parameters)
-                group[
-                    "params"
-                ].clear()  # otherwise they would hold their memory until all are moved
+                # otherwise they would hold their memory until all are moved
+                group["params"].clear()
                 packed = _packed(parameters, small=self._small)
                 segments = [
-                    Segment.of([parameters[i] for i in places], [numbers[i] for i in places])
-                    for places in packed
+                    Segment.of([parameters[i] for i in indices], [numbers[i] for i in indices])
+                    for indices in packed
                 ]
                 self.segments.append(segments)
                 group["params"].extend(segment.flat for segment in segments)

@@ -118,8 +118,8 @@ class Segment:
         """Segments of neighbours with equal `marks`, each with its offset in this buffer."""
         starts = self.starts()
         for _, run in groupby(range(len(marks)), key=lambda i: marks[i]):
-            places = list(run)
-            low, high = places[0], places[-1] + 1
+            indices = list(run)
+            low, high = indices[0], indices[-1] + 1
             parameters = self.parameters[low:high]
             data = self.flat.data[starts[low] : starts[high]]
             alone = len(parameters) == 1

@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -201,10 +201,10 @@ class DeepSpeedStrategy(ShardedStrategy):
                 "run's settings"
             )
 
-    def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+    def trained_weights(self, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
         """Gather each trained weight; the main process gets it in CPU memory."""
         for name, parameter in self._inner.named_parameters():
-            if not parameter.requires_grad:
+            if not (parameter.requires_grad or name in also):
                 continue
             if self.config.stage < 3:
                 yield name, parameter.detach() if self.processes.is_main else None

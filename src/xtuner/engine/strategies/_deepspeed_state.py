@@ -38,7 +38,7 @@ class ZeroState:
         return list(getattr(self._zero, name))
 
     def _group_of_part(self, number: int) -> int:
-        """Stage 3 divides a large group into several parts."""
+        """The group of a part: stage 3 splits a large group."""
         return int(self._zero.sub_group_to_group_id[number]) if self._stage == 3 else number
 
     def _values(self) -> dict[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ the learning rate, the loss scale, and when a step is repeated or skipped.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -172,11 +172,14 @@ class BaseStrategy(ABC):
         """Set the learning rate of the next step."""
 
     @abstractmethod
-    def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+    def trained_weights(self, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
         """Yield the name and the gathered tensor of each trained weight, one by one, under its name
         in the model given to `prepare`. Every process must iterate to the end. Rank 0 gets the
         tensor; others may get None. A consumer that keeps no tensor never holds a second copy of
         the model.
+
+        Args:
+            also: Names of frozen weights to gather as well.
         """
 
     @abstractmethod

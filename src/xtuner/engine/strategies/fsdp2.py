@@ -6,7 +6,7 @@ dtypes are those of a single process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -57,8 +57,8 @@ class Strategy(ShardedStrategy):
         mesh = init_device_mesh(self.processes.device.type, (size,))
         policy = CPUOffloadPolicy() if self.option["cpu_offload"] else OffloadPolicy()
         units = _parts.units_of(model)
-        divided: list[Any] = [*units, *([] if model in units else [model])]
-        for unit in divided:
+        modules: list[Any] = [*units, *([] if model in units else [model])]
+        for unit in modules:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
@@ -110,10 +110,10 @@ class Strategy(ShardedStrategy):
         """Apply the gradients to this process's shards."""
         self.optimizer.step()
 
-    def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+    def trained_weights(self, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
         """Gather each trained weight; the main process gets it in CPU memory."""
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or name in also:
                 full = _gathered(parameter.detach())
                 yield name, full.cpu() if self.processes.is_main else None
 

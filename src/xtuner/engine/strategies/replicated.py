@@ -6,7 +6,7 @@ this gives the same bits (`engine.optimizer.flat`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -79,10 +79,10 @@ class Strategy(BaseStrategy):
         """Set the learning rate of all parameter groups."""
         optim.set_learning_rate(self.optimizer, lr)
 
-    def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+    def trained_weights(self, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
         """Yield the weights themselves, without copies; None outside the main process."""
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or name in also:
                 yield name, parameter.detach() if self.processes.is_main else None
 
     def optimizer_state(self, keep: Keep = as_it_is) -> dict[str, Any] | None:

@@ -167,8 +167,8 @@ def packed_attention(
     tokens = cu_seqlens.tolist()[-1]  # indexing would give a tensor without a value in a forecast
     if q.shape[0] != tokens:
         raise ModelError(
-            f"{type(module).__name__} gives its attention {q.shape[0]} tokens of a row of "
-            f"{tokens}, and no `sequence_group`: set sequence_parallel_size = 1"
+            f"{type(module).__name__} passes {q.shape[0]} tokens of a row of {tokens} to its "
+            "attention, without `sequence_group`: set sequence_parallel_size = 1"
         )
     options = {"scale": scaling, "dropout": dropout, "window": window, "softcap": softcap}
     out = _of_row(q, k, v, cu_seqlens, longest=kwargs.get("max_length_q"), **options)
@@ -178,7 +178,8 @@ def packed_attention(
 def _of_row(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, longest: int | None, **options: Any
 ) -> Tensor:
-    """Attention of a row, ``[N, heads, D]`` to ``[N, heads, V]``, by the fastest way there is."""
+    """Attention of a row, ``[N, heads, D]`` to ``[N, heads, V]``, by the fastest available
+    kernel."""
     call = call_of(q, k, v, **options)
     if q.device.type == "cpu":
         if not call.dropout and call.softcap is None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.device.select import half_dtype
 from xtuner.kernels.attention import packed, varlen
 from xtuner.kernels.attention.blocks import cpu_attention
@@ -138,6 +139,7 @@ def install(model: nn.Module, *, check: bool = True) -> int:
             continue
         if check:
             changed += _change_if_same(layer)
+            trim_if_grown()
         else:
             general = getattr(layer.config, "sliding_window", None)
             scale: Any = layer.scaling

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.kernels.compiled import Kernels, decoder, kernels_for, rows_of
 from xtuner.kernels.fused.attention import RotaryBlockAttention, probe_inputs, rotation_of
 from xtuner.kernels.fused.forward_override import with_forward
@@ -113,6 +114,7 @@ def install(model: nn.Module, *, check: bool = True) -> int:
             kind: Any = type(layer)
             layer.__class__ = with_forward(_FusedDecoderLayer, kind)
             changed += 1
+            trim_if_grown()
     return changed
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.device.select import half_dtype
 from xtuner.kernels.compiled import kernels_for
 from xtuner.kernels.fused.liger import liger_for
@@ -148,6 +149,7 @@ def install(model: nn.Module, *, check: bool = True) -> int:
             if ours is not None:
                 setattr(parent, name, ours)
                 installed += 1
+                trim_if_grown()
     return installed
 
 

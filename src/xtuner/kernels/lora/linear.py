@@ -209,8 +209,8 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def _shaped(rows: Tensor, x: Tensor) -> Tensor:
-    """`rows` ``[T, out]`` as ``[..., out]`` of `x`. Autograd takes it for no view, which a model
-    could not change in place (Gemma 3n scales a projection so)."""
+    """`rows` ``[T, out]`` as ``[..., out]`` of `x`. Autograd does not treat it as a view, which a
+    model could not change in place (Gemma 3n scales a projection in place)."""
     shaped: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
     return shaped
 

@@ -148,8 +148,8 @@ def _start(config: Table, draft: Draft) -> None:
         draft.lose(
             config.line_of("strategy"),
             f"strategy = {kind}",
-            "each process holds the whole model, with the same results; `--deepspeed "
-            "deepspeed_zero2` or `--strategy fsdp2` divides it",
+            "each process holds the entire model, with the same results; `--deepspeed "
+            "deepspeed_zero2` or `--strategy fsdp2` shards it",
         )
 
 

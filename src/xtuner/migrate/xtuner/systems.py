@@ -1,8 +1,8 @@
 """System messages that old configs name: ``SYSTEM_TEMPLATE.coder``.
 
-The text is in the old package, not in the config. If that package lies around the config (as in
-site-packages or a clone) its file is parsed for it; otherwise the message has xtuner's own words,
-and the report says so.
+The text is in the old package, not in the config. If the config is inside that package (in
+site-packages or a clone), its file is parsed for the text; otherwise the message has xtuner's own
+wording, and the report says so.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def message(name: str, line: int, draft: Draft) -> str:
     draft.note(
         line,
         f"{_NAME}.{name}",
-        "has xtuner's own words, since the text is in the old package and not in the config; to "
-        "keep the old text, write it to SYSTEM",
+        "has xtuner's own wording, since the text is in the old package and not in the config; "
+        "to keep the old text, write it to SYSTEM",
     )
     return text
 

@@ -23,14 +23,13 @@ def carry_template(template: Any, line: int, config: Table, draft: Draft) -> Non
     if ours is None:
         draft.refuse(line, shown("template", template), "is not a known template")
         return
-    if ours == "xtuner0_qwen_chat" and "qwen" in _model(draft).lower():
+    if (
+        ours == "xtuner0_qwen_chat"
+        and "qwen" in str(draft.values.get("pretrained_model_name_or_path", "")).lower()
+    ):
         ours = "qwen_chat"  # equivalent if the tokenizer has no bos token
     draft.set("prompt_template", ours, line)
     _end_token(ours, config, draft)
-
-
-def _model(draft: Draft) -> str:
-    return str(draft.values.get("pretrained_model_name_or_path", ""))
 
 
 def _end_token(ours: str, config: Table, draft: Draft) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xtuner.device.heap import trim_if_grown
 from xtuner.device.select import FLOAT16_OVERFLOWS
 from xtuner.errors import ModelError
 from xtuner.kernels.attention import packed
@@ -204,6 +205,7 @@ class IsolationCheck:
             hidden = self.lm.hidden_states(self._batch(ids))[0, start:stop]
         loss = (hidden.float() * _signs(hidden).float()).sum()
         (gradient,) = torch.autograd.grad(loss, vectors[:1], allow_unused=True)
+        trim_if_grown()
         gradient = torch.zeros_like(vectors[0]) if gradient is None else gradient
         # XLNet's embeddings are [N, 1, H]
         return Observed(hidden.detach().float(), gradient.flatten(0, -2).float(), self.span)
@@ -218,6 +220,7 @@ class IsolationCheck:
         ids = self._ids()[:, start:stop]
         ids = torch.cat([ids, self._words(more, first=500)], dim=1)
         output = decoder_of(self.lm.causal)(input_ids=ids, use_cache=False)
+        trim_if_grown()
         states: Tensor = output.last_hidden_state[0, : stop - start].detach().float()
         return states
 

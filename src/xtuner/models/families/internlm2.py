@@ -13,15 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    ConversionOps,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, ConversionOps, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+from xtuner.models.families.internlm import InternLMConfig
 
 MODEL_TYPES = ("internlm2",)
 
@@ -38,22 +34,14 @@ _RENAMINGS = {
 }
 
 
-class InternLM2Config(LlamaConfig):
+class InternLM2Config(InternLMConfig):
     """Llama's configuration with InternLM2's names (`bias`, `rope_scaling`)."""
 
     model_type = "internlm2"
-    attention_bias: bool = True
-
-    def __post_init__(self, bias: bool | None = None, **kwargs: Any) -> None:
-        """Map `bias` to `attention_bias`."""
-        if bias is not None:
-            self.attention_bias = bias
-        super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in the format of InternLM2's config.json."""
         values: dict[str, Any] = super().to_dict()
-        values["bias"] = values.pop("attention_bias")
         rope = dict(values.pop("rope_parameters", None) or {})
         values["rope_theta"] = rope.pop("rope_theta", self.default_theta)
         kind = rope.pop("rope_type", "default")

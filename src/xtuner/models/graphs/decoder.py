@@ -25,7 +25,7 @@ class GraphedDecoder:
         gradients: Returns persistent gradient memory for parameters.
         recorder: Creates a recorder, whose graphs share memory.
         autocast: The autocast context of the decoder; cast weights must not outlive the graph.
-        say: Called once with the reason if no graph is used.
+        report: Called once with the reason if no graph is used.
 
     Attributes:
         graph: The recorded passes, if any.
@@ -42,11 +42,11 @@ class GraphedDecoder:
         gradients: Callable[[list[nn.Parameter]], list[Tensor]],
         recorder: Callable[[], Recorder],
         autocast: Callable[[], Any],
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ):
         self._body, self._module, self._parameters = body, module, parameters
         self._gradients, self._recorder = gradients, recorder
-        self._autocast, self._say = autocast, say
+        self._autocast, self._report = autocast, report
         self._seen: Capacity | None = None
         self.graph: Graph | None = None
         self.replays = 0
@@ -70,7 +70,7 @@ class GraphedDecoder:
         if graph is None:
             return None
         if graph.waiting() is not None:
-            self._turn_off("a row is computed before the gradients of the one before it")
+            self._turn_off("a forward pass begins before the backward pass of the previous row")
             return None
         graph.load(row)
         self.replays += 1
@@ -99,7 +99,7 @@ class GraphedDecoder:
     def _turn_off(self, why: str) -> None:
         self.graph, self.off = None, why
         _give_back_memory()
-        self._say(f"CUDA graphs are not used: {why}")
+        self._report(f"CUDA graphs are not used: {why}")
 
     def _recorded(self, row: Row, capacity: Capacity) -> tuple[Graph | None, str]:
         """A new graph, compared with the eager pass, or why it cannot be used."""

@@ -1,4 +1,4 @@
-"""Prepares images for the vision tower of a LLaVA model, and counts their tokens."""
+"""Preprocesses images for the vision tower of a LLaVA model, and counts their tokens."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaModel, LlavaConfig, PreTrainedModel
 from transformers import LlavaForConditionalGeneration as Llava
 
 from xtuner.errors import ModelError
-from xtuner.models.causal_lm import LOGIT_CHANGES
+from xtuner.models.check.verification import LOGIT_CHANGES
 from xtuner.models.vision.tower import check_layer, num_image_tokens, select, strategy_of
 from xtuner.types import Batch, BatchImages
 

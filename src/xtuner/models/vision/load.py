@@ -37,7 +37,7 @@ class VisionLanguageModel:
     Attributes:
         model: A transformers model, such as a `LlavaForConditionalGeneration`.
         embedder: Computes its input embeddings.
-        processor: Prepares its images.
+        processor: Preprocesses its images.
         image_token_id: The id of the token ``<image>``.
     """
 

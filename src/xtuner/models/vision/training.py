@@ -72,6 +72,13 @@ class LlavaTraining:
         if self.settings.visual_encoder_training == "full":
             self.processor.upstream.save_pretrained(folder / layout.ENCODER)
 
+    def saved_in_full(self) -> Iterator[Any]:
+        """The models of which `save` writes every weight, trained or not."""
+        if self.settings.llm_training == "full":
+            yield self.llm
+        if self.settings.visual_encoder_training == "full":
+            yield self.encoder
+
     def table(self) -> Iterator[str]:
         """What is trained of each part, one line per part."""
         model, s = self.llava.model, self.settings

@@ -10,7 +10,7 @@ def clock(timezone: str = "") -> str:
     """Tell the current date and time.
 
     Args:
-        timezone: A time zone such as Asia/Shanghai; without it, that of this machine.
+        timezone: A time zone such as Asia/Shanghai. Default: that of this machine.
     """
     if not timezone:
         now = datetime.now().astimezone()
@@ -18,7 +18,7 @@ def clock(timezone: str = "") -> str:
         try:
             now = datetime.now(ZoneInfo(timezone))
         except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-            raise ValueError(f"there is no time zone {timezone!r}") from error
+            raise ValueError(f"unknown time zone {timezone!r}") from error
     return now.strftime("%A, %Y-%m-%d %H:%M:%S %Z").strip()
 
 

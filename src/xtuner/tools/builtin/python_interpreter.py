@@ -1,4 +1,4 @@
-"""Python code, in a process of its own; see `xtuner.tools.sandbox`."""
+"""Python code in a separate process; see `xtuner.tools.sandbox`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from xtuner.tools.sandbox import run_code
 
 
 def python_interpreter(code: str) -> str:
-    """Run Python code and return what it prints, and the value of its last line.
+    """Run Python code; return its output and the value of its last line.
 
     Args:
-        code: The code. It has the standard library, and no network or files.
+        code: The code. It can use the standard library, but no network or files.
     """
     return run_code(code)
 

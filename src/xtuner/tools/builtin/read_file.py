@@ -1,4 +1,4 @@
-"""Files of one folder: ``read_file:FOLDER``."""
+"""The files of one folder: ``read_file:FOLDER``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def limited_to(folder: str) -> Callable[[str], str]:
         Args:
             path: The path of the file, relative to the shared folder; . lists it.
         """
-        # resolve() follows links, so that one which leads out of the folder is refused
+        # resolve() follows links, so a link that leads out of the folder is refused
         found = (root / path).resolve()
         if not found.is_relative_to(root):
             raise PermissionError(f"{path!r} is outside the shared folder")
@@ -28,7 +28,7 @@ def limited_to(folder: str) -> Callable[[str], str]:
             return "\n".join(f"{e.name}/" if e.is_dir() else e.name for e in entries) or "(empty)"
         if not found.is_file():
             raise FileNotFoundError(f"there is no file {path!r}")
-        # between check and opening the file could become a link: that is not followed
+        # the file may become a link after the check: links are not followed
         handle = os.open(found, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         with open(handle, "rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -42,4 +42,4 @@ def limited_to(folder: str) -> Callable[[str], str]:
 
 
 NEEDS = "read_file:FOLDER"
-"""How the tool is named: it takes a folder."""
+"""The syntax of the tool's name: it takes a folder."""

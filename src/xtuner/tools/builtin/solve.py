@@ -10,7 +10,7 @@ _FUNCTIONS = {"sqrt", "exp", "log", "sin", "cos", "tan"}
 
 
 def solve(equation: str) -> str:
-    """Solve an equation, or several with commas between them.
+    """Solve an equation, or several separated by commas.
 
     Args:
         equation: The equation, such as x + 3 = 5 or x + y = 5, x - y = 1.
@@ -33,14 +33,14 @@ def solve(equation: str) -> str:
     names |= {"Rational": sympy.Rational}
 
     def side(text: str) -> sympy.Expr:
-        # the text holds no quotes, dots of attributes, or names but functions and letters
+        # the text has no quotes, attribute access, or names other than functions and letters
         if re.search(r"[A-Za-z)]\s*\.|\.\s*[A-Za-z_]", text):
-            raise ValueError("an equation has no attributes")
+            raise ValueError("attributes are not allowed in an equation")
         return parse_expr(text, transformations=rules, global_dict=dict(names))
 
     sides = [part.split("=") for part in equation.split(",")]
     if any(len(pair) > 2 for pair in sides):
-        raise ValueError("an equation has one =")
+        raise ValueError("an equation must have exactly one =")
     equations = [side(pair[0]) - (side(pair[1]) if len(pair) == 2 else 0) for pair in sides]
     symbols = sorted({s for each in equations for s in each.free_symbols}, key=str)
     solutions = sympy.solve(equations, symbols, dict=True)

@@ -1,4 +1,4 @@
-"""What to do about the usual syntax errors of settings files."""
+"""Hints for common syntax errors in settings files."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ _FULL_WIDTH = {
     "］": "]", "【": "[", "】": "]", "｛": "{", "｝": "}", "＃": "#", "－": "-", "．": ".",
     "\u3000": "a space", "\xa0": "a space",
 }  # fmt: skip
-"""Signs that Chinese input methods and word processors write, and what a settings file needs."""
+"""Characters that Chinese input methods and word processors write, and their replacements."""
 _NAMES = {"\u3000": "a full-width space", "\xa0": "a non-breaking space"}
 _BACKSLASH = (
     "a backslash in quotes begins an escape such as \\n; write the path with / "
-    "('C:/data/a.csv'), or each backslash twice"
+    "('C:/data/a.csv'), or double each backslash"
 )
 OPENING_QUOTES = "“‘「"
 
 
-def python_cure(line: str, message: str) -> str:
-    """What to do about a syntax error in `line`, which Python describes as `message`; may be empty.
+def python_hint(line: str, message: str) -> str:
+    """A hint about a syntax error in `line`; may be empty.
 
     Args:
         line: the text of the line.
-        message: of the SyntaxError.
+        message: Python's message.
     """
     if "unicodeescape" in message or ("unexpected character after line" in message):
         return _BACKSLASH
@@ -44,9 +44,8 @@ def python_cure(line: str, message: str) -> str:
     return ""
 
 
-def yaml_cure(line: str, message: str, context: str = "") -> str:
-    """What to do about a syntax error in `line`, which PyYAML describes as `message`, while it did
-    what it calls `context`."""
+def yaml_hint(line: str, message: str, context: str = "") -> str:
+    """A hint about a syntax error in `line`, for which PyYAML gives `message` and `context`."""
     if "'\\t'" in message or ("\t" in line[: len(line) - len(line.lstrip())]):
         return "the line has a tab; YAML takes spaces only"
     if "escape" in message:
@@ -54,7 +53,7 @@ def yaml_cure(line: str, message: str, context: str = "") -> str:
     if sign := _full_width(line):
         return _replace(sign)
     if "mapping values are not allowed" in message:
-        return "write one  name: value  a line, and quotes around a value with a colon"
+        return "write one  name: value  per line, and quotes around a value with a colon"
     if "quoted scalar" in context:
         return "a quote is opened and not closed"
     if "flow sequence" in context or "flow mapping" in context:
@@ -64,14 +63,14 @@ def yaml_cure(line: str, message: str, context: str = "") -> str:
     return ""
 
 
-def yaml_lines_cure(text: str) -> str:
-    """What to do about a file whose lines are not ``key: value``."""
+def yaml_lines_hint(text: str) -> str:
+    """A hint about a file whose lines are not ``key: value``."""
     first = next((line for line in text.split("\n") if line.strip() and line[0] != "#"), "")
-    return yaml_cure(first, "")
+    return yaml_hint(first, "")
 
 
 def _sign_in(message: str) -> str:
-    """The sign that Python calls invalid."""
+    """The character that Python calls invalid."""
     found = re.search(r"invalid (?:non-printable )?character (?:'(.)' \()?U\+([0-9A-F]+)", message)
     sign = chr(int(found[2], 16)) if found else ""
     return sign if sign in _FULL_WIDTH else ""
@@ -87,5 +86,5 @@ def _full_width(line: str) -> str:
 
 
 def _replace(sign: str) -> str:
-    name = _NAMES.get(sign, f"the full-width sign {sign}")
-    return f"write {_FULL_WIDTH[sign]} in place of {name}"
+    name = _NAMES.get(sign, f"the full-width character {sign}")
+    return f"write {_FULL_WIDTH[sign]} instead of {name}"

@@ -1,14 +1,15 @@
-"""Settings as the commands load them: what would run a stranger's code needs a flag.
+"""Settings as the commands load them; what runs the code of others needs a flag.
 
-`trust_remote_code = True` in a settings file counts once the flag was given for that model on this
-machine. A settings file that lies among checkpoints which this user's runs did not write may name
-Python files only with ``--trust-code``.
+`trust_remote_code = True` in a settings file takes effect after ``--trust-remote-code`` was given
+for that model once on this machine. A settings file beside checkpoints that this user's runs did
+not write may name Python files only with ``--trust-code``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -17,15 +18,24 @@ import typer
 from xtuner import plugins
 from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.schema import Settings
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, listed
 from xtuner.hub import trust
 
+Config: TypeAlias = Annotated[
+    str, typer.Argument(help="A settings file or the name of built-in settings.")
+]
+Overrides: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "--cfg-options", metavar="KEY=VALUE", help="Override a setting; repeatable."
+    ),
+]
 TrustRemoteCode: TypeAlias = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Let trust_remote_code = True of CONFIG run the Python code of its model; asked for "
-        "once a model and machine.",
+        help="Let trust_remote_code = True of CONFIG run the Python code of its model. Needed once "
+        "per model and machine.",
     ),
 ]
 TrustCode: TypeAlias = Annotated[
@@ -44,7 +54,7 @@ def load(
     trust_remote_code: bool = False,
     trust_code: bool = False,
 ) -> LoadedSettings:
-    """Load settings, and refuse those that would run code that nobody has agreed to.
+    """Load settings; refuse those that would run code the user has not agreed to.
 
     Raises:
         ConfigError: as `load_settings`; or a flag is missing.
@@ -54,6 +64,47 @@ def load(
     if not trust_code:
         _check_files(loaded, overrides or ())
     return loaded
+
+
+def load_any(
+    config: str,
+    *,
+    overrides: Sequence[str] | None = None,
+    reads_data: bool = False,
+    trust_remote_code: bool = False,
+    trust_code: bool = False,
+) -> LoadedSettings:
+    """Like `load`, but `config` may also be an unchanged config of another trainer.
+
+    Args:
+        reads_data: Whether the command reads rows; some migrated configs need the Python file that
+            `xtuner migrate-cfg` writes for this.
+
+    Raises:
+        ConfigError: As `load`; or the config cannot be migrated.
+    """
+    from xtuner.config.read import foreign
+
+    path = Path(config)
+    text = ""
+    if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    if not (origin := foreign.origin(text, path.suffix)):
+        return load(
+            config,
+            overrides=overrides,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
+        )
+    from xtuner.migrate import file
+
+    draft = file.read(path)
+    if draft.not_yet or draft.refused:
+        raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
+    if draft.files and reads_data:
+        raise ConfigError(foreign.offer(config, origin))
+    loaded = load_settings(draft.values, overrides=overrides or ())
+    return replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
 
 
 def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag: bool) -> None:
@@ -66,15 +117,17 @@ def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag
     elif not trust.is_remembered("remote_code", name):
         raise ConfigError(
             f"{loaded.path or loaded.name}: trust_remote_code = True lets the model {name} run "
-            "Python code of its own on this machine. If you trust it, add --trust-remote-code, "
-            "once on this machine; else take the setting out"
+            "its own Python code on this machine. If you trust it, add --trust-remote-code, once "
+            "per machine; otherwise remove the setting"
         )
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"Warning: Python code of the model {name} runs (trust_remote_code).", err=True)
+        typer.echo(
+            f"Warning: running Python code of the model {name} (trust_remote_code).", err=True
+        )
 
 
 def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
-    """Refuse Python files named by a settings file that lies among a stranger's checkpoints."""
+    """Refuse Python files named by a settings file that lies beside the checkpoints of others."""
     if loaded.path is None or not any(any(loaded.folder.glob(mark)) for mark in _MARKS):
         return
     if trust.is_remembered("work_dirs", str(loaded.folder)):
@@ -83,7 +136,7 @@ def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
     files = [f"{name} = {value!r}" for name, value in _python(loaded.settings) if name not in given]
     if files:
         raise ConfigError(
-            f"{loaded.path}: lies beside checkpoints that no run of yours wrote on this machine, "
+            f"{loaded.path}: lies beside checkpoints that your runs on this machine did not write, "
             f"and names Python files, which are not run: {', '.join(files)}. If you have read them "
             "and trust them, add --trust-code"
         )
@@ -103,5 +156,5 @@ def _names(overrides: Sequence[str]) -> set[str]:
 
 
 def remember_work_dir(folder: Path) -> None:
-    """Keep that `folder` is written by this user's own run."""
+    """Remember that `folder` is written by a run of this user."""
     trust.remember("work_dirs", str(folder.expanduser().resolve()))

@@ -1,0 +1,36 @@
+"""What a path or name on the command line refers to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xtuner.hub import fetch
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """The folder that `path` refers to, whether or not it exists: the newest checkpoint of a work
+    dir, the folder ``x`` of ``x.pth``, the checkpoint that a file `best_checkpoint` names."""
+    path = Path(path).expanduser()
+    if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
+        words = path.read_text(encoding="utf-8").split() or [""]
+        return path.parent / Path(words[0]).name
+    folder = path.with_suffix("") if path.suffix == ".pth" else path
+    pointer = folder / "last_checkpoint"
+    if pointer.is_file():
+        return folder / Path(pointer.read_text(encoding="utf-8").strip()).name
+    return folder
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names (folders, hub names, fetched models) refer to the same model. A hub name
+    that is not on this machine matches any folder of that name:
+    ``internlm/internlm2-chat-1_8b`` is ``/models/internlm2-chat-1_8b``."""
+    first, second = _folder_of(one), _folder_of(other)
+    if first is None or second is None:
+        return Path(one).name.lower() == Path(other).name.lower()
+    return first.resolve() == second.resolve()
+
+
+def _folder_of(name: str) -> Path | None:
+    folder = checkpoint_of(name)
+    return folder if folder.is_dir() else fetch.cached(name)
