@@ -43,5 +43,6 @@ def test_max_length_and_one_image_are_the_room_of_every_row(tmp_path, images, te
         data = built(tmp_path, images=images, answer=answer, max_length=96)
         changed = data.report.sources[0].changed
         assert [group.what for group in changed] == surplus * [
-            "cut to 100 tokens (max_length = 96 tokens plus 4 for one image)"
+            "cut to 100 tokens (max_length = 96 tokens plus 4 for one image), so the model "
+            "does not learn how they end: raise max_length"
         ]
