@@ -1,6 +1,6 @@
 # make quickstart          teach a small chat model its name (NAME="Ada" sets the name)
 # make quickstart-llava    add image input and ask about images (15 minutes on two cores)
-# make quickstart-tools    teach it to call tools, and measure that (10 minutes on two cores)
+# make quickstart-tools    teach it to call tools, and measure that (5 minutes on two cores)
 # make quickstart-overfit  quickstart without general conversations, to show forgetting
 # make web                 chat with the quick start's run in the browser, beside the model it started from
 # make venv                create .venv with the xtuner command

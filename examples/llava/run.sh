@@ -6,12 +6,10 @@ bin="$(dirname "${PYTHON:-.venv/bin/python}")"
 here="$(dirname "$0")"
 out=quickstart-llava
 
-step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
-run() { printf '$ %s\n' "$*"; "$bin/$@"; }
+source "$(dirname "$0")/../steps.sh"
 
 step "1/5  A small language model: SmolLM2-135M-Instruct"
-echo '$ xtuner fetch smollm2_135m_instruct'
-"$bin/xtuner" fetch smollm2_135m_instruct
+run xtuner fetch smollm2_135m_instruct
 
 step "2/5  Generate images of handwritten digits and train a small CLIP on them"
 run python "$here/make_data.py" --out "$out"

@@ -7,14 +7,7 @@ bin="$(dirname "${PYTHON:-.venv/bin/python}")"
 here="$(dirname "$0")"
 out=quickstart
 
-step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
-quoted() { # the words of a command, in quotes where a shell needs them
-  local word
-  for word in "$@"; do
-    if [[ "$word" =~ ^[A-Za-z0-9_./=:,-]+$ ]]; then printf ' %s' "$word"; else printf " '%s'" "${word//\'/\'\\\'\'}"; fi
-  done
-}
-run() { printf '$%s\n' "$(quoted "$bin/$1" "${@:2}")"; "$bin/$@"; }
+source "$(dirname "$0")/../steps.sh"
 
 step "1/3  A small chat model: SmolLM2-135M-Instruct"
 printf '$%s\n' "$(quoted "$bin/xtuner" fetch smollm2_135m_instruct)"
@@ -32,7 +25,7 @@ cat <<TEXT
 The assistant knows its name. Go on with:
 
   chat with it             $(quoted "$bin/xtuner" chat "$out/work_dir")
-  make it one whole model  $(quoted "$bin/xtuner" convert merge "$model" "$out/work_dir" "$out/merged")
+  merge it into one model  $(quoted "$bin/xtuner" convert merge "$model" "$out/work_dir" "$out/merged")
   train on your own data   $(quoted "$bin/xtuner" copy-cfg smollm2_135m_instruct_lora_custom .)   (then edit and train it)
 
 Report, loss curve, answers and logs: $out/work_dir/  (open report.html)

@@ -6,8 +6,8 @@ bin="$(dirname "${PYTHON:-.venv/bin/python}")"
 here="$(dirname "$0")"
 out=quickstart-tools
 
-step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
-run() { printf '$ %s\n' "$*"; "$bin/$@"; }
+source "$(dirname "$0")/../steps.sh"
+
 measure() {
   echo "Requests in other words, for the 13 tools of the training data:"
   run xtuner evaluate-tools "$1" "$out/seen.jsonl" --max-new-tokens 60
@@ -16,7 +16,7 @@ measure() {
 }
 
 step "1/5  A small chat model: SmolLM2-135M-Instruct"
-echo '$ xtuner fetch smollm2_135m_instruct'
+printf '$%s\n' "$(quoted "$bin/xtuner" fetch smollm2_135m_instruct)"
 model="$("$bin/xtuner" fetch smollm2_135m_instruct)"
 echo "$model"
 
