@@ -86,7 +86,7 @@ def test_errors_are_returned_to_the_model():
     _, new, _, ran = run(wrong, '<tool_call>{"name": "calc', "I give up.")
     assert "no tool 'calculater'" in new[1].content and ran == []
     assert new[2] == Message("assistant", '<tool_call>{"name": "calc')
-    assert new[3].role == "user" and "is cut off" in new[3].content
+    assert new[3].role == "user" and "is incomplete" in new[3].content
     assert new[4].content == "I give up."
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from xtuner.calls.read import CallFormatError, arguments_of, read_call
 from xtuner.calls.scan import loads, skip_space
 
-CUT_OFF = "is cut off; the answer ended within it (raise max_new_tokens)"
+CUT_OFF = "is incomplete: it is malformed, or the answer reached max_new_tokens"
 
 
 @dataclass(frozen=True)
