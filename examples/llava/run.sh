@@ -29,5 +29,5 @@ cat <<TEXT
 The model now takes images. Next steps:
 
   chat about an image     $bin/xtuner chat $out/finetune --image $out/images/test_00001.png
-  export it               $bin/xtuner convert pth_to_hf $here/finetune.py $out/finetune $out/whole --save-format huggingface
+  export it               $bin/xtuner convert pth_to_hf $here/finetune.py $out/finetune $out/exported --save-format huggingface
 TEXT

@@ -1,4 +1,4 @@
-"""Code of others runs only with a flag on the command line."""
+"""Third-party code runs only with a flag on the command line."""
 
 import pytest
 
@@ -61,6 +61,19 @@ def test_checks_and_forecasts_ask_too(command, config, tmp_path, capsys):
     file = config(tmp_path / "mine", "trust_remote_code = True")
     assert main([command[0], file, *command[1:]]) == 2
     assert "--trust-remote-code" in capsys.readouterr().err
+
+
+def test_migrated_settings_are_checked_too(tmp_path, capsys):
+    """A config of another trainer, read as it is, with code that the command line adds."""
+    old = tmp_path / "sft.yaml"
+    old.write_text(
+        "stage: sft\ndo_train: true\nmodel_name_or_path: org/model\nfinetuning_type: lora\n"
+        "dataset: d\ndataset_dir: .\ntemplate: qwen\n"
+    )
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}')
+    loaded = _settings.load_any(str(old), overrides=["trust_remote_code=True"])
+    assert loaded.settings.trust_remote_code and trust.is_remembered("remote_code", "org/model")
+    assert "running Python code of the model org/model" in capsys.readouterr().err
 
 
 def test_valid_settings_file_gives_no_note(config, tmp_path, capsys):

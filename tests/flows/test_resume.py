@@ -121,8 +121,9 @@ def test_kill_9_and_resume(tmp_path, tiny_model_path, monkeypatch, capsys):
 
 def test_sigterm_saves_and_prints_how_to_resume(tmp_path, tiny_model_path):
     config = prepare(tmp_path / "stopped", tiny_model_path, "lora", dies=True)
-    stopped = run_cli(config.parent, HOW_TO_DIE="SIGTERM")
-    assert stopped.returncode == 130
+    # An earlier run with DeepSpeed in the parent process leaves LOCAL_RANK; no launcher is meant.
+    stopped = run_cli(config.parent, HOW_TO_DIE="SIGTERM", LOCAL_RANK="0")
+    assert stopped.returncode == 130, stopped.stderr
     assert "xtuner train config.py --work-dir w --resume" in stopped.stderr
     assert (config.parent / "w" / "last_checkpoint").read_text().strip() == "iter_7"
 

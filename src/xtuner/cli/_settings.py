@@ -1,4 +1,4 @@
-"""Settings as the commands load them; what runs the code of others needs a flag.
+"""Settings as the commands load them; third-party code needs a flag.
 
 `trust_remote_code = True` in a settings file takes effect after ``--trust-remote-code`` was given
 for that model once on this machine. A settings file beside checkpoints that this user's runs did
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -20,6 +20,9 @@ from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, listed
 from xtuner.hub import trust
+
+if TYPE_CHECKING:
+    from xtuner.training.data_parts import DataParts
 
 Config: TypeAlias = Annotated[
     str, typer.Argument(help="A settings file or the name of built-in settings.")
@@ -60,10 +63,9 @@ def load(
         ConfigError: as `load_settings`; or a flag is missing.
     """
     loaded = load_settings(config, overrides=overrides or ())
-    _check_remote_code(loaded, overrides or (), flag=trust_remote_code)
-    if not trust_code:
-        _check_files(loaded, overrides or ())
-    return loaded
+    return _checked(
+        loaded, overrides or (), trust_remote_code=trust_remote_code, trust_code=trust_code
+    )
 
 
 def load_any(
@@ -104,7 +106,41 @@ def load_any(
     if draft.files and reads_data:
         raise ConfigError(foreign.offer(config, origin))
     loaded = load_settings(draft.values, overrides=overrides or ())
-    return replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
+    loaded = replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
+    return _checked(
+        loaded, overrides or (), trust_remote_code=trust_remote_code, trust_code=trust_code
+    )
+
+
+def open_data(
+    config: str,
+    *,
+    overrides: Sequence[str] | None,
+    trust_remote_code: bool,
+    trust_code: bool,
+) -> DataParts:
+    """Open the data of `config`, which may be one of another trainer; see `load_any`."""
+    from xtuner.training.data_parts import DataParts
+
+    return DataParts.open(
+        load_any(
+            config,
+            overrides=overrides,
+            reads_data=True,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
+        )
+    )
+
+
+def _checked(
+    loaded: LoadedSettings, overrides: Sequence[str], *, trust_remote_code: bool, trust_code: bool
+) -> LoadedSettings:
+    """`loaded`, unless it would run code that the user has not agreed to."""
+    _check_remote_code(loaded, overrides, flag=trust_remote_code)
+    if not trust_code:
+        _check_files(loaded, overrides)
+    return loaded
 
 
 def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag: bool) -> None:
@@ -127,7 +163,7 @@ def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag
 
 
 def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
-    """Refuse Python files named by a settings file that lies beside the checkpoints of others."""
+    """Refuse Python files named by a settings file that lies beside third-party checkpoints."""
     if loaded.path is None or not any(any(loaded.folder.glob(mark)) for mark in _MARKS):
         return
     if trust.is_remembered("work_dirs", str(loaded.folder)):

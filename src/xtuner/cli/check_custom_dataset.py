@@ -32,16 +32,9 @@ def command(
     from xtuner.data.report.check import bad_rows, kept_rows
     from xtuner.data.report.show_tokens import visible
     from xtuner.errors import DataError
-    from xtuner.training.data_parts import DataParts
 
-    parts = DataParts.open(
-        _settings.load_any(
-            config,
-            reads_data=True,
-            overrides=overrides,
-            trust_remote_code=trust_remote_code,
-            trust_code=trust_code,
-        )
+    parts = _settings.open_data(
+        config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
     count = 0
     with _written_to(out) as write:

@@ -50,16 +50,8 @@ def command(
     from rich.console import Console
     from rich.rule import Rule
 
-    from xtuner.training.data_parts import DataParts
-
-    parts = DataParts.open(
-        _settings.load_any(
-            config,
-            reads_data=True,
-            overrides=overrides,
-            trust_remote_code=trust_remote_code,
-            trust_code=trust_code,
-        )
+    parts = _settings.open_data(
+        config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
     data = parts.build()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -178,8 +178,8 @@ class CheckpointStore:
         path = inside if given.name == str(given) and inside.is_dir() else given
         if not (path / STATE_FILE).is_file():
             beside = path.parent if path.parent.is_dir() and str(path) != path.name else None
-            places = [self.work_dir, *([beside] if beside and beside != self.work_dir else [])]
-            lists = [f"In {place}: {_names_in(place)}" for place in places]
+            folders = [self.work_dir, *([beside] if beside and beside != self.work_dir else [])]
+            lists = [f"In {folder}: {_names_in(folder)}" for folder in folders]
             raise CheckpointError(
                 f"cannot resume from {path}: it "
                 f"{f'lacks {STATE_FILE}' if path.is_dir() else 'does not exist'}. "

@@ -172,10 +172,15 @@ def _sizes(folder: Path) -> Iterator[int]:
                     yield int(shape[dimension])
 
 
+def tokens_for_adapter(folder: Path, tokens: int) -> int:
+    """The number of tokens that a model of `tokens` tokens needs for the adapter in `folder`."""
+    exact, least = tokens_of_adapter(folder)
+    return exact or max(least, tokens)
+
+
 def misfit(folder: Path, tokens: int) -> str:
     """How the adapter in `folder` differs from a model of `tokens` tokens; empty if it fits."""
-    exact, least = tokens_of_adapter(folder)
-    wanted = exact or max(least, tokens)
+    wanted = tokens_for_adapter(folder, tokens)
     if wanted == tokens:
         return ""
     count = f"{abs(wanted - tokens):,} {'more' if wanted > tokens else 'fewer'} token"
@@ -194,14 +199,12 @@ def fit_to_adapter(model: nn.Module, folder: Path) -> None:
     if embedding is None or not hasattr(embedding, "weight"):
         return
     old = int(embedding.weight.shape[0])
-    problem = misfit(folder, old)
-    if not problem:
+    wanted = tokens_for_adapter(folder, old)
+    if wanted == old:
         return
-    exact, least = tokens_of_adapter(folder)
-    wanted = exact or max(least, old)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
-            f"{folder}: {problem} ({wanted:,}, not {old:,}), and the model is shared with other "
-            "adapters; use this adapter alone"
+            f"{folder}: {misfit(folder, old)} ({wanted:,}, not {old:,}), and the model is shared "
+            "with other adapters; use this adapter alone"
         )
     resize(model, wanted)

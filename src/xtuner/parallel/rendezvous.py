@@ -32,6 +32,10 @@ def join_group(device: str) -> None:
     Raises:
         LaunchError: The others do not join in time.
     """
+    if "RANK" not in os.environ:
+        # DeepSpeed's, from an earlier run of this process or of the one that started it. accelerate
+        # would expect a launcher.
+        os.environ.pop("LOCAL_RANK", None)
     if ATTEMPT not in os.environ or dist.is_initialized():
         return
     try:
