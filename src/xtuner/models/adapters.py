@@ -230,10 +230,13 @@ def load_adapter(
         with fitting_llm_adapter(model, folder) as fitted:
             if isinstance(model, PeftModel):
                 model.load_adapter(str(fitted), adapter_name=name, is_trainable=trainable)
-                return model
-            return PeftModel.from_pretrained(
-                model, str(fitted), adapter_name=name, is_trainable=trainable
-            )
+                loaded = model
+            else:
+                loaded = PeftModel.from_pretrained(
+                    model, str(fitted), adapter_name=name, is_trainable=trainable
+                )
+        _check_finite(loaded, name, folder)
+        return loaded
     except SafetensorError as error:
         raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
     except (torch.OutOfMemoryError, XTunerError):
@@ -246,6 +249,16 @@ def load_adapter(
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
             f"{words if known else f'{type(error).__name__}: {words}'}"
         ) from error
+
+
+def _check_finite(adapted: Any, name: str, folder: Path) -> None:
+    """Raise ModelError if a weight of the adapter called `name` is not finite."""
+    for key, parameter in adapted.named_parameters():
+        if f".{name}" in key and not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"{folder}: the adapter's weights are not finite ({key}): the run diverged before "
+                f"it was saved, or the file is damaged; use another checkpoint"
+            )
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:
