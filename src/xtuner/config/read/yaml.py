@@ -103,18 +103,22 @@ def _chinese_quotes(node: yaml.Node) -> str:
 
 
 def _construct(node: yaml.Node) -> Any:
-    _refuse_long_numbers(node)
+    _refuse_odd_numbers(node)
     return _Loader("").construct_document(node)
 
 
-def _refuse_long_numbers(node: yaml.Node) -> None:
-    """Raise for a number with many digits or, in base 60, parts: parsing it takes very long."""
+def _refuse_odd_numbers(node: yaml.Node) -> None:
+    """Raise for a number with many digits, which takes very long to parse, or in base 60."""
     waiting = [node]
     while waiting:
         item = waiting.pop()
         if isinstance(item, yaml.ScalarNode):
             if len(item.value) > _MAX_DIGITS and item.tag in _NUMBERS:
                 raise RefusedError("is too large for a setting")
+            if ":" in item.value and item.tag in _NUMBERS:
+                raise RefusedError(
+                    f"YAML takes {item.value!r:.40} for a number in base 60; write quotes around it"
+                )
         elif isinstance(item, yaml.MappingNode):
             waiting += [part for pair in item.value for part in pair]
         else:
