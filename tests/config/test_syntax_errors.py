@@ -31,7 +31,7 @@ def problem(tmp_path, text, suffix):
         ("batch-size = 4", "write batch_size"),
         ("batch_size = 08", "write the number without the zeros"),
         ("batch_size =", "write a value after ="),
-        ("<<<<<<< HEAD\nlr = 1e-4", "a mark of a merge conflict"),
+        ("<" * 7 + " HEAD\nlr = 1e-4", "a mark of a merge conflict"),
     ],
     ids=lambda value: None,
 )
