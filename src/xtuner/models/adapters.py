@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean
@@ -163,13 +164,27 @@ def unsuitable(model: Any) -> dict[str, str]:
         kind = type(module)
         if reached is not None and id(module) not in reached:
             found[name] = "text does not reach them"
-        elif (
-            kind.forward is not nn.Linear.forward
-            and kind.__module__.startswith("transformers")
-            and not kind.__name__.endswith("Linear")  # Falcon's differs in rounding alone
-        ):
+        elif kind.__module__.startswith("transformers") and not _is_plain(module):
             found[name] = f"a {kind.__name__} does more than a linear layer"
     return found
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a subclass computes what a linear layer does, shown with weights of its own: those of
+    `layer` may be on the meta device."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    weight, x = (torch.arange(n * 3.0, device="cpu").reshape(-1, 3).sin() for n in (5, 8))
+    bias = None if layer.bias is None else weight[:, 0]
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    x = x.reshape(2, 4, 3)
+    try:
+        found = torch.func.functional_call(layer, given, (x,))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    expected = F.linear(x, weight, bias)
+    same = isinstance(found, Tensor) and found.shape == expected.shape
+    return same and torch.allclose(found, expected, atol=1e-5)
 
 
 def notes_on_adapters(adapted: Any) -> Iterator[str]:
