@@ -306,6 +306,16 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
     ]
 
 
+def test_reports_of_runs_in_a_folder_are_no_data(tmp_path):
+    for name, mark in (("work", "run.lock"), ("work/iter_3", "run.yaml"), ("old", "run.lock")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / mark).write_text("")
+        write_jsonl(tmp_path / name / "report.jsonl", [{"rows": 3}])
+    write_jsonl(tmp_path / "mine.jsonl", [{"text": "a"}])
+    assert [file.name for file in find(".", folder=tmp_path).files] == ["mine.jsonl"]
+    assert len(find("old", folder=tmp_path).files) == 1, "a folder that is named is read"
+
+
 def test_a_folder_without_data_is_refused(tmp_path):
     (tmp_path / "d").mkdir()
     with pytest.raises(DataError, match="the folder contains no data files"):
