@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-import tomllib
-from pathlib import Path
 from typing import Any
 
-from xtuner.config.schema import ALIASES, field_parts
+from xtuner.config.schema import field_parts
+from xtuner.config.table_files import table
 from xtuner.errors import did_you_mean
 
-_TABLES = Path(__file__).parent / "tables"
 _LISTS = ("lora_target_modules",)
 """List settings that other trainers write as a comma-separated string."""
 
@@ -28,8 +26,8 @@ _KINDS = {
 def advice(name: str) -> str | None:
     """What to write instead of `name`, a setting of another trainer; None if it is unknown."""
     return (
-        _table().get(name)
-        or _table().get(name.lower())
+        _advice_by_name().get(name)
+        or _advice_by_name().get(name.lower())
         or next((text for start, text in _families() if name.startswith(start)), None)
     )
 
@@ -67,13 +65,13 @@ def meant(name: str, value: Any) -> Any:
         return value
     if name in _LISTS and "," in value:
         return [part.strip() for part in value.split(",") if part.strip()]
-    return _values().get(name, {}).get(value, value)
+    return table("values").get(name, {}).get(value, value)
 
 
-@functools.cache
 def dotted() -> dict[str, str]:
     """Names in the tables of an mmengine config, as ``--cfg-options`` takes them, and settings."""
-    return dict(_read("renamed.toml")["dotted"])
+    names: dict[str, str] = table("renamed")["dotted"]
+    return names
 
 
 def _kind(name: str) -> frozenset[str]:
@@ -82,8 +80,8 @@ def _kind(name: str) -> frozenset[str]:
 
 
 @functools.cache
-def _table() -> dict[str, str]:
-    tables = _read("renamed.toml")
+def _advice_by_name() -> dict[str, str]:
+    tables = table("renamed")
     found = dict(tables["absent"])
     found |= {n: f"is not needed: {text}; remove it" for n, text in tables["needless"].items()}
     return found | {n: f"use {text}" for n, text in tables["use"].items()}
@@ -92,19 +90,4 @@ def _table() -> dict[str, str]:
 @functools.cache
 def _families() -> list[tuple[str, str]]:
     """Beginnings of names, longest first."""
-    return sorted(_read("renamed.toml")["families"].items(), key=lambda row: -len(row[0]))
-
-
-@functools.cache
-def _values() -> dict[str, dict[str, str]]:
-    return _read("values.toml")
-
-
-@functools.cache
-def _read(file: str) -> dict[str, dict[str, str]]:
-    return tomllib.loads((_TABLES / file).read_text("utf-8"))
-
-
-def known_names() -> list[str]:
-    """The names of other trainers in the table."""
-    return [name for name in _table() if name not in ALIASES]
+    return sorted(table("renamed")["families"].items(), key=lambda row: -len(row[0]))
