@@ -9,7 +9,7 @@ from typing import Any
 
 from xtuner.config.read.entries import Entry, Problem, Reading, shortened
 from xtuner.config.render import render
-from xtuner.migrate.values import UnreadError, written
+from xtuner.migrate.values import Table, UnreadError, written
 
 _WIDTH = 96
 
@@ -59,6 +59,12 @@ class Draft:
         """Set the setting `name`, which comes from `line` of the old config."""
         self.values[name] = value
         self.lines[name] = line
+
+    def carry(self, table: Table, key: str, ours: str, default: Any = None) -> None:
+        """Set `ours` to the value of `key`, or to `default`; without either, set nothing."""
+        value = table.take(key, default)
+        if value or default is not None:
+            self.set(ours, value, table.line_of(key))
 
     def lose(self, line: int, what: str, why: str) -> None:
         """Report something that is dropped."""
