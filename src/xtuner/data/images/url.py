@@ -1,4 +1,4 @@
-"""Images that settings name by URL: downloaded once, with a limit on time and size."""
+"""Images that settings name: files, or URLs, downloaded once with a limit on time and size."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from xtuner.data.images.files import open_image
+from xtuner.data.sources.find import below
 from xtuner.data.tokenize.cache import cache_root, is_ours, own_folder
 from xtuner.errors import DataError
 
@@ -23,6 +25,21 @@ _PIECE = 1 << 16
 def is_url(name: str) -> bool:
     """Whether `name` is a URL."""
     return name.startswith(("http://", "https://"))
+
+
+def image_path(name: str, *, data_root: str | None, folders: Sequence[Path]) -> str:
+    """The path of an image that settings name, which is fetched if it is a URL.
+
+    Args:
+        name: A URL, or a file name in `data_root`, the working directory or one of `folders`.
+        data_root: The setting; may be relative to the first of `folders`.
+        folders: Where to look for the file.
+    """
+    if is_url(name):
+        return str(fetched(name))
+    found = below(name, data_root, folders[0])
+    paths = (Path(found), *(folder / found for folder in folders))
+    return next((str(path) for path in paths if path.is_file()), found)
 
 
 def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Path:
