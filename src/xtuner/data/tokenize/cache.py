@@ -116,9 +116,8 @@ def rules_of(name: str, *, folder: Path) -> str:
     from its folder."""
     digest = hashlib.sha256()
     if plugins.is_user_path(name):
-        file = Path(name.rpartition(":")[0]).expanduser()
-        found = [path for base in (folder, Path.cwd()) if (path := base / file).is_file()]
-        paths = sources(found[0]) if found else []
+        file = plugins.user_file(name, folder)
+        paths = sources(file) if file else []
     else:
         paths = sorted(Path(next(iter(formats.__path__))).glob("*.py"))
     for path in paths:
