@@ -20,7 +20,6 @@ from xtuner.generation.generate import (
     end_tokens,
     generation_mode,
     room_for_answer,
-    stream,
 )
 from xtuner.generation.running import OneByOne, RunningBatch, takes_batches
 from xtuner.templates.base import Template
@@ -56,20 +55,6 @@ def generate_batch(
         DataError: the template does not support a conversation.
     """
     tools = tools or [()] * len(conversations)
-    if len(conversations) < 2 or not takes_batches(model):
-        return [
-            "".join(
-                stream(
-                    model,
-                    tokenizer,
-                    template=template,
-                    messages=messages,
-                    options=options,
-                    tools=shown,
-                )
-            )
-            for messages, shown in zip(conversations, tools, strict=True)
-        ]
     return continue_prompts(
         model,
         tokenizer,
@@ -108,6 +93,8 @@ def continue_prompts(
     Raises:
         ModelError: a prompt leaves no room in the model's context.
     """
+    if not prompts:
+        return []
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer, template, options)
     rows = [
