@@ -81,21 +81,7 @@ def add_adapter(
         **(further or {}),
     )
     config._register_custom_module(layer_classes())
-    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    wrong = [
-        n
-        for n in (*(() if all_linear else target_modules), *modules_to_save)
-        if n.rpartition(".")[2] not in known
-    ]
-    if wrong:
-        linear = {
-            n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
-        }
-        raise ModelError(
-            "lora_target_modules, lora_modules_to_save: the model has no layer "
-            f"{', '.join(map(repr, wrong))}; "
-            f"its linear layers are {', '.join(sorted(linear))}"
-        )
+    _check_layers(model, [*(() if all_linear else target_modules), *modules_to_save])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -108,6 +94,18 @@ def add_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse names that no layer of `model` has."""
+    layers = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    known = {name for name, _ in layers}
+    if wrong := [repr(name) for name in names if name.rpartition(".")[2] not in known]:
+        linear = {name for name, module in layers if isinstance(module, nn.Linear)}
+        raise ModelError(
+            "lora_target_modules, lora_modules_to_save: the model has no layer "
+            f"{', '.join(wrong)}; its linear layers are {', '.join(sorted(linear))}"
+        )
 
 
 _OWN = {
