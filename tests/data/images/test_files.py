@@ -15,14 +15,14 @@ from xtuner.data.images.files import ImageError, ImageFolder, decode
 
 @pytest.fixture
 def folder(tmp_path):
-    place = tmp_path / "images"
-    (place / "sub").mkdir(parents=True)
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
     for name in ("a.png", "a.jpg", "sub/a.webp", "a.bmp", "a.gif"):
-        noise.save(place / name)
+        noise.save(root / name)
     noise.save(tmp_path / "outside.png")
-    return ImageFolder(place)
+    return ImageFolder(root)
 
 
 @pytest.mark.parametrize(
