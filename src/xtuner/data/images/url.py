@@ -11,9 +11,10 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from xtuner.cache_dir import cache_dir
 from xtuner.data.images.files import open_image
 from xtuner.data.sources.find import below
-from xtuner.data.tokenize.cache import cache_root, is_ours, own_folder
+from xtuner.data.tokenize.cache import is_ours, own_folder
 from xtuner.errors import DataError
 
 SECONDS = 30.0
@@ -49,7 +50,7 @@ def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Pat
         DataError: it cannot be downloaded in `seconds`, has more than `most` bytes, or is not an
             image.
     """
-    home = cache_root().parent / "images"
+    home = cache_dir() / "images"
     path = home / hashlib.sha256(url.encode()).hexdigest()[:32]
     if not (path.is_file() and is_ours(home)):
         content = _read(url, seconds, most)

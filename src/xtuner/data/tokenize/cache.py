@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner import plugins
+from xtuner.cache_dir import cache_dir
 from xtuner.data import formats
 from xtuner.data.tokenize.store import RowStore, StoreWriter
 from xtuner.device.ownership import refuse_others
@@ -30,8 +31,8 @@ _LAYOUT = 7
 
 
 def cache_root() -> Path:
-    """The folder of encoded data sets, in $XTUNER_CACHE or ~/.cache/xtuner."""
-    return Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser() / "datasets"
+    """The folder of encoded data sets."""
+    return cache_dir() / "datasets"
 
 
 def own_folder(folder: Path) -> None:
