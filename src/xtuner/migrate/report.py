@@ -92,15 +92,6 @@ class Draft:
         if item not in items:
             items.append(item)
 
-    @property
-    def outcome(self) -> str:
-        """'migrated', 'with losses', 'refused' or 'not yet'."""
-        if self.not_yet:
-            return "not yet"
-        if self.refused:
-            return "refused"
-        return "with losses" if self.lost else "migrated"
-
     def reading(self) -> Reading:
         """The settings as input for `xtuner.config.check`."""
         return Reading(

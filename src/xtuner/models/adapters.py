@@ -194,16 +194,13 @@ def notes_on_adapters(adapted: Any) -> Iterator[str]:
         )
 
 
-def load_adapter(
-    model: nn.Module, folder: str | Path, *, trainable: bool = False, name: str = "default"
-) -> Any:
+def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default") -> Any:
     """Add the adapter saved in `folder` to `model`.
 
     Args:
         model: A causal language model, or a result of this function, which gets another adapter.
             Its embeddings get as many rows as the adapter was trained with.
         folder: The adapter's folder.
-        trainable: Whether its weights are trained.
         name: The name by which `set_adapter` selects it.
 
     Raises:
@@ -227,11 +224,9 @@ def load_adapter(
     try:
         with fitting_llm_adapter(model, folder) as fitted:
             if isinstance(model, PeftModel):
-                model.load_adapter(str(fitted), adapter_name=name, is_trainable=trainable)
+                model.load_adapter(str(fitted), adapter_name=name)
                 return model
-            return PeftModel.from_pretrained(
-                model, str(fitted), adapter_name=name, is_trainable=trainable
-            )
+            return PeftModel.from_pretrained(model, str(fitted), adapter_name=name)
     except SafetensorError as error:
         raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
     except (torch.OutOfMemoryError, XTunerError):
