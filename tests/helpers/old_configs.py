@@ -138,10 +138,3 @@ param_scheduler = [dict(type=CosineAnnealingLR, eta_min=1e-4, by_epoch=True, beg
                         convert_to_iter_based=True)]
 train_cfg = dict(type=TrainLoop, max_epochs=1)
 """
-
-
-def outcome_of(draft):
-    """What became of a config: 'migrated', 'with losses', 'refused' or 'not yet'."""
-    if draft.not_yet or draft.refused:
-        return "not yet" if draft.not_yet else "refused"
-    return "with losses" if draft.lost else "migrated"

@@ -1,7 +1,7 @@
 """Configs of XTuner 0.x, translated to our settings."""
 
 import pytest
-from old_configs import LLAVA, SFT, outcome_of
+from old_configs import LLAVA, SFT
 
 from xtuner.config.load import load_settings
 from xtuner.data.formats import resolve
@@ -33,7 +33,7 @@ def words(items):
 
 def test_a_qlora_config_is_carried_with_nothing_lost(draft):
     found = draft()
-    assert (outcome_of(found), found.lost, found.kind) == ("migrated", [], "sft qlora")
+    assert (found.outcome, found.lost, found.kind) == ("migrated", [], "sft qlora")
     expected = {
         "pretrained_model_name_or_path": "some/model",
         "tuning": "qlora",
@@ -86,7 +86,7 @@ def test_what_is_written_loads_to_the_same_settings(draft, tmp_path, monkeypatch
 
 def test_llava_pretraining(draft):
     found = draft(LLAVA)
-    assert (outcome_of(found), found.kind) == ("migrated", "LLaVA pretraining")
+    assert (found.outcome, found.kind) == ("migrated", "LLaVA pretraining")
     expected = {
         "visual_encoder_name_or_path": "some/clip",
         "freeze_llm": True,
@@ -212,7 +212,7 @@ def test_a_dumped_config_reads_like_its_source(draft):
 )  # fmt: skip
 def test_config_whose_meaning_would_change_is_rejected(draft, replace, reason):
     found = draft(replace=replace)
-    assert outcome_of(found) == "refused"
+    assert found.outcome == "refused"
     assert reason in words(found.refused)
     assert all(item.line for item in found.refused)
 
@@ -221,7 +221,7 @@ def test_an_unknown_hook_is_lost_with_its_line(draft):
     found = draft(
         replace={"custom_hooks = [\n": "custom_hooks = [\n    dict(type='my.EarlyStop'),\n"}
     )
-    assert outcome_of(found) == "with losses"
+    assert found.outcome == "with losses"
     assert "my.EarlyStop" in words(found.lost)
     assert found.lost[0].line == 84
 
@@ -247,7 +247,7 @@ def test_a_template_of_ones_own_is_written_beside(draft, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["DPO", "ORPO", "RewardModel", "InternVL_V1_5"])
 def test_unsupported_methods_are_reported_as_not_yet(draft, kind):
     found = draft(replace={"type=SupervisedFinetune": f"type='xtuner.model.{kind}'"})
-    assert outcome_of(found) == "not yet"
+    assert found.outcome == "not yet"
     assert found.not_yet[0].line == 36
 
 
@@ -264,7 +264,7 @@ def test_dialogues_of_moss_are_learnt_as_they_are_written(draft, tmp_path, monke
         "system=SYSTEM": "stop_words=['<eoc>'], system=SYSTEM",
     }
     found = draft(replace=replace)
-    assert (outcome_of(found), found.lost) == ("migrated", [])
+    assert (found.outcome, found.lost) == ("migrated", [])
     monkeypatch.chdir(tmp_path)
     file.migrate(tmp_path / "my_old.py", tmp_path / "new.py")
     settings = load_settings("new.py").settings
@@ -302,7 +302,7 @@ def test_a_config_for_the_trainer_of_transformers(draft):
         "    optim='paged_adamw_32bit', save_steps=50)\n"
     )
     found = draft(text)
-    assert (outcome_of(found), found.lost) == ("migrated", [])
+    assert (found.outcome, found.lost) == ("migrated", [])
     expected = {
         "tuning": "lora",
         "lora_r": 4,
@@ -358,4 +358,4 @@ def test_malformed_config_raises_a_config_error(draft, more):
         found = draft(SFT + more)
     except ConfigError:
         return
-    assert outcome_of(found) in ("refused", "with losses")
+    assert found.outcome in ("refused", "with losses")

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from old_configs import outcome_of
 
 from xtuner.errors import ConfigError
 from xtuner.migrate import file
@@ -123,7 +122,7 @@ def expect(found, expected):
 
 def test_llamafactory_qlora(draft):
     found = draft(FACTORY)
-    assert (outcome_of(found), found.kind, found.lost) == ("migrated", "sft qlora", [])
+    assert (found.outcome, found.kind, found.lost) == ("migrated", "sft qlora", [])
     expected = {
         "pretrained_model_name_or_path": "some/model",
         "quantization": "nf4",
@@ -183,14 +182,14 @@ def test_llamafactory_full_and_pretraining(draft):
 )
 def test_llamafactory_is_refused_where_the_meaning_would_change(draft, replace, reason):
     found = draft(FACTORY, **replace)
-    assert outcome_of(found) == "refused"
+    assert found.outcome == "refused"
     assert reason in " | ".join(map(str, found.refused))
 
 
 @pytest.mark.parametrize("stage", ["dpo", "kto", "rm", "ppo"])
 def test_llamafactory_preferences_are_not_yet(draft, stage):
-    assert outcome_of(draft(FACTORY, stage=stage)) == "not yet"
-    assert outcome_of(draft(FACTORY, dataset="pairs")) == "not yet"
+    assert draft(FACTORY, stage=stage).outcome == "not yet"
+    assert draft(FACTORY, dataset="pairs").outcome == "not yet"
 
 
 def test_llamafactory_limits_each_data_set(draft, tmp_path):
@@ -210,7 +209,7 @@ def test_llamafactory_limits_each_data_set(draft, tmp_path):
 
 def test_llamafactory_unknown_keys_are_lost_with_their_line(draft):
     found = draft(FACTORY, deepspeed="ds.json", my_key="5")
-    assert outcome_of(found) == "with losses"
+    assert found.outcome == "with losses"
     assert [(item.line, item.what) for item in found.lost] == [
         (25, "deepspeed = 'ds.json'"),
         (26, "my_key = 5"),
@@ -219,7 +218,7 @@ def test_llamafactory_unknown_keys_are_lost_with_their_line(draft):
 
 def test_torchtune_lora(draft):
     found = draft(TUNE)
-    assert (outcome_of(found), found.kind, found.lost) == ("migrated", "sft lora", [])
+    assert (found.outcome, found.kind, found.lost) == ("migrated", "sft lora", [])
     expected = {
         "pretrained_model_name_or_path": "/tmp/out/model",
         "lora_r": 16,
@@ -279,7 +278,7 @@ def test_torchtune_qlora_full_and_what_is_learnt(draft):
 )
 def test_torchtune_outcomes(draft, old, new, outcome):
     assert old in TUNE
-    assert outcome_of(draft(TUNE.replace(old, new))) == outcome
+    assert draft(TUNE.replace(old, new)).outcome == outcome
 
 
 @pytest.mark.parametrize(
@@ -297,4 +296,4 @@ def test_hostile_yaml_file_raises_a_config_error(draft, text):
         found = draft(text)
     except ConfigError:
         return
-    assert outcome_of(found) == "refused"
+    assert found.outcome == "refused"

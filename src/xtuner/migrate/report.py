@@ -92,6 +92,13 @@ class Draft:
         if item not in items:
             items.append(item)
 
+    @property
+    def outcome(self) -> str:
+        """'migrated', 'with losses', 'refused' or 'not yet'."""
+        if self.not_yet or self.refused:
+            return "not yet" if self.not_yet else "refused"
+        return "with losses" if self.lost else "migrated"
+
     def reading(self) -> Reading:
         """The settings as input for `xtuner.config.check`."""
         return Reading(

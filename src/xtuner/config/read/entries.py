@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from xtuner.errors import listed
+from xtuner.errors import count, listed
 
 OVERRIDE = 0
 """The line of an entry that was given on the command line."""
@@ -80,8 +80,7 @@ def report(name: str, problems: Iterable[Problem]) -> str:
     labels = [_label(p, width) for p in ordered]
     column = max(len(label) for label in labels)
     lines = [f"{label:<{column}}   {p.message}" for label, p in zip(labels, ordered, strict=True)]
-    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-    return listed(f"{count} in {name}", lines)
+    return listed(f"{count(len(lines), 'problem')} in {name}", lines)
 
 
 def shortened(text: str) -> str:
