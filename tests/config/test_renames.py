@@ -11,7 +11,7 @@ from xtuner.config.load import load_settings
 from xtuner.config.renames import (
     advice,
     explained_as,
-    meant,
+    own_value,
     replaced_by,
     unknown_setting,
 )
@@ -93,7 +93,7 @@ def test_misspelled_names_are_guessed():
 )
 def test_values_are_taken_for_what_they_mean(name, value, expected):
     assert getattr(load_settings({**MODEL, name: value}).settings, name) == expected
-    assert meant("data_path", "a,b") == "a,b"
+    assert own_value("data_path", "a,b") == "a,b"
 
 
 def test_number_with_a_fraction_is_no_integer():

@@ -59,7 +59,7 @@ def unknown_setting(name: str) -> str:
     return f"unknown setting{guess or '; `xtuner explain` lists all settings'}"
 
 
-def meant(name: str, value: Any) -> Any:
+def own_value(name: str, value: Any) -> Any:
     """The value of setting `name` that corresponds to another trainer's `value`."""
     if not isinstance(value, str):
         return value

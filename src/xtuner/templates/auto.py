@@ -23,7 +23,7 @@ from xtuner.calls.families import load as load_family
 from xtuner.calls.families import reads_back
 from xtuner.calls.families.base import Family
 from xtuner.errors import DataError, ModelError
-from xtuner.templates.base import NO_REASONING, Rendered, Template, hash_of
+from xtuner.templates.base import Rendered, Template, hash_of
 from xtuner.templates.moments import Moments, Text
 from xtuner.templates.native_tools import NativeTools, native_tools
 from xtuner.templates.renderer import Renderer, Tools
@@ -119,10 +119,7 @@ class ChatTemplate(Template):
     @cached_property
     def _opens_thought(self) -> bool:
         """Whether prompts open a thought."""
-        try:
-            prompt = self._renderer.text([{"role": "user", "content": _PROBE}], prompt=True).text
-        except DataError:
-            return False
+        prompt = self._text([{"role": "user", "content": _PROBE}], prompt=True)
         return open_thought(prompt) is not None
 
     def _finder(self, messages: Sequence[Message], tools: Tools) -> TurnFinder:
@@ -131,23 +128,22 @@ class ChatTemplate(Template):
         def render(dicts: list[dict[str, Any]], prompt: bool) -> Text:
             return self._renderer.text(dicts, shown, prompt=prompt)
 
-        def mended(index: int, text: str) -> str:
+        def repaired(index: int, text: str) -> str:
             message = turns[index][1]
-            return self._mended(message, text, tools) if message and message.tool_calls else text
+            return self._repaired(message, text, tools) if message and message.tool_calls else text
 
-        moments = Moments(
-            [turn for turn, _ in turns], render, reasoning_key=self._reasoning_key, mended=mended
-        )
+        dicts = [turn for turn, _ in turns]
+        moments = Moments(dicts, render, reasoning_key=self._reasoning_key, repaired=repaired)
         return TurnFinder(
             moments,
             [message for _, message in turns],
             stops=self._stops,
             has_tools=bool(shown),
-            mended=mended,
+            repaired=repaired,
             check=self._check,
         )
 
-    def _mended(self, message: Message, text: str, tools: Tools) -> str:
+    def _repaired(self, message: Message, text: str, tools: Tools) -> str:
         """The text of a turn with calls, as its family writes it if only that can be read.
 
         DeepSeek's templates end only several calls, and begin only the first of a conversation.
@@ -202,10 +198,7 @@ class ChatTemplate(Template):
         if not all(word in self._added for word in load_family(INTERNLM2).markers):
             return ToolLayout.of()
         turn = {"role": "system name=<|plugin|>", "content": _PROBE}
-        try:
-            text = self._renderer.text([turn, {"role": "user", "content": "Hello"}]).text
-        except DataError:
-            text = ""
+        text = self._text([turn, {"role": "user", "content": "Hello"}])
         shown = f"{turn['role']}\n{_PROBE}" in text
         return ToolLayout.of(INTERNLM2, further_roles=True) if shown else ToolLayout.of()
 
@@ -213,8 +206,7 @@ class ChatTemplate(Template):
         self, messages: Sequence[Message], tools: Tools
     ) -> tuple[list[tuple[dict[str, Any], Message | None]], Tools]:
         """The messages as dicts, and the tools that are left for the chat template to render."""
-        if self.system and messages and messages[0].role != "system":
-            messages = [Message("system", self.system), *messages]
+        messages = self._with_system(messages)
         if not needs_layout(messages, tools):
             return self._as_turns([(m.as_dict(), m) for m in messages]), ()
         native = self._native_tools()
@@ -262,13 +254,17 @@ class ChatTemplate(Template):
         reasoning = turn.pop("reasoning_content", "")
         return {**turn, self._reasoning_key: reasoning} if reasoning else turn
 
+    def _text(self, dicts: list[dict[str, Any]], *, prompt: bool = False) -> str:
+        """The text of the messages; empty if the template rejects them."""
+        try:
+            return self._renderer.text(dicts, prompt=prompt).text
+        except DataError:
+            return ""
+
     def _shows_system(self) -> bool:
         """Whether the template renders system messages; Gemma's rejects them, some drop them."""
         user = {"role": "user", "content": "Hello"}
-        try:
-            return _PROBE in self._renderer.text([{"role": "system", "content": _PROBE}, user]).text
-        except DataError:
-            return False
+        return _PROBE in self._text([{"role": "system", "content": _PROBE}, user])
 
     def _find_stops(self) -> Stops:
         """What the template writes after an answer: the first added token, otherwise the text."""
@@ -296,10 +292,7 @@ class ChatTemplate(Template):
         """
         openers = {}
         for role in ("user", "tool"):
-            try:
-                text = self._renderer.text([*dicts, {"role": role, "content": "Hello"}]).text
-            except DataError:
-                continue
+            text = self._text([*dicts, {"role": role, "content": "Hello"}])
             tail = text.rpartition(_PROBE)[2].lstrip()
             if found := [t for t in _STOPPING_OPENERS if t in self._added and tail.startswith(t)]:
                 openers[role] = found[0]
@@ -317,7 +310,7 @@ class ChatTemplate(Template):
     def _check_reasoning(self, turn: Mapping[str, Any], rendered: str) -> None:
         reasoning = turn.get(self._reasoning_key, "").strip()
         if reasoning and reasoning not in rendered:
-            self._warn_once(NO_REASONING.format(template="the model's chat template"))
+            self._warn_of_reasoning("the model's chat template")
 
     def _report_inexact(self, reason: str, *, is_rest_learned: bool) -> None:
         others = (
@@ -337,10 +330,7 @@ class ChatTemplate(Template):
     def _fitting(self) -> str:
         """Suggest the named template whose tokens all occur in the output of this one."""
         turns = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
-        try:
-            written = self._renderer.text(turns, prompt=True).text
-        except DataError:
-            written = self._renderer.source()
+        written = self._text(turns, prompt=True) or self._renderer.source()
         fits = {name: spec.tokens for name, spec in NAMED.items() if spec.tokens}
         fits = {n: tokens for n, tokens in fits.items() if all(t in written for t in tokens)}
         best = max(fits, key=lambda name: len("".join(fits[name])), default="")

@@ -162,7 +162,7 @@ def _format(
         count = f"first {len(head)} rows" if len(head) > 1 else "rows"
         raise DataError(f"{file.name}: none of the {count} can be read: the first {fault}")
     try:
-        sample = formats.telling(rows, columns)
+        sample = formats.recognised_row(rows, columns)
         format = formats.resolve(name, columns=columns, folder=folder, sample=sample, names=names)
     except DataError as error:
         kind = unread.other_kind(rows, columns)
