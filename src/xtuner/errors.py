@@ -66,11 +66,23 @@ def listed(headline: str, problems: Sequence[str]) -> str:
     return "\n".join([headline, *(f"  {problem}" for problem in problems)])
 
 
-def did_you_mean(word: str, allowed: Sequence[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest match in `allowed`, or an empty string."""
+def did_you_mean(word: str, allowed: Sequence[str], *, cutoff: float = 0.6) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest match in `allowed`, or an empty string.
+
+    Args:
+        word: What was written.
+        allowed: What may be written.
+        cutoff: How alike they must be: 1 is equal, 0 has no character in common.
+    """
+    found = closest(word, allowed, cutoff=cutoff)
+    return f"; did you mean '{found}'?" if found else ""
+
+
+def closest(word: str, allowed: Sequence[str], *, cutoff: float) -> str | None:
+    """The closest match in `allowed`; None if none is as alike as `cutoff`, as in
+    `did_you_mean`."""
     import difflib
 
     if len(word) > _LONGEST_GUESS or len(allowed) > _MOST_GUESSES:
-        return ""  # comparing would take seconds and is not useful
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+        return None  # comparing would take seconds and is not useful
+    return next(iter(difflib.get_close_matches(word, allowed, n=1, cutoff=cutoff)), None)

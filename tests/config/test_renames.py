@@ -27,8 +27,15 @@ KNOWN = sorted(
 MODEL = {"pretrained_model_name_or_path": "m", "data_path": "d.jsonl"}
 
 
+def more(name):
+    """What a setting needs to have an effect."""
+    if name == "best_metric":
+        return {"keep_best": True, "validation_ratio": 0.1}
+    return {"tuning": "lora"} if name == "strategy" else {}
+
+
 def test_several_hundred_names_are_known_and_none_is_a_setting():
-    assert len(KNOWN) > 380
+    assert len(KNOWN) > 650
     assert not set(KNOWN) & set(field_parts())
 
 
@@ -54,6 +61,18 @@ def test_every_argument_of_transformers_is_known():
     assert not [n for n in sorted(fields - set(field_parts())) if advice(n) is None]
 
 
+def names_of_trainers():
+    text = Path(__file__).with_name("names_of_trainers.txt").read_text(encoding="utf-8")
+    return {part.split("]")[0]: part.split("]")[1].split() for part in text.split("\n[")[1:]}
+
+
+@pytest.mark.parametrize("trainer", ["trl", "llamafactory", "axolotl", "unsloth", "xtuner0"])
+def test_every_setting_of_other_trainers_is_known(trainer):
+    names = names_of_trainers()[trainer]
+    assert len(names) > 45
+    assert not [n for n in names if n not in {*field_parts(), *ALIASES} and advice(n) is None]
+
+
 @pytest.mark.parametrize(
     ("name", "not_this"),
     [
@@ -64,6 +83,10 @@ def test_every_argument_of_transformers_is_known():
         ("eval_size", "batch_size"),
         ("save_epochz", "max_epochs"),
         ("visual_lora_r", "lora_r"),
+        ("temper", "steps_are"),
+        ("tasks", "betas"),
+        ("total_tokens_number", "dataloader_num_workers"),
+        ("message_field_rolls", "image_folder"),
     ],
 )
 def test_suggestions_stay_within_one_topic(name, not_this):
@@ -78,8 +101,58 @@ def test_misspelled_names_are_guessed():
 
 
 @pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("learningrate", "'learning_rate' of other trainers is lr here"),
+        ("LearningRate", "'learning_rate' of other trainers is lr here"),
+        ("num_epoch", "'num_epochs' of other trainers is max_epochs here"),
+        ("streamin", "'streaming' of other trainers is not available: rows are encoded once"),
+    ],
+)
+def test_misspelled_names_of_other_trainers_are_guessed(name, told):
+    assert told in unknown_setting(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("tuning", "dora", r"use 'lora' with lora_config = \{'use_dora': True\}"),
+        ("algorithm", "dpo", "preference tuning is not available"),
+        ("lr_schedule", "rex", "'rex' is not available"),
+        ("device", "npu", "Ascend NPUs are not supported$"),
+        ("push_to_hub", True, "give the name of the repository: 'owner/name'"),
+        ("report_to", "all", "name the trackers"),
+        ("gradient_checkpointing", "unsloth", "set True: layers are recomputed"),
+        ("max_epochs", "3", "write it without quotes"),
+        ("gradient_checkpointing", "true", "write it without quotes"),
+    ],
+)
+def test_values_without_a_counterpart_say_what_to_do(name, value, told):
+    with pytest.raises(ConfigError, match=told):
+        load_settings({**MODEL, name: value})
+
+
+@pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
+        ("optim_type", "ADAMW_TORCH", "AdamW"),
+        ("lora_target_modules", ["all"], ("all-linear",)),
+        ("lora_modules_to_save", "embed_tokens,lm_head", ("embed_tokens", "lm_head")),
+        ("lora_modules_to_save", "embed_tokens", ("embed_tokens",)),
+        ("report_to", "none", ()),
+        ("report_to", ["none"], ()),
+        ("report_to", "wandb,mlflow", ("wandb", "mlflow")),
+        ("max_steps", -1, None),
+        ("max_norm", 0.0, None),
+        ("save_total_limit", None, -1),
+        ("push_to_hub", False, None),
+        ("tuning", "QLoRA", "qlora"),
+        ("algorithm", "SFT", "sft"),
+        ("dtype", None, "auto"),
+        ("quantization", 4, "nf4"),
+        ("strategy", "zero3", "deepspeed_zero3"),
+        ("best_metric", "eval_loss", "val_loss"),
+        ("dataset_format", "chat_template", ("auto",)),
         ("optim_type", "adamw_torch", "AdamW"),
         ("optim_type", "paged_adamw_8bit", "PagedAdamW8bit"),
         ("lora_target_modules", "all", ("all-linear",)),
@@ -92,7 +165,7 @@ def test_misspelled_names_are_guessed():
     ],
 )
 def test_values_are_taken_for_what_they_mean(name, value, expected):
-    assert getattr(load_settings({**MODEL, name: value}).settings, name) == expected
+    assert getattr(load_settings({**MODEL, **more(name), name: value}).settings, name) == expected
     assert own_value("data_path", "a,b") == "a,b"
 
 

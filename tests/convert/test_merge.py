@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoint_maker import write_adapter
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from xtuner.convert import compare
 from xtuner.convert.merge import merge
@@ -217,6 +218,37 @@ def test_a_malformed_adapter_config_is_named(content, words, tiny_model_path, ad
     (tmp_path / "bad" / "adapter_config.json").write_text(content)
     with pytest.raises(ModelError, match=words):
         quiet_merge(tiny_model_path, tmp_path / "bad", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("lora_A", lambda a: a[:-1].contiguous(), "has rank 3, and .*lora_B.* has rank 4"),
+        ("lora_B", lambda b: b * float("nan"), "the adapter's weights are not finite"),
+    ],
+    ids=["rank", "diverged"],
+)
+def test_weights_that_cannot_be_merged_are_named(
+    part, change, words, tiny_model_path, adapter, tmp_path
+):
+    shutil.copytree(adapter, tmp_path / "bad")
+    (tmp_path / "bad" / "manifest.json").unlink(missing_ok=True)
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in sorted(tensors) if part in key)
+    save_file({**tensors, name: change(tensors[name])}, file)
+    with pytest.raises(ModelError, match=words):
+        quiet_merge(tiny_model_path, tmp_path / "bad", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_model_that_diverged_is_not_merged(adapter, tmp_path):
+    model = tiny_model()
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="the logits are not finite"):
+        quiet_merge(tmp_path / "base", adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_base_model_with_other_shapes_is_rejected(adapter, tmp_path):

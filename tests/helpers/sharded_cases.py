@@ -95,6 +95,13 @@ def case(processes, strategy, tuning, accumulation=1, *, then=lambda strategy: N
     `then` is called with the strategy at the end.
     """
     trainer = make_trainer(processes, strategy, tuning, accumulation, **options)
+    losses, norms = fitted(trainer)
+    then(trainer.strategy)
+    return losses, norms, weights_of(trainer.strategy)
+
+
+def fitted(trainer):
+    """Losses and gradient norms of the steps of `trainer`."""
     losses, norms = [], []
     step = trainer._step
 
@@ -105,8 +112,7 @@ def case(processes, strategy, tuning, accumulation=1, *, then=lambda strategy: N
 
     trainer._step = noted
     trainer.fit()
-    then(trainer.strategy)
-    return losses, norms, weights_of(trainer.strategy)
+    return losses, norms
 
 
 def weights_of(strategy):

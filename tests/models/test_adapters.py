@@ -13,6 +13,7 @@ from xtuner.models.adapters import (
 )
 from xtuner.models.load import load_model
 from xtuner.models.save import save_model
+from xtuner.testing.architectures import tiny_config
 from xtuner.testing.tiny import tiny_model
 
 IDS = torch.arange(5, 45)[None]
@@ -138,6 +139,23 @@ def test_router_that_returns_a_tuple_gets_no_adapter_and_experts_are_noted():
         router == "2 linear layers get no adapter: a PhimoeTopKRouter does more than a linear layer"
     )
     assert "of the weights are experts in three-dimensional tensors" in experts
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "gets_one"),
+    [("falcon", "query_key_value", True), ("deepseek_v4", "o_a_proj", False)],
+)
+def test_layer_of_its_own_class_gets_an_adapter_if_it_computes_what_a_linear_layer_does(
+    kind, layer, gets_one
+):
+    model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+    with torch.device("meta"):
+        on_meta = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+    for built in (model, on_meta):
+        made = add_adapter(built, r=4, alpha=8, seed=3)
+        names = [name for name, _ in made.named_parameters() if "lora_A" in name]
+        assert any(f".{layer}." in name for name in names) is gets_one and len(names) > 4
+    assert model(input_ids=IDS, use_cache=False).logits.isfinite().all()
 
 
 def test_parts_for_images_get_no_adapter():

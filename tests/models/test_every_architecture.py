@@ -126,7 +126,7 @@ def reason(text):
     text = re.sub(rf"^not packed: \w+ {alone}", "", text.split("; ")[0])
     text = re.sub(r"^pretrained_model_name_or_path: \S+ \(\w+\) is ", "it is ", text)
     built = "transformers cannot build it as a language model: "
-    text = re.sub(r"cannot load the model '.+?' \(.+?\): ", built, text).split(" Cure")[0]
+    text = re.sub(r"cannot load the model '.+?' \(.+?\): ", built, text).split(" Hint")[0]
     text = re.sub(r"^\w+ with attention '\w+': ", "", text)
     text = re.sub(r"(samples go|the model takes) .{0,25}one (sample )?at a time: ", "", text)
     text = re.sub(r"\d+(\.\d+)?(e-?\d+)?", "N", text)

@@ -14,7 +14,7 @@ from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS, CHECKS
 from xtuner.config.describe import allowed, choices
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, parse_constant
-from xtuner.config.renames import own_value, replaced_by, unknown_setting
+from xtuner.config.renames import no_counterpart, own_value, replaced_by, unknown_setting
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import did_you_mean
 
@@ -100,6 +100,8 @@ def _resolve_aliases(reading: Reading) -> list[Problem]:
 def _converted(name: str, value: Any) -> Any:
     """`value` as setting `name` takes it: the value of another trainer renamed, 3.0 as 3."""
     value = own_value(name, value)
+    if isinstance(value, str) and value.lower() in choices(name):
+        return value.lower()
     integral = isinstance(value, float) and value.is_integer() and not accepts(name, value)
     return int(value) if integral else value
 
@@ -127,20 +129,19 @@ def _invalid_fields(values: Mapping[str, Any]) -> set[str]:
 
 def _wrong_value(name: str, value: Any) -> str:
     message = f"must be {allowed(name)}"
+    if instead := no_counterpart(name, value):
+        return f"{message}; {instead}"
     if not isinstance(value, str):
         return message
-    if choices(name):
-        algorithms = plugins.names(ALGORITHMS)
-        if name == "tuning" and value in algorithms:
-            return f"{value!r} is a value of 'algorithm'; 'tuning' {message}"
-        return message + did_you_mean(value, choices(name))
     for unquote in (int, float, parse_constant):
         try:
             if accepts(name, unquote(value)):
                 return f"{message}; write it without quotes"
         except ValueError:
             continue
-    return message
+    if name == "tuning" and value in plugins.names(ALGORITHMS):
+        return f"{value!r} is a value of 'algorithm'; 'tuning' {message}"
+    return message + did_you_mean(value, choices(name))
 
 
 def named_parts(name: str) -> list[str]:
@@ -181,7 +182,8 @@ def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, 
 
 
 def _wrong_name(setting: str, value: str, known: list[str]) -> str:
-    guess = did_you_mean(value, known)
+    instead = no_counterpart(setting, value)
+    guess = f"; {instead}" if instead else did_you_mean(value, known)
     if len(known) > _MAX_LISTED:
         return f"unknown value {value!r}{guess or f'; `xtuner explain {setting}` lists them'}"
     names = ", ".join(map(repr, known))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from xtuner import plugins
+from xtuner.config.renames import no_counterpart
 from xtuner.config.schema import Settings
 from xtuner.errors import did_you_mean
 from xtuner.types import IMAGE
@@ -181,7 +182,8 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
 def _check_trackers(s: Settings) -> Iterator[tuple[str, str]]:
     for name in s.report_to:
         if name not in TRACKERS:
-            guess = did_you_mean(name, TRACKERS)
+            instead = no_counterpart("report_to", name)
+            guess = f"; {instead}" if instead else did_you_mean(name, TRACKERS)
             yield "report_to", f"{name!r} is not one of {', '.join(map(repr, TRACKERS))}{guess}"
 
 

@@ -115,7 +115,7 @@ class ModelPart(Part):
     lora_target_modules: Annotated[OneOrMore, Mark("fixed", idle=_no_adapter)] = ("all-linear",)
     """Layers that get adapters: 'all-linear' (all linear layers except the output head), or names
     such as ['q_proj', 'v_proj']."""
-    lora_modules_to_save: Annotated[Strings, Mark("fixed", idle=_no_adapter)] = ()
+    lora_modules_to_save: Annotated[OneOrMore, Mark("fixed", idle=_no_adapter)] = ()
     """Layers that are fully trained in addition to the adapters, such as ['embed_tokens',
     'lm_head']."""
     lora_config: Annotated[Nested, Mark("fixed", idle=_no_adapter)] = ()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from xtuner.config.schema import field_parts
 from xtuner.config.table_files import table
-from xtuner.errors import did_you_mean
+from xtuner.errors import closest, did_you_mean
 
-_LISTS = ("lora_target_modules",)
+_LISTS = ("lora_target_modules", "lora_modules_to_save", "report_to")
 """List settings that other trainers write as a comma-separated string."""
 
 _KINDS = {
@@ -21,6 +22,11 @@ _KINDS = {
     "dataset": "data", "data": "data", "lr": "lr",
 }  # fmt: skip
 """Topic words of a name; names with different topics are not similar."""
+
+_ALIKE = 0.75
+"""How alike a name and the setting that it misspells are; less alike, they share words at most."""
+_MISSPELLED = 0.85
+"""The same for names of other trainers, which are more."""
 
 
 def advice(name: str) -> str | None:
@@ -52,20 +58,50 @@ def unknown_setting(name: str) -> str:
     """Describe the replacement of a name that is not a setting."""
     if found := advice(name):
         return found
-    known = list(field_parts())
-    same = {k.lower().replace("_", ""): k for k in known}.get(name.lower().replace("_", ""))
+    known, others = list(field_parts()), _advice_by_name()
+    if same := _spelled_like(name, known):
+        return f"unknown setting; did you mean '{same}'?"
+    if other := _spelled_like(name, list(others)):
+        return f"unknown setting; {other!r} of other trainers {_as_clause(others[other])}"
     alike = [k for k in known if _kind(k) == _kind(name)]
-    guess = f"; did you mean '{same}'?" if same else did_you_mean(name, alike)
-    return f"unknown setting{guess or '; `xtuner explain` lists all settings'}"
+    if guess := did_you_mean(name, alike, cutoff=_ALIKE):
+        return f"unknown setting{guess}"
+    if other := closest(name, list(others), cutoff=_MISSPELLED):
+        return f"unknown setting; {other!r} of other trainers {_as_clause(others[other])}"
+    return "unknown setting; `xtuner explain` lists all settings"
+
+
+def _spelled_like(name: str, known: Sequence[str]) -> str | None:
+    """The name of `known` that differs in capitals and underscores only."""
+    return next((k for k in known if _letters(k) == _letters(name)), None)
+
+
+def _letters(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _as_clause(text: str) -> str:
+    return f"is {text.removeprefix('use ')} here" if text.startswith("use ") else text
 
 
 def own_value(name: str, value: Any) -> Any:
     """The value of setting `name` that corresponds to another trainer's `value`."""
-    if not isinstance(value, str):
-        return value
-    if name in _LISTS and "," in value:
+    if name in _LISTS and isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",") if part.strip()]
-    return table("values").get(name, {}).get(value, value)
+    if name in _LISTS and isinstance(value, list) and len(value) == 1:
+        value = value[0]  # ["all"] and ["none"] mean what the word alone means
+    found = table("values").get(name, {}).get(_word(value), value)
+    return None if found == "None" else found
+
+
+def no_counterpart(name: str, value: Any) -> str | None:
+    """What to do instead of a `value` of another trainer that setting `name` does not have."""
+    text: str | None = table("values")["not"].get(name, {}).get(_word(value))
+    return f"{value!r} {text}" if text and text.startswith("is ") else text
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, str | int | float | None) else ""
 
 
 def dotted() -> dict[str, str]:

@@ -10,6 +10,7 @@ weights would round them again, which loses far more than the difference between
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import warnings
@@ -298,6 +299,11 @@ class _Merge:
             self.source, self.adapter, draft, dtype=computed, stored=stored, device=self.device,
             trust_remote_code=self.trust_remote_code, rounding=self.rounding,
         )  # fmt: skip
+        if not math.isfinite(found.relative):
+            raise ModelError(
+                f"{self.llm} + {self.adapter}: the logits are not finite: weights are damaged, or "
+                "a run diverged before they were saved. Nothing was written"
+            )
         if found.is_wrong:
             raise ModelError(
                 f"the merged model differs from {self.llm} + {self.adapter}: logits differ by up "

@@ -13,7 +13,7 @@ from xtuner.config.load import LoadedSettings
 from xtuner.config.render import render_all
 from xtuner.config.schema import Settings
 from xtuner.engine.checkpoint import CheckpointStore
-from xtuner.errors import CheckpointError
+from xtuner.engine.earlier_run import refuse_earlier_run
 from xtuner.local_imports import local_imports
 
 _USER_CODE = "user_code"
@@ -34,15 +34,9 @@ class RunDirs:
         Raises:
             CheckpointError: There are checkpoints of an earlier run and neither flag is set.
         """
-        store = CheckpointStore(work_dir)
-        store.tidy()
-        checkpoints = store.all()
-        if checkpoints and not resuming and not overwrite:
-            raise CheckpointError(
-                f"{work_dir} holds {checkpoints[-1].name} of an earlier run. Add --resume to "
-                "continue it, --work-dir DIR to use another folder, or --overwrite to delete it "
-                "and start again."
-            )
+        CheckpointStore(work_dir).tidy()
+        if not resuming and not overwrite:
+            refuse_earlier_run(work_dir)
         log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
         for number in range(1, 1000):
             with contextlib.suppress(FileExistsError):

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean
@@ -161,13 +162,27 @@ def unsuitable(model: Any) -> dict[str, str]:
         kind = type(module)
         if reached is not None and id(module) not in reached:
             found[name] = "text does not reach them"
-        elif (
-            kind.forward is not nn.Linear.forward
-            and kind.__module__.startswith("transformers")
-            and not kind.__name__.endswith("Linear")  # Falcon's differs in rounding alone
-        ):
+        elif kind.__module__.startswith("transformers") and not _is_plain(module):
             found[name] = f"a {kind.__name__} does more than a linear layer"
     return found
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a subclass computes what a linear layer does, shown with weights of its own: those of
+    `layer` may be on the meta device."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    weight, x = (torch.arange(n * 3.0, device="cpu").reshape(-1, 3).sin() for n in (5, 8))
+    bias = None if layer.bias is None else weight[:, 0]
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    x = x.reshape(2, 4, 3)
+    try:
+        found = torch.func.functional_call(layer, given, (x,))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    expected = F.linear(x, weight, bias)
+    same = isinstance(found, Tensor) and found.shape == expected.shape
+    return same and torch.allclose(found, expected, atol=1e-5)
 
 
 def notes_on_adapters(adapted: Any) -> Iterator[str]:
@@ -225,8 +240,11 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
         with fitting_llm_adapter(model, folder) as fitted:
             if isinstance(model, PeftModel):
                 model.load_adapter(str(fitted), adapter_name=name)
-                return model
-            return PeftModel.from_pretrained(model, str(fitted), adapter_name=name)
+                loaded = model
+            else:
+                loaded = PeftModel.from_pretrained(model, str(fitted), adapter_name=name)
+        _check_finite(loaded, name, folder)
+        return loaded
     except SafetensorError as error:
         raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
     except (torch.OutOfMemoryError, XTunerError):
@@ -239,6 +257,16 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
             f"{words if known else f'{type(error).__name__}: {words}'}"
         ) from error
+
+
+def _check_finite(adapted: Any, name: str, folder: Path) -> None:
+    """Raise ModelError if a weight of the adapter called `name` is not finite."""
+    for key, parameter in adapted.named_parameters():
+        if f".{name}" in key and not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"{folder}: the adapter's weights are not finite ({key}): the run diverged before "
+                f"it was saved, or the file is damaged; use another checkpoint"
+            )
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:

@@ -89,6 +89,8 @@ class DeepSpeedStrategy(ShardedStrategy):
             )
         self.model = self.engine
         self.optimizer = self.zero = self.engine.optimizer
+        if self.config.stage == 3:
+            _gather_whole_units(model)
         self._state = ZeroState(
             self.zero,
             self._groups,
@@ -223,6 +225,22 @@ class DeepSpeedStrategy(ShardedStrategy):
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Load this process's shards of a full state."""
         self._state.load(state)
+
+
+def _gather_whole_units(model: nn.Module) -> None:
+    """Have stage 3 gather all weights of a unit before it computes and keep them until it has.
+
+    DeepSpeed gathers a module's weights when the module is called, but fused layers read weights of
+    inner modules without calling them. DeepSpeed notices such a read only if the weight is not
+    there. Otherwise it may free it before the backward pass, which then reads memory beyond it.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for unit in _parts.units_of(model):
+        own = {id(parameter) for parameter in unit.parameters(recurse=False)}
+        for parameter in unit.parameters():
+            if id(parameter) not in own:
+                register_external_parameter(unit, parameter)
 
 
 def strategy_of(config: DeepSpeedConfig) -> type[DeepSpeedStrategy]:

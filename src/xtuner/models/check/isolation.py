@@ -234,9 +234,10 @@ class IsolationCheck:
 
     def _words(self, count: int, *, first: int = 0) -> Tensor:
         """Tokens spread over the vocabulary, all different if it is large enough."""
-        embedding = self.lm.causal.get_input_embeddings()
+        causal = self.lm.causal
+        embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
         rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
-        size = min(rows, 32000)
+        size = min(rows, getattr(head, "out_features", rows), 32000)
         step = next(n for n in (7919, 7907, 7901) if size % n)
         ids = (torch.arange(first, first + count) * step + 13) % size
         words: Tensor = ids[None].to(self.lm.device)
