@@ -21,14 +21,14 @@ _USER_CODE = "user_code"
 
 
 @dataclass(frozen=True)
-class WorkPlace:
-    """Where a run writes: its work dir, and the time-stamped log folder of this start in it."""
+class RunDirs:
+    """The folders of a run: its work dir, and the time-stamped log folder of this start in it."""
 
     work_dir: Path
     log_dir: Path
 
     @classmethod
-    def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> WorkPlace:
+    def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> RunDirs:
         """Create the folders.
 
         Raises:
@@ -55,14 +55,10 @@ class WorkPlace:
                 return tuple(kept(item) for item in value)
             if not isinstance(value, str) or not plugins.is_user_path(value):
                 return value
-            name, _, attribute = value.rpartition(":")
-            bases = (folder, Path.cwd())
-            files = (base / Path(name).expanduser() for base in bases)
-            file = next((file for file in files if file.is_file()), None)
-            if file is None:
+            if (file := plugins.user_file(value, folder)) is None:
                 return value
             copy = _copied(file, self.work_dir / _USER_CODE)
-            return f"{copy.relative_to(self.work_dir).as_posix()}:{attribute}"
+            return f"{copy.relative_to(self.work_dir).as_posix()}:{value.rpartition(':')[2]}"
 
         values = {name: getattr(settings, name) for name in type(settings).model_fields}
         changed = {name: kept(value) for name, value in values.items()}

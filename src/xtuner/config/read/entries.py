@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from xtuner.errors import listed
+from xtuner.errors import count, listed
 
 OVERRIDE = 0
 """The line of an entry that was given on the command line."""
@@ -84,8 +84,7 @@ def report(name: str, problems: Iterable[Problem]) -> str:
     lines = [f"{label:<{column}}   {p.message}" for label, p in zip(labels, ordered, strict=True)]
     if len(found) > len(ordered):
         lines.append(f"... and {len(found) - len(ordered):,} more")
-    count = f"{len(found):,} problem{'s' if len(found) > 1 else ''}"
-    return listed(f"{count} in {name}", lines)
+    return listed(f"{count(len(found), 'problem')} in {name}", lines)
 
 
 def shortened(text: str) -> str:
