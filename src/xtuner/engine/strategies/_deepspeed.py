@@ -27,7 +27,7 @@ from xtuner.engine.strategies._deepspeed_groups import Groups
 from xtuner.engine.strategies._deepspeed_state import ZeroState
 from xtuner.engine.strategies._sharded import ShardedStrategy
 from xtuner.engine.strategies.base import Division, Keep, MakeOptimizer
-from xtuner.errors import ConfigError, LaunchError
+from xtuner.errors import ConfigError, LaunchError, brief
 from xtuner.parallel.processes import Processes
 
 
@@ -267,9 +267,8 @@ def _deepspeed(processes: Processes) -> Any:
             import deepspeed
             from deepspeed.ops import __compatible_ops__
         except Exception as error:  # it searches for compilers and drivers on import
-            first = next(iter(str(error).splitlines()), "")
             raise ConfigError(
-                f"strategy: DeepSpeed cannot be imported: {type(error).__name__}: {first}; set "
+                f"strategy: DeepSpeed cannot be imported: {brief(error)}; set "
                 f"strategy = 'fsdp2', which only needs torch"
             ) from error
         # A shared-memory all-reduce that is not used here: compiling it takes minutes.
