@@ -251,6 +251,22 @@ def test_a_base_model_that_diverged_is_not_merged(adapter, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_code_of_the_base_model_needs_the_flag(adapter, tmp_path):
+    """Also where the adapter was trained on quantized weights."""
+    base = tiny_model_folder(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "code.py").write_text("raise SystemExit('it ran')\n")
+    shutil.copytree(adapter, tmp_path / "nf4")
+    (tmp_path / "nf4" / "manifest.json").unlink(missing_ok=True)
+    settings = {"tuning": "qlora", "quantization": "nf4"}
+    RunInfo("adapter", str(base), settings=settings, dtype="float32").write(tmp_path / "nf4")
+    for folder in (adapter, tmp_path / "nf4"):
+        with pytest.raises(ModelError, match=r"not run.*add --trust-remote-code"):
+            quiet_merge(base, folder, tmp_path / "merged")
+
+
 def test_base_model_with_other_shapes_is_rejected(adapter, tmp_path):
     other = tmp_path / "other"
     tiny_model(intermediate_size=48).save_pretrained(other)

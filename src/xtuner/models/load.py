@@ -247,6 +247,11 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # damaged files cause whatever a library does not check
         words = in_one_line(error, plain=(OSError, ValueError, ImportError, RuntimeError))
+        if "trust_remote_code=True" in words:
+            raise ModelError(
+                f"the {what} {str(path)!r} comes with Python code of its own, which is not run. If "
+                f"you trust its authors, add --trust-remote-code"
+            ) from error
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
         hints = (
             "give a folder that holds config.json and *.safetensors, a name on the hub, "
