@@ -16,6 +16,7 @@ from xtuner.cli.app import build_app, expand_overrides
 from xtuner.config.builtin import catalog
 from xtuner.config.load import load_settings
 from xtuner.config.schema import ALIASES, Settings
+from xtuner.config.table_files import table
 
 ROOT = Path(__file__).parent.parent
 SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -149,7 +150,7 @@ def test_the_strategy_of_the_page_is_used(tmp_path, tiny_model_path, capsys):
 def test_the_row_of_the_page_makes_built_in_settings(monkeypatch):
     section = sections("extend.md")["A model"]
     ((name, row),) = tomllib.loads(blocks(section, "toml")[0]).items()
-    monkeypatch.setitem(catalog._table("models")["models"], name, row)
+    monkeypatch.setitem(table("models")["models"], name, row)
     shown = re.findall(rf"\b{name}_\w+", section)
     assert shown
     for built_in in shown:

@@ -51,6 +51,16 @@ class TrainingError(XTunerError):
     """The run cannot continue: a loss or gradient is not finite, or memory ran out."""
 
 
+def brief(error: BaseException) -> str:
+    """The type of an error of a library, and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def count(number: int, noun: str) -> str:
+    """`number` with the singular or plural of `noun`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def listed(headline: str, problems: Sequence[str]) -> str:
     """Format several problems under one headline, so that all are reported together."""
     return "\n".join([headline, *(f"  {problem}" for problem in problems)])

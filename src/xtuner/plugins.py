@@ -84,6 +84,18 @@ def load(package: str, name: str, *, setting: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
+def user_file(name: str, folder: Path | None) -> Path | None:
+    """The file of ``"my_file.py:object"``: relative to `folder`, else to the working directory;
+    None if there is none."""
+    found = (path for path in _candidates(name, folder) if path.is_file())
+    return next(found, None)
+
+
+def _candidates(name: str, folder: Path | None) -> list[Path]:
+    file = Path(name.rpartition(":")[0]).expanduser()
+    return [base / file for base in (folder, Path.cwd()) if base]
+
+
 def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> Any:
     """Load ``"my_file.py:object"``; a relative path is looked up in `folder`, then in the working
     directory. The file may import modules from its own folder (see `local_imports`).
@@ -92,12 +104,10 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
         ConfigError: the file is missing, cannot be imported, or does not define the object.
     """
     file, _, attribute = name.rpartition(":")
-    bases = ([folder] if folder else []) + [Path.cwd()]
-    candidates = [base / Path(file).expanduser() for base in bases]
-    path = next((c.resolve() for c in candidates if c.is_file()), None)
-    if path is None:
-        looked = ", ".join(str(c) for c in dict.fromkeys(candidates))
+    if (path := user_file(name, folder)) is None:
+        looked = ", ".join(map(str, dict.fromkeys(_candidates(name, folder))))
         raise ConfigError(f"{setting} = {name!r}: no file {file!r} (looked for {looked})")
+    path = path.resolve()
     module_name = f"{_USER_MODULE}{path.stem}_{abs(hash(str(path)))}"
     if module_name in sys.modules:
         module = sys.modules[module_name]

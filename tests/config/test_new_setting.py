@@ -72,11 +72,11 @@ def test_a_copied_file_shows_it_with_its_comment():
 
 
 def test_the_record_of_a_run_has_all_and_absolute_paths(tmp_path):
-    from xtuner.engine.work_dir import WorkPlace
+    from xtuner.engine.work_dir import RunDirs
 
     (tmp_path / "x.html").write_text("")
     loaded = LoadedSettings(extended(page="x.html", limits={"a": 1}), "run", tmp_path, None)
-    WorkPlace(tmp_path, tmp_path).keep_settings(loaded)
+    RunDirs(tmp_path, tmp_path).keep_settings(loaded)
     text = (tmp_path / "run.py").read_text()
     assert f"page = {str(tmp_path / 'x.html')!r}" in text
     assert "limits = {'a': 1}" in text and "careful = 1" in text

@@ -81,3 +81,10 @@ def test_a_resume_keeps_the_numbers_of_its_run():
     assert (again.lora_alpha, again.accumulative_counts, again.max_epochs) == (16, 16, 5)
     assert again.pack_length == 256, "packs were full before the setting"
     assert recipe.as_before(settings(), {}) == settings()
+
+
+def test_a_resume_with_more_max_steps_gets_the_epochs_that_they_need():
+    before = {"max_epochs": 1, "max_steps": 3, "max_length": 256}
+    assert recipe.as_before(settings(max_steps=5), before).max_epochs == "auto"
+    assert recipe.as_before(settings(), before).max_epochs == "auto"
+    assert recipe.as_before(settings(max_epochs=2, max_steps=5), before).max_epochs == 2

@@ -11,13 +11,18 @@ from xtuner.config.load import load_settings
 from xtuner.config.renames import (
     advice,
     explained_as,
-    known_names,
-    meant,
+    own_value,
     replaced_by,
     unknown_setting,
 )
 from xtuner.config.schema import ALIASES, field_parts
+from xtuner.config.table_files import table
 from xtuner.errors import ConfigError
+
+KNOWN = sorted(
+    {name for kind in ("absent", "needless", "use") for name in table("renamed")[kind]} - {*ALIASES}
+)
+"""Names of other trainers."""
 
 MODEL = {"pretrained_model_name_or_path": "m", "data_path": "d.jsonl"}
 
@@ -30,12 +35,11 @@ def more(name):
 
 
 def test_several_hundred_names_are_known_and_none_is_a_setting():
-    names = known_names()
-    assert len(names) > 650
-    assert not set(names) & set(field_parts())
+    assert len(KNOWN) > 650
+    assert not set(KNOWN) & set(field_parts())
 
 
-@pytest.mark.parametrize("name", known_names())
+@pytest.mark.parametrize("name", KNOWN)
 def test_advice_names_settings_that_exist(name):
     text = advice(name)
     if text.startswith("use "):
@@ -162,7 +166,7 @@ def test_values_without_a_counterpart_say_what_to_do(name, value, told):
 )
 def test_values_are_taken_for_what_they_mean(name, value, expected):
     assert getattr(load_settings({**MODEL, **more(name), name: value}).settings, name) == expected
-    assert meant("data_path", "a,b") == "a,b"
+    assert own_value("data_path", "a,b") == "a,b"
 
 
 def test_number_with_a_fraction_is_no_integer():
@@ -173,9 +177,9 @@ def test_number_with_a_fraction_is_no_integer():
 def test_setting_under_another_name_is_not_missing():
     with pytest.raises(ConfigError) as caught:
         load_settings({"base_model": "m", "datasets": "d.jsonl", "max_seq_len": 9})
-    told = str(caught.value)
-    assert "use pretrained_model_name_or_path" in told and "use data_path" in told
-    assert "missing" not in told
+    message = str(caught.value)
+    assert "use pretrained_model_name_or_path" in message and "use data_path" in message
+    assert "missing" not in message
 
 
 def test_explain_takes_names_of_other_trainers():

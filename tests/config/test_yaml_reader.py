@@ -3,6 +3,7 @@
 import pytest
 
 from xtuner.config.read import yaml
+from xtuner.config.read.entries import report
 
 
 def test_reads_values_and_lines():
@@ -54,3 +55,17 @@ def test_unparsable_yaml_values_are_problems(value):
     reading = yaml.read(f"max_length: 512\nlr: {value}\n")
     assert len(reading.problems) == 1
     assert "lr" not in reading.entries
+
+
+@pytest.mark.parametrize("value", ["1:30", "59:59.5"])
+def test_numbers_in_base_60_are_no_settings(value):
+    (problem,) = yaml.read(f"lr: {value}").problems
+    assert f"YAML takes '{value}' for a number in base 60" in problem.message
+    assert yaml.read(f"SYSTEM: '{value}'").entries["SYSTEM"].value == value
+
+
+def test_the_report_of_many_problems_is_bounded():
+    reading = yaml.read("lr: 1\n" * 5_000)
+    said = report("a.yaml", reading.problems).splitlines()
+    assert len(said) < 210 and "4,999 problems in a.yaml" in said[0]
+    assert "... and 4,799 more" in said[-1]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoint_maker import write_adapter
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from xtuner.convert import compare
 from xtuner.convert.merge import merge
@@ -217,6 +218,53 @@ def test_a_malformed_adapter_config_is_named(content, words, tiny_model_path, ad
     (tmp_path / "bad" / "adapter_config.json").write_text(content)
     with pytest.raises(ModelError, match=words):
         quiet_merge(tiny_model_path, tmp_path / "bad", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("lora_A", lambda a: a[:-1].contiguous(), "has rank 3, and .*lora_B.* has rank 4"),
+        ("lora_B", lambda b: b * float("nan"), "the adapter's weights are not finite"),
+    ],
+    ids=["rank", "diverged"],
+)
+def test_weights_that_cannot_be_merged_are_named(
+    part, change, words, tiny_model_path, adapter, tmp_path
+):
+    shutil.copytree(adapter, tmp_path / "bad")
+    (tmp_path / "bad" / "manifest.json").unlink(missing_ok=True)
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in sorted(tensors) if part in key)
+    save_file({**tensors, name: change(tensors[name])}, file)
+    with pytest.raises(ModelError, match=words):
+        quiet_merge(tiny_model_path, tmp_path / "bad", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_model_that_diverged_is_not_merged(adapter, tmp_path):
+    model = tiny_model()
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="the logits are not finite"):
+        quiet_merge(tmp_path / "base", adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_code_of_the_base_model_needs_the_flag(adapter, tmp_path):
+    """Also where the adapter was trained on quantized weights."""
+    base = tiny_model_folder(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "code.py").write_text("raise SystemExit('it ran')\n")
+    shutil.copytree(adapter, tmp_path / "nf4")
+    (tmp_path / "nf4" / "manifest.json").unlink(missing_ok=True)
+    settings = {"tuning": "qlora", "quantization": "nf4"}
+    RunInfo("adapter", str(base), settings=settings, dtype="float32").write(tmp_path / "nf4")
+    for folder in (adapter, tmp_path / "nf4"):
+        with pytest.raises(ModelError, match=r"not run.*add --trust-remote-code"):
+            quiet_merge(base, folder, tmp_path / "merged")
 
 
 def test_base_model_with_other_shapes_is_rejected(adapter, tmp_path):

@@ -65,7 +65,7 @@ def adapter_tensors(model, layers=("q_proj", "down_proj")):
 
 
 @pytest.fixture
-def place(tmp_path, tiny_model_path, monkeypatch):
+def run(tmp_path, tiny_model_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.py").write_text(CONFIG.format(model=str(tiny_model_path)))
     rows = [{"conversation": [{"input": "Who?", "output": "I."}]}] * 2
@@ -77,54 +77,54 @@ def expected(tensors):
     return {n.removeprefix("llm.").replace(".default", ""): t for n, t in tensors.items()}
 
 
-def test_an_adapter_becomes_one_of_today_and_nothing_in_the_file_runs(place, tiny_model_path):
+def test_an_adapter_becomes_one_of_today_and_nothing_in_the_file_runs(run, tiny_model_path):
     tensors = adapter_tensors(tiny_model_path)
     content = {
         "meta": {"iter": 768},
         "state_dict": tensors,
-        "message_hub": Recorder(place),
+        "message_hub": Recorder(run),
         "scalars": torch.zeros(3).numpy(),
     }
     torch.save(content, "iter_768.pth")
-    (place / "ran").unlink()
+    (run / "ran").unlink()
     arguments = ["convert", "pth_to_hf", "config.py", "iter_768.pth", "hf", "--fp32"]
     assert main(arguments) == 0
-    assert not (place / "ran").exists()
-    found = load_file(place / "hf" / "adapter_model.safetensors")
+    assert not (run / "ran").exists()
+    found = load_file(run / "hf" / "adapter_model.safetensors")
     assert found.keys() == expected(tensors).keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected(tensors).items())
-    config = json.loads((place / "hf" / "adapter_config.json").read_text())
+    config = json.loads((run / "hf" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert config["target_modules"] == ["down_proj", "q_proj"]
-    assert "chatml" in (place / "hf" / "run.yaml").read_text()
+    assert "chatml" in (run / "hf" / "run.yaml").read_text()
 
 
-def test_a_file_that_would_run_a_command_is_refused(place, tiny_model_path, capsys):
-    torch.save({"state_dict": adapter_tensors(tiny_model_path), "x": Command(place)}, "iter_1.pth")
+def test_a_file_that_would_run_a_command_is_refused(run, tiny_model_path, capsys):
+    torch.save({"state_dict": adapter_tensors(tiny_model_path), "x": Command(run)}, "iter_1.pth")
     assert main(["convert", "pth_to_hf", "config.py", "iter_1.pth", "hf"]) == 2
     assert "GLOBAL" in capsys.readouterr().err
-    assert not (place / "ran").exists()
+    assert not (run / "ran").exists()
 
 
-def test_deepspeeds_folder_is_read_too(place, tiny_model_path):
+def test_deepspeeds_folder_is_read_too(run, tiny_model_path):
     tensors = adapter_tensors(tiny_model_path)
-    (place / "iter_600.pth").mkdir()
+    (run / "iter_600.pth").mkdir()
     torch.save({"module": tensors}, "iter_600.pth/mp_rank_00_model_states.pt")
     assert main(["convert", "pth_to_hf", "config.py", "iter_600.pth", "hf"]) == 0
-    found = load_file(place / "hf" / "adapter_model.safetensors")
+    found = load_file(run / "hf" / "adapter_model.safetensors")
     assert found.keys() == expected(tensors).keys()
 
 
-def test_a_run_starts_from_its_weights(place, tiny_model_path, capsys):
+def test_a_run_starts_from_its_weights(run, tiny_model_path, capsys):
     layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     tensors = adapter_tensors(tiny_model_path, layers)
     torch.save({"state_dict": tensors}, "iter_768.pth")
     assert main(["train", "config.py", "--work-dir", "work", "--resume", "iter_768.pth"]) == 0
     assert "starts from its weights, at step 0" in capsys.readouterr().out
-    found = load_file(place / "work" / "iter_1" / "adapter_model.safetensors")
+    found = load_file(run / "work" / "iter_1" / "adapter_model.safetensors")
     for name, tensor in expected(tensors).items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
-    assert (place / "work" / "iter_1.pth").read_text() == "iter_1\n"
+    assert (run / "work" / "iter_1.pth").read_text() == "iter_1\n"
 
 
 def test_the_projector_of_the_course_is_read(tmp_path):
@@ -146,14 +146,14 @@ def test_the_projector_of_the_course_is_read(tmp_path):
     ],
     ids=["damaged", "empty", "a projector for a text run"],
 )
-def test_unreadable_settings_are_reported(place, content, words, capsys):
+def test_unreadable_settings_are_reported(run, content, words, capsys):
     if isinstance(content, bytes):
-        (place / "iter_1.pth").write_bytes(content)
+        (run / "iter_1.pth").write_bytes(content)
     else:
-        torch.save(content, place / "iter_1.pth")
+        torch.save(content, run / "iter_1.pth")
     assert main(["convert", "pth_to_hf", "config.py", "iter_1.pth", "hf"]) == 2
     assert words in capsys.readouterr().err
-    assert not (place / "hf").exists()
+    assert not (run / "hf").exists()
 
 
 def test_an_alias_is_no_old_checkpoint(tmp_path):

@@ -65,25 +65,25 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def place(models, tmp_path, monkeypatch):
+def run(models, tmp_path, monkeypatch):
     for name in ("base", "trained", "clip", "trained_clip", "images"):
         (tmp_path / name).symlink_to(models / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def write_text_run(place, models, *, deepspeed=False):
-    (place / "config.py").write_text(TEXT.format(model="base"))
-    (place / "rows.json").write_text((models / "text.json").read_text())
+def write_text_run(run, models, *, deepspeed=False):
+    (run / "config.py").write_text(TEXT.format(model="base"))
+    (run / "rows.json").write_text((models / "text.json").read_text())
     weights = load_file(models / "trained" / "model.safetensors")
     tensors = {f"llm.{name}": tensor for name, tensor in weights.items()}
-    write_pth(place / "iter_5.pth", tensors, deepspeed=deepspeed)
+    write_pth(run / "iter_5.pth", tensors, deepspeed=deepspeed)
     return weights
 
 
 @pytest.mark.parametrize("deepspeed", [False, True], ids=["file", "folder"])
-def test_a_language_model(models, place, capsys, deepspeed):
-    weights = write_text_run(place, models, deepspeed=deepspeed)
+def test_a_language_model(models, run, capsys, deepspeed):
+    weights = write_text_run(run, models, deepspeed=deepspeed)
     assert main(["convert", "pth_to_hf", "config.py", "iter_5.pth", "hf", "--fp32"]) == 0
     found = load_file("hf/model.safetensors")
     assert found.keys() == weights.keys()
@@ -96,8 +96,8 @@ def test_a_language_model(models, place, capsys, deepspeed):
     assert capsys.readouterr().out == converted
 
 
-def test_a_run_starts_from_a_language_model(models, place, capsys):
-    weights = write_text_run(place, models)
+def test_a_run_starts_from_a_language_model(models, run, capsys):
+    weights = write_text_run(run, models)
     assert main(["train", "config.py", "--work-dir", "work", "--resume", "iter_5.pth"]) == 0
     assert "starts from its weights, at step 0" in capsys.readouterr().out
     found = load_file("work/iter_1/model.safetensors")
@@ -105,23 +105,23 @@ def test_a_run_starts_from_a_language_model(models, place, capsys):
         torch.testing.assert_close(found[name].float(), tensor, rtol=0, atol=1e-6)
 
 
-def test_an_internlm2_in_its_own_layout(place):
-    base = write_internlm2(place / "internlm2")
-    trained = write_internlm2(place / "other", seed=1)
-    (place / "config.py").write_text(TEXT.format(model=str(base)))
+def test_an_internlm2_in_its_own_layout(run):
+    base = write_internlm2(run / "internlm2")
+    trained = write_internlm2(run / "other", seed=1)
+    (run / "config.py").write_text(TEXT.format(model=str(base)))
     weights = load_file(trained / "model.safetensors")
-    write_pth(place / "iter_5.pth", {f"llm.{n}": t for n, t in weights.items()}, deepspeed=False)
+    write_pth(run / "iter_5.pth", {f"llm.{n}": t for n, t in weights.items()}, deepspeed=False)
     assert main(["convert", "pth_to_hf", "config.py", "iter_5.pth", "hf", "--fp32"]) == 0
-    torch.testing.assert_close(forward(place / "hf", IDS), forward(trained, IDS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(forward(run / "hf", IDS), forward(trained, IDS), rtol=0, atol=1e-5)
     for name in ("tokenizer.model", "tokenizer_config.json", "modeling_internlm2.py"):
-        assert (place / "hf" / name).read_bytes() == (base / name).read_bytes()
-    logits = load_model(place / "hf", dtype=torch.float32)(torch.tensor([IDS])).logits[0]
+        assert (run / "hf" / name).read_bytes() == (base / name).read_bytes()
+    logits = load_model(run / "hf", dtype=torch.float32)(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(logits.detach(), forward(trained, IDS), rtol=0, atol=1e-4)
 
 
-def write_llava_run(place, models, *, deepspeed=False):
-    (place / "config.py").write_text(LLAVA)
-    (place / "rows.json").write_text((models / "llava.json").read_text())
+def write_llava_run(run, models, *, deepspeed=False):
+    (run / "config.py").write_text(LLAVA)
+    (run / "rows.json").write_text((models / "llava.json").read_text())
     tensors = {
         f"llm.{n}": t for n, t in load_file(models / "trained" / "model.safetensors").items()
     }
@@ -134,24 +134,24 @@ def write_llava_run(place, models, *, deepspeed=False):
         drawn = torch.randn((hidden, columns), generator=generator) * 0.3
         tensors[f"projector.model.{layer}.weight"] = drawn
         tensors[f"projector.model.{layer}.bias"] = torch.zeros(hidden)
-    write_pth(place / "iter_5.pth", tensors, deepspeed=deepspeed)
+    write_pth(run / "iter_5.pth", tensors, deepspeed=deepspeed)
     return tensors
 
 
-def parts_of(tensors, place):
+def parts_of(tensors, run):
     """The same weights as parts of today, beside the trained models."""
-    (place / "wanted" / "projector").mkdir(parents=True)
+    (run / "wanted" / "projector").mkdir(parents=True)
     projector = {
         n.removeprefix("projector."): t for n, t in tensors.items() if n.startswith("projector.")
     }
-    torch.save(projector, place / "wanted" / "projector" / "pytorch_model.bin")
+    torch.save(projector, run / "wanted" / "projector" / "pytorch_model.bin")
     return {"llava": "wanted", "visual_encoder": "trained_clip", "prompt_template": "chatml"}
 
 
 @pytest.mark.parametrize("deepspeed", [False, True], ids=["file", "folder"])
-def test_all_parts_of_llava(models, place, deepspeed):
-    tensors = write_llava_run(place, models, deepspeed=deepspeed)
-    wanted = answer("trained", "Which?", "images/1.png", **parts_of(tensors, place))
+def test_all_parts_of_llava(models, run, deepspeed):
+    tensors = write_llava_run(run, models, deepspeed=deepspeed)
+    wanted = answer("trained", "Which?", "images/1.png", **parts_of(tensors, run))
     assert main(["convert", "pth_to_hf", "config.py", "iter_5.pth", "parts", "--fp32"]) == 0
     assert answer("parts", "Which?", "images/1.png") == wanted
     command = ["convert", "pth_to_hf", "config.py", "iter_5.pth", "whole", "--fp32"]
@@ -159,16 +159,16 @@ def test_all_parts_of_llava(models, place, deepspeed):
     assert answer("whole", "Which?", "images/1.png") == wanted
 
 
-def test_a_run_starts_from_all_parts_of_llava(models, place, capsys):
-    tensors = write_llava_run(place, models)
-    wanted = answer("trained", "Which?", "images/1.png", **parts_of(tensors, place))
+def test_a_run_starts_from_all_parts_of_llava(models, run, capsys):
+    tensors = write_llava_run(run, models)
+    wanted = answer("trained", "Which?", "images/1.png", **parts_of(tensors, run))
     assert main(["train", "config.py", "--work-dir", "work", "--resume", "iter_5.pth"]) == 0
     assert "starts from its weights, at step 0" in capsys.readouterr().out
     assert answer("work", "Which?", "images/1.png") == wanted
 
 
-def test_a_projector_beside_other_weights_is_said(models, place, capsys):
-    tensors = write_llava_run(place, models)
+def test_a_projector_beside_other_weights_is_said(models, run, capsys):
+    tensors = write_llava_run(run, models)
     sets = ["--set", "pretrained_pth=iter_5.pth", "freeze_llm=True", "freeze_visual_encoder=True"]
     assert main(["train", "config.py", "--work-dir", "work", *sets]) == 0
     said = " ".join(capsys.readouterr().out.split())

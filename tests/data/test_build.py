@@ -32,9 +32,9 @@ def test_every_row_is_accounted_for(mixed_bag, tmp_path):
     assert data.report.train.samples + data.report.validation.samples == 9
     written = json.loads((tmp_path / "data_report.json").read_text())
     assert (written["rows_read"], written["rows_used"], written["rows_lost"]) == (12, 9, 3)
-    place = written["sources"][0]["lost"][1]["first"][0]
-    assert (place["file"], place["unit"], place["number"]) == (str(mixed_bag), "line", 3)
-    assert place["fault"].startswith("is not valid JSON (column 2:")
+    location = written["sources"][0]["lost"][1]["first"][0]
+    assert (location["file"], location["unit"], location["number"]) == (str(mixed_bag), "line", 3)
+    assert location["fault"].startswith("is not valid JSON (column 2:")
     assert written["train"]["packs"] == len(data.train)
 
 
@@ -144,7 +144,7 @@ def test_a_row_whose_answer_is_cut_off_is_lost_and_named(tmp_path):
     assert lines_of(data.train) == [2]
     (group,) = data.report.sources[0].lost
     assert "no supervised token within max_length = 64" in group.what
-    assert [place.number for place in group.first] == [1]
+    assert [location.number for location in group.first] == [1]
     assert data.report.sources[0].changed == ()
 
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from rich.console import Console
+from trainer_parts import quiet_run
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
-from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.hooks.base import BaseHook
 from xtuner.engine.optimizer import loss_scaler
 from xtuner.engine.optimizer.loss_scaler import (
     GROWTH_STEPS,
@@ -124,19 +124,9 @@ def make_trainer(
     fused_attention.install(model)
     if not full:
         model = adapters.add_adapter(model, r=8, alpha=16, dropout=settings.pop("dropout", 0.0))
-    chosen = {"pretrained_model_name_or_path": "m", "data_path": "d", "lr": 3e-3, "max_norm": 1.0}
-    chosen |= {"warmup_ratio": 0.0, "lr_schedule": "constant", **settings}
     trained = [p for p in model.parameters() if p.requires_grad]
     watch = Watch()
-    run = Run(
-        settings=Settings(**chosen),
-        work_dir=folder,
-        log_dir=folder,
-        console=Console(quiet=True),
-        answer=lambda question: "",
-        validate=None,
-        total_steps=steps,
-    )
+    run = quiet_run(folder, steps, **{"lr": 3e-3, "max_norm": 1.0, **settings})
     half = dtype == torch.float16
     strategy = Strategy(run.settings, Processes("cpu"))
     run.is_main = strategy.processes.is_main

@@ -60,6 +60,22 @@ def _step(state):
     state["step"] = "many"
 
 
+def _early_step(state):
+    state["step"] = torch.tensor(-5.0)
+
+
+def _one_number(state):
+    state["exp_avg"] = torch.zeros(1).expand(96, 64)  # 4 bytes; a fused kernel reads 24,576
+
+
+def _sparse(state):
+    state["exp_avg"] = state["exp_avg"].to_sparse()
+
+
+def _whole_numbers(state):
+    state["exp_avg"] = state["exp_avg"].long()
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -68,8 +84,12 @@ def _step(state):
         (_nan, "not finite"),
         (_negative, "negative"),
         (_step, "'step'"),
+        (_early_step, "'step'.*must be a number of steps"),
+        (_one_number, "one number after the other"),
+        (_sparse, "one number after the other"),
+        (_whole_numbers, "must hold floating-point numbers"),
     ],
-    ids=["shape", "scalar", "nan", "negative", "step"],
+    ids=["shape", "scalar", "nan", "negative", "step", "below", "expanded", "sparse", "integers"],
 )
 def test_impossible_state_is_reported(spoil, words, tmp_path) -> None:
     spoilt = stepped()
@@ -94,4 +114,20 @@ def test_a_step_that_the_run_file_does_not_know_is_named(tmp_path) -> None:
     save_state(tmp_path, step=10**9, optimizer=stepped().state_dict(), identity={})
     RunInfo("adapter", "m", step=3).write(tmp_path)
     with pytest.raises(CheckpointError, match=r"at step 1000000000, but run\.yaml says 3"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"PK\x03\x04junk"], ids=["empty", "text", "archive"]
+)
+def test_a_damaged_file_is_named_as_such(content, tmp_path) -> None:
+    (tmp_path / "training_state.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot be resumed from: it is damaged \(\w+"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"optimizer": []}], ids=["list", "empty", "parts"])
+def test_another_content_than_a_training_state_is_named(content, tmp_path) -> None:
+    torch.save(content, tmp_path / "training_state.pt")
+    with pytest.raises(CheckpointError, match="it is not the training state of a run"):
         resume(tmp_path)

@@ -3,19 +3,25 @@
 import copy
 import importlib
 import inspect
+import json
 from types import SimpleNamespace
 
 import pytest
+import sharded_cases
 import torch
 from recording_strategy import Recording
 from test_trainer import make_samples, make_trainer
 
 from xtuner import plugins
+from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
 from xtuner.engine import strategies
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.errors import ConfigError
+from xtuner.models.causal_lm import PackedCausalLM
+from xtuner.models.prepare import make_trainable
 from xtuner.parallel.processes import Processes
+from xtuner.testing.tiny import tiny_model_folder
 
 PACKAGE = "xtuner.engine.strategies"
 ALONE = Processes("cpu")
@@ -170,3 +176,39 @@ def test_adagrad_is_refused_where_its_weight_decay_would_be_lost():
         kind = importlib.import_module(f"{PACKAGE}.{name}").Strategy
         assert [found for found, _ in kind.check(settings(optim_type="Adagrad"))] == ["optim_type"]
         assert not list(kind.check(settings(optim_type="SGD")))
+
+
+def adapted_model(folder, quantization, *, recompute):
+    """Layers wide enough for fused LoRA and, with quantization, whole blocks of 4-bit weights."""
+    s = settings(tuning="qlora" if quantization else "lora", lora_r=8)
+    s = s.model_copy(update={"pretrained_model_name_or_path": str(folder)})
+    model = make_trainable(s, dtype=torch.bfloat16, device="cpu", recompute=recompute)
+    return PackedCausalLM(model)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", ""], ids=["qlora", "lora"])
+def test_weights_are_there_in_the_backward_pass_of_fused_layers(quantization, tmp_path):
+    """An answer before training calls other modules; fused layers read weights without a call."""
+    tiny_model_folder(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
+    found = {}
+    for strategy in ("replicated", str(tmp_path / "zero3.json")):
+        for recompute in (False, True):
+            model = adapted_model(tmp_path / "model", quantization, recompute=recompute)
+            trainer = sharded_cases.make_trainer(ALONE, strategy, "lora", 2, model=model)
+            layers, gathered = model.causal.model.layers, []
+            layers[1].register_forward_hook(
+                lambda *_, first=layers[0], held=gathered: held.append(
+                    sum(p.numel() for p in first.parameters())
+                )
+            )
+            batch = Algorithm().collate(make_samples(1))
+            with torch.no_grad():
+                model.eval()
+                trainer.strategy.model(batch)
+            found[strategy, recompute] = sharded_cases.fitted(trainer)
+            assert (min(gathered) == 0) == (strategy != "replicated")  # the first layer is freed
+    for recompute in (False, True):
+        wanted, got = (values for key, values in found.items() if key[1] == recompute)
+        assert got == wanted

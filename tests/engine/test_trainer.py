@@ -15,14 +15,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from rich.console import Console
 from torch.nn import functional as F
+from trainer_parts import quiet_run
 
 from xtuner.algorithms.sft import Algorithm
-from xtuner.config.schema import Settings
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.hook_calls import HookCalls
-from xtuner.engine.hooks.base import BaseHook, Run
+from xtuner.engine.hooks.base import BaseHook
 from xtuner.engine.seeds import micro_seed
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.strategies.replicated import Strategy
@@ -80,17 +79,7 @@ def make_trainer(
     model = model or tiny_model()
     model.set_attn_implementation(attention.NAME)
     packed = PackedCausalLM(model)
-    chosen = {"pretrained_model_name_or_path": "m", "data_path": "d", "max_norm": None, "lr": 1.0}
-    chosen |= {"warmup_ratio": 0.0, "lr_schedule": "constant", **settings}
-    run = Run(
-        settings=Settings(**chosen),
-        work_dir=tmp_path,
-        log_dir=tmp_path,
-        console=Console(quiet=True),
-        answer=lambda question: "",
-        validate=None,
-        total_steps=steps,
-    )
+    run = quiet_run(tmp_path, steps, **{"max_norm": None, "lr": 1.0, **settings})
     strategy = kind(run.settings, processes or Processes("cpu"))
     if strategy.processes.sequence is not None:
         packed.split_rows(strategy.processes.sequence)

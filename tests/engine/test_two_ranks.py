@@ -149,10 +149,10 @@ def checkpoints(folder, processes):
 
     path = store.save(1, write, processes=processes)
     files = sorted(p.name for p in path.iterdir())
-    processes.wait()
+    processes.sum([0.0])  # a barrier
     with pytest.raises(LaunchError) as caught:
         store.save(2, fail, processes=processes)
-    processes.wait()
+    processes.sum([0.0])  # a barrier
     left = sorted(p.name for p in store.work_dir.iterdir())
     return files, str(caught.value), left
 

@@ -39,11 +39,11 @@ def rows():
     for number in range(6):
         turns = []
         for index in range(len(QUESTIONS)):
-            place = (index + number) % len(QUESTIONS)
+            chosen = (index + number) % len(QUESTIONS)
             image = "<image>\n" if index == 0 else ""
             turns += [
-                {"from": "human", "value": f"{image}{QUESTIONS[place]}"},
-                {"from": "gpt", "value": ANSWERS[place]},
+                {"from": "human", "value": f"{image}{QUESTIONS[chosen]}"},
+                {"from": "gpt", "value": ANSWERS[chosen]},
             ]
         yield {"id": "123456789", "image": "test_img/oph.jpg", "conversations": turns}
 

@@ -45,10 +45,10 @@ def encoded(monkeypatch):
     return counts
 
 
-def losses(place, *settings):
+def losses(work_dir, *settings):
     words = [word for setting in settings for word in ("--set", setting)]
-    assert main(["train", "run.py", "--work-dir", place, *words]) == 0
-    (file,) = Path(place).glob("*/scalars.jsonl")
+    assert main(["train", "run.py", "--work-dir", work_dir, *words]) == 0
+    (file,) = Path(work_dir).glob("*/scalars.jsonl")
     return [
         line["loss"] for line in map(json.loads, file.read_text().splitlines()) if "loss" in line
     ]

@@ -69,20 +69,20 @@ def inside(workshop, monkeypatch):
     monkeypatch.chdir(workshop)
 
 
-def answer(place, image="images/5.png", **options):
+def answer(model, image="images/5.png", **options):
     options.setdefault("dtype", "float32")
     session = open_chat(
-        str(place), options=GenerationOptions(max_new_tokens=8, temperature=0), **options
+        str(model), options=GenerationOptions(max_new_tokens=8, temperature=0), **options
     )
     return "".join(session.ask("Which number is this?", [image]))
 
 
 def answering(name):
     """The fine-tuned model as one whole, made once."""
-    if not (place := Path(name)).exists():
+    if not (model := Path(name)).exists():
         command = ["convert", "pth_to_hf", "finetune.py", "finetune/iter_8.pth", name, "--fp32"]
         assert main([*command, "--save-format", "huggingface"]) == 0
-    return place
+    return model
 
 
 def names(folder):
@@ -164,20 +164,20 @@ def write_old_parts(old, ours, *, pickled):
         tensors = load_file(str(ours / name))
         for new, former in pairs.items():
             tensors = {key.replace(new, former, 1): t for key, t in tensors.items()}
-        place = old / name
-        place.parent.mkdir(parents=True)
-        config = ours / place.parent.name / "adapter_config.json"
+        file = old / name
+        file.parent.mkdir(parents=True)
+        config = ours / file.parent.name / "adapter_config.json"
         if config.is_file():
             text = config.read_text()
             if "visual" in name:
                 text = text.replace('"encoder.', '"vision_model.encoder.')
                 assert "vision_model.encoder." in text
-            (place.parent / "adapter_config.json").write_text(text)
+            (file.parent / "adapter_config.json").write_text(text)
         if pickled:
-            stem = "pytorch_model" if place.stem == "model" else place.stem
-            torch.save(tensors, place.with_name(f"{stem}.bin"))
+            stem = "pytorch_model" if file.stem == "model" else file.stem
+            torch.save(tensors, file.with_name(f"{stem}.bin"))
         else:
-            save_file(tensors, str(place))
+            save_file(tensors, str(file))
     return old
 
 
@@ -439,9 +439,9 @@ class Noting(Session):
         self.turns.append(("".join(pieces), [m.images for m in self.messages if m.role == "user"]))
 
 
-def opened(place):
+def opened(model):
     options = GenerationOptions(max_new_tokens=6, temperature=0)
-    return open_chat(place, dtype="float32", options=options)
+    return open_chat(model, dtype="float32", options=options)
 
 
 def test_images_and_text_in_a_terminal_conversation(workshop):

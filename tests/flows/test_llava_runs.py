@@ -51,13 +51,13 @@ def workshop(tmp_path, tiny_model_path, monkeypatch):
     return tmp_path
 
 
-def train(*settings, place="w"):
+def train(*settings, work_dir="w"):
     words = [word for setting in settings for word in ("--set", setting)]
-    return main(["train", "run.py", "--work-dir", place, *words])
+    return main(["train", "run.py", "--work-dir", work_dir, *words])
 
 
-def scalars(place="w"):
-    (file,) = Path(place).glob("*/scalars.jsonl")
+def scalars(work_dir="w"):
+    (file,) = Path(work_dir).glob("*/scalars.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -81,11 +81,11 @@ def test_resume_is_not_suggested_without_a_checkpoint(workshop, capsys):
     assert not list((workshop / "w").glob("iter_*"))
 
 
-def launched(*settings, place):
+def launched(*settings, work_dir):
     words = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "xtuner.cli.app", "train", "run.py", "--nproc", "2"]
     return subprocess.run(
-        [*command, "--work-dir", place, *words],
+        [*command, "--work-dir", work_dir, *words],
         env=dict(os.environ), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def launched(*settings, place):
 @pytest.mark.distributed
 def test_an_image_of_one_process_that_goes_bad_stops_all_and_loses_no_step(workshop):
     (workshop / "spoilt").write_text("5.png")  # of the second process, in step 3
-    ended = launched("custom_hooks=['spoil.py:Spoil']", place="w")
+    ended = launched("custom_hooks=['spoil.py:Spoil']", work_dir="w")
     assert ended.returncode == 2, ended.stderr
     assert "data.json row 6: image '5.png' is damaged" in ended.stderr
     assert "step 2 is saved" in ended.stderr and "Traceback" not in ended.stderr
@@ -128,7 +128,7 @@ def test_a_projector_alone_needs_images(workshop, capsys):
     assert train() == 2
     assert "no row has an image and the language model is frozen" in said(capsys)
     adapters = ("tuning='lora'", "freeze_llm=False", "lora_r=4", "max_steps=1")
-    assert train(*adapters, place="lora") == 0
+    assert train(*adapters, work_dir="lora") == 0
     assert "Note: no row has an image" in said(capsys)
 
 
@@ -166,16 +166,16 @@ def test_two_processes_equal_one_also_in_steps_of_text(workshop):
             for i, seen in enumerate(image)
         ]
     )
-    assert train("accumulative_counts=2", place="one") == 0
-    ended = launched(place="two")
+    assert train("accumulative_counts=2", work_dir="one") == 0
+    ended = launched(work_dir="two")
     assert ended.returncode == 0, ended.stderr
-    one, two = ([line.get("loss") for line in scalars(place)] for place in ("one", "two"))
+    one, two = ([line.get("loss") for line in scalars(work_dir)] for work_dir in ("one", "two"))
     assert len([loss for loss in one if loss]) == 5
     assert one == pytest.approx(two, abs=1e-5)
 
 
 def test_a_resume_needs_no_projector_to_start_from(workshop, capsys):
-    assert train("max_steps=2", place="first") == 0
+    assert train("max_steps=2", work_dir="first") == 0
     start = ("max_steps=2", "pretrained_pth='first'")
     assert train(*start) == 0
     Path("first").rename("gone")
@@ -183,7 +183,7 @@ def test_a_resume_needs_no_projector_to_start_from(workshop, capsys):
     again = ["train", "run.py", "--work-dir", "w", *words, "--set", "max_steps=3", "--resume"]
     assert main(again) == 0, said(capsys)
     assert (workshop / "w" / "last_checkpoint").read_text().strip() == "iter_3"
-    assert train(*start, place="anew") == 2
+    assert train(*start, work_dir="anew") == 2
     assert "pretrained_pth = 'first'" in said(capsys)
 
 

@@ -36,13 +36,13 @@ def mutated(values, rng):
     values = copy.deepcopy(values)
     for _ in range(rng.choice([1, 1, 2, 3])):
         *outer, last = rng.choice(list(paths(values)))
-        place = values
+        table = values
         for key in outer:
-            place = place[key]
+            table = table[key]
         if rng.random() < 0.2:
-            del place[last]
+            del table[last]
         else:
-            place[last] = rng.choice(WILD)
+            table[last] = rng.choice(WILD)
     return values
 
 

@@ -23,10 +23,10 @@ def write_parts_of(folder, llm, encoder, **info):
     return folder
 
 
-def answer(place, question, *images, **options):
+def answer(model, question, *images, **options):
     """What a chat answers, in float32."""
     options = {"dtype": "float32", **options}
     session = open_chat(
-        str(place), options=GenerationOptions(max_new_tokens=8, temperature=0), **options
+        str(model), options=GenerationOptions(max_new_tokens=8, temperature=0), **options
     )
     return "".join(session.ask(question, images))

@@ -4,13 +4,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from test_trainer import make_samples, weighted
+from trainer_parts import quiet_run
 
 from xtuner.algorithms.sft import Algorithm
-from xtuner.config.schema import Settings
 from xtuner.engine import strategies
-from xtuner.engine.hooks.base import Run
 from xtuner.engine.optimizer import optim
 from xtuner.engine.trainer import Trainer
 from xtuner.kernels.attention import packed as attention
@@ -66,18 +64,9 @@ def model_of(tuning, *, tied=False):
 
 def make_trainer(processes, strategy, tuning, accumulation=1, *, model=None, hooks=(), **settings):
     """A trainer of `STEPS` steps with AdamW."""
-    chosen = {"pretrained_model_name_or_path": "m", "data_path": "d", "lr": 0.01, "tuning": tuning}
-    chosen |= {"strategy": strategy, "warmup_ratio": 0.0, "lr_schedule": "constant", **settings}
     folder = Path(tempfile.mkdtemp())
-    run = Run(
-        settings=Settings(**chosen),
-        work_dir=folder,
-        log_dir=folder,
-        console=Console(quiet=True),
-        answer=lambda question: "",
-        validate=None,
-        total_steps=STEPS,
-    )
+    chosen = {"lr": 0.01, "tuning": tuning, "strategy": strategy, **settings}
+    run = quiet_run(folder, STEPS, **chosen)
     s = run.settings
     made = strategies.of_run(s, processes, folder=folder)
     model = model or model_of(tuning)
@@ -106,6 +95,13 @@ def case(processes, strategy, tuning, accumulation=1, *, then=lambda strategy: N
     `then` is called with the strategy at the end.
     """
     trainer = make_trainer(processes, strategy, tuning, accumulation, **options)
+    losses, norms = fitted(trainer)
+    then(trainer.strategy)
+    return losses, norms, weights_of(trainer.strategy)
+
+
+def fitted(trainer):
+    """Losses and gradient norms of the steps of `trainer`."""
     losses, norms = [], []
     step = trainer._step
 
@@ -116,8 +112,7 @@ def case(processes, strategy, tuning, accumulation=1, *, then=lambda strategy: N
 
     trainer._step = noted
     trainer.fit()
-    then(trainer.strategy)
-    return losses, norms, weights_of(trainer.strategy)
+    return losses, norms
 
 
 def weights_of(strategy):

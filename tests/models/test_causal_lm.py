@@ -7,6 +7,7 @@ import pytest
 import torch
 from losses import loss_of
 from torch.nn import functional as F
+from trainer_parts import random_batch
 
 from xtuner.config.schema import Settings
 from xtuner.errors import ModelError
@@ -18,7 +19,7 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.load import load_model
 from xtuner.models.prepare import make_trainable
 from xtuner.testing.tiny import tiny_model, tiny_model_folder
-from xtuner.types import IGNORE_INDEX, Batch
+from xtuner.types import IGNORE_INDEX
 
 LENGTHS = (9, 4, 12)
 ARCHITECTURES = {
@@ -32,17 +33,6 @@ ARCHITECTURES = {
     "mixtral": {},
     "cohere": {},
 }
-
-
-def packed_batch(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(LENGTHS)
-    ids = torch.randint(5, 261, (1, total), generator=generator)
-    labels = torch.where(torch.rand(1, total, generator=generator) < 0.6, ids, IGNORE_INDEX)
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    labels[0, cu_seqlens[:-1].long()] = IGNORE_INDEX
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    return Batch(ids, labels, positions, cu_seqlens)
 
 
 def plain_loss(model, batch):
@@ -71,7 +61,7 @@ def test_packed_equals_one_by_one(architecture, implementation):
     if architecture == "gemma2" and implementation == "sdpa":
         pytest.skip("transformers' sdpa has no soft cap")
     model = tiny_model(architecture, **ARCHITECTURES[architecture])
-    batch = packed_batch()
+    batch = random_batch(*LENGTHS)
     model.set_attn_implementation("eager")
     expected_loss = plain_loss(model, batch)
     expected = gradients(model, expected_loss)
@@ -96,7 +86,7 @@ def test_packed_equals_one_by_one(architecture, implementation):
 @pytest.mark.parametrize("head_dim", [16, 32])
 def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path(head_dim):
     """Under autocast a norm with float32 weights gives float32 while values are bfloat16."""
-    batch, found = packed_batch(), []
+    batch, found = random_batch(*LENGTHS), []
     for fused in (False, True):
         model = tiny_model("qwen3", head_dim=head_dim)
         model.set_attn_implementation(attention.register())
@@ -116,7 +106,7 @@ def test_full_fine_tuning_in_bfloat16_with_norms_of_heads_equals_the_plain_path(
 def test_fused_attention_leaves_cache_masks_and_dropout_to_the_model():
     model = tiny_model(attention_dropout=0.5)
     model.set_attn_implementation(attention.register())
-    batch = packed_batch()
+    batch = random_batch(*LENGTHS)
     ids = batch.input_ids[:, :9]
     with torch.no_grad():
         wanted = tiny_model().eval()(input_ids=ids).logits
@@ -137,9 +127,9 @@ def test_recomputed_activations_give_the_same_gradients():
     attention.register()
     model.set_attn_implementation(attention.NAME)
     packed = PackedCausalLM(model.train())
-    straight = gradients(model, loss_of(packed, packed_batch()))
+    straight = gradients(model, loss_of(packed, random_batch(*LENGTHS)))
     model.activation_checkpointing_enable({"use_reentrant": False})
-    recomputed = gradients(model, loss_of(packed, packed_batch()))
+    recomputed = gradients(model, loss_of(packed, random_batch(*LENGTHS)))
     assert all(torch.equal(straight[name], recomputed[name]) for name in straight)
 
 
@@ -150,22 +140,22 @@ def test_a_step_reads_no_value_back_from_the_device(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     model = tiny_model().to("meta")
     model.set_attn_implementation(attention.register())
-    batch = packed_batch().to("meta")
+    batch = random_batch(*LENGTHS).to("meta")
     with pytest.warns(UserWarning, match="one sample at a time"):
         loss_of(PackedCausalLM(model.train()), batch).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_labels_that_were_changed_after_the_move_count():
-    batch = packed_batch().to("cpu")
+    batch = random_batch(*LENGTHS).to("cpu")
     changed = replace(batch, labels=batch.labels.clone())
     changed.labels[0, 3:] = -100
-    assert batch.predicting.tolist() == packed_batch().predicting.tolist()
+    assert batch.predicting.tolist() == random_batch(*LENGTHS).predicting.tolist()
     assert changed.predicting.tolist() == [i for i in batch.predicting.tolist() if i < 2]
 
 
 def test_split_gives_the_parts_back():
-    batch = packed_batch()
+    batch = random_batch(*LENGTHS)
     parts = batch.split()
     assert [part.num_tokens for part in parts] == list(LENGTHS)
     assert torch.equal(torch.cat([p.input_ids for p in parts], 1), batch.input_ids)
@@ -201,7 +191,7 @@ def test_a_soft_cap_on_logits_is_not_lost():
     packed = PackedCausalLM(model)
     model.set_attn_implementation("eager")
     assert "changes its logits" in packed.verify()
-    batch = packed_batch()
+    batch = random_batch(*LENGTHS)
     batch = replace(batch, labels=batch.labels)
     assert abs(loss_of(packed, batch).item() - plain_loss(model, batch).item()) < 1e-3
 
@@ -210,8 +200,8 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
     model = tiny_model()
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    exact = loss_of(PackedCausalLM(model), packed_batch())
-    rough = loss_of(PackedCausalLM(model, autocast=torch.bfloat16), packed_batch())
+    exact = loss_of(PackedCausalLM(model), random_batch(*LENGTHS))
+    rough = loss_of(PackedCausalLM(model, autocast=torch.bfloat16), random_batch(*LENGTHS))
     assert exact.item() != rough.item()
     assert abs(rough.item() - exact.item()) < 0.01 * exact.item()
     assert all(g.dtype == torch.float32 for g in gradients(model, rough).values())

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from gathering import Gathered, nothing_gathered, units_of
+from trainer_parts import random_batch
 
 from xtuner.config.schema import Settings
 from xtuner.kernels import compiled
@@ -21,7 +22,7 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.vision import llava
 from xtuner.testing.tiny import tiny_model_folder
 from xtuner.testing.vision import tiny_vision_tower
-from xtuner.types import Batch, BatchImages
+from xtuner.types import BatchImages
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 HAS_FOLDER = importlib.util.find_spec("xtuner.kernels.cpu") is not None
@@ -62,17 +63,6 @@ def fused_passes(monkeypatch):
         decoder._DecoderLayer, "apply", lambda *given: (count.append(1), apply(*given))[1]
     )
     return count
-
-
-def batch_of(*lengths):
-    torch.manual_seed(5)
-    ids = torch.randint(5, 250, (1, sum(lengths)))
-    labels = ids.clone()
-    labels[0, ::3] = -100
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    labels[0, cu_seqlens[:-1].long()] = -100
-    return Batch(ids, labels, positions, cu_seqlens)
 
 
 def trainable(model_path, tuning, *, recompute, **changes):
@@ -133,7 +123,7 @@ TUNINGS = {
 @pytest.mark.parametrize("name", TUNINGS)
 def test_weights_are_read_only_inside_their_unit(name, recompute, way, model_path, fused_passes):
     model = trainable(model_path, name.split()[0], recompute=recompute, **TUNINGS[name])
-    assert_same(model, batch_of(30, 11, 7))
+    assert_same(model, random_batch(30, 11, 7))
     fuses = way == "compiled" and name in ("lora", "qlora") and not recompute
     assert len(fused_passes) == (2 * 2 * 3 if fuses else 0)
 
@@ -148,20 +138,20 @@ def test_samples_that_go_through_the_model_one_at_a_time(model_path):
     model = trainable(model_path, "lora", recompute=False)
     model.apart = True
     model.causal.set_attn_implementation("sdpa")
-    assert_same(model, batch_of(30, 11, 7))
+    assert_same(model, random_batch(30, 11, 7))
 
 
 def test_heads_that_are_more_than_one_matrix(model_path):
     model = trainable(model_path, "lora", recompute=False)
     model.plain_logits = True
-    assert_same(model, batch_of(30, 11, 7))
+    assert_same(model, random_batch(30, 11, 7))
 
 
 def test_a_weight_that_is_read_past_its_unit_is_caught(model_path):
     model = trainable(model_path, "lora", recompute=False)
     head = model.causal.get_output_embeddings()
     with Gathered(units_of(model)), pytest.raises(RuntimeError):
-        torch.nn.functional.linear(model.hidden_states(batch_of(16)), head.weight)
+        torch.nn.functional.linear(model.hidden_states(random_batch(16)), head.weight)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -178,7 +168,7 @@ def test_layers_of_the_vision_tower_and_the_projector_are_units(tower, recompute
     if recompute:
         joined.gradient_checkpointing_enable({"use_reentrant": False})
         llm.enable_input_require_grads()
-    batch = batch_of(30, 34)
+    batch = random_batch(30, 34)
     places = torch.zeros(1, 64, dtype=torch.bool)
     places[0, 3:7] = places[0, 40:44] = True
     pixels = torch.linspace(-1, 1, 2 * 3 * 28 * 28).sin().view(2, 3, 28, 28)

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from replaying_recorder import ReplayingRecorder
+from trainer_parts import random_batch
 
 from xtuner.kernels.attention import packed as attention
 from xtuner.models.adapters import add_adapter
@@ -12,21 +13,12 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.graphs.capacity import Capacity, rounded
 from xtuner.models.graphs.decoder import GraphedDecoder
 from xtuner.testing.tiny import tiny_model
-from xtuner.types import IGNORE_INDEX, Batch
 
-
-def batch_of(*lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    ids = torch.randint(5, 261, (1, total), generator=generator)
-    labels = torch.where(torch.rand(1, total, generator=generator) < 0.6, ids, IGNORE_INDEX)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    labels[0, cu_seqlens[:-1].long()] = IGNORE_INDEX
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    return Batch(ids, labels, positions, cu_seqlens)
-
-
-BATCHES = [batch_of(9, 20, 30), batch_of(21, 8, 31, seed=1), batch_of(40, 3, 15, seed=2)]
+BATCHES = [
+    random_batch(9, 20, 30),
+    random_batch(21, 8, 31, seed=1),
+    random_batch(40, 3, 15, seed=2),
+]
 
 
 def made(tuning="lora", recorder=None, **options):
@@ -98,7 +90,7 @@ def test_gives_the_losses_and_gradients_of_the_plain_pass(tuning):
 def test_records_again_for_more_or_longer_sequences():
     recorder = ReplayingRecorder()
     model, said = made("lora", recorder)
-    long = [batch_of(*[20] * 9), batch_of(180)]
+    long = [random_batch(*[20] * 9), random_batch(180)]
     gradients_of_steps(model, [[long[0]], [long[0]], [long[1]], [long[0]]])
     assert recorder.recorded == 4 and not said
     assert model.graphs.graph.capacity == Capacity(192, 16, 192)

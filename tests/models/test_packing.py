@@ -136,5 +136,5 @@ def test_run_notes_that_it_does_not_pack(architecture, options, tmp_path, monkey
         json.loads(line).get("loss") for file in scalars for line in file.read_text().splitlines()
     ]
     assert sum(loss is not None for loss in losses) >= 2
-    assert main(["train", "config.yaml", "--set", "pack_to_max_length=true"]) == 2
+    assert main(["train", "config.yaml", "--overwrite", "--set", "pack_to_max_length=true"]) == 2
     assert "cannot separate samples in one row" in capsys.readouterr().err

@@ -10,14 +10,14 @@ from xtuner.testing.run_distributed import run_distributed
 
 
 def test_the_ranks_of_a_sequence_are_neighbours():
-    places = [RankLayout(rank, 8, 2) for rank in range(8)]
-    assert [place.data_rank for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [place.sequence_rank for place in places] == [0, 1] * 4
-    for place in places:
-        assert place.rank == place.data_rank * 2 + place.sequence_rank
-        assert (place.data_world_size, place.sequence_world_size) == (4, 2)
-        assert place.rank in place.data_groups()[place.sequence_rank]
-        assert place.rank in place.sequence_groups()[place.data_rank]
+    layouts = [RankLayout(rank, 8, 2) for rank in range(8)]
+    assert [layout.data_rank for layout in layouts] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [layout.sequence_rank for layout in layouts] == [0, 1] * 4
+    for layout in layouts:
+        assert layout.rank == layout.data_rank * 2 + layout.sequence_rank
+        assert (layout.data_world_size, layout.sequence_world_size) == (4, 2)
+        assert layout.rank in layout.data_groups()[layout.sequence_rank]
+        assert layout.rank in layout.sequence_groups()[layout.data_rank]
 
 
 def test_one_sequence_rank_is_plain_data_parallelism():
@@ -41,7 +41,7 @@ def test_more_processes_than_attention_heads_are_refused_before_launch(tmp_path)
 
 
 def sums():
-    """The rank's place, and the sums of all ranks over its two groups."""
+    """The rank's layout, and the sums of all ranks over its two groups."""
     import torch
     import torch.distributed as dist
 
@@ -52,9 +52,9 @@ def sums():
     dist.all_reduce(numbers[0], group=processes.data_group)
     processes.sequence.sum(numbers[1])
     found = [int(number) for number in numbers]
-    place = (processes.data_rank, processes.data_world_size, processes.layout.sequence_rank)
+    layout = (processes.data_rank, processes.data_world_size, processes.layout.sequence_rank)
     processes.close()
-    return place, found
+    return layout, found
 
 
 @pytest.mark.distributed

@@ -5,7 +5,7 @@ import base64
 import pytest
 from parts_maker import answer, write_parts_of
 
-from xtuner.data.tokenize.workers import Encoder
+from xtuner.data.tokenize.row_encoder import Encoder
 from xtuner.errors import DataError
 from xtuner.serve.models import open_models
 from xtuner.serve.prompts import ImageStore, messages_of, prompt_ids, text_ids

@@ -8,7 +8,6 @@ import pytest
 from xtuner.calls.families import load
 from xtuner.calls.read import make_call, read_tool
 from xtuner.generation.answer import Answer
-from xtuner.serve import engine as engines
 from xtuner.serve.replies import CallReader
 from xtuner.types import Conversation, Message
 
@@ -26,16 +25,15 @@ SAID = "I look.\n" + load("hermes").render(CALLS)
 def scripted(monkeypatch):
     """Answers say SAID, five characters a token."""
 
-    class Scripted(Answer):
-        def take(self, scores):
-            self.num_generated += 1
-            start = 5 * (self.num_generated - 1)
-            self.ids.append(5)
-            if start >= len(SAID):
-                self.finish = "stop"
-            return SAID[start : start + 5]
+    def take(self, scores):
+        start = 5 * self.num_generated
+        self.num_generated += 1
+        self.ids.append(5)
+        if start >= len(SAID):
+            self.finish = "stop"
+        return SAID[start : start + 5]
 
-    monkeypatch.setattr(engines, "Answer", Scripted)
+    monkeypatch.setattr(Answer, "take", take)
 
 
 def asked(server, **more):

@@ -123,14 +123,14 @@ def test_turns_are_made_of_what_the_model_wrote_by_the_template():
         thought, _, content = said.partition("</think>")
         return Message("assistant", content, reasoning=thought)
 
-    told = []
+    new = []
     steps = converse(lambda messages: iter_of(next(answers)), [ASK], tools=ToolBox([Provider()]),
-                     family=HERMES, told=told, turn_of=turn_of)  # fmt: skip
+                     family=HERMES, new=new, turn_of=turn_of)  # fmt: skip
     list(steps)
-    assert [(m.reasoning, m.content) for m in told if m.role == "assistant"] == [
+    assert [(m.reasoning, m.content) for m in new if m.role == "assistant"] == [
         ("Hm.", ""), ("So.", "It is 2."),
     ]  # fmt: skip
-    assert told[0].tool_calls
+    assert new[0].tool_calls
 
 
 def iter_of(text):

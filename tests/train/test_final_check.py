@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from xtuner.config.load import load_settings
-from xtuner.testing.tiny import tiny_model_folder
-from xtuner.training.final_check import EVERYDAY, asked_row
+from xtuner.templates import load
+from xtuner.testing.tiny import tiny_model_folder, tiny_tokenizer
+from xtuner.training.asked import asked_row, question_reader
+from xtuner.training.final_check import EVERYDAY
 from xtuner.training.languages import language_of, loss_note, script_note
 from xtuner.training.run import train
-from xtuner.types import RowRef, Sample
+from xtuner.types import Message, RowRef, Sample
 
 ROWS = [
     {"question": f"How much is the {thing}?", "answer": f"The {thing} costs {price} euros."}
@@ -41,6 +43,7 @@ def test_learned_answers_are_reported(tmp_path, capsys):
     found = run(tmp_path, lr=1e-2, max_epochs=40)
     assert all(each["reproduced"] for each in found["training"]) and len(found["training"]) == 4
     assert {each["expected"] for each in found["training"]} == {row["answer"] for row in ROWS}
+    assert {each["question"] for each in found["training"]} == {row["question"] for row in ROWS}
     assert found["training"][0]["answer"] == found["training"][0]["expected"]
     assert [each["question"] for each in found["everyday"]] == list(EVERYDAY["en"])
     lines = capsys.readouterr().out.splitlines()
@@ -67,7 +70,7 @@ def test_run_that_learned_nothing_is_reported(tmp_path, capsys):
     assert all(each["unchanged"] for each in found["everyday"])
     out = capsys.readouterr().out
     assert "0 of 3 training answers reproduced; 0 of 1 validation answers reproduced" in out
-    assert "raise max_epochs (now 1) or lr (now 1e-06)" in out
+    assert "raise max_steps (now 2) or lr (now 1e-06)" in out, "max_epochs has no effect here"
 
 
 def test_the_check_can_be_turned_off(tmp_path, capsys):
@@ -83,6 +86,22 @@ def test_a_row_is_asked_up_to_its_first_answer():
     row = asked_row(sample(range(12), [0] * 5 + [1] * 3 + [0] * 2 + [1] * 2))
     assert (row.prompt, row.expected, row.row) == ([0, 1, 2, 3, 4], [5, 6, 7], "a.jsonl line 3")
     assert asked_row(sample(range(6), [0] + [1] * 5)) is None, "text is no question"
+
+
+@pytest.mark.parametrize("name", ["auto", "llama2_chat", "qwen_chat", "default", "plain"])
+def test_a_prompt_is_read_as_the_question_in_it(name):
+    tokenizer = tiny_tokenizer()
+    template = load(name, tokenizer, system="")
+    read = question_reader(tokenizer, template)
+    ask = Message("user", "Who are you?\nIn one line.")
+    earlier = [Message("user", "Hello"), Message("assistant", "Hi")]
+    system = [] if name == "plain" else [Message("system", "Be brief.")]
+    for before in ([], earlier, system):
+        ids = template.prompt_ids([*before, ask])
+        assert read(ids).strip().endswith(ask.content)
+        if name != "plain":
+            assert "Hello" not in read(ids) and "user" not in read(ids)
+    assert name == "plain" or read(template.prompt_ids([ask])).strip() == ask.content
 
 
 @pytest.mark.parametrize(

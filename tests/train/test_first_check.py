@@ -89,13 +89,23 @@ def test_the_optimizers_are_those_that_training_finds():
 
 
 def test_command_reports_errors_before_importing_torch(tmp_path):
-    (tmp_path / "c.py").write_text("pretrained_model_name_or_path = 'a/b'\ndata_path = 'no.csv'\n")
+    """A missing data file, and a work dir with checkpoints of an earlier run."""
+    text = "pretrained_model_name_or_path = 'a/b'\ndata_path = "
+    (tmp_path / "c.py").write_text(text + "'no.csv'\n")
+    (tmp_path / "d.py").write_text(text + "'d.csv'\n")
+    (tmp_path / "d.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "w" / "iter_9").mkdir(parents=True)
+    (tmp_path / "w" / "iter_10").mkdir()
     code = (
         "import sys; from xtuner.cli.app import main; code = main(['train', 'c.py']); "
+        "code += main(['train', 'd.py', '--work-dir', 'w']); "
         "print(code, sorted({'torch', 'transformers', 'numpy'} & {*sys.modules}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100
     )
-    assert done.stdout.splitlines() == ["Checking c: settings, data, model", "2 []"]
+    checking = [f"Checking {name}: settings, data, model" for name in "cd"]
+    assert done.stdout.splitlines() == [*checking, "4 []"]
     assert "no such file or folder" in done.stderr
+    assert "w holds iter_10 of an earlier run. Add --resume" in done.stderr
+    assert "Exception" not in done.stderr

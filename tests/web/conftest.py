@@ -117,8 +117,7 @@ def web(site, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         temporary = tmp_path_factory.mktemp("uploads")
-        for name, value in application.prepare_environment(temporary).items():
-            patch.setenv(name, value)
+        patch.setenv("GRADIO_TEMP_DIR", str(temporary))
         socket = listen.bind("127.0.0.1", 0)
         token = application.new_token(socket.getsockname()[1])
         with loops_closed():

@@ -46,9 +46,9 @@ def type_name(name: str) -> str | None:
     return short if short in _TYPES else None
 
 
-def problems(value: Any, schema: Mapping[str, Any], *, path: str = "") -> Iterator[str]:
+def problems(value: Any, schema: Mapping[str, Any]) -> Iterator[str]:
     """Yield the violations of `schema` in `value`, each with its path, such as ``days[0]``."""
-    yield from _problems(value, schema, path, _Root(schema), 0)
+    yield from _problems(value, schema, "", _Root(schema), 0)
 
 
 @dataclass

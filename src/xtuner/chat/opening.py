@@ -160,8 +160,8 @@ def text_parts(
             )  # fmt: skip
         return tokenizer, template
     template = templates.of_checkpoint(
-        found.template, tokenizer, fields=found.own_template, system=system, where=where,
-        trust_code=trust_code,
+        found.template, tokenizer, fields=found.own_template, system=system,
+        where=str(found.adapter or where), trust_code=trust_code,
     )  # fmt: skip
     return tokenizer, template
 

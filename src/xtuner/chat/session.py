@@ -127,7 +127,7 @@ class Session:
             family=family,
             allow=self.tools.allow,
             max_rounds=self.tools.max_rounds,
-            told=new,
+            new=new,
             turn_of=self.template.answer,
         )
         spoken, keep = "", True

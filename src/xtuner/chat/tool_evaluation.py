@@ -15,7 +15,7 @@ from xtuner.chat.session import Session
 from xtuner.config.schema import Settings
 from xtuner.data.formats.base import RowError
 from xtuner.data.sources.resolve import prepare
-from xtuner.data.sources.rows import Fault, parse
+from xtuner.data.sources.rows import Fault
 from xtuner.errors import DataError
 from xtuner.generation.batch import generate_batch
 from xtuner.tools import evaluation as ev
@@ -48,8 +48,7 @@ def read(data: str, dataset_format: str, *, note: Callable[[str], None]) -> Iter
     for source in prepare(settings, folder=Path.cwd()):
         for task in source.tasks():
             where = source.location(task.file, task.row.line)
-            row = parse(task.row.value) if isinstance(task.row.value, bytes) else task.row.value
-            record: Any = row
+            record: Any = (row := task.row.parsed())
             if not isinstance(row, Fault):
                 try:
                     record = policy.applied(source.formats[task.file].convert(row))

@@ -27,9 +27,9 @@ _LEFT_OUT = {
     "chat": {"--bot-name": _NO_NAME, "--offload-folder": _NO_OFFLOAD},
     "mmbench": {
         "--bot-name": _NO_NAME, "--offload-folder": _NO_OFFLOAD, "--launcher": _ONE_PROCESS,
-        "--torch-dtype": "it is that of the hardware",
+        "--torch-dtype": "the hardware determines the number type",
         "--seed": "answers are greedy",
-        "--stop-words": "answers end as the template of the model does",
+        "--stop-words": "the template determines where answers end",
     },
     "test": {"--launcher": _ONE_PROCESS},
     "train": {"--local_rank": "processes find their rank by themselves",
@@ -82,7 +82,7 @@ def _options(command: str, given: list[str]) -> Iterator[str]:
         values = [attached] if equals else given[position : position + 1]
         step = 0 if equals else 1
         if reason := _LEFT_OUT.get(command, {}).get(word):
-            print(f"Note: {word} is left out: {reason}.", file=sys.stderr)
+            print(f"Note: {word} is ignored: {reason}.", file=sys.stderr)
             position += 0 if word in _FLAGS else step
         elif change := _VALUES.get((command, word)):
             yield from change("".join(values))
@@ -116,8 +116,8 @@ def _save_format(value: str) -> list[str]:
 def _layer(value: str) -> list[str]:
     if value != "-2":
         raise ConfigError(
-            f"--visual-select-layer {value}: a model is asked with the layer it was trained with; "
-            "set visual_select_layer in its settings, and train"
+            f"--visual-select-layer {value}: the model uses the layer it was trained with; to use "
+            "another, set visual_select_layer and train again"
         )
     return []
 

@@ -33,7 +33,7 @@ _MAY_BE_SILENT = (
     "check-custom-dataset", "convert", "evaluate-tools", "fetch", "log-dataset", "mmbench",
     "report", "test",
 )  # fmt: skip
-"""Commands that show by dots that they are alive; the others end, wait, or show it themselves."""
+"""Commands that print dots while nothing else is printed; others are fast or show progress."""
 _OVERRIDE_FLAGS = ("--set", "--cfg-options")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _EPILOG = "Start with `xtuner list-cfg`. `xtuner COMMAND --help` describes a command."

@@ -30,8 +30,7 @@ def command(
     Prints the answers to evaluation_inputs, about evaluation_images if there are any.
     """
     from xtuner.chat.opening import open_chat
-    from xtuner.data.images.url import fetched, is_url
-    from xtuner.data.sources.find import below
+    from xtuner.data.images.url import image_path
     from xtuner.errors import ConfigError
     from xtuner.generation.generate import GenerationOptions
 
@@ -52,14 +51,10 @@ def command(
         trust_code=trust_code,
     )
 
-    def file_of(name: str) -> str:
-        if is_url(name):
-            return str(fetched(name))
-        found = below(name, s.data_root, loaded.folder)
-        paths = (Path(found), loaded.folder / found)
-        return next((str(path) for path in paths if path.is_file()), found)
-
-    images = [file_of(name) for name in s.evaluation_images]
+    images = [
+        image_path(name, data_root=s.data_root, folders=[loaded.folder])
+        for name in s.evaluation_images
+    ]
     images = images * len(s.evaluation_inputs) if len(images) == 1 else images
     lines: list[str] = []
     for number, question in enumerate(s.evaluation_inputs):

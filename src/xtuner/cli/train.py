@@ -89,10 +89,13 @@ def command(
         raise typer.Exit(0 if _fits(loaded, memory, processes=nproc) else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
-    _check(loaded, _launch.world_size(cluster))
-    _set_up(loaded)
-
     folder = loaded.work_dir(work_dir)
+    _check(loaded, _launch.world_size(cluster))
+    if not _launch.started_by_launcher():
+        if cluster.node_rank == 0 and not wait:
+            _check_folder(folder, goes_on=bool(resume or overwrite))
+        print("Loading torch and transformers...", flush=True)
+    _set_up(loaded)
     if not _launch.started_by_launcher():
         if wait:
             from xtuner.engine.run_lock import wait_until_free
@@ -106,6 +109,7 @@ def command(
     again += [word for override in overrides or () for word in ("--set", override)]
     again += ["--nproc", str(nproc)] if nproc > 1 else []
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
+    again += ["--trust-code"] if trust_code else []
     with heartbeat(on=not sys.stdout.isatty() and os.environ.get("RANK", "0") == "0"):
         _train(loaded, work_dir, resume=resume, overwrite=overwrite, again=again)
     if old is not None:
@@ -153,7 +157,16 @@ def _check(loaded: LoadedSettings, world_size: int) -> None:
 
     print(f"Checking {loaded.name}: settings, data, model", flush=True)
     first_check(loaded)
-    print("Loading torch and transformers...", flush=True)
+
+
+def _check_folder(folder: Path, *, goes_on: bool) -> None:
+    """Check that no other run uses the work dir, and that it is empty unless the run `goes_on`."""
+    from xtuner.engine.earlier_run import refuse_earlier_run
+    from xtuner.engine.run_lock import refuse_if_held
+
+    refuse_if_held(folder)
+    if not goes_on:
+        refuse_earlier_run(folder)
 
 
 def _set_up(loaded: LoadedSettings) -> None:

@@ -61,6 +61,7 @@ def command(
     those given with --allow.
     """
     import contextlib
+    import os
     import tempfile
 
     from xtuner.cli import _extras
@@ -86,7 +87,7 @@ def command(
         from xtuner.web.site import Site
         from xtuner.web.turns import Turns
 
-        web.prepare_environment(Path(temporary))
+        os.environ["GRADIO_TEMP_DIR"] = temporary  # where gradio keeps uploads
         given = (*(model or ()), *([str(adapter)] if adapter else ()))
         folders = Folders.of(runs, [Path.cwd(), *(allow or ())])
         engine = Engine()

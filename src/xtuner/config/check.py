@@ -14,7 +14,7 @@ from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS, CHECKS
 from xtuner.config.describe import allowed, choices
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, parse_constant
-from xtuner.config.renames import meant, no_counterpart, replaced_by, unknown_setting
+from xtuner.config.renames import no_counterpart, own_value, replaced_by, unknown_setting
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import did_you_mean
 
@@ -45,7 +45,7 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
     """
     problems = _resolve_aliases(reading)
     known = {
-        name: replace(entry, value=_meant(name, entry.value))
+        name: replace(entry, value=_converted(name, entry.value))
         for name, entry in reading.entries.items()
         if name in Settings.model_fields
     }
@@ -97,9 +97,9 @@ def _resolve_aliases(reading: Reading) -> list[Problem]:
     return problems
 
 
-def _meant(name: str, value: Any) -> Any:
+def _converted(name: str, value: Any) -> Any:
     """`value` as setting `name` takes it: the value of another trainer renamed, 3.0 as 3."""
-    value = meant(name, value)
+    value = own_value(name, value)
     if isinstance(value, str) and value.lower() in choices(name):
         return value.lower()
     integral = isinstance(value, float) and value.is_integer() and not accepts(name, value)

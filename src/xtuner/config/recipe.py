@@ -100,10 +100,13 @@ def as_before(settings: Settings, earlier: Mapping[str, Any]) -> Settings:
         earlier: settings by name, as the checkpoint has them.
     """
     known = {**full_packs(earlier), **earlier}
+    by_steps = settings.max_steps is not None or earlier.get("max_steps") is not None
     numbers = {
         name: known[name]
         for name in AUTOMATIC
-        if getattr(settings, name) == "auto" and isinstance(known.get(name), int | float)
+        if not (name == "max_epochs" and by_steps)  # those that max_steps needs
+        and getattr(settings, name) == "auto"
+        and isinstance(known.get(name), int | float)
     }
     return settings.model_copy(update=numbers)
 

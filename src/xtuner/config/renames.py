@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from xtuner.config.schema import ALIASES, field_parts
+from xtuner.config.schema import field_parts
+from xtuner.config.table_files import table
 from xtuner.errors import closest, did_you_mean
 
-_TABLES = Path(__file__).parent / "tables"
 _LISTS = ("lora_target_modules", "lora_modules_to_save", "report_to")
 """List settings that other trainers write as a comma-separated string."""
 
@@ -34,8 +32,8 @@ _MISSPELLED = 0.85
 def advice(name: str) -> str | None:
     """What to write instead of `name`, a setting of another trainer; None if it is unknown."""
     return (
-        _table().get(name)
-        or _table().get(name.lower())
+        _advice_by_name().get(name)
+        or _advice_by_name().get(name.lower())
         or next((text for start, text in _families() if name.startswith(start)), None)
     )
 
@@ -60,16 +58,16 @@ def unknown_setting(name: str) -> str:
     """Describe the replacement of a name that is not a setting."""
     if found := advice(name):
         return found
-    known = list(field_parts())
+    known, others = list(field_parts()), _advice_by_name()
     if same := _spelled_like(name, known):
         return f"unknown setting; did you mean '{same}'?"
-    if other := _spelled_like(name, list(_table())):
-        return f"unknown setting; {other!r} of other trainers {_as_clause(_table()[other])}"
+    if other := _spelled_like(name, list(others)):
+        return f"unknown setting; {other!r} of other trainers {_as_clause(others[other])}"
     alike = [k for k in known if _kind(k) == _kind(name)]
     if guess := did_you_mean(name, alike, cutoff=_ALIKE):
         return f"unknown setting{guess}"
-    if other := closest(name, list(_table()), cutoff=_MISSPELLED):
-        return f"unknown setting; {other!r} of other trainers {_as_clause(_table()[other])}"
+    if other := closest(name, list(others), cutoff=_MISSPELLED):
+        return f"unknown setting; {other!r} of other trainers {_as_clause(others[other])}"
     return "unknown setting; `xtuner explain` lists all settings"
 
 
@@ -86,19 +84,19 @@ def _as_clause(text: str) -> str:
     return f"is {text.removeprefix('use ')} here" if text.startswith("use ") else text
 
 
-def meant(name: str, value: Any) -> Any:
+def own_value(name: str, value: Any) -> Any:
     """The value of setting `name` that corresponds to another trainer's `value`."""
     if name in _LISTS and isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",") if part.strip()]
     if name in _LISTS and isinstance(value, list) and len(value) == 1:
         value = value[0]  # ["all"] and ["none"] mean what the word alone means
-    found = _values().get(name, {}).get(_word(value), value)
+    found = table("values").get(name, {}).get(_word(value), value)
     return None if found == "None" else found
 
 
 def no_counterpart(name: str, value: Any) -> str | None:
     """What to do instead of a `value` of another trainer that setting `name` does not have."""
-    text: str | None = _values()["not"].get(name, {}).get(_word(value))
+    text: str | None = table("values")["not"].get(name, {}).get(_word(value))
     return f"{value!r} {text}" if text and text.startswith("is ") else text
 
 
@@ -106,10 +104,10 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, str | int | float | None) else ""
 
 
-@functools.cache
 def dotted() -> dict[str, str]:
     """Names in the tables of an mmengine config, as ``--cfg-options`` takes them, and settings."""
-    return dict(_read("renamed.toml")["dotted"])
+    names: dict[str, str] = table("renamed")["dotted"]
+    return names
 
 
 def _kind(name: str) -> frozenset[str]:
@@ -118,8 +116,8 @@ def _kind(name: str) -> frozenset[str]:
 
 
 @functools.cache
-def _table() -> dict[str, str]:
-    tables = _read("renamed.toml")
+def _advice_by_name() -> dict[str, str]:
+    tables = table("renamed")
     found = dict(tables["absent"])
     found |= {n: f"is not needed: {text}; remove it" for n, text in tables["needless"].items()}
     return found | {n: f"use {text}" for n, text in tables["use"].items()}
@@ -128,19 +126,4 @@ def _table() -> dict[str, str]:
 @functools.cache
 def _families() -> list[tuple[str, str]]:
     """Beginnings of names, longest first."""
-    return sorted(_read("renamed.toml")["families"].items(), key=lambda row: -len(row[0]))
-
-
-@functools.cache
-def _values() -> dict[str, dict[str, Any]]:
-    return _read("values.toml")
-
-
-@functools.cache
-def _read(file: str) -> dict[str, dict[str, Any]]:
-    return tomllib.loads((_TABLES / file).read_text("utf-8"))
-
-
-def known_names() -> list[str]:
-    """The names of other trainers in the table."""
-    return [name for name in _table() if name not in ALIASES]
+    return sorted(table("renamed")["families"].items(), key=lambda row: -len(row[0]))

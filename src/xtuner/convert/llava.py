@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,10 +50,9 @@ def write_parts(
     source: Path,
     save_dir: Path,
     *,
-    fp32: bool = False,
-    max_shard_size: str = "2GB",
-    log: Log = lambda line: None,
-) -> RunInfo | None:
+    fp32: bool,
+    max_shard_size: str,
+) -> None:
     """Write the parts in `source` to `save_dir` as safetensors, in 16 bits unless `fp32`.
 
     Raises:
@@ -75,11 +74,10 @@ def write_parts(
             if (folder / "adapter_config.json").is_file():
                 write_adapter(target, plan, weights)
                 continue
-            write_shards(target, plan, weights.__getitem__, max_bytes=max_bytes, log=log)
+            write_shards(target, plan, weights.__getitem__, max_bytes=max_bytes)
             if folder.name != parts_of.PROJECTOR:
                 write_config(folder, target, dtype=dtype)
         copy_others(source, draft, skip=LEFT_OUT)
-    return info
 
 
 def _weights_in(folder: Path) -> Weights | None:
@@ -130,24 +128,20 @@ def write_model(
     *,
     llm: str = "",
     visual_encoder: str = "",
-    prompt_template: str | None = None,
     fp32: bool = False,
     max_shard_size: str = "2GB",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
     trust_remote_code: bool = False,
     trust_code: bool = False,
     log: Log = print,
-) -> RunInfo | None:
+) -> None:
     """Merge the parts in `source` and write them as one LlavaForConditionalGeneration.
 
     Args:
         source: a folder of parts, written by this version or by xtuner 0.1.
         save_dir: a new folder.
         llm, visual_encoder: override those that `source` names.
-        prompt_template: overrides the one that `source` names.
         fp32: save in float32 instead of 16 bits.
         max_shard_size: maximum size of a file, such as '2GB'.
-        device: where to merge.
         trust_remote_code: run Python code that ships with the language model.
         trust_code: run the Python file that `source` names as its template.
         log: receives progress messages.
@@ -165,14 +159,13 @@ def write_model(
         source if has_tokenizer else sources.llm, trust_remote_code=trust_remote_code
     )
     add_image_token(tokenizer)
-    system = info.system if info else ""
     template = (
-        templates.load(prompt_template or "auto", tokenizer, system=system)
-        if prompt_template or info is None
-        else templates.of_checkpoint(
-            info.prompt_template, tokenizer, fields=info.template, system=system,
+        templates.of_checkpoint(
+            info.prompt_template, tokenizer, fields=info.template, system=info.system,
             where=str(source), trust_code=trust_code,
         )
+        if info
+        else templates.load("auto", tokenizer)
     )  # fmt: skip
     rounding = Rounding.of_run(info.settings, info.computed_in) if info else None
     if rounding:
@@ -180,7 +173,7 @@ def write_model(
     log("Loading the parts and merging adapters ...")
     dtype = _stored_type(info, fp32)
     image_model = load_llava(
-        sources, tokenizer, dtype=torch.float32, device=pick_device(device),
+        sources, tokenizer, dtype=torch.float32, device=pick_device("auto"),
         rounding=rounding, trust_remote_code=trust_remote_code, merged=True,
     )  # fmt: skip
     model = _self_contained(image_model).to(dtype)
@@ -193,7 +186,6 @@ def write_model(
         compare_prompts(draft, image_model, template, log)
         if info is not None:
             replace(info, kind="model").write(draft)
-    return info
 
 
 def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:

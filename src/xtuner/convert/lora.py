@@ -168,6 +168,10 @@ def _low_rank(
     if any(len(shape) != 2 for shape in shapes):
         raise NeedsModel(f"{name} is not a matrix")
     rank = shapes[0][0]
+    if shapes[1][1] != rank:
+        raise ModelError(
+            f"the adapter is damaged: {name} has rank {rank}, and {up} has rank {shapes[1][1]}"
+        )
     alphas = config.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(alphas.keys(), lora[1]), config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -10,10 +10,11 @@ weights would round them again, which loses far more than the difference between
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +43,7 @@ from xtuner.models import manifest, original, vocabulary
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.adapters import load_adapter
 from xtuner.models.families import internlm2
-from xtuner.models.load import load_tokenizer, read_config
+from xtuner.models.load import load_tokenizer, located_config, meta_model, read_config
 from xtuner.models.quantize import Rounding
 from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
@@ -226,7 +227,13 @@ class _Merge:
                 return changes[name].apply(weights, adapter, device=self.device)
             return weights[name]
 
-        weights = _Rounded(base, self.rounding, self.source) if self.rounding else base
+        weights: _Rounded | Weights = base
+        if self.rounding:
+            config = located_config(self.source, trust_remote_code=self.trust_remote_code)
+            names = self.rounding.names(
+                meta_model(config, trust_remote_code=self.trust_remote_code)
+            )
+            weights = _Rounded(base, self.rounding, names)
         write_shards(draft, plan, read, max_bytes=self.max_bytes, log=self.log)
         assert self.folder is not None
         write_config(self.folder, draft, dtype=main_dtype(plan), untie=lora.HEAD in changes)
@@ -298,6 +305,11 @@ class _Merge:
             self.source, self.adapter, draft, dtype=computed, stored=stored, device=self.device,
             trust_remote_code=self.trust_remote_code, rounding=self.rounding,
         )  # fmt: skip
+        if not math.isfinite(found.relative):
+            raise ModelError(
+                f"{self.llm} + {self.adapter}: the logits are not finite: weights are damaged, or "
+                "a run diverged before they were saved. Nothing was written"
+            )
         if found.is_wrong:
             raise ModelError(
                 f"the merged model differs from {self.llm} + {self.adapter}: logits differ by up "
@@ -324,14 +336,8 @@ class _Merge:
 class _Rounded:
     """The weights of a model, quantized and dequantized as in the training run."""
 
-    def __init__(self, base: Weights, rounding: Rounding, source: str) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self._base, self._rounding = base, rounding
-        with torch.device("meta"):
-            self._names = rounding.names(
-                AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-            )
+    def __init__(self, base: Weights, rounding: Rounding, names: Collection[str]) -> None:
+        self._base, self._rounding, self._names = base, rounding, names
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self._base[name]

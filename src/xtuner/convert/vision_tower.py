@@ -31,8 +31,8 @@ def merge_encoder(
     adapter: Path,
     save_dir: Path,
     *,
-    dtype: str = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: str,
+    device: Literal["auto", "cpu", "cuda"],
 ) -> float:
     """Merge the adapter of a vision tower into it, and save the result.
 

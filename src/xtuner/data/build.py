@@ -30,10 +30,10 @@ from xtuner.data.report.account import (
     num_duplicates,
     refuse_unusable,
 )
-from xtuner.data.report.data_report import DataReport, PartReport, count
+from xtuner.data.report.data_report import DataReport, PartReport
 from xtuner.data.sources.resolve import prepare
 from xtuner.data.tokenize.encode import Encoding
-from xtuner.errors import DataError
+from xtuner.errors import DataError, count
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm
 
@@ -163,9 +163,8 @@ class _Assembly:
         )
         train, validation = split_validation(rows, ratio=s.validation_ratio, seed=s.seed)
         if not len(train):
-            count = len(np.unique(rows))
             raise DataError(
-                f"no rows left to train on: the mix has {count} row{'' if count == 1 else 's'} and "
+                f"no rows left to train on: the mix has {count(len(np.unique(rows)), 'row')} and "
                 f"validation_ratio is {s.validation_ratio}; add data, or change the mix"
             )
         return train, validation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from xtuner.cache_dir import cache_dir
 from xtuner.device.ownership import refuse_others
 
 
@@ -45,8 +45,7 @@ def compile_library(folder: str, sources: Iterable[Path], command: list[str]) ->
     version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"
     texts = [source.read_text() for source in sources]
     key = "\n".join((*texts, version, *command[1:], platform.machine(), cpu_flags()))
-    home = Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser()
-    path = home / folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = cache_dir() / folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     refuse_others(path.parent)
     if not path.is_file():

@@ -44,15 +44,19 @@ def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / FILE_NAME).open("a+", encoding="utf-8") as file:
         if not _take(file):
-            raise LaunchError(
-                f"{work_dir}: another run is writing to it ({_holder(file)}). Use another folder "
-                f"with --work-dir DIR, or wait until it ends with --wait"
-            )
+            raise _held(work_dir, file)
         file.truncate(0)
         json.dump(_own(), file)
         file.flush()
         yield
         file.truncate(0)
+
+
+def refuse_if_held(work_dir: Path) -> None:
+    """Raise the LaunchError of `hold` if another process holds the lock of `work_dir`."""
+    with contextlib.suppress(OSError), (work_dir / FILE_NAME).open("r+", encoding="utf-8") as file:
+        if not _take(file):
+            raise _held(work_dir, file)
 
 
 def wait_until_free(work_dir: Path, *, poll_seconds: float = _POLL_SECONDS) -> None:
@@ -106,6 +110,13 @@ def _take(file: Any) -> bool:
             "work dir", file.name, error.strerror,
         )  # fmt: skip
     return True
+
+
+def _held(work_dir: Path, file: Any) -> LaunchError:
+    return LaunchError(
+        f"{work_dir}: another run is writing to it ({_holder(file)}). Use another folder with "
+        f"--work-dir DIR, or wait until it ends with --wait"
+    )
 
 
 def _own() -> dict[str, Any]:

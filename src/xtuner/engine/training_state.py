@@ -65,7 +65,7 @@ def load_state(
     """
     file = folder / STATE_FILE
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = _read(file)
         load_optimizer(state["optimizer"])
         step, before = int(state["step"]), completed(state["identity"])
         _check_step(step, folder)
@@ -81,6 +81,23 @@ def load_state(
         if before.get(key) != value and (key in before or key != DATA)
     ]
     return step, changed
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """The content of the file; ValueError if it is damaged."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many error types for a damaged file
+        words = str(error).partition("\n")[0].partition(". ")[0]
+        kind = type(error).__name__
+        raise ValueError(f"it is damaged ({kind}{f': {words}' if words else ''})") from error
+    parts = {"optimizer": Mapping, "step": int, "identity": Mapping}
+    wrong = not isinstance(state, Mapping) or [
+        name for name, kind in parts.items() if not isinstance(state.get(name), kind)
+    ]
+    if wrong:
+        raise ValueError("it is not the training state of a run")
+    return dict(state)
 
 
 def _check_step(step: int, folder: Path) -> None:

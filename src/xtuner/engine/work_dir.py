@@ -13,7 +13,7 @@ from xtuner.config.load import LoadedSettings
 from xtuner.config.render import render_all
 from xtuner.config.schema import Settings
 from xtuner.engine.checkpoint import CheckpointStore
-from xtuner.errors import CheckpointError
+from xtuner.engine.earlier_run import refuse_earlier_run
 from xtuner.local_imports import local_imports
 
 _USER_CODE = "user_code"
@@ -21,28 +21,22 @@ _USER_CODE = "user_code"
 
 
 @dataclass(frozen=True)
-class WorkPlace:
-    """Where a run writes: its work dir, and the time-stamped log folder of this start in it."""
+class RunDirs:
+    """The folders of a run: its work dir, and the time-stamped log folder of this start in it."""
 
     work_dir: Path
     log_dir: Path
 
     @classmethod
-    def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> WorkPlace:
+    def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> RunDirs:
         """Create the folders.
 
         Raises:
             CheckpointError: There are checkpoints of an earlier run and neither flag is set.
         """
-        store = CheckpointStore(work_dir)
-        store.tidy()
-        checkpoints = store.all()
-        if checkpoints and not resuming and not overwrite:
-            raise CheckpointError(
-                f"{work_dir} holds {checkpoints[-1].name} of an earlier run. Add --resume to "
-                "continue it, --work-dir DIR to use another folder, or --overwrite to delete it "
-                "and start again."
-            )
+        CheckpointStore(work_dir).tidy()
+        if not resuming and not overwrite:
+            refuse_earlier_run(work_dir)
         log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
         for number in range(1, 1000):
             with contextlib.suppress(FileExistsError):
@@ -61,14 +55,10 @@ class WorkPlace:
                 return tuple(kept(item) for item in value)
             if not isinstance(value, str) or not plugins.is_user_path(value):
                 return value
-            name, _, attribute = value.rpartition(":")
-            bases = (folder, Path.cwd())
-            files = (base / Path(name).expanduser() for base in bases)
-            file = next((file for file in files if file.is_file()), None)
-            if file is None:
+            if (file := plugins.user_file(value, folder)) is None:
                 return value
             copy = _copied(file, self.work_dir / _USER_CODE)
-            return f"{copy.relative_to(self.work_dir).as_posix()}:{attribute}"
+            return f"{copy.relative_to(self.work_dir).as_posix()}:{value.rpartition(':')[2]}"
 
         values = {name: getattr(settings, name) for name in type(settings).model_fields}
         changed = {name: kept(value) for name, value in values.items()}

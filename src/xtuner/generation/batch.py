@@ -11,25 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from xtuner.generation.answer import Answer
-from xtuner.generation.detokenize import StopWords
-from xtuner.generation.generate import (
-    GenerationOptions,
-    call_markers,
-    chooser,
-    end_tokens,
-    generation_mode,
-    room_for_answer,
-    stream,
-)
+from xtuner.generation.generate import GenerationOptions, begin, call_markers, generation_mode
 from xtuner.generation.running import OneByOne, RunningBatch, takes_batches
 from xtuner.templates.base import Template
 from xtuner.types import Message
 
 __all__ = ["continue_prompts", "generate_batch", "takes_batches"]
-
-Choose = Callable[[Tensor, Tensor], Tensor]
-"""See `generate.chooser`."""
 
 
 def generate_batch(
@@ -56,20 +43,6 @@ def generate_batch(
         DataError: the template does not support a conversation.
     """
     tools = tools or [()] * len(conversations)
-    if len(conversations) < 2 or not takes_batches(model):
-        return [
-            "".join(
-                stream(
-                    model,
-                    tokenizer,
-                    template=template,
-                    messages=messages,
-                    options=options,
-                    tools=shown,
-                )
-            )
-            for messages, shown in zip(conversations, tools, strict=True)
-        ]
     return continue_prompts(
         model,
         tokenizer,
@@ -108,18 +81,10 @@ def continue_prompts(
     Raises:
         ModelError: a prompt leaves no room in the model's context.
     """
-    device = next(model.parameters()).device
-    ends = end_tokens(model, tokenizer, template, options)
+    if not prompts:
+        return []
     rows = [
-        Answer(
-            list(prompt),
-            tokenizer=tokenizer,
-            words=StopWords([*template.stop_words, *options.stop_words]),
-            ends=ends,
-            limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
-            choose=_agreed(chooser(options, device), agree),
-            keep=kept,
-        )
+        begin(model, tokenizer, template, prompt, options, keep=kept, agree=agree)
         for prompt, kept in zip(prompts, keep or [()] * len(prompts), strict=True)
     ]
     texts = {id(row): "" for row in rows}
@@ -132,9 +97,3 @@ def continue_prompts(
             if not batch.rows:
                 return [texts[id(row)] for row in rows]
             found = batch.step()
-
-
-def _agreed(choose: Choose, agree: Callable[[Tensor], Tensor] | None) -> Choose:
-    if agree is None:
-        return choose
-    return lambda seen, scores: agree(choose(seen, scores))

@@ -11,8 +11,7 @@ answers equal those of `model.generate(do_sample=False)`.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.device.heap import trim_if_grown
 from xtuner.errors import ConfigError, ModelError, listed
-from xtuner.generation.detokenize import Detokenizer, StopWords
+from xtuner.generation.answer import Answer, Choose
+from xtuner.generation.detokenize import StopWords
 from xtuner.generation.images import ImageInput
+from xtuner.generation.running import OneByOne, Within, plainly
 from xtuner.kernels.attention import packed
 from xtuner.models.vision.llava import decoder_of
 from xtuner.templates.base import Template
@@ -81,14 +81,6 @@ class GenerationOptions:
         return () if self.samples else tuple(n for n in sampling if getattr(self, n) is not None)
 
 
-Within = Callable[[Callable[[], Any]], Any]
-"""Calls a function that runs the model, and returns its result."""
-
-
-def _plainly(run: Callable[[], Any]) -> Any:
-    return run()
-
-
 def stream(
     model: Any,
     tokenizer: Any,
@@ -113,27 +105,61 @@ def stream(
         ModelError: the messages leave no room in the model's context.
         DataError: the template does not support these messages.
     """
-    within = within or _plainly
+    within = within or plainly
     prompt = template.prompt_ids(messages, tools=tools)
     prompt = vision.expanded(prompt, messages) if vision else prompt
-    room = room_for_answer(model, prompt)
-    ends = end_tokens(model, tokenizer, template, options)
-    words = StopWords([*template.stop_words, *options.stop_words])
-    text = Detokenizer(tokenizer, keep=call_markers(template) if tools else ())
+    keep = call_markers(template) if tools else ()
+    row = begin(model, tokenizer, template, prompt, options, keep=keep, agree=agree)
     with generation_mode(model):
-        with packed.without_cudnn(next(model.parameters()).device):
-            first = within(lambda: vision.inputs(prompt, messages) if vision else {})
-        choose = chooser(options, next(model.parameters()).device)
-        ids = token_ids(model, prompt, choose, first, agree, within)
-        for _, token_id in zip(range(min(room, options.max_new_tokens)), ids, strict=False):
-            if token_id in ends:
-                break
-            if piece := words.add(text.add(token_id)):
+        if vision is not None:
+            with packed.without_cudnn(next(model.parameters()).device):
+                row.inputs = within(functools.partial(vision.inputs, prompt, messages))
+        batch = OneByOne(model, within)
+        batch.admit([row])
+        while batch.rows:
+            ((_, piece),) = batch.step()
+            if piece:
                 yield piece
-            if words.found:
-                return
-    if rest := words.add(text.rest()) + words.rest():
-        yield rest
+
+
+def begin(
+    model: Any,
+    tokenizer: Any,
+    template: Template,
+    prompt: Sequence[int],
+    options: GenerationOptions,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    top_logprobs: int | None = None,
+    keep: Collection[str] = (),
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> Answer:
+    """The answer of `model` to the prompt of ids `prompt`, still without a token.
+
+    Args:
+        model: will generate it.
+        tokenizer: of the model.
+        template: has tokens and words that end the answer.
+        prompt: token ids, with those of images.
+        options: of the answer; with a seed it has its own random generator.
+        inputs, top_logprobs, keep: see `Answer`.
+        agree: see `stream`.
+
+    Raises:
+        ModelError: the prompt leaves no room in the model's context.
+    """
+    choose = chooser(options, next(model.parameters()).device)
+    return Answer(
+        prompt,
+        tokenizer=tokenizer,
+        words=StopWords([*template.stop_words, *options.stop_words]),
+        ends=end_tokens(model, tokenizer, template, options),
+        limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
+        choose=(lambda seen, scores: agree(choose(seen, scores))) if agree else choose,
+        inputs=inputs,
+        top_logprobs=top_logprobs,
+        keep=keep,
+    )
 
 
 def call_markers(template: Template) -> tuple[str, ...]:
@@ -185,63 +211,11 @@ def generation_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def token_ids(
-    model: Any,
-    prompt: list[int],
-    choose: Callable[[Tensor, Tensor], Tensor],
-    first: Mapping[str, Any],
-    agree: Callable[[Tensor], Tensor] | None = None,
-    within: Within = _plainly,
-) -> Iterator[int]:
-    """Yield the ids that follow `prompt`, without end.
-
-    Args:
-        model: in generation mode.
-        prompt: token ids.
-        choose: see `chooser`.
-        first: the model inputs of a prompt with images.
-        agree, within: see `stream`.
-    """
-    embedding = model.get_input_embeddings().weight
-    device = next(model.parameters()).device  # the embedding may be on another device
-    # The id of the image token may be outside the vocabulary; the repetition penalty skips it.
-    words = [i for i in prompt if i < embedding.shape[0]] if first else prompt
-    seen = torch.tensor([words], device=device)
-    step, cache = seen, None
-    inputs: dict[str, Any] = dict(first) or {"input_ids": step}
-    positions: Tensor | None = first.get("position_ids")
-    extra: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-    cached = takes(model, "past_key_values")  # state-space models have another kind of cache
-    while True:
-        # Restored before each yield, so that the caller runs in its own grad mode and SDPA backend.
-        with torch.no_grad(), packed.without_cudnn(device):
-            if cached:
-                extra["past_key_values"] = cache
-            output = within(functools.partial(model, **inputs, use_cache=cached, **extra))
-            trim_if_grown()
-            chosen = choose(seen, output.logits[:, -1].float())
-            chosen = agree(chosen) if agree else chosen
-        yield int(chosen)
-        seen = torch.cat([seen, chosen[:, None]], dim=1)
-        cache = output.past_key_values if cached else None
-        step = seen if cache is None else chosen[:, None]
-        inputs = {"input_ids": step}
-        if positions is not None:
-            positions = positions[..., -1:] + 1
-            inputs["position_ids"] = positions
-
-
-def takes(model: Any, argument: str) -> bool:
-    """Whether the forward pass of `model` has this argument."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(base.forward).parameters
-
-
 _LEAST_TEMPERATURE = 1e-4
 """Divided by less, logits become infinite, and their softmax not a number."""
 
 
-def chooser(options: GenerationOptions, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def chooser(options: GenerationOptions, device: torch.device) -> Choose:
     """A function from (ids so far ``[1, T]``, logits ``[1, V]``) to the next id ``[1]``."""
     from transformers import (
         LogitsProcessorList,

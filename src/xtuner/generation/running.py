@@ -9,8 +9,9 @@ layers are kept for the complete rows, also where a layer looks at a window only
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch.nn import functional
 
 from xtuner.device.heap import trim_if_grown
 from xtuner.generation.answer import Answer
-from xtuner.generation.generate import takes, token_ids
 from xtuner.kernels.attention import packed
+
+Within = Callable[[Callable[[], Any]], Any]
+"""Calls a function that runs the model, and returns its result."""
 
 NEEDED = ("attention_mask", "position_ids", "past_key_values", "use_cache")
 """Arguments of a model that takes left-padded batches."""
@@ -38,6 +41,17 @@ def takes_batches(model: Any) -> bool:
         return False
     layers = DynamicCache(config=base.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether the forward pass of `model` has this argument."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return argument in inspect.signature(base.forward).parameters
+
+
+def plainly(run: Callable[[], Any]) -> Any:
+    """`run()`, for a model that needs nothing around it."""
+    return run()
 
 
 class RunningBatch:
@@ -151,42 +165,63 @@ class RunningBatch:
 class OneByOne:
     """Like `RunningBatch`, for a model that takes no batches: one answer after the other.
 
+    Args:
+        model: in generation mode.
+        within: calls what runs the model, inside of whatever gathers sharded weights.
+
     Attributes:
         rows: the answers that have not ended; the first one is being generated.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, within: Within = plainly) -> None:
         self.rows: list[Answer] = []
-        self._model = model
-        self._ids: Iterator[int] | None = None
-        self._piece = ""
+        self._model, self._within = model, within
+        self._extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+        # State-space models have another kind of cache.
+        self._cached = takes(model, "past_key_values")
+        self._cache: Any = None
+        self._positions: Tensor | None = None
 
     def admit(self, rows: Sequence[Answer]) -> list[tuple[Answer, str]]:
         """Queue `rows`."""
         self.rows += rows
         return []
 
+    @torch.no_grad()
     def step(self) -> list[tuple[Answer, str]]:
         """Generate one token of the first row."""
         row = self.rows[0]
-        if self._ids is None:
-            self._ids = token_ids(self._model, row.ids, self._choose, row.inputs)
-        next(self._ids)
+        inputs = self._inputs(row) | self._extra
+        if self._cached:
+            inputs["past_key_values"] = self._cache
+        with packed.without_cudnn(next(self._model.parameters()).device):
+            output = self._within(functools.partial(self._model, **inputs, use_cache=self._cached))
+        trim_if_grown()
+        self._cache = output.past_key_values if self._cached else None
+        piece = row.take(output.logits[:, -1].float())
         if row.finish:
             self.remove([row])
-        return [(row, self._piece)]
+        return [(row, piece)]
+
+    def _inputs(self, row: Answer) -> dict[str, Any]:
+        """The inputs that the cache does not have."""
+        if not row.num_generated:
+            self._cache, self._positions = None, row.inputs.get("position_ids")
+            if row.inputs:
+                return dict(row.inputs)
+        ids = row.ids if self._cache is None else row.ids[-1:]
+        device = next(self._model.parameters()).device  # the embedding may be on another device
+        inputs = {"input_ids": torch.tensor([ids], device=device)}
+        if self._positions is not None:
+            self._positions = self._positions[..., -1:] + 1
+            inputs["position_ids"] = self._positions
+        return inputs
 
     def remove(self, rows: Sequence[Answer]) -> None:
         """Remove `rows`."""
-        leaving = {id(row) for row in rows}
-        if self.rows and id(self.rows[0]) in leaving:
-            self._ids = None
-        self.rows = [row for row in self.rows if id(row) not in leaving]
-
-    def _choose(self, seen: Tensor, scores: Tensor) -> Tensor:
-        row = self.rows[0]
-        self._piece = row.take(scores)
-        return torch.tensor(row.ids[-1:], device=scores.device)
+        self.rows = [row for row in self.rows if row not in rows]
+        if not self.rows:
+            self._cache = None
 
 
 def _padded(tensor: Tensor, length: int, dim: int) -> Tensor:

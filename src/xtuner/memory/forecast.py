@@ -51,8 +51,6 @@ class Forecast:
         embedding_on_cpu: whether the input embedding stays in the CPU's memory.
         checkpoint: Size of a checkpoint on disk.
         division: what of it this process holds.
-        strategy: the name of what divides it.
-        processes: how many share it.
         graphs: Whether the decoder can be recorded as CUDA graphs.
     """
 
@@ -66,8 +64,6 @@ class Forecast:
     graphs: bool = False
     failure: str = ""
     division: Division = UNSHARDED
-    strategy: str = "replicated"
-    processes: int = 1
 
     @property
     def peak(self) -> int:
@@ -183,8 +179,6 @@ def forecast(
     full = Forecast(
         paged=may_page(settings, device) if paged is None else paged,
         division=division,
-        strategy=settings.strategy,
-        processes=processes,
         footprint=found,
         optimizer=int(found.trainable * moments),
         device=device,

@@ -197,8 +197,8 @@ def _expected(
         if os.environ.get("XTUNER_STRICT"):
             raise
         nothing = Footprint(0, 0, 0, 0, 0)
-        told = " ".join(str(error).split())
-        words = told if isinstance(error, XTunerError) else f"{type(error).__name__}: {told}"
+        message = " ".join(str(error).split())
+        words = message if isinstance(error, XTunerError) else f"{type(error).__name__}: {message}"
         return Forecast(nothing, 0, device, wanted is True, checkpoint=0, failure=words)
     return expected
 

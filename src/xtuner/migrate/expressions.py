@@ -9,13 +9,13 @@ Size and work are bounded.
 from __future__ import annotations
 
 import ast
-import posixpath
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from xtuner.config.read import arithmetic
 from xtuner.config.read.arithmetic import RefusedError
+from xtuner.config.read.calls import joined
 from xtuner.errors import ConfigError
 from xtuner.migrate.values import Dotted, Table, Unread, copied
 
@@ -213,7 +213,7 @@ class Expressions:
         called = self._value(node.func) if isinstance(node.func, ast.Attribute) else None
         name = called.path if isinstance(called, Dotted) else ""
         if name in ("os.path.join", "posixpath.join") and not node.keywords:
-            return self._made(node, node.args, _joined_path)
+            return self._made(node, node.args, joined)
         if name in ("copy.deepcopy", "copy.copy") and len(node.args) == 1:
             return copied(self._value(node.args[0]))
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("copy", "join"):
@@ -251,12 +251,6 @@ def _plain(function: Callable[..., Any], given: Sequence[Any]) -> Any:
         return function(*given)
     except (TypeError, ValueError, OverflowError) as error:
         raise RefusedError(str(error)) from None
-
-
-def _joined_path(*parts: Any) -> str:
-    if not parts or not all(isinstance(part, str) for part in parts):
-        raise RefusedError("os.path.join needs strings")
-    return str(posixpath.join(*parts))
 
 
 def words(node: ast.AST) -> str:

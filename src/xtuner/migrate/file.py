@@ -67,7 +67,7 @@ def read(path: Path) -> Draft:
 
 def _translate(path: Path, text: str, origin: str) -> Draft:
     if origin == foreign.XTUNER_OLD:
-        return xtuner_old.migrate(read_mmengine.read(path), systems=systems.beside(path))
+        return xtuner_old.migrate(read_mmengine.read(path), systems=systems.near(path))
     try:
         return _YAML[origin](text, path.resolve().parent)
     except ConfigError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from xtuner.config.read.entries import Entry, Problem, Reading, shortened
 from xtuner.config.render import render
-from xtuner.migrate.values import UnreadError, written
+from xtuner.migrate.values import Table, UnreadError, written
 
 _WIDTH = 96
 
@@ -60,6 +60,12 @@ class Draft:
         self.values[name] = value
         self.lines[name] = line
 
+    def carry(self, table: Table, key: str, ours: str, default: Any = None) -> None:
+        """Set `ours` to the value of `key`, or to `default`; without either, set nothing."""
+        value = table.take(key, default)
+        if value or default is not None:
+            self.set(ours, value, table.line_of(key))
+
     def lose(self, line: int, what: str, why: str) -> None:
         """Report something that is dropped."""
         self._add(self.lost, line, what, why)
@@ -89,10 +95,8 @@ class Draft:
     @property
     def outcome(self) -> str:
         """'migrated', 'with losses', 'refused' or 'not yet'."""
-        if self.not_yet:
-            return "not yet"
-        if self.refused:
-            return "refused"
+        if self.not_yet or self.refused:
+            return "not yet" if self.not_yet else "refused"
         return "with losses" if self.lost else "migrated"
 
     def reading(self) -> Reading:

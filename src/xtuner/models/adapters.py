@@ -89,21 +89,7 @@ def add_adapter(
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"lora_config = {dict(further or {})}: {error}") from error
     config._register_custom_module(layer_classes())
-    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    wrong = [
-        n
-        for n in (*(() if all_linear else target_modules), *modules_to_save)
-        if n.rpartition(".")[2] not in known
-    ]
-    if wrong:
-        linear = {
-            n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
-        }
-        raise ModelError(
-            "lora_target_modules, lora_modules_to_save: the model has no layer "
-            f"{', '.join(map(repr, wrong))}; "
-            f"its linear layers are {', '.join(sorted(linear))}"
-        )
+    _check_layers(model, [*(() if all_linear else target_modules), *modules_to_save])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -133,6 +119,18 @@ def _linear_names(model: nn.Module) -> list[str]:
             if isinstance(module, nn.Linear | Conv1D) and module is not head
         }
     )
+
+
+def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse names that no layer of `model` has."""
+    layers = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    known = {name for name, _ in layers}
+    if wrong := [repr(name) for name in names if name.rpartition(".")[2] not in known]:
+        linear = {name for name, module in layers if isinstance(module, nn.Linear)}
+        raise ModelError(
+            "lora_target_modules, lora_modules_to_save: the model has no layer "
+            f"{', '.join(wrong)}; its linear layers are {', '.join(sorted(linear))}"
+        )
 
 
 _OWN = {
@@ -241,16 +239,13 @@ def notes_on_adapters(adapted: Any) -> Iterator[str]:
         )
 
 
-def load_adapter(
-    model: nn.Module, folder: str | Path, *, trainable: bool = False, name: str = "default"
-) -> Any:
+def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default") -> Any:
     """Add the adapter saved in `folder` to `model`.
 
     Args:
         model: A causal language model, or a result of this function, which gets another adapter.
             Its embeddings get as many rows as the adapter was trained with.
         folder: The adapter's folder.
-        trainable: Whether its weights are trained.
         name: The name by which `set_adapter` selects it.
 
     Raises:
@@ -274,11 +269,12 @@ def load_adapter(
     try:
         with fitting_llm_adapter(model, folder) as fitted:
             if isinstance(model, PeftModel):
-                model.load_adapter(str(fitted), adapter_name=name, is_trainable=trainable)
-                return model
-            return PeftModel.from_pretrained(
-                model, str(fitted), adapter_name=name, is_trainable=trainable
-            )
+                model.load_adapter(str(fitted), adapter_name=name)
+                loaded = model
+            else:
+                loaded = PeftModel.from_pretrained(model, str(fitted), adapter_name=name)
+        _check_finite(loaded, name, folder)
+        return loaded
     except SafetensorError as error:
         raise ModelError(f"{folder}: the adapter's weights are damaged: {error}") from error
     except (torch.OutOfMemoryError, XTunerError):
@@ -291,6 +287,16 @@ def load_adapter(
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
             f"{words if known else f'{type(error).__name__}: {words}'}"
         ) from error
+
+
+def _check_finite(adapted: Any, name: str, folder: Path) -> None:
+    """Raise ModelError if a weight of the adapter called `name` is not finite."""
+    for key, parameter in adapted.named_parameters():
+        if f".{name}" in key and not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"{folder}: the adapter's weights are not finite ({key}): the run diverged before "
+                f"it was saved, or the file is damaged; use another checkpoint"
+            )
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:

@@ -249,6 +249,11 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # damaged files cause whatever a library does not check
         words = " ".join(str(error).split())
+        if "trust_remote_code=True" in words:
+            raise ModelError(
+                f"the {what} {str(path)!r} comes with Python code of its own, which is not run. If "
+                f"you trust its authors, add --trust-remote-code"
+            ) from error
         known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
         words = words if words and known else f"{type(error).__name__}: {words}"
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"

@@ -65,10 +65,7 @@ def make_trainable(
     if s.llm_training == "frozen":
         model.requires_grad_(False)
     if recompute:
-        kept = s.lora_dropout > 0 or draws_random_numbers(model)
-        options = {"use_reentrant": False, "preserve_rng_state": kept}
-        model.activation_checkpointing_enable(options)
-        model.enable_input_require_grads()
+        _recompute(model, s)
     if not s.uses_adapter:
         return model
     adapted = adapters.add_adapter(
@@ -86,6 +83,13 @@ def make_trainable(
     if source is not None:
         adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.has_vision else source)
     return adapted
+
+
+def _recompute(model: Any, s: Settings) -> None:
+    kept = s.lora_dropout > 0 or draws_random_numbers(model)
+    options = {"use_reentrant": False, "preserve_rng_state": kept}
+    model.activation_checkpointing_enable(options)
+    model.enable_input_require_grads()
 
 
 def draws_random_numbers(model: Any) -> bool:

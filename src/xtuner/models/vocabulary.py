@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from xtuner.errors import ConfigError, ModelError
+from xtuner.errors import ConfigError, ModelError, count
 from xtuner.models.load import load_tokenizer, quiet_transformers
 
 _EMBEDDING = r"(?:embed_tokens|wte|embed_in|word_embeddings)"
@@ -183,9 +183,8 @@ def misfit(folder: Path, tokens: int) -> str:
     wanted = tokens_for_adapter(folder, tokens)
     if wanted == tokens:
         return ""
-    count = f"{abs(wanted - tokens):,} {'more' if wanted > tokens else 'fewer'} token"
-    plural = "" if abs(wanted - tokens) == 1 else "s"
-    return f"the adapter was trained with {count}{plural} than the model has"
+    noun = f"{'more' if wanted > tokens else 'fewer'} token"
+    return f"the adapter was trained with {count(abs(wanted - tokens), noun)} than the model has"
 
 
 def fit_to_adapter(model: nn.Module, folder: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xtuner.errors import LaunchError, PeerLostError, XTunerError
+from xtuner.errors import LaunchError, PeerLostError, XTunerError, brief
 from xtuner.parallel.processes import Processes
 
 T = TypeVar("T")
@@ -55,8 +55,7 @@ class Once:
             try:
                 done = work()
             except Exception as error:
-                first = next(iter(str(error).splitlines()), "")
-                self._post(f"done/{worker}", f"{type(error).__name__}: {first}")
+                self._post(f"done/{worker}", brief(error))
                 raise
             self._post(f"done/{worker}", "")
             if self._processes.is_main:

@@ -202,11 +202,6 @@ class Processes:
             store = torch._C._distributed_c10d.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
-    def wait(self) -> None:
-        """Wait until every process arrives."""
-        with self._together("a barrier"):
-            self._state.wait_for_everyone()
-
     @contextmanager
     def without_others(self, who: str) -> Iterator[None]:
         """Refuse collective calls inside the block, which only this process executes.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 720, 260
+"""Of a drawing, which is scaled to the page."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 34
 _MOST_POINTS = 500
 
@@ -42,25 +43,22 @@ def smoothed(points: Points) -> list[tuple[float, float]]:
     return result
 
 
-def draw(
-    lines: Sequence[Line], *, label: str, x_label: str, width: int = WIDTH, height: int = HEIGHT
-) -> str:
+def draw(lines: Sequence[Line], *, label: str, x_label: str) -> str:
     """Draw `lines` into one SVG with axes, whose y axis contains 0, and a legend.
 
     Args:
         lines: curves; points that are not finite are left out.
         label: read out by screen readers.
         x_label: the title of the x axis.
-        width, height: of the drawing, which is scaled to the page.
     """
     lines = [Line(line.label, _finite(line.points), line.style, line.dots) for line in lines]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     if not xs:
         return ""
-    frame = _Frame((min(xs), max(xs)), (min(ys), max(ys)), (width, height))
+    frame = _Frame((min(xs), max(xs)), (min(ys), max(ys)))
     parts = [
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(label)}">',
         *frame.axes(x_label),
         *(part for line in lines if line.points for part in _curve(line, frame)),
@@ -77,36 +75,33 @@ def draw(
 class _Frame:
     """Maps values to pixels."""
 
-    def __init__(
-        self, xs: tuple[float, float], ys: tuple[float, float], size: tuple[int, int]
-    ) -> None:
+    def __init__(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:
         self.x_low, self.x_high = xs[0], max(xs[1], xs[0] + 1)
         self.y_low, self.y_high = 1.05 * min(ys[0], 0.0), 1.05 * max(ys[1], 0.0)
         if self.y_high == self.y_low:
             self.y_high = 1.0
-        self.width, self.height = size
 
     def x(self, value: float) -> float:
         share = (value - self.x_low) / (self.x_high - self.x_low)
-        return _LEFT + share * (self.width - _LEFT - _RIGHT)
+        return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
-        bottom = self.height - _BOTTOM
+        bottom = HEIGHT - _BOTTOM
         share = (value - self.y_low) / (self.y_high - self.y_low)
         return bottom - share * (bottom - _TOP)
 
     def axes(self, x_label: str) -> Iterator[str]:
-        right, bottom = self.width - _RIGHT, self.height - _BOTTOM
-        for value in _ticks(self.y_low, self.y_high, self.height // 50):
+        right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
+        for value in _ticks(self.y_low, self.y_high, HEIGHT // 50):
             y = self.y(value)
             yield f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             yield f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
             yield f"{_number(value)}</text>"
-        for value in _ticks(self.x_low, self.x_high, self.width // 100):
+        for value in _ticks(self.x_low, self.x_high, WIDTH // 100):
             x = self.x(value)
             yield f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
             yield f"{_number(value)}</text>"
-        yield f'<text class="tick" x="{right}" y="{self.height - 4}" text-anchor="end">'
+        yield f'<text class="tick" x="{right}" y="{HEIGHT - 4}" text-anchor="end">'
         yield f"{escape(x_label)}</text>"
 
 

@@ -21,12 +21,10 @@ from typing import Any
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.errors import LaunchError, ModelError, XTunerError
 from xtuner.generation.answer import Answer
-from xtuner.generation.detokenize import StopWords
 from xtuner.generation.generate import (
     GenerationOptions,
+    begin,
     call_markers,
-    chooser,
-    end_tokens,
     generation_mode,
     room_for_answer,
 )
@@ -275,20 +273,18 @@ def _answer(job: Job) -> Answer:
     Raises:
         XTunerError: an image cannot be used, or the prompt leaves no room in the context.
     """
-    served, options = job.model, job.options
-    model, template = served.weights.model, served.template
+    served = job.model
     prompt, inputs = job.prompt, dict[str, Any]()
     if served.vision is not None and job.messages:
         images = ImageInput(served.vision)
         prompt = images.expanded(prompt, job.messages)
         inputs = images.inputs(prompt, job.messages)
-    return Answer(
+    return begin(
+        served.weights.model,
+        served.tokenizer,
+        served.template,
         prompt,
-        tokenizer=served.tokenizer,
-        words=StopWords([*template.stop_words, *options.stop_words]),
-        ends=end_tokens(model, served.tokenizer, template, options),
-        limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
-        choose=chooser(options, next(model.parameters()).device),
+        job.options,
         inputs=inputs,
         top_logprobs=job.top_logprobs,
         keep=job.keep,

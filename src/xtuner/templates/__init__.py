@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner import plugins
-from xtuner.errors import ConfigError, ModelError, did_you_mean, listed
+from xtuner.errors import ConfigError, ModelError, count, did_you_mean, listed
 from xtuner.templates.spec import Spec
 from xtuner.templates.table import NAMED
 from xtuner.templates.xtuner0 import XTUNER0
@@ -142,6 +142,6 @@ def _user_spec(name: str, folder: Path | None) -> Spec:
             "it must be a Spec (from xtuner.templates.spec import Spec)"
         )
     if problems := list(spec.problems()):
-        count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
-        raise ConfigError(listed(f"{SETTING} = {name!r}: {count}", problems))
+        headline = f"{SETTING} = {name!r}: {count(len(problems), 'problem')}"
+        raise ConfigError(listed(headline, problems))
     return spec

@@ -23,24 +23,17 @@ from xtuner.calls.families import load as load_family
 from xtuner.calls.families import reads_back
 from xtuner.calls.families.base import Family
 from xtuner.errors import DataError, ModelError
-from xtuner.templates.base import NO_REASONING, Rendered, Template, hash_of
-from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
-from xtuner.templates.moments import Moments, Text, roles
+from xtuner.templates.base import Rendered, Template, hash_of
+from xtuner.templates.moments import Moments, Text
 from xtuner.templates.native_tools import NativeTools, native_tools
+from xtuner.templates.renderer import Renderer, Tools
 from xtuner.templates.table import NAMED
 from xtuner.templates.thoughts import open_thought, split_thought
 from xtuner.templates.tool_layout import INTERNLM2, ToolLayout, needs_layout
 from xtuner.templates.turns import Stops, TurnFinder
 from xtuner.types import Conversation, Encoded, Message
 
-Tools = Sequence[Mapping[str, Any]]
-
 _PROBE = "xtuner"
-_EXCEEDS = "the tokenizer's chat template exceeds"
-_NAME_ANOTHER = "name another, such as prompt_template = 'chatml'"
-_PATIENCE = 3
-"""So many conversations may exceed the bounds before the template is not rendered any more."""
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STOPPING_OPENERS = ("<|user|>", "<|observation|>")
 _FURTHER_ENDS = (
     "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>",
@@ -59,8 +52,6 @@ NO_TEXT_BEFORE_CALLS = (
     "the model's chat template does not render the text before a call, so it is not trained on; to "
     "train on it, use a named template"
 )
-_DATE = "26 Jul 2024"
-"""The default date of Llama 3 templates; fixed, so that runs are reproducible."""
 
 
 class ChatTemplate(Template):
@@ -79,16 +70,14 @@ class ChatTemplate(Template):
             t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()
         ]
         self._native: NativeTools | Literal["unknown"] | None = "unknown"
-        self._exceeded = 0
-        self._marked: dict[str, bool] = {}
-        dated = "date_string" in self._source(())
-        self._variables: dict[str, Any] = {"date_string": _DATE} if dated else {}
-        self._reasoning_key = _reasoning_key(self._source(()))
+        self._renderer = Renderer(tokenizer)
+        source = self._renderer.source()
+        self._reasoning_key = _reasoning_key(source)
         self._has_system_turn = self._shows_system()
         self._stops = self._find_stops()
         stop = self._stops.text
         self.stop_words = (stop,) if stop else tuple({*self._stops.openers.values()})
-        ends = [t for t in _FURTHER_ENDS if t in self._source(()) and t in self._added]
+        ends = [t for t in _FURTHER_ENDS if t in source and t in self._added]
         self._further_ends = tuple(t for t in (tokenizer.eos_token, *ends) if t)
         self.stop_token_ids = self._token_ids((tokenizer.eos_token or "", *self.stop_words, *ends))
 
@@ -130,35 +119,31 @@ class ChatTemplate(Template):
     @cached_property
     def _opens_thought(self) -> bool:
         """Whether prompts open a thought."""
-        try:
-            prompt = self._text([{"role": "user", "content": _PROBE}], prompt=True).text
-        except DataError:
-            return False
+        prompt = self._text([{"role": "user", "content": _PROBE}], prompt=True)
         return open_thought(prompt) is not None
 
     def _finder(self, messages: Sequence[Message], tools: Tools) -> TurnFinder:
         turns, shown = self._with_tools(messages, tools)
 
         def render(dicts: list[dict[str, Any]], prompt: bool) -> Text:
-            return self._text(dicts, shown, prompt=prompt)
+            return self._renderer.text(dicts, shown, prompt=prompt)
 
-        def mended(index: int, text: str) -> str:
+        def repaired(index: int, text: str) -> str:
             message = turns[index][1]
-            return self._mended(message, text, tools) if message and message.tool_calls else text
+            return self._repaired(message, text, tools) if message and message.tool_calls else text
 
-        moments = Moments(
-            [turn for turn, _ in turns], render, reasoning_key=self._reasoning_key, mended=mended
-        )
+        dicts = [turn for turn, _ in turns]
+        moments = Moments(dicts, render, reasoning_key=self._reasoning_key, repaired=repaired)
         return TurnFinder(
             moments,
             [message for _, message in turns],
             stops=self._stops,
             has_tools=bool(shown),
-            mended=mended,
+            repaired=repaired,
             check=self._check,
         )
 
-    def _mended(self, message: Message, text: str, tools: Tools) -> str:
+    def _repaired(self, message: Message, text: str, tools: Tools) -> str:
         """The text of a turn with calls, as its family writes it if only that can be read.
 
         DeepSeek's templates end only several calls, and begin only the first of a conversation.
@@ -182,7 +167,7 @@ class ChatTemplate(Template):
     def fingerprint(self) -> str:
         """See `Template.fingerprint`."""
         source = self._tokenizer.chat_template
-        shows_today = "strftime_now" in str(source) and not self._variables
+        shows_today = "strftime_now" in str(source) and not self._renderer.variables
         today = date.today().isoformat() if shows_today else ""
         return hash_of("auto", source, self._tokenizer.special_tokens_map, self.system, today)
 
@@ -192,60 +177,6 @@ class ChatTemplate(Template):
         if said and split_thought(said)[1].strip() not in rendered:
             self._warn_once(NO_TEXT_BEFORE_CALLS)
         self._check_reasoning(turn, rendered)
-
-    def _text(
-        self, dicts: list[dict[str, Any]], tools: Tools = (), *, prompt: bool = False
-    ) -> Text:
-        """Render messages.
-
-        `apply_chat_template` returns the marks only as tokens, so its renderer is called directly.
-        """
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        source = self._source(tools)
-        variables = dict(self._variables)
-        if tools and "xml_tools" in source:
-            variables["xml_tools"] = [dict(tool) for tool in tools]  # SmolLM3
-        if self._exceeded > _PATIENCE:
-            raise ModelError(f"{_EXCEEDS} bounds again and again; {_NAME_ANOTHER}")
-        try:
-            with bounded():
-                texts, marks = render_jinja_template(
-                    [dicts],
-                    tools=[dict(tool) for tool in tools] or None,
-                    chat_template=source,
-                    add_generation_prompt=prompt,
-                    return_assistant_tokens_mask=self._is_marked(source),
-                    **self._tokenizer.special_tokens_map,
-                    **variables,
-                )
-            check_output(len(texts[0]), given=_characters([dicts, tools]))
-        except OutOfBoundsError as error:
-            self._exceeded += 1
-            raise ModelError(f"{_EXCEEDS} its bounds: it {error}; {_NAME_ANOTHER}") from error
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(
-                f"the tokenizer's chat template is invalid (line {error.lineno}: {error.message}); "
-                f"{_NAME_ANOTHER}"
-            ) from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise DataError(
-                f"the model's chat template rejects these messages (roles: {roles(dicts)}): {error}"
-            ) from error
-        return Text(texts[0], [(a, b) for a, b in marks[0]] if marks else [])
-
-    def _source(self, tools: Tools) -> str:
-        """The template source; some tokenizers have a separate one for tools."""
-        try:
-            return str(self._tokenizer.get_chat_template(tools=[dict(t) for t in tools] or None))
-        except ValueError as error:
-            raise ModelError(f"prompt_template = 'auto': {error}") from error
-
-    def _is_marked(self, source: str) -> bool:
-        if source not in self._marked:
-            self._marked[source] = _GENERATION.search(source) is not None
-        return self._marked[source]
 
     @property
     def tool_family(self) -> Family | None:
@@ -257,7 +188,7 @@ class ChatTemplate(Template):
         """What the chat template does with tools; None if it has none."""
         if self._native == "unknown":
             self._native = native_tools(
-                lambda dicts, tools, prompt: self._text(dicts, tools, prompt=prompt).text
+                lambda dicts, tools, prompt: self._renderer.text(dicts, tools, prompt=prompt).text
             )
         return self._native
 
@@ -267,10 +198,7 @@ class ChatTemplate(Template):
         if not all(word in self._added for word in load_family(INTERNLM2).markers):
             return ToolLayout.of()
         turn = {"role": "system name=<|plugin|>", "content": _PROBE}
-        try:
-            text = self._text([turn, {"role": "user", "content": "Hello"}]).text
-        except DataError:
-            text = ""
+        text = self._text([turn, {"role": "user", "content": "Hello"}])
         shown = f"{turn['role']}\n{_PROBE}" in text
         return ToolLayout.of(INTERNLM2, further_roles=True) if shown else ToolLayout.of()
 
@@ -278,8 +206,7 @@ class ChatTemplate(Template):
         self, messages: Sequence[Message], tools: Tools
     ) -> tuple[list[tuple[dict[str, Any], Message | None]], Tools]:
         """The messages as dicts, and the tools that are left for the chat template to render."""
-        if self.system and messages and messages[0].role != "system":
-            messages = [Message("system", self.system), *messages]
+        messages = self._with_system(messages)
         if not needs_layout(messages, tools):
             return self._as_turns([(m.as_dict(), m) for m in messages]), ()
         native = self._native_tools()
@@ -327,19 +254,23 @@ class ChatTemplate(Template):
         reasoning = turn.pop("reasoning_content", "")
         return {**turn, self._reasoning_key: reasoning} if reasoning else turn
 
+    def _text(self, dicts: list[dict[str, Any]], *, prompt: bool = False) -> str:
+        """The text of the messages; empty if the template rejects them."""
+        try:
+            return self._renderer.text(dicts, prompt=prompt).text
+        except DataError:
+            return ""
+
     def _shows_system(self) -> bool:
         """Whether the template renders system messages; Gemma's rejects them, some drop them."""
         user = {"role": "user", "content": "Hello"}
-        try:
-            return _PROBE in self._text([{"role": "system", "content": _PROBE}, user]).text
-        except DataError:
-            return False
+        return _PROBE in self._text([{"role": "system", "content": _PROBE}, user])
 
     def _find_stops(self) -> Stops:
         """What the template writes after an answer: the first added token, otherwise the text."""
         dicts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
         try:
-            tail = self._text(dicts).text.rpartition(_PROBE)[2]
+            tail = self._renderer.text(dicts).text.rpartition(_PROBE)[2]
         except DataError:
             return Stops(str(self._tokenizer.eos_token or ""))
         found = [(at, token) for token in self._added if (at := tail.find(token)) >= 0]
@@ -361,10 +292,7 @@ class ChatTemplate(Template):
         """
         openers = {}
         for role in ("user", "tool"):
-            try:
-                text = self._text([*dicts, {"role": role, "content": "Hello"}]).text
-            except DataError:
-                continue
+            text = self._text([*dicts, {"role": role, "content": "Hello"}])
             tail = text.rpartition(_PROBE)[2].lstrip()
             if found := [t for t in _STOPPING_OPENERS if t in self._added and tail.startswith(t)]:
                 openers[role] = found[0]
@@ -382,7 +310,7 @@ class ChatTemplate(Template):
     def _check_reasoning(self, turn: Mapping[str, Any], rendered: str) -> None:
         reasoning = turn.get(self._reasoning_key, "").strip()
         if reasoning and reasoning not in rendered:
-            self._warn_once(NO_REASONING.format(template="the model's chat template"))
+            self._warn_of_reasoning("the model's chat template")
 
     def _report_inexact(self, reason: str, *, is_rest_learned: bool) -> None:
         others = (
@@ -402,10 +330,7 @@ class ChatTemplate(Template):
     def _fitting(self) -> str:
         """Suggest the named template whose tokens all occur in the output of this one."""
         turns = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
-        try:
-            written = self._text(turns, prompt=True).text
-        except DataError:
-            written = self._source(())
+        written = self._text(turns, prompt=True) or self._renderer.source()
         fits = {name: spec.tokens for name, spec in NAMED.items() if spec.tokens}
         fits = {n: tokens for n, tokens in fits.items() if all(t in written for t in tokens)}
         best = max(fits, key=lambda name: len("".join(fits[name])), default="")
@@ -416,12 +341,3 @@ def _reasoning_key(source: str) -> str:
     """The key under which a chat template reads reasoning."""
     keys = ("reasoning_content", "thinking", "reasoning")
     return next((key for key in keys if re.search(rf"[.'\"]{key}\b", source)), keys[0])
-
-
-def _characters(value: Any) -> int:
-    """About how many characters the template is given."""
-    if isinstance(value, Mapping):
-        return sum(_characters(key) + _characters(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return sum(map(_characters, value))
-    return len(value) if isinstance(value, str) else 1

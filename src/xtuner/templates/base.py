@@ -28,11 +28,6 @@ USE_AUTO = (
     "use prompt_template = 'auto' with a model whose chat template supports them, "
     "or remove them from the data"
 )
-NO_REASONING = (
-    "{template} does not render reasoning_content, so it is not trained on. Use a model whose "
-    "chat template renders it, or write it into the content, such as <think>...</think>"
-)
-"""The warning of a template that leaves out the reasoning of a turn."""
 
 logger = logging.getLogger("xtuner.templates")
 
@@ -193,10 +188,31 @@ class Template(ABC):
         segments = [self._tokens.segments(text, ())[0] for text in texts if text]
         return tuple(dict.fromkeys(ids[0] for ids in segments if len(ids) == 1))
 
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """`messages` with the system message of this template, unless they have their own."""
+        if self.system and not (messages and messages[0].role == "system"):
+            return [Message("system", self.system), *messages]
+        return messages
+
+    def _warn_of_reasoning(self, template: str) -> None:
+        """Warn that the reasoning of a turn is left out."""
+        self._warn_once(
+            f"{template} does not render reasoning_content, so it is not trained on. Use a model "
+            "whose chat template renders it, or write it into the content, such as "
+            "<think>...</think>"
+        )
+
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def turn_at_end(text: str, start: int, message: Message) -> Turn:
+    """The turn of `message`, which begins at `start` and ends where `text` ends."""
+    end = len(text)
+    masked = masked_spans(message, text, start, end)
+    return Turn(start, end, message.supervised, masked, message.weight)
 
 
 def masked_spans(message: Message, text: str, start: int, end: int) -> tuple[tuple[int, int], ...]:

@@ -59,7 +59,7 @@ class Moments:
         dicts: the messages, as the template takes them.
         render: renders some of them.
         reasoning_key: the key of the reasoning of a turn.
-        mended: replaces the text of a turn with calls, if they cannot be read in it.
+        repaired: replaces the text of a turn with calls, if they cannot be read in it.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Moments:
         render: Render,
         *,
         reasoning_key: str,
-        mended: Callable[[int, str], str] = lambda index, text: text,
+        repaired: Callable[[int, str], str] = lambda index, text: text,
     ) -> None:
         self.dicts = dicts
-        self._render, self._key, self._mended = render, reasoning_key, mended
+        self._render, self._key, self._repaired = render, reasoning_key, repaired
         self._before: dict[int, Text | None] = {}
         self._after: dict[int, Text] = {}
 
@@ -125,7 +125,7 @@ class Moments:
         rendered = self._render([*self.dicts[:index], turn], False).text
         fits = rendered.startswith(header)
         answer = rendered[len(header) : end_of(rendered, len(header))] if fits else ""
-        answer = self._mended(index, answer)
+        answer = self._repaired(index, answer)
         if not answer:
             return "it renders the turn differently from its prompt"
         tags = open_thought(opener)

@@ -9,7 +9,7 @@ from typing import Any
 from xtuner import plugins
 from xtuner.calls.families.base import Family
 from xtuner.errors import DataError, ModelError
-from xtuner.templates.base import NO_REASONING, Rendered, Template, Turn, hash_of, masked_spans
+from xtuner.templates.base import Rendered, Template, Turn, hash_of, turn_at_end
 from xtuner.templates.spec import Spec, fill
 from xtuner.templates.tool_layout import ToolLayout
 from xtuner.types import Message
@@ -57,12 +57,10 @@ class NamedTemplate(Template):
         for index, (role, content, message) in enumerate(self._layout.write_out(messages, tools)):
             self._check(role, message, index)
             if role == "assistant" and message:
-                start = len(text) + len(spec.assistant)
-                answer = fill(spec.answer, {"content": content})
-                text += spec.assistant + answer
-                masked = masked_spans(message, text, start, start + len(answer))
-                end = start + len(answer)
-                turns.append(Turn(start, end, message.supervised, masked, message.weight))
+                text += spec.assistant
+                start = len(text)
+                text += fill(spec.answer, {"content": content})
+                turns.append(turn_at_end(text, start, message))
                 text += spec.after
                 closed = True
                 continue
@@ -99,14 +97,9 @@ class NamedTemplate(Template):
         """See `Template.fingerprint`."""
         return hash_of("named", asdict(self._spec), self.system)
 
-    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        if self.system and not (messages and messages[0].role == "system"):
-            return [Message("system", self.system), *messages]
-        return messages
-
     def _check(self, role: str, message: Message | None, index: int) -> None:
         if message and message.reasoning:
-            self._warn_once(NO_REASONING.format(template=f"template '{self.name}'"))
+            self._warn_of_reasoning(f"template '{self.name}'")
         if role == "system" and index and self._spec.system_in_user:
             raise DataError(f"template '{self.name}' supports a system message only at the start")
 

@@ -7,15 +7,7 @@ from typing import Any
 
 from xtuner.calls.families.base import Family
 from xtuner.errors import DataError
-from xtuner.templates.base import (
-    NO_REASONING,
-    USE_AUTO,
-    Rendered,
-    Template,
-    Turn,
-    hash_of,
-    masked_spans,
-)
+from xtuner.templates.base import USE_AUTO, Rendered, Template, hash_of, turn_at_end
 from xtuner.templates.tool_layout import ToolLayout, needs_layout
 from xtuner.types import Message
 
@@ -54,19 +46,17 @@ class PlainText(Template):
     ) -> Rendered:
         """Join the messages; every assistant turn ends with the EOS token and a line break."""
         text, turns = self._begin, []
-        if self.system and messages[0].role != "system":
-            messages = [Message("system", self.system), *messages]
+        messages = self._with_system(messages)
         if needs_layout(messages, tools):
             self._refuse_tools()
         for role, content, message in ToolLayout.of().write_out(messages, tools):
-            if message:
-                self._check(message)
+            if message and message.reasoning:
+                self._warn_of_reasoning(f"template '{self.name}'")
             start = len(text)
             text += content
             if role == "assistant" and message:
                 text += self._end
-                masked = masked_spans(message, text, start, len(text))
-                turns.append(Turn(start, len(text), message.supervised, masked, message.weight))
+                turns.append(turn_at_end(text, start, message))
                 text += self.between
             elif role == "system":
                 text += self.between
@@ -74,10 +64,6 @@ class PlainText(Template):
 
     def _refuse_tools(self) -> None:
         """Raise DataError if this template has no place for tools."""
-
-    def _check(self, message: Message) -> None:
-        if message.reasoning:
-            self._warn_once(NO_REASONING.format(template=f"template '{self.name}'"))
 
     def fingerprint(self) -> str:
         """See `Template.fingerprint`."""

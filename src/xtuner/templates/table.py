@@ -5,6 +5,8 @@ They are for models without a chat template; models with one use 'auto'.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from xtuner.templates.spec import Spec
 
 _CHATML = Spec(
@@ -144,15 +146,10 @@ NAMED: dict[str, Spec] = {
         after="\n",
         tokens=("<eoh>", "<eoa>"),
     ),
-    "internlm2_chat": Spec(
+    "internlm2_chat": replace(
+        _CHATML,
         start="{bos}",
-        system="<|im_start|>system\n{content}<|im_end|>\n",
-        user="<|im_start|>user\n{content}<|im_end|>\n",
-        assistant="<|im_start|>assistant\n",
-        answer="{content}<|im_end|>",
-        stop="<|im_end|>",
-        after="\n",
-        tokens=("<|im_start|>", "<|im_end|>"),
+        stop_words=(),
         tool_calls="internlm2",
         further="<|im_start|>{role}\n{content}<|im_end|>\n",
     ),

@@ -75,7 +75,7 @@ class TurnFinder:
         messages: the message that each turn of `moments` shows; None for a turn of the template.
         stops: what ends an answer.
         has_tools: whether tools are shown.
-        mended: replaces the text of a turn with calls, if they cannot be read in it.
+        repaired: replaces the text of a turn with calls, if they cannot be read in it.
         check: called with each turn that is found and its text.
     """
 
@@ -86,11 +86,11 @@ class TurnFinder:
         *,
         stops: Stops,
         has_tools: bool,
-        mended: Callable[[int, str], str],
+        repaired: Callable[[int, str], str],
         check: Callable[[Mapping[str, Any], str], None],
     ) -> None:
         self._moments, self._messages, self._stops = moments, messages, stops
-        self._has_tools, self._mended, self._check = has_tools, mended, check
+        self._has_tools, self._repaired, self._check = has_tools, repaired, check
         self.dropped_reasoning = False
         """Whether a prompt closes the thought before a turn that has one."""
 
@@ -200,7 +200,7 @@ class TurnFinder:
         tags = open_thought(text[:start])
         if tags is not None and tags[1] not in text[start:end]:
             return None
-        if self._mended(index, text[start:end]) != text[start:end]:
+        if self._repaired(index, text[start:end]) != text[start:end]:
             return None
         self._check(self._moments.dicts[index], text[start:end])
         return start, end

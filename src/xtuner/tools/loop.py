@@ -78,7 +78,7 @@ def converse(
     family: Family,
     allow: Allow = lambda call: True,
     max_rounds: int = 8,
-    told: list[Message] | None = None,
+    new: list[Message] | None = None,
     turn_of: Callable[[str], Message] = lambda text: Message("assistant", text),
 ) -> Generator[Event, None, list[Message]]:
     """Answer a conversation with calls; yield events, and return the new messages.
@@ -90,11 +90,11 @@ def converse(
         family: how the model writes calls.
         allow: asked before each call.
         max_rounds: maximum number of answers with calls.
-        turn_of: makes an assistant turn of the model's text.
-        told: receives new messages as they are completed, so that they are kept if the caller stops
+        new: receives new messages as they are completed, so that they are kept if the caller stops
             the generator.
+        turn_of: makes an assistant turn of the model's text.
     """
-    new = told if told is not None else []
+    new = [] if new is None else new
     first = 1 + sum(len(message.tool_calls) for message in messages)
     for _ in range(max_rounds):
         said, found = yield from _answered(answer, [*messages, *new], tools, family)

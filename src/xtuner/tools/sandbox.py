@@ -24,17 +24,17 @@ from pathlib import Path
 SECONDS = 10.0
 """CPU time; the wall time is limited to twice as much."""
 MEMORY = 512 * 2**20
+"""Bytes of address space."""
 MOST_CHARACTERS = 10_000
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
-def run_code(code: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> str:
+def run_code(code: str, *, seconds: float = SECONDS) -> str:
     """The output of `code`, and the value of its last line; an exception is part of the output.
 
     Args:
         code: Python code.
         seconds: CPU time that it may take; it is stopped after twice as many seconds.
-        memory: bytes of address space that it may use.
 
     Raises:
         RuntimeError: it exceeds a limit, or this machine cannot enforce the limits.
@@ -43,7 +43,7 @@ def run_code(code: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> st
         tempfile.TemporaryDirectory(prefix="xtuner-python-") as folder,
         tempfile.TemporaryFile() as written,  # a file, so that the limit on file sizes applies
     ):
-        command = [sys.executable, "-I", "-S", str(_CHILD), str(seconds), str(memory), folder]
+        command = [sys.executable, "-I", "-S", str(_CHILD), str(seconds), str(MEMORY), folder]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

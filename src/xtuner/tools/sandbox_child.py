@@ -95,12 +95,10 @@ def _filter(arch: int, numbers: tuple[int, ...]) -> bytes:
     """A BPF program that refuses the system calls `numbers`."""
     load_arch, load_number = (0x20, 0, 0, 4), (0x20, 0, 0, 0)
     lines = [load_arch, (0x15, 1, 0, arch), (0x06, 0, 0, _KILL), load_number]
-    lines.append((0x35, len(numbers), 0, _X32))  # the x32 numbers of x86-64
+    lines.append((0x35, len(numbers) + 1, 0, _X32))  # x32 numbers of x86-64: the last instruction
     for left, number in zip(range(len(numbers) - 1, -1, -1), numbers, strict=True):
         lines.append((0x15, left + 1, 0, number))
     lines += [(0x06, 0, 0, _ALLOW), (0x06, 0, 0, _REFUSE)]
-    # the jump for x32 numbers also goes to the last instruction
-    lines[4] = (0x35, len(numbers) + 1, 0, _X32)
     return b"".join(struct.pack("HBBI", *line) for line in lines)
 
 

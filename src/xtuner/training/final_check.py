@@ -15,31 +15,22 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import numpy as np
 
 from xtuner.config.schema import Settings
 from xtuner.data.build import TrainingData
-from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.working import LABEL, say, working
 from xtuner.errors import XTunerError
+from xtuner.training.asked import SMALL, AskedRow, asked_rows, question_reader
 from xtuner.training.evaluate import SampleAnswers
 from xtuner.training.languages import language_of
-from xtuner.types import Sample
 
 FILE_NAME = "final_check.json"
-MAX_TOKENS = 48
-"""Number of tokens of an answer that are compared."""
 EVERYDAY_TOKENS = 24
 SIMILAR = 0.6
 """An everyday answer counts as unchanged if this share of its characters reappears in order."""
-FEWEST_PROMPT = 4
-"""A sample that begins with its answer has no question."""
-SMALL = 5_000
-"""With more rows than this, a model is not expected to reproduce each answer."""
 EVERYDAY = {
     "en": (
         "What is the capital of France?",
@@ -53,22 +44,6 @@ Continue = Callable[[Sequence[Sequence[int]], int], list[str]]
 """Returns greedy continuations of prompts (token ids), of at most the given number of tokens."""
 Ask = Callable[[Sequence[str], int], list[str]]
 """Returns greedy answers to questions, of at most the given number of tokens."""
-
-
-@dataclass(frozen=True)
-class AskedRow:
-    """A row of the data as a question.
-
-    Attributes:
-        prompt, expected: Token ids before the row's first answer, and of that answer.
-        row: The row's location.
-        others: other answers of the data to the same prompt.
-    """
-
-    prompt: list[int]
-    expected: list[int]
-    row: str
-    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -110,6 +85,7 @@ class FinalCheck(BaseHook):
         validation: Rows of the validation split.
         number_of_rows: Number of training rows.
         decode: Decodes token ids to text.
+        question: Decodes a prompt to the question in it.
         proceed, ask: Generate with the model in training; collective calls if `sharded`.
         sharded: All processes ask together; otherwise only the main process does.
     """
@@ -124,12 +100,14 @@ class FinalCheck(BaseHook):
         *,
         number_of_rows: int,
         decode: Callable[[Sequence[int]], str],
+        question: Callable[[Sequence[int]], str],
         proceed: Continue,
         ask: Ask,
         sharded: bool,
     ) -> None:
         self._rows, self._validation, self._number = rows, validation, number_of_rows
-        self._decode, self._continue, self._ask = decode, proceed, ask
+        self._decode, self._question = decode, question
+        self._continue, self._ask = proceed, ask
         self._sharded = sharded
         self._before: list[str] = []
         self._lowest = float("inf")
@@ -187,7 +165,7 @@ class FinalCheck(BaseHook):
         expected = _plain(self._decode(row.expected))
         wanted = [expected, *(_plain(self._decode(other)) for other in row.others)]
         same = any(_plain(answer)[: len(text)] == text for text in wanted)
-        question = _plain(self._decode(row.prompt))
+        question = _plain(self._question(row.prompt))
         return {
             "row": row.row,
             "question": question,
@@ -199,23 +177,26 @@ class FinalCheck(BaseHook):
     def _advice(self, findings: Findings, run: Run) -> list[str]:
         """What to change, if anything."""
         s, texts = run.settings, []
+        by_steps = s.max_steps is not None and run.counter.done(run.total_steps) >= s.max_steps
+        length = "max_steps" if by_steps else "max_epochs"
+        length += f" (now {getattr(s, length)})"
         if findings.learned_few and findings.training and self._number <= SMALL:
             texts.append(
                 f"Few training answers match the data word for word. To learn them, raise "
-                f"max_epochs (now {s.max_epochs}) or lr (now {s.lr:g}); if other wordings are "
-                f"fine, judge by your own questions (evaluation_inputs)."
+                f"{length} or lr (now {s.lr:g}); if other wordings are fine, judge by your own "
+                f"questions (evaluation_inputs)."
             )
         if findings.forgot and findings.everyday:
             texts.append(
                 "Most everyday answers changed: the model answers in the style of the data, or "
                 "forgets. If that matters, add general conversations (data_path takes a list), "
-                f"or lower max_epochs (now {s.max_epochs}) or lr (now {s.lr:g})."
+                f"or lower {length} or lr (now {s.lr:g})."
             )
         last = run.scalars.get("val_loss")
         if last is not None and last > 1.05 * self._lowest:
             texts.append(
                 f"The validation loss rose from {self._lowest:.3f} to {last:.3f}: the model "
-                "overfits. Lower max_epochs, or add rows."
+                f"overfits. Lower {length}, or add rows."
             )
         return texts
 
@@ -233,54 +214,12 @@ def final_check(
         asked_rows(data.validation, math.ceil(number / 2)),
         number_of_rows=data.train.num_samples,
         decode=lambda ids: str(asked.tokenizer.decode(ids, skip_special_tokens=True)),
+        question=question_reader(asked.tokenizer, asked.template),
         proceed=asked.proceed,
         ask=asked.ask,
         sharded=asked.sharded,
     )
     return (check,)
-
-
-def asked_rows(dataset: PackedDataset | None, number: int) -> list[AskedRow]:
-    """`number` samples of `dataset`, from packs spread evenly over it, as questions."""
-    if dataset is None or not number:
-        return []
-    picked = np.unique(np.linspace(0, len(dataset) - 1, num=min(2 * number, len(dataset))))
-    found = (asked for i in picked for asked in map(asked_row, dataset[round(i)][:1]))
-    rows = [row for row in found if row is not None]
-    if len(rows) < number:
-        others = (asked_row(s) for i in picked for s in dataset[round(i)][1:])
-        rows += [row for row in others if row is not None]
-    chosen = rows[:: max(1, len(rows) // number)][:number]
-    return chosen if dataset.num_samples > SMALL else _with_others(dataset, chosen)
-
-
-def _with_others(dataset: PackedDataset, rows: Sequence[AskedRow]) -> list[AskedRow]:
-    """`rows` with the other answers of the data to the same prompts."""
-    found: dict[tuple[int, ...], set[tuple[int, ...]]] = {tuple(r.prompt): set() for r in rows}
-    for index in range(len(dataset)):
-        for asked in filter(None, map(asked_row, dataset[index])):
-            answers = found.get(tuple(asked.prompt))
-            if answers is not None:
-                answers.add(tuple(asked.expected))
-    return [
-        replace(row, others=tuple(sorted(found[tuple(row.prompt)] - {tuple(row.expected)})))
-        for row in rows
-    ]
-
-
-def asked_row(sample: Sample) -> AskedRow | None:
-    """Split `sample` into the tokens before its first answer and the answer; None for text without
-    a question."""
-    if sample.images or sample.lengths:
-        return None
-    supervised = np.flatnonzero(sample.loss_mask)
-    if not len(supervised) or supervised[0] < FEWEST_PROMPT:
-        return None
-    start = int(supervised[0])
-    rest = np.flatnonzero(~sample.loss_mask[start:])
-    stop = start + int(rest[0]) if len(rest) else len(sample.loss_mask)
-    ids = sample.input_ids.tolist()
-    return AskedRow(ids[:start], ids[start : min(stop, start + MAX_TOKENS)], str(sample.row))
 
 
 def _count(found: Sequence[dict[str, Any]], key: str) -> int:

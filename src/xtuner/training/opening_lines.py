@@ -80,15 +80,8 @@ def opening_lines(
         *filter(None, [language, positions]),
         *_notes_on_steps(s, total, counter),
         *_notes_on_intervals(s, total, counter),
+        *_notes_on_effect(s, plan.device),
     ]
-    if idle := s.without_effect():
-        notes.append(f"without effect here: {', '.join(idle)}")
-    if plan.device == "cpu" and (plain := optim.unpaged(s.optim_type)) != s.optim_type:
-        notes.append(f"paged optimizers need a GPU: {plain} replaces {s.optim_type}")
-    if s.cuda_graphs is True and plan.device == "cpu":
-        notes.append("cuda_graphs has no effect on a CPU")
-    if s.embedding_on_cpu is True and plan.device == "cpu":
-        notes.append("embedding_on_cpu has no effect: the entire model is in CPU memory")
     yield from (f"Note         {note}" for note in notes)
     yield f"Results      {work_dir}\n"
 
@@ -158,6 +151,19 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
     for name, every, so in rows:
         if every > end:
             yield f"{name} = {every:,} is more than the {end:,} {counter.words} of this run: {so}"
+
+
+def _notes_on_effect(s: Settings, device: str) -> Iterator[str]:
+    if idle := s.without_effect():
+        yield f"without effect here: {', '.join(idle)}"
+    if device != "cpu":
+        return
+    if (plain := optim.unpaged(s.optim_type)) != s.optim_type:
+        yield f"paged optimizers need a GPU: {plain} replaces {s.optim_type}"
+    if s.cuda_graphs is True:
+        yield "cuda_graphs has no effect on a CPU"
+    if s.embedding_on_cpu is True:
+        yield "embedding_on_cpu has no effect: the entire model is in CPU memory"
 
 
 def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:

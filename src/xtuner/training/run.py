@@ -27,7 +27,7 @@ from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.resume import identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
-from xtuner.engine.work_dir import WorkPlace
+from xtuner.engine.work_dir import RunDirs
 from xtuner.engine.working import say, working
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
@@ -162,7 +162,7 @@ class _TrainingRun:
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
 
-    def _read_data(self, folders: WorkPlace) -> TrainingData:
+    def _read_data(self, folders: RunDirs) -> TrainingData:
         """Read the data, and decide the settings that depend on their amount."""
         data, where = self.parts.build_once(
             self.processes, report_dir=folders.log_dir if self.processes.is_main else None
@@ -304,7 +304,7 @@ class _TrainingRun:
 
     def _run(
         self,
-        folders: WorkPlace,
+        folders: RunDirs,
         model: PackedCausalLM,
         data: TrainingData,
         counter: Counter,
@@ -359,11 +359,11 @@ class _TrainingRun:
             console=self.console,
         )
 
-    def _prepare_folders(self, *, resuming: bool, overwrite: bool) -> WorkPlace:
+    def _prepare_folders(self, *, resuming: bool, overwrite: bool) -> RunDirs:
         """Only the main process creates the folders and reads them."""
         if not self.processes.is_main:
-            return WorkPlace(self.work_dir, self.work_dir)
-        folders = WorkPlace.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
+            return RunDirs(self.work_dir, self.work_dir)
+        folders = RunDirs.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
         folders.keep_settings(self.loaded)
         return folders
 

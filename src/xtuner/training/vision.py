@@ -13,9 +13,8 @@ from torch import Tensor
 from xtuner.config.schema import Settings
 from xtuner.data.images.expansion import ImageCollate, ImageLayout, open_image_folder
 from xtuner.data.images.feature_store import FeatureStore
-from xtuner.data.images.url import fetched, is_url
+from xtuner.data.images.url import fetched, image_path, is_url
 from xtuner.data.loader import Collate
-from xtuner.data.sources.find import below
 from xtuner.errors import ModelError
 from xtuner.generation.images import ImageInput, question
 from xtuner.hub.old_pth import is_old
@@ -167,21 +166,17 @@ class RunVision:
         """What is trained of each part, for the terminal; after `join`."""
         if self.left_out:
             name = str(self.settings.pretrained_pth)
-            whole = f"; to start from all of them: --resume {name}" if is_old(Path(name)) else ""
+            resume = f"; to start from all of them: --resume {name}" if is_old(Path(name)) else ""
             yield (
                 f"Note: {name} also holds weights of {', '.join(self.left_out)}; pretrained_pth "
-                f"takes its projector only{whole}"
+                f"takes its projector only{resume}"
             )
         for number, line in enumerate(self.parts.table()):
             yield f"{'' if number else 'Trained':13}{line}"
 
     def _image(self, name: str) -> str:
-        """The path of an image in the settings."""
-        if is_url(name):
-            return str(fetched(name))
-        found = below(name, self.settings.data_root, self.folder)
-        paths = (Path(found), self.folder / found, self.image_layout.folder.root / found)
-        return next((str(path) for path in paths if path.is_file()), name)
+        folders = (self.folder, self.image_layout.folder.root)
+        return image_path(name, data_root=self.settings.data_root, folders=folders)
 
     def _projector(self) -> Path | None:
         name = self.settings.pretrained_pth

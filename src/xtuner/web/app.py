@@ -8,9 +8,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 
@@ -69,10 +66,7 @@ def make_app(
 
     @app.get("/")
     async def index(request: Request) -> Response:
-        language = request.cookies.get(COOKIE, "")
-        if language not in i18n.LANGUAGES:
-            language = i18n.preferred(request.headers.get("accept-language", ""))
-        return RedirectResponse(f"/{language}/", 303)
+        return RedirectResponse(f"/{_language(request)}/", 303)
 
     @app.get("/favicon.ico")
     async def icon() -> Response:
@@ -86,11 +80,9 @@ def make_app(
 
     @app.get("/report/{name}")
     def show_report(name: str, request: Request) -> Response:
-        language = request.cookies.get(COOKIE, "")
-        if language not in i18n.LANGUAGES:
-            language = i18n.preferred(request.headers.get("accept-language", ""))
         try:
-            text = report.page(RunFolder(site.folders.work_dir(name)), language=language)
+            run = RunFolder(site.folders.work_dir(name))
+            text = report.page(run, language=_language(request))
         except XTunerError as error:
             return PlainTextResponse(str(error), 404)
         return HTMLResponse(text)
@@ -120,6 +112,12 @@ def make_app(
     )
 
 
+def _language(request: Request) -> str:
+    chosen = request.cookies.get(COOKIE, "")
+    accepted = request.headers.get("accept-language", "")
+    return chosen if chosen in i18n.LANGUAGES else i18n.preferred(accepted)
+
+
 def new_token(port: int) -> Token:
     """A token that nobody can guess, for the server on `port`."""
     return Token(secrets.token_urlsafe(24), cookie=f"xtuner_token_{port}")
@@ -141,13 +139,3 @@ class _Routes:
         else:
             headers = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
             await self._app({**scope, "headers": headers}, receive, send)
-
-
-def prepare_environment(temporary: Path) -> Mapping[str, str]:
-    """Let gradio keep uploads in `temporary`, a folder of this process; return what was set."""
-    values: dict[str, Any] = {
-        "GRADIO_TEMP_DIR": str(temporary),
-        "GRADIO_ANALYTICS_ENABLED": "False",
-    }
-    os.environ.update(values)
-    return values

@@ -18,7 +18,7 @@ from xtuner.web.bubbles import plain_name
 from xtuner.web.conversation import AS_TRAINED, Asked, History, Side, answer
 from xtuner.web.models import Opening
 from xtuner.web.site import Site
-from xtuner.web.snippets import fault, hint, working
+from xtuner.web.snippets import PRIVATE, fault, hint, working
 from xtuner.web.turns import Reply
 
 _NONE = ""
@@ -132,8 +132,7 @@ class ChatTab:
         """Connect events with what they do; none is offered as an API."""
         both = [self.left, self.right, self.histories]
         chosen = [self.model, self.other]
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
-        free = {"concurrency_limit": None, **hidden}
+        free = {"concurrency_limit": None, **PRIVATE}
         for dropdown in chosen:
             dropdown.change(self._open, chosen, self._opened, **free)
         inputs = [self.question, self.histories, *chosen, *self.options]
@@ -144,9 +143,9 @@ class ChatTab:
         for chatbot in (self.left, self.right):
             chatbot.retry(self._retry, inputs, outputs, **free)
             chatbot.edit(self._edit, inputs, outputs, **free)
-            chatbot.clear(self._clear, None, both, **hidden)
+            chatbot.clear(self._clear, None, both, **PRIVATE)
         self.stop.click(self._stop, None, None, **free)
-        self.clear.click(self._clear, None, both, **hidden)
+        self.clear.click(self._clear, None, both, **PRIVATE)
         for reply, button in self.replies.items():
             button.click(self._replier(reply), self.number, self.request, **free)
 
@@ -159,10 +158,9 @@ class ChatTab:
         """Load the first model when the page opens, offer new models when the tab is selected, and
         stop answers when the page is closed."""
         chosen = [self.model, self.other]
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
-        page.load(self._open, chosen, self._opened, concurrency_limit=None, **hidden)
+        page.load(self._open, chosen, self._opened, concurrency_limit=None, **PRIVATE)
         for event in (page.load, tab.select):
-            event(self._refreshed, None, chosen, **hidden)
+            event(self._refreshed, None, chosen, **PRIVATE)
         page.unload(self._closed)
 
     def _refreshed(self) -> _Updates:

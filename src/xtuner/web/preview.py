@@ -109,14 +109,12 @@ def _html(text: StyledText) -> str:
 def _questions(parts: DataParts) -> tuple[str, ...]:
     """The first questions of the data, to be asked before and after training."""
     from xtuner.data.sources.resolve import prepare
-    from xtuner.data.sources.rows import parse
 
     found: list[str] = []
     (source, *_) = prepare(parts.settings, folder=parts.folder)
     for task in itertools.islice(source.tasks(), 20):
-        raw = task.row.value
+        row: Any = task.row.parsed()
         try:
-            row: Any = parse(raw) if isinstance(raw, bytes) else raw
             record = source.formats[task.file].convert(row)
         except Exception:  # a bad row is reported elsewhere
             continue

@@ -12,7 +12,7 @@ from xtuner.i18n import Words
 from xtuner.runs.folder import RunFolder
 from xtuner.web import run_view
 from xtuner.web.site import Site
-from xtuner.web.snippets import fault, hint
+from xtuner.web.snippets import PRIVATE, fault, hint
 
 _SECONDS = 2.0
 _NONE = ""
@@ -65,15 +65,14 @@ class RunsTab:
         return [gr.update(choices=names, value=name), ""]
 
     def _wire(self) -> None:
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
         chosen = [self.run, self.other]
         outputs = [self.view, self.report, self.checkpoint, self.shown]
         for dropdown in chosen:
-            dropdown.change(self._show, chosen, [*outputs, self.message], **hidden)
-        self.timer.tick(self._tick, [*chosen, self.shown], outputs, **hidden)
-        self.stop.click(self._stop, self.run, self.message, **hidden)
-        self.resume.click(self._resume, self.run, self.message, **hidden)
-        self.merge.click(self._merge, [self.run, self.checkpoint], self.message, **hidden)
+            dropdown.change(self._show, chosen, [*outputs, self.message], **PRIVATE)
+        self.timer.tick(self._tick, [*chosen, self.shown], outputs, **PRIVATE)
+        self.stop.click(self._stop, self.run, self.message, **PRIVATE)
+        self.resume.click(self._resume, self.run, self.message, **PRIVATE)
+        self.merge.click(self._merge, [self.run, self.checkpoint], self.message, **PRIVATE)
 
     def wire_chat(self, tabs: gr.Tabs, model: gr.Dropdown, other: gr.Dropdown) -> None:
         """Let the button open the chosen checkpoint beside its base model in the tab Chat."""
@@ -81,17 +80,17 @@ class RunsTab:
             self._chat,
             [self.run, self.checkpoint],
             [tabs, model, other, self.message],
-            api_visibility="private",
-            show_progress="hidden",
+            **PRIVATE,
         )
 
     def wire_page(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """Show the newest run when the page opens, and offer new ones when the tab is selected."""
         chosen = [self.run, self.other]
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
         outputs = [self.view, self.report, self.checkpoint, self.shown, self.message]
-        page.load(self._newest, None, chosen, **hidden).then(self._show, chosen, outputs, **hidden)
-        tab.select(self._refreshed, None, chosen, **hidden)
+        page.load(self._newest, None, chosen, **PRIVATE).then(
+            self._show, chosen, outputs, **PRIVATE
+        )
+        tab.select(self._refreshed, None, chosen, **PRIVATE)
 
     def _newest(self) -> _Updates:
         run, other = self._refreshed()

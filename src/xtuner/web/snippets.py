@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+"""Options of an event of the page: not part of the API, and no spinner over its outputs."""
+
 
 def hint(text: str) -> str:
     """A line of small text."""

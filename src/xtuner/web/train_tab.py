@@ -17,7 +17,7 @@ from xtuner.errors import ConfigError, XTunerError
 from xtuner.i18n import Words
 from xtuner.web import form, preview
 from xtuner.web.site import Site
-from xtuner.web.snippets import fault, hint, working
+from xtuner.web.snippets import PRIVATE, fault, hint, working
 
 _DATA_TYPES = [".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"]
 _Updates = Any
@@ -111,15 +111,14 @@ class TrainTab:
         return [made[field.name] for field in self._fields]
 
     def _wire(self, shows: Sequence[Any]) -> None:
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
         outputs = [self.message, self.data, self.method, self.name, *self.form]
         inputs = [self.model, self.path, self.upload, self.method, self.name]
-        self.check.click(self._check, inputs, outputs, concurrency_limit=2, **hidden)
-        self.method.input(self._choose, [self.model, self.method, *self.form], self.form, **hidden)
-        self.start.click(self._start, [self.name, *self.form], [self.message, *shows], **hidden)
-        self.importing.upload(self._import, self.importing, outputs, **hidden)
+        self.check.click(self._check, inputs, outputs, concurrency_limit=2, **PRIVATE)
+        self.method.input(self._choose, self.method, self.form, **PRIVATE)
+        self.start.click(self._start, [self.name, *self.form], [self.message, *shows], **PRIVATE)
+        self.importing.upload(self._import, self.importing, outputs, **PRIVATE)
         self.exporting.click(
-            self._export, [self.name, *self.form], [self.exported, self.message], **hidden
+            self._export, [self.name, *self.form], [self.exported, self.message], **PRIVATE
         ).success(None, self.exported, None, js=_SAVE)
 
     def _check(
@@ -186,7 +185,7 @@ class TrainTab:
         source = Path(upload)
         folder = self._site.folders.runs / "uploads"
         folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^\w.-]", "_", source.name, flags=re.ASCII).lstrip(".") or "data"
+        name = _file_name(source.name) or "data"
         content = source.read_bytes()
         target = folder / name
         for number in range(1, 1000):
@@ -198,16 +197,15 @@ class TrainTab:
         raise ConfigError(f"{name}: too many files of this name in {folder}")
 
     def _free_name(self, model: str) -> str:
-        stem = re.sub(r"[^\w.-]", "_", Path(model).name, flags=re.ASCII).lstrip("._-")[:60] or "run"
+        stem = _file_name(Path(model).name).lstrip("._-")[:60] or "run"
         return f"{stem}_{time.strftime('%m%d_%H%M')}"
 
-    def _choose(self, model: str | None, tuning: str, *given: Any) -> list[_Updates]:
+    def _choose(self, tuning: str) -> list[_Updates]:
         """Change the settings that depend on the method."""
         changes = catalog.recipe(tuning)
-        fields = zip(self._fields, self.form, strict=True)
         return [
             form.shown(field, changes[field.name]) if field.name in changes else gr.skip()
-            for field, _ in fields
+            for field in self._fields
         ]
 
     def _start(self, name: str, *given: Any) -> list[_Updates]:
@@ -217,12 +215,8 @@ class TrainTab:
             form.checked(values, self._site.folders)
             self._site.jobs.start(name.strip(), form.settings_file(values, name))
         except XTunerError as error:
-            return [fault(error), *([gr.skip()] * self._num_shows)]
+            return [fault(error), *([gr.skip()] * len(self._started("")))]
         return [hint(self._words("train_started", name=name)), *self._started(name.strip())]
-
-    @property
-    def _num_shows(self) -> int:
-        return len(self._started(""))
 
     def _import(self, file: str) -> list[_Updates]:
         """Fill the form from a settings file, which is read and not executed."""
@@ -244,8 +238,12 @@ class TrainTab:
             form.checked(values, self._site.folders)
         except XTunerError as error:
             return [None, fault(error)]
-        stem = re.sub(r"[^\w.-]", "_", name or "settings", flags=re.ASCII).lstrip(".") or "settings"
+        stem = _file_name(name) or "settings"
         return [[f"{stem}.py", form.settings_file(values, stem)], ""]
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "_", text, flags=re.ASCII).lstrip(".")
 
 
 def _control(field: form.Field) -> Any:

@@ -224,7 +224,7 @@ def test_function_call_is_a_call():
     old, new = (read("openai", messages=messages) for messages in rows)
     assert old == new and old.messages[1].tool_calls[0]["function"]["arguments"]["city"] == "Oslo"
     both = {"role": "assistant", "function_call": call, "tool_calls": [call]}
-    with pytest.raises(RowError, match="is beside tool_calls"):
+    with pytest.raises(RowError, match="is given together with tool_calls"):
         read("openai", messages=[rows[0][0], both])
 
 

@@ -110,6 +110,13 @@ def test_a_header_that_looks_like_data_is_named(tmp_path):
         read(tmp_path, "你们几点开门？,早上九点\n多少钱？,十元\n")
 
 
+def test_full_width_separators_are_named(tmp_path):
+    with pytest.raises(
+        DataError, match="separated by the full-width character ，: write , in every"
+    ):
+        read(tmp_path, "问题，回答\n你好，您好\n")
+
+
 def test_a_renamed_format_can_be_sent_to_a_process():
     format = resolve("auto", columns=("问题", "回答"))
     again = pickle.loads(pickle.dumps(format))

@@ -133,8 +133,8 @@ def test_auto_reads_every_layout_as_the_same_calls(name):
 def test_the_first_row_that_tells_decides_for_the_file():
     plain = {"conversations": from_value(("human", "Hi"), ("gpt", "Hello"))}
     rows = [plain, plain, ROWS["hermes"]]
-    assert formats.telling(rows, ("conversations",)) is ROWS["hermes"]
-    assert formats.telling(rows[:2], ("conversations",)) is plain
+    assert formats.recognised_row(rows, ("conversations",)) is ROWS["hermes"]
+    assert formats.recognised_row(rows[:2], ("conversations",)) is plain
 
 
 def test_xlam_reads_several_calls_and_types_of_python():

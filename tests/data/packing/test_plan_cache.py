@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
+from xtuner.cache_dir import cache_dir
 from xtuner.data.packing import order, plan_cache
 from xtuner.data.packing.pack import pack
 from xtuner.data.packing.plan_cache import planned
-from xtuner.data.tokenize.cache import cache_root
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
 ORDER = order.permutation(500, "test")[:400]
@@ -20,7 +20,7 @@ def refuse(*args, **kwargs):
 
 
 def files():
-    return sorted((cache_root().parent / "packs").glob("*"))
+    return sorted((cache_dir() / "packs").glob("*"))
 
 
 def same(plan, other):

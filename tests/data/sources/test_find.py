@@ -249,6 +249,12 @@ def test_broken_table_rows_are_named_by_the_line_where_they_begin(tmp_path):
     ("name", "content", "message"),
     [
         ("d.csv", b"a,b,a\n1,2,3\n", "line 1: duplicate columns in the header: a"),
+        (
+            "d.csv",
+            "问题,回答\n".encode("gbk"),
+            "is not UTF-8.*'CSV UTF-8'.*columns are '问题,回答'",
+        ),
+        ("d.csv", b"gr\xfc\xdfe,\xff\n", "line 1: is not UTF-8.*'CSV UTF-8'"),
         ("d.json", b'[{"a": "\xff"}]', "line 1: is not UTF-8"),
         ("d.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16"),
         ("d.jsonl.gz", b"not packed", "not a complete gzip file"),
@@ -257,7 +263,18 @@ def test_broken_table_rows_are_named_by_the_line_where_they_begin(tmp_path):
         ("d.parquet", b"", "not a complete parquet file"),
         ("d.docx", b"", "must end in one of .json, .jsonl"),
     ],
-    ids=["header", "utf-8", "utf-16", "gzip", "cut gzip", "parquet", "empty parquet", "docx"],
+    ids=[
+        "header",
+        "gbk header",
+        "latin header",
+        "utf-8",
+        "utf-16",
+        "gzip",
+        "cut gzip",
+        "parquet",
+        "empty parquet",
+        "docx",
+    ],
 )
 def test_an_unreadable_file_is_named(tmp_path, name, content, message):
     (path := tmp_path / name).write_bytes(content)
@@ -287,6 +304,16 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
         "d/b/1.json",
         "d/b/2.jsonl",
     ]
+
+
+def test_reports_of_runs_in_a_folder_are_no_data(tmp_path):
+    for name, mark in (("work", "run.lock"), ("work/iter_3", "run.yaml"), ("old", "run.lock")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / mark).write_text("")
+        write_jsonl(tmp_path / name / "report.jsonl", [{"rows": 3}])
+    write_jsonl(tmp_path / "mine.jsonl", [{"text": "a"}])
+    assert [file.name for file in find(".", folder=tmp_path).files] == ["mine.jsonl"]
+    assert len(find("old", folder=tmp_path).files) == 1, "a folder that is named is read"
 
 
 def test_a_folder_without_data_is_refused(tmp_path):

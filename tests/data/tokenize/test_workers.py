@@ -15,8 +15,9 @@ from xtuner.algorithms import pretrain, sft
 from xtuner.data.formats import load
 from xtuner.data.sources.resolve import prepare
 from xtuner.data.sources.rows import Fault, RawRow, Task
-from xtuner.data.tokenize import workers as encode
-from xtuner.data.tokenize.workers import Encoder, chunked, encode_all
+from xtuner.data.tokenize import row_encoder, workers
+from xtuner.data.tokenize.row_encoder import Encoder
+from xtuner.data.tokenize.workers import chunked, encode_all
 from xtuner.errors import DataError, ModelError
 from xtuner.types import Encoded, RowRef, Sample
 
@@ -29,7 +30,7 @@ def encoder(format="openai", **changes):
 def encoded_row(row, **changes):
     """The one sequence of a row, or its fault."""
     found = encoder(**changes).encode(task(row))
-    return found if isinstance(found, Fault) else found[0]
+    return found if isinstance(found, Fault) else found.parts[0]
 
 
 def task(value, line=1):
@@ -77,8 +78,8 @@ def test_a_text_begins_as_the_tokenizer_begins_texts():
 def test_a_long_text_is_encoded_in_pieces_and_whole(monkeypatch):
     text = "Zeile eins, ü\n" * 40 + "wort " * 100 + "x" * 300
     whole = encoded_text(text)
-    monkeypatch.setattr(encode, "PIECE", 64)
-    assert max(map(len, encode._pieces(text))) <= 64
+    monkeypatch.setattr(row_encoder, "PIECE", 64)
+    assert max(map(len, row_encoder._pieces(text))) <= 64
     assert encoded_text(text) == whole
 
 
@@ -116,7 +117,7 @@ def test_a_template_that_fails_costs_the_row_only(error, words):
 
 
 def test_a_row_without_a_supervised_token_is_a_fault():
-    # the first token is never predicted, so its place in the mask does not count
+    # the first token is never predicted, so its entry in the mask does not count
     fault = encoder(template=Silent()).encode(task(chat("a", "b")))
     assert "no supervised token" in str(fault)
 
@@ -139,7 +140,7 @@ def tasks_for(path):
 
 
 def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 7)
     rows = chats(200)
     rows[5] = {"messages": "no"}
     rows[150]["messages"][1]["role"] = "bot"
@@ -155,8 +156,8 @@ def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
 
 
 def test_chunks_are_bounded_in_rows_and_bytes(monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(workers, "CHUNK_BYTES", 100)
     rows = [task(b"x" * size) for size in (1, 1, 1, 1, 200, 60, 60, 1)]
     sizes = [[len(t.row.value) for t in chunk] for chunk in chunked(rows)]
     assert sizes == [[1, 1, 1], [1, 200], [60, 60], [1]]
@@ -191,7 +192,8 @@ SLOW_RUN = """
     import os, signal, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     from xtuner.data.sources.rows import Task
-    from xtuner.data.tokenize.workers import Encoder, encode_all
+    from xtuner.data.tokenize.row_encoder import Encoder
+    from xtuner.data.tokenize.workers import encode_all
     from xtuner.algorithms import sft
     from xtuner.data.formats import load
     from xtuner.data.sources.rows import RawRow

@@ -6,6 +6,7 @@ import ctypes
 import pytest
 import torch
 from losses import loss_of
+from trainer_parts import random_batch
 
 from xtuner.kernels.attention import packed
 from xtuner.kernels.cpu import build
@@ -15,24 +16,11 @@ from xtuner.kernels.fused import decoder, norm_mlp
 from xtuner.models import adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.testing.tiny import tiny_model
-from xtuner.types import Batch
 
 pytestmark = [
     pytest.mark.usefixtures("units", "guarded"),
     pytest.mark.skipif(not build.has_products(), reason="no bfloat16 vectors here, or no compiler"),
 ]
-
-
-def batch_of(*lengths):
-    torch.manual_seed(5)
-    count = sum(lengths)
-    ids = torch.randint(0, 250, (1, count))
-    labels = ids.clone()
-    labels[0, ::3] = -100
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    labels[0, cu_seqlens[:-1].long()] = -100
-    return Batch(ids, labels, positions, cu_seqlens)
 
 
 def changed_model(model_type="llama", **changes):
@@ -124,7 +112,7 @@ def test_loss_and_gradients_are_those_of_plain_layers(model_type, changes, lengt
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data = 0.1 * torch.randn_like(parameter)
-    adapted, batch = with_adapters(model), batch_of(*lengths)
+    adapted, batch = with_adapters(model), random_batch(*lengths)
     loss = loss_of(PackedCausalLM(adapted), batch)
     found = gradients(adapted, loss)
     assert len(passes) == layers
@@ -135,7 +123,7 @@ def test_loss_and_gradients_are_those_of_plain_layers(model_type, changes, lengt
 
 def test_it_is_as_accurate_as_the_unfused_layer(monkeypatch, passes):
     model, _ = changed_model()
-    adapted, batch = with_adapters(model), batch_of(40, 24)
+    adapted, batch = with_adapters(model), random_batch(40, 24)
     wrapped = PackedCausalLM(adapted)
     fused = gradients(adapted, loss_of(wrapped, batch))
     assert passes
@@ -174,7 +162,7 @@ def test_4bit_weights_equal_their_dequantized_values(kind, model_type, passes):
         plain.get_submodule(name).weight.data.copy_(values)
     for some in (model, plain):
         adapted = with_adapters(some)
-        loss = loss_of(PackedCausalLM(adapted), batch_of(20, 12))
+        loss = loss_of(PackedCausalLM(adapted), random_batch(20, 12))
         results.append([loss, *gradients(adapted, loss).values()])
     assert len(passes) == 2 * model.config.num_hidden_layers
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -182,7 +170,7 @@ def test_4bit_weights_equal_their_dequantized_values(kind, model_type, passes):
 
 def test_saved_tensors_may_be_moved(passes):
     adapted = with_adapters(changed_model()[0])
-    wrapped, batch = PackedCausalLM(adapted), batch_of(21, 12)
+    wrapped, batch = PackedCausalLM(adapted), random_batch(21, 12)
     plain = gradients(adapted, loss_of(wrapped, batch))
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         found = gradients(adapted, loss_of(wrapped, batch))
@@ -210,13 +198,13 @@ def test_nothing_is_written_past_the_saved_bytes(monkeypatch):
     monkeypatch.setattr(Kernels, "measure", longer)
     monkeypatch.setattr(Kernels, "call", watched)
     adapted = with_adapters(changed_model()[0])
-    gradients(adapted, loss_of(PackedCausalLM(adapted), batch_of(21, 12)))
+    gradients(adapted, loss_of(PackedCausalLM(adapted), random_batch(21, 12)))
     assert ends and all(end == canary for end in ends)
 
 
 def test_the_number_of_threads_changes_nothing(passes):
     adapted = with_adapters(changed_model(num_attention_heads=4, num_key_value_heads=2)[0])
-    wrapped, batch = PackedCausalLM(adapted), batch_of(70, 33, 45)
+    wrapped, batch = PackedCausalLM(adapted), random_batch(70, 33, 45)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -241,7 +229,7 @@ def test_other_adapters(options, passes, monkeypatch):
 
     def step():
         torch.manual_seed(1)
-        return gradients(adapted, loss_of(wrapped, batch_of(20, 12)))
+        return gradients(adapted, loss_of(wrapped, random_batch(20, 12)))
 
     found = step()
     used = "modules_to_save" in options  # the head is not part of a layer
@@ -252,7 +240,7 @@ def test_other_adapters(options, passes, monkeypatch):
 
 def test_disabled_adapters(passes):
     adapted = with_adapters(changed_model()[0])
-    wrapped, batch = PackedCausalLM(adapted), batch_of(20, 12)
+    wrapped, batch = PackedCausalLM(adapted), random_batch(20, 12)
     on = loss_of(wrapped, batch).item()
     with adapted.disable_adapter():
         off = loss_of(wrapped, batch).item()
@@ -264,7 +252,7 @@ def test_no_grad_and_recomputation_use_the_unfused_layer(passes):
     recomputing = copy.deepcopy(model)
     recomputing.activation_checkpointing_enable({"use_reentrant": False})
     recomputing.enable_input_require_grads()
-    batch = batch_of(20, 12)
+    batch = random_batch(20, 12)
     with torch.no_grad():
         loss_of(PackedCausalLM(with_adapters(model)), batch)
     adapted = with_adapters(recomputing)
@@ -276,7 +264,7 @@ def test_trained_norms_keep_their_gradients(passes):
     adapted = with_adapters(
         changed_model()[0], modules_to_save=["input_layernorm", "post_attention_layernorm"]
     )
-    grads = gradients(adapted, loss_of(PackedCausalLM(adapted), batch_of(20, 12)))
+    grads = gradients(adapted, loss_of(PackedCausalLM(adapted), random_batch(20, 12)))
     norms = [grad for name, grad in grads.items() if "layernorm" in name]
     assert norms and all(grad.abs().sum() > 0 for grad in norms)
     assert not passes

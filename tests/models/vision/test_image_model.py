@@ -1,7 +1,5 @@
 """The protocol of an image model, with one whose number of tokens depends on the image size."""
 
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +14,11 @@ from xtuner.data.collate import concatenate
 from xtuner.data.images.expansion import ImageCollate, ImageLayout
 from xtuner.data.images.files import ImageFolder
 from xtuner.errors import DataError
-from xtuner.generation.generate import GenerationOptions, chooser, token_ids
+from xtuner.generation.answer import Answer
+from xtuner.generation.detokenize import StopWords
+from xtuner.generation.generate import GenerationOptions, chooser
 from xtuner.generation.images import ImageInput, question
+from xtuner.generation.running import OneByOne
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.vision.load import VisionLanguageModel
 from xtuner.models.vision.tower import add_image_token
@@ -127,10 +128,21 @@ def test_generation_continues_the_positions_of_the_image_model(made, tmp_path):
     prompt = vision.expanded(templates.load("auto", own).prompt_ids(asked), asked)
     assert prompt.count(layout.token_id) == 12
     inputs = vision.inputs(prompt, asked)
-    choose = chooser(GenerationOptions(temperature=0), torch.device("cpu"))
-    found = list(islice(token_ids(llm, prompt, choose, inputs), 5))
+    row = Answer(
+        prompt,
+        tokenizer=own,
+        words=StopWords(()),
+        ends=frozenset(),
+        limit=5,
+        choose=chooser(GenerationOptions(), torch.device("cpu")),
+        inputs=inputs,
+    )
+    batch = OneByOne(llm)
+    batch.admit([row])
+    while batch.rows:
+        batch.step()
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
-    for token_id in found:
+    for token_id in row.ids[len(prompt) :]:
         mask = torch.ones(positions.shape, dtype=torch.int64)  # or transformers reads packed rows
         logits = llm(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False

@@ -16,15 +16,13 @@ import difflib
 import fnmatch
 import functools
 import re
-import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from xtuner.config.builtin import catalog_llava, catalog_xtuner0
+from xtuner.config.table_files import table
 from xtuner.errors import ConfigError
 
-_TABLES = Path(__file__).parents[1] / "tables"
 _DEFAULT_EPOCHS = 3
 AUTO = "auto"
 """The epochs of a data set whose number of rows decides; a name may still give a number."""
@@ -129,7 +127,7 @@ def _of_model(model: str) -> dict[str, Any]:
     row = _models()[model]
     return {
         "pretrained_model_name_or_path": row["path"],
-        **_table("models")["kinds"][row["kind"]],
+        **table("models")["kinds"][row["kind"]],
         **{key: value for key, value in row.items() if key not in ("path", "kind", "llava")},
     }
 
@@ -140,22 +138,17 @@ def _llava_models() -> list[str]:
     return [name for name, row in rows if row["kind"] == "chat" and row.get("llava", True)]
 
 
-@functools.cache
-def _table(name: str) -> dict[str, Any]:
-    return tomllib.loads((_TABLES / f"{name}.toml").read_text(encoding="utf-8"))
-
-
 def _models() -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = _table("models")["models"]
+    rows: dict[str, dict[str, Any]] = table("models")["models"]
     return rows
 
 
 def _recipes() -> dict[str, dict[str, Any]]:
-    return _table("algorithms")
+    return table("algorithms")
 
 
 def _data_sets() -> dict[str, dict[str, Any]]:
-    return _table("datasets")
+    return table("datasets")
 
 
 @functools.cache

@@ -6,16 +6,13 @@ llava_internlm2_chat_1_8b_clip_vit_large_p14_336_e1_gpu8_pretrain
 
 from __future__ import annotations
 
-import functools
 import re
-import tomllib
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from xtuner.config.table_files import table
 
 CONTEXT = 2048
 """Maximum tokens of a sample including one image."""
-
-_FILE = Path(__file__).parents[1] / "tables" / "llava.toml"
 
 
 class Name(NamedTuple):
@@ -27,28 +24,23 @@ class Name(NamedTuple):
     epochs: int
 
 
-@functools.cache
-def table() -> dict[str, Any]:
-    """The rows of llava.toml."""
-    return tomllib.loads(_FILE.read_text(encoding="utf-8"))
-
-
 def names(models: list[str]) -> list[str]:
     """All names for the chat `models`."""
     return [
         stage["name"].format(model=model, encoder=encoder, epochs=stage["epochs"])
         for model in models
-        for encoder in table()["encoders"]
-        for stage in table()["stages"].values()
+        for encoder in table("llava")["encoders"]
+        for stage in table("llava")["stages"].values()
     ]
 
 
 def split(name: str, models: list[str]) -> Name | None:
     """Split `name` into its parts; None if it is not a built-in with images."""
-    for key, stage in table()["stages"].items():
+    encoders = table("llava")["encoders"]
+    for key, stage in table("llava")["stages"].items():
         pattern = stage["name"].format(
             model=f"(?P<model>{'|'.join(models)})",
-            encoder=f"(?P<encoder>{'|'.join(table()['encoders'])})",
+            encoder=f"(?P<encoder>{'|'.join(encoders)})",
             epochs=r"(?P<epochs>[1-9]\d{0,3})",
         )
         if match := re.fullmatch(pattern, name, flags=re.ASCII):
@@ -64,17 +56,17 @@ def compose(name: Name, model: dict[str, Any], *, suffix: str = "") -> dict[str,
         model: the settings of the language model.
         suffix: appended to the name of the first stage's settings file, hence of its work dir.
     """
-    encoder, stage = table()["encoders"][name.encoder], table()["stages"][name.stage]
+    encoder, stage = table("llava")["encoders"][name.encoder], table("llava")["stages"][name.stage]
     values = {
         **model,
         "visual_encoder_name_or_path": encoder["path"],
         **stage["settings"],
-        **table()["settings"],
+        **table("llava")["settings"],
         "max_length": CONTEXT - encoder["tokens"],
         "max_epochs": name.epochs,
     }
     if name.stage == "finetune":
-        first = table()["stages"]["pretrain"]
+        first = table("llava")["stages"]["pretrain"]
         first_name = first["name"].format(
             model=name.model, encoder=name.encoder, epochs=first["epochs"]
         )
@@ -84,4 +76,4 @@ def compose(name: Name, model: dict[str, Any], *, suffix: str = "") -> dict[str,
 
 def note(name: Name) -> str:
     """Manual steps before training."""
-    return str(table()["stages"][name.stage]["note"])
+    return str(table("llava")["stages"][name.stage]["note"])

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import functools
 import re
-import tomllib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from xtuner.config.builtin import catalog_llava
+from xtuner.config.table_files import table
 
-_TABLES = Path(__file__).parents[1] / "tables"
 _ROW_KEYS = ("path", "newer", "texts", "stage", "first")
 """Keys of a row that are not settings."""
 _TEXTS = ("SYSTEM", "evaluation_inputs")
@@ -79,7 +77,7 @@ def note(name: str) -> str:
         return ""
     if known in _table()["llava"]:
         stage = _table()["llava"][known]["stage"]
-        lines = [catalog_llava.table()["stages"][stage]["note"]]
+        lines = [table("llava")["stages"][stage]["note"]]
     else:
         parts = _parts()[known]
         lines = [_texts(parts.data).get("note", "")]
@@ -96,36 +94,36 @@ def note(name: str) -> str:
 
 
 def _text(name: str) -> dict[str, Any]:
-    table, parts = _table(), _parts()[name]
-    model, data = table["models"][parts.model], table["data"][parts.data]
+    tables, parts = _table(), _parts()[name]
+    model, data = tables["models"][parts.model], tables["data"][parts.data]
     values = {
         "pretrained_model_name_or_path": model["path"],
         **({"trust_remote_code": True} if "newer" in model else {}),
-        **table["all"],
-        **table["recipes"][parts.recipe],
+        **tables["all"],
+        **tables["recipes"][parts.recipe],
         **model,
         **data,
         **{key: value for key, value in _texts(parts.data).items() if key in _TEXTS},
         "max_epochs": parts.epochs,
-        **table["exceptions"].get(name, {}),
+        **tables["exceptions"].get(name, {}),
     }
     return _settings(values)
 
 
 def _llava(name: str, suffix: str) -> dict[str, Any]:
-    table, row = _table(), _table()["llava"][name]
-    llava = catalog_llava.table()
+    tables, row = _table(), _table()["llava"][name]
+    llava = table("llava")
     encoder = llava["encoders"]["clip_vit_large_p14_336"]
     values = {
         "pretrained_model_name_or_path": row["path"],
         "visual_encoder_name_or_path": encoder["path"],
-        **table["all"],
+        **tables["all"],
         **llava["stages"][row["stage"]]["settings"],
         **llava["settings"],
         "max_length": catalog_llava.CONTEXT - encoder["tokens"],
         "max_epochs": 1,
-        **table["llava_all"],
-        **table["llava_stages"].get(row["stage"], {}),
+        **tables["llava_all"],
+        **tables["llava_stages"].get(row["stage"], {}),
         **row,
     }
     if "first" in row:
@@ -141,20 +139,14 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in left_out}
 
 
-@functools.cache
 def _table() -> dict[str, Any]:
-    return tomllib.loads((_TABLES / "xtuner_0.toml").read_text(encoding="utf-8"))
+    return table("xtuner_0")
 
 
 def _texts(data: str) -> dict[str, Any]:
     """The row of datasets.toml with the questions and system message of `data`."""
-    row: dict[str, Any] = _data_sets()[_table()["data"][data]["texts"]]
+    row: dict[str, Any] = table("datasets")[_table()["data"][data]["texts"]]
     return row
-
-
-@functools.cache
-def _data_sets() -> dict[str, Any]:
-    return tomllib.loads((_TABLES / "datasets.toml").read_text(encoding="utf-8"))
 
 
 @functools.cache

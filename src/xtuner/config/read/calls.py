@@ -17,7 +17,8 @@ _JOIN = "os.path.join"
 _MODULES = ("os", "os.path", _JOIN)
 
 
-def _joined(*parts: Any) -> str:
+def joined(*parts: Any) -> str:
+    """`os.path.join` of strings, always with forward slashes."""
     if not parts or not all(isinstance(part, str) for part in parts):
         raise RefusedError("os.path.join takes strings")
     return str(posixpath.join(*parts))
@@ -29,7 +30,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "round": round,
     "len": len,
     "str": str,
-    _JOIN: _joined,
+    _JOIN: joined,
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from xtuner.errors import listed
+from xtuner.errors import count, listed
 
 OVERRIDE = 0
 """The line of an entry that was given on the command line."""
@@ -19,6 +19,7 @@ BUILT_IN = -1
 ARGUMENT = -2
 """The line of an entry that was given as a keyword argument."""
 _MAX_SHOWN = 56
+_MOST_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,15 @@ class Reading:
 
 def report(name: str, problems: Iterable[Problem]) -> str:
     """Format all problems of the settings `name`, one per line, aligned."""
-    ordered = sorted(problems, key=Problem.sort_key)
+    found = sorted(problems, key=Problem.sort_key)
+    ordered = found[:_MOST_SHOWN]
     width = max(len(str(p.line)) for p in ordered)
     labels = [_label(p, width) for p in ordered]
     column = max(len(label) for label in labels)
     lines = [f"{label:<{column}}   {p.message}" for label, p in zip(labels, ordered, strict=True)]
-    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-    return listed(f"{count} in {name}", lines)
+    if len(found) > len(ordered):
+        lines.append(f"... and {len(found) - len(ordered):,} more")
+    return listed(f"{count(len(found), 'problem')} in {name}", lines)
 
 
 def shortened(text: str) -> str:

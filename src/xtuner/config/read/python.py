@@ -140,6 +140,8 @@ class _Reader:
                 self.statements(body if self._value(test) else orelse)
             case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
                 pass
+            case ast.Expr(value=ast.Dict()):
+                raise _Fault(node, "write name = value, one per line, without braces")
             case ast.Expr(value=value):
                 raise _Fault(node, _HINTS.get(type(value), "has no effect; write name = value"))
             case ast.Import() | ast.ImportFrom() if self._calls.take_import(node):
@@ -166,16 +168,20 @@ class _Reader:
                 self.reading.entries[name] = Entry(self._names[name], line)
 
     def _break(self, statement: ast.stmt) -> None:
-        """Mark the names that `statement` should have set, so that their uses are not reported."""
-        if type(statement) in (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If):
-            self.reading.broken.update(_stored(statement))
-            for name in _stored(statement):
-                self.reading.entries.pop(name, None)
+        """Mark the names that `statement` should have set, so that neither their uses nor their
+        absence are reported."""
+        names = {*_stored(statement), *_written(statement)}
+        self.reading.broken.update(names)
+        for name in names:
+            self.reading.entries.pop(name, None)
 
     def _value(self, node: ast.expr) -> Any:
         read_kind = self._kinds.get(type(node))
         if read_kind is None and isinstance(node, ast.Attribute):
-            raise _Fault(node, f"{_HINTS[ast.Attribute]}: {node.attr!r}")
+            text = ast.unparse(node)
+            of_library = node.attr[:1].isupper() or text.startswith("torch.")
+            name = node.attr if of_library else text
+            raise _Fault(node, f"{_HINTS[ast.Attribute]}: {name!r}")
         if read_kind is None:
             raise _Fault(node, _HINTS.get(type(node), _READ_NOT_RUN + "write the value itself"))
         try:
@@ -274,6 +280,18 @@ def _stored(statement: ast.AST) -> Iterator[str]:
     for node in ast.walk(statement):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
+
+
+def _written(statement: ast.AST) -> Iterator[str]:
+    """Names that `statement` sets as dict keys, keyword arguments, items or attributes."""
+    for node in ast.walk(statement):
+        match node:
+            case ast.Dict(keys=keys):
+                yield from (str(key.value) for key in keys if isinstance(key, ast.Constant))
+            case ast.keyword(arg=str(name)) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name
+            case ast.Subscript(slice=ast.Constant(value=str(name)), ctx=ast.Store()):
+                yield name
 
 
 def _name_of_old(statement: ast.stmt) -> str | None:

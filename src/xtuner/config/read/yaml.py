@@ -103,18 +103,22 @@ def _chinese_quotes(node: yaml.Node) -> str:
 
 
 def _construct(node: yaml.Node) -> Any:
-    _refuse_long_numbers(node)
+    _refuse_odd_numbers(node)
     return _Loader("").construct_document(node)
 
 
-def _refuse_long_numbers(node: yaml.Node) -> None:
-    """Raise for a number with many digits or, in base 60, parts: parsing it takes very long."""
+def _refuse_odd_numbers(node: yaml.Node) -> None:
+    """Raise for a number with many digits, which takes very long to parse, or in base 60."""
     waiting = [node]
     while waiting:
         item = waiting.pop()
         if isinstance(item, yaml.ScalarNode):
             if len(item.value) > _MAX_DIGITS and item.tag in _NUMBERS:
                 raise RefusedError("is too large for a setting")
+            if ":" in item.value and item.tag in _NUMBERS:
+                raise RefusedError(
+                    f"YAML takes {item.value!r:.40} for a number in base 60; write quotes around it"
+                )
         elif isinstance(item, yaml.MappingNode):
             waiting += [part for pair in item.value for part in pair]
         else:
@@ -130,8 +134,16 @@ def _syntax_problem(text: str, error: yaml.YAMLError) -> Problem:
     if opened is not None and any(word in context for word in ("scalar", "flow", "simple key")):
         mark = opened  # where the quote or bracket is, not where the file or next name shows it
     lines = text.split("\n")
-    line = lines[mark.line] if mark.line < len(lines) else ""
+    number = _line_without_colon(lines, mark.line)
+    line = lines[number] if number < len(lines) else ""
     message = getattr(error, "problem", None) or ""
     hint = hints.yaml_hint(line, message, context)
     reason = f"is not YAML: {message}{f'; {hint}' if hint else ''}"
-    return Problem(line.strip(), reason, line=mark.line + 1)
+    return Problem(line.strip(), reason, line=number + 1)
+
+
+def _line_without_colon(lines: list[str], number: int) -> int:
+    """The line before line `number` (both from 0) if it has a full-width colon instead of its
+    colon: YAML notices this one line later. Otherwise `number`."""
+    before = lines[number - 1] if 0 < number <= len(lines) else ""
+    return number - 1 if re.match(r"\w+\s*：", before) else number

@@ -15,7 +15,7 @@ from xtuner.data.formats.base import Format, RowError
 from xtuner.errors import DataError
 from xtuner.types import Row
 
-__all__ = ["AUTO", "Format", "RowError", "load", "load_all", "names", "resolve", "telling"]
+__all__ = ["AUTO", "Format", "RowError", "load", "load_all", "names", "recognised_row", "resolve"]
 
 AUTO = "auto"
 """The value of `dataset_format` that selects a format by the columns."""
@@ -124,7 +124,7 @@ def _best(columns: Collection[str]) -> list[Format]:
     return sorted(best, key=lambda format: -format.priority)
 
 
-def telling(rows: Sequence[Row], columns: Collection[str]) -> Row:
+def recognised_row(rows: Sequence[Row], columns: Collection[str]) -> Row:
     """The row that 'auto' uses: the first one that a format recognises, or the first."""
     best = _best(columns)
     return next((row for row in rows if any(_recognises(f, row) for f in best)), rows[0])

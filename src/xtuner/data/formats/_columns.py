@@ -108,6 +108,11 @@ def advice(columns: Collection[str]) -> str:
             "The first line of a table must have the names of its columns, but this one looks "
             "like data: put a line such as question,answer before it."
         )
+    if len(columns) == 1 and (sign := re.search("[，；]", next(iter(columns)))):
+        return (
+            f"The columns are separated by the full-width character {sign[0]}: write "
+            f"{',' if sign[0] == '，' else ';'} in every line."
+        )
     first, second = [*columns][:2] if len(columns) > 1 else ("COLUMN", "OTHER_COLUMN")
     return (
         f"Assign roles to the columns: columns = {{{first!r}: 'user', {second!r}: 'assistant'}}, "

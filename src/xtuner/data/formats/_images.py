@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from xtuner.data.formats.base import RowError, kind, objects, text
+from xtuner.errors import count
 from xtuner.types import IMAGE, Message, Row
 
 
@@ -44,7 +45,7 @@ def share_out(messages: Sequence[Message], names: Sequence[str], *, column: str)
     if placeholders != len(names):
         raise RowError(
             column,
-            f"has {_count(placeholders, f'{IMAGE} placeholder')} for {_count(len(names), 'image')}",
+            f"has {count(placeholders, f'{IMAGE} placeholder')} for {count(len(names), 'image')}",
             "write one for each image",
         )
     return assigned
@@ -85,7 +86,3 @@ def _name(part: Mapping[str, Any], path: str) -> str | None:
         if value is not None:
             raise RowError(f"{path}{key}", f"is {kind(value)}", "it must be a file name")
     return None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

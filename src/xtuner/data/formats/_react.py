@@ -75,8 +75,8 @@ def _as_json(text: str) -> str:
     return text
 
 
-def texts(turns: Any, key: str) -> Iterator[str]:
-    """The texts of the values that are turns."""
+def values_in(turns: Any) -> Iterator[str]:
+    """The texts of turns that have `value`; nothing if these are not turns."""
     for turn in turns if isinstance(turns, list | tuple) else ():
-        if isinstance(turn, Mapping) and isinstance(turn.get(key), str):
-            yield turn[key]
+        if isinstance(turn, Mapping) and isinstance(turn.get("value"), str):
+            yield turn["value"]

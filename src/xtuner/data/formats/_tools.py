@@ -11,9 +11,9 @@ from xtuner.data.formats.base import RowError, kind
 from xtuner.types import Row
 
 
-def read_tools(row: Row, column: str = "tools") -> tuple[Mapping[str, Any], ...]:
-    """Read the schemas of the tools: a list, possibly as JSON text; may be empty."""
-    return _each(row.get(column), read_tool, column)
+def read_tools(row: Row) -> tuple[Mapping[str, Any], ...]:
+    """Read the schemas in `tools`: a list, possibly as JSON text; may be empty."""
+    return _each(row.get("tools"), read_tool, "tools")
 
 
 def read_calls(value: Any, *, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -29,7 +29,10 @@ def _each(
     value: Any, read: Callable[[Any, str], dict[str, Any]], where: str
 ) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str) and value.strip():
-        value = _parsed(value, where)
+        try:
+            value = python_literal(value)
+        except ValueError as error:
+            raise RowError(where, "is not valid JSON", "write it as JSON") from error
     if value is None or value == "":
         return ()
     if isinstance(value, Mapping):
@@ -41,13 +44,6 @@ def _each(
     except CallFormatError as error:
         problem, _, hint = error.problem.partition("; ")
         raise RowError(f"{where}{error.path}", problem, hint) from error
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return python_literal(text)
-    except ValueError as error:
-        raise RowError(where, "is not valid JSON", "write it as JSON") from error
 
 
 def objects_in(text: str) -> list[Any]:

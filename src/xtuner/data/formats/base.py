@@ -10,6 +10,7 @@ import ast
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from xtuner.errors import DataError
@@ -153,14 +154,6 @@ def objects(values: Sequence[Any], *, within: str) -> list[tuple[str, Mapping[st
     return [(f"{within}[{i}].", value) for i, value in enumerate(values)]
 
 
-def parse_json(value: str, *, where: str) -> Any:
-    """Read JSON that is stored as text."""
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RowError(where, "is not valid JSON", "write it as JSON") from error
-
-
 def listed(row: Row, column: str) -> Row:
     """`row` with the list in `column` read from its text: tables store lists as JSON, pandas as
     Python."""
@@ -184,6 +177,26 @@ def exchange(question: str, answer: str, *, system: str = "") -> Conversation:
     """A conversation with one question and one answer."""
     turns = (Message("user", question), Message("assistant", answer))
     return Conversation((*system_turn(system), *turns))
+
+
+def question_and_answer(
+    question: str, answer: str, *, context: str = "", system: str = ""
+) -> Callable[[Row], Conversation]:
+    """The `convert` of a format whose rows are one question and its answer.
+
+    Args:
+        question: the column of the question.
+        answer: the column of the answer.
+        context: an optional column, whose text follows the question on the next line.
+        system: an optional column with the system message.
+    """
+    return partial(_exchange, question=question, answer=answer, context=context, system=system)
+
+
+def _exchange(row: Row, *, question: str, answer: str, context: str, system: str) -> Conversation:
+    asked = joined(text(row, question), optional_text(row, context) if context else "")
+    given = optional_text(row, system) if system else ""
+    return exchange(asked, text(row, answer), system=given)
 
 
 def system_turn(system: str) -> tuple[Message, ...]:

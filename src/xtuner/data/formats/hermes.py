@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from xtuner.data.formats._react import texts
+from xtuner.data.formats._react import values_in
 from xtuner.data.formats._tools import objects_in, read_calls, read_tools, tools_in
 from xtuner.data.formats._turns import TURN_KEYS, read_turns
 from xtuner.data.formats.base import Format, conversation, items, optional_text, system_turn
@@ -62,7 +62,7 @@ def _parts(turn: Message, where: str) -> Iterator[Message]:
 
 
 def _recognised(row: Row) -> bool:
-    found = texts(row.get("conversations"), "value")
+    found = values_in(row.get("conversations"))
     return any(_CALL.search(text) or _TOOLS.search(text) for text in found)
 
 

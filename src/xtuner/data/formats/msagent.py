@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from xtuner.data.formats._react import texts
+from xtuner.data.formats._react import values_in
 from xtuner.data.formats._tools import objects_in, read_calls, tools_in
 from xtuner.data.formats._turns import TURN_KEYS, read_turns
 from xtuner.data.formats.base import Format, conversation, items, listed
@@ -77,7 +77,7 @@ def _parts(turn: Message, where: str) -> Iterator[Message]:
 
 def _recognised(row: Row) -> bool:
     found = row.get("conversations")
-    spoken = [found] if isinstance(found, str) else texts(found, "value")
+    spoken = [found] if isinstance(found, str) else values_in(found)
     return any("<|startofthink|>" in text or "<|startofexec|>" in text for text in spoken)
 
 

@@ -82,7 +82,7 @@ def _calls(turn: Mapping[str, Any], role: str, path: str) -> tuple[Mapping[str, 
             hint = "only assistant turns may have tool calls"
             raise RowError(f"{path}{key}", f"is in a turn of {role!r}", hint)
         if found and calls:
-            raise RowError(f"{path}{key}", "is beside tool_calls", "keep one of them")
+            raise RowError(f"{path}{key}", "is given together with tool_calls", "keep one of them")
         calls = calls or found
     return calls
 

@@ -1,14 +1,6 @@
 """Questions with individual system prompts (Open-Orca/OpenOrca)."""
 
-from xtuner.data.formats.base import Format, exchange, optional_text, text
-from xtuner.types import Conversation, Row
-
-
-def convert(row: Row) -> Conversation:
-    """Use question and response; the system prompt may be empty."""
-    system = optional_text(row, "system_prompt")
-    return exchange(text(row, "question"), text(row, "response"), system=system)
-
+from xtuner.data.formats.base import Format, question_and_answer
 
 FORMAT = Format(
     name="openorca",
@@ -19,5 +11,5 @@ FORMAT = Format(
         "question": "Why is snow white?",
         "response": "It scatters all light.",
     },
-    convert=convert,
+    convert=question_and_answer("question", "response", system="system_prompt"),
 )

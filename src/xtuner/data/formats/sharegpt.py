@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from xtuner.data.formats._images import read_names, share_out
@@ -13,7 +14,6 @@ from xtuner.data.formats.base import (
     conversation,
     items,
     optional_text,
-    parse_json,
     system_turn,
 )
 from xtuner.types import Conversation, Row
@@ -40,10 +40,10 @@ def convert(row: Row) -> Conversation:
 
 def _listed(value: str, column: str) -> Any:
     try:
-        return parse_json(value, where=column)
-    except RowError as error:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
         hint = "write it as JSON, or set dataset_format = 'msagent' for Python lists"
-        raise RowError(column, error.problem, hint) from error
+        raise RowError(column, "is not valid JSON", hint) from error
 
 
 FORMAT = Format(

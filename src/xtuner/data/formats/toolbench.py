@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from xtuner.data.formats import hermes
-from xtuner.data.formats._react import is_action, read_react, texts
+from xtuner.data.formats._react import is_action, read_react, values_in
 from xtuner.data.formats._tools import read_tools
 from xtuner.data.formats._turns import read_turns
 from xtuner.data.formats.base import conversation, items, optional_text, system_turn
@@ -21,7 +21,7 @@ def convert(row: Row) -> Conversation:
 
 
 def _recognised(row: Row) -> bool:
-    return any(map(is_action, texts(row.get("conversations"), "value")))
+    return any(map(is_action, values_in(row.get("conversations"))))
 
 
 FORMAT = replace(

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtuner.data.tokenize.cache import cache_root, is_ours, own_folder
+from xtuner.cache_dir import cache_dir
+from xtuner.data.tokenize.cache import is_ours, own_folder
 
 logger = logging.getLogger("xtuner.data")
 
@@ -49,7 +50,7 @@ class FeatureStore:
         """
         text = json.dumps(dict(facts), sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
-        self.folder, self.shape = cache_root().parent / "features" / name, shape
+        self.folder, self.shape = cache_dir() / "features" / name, shape
         if self.folder.is_dir() and not is_ours(self.folder):
             logger.warning("%s belongs to another user: features are not cached", self.folder)
             self.folder = None

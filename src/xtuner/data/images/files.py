@@ -98,11 +98,6 @@ class ImageFolder:
             file.seek(0)
             return image_size(file, name)
 
-    def load(self, name: str) -> Image.Image:
-        """Decode image `name`; see `decode`."""
-        with self.find(name).open("rb") as file:
-            return decode(file, name)
-
 
 def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
     """Decode an image to RGB, rotated according to its EXIF data.

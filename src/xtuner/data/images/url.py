@@ -1,4 +1,4 @@
-"""Images that settings name by URL: downloaded once, with a limit on time and size."""
+"""Images that settings name: files, or URLs, downloaded once with a limit on time and size."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
+from xtuner.cache_dir import cache_dir
 from xtuner.data.images.files import open_image
-from xtuner.data.tokenize.cache import cache_root, is_ours, own_folder
+from xtuner.data.sources.find import below
+from xtuner.data.tokenize.cache import is_ours, own_folder
 from xtuner.errors import DataError
 
 SECONDS = 30.0
@@ -25,6 +28,21 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+def image_path(name: str, *, data_root: str | None, folders: Sequence[Path]) -> str:
+    """The path of an image that settings name, which is fetched if it is a URL.
+
+    Args:
+        name: A URL, or a file name in `data_root`, the working directory or one of `folders`.
+        data_root: The setting; may be relative to the first of `folders`.
+        folders: Where to look for the file.
+    """
+    if is_url(name):
+        return str(fetched(name))
+    found = below(name, data_root, folders[0])
+    paths = (Path(found), *(folder / found for folder in folders))
+    return next((str(path) for path in paths if path.is_file()), found)
+
+
 def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Path:
     """The file of the image at `url`; it is stored in the cache of data sets.
 
@@ -32,7 +50,7 @@ def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Pat
         DataError: it cannot be downloaded in `seconds`, has more than `most` bytes, or is not an
             image.
     """
-    home = cache_root().parent / "images"
+    home = cache_dir() / "images"
     path = home / hashlib.sha256(url.encode()).hexdigest()[:32]
     if not (path.is_file() and is_ours(home)):
         content = _read(url, seconds, most)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from xtuner.cache_dir import cache_dir
 from xtuner.data.packing.order import Ints
 from xtuner.data.packing.pack import pack
 from xtuner.data.packing.samples import Ints32
-from xtuner.data.tokenize.cache import cache_root
 
 MIN_CACHED = 20_000
 """Packing this many samples takes as long as reading a plan; smaller plans are not cached."""
@@ -45,7 +45,7 @@ def _file(lengths: Ints | Ints32, capacity: int, order: Ints) -> Path:
     digest = hashlib.sha256(f"{_VERSION} {capacity}".encode())
     for array in (lengths, order):
         digest.update(np.ascontiguousarray(array, dtype=np.int32).data)
-    return cache_root().parent / "packs" / f"{digest.hexdigest()[:32]}.npz"
+    return cache_dir() / "packs" / f"{digest.hexdigest()[:32]}.npz"
 
 
 def _read(

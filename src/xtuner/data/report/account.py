@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from xtuner.data.packing.order import Ints
 from xtuner.data.packing.overlong import Fitted, Policy
-from xtuner.data.report.data_report import RowGroup, RowLocation, SourceReport, count
+from xtuner.data.report.data_report import RowGroup, RowLocation, SourceReport
 from xtuner.data.sources.resolve import PreparedSource
 from xtuner.data.tokenize.faults import KEPT_FAULTS, FaultGroup
 from xtuner.data.tokenize.store import RowStore
-from xtuner.errors import DataError, listed
+from xtuner.errors import DataError, count, listed
 
 _OFTEN = 0.1
 """The share of rows that are cut from which the user is told what that means."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.data.packing.pack import PackedDataset
-from xtuner.errors import DataError, listed
+from xtuner.errors import DataError, count, listed
 
 FILE_NAME = "data_report.json"
 _MAX_LOCATIONS = 5
@@ -219,8 +219,3 @@ class DataReport:
         for name in ("rows_read", "rows_used", "rows_left_out", "rows_lost"):
             values[name] = sum(source[name] for source in values["sources"])
         return values
-
-
-def count(number: int, noun: str) -> str:
-    """`number` with the singular or plural of `noun`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

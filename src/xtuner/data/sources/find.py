@@ -14,6 +14,8 @@ from xtuner.data.sources.rows import RawRow, Unit
 from xtuner.data.sources.saved import saved_files
 from xtuner.errors import DataError, did_you_mean
 
+_OF_A_RUN = ("run.lock", "last_checkpoint", "run.yaml")
+"""Files of a work dir or a checkpoint."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -101,7 +103,11 @@ def below(name: str, root: str | None, folder: Path) -> str:
 def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
     found = False
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not _is_of_a_run(Path(parent, name))
+        )
         for name in sorted(files):
             path = Path(parent, name)
             if not name.startswith(".") and data_suffix(path) in SUFFIXES:
@@ -111,6 +117,11 @@ def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
         raise DataError(
             f"data_path {entry!r}: the folder contains no data files ({', '.join(SUFFIXES)})"
         )
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether a run wrote `folder`, a work dir or a checkpoint: its reports are no data."""
+    return any((folder / name).is_file() for name in _OF_A_RUN)
 
 
 def _refuse_missing_path(entry: str, candidates: list[Path]) -> None:

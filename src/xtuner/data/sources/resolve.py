@@ -13,7 +13,7 @@ from xtuner.data import formats
 from xtuner.data.formats.base import Format
 from xtuner.data.sources import unread
 from xtuner.data.sources.find import RowFile, Source, below, find
-from xtuner.data.sources.rows import Fault, Task, parse
+from xtuner.data.sources.rows import Fault, Task
 from xtuner.errors import DataError, listed
 from xtuner.types import Row
 
@@ -113,7 +113,7 @@ def _prepared(
     files, found, notes = [], [], dict[str, None]()
     for file in source.files:
         try:
-            head = [_row(raw.value) for raw in itertools.islice(file.rows(), _INSPECTED_ROWS)]
+            head = [raw.parsed() for raw in itertools.islice(file.rows(), _INSPECTED_ROWS)]
             if not head:
                 continue
             columns = _columns(head)
@@ -142,11 +142,7 @@ def _prepared(
     return PreparedSource(source.name, format_name, tuple(files), tuple(found), tuple(notes))
 
 
-def _row(value: object) -> object:
-    return parse(value) if isinstance(value, bytes) else value
-
-
-def _columns(head: list[object]) -> tuple[str, ...]:
+def _columns(head: Sequence[Row | Fault]) -> tuple[str, ...]:
     """The union of the columns of the rows in `head`."""
     return tuple(dict.fromkeys(column for row in head if isinstance(row, dict) for column in row))
 
@@ -155,7 +151,7 @@ def _format(
     file: RowFile,
     name: str,
     columns: tuple[str, ...],
-    head: list[object],
+    head: Sequence[Row | Fault],
     folder: Path,
     names: Mapping[str, str],
 ) -> Format:
@@ -166,7 +162,7 @@ def _format(
         count = f"first {len(head)} rows" if len(head) > 1 else "rows"
         raise DataError(f"{file.name}: none of the {count} can be read: the first {fault}")
     try:
-        sample = formats.telling(rows, columns)
+        sample = formats.recognised_row(rows, columns)
         format = formats.resolve(name, columns=columns, folder=folder, sample=sample, names=names)
     except DataError as error:
         kind = unread.other_kind(rows, columns) or unread.encoded_already(columns)
@@ -179,5 +175,5 @@ def _format(
     return format
 
 
-def _rows(head: list[object]) -> list[Row]:
+def _rows(head: Sequence[Row | Fault]) -> list[Row]:
     return [row for row in head if isinstance(row, dict)]

@@ -52,6 +52,10 @@ class RawRow(NamedTuple):
     value: bytes | Row | Fault
     end: int
 
+    def parsed(self) -> Row | Fault:
+        """The row or fault, parsed if it is a line of JSON."""
+        return parse(self.value) if isinstance(self.value, bytes) else self.value
+
 
 def without_nulls(row: Row) -> Row:
     """`row` of a table without the null values of objects inside its columns, at every depth. All

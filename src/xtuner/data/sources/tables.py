@@ -63,10 +63,31 @@ def _header(table: Any, name: str) -> list[str]:
         header: list[str] = next((cells for cells in table if cells), [])
     except csv.Error as error:
         raise DataError(f"{name} line 1: is not valid CSV: {error}") from error
+    raw = ",".join(header).encode("utf-8", "surrogateescape")
+    if not _is(raw, "utf-8"):
+        raise DataError(f"{name} line 1: {NOT_UTF8}{_other_encoding(raw)}")
     duplicates = sorted({column for column in header if header.count(column) > 1})
     if duplicates:
         raise DataError(f"{name} line 1: duplicate columns in the header: {', '.join(duplicates)}")
     return header
+
+
+def _other_encoding(raw: bytes) -> str:
+    """How to save a table whose header `raw` is not UTF-8."""
+    save = " (in a spreadsheet: 'CSV UTF-8'"
+    if not _is(raw, "gb18030"):
+        return f"{save})"
+    seen = raw.decode("gb18030")
+    return f"{save}; or: iconv -f GB18030 -t UTF-8 OLD > NEW). In GBK, the columns are {seen!r:.80}"
+
+
+def _is(raw: bytes, encoding: str) -> bool:
+    """Whether `raw` is text in `encoding`."""
+    try:
+        raw.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _fault(error: csv.Error) -> Fault:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner import plugins
+from xtuner.cache_dir import cache_dir
 from xtuner.data import formats
 from xtuner.data.tokenize.store import RowStore, StoreWriter
 from xtuner.device.ownership import refuse_others
@@ -30,8 +31,8 @@ _LAYOUT = 7
 
 
 def cache_root() -> Path:
-    """The folder of encoded data sets, in $XTUNER_CACHE or ~/.cache/xtuner."""
-    return Path(os.environ.get("XTUNER_CACHE") or "~/.cache/xtuner").expanduser() / "datasets"
+    """The folder of encoded data sets."""
+    return cache_dir() / "datasets"
 
 
 def own_folder(folder: Path) -> None:
@@ -116,9 +117,8 @@ def rules_of(name: str, *, folder: Path) -> str:
     from its folder."""
     digest = hashlib.sha256()
     if plugins.is_user_path(name):
-        file = Path(name.rpartition(":")[0]).expanduser()
-        found = [path for base in (folder, Path.cwd()) if (path := base / file).is_file()]
-        paths = sources(found[0]) if found else []
+        file = plugins.user_file(name, folder)
+        paths = sources(file) if file else []
     else:
         paths = sorted(Path(next(iter(formats.__path__))).glob("*.py"))
     for path in paths:

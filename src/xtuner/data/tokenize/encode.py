@@ -17,8 +17,9 @@ from xtuner.data.sources.resolve import PreparedSource
 from xtuner.data.sources.rows import Task
 from xtuner.data.tokenize import cache
 from xtuner.data.tokenize.progress import progress_bar
+from xtuner.data.tokenize.row_encoder import Encoder
 from xtuner.data.tokenize.store import EncodedChunk, RowStore, StoreWriter
-from xtuner.data.tokenize.workers import Encoder, chunked, encode_all
+from xtuner.data.tokenize.workers import chunked, encode_all
 from xtuner.local_imports import sources
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm

@@ -49,12 +49,12 @@ def progress_bar(name: str, *, total: int, quiet: bool) -> Iterator[Callable[[in
 def _line_of_slow(name: str, *, quiet: bool) -> Callable[[int, int], None]:
     """A function that prints one line after some seconds."""
     due = time.monotonic() + _SLOW_SECONDS
-    told = quiet
+    printed = quiet
 
     def show(read: int, rows: int) -> None:
-        nonlocal told
-        if not told and time.monotonic() > due:
-            told = True
+        nonlocal printed
+        if not printed and time.monotonic() > due:
+            printed = True
             print(f"Encoding {name}...", file=sys.stderr, flush=True)
 
     return show

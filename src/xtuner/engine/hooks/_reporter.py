@@ -72,11 +72,11 @@ class Reporter(BaseHook):
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send numbers."""
-        raise NotImplementedError
+        self.module.log({f"train/{name}": value for name, value in values.items()}, step=step)
 
     def finish(self) -> None:
         """Close the run."""
-        raise NotImplementedError
+        self.module.finish()
 
     def _try(self, run: Run, what: str, act: Any) -> None:
         if self._failed:

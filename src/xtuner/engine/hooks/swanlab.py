@@ -22,11 +22,3 @@ class Hook(Reporter):
             logdir=str(run.log_dir / "swanlab"),
             config=dict(config),
         )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """See `Reporter.log`."""
-        self.module.log({f"train/{name}": value for name, value in values.items()}, step=step)
-
-    def finish(self) -> None:
-        """See `Reporter.finish`."""
-        self.module.finish()

@@ -19,11 +19,3 @@ class Hook(Reporter):
         self.module.init(
             project=run.settings.report_project, name=run.work_dir.name, config=dict(config)
         )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """See `Reporter.log`."""
-        self.module.log({f"train/{name}": value for name, value in values.items()}, step=step)
-
-    def finish(self) -> None:
-        """See `Reporter.finish`."""
-        self.module.finish()

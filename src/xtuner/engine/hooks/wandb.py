@@ -23,11 +23,3 @@ class Hook(Reporter):
             dir=str(run.log_dir),
             config=dict(config),
         )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """See `Reporter.log`."""
-        self.module.log({f"train/{name}": value for name, value in values.items()}, step=step)
-
-    def finish(self) -> None:
-        """See `Reporter.finish`."""
-        self.module.finish()

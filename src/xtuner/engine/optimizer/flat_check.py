@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.engine.optimizer.flat import FlatOptimizer, steps_by_element
+from xtuner.errors import brief
 
 SHAPES = ((200, 200), (5, 60), (401, 100), (70, 300), (7, 11), (96, 256))
 """Sizes of the test parameters: some do not fill a block, some are below the 4,096 elements from
@@ -35,8 +36,7 @@ def fault_in_flat_steps(optimizer: Any) -> str:
             return "its parameters differed on this device"
         return "" if _equal(states, flat_states) else "its state differed on this device"
     except Exception as error:  # the run continues without flat buffers
-        first = next(iter(str(error).splitlines()), "")
-        return f"it failed on this device ({type(error).__name__}: {first})"
+        return f"it failed on this device ({brief(error)})"
 
 
 def _after_steps(optimizer: Any, *, flat: bool) -> tuple[list[nn.Parameter], Any]:

@@ -40,7 +40,7 @@ def check_state(optimizer: Any, state: Mapping[str, Any]) -> None:
     numbers = itertools.chain.from_iterable(group["params"] for group in saved)
     for number, parameter in zip(numbers, parameters, strict=True):
         for name, value in _entries(state["state"].get(number, {})):
-            if problem := _problem(name, value, parameter.shape):
+            if problem := _problem(name, value, parameter):
                 raise ValueError(f"{name!r} of parameter {number} in the optimizer: {problem}")
 
 
@@ -65,18 +65,34 @@ def _entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield str(name), value
 
 
-def _problem(name: str, value: Any, shape: torch.Size) -> str:
-    """What is wrong with entry `name` of a parameter of `shape`; empty if it is valid."""
+def _problem(name: str, value: Any, parameter: Tensor) -> str:
+    """What is wrong with entry `name` of `parameter`; empty if it is valid."""
+    shape = parameter.shape
+    if name == "step" and not _is_step(value):
+        return f"is {value!r:.60}, but must be a number of steps"
     if not isinstance(value, Tensor):
-        wrong = name == "step" and not (isinstance(value, int | float) and 0 <= value < 2**53)
-        return f"is {value!r:.60}" if wrong else ""
+        return ""
     if not _fits(name, value, shape):
         return f"has the shape {list(value.shape)}, and the parameter {list(shape)}"
+    dense = value.layout == torch.strided
+    if not dense or not (value.is_contiguous() or value.stride() == parameter.stride()):
+        return "does not hold one number after the other, as fused kernels read them"
+    if name in _MOMENTS - set(VALUES) and not value.is_floating_point():
+        return f"is of type {value.dtype}, but must hold floating-point numbers"
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         return "is not finite; the run diverged before it was saved, or the file is damaged"
     if name in _NOT_NEGATIVE and bool((value < 0).any()):
         return "is negative, but must be a sum of squares"
     return ""
+
+
+def _is_step(value: Any) -> bool:
+    """Whether `value` is a count of steps."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.layout != torch.strided or value.is_complex():
+            return False
+        value = value.item()
+    return isinstance(value, int | float) and 0 <= value < 2**53
 
 
 def _fits(name: str, value: Tensor, shape: torch.Size) -> bool:

@@ -27,7 +27,7 @@ from xtuner.engine.strategies._deepspeed_groups import Groups
 from xtuner.engine.strategies._deepspeed_state import ZeroState
 from xtuner.engine.strategies._sharded import ShardedStrategy
 from xtuner.engine.strategies.base import Division, Keep, MakeOptimizer
-from xtuner.errors import ConfigError, LaunchError
+from xtuner.errors import ConfigError, LaunchError, brief
 from xtuner.parallel.processes import Processes
 
 
@@ -89,6 +89,8 @@ class DeepSpeedStrategy(ShardedStrategy):
             )
         self.model = self.engine
         self.optimizer = self.zero = self.engine.optimizer
+        if self.config.stage == 3:
+            _gather_whole_units(model)
         self._state = ZeroState(
             self.zero,
             self._groups,
@@ -225,6 +227,22 @@ class DeepSpeedStrategy(ShardedStrategy):
         self._state.load(state)
 
 
+def _gather_whole_units(model: nn.Module) -> None:
+    """Have stage 3 gather all weights of a unit before it computes and keep them until it has.
+
+    DeepSpeed gathers a module's weights when the module is called, but fused layers read weights of
+    inner modules without calling them. DeepSpeed notices such a read only if the weight is not
+    there. Otherwise it may free it before the backward pass, which then reads memory beyond it.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for unit in _parts.units_of(model):
+        own = {id(parameter) for parameter in unit.parameters(recurse=False)}
+        for parameter in unit.parameters():
+            if id(parameter) not in own:
+                register_external_parameter(unit, parameter)
+
+
 def strategy_of(config: DeepSpeedConfig) -> type[DeepSpeedStrategy]:
     """The strategy class with this configuration."""
     sharing = {"sharded": config.stage == 3, "lockstep": config.stage >= 2}
@@ -249,9 +267,8 @@ def _deepspeed(processes: Processes) -> Any:
             import deepspeed
             from deepspeed.ops import __compatible_ops__
         except Exception as error:  # it searches for compilers and drivers on import
-            first = next(iter(str(error).splitlines()), "")
             raise ConfigError(
-                f"strategy: DeepSpeed cannot be imported: {type(error).__name__}: {first}; set "
+                f"strategy: DeepSpeed cannot be imported: {brief(error)}; set "
                 f"strategy = 'fsdp2', which only needs torch"
             ) from error
         # A shared-memory all-reduce that is not used here: compiling it takes minutes.

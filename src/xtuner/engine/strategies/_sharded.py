@@ -10,20 +10,14 @@ import torch
 from torch import Tensor
 
 from xtuner.config.schema import Settings
-from xtuner.engine.optimizer import optim
 from xtuner.engine.strategies import _parts, _state
 from xtuner.engine.strategies.base import BaseStrategy
 
 
 class ShardedStrategy(BaseStrategy):
-    """Clips, scales and steps shards; a subclass knows where they are.
-
-    Attributes:
-        optimizer: Holds the parameter groups; set by `prepare`.
-    """
+    """Clips, scales and steps shards; a subclass knows where they are."""
 
     gathers = True
-    optimizer: Any
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -53,10 +47,6 @@ class ShardedStrategy(BaseStrategy):
         norm = _parts.norm_of_parts(parts, self.processes)
         _parts.scale_to(parts, max_norm, norm)
         return norm
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate of all parameter groups."""
-        optim.set_learning_rate(self.optimizer, lr)
 
     def _saw_images(self, model: Any) -> bool:
         """Whether a process had images since the last call; a collective call."""

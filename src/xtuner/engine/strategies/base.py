@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.config.schema import Settings
+from xtuner.engine.optimizer import optim
 from xtuner.engine.spill import as_it_is
 from xtuner.parallel.processes import Processes
 from xtuner.plugins import same_type
@@ -72,6 +73,7 @@ class BaseStrategy(ABC):
             them, through the same layers. True whenever `sharded` is.
         options: The strategy's options with their defaults, set by `strategy_options`.
         model: The module that the algorithm calls; set by `prepare`, which may wrap or change it.
+        optimizer: Holds the parameter groups; set by `prepare`.
         notes: Notes for the user on what `prepare` chose.
     """
 
@@ -85,6 +87,7 @@ class BaseStrategy(ABC):
         self.processes = processes
         self.option: dict[str, Any] = {**self.options, **dict(settings.strategy_options)}
         self.model: Any = None
+        self.optimizer: Any = None
         self.notes: list[str] = []
 
     @classmethod
@@ -128,9 +131,9 @@ class BaseStrategy(ABC):
         """Bytes of weights that this process holds between steps, after `prepare`."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
-    @abstractmethod
     def zero_grad(self) -> None:
         """Discard all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -163,13 +166,13 @@ class BaseStrategy(ABC):
             The norm over all parameters before clipping, the same on every process.
         """
 
-    @abstractmethod
     def step(self) -> None:
         """Apply the gradients."""
+        self.optimizer.step()
 
-    @abstractmethod
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of the next step."""
+        optim.set_learning_rate(self.optimizer, lr)
 
     @abstractmethod
     def trained_weights(self, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor | None]]:

@@ -85,10 +85,6 @@ class Strategy(ShardedStrategy):
         parts = [p.to_local() for p in self.model.parameters()]
         return sum(part.numel() * part.element_size() for part in parts)
 
-    def zero_grad(self) -> None:
-        """Discard the gradients of this process's shards."""
-        self.optimizer.zero_grad(set_to_none=True)
-
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Backpropagate; each unit's gradients are reduced into the shards along the way."""
         if _parts.check_has_gradient(loss, self.processes, NAME):
@@ -105,10 +101,6 @@ class Strategy(ShardedStrategy):
     def _gradients(self) -> list[Tensor]:
         found = [p.grad.to_local() for p in self.parameters if p.grad is not None]  # type: ignore[attr-defined]
         return [part for part in found if part.numel()]
-
-    def step(self) -> None:
-        """Apply the gradients to this process's shards."""
-        self.optimizer.step()
 
     def trained_weights(self, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
         """Gather each trained weight; the main process gets it in CPU memory."""

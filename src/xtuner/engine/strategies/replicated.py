@@ -26,7 +26,7 @@ class Strategy(BaseStrategy):
         """Leave `model` unchanged; its optimizer steps over flat buffers if possible."""
         self.model = model
         self.parameters = optim.trainable(model)
-        self.optimizer: Any = self._flat(make_optimizer(model))
+        self.optimizer = self._flat(make_optimizer(model))
         return self.optimizer
 
     def _flat(self, made: Any) -> Any:
@@ -40,10 +40,6 @@ class Strategy(BaseStrategy):
             )
             return made
         return FlatOptimizer(made)
-
-    def zero_grad(self) -> None:
-        """Discard all gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; a text-only loss has none if only the projector is
@@ -70,14 +66,6 @@ class Strategy(BaseStrategy):
     def clip_gradients(self, max_norm: float | None) -> float:
         """Clip the gradients; every process holds all of them and computes the same norm."""
         return optim.clip_gradients(self.parameters, max_norm)
-
-    def step(self) -> None:
-        """Apply the gradients, alike on every process."""
-        self.optimizer.step()
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate of all parameter groups."""
-        optim.set_learning_rate(self.optimizer, lr)
 
     def trained_weights(self, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
         """Yield the weights themselves, without copies; None outside the main process."""

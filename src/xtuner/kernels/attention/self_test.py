@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from xtuner.errors import brief
 from xtuner.kernels.attention.call import AttentionCall, Kernel
 
 TEST_LENGTHS = (1, 3, 130, 64, 70)
@@ -36,8 +37,7 @@ def failure_of(kernel: Kernel, call: AttentionCall) -> str:
         with ThreadPoolExecutor(1) as pool:
             wrong = pool.submit(test, kernel, call).result()
     except Exception as error:  # errors of the library, a new signature, a missing build
-        first = next(iter(str(error).splitlines()), "")
-        return f"fails on this machine ({type(error).__name__}: {first})"
+        return f"fails on this machine ({brief(error)})"
     return f"gives wrong results on this machine ({wrong})" if wrong else ""
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xtuner.kernels.cpu.bindings import Kernels, Rotation, Rows, readable
-
-rows_of = lru_cache(maxsize=8)(Rows)
 
 
 class _CompiledAttention(torch.autograd.Function):

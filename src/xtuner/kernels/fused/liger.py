@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtuner.errors import brief
+
 
 class Liger:
     """The kernels of liger-kernel that are used."""
@@ -73,8 +75,7 @@ def _checked(device: torch.device) -> tuple[Liger | None, str]:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             passed = [check(found, device) for check in CHECKS]
     except Exception as error:  # an incomplete package, a compiler error of Triton, a new signature
-        first = next(iter(str(error).splitlines()), "")
-        return None, f"{unused} ({type(error).__name__}: {first})"
+        return None, f"{unused} ({brief(error)})"
     if not all(passed):
         return None, f"{unused} (wrong results on this GPU)"
     return found, "Liger kernels"

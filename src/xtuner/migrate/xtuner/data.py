@@ -104,9 +104,8 @@ def _messages(sources: list[Source], config: Table, draft: Draft) -> None:
 
 
 def _loader(loader: Table, draft: Draft) -> None:
-    draft.set("batch_size", loader.take("batch_size", 1), loader.line_of("batch_size"))
-    workers = loader.take("num_workers", 0)
-    draft.set("dataloader_num_workers", workers, loader.line_of("num_workers"))
+    draft.carry(loader, "batch_size", "batch_size", 1)
+    draft.carry(loader, "num_workers", "dataloader_num_workers", 0)
     loader.pass_over("pin_memory", "persistent_workers", "prefetch_factor")
     sampler = loader.table("sampler")
     sampler.pass_over("type", "seed", "round_up", "mega_batch_mult")

@@ -89,14 +89,13 @@ def _quantization(llm: Table, draft: Draft) -> None:
         draft.set("double_quant", double, bits.line_of("bnb_4bit_use_double_quant"))
         bits.pass_over("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold")
         bits.pass_over("llm_int8_has_fp16_weight")
-    elif int8:
+        return
+    if int8:
         draft.set("quantization", "int8", line)
         threshold = bits.take("llm_int8_threshold", 6.0)
         if threshold != 6.0:
             draft.lose(line, f"llm_int8_threshold = {threshold}", "the threshold is always 6.0")
-        use_all(bits)
-    else:
-        use_all(bits)
+    use_all(bits)
 
 
 def read_adapter(lora: Table | None, model: Table, draft: Draft) -> None:
@@ -112,7 +111,7 @@ def read_adapter(lora: Table | None, model: Table, draft: Draft) -> None:
         return
     draft.set("tuning", "qlora" if quantized else "lora", lora.line)
     for old, default in _LORA_DEFAULTS.items():
-        draft.set(_ours(old), lora.take(old, default), lora.line_of(old))
+        draft.carry(lora, old, _ours(old), default)
     _targets(lora, draft)
     further = {key: lora.take(key) for key in _FURTHER if lora.get(key) not in _PLAIN_LORA}
     if further:
@@ -159,12 +158,11 @@ def _vision(model: Table, draft: Draft) -> None:
     if depth != 2:
         line = model.line_of("projector_depth")
         draft.refuse(line, f"projector_depth = {depth}", "the projector always has two layers")
-    if weights := model.take("pretrained_pth"):
-        draft.set("pretrained_pth", weights, model.line_of("pretrained_pth"))
+    draft.carry(model, "pretrained_pth", "pretrained_pth")
     lora = model.optional("visual_encoder_lora")
     if lora is not None:
         for old, default in _LORA_DEFAULTS.items():
-            draft.set(f"visual_encoder_{_ours(old)}", lora.take(old, default), lora.line_of(old))
+            draft.carry(lora, old, f"visual_encoder_{_ours(old)}", default)
         if lora.take("target_modules") is not None:
             line = lora.line_of("target_modules")
             draft.refuse(

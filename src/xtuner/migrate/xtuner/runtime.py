@@ -32,8 +32,7 @@ def read(config: Table, draft: Draft) -> None:
     _start(config, draft)
     _seed(config, draft)
     _visualizer(config, draft)
-    if work_dir := config.take("work_dir"):
-        draft.set("work_dir", work_dir, config.line_of("work_dir"))
+    draft.carry(config, "work_dir", "work_dir")
 
 
 def _hook(hook: Table, where: str, draft: Draft) -> None:
@@ -65,8 +64,7 @@ def _answers(hook: Table, config: Table, draft: Draft) -> None:
         draft.set("evaluation_images", names, hook.line_of("evaluation_images"))
     every = hook.take("every_n_iters")
     draft.set("evaluation_freq", every or NEVER, hook.line_of("every_n_iters"))
-    most = hook.take("max_new_tokens", 600)
-    draft.set("evaluation_max_new_tokens", most, hook.line_of("max_new_tokens"))
+    draft.carry(hook, "max_new_tokens", "evaluation_max_new_tokens", 600)
     asked = asked_system(hook, draft)
     if asked is not None and verbatim and asked.text:
         text = asked.text.replace("{bot_name}", str(config.get("bot_name", "{bot_name}")))
@@ -86,7 +84,7 @@ def _answers(hook: Table, config: Table, draft: Draft) -> None:
 def _default_hooks(hooks: Table, draft: Draft) -> None:
     logger = hooks.table("logger")
     logger.pass_over("type", "log_metric_by_epoch", "ignore_last", "interval_exp_name")
-    draft.set("logging_steps", logger.take("interval", 10), logger.line_of("interval"))
+    draft.carry(logger, "interval", "logging_steps", 10)
     for name in ("timer", "param_scheduler", "sampler_seed", "runtime_info"):
         use_all(hooks.take(name))
     _checkpoints(hooks.table("checkpoint"), draft)

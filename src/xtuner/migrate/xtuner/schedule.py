@@ -19,8 +19,7 @@ def read(config: Table, draft: Draft) -> None:
     draft.set("steps_are", "micro_batches", config.line_of("train_cfg"))
     wrapper = config.table("optim_wrapper")
     _optimizer(wrapper, draft)
-    counts, line = wrapper.take("accumulative_counts", 1), wrapper.line_of("accumulative_counts")
-    draft.set("accumulative_counts", counts, line)
+    draft.carry(wrapper, "accumulative_counts", "accumulative_counts", 1)
     shared = config.take("sequence_parallel_size", 1)
     if wrapper.last() == "DeepSpeedOptimWrapper":
         _deepspeed(config.table("strategy"), draft)

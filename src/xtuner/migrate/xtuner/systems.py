@@ -19,7 +19,7 @@ _FILES = ("utils/templates.py", "xtuner/utils/templates.py")
 _NAME = "SYSTEM_TEMPLATE"
 
 
-def beside(config: Path) -> dict[str, str]:
+def near(config: Path) -> dict[str, str]:
     """The system messages of the old package that contains `config`; empty if there is none."""
     folders = list(config.resolve().parents)[:6]
     for file in (folder / name for folder in folders for name in _FILES):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xtuner.config.read import foreign
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, Unread, UnreadError, unused, use_all, written
 from xtuner.migrate.xtuner import data, runtime, schedule
@@ -17,7 +18,6 @@ from xtuner.migrate.xtuner import model as old_model
 from xtuner.migrate.xtuner.names import names
 from xtuner.migrate.yaml_trainers import hf_trainer
 
-ORIGIN = "XTuner 0.x"
 _WITHOUT_INFLUENCE = (
     "env_cfg log_level log_processor default_scope launcher runner_type visualizer cfg "
     "work_dir default_hooks find_unused_parameters model_wrapper_cfg"
@@ -36,7 +36,7 @@ def migrate(config: Table, *, systems: Mapping[str, str] | None = None) -> Draft
         config: the old config.
         systems: system messages of the old package, by name.
     """
-    draft = Draft(ORIGIN, systems=systems or {})
+    draft = Draft(foreign.XTUNER_OLD, systems=systems or {})
     if "model" not in config:
         draft.refuse(0, "model", "is missing: this is not a training config")
         return draft

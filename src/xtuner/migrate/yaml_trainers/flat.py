@@ -7,7 +7,7 @@ from typing import Any
 
 from xtuner.config.renames import meant
 from xtuner.migrate.report import Draft, shown
-from xtuner.migrate.values import Table
+from xtuner.migrate.values import Table, unused
 from xtuner.migrate.xtuner.runtime import NEVER
 
 _SPLIT_MEMORY = "each process holds a full copy of the model: same results, but more memory"
@@ -34,19 +34,19 @@ _OPTIMIZERS = {
 }
 
 
-def carry(table: Table, draft: Draft, rows: Iterable[tuple[str, str, Any]]) -> None:
+def carry_rows(table: Table, draft: Draft, rows: Iterable[tuple[str, str, Any]]) -> None:
     """Copy values that need no change; entries are (old name, new name, old default)."""
     for key, ours, default in rows:
         value = table.take(key, default)
         draft.set(ours, default if value is None else value, table.line_of(key))
 
 
-def refuse_set(table: Table, draft: Draft, keys: Iterable[str], why: str) -> None:
+def refuse_set(table: Table, draft: Draft, keys: Iterable[str]) -> None:
     """Report those of `keys` whose value enables something, as not supported."""
     for key in keys:
         value = table.take(key)
         if value not in (None, False, 0, "", "none", "None"):
-            draft.refuse(table.line_of(key), shown(key, value), why)
+            draft.refuse(table.line_of(key), shown(key, value), "is not supported")
 
 
 def lose_set(table: Table, draft: Draft, keys: Iterable[str], why: str = _SPLIT_MEMORY) -> None:
@@ -57,9 +57,19 @@ def lose_set(table: Table, draft: Draft, keys: Iterable[str], why: str = _SPLIT_
             draft.lose(table.line_of(key), shown(key, value), why)
 
 
+def lose_rest(table: Table, draft: Draft) -> None:
+    """List how to resume, and the keys of the file that nothing has read."""
+    if table.take("resume_from_checkpoint"):
+        line = table.line_of("resume_from_checkpoint")
+        draft.note(line, "resume_from_checkpoint", "use `xtuner train --resume`")
+    for line, path, value in unused(table, ""):
+        if value not in (None, False):
+            draft.lose(line, shown(path.lstrip("."), value), "has no counterpart")
+
+
 def training_arguments(table: Table, draft: Draft) -> None:
     """Translate the arguments of transformers' Trainer."""
-    carry(
+    carry_rows(
         table,
         draft,
         (

@@ -25,8 +25,7 @@ def read(config: Table, draft: Draft) -> None:
         return
     old_data.read_data(data, config, draft)
     draft.set("evaluation_inputs", [], config.line_of("training_args"))
-    if folder := arguments.take("output_dir"):
-        draft.set("work_dir", folder, arguments.line_of("output_dir"))
+    draft.carry(arguments, "output_dir", "work_dir")
     arguments.pass_over(*_NO_INFLUENCE)
     for key in ("model", "lora", "train_dataset", "training_args"):
         for line, path, value in unused(config.get(key), key):

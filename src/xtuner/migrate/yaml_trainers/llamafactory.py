@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config.combinations import TRACKERS
+from xtuner.config.read import foreign
 from xtuner.migrate.report import Draft, shown
-from xtuner.migrate.values import Table, UnreadError, unused
+from xtuner.migrate.values import Table, UnreadError
 from xtuner.migrate.yaml_trainers import llamafactory_data
-from xtuner.migrate.yaml_trainers.flat import carry, lose_set, refuse_set, training_arguments
+from xtuner.migrate.yaml_trainers.flat import (
+    carry_rows,
+    lose_rest,
+    lose_set,
+    refuse_set,
+    training_arguments,
+)
 from xtuner.migrate.yaml_trainers.read_yaml import read
 
-ORIGIN = "LLaMA-Factory"
 _NOT_YET = {
     "dpo": "preference tuning (DPO, ORPO, SimPO) is not supported yet",
     "kto": "preference tuning (KTO) is not supported yet",
@@ -49,7 +55,7 @@ _OF_FAMILIES_NO_MODEL = ("default", "alpaca", "empty", "fewshot", "vicuna", "cha
 
 def migrate(text: str, folder: Path) -> Draft:
     """Translate the file `text` in `folder` to settings."""
-    table, draft = read(text), Draft(ORIGIN)
+    table, draft = read(text), Draft(foreign.LLAMA_FACTORY)
     stage = str(table.take("stage", "sft"))
     draft.kind = stage
     if stage in _NOT_YET:
@@ -103,7 +109,7 @@ def _adapter(table: Table, draft: Draft) -> None:
     if kind == "full":
         table.pass_over(*keys, *_VARIANTS, "create_new_adapter")
         return
-    carry(table, draft, (("lora_rank", "lora_r", 8), ("lora_dropout", "lora_dropout", 0.0)))
+    carry_rows(table, draft, (("lora_rank", "lora_r", 8), ("lora_dropout", "lora_dropout", 0.0)))
     alpha = table.take("lora_alpha") or 2 * draft.values["lora_r"]
     draft.set("lora_alpha", alpha, table.line_of("lora_alpha"))
     table.pass_over("create_new_adapter")
@@ -147,7 +153,7 @@ def _data(table: Table, draft: Draft, stage: str, folder: Path) -> None:
     if stage == "pt" or on_prompt:
         draft.set("algorithm", "pretrain", table.line_of("stage"))
         draft.set("overlong", "truncate", table.line_of("cutoff_len"))
-    draft.set("max_length", table.take("cutoff_len", 2048), table.line_of("cutoff_len"))
+    draft.carry(table, "cutoff_len", "max_length", 2048)
     packing, neat = table.take("packing"), table.take("neat_packing", False)
     packed = bool(neat) or (stage == "pt" if packing is None else bool(packing))
     draft.set("pack_to_max_length", packed, table.line_of("packing"))
@@ -156,10 +162,8 @@ def _data(table: Table, draft: Draft, stage: str, folder: Path) -> None:
             table.line_of("packing"), "packing", "packed samples do not attend to each other"
         )
     _template(table, draft, stage)
-    if system := table.take("default_system"):
-        draft.set("SYSTEM", system, table.line_of("default_system"))
-    if workers := table.take("preprocessing_num_workers"):
-        draft.set("dataset_num_proc", workers, table.line_of("preprocessing_num_workers"))
+    draft.carry(table, "default_system", "SYSTEM")
+    draft.carry(table, "preprocessing_num_workers", "dataset_num_proc")
     _validation(table, draft)
 
 
@@ -198,8 +202,7 @@ def _validation(table: Table, draft: Draft) -> None:
 
 
 def _rest(table: Table, draft: Draft) -> None:
-    if folder := table.take("output_dir"):
-        draft.set("work_dir", folder, table.line_of("output_dir"))
+    draft.carry(table, "output_dir", "work_dir")
     if table.take("use_cpu", False):
         draft.set("device", "cpu", table.line_of("use_cpu"))
     report, line = table.take("report_to"), table.line_of("report_to")
@@ -225,15 +228,10 @@ def _rest(table: Table, draft: Draft) -> None:
             "trust_remote_code: true",
             "stays False; if the model needs remote code, training reports it",
         )
-    if table.take("resume_from_checkpoint"):
-        line = table.line_of("resume_from_checkpoint")
-        draft.note(line, "resume_from_checkpoint", "use `xtuner train --resume`")
-    refuse_set(table, draft, _CHANGES, "is not supported")
+    refuse_set(table, draft, _CHANGES)
     lose_set(table, draft, _SHARDING)
     table.pass_over(*_NO_INFLUENCE)
-    for line, path, value in unused(table, ""):
-        if value not in (None, False):
-            draft.lose(line, shown(path.lstrip("."), value), "has no counterpart")
+    lose_rest(table, draft)
 
 
 def _split(value: object) -> list[str]:

@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from xtuner.config.read import foreign
 from xtuner.migrate.report import Draft, shown
-from xtuner.migrate.values import Table, UnreadError, unused, use_all
+from xtuner.migrate.values import Table, UnreadError, use_all
 from xtuner.migrate.xtuner.runtime import NEVER
 from xtuner.migrate.yaml_trainers import torchtune_data
-from xtuner.migrate.yaml_trainers.flat import lose_set, refuse_set
+from xtuner.migrate.yaml_trainers.flat import lose_rest, lose_set, refuse_set
 from xtuner.migrate.yaml_trainers.read_yaml import read
 
-ORIGIN = "torchtune"
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _FUSED = ("phi3", "phi4")
 _CROSS_ENTROPY = ("CE", "CrossEntropy", "LinearCrossEntropy")
@@ -33,7 +33,7 @@ _SHARDING = "fsdp_cpu_offload tensor_parallel_dim tensor_parallel_plan fsdp".spl
 
 def migrate(text: str, folder: Path) -> Draft:
     """Translate the file `text` to settings; `folder` is not used."""
-    table, draft = read(text), Draft(ORIGIN)
+    table, draft = read(text), Draft(foreign.TORCHTUNE)
     _fill(table, {key: value for key, value in table.items() if isinstance(value, str)})
     draft.kind = "sft"
     if _other_recipe(table, draft):
@@ -99,18 +99,15 @@ def _model(table: Table, draft: Draft) -> None:
         _adapter(model, kind, draft)
     else:
         draft.set("tuning", "full", line)
-    refuse_set(model, draft, [key for key in model if key not in model.used], "is not supported")
+    refuse_set(model, draft, [key for key in model if key not in model.used])
 
 
 def _adapter(model: Table, kind: str, draft: Draft) -> None:
     quantized = kind.startswith("qlora_") or bool(model.take("quantize_base", False))
     draft.set("tuning", "qlora" if quantized else "lora", model.line)
-    for key, ours, default in (
-        ("lora_rank", "lora_r", 8),
-        ("lora_alpha", "lora_alpha", 16),
-        ("lora_dropout", "lora_dropout", 0.0),
-    ):
-        draft.set(ours, model.take(key, default), model.line_of(key))
+    draft.carry(model, "lora_rank", "lora_r", 8)
+    draft.carry(model, "lora_alpha", "lora_alpha", 16)
+    draft.carry(model, "lora_dropout", "lora_dropout", 0.0)
     line = model.line_of("lora_attn_modules")
     attention = [str(name) for name in model.take("lora_attn_modules") or ()]
     names = ["o_proj" if name == "output_proj" else name for name in attention]
@@ -120,16 +117,13 @@ def _adapter(model: Table, kind: str, draft: Draft) -> None:
     draft.set("lora_target_modules", names, line)
     if model.take("use_dora", False):
         draft.set("lora_config", {"use_dora": True}, model.line_of("use_dora"))
-    refuse_set(model, draft, ("apply_lora_to_output",), "is not supported")
+    refuse_set(model, draft, ("apply_lora_to_output",))
 
 
 def _schedule(table: Table, draft: Draft) -> None:
-    for key, ours, default in (
-        ("batch_size", "batch_size", 1),
-        ("gradient_accumulation_steps", "accumulative_counts", 1),
-        ("epochs", "max_epochs", 1),
-    ):
-        draft.set(ours, table.take(key, default), table.line_of(key))
+    draft.carry(table, "batch_size", "batch_size", 1)
+    draft.carry(table, "gradient_accumulation_steps", "accumulative_counts", 1)
+    draft.carry(table, "epochs", "max_epochs", 1)
     most, line = table.take("max_steps_per_epoch"), table.line_of("max_steps_per_epoch")
     if most is not None and draft.values["max_epochs"] == 1:
         draft.set("max_steps", most, line)
@@ -190,15 +184,9 @@ def _runtime(table: Table, draft: Draft) -> None:
     if logger.last("_component_") in ("WandBLogger", "CometLogger", "MLFlowLogger"):
         draft.lose(logger.line, logger.name("_component_"), "TensorBoard files are written")
     use_all(logger)
-    if folder := table.take("output_dir"):
-        draft.set("work_dir", folder, table.line_of("output_dir"))
-    if table.take("resume_from_checkpoint"):
-        line = table.line_of("resume_from_checkpoint")
-        draft.note(line, "resume_from_checkpoint", "use `xtuner train --resume`")
+    draft.carry(table, "output_dir", "work_dir")
     lose_set(table, draft, _SHARDING)
     table.pass_over(*_NO_INFLUENCE)
     for key in _NO_INFLUENCE:
         use_all(table.get(key))
-    for line, path, value in unused(table, ""):
-        if value not in (None, False):
-            draft.lose(line, shown(path.lstrip("."), value), "has no counterpart")
+    lose_rest(table, draft)

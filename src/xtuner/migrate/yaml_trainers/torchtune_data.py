@@ -26,20 +26,20 @@ def read(table: Table, draft: Draft) -> None:
         return
     entries: list[str] = []
     formats: list[str] = []
-    learnt: set[bool] = set()
+    supervised: set[bool] = set()
     for part in parts:
         found = _source(part, draft)
         entries += found[0]
         formats += [found[1]] * len(found[0])
-        learnt.add(found[2])
+        supervised.add(found[2])
     packs = {bool(part.take("packed", False)) for part in parts}
     if draft.refused:
         return
     draft.set("data_path", entries, line)
     draft.set("dataset_format", formats if len(set(formats)) > 1 else formats[:1], line)
-    if len(learnt) > 1 or len(packs) > 1:
+    if len(supervised) > 1 or len(packs) > 1:
         draft.refuse(line, "train_on_input, packed", "must be the same for all data sets")
-    if True in learnt:
+    if True in supervised:
         draft.set("algorithm", "pretrain", line)
     _length(table, draft, packed=True in packs)
     draft.set("shuffle", bool(table.take("shuffle", True)), table.line_of("shuffle"))
@@ -75,8 +75,8 @@ def _source(part: Table, draft: Draft) -> tuple[list[str], str, bool]:
         format = known.get((style, column))
         if format is None:
             draft.refuse(line, f"{style} in column {column}", "rename the column in the data")
-        learnt = bool(part.take("train_on_input", False))
-        return _entries(part, None, draft), format or "auto", learnt
+        supervised = bool(part.take("train_on_input", False))
+        return _entries(part, None, draft), format or "auto", supervised
     draft.refuse(line, f"dataset: {kind}", "is not supported; use chat_dataset")
     return [], "auto", False
 

@@ -1,0 +1,101 @@
+"""Renders a tokenizer's chat template, which is third-party code, within bounds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xtuner.errors import DataError, ModelError
+from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
+from xtuner.templates.moments import Text, roles
+
+Tools = Sequence[Mapping[str, Any]]
+
+_EXCEEDS = "the tokenizer's chat template exceeds"
+_NAME_ANOTHER = "name another, such as prompt_template = 'chatml'"
+_PATIENCE = 3
+"""So many conversations may exceed the bounds before the template is not rendered any more."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_DATE = "26 Jul 2024"
+"""The default date of Llama 3 templates; fixed, so that runs are reproducible."""
+
+
+class Renderer:
+    """Renders messages with the chat template of `tokenizer`.
+
+    Attributes:
+        variables: what the template is given beside the messages.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._exceeded = 0
+        self._marked: dict[str, bool] = {}
+        dated = "date_string" in self.source()
+        self.variables: dict[str, Any] = {"date_string": _DATE} if dated else {}
+
+    def text(self, dicts: list[dict[str, Any]], tools: Tools = (), *, prompt: bool = False) -> Text:
+        """The text of messages, given as dicts; with the generation prompt if `prompt`.
+
+        `apply_chat_template` returns the marks only as tokens, so its renderer is called directly.
+
+        Raises:
+            DataError: the template rejects the messages.
+            ModelError: the template is invalid, or exceeds its bounds.
+        """
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        source = self.source(tools)
+        variables = dict(self.variables)
+        if tools and "xml_tools" in source:
+            variables["xml_tools"] = [dict(tool) for tool in tools]  # SmolLM3
+        if self._exceeded > _PATIENCE:
+            raise ModelError(f"{_EXCEEDS} bounds again and again; {_NAME_ANOTHER}")
+        try:
+            with bounded():
+                texts, marks = render_jinja_template(
+                    [dicts],
+                    tools=[dict(tool) for tool in tools] or None,
+                    chat_template=source,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=self._is_marked(source),
+                    **self._tokenizer.special_tokens_map,
+                    **variables,
+                )
+            check_output(len(texts[0]), given=_characters([dicts, tools]))
+        except OutOfBoundsError as error:
+            self._exceeded += 1
+            raise ModelError(f"{_EXCEEDS} its bounds: it {error}; {_NAME_ANOTHER}") from error
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(
+                f"the tokenizer's chat template is invalid (line {error.lineno}: {error.message}); "
+                f"{_NAME_ANOTHER}"
+            ) from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise DataError(
+                f"the model's chat template rejects these messages (roles: {roles(dicts)}): {error}"
+            ) from error
+        return Text(texts[0], [(a, b) for a, b in marks[0]] if marks else [])
+
+    def source(self, tools: Tools = ()) -> str:
+        """The template source; some tokenizers have a separate one for tools."""
+        try:
+            return str(self._tokenizer.get_chat_template(tools=[dict(t) for t in tools] or None))
+        except ValueError as error:
+            raise ModelError(f"prompt_template = 'auto': {error}") from error
+
+    def _is_marked(self, source: str) -> bool:
+        if source not in self._marked:
+            self._marked[source] = _GENERATION.search(source) is not None
+        return self._marked[source]
+
+
+def _characters(value: Any) -> int:
+    """About how many characters the template is given."""
+    if isinstance(value, Mapping):
+        return sum(_characters(key) + _characters(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 1
