@@ -5,8 +5,8 @@
 `overhead`: one process under each strategy beside 'replicated'. `scaling`: two processes with one
 core each beside one process with one core, and beside two runs that know nothing of each other,
 which is what the machine allows. `bytes`: what two processes send in a step, counted in torch's
-collectives, beside theory. `memory`: the peak of one of two processes beside the forecast. A random
-Llama is trained in full, in float32.
+collectives, beside theory. `memory`: the peak of one of two processes, beside the forecast. A
+random Llama is trained in full, in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ from pathlib import Path
 from typing import Any
 
 STRATEGIES = ("replicated", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+}
 SETTINGS = """
 pretrained_model_name_or_path = "model"
 data_path = "rows.jsonl"
@@ -50,6 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--smollm2", action="store_true", help="the shape of SmolLM2-135M instead")
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--length", type=int, default=256, help="tokens of a micro-batch")
     parser.add_argument("--rounds", type=int, default=1, help="of which scaling takes the median")
@@ -67,10 +78,9 @@ def make(folder: Path, options: Any) -> None:
     """Write model and data."""
     from xtuner.testing.tiny import tiny_model_folder
 
-    tiny_model_folder(
-        folder / "model", hidden_size=options.hidden, intermediate_size=4 * options.hidden,
-        num_hidden_layers=options.layers, vocab_size=2048,
-    )  # fmt: skip
+    wide = {"hidden_size": options.hidden, "intermediate_size": 4 * options.hidden}
+    shape = SMOLLM2 if options.smollm2 else {**wide, "num_hidden_layers": options.layers}
+    tiny_model_folder(folder / "model", **{"vocab_size": 2048, **shape})
     rows = "\n".join(json.dumps({"text": f"{i} " * 120}) for i in range(400))
     (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
 
@@ -206,6 +216,32 @@ def volume(kind: str, args: Any) -> float:
     return whole / 2  # (N - 1) / N of all parts; a reduce or broadcast sends all in one direction
 
 
+def theory_of(strategy: str, size: float, micro_batches: int) -> float:
+    """What a process sends in a step with rings, up to the factor (N - 1) / N.
+
+    A sum sends everything twice, a reduction into shards or a gather of shards once. Gradients are
+    summed per step, or reduced per micro-batch if they are sharded. Weights are gathered once per
+    step if only the optimizer state is sharded; otherwise for each forward pass, and for each
+    backward pass again unless the strategy keeps so many.
+
+    Args:
+        strategy: its name.
+        size: of all weights, and of all gradients, in MiB of float32.
+        micro_batches: of one process in a step.
+    """
+    from xtuner.config.schema import Settings
+    from xtuner.engine.strategies import division_of
+
+    settings = Settings(pretrained_model_name_or_path="m", data_path="d", strategy=strategy)
+    shares = division_of(settings, 2, folder=Path())
+    if shares.gradients == 1:
+        return 2 * size  # zero1: reduced into shards, and then weights are gathered
+    if shares.weights == 1:
+        return (micro_batches + 1) * size
+    kept = size * 2**18 <= shares.live
+    return micro_batches * (2 if kept else 3) * size
+
+
 def sent(folder: Path, options: Any) -> None:
     """Two processes: bytes of the last step, beside theory."""
     from xtuner.testing.tiny import tiny_model  # noqa: F401 (fails early)
@@ -219,39 +255,38 @@ def sent(folder: Path, options: Any) -> None:
         match = re.search(r"([\d,]+) of [\d,]+ are trained", out)
         assert match, out
         size = 4 * int(match[1].replace(",", "")) / 2**20
-        micro, half = options.accumulation, 0.5
-        theory = {
-            "replicated": 2 * half * size,
-            "deepspeed_zero1": 2 * half * size,
-            "deepspeed_zero2": (micro + 1) * half * size,
-            "deepspeed_zero3": 3 * micro * half * size,
-            "fsdp2": 3 * micro * half * size,
-        }[strategy]
+        half = theory_of(strategy, size, options.accumulation) / 2  # (N - 1) / N
         found = {k: v / 2**20 for k, v in json.loads(counted.read_text()).items()}
         total = sum(found.values())
         parts = ", ".join(f"{kind} {value:.1f}" for kind, value in found.items() if value > 0.05)
-        print(f"| {strategy} | {total:.1f} ({parts}) | {theory:.1f} | {total / theory:.2f} |")
+        print(f"| {strategy} | {total:.1f} ({parts}) | {half:.1f} | {total / half:.2f} |")
+
+
+PEAK_HOOK = """
+import resource
+from pathlib import Path
+from xtuner.engine.hooks.base import BaseHook
+
+class Hook(BaseHook):
+    def on_step(self, run):
+        Path({file!r}).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+"""
 
 
 def memory(folder: Path, options: Any) -> None:
-    """Two processes: the peak of the main one, beside the forecast."""
-    print(
-        "| strategy | MiB, measured | forecast | weights | gradients and activations | optimizer |"
-    )
-    print("|---|---|---|---|---|---|")
+    """Two processes: the highest resident memory of the main one, beside the forecast."""
+    peak = folder / "peak"
+    (folder / "peak.py").write_text(PEAK_HOOK.format(file=str(peak)), encoding="utf-8")
+    print("| strategy | MiB, measured | forecast | of forecast | parts of the forecast |")
+    print("|---|---|---|---|---|")
     for strategy in options.strategies:
-        steps, out = run(folder, options, strategy, processes=2)
-        peak = max(step["memory_mb"] for step in steps)
+        _, out = run(folder, options, strategy, processes=2, hook="peak.py:Hook")
         line = next(line for line in out.splitlines() if line.startswith("Memory"))
-        numbers = re.search(
-            r"([\d,]+) MiB at the peak \(weights ([\d,]+).*optimizer ([\d,]+).*gradients ([\d,]+)",
-            line,
-        )
+        numbers = re.search(r"([\d,]+) MiB at the peak \((.*)\)", line)
         assert numbers, line
-        total, weights, optimizer, step = numbers.groups()
-        print(
-            f"| {strategy} | {peak:,.0f} | {total} | {weights} | {step} | {optimizer} |", flush=True
-        )
+        measured, total = float(peak.read_text()), int(numbers[1].replace(",", ""))
+        row = f"{measured:,.0f} | {total:,} | {measured / total:.2f} | {numbers[2]}"
+        print(f"| {strategy} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,3 +36,27 @@ print(held("AnonHugePages") - before)
     assert asked == "True"
     assert int(taken) < 10 * 1024  # KiB
     assert int(huge) > 80 * 1024  # of 100 MiB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_large_blocks_can_be_returned_while_others_stay():
+    script = """
+import psutil, torch
+from xtuner.device import host
+
+def left(count, size):
+    before = psutil.Process().memory_info().rss
+    held = [torch.ones(size * 2**18) for _ in range(count)]
+    between = torch.ones(2**10)  # the heap does not end with them
+    del held
+    return (psutil.Process().memory_info().rss - before) >> 20
+
+torch.ones(1)
+print(host.keep_freed_memory(), left(4, 32), host.return_large_blocks(), left(4, 40))
+"""
+    kept, first, returned, large = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout.split()
+    if kept == returned == "True":  # glibc
+        assert int(first) > 100  # of 128 MiB
+        assert int(large) < 20  # of 160 MiB

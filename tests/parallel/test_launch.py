@@ -67,7 +67,11 @@ def test_processes_have_their_ranks(tmp_path):
             "Process 1 was killed by SIGKILL, as the system does when memory runs out. Earlier "
             "checkpoints are untouched. Its last output:\nbefore",
         ),
-        (f"os.kill(os.getpid(), 9) if RANK == 0 else None\n{WAIT}", 137, "Process 0 was killed"),
+        (
+            f"(os.write(2, b'..'), os.kill(os.getpid(), 9)) if RANK == 0 else None\n{WAIT}",
+            137,
+            "..\nProcess 0 was killed",
+        ),
         (
             f"os.kill(os.getpid(), 19) if RANK == 1 else None\n{WAIT}",
             137,

@@ -17,6 +17,8 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP_BELOW = 2**30
 """Freed memory up to this size stays with the process."""
+RETURN_FROM = 16 * 2**20
+"""Size of blocks that `return_large_blocks` returns."""
 MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 IN_HUGE_PAGES = 3 * 600 * 2**20
 """Size of the heap with huge pages; below 2 GiB, where malloc starts to return memory."""
@@ -24,9 +26,22 @@ IN_HUGE_PAGES = 3 * 600 * 2**20
 
 def keep_freed_memory() -> bool:
     """Make malloc reuse freed tensors instead of returning them; False if it is not glibc."""
+    return _set_malloc({M_MMAP_THRESHOLD: KEEP_BELOW, M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def return_large_blocks() -> bool:
+    """Make malloc return blocks of 16 MiB or more when they are freed; False if it is not glibc.
+
+    Engines that shard weights take and free flat buffers of hundreds of MiB, and the heap keeps
+    each of them without using it for the next (see `heap`). Call it after `keep_freed_memory`.
+    """
+    return _set_malloc({M_MMAP_THRESHOLD: RETURN_FROM})
+
+
+def _set_malloc(values: dict[int, int]) -> bool:
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        return bool(mallopt(M_MMAP_THRESHOLD, KEEP_BELOW) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+        return all(mallopt(name, value) for name, value in values.items())
     return False
 
 

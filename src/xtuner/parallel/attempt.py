@@ -207,6 +207,8 @@ class Attempt:
         failed = self._failed or [i for i, code in enumerate(codes) if code]
         failed = [index for index in failed if index not in self._victims]
         firsts = [index for index in failed if codes[index] != PEER_LOST] or failed
+        if firsts and self._cluster.node_rank == 0 and codes[0] < 0:
+            print(file=sys.stderr)  # killed, the main process may leave a line unfinished
         for local in firsts:  # the first to fail knows the cause; later messages are consequences
             self._show(local, codes[local])
         if not firsts:

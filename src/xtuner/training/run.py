@@ -17,6 +17,7 @@ from xtuner.config import recipe
 from xtuner.config.load import LoadedSettings
 from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate, Loader
+from xtuner.device import host
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import run_lock, strategies
 from xtuner.engine.best import BestMetric
@@ -159,6 +160,8 @@ class _TrainingRun:
         self.settings = settings = self.parts.settings
         preflight.check_run(settings)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
+        if self.device == "cpu" and self.strategy.gathers:
+            host.return_large_blocks()
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
 
