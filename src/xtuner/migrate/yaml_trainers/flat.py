@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from xtuner.config.renames import meant
+from xtuner.config.renames import own_value
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, unused
 from xtuner.migrate.xtuner.runtime import NEVER
@@ -98,7 +98,7 @@ def training_arguments(table: Table, draft: Draft) -> None:
 
 def _optimizer(table: Table, draft: Draft) -> None:
     name = str(table.take("optim", "adamw_torch"))
-    known = _OPTIMIZERS.get(name) or meant("optim_type", name)
+    known = _OPTIMIZERS.get(name) or own_value("optim_type", name)
     if known != name:
         draft.set("optim_type", known, table.line_of("optim"))
     else:
