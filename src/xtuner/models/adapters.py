@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean
+from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean, in_one_line
 from xtuner.hub.weight_files import tensors_of
 from xtuner.kernels.lora.layers import layer_classes
 from xtuner.models.adapter_config import read_adapter_config
@@ -280,12 +280,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     except (torch.OutOfMemoryError, XTunerError):
         raise
     except Exception as error:  # PEFT checks few of the values that a file can hold
-        words = " ".join(str(error).split())
-        known = isinstance(error, RuntimeError | ValueError | OSError)
         raise ModelError(
             f"{folder}: the adapter does not fit the model "
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
-            f"{words if known else f'{type(error).__name__}: {words}'}"
+            f"{in_one_line(error, plain=(RuntimeError, ValueError, OSError))}"
         ) from error
 
 
