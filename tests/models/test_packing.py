@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from losses import loss_of
-from test_causal_lm import LENGTHS, gradients, plain_loss
+from test_causal_lm import LENGTHS, assert_gradients, gradients, plain_loss
 from trainer_parts import random_batch
 
 from xtuner.config.schema import Settings
@@ -52,11 +52,7 @@ def test_model_with_single_samples_has_the_losses_of_transformers(architecture):
     assert lm.verify() is None
     loss = loss_of(lm, batch)
     assert abs(loss.item() - expected_loss.item()) < 1e-5 * expected_loss.item()
-    found = gradients(model, loss)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        scale = expected[name].abs().max().clamp(min=1e-3)
-        assert (gradient - expected[name]).abs().max() < 1e-4 * scale, name
+    assert_gradients(model, loss, expected)
 
 
 @pytest.mark.parametrize("architecture", PACKED)
