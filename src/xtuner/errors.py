@@ -56,6 +56,19 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank; `repr` of an error without one."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def in_one_line(error: BaseException, *, plain: tuple[type[BaseException], ...] = ()) -> str:
+    """The message of an error in one line, after its type unless it is one of `plain`."""
+    words, name = " ".join(str(error).split()), type(error).__name__
+    if not words:
+        return name
+    return words if isinstance(error, plain) else f"{name}: {words}"
+
+
 def count(number: int, noun: str) -> str:
     """`number` with the singular or plural of `noun`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

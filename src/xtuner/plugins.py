@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from xtuner.errors import ConfigError, did_you_mean
+from xtuner.errors import ConfigError, did_you_mean, in_one_line
 from xtuner.local_imports import local_imports
 
 
@@ -36,8 +36,7 @@ _USER_MODULE = "xtuner_user_"
 
 def described(error: BaseException) -> str:
     """An exception of a user's code in one line, with the file and line of that code."""
-    words = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    text = in_one_line(error)
     if isinstance(error, SyntaxError) and error.filename:
         return f"{text}, line {error.lineno}" if "line " not in text else text
     location = user_location(error)

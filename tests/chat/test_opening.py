@@ -5,18 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from tuned_makers import write_adapter
 
 from xtuner.chat import lookup, opening
 from xtuner.errors import ConfigError, ModelError
 from xtuner.generation.generate import GenerationOptions
 from xtuner.hub import fetch
-from xtuner.models import adapters
-from xtuner.models.load import load_model
 from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
-from xtuner.models.save import save_model
-from xtuner.testing.tiny import tiny_model_folder, tiny_tokenizer
+from xtuner.testing.tiny import tiny_model_folder
 
 SYSTEM = "You are the assistant of Ada."
 
@@ -26,17 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work dir with the checkpoint of an adapter whose base model lies beside it."""
     root = tmp_path_factory.mktemp("run")
     base = tiny_model_folder(root / "base")
-    checkpoint = root / "work" / "iter_7"
-    adapted = adapters.add_adapter(load_model(base, dtype=torch.float32), r=4, alpha=64)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter)
-    save_model(adapted, checkpoint)
-    tiny_tokenizer().save_pretrained(checkpoint)
-    RunInfo("adapter", str(base), prompt_template="chatml", system=SYSTEM).write(checkpoint)
-    (root / "work" / "last_checkpoint").write_text("iter_7\n")
+    write_adapter(root / "work", base, system=SYSTEM)
     return root
 
 

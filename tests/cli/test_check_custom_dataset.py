@@ -1,19 +1,11 @@
 import json
 
 import pytest
+from data_makers import chat
 
 from xtuner.cli.app import main
 
 KEPT = "1 row is used with wrong tool calls (tool_call_errors = 'keep')."
-
-
-def chat(question, answer):
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }
 
 
 @pytest.fixture

@@ -60,6 +60,20 @@ def test_best_checkpoint_is_not_pruned_and_its_value_is_resumed(tmp_path, alone)
     assert best.value == 1.5 and measured(best, 2.0, 1.0) == [False, True]
 
 
+def test_a_metric_that_nothing_measures_is_noted_once(tmp_path, alone):
+    best = BestMetric(settings(keep_best=True, best_metric="acuracy"), tmp_path, alone)
+    run = Run(best._s, None, None, None, None, None, 99)
+    run.step, run.scalars = 2, {"loss": 1.0, "accuracy": 0.5}
+    assert not best.improves(run)
+    assert best.never_measured(run) == (
+        "best_metric = 'acuracy' has not been measured by step 2, so no checkpoint is the best "
+        "one. Measured: loss, accuracy."
+    )
+    assert best.never_measured(run) is None
+    found = BestMetric(settings(keep_best=True, best_metric="accuracy"), tmp_path, alone)
+    assert found.improves(run) and found.never_measured(run) is None
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -6,8 +6,9 @@ from torch import nn
 
 from xtuner import templates
 from xtuner.errors import ModelError
-from xtuner.generation.batch import generate_batch, takes_batches
+from xtuner.generation.batch import generate_batch
 from xtuner.generation.generate import GenerationOptions, stream
+from xtuner.generation.running import takes_batches
 from xtuner.kernels.attention import packed
 from xtuner.models.adapters import add_adapter
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer
@@ -58,6 +59,20 @@ def test_greedy_answers_are_those_to_each_alone(model_type, overrides):
     assert found == alone(model)
     if "sliding_window" not in overrides:  # which sees hardly more than the template's last words
         assert len({*found}) == len(found)
+
+
+def test_the_output_head_gets_contiguous_inputs():
+    """torch copies the head's weight once per row otherwise; the last positions are strided."""
+    model = tiny_model("llama")
+    head, seen = model.get_output_embeddings(), []
+    handle = head.register_forward_hook(
+        lambda _, inputs, __: seen.append((inputs[0].shape[:2], inputs[0].is_contiguous()))
+    )
+    together(model, max_new_tokens=2)
+    handle.remove()
+    assert (torch.Size([len(CONVERSATIONS), 1]), True) in seen
+    assert all(contiguous for _, contiguous in seen)
+    assert not head._forward_pre_hooks
 
 
 def test_sampled_answers_with_a_seed_and_a_penalty_are_those_to_each_alone():

@@ -99,8 +99,8 @@ def test_commands_report_obstacles(old, tmp_path, capsys):
     assert main(["migrate-cfg", "missing.py"]) == 2
     assert main(["migrate-cfg", "new.py"]) == 2
     assert "needs no migration" in capsys.readouterr().err
-    text = old.read_text().replace("bias='none'", "bias='all'")
+    text = old.read_text().replace("bias='none'", "use_qalora=True")
     old.write_text(text)
     assert main(["migrate-cfg", "old.py"]) == 2
-    assert "line 45, lora.bias = 'all'" in capsys.readouterr().err
+    assert "line 45, lora.use_qalora = True" in capsys.readouterr().err
     assert not (tmp_path / "old_migrated.py").exists()

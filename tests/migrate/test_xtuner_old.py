@@ -190,8 +190,7 @@ def test_a_dumped_config_reads_like_its_source(draft):
     [
         ({"openai_map_fn,\n": "'my_code.my_map_fn',\n"}, "is a custom function"),
         ({"openai_map_fn": "msagent_react_map_fn"}, "ReAct"),
-        ({"bias='none'": "bias='all'"}, "lora.bias"),
-        ({"bias='none'": "use_dora=True"}, "lora.use_dora"),
+        ({"bias='none'": "use_qalora=True"}, "lora.use_qalora"),
         ({"type=LoraConfig": "type='peft.IA3Config'"}, "is not LoraConfig"),
         ({"type=template_map_fn_factory": "type='my.factory'"}, "template_map_fn = 'my.factory'"),
         ({"    tokenizer=tokenizer,\n    max_length":
@@ -208,13 +207,19 @@ def test_a_dumped_config_reads_like_its_source(draft):
         ({"type=AdamW, lr": "type='my.optim.Mine', lr"}, "neither torch.optim"),
         ({"longest = 512": "longest = 4"}, "max_length = 4: must be"),
     ],
-    ids=range(15),
+    ids=range(14),
 )  # fmt: skip
 def test_config_whose_meaning_would_change_is_rejected(draft, replace, reason):
     found = draft(replace=replace)
     assert found.outcome == "refused"
     assert reason in words(found.refused)
     assert all(item.line for item in found.refused)
+
+
+def test_variants_of_adapters_become_fields_of_lora_config(draft):
+    found = draft(replace={"bias='none'": "bias='all', use_rslora=True, use_dora=False"})
+    assert found.outcome == "migrated"
+    assert found.values["lora_config"] == {"bias": "all", "use_rslora": True}
 
 
 def test_an_unknown_hook_is_lost_with_its_line(draft):

@@ -164,12 +164,12 @@ def test_llamafactory_full_and_pretraining(draft):
     ("replace", "reason"),
     [
         ({"finetuning_type": "freeze"}, "neither lora nor full"),
-        ({"use_dora": "true"}, "use_dora"),
+        ({"use_galore": "true"}, "use_galore"),
         ({"dataset": "nobody"}, "is not in dataset_info.json"),
         ({"dataset": "odd"}, "rename them"),
         ({"dataset": "mine,far"}, "limits each of 2"),
         ({"dataset_dir": "elsewhere"}, "defined in dataset_info.json"),
-        ({"optim": "adafactor"}, "optim: adafactor"),
+        ({"optim": "lomo"}, "optim: lomo"),
         ({"lr_scheduler_type": "polynomial"}, "polynomial"),
         ({"num_train_epochs": "1.5"}, "use an integer"),
         ({"quantization_bit": "3"}, "4 or 8"),
@@ -184,6 +184,36 @@ def test_llamafactory_is_refused_where_the_meaning_would_change(draft, replace, 
     found = draft(FACTORY, **replace)
     assert found.outcome == "refused"
     assert reason in " | ".join(map(str, found.refused))
+
+
+@pytest.mark.parametrize(
+    ("replace", "settings"),
+    [
+        ({"use_rslora": "true", "use_dora": "true"},
+         {"lora_config": {"use_rslora": True, "use_dora": True}}),
+        ({"pissa_init": "true"}, {"lora_config": {"init_lora_weights": "pissa"}}),
+        ({"pissa_init": "true", "pissa_iter": "-1"},
+         {"lora_config": {"init_lora_weights": "pissa"}}),
+        ({"loraplus_lr_ratio": "16.0"}, {"loraplus_lr_ratio": 16.0}),
+        ({"neftune_noise_alpha": "5"}, {"neftune_noise_alpha": 5.0}),
+        ({"use_muon": "true"}, {"optim_type": "Muon"}),
+        ({"resize_vocab": "true"}, {"resize_embeddings": True}),
+        ({"disable_shuffling": "true"}, {"shuffle": False}),
+        ({"save_strategy": "epoch"}, {"save_epochs": 1}),
+        ({"report_to": "wandb"}, {"report_to": ["wandb"]}),
+        ({"val_size": "0.1", "load_best_model_at_end": "true"}, {"keep_best": True}),
+        ({"optim": "adafactor"}, {"optim_type": "Adafactor"}),
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_llamafactory_methods_become_settings(draft, replace, settings):
+    found = draft(FACTORY, **replace)
+    assert (found.outcome, found.lost) == ("migrated", [])
+    expect(found, settings)
+    if "neftune_noise_alpha" in replace:
+        full = draft(FACTORY.replace("quantization_bit: 4\n", ""), finetuning_type="full",
+                     use_dora="true")  # fmt: skip
+        assert "lora_config" not in full.values
 
 
 @pytest.mark.parametrize("stage", ["dpo", "kto", "rm", "ppo"])
@@ -266,7 +296,7 @@ def test_torchtune_qlora_full_and_what_is_learnt(draft):
         ("loss.CEWithChunkedOutputLoss", "loss.DPOLoss", "not yet"),
         ("epochs: 1\n", "epochs: 1\nteacher_model:\n  _component_: x.y\n", "not yet"),
         ("FullModelHFCheckpointer", "FullModelMetaCheckpointer", "refused"),
-        ("lora_rank: 16", "use_dora: True", "refused"),
+        ("lora_rank: 16", "use_dora: True", "migrated"),
         ("torch.optim.AdamW", "torchao.optim.AdamW4bit", "refused"),
         ("loss.CEWithChunkedOutputLoss", "loss.MyLoss", "refused"),
         ("llama3_2.lora_llama3_2_1b", "phi3.lora_phi3_mini", "refused"),

@@ -51,6 +51,14 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_gradients(model, loss, expected):
+    found = gradients(model, loss)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        scale = expected[name].abs().max().clamp(min=1e-3)
+        assert (gradient - expected[name]).abs().max() < 1e-4 * scale, name
+
+
 CHANGED = {"llama": 2, "qwen2": 2, "qwen3": 2, "mistral": 2, "mixtral": 2, "gemma3_text": 2}
 """Attention layers that are rotated, laid out and multiplied in one operation on a CPU."""
 
@@ -76,11 +84,7 @@ def test_packed_equals_one_by_one(architecture, implementation):
     packed.verify()
     loss = loss_of(packed, batch)
     assert abs(loss.item() - expected_loss.item()) < 1e-5 * expected_loss.item()
-    found = gradients(model, loss)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        scale = expected[name].abs().max().clamp(min=1e-3)
-        assert (gradient - expected[name]).abs().max() < 1e-4 * scale, name
+    assert_gradients(model, loss, expected)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32])

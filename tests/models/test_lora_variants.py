@@ -58,6 +58,7 @@ def test_principal_parts_start_from_the_model_itself():
 @pytest.mark.parametrize(
     ("further", "words"),
     [
+        ({"init_lora_weights": "pissa_niter_4"}, "use 'pissa', which computes the same ones"),
         ({"use_drora": True}, "no such field; did you mean 'use_dora'"),
         ({"r": 8}, "r: is the setting lora_r"),
         ({"init_lora_weights": "eva"}, "needs passes over the data"),
@@ -67,6 +68,19 @@ def test_principal_parts_start_from_the_model_itself():
 def test_wrong_fields_are_named(further, words):
     with pytest.raises(ConfigError, match=words):
         check_config(further)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_some_layers_get_adapters_on_all_their_linear_layers(kind):
+    model = add_adapter(tiny_model(kind), r=4, alpha=8, further={"layers_to_transform": [1]})
+    names = {n for n, _ in model.named_parameters() if "lora_A" in n}
+    every = add_adapter(tiny_model(kind), r=4, alpha=8)
+    assert names == {n for n, _ in every.named_parameters() if "lora_A" in n and ".1." in n}
+
+
+def test_fields_that_exclude_each_other_are_one_message():
+    with pytest.raises(ConfigError, match="lora_config = "):
+        add_adapter(tiny_model(), r=4, alpha=8, further={"layers_pattern": "layers"})
 
 
 def test_nested_fields_survive_a_settings_file(tmp_path):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from xtuner.errors import ModelError
+from xtuner.errors import DataError, ModelError
 from xtuner.templates.auto import ChatTemplate
 from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
 from xtuner.testing.tiny import tiny_tokenizer
@@ -25,6 +25,9 @@ BOMBS = {
     "{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x | length }}",
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% set k = j %}{% endfor %}"
     "{% endfor %}",
+    "range": "{{ range(10 ** 9) | list | length }}",
+    "long range": "{% for i in range(999999) %}{% endfor %}",
+    "huge number": "{{ 10 ** (10 ** 8) }}",
     "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
     "output": "{% for i in range(50000) %}{{ 'ab' * 500 }}{% endfor %}",
 }
@@ -45,7 +48,9 @@ def template_of(text):
 @pytest.mark.parametrize("bomb", list(BOMBS))
 def test_template_bomb_is_reported_on_load(bomb):
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(ModelError, match=r"exceeds its bounds: it (takes|calls|writes) .*chatml"):
+    with pytest.raises(
+        ModelError, match=r"exceeds its bounds: it (takes|calls|writes|computes|fails).*chatml"
+    ):
         template_of(BOMBS[bomb])
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
 
@@ -93,3 +98,35 @@ def test_the_output_may_grow_with_what_is_given():
     check_output(60_000_000, given=1_000_000)
     with pytest.raises(OutOfBoundsError, match="writes 60,000,001"):
         check_output(60_000_001, given=1_000_000)
+
+
+def test_time_is_bounded_in_other_threads_too():
+    template = template_of("{% if messages[0]['content'] == 'now' %}" + BOMBS["loops"]
+                           + "{% endif %}" + HONEST)  # fmt: skip
+    found = []
+
+    def ask(text):
+        try:
+            found.append(template.prompt_ids([Message("user", text)]))
+        except ModelError as error:
+            found.append(str(error))
+
+    for text in ("now", "later"):
+        thread = threading.Thread(target=ask, args=(text,))
+        thread.start()
+        thread.join(60)
+    assert "takes more than 0.5 s" in found[0] and found[1] == template.prompt_ids(
+        [Message("user", "later")]
+    )
+
+
+def test_keyword_arguments_are_no_powers():
+    text = "{% set v = namespace(**{'a': 1}) %}{{ dict({}, **{'b': 2}) | length }}" + HONEST
+    assert template_of(text).prompt_ids([Message("user", "a")])
+
+
+@pytest.mark.parametrize("fault", ["1 // 0", "messages[0] < 3"], ids=["division", "comparison"])
+def test_whatever_a_template_raises_is_a_user_error(fault):
+    text = "{% if messages[0]['content'] == 'now' %}{{ " + fault + " }}{% endif %}" + HONEST
+    with pytest.raises(DataError, match="rejects these messages"):
+        template_of(text).prompt_ids([Message("user", "now")])

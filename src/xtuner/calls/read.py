@@ -110,6 +110,7 @@ def read_parameters(given: Any, tool: Mapping[str, Any] | None = None) -> dict[s
     """
     if isinstance(given, str) and given.strip():
         given = _parsed(given)
+    given = _without_nulls(given)
     if isinstance(given, Mapping) and (given.get("type") == "object" or "properties" in given):
         return {"type": "object", "properties": {}, **given}
     if isinstance(given, Mapping):
@@ -125,6 +126,23 @@ def read_parameters(given: Any, tool: Mapping[str, Any] | None = None) -> dict[s
     else:
         required = [name for name, entry in entries if _is_required(entry)]
     return {**schema, "required": required} if required else schema
+
+
+_MAY_BE_NULL = ("default", "const", "examples", "enum")
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A JSON schema without the keys whose null means that they are absent, as tables and what is
+    exported from them have them."""
+    if isinstance(schema, Mapping):
+        return {
+            key: value if key in _MAY_BE_NULL else _without_nulls(value)
+            for key, value in schema.items()
+            if value is not None or key in ("default", "const")
+        }
+    if isinstance(schema, list | tuple):
+        return [_without_nulls(value) for value in schema]
+    return schema
 
 
 def _property(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ not write may name Python files only with ``--trust-code``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, listed
 from xtuner.hub import trust
+from xtuner.parallel.cluster import is_first_process
 
 if TYPE_CHECKING:
     from xtuner.training.data_parts import DataParts
@@ -156,7 +156,7 @@ def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag
             "its own Python code on this machine. If you trust it, add --trust-remote-code, once "
             "per machine; otherwise remove the setting"
         )
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         typer.echo(
             f"Warning: running Python code of the model {name} (trust_remote_code).", err=True
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -14,7 +13,7 @@ import typer
 from xtuner.cli import _launch, _settings, _strategy
 from xtuner.cli._heartbeat import heartbeat
 from xtuner.config.load import LoadedSettings
-from xtuner.parallel.cluster import Cluster
+from xtuner.parallel.cluster import Cluster, is_first_process
 
 
 def command(
@@ -110,7 +109,7 @@ def command(
     again += ["--nproc", str(nproc)] if nproc > 1 else []
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
     again += ["--trust-code"] if trust_code else []
-    with heartbeat(on=not sys.stdout.isatty() and os.environ.get("RANK", "0") == "0"):
+    with heartbeat(on=not sys.stdout.isatty() and is_first_process()):
         _train(loaded, work_dir, resume=resume, overwrite=overwrite, again=again)
     if old is not None:
         _keep(old, folder)
@@ -186,7 +185,7 @@ def _as_overrides(device: str | None, strategy: str | None, deepspeed: str | Non
 
 def _keep(old: Path, work_dir: Path) -> None:
     """Copy the old config to `work_dir`, where scripts for XTuner 0.x look for it."""
-    if os.environ.get("RANK", "0") == "0" and not (work_dir / old.name).exists():
+    if is_first_process() and not (work_dir / old.name).exists():
         shutil.copyfile(old, work_dir / old.name)
 
 
@@ -195,7 +194,7 @@ def _migrated(config: str) -> str:
     from xtuner.migrate.file import migrate
 
     done = migrate(Path(config))
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         typer.echo(f"Migrated {config} to {done.path}")
         for line in done.draft.report():
             typer.echo(line)

@@ -178,7 +178,7 @@ def write_model(
     )  # fmt: skip
     model = _self_contained(image_model).to(dtype)
     set_stop_tokens(model, tokenizer, template, log)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = sum(p.nbytes for p in model.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             model.save_pretrained(str(draft), max_shard_size=max_shard_size)

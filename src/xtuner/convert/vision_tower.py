@@ -68,7 +68,7 @@ def merge_encoder(
         after = merged(pixel_values=pixels).last_hidden_state
     difference = float((before - after).abs().max() / before.abs().max())
     merged = merged.to(DTYPES.get(dtype) or _dtype_of(located(visual_encoder)))
-    size = sum(p.numel() * p.element_size() for p in merged.parameters())
+    size = sum(p.nbytes for p in merged.parameters())
     with new_folder(save_dir, num_bytes=size) as draft:
         with quiet_transformers():
             merged.save_pretrained(str(draft))

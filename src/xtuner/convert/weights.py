@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xtuner.errors import ConfigError, ModelError
+from xtuner.errors import ConfigError, ModelError, first_line
 from xtuner.models.original import with_dtype, write_json
 
 _TYPES = {
@@ -160,8 +160,7 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         except RuntimeError:  # files in the format before torch 1.6 cannot be mapped
             found = torch.load(file, **options)
     except Exception as error:  # torch raises many types for a damaged or refused file
-        first = str(error).splitlines()[0]
-        raise ModelError(f"{file}: cannot be read as weights: {first}") from error
+        raise ModelError(f"{file}: cannot be read as weights: {first_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ModelError(f"{file}: must contain a dict of tensors")
     return found

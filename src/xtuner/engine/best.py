@@ -29,6 +29,7 @@ class BestMetric:
         self.value: float | None = None
         self.waited = 0
         self._compared_at = -1
+        self._told = False
 
     @property
     def wanted(self) -> bool:
@@ -65,6 +66,17 @@ class BestMetric:
         if better:
             self.value = value
         return better
+
+    def never_measured(self, run: Run) -> str | None:
+        """A note, once, that nothing has measured the metric so far; None if something has."""
+        if not self.wanted or self._compared_at >= 0 or self.value is not None or self._told:
+            return None
+        self._told = True
+        seen = ", ".join(run.scalars) or "nothing"
+        return (
+            f"best_metric = {self._s.best_metric!r} has not been measured by step {run.step}, so "
+            f"no checkpoint is the best one. Measured: {seen}."
+        )
 
     def summary(self) -> str:
         """The text that follows the checkpoint's name in the file `best_checkpoint`."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from xtuner.parallel.cluster import is_first_process
 from xtuner.parallel.launch import stop_signals
 
 _HANGUP = getattr(signal, "SIGHUP", None)
@@ -51,7 +52,7 @@ class StopRequest:
                 raise KeyboardInterrupt
             if number == _HANGUP:
                 _leave_terminal()
-            elif not self.made and os.environ.get("RANK", "0") == "0":
+            elif not self.made and is_first_process():
                 again = "; Ctrl-C again stops now" if number == signal.SIGINT else ""
                 with contextlib.suppress(OSError):  # print is not safe in a signal handler
                     os.write(2, f"\nStopping after this step{again}.\n".encode())

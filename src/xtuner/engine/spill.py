@@ -52,7 +52,7 @@ class Spill:
             raise self._fault
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         if size < SMALL:
             return tensor.detach().to("cpu", copy=True)
         descriptor, name = tempfile.mkstemp(dir=self._folder)

@@ -33,8 +33,6 @@ from xtuner.parallel import activity
 from xtuner.parallel.collective import collective_layers
 from xtuner.types import Algorithm, Batch
 
-__all__ = ["Groups", "Interrupted", "Trainer"]
-
 
 class Groups(Protocol):
     """The data loader's interface that the trainer uses."""
@@ -163,14 +161,14 @@ class Trainer:
                 elif self._ends_epoch():
                     self._save_once()
             self._call("on_end")
-            self._compare_best()
+            self._compare_best(at_end=True)
 
     def _ends_epoch(self) -> bool:
         """Whether `save_epochs` asks for a checkpoint at this step."""
         epochs, steps = self.run.settings.save_epochs, self.loader.steps_per_epoch
         return epochs is not None and self.run.step % (epochs * steps) == 0
 
-    def _compare_best(self) -> bool:
+    def _compare_best(self, *, at_end: bool = False) -> bool:
         """Save the checkpoint if it is the best so far; return whether to stop early."""
         if self.best is None:
             return False
@@ -178,6 +176,9 @@ class Trainer:
         if best.improves(run) and run.settings.keep_best:
             self._save_once()
             self.mark_best(run, best.summary())
+        measured = at_end or run.counter.due(run.step, run.settings.evaluation_freq)
+        if measured and (note := best.never_measured(run)):
+            run.console.print(note)
         if best.exhausted and run.step < run.total_steps:
             run.total_steps = run.step
             self._save_once()

@@ -194,11 +194,14 @@ def generation_mode(model: Any) -> Iterator[None]:
     """Prepare `model` for generation inside the block and restore it afterwards.
 
     Evaluation mode disables dropout and gradient checkpointing; xtuner's attention for packed rows,
-    which does not support a cache, is replaced by one that does.
+    which does not support a cache, is replaced by one that does. The output head gets contiguous
+    inputs.
     """
     base = decoder_of(model)
     training = [module for module in model.modules() if module.training]
     before = base.config._attn_implementation
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    contiguous = head.register_forward_pre_hook(_contiguous) if head is not None else None
     model.eval()
     try:
         if before == packed.NAME:
@@ -207,8 +210,20 @@ def generation_mode(model: Any) -> Iterator[None]:
     finally:
         if before == packed.NAME:
             base.set_attn_implementation(before)
+        if contiguous is not None:
+            contiguous.remove()
         for module in training:
             module.training = True
+
+
+def _contiguous(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of `head`, contiguous.
+
+    `logits_to_keep` gives it the last positions of a batch, which are not adjacent in memory. For
+    such an input ``[B, 1, H]`` torch (2.13) copies the weight B times on a CPU: 27 s and 3 GB for 8
+    prompts and a vocabulary of 92,544, instead of 0.04 s.
+    """
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
 
 
 _LEAST_TEMPERATURE = 1e-4

@@ -60,7 +60,7 @@ def read(folder: Path, load: Load) -> dict[str, Tensor]:
     states = [_optimizer_of(part, folder) for part in parts]
     first = load(models[0])
     if not states:
-        return _named(first.get("module", first))
+        return tensors_in(first.get("module", first))
     _check_ranks(folder, states)
     if "fp32_flat_groups" in states[0]:
         return _stage_3(folder, [first, *map(load, models[1:])], states)
@@ -89,7 +89,8 @@ def _check_ranks(folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _named(state: Any) -> dict[str, Tensor]:
+def tensors_in(state: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict by name, without empty ones, which stand for sharded weights."""
     items = dict(state).items()
     return {str(n): t.detach() for n, t in items if isinstance(t, Tensor) and t.numel()}
 
@@ -111,7 +112,7 @@ def _stage_1_and_2(
     content: Mapping[str, Any], states: Sequence[Mapping[str, Any]]
 ) -> dict[str, Tensor]:
     """Groups are cut into equal parts: their sum is the group, with padding at its end."""
-    found = _named(content.get("module", content))
+    found = tensors_in(content.get("module", content))
     for number, shapes in enumerate(_groups(content)):
         pieces = [state["single_partition_of_fp32_groups"][number] for state in states]
         flat, start = torch.cat([piece.reshape(-1) for piece in pieces]), 0
@@ -131,7 +132,7 @@ def _stage_3(
             f"{folder}: has {len(states)} optimizer files and {len(contents)} model files; copy "
             "the others beside them"
         )
-    found = _named(contents[0].get("module", {}))
+    found = tensors_in(contents[0].get("module", {}))
     for name, shape in (contents[0].get("frozen_param_shapes") or {}).items():
         pieces = [content["frozen_param_fragments"][name] for content in contents]
         found[str(name)] = _joined(pieces, shape)

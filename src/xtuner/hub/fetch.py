@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner.cache_dir import cache_dir
-from xtuner.errors import LaunchError, ModelError, did_you_mean
+from xtuner.errors import LaunchError, ModelError, did_you_mean, first_line
 
 HUB_TIMEOUT = 5.0
 """Seconds after which the hub counts as unreachable."""
@@ -109,7 +109,7 @@ def unreachable(name: str) -> str | None:
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except Exception as error:  # httpx, requests or hub errors, depending on the version
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -175,7 +175,7 @@ def _ask_hub(hub_name: str) -> tuple[list[str], str]:
     try:
         found = HfApi().model_info(hub_name, timeout=HUB_TIMEOUT).siblings or []
     except Exception as error:  # httpx, requests or hub errors, depending on the version
-        return [], _first_line(error)
+        return [], first_line(error)
     return needed_files([file.rfilename for file in found]), "the repository contains no model"
 
 
@@ -207,7 +207,7 @@ def _from_hub(hub_name: str, files: list[str], target: Path) -> None:
 
 def _download_error(hub_name: str, error: Exception) -> ModelError:
     return ModelError(
-        f"downloading {hub_name} from the hub failed: {_first_line(error)}. "
+        f"downloading {hub_name} from the hub failed: {first_line(error)}. "
         "Run the same command again to resume"
     )
 
@@ -285,7 +285,3 @@ def _put(draft: Path, target: Path) -> None:
 
 def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -19,23 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, in_one_line
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _F32, _Q4_1, _Q8_0 = 0, 3, 8
 _BLOCK = 32
@@ -187,8 +177,7 @@ def convert(path: Path, folder: Path) -> None:
     except (ModelError, OSError):
         raise
     except Exception as error:  # sizes and names in a damaged file may be anything
-        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelError(f"{path}: is not a complete GGUF file: {words}") from error
+        raise ModelError(f"{path}: is not a complete GGUF file: {in_one_line(error)}") from error
 
 
 def _convert(path: Path, folder: Path) -> None:

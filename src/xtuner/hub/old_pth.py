@@ -59,7 +59,7 @@ def read(path: Path) -> dict[str, Tensor]:
     state = content.get("state_dict", content.get("module", content))
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: its state_dict is not a dict")
-    tensors = {str(n): t for n, t in state.items() if isinstance(t, Tensor) and t.numel()}
+    tensors = deepspeed_files.tensors_in(state)
     if not tensors:
         raise CheckpointError(
             f"{path}: holds no weights of a model (found: {', '.join(map(str, list(content)[:8]))})"

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, first_line
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -54,5 +54,4 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # both libraries raise many types for a damaged file
-        first = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ModelError(f"{file}: cannot be read as weights: {first}") from error
+        raise ModelError(f"{file}: cannot be read as weights: {first_line(error)}") from error

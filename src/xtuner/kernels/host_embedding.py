@@ -60,7 +60,7 @@ def bytes_to_leave(model: Any, trained: Sequence[str]) -> int:
     if not can_stay_on_cpu(model, trained):
         return 0
     rows = model.get_input_embeddings().weight
-    return int(rows.numel() * rows.element_size())
+    return int(rows.nbytes)
 
 
 def install(model: Any, trained: Sequence[str] = ()) -> None:

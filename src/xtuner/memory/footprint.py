@@ -145,7 +145,7 @@ class _Measured:
         if s.has_vision and not self.recompute:  # as the projector's output does
             wrapped.causal.enable_input_require_grads()
         trainable, parameters = adapters.count_parameters(model)
-        held = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        held = [(p.nbytes, p.requires_grad) for p in model.parameters()]
         gradients = sum(size for size, trained in held if trained)
         unit = max(_bytes_of(each) for each in units_of(wrapped))
         accumulate = s.keeps_gradients(self.device)
@@ -192,7 +192,7 @@ class _Measured:
 
 
 def _bytes_of(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(p.nbytes for p in module.parameters())
 
 
 def _layers_differ(text: Any) -> bool:

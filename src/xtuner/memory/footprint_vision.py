@@ -87,7 +87,7 @@ def measure_vision(
             nn.Linear(config.hidden_size, width), nn.GELU(), nn.Linear(width, width)
         )
     both = nn.ModuleList([tower, projector])
-    held = [(p.numel() * p.element_size(), p.requires_grad) for p in both.parameters()]
+    held = [(p.nbytes, p.requires_grad) for p in both.parameters()]
     trainable, parameters = adapters.count_parameters(both)
     mixed, size = autocast_dtype(dtype), config.image_size
     counter = LiveBytes()

@@ -16,7 +16,7 @@ from xtuner.config.combinations import check_combinations
 from xtuner.config.schema import Settings
 from xtuner.engine import strategies
 from xtuner.engine.optimizer import optim
-from xtuner.errors import XTunerError
+from xtuner.errors import XTunerError, in_one_line
 from xtuner.memory.available import free_memory
 from xtuner.memory.footprint import Footprint
 from xtuner.memory.forecast import MB, Forecast, forecast, may_page, without_embedding
@@ -197,8 +197,7 @@ def _expected(
         if os.environ.get("XTUNER_STRICT"):
             raise
         nothing = Footprint(0, 0, 0, 0, 0)
-        message = " ".join(str(error).split())
-        words = message if isinstance(error, XTunerError) else f"{type(error).__name__}: {message}"
+        words = in_one_line(error, plain=(XTunerError,))
         return Forecast(nothing, 0, device, wanted is True, checkpoint=0, failure=words)
     return expected
 

@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean
+from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean, in_one_line
 from xtuner.hub.weight_files import tensors_of
 from xtuner.kernels.lora.layers import layer_classes
 from xtuner.models.adapter_config import read_adapter_config
@@ -71,16 +72,22 @@ def add_adapter(
     all_linear = list(target_modules) == ["all-linear"]
     model_type: str = getattr(model.config, "model_type", "")
     outside = [*OUTSIDE_PEFT.get(model_type, ()), *unsuitable(model)] if all_linear else []
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear" if all_linear else list(target_modules),
-        exclude_modules=outside or None,
-        modules_to_save=list(modules_to_save) or None,
-        task_type=task_type,
-        **(further or {}),
-    )
+    targets = list(target_modules)
+    if all_linear and _by_layer(further):  # which PEFT combines with names only
+        targets = _linear_names(model)
+    try:
+        config = LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            exclude_modules=outside or None,
+            modules_to_save=list(modules_to_save) or None,
+            task_type=task_type,
+            **(further or {}),
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"lora_config = {dict(further or {})}: {error}") from error
     config._register_custom_module(layer_classes())
     _check_layers(model, [*(() if all_linear else target_modules), *modules_to_save])
     with torch.random.fork_rng():
@@ -95,6 +102,23 @@ def add_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _by_layer(further: Mapping[str, Any] | None) -> bool:
+    fields = ("layers_to_transform", "layers_pattern")
+    return any((further or {}).get(name) is not None for name in fields)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of all linear layers but the output head."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }
+    )
 
 
 def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
@@ -138,6 +162,12 @@ def check_config(further: Mapping[str, Any]) -> None:
             problems.append(
                 f"{name} = {value!r}: needs passes over the data before training, which are not "
                 f"supported; use 'pissa', 'olora', 'gaussian' or 'orthogonal'"
+            )
+        elif name == "init_lora_weights" and str(value).lower().startswith("pissa_niter"):
+            problems.append(
+                f"{name} = {value!r}: draws random numbers to change the base weights, so who "
+                f"loads the checkpoint gets other base weights; use 'pissa', which computes the "
+                f"same ones again"
             )
     if problems:
         raise ConfigError(f"lora_config: {'; '.join(problems)}")
@@ -250,12 +280,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     except (torch.OutOfMemoryError, XTunerError):
         raise
     except Exception as error:  # PEFT checks few of the values that a file can hold
-        words = " ".join(str(error).split())
-        known = isinstance(error, RuntimeError | ValueError | OSError)
         raise ModelError(
             f"{folder}: the adapter does not fit the model "
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
-            f"{words if known else f'{type(error).__name__}: {words}'}"
+            f"{in_one_line(error, plain=(RuntimeError, ValueError, OSError))}"
         ) from error
 
 

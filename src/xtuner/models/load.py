@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from xtuner import plugins
 from xtuner.device.heap import trim_if_grown
-from xtuner.errors import ModelError, XTunerError, listed
+from xtuner.errors import ModelError, XTunerError, in_one_line, listed
 from xtuner.hub import fetch
 from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.models import sentencepiece
@@ -50,6 +50,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     source = located(path)
     with readable_errors(path, "tokenizer"), quiet_transformers():
+        check_supported(str(path), read_config(source))  # before its tokenizer's code runs
         register_family(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         sentencepiece.correct(tokenizer, source)
@@ -243,19 +244,15 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
     """Turn errors in loading `what` from `path` into a ModelError in plain words."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except XTunerError:
+    except (torch.OutOfMemoryError, XTunerError):
         raise
     except Exception as error:  # damaged files cause whatever a library does not check
-        words = " ".join(str(error).split())
+        words = in_one_line(error, plain=(OSError, ValueError, ImportError, RuntimeError))
         if "trust_remote_code=True" in words:
             raise ModelError(
                 f"the {what} {str(path)!r} comes with Python code of its own, which is not run. If "
                 f"you trust its authors, add --trust-remote-code"
             ) from error
-        known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
-        words = words if words and known else f"{type(error).__name__}: {words}"
         where = Path(path).resolve() if Path(path).exists() else f"no folder {path!s}, and the hub"
         hints = (
             "give a folder that holds config.json and *.safetensors, a name on the hub, "

@@ -55,8 +55,7 @@ def keep_config(base: Path, folder: Path) -> None:
     written = _read(folder / "config.json")
     if original.get("model_type") != written.get("model_type"):
         return
-    # the code of a model does not run for this
-    plain = original if "auto_map" in original else _as_written_by_transformers(base)
+    plain = _as_written_by_transformers(base, original)
     config = {
         name: value for name, value in original.items() if name in written or name not in plain
     }
@@ -120,13 +119,18 @@ def _may_copy(base: Path) -> bool:
     return True
 
 
-def _as_written_by_transformers(base: Path) -> dict[str, Any]:
-    """The configuration of `base`, as transformers would save it."""
+def _as_written_by_transformers(base: Path, original: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of `base`, as transformers would save it; `original` for a model that needs
+    code of its own, which does not run here."""
     from transformers import AutoConfig
 
     register_family(str(base))
     with quiet_transformers():
-        return dict(json.loads(AutoConfig.from_pretrained(str(base)).to_json_string()))
+        try:
+            config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
+        except ValueError:
+            return original
+        return dict(json.loads(config.to_json_string()))
 
 
 def _tokens_of(folder: Path) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, first_line
 
 _XCOMPOSER = (
     "InternLM-XComposer adapts its language model to images with additional weights (PLoRA), "
@@ -66,8 +66,7 @@ def check_remote_code(path: str, model: Any) -> None:
         try:
             finite = bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
         except Exception as error:  # remote code can raise anything
-            first = (str(error).splitlines() or [repr(error)])[0]
-            problem = f"a forward pass fails: {first}"
+            problem = f"a forward pass fails: {first_line(error)}"
         else:
             problem = "" if finite else "its logits are not finite"
     if problem:

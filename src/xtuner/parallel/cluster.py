@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -12,6 +13,11 @@ from xtuner.errors import LaunchError, listed
 LOOPBACK = "127.0.0.1"
 PORT = 29500
 """Default rendezvous port of several nodes, as in torchrun."""
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of its run, which prints and writes for all of them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)

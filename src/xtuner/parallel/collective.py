@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from xtuner.device.out_of_memory import is_out_of_memory
-from xtuner.errors import PeerLostError
+from xtuner.errors import PeerLostError, first_line
 from xtuner.parallel import activity
 
 
@@ -46,8 +46,7 @@ def _is_of_connection(error: RuntimeError) -> bool:
 
 
 def _peer_lost(error: RuntimeError) -> PeerLostError:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return PeerLostError(
-        f"another process of this run ended, so this one cannot continue ({first}): see its "
-        "message. Earlier checkpoints are untouched; continue with --resume"
+        f"another process of this run ended, so this one cannot continue ({first_line(error)}): "
+        "see its message. Earlier checkpoints are untouched; continue with --resume"
     )

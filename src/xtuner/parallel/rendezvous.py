@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from xtuner.errors import LaunchError
+from xtuner.errors import LaunchError, first_line
 from xtuner.parallel.attempt import ATTEMPT, LISTENER
 
 PATIENCE = timedelta(days=1)
@@ -47,9 +47,8 @@ def join_group(device: str) -> None:
             timeout=PATIENCE,
         )
     except RuntimeError as error:
-        first = next(iter(str(error).splitlines()), "")
         raise LaunchError(
-            f"process {os.environ['RANK']} cannot join the others: {first}"
+            f"process {os.environ['RANK']} cannot join the others: {first_line(error)}"
         ) from error
 
 

@@ -59,6 +59,11 @@ class RunRecord:
     host: str = field(default_factory=socket.gethostname)
     python: str = field(default_factory=platform.python_version)
 
+    @property
+    def base_model(self) -> str:
+        """The model that the run started from."""
+        return str(self.settings["pretrained_model_name_or_path"])
+
     def ending(self, outcome: str, message: str = "") -> RunRecord:
         """The record with its end, now."""
         return replace(self, outcome=outcome, message=message, ended=time.time())

@@ -233,7 +233,7 @@ def next_commands(
         settings = shlex.quote(str(run.work_dir / f"{record.name}.py"))
         yield "next_resume", f"xtuner train {settings} --work-dir {folder} --resume"
     if run.checkpoints() and record.settings.get("tuning") != "full":
-        base = shlex.quote(str(record.settings["pretrained_model_name_or_path"]))
+        base = shlex.quote(record.base_model)
         out = shlex.quote(str(run.work_dir / "merged"))
         yield "next_merge", f"xtuner convert merge {base} {folder} {out}"
 

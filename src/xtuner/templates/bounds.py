@@ -8,8 +8,10 @@ address space that the process may add while a template renders; a string of gig
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -34,8 +36,7 @@ class OutOfBoundsError(Exception):
 def bounded(*, cpu_seconds: float = CPU_SECONDS, memory: int = MEMORY) -> Iterator[None]:
     """Bound what the block takes.
 
-    Off the main thread time is not bounded, since signals go to the main thread. Systems without
-    ``/proc`` or signals have fewer bounds.
+    Systems without ``/proc`` or signals have fewer bounds.
 
     Raises:
         OutOfBoundsError: it takes more.
@@ -55,10 +56,16 @@ def check_output(characters: int, *, given: int) -> None:
         raise OutOfBoundsError(f"writes {characters:,} characters where {given:,} are given")
 
 
+def _time_limit(seconds: float) -> contextlib.AbstractContextManager[None]:
+    if threading.current_thread() is not threading.main_thread():
+        return _thread_limit(seconds)
+    return _signal_limit(seconds)
+
+
 @contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not hasattr(signal, "setitimer"):
+def _signal_limit(seconds: float) -> Iterator[None]:
+    """Bound the CPU time of the process, by a signal, which only the main thread gets."""
+    if not hasattr(signal, "setitimer"):
         yield
         return
 
@@ -72,6 +79,46 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+class _LateError(OutOfBoundsError):
+    """Raised in a thread from outside, which passes no arguments."""
+
+
+@contextlib.contextmanager
+def _thread_limit(seconds: float) -> Iterator[None]:
+    """Bound the CPU time of this thread, which another thread watches."""
+    ident = threading.get_ident()
+    if not hasattr(time, "pthread_getcpuclockid"):
+        yield
+        return
+    clock = time.pthread_getcpuclockid(ident)
+    latest = time.clock_gettime(clock) + seconds
+    ended, raising = threading.Event(), threading.Lock()
+
+    def watch() -> None:
+        while not ended.wait(seconds / 10):
+            with raising:
+                if not ended.is_set() and time.clock_gettime(clock) > latest:
+                    _raise_in(ident, _LateError)
+                    return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except _LateError:
+        raise OutOfBoundsError(f"takes more than {seconds:g} s") from None
+    finally:
+        with raising:
+            ended.set()
+            _raise_in(ident, None)  # withdraws an error that is not raised yet
+
+
+def _raise_in(ident: int, error: type[Exception] | None) -> None:
+    """Raise `error` in the thread `ident` at its next instruction; None withdraws it."""
+    value = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), value)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtuner.errors import DataError, ModelError
+from xtuner.errors import DataError, ModelError, XTunerError
 from xtuner.templates.bounds import OutOfBoundsError, bounded, check_output
 from xtuner.templates.moments import Text, roles
 
@@ -32,6 +33,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._exceeded = 0
         self._marked: dict[str, bool] = {}
+        self._powers: dict[str, bool] = {}
         dated = "date_string" in self.source()
         self.variables: dict[str, Any] = {"date_string": _DATE} if dated else {}
 
@@ -51,6 +53,11 @@ class Renderer:
         variables = dict(self.variables)
         if tools and "xml_tools" in source:
             variables["xml_tools"] = [dict(tool) for tool in tools]  # SmolLM3
+        if self._computes_powers(source):
+            raise ModelError(
+                f"{_EXCEEDS} its bounds: it computes powers (**), which can take hours; "
+                f"{_NAME_ANOTHER}"
+            )
         if self._exceeded > _PATIENCE:
             raise ModelError(f"{_EXCEEDS} bounds again and again; {_NAME_ANOTHER}")
         try:
@@ -65,15 +72,18 @@ class Renderer:
                     **variables,
                 )
             check_output(len(texts[0]), given=_characters([dicts, tools]))
-        except OutOfBoundsError as error:
+        except (OutOfBoundsError, OverflowError) as error:
             self._exceeded += 1
-            raise ModelError(f"{_EXCEEDS} its bounds: it {error}; {_NAME_ANOTHER}") from error
+            what = error if isinstance(error, OutOfBoundsError) else f"fails: {error}"
+            raise ModelError(f"{_EXCEEDS} its bounds: it {what}; {_NAME_ANOTHER}") from error
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 f"the tokenizer's chat template is invalid (line {error.lineno}: {error.message}); "
                 f"{_NAME_ANOTHER}"
             ) from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except XTunerError:
+            raise
+        except Exception as error:  # a template can raise anything
             raise DataError(
                 f"the model's chat template rejects these messages (roles: {roles(dicts)}): {error}"
             ) from error
@@ -86,10 +96,30 @@ class Renderer:
         except ValueError as error:
             raise ModelError(f"prompt_template = 'auto': {error}") from error
 
+    def _computes_powers(self, source: str) -> bool:
+        if source not in self._powers:
+            self._powers[source] = _has_powers(source)
+        return self._powers[source]
+
     def _is_marked(self, source: str) -> bool:
         if source not in self._marked:
             self._marked[source] = _GENERATION.search(source) is not None
         return self._marked[source]
+
+
+def _has_powers(source: str) -> bool:
+    """Whether the template computes with the operator ``**``: Python cannot interrupt it. Keyword
+    arguments, as in ``f(**values)``, are something else."""
+    import jinja2
+
+    before = "("
+    with contextlib.suppress(jinja2.TemplateSyntaxError):
+        for _, kind, text in jinja2.Environment().lex(source):
+            if kind == "operator" and text == "**" and before not in ("(", ","):
+                return True
+            if kind not in ("whitespace", "data"):
+                before = text
+    return False
 
 
 def _characters(value: Any) -> int:

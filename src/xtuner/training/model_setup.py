@@ -111,8 +111,8 @@ def hand_over(
 
     together = strategy.lockstep and strategy.processes.world_size > 1
     model.always_embeds = model.embedder is not None and together
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in optim.trainable(model))
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.nbytes for p in optim.trainable(model))
     strategy.prepare(model, make_optimizer)
     held = holdings(strategy, weights=weights, gradients=trained, optimizer=plan.forecast.optimizer)
     for line in held:

@@ -98,10 +98,9 @@ class Jobs:
         out = work_dir / f"{MERGED}{checkpoint}"
         if out.exists():
             raise ConfigError(f"{out}: already exists")
-        base = str(record.settings["pretrained_model_name_or_path"])
         with self._lock:
             self._refuse_more()
-            words = ["convert", "merge", base, str(work_dir / checkpoint), str(out)]
+            words = ["convert", "merge", record.base_model, str(work_dir / checkpoint), str(out)]
             log = work_dir / MERGE_LOG
             log.unlink(missing_ok=True)
             self._merges[name] = _Merge(out, self._launch(log, words))

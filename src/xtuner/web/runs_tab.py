@@ -164,5 +164,5 @@ class RunsTab:
             record = folder.record
         except (XTunerError, IndexError) as error:
             return [gr.skip(), gr.skip(), gr.skip(), fault(error)]
-        base = str(record.settings["pretrained_model_name_or_path"]) if record else _NONE
+        base = record.base_model if record else _NONE
         return [gr.Tabs(selected="chat"), base or str(path), str(path) if base else _NONE, ""]

@@ -10,6 +10,7 @@ import pytest
 
 from xtuner.data import formats
 from xtuner.data.formats import Format, RowError
+from xtuner.data.formats._tools import read_tools
 from xtuner.types import Conversation, Message, Text
 
 EVERY = formats.load_all()
@@ -225,6 +226,24 @@ def test_function_call_is_a_call():
     both = {"role": "assistant", "function_call": call, "tool_calls": [call]}
     with pytest.raises(RowError, match="is given together with tool_calls"):
         read("openai", messages=[rows[0][0], both])
+
+
+def test_functions_of_the_time_of_function_calls_are_tools():
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    messages = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Gone."}]
+    (tool,) = read("openai", messages=messages, functions=[function]).tools
+    assert tool == {"type": "function", "function": function}
+
+
+def test_nulls_in_the_schema_of_a_tool_are_absent_keys():
+    city = {"type": "string", "enum": None, "description": None, "default": None}
+    parameters = {"type": "object", "properties": {"city": city}, "required": None}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    (found,) = read_tools({"tools": [tool]})
+    assert found["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"city": {"type": "string", "default": None}},
+    }
 
 
 def test_openai_calls_and_tools_from_json_text_equal_those_from_objects():

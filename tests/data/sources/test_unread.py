@@ -42,6 +42,7 @@ def test_data_of_another_kind_is_refused_by_auto_and_noted_by_name(tmp_path, row
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs"),
         ({"prompt": "a", "audio": "b.wav"}, "xtuner trains on text and images"),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, "'input_ids' holds token ids"),
     ],
 )
 def test_data_that_fit_no_format_are_named_for_what_they_are(tmp_path, row, words):

@@ -19,8 +19,19 @@ _UNREADABLE = (ValueError, LookupError, AttributeError, OverflowError, TypeError
 """Errors of PyYAML for tags whose value does not fit, such as ``!!int ""``."""
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, without aliases; 1e-4 is a number and None is null."""
+class NumberLoader(yaml.SafeLoader):
+    """The safe loader, which also reads 1e-4 as a number."""
+
+
+NumberLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+class _Loader(NumberLoader):
+    """A loader without aliases, which reads None as null."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -31,11 +42,6 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
 
 

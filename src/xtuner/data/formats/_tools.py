@@ -11,9 +11,9 @@ from xtuner.data.formats.base import RowError, kind
 from xtuner.types import Row
 
 
-def read_tools(row: Row) -> tuple[Mapping[str, Any], ...]:
-    """Read the schemas in `tools`: a list, possibly as JSON text; may be empty."""
-    return _each(row.get("tools"), read_tool, "tools")
+def read_tools(row: Row, column: str = "tools") -> tuple[Mapping[str, Any], ...]:
+    """Read the schemas in a column: a list, possibly as JSON text; may be empty."""
+    return _each(row.get(column), read_tool, column)
 
 
 def read_calls(value: Any, *, where: str) -> tuple[Mapping[str, Any], ...]:

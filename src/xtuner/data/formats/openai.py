@@ -42,7 +42,8 @@ def convert(row: Row) -> Conversation:
     names = _filled(named, read_names(row, "images"))
     if names or any(name is None for name in named):
         messages = share_out(messages, names, column="messages")
-    return conversation(messages, tools=read_tools(row), column="messages")
+    tools = read_tools(row) or read_tools(row, "functions")  # the name before there were tools
+    return conversation(messages, tools=tools, column="messages")
 
 
 def read_messages(turns: Sequence[Any], *, column: str = "messages") -> list[Message]:
@@ -114,7 +115,7 @@ FORMAT = Format(
         ]
     },
     convert=convert,
-    optional=("tools", "images"),
+    optional=("tools", "functions", "images"),
     priority=10,
     turn_keys={"messages": TURN_KEYS},
 )

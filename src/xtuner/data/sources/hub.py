@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtuner.data.sources.rows import RawRow, Unit, without_nulls
-from xtuner.errors import DataError, did_you_mean
+from xtuner.errors import DataError, did_you_mean, first_line
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def open_split(entry: str, *, split: str) -> HubSplit:
 def _explained(
     entry: str, name: str, configuration: str, split: str, error: Exception
 ) -> DataError:
-    first_line = (str(error) or repr(error)).splitlines()[0]
-    if "split" in first_line.lower():
+    reason = first_line(error)
+    if "split" in reason.lower():
         import datasets
 
         try:
@@ -74,5 +74,5 @@ def _explained(
             )
     return DataError(
         f"data_path {entry!r}: is neither a local path nor a reachable data set on the hub: "
-        f"{first_line}"
+        f"{reason}"
     )

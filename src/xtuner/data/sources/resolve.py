@@ -165,7 +165,7 @@ def _format(
         sample = formats.recognised_row(rows, columns)
         format = formats.resolve(name, columns=columns, folder=folder, sample=sample, names=names)
     except DataError as error:
-        kind = unread.other_kind(rows, columns)
+        kind = unread.other_kind(rows, columns) or unread.encoded_already(columns)
         raise DataError(f"{file.name}: {kind or error}") from error
     if name == formats.AUTO and (kind := unread.other_kind(rows, format.unread(columns))):
         raise DataError(

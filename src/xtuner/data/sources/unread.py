@@ -57,6 +57,16 @@ def other_kind(rows: Sequence[Row], unread: Sequence[str]) -> str:
     return ""
 
 
+def encoded_already(columns: Sequence[str]) -> str:
+    """A description of a file of token ids; empty if it is none."""
+    if "input_ids" not in columns:
+        return ""
+    return (
+        "the column 'input_ids' holds token ids, of a tokenizer that the file does not name; give "
+        "the text or messages from which they were made"
+    )
+
+
 def notes(format: Format, rows: Sequence[Row], unread: Sequence[str]) -> Iterator[str]:
     """Yield a note for everything in `rows` that the format ignores or takes literally."""
     if columns := [name for name in unread if not _HARMLESS.fullmatch(name)]:

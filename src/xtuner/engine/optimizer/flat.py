@@ -232,7 +232,7 @@ def _can_move(parameter: nn.Parameter, owners: Counter[int]) -> bool:
     if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
         return False
     storage = parameter.untyped_storage()
-    own = storage.nbytes() == parameter.numel() * parameter.element_size()
+    own = storage.nbytes() == parameter.nbytes
     alone = owners[storage.data_ptr()] == 1
     return own and alone and parameter.is_floating_point() and parameter.numel() <= LARGEST
 

@@ -131,10 +131,10 @@ class DeepSpeedStrategy(ShardedStrategy):
     def held_weights(self) -> int:
         """Bytes of the shards, and of small weights that DeepSpeed does not shard."""
         if self.config.stage < 3:
-            return sum(p.numel() * p.element_size() for p in self._inner.parameters())
+            return sum(p.nbytes for p in self._inner.parameters())
         weights: Any = self._inner.parameters()
         held = [part for p in weights for part in (p.data, p.ds_tensor)]
-        return sum(part.numel() * part.element_size() for part in held)
+        return sum(part.nbytes for part in held)
 
     def zero_grad(self) -> None:
         """Discard all gradients, including accumulated ones."""

@@ -129,7 +129,7 @@ class BaseStrategy(ABC):
 
     def held_weights(self) -> int:
         """Bytes of weights that this process holds between steps, after `prepare`."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(p.nbytes for p in self.model.parameters())
 
     def zero_grad(self) -> None:
         """Discard all gradients."""

@@ -83,7 +83,7 @@ class Strategy(ShardedStrategy):
     def held_weights(self) -> int:
         """Bytes of the shards."""
         parts = [p.to_local() for p in self.model.parameters()]
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.nbytes for part in parts)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Backpropagate; each unit's gradients are reduced into the shards along the way."""

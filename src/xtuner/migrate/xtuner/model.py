@@ -8,6 +8,15 @@ from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, use_all, written
 
 _LORA_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+_FURTHER = (
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""Fields of LoraConfig that `lora_config` takes as they are."""
 _PLAIN_LORA: tuple[Any, ...] = (None, False, "none", 0, [], {})
 _CAUSAL = ("AutoModelForCausalLM", "ForCausalLM")
 _ATTENTION = (
@@ -104,6 +113,9 @@ def read_adapter(lora: Table | None, model: Table, draft: Draft) -> None:
     for old, default in _LORA_DEFAULTS.items():
         draft.carry(lora, old, _ours(old), default)
     _targets(lora, draft)
+    further = {key: lora.take(key) for key in _FURTHER if lora.get(key) not in _PLAIN_LORA}
+    if further:
+        draft.set("lora_config", further, lora.line_of(next(iter(further))))
     _refuse_variants(lora, draft)
 
 

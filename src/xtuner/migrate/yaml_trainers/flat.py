@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from xtuner.config.renames import own_value
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, unused
 from xtuner.migrate.xtuner.runtime import NEVER
@@ -97,8 +98,9 @@ def training_arguments(table: Table, draft: Draft) -> None:
 
 def _optimizer(table: Table, draft: Draft) -> None:
     name = str(table.take("optim", "adamw_torch"))
-    if name in _OPTIMIZERS:
-        draft.set("optim_type", _OPTIMIZERS[name], table.line_of("optim"))
+    known = _OPTIMIZERS.get(name) or own_value("optim_type", name)
+    if known != name:
+        draft.set("optim_type", known, table.line_of("optim"))
     else:
         draft.refuse(table.line_of("optim"), f"optim: {name}", "is not supported")
     epsilon = float(table.take("adam_epsilon", 1e-8))
@@ -153,7 +155,9 @@ def _intervals(table: Table, draft: Draft) -> None:
         draft.set("save_steps", every, table.line_of("save_steps"))
         return
     draft.set("save_steps", NEVER, line)
-    if strategy != "no":
+    if strategy == "epoch":
+        draft.set("save_epochs", 1, line)
+    elif strategy != "no":
         draft.lose(line, f"save_strategy: {strategy}", "save_steps counts steps")
 
 

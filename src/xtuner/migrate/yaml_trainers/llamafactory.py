@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from xtuner.config.combinations import TRACKERS
 from xtuner.config.read import foreign
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, UnreadError
@@ -24,14 +26,18 @@ _NOT_YET = {
     "ppo": "reinforcement learning (PPO) is not supported yet",
 }
 _CHANGES = (
-    "use_rslora use_dora pissa_init loraplus_lr_ratio neftune_noise_alpha use_galore use_apollo "
-    "use_badam use_adam_mini use_muon use_dft_loss use_asft_loss use_eaft_loss use_llama_pro "
-    "mask_history mixture_of_depths rope_scaling shift_attn adapter_name_or_path resize_vocab "
+    "use_galore use_apollo use_badam use_adam_mini use_dft_loss use_asft_loss use_eaft_loss "
+    "use_llama_pro mask_history mixture_of_depths rope_scaling shift_attn adapter_name_or_path "
     "add_tokens add_special_tokens new_special_tokens_config moe_aux_loss_coef use_mca fp8 "
     "train_mm_proj_only freeze_trainable_layers freeze_extra_modules use_kt tokenized_path "
-    "disable_shuffling image_max_pixels video_max_pixels freeze_vision_tower "
-    "freeze_multi_modal_projector freeze_language_model"
+    "image_max_pixels video_max_pixels freeze_vision_tower freeze_multi_modal_projector "
+    "freeze_language_model"
 ).split()
+_VARIANTS = (
+    "use_rslora", "use_dora", "pissa_init", "pissa_iter", "pissa_convert", "loraplus_lr_ratio",
+    "loraplus_lr_embedding",
+)  # fmt: skip
+"""Arguments of adapters, which full tuning does not read."""
 _NO_INFLUENCE = (
     "do_train plot_loss overwrite_output_dir overwrite_cache save_only_model ddp_timeout cache_dir "
     "flash_attn enable_liger_kernel use_unsloth use_unsloth_gc disable_gradient_checkpointing "
@@ -101,7 +107,7 @@ def _adapter(table: Table, draft: Draft) -> None:
     draft.set("tuning", "full" if kind == "full" else "qlora" if quantized else "lora", line)
     keys = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target")
     if kind == "full":
-        table.pass_over(*keys, "create_new_adapter")
+        table.pass_over(*keys, *_VARIANTS, "create_new_adapter")
         return
     carry_rows(table, draft, (("lora_rank", "lora_r", 8), ("lora_dropout", "lora_dropout", 0.0)))
     alpha = table.take("lora_alpha") or 2 * draft.values["lora_r"]
@@ -116,6 +122,29 @@ def _adapter(table: Table, draft: Draft) -> None:
     )
     if saved := _split(table.take("additional_target")):
         draft.set("lora_modules_to_save", saved, table.line_of("additional_target"))
+    _variants(table, draft)
+
+
+def _variants(table: Table, draft: Draft) -> None:
+    """Set what changes how adapters are scaled, started and trained."""
+    further: dict[str, Any] = {}
+    for key in ("use_rslora", "use_dora"):
+        if table.take(key, False):
+            further[key] = True
+            draft.lines["lora_config"] = table.line_of(key)
+    if table.take("pissa_init", False):
+        further["init_lora_weights"] = "pissa"
+        draft.lines["lora_config"] = line = table.line_of("pissa_init")
+        if int(table.take("pissa_iter", 16)) > 0:
+            draft.note(line, "pissa_iter", "the singular values are exact, not approximated")
+    table.pass_over("pissa_iter", "pissa_convert")
+    if further:
+        draft.set("lora_config", further, draft.lines["lora_config"])
+    if ratio := table.take("loraplus_lr_ratio"):
+        draft.set("loraplus_lr_ratio", float(ratio), table.line_of("loraplus_lr_ratio"))
+    if float(table.take("loraplus_lr_embedding", 1e-6) or 1e-6) != 1e-6:
+        line = table.line_of("loraplus_lr_embedding")
+        draft.lose(line, "loraplus_lr_embedding", "embeddings are trained with lr")
 
 
 def _data(table: Table, draft: Draft, stage: str, folder: Path) -> None:
@@ -165,8 +194,11 @@ def _validation(table: Table, draft: Draft) -> None:
     strategy = table.take("eval_strategy", table.take("evaluation_strategy", "no"))
     if every and strategy == "steps":
         draft.set("evaluation_freq", int(every), table.line_of("eval_steps"))
-    lose_set(table, draft, ("eval_dataset",), "use validation_ratio")
-    table.pass_over("load_best_model_at_end", "metric_for_best_model", "compute_accuracy")
+    lose_set(table, draft, ("eval_dataset",), "set validation_path to its file")
+    best, metric = table.take("load_best_model_at_end"), table.take("metric_for_best_model")
+    if best and metric in (None, "loss", "eval_loss") and "validation_ratio" in draft.values:
+        draft.set("keep_best", True, table.line_of("load_best_model_at_end"))
+    table.pass_over("compute_accuracy", "greater_is_better")
 
 
 def _rest(table: Table, draft: Draft) -> None:
@@ -175,8 +207,21 @@ def _rest(table: Table, draft: Draft) -> None:
         draft.set("device", "cpu", table.line_of("use_cpu"))
     report, line = table.take("report_to"), table.line_of("report_to")
     names = _split(report)
-    if set(names) - {"none", "tensorboard", "all"}:
-        draft.lose(line, shown("report_to", report), "TensorBoard files are written instead")
+    trackers = [name for name in names if name in TRACKERS]
+    if trackers and trackers != ["tensorboard"]:
+        draft.set("report_to", trackers, line)
+    if set(names) - {"none", *TRACKERS}:
+        draft.lose(line, shown("report_to", report), f"name any of {', '.join(TRACKERS)}")
+    for key, name, value in (
+        ("resize_vocab", "resize_embeddings", True),
+        ("disable_shuffling", "shuffle", False),
+    ):
+        if table.take(key, False):
+            draft.set(name, value, table.line_of(key))
+    if table.take("use_muon", False):
+        draft.set("optim_type", "Muon", table.line_of("use_muon"))
+    if alpha := table.take("neftune_noise_alpha"):
+        draft.set("neftune_noise_alpha", float(alpha), table.line_of("neftune_noise_alpha"))
     if table.take("trust_remote_code"):
         draft.note(
             table.line_of("trust_remote_code"),

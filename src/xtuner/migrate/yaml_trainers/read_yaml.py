@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import yaml
 
 from xtuner.config.read.arithmetic import RefusedError, check_size
+from xtuner.config.read.yaml import NumberLoader
 from xtuner.errors import ConfigError
 from xtuner.migrate.values import Table, Unread
 
 _DEPTH = 20
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also reads 1e-4 as a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
 
 
 def read(text: str) -> Table:
@@ -32,7 +21,7 @@ def read(text: str) -> Table:
         ConfigError: it is no YAML, no mapping, or has aliases.
     """
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=NumberLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -62,7 +51,7 @@ def _value(node: yaml.Node, depth: int, above: set[int]) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, depth + 1, above) for item in node.value]
     try:
-        return _Loader("").construct_object(node)  # type: ignore[no-untyped-call]
+        return NumberLoader("").construct_object(node)  # type: ignore[no-untyped-call]
     except Exception as error:  # the library raises many kinds for values that are out of range
         return Unread(
             node.start_mark.line + 1, str(node.value)[:40], f"is not a valid value: {error}"

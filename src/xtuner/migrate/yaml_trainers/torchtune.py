@@ -115,7 +115,9 @@ def _adapter(model: Table, kind: str, draft: Draft) -> None:
     if any(family in kind for family in _FUSED):
         draft.refuse(line, kind, "its layers are fused in xtuner, so adapters would differ")
     draft.set("lora_target_modules", names, line)
-    refuse_set(model, draft, ("apply_lora_to_output", "use_dora"))
+    if model.take("use_dora", False):
+        draft.set("lora_config", {"use_dora": True}, model.line_of("use_dora"))
+    refuse_set(model, draft, ("apply_lora_to_output",))
 
 
 def _schedule(table: Table, draft: Draft) -> None:

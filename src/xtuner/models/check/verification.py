@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xtuner.errors import ModelError, XTunerError
+from xtuner.errors import ModelError, XTunerError, in_one_line
 from xtuner.kernels.attention import packed as attention
 from xtuner.kernels.cross_entropy import ScoringHead
 from xtuner.models.can_pack import cannot_split
@@ -78,7 +78,7 @@ def _check_alone(lm: Any) -> None:
     except Exception as error:  # third-party code
         raise ModelError(
             f"{_described(lm)}: a training step of one sample fails, so it cannot be "
-            f"trained here: {_in_one_line(error)}"
+            f"trained here: {in_one_line(error)}"
         ) from error
     if leak:
         raise ModelError(
@@ -101,7 +101,7 @@ def _fault_of_row(lm: Any, notes: list[str | None]) -> str | None:
     except XTunerError as error:
         return str(error)
     except Exception as error:  # third-party code may not support a row of several samples
-        return f"a row of several samples fails with {_in_one_line(error)}"
+        return f"a row of several samples fails with {in_one_line(error)}"
 
 
 def _fault_of_checks(lm: Any, notes: list[str | None]) -> str | None:
@@ -158,11 +158,6 @@ def _check_head(lm: Any) -> str | None:
 def _described(lm: Any) -> str:
     """The model and its attention, for messages."""
     return f"{type(lm.causal).__name__} with attention {lm.attention_name!r}"
-
-
-def _in_one_line(error: Exception) -> str:
-    """A library's complete error message, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _head_width(causal: Any) -> int | None:

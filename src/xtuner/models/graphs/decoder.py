@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.device.out_of_memory import is_out_of_memory
+from xtuner.errors import first_line
 from xtuner.kernels.cuda_graphs import Recorder
 from xtuner.models.graphs.capacity import Capacity, Row, rounded
 from xtuner.models.graphs.comparison import PlainPasses, random_state_kept
@@ -130,5 +131,4 @@ def _give_back_memory() -> None:
 def _reason(error: BaseException) -> str:
     if is_out_of_memory(error):
         return "the GPU has too little memory"
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"the model cannot be recorded ({type(error).__name__}: {first})"
+    return f"the model cannot be recorded ({type(error).__name__}: {first_line(error)})"

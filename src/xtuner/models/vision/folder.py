@@ -23,6 +23,7 @@ from torch import Tensor
 from xtuner.errors import ModelError
 from xtuner.hub import old_pth
 from xtuner.hub.weight_files import tensors_of
+from xtuner.models.references import checkpoint_of
 from xtuner.models.run_info import RunInfo
 
 PROJECTOR, LLM, ENCODER = "projector", "llm", "visual_encoder"
@@ -95,7 +96,7 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
     if old_pth.is_old(folder):
         tensors = old_pth.parts(old_pth.read(folder)).get(PROJECTOR, {})
         return {renamed: t for n, t in tensors.items() if (renamed := _projector_name(n))}
-    folder = checkpoint_in(folder)
+    folder = checkpoint_of(folder)
     path = folder / PROJECTOR if is_llava_folder(folder) else folder
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     found: dict[str, Tensor] = {}
@@ -116,26 +117,13 @@ def other_parts(folder: Path) -> list[str]:
     if old_pth.is_old(folder):
         return [name for name in old_pth.part_names(folder) if name != PROJECTOR]
     names = (LLM, LLM_ADAPTER, ENCODER, ENCODER_ADAPTER)
-    return [name for name in names if (checkpoint_in(folder) / name).is_dir()]
-
-
-def checkpoint_in(folder: Path) -> Path:
-    """`folder`, which may be given as ``iter_N.pth``, or its newest checkpoint."""
-    folder = folder.with_suffix("") if folder.suffix == ".pth" else folder
-    pointer = folder / "last_checkpoint"
-    if pointer.is_file():
-        return folder / pointer.read_text(encoding="utf-8").strip()
-    return folder
+    return [name for name in names if (checkpoint_of(folder) / name).is_dir()]
 
 
 def projectors_beside(path: Path) -> list[str]:
     """Siblings of the missing folder `path` whose newest checkpoint has a projector."""
-    pointers = sorted(path.parent.glob("*/last_checkpoint"))
-    return [
-        str(pointer.parent)
-        for pointer in pointers
-        if is_llava_folder(pointer.parent / pointer.read_text(encoding="utf-8").strip())
-    ]
+    folders = [pointer.parent for pointer in sorted(path.parent.glob("*/last_checkpoint"))]
+    return [str(folder) for folder in folders if is_llava_folder(checkpoint_of(folder))]
 
 
 def _projector_name(name: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, LlavaConfig, PreTrainedModel
 from transformers import LlavaForConditionalGeneration as Llava
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, first_line
 from xtuner.models.check.verification import LOGIT_CHANGES
 from xtuner.models.vision.tower import check_layer, num_image_tokens, select, strategy_of
 from xtuner.types import Batch, BatchImages
@@ -66,8 +66,7 @@ def assemble(
             model = Llava(config)
     except (ValueError, KeyError) as error:
         raise ModelError(
-            f"{type(llm).__name__} cannot be the language model of a LLaVA: "
-            f"{str(error).splitlines()[0]}"
+            f"{type(llm).__name__} cannot be the language model of a LLaVA: {first_line(error)}"
         ) from error
     config.text_config, config.vision_config = llm.config, visual_encoder.config
     model.model.language_model = llm.base_model
@@ -152,9 +151,7 @@ class LlavaEmbedder(nn.Module):
         if images is None:
             return embedding(input_ids) + self._nothing()  # type: ignore[no-any-return]
         vectors: Tensor = embedding(input_ids.masked_fill(images.mask, 0))
-        features = self._all_features(images)
-        with self._autocast():
-            projected = self.llava.model.multi_modal_projector(self._as_projector(features))
+        projected = self._projected(self._all_features(images))
         wanted, found = int(images.mask.sum()), projected.shape[0] * projected.shape[1]
         if wanted != found:
             raise ModelError(f"{wanted} image tokens for {found} features of images")
@@ -163,9 +160,7 @@ class LlavaEmbedder(nn.Module):
     def _nothing(self) -> Tensor:
         """A zero that is computed through the vision tower and the projector."""
         size = self.llava.config.vision_config.image_size
-        features = self.features(torch.zeros(1, 3, size, size))
-        with self._autocast():
-            projected = self.llava.model.multi_modal_projector(self._as_projector(features))
+        projected = self._projected(self.features(torch.zeros(1, 3, size, size)))
         dtype = self.llava.get_input_embeddings().weight.dtype
         return (projected[0, 0] * 0.0).to(dtype)  # type: ignore[no-any-return]
 
@@ -210,7 +205,9 @@ class LlavaEmbedder(nn.Module):
         device = self.llava.get_input_embeddings().weight.device.type
         return torch.autocast(device, dtype=self.autocast, enabled=enabled)
 
-    def _as_projector(self, features: Tensor) -> Tensor:
-        if self.autocast is not None:
-            return features
-        return features.to(self.llava.model.multi_modal_projector.linear_1.weight.dtype)
+    def _projected(self, features: Tensor) -> Tensor:
+        projector = self.llava.model.multi_modal_projector
+        if self.autocast is None:
+            features = features.to(projector.linear_1.weight.dtype)
+        with self._autocast():
+            return projector(features)  # type: ignore[no-any-return]
