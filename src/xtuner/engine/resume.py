@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xtuner import plugins
 from xtuner.config import recipe
 from xtuner.config.schema import Settings
 from xtuner.errors import CheckpointError
@@ -50,16 +52,32 @@ def check_shape(source: Path, settings: Settings) -> None:
     """
     info = RunInfo.read(source)
     before = dict(info.settings) if info else {}
+    base = info.base_model if info else ""  # a folder is an absolute path
     wrong = [
         f"{name}: {before[name]!r} then, {now!r} now"
         for name in type(settings).on_resume("fixed")
-        if name in before and _plain(before[name]) != (now := _plain(getattr(settings, name)))
+        if name in before
+        and not _same(_plain(before[name]), now := _plain(getattr(settings, name)))
+        and not (name == "pretrained_model_name_or_path" and _same_folder(base, now))
     ]
     if wrong:
         raise CheckpointError(
             f"cannot resume from {source}: its weights were trained with other settings: "
             f"{'; '.join(wrong)}. Restore them, or start a new run with --work-dir DIR"
         )
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two values are the same; the settings that a run wrote name copies of the user's
+    files."""
+    if before == now:
+        return True
+    names = [v for v in (before, now) if isinstance(v, str) and plugins.is_user_path(v)]
+    return len({Path(name).name for name in names}) == 1 and len(names) == 2
+
+
+def _same_folder(before: str, now: str) -> bool:
+    return Path(before).is_dir() and os.path.realpath(before) == os.path.realpath(now)
 
 
 def _plain(value: Any) -> Any:
