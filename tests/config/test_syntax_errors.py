@@ -29,9 +29,9 @@ def problem(tmp_path, text, suffix):
         ("max_epochs 2", "write name = value"),
         ("lr = 1e−4", "write - instead of the minus sign −"),
         ("batch-size = 4", "write batch_size"),
-        ("batch_size = 08", "write the number without the zeros"),
+        ("batch_size = 08", "write the number without leading zeros"),
         ("batch_size =", "write a value after ="),
-        ("<" * 7 + " HEAD\nlr = 1e-4", "a mark of a merge conflict"),
+        ("<" * 7 + " HEAD\nlr = 1e-4", "a merge conflict marker"),
     ],
     ids=lambda value: None,
 )

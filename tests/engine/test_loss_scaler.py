@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_trainer import FixedGroups
 from trainer_parts import quiet_run
 
 from xtuner.algorithms.sft import Algorithm
@@ -92,17 +93,6 @@ def samples(count, seed=0):
     return found
 
 
-class Groups:
-    """The same groups of micro-batches in every epoch."""
-
-    def __init__(self, groups):
-        self._groups, self.steps_per_epoch = groups, len(groups)
-
-    def groups(self, start_step, stop_step):
-        for step in range(start_step, stop_step):
-            yield [Algorithm().collate(part) for part in self._groups[step % len(self._groups)]]
-
-
 class Watch(BaseHook):
     def __init__(self):
         self.seen = []
@@ -137,7 +127,7 @@ def make_trainer(
     trainer = Trainer(
         strategy=strategy,
         algorithm=algorithm or Algorithm(),
-        loader=Groups(groups or [[samples(4)], [samples(4, seed=1)]]),
+        loader=FixedGroups(groups or [[samples(4)], [samples(4, seed=1)]]),
         run=run,
         hooks=[watch],
         save=lambda run: None,

@@ -6,8 +6,9 @@ from torch import nn
 
 from xtuner import templates
 from xtuner.errors import ModelError
-from xtuner.generation.batch import generate_batch, takes_batches
+from xtuner.generation.batch import generate_batch
 from xtuner.generation.generate import GenerationOptions, stream
+from xtuner.generation.running import takes_batches
 from xtuner.kernels.attention import packed
 from xtuner.models.adapters import add_adapter
 from xtuner.testing.tiny import tiny_model, tiny_tokenizer

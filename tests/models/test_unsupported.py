@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from xtuner.errors import ModelError
-from xtuner.models.load import load_model
+from xtuner.models.load import load_model, load_tokenizer
 from xtuner.models.unsupported import check_remote_code
 from xtuner.testing.tiny import tiny_model
 
@@ -25,6 +25,8 @@ def test_refused_by_name(config, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=words):
         load_model(tmp_path, dtype=torch.float32)
+    with pytest.raises(ModelError, match=words):  # before any code of its tokenizer runs
+        load_tokenizer(tmp_path, trust_remote_code=True)
 
 
 def of_remote_code(model):

@@ -33,8 +33,6 @@ from xtuner.parallel import activity
 from xtuner.parallel.collective import collective_layers
 from xtuner.types import Algorithm, Batch
 
-__all__ = ["Groups", "Interrupted", "Trainer"]
-
 
 class Groups(Protocol):
     """The data loader's interface that the trainer uses."""

@@ -16,8 +16,6 @@ from xtuner.generation.running import OneByOne, RunningBatch, takes_batches
 from xtuner.templates.base import Template
 from xtuner.types import Message
 
-__all__ = ["continue_prompts", "generate_batch", "takes_batches"]
-
 
 def generate_batch(
     model: Any,

@@ -50,6 +50,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     source = located(path)
     with readable_errors(path, "tokenizer"), quiet_transformers():
+        check_supported(str(path), read_config(source))  # before its tokenizer's code runs
         register_family(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         sentencepiece.correct(tokenizer, source)

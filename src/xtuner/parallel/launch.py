@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from xtuner.parallel.attempt import INTERRUPTED, Attempt
+from xtuner.parallel.attempt import Attempt
 from xtuner.parallel.cluster import Cluster
 from xtuner.parallel.nodes import Nodes, alone_or_with_others
 
@@ -120,6 +120,3 @@ def last_checkpoint_changes(pointer: os.PathLike[str]) -> Callable[[], bool]:
 
     before = state()
     return lambda: state() not in (None, before)
-
-
-__all__ = ["INTERRUPTED", "last_checkpoint_changes", "launch", "stop_signals"]

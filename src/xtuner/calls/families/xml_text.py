@@ -58,6 +58,13 @@ class _Tagged:
     opens: tuple[str, ...] = (OPEN,)
     markers: tuple[str, ...] = (OPEN, CLOSE)
 
+    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """See `Family.render`."""
+        return "\n".join(self._one(call) for call in calls)
+
+    def _one(self, call: Mapping[str, Any]) -> str:
+        raise NotImplementedError
+
     def ended(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
         """See `Family.ended`."""
         return None
@@ -70,11 +77,8 @@ class NamedTag(_Tagged):
     opens: tuple[str, ...] = ("<function=",)
     markers: tuple[str, ...] = ("</function>",)
 
-    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """See `Family.render`."""
-        return "\n".join(
-            f"<function={name_of(call)}>{dumped(arguments_of(call))}</function>" for call in calls
-        )
+    def _one(self, call: Mapping[str, Any]) -> str:
+        return f"<function={name_of(call)}>{dumped(arguments_of(call))}</function>"
 
     def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
         """See `Family.read`."""
@@ -96,10 +100,6 @@ class QwenXml(_Tagged):
     """``<function=NAME>`` with a ``<parameter=NAME>`` per argument, between two `markers`."""
 
     last = "</function>"
-
-    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """See `Family.render`."""
-        return "\n".join(self._one(call) for call in calls)
 
     def _one(self, call: Mapping[str, Any]) -> str:
         parts = [
@@ -202,10 +202,6 @@ def _inner(text: str, markers: Sequence[str], last: str) -> str | None:
 
 class GlmXml(_Tagged):
     """The name, then an ``<arg_key>`` and an ``<arg_value>`` per argument."""
-
-    def render(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """See `Family.render`."""
-        return "\n".join(self._one(call) for call in calls)
 
     def _one(self, call: Mapping[str, Any]) -> str:
         pairs = [

@@ -47,7 +47,7 @@ def python_hint(line: str, message: str) -> str:
     if "indent" in message:
         return "begin the line without spaces or tabs"
     if "leading zeros" in message:
-        return "write the number without the zeros"
+        return "write the number without leading zeros"
     if found := re.match(r"\s*(\w+(?:-\w+)+)\s*=", line):
         return f"write {found[1].replace('-', '_')}"
     if re.match(r"\s*\w+\s*=\s*(#.*)?$", line):
@@ -95,7 +95,7 @@ def yaml_lines_hint(text: str) -> str:
 def _conflict(line: str) -> str:
     """A hint about a mark that git leaves in a file."""
     found = re.match(r"<{7} |={7}$|>{7} ", line)
-    return "this is a mark of a merge conflict; keep one of the two versions" if found else ""
+    return "this is a merge conflict marker; keep one of the two versions" if found else ""
 
 
 def _sign_in(message: str) -> str:

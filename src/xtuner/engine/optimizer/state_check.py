@@ -76,7 +76,7 @@ def _problem(name: str, value: Any, parameter: Tensor) -> str:
         return f"has the shape {list(value.shape)}, and the parameter {list(shape)}"
     dense = value.layout == torch.strided
     if not dense or not (value.is_contiguous() or value.stride() == parameter.stride()):
-        return "does not hold one number after the other, as fused kernels read them"
+        return "is not contiguous in memory, as fused kernels require"
     if name in _MOMENTS - set(VALUES) and not value.is_floating_point():
         return f"is of type {value.dtype}, but must hold floating-point numbers"
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):

@@ -181,8 +181,3 @@ def lacks(function: Any, *names: str) -> str:
 def dotted(capability: tuple[int, int]) -> str:
     """A compute capability as NVIDIA writes it: 7.5."""
     return ".".join(map(str, capability))
-
-
-def type_name(dtype: torch.dtype) -> str:
-    """The name of `dtype` without ``torch.``."""
-    return str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.device.select import name_of
 from xtuner.kernels.attention.call import (
     AMPERE,
     AttentionCall,
@@ -15,7 +16,6 @@ from xtuner.kernels.attention.call import (
     dotted,
     lacks,
     next_multiple,
-    type_name,
 )
 
 CAUSAL = 1
@@ -42,7 +42,7 @@ class MemoryEfficient(Kernel):
         if call.softcap is not None:
             return "does not support softcap"
         if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"supports float16, bfloat16 and float32, not {type_name(call.dtype)}"
+            return f"supports float16, bfloat16 and float32, not {name_of(call.dtype)}"
         if call.dtype == torch.bfloat16 and functions.capability < AMPERE:
             capability = dotted(functions.capability)
             return f"does not support bfloat16 on compute capability {capability}"

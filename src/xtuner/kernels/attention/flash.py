@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.device.select import name_of
 from xtuner.kernels.attention.call import (
     AMPERE,
     AttentionCall,
@@ -16,7 +17,6 @@ from xtuner.kernels.attention.call import (
     lacks,
     next_multiple,
     parameters_of,
-    type_name,
 )
 
 
@@ -39,7 +39,7 @@ class _Flash(Kernel):
         if self._capability < AMPERE:
             return f"needs compute capability 8.0 (Ampere), not {dotted(self._capability)}"
         if call.dtype not in (torch.bfloat16, torch.float16):
-            return f"supports float16 and bfloat16, not {type_name(call.dtype)}"
+            return f"supports float16 and bfloat16, not {name_of(call.dtype)}"
         if self.widths(call)[0] > 256:
             return f"supports head sizes up to 256, not {max(call.width, call.value_width)}"
         return self._missing(call)
