@@ -64,10 +64,12 @@ def test_a_resume_is_refused_where_a_fixed_setting_changed(tmp_path):
 def test_a_resume_takes_the_settings_that_the_run_wrote(tmp_path):
     """They have absolute paths, and name the copies of the user's files."""
     from xtuner.config.schema import Settings
-    from xtuner.engine.resume import check_shape
+    from xtuner.engine.resume import check_shape, same
     from xtuner.errors import CheckpointError
     from xtuner.models.run_info import RunInfo
 
+    assert same(["d.jsonl"], ["/at/d.jsonl"], of_names=True)
+    assert not same(["d.jsonl"], ["/at/e.jsonl"], of_names=True)
     model = tmp_path / "model"
     model.mkdir()
 
@@ -77,7 +79,8 @@ def test_a_resume_takes_the_settings_that_the_run_wrote(tmp_path):
     written = settings("model", "code/a.py:A").model_dump()
     RunInfo("adapter", str(model), prompt_template="auto", settings=written).write(tmp_path)
     check_shape(tmp_path, settings(str(model), "user_code/a.py:A"))
-    for other in (settings(str(tmp_path), "a.py:A"), settings(str(model), "user_code/a.py:B")):
+    elsewhere = str(tmp_path / "elsewhere" / "model")
+    for other in (settings(elsewhere, "a.py:A"), settings(str(model), "user_code/a.py:B")):
         with pytest.raises(CheckpointError, match="with other settings"):
             check_shape(tmp_path, other)
 

@@ -57,7 +57,7 @@ def check_shape(source: Path, settings: Settings) -> None:
         f"{name}: {before[name]!r} then, {now!r} now"
         for name in type(settings).on_resume("fixed")
         if name in before
-        and not _same(_plain(before[name]), now := _plain(getattr(settings, name)))
+        and not same(_plain(before[name]), now := _plain(getattr(settings, name)))
         and not (name == "pretrained_model_name_or_path" and _same_folder(base, now))
     ]
     if wrong:
@@ -67,13 +67,27 @@ def check_shape(source: Path, settings: Settings) -> None:
         )
 
 
-def _same(before: Any, now: Any) -> bool:
+def same(before: Any, now: Any, *, of_names: bool = False) -> bool:
     """Whether two values are the same; the settings that a run wrote name copies of the user's
-    files."""
+    files.
+
+    Args:
+        before: The value of the checkpoint.
+        now: The value of this run.
+        of_names: An absolute path is the same as a relative one with which it ends.
+    """
     if before == now:
         return True
-    names = [v for v in (before, now) if isinstance(v, str) and plugins.is_user_path(v)]
-    return len({Path(name).name for name in names}) == 1 and len(names) == 2
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return all(
+            same(one, other, of_names=of_names) for one, other in zip(before, now, strict=True)
+        )
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return False
+    if plugins.is_user_path(before) and plugins.is_user_path(now):
+        return Path(before).name == Path(now).name
+    ending = Path(now).parts[-len(Path(before).parts) :]
+    return of_names and os.path.isabs(now) and ending == Path(before).parts
 
 
 def _same_folder(before: str, now: str) -> bool:
