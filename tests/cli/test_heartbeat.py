@@ -23,3 +23,13 @@ def test_it_can_be_off(capsys):
     before = sys.stdout
     with heartbeat(on=False):
         assert sys.stdout is before
+
+
+def test_the_first_line_says_that_a_slow_command_loads(capsys):
+    with heartbeat(first="Loading..."):
+        while "Loading...\n" not in capsys.readouterr().err:
+            time.sleep(0.02)
+    with heartbeat(first="Loading..."):
+        print("at once")
+        time.sleep(0.7)
+    assert "Loading" not in capsys.readouterr().err

@@ -115,6 +115,27 @@ def test_deepspeeds_folder_is_read_too(run, tiny_model_path):
     assert found.keys() == expected(tensors).keys()
 
 
+def test_frozen_weights_beside_an_adapter_are_left_out(run, tiny_model_path):
+    """As in DeepSpeed's folder of a PEFT model inside another module."""
+    tensors = adapter_tensors(tiny_model_path)
+    names = [name.replace("llm.", "model.") for name in tensors]
+    layer = "model.base_model.model.model.layers.0"
+    frozen = {
+        f"{layer}.self_attn.q_proj.base_layer.weight": torch.ones(32, 32),
+        f"{layer}.input_layernorm.weight": torch.ones(32),
+        "model.base_model.model.lm_head.original_module.weight": torch.ones(261, 32),
+    }
+    saved = {"model.base_model.model.lm_head.modules_to_save.default.weight": torch.zeros(261, 32)}
+    module = {**dict(zip(names, tensors.values(), strict=True)), **frozen, **saved}
+    (run / "iter_600.pth").mkdir()
+    torch.save({"module": module}, "iter_600.pth/mp_rank_00_model_states.pt")
+    assert main(["convert", "pth_to_hf", "config.py", "iter_600.pth", "hf"]) == 0
+    found = load_file(run / "hf" / "adapter_model.safetensors")
+    assert found.keys() == {*expected(tensors), "base_model.model.lm_head.weight"}
+    config = json.loads((run / "hf" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["lm_head"]
+
+
 def test_a_run_starts_from_its_weights(run, tiny_model_path, capsys):
     layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     tensors = adapter_tensors(tiny_model_path, layers)

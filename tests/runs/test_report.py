@@ -9,7 +9,7 @@ from xtuner import i18n
 from xtuner.cli.app import main
 from xtuner.config.schema import Settings
 from xtuner.errors import CheckpointError
-from xtuner.runs import report
+from xtuner.runs import chart, report
 from xtuner.runs.answers import marked
 from xtuner.runs.folder import RunFolder
 from xtuner.runs.record import RunRecord
@@ -150,3 +150,17 @@ def test_every_string_has_both_languages_and_the_same_values():
 )
 def test_the_language_is_the_first_known_one_of_the_browser(header, language):
     assert i18n.preferred(header) == language
+
+
+def test_the_loss_chart_has_whole_steps_and_marks_where_questions_were_asked(run):
+    svg = report.loss_chart(RunFolder(run), i18n.words("en"))
+    ticks = re.findall(r'text-anchor="middle">([^<]*)<', svg)
+    assert ticks == [str(step) for step in range(6)]
+    assert svg.count('<polygon class="third"') == 2 and "sample answers" in svg
+
+
+def test_the_running_mean_of_a_chart_does_not_lag():
+    falling = [(float(step), 10.0 - step) for step in range(10)]
+    assert chart.smoothed(falling)[5][1] == pytest.approx(falling[5][1], abs=0.2)
+    assert chart.smoothed([(1.0, float("nan")), (2.0, 3.0)]) == [(2.0, 3.0)]
+    assert chart.smoothed([]) == []

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 SILENCE = 2.0
 """Seconds without output after which a dot is written."""
+FIRST = 0.6
+"""Seconds without any output after which the first line is written."""
 
 
 class _Watched:
@@ -30,10 +32,11 @@ class _Watched:
 
 
 class _Heart:
-    """Writes dots to `stream` from a thread, at most one per `seconds` of silence."""
+    """Writes dots to `stream` from a thread, at most one per `seconds` of silence, and the line
+    `first` if nothing at all was written soon."""
 
-    def __init__(self, stream: TextIO, seconds: float) -> None:
-        self._stream, self._seconds = stream, seconds
+    def __init__(self, stream: TextIO, seconds: float, first: str) -> None:
+        self._stream, self._seconds, self._first = stream, seconds, first
         self._last = time.monotonic()
         self._dots = 0
         self._lock = threading.Lock()
@@ -46,15 +49,20 @@ class _Heart:
             return
         with self._lock:
             self._last = time.monotonic()
+            self._first = ""
             if self._dots:
                 self._dots = 0
                 self._put("\n")
 
     def run(self) -> None:
         """Write dots until `stop`."""
-        while not self._stopped.wait(self._seconds / 5):
+        while not self._stopped.wait(min(FIRST, self._seconds) / 3):
             with self._lock:
-                if time.monotonic() - self._last >= self._seconds:
+                if self._first and time.monotonic() - self._last >= FIRST:
+                    self._last = time.monotonic()
+                    self._put(f"{self._first}\n")
+                    self._first = ""
+                elif time.monotonic() - self._last >= self._seconds:
                     self._last = time.monotonic()
                     self._dots += 1
                     self._put(".")
@@ -73,18 +81,19 @@ class _Heart:
 
 
 @contextmanager
-def heartbeat(*, on: bool = True, seconds: float = SILENCE) -> Iterator[None]:
+def heartbeat(*, on: bool = True, seconds: float = SILENCE, first: str = "") -> Iterator[None]:
     """Write a dot to stderr whenever nothing was written for some seconds.
 
     Args:
         on: whether to do so; False where a bar or spinner moves.
         seconds: of silence before a dot.
+        first: a line that is written if the command has written nothing after `FIRST` seconds.
     """
     if not on:
         yield
         return
     out, errors = sys.stdout, sys.stderr
-    heart = _Heart(errors, seconds)
+    heart = _Heart(errors, seconds, first)
     thread = threading.Thread(target=heart.run, daemon=True, name="heartbeat")
     sys.stdout, sys.stderr = _Watched(out, heart), _Watched(errors, heart)  # type: ignore[assignment]
     thread.start()

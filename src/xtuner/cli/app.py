@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     try:
         given = complete_resume(expand_overrides(_old_words.translated(given)))
-        with heartbeat(on=next(iter(given), "") in _MAY_BE_SILENT):
+        with heartbeat(on=next(iter(given), "") in _MAY_BE_SILENT, first="Loading..."):
             build_app()(given or ["--help"], prog_name="xtuner")
     except XTunerError as error:
         if debug:

@@ -85,7 +85,8 @@ class ModelPart(Part):
     """The model to start from: a folder in Hugging Face format or a name on the hub. Can also be
     written as llm_name_or_path."""
     trust_remote_code: Annotated[bool, Mark("free")] = False
-    """Run Python code that ships with the model. Only for models whose authors you trust."""
+    """Run Python code that ships with the model. Only for models whose authors you trust; needs
+    --trust-remote-code on the command line as well, once per model and machine."""
     algorithm: Annotated[str, Mark("fixed")] = "sft"
     """The training objective: 'sft' (instruction tuning: the loss covers what the assistant says),
     'pretrain' (the loss covers every token), or your own as 'my_file.py:MyAlgorithm'."""

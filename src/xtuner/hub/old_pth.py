@@ -101,11 +101,22 @@ def parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         match = re.match(r"(?:module\.)?(llm|visual_encoder|projector)\.(.+)", name)
         part, inner = (match[1], match[2]) if match else ("llm", name)
-        found.setdefault(part, {})[_peft_name(inner)] = tensor
-    return found
+        found.setdefault(part, {})[inner] = tensor
+    return {part: _as_saved_by_peft(held) for part, held in found.items()}
+
+
+def _as_saved_by_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under PEFT's names, without the frozen weights that DeepSpeed stores beside
+    an adapter."""
+    if any(".base_layer." in name for name in tensors):
+        trained = re.compile(r"\.lora_(?:embedding_)?[AB]\b|\.modules_to_save\.")
+        tensors = {name: tensor for name, tensor in tensors.items() if trained.search(name)}
+    return {_peft_name(name): tensor for name, tensor in tensors.items()}
 
 
 def _peft_name(name: str) -> str:
-    """PEFT writes names without the name of the adapter: ``lora_A.default.weight``."""
+    """PEFT writes names without the name of the adapter, ``lora_A.default.weight``, and without
+    modules around its own."""
+    name = re.sub(r"^.*?\b(?=base_model\.model\.)", "", name)
     name = re.sub(r"(lora_(?:embedding_)?[AB])\.default\b", r"\1", name)
     return re.sub(r"\.modules_to_save\.default\.", ".", name)

@@ -183,9 +183,11 @@ class Processes:
                 parameter.grad = torch.zeros_like(parameter)
         found = gather() if gather else everything
         bucket: list[Tensor] = []
+        started: list[Any] = []
         for gradient in [p.grad for p in found if p.grad is not None]:
             if _can_be_summed_alone(gradient):
-                _sum_bucket([gradient])
+                with waiting("the sum of gradients"):
+                    started.append(dist.all_reduce(gradient, async_op=True))
                 continue
             bucket.append(gradient)
             if sum(g.numel() for g in bucket) >= BUCKET_NUMBERS:
@@ -193,6 +195,9 @@ class Processes:
                 bucket = []
         if bucket:
             _sum_bucket(bucket)
+        for work in started:
+            with waiting("the sum of gradients"):
+                work.wait()
 
     def form_group(self) -> None:
         """Ensure that a process group exists: FSDP2 and DeepSpeed need one even for a single

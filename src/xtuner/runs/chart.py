@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from xtuner.engine.hooks.loss_curve import running_mean
+
 WIDTH, HEIGHT = 720, 260
 """Of a drawing, which is scaled to the page."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 34
@@ -33,42 +35,45 @@ class Line:
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """The exponential running mean of `points`, over about 10 points, of short curves over 4."""
-    keep = 0.9 if len(points) >= 200 else 0.75
-    result: list[tuple[float, float]] = []
-    mean = points[0][1] if points else 0.0
-    for x, y in points:
-        mean = keep * mean + (1 - keep) * y
-        result.append((x, mean))
-    return result
+    """The running mean of `points`, as in the run's loss_curve.png."""
+    finite = _finite(points)
+    return list(zip((x for x, _ in finite), running_mean(finite), strict=True))
 
 
-def draw(lines: Sequence[Line], *, label: str, x_label: str) -> str:
-    """Draw `lines` into one SVG with axes, whose y axis contains 0, and a legend.
+def draw(
+    lines: Sequence[Line],
+    *,
+    label: str,
+    x_label: str,
+    marks: Sequence[float] = (),
+    marks_label: str = "",
+) -> str:
+    """Draw `lines` into one SVG with axes, whose y axis contains 0, and a legend. The x axis is in
+    whole steps.
 
     Args:
         lines: curves; points that are not finite are left out.
         label: read out by screen readers.
         x_label: the title of the x axis.
+        marks, marks_label: points of the x axis to mark, and what they are.
     """
     lines = [Line(line.label, _finite(line.points), line.style, line.dots) for line in lines]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     if not xs:
         return ""
-    frame = _Frame((min(xs), max(xs)), (min(ys), max(ys)))
+    frame = _Frame((min([*xs, *marks]), max([*xs, *marks])), (min(ys), max(ys)))
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(label)}">',
         *frame.axes(x_label),
         *(part for line in lines if line.points for part in _curve(line, frame)),
+        *(frame.mark(value) for value in marks),
         "</svg>",
     ]
-    legend = "".join(
-        f'<span class="key {line.style}">{escape(line.label)}</span>'
-        for line in lines
-        if line.points and line.label
-    )
+    keys = [(line.style, line.label) for line in lines if line.points and line.label]
+    keys += [("third", marks_label)] if marks and marks_label else []
+    legend = "".join(f'<span class="key {style}">{escape(text)}</span>' for style, text in keys)
     return "".join(parts) + (f'<div class="legend">{legend}</div>' if legend else "")
 
 
@@ -90,6 +95,12 @@ class _Frame:
         share = (value - self.y_low) / (self.y_high - self.y_low)
         return bottom - share * (bottom - _TOP)
 
+    def mark(self, value: float) -> str:
+        """A triangle on the x axis."""
+        x, bottom = self.x(value), HEIGHT - _BOTTOM
+        corners = f"{x - 5:.1f},{bottom} {x + 5:.1f},{bottom} {x:.1f},{bottom - 9}"
+        return f'<polygon class="third" points="{corners}"/>'
+
     def axes(self, x_label: str) -> Iterator[str]:
         right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
         for value in _ticks(self.y_low, self.y_high, HEIGHT // 50):
@@ -97,7 +108,7 @@ class _Frame:
             yield f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             yield f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
             yield f"{_number(value)}</text>"
-        for value in _ticks(self.x_low, self.x_high, WIDTH // 100):
+        for value in _ticks(self.x_low, self.x_high, WIDTH // 100, whole=True):
             x = self.x(value)
             yield f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
             yield f"{_number(value)}</text>"
@@ -133,11 +144,14 @@ def _thinned(points: Points) -> list[tuple[float, float]]:
     return kept
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """At most about `count` round values from `low` to `high`."""
+def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """At most about `count` round values from `low` to `high`, whole numbers if `whole`."""
     raw = (high - low) / max(1, count)
+    if whole:
+        raw = max(raw, 1.0)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(power * factor for factor in factors if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -217,7 +217,13 @@ def loss_chart(run: RunFolder, words: Words) -> str:
         chart.Line(words("curve_loss_mean"), chart.smoothed(losses), "main"),
         chart.Line(words("curve_val_loss"), run.series("val_loss"), "second", dots=True),
     ]
-    return chart.draw(lines, label=words("curve_loss"), x_label=words("curve_axis"))
+    return chart.draw(
+        lines,
+        label=words("curve_loss"),
+        x_label=words("curve_axis"),
+        marks=[evaluation.step for evaluation in run.evaluations],
+        marks_label=words("curve_answers"),
+    )
 
 
 def next_commands(

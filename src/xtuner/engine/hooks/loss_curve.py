@@ -12,7 +12,7 @@ from xtuner.engine.hooks.base import BaseHook, Run
 WIDTH = 50
 """The running mean spans about a fiftieth of the run in both directions."""
 
-Points = Sequence[tuple[int, float]]
+Points = Sequence[tuple[float, float]]
 """Pairs of step and loss."""
 
 
