@@ -61,6 +61,30 @@ def test_a_resume_is_refused_where_a_fixed_setting_changed(tmp_path):
         check_shape(tmp_path, extended(blocks=5))
 
 
+def test_a_resume_takes_the_settings_that_the_run_wrote(tmp_path):
+    """They have absolute paths, and name the copies of the user's files."""
+    from xtuner.config.schema import Settings
+    from xtuner.engine.resume import check_shape, same
+    from xtuner.errors import CheckpointError
+    from xtuner.models.run_info import RunInfo
+
+    assert same(["d.jsonl"], ["/at/d.jsonl"], of_names=True)
+    assert not same(["d.jsonl"], ["/at/e.jsonl"], of_names=True)
+    model = tmp_path / "model"
+    model.mkdir()
+
+    def settings(path, algorithm):
+        return Settings(pretrained_model_name_or_path=path, data_path=("d",), algorithm=algorithm)
+
+    written = settings("model", "code/a.py:A").model_dump()
+    RunInfo("adapter", str(model), prompt_template="auto", settings=written).write(tmp_path)
+    check_shape(tmp_path, settings(str(model), "user_code/a.py:A"))
+    elsewhere = str(tmp_path / "elsewhere" / "model")
+    for other in (settings(elsewhere, "a.py:A"), settings(str(model), "user_code/a.py:B")):
+        with pytest.raises(CheckpointError, match="with other settings"):
+            check_shape(tmp_path, other)
+
+
 def test_a_copied_file_shows_it_with_its_comment():
     text = render({**REQUIRED, "page": "x.html"}, title="T", kind=Extended)
     assert "# PART 6  Serving" in text

@@ -101,6 +101,14 @@ def test_a_lack_of_memory_is_not_taken_for_a_full_disk(tmp_path, fault):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_library_refuses_to_write_is_told_as_what_it_is(tmp_path):
+    def refused(folder):
+        raise ValueError("The generation config is invalid")
+
+    with pytest.raises(LaunchError, match=r"ValueError: The generation .*the disk is not full"):
+        CheckpointStore(tmp_path).save(2, refused)
+
+
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     store = CheckpointStore(tmp_path)
     store.save(1, write_text)

@@ -158,6 +158,12 @@ def test_layer_of_its_own_class_gets_an_adapter_if_it_computes_what_a_linear_lay
     assert model(input_ids=IDS, use_cache=False).logits.isfinite().all()
 
 
+def test_filters_of_convolutions_are_no_experts():
+    model = AutoModelForCausalLM.from_config(tiny_config("mamba"), dtype=torch.float32)
+    model = add_adapter(model, r=4, alpha=8)
+    assert not [note for note in notes_on_adapters(model) if "experts" in note]
+
+
 def test_parts_for_images_get_no_adapter():
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip

@@ -47,6 +47,13 @@ def test_problems_are_reported_together(llama):
     assert "optim_type = 'AdmaW': unknown optimizer; did you mean 'AdamW'?" in told
 
 
+def test_hooks_are_looked_at_before_data_are_read(llama, tmp_path):
+    (tmp_path / "own.py").write_text("class Mine:\n    pass\n")
+    for name, words in [("own.py:Mine", "not a subclass"), ("own.py:Min", "did you mean 'Mine'")]:
+        with pytest.raises(ConfigError, match=words):
+            check_run(loaded(llama, custom_hooks=[name]).settings, folder=tmp_path)
+
+
 def test_attention_of_a_package_that_is_not_installed_is_named(llama, monkeypatch):
     settings = loaded(llama, attn_implementation="flash_attention_2").settings
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -225,8 +225,10 @@ def _together(act: Callable[[], object], target: Path, processes: Processes | No
             act()
     except Exception as raised:
         error = raised
-    # torch reports a full disk as RuntimeError, safetensors as its own error type
-    expected = isinstance(error, OSError | RuntimeError | SafetensorError | MemoryError)
+    # torch reports a full disk as RuntimeError, safetensors as its own error type, and
+    # transformers an invalid configuration as ValueError
+    known = OSError | RuntimeError | ValueError | SafetensorError | MemoryError
+    expected = isinstance(error, known)
     messages = [] if error is None else [_fault(error, target)]
     if processes is not None and processes.world_size > 1:
         messages = processes.gather([f"process {processes.rank}: {words}" for words in messages])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xtuner import plugins
 from xtuner.config import recipe
 from xtuner.config.schema import Settings
 from xtuner.errors import CheckpointError
@@ -50,16 +52,46 @@ def check_shape(source: Path, settings: Settings) -> None:
     """
     info = RunInfo.read(source)
     before = dict(info.settings) if info else {}
+    base = info.base_model if info else ""  # a folder is an absolute path
     wrong = [
         f"{name}: {before[name]!r} then, {now!r} now"
         for name in type(settings).on_resume("fixed")
-        if name in before and _plain(before[name]) != (now := _plain(getattr(settings, name)))
+        if name in before
+        and not same(_plain(before[name]), now := _plain(getattr(settings, name)))
+        and not (name == "pretrained_model_name_or_path" and _same_folder(base, now))
     ]
     if wrong:
         raise CheckpointError(
             f"cannot resume from {source}: its weights were trained with other settings: "
             f"{'; '.join(wrong)}. Restore them, or start a new run with --work-dir DIR"
         )
+
+
+def same(before: Any, now: Any, *, of_names: bool = False) -> bool:
+    """Whether two values are the same; the settings that a run wrote name copies of the user's
+    files.
+
+    Args:
+        before: The value of the checkpoint.
+        now: The value of this run.
+        of_names: An absolute path is the same as a relative one with which it ends.
+    """
+    if before == now:
+        return True
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return all(
+            same(one, other, of_names=of_names) for one, other in zip(before, now, strict=True)
+        )
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return False
+    if plugins.is_user_path(before) and plugins.is_user_path(now):
+        return Path(before).name == Path(now).name
+    ending = Path(now).parts[-len(Path(before).parts) :]
+    return of_names and os.path.isabs(now) and ending == Path(before).parts
+
+
+def _same_folder(before: str, now: str) -> bool:
+    return Path(before).is_dir() and os.path.realpath(before) == os.path.realpath(now)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from xtuner.engine.optimizer.loss_scaler import LossScaler
-from xtuner.engine.resume import DATA, completed
+from xtuner.engine.resume import DATA, completed, same
 from xtuner.errors import CheckpointError
 from xtuner.models.run_info import RunInfo
 
@@ -78,7 +78,7 @@ def load_state(
     changed = [
         "the data" if key == DATA else f"{key}: {before.get(key)!r} then, {value!r} now"
         for key, value in identity.items()
-        if before.get(key) != value and (key in before or key != DATA)
+        if not same(before.get(key), value, of_names=True) and (key in before or key != DATA)
     ]
     return step, changed
 

@@ -230,7 +230,9 @@ def notes_on_adapters(adapted: Any) -> Iterator[str]:
             f"{slow:,} of {len(made):,} adapters are computed by PEFT because of lora_config, "
             f"which takes more time and memory than xtuner's forward pass"
         )
-    experts = [p for p in model.parameters() if p.ndim == 3 and not p.requires_grad]
+    filters = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
+    frozen = (p for p in model.parameters() if not p.requires_grad)
+    experts = [p for p in frozen if p.ndim == 3 and id(p) not in filters]
     share = sum(p.numel() for p in experts) / max(1, sum(p.numel() for p in model.parameters()))
     if share > _FEW:
         yield (

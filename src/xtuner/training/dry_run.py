@@ -30,7 +30,7 @@ def dry_run(loaded: LoadedSettings, *, memory: int | None = None, processes: int
     settings = loaded.settings
     device = "cuda" if settings.device == "cuda" else pick_device(settings.device)
     settings, packing = resolve_packing(settings)
-    check_run(settings)
+    check_run(settings, folder=loaded.folder)
     strategies.check(settings, folder=loaded.folder)
     plan = plan_memory(settings, device, memory=memory, processes=processes, folder=loaded.folder)
     console = Console(highlight=False, soft_wrap=True)

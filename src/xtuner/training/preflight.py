@@ -1,10 +1,12 @@
-"""Checks before a run reads data: model, tokenizer, optimizer and attention."""
+"""Checks before a run reads data: model, tokenizer, optimizer, attention and hooks."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import AttentionInterface
@@ -12,6 +14,7 @@ from transformers import AttentionInterface
 from xtuner.config.marks import thawed
 from xtuner.config.schema import Settings
 from xtuner.data.packing.pack import PackedDataset
+from xtuner.engine.hooks.base import custom_classes
 from xtuner.engine.optimizer import optim
 from xtuner.errors import ConfigError, DataError, ModelError, XTunerError, did_you_mean, listed
 from xtuner.models.adapters import check_config
@@ -24,8 +27,12 @@ from xtuner.types import Conversation, Message
 _MOST_NAMES = 4
 
 
-def check_run(settings: Settings) -> None:
+def check_run(settings: Settings, *, folder: Path | None = None) -> None:
     """Check what a run needs besides data; all problems are reported together.
+
+    Args:
+        settings: The settings.
+        folder: The folder of the settings file, where custom hooks are looked up first.
 
     Raises:
         ConfigError: Settings do not fit the model, or name a package that is not installed.
@@ -34,7 +41,8 @@ def check_run(settings: Settings) -> None:
     facts = facts_of(settings)
     problems = [*_stored_weights(settings, facts), *_positions(settings, facts)]
     checks = (_check_attention, _check_optimizer, _check_adapters, _check_trackers, _check_push)
-    for check in checks:
+    hooks = functools.partial(_check_hooks, folder=folder or Path.cwd())
+    for check in (*checks, hooks):
         try:
             check(settings)
         except XTunerError as error:
@@ -95,6 +103,10 @@ def _check_optimizer(s: Settings) -> None:
 def _check_adapters(s: Settings) -> None:
     if s.uses_adapter and s.lora_config:
         check_config(thawed(s.lora_config))
+
+
+def _check_hooks(s: Settings, *, folder: Path) -> None:
+    custom_classes(s.custom_hooks, folder=folder)
 
 
 def _check_trackers(s: Settings) -> None:

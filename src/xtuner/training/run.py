@@ -158,7 +158,7 @@ class _TrainingRun:
         with working(self.console, "Loading the tokenizer"):
             self.parts = DataParts.open(self._loaded(origin.folder))
         self.settings = settings = self.parts.settings
-        preflight.check_run(settings)
+        preflight.check_run(settings, folder=self.loaded.folder)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         if self.device == "cpu" and self.strategy.flat_buffers:
             host.return_large_blocks()

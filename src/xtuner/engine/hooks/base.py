@@ -115,6 +115,14 @@ def make_hooks(run: Run, *, custom: Sequence[str], folder: Path) -> list[BaseHoo
     """
     package = "xtuner.engine.hooks"
     classes = [importlib.import_module(f"{package}.{name}").Hook for name in plugins.names(package)]
+    classes += custom_classes(custom, folder=folder)
+    here = [kind for kind in classes if run.is_main or kind.collective]
+    return [hook for hook in (kind() for kind in here) if hook.wanted(run)]
+
+
+def custom_classes(custom: Sequence[str], *, folder: Path) -> list[type[BaseHook]]:
+    """The classes that the setting `custom_hooks` names; see `make_hooks`."""
+    classes = []
     for name in custom:
         kind = plugins.load_user_object(name, setting="custom_hooks", folder=folder)
         if not (inspect.isclass(kind) and issubclass(kind, BaseHook)):
@@ -122,8 +130,7 @@ def make_hooks(run: Run, *, custom: Sequence[str], folder: Path) -> list[BaseHoo
                 f"custom_hooks: {name!r} is not a subclass of xtuner.engine.hooks.base.BaseHook"
             )
         classes.append(kind)
-    here = [kind for kind in classes if run.is_main or kind.collective]
-    return [hook for hook in (kind() for kind in here) if hook.wanted(run)]
+    return classes
 
 
 def numbers(scalars: Mapping[str, float], keys: Sequence[str]) -> str:
