@@ -148,6 +148,13 @@ def test_resume_alone_means_the_last_checkpoint(given, completed):
     assert app.complete_resume(given) == completed
 
 
+def test_resume_takes_a_path_to_a_folder_of_any_name(tmp_path):
+    (tmp_path / "best").mkdir()
+    given = ["train", "a.py", "--resume", str(tmp_path / "best")]
+    assert app.complete_resume(given) == given
+    assert app.complete_resume(["train", "--resume", "x/c.py"])[2:] == ["last", "x/c.py"]
+
+
 def test_closed_pipe_is_not_an_error():
     reader = f"{' '.join(COMMAND)} list-cfg | head -n 1"
     done = subprocess.run(reader, shell=True, capture_output=True, text=True, check=True)

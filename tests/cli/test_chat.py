@@ -141,3 +141,21 @@ def test_mistakes_exit_with_2(
     given = [argument.format(model=tiny_model_path) for argument in arguments]
     assert app.main(["chat", *given, "--ask", "Hi"]) == 2
     assert says in capsys.readouterr().err
+
+
+class _Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("out", "seen"), [(_Screen(), "A␛[2JB\n"), (io.StringIO(), "A\x1b[2JB\n")],
+    ids=["terminal", "pipe"],
+)  # fmt: skip
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_answer_cannot_control_the_terminal(out, seen, streaming):
+    out.seek(0)
+    out.truncate()
+    screen = terminal.Terminal(lambda prompt: "", out, io.StringIO(), streaming=streaming)
+    screen.answer(FakeSession(), "a\x1b[2Jb")
+    assert out.getvalue() == seen

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from xtuner.calls.families.python_text import python_call
 from xtuner.calls.read import arguments_of, name_of
 from xtuner.chat.session import Session
+from xtuner.data.report.show_tokens import visible
 from xtuner.errors import DataError
 from xtuner.tools import loop
 
@@ -70,14 +71,19 @@ class Terminal:
         try:
             if self.streaming:
                 for piece in pieces:
-                    self.out.write(piece)
+                    self.out.write(self._shown(piece))
                     self.out.flush()
             else:
-                self.out.write("".join(pieces))
+                self.out.write(self._shown("".join(pieces)))
         finally:
             pieces.close()
             self.out.write("\n")
             self.out.flush()
+
+    def _shown(self, text: str) -> str:
+        """`text` of the model; in a terminal, which would execute control characters, without
+        them."""
+        return visible(text) if self.out.isatty() else text
 
     def _act(self, session: Session, question: str, images: tuple[str, ...]) -> None:
         """Answer with tools: text goes to `out`, calls and results to `notes`."""
@@ -86,7 +92,7 @@ class Terminal:
         try:
             for event in steps:
                 if isinstance(event, loop.Text):
-                    self.out.write(event.text)
+                    self.out.write(self._shown(event.text))
                     self.out.flush()
                     line_open = not event.text.endswith("\n")
                     continue

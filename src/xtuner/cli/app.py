@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -120,15 +121,15 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
 def complete_resume(arguments: Sequence[str]) -> list[str]:
     """Expand ``--resume`` without a value to ``--resume last``.
 
-    Only iter_N and files of XTuner 0.x count as its value.
+    Only iter_N, files of XTuner 0.x, and a path with a slash to a folder count as its value.
     """
     completed: list[str] = []
     for position, argument in enumerate(arguments):
         completed.append(argument)
         following = arguments[position + 1] if position + 1 < len(arguments) else ""
-        if argument == "--resume" and not re.search(
-            r"(^|/)(iter_\d+|last|[^/]+\.pth)/?$", following
-        ):
+        named = re.search(r"(^|/)(iter_\d+|last|[^/]+\.pth)/?$", following)
+        is_folder = "/" in following and Path(following).expanduser().is_dir()
+        if argument == "--resume" and not (named or is_folder):
             completed.append("last")
     return completed
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.markup import escape
 
+from xtuner.data.report.show_tokens import visible
 from xtuner.engine.hooks.base import BaseHook, Question, Run
 from xtuner.engine.working import working
 
@@ -64,7 +65,8 @@ class Hook(BaseHook):
         for (question, images), answer in zip(questions, answers, strict=True):
             shown = "".join(f"  [magenta]Image[/magenta] {escape(name)}\n" for name in images)
             run.console.print(
-                f"{shown}  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] {escape(answer)}\n"
+                f"{shown}  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] "
+                f"{escape(visible(answer))}\n"
             )
             lines += [*(f"Image: {name}" for name in images), f"Q: {question}", f"A: {answer}", ""]
         number = run.counter.done(run.step) if count is None else count
