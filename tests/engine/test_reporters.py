@@ -107,3 +107,7 @@ def test_nothing_of_the_home_directory_or_a_token_is_shared():
     assert shareable(given) == {
         "path": "~/data/x.jsonl", "list": ["~", "other"], "note": "use <token>",
     }  # fmt: skip
+    given = {"api_key": "abc", "max_new_tokens": 9, "at": "https://me:pass@host/x", "token": None}
+    assert shareable(given) == {
+        "api_key": "<token>", "max_new_tokens": 9, "at": "https://<token>@host/x", "token": None,
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +165,14 @@ def test_the_running_mean_of_a_chart_does_not_lag():
     assert chart.smoothed(falling)[5][1] == pytest.approx(falling[5][1], abs=0.2)
     assert chart.smoothed([(1.0, float("nan")), (2.0, 3.0)]) == [(2.0, 3.0)]
     assert chart.smoothed([]) == []
+
+
+def test_tokens_and_the_home_directory_are_not_in_the_report(tmp_path):
+    log_dir = start(tmp_path / "w", "20261128_100000", steps=[1])
+    (file,) = (f for f in log_dir.glob("*.json") if "rows.jsonl" in f.read_text())
+    file.write_text(
+        file.read_text().replace("rows.jsonl", f"{Path.home()}/rows.jsonl hf_{'a' * 30}")
+    )
+    page = report.page(RunFolder(tmp_path / "w"), status="finished")
+    assert "~/rows.jsonl &lt;token&gt;" in page
+    assert str(Path.home()) + "/rows" not in page and "hf_aaa" not in page

@@ -20,6 +20,7 @@ from typing import Any
 from xtuner import i18n
 from xtuner.config.render import literal
 from xtuner.config.schema import Settings
+from xtuner.engine.sharing import shareable
 from xtuner.i18n import Words
 from xtuner.runs import answers, chart, data_section
 from xtuner.runs.folder import REPORT_FILE, RunFolder
@@ -72,7 +73,7 @@ class _Page:
     def __init__(self, run: RunFolder, words: Words, status: str) -> None:
         self.run, self.words, self.status = run, words, status
         self.record: RunRecord | None = run.record
-        self.settings: Mapping[str, Any] = self.record.settings if self.record else {}
+        self.settings: Mapping[str, Any] = shareable(self.record.settings) if self.record else {}
 
     def parts(self) -> Iterator[str]:
         words = self.words
@@ -97,7 +98,7 @@ class _Page:
             started = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.record.started))
             yield f'<p class="sub">{words("started_at", time=started)}</p>'
             if self.record.message:
-                yield f'<pre class="warning">{escape(self.record.message)}</pre>'
+                yield f'<pre class="warning">{escape(shareable(self.record.message))}</pre>'
         yield '<div class="tiles">'
         for name, value, more in self._tiles():
             yield f'<div class="tile"><span>{words(name)}</span><b>{value}</b>'
@@ -204,7 +205,7 @@ class _Page:
         )
         yield f'<div class="scroll"><table>{cells}</table></div>'
         yield f"<details><summary>{self.words('section_log')}</summary>"
-        yield f"<pre>{escape(chr(10).join(record.lines).strip())}</pre></details>"
+        yield f"<pre>{escape(shareable(chr(10).join(record.lines).strip()))}</pre></details>"
 
 
 def loss_chart(run: RunFolder, words: Words) -> str:

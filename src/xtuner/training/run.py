@@ -160,7 +160,7 @@ class _TrainingRun:
         self.settings = settings = self.parts.settings
         preflight.check_run(settings, folder=self.loaded.folder)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
-        if self.device == "cpu" and self.strategy.gathers:
+        if self.device == "cpu" and self.strategy.flat_buffers:
             host.return_large_blocks()
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)

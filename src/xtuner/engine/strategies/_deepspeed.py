@@ -35,6 +35,7 @@ class DeepSpeedStrategy(ShardedStrategy):
     """ZeRO with one configuration, which subclasses set."""
 
     config: ClassVar[DeepSpeedConfig]
+    flat_buffers = True
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:

@@ -71,6 +71,7 @@ class BaseStrategy(ABC):
             whenever `sharded` is.
         lockstep: A backward pass is a collective call: all processes must make the same number of
             them, through the same layers. True whenever `sharded` is.
+        flat_buffers: Each step takes and frees buffers of the size of all gradients or weights.
         options: The strategy's options with their defaults, set by `strategy_options`.
         model: The module that the algorithm calls; set by `prepare`, which may wrap or change it.
         optimizer: Holds the parameter groups; set by `prepare`.
@@ -80,6 +81,7 @@ class BaseStrategy(ABC):
     sharded: ClassVar[bool] = False
     lockstep: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
+    flat_buffers: ClassVar[bool] = False
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
