@@ -2,6 +2,8 @@
 
 import resource
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -130,3 +132,23 @@ def test_whatever_a_template_raises_is_a_user_error(fault):
     text = "{% if messages[0]['content'] == 'now' %}{{ " + fault + " }}{% endif %}" + HONEST
     with pytest.raises(DataError, match="rejects these messages"):
         template_of(text).prompt_ids([Message("user", "now")])
+
+
+def test_a_debugger_can_trace_after_a_block_in_a_thread():
+    """A withdrawn error made CPython hang in the first traced call."""
+    code = """
+import sys, threading
+from xtuner.templates.bounds import bounded
+
+def ask():
+    with bounded():
+        pass
+
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+sys.settrace(lambda *_: None)
+(lambda: print("traced"))()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "traced\n", done.stderr

@@ -94,31 +94,40 @@ def _thread_limit(seconds: float) -> Iterator[None]:
         return
     clock = time.pthread_getcpuclockid(ident)
     latest = time.clock_gettime(clock) + seconds
-    ended, raising = threading.Event(), threading.Lock()
+    ended, raising, late = threading.Event(), threading.Lock(), threading.Event()
 
     def watch() -> None:
         while not ended.wait(seconds / 10):
             with raising:
                 if not ended.is_set() and time.clock_gettime(clock) > latest:
+                    late.set()
                     _raise_in(ident, _LateError)
                     return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        try:
+            yield
+        except _LateError:
+            late.clear()
+            raise
+        finally:
+            with raising:
+                ended.set()
+            if late.is_set():  # the error comes within this loop, not after the block
+                for _ in range(10_000):
+                    pass
     except _LateError:
         raise OutOfBoundsError(f"takes more than {seconds:g} s") from None
-    finally:
-        with raising:
-            ended.set()
-            _raise_in(ident, None)  # withdraws an error that is not raised yet
 
 
-def _raise_in(ident: int, error: type[Exception] | None) -> None:
-    """Raise `error` in the thread `ident` at its next instruction; None withdraws it."""
-    value = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), value)
+def _raise_in(ident: int, error: type[Exception]) -> None:
+    """Raise `error` in the thread `ident` at its next instruction.
+
+    It must not be withdrawn: CPython 3.11 looks for it forever then, and hangs under a debugger.
+    """
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error))
 
 
 @contextlib.contextmanager
