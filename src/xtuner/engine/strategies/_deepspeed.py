@@ -227,6 +227,13 @@ class DeepSpeedStrategy(ShardedStrategy):
         """Load this process's shards of a full state."""
         self._state.load(state)
 
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks, and the model from what DeepSpeed keeps per process."""
+        if self.model is not None:
+            self.engine.destroy()
+            _forget(self._inner)
+        super().close()
+
 
 def _gather_whole_units(model: nn.Module) -> None:
     """Have stage 3 gather all weights of a unit before it computes and keep them until it has.
@@ -242,6 +249,19 @@ def _gather_whole_units(model: nn.Module) -> None:
         for parameter in unit.parameters():
             if id(parameter) not in own:
                 register_external_parameter(unit, parameter)
+
+
+def _forget(model: nn.Module) -> None:
+    """Remove `model` from two global holders of stage 3: the stack of modules whose forward pass
+    runs, which it never leaves, and a cache without limit over the modules of all engines."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not model]
+    for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # a decorator hides the cache
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def strategy_of(config: DeepSpeedConfig) -> type[DeepSpeedStrategy]:

@@ -4,6 +4,7 @@ state are.
     prepare ─► for each step: zero_grad ─► backward, one per micro-batch ─► reduce_gradients
             ─► unscale ─► clip_gradients ─► step
             ─► for each checkpoint: trained_weights, optimizer_state
+            ─► close
 
 All processes make these calls in the same order. The trainer keeps the policy: the loss divisor,
 the learning rate, the loss scale, and when a step is repeated or skipped.
@@ -207,3 +208,8 @@ class BaseStrategy(ABC):
         Raises:
             ValueError: It belongs to other parameters, or its values are invalid.
         """
+
+    def close(self) -> None:
+        """Release model and optimizer, and what would keep them in memory in a process that goes
+        on. Not a collective call; the strategy cannot be used afterwards."""
+        self.model = self.optimizer = None
