@@ -164,8 +164,8 @@ class _TrainingRun:
         preflight.check_run(settings, folder=self.loaded.folder)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
         self._closing.callback(self.strategy.close)
-        if self.device == "cpu" and self.strategy.flat_buffers:
-            host.return_large_blocks()
+        if self.device == "cpu" and (size := self.strategy.returns_from) is not None:
+            host.return_blocks_from(size)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
 

@@ -35,7 +35,7 @@ class DeepSpeedStrategy(ShardedStrategy):
     """ZeRO with one configuration, which subclasses set."""
 
     config: ClassVar[DeepSpeedConfig]
-    flat_buffers = True
+    returns_from = 16 * 2**20  # flat buffers of all gradients or weights
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -65,6 +65,7 @@ class DeepSpeedStrategy(ShardedStrategy):
             gradients=part if config.stage >= 2 else 1.0,
             optimizer=part,
             master=part,
+            gathers=config.stage == 3,
             live=config.live if config.stage == 3 else 0,
             bucket=config.bucket,
             weights_on_cpu=config.weights_on_cpu,
