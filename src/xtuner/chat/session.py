@@ -121,7 +121,7 @@ class Session:
         messages = self._fit([*self.messages, self._asked(text, images)])
         new: list[Message] = []
         steps = loop.converse(
-            lambda said: self._answer(self._fit(list(said))),
+            lambda conversation: self._answer(self._fit(list(conversation))),
             messages,
             tools=self.tools.box,
             family=family,

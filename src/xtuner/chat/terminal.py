@@ -102,7 +102,7 @@ class Terminal:
                     line_open = False
                 # `allow` has shown the call
                 if not isinstance(event, loop.Called):
-                    print(_told(event), file=self.notes, flush=True)
+                    print(_as_text(event), file=self.notes, flush=True)
         finally:
             steps.close()
             if line_open:
@@ -212,7 +212,7 @@ def shown_call(call: Mapping[str, Any]) -> str:
     return _printable(f"{name_of(call)}({arguments_of(call)!r})")
 
 
-def _told(event: loop.Event) -> str:
+def _as_text(event: loop.Event) -> str:
     match event:
         case loop.Returned(result=result):
             return "← " + "\n  ".join(_printable(result.text).splitlines() or [""])

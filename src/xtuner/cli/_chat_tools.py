@@ -30,7 +30,7 @@ MaxRounds: TypeAlias = Annotated[
     int, typer.Option(min=1, help="Maximum number of answers with calls per question.")
 ]
 ToolTimeout: TypeAlias = Annotated[
-    float, typer.Option(min=0.1, help="Seconds that one call may take.")
+    float, typer.Option(min=0.1, help="Time limit for a call, in seconds.")
 ]
 Lagent: TypeAlias = Annotated[
     bool,

@@ -76,7 +76,7 @@ class _Heart:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # the reader is gone
+        except (OSError, ValueError):  # the reader has closed the pipe
             self._stopped.set()
 
 

@@ -44,7 +44,8 @@ LauncherOption = Annotated[
 MaxRestarts = Annotated[
     int,
     typer.Option(
-        min=0, help="If a process dies, start all again from the last checkpoint, this many times."
+        min=0,
+        help="If a process dies, restart all from the last checkpoint, up to this many times.",
     ),
 ]
 

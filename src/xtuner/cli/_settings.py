@@ -44,7 +44,7 @@ TrustRemoteCode: TypeAlias = Annotated[
 TrustCode: TypeAlias = Annotated[
     bool,
     typer.Option(
-        "--trust-code", help="Run Python files named in settings that lie beside checkpoints."
+        "--trust-code", help="Run Python files named by settings that lie next to checkpoints."
     ),
 ]
 _MARKS = ("run.yaml", "last_checkpoint", "adapter_config.json", "iter_*")
@@ -172,7 +172,7 @@ def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
     files = [f"{name} = {value!r}" for name, value in _python(loaded.settings) if name not in given]
     if files:
         raise ConfigError(
-            f"{loaded.path}: lies beside checkpoints that your runs on this machine did not write, "
+            f"{loaded.path}: lies next to checkpoints that your runs on this machine did not write, "
             f"and names Python files, which are not run: {', '.join(files)}. If you have read them "
             "and trust them, add --trust-code"
         )

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or not plugins.user_location(error):
             raise
         sys.stdout.flush()
-        hint = "--debug shows the whole traceback"
+        hint = "--debug shows the full traceback"
         print(f"Your code raised {plugins.described(error)}; {hint}", file=sys.stderr)
         return 2
     except SystemExit as stop:

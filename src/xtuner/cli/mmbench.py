@@ -18,7 +18,7 @@ def command(
             "language model."
         ),
     ],
-    data_path: Annotated[Path, typer.Option(metavar="TSV", help="A file of MMBench.")],
+    data_path: Annotated[Path, typer.Option(metavar="TSV", help="An MMBench file (TSV).")],
     visual_encoder: _model.VisualEncoder = None,
     llava: _model.Llava = None,
     prompt_template: _model.PromptTemplate = None,

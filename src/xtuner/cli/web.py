@@ -24,7 +24,7 @@ def command(
         typer.Option(metavar="DIR", help="Compare MODEL with MODEL + this adapter."),
     ] = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 6006,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks any free port.")] = 6006,
     auth: Annotated[
         str | None,
         typer.Option(
@@ -37,7 +37,10 @@ def command(
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder with the work dirs.")] = Path(
         "work_dirs"
     ),
-    max_runs: Annotated[int, typer.Option(min=1, help="Runs that the page starts at a time.")] = 1,
+    max_runs: Annotated[
+        int,
+        typer.Option(min=1, help="Maximum number of runs started from the page at the same time."),
+    ] = 1,
     allow: Annotated[
         list[Path] | None,
         typer.Option(

@@ -14,7 +14,7 @@ from typing import Any
 from xtuner.config.schema import Settings
 
 AUTOMATIC = ("lora_alpha", "pack_length", "accumulative_counts", "max_epochs")
-"""The settings that `resolved` decides where they are 'auto'."""
+"""The settings whose 'auto' `resolved` replaces."""
 EPOCH_PACKS = 32
 """Packs are shorter than `max_length` where an epoch would have fewer than this."""
 PACK_SAMPLES = 4

@@ -89,7 +89,7 @@ def own_value(name: str, value: Any) -> Any:
     if name in _LISTS and isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",") if part.strip()]
     if name in _LISTS and isinstance(value, list) and len(value) == 1:
-        value = value[0]  # ["all"] and ["none"] mean what the word alone means
+        value = value[0]  # ["all"] and ["none"] mean the same as the word alone
     found = table("values").get(name, {}).get(_word(value), value)
     return None if found == "None" else found
 

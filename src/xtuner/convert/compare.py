@@ -22,11 +22,11 @@ from xtuner.models.vocabulary import num_embeddings, tokens_of_adapter
 _TEXT = "Question: Who are you, and what is the capital of France?\nAnswer: 我是一个小助手。Paris."
 
 TOLERANCE = 1e-4
-"""Accepted difference relative to the largest logit, beside that of rounding."""
+"""Accepted difference relative to the largest logit, in addition to that of rounding."""
 NOTABLE = 5e-2
-"""Difference by rounding, relative to the largest logit, from which the user is told."""
+"""Difference by rounding, relative to the largest logit, above which a warning is printed."""
 SPREAD = 3
-"""How much more than the measured rounding another way of rounding may change."""
+"""How much larger than the measured rounding another way of rounding may be."""
 
 
 @dataclass(frozen=True)

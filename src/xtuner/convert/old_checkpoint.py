@@ -35,7 +35,7 @@ _LORA = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
 def as_folder(path: Path, settings: Settings, *, beside: Path) -> Iterator[Path]:
     """A temporary folder with the contents of the old checkpoint `path`; see `write_folder`.
 
-    It lies next to `beside`, whose disk has room for the result, unlike /tmp perhaps.
+    It is next to `beside`, whose disk has room for the result, unlike perhaps /tmp.
     """
     beside.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".xtuner-", dir=beside.absolute().parent) as name:

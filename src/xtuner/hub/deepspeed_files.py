@@ -85,7 +85,7 @@ def _check_ranks(folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
     if int(count) != len(states):
         raise CheckpointError(
             f"{folder}: {count} processes wrote it, and it has the optimizer files of "
-            f"{len(states)}; copy the others beside them"
+            f"{len(states)}; copy the others next to them"
         )
 
 
@@ -130,7 +130,7 @@ def _stage_3(
     if len(contents) != len(states):
         raise CheckpointError(
             f"{folder}: has {len(states)} optimizer files and {len(contents)} model files; copy "
-            "the others beside them"
+            "the others next to them"
         )
     found = tensors_in(contents[0].get("module", {}))
     for name, shape in (contents[0].get("frozen_param_shapes") or {}).items():

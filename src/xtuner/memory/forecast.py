@@ -75,7 +75,7 @@ class Forecast:
 
     @property
     def held_weights(self) -> int:
-        """Bytes of weights, and of float32 copies beside them, on the device of this process."""
+        """Bytes of weights, and of their float32 copies, on the device of this process."""
         copies = int(4 * self.footprint.trainable * self.division.master)
         on_device = not (self.division.weights_on_cpu and self.device == "cuda")
         copies_on_device = not (self.division.optimizer_on_cpu and self.device == "cuda")

@@ -32,7 +32,7 @@ from xtuner.serve.requests import ChatRequest, CompletionRequest, read_tools
 from xtuner.types import Message
 
 _POLL_SECONDS = 0.5
-_CLIENT_GONE = 499
+_CLIENT_CLOSED = 499
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class _Answering:
                 return await asyncio.wait_for(self._events.get(), _POLL_SECONDS)
             except TimeoutError:
                 if await request.is_disconnected():
-                    raise ApiError(_CLIENT_GONE, "the client went away") from None
+                    raise ApiError(_CLIENT_CLOSED, "the client closed the connection") from None
 
     def _cancel(self) -> None:
         for job in self._jobs:

@@ -259,7 +259,7 @@ class _Group:
 
 
 def _known(error: Exception) -> Exception:
-    """`error` as one that the client can be told; others are logged."""
+    """`error` as one that can be shown to the client; others are logged."""
     if is_out_of_memory(error):
         return LaunchError("there is not enough memory for these requests; send fewer")
     if not isinstance(error, XTunerError):

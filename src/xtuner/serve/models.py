@@ -30,7 +30,7 @@ from xtuner.templates.base import Template
 
 
 class Weights:
-    """A model in memory, with the adapters that lie on it."""
+    """A model in memory, with its adapters."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -94,8 +94,8 @@ def _message(turn: ChatMessage, served: ServedModel, images: ImageStore) -> Mess
     if isinstance(turn.content, str):
         text = turn.content
     if not names:
-        said = served.template.answer(text) if role == "assistant" else Message(role, text)
-        return replace(said, tool_calls=calls, name=turn.name, tool_call_id=turn.tool_call_id)
+        message = served.template.answer(text) if role == "assistant" else Message(role, text)
+        return replace(message, tool_calls=calls, name=turn.name, tool_call_id=turn.tool_call_id)
     if served.vision is None:
         raise DataError(f"the model {served.name} does not take images")
     if role != "user":

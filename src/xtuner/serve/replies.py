@@ -49,8 +49,8 @@ class CallReader:
         """The text and the calls of a complete answer; what cannot be read stays text."""
         reader = CallReader(self._family, self._tools)
         parts = [*reader.read(0, text), *reader.read(0, None)]
-        said = "".join(part for part, _, _ in parts)
-        return said.rstrip("\n"), [call for _, call, _ in parts if call is not None]
+        text = "".join(part for part, _, _ in parts)
+        return text.rstrip("\n"), [call for _, call, _ in parts if call is not None]
 
     def read(
         self, index: int, piece: str | None

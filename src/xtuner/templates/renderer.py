@@ -26,7 +26,7 @@ class Renderer:
     """Renders messages with the chat template of `tokenizer`.
 
     Attributes:
-        variables: what the template is given beside the messages.
+        variables: what the template gets in addition to the messages.
     """
 
     def __init__(self, tokenizer: Any) -> None:

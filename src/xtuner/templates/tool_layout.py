@@ -70,8 +70,8 @@ class ToolLayout:
         listing = self.listing(tools)
         if not messages or messages[0].role != "system":
             return [Message("system", listing), *messages]
-        said = messages[0].content
-        content = f"{said}\n\n{listing}" if said.strip() else listing
+        system = messages[0].content
+        content = f"{system}\n\n{listing}" if system.strip() else listing
         return [replace(messages[0], content=content), *messages[1:]]
 
     def listing(self, tools: Sequence[Mapping[str, Any]]) -> str:

@@ -94,10 +94,12 @@ def answer(
         models: one per side.
         histories: the conversations so far, one per side.
         asked: the question.
-        turn: ends the answers, and allows calls; what was said so far stays in the histories.
+        turn: ends the answers, and allows calls; what was generated so far stays in the histories.
     """
-    news: queue.SimpleQueue[tuple[int, Side]] = queue.SimpleQueue()
-    sides = [_Answering(engine, served, turn, _sender(news, i)) for i, served in enumerate(models)]
+    updates: queue.SimpleQueue[tuple[int, Side]] = queue.SimpleQueue()
+    sides = [
+        _Answering(engine, served, turn, _sender(updates, i)) for i, served in enumerate(models)
+    ]
     for side, history in zip(sides, histories, strict=True):
         threading.Thread(target=side.run, args=(history, asked), daemon=True).start()
     states = [Side() for _ in models]
@@ -105,9 +107,9 @@ def answer(
     try:
         while not all(state.error or state.history is not None for state in states):
             with contextlib.suppress(queue.Empty):
-                index, state = news.get(timeout=_SECONDS_BETWEEN_UPDATES if changed else None)
+                index, state = updates.get(timeout=_SECONDS_BETWEEN_UPDATES if changed else None)
                 states[index], changed = state, True
-                if not news.empty() or time.monotonic() - shown < _SECONDS_BETWEEN_UPDATES:
+                if not updates.empty() or time.monotonic() - shown < _SECONDS_BETWEEN_UPDATES:
                     continue
             shown, changed = time.monotonic(), False
             yield list(states)
@@ -116,8 +118,8 @@ def answer(
         turn.stopped.set()
 
 
-def _sender(news: queue.SimpleQueue[tuple[int, Side]], index: int) -> Callable[[Side], None]:
-    return lambda state: news.put((index, state))
+def _sender(updates: queue.SimpleQueue[tuple[int, Side]], index: int) -> Callable[[Side], None]:
+    return lambda state: updates.put((index, state))
 
 
 class _Answering:

@@ -1,4 +1,4 @@
-"""The folders that the page may use: every path from the browser must lie in one of them."""
+"""The folders that the page may use: every path from the browser must be in one of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Folders:
         return cls(Path(runs).expanduser().resolve(), tuple(resolved))
 
     def is_inside(self, path: Path) -> bool:
-        """Whether `path`, with links followed, lies in one of the folders."""
+        """Whether `path`, with links resolved, is in one of the folders."""
         return any(path.resolve().is_relative_to(root) for root in self.readable)
 
     def check(self, name: str) -> str:

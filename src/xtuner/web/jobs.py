@@ -25,7 +25,7 @@ class Jobs:
     """The processes that this server started.
 
     Args:
-        folders: work dirs lie in `folders.runs`.
+        folders: work dirs are in `folders.runs`.
         most: how many may run at a time.
     """
 

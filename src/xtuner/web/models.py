@@ -124,7 +124,7 @@ class ModelPool:
 
     def _load(self, opening: Opening) -> None:
         try:
-            with self._loading:  # one at a time: the second may lie on the weights of the first
+            with self._loading:  # one at a time: the second may share the weights of the first
                 opening.served = self._loaded(opening.value)
         except XTunerError as error:
             opening.error = error

@@ -75,7 +75,7 @@ class RunsTab:
         self.merge.click(self._merge, [self.run, self.checkpoint], self.message, **PRIVATE)
 
     def wire_chat(self, tabs: gr.Tabs, model: gr.Dropdown, other: gr.Dropdown) -> None:
-        """Let the button open the chosen checkpoint beside its base model in the tab Chat."""
+        """Let the button open the checkpoint and its base model side by side in the tab Chat."""
         self.chat.click(
             self._chat,
             [self.run, self.checkpoint],
@@ -157,7 +157,7 @@ class RunsTab:
         return ""  # the view shows how it goes
 
     def _chat(self, run: str | None, checkpoint: str) -> list[_Updates]:
-        """The checkpoint, beside the model that it started from."""
+        """The checkpoint and the model that it started from, side by side."""
         try:
             folder = RunFolder(self._site.folders.work_dir(run or ""))
             path = folder.work_dir / checkpoint if checkpoint else folder.checkpoints()[-1]

@@ -181,7 +181,7 @@ class TrainTab:
         )
 
     def _keep(self, upload: str) -> str:
-        """Copy an uploaded file beside the runs, where it stays as long as they do."""
+        """Copy an uploaded file to the folder of the runs, where it stays as long as they do."""
         source = Path(upload)
         folder = self._site.folders.runs / "uploads"
         folder.mkdir(parents=True, exist_ok=True)

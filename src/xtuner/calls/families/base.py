@@ -190,8 +190,8 @@ def parse(
     """The text and the calls of a complete answer."""
     parser = Parser(family, tools)
     events = [*parser.add(text), *parser.finish()]
-    said = "".join(event.text for event in events if isinstance(event, Said))
-    return said, [event for event in events if isinstance(event, Found)]
+    plain = "".join(event.text for event in events if isinstance(event, Said))
+    return plain, [event for event in events if isinstance(event, Found)]
 
 
 def as_found(value: Any, text: str) -> Found:

@@ -25,7 +25,7 @@ from xtuner.errors import ConfigError
 
 _DEFAULT_EPOCHS = 3
 AUTO = "auto"
-"""The epochs of a data set whose number of rows decides; a name may still give a number."""
+"""`epochs` of a data set whose number of rows determines them; a name may still give a number."""
 _ROW_KEYS = ("epochs", "aliases", "models", "note")
 """Keys of a data set row that are not settings."""
 

@@ -17,9 +17,9 @@ from xtuner.data.tokenize.store import RowStore
 from xtuner.errors import DataError, count, listed
 
 _OFTEN = 0.1
-"""The share of rows that are cut from which the user is told what that means."""
-SEVERAL = "samples, as the chat template rewrites earlier turns"
-"""What happens to rows whose turns one text cannot show as a chat does."""
+"""If more than this share of the rows is cut, the report says what follows from it."""
+SEVERAL = "samples, since the chat template rewrites earlier turns"
+"""What rows become if no single rendering matches the chat at every turn."""
 
 
 @dataclass(frozen=True)
