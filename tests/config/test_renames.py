@@ -106,7 +106,7 @@ def test_misspelled_names_are_guessed():
         ("learningrate", "'learning_rate' of other trainers is lr here"),
         ("LearningRate", "'learning_rate' of other trainers is lr here"),
         ("num_epoch", "'num_epochs' of other trainers is max_epochs here"),
-        ("streamin", "'streaming' of other trainers is not available: rows are encoded once"),
+        ("streamin", "'streaming' of other trainers is not available: rows are tokenized once"),
     ],
 )
 def test_misspelled_names_of_other_trainers_are_guessed(name, told):

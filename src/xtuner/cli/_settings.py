@@ -172,9 +172,9 @@ def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
     files = [f"{name} = {value!r}" for name, value in _python(loaded.settings) if name not in given]
     if files:
         raise ConfigError(
-            f"{loaded.path}: lies next to checkpoints that your runs on this machine did not write, "
-            f"and names Python files, which are not run: {', '.join(files)}. If you have read them "
-            "and trust them, add --trust-code"
+            f"{loaded.path}: lies next to checkpoints that your runs on this machine did not "
+            f"write, and names Python files, which are not run: {', '.join(files)}. If you have "
+            "read them and trust them, add --trust-code"
         )
 
 
