@@ -27,14 +27,14 @@ class Terminal:
     """Where questions come from and answers go.
 
     Attributes:
-        read_line: returns the next line without its line end; raises EOFError at the end.
-        out: receives the answers, each followed by a line end.
-        notes: receives prompts and notes.
-        interactive: show prompts and notes.
-        streaming: print an answer while it is generated.
-        images: images attached to the first question of every conversation.
-        pending: images attached to the next question.
-        trusted: tools that run without asking.
+        read_line: Returns the next line without its line end; raises EOFError at the end.
+        out: Receives the answers, each followed by a line end.
+        notes: Receives prompts and notes.
+        interactive: Show prompts and notes.
+        streaming: Print an answer while it is generated.
+        images: Images attached to the first question of every conversation.
+        pending: Images attached to the next question.
+        trusted: Tools that run without asking.
     """
 
     read_line: Callable[[str], str]

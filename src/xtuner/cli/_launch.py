@@ -54,7 +54,7 @@ def join(launcher: str | None, cluster: Cluster) -> None:
     """Join the processes that a launcher started, if one started this process.
 
     Raises:
-        LaunchError: the named launcher did not start it, or an unnamed one did.
+        LaunchError: The named launcher did not start it, or an unnamed one did.
     """
     if launcher not in (None, "none", "pytorch", "slurm"):
         raise typer.BadParameter(f"--launcher {launcher}: must be none, pytorch or slurm")

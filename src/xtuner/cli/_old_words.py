@@ -1,4 +1,4 @@
-"""The command lines of XTuner 0.x, word for word, as those of this version.
+"""Translates command lines of XTuner 0.x.
 
     chat M --torch-dtype fp16   ──►   chat M --dtype float16
     train C --seed 3            ──►   train C --set seed=3
@@ -49,10 +49,10 @@ _REMOVED = {
 
 
 def translated(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with the words of this version.
+    """`arguments` in the syntax of this version.
 
     Raises:
-        ConfigError: a command of old that does not exist any more.
+        ConfigError: A command that no longer exists.
     """
     given = _commands(list(arguments))
     command = given[0] if given else ""

@@ -1,4 +1,4 @@
-"""Options that say how answers are sampled."""
+"""Options that control how answers are sampled."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Settings as the commands load them; third-party code needs a flag.
 
 `trust_remote_code = True` in a settings file takes effect after ``--trust-remote-code`` was given
-for that model once on this machine. A settings file beside checkpoints that this user's runs did
+for that model once on this machine. A settings file next to checkpoints that this user's runs did
 not write may name Python files only with ``--trust-code``.
 """
 
@@ -60,7 +60,7 @@ def load(
     """Load settings; refuse those that would run code the user has not agreed to.
 
     Raises:
-        ConfigError: as `load_settings`; or a flag is missing.
+        ConfigError: As `load_settings`; or a flag is missing.
     """
     loaded = load_settings(config, overrides=overrides or ())
     return _checked(
@@ -163,7 +163,7 @@ def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag
 
 
 def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
-    """Refuse Python files named by a settings file that lies beside third-party checkpoints."""
+    """Refuse Python files named by a settings file that lies next to third-party checkpoints."""
     if loaded.path is None or not any(any(loaded.folder.glob(mark)) for mark in _MARKS):
         return
     if trust.is_remembered("work_dirs", str(loaded.folder)):

@@ -177,7 +177,7 @@ def _set_up(loaded: LoadedSettings) -> None:
 
 
 def _as_overrides(device: str | None, strategy: str | None, deepspeed: str | None) -> list[str]:
-    """The options that are short for ``--set``."""
+    """The options that are shorthand for ``--set``."""
     chosen = _strategy.chosen(strategy, deepspeed)
     given = {"device": device, "strategy": chosen or None}
     return [f"{name}={value}" for name, value in given.items() if value is not None]

@@ -72,7 +72,7 @@ def unknown_setting(name: str) -> str:
 
 
 def _spelled_like(name: str, known: Sequence[str]) -> str | None:
-    """The name of `known` that differs in capitals and underscores only."""
+    """The name in `known` that differs only in case and underscores."""
     return next((k for k in known if _letters(k) == _letters(name)), None)
 
 
@@ -105,7 +105,7 @@ def _word(value: Any) -> str:
 
 
 def dotted() -> dict[str, str]:
-    """Names in the tables of an mmengine config, as ``--cfg-options`` takes them, and settings."""
+    """Names of mmengine configs in the syntax of ``--cfg-options``, and the equivalent settings."""
     names: dict[str, str] = table("renamed")["dotted"]
     return names
 

@@ -27,21 +27,21 @@ class Answer:
     """An answer in progress to the prompt of ids `prompt`.
 
     Args:
-        prompt: token ids, with those of images.
-        tokenizer: of the model.
-        words: finds stop words.
-        ends: token ids that end the answer.
-        limit: maximum number of its tokens.
-        choose: selects the next token.
-        inputs: model inputs of a prompt with images; empty otherwise.
-        top_logprobs: how many alternatives `scores` keeps of each token; None keeps no scores.
-        keep: special tokens that are part of the text, such as those that mark tool calls.
+        prompt: Token ids, with those of images.
+        tokenizer: The model's tokenizer.
+        words: Finds stop words.
+        ends: Token ids that end the answer.
+        limit: Maximum number of its tokens.
+        choose: Selects the next token.
+        inputs: Model inputs of a prompt with images; empty otherwise.
+        top_logprobs: How many alternatives `scores` keeps of each token; None keeps no scores.
+        keep: Special tokens that are part of the text, such as those that mark tool calls.
 
     Attributes:
-        ids: the prompt and the tokens so far, without an end token.
-        num_generated: tokens generated, with an end token.
+        ids: The prompt and the tokens so far, without an end token.
+        num_generated: Tokens generated, with an end token.
         finish: '' until the end; then 'stop' or 'length'.
-        scores: of the tokens generated, if asked for; without an end token.
+        scores: Scores of the generated tokens, if requested; without an end token.
     """
 
     def __init__(

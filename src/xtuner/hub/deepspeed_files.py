@@ -47,7 +47,7 @@ def read(folder: Path, load: Load) -> dict[str, Tensor]:
     """The weights in `folder` by name.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the model was split by layers as well.
+        CheckpointError: A file is missing or damaged, or the model was split by layers as well.
     """
     models = sorted(folder.glob(_MODEL), key=_rank)
     split = {name[1] for p in models if (name := re.search(r"mp_rank_(\d+)_", p.name))}

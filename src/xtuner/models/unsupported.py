@@ -53,7 +53,7 @@ def check_remote_code(path: str, model: Any) -> None:
     are not tested.
 
     Raises:
-        ModelError: They are not.
+        ModelError: They are wrong.
     """
     if not type(model).__module__.startswith("transformers_modules"):
         return

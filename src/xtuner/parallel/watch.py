@@ -1,8 +1,8 @@
 """Detects that the processes of a run hang, and reports where each of them is. It works with every
 launcher.
 
-A thread of each process posts its status to the run's store. The first process that gives signs of
-life reads all of them once no process makes progress:
+A thread of each process posts its status to the run's store. The first process that is not
+silent reads all of them once no process makes progress:
 
     all in an optimizer step      the run ends after `limit_of_step`, the first step excepted
     a process reads data, saves,  the others wait and report what they wait for

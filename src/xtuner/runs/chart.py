@@ -22,10 +22,10 @@ class Line:
     """One curve.
 
     Attributes:
-        label: shown in the legend.
+        label: Shown in the legend.
         points: (x, y), in order of x.
-        style: class of the style sheet: 'faint', 'main', 'second', ...
-        dots: mark the points; for few of them.
+        style: Class of the style sheet: 'faint', 'main', 'second', ...
+        dots: Mark the points; for few of them.
     """
 
     label: str
@@ -52,10 +52,10 @@ def draw(
     whole steps.
 
     Args:
-        lines: curves; points that are not finite are left out.
-        label: read out by screen readers.
-        x_label: the title of the x axis.
-        marks, marks_label: points of the x axis to mark, and what they are.
+        lines: Curves; points that are not finite are left out.
+        label: Read out by screen readers.
+        x_label: The title of the x axis.
+        marks, marks_label: Points of the x axis to mark, and what they are.
     """
     lines = [Line(line.label, _finite(line.points), line.style, line.dots) for line in lines]
     xs = [x for line in lines for x, _ in line.points]

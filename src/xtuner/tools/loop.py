@@ -84,15 +84,15 @@ def converse(
     """Answer a conversation with calls; yield events, and return the new messages.
 
     Args:
-        answer: generates an answer in pieces.
-        messages: the conversation, which ends with the question.
-        tools: run the calls.
-        family: how the model writes calls.
-        allow: asked before each call.
-        max_rounds: maximum number of answers with calls.
-        new: receives new messages as they are completed, so that they are kept if the caller stops
+        answer: Generates an answer in pieces.
+        messages: The conversation, which ends with the question.
+        tools: Run the calls.
+        family: How the model writes calls.
+        allow: Called before each call; returns whether it may run.
+        max_rounds: Maximum number of answers with calls.
+        new: Receives new messages as they are completed, so that they are kept if the caller stops
             the generator.
-        turn_of: makes an assistant turn of the model's text.
+        turn_of: Makes an assistant turn from the model's text.
     """
     new = [] if new is None else new
     first = 1 + sum(len(message.tool_calls) for message in messages)

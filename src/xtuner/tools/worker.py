@@ -30,7 +30,7 @@ def load(names: list[str]) -> tuple[Tools, list[dict[str, Any]]]:
     """The functions by name, and their schemas.
 
     Raises:
-        ConfigError: a file cannot be imported, or a function cannot be used as a tool.
+        ConfigError: A file cannot be imported, or a function cannot be used as a tool.
     """
     tools: Tools = {}
     schemas = []

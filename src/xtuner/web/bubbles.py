@@ -31,9 +31,9 @@ class Part:
     """A part of an answer.
 
     Attributes:
-        kind: what it is; 'fault' is text that should have been a call.
-        text: what is shown.
-        tool: name of the tool of a call or result.
+        kind: What it is; 'fault' is text that should have been a call.
+        text: What is shown.
+        tool: Name of the tool of a call or result.
     """
 
     kind: Literal["thought", "call", "result", "fault", "answer"]

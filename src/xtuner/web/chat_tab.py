@@ -317,7 +317,7 @@ class ChatTab:
         return dict(shown)
 
     def _noted(self, sides: Sequence[Side]) -> dict[Any, Any]:
-        """Lines about answers without tools, or that ended after too many rounds of calls."""
+        """Notes on answers without tools, and on those that had too many rounds of calls."""
         notes = ""
         if any(side.without_tools for side in sides):
             notes += hint(self._words("chat_without_tools"))

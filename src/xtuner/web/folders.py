@@ -18,8 +18,8 @@ class Folders:
     """Where the page may read and write.
 
     Attributes:
-        runs: work dirs are created here.
-        readable: folders with models and data.
+        runs: Work dirs are created here.
+        readable: Folders with models and data.
     """
 
     runs: Path
@@ -40,7 +40,7 @@ class Folders:
         """Return `name` if it is a name on the hub, or a path inside the folders.
 
         Raises:
-            ConfigError: it is outside the folders.
+            ConfigError: It is outside the folders.
         """
         if "\0" in name:
             raise ConfigError("a name cannot contain a NUL")
@@ -60,7 +60,7 @@ class Folders:
         """The work dir of the run `name`.
 
         Raises:
-            ConfigError: the name is not that of a run, or is a link out of the folder.
+            ConfigError: The name is not that of a run, or is a link out of the folder.
         """
         path = self.runs / name
         if not _RUN_NAME.fullmatch(name) or path.resolve().parent != self.runs:

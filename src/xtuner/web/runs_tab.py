@@ -154,7 +154,7 @@ class RunsTab:
             self._site.jobs.merge(run or "", name)
         except XTunerError as error:
             return fault(error)
-        return ""  # the view shows how it goes
+        return ""  # the view shows its progress
 
     def _chat(self, run: str | None, checkpoint: str) -> list[_Updates]:
         """The checkpoint and the model that it started from, side by side."""

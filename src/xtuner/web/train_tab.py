@@ -36,10 +36,10 @@ class TrainTab:
     """The components of the tab and what they do.
 
     Args:
-        site: parts behind the page.
-        words: strings.
-        started: called with the name of a started run; returns updates for `shows`.
-        shows: components that show the started run.
+        site: Parts behind the page.
+        words: Strings.
+        started: Called with the name of a started run; returns updates for `shows`.
+        shows: Components that show the started run.
     """
 
     def __init__(

@@ -132,7 +132,7 @@ class Pythonic:
 
 @dataclass(frozen=True)
 class Moss:
-    """MOSS: ``<|Commands|>: Calculate("2+3")<eoc>``; ``None`` is no command."""
+    """MOSS: ``<|Commands|>: Calculate("2+3")<eoc>``; ``None`` is not a command."""
 
     name: str
     only_at_start: bool = False

@@ -137,7 +137,7 @@ def refuse_unusable(encoded: Sequence[EncodedSource]) -> None:
     """Raise if a source has no usable row, or a row is too long and `overlong` is 'error'.
 
     Raises:
-        DataError: with the most frequent reasons and the first rows of each.
+        DataError: Lists the most frequent reasons and the first rows of each.
     """
     if any(each.policy == "error" for each in encoded):
         _refuse_overlong(encoded)

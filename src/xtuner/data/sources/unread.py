@@ -36,8 +36,8 @@ def other_kind(rows: Sequence[Row], unread: Sequence[str]) -> str:
     otherwise empty.
 
     Args:
-        rows: the first rows of the file.
-        unread: columns that the format does not read.
+        rows: The first rows of the file.
+        unread: Columns that the format does not read.
     """
     if all(column in unread for column in _BOTH):
         return (

@@ -173,7 +173,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         trained = self._groups.parameters
         counts = self.processes.sum([float(p.grad is not None) for p in trained])
         if not any(counts):
-            self._pending = False  # nothing that is trained took part in the step
+            self._pending = False  # the step used no trained weight
             return
         for parameter, count in zip(trained, counts, strict=True):
             if count and parameter.grad is None:
