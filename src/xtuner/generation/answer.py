@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from xtuner.generation.detokenize import Detokenizer, StopWords
 
-Choose = Callable[[Tensor, Tensor], Tensor]
-"""From the ids so far ``[1, T]`` and logits ``[1, V]`` to the next id ``[1]``."""
+Choose = Callable[[Sequence[int], Tensor], Tensor]
+"""From the ids so far and logits ``[1, V]`` to the next id ``[1]``."""
 
 
 class TokenScore(NamedTuple):
@@ -67,9 +66,7 @@ class Answer:
 
     def take(self, scores: Tensor) -> str:
         """Choose the next token by its logits `scores` ``[1, V]``; return the text to show."""
-        # The id of the image token may be outside the vocabulary; a penalty cannot look it up.
-        known = [i for i in self.ids if i < scores.shape[-1]] if self.inputs else self.ids
-        token_id = int(self._choose(torch.tensor([known], device=scores.device), scores))
+        token_id = int(self._choose(self.ids, scores))
         self.num_generated += 1
         if token_id in self.ends:
             self.finish = "stop"

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ def begin(
         words=StopWords([*template.stop_words, *options.stop_words]),
         ends=end_tokens(model, tokenizer, template, options),
         limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
-        choose=(lambda seen, scores: agree(choose(seen, scores))) if agree else choose,
+        choose=(lambda ids, scores: agree(choose(ids, scores))) if agree else choose,
         inputs=inputs,
         top_logprobs=top_logprobs,
         keep=keep,
@@ -231,7 +231,7 @@ _LEAST_TEMPERATURE = 1e-4
 
 
 def chooser(options: GenerationOptions, device: torch.device) -> Choose:
-    """A function from (ids so far ``[1, T]``, logits ``[1, V]``) to the next id ``[1]``."""
+    """A function from the ids so far and logits ``[1, V]`` to the next id ``[1]``."""
     from transformers import (
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,
@@ -243,8 +243,14 @@ def chooser(options: GenerationOptions, device: torch.device) -> Choose:
     steps = LogitsProcessorList()
     if options.repetition_penalty is not None:
         steps.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+
+    def processed(ids: Sequence[int], scores: Tensor) -> Tensor:
+        # Only the repetition penalty reads the ids. That of an image is outside the vocabulary.
+        known = {i for i in ids if i < scores.shape[-1]} if options.repetition_penalty else ()
+        return cast(Tensor, steps(torch.tensor([[*known]], device=device).long(), scores))
+
     if not options.samples:
-        return lambda seen, scores: steps(seen, scores).argmax(dim=-1)
+        return lambda ids, scores: processed(ids, scores).argmax(dim=-1)
     temperature = max(float(options.temperature or 1.0), _LEAST_TEMPERATURE)
     steps.append(TemperatureLogitsWarper(temperature))
     if options.top_k is not None:
@@ -254,8 +260,8 @@ def chooser(options: GenerationOptions, device: torch.device) -> Choose:
     generator = torch.Generator(device)
     generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
 
-    def draw(seen: Tensor, scores: Tensor) -> Tensor:
-        probabilities = steps(seen, scores).softmax(dim=-1)
+    def draw(ids: Sequence[int], scores: Tensor) -> Tensor:
+        probabilities = processed(ids, scores).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     return draw
