@@ -30,7 +30,7 @@ MasterAddr = Annotated[
 MasterPort = Annotated[
     str | None,
     typer.Option(
-        envvar=["PORT", "MASTER_PORT"], metavar="PORT", help="Port of machine 0 [default: 29500]."
+        envvar=["PORT", "MASTER_PORT"], metavar="PORT", help="Port of machine 0. Default: 29500."
     ),
 ]
 LauncherOption = Annotated[
@@ -38,7 +38,7 @@ LauncherOption = Annotated[
     typer.Option(
         "--launcher",
         metavar="[none|pytorch|slurm]",
-        help="Who started the processes: srun (slurm), or torchrun (pytorch; detected).",
+        help="What started the processes: srun (slurm), or torchrun (pytorch; detected as well).",
     ),
 ]
 MaxRestarts = Annotated[

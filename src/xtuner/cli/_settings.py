@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xtuner.training.data_parts import DataParts
 
 Config: TypeAlias = Annotated[
-    str, typer.Argument(help="A settings file or the name of built-in settings.")
+    str, typer.Argument(metavar="CONFIG", help="A settings file or the name of built-in settings.")
 ]
 Overrides: TypeAlias = Annotated[
     list[str] | None,

@@ -14,9 +14,14 @@ from xtuner.cli import _model
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Anything that `xtuner chat` accepts.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Anything that `xtuner chat` accepts.")
+    ],
     data: Annotated[
-        str, typer.Argument(help="Conversations with tools: a file, a folder, or a hub name.")
+        str,
+        typer.Argument(
+            metavar="DATA", help="Conversations with tools: a file, a folder, or a hub name."
+        ),
     ],
     dataset_format: Annotated[
         str, typer.Option(metavar="F", help="Dataset format, as in a settings file.")
@@ -25,8 +30,8 @@ def command(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="The training data: shares are also given for the tools that these call, and for "
-            "the others (held-out tools).",
+            help="The training data: also report the shares separately for the tools that it "
+            "calls and for the others (held-out tools).",
         ),
     ] = None,
     split: Annotated[

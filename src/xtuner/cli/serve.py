@@ -52,7 +52,7 @@ def command(
         float, typer.Option(min=1, help="Time limit for an answer, in seconds.")
     ] = 600.0,
     max_request_mb: Annotated[
-        float, typer.Option(min=0.01, help="Maximum size of a request.")
+        float, typer.Option(min=0.01, help="Maximum size of a request, in MB.")
     ] = 20.0,
     temperature: Annotated[
         float,

@@ -18,7 +18,12 @@ from xtuner.parallel.cluster import Cluster, is_first_process
 
 def command(
     config: _settings.Config,
-    work_dir: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results. Default: the setting work_dir, otherwise work_dirs/NAME."
+        ),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(

@@ -14,7 +14,7 @@ def command(
     model: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL|RUN]...",
+            metavar="MODEL|RUN",
             help="Models that are selected when the page opens: one, or two side by side. Each is "
             "what `xtuner chat` takes.",
         ),
@@ -30,8 +30,8 @@ def command(
         typer.Option(
             metavar="USER:PASSWORD",
             envvar="XTUNER_WEB_AUTH",
-            help="Ask for name and password instead of the token. Needed for addresses other than "
-            "loopback.",
+            help="Require a user name and password instead of the token. Needed for addresses "
+            "other than loopback.",
         ),
     ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder with the work dirs.")] = Path(
