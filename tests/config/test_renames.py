@@ -121,7 +121,7 @@ def test_misspelled_names_of_other_trainers_are_guessed(name, told):
         ("lr_schedule", "rex", "'rex' is not available"),
         ("device", "npu", "Ascend NPUs are not supported$"),
         ("push_to_hub", True, "give the name of the repository: 'owner/name'"),
-        ("report_to", "all", "name the trackers"),
+        ("report_to", "all", "name each tracker"),
         ("gradient_checkpointing", "unsloth", "set True: layers are recomputed"),
         ("max_epochs", "3", "write it without quotes"),
         ("gradient_checkpointing", "true", "write it without quotes"),
