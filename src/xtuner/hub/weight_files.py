@@ -26,7 +26,7 @@ def tensors_of(
     """The tensors of `file` whose names `select` accepts; from safetensors only these are read.
 
     Raises:
-        ModelError: the file is damaged, or contains more than tensors.
+        ModelError: The file is damaged, or contains more than tensors.
     """
     with _readable(file):
         if file.suffix == ".safetensors":
@@ -41,7 +41,7 @@ def names_of(file: Path) -> list[str]:
     """The names of the tensors of `file`.
 
     Raises:
-        ModelError: see `tensors_of`.
+        ModelError: See `tensors_of`.
     """
     if file.suffix != ".safetensors":
         return list(tensors_of(file))

@@ -43,10 +43,10 @@ class MemoryPlan:
     Attributes:
         settings: The run's settings.
         device: 'cpu' or 'cuda'.
-        memory: bytes that one process may take.
-        forecast: of one process.
-        processes: how many train together.
-        folder: of the settings file.
+        memory: Bytes that one process may use.
+        forecast: The forecast for one process.
+        processes: Number of processes that train together.
+        folder: The folder of the settings file.
     """
 
     settings: Settings
@@ -168,7 +168,7 @@ def plan_memory(
         device: 'cpu' or 'cuda'.
         memory: Bytes to plan for; None uses nine tenths of the free memory of `device`.
         processes: Number of processes; on a CPU they share the memory, on GPUs each has its own.
-        folder: of the settings file.
+        folder: The folder of the settings file.
 
     Raises:
         ModelError: The model's configuration is not available.

@@ -35,13 +35,13 @@ class Encoding:
     Args:
         settings: `algorithm`, its options, `tool_call_errors`, `thoughts` and `dataset_num_proc`
             are used.
-        template: renders conversations.
-        tokenizer: of the trained model.
-        folder: where relative paths are looked up first.
-        algorithm: defines the accepted records and their sequences.
-        image_layout: how images are expanded to tokens; None for a model without a vision tower.
-        vocab_size: rows with token ids from here on cannot be used; None if there are none.
-        quiet: show no progress.
+        template: Renders conversations.
+        tokenizer: The tokenizer of the trained model.
+        folder: Where relative paths are looked up first.
+        algorithm: Defines the accepted records and their sequences.
+        image_layout: How images are expanded to tokens; None for a model without a vision tower.
+        vocab_size: Rows with token ids from here on cannot be used; None if there are none.
+        quiet: Show no progress.
     """
 
     def __init__(

@@ -117,7 +117,7 @@ def make(
     Args:
         settings: The run's settings.
         llm: The language model, or a PeftModel around it.
-        image_token_id: the token ``<image>``.
+        image_token_id: The token ``<image>``.
         dtype: The dtype of the computation and of frozen weights.
         device: The model's device.
         source: The checkpoint to resume from.
