@@ -96,9 +96,6 @@ def compare(
     weights and of `merged`, in this order.
 
     Args:
-        llm: the base model.
-        adapter: the folder of the adapter.
-        merged: the folder of the merged model.
         dtype: of weights and computation, for all.
         stored: the number type of the files of `merged`.
         device: 'cpu' or 'cuda'.

@@ -14,8 +14,9 @@ import yaml
 
 from xtuner.engine.sharing import shareable
 from xtuner.engine.training_state import STATE_FILE
-from xtuner.errors import ConfigError, LaunchError
+from xtuner.errors import ConfigError, LaunchError, message_of
 from xtuner.hub import fetch
+from xtuner.hub.json_files import write_object
 from xtuner.models import manifest
 from xtuner.models.run_info import FILE_NAME as RUN_FILE
 
@@ -69,7 +70,7 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
     except Exception as error:  # the library raises many types, including network errors
         raise LaunchError(
             f"push_to_hub = {repo!r}: the run is done and saved in {checkpoint}, but the upload "
-            f"failed: {' '.join(str(error).split())}. Try again: "
+            f"failed: {message_of(error)}. Try again: "
             f"{shlex.join(['hf', 'upload', repo, str(checkpoint)])}"
         ) from error
     return str(address)
@@ -86,7 +87,7 @@ def stage(checkpoint: Path, target: Path) -> None:
         base = config["base_model_name_or_path"] = public_name(
             str(config.get("base_model_name_or_path") or "")
         )
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_object(file, config)
     if (file := target / RUN_FILE).is_file():
         info: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
         base = info["base_model"] = public_name(str(info.get("base_model") or ""))
