@@ -132,12 +132,10 @@ class Trainer:
                         self._step(group, started, fault)
                 except Interrupted:
                     self._save_once()
-                    if run.step == 0:
-                        raise Interrupted(
-                            "Stopped before the first step; nothing was saved."
-                        ) from None
-                    message = f"Stopped at step {run.step}; it is saved."
-                    raise Interrupted(message, can_resume=True) from None
+                    message = "Stopped before the first step; nothing was saved."
+                    if run.step:
+                        message = f"Stopped at step {run.step}; it is saved."
+                    raise Interrupted(message, can_resume=run.step > 0) from None
                 except DataError as error:
                     raise self._without_data(error) from fault
                 except TrainingError:
@@ -291,14 +289,13 @@ class Trainer:
                 note = f"The last step is lost: {error} "
         elif not alone:
             note = f"Process {self.processes.rank} ran out; the run ends without saving. "
-        text = faults.out_of_memory(
-            self.run.step + 1,
-            tokens=max((batch.num_tokens for batch in group), default=0),
-            note=note,
-            saved=max(self._saved_at, self.run.start_step) > 0,
-            advice=self.memory_advice(),
+        if max(self._saved_at, self.run.start_step) > 0:
+            note += "Checkpoints are intact; continue with --resume. "
+        tokens = max((batch.num_tokens for batch in group), default=0)
+        return TrainingError(
+            f"step {self.run.step + 1}: out of memory, with {tokens:,} tokens at once. "
+            f"{note}{self.memory_advice()}"
         )
-        return TrainingError(text)
 
     def _not_finite(self, group: list[Batch], found: Gradients) -> str:
         """Name the rows, on any process, whose own loss is non-finite; if there are none, all rows
@@ -307,9 +304,8 @@ class Trainer:
         rows = bad or self.processes.gather([str(r) for batch in group for r in batch.rows])
         return faults.not_finite(
             self.run.step,
-            loss=found.loss,
-            norm=found.norm,
-            rows=list(dict.fromkeys(rows)),
+            found,
+            list(dict.fromkeys(rows)),
             certain=bool(bad),
             float16=self.loss_scaler.enabled,
         )

@@ -131,7 +131,7 @@ class Watch:
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._connect = connect
         self._every = min(EVERY_SECONDS, (timeout or STEP_SECONDS) / 4)
-        self._told = False
+        self._reported = False
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="xtuner-watch", daemon=True)
@@ -177,14 +177,14 @@ class Watch:
         statuses, silent = [status for status, _ in found], [age for _, age in found]
         verdict = judge(statuses, silent, self._timeout)
         if not verdict.late:
-            self._told = False
+            self._reported = False
             return
         if not verdict.patient:
             store.set(_END, json.dumps(verdict.stuck))
-        if not (verdict.patient and self._told):
+        if not (verdict.patient and self._reported):
             sys.stdout.flush()
             print(report(statuses, silent, verdict), file=sys.stderr, flush=True)
-        self._told = True
+        self._reported = True
         if not verdict.patient:
             alive = [rank for rank in verdict.stuck if silent[rank] <= SILENT_SECONDS]
             self._end(verdict.stuck if alive else [self._rank])
