@@ -78,12 +78,8 @@ def build(
 
     Args:
         settings: the data settings and `seed` are used.
-        template: renders conversations.
-        tokenizer: of the trained model.
+        template, tokenizer, algorithm, image_layout, vocab_size: see `Encoder`.
         folder: where relative paths are looked up first, the folder of the settings file.
-        algorithm: defines the accepted records and their sequences.
-        image_layout: how images are expanded to tokens; None for a model without a vision tower.
-        vocab_size: rows with token ids from here on cannot be used; None if there are none.
         report_dir: folder for data_report.json; None writes none.
         quiet: show no progress.
 

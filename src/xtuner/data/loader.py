@@ -29,7 +29,6 @@ class Loader:
     """The batches of one rank, step by step.
 
     Args:
-        dataset: the packs.
         collate: combines samples to a batch.
         batch_size: packs per micro-batch.
         accumulative_counts: micro-batches per step and rank.

@@ -55,7 +55,6 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     """Read the settings in `text`.
 
     Args:
-        text: the content of the file.
         overrides: values that replace what the file assigns to these names; values that the file
             computes from them change accordingly.
     """

@@ -20,7 +20,6 @@ def saved_files(folder: Path, entry: str, *, split: str) -> list[Path] | None:
     such data set.
 
     Args:
-        folder: the folder.
         entry: its name in messages.
         split: the split to read, if the folder has several.
 

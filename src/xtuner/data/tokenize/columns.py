@@ -56,7 +56,6 @@ class Column:
     """A one-dimensional .npy file; processes and threads may read it concurrently.
 
     Args:
-        path: the file.
         dtype: the expected dtype.
 
     Raises:
