@@ -19,7 +19,6 @@ def of_run(settings: Settings, *, folder: Path) -> BaseAlgorithm:
     """Create the algorithm of a run.
 
     Args:
-        settings: the settings of the run.
         folder: where a user's file is looked up first.
 
     Raises:

@@ -31,7 +31,6 @@ def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
     """Hold the lock of `work_dir`, which is created if necessary.
 
     Args:
-        work_dir: The run's work dir.
         needed: False does nothing; only one process of a run holds the lock.
 
     Raises:

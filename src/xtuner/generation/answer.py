@@ -28,7 +28,6 @@ class Answer:
 
     Args:
         prompt: token ids, with those of images.
-        tokenizer: of the model.
         words: finds stop words.
         ends: token ids that end the answer.
         limit: maximum number of its tokens.

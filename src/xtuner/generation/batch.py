@@ -30,8 +30,6 @@ def generate_batch(
 
     Args:
         model: a causal language model; its training mode is restored afterwards.
-        tokenizer: the tokenizer of the model.
-        template: the chat template.
         conversations: messages without images.
         options: options of every answer; with a seed each row has its own random generator.
         tools: the tools of each conversation, if any.
@@ -68,8 +66,6 @@ def continue_prompts(
 
     Args:
         model: a causal language model; its training mode is restored afterwards.
-        tokenizer: the tokenizer of the model.
-        template: the chat template.
         prompts: token ids, each up to where the answer begins.
         options: options of every answer; with a seed each row has its own random generator.
         keep: special tokens of each answer that are part of its text, if any.

@@ -138,7 +138,6 @@ def begin(
 
     Args:
         model: will generate it.
-        tokenizer: of the model.
         template: has tokens and words that end the answer.
         prompt: token ids, with those of images.
         options: of the answer; with a seed it has its own random generator.

@@ -55,7 +55,6 @@ def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = N
     Args:
         name: 'auto', 'plain', 'verbatim', a named template, or the user's own as
             ``"my_templates.py:MINE"`` (a `Spec`).
-        tokenizer: a transformers tokenizer.
         system: the system message of conversations that have none.
         folder: where to look for the user's file before the working directory.
 
@@ -103,7 +102,6 @@ def of_checkpoint(
 
     Args:
         name: as in `load`.
-        tokenizer: a tokenizer of transformers.
         fields: of the `Spec`, if the template was the user's own: it is then made from them, and
             the file that `name` names is not needed.
         system: the system message of conversations that have none.

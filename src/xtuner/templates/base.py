@@ -82,7 +82,6 @@ class Template(ABC):
         """Render messages to text.
 
         Args:
-            messages: the conversation.
             tools: JSON schemas of the tools that the assistant may call.
             prompt: append the generation prompt, which opens the next assistant turn.
 
