@@ -13,10 +13,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from xtuner.data.loader import Loader
 from xtuner.device.host import memory_mb
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine import faults
@@ -32,24 +33,6 @@ from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
 from xtuner.parallel import activity
 from xtuner.parallel.collective import collective_layers
 from xtuner.types import Algorithm, Batch
-
-
-class Groups(Protocol):
-    """The data loader's interface that the trainer uses."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
-        ...
-
-    def groups(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each optimizer step."""
-        ...
-
-    def filler(self) -> Batch:
-        """A micro-batch with zero weight; used only if weights are sharded and this process has no
-        micro-batch in a step."""
-        ...
 
 
 class Trainer:
@@ -73,7 +56,7 @@ class Trainer:
         *,
         strategy: BaseStrategy,
         algorithm: Algorithm,
-        loader: Groups,
+        loader: Loader,
         run: Run,
         hooks: Sequence[BaseHook],
         save: Callable[[Run], None],
