@@ -106,7 +106,7 @@ def test_misspelled_names_are_guessed():
         ("learningrate", "'learning_rate' of other trainers is lr here"),
         ("LearningRate", "'learning_rate' of other trainers is lr here"),
         ("num_epoch", "'num_epochs' of other trainers is max_epochs here"),
-        ("streamin", "'streaming' of other trainers is not available: rows are encoded once"),
+        ("streamin", "'streaming' of other trainers is not available: rows are tokenized once"),
     ],
 )
 def test_misspelled_names_of_other_trainers_are_guessed(name, told):
@@ -121,7 +121,7 @@ def test_misspelled_names_of_other_trainers_are_guessed(name, told):
         ("lr_schedule", "rex", "'rex' is not available"),
         ("device", "npu", "Ascend NPUs are not supported$"),
         ("push_to_hub", True, "give the name of the repository: 'owner/name'"),
-        ("report_to", "all", "name the trackers"),
+        ("report_to", "all", "name each tracker"),
         ("gradient_checkpointing", "unsloth", "set True: layers are recomputed"),
         ("max_epochs", "3", "write it without quotes"),
         ("gradient_checkpointing", "true", "write it without quotes"),

@@ -27,14 +27,14 @@ class Terminal:
     """Where questions come from and answers go.
 
     Attributes:
-        read_line: returns the next line without its line end; raises EOFError at the end.
-        out: receives the answers, each followed by a line end.
-        notes: receives prompts and notes.
-        interactive: show prompts and notes.
-        streaming: print an answer while it is generated.
-        images: images attached to the first question of every conversation.
-        pending: images attached to the next question.
-        trusted: tools that run without asking.
+        read_line: Returns the next line without its line end; raises EOFError at the end.
+        out: Receives the answers, each followed by a line end.
+        notes: Receives prompts and notes.
+        interactive: Show prompts and notes.
+        streaming: Print an answer while it is generated.
+        images: Images attached to the first question of every conversation.
+        pending: Images attached to the next question.
+        trusted: Tools that run without asking.
     """
 
     read_line: Callable[[str], str]
@@ -102,7 +102,7 @@ class Terminal:
                     line_open = False
                 # `allow` has shown the call
                 if not isinstance(event, loop.Called):
-                    print(_told(event), file=self.notes, flush=True)
+                    print(_as_text(event), file=self.notes, flush=True)
         finally:
             steps.close()
             if line_open:
@@ -212,7 +212,7 @@ def shown_call(call: Mapping[str, Any]) -> str:
     return _printable(f"{name_of(call)}({arguments_of(call)!r})")
 
 
-def _told(event: loop.Event) -> str:
+def _as_text(event: loop.Event) -> str:
     match event:
         case loop.Returned(result=result):
             return "← " + "\n  ".join(_printable(result.text).splitlines() or [""])

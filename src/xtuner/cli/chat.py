@@ -15,9 +15,10 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="A checkpoint (work_dirs/.../iter_N), a work dir (its newest checkpoint), an "
             "adapter, a model folder, or a name on the hub. Checkpoints record their base model "
-            "and template."
+            "and template.",
         ),
     ],
     adapter: _model.Adapter = None,

@@ -18,7 +18,12 @@ from xtuner.parallel.cluster import Cluster, is_first_process
 
 def command(
     config: _settings.Config,
-    work_dir: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results. Default: the setting work_dir, otherwise work_dirs/NAME."
+        ),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -177,7 +182,7 @@ def _set_up(loaded: LoadedSettings) -> None:
 
 
 def _as_overrides(device: str | None, strategy: str | None, deepspeed: str | None) -> list[str]:
-    """The options that are short for ``--set``."""
+    """The options that are shorthand for ``--set``."""
     chosen = _strategy.chosen(strategy, deepspeed)
     given = {"device": device, "strategy": chosen or None}
     return [f"{name}={value}" for name, value in given.items() if value is not None]

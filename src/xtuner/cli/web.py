@@ -14,7 +14,7 @@ def command(
     model: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL|RUN]...",
+            metavar="MODEL|RUN",
             help="Models that are selected when the page opens: one, or two side by side. Each is "
             "what `xtuner chat` takes.",
         ),
@@ -24,20 +24,23 @@ def command(
         typer.Option(metavar="DIR", help="Compare MODEL with MODEL + this adapter."),
     ] = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 6006,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks any free port.")] = 6006,
     auth: Annotated[
         str | None,
         typer.Option(
             metavar="USER:PASSWORD",
             envvar="XTUNER_WEB_AUTH",
-            help="Ask for name and password instead of the token. Needed for addresses other than "
-            "loopback.",
+            help="Require a user name and password instead of the token. Needed for addresses "
+            "other than loopback.",
         ),
     ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder with the work dirs.")] = Path(
         "work_dirs"
     ),
-    max_runs: Annotated[int, typer.Option(min=1, help="Runs that the page starts at a time.")] = 1,
+    max_runs: Annotated[
+        int,
+        typer.Option(min=1, help="Maximum number of runs started from the page at the same time."),
+    ] = 1,
     allow: Annotated[
         list[Path] | None,
         typer.Option(

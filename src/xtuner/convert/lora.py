@@ -43,11 +43,11 @@ class Change:
     """The change of one tensor.
 
     Attributes:
-        source: the tensor of the base model to change.
-        replacement: the tensor of the adapter that replaces it, if any.
-        down, up: names of A ``[r, in]`` and B ``[out, r]`` in the adapter.
-        scaling: factor of ``B A``.
-        transposed: the weight is an embedding, to which ``(B A)`` is added transposed.
+        source: The tensor of the base model to change.
+        replacement: The tensor of the adapter that replaces it, if any.
+        down, up: Names of A ``[r, in]`` and B ``[out, r]`` in the adapter.
+        scaling: Factor of ``B A``.
+        transposed: The weight is an embedding, to which ``(B A)`` is added transposed.
     """
 
     source: str
@@ -93,14 +93,14 @@ def changes(
     contains both.
 
     Args:
-        adapter: tensors of the adapter.
-        config: its adapter_config.json.
-        base: tensors in the base model's files.
-        base_config: the base model's config.json.
+        adapter: Tensors of the adapter.
+        config: Its adapter_config.json.
+        base: Tensors in the base model's files.
+        base_config: The base model's config.json.
 
     Raises:
-        NeedsModel: this module does not support the adapter or the base model.
-        ModelError: the adapter belongs to another model.
+        NeedsModel: This module does not support the adapter or the base model.
+        ModelError: The adapter belongs to another model.
     """
     _check_kind(config, base_config)
     found = {HEAD: Change(embedding)} if (embedding := _tied(adapter, base, base_config)) else {}

@@ -64,10 +64,10 @@ class MergeReport:
     """The verification of a merge.
 
     Attributes:
-        max_difference: largest logit difference from base + adapter; None if memory was
+        max_difference: Largest logit difference from base + adapter; None if memory was
             insufficient to compare.
-        relative: the same, relative to the largest logit.
-        how: file by file, or with the model in memory.
+        relative: The same, relative to the largest logit.
+        how: File by file, or with the model in memory.
     """
 
     max_difference: float | None
@@ -89,18 +89,18 @@ def merge(
     """Write the model `llm` with `adapter` merged into its weights to `save_dir`.
 
     Args:
-        llm: the base model: a folder, a fetched model, or a hub name.
-        adapter: a PEFT adapter: its folder, an ``iter_N``, or a work dir; for a LLaVA run, the
+        llm: The base model: a folder, a fetched model, or a hub name.
+        adapter: A PEFT adapter: its folder, an ``iter_N``, or a work dir; for a LLaVA run, the
             adapter of the language model is merged.
-        save_dir: a new folder.
-        max_shard_size: maximum size of a file, such as '2GB'.
-        device: where to merge.
-        dtype: of the result; 'auto' is that of the base model's files.
-        trust_remote_code: run Python code that ships with the base model.
-        log: receives progress messages and warnings.
+        save_dir: A new folder.
+        max_shard_size: Maximum size of a file, such as '2GB'.
+        device: Where to merge.
+        dtype: The dtype of the result; 'auto' is that of the base model's files.
+        trust_remote_code: Run Python code that ships with the base model.
+        log: Receives progress messages and warnings.
 
     Raises:
-        ModelError: the adapter does not fit, or the result differs from base + adapter.
+        ModelError: The adapter does not fit, or the result differs from base + adapter.
         LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     checkpoint = find_checkpoint(adapter)
@@ -292,7 +292,7 @@ class _Merge:
         """Compare the written model with base + adapter.
 
         Raises:
-            ModelError: they differ.
+            ModelError: They differ.
         """
         plan = cast_plan(Weights.of_model(draft).stored, None)
         stored = main_dtype(plan)

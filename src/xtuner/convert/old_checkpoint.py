@@ -36,7 +36,7 @@ _LORA = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
 def as_folder(path: Path, settings: Settings, *, beside: Path) -> Iterator[Path]:
     """A temporary folder with the contents of the old checkpoint `path`; see `write_folder`.
 
-    It lies next to `beside`, whose disk has room for the result, unlike /tmp perhaps.
+    It is next to `beside`, whose disk has room for the result, unlike perhaps /tmp.
     """
     beside.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".xtuner-", dir=beside.absolute().parent) as name:
@@ -49,12 +49,12 @@ def write_folder(path: Path, settings: Settings, folder: Path) -> None:
     """Write the old checkpoint `path` to `folder`, in the layout of this version.
 
     Args:
-        path: a file or DeepSpeed's folder.
-        settings: of the run that wrote it.
-        folder: a new folder.
+        path: A file or DeepSpeed's folder.
+        settings: The settings of the run that wrote it.
+        folder: A new folder.
 
     Raises:
-        CheckpointError: it cannot be read, or does not fit the settings.
+        CheckpointError: It cannot be read, or does not fit the settings.
     """
     parts = old_pth.parts(old_pth.read(path))
     folder.mkdir(parents=True)

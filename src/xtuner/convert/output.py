@@ -28,8 +28,8 @@ def new_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
     """Yield an empty hidden folder that is renamed to `target` if the block succeeds.
 
     Args:
-        target: must not exist, or be an empty folder.
-        num_bytes: size of the output, to check the free disk space.
+        target: A path that does not exist, or an empty folder.
+        num_bytes: Size of the output, to check the free disk space.
 
     Raises:
         LaunchError: `target` is not empty, or the disk space is insufficient. Partial output is
@@ -76,10 +76,10 @@ def copy_others(
     kept.
 
     Args:
-        only, skip: name patterns.
+        only, skip: Name patterns.
 
     Raises:
-        ModelError: a link in `source` leads out of it.
+        ModelError: A link in `source` leads out of it.
     """
     refuse_links_out(source)
     for path in sorted(source.rglob("*")):

@@ -62,7 +62,7 @@ class Weights:
         files: *.safetensors files, or *.bin files that contain only tensors.
 
     Raises:
-        ModelError: a file is missing or damaged, or contains other objects than tensors.
+        ModelError: A file is missing or damaged, or contains other objects than tensors.
     """
 
     def __init__(self, files: list[Path]):
@@ -77,7 +77,7 @@ class Weights:
         """The weights of the model in `folder`, from its safetensors or otherwise its .bin files.
 
         Raises:
-            ModelError: there are none, or they are damaged.
+            ModelError: There are none, or they are damaged.
         """
         for stem, suffix in _STEMS[:1] if safetensors_only else _STEMS:
             index = folder / f"{stem}.{suffix}.index.json"
@@ -110,7 +110,7 @@ class Weights:
         """The weights of the PEFT adapter in `folder`.
 
         Raises:
-            ModelError: there are none, or they are damaged.
+            ModelError: There are none, or they are damaged.
         """
         if file := adapter_file(folder):
             return cls([file])
@@ -197,11 +197,11 @@ def write_shards(
     """Write the tensors of `plan` as model*.safetensors, with an index if there are several files.
 
     Args:
-        folder: the target folder.
-        plan: the tensors to write, in order.
-        read: returns the tensor of a name; it is cast to the planned dtype.
-        max_bytes: maximum size of a shard; a larger tensor gets a shard of its own.
-        log: receives a message for each shard.
+        folder: The target folder.
+        plan: The tensors to write, in order.
+        read: Returns the tensor of a name; it is cast to the planned dtype.
+        max_bytes: Maximum size of a shard; a larger tensor gets a shard of its own.
+        log: Receives a message for each shard.
     """
     shards = _group(plan, max_bytes)
     count = len(shards)
@@ -235,10 +235,10 @@ def write_config(source: Path, folder: Path, *, dtype: torch.dtype, untie: bool 
     """Write `source`/config.json to `folder` for unquantized weights of type `dtype`.
 
     Args:
-        untie: the output head is no longer tied to the input embedding.
+        untie: The output head is no longer tied to the input embedding.
 
     Raises:
-        ModelError: config.json cannot be read.
+        ModelError: ``config.json`` cannot be read.
     """
     file = source / "config.json"
     try:

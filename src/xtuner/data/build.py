@@ -77,15 +77,15 @@ def build(
     """Build the data of a run.
 
     Args:
-        settings: the data settings and `seed` are used.
-        template, tokenizer, algorithm, image_layout, vocab_size: see `Encoder`.
-        folder: where relative paths are looked up first, the folder of the settings file.
-        report_dir: folder for data_report.json; None writes none.
-        quiet: show no progress.
+        settings: The data settings and `seed` are used.
+        template, tokenizer, algorithm, image_layout, vocab_size: See `Encoder`.
+        folder: Where relative paths are looked up first, the folder of the settings file.
+        report_dir: Folder for data_report.json; None writes none.
+        quiet: Show no progress.
 
     Raises:
-        DataError: a source cannot be read, or has no usable row.
-        ConfigError: unknown format.
+        DataError: A source cannot be read, or has no usable row.
+        ConfigError: Unknown format.
     """
     sources = prepare(settings, folder=folder)
     encoding = Encoding(

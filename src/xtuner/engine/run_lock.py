@@ -87,8 +87,8 @@ def holder_pid(work_dir: Path) -> int | None:
     if not is_held(work_dir):
         return None
     try:
-        said = json.loads((work_dir / FILE_NAME).read_text(encoding="utf-8"))
-        return int(said["pid"]) if said["host"] == socket.gethostname() else None
+        holder = json.loads((work_dir / FILE_NAME).read_text(encoding="utf-8"))
+        return int(holder["pid"]) if holder["host"] == socket.gethostname() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -131,7 +131,7 @@ def _holder(file: Any) -> str:
     """The process that holds the lock, according to the file."""
     file.seek(0)
     try:
-        said = dict(json.load(file))
-        return f"process {said['pid']} on {said['host']}, started {said['started']}"
+        holder = dict(json.load(file))
+        return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
     except (ValueError, KeyError, TypeError):
         return "process unknown"

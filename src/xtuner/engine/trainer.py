@@ -244,7 +244,7 @@ class Trainer:
         return (self.algorithm.count, lambda b: b.num_supervised, lambda b: b.num_tokens)
 
     def _learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         s, run = self.run.settings, self.run
         return learning_rate(
             run.step,

@@ -84,9 +84,9 @@ class GGUF:
     """An opened GGUF file.
 
     Attributes:
-        metadata: all keys of the header.
-        tensors: name to (shape in numpy order, type, offset in `data`).
-        data: the memory-mapped file.
+        metadata: All keys of the header.
+        tensors: Name to (shape in numpy order, type, offset in `data`).
+        data: The memory-mapped file.
     """
 
     metadata: dict[str, Any]
@@ -98,7 +98,7 @@ class GGUF:
         """Read the header of `path`.
 
         Raises:
-            ModelError: the file is not GGUF, or is truncated.
+            ModelError: The file is not GGUF, or is truncated.
         """
         data = np.memmap(path, dtype=np.uint8, mode="r")
         reader = _Reader(data.data)
@@ -126,7 +126,7 @@ class GGUF:
         """Return tensor `name` as float32.
 
         Raises:
-            ModelError: its type is not supported.
+            ModelError: Its type is not supported.
         """
         shape, kind, start = self.tensors[name]
         count = math.prod(shape)
@@ -171,7 +171,7 @@ def convert(path: Path, folder: Path) -> None:
     """Write the model and tokenizer of the GGUF file `path` into the existing `folder`.
 
     Raises:
-        ModelError: the file is damaged, or contains something that is not supported.
+        ModelError: The file is damaged, or contains something that is not supported.
     """
     try:
         _convert(path, folder)

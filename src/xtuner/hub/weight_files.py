@@ -27,7 +27,7 @@ def tensors_of(
     """The tensors of `file` whose names `select` accepts; from safetensors only these are read.
 
     Raises:
-        ModelError: the file is damaged, or contains more than tensors.
+        ModelError: The file is damaged, or contains more than tensors.
     """
     if file.suffix == ".safetensors":
         with _readable(file), safe_open(str(file), framework="pt") as opened:
@@ -57,7 +57,7 @@ def names_of(file: Path) -> list[str]:
     """The names of the tensors of `file`.
 
     Raises:
-        ModelError: see `tensors_of`.
+        ModelError: See `tensors_of`.
     """
     if file.suffix != ".safetensors":
         return list(tensors_of(file))

@@ -43,8 +43,8 @@ class Footprint:
         parameters: Number of all parameters.
         width: Width of the hidden states.
         embedding: Bytes of the input embedding, part of `weights`, if it can stay on the CPU.
-        unit: bytes of the largest weights that are gathered together where they are divided: of a
-            layer, the embedding or the output head.
+        unit: Bytes of the largest unit of weights that is gathered at once if weights are sharded:
+            a layer, the embedding or the output head.
     """
 
     weights: int

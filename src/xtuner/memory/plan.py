@@ -44,10 +44,10 @@ class MemoryPlan:
     Attributes:
         settings: The run's settings.
         device: 'cpu' or 'cuda'.
-        memory: bytes that one process may take.
-        forecast: of one process.
-        processes: how many train together.
-        folder: of the settings file.
+        memory: Bytes that one process may use.
+        forecast: The forecast for one process.
+        processes: Number of processes that train together.
+        folder: The folder of the settings file.
     """
 
     settings: Settings

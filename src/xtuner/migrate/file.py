@@ -27,8 +27,8 @@ class Migrated:
     """The result of a migration.
 
     Attributes:
-        path: the settings file.
-        draft: its contents and the report.
+        path: The settings file.
+        draft: Its contents and the report.
     """
 
     path: Path
@@ -39,7 +39,7 @@ def read(path: Path) -> Draft:
     """Translate the config `path` to settings and check them against the schema.
 
     Raises:
-        ConfigError: the file cannot be read, or its format is not supported.
+        ConfigError: The file cannot be read, or its format is not supported.
     """
     text = read_mmengine.read_text(path)
     origin = foreign.origin(text, path.suffix)
@@ -84,8 +84,8 @@ def migrate(old: Path, new: Path | None = None) -> Migrated:
     """Write the settings file that is equivalent to `old`.
 
     Args:
-        old: the config.
-        new: the file to write; default: NAME_migrated.py in the working directory. An existing file
+        old: The config.
+        new: The file to write; default: NAME_migrated.py in the working directory. An existing file
             is accepted if it has exactly the text that would be written.
 
     Raises:

@@ -160,7 +160,7 @@ def check_config(further: Mapping[str, Any]) -> None:
             )
         elif name == "init_lora_weights" and str(value).lower().startswith("pissa_niter"):
             problems.append(
-                f"{name} = {value!r}: draws random numbers to change the base weights, so who "
+                f"{name} = {value!r}: changes the base weights by random numbers, so who "
                 f"loads the checkpoint gets other base weights; use 'pissa', which computes the "
                 f"same ones again"
             )

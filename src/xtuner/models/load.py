@@ -240,7 +240,7 @@ def readable_errors(path: str | Path, what: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, XTunerError):
         raise
-    except Exception as error:  # damaged files cause whatever a library does not check
+    except Exception as error:  # damaged files cause errors that libraries do not check for
         words = in_one_line(error, plain=(OSError, ValueError, ImportError, RuntimeError))
         if "trust_remote_code=True" in words:
             raise ModelError(

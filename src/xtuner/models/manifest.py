@@ -110,7 +110,7 @@ def _read(folder: Path) -> dict[str, Mapping[str, Any]]:
                 raise ValueError(f"{name!r} is outside the folder")
             entries[name] = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"is no manifest ({error!r})") from None
+        raise ValueError(f"is not a manifest ({error!r})") from None
     return entries
 
 

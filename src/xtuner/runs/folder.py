@@ -38,9 +38,9 @@ class Evaluation:
     """The sample answers at one step.
 
     Attributes:
-        step: optimizer steps done.
-        when: a description, such as 'before training'.
-        answers: rows with `question`, `images` and `answer`.
+        step: Optimizer steps done.
+        when: A description, such as 'before training'.
+        answers: Rows with `question`, `images` and `answer`.
     """
 
     step: int

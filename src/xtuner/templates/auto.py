@@ -173,8 +173,8 @@ class ChatTemplate(Template):
 
     def _check(self, turn: Mapping[str, Any], rendered: str) -> None:
         self._check_calls(turn, rendered)
-        said = str(turn.get("content") or "").strip() if turn.get("tool_calls") else ""
-        if said and split_thought(said)[1].strip() not in rendered:
+        text = str(turn.get("content") or "").strip() if turn.get("tool_calls") else ""
+        if text and split_thought(text)[1].strip() not in rendered:
             self._warn_once(NO_TEXT_BEFORE_CALLS)
         self._check_reasoning(turn, rendered)
 

@@ -131,7 +131,7 @@ class _TrainingRun:
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(self.settings, loader)
         self._forecast()
-        lines = self._tell(data, counter, total)
+        lines = self._print_opening(data, counter, total)
         model = self._make_model(origin)
         run = self._run(folders, model, data, counter, total)
         writer = self._writer(model, data)
@@ -249,7 +249,7 @@ class _TrainingRun:
         self.console.print(text, markup=False)
 
     def _loaded(self, source: Path | None) -> LoadedSettings:
-        """The settings; where they leave something to xtuner, a resume takes what the run had."""
+        """The settings; a resumed run keeps the values that it had for 'auto'."""
         info = RunInfo.read(source) if source else None
         before = recipe.as_before(self.settings, info.settings if info else {})
         return replace(self.loaded, settings=before)
@@ -282,7 +282,7 @@ class _TrainingRun:
         return recording(self.loaded, run, self.plan, dtype=dtype, processes=processes, lines=lines)
 
     def _note_language(self, data: TrainingData) -> None:
-        """Say so if the model cannot predict the answers that it will be trained on."""
+        """Print a note if the model cannot predict the answers that it will be trained on."""
         alone = self.processes.world_size == 1 and not self.vision
         samples = data.train[0][:FIRST_SAMPLES] if alone else []
         if not samples or any(sample.lengths for sample in samples):
@@ -365,8 +365,8 @@ class _TrainingRun:
         algorithm = self.parts.algorithm
         return self.vision.collate(algorithm) if self.vision else algorithm.collate
 
-    def _tell(self, data: TrainingData, counter: Counter, total: int) -> list[str]:
-        """Print a few lines on what will be done, and return them."""
+    def _print_opening(self, data: TrainingData, counter: Counter, total: int) -> list[str]:
+        """Print the first lines of the run, and return them."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
         attention = choose_attention(self.settings, self.processes, self.dtype)
         language = script_note(data.train[0], self.parts.tokenizer.decode)

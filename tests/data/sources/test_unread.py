@@ -60,8 +60,8 @@ def test_columns_and_keys_that_are_not_read_are_noted_but_not_those_without_effe
 
 def test_placeholders_that_nothing_fills_are_noted(tmp_path):
     (media, blank) = notes(tmp_path, chat("Listen: <audio>", "I am {{name}}."))
-    assert "<audio> in a text is trained on as text" in media
-    assert "{{name}} in a text is trained on literally" in blank
+    assert "<audio> in a text is trained on as plain text" in media
+    assert "{{name}} in a text is not replaced by anything" in blank
 
 
 def test_nulls_that_a_schema_adds_are_not_trained_on(tmp_path):

@@ -55,7 +55,7 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     """Read the settings in `text`.
 
     Args:
-        overrides: values that replace what the file assigns to these names; values that the file
+        overrides: Values that replace what the file assigns to these names; values that the file
             computes from them change accordingly.
     """
     try:

@@ -32,10 +32,10 @@ def draw(
     Args:
         show: 'text'; 'masked_text', which shows only the number of unsupervised tokens;
             'input_ids'; or 'labels' as passed to the loss.
-        tokenizer: decodes ids.
-        marks: put supervised tokens between « and », for output without colors. A loss weight other
+        tokenizer: Decodes ids.
+        marks: Put supervised tokens between « and », for output without colors. A loss weight other
             than 1 follows the tokens, such as ``(x0.5)``.
-        image_layout: how images are expanded to tokens; the tokens of an image are rendered as its
+        image_layout: How images are expanded to tokens; the tokens of an image are rendered as its
             name.
     """
     output, images = Text(), iter(sample.images)

@@ -36,8 +36,8 @@ def other_kind(rows: Sequence[Row], unread: Sequence[str]) -> str:
     otherwise empty.
 
     Args:
-        rows: the first rows of the file.
-        unread: columns that the format does not read.
+        rows: The first rows of the file.
+        unread: Columns that the format does not read.
     """
     if all(column in unread for column in _BOTH):
         return (
@@ -62,7 +62,7 @@ def encoded_already(columns: Sequence[str]) -> str:
     if "input_ids" not in columns:
         return ""
     return (
-        "the column 'input_ids' holds token ids, of a tokenizer that the file does not name; give "
+        "the column 'input_ids' holds token ids of an unknown tokenizer; give "
         "the text or messages from which they were made"
     )
 
@@ -77,9 +77,9 @@ def notes(format: Format, rows: Sequence[Row], unread: Sequence[str]) -> Iterato
         yield f"the key{'s' * several} {_quoted(keys)} of turns {_are(several)} not read"
     text = "\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in rows)
     if found := _MEDIA_TOKEN.search(text):
-        yield f"{found[0]} in a text is trained on as text; xtuner does not read {found[1]}"
+        yield f"{found[0]} in a text is trained on as plain text; xtuner does not read {found[1]}"
     if found := _BLANKS.search(text):
-        yield f"{found[0]} in a text is trained on literally; nothing replaces it"
+        yield f"{found[0]} in a text is not replaced by anything, and is trained on literally"
 
 
 def _unread_keys(format: Format, rows: Sequence[Row]) -> Iterator[str]:

@@ -35,9 +35,9 @@ class Encoding:
     Args:
         settings: `algorithm`, its options, `tool_call_errors`, `thoughts` and `dataset_num_proc`
             are used.
-        template, tokenizer, algorithm, image_layout, vocab_size: see `Encoder`.
-        folder: where relative paths are looked up first.
-        quiet: show no progress.
+        template, tokenizer, algorithm, image_layout, vocab_size: See `Encoder`.
+        folder: Where relative paths are looked up first.
+        quiet: Show no progress.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ _NO_IMAGES = "are present, but the model does not take images; set visual_encode
 
 class EncodedRow(NamedTuple):
     """An encoded row: its sequences, the images of each, and what is wrong with its calls if it is
-    used all the same."""
+    used nevertheless."""
 
     parts: list[Encoded]
     images: tuple[tuple[ImageRef, ...], ...]
@@ -36,13 +36,13 @@ class Encoder:
     """Encodes the rows of a source.
 
     Attributes:
-        formats: the format of each file of the source.
-        template: renders conversations.
-        tokenizer: of the trained model; encodes plain text.
-        algorithm: defines the accepted records and their sequences.
-        image_layout: how images are expanded to tokens; None for a model without a vision tower.
-        vocab_size: rows with token ids from here on cannot be used; None if there are none.
-        calls: what happens to wrong tool calls and to thoughts.
+        formats: The format of each file of the source.
+        template: Renders conversations.
+        tokenizer: The tokenizer of the trained model; encodes plain text.
+        algorithm: Defines the accepted records and their sequences.
+        image_layout: How images are expanded to tokens; None for a model without a vision tower.
+        vocab_size: Rows with token ids from here on cannot be used; None if there are none.
+        calls: What happens to wrong tool calls and to thoughts.
     """
 
     formats: Sequence[Format]

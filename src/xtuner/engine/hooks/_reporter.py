@@ -29,7 +29,7 @@ class Reporter(BaseHook):
         self._failed = False
 
     def wanted(self, run: Run) -> bool:
-        """If `report_to` names the tracker."""
+        """Whether `report_to` names the tracker."""
         return self.package in run.settings.report_to
 
     def on_start(self, run: Run) -> None:

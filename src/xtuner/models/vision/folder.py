@@ -110,7 +110,7 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
 
 
 def other_parts(folder: Path) -> list[str]:
-    """The parts beside the projector in `folder`, which `load_projector` leaves out."""
+    """The parts other than the projector in `folder`, which `load_projector` leaves out."""
     if old_pth.is_old(folder):
         return [name for name in old_pth.part_names(folder) if name != PROJECTOR]
     names = (LLM, LLM_ADAPTER, ENCODER, ENCODER_ADAPTER)

@@ -81,7 +81,7 @@ class Sources:
             ConfigError: `visual_encoder` is given, but `parts` contains a trained one.
         """
         info = RunInfo.read(parts)
-        said = dict(info.settings) if info else {}
+        settings = dict(info.settings) if info else {}
         own_llm = parts / layout.LLM
         own_llm = parts if not own_llm.is_dir() and (parts / "config.json").is_file() else own_llm
         if own_llm.is_dir():
@@ -113,8 +113,8 @@ class Sources:
             llm,
             parts,
             encoder,
-            int(said.get("visual_select_layer", -2)),
-            bool(said.get("pad_image_to_square", True)),
+            int(settings.get("visual_select_layer", -2)),
+            bool(settings.get("pad_image_to_square", True)),
             adapter if adapter.is_dir() else None,
         )
 

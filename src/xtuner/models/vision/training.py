@@ -116,7 +116,7 @@ def make(
 
     Args:
         llm: The language model, or a PeftModel around it.
-        image_token_id: the token ``<image>``.
+        image_token_id: The token ``<image>``.
         dtype: The dtype of the computation and of frozen weights.
         source: The checkpoint to resume from.
         projector: The projector to start from if there is no `source`.
