@@ -244,12 +244,7 @@ def _can_be_summed_alone(gradient: Tensor) -> bool:
 
 
 def _sum_bucket(gradients: list[Tensor]) -> None:
-    types = {gradient.dtype for gradient in gradients}
-    wide = torch.float64 if torch.float64 in types else torch.float32
-    if len(gradients) == 1 and wide in types and gradients[0].is_contiguous():
-        with waiting("the sum of gradients"):
-            dist.all_reduce(gradients[0])
-        return
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
     flat = torch.cat([g.reshape(-1).to(wide) for g in gradients])
     with waiting("the sum of gradients"):
         dist.all_reduce(flat)
