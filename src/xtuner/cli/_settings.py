@@ -91,22 +91,18 @@ def load_any(
     text = ""
     if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
-    if not (origin := foreign.origin(text, path.suffix)):
-        return load(
-            config,
-            overrides=overrides,
-            trust_remote_code=trust_remote_code,
-            trust_code=trust_code,
-        )
-    from xtuner.migrate import file
+    if origin := foreign.origin(text, path.suffix):
+        from xtuner.migrate import file
 
-    draft = file.read(path)
-    if draft.not_yet or draft.refused:
-        raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
-    if draft.files and reads_data:
-        raise ConfigError(foreign.offer(config, origin))
-    loaded = load_settings(draft.values, overrides=overrides or ())
-    loaded = replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
+        draft = file.read(path)
+        if draft.not_yet or draft.refused:
+            raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
+        if draft.files and reads_data:
+            raise ConfigError(foreign.offer(config, origin))
+        loaded = load_settings(draft.values, overrides=overrides or ())
+        loaded = replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
+    else:
+        loaded = load_settings(config, overrides=overrides or ())
     return _checked(
         loaded, overrides or (), trust_remote_code=trust_remote_code, trust_code=trust_code
     )

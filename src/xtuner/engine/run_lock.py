@@ -34,7 +34,6 @@ def hold(
     """Hold the lock of `work_dir`, which is created if necessary.
 
     Args:
-        work_dir: The run's work dir.
         needed: False does nothing; only one process of a run holds the lock.
         wait: Wait while another run holds the lock, and print which one. Of several runs that
             wait, one gets the lock; the others wait for it in turn.

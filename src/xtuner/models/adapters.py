@@ -53,9 +53,7 @@ def add_adapter(
 
     Args:
         model: A transformers causal language model, quantized or not.
-        r: The rank.
         alpha: The adapters' output is scaled by ``alpha / r``.
-        dropout: Dropout probability of the adapters' inputs.
         target_modules: Names of layers, or 'all-linear' (all except the output head, those in
             `OUTSIDE_PEFT` and `unsuitable` ones).
         modules_to_save: Names of layers that are trained in full.
@@ -78,23 +76,20 @@ def add_adapter(
     targets = list(target_modules)
     if all_linear and _by_layer(further):  # which PEFT combines with names only
         targets = _linear_names(model)
-    try:
-        config = LoraConfig(
-            r=r,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-            exclude_modules=outside or None,
-            modules_to_save=list(modules_to_save) or None,
-            task_type=task_type,
-            **(further or {}),
-        )
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"lora_config = {dict(further or {})}: {error}") from error
-    config._register_custom_module(layer_classes())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
+            config = LoraConfig(
+                r=r,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules="all-linear" if targets == ["all-linear"] else targets,
+                exclude_modules=outside or None,
+                modules_to_save=list(modules_to_save) or None,
+                task_type=task_type,
+                **(further or {}),
+            )
+            config._register_custom_module(layer_classes())
             adapted = get_peft_model(model, config)
         except (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
             if not further:
@@ -257,7 +252,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     Args:
         model: A causal language model, or a result of this function, which gets another adapter.
             Its embeddings get as many rows as the adapter was trained with.
-        folder: The adapter's folder.
         name: The name by which `set_adapter` selects it.
 
     Raises:
@@ -266,16 +260,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     from peft import PeftModel
 
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        found = (
-            ", ".join(sorted(p.name for p in folder.glob("*")))
-            if folder.is_dir()
-            else "no such folder"
-        )
-        raise ModelError(
-            f"{folder}: is not an adapter: it lacks adapter_config.json (found: "
-            f"{found or 'nothing'})"
-        )
     read_adapter_config(folder)
     fit_to_adapter(model, folder)
     try:

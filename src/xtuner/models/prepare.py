@@ -38,7 +38,6 @@ def make_trainable(
     """Load the language model of a run and prepare it for training.
 
     Args:
-        s: The run's settings.
         dtype: The dtype of the computation and of frozen weights.
         device: The model's device; for a meta model, the device it would have.
         recompute: Recompute activations in the backward pass instead of keeping them.

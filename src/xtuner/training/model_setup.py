@@ -38,14 +38,10 @@ def make_model(
     """Load and prepare the model, and verify that packed samples stay apart.
 
     Args:
-        s: The run's settings.
-        plan: The memory plan.
-        processes: The processes of the run.
         dtype: The dtype of the computation.
         vision: The parts of an image model; None for text.
         weights: A folder whose weights replace those of the base model.
         packing_asked: The user set `pack_to_max_length = True`.
-        console: For notes.
 
     Raises:
         ModelError: The model cannot be loaded or trained.
@@ -96,9 +92,6 @@ def hand_over(
     Args:
         model: The model on the device of this process.
         strategy: A new strategy.
-        s: The run's settings.
-        plan: The memory plan.
-        console: For notes.
     """
 
     def make_optimizer(prepared: nn.Module) -> torch.optim.Optimizer:

@@ -31,7 +31,6 @@ def check_run(settings: Settings, *, folder: Path | None = None) -> None:
     """Check what a run needs besides data; all problems are reported together.
 
     Args:
-        settings: The settings.
         folder: The folder of the settings file, where custom hooks are looked up first.
 
     Raises:

@@ -14,8 +14,9 @@ import yaml
 
 from xtuner.engine.sharing import shareable
 from xtuner.engine.training_state import STATE_FILE
-from xtuner.errors import ConfigError, LaunchError
+from xtuner.errors import ConfigError, LaunchError, message_of
 from xtuner.hub import fetch
+from xtuner.hub.json_files import write_object
 from xtuner.models import manifest
 from xtuner.models.run_info import FILE_NAME as RUN_FILE
 
@@ -96,8 +97,7 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
 
 def _reason(error: BaseException) -> str:
     """`error` and what caused it in one line, without the signatures in addresses."""
-    text = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1", str(error))
-    line = " ".join(text.split()).rstrip(".") or type(error).__name__
+    line = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1", message_of(error)).rstrip(".")
     return f"{line}: {_reason(error.__cause__)}" if error.__cause__ else line
 
 
@@ -115,7 +115,7 @@ def stage(checkpoint: Path, target: Path) -> None:
         base = config["base_model_name_or_path"] = public_name(
             str(config.get("base_model_name_or_path") or "")
         )
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_object(file, config)
     if (file := target / RUN_FILE).is_file():
         info: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
         base = info["base_model"] = public_name(str(info.get("base_model") or ""))

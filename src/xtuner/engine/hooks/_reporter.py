@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.sharing import shareable
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, message_of
 
 
 class Reporter(BaseHook):
@@ -88,7 +88,6 @@ class Reporter(BaseHook):
             run.console.print(
                 f"Note: {self.package} could not {what}; it receives no more numbers from this "
                 f"run: "
-                f"{' '.join(str(error).split()) or type(error).__name__}. They are in "
-                f"scalars.jsonl.",
+                f"{message_of(error)}. They are in scalars.jsonl.",
                 markup=False,
             )
