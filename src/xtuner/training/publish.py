@@ -33,10 +33,10 @@ def check_target(repo: str) -> None:
     """
     if not _REPO.fullmatch(repo):
         raise ConfigError(f"push_to_hub = {repo!r}: must be 'owner/name' on the hub")
-    from huggingface_hub import HfApi, get_token, is_offline_mode
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import build_hf_headers, get_session
 
-    if is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise ConfigError(
             f"push_to_hub = {repo!r}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it"
         )
@@ -46,15 +46,15 @@ def check_target(repo: str) -> None:
             "or set HF_TOKEN"
         )
     try:
-        HfApi().whoami()
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
-            raise ConfigError(
-                f"push_to_hub = {repo!r}: the hub does not accept the access token; run `hf auth "
-                "login` or set HF_TOKEN to a valid one that may write"
-            ) from error
+        address, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers()
+        reply = get_session().get(address, headers=headers, timeout=fetch.HUB_TIMEOUT)
     except Exception:  # no network now; there may be one at the end of the run
         return
+    if reply.status_code in (401, 403):
+        raise ConfigError(
+            f"push_to_hub = {repo!r}: the hub does not accept the access token; run `hf auth "
+            "login` or set HF_TOKEN to a valid one that may write"
+        )
 
 
 def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
