@@ -8,7 +8,9 @@ import typer
 
 
 def command(
-    key: Annotated[str, typer.Argument(help="A setting; omit it to list all settings.")] = "",
+    key: Annotated[
+        str, typer.Argument(metavar="SETTING", help="A setting; omit it to list all settings.")
+    ] = "",
 ) -> None:
     """Describe a setting, or list all settings."""
     from xtuner.config import explain

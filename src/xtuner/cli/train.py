@@ -18,7 +18,12 @@ from xtuner.parallel.cluster import Cluster, is_first_process
 
 def command(
     config: _settings.Config,
-    work_dir: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results. Default: the setting work_dir, otherwise work_dirs/NAME."
+        ),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -110,7 +115,7 @@ def command(
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
     again += ["--trust-code"] if trust_code else []
     with heartbeat(on=not sys.stdout.isatty() and is_first_process()):
-        _train(loaded, work_dir, resume=resume, overwrite=overwrite, again=again)
+        _train(loaded, work_dir, resume=resume, overwrite=overwrite, wait=wait, again=again)
     if old is not None:
         _keep(old, folder)
 
@@ -121,6 +126,7 @@ def _train(
     *,
     resume: str | None,
     overwrite: bool,
+    wait: bool,
     again: list[str],
 ) -> None:
     """Train in this process; `again` is the command to continue after an interruption."""
@@ -128,7 +134,7 @@ def _train(
     from xtuner.training.run import train
 
     try:
-        train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
+        train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite, wait=wait)
     except Interrupted as stopped:
         command = [*again, *(["--resume"] if stopped.can_resume else [])]
         print(f"\n{stopped} Continue with:\n  {shlex.join(command)}", file=sys.stderr)
@@ -177,7 +183,7 @@ def _set_up(loaded: LoadedSettings) -> None:
 
 
 def _as_overrides(device: str | None, strategy: str | None, deepspeed: str | None) -> list[str]:
-    """The options that are short for ``--set``."""
+    """The options that are shorthand for ``--set``."""
     chosen = _strategy.chosen(strategy, deepspeed)
     given = {"device": device, "strategy": chosen or None}
     return [f"{name}={value}" for name, value in given.items() if value is not None]

@@ -43,10 +43,10 @@ class Footprint:
         parameters: Number of all parameters.
         width: Width of the hidden states.
         embedding: Bytes of the input embedding, part of `weights`, if it can stay on the CPU.
-        unit: bytes of the largest weights that are gathered together where they are divided: of a
-            layer, the embedding or the output head.
+        unit: Bytes of the largest unit of weights that is gathered at once if weights are sharded:
+            a layer, the embedding or the output head.
         shared: Bytes of weights that several modules share, such as tied embeddings. They are in no
-            unit: where weights are divided, they are gathered for the whole pass.
+            unit, and are gathered for the whole pass if weights are sharded.
     """
 
     weights: int
@@ -186,9 +186,7 @@ class _Measured:
         text = self.config.get_text_config()
         chunk = getattr(text, "chunk_size", None) or getattr(text, "mamba_chunk_size", None)
         if not isinstance(chunk, int):
-            chunk = (
-                64 if hasattr(text, "linear_key_head_dim") else 8
-            )  # 64 is hard-coded in these models
+            chunk = 64 if hasattr(text, "linear_key_head_dim") else 8  # hard-coded in these models
         return chunk, 2 * chunk
 
     def _reads_four_bits(self, model: nn.Module) -> bool:
@@ -201,9 +199,8 @@ class _Measured:
         kernels = kernels_for(torch.empty(0, dtype=self.dtype))
         if kernels is None or not kernels.multiplies(s.lora_r):
             return False
-        if list(s.lora_target_modules) != ["all-linear"]:
-            return False
-        return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
+        all_linear = list(s.lora_target_modules) == ["all-linear"]
+        return all_linear and all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -89,7 +89,7 @@ def loss_note(
     Args:
         loss: The mean over their supervised tokens, before the first step.
         samples: The samples on which it was measured.
-        decode: token ids to text.
+        decode: Token ids to text.
     """
     ids = [token for sample in samples for token in _supervised(sample)]
     size = len(decode(ids).encode())

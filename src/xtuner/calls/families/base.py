@@ -27,9 +27,9 @@ class Found:
     """A call, or text that should have been one.
 
     Attributes:
-        call: the call; None if there is none.
-        text: the text of the section as written.
-        problem: why it is no call; empty if it is one.
+        call: The call; None if there is none.
+        text: The text of the section as written.
+        problem: Why it is not a call; empty if it is one.
     """
 
     call: Mapping[str, Any] | None
@@ -52,11 +52,11 @@ class Family(Protocol):
     """How one family of models writes calls.
 
     Attributes:
-        name: its row in the table.
-        opens: strings that open a section of calls.
-        markers: strings that are tokens of their own; special tokens among them are kept when an
+        name: Its row in the table.
+        opens: Strings that open a section of calls.
+        markers: Strings that are tokens of their own; special tokens among them are kept when an
             answer is decoded.
-        only_at_start: a section can begin only where the answer does.
+        only_at_start: A section can begin only where the answer does.
     """
 
     @property
@@ -76,12 +76,12 @@ class Family(Protocol):
         """Read the section that `text` begins with.
 
         Returns:
-            None while it is not complete; a section that ends at 0 if it is no section after all.
+            None while it is incomplete; a section that ends at 0 if it turns out not to be one.
         """
         ...
 
     def ended(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
-        """Read a section whose text does not go on; None if it is cut off."""
+        """Read a section at the end of the text; None if it is cut off."""
         ...
 
 
@@ -91,8 +91,8 @@ class Parser:
     Text that may open a section is held back until this is decided.
 
     Args:
-        family: how the model writes calls.
-        tools: the tools of the conversation; some families tell types and names by them.
+        family: How the model writes calls.
+        tools: The tools of the conversation; some families need them to recognize types and names.
     """
 
     def __init__(self, family: Family, tools: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -190,12 +190,12 @@ def parse(
     """The text and the calls of a complete answer."""
     parser = Parser(family, tools)
     events = [*parser.add(text), *parser.finish()]
-    said = "".join(event.text for event in events if isinstance(event, Said))
-    return said, [event for event in events if isinstance(event, Found)]
+    plain = "".join(event.text for event in events if isinstance(event, Said))
+    return plain, [event for event in events if isinstance(event, Found)]
 
 
 def as_found(value: Any, text: str) -> Found:
-    """A parsed JSON value as a call, or why it is none."""
+    """A parsed JSON value as a call, or why it is not one."""
     try:
         call = read_call(value)
     except CallFormatError as error:

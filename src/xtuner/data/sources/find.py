@@ -65,7 +65,7 @@ def find(entry: str, *, folder: Path, split: str = "train", local: bool = False)
     With `local` a name on the hub is not looked up, and has no files.
 
     Raises:
-        DataError: it exists neither locally nor on the hub, or is a folder without data files.
+        DataError: It exists neither locally nor on the hub, or is a folder without data files.
     """
     candidates = list(
         dict.fromkeys((folder / Path(entry).expanduser(), Path.cwd() / Path(entry).expanduser()))
@@ -103,11 +103,8 @@ def below(name: str, root: str | None, folder: Path) -> str:
 def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
     found = False
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and not _is_of_a_run(Path(parent, name))
-        )
+        skipped = {n for n in folders if n.startswith(".") or _is_of_a_run(Path(parent, n))}
+        folders[:] = sorted({*folders} - skipped)
         for name in sorted(files):
             path = Path(parent, name)
             if not name.startswith(".") and data_suffix(path) in SUFFIXES:
@@ -120,7 +117,7 @@ def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
 
 
 def _is_of_a_run(folder: Path) -> bool:
-    """Whether a run wrote `folder`, a work dir or a checkpoint: its reports are no data."""
+    """Whether a run wrote `folder`, a work dir or a checkpoint: its reports are not data."""
     return any((folder / name).is_file() for name in _OF_A_RUN)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.sharing import shareable
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, message_of
 
 
 class Reporter(BaseHook):
@@ -29,7 +29,7 @@ class Reporter(BaseHook):
         self._failed = False
 
     def wanted(self, run: Run) -> bool:
-        """If `report_to` names the tracker."""
+        """Whether `report_to` names the tracker."""
         return self.package in run.settings.report_to
 
     def on_start(self, run: Run) -> None:
@@ -88,7 +88,6 @@ class Reporter(BaseHook):
             run.console.print(
                 f"Note: {self.package} could not {what}; it receives no more numbers from this "
                 f"run: "
-                f"{' '.join(str(error).split()) or type(error).__name__}. They are in "
-                f"scalars.jsonl.",
+                f"{message_of(error)}. They are in scalars.jsonl.",
                 markup=False,
             )

@@ -92,7 +92,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         self.model = self.engine
         self.optimizer = self.zero = self.engine.optimizer
         if self.config.stage == 3:
-            _gather_whole_units(model)
+            _gather_units(model)
         self._state = ZeroState(
             self.zero,
             self._groups,
@@ -174,7 +174,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         trained = self._groups.parameters
         counts = self.processes.sum([float(p.grad is not None) for p in trained])
         if not any(counts):
-            self._pending = False  # nothing that is trained took part in the step
+            self._pending = False  # the step used no trained weight
             return
         for parameter, count in zip(trained, counts, strict=True):
             if count and parameter.grad is None:
@@ -236,7 +236,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         super().close()
 
 
-def _gather_whole_units(model: nn.Module) -> None:
+def _gather_units(model: nn.Module) -> None:
     """Have stage 3 gather all weights of a unit before it computes and keep them until it has.
 
     DeepSpeed gathers a module's weights when the module is called, but fused layers read weights of

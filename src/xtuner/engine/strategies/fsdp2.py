@@ -94,8 +94,8 @@ class Strategy(ShardedStrategy):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce_gradients(self) -> None:
-        """Every backward pass does; here gradients of an image that counts nothing are discarded,
-        where no process had another one in the step."""
+        """Discard gradients of dummy images if no process had an image in the step; all others
+        are reduced in the backward pass."""
         if not getattr(self.model, "always_embeds", False) or self._saw_images(self.model):
             return
         for parameter in self.model.embedder.weights():
