@@ -21,6 +21,7 @@ from xtuner.kernels.fused import attention, decoder, norm_mlp
 from xtuner.models import adapters, vocabulary
 from xtuner.models.can_pack import training_implementation
 from xtuner.models.load import lasting_name, load_model
+from xtuner.models.text_path import freeze_outside_text
 from xtuner.models.vision.folder import LLM, LLM_ADAPTER
 
 
@@ -63,6 +64,8 @@ def make_trainable(
         decoder.install(model, check=not on_meta)
     if s.llm_training == "frozen":
         model.requires_grad_(False)
+    elif s.llm_training == "full":
+        freeze_outside_text(model)
     if recompute:
         _recompute(model, s)
     if not s.uses_adapter:

@@ -18,6 +18,7 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.facts import facts_of
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
+from xtuner.models.text_path import note_on_frozen
 from xtuner.parallel.processes import Processes
 from xtuner.training.holdings import holdings
 from xtuner.training.vision import RunVision
@@ -68,6 +69,8 @@ def make_model(
         console.print(f"Note: {vocabulary.growth(model.causal, facts_of(s).vocab_size)}.")
     for note in notes_on_adapters(llm) if s.uses_adapter else ():
         console.print(f"Note: {note}.", markup=False)
+    if s.llm_training == "full" and (frozen := note_on_frozen(llm)):
+        console.print(f"Note: {frozen}.", markup=False)
     for line in vision.trained() if vision else ():
         console.print(line, markup=False)
     if s.neftune_noise_alpha is not None:

@@ -58,6 +58,7 @@ def train(
     work_dir: Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
+    wait: bool = False,
 ) -> TrainResult:
     """Train with the settings `loaded`.
 
@@ -66,6 +67,7 @@ def train(
         work_dir: Overrides the setting.
         resume: 'last' or the name of a checkpoint in the work dir; None starts a new run.
         overwrite: Delete the checkpoints of an earlier run in the work dir.
+        wait: Wait while another run holds the work dir; False is an error then.
 
     Raises:
         XTunerError: A problem that the user can fix.
@@ -81,7 +83,8 @@ def train(
     )
     try:
         folder = loaded.work_dir(work_dir)
-        with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
+        lock = run_lock.hold(folder, needed=processes.is_main, wait=wait)
+        with without_cudnn(processes.device), lock:
             check_shared(processes, folder)
             result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:
