@@ -52,9 +52,8 @@ def fold(value: Any, *, width: int = _WIDTH - len(_INDENT), key: str = "") -> li
     if _columns(line) < width or not value or not isinstance(value, list | Mapping):
         return [line]
     inner = width - len(_INDENT)
-    is_object = isinstance(value, Mapping)
-    opening, closing = "{}" if is_object else "[]"
-    pairs = value.items() if is_object else (("", item) for item in value)
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    pairs = value.items() if isinstance(value, Mapping) else [("", item) for item in value]
     parts = [fold(item, width=inner, key=k) for k, item in pairs]
     for part in parts[:-1]:
         part[-1] += ","
