@@ -198,7 +198,7 @@ def test_a_resume_needs_no_projector_to_start_from(workshop, capsys):
 )
 def test_grouping_without_effect_is_noted(workshop, capsys, changes, idle):
     assert train(*changes, "max_steps=1", "group_by_modality=True") == 0
-    assert ("without effect here: group_by_modality" in said(capsys)) is idle
+    assert ("without effect in this run: group_by_modality" in said(capsys)) is idle
 
 
 @pytest.mark.parametrize(

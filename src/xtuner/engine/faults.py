@@ -53,4 +53,4 @@ def out_of_memory(step: int, *, tokens: int, note: str, saved: bool, advice: str
         advice: What to change.
     """
     resume = "Checkpoints are intact; continue with --resume. " if saved else ""
-    return f"step {step}: out of memory, with {tokens:,} tokens at once. {note}{resume}{advice}"
+    return f"step {step}: out of memory with a row of {tokens:,} tokens. {note}{resume}{advice}"

@@ -290,7 +290,7 @@ class Trainer:
             except LaunchError as error:
                 note = f"The last step is lost: {error} "
         elif not alone:
-            note = f"Process {self.processes.rank} ran out; the run ends without saving. "
+            note = f"Process {self.processes.rank} ran out of memory; the run ends without saving. "
         text = faults.out_of_memory(
             self.run.step + 1,
             tokens=max((batch.num_tokens for batch in group), default=0),
