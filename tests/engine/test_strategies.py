@@ -72,7 +72,7 @@ def test_every_file_is_a_strategy_that_returns_what_it_took(name):
     assert torch.equal(weights_of(straight)["weight"], weights_of(resumed)["weight"])
     before = weights_of(straight)["weight"]
     straight.zero_grad()
-    straight.backward(torch.ones(()), last=True)  # of nothing that is trained
+    straight.backward(torch.ones(()), last=True)  # depends on no trained weight
     straight.step()
     assert torch.equal(weights_of(straight)["weight"], before)
 
@@ -179,7 +179,7 @@ def test_adagrad_is_refused_where_its_weight_decay_would_be_lost():
 
 
 def adapted_model(folder, quantization, *, recompute):
-    """Layers wide enough for fused LoRA and, with quantization, whole blocks of 4-bit weights."""
+    """Layers wide enough for fused LoRA and, with quantization, full blocks of 4-bit weights."""
     s = settings(tuning="qlora" if quantization else "lora", lora_r=8)
     s = s.model_copy(update={"pretrained_model_name_or_path": str(folder)})
     model = make_trainable(s, dtype=torch.bfloat16, device="cpu", recompute=recompute)
