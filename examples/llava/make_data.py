@@ -58,7 +58,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def draw_image(scene: Scene, images: dict[int, Any], rng: random.Random) -> np.ndarray:
-    """Draw a scene ``[SIDE, SIDE, 3]`` with a sample of every digit, slightly shifted and scaled."""
+    """Draw a scene ``[SIDE, SIDE, 3]`` with a sample of every digit, slightly moved and scaled."""
     canvas = np.full((SIDE, SIDE, 3), rng.randint(0, 40), dtype=np.float32)
     for digit, colour, place in scene:
         alpha = rng.choice(rng.choice(images[digit]))
