@@ -14,7 +14,7 @@ from xtuner.data.sources.rows import RawRow, Unit
 from xtuner.data.sources.saved import saved_files
 from xtuner.errors import DataError, did_you_mean
 
-_OF_A_RUN = ("run.lock", "last_checkpoint", "run.yaml")
+_RUN_FILES = ("run.lock", "last_checkpoint", "run.yaml")
 """Files of a work dir or a checkpoint."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -106,7 +106,7 @@ def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and not _is_of_a_run(Path(parent, name))
+            if not name.startswith(".") and not _is_run_folder(Path(parent, name))
         )
         for name in sorted(files):
             path = Path(parent, name)
@@ -119,9 +119,9 @@ def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
         )
 
 
-def _is_of_a_run(folder: Path) -> bool:
+def _is_run_folder(folder: Path) -> bool:
     """Whether a run wrote `folder`, a work dir or a checkpoint: its reports are not data."""
-    return any((folder / name).is_file() for name in _OF_A_RUN)
+    return any((folder / name).is_file() for name in _RUN_FILES)
 
 
 def _refuse_missing_path(entry: str, candidates: list[Path]) -> None:

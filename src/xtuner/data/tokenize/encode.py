@@ -83,7 +83,7 @@ class Encoding:
         if self._image_layout is None:
             return True
         try:
-            return not any(self._image_layout.is_sound(name) for name in store.bad_files())
+            return not any(self._image_layout.is_usable(name) for name in store.bad_files())
         except (OSError, ValueError):
             return False
 
