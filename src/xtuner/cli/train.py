@@ -164,7 +164,7 @@ def _check(loaded: LoadedSettings, world_size: int) -> None:
 
 
 def _check_folder(folder: Path, *, continues: bool) -> None:
-    """Check that no other run uses the work dir, and that it is empty unless the run `continues`."""
+    """Check that no other run uses the work dir, and that it is empty unless `continues`."""
     from xtuner.engine.earlier_run import refuse_earlier_run
     from xtuner.engine.run_lock import refuse_if_held
 
