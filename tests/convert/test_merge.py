@@ -56,7 +56,7 @@ UNTIED = {
 def test_by_shard_equals_peft_in_float32(config, tiny_model_path, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", tiny_model_path, config=config)
     report, _ = quiet_merge(tiny_model_path, adapter, tmp_path / "merged")
-    assert report.how == "by shard" and report.relative < 1e-5
+    assert report.how == "shard by shard" and report.relative < 1e-5
     adapted = load_adapter(load_model(tiny_model_path, dtype=torch.float32), adapter)
     expected = adapted.merge_and_unload().state_dict()
     found = Weights.of_model(tmp_path / "merged")
@@ -75,7 +75,7 @@ TIED = {
 
 
 @pytest.mark.filterwarnings("ignore:.*tie")
-@pytest.mark.parametrize("in_memory", [False, True], ids=["by shard", "in memory"])
+@pytest.mark.parametrize("in_memory", [False, True], ids=["shard by shard", "in memory"])
 @pytest.mark.parametrize("case", TIED)
 def test_tied_embeddings_part_only_if_the_adapter_changes_them(case, in_memory, tmp_path):
     """PEFT by itself would also merge the adapter of the head into the embedding."""
@@ -85,7 +85,7 @@ def test_tied_embeddings_part_only_if_the_adapter_changes_them(case, in_memory, 
     if in_memory:
         without_safetensors(base)
     report, _ = quiet_merge(base, adapter, tmp_path / "merged")
-    assert report.how == ("in memory" if in_memory else "by shard")
+    assert report.how == ("in memory" if in_memory else "shard by shard")
     expected = logits(load_adapter(load_model(base, dtype=torch.float32), adapter))
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     assert close(logits(merged), expected)

@@ -42,7 +42,7 @@ def test_merged_equals_quantised_base_and_adapter(tmp_path, kind, given, width):
     RunInfo(kind="adapter", base_model=str(base), settings=settings).write(run)
     out = tmp_path / "merged"
     report = merge(base, tmp_path / given, out, dtype="float32", log=lambda line: None)
-    assert report.how == "by shard" and report.relative < 1e-4
+    assert report.how == "shard by shard" and report.relative < 1e-4
 
     def logits(model):
         with torch.no_grad():

@@ -18,6 +18,6 @@ def refuse_earlier_run(work_dir: Path) -> None:
              if (name := _NAME.match(path.name)) and path.is_dir()]  # fmt: skip
     if found:
         raise CheckpointError(
-            f"{work_dir} holds {max(found)[1].name} of an earlier run. Add --resume to continue "
+            f"{work_dir} contains {max(found)[1].name} of an earlier run. Add --resume to continue "
             "it, --work-dir DIR to use another folder, or --overwrite to delete it and start again."
         )
