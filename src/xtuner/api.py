@@ -73,6 +73,7 @@ def train(
     work_dir: str | Path | None = None,
     resume: bool | str = False,
     overwrite: bool = False,
+    wait: bool = False,
     **overrides: Any,
 ) -> TrainResult:
     """Train a model.
@@ -86,6 +87,7 @@ def train(
         work_dir: Folder of the results; overrides the setting.
         resume: True continues from the newest checkpoint in the work dir, 'iter_N' from that one.
         overwrite: Delete the checkpoints of an earlier run in the work dir.
+        wait: Wait while another run writes to the work dir; False is an error then.
         overrides: Settings that replace those of `config`.
 
     Raises:
@@ -116,7 +118,7 @@ def train(
     which = "last" if resume is True else resume or None
     with _only_training(), _process_restored():
         try:
-            return run.train(loaded, work_dir=folder, resume=which, overwrite=overwrite)
+            return run.train(loaded, work_dir=folder, resume=which, overwrite=overwrite, wait=wait)
         except Interrupted as stopped:
             raise TrainInterrupted(str(stopped), _result(folder)) from None
 

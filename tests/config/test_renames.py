@@ -49,6 +49,7 @@ def test_advice_names_settings_that_exist(name):
 
 
 def test_every_argument_of_transformers_is_known():
+    pytest.importorskip("torch")  # absent in `make test-python`
     """The fields are read from the source: importing the module takes many seconds."""
     folder = importlib.util.find_spec("transformers").submodule_search_locations[0]
     tree = ast.parse(Path(folder, "training_args.py").read_text(encoding="utf-8"))

@@ -19,7 +19,6 @@ def of_run(settings: Settings, *, folder: Path) -> BaseAlgorithm:
     """Create the algorithm of a run.
 
     Args:
-        settings: The settings of the run.
         folder: Where a user's file is looked up first.
 
     Raises:

@@ -9,7 +9,6 @@ from typing import Any
 from xtuner.calls.scan import loads
 from xtuner.calls.schema import type_name
 
-Tool = Mapping[str, Any]
 Call = Mapping[str, Any]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from xtuner import plugins
+from xtuner.cli import _complete
 from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, listed
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from xtuner.training.data_parts import DataParts
 
 Config: TypeAlias = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A settings file or the name of built-in settings.")
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A settings file or the name of built-in settings.",
+        autocompletion=_complete.configs,
+    ),
 ]
 Overrides: TypeAlias = Annotated[
     list[str] | None,
@@ -91,22 +97,18 @@ def load_any(
     text = ""
     if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
-    if not (origin := foreign.origin(text, path.suffix)):
-        return load(
-            config,
-            overrides=overrides,
-            trust_remote_code=trust_remote_code,
-            trust_code=trust_code,
-        )
-    from xtuner.migrate import file
+    if origin := foreign.origin(text, path.suffix):
+        from xtuner.migrate import file
 
-    draft = file.read(path)
-    if draft.not_yet or draft.refused:
-        raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
-    if draft.files and reads_data:
-        raise ConfigError(foreign.offer(config, origin))
-    loaded = load_settings(draft.values, overrides=overrides or ())
-    loaded = replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
+        draft = file.read(path)
+        if draft.not_yet or draft.refused:
+            raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
+        if draft.files and reads_data:
+            raise ConfigError(foreign.offer(config, origin))
+        loaded = load_settings(draft.values, overrides=overrides or ())
+        loaded = replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
+    else:
+        loaded = load_settings(config, overrides=overrides or ())
     return _checked(
         loaded, overrides or (), trust_remote_code=trust_remote_code, trust_code=trust_code
     )

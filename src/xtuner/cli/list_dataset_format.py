@@ -41,7 +41,6 @@ def fold(value: Any, *, width: int = _WIDTH - len(_INDENT), key: str = "") -> li
     """Format `value` as JSON lines; values that fit stay on one line, others are indented.
 
     Args:
-        value: The value.
         width: Available terminal columns.
         key: The key of `value`, printed before it.
     """

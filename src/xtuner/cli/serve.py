@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from xtuner.cli import _model
+from xtuner.cli._heartbeat import heartbeat
 
 
 def command(
@@ -76,26 +77,29 @@ def command(
     from xtuner.cli import _extras
 
     _extras.require("serve", "fastapi", "uvicorn")
-    from xtuner.serve import listen
-    from xtuner.serve.app import Defaults, make_app
-    from xtuner.serve.engine import Engine
-    from xtuner.serve.guard import ApiKey, Guard
-    from xtuner.serve.job import Limits
-    from xtuner.serve.models import open_models
+    typer.echo(f"Loading {model}...", err=True)
+    with heartbeat():
+        from xtuner.serve import listen
+        from xtuner.serve.app import Defaults, make_app
+        from xtuner.serve.engine import Engine
+        from xtuner.serve.guard import ApiKey, Guard
+        from xtuner.serve.job import Limits
+        from xtuner.serve.models import open_models
 
     _extras.check_address(address, secret=api_key, flag="--api-key KEY")
     socket = listen.bind(address, port)
-    models = open_models(
-        model,
-        adapter or (),
-        prompt_template=prompt_template,
-        system=system,
-        bits=bits,
-        device=device.value,
-        dtype=dtype.value,
-        trust_remote_code=trust_remote_code,
-        trust_code=trust_code,
-    )
+    with heartbeat():
+        models = open_models(
+            model,
+            adapter or (),
+            prompt_template=prompt_template,
+            system=system,
+            bits=bits,
+            device=device.value,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
+        )
     engine = Engine(Limits(max_batch, max_queue, max_seconds))
     app = Guard(
         make_app(models, engine, Defaults(max_tokens, temperature)),

@@ -115,7 +115,7 @@ def command(
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
     again += ["--trust-code"] if trust_code else []
     with heartbeat(on=not sys.stdout.isatty() and is_first_process()):
-        _train(loaded, work_dir, resume=resume, overwrite=overwrite, again=again)
+        _train(loaded, work_dir, resume=resume, overwrite=overwrite, wait=wait, again=again)
     if old is not None:
         _keep(old, folder)
 
@@ -126,6 +126,7 @@ def _train(
     *,
     resume: str | None,
     overwrite: bool,
+    wait: bool,
     again: list[str],
 ) -> None:
     """Train in this process; `again` is the command to continue after an interruption."""
@@ -133,7 +134,7 @@ def _train(
     from xtuner.training.run import train
 
     try:
-        train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
+        train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite, wait=wait)
     except Interrupted as stopped:
         command = [*again, *(["--resume"] if stopped.can_resume else [])]
         print(f"\n{stopped} Continue with:\n  {shlex.join(command)}", file=sys.stderr)

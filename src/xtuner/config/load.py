@@ -71,13 +71,10 @@ def load_settings(
     else:
         (values, problems), line = override_reader.read(overrides), OVERRIDE
     path = None if isinstance(config, Mapping) else _file(config)
-    if isinstance(config, Mapping):
-        name = "settings"
-        reading = Reading({key: Entry(value, BUILT_IN) for key, value in _plain(config).items()})
-    elif path is None:
-        name = str(config)
-        composed = catalog.compose(name)
-        reading = Reading({key: Entry(value, BUILT_IN) for key, value in composed.items()})
+    if path is None:
+        name = "settings" if isinstance(config, Mapping) else str(config)
+        given = _plain(config) if isinstance(config, Mapping) else catalog.compose(name)
+        reading = Reading({key: Entry(value, BUILT_IN) for key, value in given.items()})
     else:
         name = path.stem
         text = _text(path)

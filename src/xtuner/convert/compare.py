@@ -96,9 +96,6 @@ def compare(
     weights and of `merged`, in this order.
 
     Args:
-        llm: The base model.
-        adapter: The folder of the adapter.
-        merged: The folder of the merged model.
         dtype: The dtype of weights and computation of all models.
         stored: The number type of the files of `merged`.
         device: 'cpu' or 'cuda'.

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +38,6 @@ class NeedsModel(Exception):
     """The adapter cannot be merged file by file; the message says why."""
 
 
-class HasTensors(Protocol):
-    """Tensors by name."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor."""
-        ...
-
-
 @dataclass(frozen=True)
 class Change:
     """The change of one tensor.
@@ -65,11 +57,12 @@ class Change:
     scaling: float = 1.0
     transposed: bool = False
 
-    def apply(self, base: HasTensors, adapter: Weights, *, device: str) -> Tensor:
-        """The changed tensor, computed in float32; the caller casts it."""
+    def apply(self, base: Callable[[str], Tensor], adapter: Weights, *, device: str) -> Tensor:
+        """The changed tensor, computed in float32; the caller casts it. `base` reads a tensor of
+        the base model."""
         if self.replacement:
             return adapter[self.replacement]
-        weight = base[self.source]
+        weight = base(self.source)
         if not self.down:
             return weight
         down, up = (adapter[name].to(device, torch.float32) for name in (self.down, self.up))

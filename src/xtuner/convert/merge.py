@@ -222,18 +222,19 @@ class _Merge:
         self, draft: Path, base: Weights, adapter: Weights, plan: dict[str, Planned],
         changes: dict[str, lora.Change],
     ) -> None:  # fmt: skip
+        def weight(name: str) -> torch.Tensor:
+            """A weight of the base model, quantized and dequantized as in the training run."""
+            return self.rounding(base[name]) if self.rounding and name in rounded else base[name]
+
         def read(name: str) -> torch.Tensor:
             if name in changes:
-                return changes[name].apply(weights, adapter, device=self.device)
-            return weights[name]
+                return changes[name].apply(weight, adapter, device=self.device)
+            return weight(name)
 
-        weights: _Rounded | Weights = base
+        rounded: Collection[str] = ()
         if self.rounding:
-            config = located_config(self.source, trust_remote_code=self.trust_remote_code)
-            names = self.rounding.names(
-                meta_model(config, trust_remote_code=self.trust_remote_code)
-            )
-            weights = _Rounded(base, self.rounding, names)
+            trust: Any = {"trust_remote_code": self.trust_remote_code}
+            rounded = self.rounding.names(meta_model(located_config(self.source, **trust), **trust))
         write_shards(draft, plan, read, max_bytes=self.max_bytes, log=self.log)
         assert self.folder is not None
         write_config(self.folder, draft, dtype=main_dtype(plan), untie=lora.HEAD in changes)
@@ -331,17 +332,6 @@ class _Merge:
                 "--dtype float32 avoids this."
             )
         return found
-
-
-class _Rounded:
-    """The weights of a model, quantized and dequantized as in the training run."""
-
-    def __init__(self, base: Weights, rounding: Rounding, names: Collection[str]) -> None:
-        self._base, self._rounding, self._names = base, rounding, names
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._base[name]
-        return self._rounding(weight) if name in self._names else weight
 
 
 def _untie(model: Any, adapter: Weights) -> bool:

@@ -72,11 +72,10 @@ def check_free(target: Path) -> None:
 def copy_others(
     source: Path, draft: Path, *, only: Sequence[str] = ("*",), skip: Sequence[str] = ()
 ) -> None:
-    """Copy files of `source` and its subfolders to `draft`; existing files are kept.
+    """Copy files of `source` and its subfolders, except hidden ones, to `draft`; existing files are
+    kept.
 
     Args:
-        source: The source folder; hidden files and folders are skipped.
-        draft: The target folder.
         only, skip: Name patterns.
 
     Raises:

@@ -24,6 +24,7 @@ from xtuner.convert.weights import (
 )
 from xtuner.device.select import DTYPES
 from xtuner.errors import CheckpointError
+from xtuner.hub.json_files import write_object
 from xtuner.hub.links import refuse_links_out
 from xtuner.hub.weight_files import tensors_of
 from xtuner.models import manifest, original
@@ -131,7 +132,7 @@ def _restore_layers(folder: Path, info: RunInfo) -> None:
         return
     config, tensors = found
     save_file(tensors, str(file), metadata={"format": "pt"})
-    original.write_json(folder / "adapter_config.json", config)
+    write_object(folder / "adapter_config.json", config)
 
 
 def write_adapter(folder: Path, plan: Mapping[str, Planned], weights: Weights) -> None:

@@ -78,12 +78,8 @@ def build(
 
     Args:
         settings: The data settings and `seed` are used.
-        template: Renders conversations.
-        tokenizer: The tokenizer of the trained model.
+        template, tokenizer, algorithm, image_layout, vocab_size: See `Encoder`.
         folder: Where relative paths are looked up first, the folder of the settings file.
-        algorithm: Defines the accepted records and their sequences.
-        image_layout: How images are expanded to tokens; None for a model without a vision tower.
-        vocab_size: Rows with token ids from here on cannot be used; None if there are none.
         report_dir: Folder for data_report.json; None writes none.
         quiet: Show no progress.
 

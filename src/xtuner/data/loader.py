@@ -29,7 +29,6 @@ class Loader:
     """The batches of one rank, step by step.
 
     Args:
-        dataset: The packs.
         collate: Combines samples to a batch.
         batch_size: Packs per micro-batch.
         accumulative_counts: Micro-batches per step and rank.

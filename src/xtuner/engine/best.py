@@ -15,7 +15,6 @@ class BestMetric:
     """Tracks the best value of `best_metric`.
 
     Args:
-        settings: The run's settings.
         work_dir: Holds the file `best_checkpoint`, from which a resumed run reads the best value.
         processes: The process group; all ranks make the same decision.
 

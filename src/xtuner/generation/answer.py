@@ -27,7 +27,6 @@ class Answer:
 
     Args:
         prompt: Token ids, with those of images.
-        tokenizer: The model's tokenizer.
         words: Finds stop words.
         ends: Token ids that end the answer.
         limit: Maximum number of its tokens.

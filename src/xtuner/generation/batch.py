@@ -30,8 +30,6 @@ def generate_batch(
 
     Args:
         model: A causal language model; its training mode is restored afterwards.
-        tokenizer: The tokenizer of the model.
-        template: The chat template.
         conversations: Messages without images.
         options: Options of every answer; with a seed each row has its own random generator.
         tools: The tools of each conversation, if any.
@@ -68,8 +66,6 @@ def continue_prompts(
 
     Args:
         model: A causal language model; its training mode is restored afterwards.
-        tokenizer: The tokenizer of the model.
-        template: The chat template.
         prompts: Token ids, each up to where the answer begins.
         options: Options of every answer; with a seed each row has its own random generator.
         keep: Special tokens of each answer that are part of its text, if any.

@@ -138,7 +138,6 @@ def begin(
 
     Args:
         model: The model that will generate the answer.
-        tokenizer: The model's tokenizer.
         template: Determines the tokens and words that end the answer.
         prompt: Token ids, with those of images.
         options: Options of the answer; with a seed it has its own random generator.

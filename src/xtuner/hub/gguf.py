@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from xtuner.errors import ModelError, in_one_line
+from xtuner.hub.json_files import write_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -191,8 +192,8 @@ def _convert(path: Path, folder: Path) -> None:
     _write_weights(file, folder)
     config = _config(file)
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation)
+    write_object(folder / "config.json", config)
+    write_object(folder / "generation_config.json", generation)
     _write_tokenizer(file, folder)
 
 
@@ -279,7 +280,7 @@ def _write_tokenizer(file: GGUF, folder: Path) -> None:
     )
     core.save(str(folder / "tokenizer.json"))
     special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    _write_json(
+    write_object(
         folder / "tokenizer_config.json",
         {
             **{
@@ -294,7 +295,3 @@ def _write_tokenizer(file: GGUF, folder: Path) -> None:
     template = values.get("tokenizer.chat_template")
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -171,9 +171,7 @@ class _Measured:
         text = self.config.get_text_config()
         chunk = getattr(text, "chunk_size", None) or getattr(text, "mamba_chunk_size", None)
         if not isinstance(chunk, int):
-            chunk = (
-                64 if hasattr(text, "linear_key_head_dim") else 8
-            )  # 64 is hard-coded in these models
+            chunk = 64 if hasattr(text, "linear_key_head_dim") else 8  # hard-coded in these models
         return chunk, 2 * chunk
 
     def _reads_four_bits(self, model: nn.Module) -> bool:
@@ -186,9 +184,8 @@ class _Measured:
         kernels = kernels_for(torch.empty(0, dtype=self.dtype))
         if kernels is None or not kernels.multiplies(s.lora_r):
             return False
-        if list(s.lora_target_modules) != ["all-linear"]:
-            return False
-        return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
+        all_linear = list(s.lora_target_modules) == ["all-linear"]
+        return all_linear and all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -160,12 +160,9 @@ def forecast(
     """Forecast the peak memory of one process at `max_length`.
 
     Args:
-        settings: The run's settings.
         device: 'cpu' or 'cuda'.
-        recompute: Whether activations are recomputed.
         paged: Whether the optimizer state is paged; None: if possible.
         processes: Number of processes that share the model, according to the strategy.
-        folder: The folder of the settings file.
 
     Raises:
         ModelError: The model's configuration is not available.

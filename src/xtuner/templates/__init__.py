@@ -55,7 +55,6 @@ def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = N
     Args:
         name: 'auto', 'plain', 'verbatim', a named template, or the user's own as
             ``"my_templates.py:MINE"`` (a `Spec`).
-        tokenizer: A transformers tokenizer.
         system: The system message of conversations that have none.
         folder: Where to look for the user's file before the working directory.
 
@@ -103,7 +102,6 @@ def of_checkpoint(
 
     Args:
         name: As in `load`.
-        tokenizer: A tokenizer of transformers.
         fields: Fields of the `Spec` if the template was the user's own; the file that `name`
             names is then not needed.
         system: The system message of conversations that have none.

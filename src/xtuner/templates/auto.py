@@ -240,10 +240,8 @@ class ChatTemplate(Template):
         system = turns[0][0]["content"]
         for index, (turn, message) in enumerate(turns[1:], start=1):
             if turn["role"] == "user":
-                asked = {
-                    **turn,
-                    "content": f"{system}\n\n{turn['content']}" if system else turn["content"],
-                }
+                content = f"{system}\n\n{turn['content']}" if system else turn["content"]
+                asked = {**turn, "content": content}
                 return [*turns[1:index], (asked, message), *turns[index + 1 :]]
         raise DataError(
             "the model's chat template does not support a system message without a user turn"

@@ -82,7 +82,6 @@ class Template(ABC):
         """Render messages to text.
 
         Args:
-            messages: The conversation.
             tools: JSON schemas of the tools that the assistant may call.
             prompt: Append the generation prompt, which opens the next assistant turn.
 

@@ -58,6 +58,7 @@ def train(
     work_dir: Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
+    wait: bool = False,
 ) -> TrainResult:
     """Train with the settings `loaded`.
 
@@ -66,6 +67,7 @@ def train(
         work_dir: Overrides the setting.
         resume: 'last' or the name of a checkpoint in the work dir; None starts a new run.
         overwrite: Delete the checkpoints of an earlier run in the work dir.
+        wait: Wait while another run holds the work dir; False is an error then.
 
     Raises:
         XTunerError: A problem that the user can fix.
@@ -81,7 +83,8 @@ def train(
     )
     try:
         folder = loaded.work_dir(work_dir)
-        with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
+        lock = run_lock.hold(folder, needed=processes.is_main, wait=wait)
+        with without_cudnn(processes.device), lock:
             check_shared(processes, folder)
             result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:
@@ -278,17 +281,8 @@ class _TrainingRun:
             self.console.print(f"Best so far: {summary}", markup=False)
 
     def _recording(self, run: Run, lines: list[str]) -> Recording:
-        return recording(
-            self.loaded,
-            self.settings,
-            self.plan,
-            dtype=name_of(self.dtype),
-            processes=self.processes.world_size,
-            steps=(run.step, run.total_steps),
-            lines=lines,
-            folders=(run.log_dir, self.work_dir),
-            console=self.console,
-        )
+        dtype, processes = name_of(self.dtype), self.processes.world_size
+        return recording(self.loaded, run, self.plan, dtype=dtype, processes=processes, lines=lines)
 
     def _note_language(self, data: TrainingData) -> None:
         """Print a note if the model cannot predict the answers that it will be trained on."""
@@ -377,26 +371,23 @@ class _TrainingRun:
     def _print_opening(self, data: TrainingData, counter: Counter, total: int) -> list[str]:
         """Print the first lines of the run, and return them."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        lines = [
-            *opening_lines(
-                self.settings,
-                self.plan,
-                dtype=self.dtype,
-                computing=(
-                    self.computing,
-                    choose_attention(self.settings, self.processes, self.dtype),
-                ),
-                layout=self.processes.layout,
-                steps=(total, counter),
-                data=data.report.lines(),
-                chosen=self.chosen,
-                language=script_note(data.train[0], self.parts.tokenizer.decode),
-                images=self.vision.line() if self.vision else None,
-                packing=self.parts.packing,
-                positions=preflight.note_on_positions(self.settings, data.train),
-                work_dir=self.work_dir,
-            )
-        ]
+        attention = choose_attention(self.settings, self.processes, self.dtype)
+        language = script_note(data.train[0], self.parts.tokenizer.decode)
+        opening = opening_lines(
+            self.settings,
+            self.plan,
+            dtype=self.dtype,
+            computing=(self.computing, attention),
+            layout=self.processes.layout,
+            steps=(total, counter),
+            data=data.report.lines(),
+            chosen=self.chosen,
+            images=self.vision.line() if self.vision else None,
+            packing=self.parts.packing,
+            notes=(language, preflight.note_on_positions(self.settings, data.train)),
+            work_dir=self.work_dir,
+        )
+        lines = list(opening)
         for line in lines:
             say(self.console, line)
         return lines

@@ -62,11 +62,8 @@ def _suffix(epochs: int | str) -> str:
 
 def is_name(name: str) -> bool:
     """Whether `name` is a built-in name, with any number of epochs."""
-    return (
-        catalog_xtuner0.listed_name(name) is not None
-        or _split(name) is not None
-        or catalog_llava.split(name, _llava_models()) is not None
-    )
+    found = catalog_xtuner0.listed_name(name) or _split(name)
+    return bool(found or catalog_llava.split(name, _llava_models()))
 
 
 def compose(name: str, *, suffix: str = "") -> dict[str, Any]:

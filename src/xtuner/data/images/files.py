@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from xtuner.errors import DataError
+from xtuner.errors import DataError, message_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -103,8 +103,6 @@ def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
     """Decode an image to RGB, rotated according to its EXIF data.
 
     Args:
-        file: The image file.
-        name: The file's name in error messages.
         small: Decode at the lowest resolution that the format allows, to check the file.
 
     Raises:
@@ -128,7 +126,7 @@ def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
         problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
         raise ImageError(name, problem) from error
     except Exception as error:  # decoders raise many kinds for a damaged file
-        raise ImageError(name, f"is damaged: {' '.join(str(error).split())}") from error
+        raise ImageError(name, f"is damaged: {message_of(error)}") from error
 
 
 def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
@@ -146,7 +144,7 @@ def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNS
     except Exception as error:  # decoders raise many kinds for a damaged file
-        raise ImageError(name, f"is damaged: {' '.join(str(error).split())}") from error
+        raise ImageError(name, f"is damaged: {message_of(error)}") from error
     return (height, width) if turned else (width, height)
 
 

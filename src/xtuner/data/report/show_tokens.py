@@ -30,7 +30,6 @@ def draw(
     """Render one sample.
 
     Args:
-        sample: The sample.
         show: 'text'; 'masked_text', which shows only the number of unsupervised tokens;
             'input_ids'; or 'labels' as passed to the loss.
         tokenizer: Decodes ids.
@@ -86,11 +85,7 @@ def _spans(
     """(supervised, weight, start, stop) of each run of tokens that have these in common; image
     tokens are separate runs."""
     labels = concatenate([sample]).labels[0].numpy()
-    is_image = (
-        sample.input_ids == image_layout.token_id
-        if image_layout and sample.images
-        else labels > labels.max()
-    )
+    is_image = sample.input_ids == (image_layout.token_id if image_layout and sample.images else -1)
     start = 0
     supervised = labels != IGNORE_INDEX
     weights = np.where(supervised, 1.0 if sample.weights is None else sample.weights, 1.0)

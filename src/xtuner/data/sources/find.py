@@ -103,11 +103,8 @@ def below(name: str, root: str | None, folder: Path) -> str:
 def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
     found = False
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and not _is_run_folder(Path(parent, name))
-        )
+        skipped = {n for n in folders if n.startswith(".") or _is_run_folder(Path(parent, n))}
+        folders[:] = sorted({*folders} - skipped)
         for name in sorted(files):
             path = Path(parent, name)
             if not name.startswith(".") and data_suffix(path) in SUFFIXES:

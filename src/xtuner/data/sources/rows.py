@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from xtuner.errors import message_of
 from xtuner.types import Row
 
 Unit = Literal["line", "row"]
@@ -91,7 +92,7 @@ def parse(raw: bytes) -> Row | Fault:
     except json.JSONDecodeError as error:
         return Fault("is not valid JSON", detail=f"column {error.colno}: {error.msg}")
     except (ValueError, RecursionError) as error:
-        return Fault("is not valid JSON", detail=" ".join(str(error).split()))
+        return Fault("is not valid JSON", detail=message_of(error))
 
 
 def as_row(value: Any, text: str) -> Row | Fault:

@@ -20,7 +20,6 @@ def saved_files(folder: Path, entry: str, *, split: str) -> list[Path] | None:
     such data set.
 
     Args:
-        folder: The folder.
         entry: Its name in messages.
         split: The split to read, if the folder has several.
 

@@ -24,6 +24,8 @@ _HARMLESS = re.compile(
 """Names of metadata columns, which contain nothing to learn."""
 
 _LABELS = ("label", "kto_tag")
+_VERDICTS = {"true", "false", "good", "bad", "desirable", "undesirable"}
+_NUMBERS = ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}, {"-1.0", "1.0"})
 _MEDIA = {"audio": "audio", "audios": "audio", "video": "video", "videos": "video"}
 _MEDIA_TOKEN = re.compile(r"<(audio|video)>")
 _BLANKS = re.compile(r"\{\{\s*\w+\s*\}\}")
@@ -96,12 +98,11 @@ def _unread_keys(format: Format, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _is_label(values: Sequence[Any]) -> bool:
-    """Whether all values are true or false, as JSON or as text of a CSV file."""
-    given = [value for value in values if value is not None]
-    text = {"true", "false"}
-    return bool(given) and all(
-        isinstance(v, bool) or (isinstance(v, str) and v.strip().lower() in text) for v in given
-    )
+    """Whether all values say if an answer is good: true or false, words, or both of two numbers. A
+    column with one number for all rows distinguishes nothing.
+    """
+    given = {str(value).strip().lower() for value in values if value is not None} - {""}
+    return bool(given) and (given <= _VERDICTS or given in _NUMBERS)
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -56,7 +56,6 @@ class Column:
     """A one-dimensional .npy file; processes and threads may read it concurrently.
 
     Args:
-        path: The file.
         dtype: The expected dtype.
 
     Raises:

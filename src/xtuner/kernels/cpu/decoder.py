@@ -73,7 +73,6 @@ def forward(kernels: Kernels, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, 
     Args:
         kernels: The bfloat16 functions.
         x: bfloat16, contiguous.
-        layer: The layer.
     """
     out, call = torch.empty_like(x), _structure(x, layer)
     pointer = ctypes.byref(call)

@@ -100,7 +100,7 @@ def _mix(table: Table, draft: Draft) -> None:
 
 def _find_info(where: Any, folder: Path, line: int, draft: Draft) -> Path | None:
     """The path of dataset_info.json, in the working directory or next to the file."""
-    candidates = [base / str(where) / _INFO for base in (Path.cwd(), folder)]
+    candidates = [base / str(where) / _INFO for base in dict.fromkeys((Path.cwd(), folder))]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         draft.refuse(

@@ -110,7 +110,6 @@ class LlavaEmbedder(nn.Module):
     """Computes the input embeddings of a LLaVA model (an `ImageEmbedder`).
 
     Args:
-        llava: The assembled model.
         train_encoder: Whether gradients reach the vision tower.
         autocast: Dtype of matmuls with float32 weights (projector, a fully trained tower).
         keep: Called with the features of every image that has a key.

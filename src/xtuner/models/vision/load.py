@@ -72,7 +72,6 @@ class Sources:
         """The sources that the folder `parts` names.
 
         Args:
-            parts: The folder.
             llm: Replaces the language model that `parts` names; if `parts` contains a trained one,
                 that is used instead, with a warning.
             visual_encoder: Replaces the encoder that `parts` names.
@@ -175,7 +174,6 @@ def load_complete(
     """Load the folder of a complete `LlavaForConditionalGeneration`.
 
     Args:
-        folder: The model's folder.
         dtype: The dtype of weights and computation.
         device: 'cpu' or 'cuda'.
         quantization: How the language model is quantized.
