@@ -318,7 +318,7 @@ def _refuse_partial(folder: Path, missing: Sequence[str], unexpected: Sequence[s
     if problems:
         raise ModelError(
             f"{folder}: only a part of the adapter can be loaded: {'; '.join(problems)}. It was "
-            f"trained for another model, or its files are not of one training run"
+            f"trained for another model, or its files come from different training runs"
         )
 
 

@@ -56,7 +56,7 @@ def check_target(repo: str) -> None:
     if reply.status_code in (401, 403):
         raise ConfigError(
             f"push_to_hub = {repo!r}: the hub does not accept the access token; run `hf auth "
-            "login` or set HF_TOKEN to a valid one that may write"
+            "login` or set HF_TOKEN to a valid token with write permission"
         )
 
 
