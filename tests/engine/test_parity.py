@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from sharded_cases import case, model_of
+from sharded_cases import case, frees_at_once, fused_case, model_of
 
 from xtuner.hub import old_pth
 from xtuner.parallel.processes import Processes
@@ -29,9 +29,10 @@ SPLIT = [("fsdp2", "lora", 1), ("deepspeed_zero3", "full", 1)]
 """Cases whose rows are split over two processes."""
 
 
-def run_all(cases, split=(), folder=None):
+def run_all(cases, split=(), folder=None, fused=()):
     """The results of `cases` on this process, and of `split` with rows split over two; DeepSpeed
-    saves its own checkpoints in `folder`."""
+    saves its own checkpoints in `folder`. Last those of fused layers under the strategies
+    `fused`."""
     processes = Processes("cpu")
 
     def save(strategy):
@@ -42,6 +43,9 @@ def run_all(cases, split=(), folder=None):
     if split:
         processes = Processes("cpu", sequence_parallel_size=2)
         found += [case(processes, *each) for each in split]
+    if fused:
+        processes = Processes("cpu")
+        found += [fused_case(processes, name, folder, "nf4", recompute=True) for name in fused]
     processes.close()
     return found
 
@@ -76,7 +80,12 @@ def assert_read(folder, tuning, weights):
 
 @pytest.mark.distributed
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    first, second = run_distributed(run_all, FEW, SPLIT, tmp_path)
+    zero3 = frees_at_once(tmp_path)
+    first, second = run_distributed(run_all, FEW, SPLIT, tmp_path, ("replicated", zero3))
+    (*first, (whole, _), (sharded, freed)), (*second, _, (others, _)) = first, second
+    assert sharded == others and freed == 0
+    for found, wanted in zip(sharded, whole, strict=True):  # of layers that read weights uncalled
+        assert found == pytest.approx(wanted, rel=1e-6)
     assert_alike([*FEW, *SPLIT], first)
     for (strategy, tuning, _), (*_, weights) in zip(FEW[1:], first[1:], strict=False):
         assert_read(tmp_path / strategy, tuning, weights)

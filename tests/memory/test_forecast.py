@@ -80,6 +80,26 @@ def test_a_strategy_divides_and_the_cheapest_that_fits_is_named(folder):
         assert list(plan.hints())[-1].endswith("fits")
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_shared_weights_are_gathered_for_the_whole_pass(tuning, folder, tmp_path):
+    tied = tiny_model_folder(
+        tmp_path,
+        num_hidden_layers=6,
+        hidden_size=256,
+        intermediate_size=1024,
+        tie_word_embeddings=True,
+    )
+
+    def found(model):
+        chosen = settings(model, tuning=tuning, strategy="fsdp2", dtype="float32")
+        return forecast(chosen, "cpu", recompute=False, processes=2)
+
+    apart, shared = found(folder), found(tied)
+    assert apart.footprint.shared == 0 and shared.footprint.shared == 261 * 256 * 4
+    assert apart.gathered == 2 * apart.footprint.unit
+    assert shared.gathered == 2 * shared.footprint.unit + shared.footprint.shared
+
+
 def test_impossible_fit_is_reported(folder):
     plan = plan_memory(settings(folder), "cpu", memory=MB)
     assert "smaller model" in list(plan.hints())[-1]

@@ -10,7 +10,9 @@ import time
 
 import psutil
 import pytest
+import typer
 
+from xtuner.cli import _launch
 from xtuner.errors import LaunchError
 from xtuner.parallel import attempt
 from xtuner.parallel.cluster import Cluster, first_host, joined_by_slurm
@@ -165,6 +167,23 @@ def test_slurm_gives_each_task_its_rank(monkeypatch):
     assert joined_by_slurm(task | {"PORT": "1234"})["MASTER_PORT"] == "1234"
     with pytest.raises(LaunchError, match="not started by srun"):
         joined_by_slurm({})
+
+
+def test_a_launcher_is_joined_and_tasks_that_nobody_joins_are_refused(monkeypatch):
+    for name in ("RANK", "XTUNER_STORE_FD", "SLURM_PROCID", _launch.LAUNCHER):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(LaunchError, match="not started by torchrun"):
+        _launch.join("pytorch", Cluster())
+    with pytest.raises(typer.BadParameter, match="must be none, pytorch or slurm"):
+        _launch.join("mpi", Cluster())
+    os.environ |= {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1"}
+    with pytest.raises(LaunchError, match=r"2 tasks, .* --launcher slurm"):
+        _launch.join(None, Cluster())
+    _launch.join("slurm", Cluster())
+    assert _launch.started_by_launcher() and _launch.world_size(Cluster()) == 2
+    _launch.join("none", Cluster())
+    assert not _launch.started_by_launcher()
 
 
 @pytest.mark.parametrize(
