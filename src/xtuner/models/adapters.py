@@ -171,9 +171,9 @@ def check_config(further: Mapping[str, Any]) -> None:
             )
         elif name == "init_lora_weights" and str(value).lower().startswith("pissa_niter"):
             problems.append(
-                f"{name} = {value!r}: changes the base weights by random numbers, so who "
-                f"loads the checkpoint gets other base weights; use 'pissa', which computes the "
-                f"same ones again"
+                f"{name} = {value!r}: changes the base weights by random numbers, so "
+                f"loading the checkpoint gives different base weights; use 'pissa', which "
+                f"recomputes the same ones"
             )
     if problems:
         raise ConfigError(f"lora_config: {'; '.join(problems)}")
