@@ -90,7 +90,9 @@ def command(
     if memory and not dry_run:
         raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
-        raise typer.Exit(0 if _fits(loaded, memory, processes=nproc) else 2)
+        with heartbeat(first="Loading..."):
+            fits = _fits(loaded, memory, processes=nproc)
+        raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
     folder = loaded.work_dir(work_dir)
