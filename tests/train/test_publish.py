@@ -35,13 +35,16 @@ def checkpoint(tmp_path):
 def hub(monkeypatch):
     """A hub on this machine, which knows the token of this process."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
+    disable_progress_bars()
     with hub_server() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
+    enable_progress_bars()
 
 
 def test_result_is_uploaded_without_state_and_local_paths(checkpoint, hub, tmp_path):

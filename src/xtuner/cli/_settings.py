@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from xtuner import plugins
+from xtuner.cli import _complete
 from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, listed
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from xtuner.training.data_parts import DataParts
 
 Config: TypeAlias = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A settings file or the name of built-in settings.")
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A settings file or the name of built-in settings.",
+        autocompletion=_complete.configs,
+    ),
 ]
 Overrides: TypeAlias = Annotated[
     list[str] | None,

@@ -6,10 +6,17 @@ from typing import Annotated
 
 import typer
 
+from xtuner.cli import _complete
+
 
 def command(
     key: Annotated[
-        str, typer.Argument(metavar="SETTING", help="A setting; omit it to list all settings.")
+        str,
+        typer.Argument(
+            metavar="SETTING",
+            help="A setting; omit it to list all settings.",
+            autocompletion=_complete.settings,
+        ),
     ] = "",
 ) -> None:
     """Describe a setting, or list all settings."""

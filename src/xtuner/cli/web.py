@@ -77,14 +77,15 @@ def command(
     if auth and not (user and separator and password):
         raise ConfigError("--auth: must be USER:PASSWORD")
     _chat_tools.check(tools or (), yes=yes, can_ask=True)
-    from xtuner.serve import listen
-    from xtuner.serve.engine import Engine
-    from xtuner.serve.guard import Password
+    typer.echo("Loading the page...", err=True)
+    with heartbeat():
+        from xtuner.serve import listen
+        from xtuner.serve.engine import Engine
+        from xtuner.serve.guard import Password
 
     socket = listen.bind(address, port)
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="xtuner-web-"))
-        typer.echo("Loading the page...", err=True)
         with heartbeat():
             from xtuner.web import app as web
             from xtuner.web.folders import Folders

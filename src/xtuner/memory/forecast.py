@@ -83,12 +83,13 @@ class Forecast:
 
     @property
     def gathered(self) -> int:
-        """Bytes of weights that are gathered at once: the unit that computes, the next one, and
-        those that are kept."""
-        if self.division.weights == 1.0 and not self.division.weights_on_cpu:
+        """Bytes of weights that are gathered at once: the unit that computes, the next one, those
+        that are kept, and those that several modules share, such as tied embeddings."""
+        if not self.division.gathers:
             return 0
-        each = self.weights / max(1, self.footprint.parameters)
-        return int(min(self.weights, 2 * self.footprint.unit + self.division.live * each))
+        parts = self.footprint
+        kept = self.division.live * self.weights / max(1, parts.parameters)
+        return int(min(self.weights, parts.shared + 2 * parts.unit + kept))
 
     @property
     def step(self) -> int:

@@ -33,27 +33,30 @@ def check_target(repo: str) -> None:
     """
     if not _REPO.fullmatch(repo):
         raise ConfigError(f"push_to_hub = {repo!r}: must be 'owner/name' on the hub")
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub import constants, get_session, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(
             f"push_to_hub = {repo!r}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it"
         )
-    if not get_token():
+    token = get_token()
+    if not token:
         raise ConfigError(
             f"push_to_hub = {repo!r}: there is no access token for the hub; run `hf auth login` "
             "or set HF_TOKEN"
         )
     try:
-        address, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers()
-        reply = get_session().get(address, headers=headers, timeout=fetch.HUB_TIMEOUT)
+        reply = get_session().get(
+            f"{constants.ENDPOINT}/api/whoami-v2",
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=fetch.HUB_TIMEOUT,
+        )
     except Exception:  # no network now; there may be one at the end of the run
         return
     if reply.status_code in (401, 403):
         raise ConfigError(
             f"push_to_hub = {repo!r}: the hub does not accept the access token; run `hf auth "
-            "login` or set HF_TOKEN to a valid one that may write"
+            "login` or set HF_TOKEN to a valid token with write permission"
         )
 
 

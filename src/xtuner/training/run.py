@@ -118,13 +118,16 @@ class _TrainingRun:
 
     def train(self, resume: str | None, overwrite: bool) -> TrainResult:
         """Create all parts, then run the training loop."""
-        with open_origin(
-            resume,
-            self.settings,
-            self.store,
-            is_main=self.processes.is_main,
-            console=self.console,
-        ) as origin:
+        with (
+            contextlib.ExitStack() as self._closing,
+            open_origin(
+                resume,
+                self.settings,
+                self.store,
+                is_main=self.processes.is_main,
+                console=self.console,
+            ) as origin,
+        ):
             return self._train(origin, overwrite)
 
     def _train(self, origin: Origin, overwrite: bool) -> TrainResult:
@@ -163,8 +166,9 @@ class _TrainingRun:
         self.settings = settings = self.parts.settings
         preflight.check_run(settings, folder=self.loaded.folder)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
-        if self.device == "cpu" and self.strategy.flat_buffers:
-            host.return_large_blocks()
+        self._closing.callback(self.strategy.close)
+        if self.device == "cpu" and (size := self.strategy.returns_from) is not None:
+            host.return_blocks_from(size)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
 
