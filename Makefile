@@ -2,12 +2,13 @@
 # make quickstart-llava    add image input and ask about images (15 minutes on two cores)
 # make quickstart-tools    teach it to call tools, and measure that (5 minutes on two cores)
 # make quickstart-overfit  quickstart without general conversations, to show forgetting
-# make web                 chat with the quick start's run in the browser, beside the model it started from
+# make web                 chat with the quick start's run in the browser, next to its base model
 # make venv                create .venv with the xtuner command
 # make test | test-slow    run the tests | the slow tests (JOBS=1: in one process)
 # make test-gpu            run the tests that need an NVIDIA GPU
 # make bench               compare xtuner with other trainers on this CPU (DATA=rows.json sets the data)
 # make check-gpu           check correctness and speed on an NVIDIA GPU (four minutes)
+# make test-python         test settings on Python 3.12 and 3.13, where installed
 # make check               what CI runs: format, lint, types, import layers, tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -23,7 +24,7 @@ SPREAD := -n $(JOBS) --maxprocesses 4 --dist loadfile
 BENCH := $(or $(XTUNER_HOME),$(HOME)/.cache/xtuner)/bench
 BENCH_DATA := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava quickstart-tools web test test-slow test-gpu test-without-cpu-kernels check format docs clean
+.PHONY: bench bench-gpu check-gpu venv dev quickstart quickstart-overfit quickstart-llava quickstart-tools web test test-slow test-gpu test-without-cpu-kernels test-python check format docs clean
 
 venv: .venv/.installed
 dev: .venv/.dev
@@ -106,6 +107,20 @@ test-without-cpu-kernels: dev
 	@rm -r build/without-cpu-kernels/src/xtuner/kernels/cpu
 	cd build/without-cpu-kernels && PYTHONPATH=$(CURDIR)/build/without-cpu-kernels/src $(CURDIR)/$(BIN)/python -m pytest $(SPREAD) $(WITHOUT_CPU)
 	@rm -rf build/without-cpu-kernels
+
+# What needs no torch (settings, calls, migration) on other versions of Python, where they are installed.
+WITHOUT_TORCH := tests/config tests/calls tests/migrate/test_yaml_files.py tests/migrate/test_read_mmengine.py
+WITHOUT_TORCH += tests/cli/test_list_cfg.py tests/cli/test_copy_cfg.py tests/cli/test_explain.py
+test-python:
+	@for version in 3.12 3.13; do \
+		for python in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python; do \
+			$$python -c "" 2>/dev/null && break; python=; done; \
+		if [ -z "$$python" ]; then echo "Python $$version: not installed, skipped"; continue; fi; \
+		echo "Python $$version: $$python" && rm -rf build/python$$version && $$python -m venv build/python$$version && \
+		build/python$$version/bin/python -m pip install -qq -c constraints.txt pydantic typer rich pyyaml jinja2 pytest pytest-timeout && \
+		PYTHONPATH=$(CURDIR)/src build/python$$version/bin/python -m pytest --noconftest -p no:cacheprovider $(WITHOUT_TORCH) && \
+		rm -rf build/python$$version || exit 1; \
+	done
 
 check: dev
 	$(BIN)/ruff format --check .

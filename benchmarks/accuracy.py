@@ -26,31 +26,15 @@ def reference(options: argparse.Namespace, length: int, tuning: str) -> list[flo
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from xtuner import algorithms, templates
     from xtuner.algorithms.sft import Algorithm
-    from xtuner.config.schema import Settings
-    from xtuner.data.build import build
+    from xtuner.config.load import load_settings
     from xtuner.data.loader import Loader
-    from xtuner.models.load import load_tokenizer
+    from xtuner.training.data_parts import DataParts
 
-    settings = Settings(
-        **{**COMMON, "max_length": length},
-        tuning="lora",
-        pretrained_model_name_or_path=str(options.model),
-        data_path=str(options.data),
-    )
-    tokenizer = load_tokenizer(str(options.model))
-    algorithm = algorithms.of_run(settings, folder=Path.cwd())
-    template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=Path.cwd())
-    data = build(
-        settings,
-        template=template,
-        tokenizer=tokenizer,
-        folder=Path.cwd(),
-        algorithm=algorithm,
-        quiet=True,
-        image_layout=None,
-    )
+    of_run = {"pretrained_model_name_or_path": str(options.model), "data_path": str(options.data)}
+    loaded = load_settings({**COMMON, "max_length": length, "tuning": "lora", **of_run})
+    settings = loaded.settings
+    data = DataParts.open(loaded).build(quiet=True)
     loader = Loader(
         data.train,
         collate=Algorithm().collate,

@@ -139,31 +139,15 @@ def read_scalars(work: Path) -> list[dict]:
 
 
 def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
-    """Count the operations of this data set and model; `changes` are settings beside COMMON."""
+    """Count the operations of this data set and model; `changes` are further settings."""
     from transformers import AutoConfig
 
-    from xtuner import algorithms, templates
-    from xtuner.config.schema import Settings
-    from xtuner.data.build import build
-    from xtuner.models.load import load_tokenizer
+    from xtuner.config.load import load_settings
+    from xtuner.training.data_parts import DataParts
 
-    settings = Settings(
-        **{**COMMON, "tuning": "lora", **changes},
-        pretrained_model_name_or_path=str(options.model),
-        data_path=str(options.data),
-    )
-    tokenizer = load_tokenizer(str(options.model))
-    algorithm = algorithms.of_run(settings, folder=Path.cwd())
-    template = templates.of_run(settings, tokenizer, algorithm=algorithm, folder=Path.cwd())
-    data = build(
-        settings,
-        template=template,
-        tokenizer=tokenizer,
-        folder=Path.cwd(),
-        algorithm=algorithm,
-        quiet=True,
-        image_layout=None,
-    )
+    of_run = {"pretrained_model_name_or_path": str(options.model), "data_path": str(options.data)}
+    loaded = load_settings({**COMMON, "tuning": "lora", **changes, **of_run})
+    data = DataParts.open(loaded).build(quiet=True)
     packs = [data.train[i] for i in range(len(data.train))]
     config = AutoConfig.from_pretrained(options.model)
     return needed(

@@ -6,7 +6,7 @@
 core each beside one process with one core, and beside two runs that know nothing of each other,
 which is what the machine allows. `bytes`: what two processes send in a step, counted in torch's
 collectives, beside theory. `memory`: the peak of one of two processes, beside the forecast. A
-random Llama is trained in full, in float32.
+random Llama is trained in float32, in full unless `--tuning lora`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pretrained_model_name_or_path = "model"
 data_path = "rows.jsonl"
 dataset_format = "pretrain"
 algorithm = "pretrain"
-tuning = "full"
+tuning = "{tuning}"
 dtype = "float32"
 lr = 1e-4
 max_length = {length}
@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--smollm2", action="store_true", help="the shape of SmolLM2-135M instead")
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--length", type=int, default=256, help="tokens of a micro-batch")
+    parser.add_argument("--tuning", default="full", choices=("full", "lora"))
+    parser.add_argument("--processes", type=int, default=2, help="of memory")
     parser.add_argument("--rounds", type=int, default=1, help="of which scaling takes the median")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     options = parser.parse_args()
@@ -93,6 +95,7 @@ def start(
         steps=options.steps,
         accumulation=options.accumulation,
         length=options.length,
+        tuning=options.tuning,
         hooks=[hook] if hook else [],
     )
     (folder / "config.py").write_text(text, encoding="utf-8")
@@ -274,13 +277,13 @@ class Hook(BaseHook):
 
 
 def memory(folder: Path, options: Any) -> None:
-    """Two processes: the highest resident memory of the main one, beside the forecast."""
+    """The highest resident memory of the main process, beside the forecast."""
     peak = folder / "peak"
     (folder / "peak.py").write_text(PEAK_HOOK.format(file=str(peak)), encoding="utf-8")
     print("| strategy | MiB, measured | forecast | of forecast | parts of the forecast |")
     print("|---|---|---|---|---|")
     for strategy in options.strategies:
-        _, out = run(folder, options, strategy, processes=2, hook="peak.py:Hook")
+        _, out = run(folder, options, strategy, processes=options.processes, hook="peak.py:Hook")
         line = next(line for line in out.splitlines() if line.startswith("Memory"))
         numbers = re.search(r"([\d,]+) MiB at the peak \((.*)\)", line)
         assert numbers, line

@@ -70,7 +70,7 @@ def test_the_surface_is_small_and_documented():
     ("function", "names"),
     [
         ("load_settings", ["config", "overrides"]),
-        ("train", ["config", "work_dir", "resume", "overwrite", "overrides"]),
+        ("train", ["config", "work_dir", "resume", "overwrite", "wait", "overrides"]),
         (
             "load_chat",
             ["model", "adapter", "prompt_template", "system", "bits", "device", "dtype",

@@ -19,7 +19,7 @@ from xtuner.config.schema import ALIASES, Settings
 from xtuner.config.table_files import table
 
 ROOT = Path(__file__).parent.parent
-SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [ROOT / "README.md", ROOT / "README_zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN += sorted((ROOT / "examples").rglob("*.sh"))
 COMMAND = re.compile(r"(?:^|`|\$ |bin\"?/)(xtuner [^`\n#]*)", re.MULTILINE)
 

@@ -39,7 +39,7 @@ class TrainInterrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C or SIGTERM, after the last finished step was saved.
 
     Attributes:
-        result: the state of the run; `resume=True` continues it if `result.checkpoint` is not None.
+        result: The state of the run; `resume=True` continues it if `result.checkpoint` is not None.
     """
 
     def __init__(self, message: str, result: TrainResult) -> None:
@@ -50,18 +50,18 @@ class TrainInterrupted(KeyboardInterrupt):
 def load_settings(config: Config, /, **overrides: Any) -> LoadedSettings:
     """Load and check settings.
 
-    The settings are trusted as those that a command names: Python files that they name are imported
-    and run, and ``trust_remote_code = True`` asks for no flag (docs/security.md).
+    The settings are trusted like those on the command line: Python files that they name are
+    imported and run, and ``trust_remote_code = True`` needs no flag (docs/security.md).
 
     Args:
-        config: a settings file, the name of built-in settings, or a dictionary of settings.
-        overrides: settings that replace those of `config`.
+        config: A settings file, the name of built-in settings, or a dictionary of settings.
+        overrides: Settings that replace those of `config`.
 
     Returns:
         The checked settings in `.settings`, with their name and folder. They are frozen.
 
     Raises:
-        ConfigError: there is no such file or name, or settings are wrong; all problems are listed.
+        ConfigError: There is no such file or name, or settings are wrong; all problems are listed.
     """
     return load.load_settings(config, overrides=overrides)
 
@@ -73,6 +73,7 @@ def train(
     work_dir: str | Path | None = None,
     resume: bool | str = False,
     overwrite: bool = False,
+    wait: bool = False,
     **overrides: Any,
 ) -> TrainResult:
     """Train a model.
@@ -82,16 +83,17 @@ def train(
     `config` is trusted, as in `load_settings`.
 
     Args:
-        config: what `load_settings` takes or returns.
-        work_dir: folder of the results; overrides the setting.
+        config: What `load_settings` accepts or returns.
+        work_dir: Folder of the results; overrides the setting.
         resume: True continues from the newest checkpoint in the work dir, 'iter_N' from that one.
-        overwrite: delete the checkpoints of an earlier run in the work dir.
-        overrides: settings that replace those of `config`.
+        overwrite: Delete the checkpoints of an earlier run in the work dir.
+        wait: Wait while another run writes to the work dir; False is an error then.
+        overrides: Settings that replace those of `config`.
 
     Raises:
-        XTunerError: the settings, data, model or machine do not allow the run, another run writes
-            to the work dir, or it cannot go on.
-        TrainInterrupted: after Ctrl-C or SIGTERM; a `KeyboardInterrupt`.
+        XTunerError: The settings, data, model or machine do not allow the run, another run writes
+            to the work dir, or the run cannot continue.
+        TrainInterrupted: After Ctrl-C or SIGTERM; a `KeyboardInterrupt`.
     """
     if resume and overwrite:
         raise ConfigError("resume and overwrite: one keeps what the other deletes; give one")
@@ -116,13 +118,13 @@ def train(
     which = "last" if resume is True else resume or None
     with _only_training(), _process_restored():
         try:
-            return run.train(loaded, work_dir=folder, resume=which, overwrite=overwrite)
+            return run.train(loaded, work_dir=folder, resume=which, overwrite=overwrite, wait=wait)
         except Interrupted as stopped:
             raise TrainInterrupted(str(stopped), _result(folder)) from None
 
 
 class Chat:
-    """A conversation with a model; every question and answer enters its history.
+    """A conversation with a model; every question and answer is added to its history.
 
     Created by `load_chat`.
     """
@@ -134,12 +136,12 @@ class Chat:
         """Return the answer to `question`.
 
         Args:
-            question: text of the user.
-            images: files or URLs that the question is about; needs a model with image input.
-            options: fields of `GenerationOptions`, for this answer only.
+            question: The user's text.
+            images: Files or URLs that the question is about; needs a model with image input.
+            options: Fields of `GenerationOptions`, for this answer only.
 
         Raises:
-            XTunerError: the question is too long, or an image or option cannot be used; the
+            XTunerError: The question is too long, or an image or option cannot be used; the
                 history then stays as it was.
         """
         return "".join(self.stream(question, images=images, **options))
@@ -191,21 +193,21 @@ def load_chat(
     """Load a model for a conversation.
 
     Args:
-        model: a checkpoint, a work dir (its newest checkpoint), an adapter, a model folder, or a
+        model: A checkpoint, a work dir (its newest checkpoint), an adapter, a model folder, or a
             name on the hub. Checkpoints record base model, template and system message.
-        adapter: folder of an adapter to load on `model`.
-        prompt_template: replaces the template that the checkpoint names.
-        system: replaces the system message that the checkpoint names.
-        bits: bits per weight; None: as in the training of the adapter, else 16.
+        adapter: Folder of an adapter to load on `model`.
+        prompt_template: Replaces the template that the checkpoint names.
+        system: Replaces the system message that the checkpoint names.
+        bits: Bits per weight; None: as in the training of the adapter, else 16.
         device: 'auto' is a GPU if there is one.
-        dtype: number type of weights and computation.
-        trust_remote_code: run Python code that comes with `model`.
-        trust_code: run the Python file that the checkpoint names as its template.
-        options: fields of `GenerationOptions`, such as `max_new_tokens` and `temperature`, for all
+        dtype: Number type of weights and computation.
+        trust_remote_code: Run Python code that comes with `model`.
+        trust_code: Run the Python file that the checkpoint names as its template.
+        options: Fields of `GenerationOptions`, such as `max_new_tokens` and `temperature`, for all
             answers.
 
     Raises:
-        XTunerError: the model cannot be found or loaded, or an option is wrong.
+        XTunerError: The model cannot be found or loaded, or an option is wrong.
     """
     from xtuner.chat.opening import open_chat
     from xtuner.generation.generate import GenerationOptions

@@ -1,4 +1,4 @@
-"""The folder for everything that can be made or fetched again."""
+"""The folder for everything that can be recreated or downloaded again."""
 
 from __future__ import annotations
 

@@ -61,12 +61,15 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
+def message_of(error: BaseException) -> str:
+    """The message of an error in one line; the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def in_one_line(error: BaseException, *, plain: tuple[type[BaseException], ...] = ()) -> str:
     """The message of an error in one line, after its type unless it is one of `plain`."""
-    words, name = " ".join(str(error).split()), type(error).__name__
-    if not words:
-        return name
-    return words if isinstance(error, plain) else f"{name}: {words}"
+    words, name = message_of(error), type(error).__name__
+    return words if words == name or isinstance(error, plain) else f"{name}: {words}"
 
 
 def count(number: int, noun: str) -> str:
@@ -83,8 +86,6 @@ def did_you_mean(word: str, allowed: Sequence[str], *, cutoff: float = 0.6) -> s
     """Return ``"; did you mean 'x'?"`` for the closest match in `allowed`, or an empty string.
 
     Args:
-        word: What was written.
-        allowed: What may be written.
         cutoff: How alike they must be: 1 is equal, 0 has no character in common.
     """
     found = closest(word, allowed, cutoff=cutoff)

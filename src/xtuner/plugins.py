@@ -44,8 +44,8 @@ def described(error: BaseException) -> str:
 
 
 def user_location(error: BaseException) -> str:
-    """File and line of the innermost call in a user's file, or in one beside it; empty if `error`
-    comes from none."""
+    """File and line of the innermost call in a user's file, or in a file next to it; empty if
+    there is none."""
     files = [m.__file__ for n, m in list(sys.modules.items()) if n.startswith(_USER_MODULE)]
     folders = {str(Path(file).parent) for file in files if file}
     found, step = "", error.__traceback__
@@ -67,12 +67,12 @@ def load(package: str, name: str, *, setting: str) -> ModuleType:
     """Import plug-in `name` of `package`.
 
     Args:
-        package: the plug-in folder as a dotted name.
-        name: the file name without ``.py``.
-        setting: the setting that has the value `name`, for the message.
+        package: The plug-in folder as a dotted name.
+        name: The file name without ``.py``.
+        setting: The setting that has the value `name`, for the message.
 
     Raises:
-        ConfigError: there is no such plug-in.
+        ConfigError: There is no such plug-in.
     """
     allowed = names(package)
     if name not in allowed:
@@ -100,7 +100,7 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
     directory. The file may import modules from its own folder (see `local_imports`).
 
     Raises:
-        ConfigError: the file is missing, cannot be imported, or does not define the object.
+        ConfigError: The file is missing, cannot be imported, or does not define the object.
     """
     file, _, attribute = name.rpartition(":")
     if (path := user_file(name, folder)) is None:
@@ -136,7 +136,7 @@ class _LocalModules:
     """Finds the modules that a user's file imports from its own folder, and no others there.
 
     If two users' files import different modules by one name, each gets its own: the module of the
-    file that was loaded before is forgotten.
+    file that was loaded before is unloaded.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class _LocalModules:
         """Let `file` import its `local_imports`.
 
         Raises:
-            ConfigError: an installed module has the name of one of them.
+            ConfigError: An installed module has the name of one of them.
         """
         files = {
             name: path

@@ -175,11 +175,11 @@ class BatchImages:
     Attributes:
         pixel_values: float32 ``[3, H, W]`` of each image that has to go through the vision tower.
         mask: bool ``[1, N]``, true at the tokens of images.
-        sizes: width and height in pixels of each of the P images as decoded.
-        counts: number of images of each sample.
-        features: for each of the P images its cached output of the vision tower ``[T, H]``, or None
-            if it is the next of `pixel_values`.
-        keys: for each image a hash of its content, if features are cached; else empty.
+        sizes: Width and height in pixels of each of the P images as decoded.
+        counts: Number of images of each sample.
+        features: For each of the P images, its cached output of the vision tower ``[T, H]``, or
+            None if it is the next of `pixel_values`.
+        keys: A hash of each image's content if features are cached; otherwise empty.
     """
 
     pixel_values: tuple[Tensor, ...]
@@ -217,11 +217,11 @@ class BatchImages:
 
 
 class ImageProcessor(Protocol):
-    """The half of an image model that needs no weights: what lays out data uses it."""
+    """The half of an image model that needs no weights: the data pipeline uses it."""
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of one image; a row may have `max_length` tokens and these."""
+        """Maximum tokens of one image; a row may have `max_length` tokens and these."""
         ...
 
     def num_tokens(self, size: tuple[int, int]) -> int:
@@ -247,15 +247,15 @@ class ImageEmbedder(Protocol):
     def embed(self, input_ids: Tensor, images: BatchImages | None) -> Tensor:
         """Input embeddings ``[1, N, H]`` of token ids ``[1, N]``, those of images in their places.
         None is a batch without images: its embeddings go through the weights for images as well,
-        with an image that counts nothing (see `PackedCausalLM.always_embeds`)."""
+        with a dummy image (see `PackedCausalLM.always_embeds`)."""
         ...
 
     def weights(self) -> Iterable[Any]:
-        """The parameters that images alone enter."""
+        """The parameters that only images use."""
         ...
 
     def positions(self, batch: Batch) -> Tensor:
-        """The position ids that the language model takes for `batch`, which has images."""
+        """The position ids of the language model for `batch`, which has images."""
         ...
 
 
@@ -270,9 +270,9 @@ class Batch:
             precedes it.
         position_ids: int64 ``[1, N]``, starting at 0 in every sequence.
         cu_seqlens: int32 ``[S + 1]``, on the CPU: the start of each of the S sequences, then N.
-        rows: where each row came from, for messages.
+        rows: Where each row came from, for messages.
         images: None for a batch of text.
-        found: labels, and the cached value of `predicting` for them.
+        found: Labels, and the cached value of `predicting` for them.
         sequences_per_row: k; sequences ``k * i`` to ``k * i + k - 1`` belong to row i.
         weights: float32 ``[1, N]``, the loss weight of each label; None if all are 1.
     """
@@ -376,8 +376,8 @@ class LossOutput:
     """Sums over a batch; the trainer divides them by the total count of the step.
 
     Attributes:
-        loss: scalar, float32.
-        metrics: scalars by name, as the algorithm declares them; logged, not backpropagated.
+        loss: Scalar, float32.
+        metrics: Scalars by name, as the algorithm declares them; logged, not backpropagated.
     """
 
     loss: Tensor

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import typer.main
 
 from xtuner import __version__, plugins
 from xtuner.cli import app
@@ -15,7 +16,7 @@ COMMAND = [sys.executable, "-m", "xtuner.cli.app"]
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Make `xtuner list-cfg` raise what the test wants."""
+    """Make `xtuner list-cfg` raise an error of the test's choice."""
     from xtuner.config.builtin import catalog
 
     def failing(error):
@@ -113,6 +114,17 @@ def test_python_m_xtuner_is_the_command_and_completes():
         check=False,
     )
     assert done.stdout.split() == ["train"]
+
+
+def test_names_of_built_in_settings_and_of_settings_are_completed():
+    def completed(command, word):
+        parameters = typer.main.get_command(app.build_app()).commands[command].params
+        found = parameters[0].shell_complete(None, word)
+        return [item.value for item in found]
+
+    assert "qwen3_0_6b_lora_custom" in completed("copy-cfg", "qwen3_0_6b_lora_c")
+    assert completed("train", "qwen3_0_6b_lora_cus") and not completed("train", "")
+    assert completed("explain", "lora_al") == ["lora_alpha"]
 
 
 def test_an_interrupt_exits_with_130(failing):

@@ -54,7 +54,7 @@ def test_removed_commands_name_their_replacement(old, words):
 def test_a_system_template_is_its_text(capsys):
     flag, text = translated(["chat", "M", "--system-template", "sql"])[2:]
     assert flag == "--system" and "SQL" in text
-    assert "own words" in capsys.readouterr().err
+    assert "own wording" in capsys.readouterr().err
 
 
 def test_old_cfg_options_still_work():

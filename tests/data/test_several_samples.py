@@ -1,4 +1,4 @@
-"""A chat template that rewrites earlier turns makes several samples of a row."""
+"""A chat template that rewrites earlier turns turns a row into several samples."""
 
 import pytest
 from data_makers import build_data, chat, lines_of, text_of, tokenizer, write_jsonl
@@ -59,7 +59,7 @@ def test_the_report_counts_rows_and_says_how_many_samples_they_become(path, rewr
     (source,) = report.sources
     assert (source.rows_read, source.rows_used, source.rows_lost) == (3, 3, 0)
     assert report.train.samples == 2 * TURNS + 1
-    told = "2 rows become 6 samples, as the chat template rewrites earlier turns (lines 1, 3)"
+    told = "2 rows become 6 samples, since the chat template rewrites earlier turns (lines 1, 3)"
     assert told in "\n".join(report.lines())
 
 

@@ -52,7 +52,7 @@ def left(count, size):
     return (psutil.Process().memory_info().rss - before) >> 20
 
 torch.ones(1)
-print(host.keep_freed_memory(), left(4, 32), host.return_large_blocks(), left(4, 40))
+print(host.keep_freed_memory(), left(4, 32), host.return_blocks_from(2**24), left(4, 40))
 """
     kept, first, returned, large = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True

@@ -1,7 +1,7 @@
 """Losses, gradients and weights of two processes under every strategy are those of one process on
-the same samples, whether they take other rows or parts of the same ones.
+the same samples, whether they take different rows or parts of the same ones.
 
-A few cases run always; the whole matrix is slow. The processes are started once for each.
+A few cases always run; the complete matrix is slow. Processes are started once for each.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from sharded_cases import case, model_of
+from sharded_cases import case, frees_at_once, fused_case, model_of
 
 from xtuner.hub import old_pth
 from xtuner.parallel.processes import Processes
@@ -29,9 +29,10 @@ SPLIT = [("fsdp2", "lora", 1), ("deepspeed_zero3", "full", 1)]
 """Cases whose rows are split over two processes."""
 
 
-def run_all(cases, split=(), folder=None):
+def run_all(cases, split=(), folder=None, fused=()):
     """The results of `cases` on this process, and of `split` with rows split over two; DeepSpeed
-    saves its own checkpoints in `folder`."""
+    saves its own checkpoints in `folder`. Last those of fused layers under the strategies
+    `fused`."""
     processes = Processes("cpu")
 
     def save(strategy):
@@ -42,6 +43,9 @@ def run_all(cases, split=(), folder=None):
     if split:
         processes = Processes("cpu", sequence_parallel_size=2)
         found += [case(processes, *each) for each in split]
+    if fused:
+        processes = Processes("cpu")
+        found += [fused_case(processes, name, folder, "nf4", recompute=True) for name in fused]
     processes.close()
     return found
 
@@ -64,7 +68,7 @@ def assert_alike(cases, results):
 
 
 def assert_read(folder, tuning, weights):
-    """DeepSpeed's own checkpoint in `folder` has the trained weights, and all the others."""
+    """DeepSpeed's own checkpoint in `folder` contains the trained and all other weights."""
     found = old_pth.read(folder)
     for name, value in weights.items():
         assert np.array_equal(found[name].numpy(), value), name
@@ -76,12 +80,17 @@ def assert_read(folder, tuning, weights):
 
 @pytest.mark.distributed
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    first, second = run_distributed(run_all, FEW, SPLIT, tmp_path)
+    zero3 = frees_at_once(tmp_path)
+    first, second = run_distributed(run_all, FEW, SPLIT, tmp_path, ("replicated", zero3))
+    (*first, (whole, _), (sharded, freed)), (*second, _, (others, _)) = first, second
+    assert sharded == others and freed == 0
+    for found, wanted in zip(sharded, whole, strict=True):  # of layers that read weights uncalled
+        assert found == pytest.approx(wanted, rel=1e-6)
     assert_alike([*FEW, *SPLIT], first)
     for (strategy, tuning, _), (*_, weights) in zip(FEW[1:], first[1:], strict=False):
         assert_read(tmp_path / strategy, tuning, weights)
     assert [losses for losses, *_ in first] == [losses for losses, *_ in second]
-    assert all(not weights for *_, weights in second)  # the main process alone gets them
+    assert all(not weights for *_, weights in second)  # only the main process gets them
 
 
 @pytest.mark.slow

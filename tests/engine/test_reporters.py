@@ -74,8 +74,19 @@ def test_failing_tracker_is_disabled_and_does_not_end_the_run(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     run = run_of(tmp_path, report_to="wandb")
     steps(make_hooks(run, custom=(), folder=tmp_path), run)
-    assert tracker.calls.count("log") == 1
+    assert tracker.calls.count("log") == 1 and tracker.calls[-1][0] == "finish"
     assert "wandb could not log" in run.console.file.getvalue()
+
+
+def test_tracker_that_cannot_be_opened_is_left_alone(tmp_path, monkeypatch):
+    tracker = Tracker("swanlab")
+    tracker.init = lambda **options: {}["no account."]
+    monkeypatch.setitem(sys.modules, "swanlab", tracker)
+    run = run_of(tmp_path, report_to="swanlab")
+    steps(make_hooks(run, custom=(), folder=tmp_path), run)
+    assert not tracker.calls
+    told = run.console.file.getvalue()
+    assert "swanlab could not open the run" in told and "no account.'. They are in" in told
 
 
 def test_tracker_without_its_package_is_named(tmp_path, monkeypatch):

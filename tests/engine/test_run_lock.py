@@ -1,4 +1,4 @@
-"""Two runs never write to one work dir, and a dead one holds no lock."""
+"""Two runs never write to one work dir, and a dead run holds no lock."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path, other):
 def test_killed_run_releases_the_lock(tmp_path, other):
     other.kill()
     other.wait()
-    assert (tmp_path / run_lock.FILE_NAME).read_text()  # it had no time to clear it
+    assert (tmp_path / run_lock.FILE_NAME).read_text()  # it had no time to remove it
     with run_lock.hold(tmp_path):
         assert str(os.getpid()) in (tmp_path / run_lock.FILE_NAME).read_text()
     with run_lock.hold(tmp_path):
@@ -81,6 +81,36 @@ def test_waiting_ends_with_the_other_run(tmp_path, other, capsys):
     assert f"Waiting for the run in {tmp_path} (process {other.pid}" in capsys.readouterr().err
     with run_lock.hold(tmp_path):
         pass
+
+
+WAIT = """
+import os, sys, time
+from pathlib import Path
+from xtuner.engine import run_lock
+folder, output = Path(sys.argv[1]), Path(sys.argv[2])
+print("waiting", flush=True)
+run_lock.wait_until_free(folder, poll_seconds=0.02)
+time.sleep(0.3)  # another waiting run may take the lock now
+with run_lock.hold(folder, wait=True, poll_seconds=0.02):
+    before = output.read_text()
+    time.sleep(0.1)
+    output.write_text(f"{before}{os.getpid()} ")
+"""
+
+
+def test_runs_that_wait_for_one_work_dir_get_it_in_turn(tmp_path, other):
+    output = tmp_path / "output"
+    output.touch()
+    command = [sys.executable, "-c", WAIT, str(tmp_path), str(output)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for run in runs:
+        assert run.stdout.readline() == "waiting\n"
+        assert f"(process {other.pid} on" in run.stderr.readline()
+    other.kill()
+    later = [run.communicate(timeout=30)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0, 0], later
+    assert sorted(output.read_text().split()) == sorted(str(run.pid) for run in runs)
 
 
 def test_without_a_run_nothing_is_waited_for(tmp_path, capsys):
@@ -117,4 +147,4 @@ def test_the_command_names_the_other_run_and_can_wait(tmp_path, other, monkeypat
     other.stdin.write("\n")
     other.stdin.flush()
     assert main([*command, "--wait"]) == 2
-    assert "no_model" in capsys.readouterr().err  # it went on to the next fault
+    assert "no_model" in capsys.readouterr().err  # it reached the next error

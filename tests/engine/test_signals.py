@@ -13,12 +13,15 @@ ASKED = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.S
 
 
 @pytest.mark.parametrize("number", [s for s in ASKED if s is not signal.SIGHUP])
-def test_a_signal_is_a_request(number):
+def test_a_signal_is_a_request(number, capfd):
     before, request = signal.getsignal(number), StopRequest()
     with request.on_signals():
         assert not request.made
         os.kill(os.getpid(), number)
         assert request.made
+    told = capfd.readouterr().err
+    assert "Stopping after this step" in told
+    assert ("Ctrl-C again stops now" in told) is (number is signal.SIGINT)
     assert signal.getsignal(number) is before
 
 
@@ -44,7 +47,7 @@ def test_a_closed_terminal_is_a_request_unless_nohup_ignores_it(ignored):
     )  # fmt: skip
     os.close(far)
     if not ignored:
-        os.close(near)  # whoever writes to the terminal now gets an error
+        os.close(near)  # writing to the terminal now fails
     else:
         while True:
             try:

@@ -1,9 +1,11 @@
 """The contract of strategies, and a user's own."""
 
 import copy
+import gc
 import importlib
+import importlib.util
 import inspect
-import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,15 +15,11 @@ from recording_strategy import Recording
 from test_trainer import make_samples, make_trainer
 
 from xtuner import plugins
-from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings
 from xtuner.engine import strategies
 from xtuner.engine.strategies.base import BaseStrategy
-from xtuner.errors import ConfigError
-from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.models.prepare import make_trainable
+from xtuner.errors import ConfigError, LaunchError
 from xtuner.parallel.processes import Processes
-from xtuner.testing.tiny import tiny_model_folder
 
 PACKAGE = "xtuner.engine.strategies"
 ALONE = Processes("cpu")
@@ -178,37 +176,76 @@ def test_adagrad_is_refused_where_its_weight_decay_would_be_lost():
         assert not list(kind.check(settings(optim_type="SGD")))
 
 
-def adapted_model(folder, quantization, *, recompute):
-    """Layers wide enough for fused LoRA and, with quantization, whole blocks of 4-bit weights."""
-    s = settings(tuning="qlora" if quantization else "lora", lora_r=8)
-    s = s.model_copy(update={"pretrained_model_name_or_path": str(folder)})
-    model = make_trainable(s, dtype=torch.bfloat16, device="cpu", recompute=recompute)
-    return PackedCausalLM(model)
+def test_what_cannot_work_is_refused_with_what_does(monkeypatch, tmp_path):
+    def told(strategy, **chosen):
+        with pytest.raises(ConfigError) as caught:
+            strategies.of_run(settings(strategy=strategy, **chosen), ALONE, folder=tmp_path)
+        return str(caught.value)
+
+    assert "set strategy = 'deepspeed_zero2'" in told("fsdp2", tuning="qlora")
+    int8 = {"tuning": "qlora", "quantization": "int8"}
+    assert "set quantization = 'nf4'" in told("deepspeed_zero3", **int8)
+    assert "set 'AdamW'" in told("fsdp2", optim_type="PagedAdamW8bit")
+    strategies.of_run(settings(strategy="deepspeed_zero2", **int8), ALONE, folder=tmp_path)
+    find = importlib.util.find_spec
+    missing = lambda name: None if name == "deepspeed" else find(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    assert "strategy: needs DeepSpeed: pip install 'xtuner[deepspeed]'" in told("deepspeed_zero1")
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_zero2"])
+def test_an_engine_that_does_not_shard_is_an_error(name, monkeypatch):
+    if name == "fsdp2":
+        monkeypatch.setattr("torch.distributed.fsdp.fully_shard", keeps_weights_whole)
+    else:
+        engine = importlib.import_module("deepspeed")
+        monkeypatch.setattr(engine, "initialize", without_zero(engine.initialize))
+    with pytest.raises(LaunchError, match=f"strategy = '{name}' is not active: .* 'replicated'"):
+        sharded_cases.make_trainer(ALONE, name, "full")
+
+
+def keeps_weights_whole(module, **options):
+    for method in (
+        "set_gradient_divide_factor",
+        "set_force_sum_reduction_for_comms",
+        "set_reduce_scatter_unused_params",
+    ):
+        setattr(module, method, lambda value: None)
+
+
+def without_zero(initialize):
+    """DeepSpeed's `initialize`, which ignores what is to be sharded."""
+
+    def ignoring(*, config, **options):
+        return initialize(config={**config, "zero_optimization": {"stage": 0}}, **options)
+
+    return ignoring
 
 
 @pytest.mark.parametrize("quantization", ["nf4", ""], ids=["qlora", "lora"])
 def test_weights_are_there_in_the_backward_pass_of_fused_layers(quantization, tmp_path):
     """An answer before training calls other modules; fused layers read weights without a call."""
-    tiny_model_folder(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
-    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
-    found = {}
-    for strategy in ("replicated", str(tmp_path / "zero3.json")):
-        for recompute in (False, True):
-            model = adapted_model(tmp_path / "model", quantization, recompute=recompute)
-            trainer = sharded_cases.make_trainer(ALONE, strategy, "lora", 2, model=model)
-            layers, gathered = model.causal.model.layers, []
-            layers[1].register_forward_hook(
-                lambda *_, first=layers[0], held=gathered: held.append(
-                    sum(p.numel() for p in first.parameters())
-                )
-            )
-            batch = Algorithm().collate(make_samples(1))
-            with torch.no_grad():
-                model.eval()
-                trainer.strategy.model(batch)
-            found[strategy, recompute] = sharded_cases.fitted(trainer)
-            assert (min(gathered) == 0) == (strategy != "replicated")  # the first layer is freed
+    zero3 = sharded_cases.frees_at_once(tmp_path)
     for recompute in (False, True):
-        wanted, got = (values for key, values in found.items() if key[1] == recompute)
-        assert got == wanted
+        wanted, kept = sharded_cases.fused_case(
+            ALONE, "replicated", tmp_path, quantization, recompute=recompute
+        )
+        found, freed = sharded_cases.fused_case(
+            ALONE, zero3, tmp_path, quantization, recompute=recompute
+        )
+        assert found == wanted
+        assert kept > 0 and freed == 0
+
+
+@pytest.mark.parametrize("name", [n for n in plugins.names(PACKAGE) if "offload" not in n])
+def test_nothing_keeps_the_model_after_a_run(name):
+    def run():
+        model = sharded_cases.model_of("full")
+        trainer = sharded_cases.make_trainer(ALONE, name, "full", model=model)
+        trainer.fit()
+        trainer.strategy.close()
+        return [weakref.ref(model), *map(weakref.ref, model.parameters())]
+
+    held = [*run(), *run()]
+    gc.collect()
+    assert not [ref for ref in held if ref() is not None]

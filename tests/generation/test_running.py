@@ -70,7 +70,7 @@ def test_a_row_that_is_removed_changes_no_other():
         found = batch.admit([gone, kept])
         found += batch.step()
         batch.remove([gone])
-        assert batch._mask.shape[1] == len(kept.ids) - 1  # the padding of the longer row is gone
+        assert batch._mask.shape[1] == len(kept.ids) - 1  # the padding of the longer row is removed
         while batch.rows:
             found += batch.step()
     assert "".join(piece for row, piece in found if row is kept) == alone(model, QUESTIONS[1])
@@ -98,3 +98,16 @@ def test_scores_are_log_probabilities_of_the_model():
         assert score.token_id == row.ids[len(prompt) + i]
         assert score.logprob == pytest.approx(float(logprobs[i, score.token_id]), abs=1e-5)
         assert len(score.top) == 2 and score.top[0] == (score.token_id, score.logprob)
+
+
+class Unread(list):
+    def __iter__(self):
+        raise AssertionError("the ids of the conversation are read")
+
+
+def test_only_a_repetition_penalty_reads_the_ids():
+    scores = torch.tensor([[1.0, 3.0, 2.9]])
+    assert chooser(OPTIONS, torch.device("cpu"))(Unread([1]), scores).tolist() == [1]
+    penalized = GenerationOptions(max_new_tokens=12, repetition_penalty=2.0)
+    # 7 is the id of an image: outside the vocabulary
+    assert chooser(penalized, torch.device("cpu"))([7, 1], scores).tolist() == [2]

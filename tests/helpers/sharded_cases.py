@@ -1,5 +1,6 @@
 """Short runs of a tiny model under a strategy, with any distribution of a step's samples."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -8,19 +9,21 @@ from test_trainer import make_samples, weighted
 from trainer_parts import quiet_run
 
 from xtuner.algorithms.sft import Algorithm
+from xtuner.config.schema import Settings
 from xtuner.engine import strategies
 from xtuner.engine.optimizer import optim
 from xtuner.engine.trainer import Trainer
 from xtuner.kernels.attention import packed as attention
 from xtuner.models import adapters
 from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.testing.tiny import tiny_model
+from xtuner.models.prepare import make_trainable
+from xtuner.testing.tiny import tiny_model, tiny_model_folder
 
 STEPS = 3
 
 
 class Shares:
-    """The steps of two ranks as they are dealt to one rank or two.
+    """The steps of two ranks, distributed over one rank or two.
 
     The first step is full, in the second the second half has fewer micro-batches, in the third it
     has none. Half of the samples have loss weights.
@@ -48,7 +51,7 @@ class Shares:
 
 
 def model_of(tuning, *, tied=False):
-    """A tiny model in float32, and its settings' share of the work done."""
+    """A tiny model in float32, prepared according to its settings."""
     attention.register()
     model = tiny_model(tie_word_embeddings=tied)
     model.set_attn_implementation(attention.NAME)
@@ -98,6 +101,33 @@ def case(processes, strategy, tuning, accumulation=1, *, then=lambda strategy: N
     losses, norms = fitted(trainer)
     then(trainer.strategy)
     return losses, norms, weights_of(trainer.strategy)
+
+
+def frees_at_once(folder):
+    """A ZeRO-3 configuration, written to `folder`, that keeps no gathered weight for reuse; also
+    writes a model with layers wide enough for fused LoRA and whole blocks of 4-bit weights."""
+    tiny_model_folder(folder / "model", hidden_size=64, intermediate_size=128, head_dim=16)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    (folder / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
+    return str(folder / "zero3.json")
+
+
+def fused_case(processes, strategy, folder, quantization, *, recompute):
+    """Losses and norms of a run with fused LoRA layers in bfloat16, after a forward pass without
+    gradients, and the fewest elements of the first layer that were there after the second layer's
+    forward pass. The model is that of `frees_at_once`."""
+    tuning = {"tuning": "qlora" if quantization else "lora", "lora_r": 8}
+    s = Settings(pretrained_model_name_or_path=str(folder / "model"), data_path="d", **tuning)
+    adapted = make_trainable(s, dtype=torch.bfloat16, device="cpu", recompute=recompute)
+    model = PackedCausalLM(adapted)
+    trainer = make_trainer(processes, strategy, "lora", 2, model=model)
+    first, second, *_ = model.causal.model.layers
+    held = []
+    second.register_forward_hook(lambda *_: held.append(sum(p.numel() for p in first.parameters())))
+    with torch.no_grad():
+        model.eval()
+        trainer.strategy.model(Algorithm().collate(make_samples(1)))
+    return fitted(trainer), min(held)
 
 
 def fitted(trainer):

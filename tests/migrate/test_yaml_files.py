@@ -327,3 +327,22 @@ def test_hostile_yaml_file_raises_a_config_error(draft, text):
     except ConfigError:
         return
     assert found.outcome == "refused"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (
+            "a.yml",
+            "base_model: m\nmicro_batch_size: 2\nsequence_len: 9\n",
+            "`xtuner train .*a.yml`",
+        ),
+        ("t.py", "from trl import SFTTrainer\nimport peft\n", r"a script \(it imports peft, trl\)"),
+        ("s.yaml", "lr: 1.0e-4\n", "needs no migration"),
+    ],
+    ids=["Axolotl", "TRL script", "own"],
+)
+def test_what_is_not_converted_is_named_with_what_to_do(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        file.migrate(tmp_path / name)

@@ -1,18 +1,23 @@
 """Our LoRA forward pass against PEFT's, on plain and on quantised weights."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xtuner.errors import ModelError
 from xtuner.models.adapters import (
     add_adapter,
     count_parameters,
+    load_adapter,
     load_adapter_weights,
     notes_on_adapters,
 )
 from xtuner.models.load import load_model
 from xtuner.models.save import save_model
+from xtuner.models.text_path import freeze_outside_text, note_on_frozen
 from xtuner.testing.architectures import tiny_config
 from xtuner.testing.tiny import tiny_model
 
@@ -23,7 +28,7 @@ def adapted(model, **options):
     model = add_adapter(model, **{"r": 4, "alpha": 8, "seed": 3, **options})
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first: give every adapter something to do
+        if "lora_B" in name:  # zero at first: give every adapter an effect
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     return model
 
@@ -65,8 +70,8 @@ def test_bfloat16_weights_get_float32_adapters_and_close_gradients():
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_quantised_gradients_equal_those_of_the_dequantised_model(quantization, tmp_path):
-    """Also after a forward pass in evaluation mode, which repacked 4-bit weights (facts, trap
-    2)."""
+    """Also after a forward pass in evaluation mode, which used to repack 4-bit
+    weights."""
     tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
     base = load_model(tmp_path, dtype=torch.float32, quantization=quantization)
     base.eval()
@@ -164,17 +169,64 @@ def test_filters_of_convolutions_are_no_experts():
     assert not [note for note in notes_on_adapters(model) if "experts" in note]
 
 
-def test_parts_for_images_get_no_adapter():
+def gemma3_for_images():
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
     text = {"vocab_size": 261, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
-    model = adapted(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "v_proj"]], ids=["all", "named"])
+def test_parts_for_images_get_no_adapter(targets):
+    model = add_adapter(gemma3_for_images(), r=4, alpha=8, target_modules=targets)
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert names and all("language_model" in name for name in names)
     (note,) = notes_on_adapters(model)
     assert note.endswith("linear layers get no adapter: text does not reach them")
+
+
+def test_parts_for_images_are_not_trained_instead_of_text():
+    with pytest.raises(ModelError, match=r"'fc1' only names parts for images.*vision_tower"):
+        add_adapter(gemma3_for_images(), r=4, alpha=8, target_modules=["q_proj", "fc1"])
+    with pytest.raises(ModelError, match="'multi_modal_projector' only names"):
+        add_adapter(gemma3_for_images(), r=4, alpha=8, modules_to_save=["multi_modal_projector"])
+    model = gemma3_for_images()
+    all_of_it = sum(p.numel() for p in model.parameters())
+    freeze_outside_text(model)
+    left = all_of_it - sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert note_on_frozen(model).startswith(f"{left:,} weights are frozen")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("language_model" in name or "lm_head" in name for name in trained)
+
+
+def test_adapter_that_fits_the_model_in_part_is_refused(tmp_path):
+    made = adapted(tiny_model())
+    made.save_pretrained(tmp_path / "whole")
+    saved = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    first = next(name for name in saved if "q_proj.lora_B" in name)
+    less = {name: tensor for name, tensor in saved.items() if name != first}
+    other = first.replace("layers.0", "layers.9")
+    for case, weights, words in [
+        (
+            "less",
+            less,
+            f"1 weight that adapter_config.json asks for .*{first.removesuffix('.weight')}",
+        ),
+        ("other", {**less, other: saved[first]}, "1 weight in it fit"),
+    ]:
+        shutil.copytree(tmp_path / "whole", tmp_path / case)
+        save_file(weights, tmp_path / case / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match=f"only a part of the adapter.*{words}"):
+            load_adapter(tiny_model(), tmp_path / case)
+        with pytest.raises(ModelError, match=r"other layers|only a part of the adapter"):
+            load_adapter_weights(adapted(tiny_model()), tmp_path / case)
+    both = load_adapter(
+        load_adapter(tiny_model(), tmp_path / "whole"), tmp_path / "whole", name="b"
+    )
+    with pytest.raises(ModelError, match="only a part of the adapter"):
+        load_adapter(both, tmp_path / "less", name="c")
 
 
 def test_output_of_adapted_layers_may_be_changed_in_place():

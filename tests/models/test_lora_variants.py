@@ -13,8 +13,10 @@ from xtuner.errors import ConfigError
 from xtuner.models.adapters import add_adapter, check_config, notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.check.isolation import IsolationCheck
+from xtuner.models.load import located_config, meta_model
 from xtuner.models.neftune import EmbeddingNoise
-from xtuner.testing.tiny import tiny_model
+from xtuner.models.prepare import make_trainable
+from xtuner.testing.tiny import tiny_model, tiny_model_folder
 
 IDS = torch.arange(5, 45)[None]
 
@@ -58,7 +60,7 @@ def test_principal_parts_start_from_the_model_itself():
 @pytest.mark.parametrize(
     ("further", "words"),
     [
-        ({"init_lora_weights": "pissa_niter_4"}, "use 'pissa', which computes the same ones"),
+        ({"init_lora_weights": "pissa_niter_4"}, "use 'pissa', which recomputes the same ones"),
         ({"use_drora": True}, "no such field; did you mean 'use_dora'"),
         ({"r": 8}, "r: is the setting lora_r"),
         ({"init_lora_weights": "eva"}, "needs passes over the data"),
@@ -121,3 +123,15 @@ def test_noise_is_that_of_each_samples_length_and_of_training_alone():
     for start, stop in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
         bound = 5.0 / math.sqrt((stop - start) * 32)
         assert 0.9 * bound < noise[start:stop].abs().max() <= bound * (1 + 1e-6)
+
+
+def test_an_adapter_names_its_base_model_for_every_folder(tmp_path, monkeypatch):
+    tiny_model_folder(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    given = {"pretrained_model_name_or_path": "./base", "data_path": "d.jsonl", "tuning": "lora"}
+    settings = load_settings(given).settings
+    made = make_trainable(
+        settings, dtype=torch.float32, device="cpu", recompute=False,
+        base=lambda dtype: meta_model(located_config("./base"), dtype=dtype),
+    )  # fmt: skip
+    assert made.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")

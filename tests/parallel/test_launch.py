@@ -10,7 +10,9 @@ import time
 
 import psutil
 import pytest
+import typer
 
+from xtuner.cli import _launch
 from xtuner.errors import LaunchError
 from xtuner.parallel import attempt
 from xtuner.parallel.cluster import Cluster, first_host, joined_by_slurm
@@ -47,7 +49,7 @@ def test_processes_have_their_ranks(tmp_path):
     first, second = (json.loads((tmp_path / name).read_text()) for name in "01")
     assert first[:4] == ["0", "0", "2", "127.0.0.1"]
     assert second[:5] == ["1", "1", "2", "127.0.0.1", None]
-    # the store is reached from this machine alone
+    # the store is only reachable from this machine
     assert first[5] == "127.0.0.1" and first[6] == first[7] == second[5]
 
 
@@ -151,7 +153,7 @@ def test_a_wrong_cluster_names_all_that_is_wrong():
     assert all(name in told for name in ("NODE_RANK", "0 to 1", "ADDR", "PORT"))
     found = Cluster.of(4, 2, node_rank="1", address="10.0.0.1", port=None)
     assert (found.world_size, found.first_rank, found.port) == (8, 4, 29500)
-    # what a platform sets for other purposes does not count on one machine
+    # variables that a platform sets for other purposes are ignored on one machine
     assert Cluster.of(4, 1, node_rank="x", address="y", port="tcp://z") == Cluster(4)
 
 
@@ -165,6 +167,23 @@ def test_slurm_gives_each_task_its_rank(monkeypatch):
     assert joined_by_slurm(task | {"PORT": "1234"})["MASTER_PORT"] == "1234"
     with pytest.raises(LaunchError, match="not started by srun"):
         joined_by_slurm({})
+
+
+def test_a_launcher_is_joined_and_tasks_that_nobody_joins_are_refused(monkeypatch):
+    for name in ("RANK", "XTUNER_STORE_FD", "SLURM_PROCID", _launch.LAUNCHER):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(LaunchError, match="not started by torchrun"):
+        _launch.join("pytorch", Cluster())
+    with pytest.raises(typer.BadParameter, match="must be none, pytorch or slurm"):
+        _launch.join("mpi", Cluster())
+    os.environ |= {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1"}
+    with pytest.raises(LaunchError, match=r"2 tasks, .* --launcher slurm"):
+        _launch.join(None, Cluster())
+    _launch.join("slurm", Cluster())
+    assert _launch.started_by_launcher() and _launch.world_size(Cluster()) == 2
+    _launch.join("none", Cluster())
+    assert not _launch.started_by_launcher()
 
 
 @pytest.mark.parametrize(

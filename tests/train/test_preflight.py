@@ -47,6 +47,12 @@ def test_problems_are_reported_together(llama):
     assert "optim_type = 'AdmaW': unknown optimizer; did you mean 'AdamW'?" in told
 
 
+def test_layers_for_adapters_are_looked_up_before_data_are_read(llama):
+    names = {"lora_target_modules": ["q_proj", "q_porj"], "lora_modules_to_save": ["lm_haed"]}
+    with pytest.raises(ConfigError, match=r"no layer 'q_porj', 'lm_haed'; its linear .*q_proj"):
+        check_run(loaded(llama, **names).settings)
+
+
 def test_hooks_are_looked_at_before_data_are_read(llama, tmp_path):
     (tmp_path / "own.py").write_text("class Mine:\n    pass\n")
     for name, words in [("own.py:Mine", "not a subclass"), ("own.py:Min", "did you mean 'Mine'")]:

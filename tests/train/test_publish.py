@@ -1,13 +1,18 @@
-"""Uploads to a fake hub."""
+"""Uploads to a hub on this machine, with the hub's own client."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
+from helpers.hub_server import TOKEN, hub_server
 
 from xtuner.errors import ConfigError, LaunchError
 from xtuner.models import manifest
 from xtuner.training.publish import check_target, publish
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # httpx
 
 
 @pytest.fixture
@@ -19,6 +24,7 @@ def checkpoint(tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     (folder / "training_state.pt").write_bytes(b"state")
     settings = {"pretrained_model_name_or_path": base, "data_path": [str(tmp_path / "d.jsonl")]}
+    settings["system"] = f"use {TOKEN}"
     info = {"kind": "adapter", "base_model": base, "settings": settings}
     (folder / "run.yaml").write_text(yaml.safe_dump(info))
     manifest.write(folder)
@@ -27,55 +33,65 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that keeps what is uploaded."""
-    import huggingface_hub
+    """A hub on this machine, which knows the token of this process."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-    kept = {}
-
-    class Api:
-        def create_repo(self, repo, *, private, exist_ok):
-            kept["repo"] = (repo, private)
-            return f"https://hub.example/{repo}"
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            from pathlib import Path
-
-            files = Path(folder_path).iterdir()
-            kept["files"] = {file.name: file.read_bytes() for file in files}
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    return kept
+    disable_progress_bars()
+    with hub_server() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+    enable_progress_bars()
 
 
 def test_result_is_uploaded_without_state_and_local_paths(checkpoint, hub, tmp_path):
-    assert publish(checkpoint, "me/mine", private=True) == "https://hub.example/me/mine"
-    assert hub["repo"] == ("me/mine", True)
-    files = hub["files"]
+    assert publish(checkpoint, "me/mine", private=True) == f"{hub.url}/me/mine"
+    assert hub.repos == {"me/mine": "private"}
+    files = {name.removeprefix("me/mine/"): content for name, content in hub.files.items()}
     assert "training_state.pt" not in files and files["adapter_model.safetensors"] == b"weights"
     assert not any(str(tmp_path).encode() in content for content in files.values())
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "my_model"
     assert b"library_name: peft" in files["README.md"]
+    assert b"hf_" not in files["run.yaml"]
     assert str(tmp_path) in (checkpoint / "run.yaml").read_text()  # the checkpoint is untouched
     listed = json.loads(files["manifest.json"])["files"]
     assert set(listed) == set(files) - {"manifest.json"}
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["iter_2"]
 
 
-def test_failure_says_that_the_run_is_saved(checkpoint, hub, monkeypatch):
-    import huggingface_hub
-
-    def refuse(self, **options):
-        raise ConnectionError("no\nnetwork")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", refuse)
-    with pytest.raises(
-        LaunchError, match=r"is done and saved in .*iter_2.*no network.*hf upload me"
-    ):
+@pytest.mark.parametrize("where", ["/repos/create", "/large/", "/commit/"])
+def test_failure_loses_nothing_and_says_how_to_upload(checkpoint, hub, tmp_path, where):
+    hub.failing[where] = 403
+    with pytest.raises(LaunchError, match=r"is done and saved in .*iter_2, but .*403") as caught:
         publish(checkpoint, "me/mine", private=True)
+    assert "\n" not in str(caught.value) and "key=k" not in str(caught.value)
+    manifest.check(checkpoint, resuming=True)
+    words = shlex.split(str(caught.value).partition("Try again: ")[2])
+    assert words[:3] == ["hf", "upload", "me/mine"] and words[4:] == ["--private"]
+    left = {file.name: file.read_bytes() for file in Path(words[3]).iterdir()}
+    assert "training_state.pt" not in left
+    assert not any(str(tmp_path).encode() in content for content in left.values())
+    hub.failing.clear()
+    publish(checkpoint, "me/mine", private=True)
+    assert "me/mine/run.yaml" in hub.files and not Path(words[3]).exists()
 
 
-def test_target_is_checked_before_a_run(monkeypatch):
+def test_target_is_checked_before_a_run(hub, monkeypatch):
+    check_target("me/mine")
     with pytest.raises(ConfigError, match="must be 'owner/name'"):
         check_target("mine")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_someone")
+    with pytest.raises(ConfigError, match="does not accept the access token"):
+        check_target("me/mine")
+    hub.failing["/whoami"] = 500
+    check_target("me/mine")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        check_target("me/mine")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(ConfigError, match="no access token"):
         check_target("me/mine")

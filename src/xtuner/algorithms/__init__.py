@@ -19,11 +19,10 @@ def of_run(settings: Settings, *, folder: Path) -> BaseAlgorithm:
     """Create the algorithm of a run.
 
     Args:
-        settings: the settings of the run.
-        folder: where a user's file is looked up first.
+        folder: Where a user's file is looked up first.
 
     Raises:
-        ConfigError: there is no such algorithm, it is not a `BaseAlgorithm`, or it does not support
+        ConfigError: There is no such algorithm, it is not a `BaseAlgorithm`, or it does not support
             these settings.
     """
     kind = _class_of(settings.algorithm, folder)

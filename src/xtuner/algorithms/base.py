@@ -24,21 +24,21 @@ class BaseAlgorithm:
     """Supervised learning on one sequence per row; subclasses override what differs.
 
     Attributes:
-        records: record types that the algorithm accepts.
-        sequences_per_row: number of sequences that `encode` returns per row. They stay together in
+        records: Record types that the algorithm accepts.
+        sequences_per_row: Number of sequences that `encode` returns per row. They stay together in
             one pack and one batch, and each may have max_length tokens. With 1, `encode` may
             return several, which need not stay together.
-        overlong: the value of the setting `overlong` that 'auto' selects.
-        overlong_choices: the values of `overlong` that the algorithm supports.
-        takes_images: whether rows may have images.
-        continues_text: whether 'auto' selects the template 'plain' for a model without a chat
+        overlong: The value of the setting `overlong` that 'auto' selects.
+        overlong_choices: The values of `overlong` that the algorithm supports.
+        takes_images: Whether rows may have images.
+        continues_text: Whether 'auto' selects the template 'plain' for a model without a chat
             template.
-        options: the algorithm's own settings with their defaults, set by `algorithm_options`.
-        takes_weights: whether `loss` and `count` use `batch.weights`. A class that overrides `loss`
+        options: The algorithm's own settings with their defaults, set by `algorithm_options`.
+        takes_weights: Whether `loss` and `count` use `batch.weights`. A class that overrides `loss`
             declares it again; otherwise rows with loss weights are refused.
-        metrics: names of the sums that `loss` returns in addition to the loss; the trainer divides
+        metrics: Names of the sums that `loss` returns in addition to the loss; the trainer divides
             them by the same count and logs them.
-        uncommon: settings that a copied settings file leaves out.
+        uncommon: Settings that a copied settings file leaves out.
     """
 
     records: ClassVar[tuple[type, ...]] = (Conversation, Text)
@@ -80,8 +80,8 @@ class BaseAlgorithm:
         own.
 
         Args:
-            record: an instance of one of `records`.
-            encoder: encodes conversations and texts to token ids and a loss mask.
+            record: An instance of one of `records`.
+            encoder: Encodes conversations and texts to token ids and a loss mask.
         """
         match record:
             case Text():
@@ -108,8 +108,8 @@ class BaseAlgorithm:
         step. Each token's loss is multiplied by its weight.
 
         Args:
-            model: returns the log-probability of each supervised token, float32 ``[S]``.
-            batch: a result of `collate`, on the model's device.
+            model: Returns the log-probability of each supervised token, float32 ``[S]``.
+            batch: A result of `collate`, on the model's device.
         """
         from xtuner.types import LossOutput
 

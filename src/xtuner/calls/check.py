@@ -32,7 +32,7 @@ class CallPolicy:
 
     Attributes:
         errors: 'drop' discards a row whose calls are wrong, 'keep' trains on it.
-        thoughts: whether thoughts are supervised ('learn'), masked ('mask'), or removed ('remove').
+        thoughts: Whether thoughts are supervised ('learn'), masked ('mask'), or removed ('remove').
             A thought is the reasoning of an assistant turn, or the text before a call.
     """
 

@@ -9,7 +9,6 @@ from typing import Any
 from xtuner.calls.scan import loads
 from xtuner.calls.schema import type_name
 
-Tool = Mapping[str, Any]
 Call = Mapping[str, Any]
 
 
@@ -17,7 +16,7 @@ class CallFormatError(ValueError):
     """A value that is neither a tool nor a call.
 
     Attributes:
-        path: where it is, such as ``[1].function``; empty for the value itself.
+        path: Where it is, such as ``[1].function``; empty for the value itself.
     """
 
     def __init__(self, path: str, problem: str) -> None:
@@ -55,7 +54,7 @@ def read_call(value: Any, path: str = "") -> dict[str, Any]:
     `args` or `input`, as an object or as JSON text; both may be within `function`.
 
     Raises:
-        CallFormatError: it is not a call.
+        CallFormatError: It is not a call.
     """
     if not isinstance(value, Mapping):
         raise CallFormatError(path, f"is {_kind(value)}; a call is an object")
@@ -80,7 +79,7 @@ def read_tool(value: Any, path: str = "") -> dict[str, Any]:
     schema.
 
     Raises:
-        CallFormatError: it is not a tool.
+        CallFormatError: It is not a tool.
     """
     if not isinstance(value, Mapping):
         raise CallFormatError(path, f"is {_kind(value)}; a tool is an object")
@@ -105,8 +104,8 @@ def read_parameters(given: Any, tool: Mapping[str, Any] | None = None) -> dict[s
     """The JSON schema of parameters, which are given as a schema, a list, or a dictionary by name.
 
     Args:
-        given: the parameters as written.
-        tool: the tool; its `required` is used if the parameters are a list.
+        given: The parameters as written.
+        tool: The tool; its `required` is used if the parameters are a list.
     """
     if isinstance(given, str) and given.strip():
         given = _parsed(given)
@@ -132,8 +131,8 @@ _MAY_BE_NULL = ("default", "const", "examples", "enum")
 
 
 def _without_nulls(schema: Any) -> Any:
-    """A JSON schema without the keys whose null means that they are absent, as tables and what is
-    exported from them have them."""
+    """A JSON schema without the keys whose null means that they are absent, as in tables and
+    exports of them."""
     if isinstance(schema, Mapping):
         return {
             key: value if key in _MAY_BE_NULL else _without_nulls(value)
@@ -164,7 +163,7 @@ def python_literal(text: str) -> Any:
     """Parse JSON, or a Python literal such as ``{'a': None}``.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: It is neither.
     """
     try:
         return loads(text)

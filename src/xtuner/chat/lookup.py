@@ -31,14 +31,14 @@ class ChatSource:
     """What to load for a chat.
 
     Attributes:
-        model: folder or hub name of the model.
-        adapter: folder of the adapter on it, if any.
-        tokenizer: folder or hub name of the tokenizer.
-        template, system: prompt template and system message of the training run.
-        own_template: fields of the template, if it was the user's own.
-        quantization: quantization of the base model during the training of the adapter.
-        trained: the template is that of a training run, which recorded it.
-        llava: where the parts of a LLaVA model are, or "huggingface" if `model` is a
+        model: Folder or hub name of the model.
+        adapter: Folder of the adapter on it, if any.
+        tokenizer: Folder or hub name of the tokenizer.
+        template, system: Prompt template and system message of the training run.
+        own_template: Fields of the template, if it was the user's own.
+        quantization: Quantization of the base model during the training of the adapter.
+        trained: The template is that of a training run, which recorded it.
+        llava: Where the parts of a LLaVA model are, or "huggingface" if `model` is a
             LlavaForConditionalGeneration.
     """
 
@@ -63,8 +63,8 @@ def find(
     """Resolve `model`, with `adapter` on it and as a part of `llava`; see `open_chat`.
 
     Raises:
-        ModelError: a folder is missing or contains neither a model nor an adapter.
-        ConfigError: the arguments cannot be combined.
+        ModelError: A folder is missing or contains neither a model nor an adapter.
+        ConfigError: The arguments cannot be combined.
     """
     found = _find_model(model)
     if llava is not None or visual_encoder:
@@ -96,7 +96,7 @@ def _with_adapter(image_model: ChatSource, adapter: ChatSource) -> ChatSource:
     """Return `image_model`, parts of a LLaVA model, with `adapter` on its language model.
 
     Raises:
-        ConfigError: the parts already have an adapter.
+        ConfigError: The parts already have an adapter.
     """
     assert isinstance(image_model.llava, Sources)
     if image_model.llava.llm_adapter is not None:
@@ -141,7 +141,7 @@ def with_parts(found: ChatSource, llava: str | None, visual_encoder: str) -> Cha
     """Return `found` as the language model of the LLaVA model whose parts are in `llava`.
 
     Raises:
-        ModelError: the parts are missing.
+        ModelError: The parts are missing.
         ConfigError: `found` has parts of its own, or a part is given twice.
     """
     if llava is None:

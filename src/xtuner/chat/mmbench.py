@@ -73,7 +73,7 @@ def read_tsv(file: Path) -> list[Question]:
     """The questions of a TSV file of MMBench.
 
     Raises:
-        DataError: it cannot be read, or lacks a column.
+        DataError: It cannot be read, or lacks a column.
     """
     csv.field_size_limit(_LONGEST_FIELD)
     try:
@@ -120,12 +120,12 @@ def ask_all(
     """Ask every question in a conversation of its own.
 
     Args:
-        session: with a model that takes images.
-        questions: of `read_tsv`.
-        progress: called with the number of answers so far.
+        session: A session with a model that takes images.
+        questions: The result of `read_tsv`.
+        progress: Called with the number of answers so far.
 
     Raises:
-        DataError: an image cannot be decoded.
+        DataError: An image cannot be decoded.
     """
     with TemporaryDirectory(prefix="xtuner-") as folder:
         file = Path(folder) / "image"

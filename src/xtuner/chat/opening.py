@@ -45,22 +45,22 @@ def open_chat(
     """Load a model, adapter or checkpoint and open a conversation with it.
 
     Args:
-        model: a checkpoint (``work_dirs/x/iter_N``), a work dir (its newest checkpoint), an
+        model: A checkpoint (``work_dirs/x/iter_N``), a work dir (its newest checkpoint), an
             adapter, a model folder, a name on the hub, or a name given to `xtuner fetch`.
-        adapter: folder of an adapter to load on `model`.
-        prompt_template, system: override those recorded in the checkpoint.
+        adapter: Folder of an adapter to load on `model`.
+        prompt_template, system: Override those recorded in the checkpoint.
         bits: 4 or 8 quantizes the linear layers of the model, 16 does not; None uses the
             quantization of the run that trained the adapter.
-        options: generation options.
+        options: Generation options.
         device: 'auto' uses a GPU if there is one.
-        dtype: of weights and computation; 'auto' is the same as for training on this device.
-        trust_remote_code: run Python code that ships with the model.
-        trust_code: run the Python file that the checkpoint's run.yaml names as its template.
-        visual_encoder: vision tower of a LLaVA model; overrides the one that its parts name.
-        llava: folder of the parts of a LLaVA model that was trained with `model`.
+        dtype: The dtype of weights and computation; 'auto' is that of training on this device.
+        trust_remote_code: Run Python code that ships with the model.
+        trust_code: Run the Python file that the checkpoint's run.yaml names as its template.
+        visual_encoder: Vision tower of a LLaVA model; overrides the one that its parts name.
+        llava: Folder of the parts of a LLaVA model that was trained with `model`.
 
     Raises:
-        XTunerError: the model cannot be opened.
+        XTunerError: The model cannot be opened.
     """
     if bits is not None and bits not in _QUANTIZATION:
         raise ConfigError(f"bits = {bits}: must be 4, 8 or 16 (unquantized)")
@@ -136,10 +136,10 @@ def text_parts(
     """The tokenizer and template of `found`; arguments as for `open_chat`.
 
     Args:
-        where: the name of the model in error messages.
+        where: The name of the model in error messages.
 
     Raises:
-        XTunerError: the tokenizer or template cannot be used.
+        XTunerError: The tokenizer or template cannot be used.
     """
     name = prompt_template or found.template
     tokenizer = load_tokenizer(found.tokenizer, trust_remote_code=trust_remote_code)

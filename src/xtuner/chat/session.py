@@ -24,9 +24,9 @@ class ToolUse:
     """The tools of a conversation.
 
     Attributes:
-        box: runs the calls.
-        allow: asked before each call.
-        max_rounds: maximum number of answers with calls per question.
+        box: The tools, which run the calls.
+        allow: Called before each call; returns whether it may run.
+        max_rounds: Maximum number of answers with calls per question.
     """
 
     box: ToolBox
@@ -38,12 +38,12 @@ class Session:
     """A conversation with `model`, rendered by the same template object as in training.
 
     Args:
-        model, tokenizer, template, options, vision: arguments of `generation.generate.stream`.
-        generate: generates an answer in pieces; called instead of `stream`, with its arguments.
+        model, tokenizer, template, options, vision: Arguments of `generation.generate.stream`.
+        generate: Generates an answer in pieces; called instead of `stream`, with its arguments.
 
     Attributes:
-        messages: the conversation so far; the template adds the system message.
-        tools: the tools that the model may call, if any.
+        messages: The conversation so far; the template adds the system message.
+        tools: The tools that the model may call, if any.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Session:
         turns are dropped, with a warning.
 
         Raises:
-            ModelError: the question alone exceeds the model's context.
-            DataError: the template cannot render the question, or an image cannot be read.
+            ModelError: The question alone exceeds the model's context.
+            DataError: The template cannot render the question, or an image cannot be read.
         """
         messages = self._fit([*self.messages, self._asked(text, images)])
         answer = self._answer(messages)
@@ -104,9 +104,9 @@ class Session:
         messages are kept; a question that fails is not.
 
         Raises:
-            ModelError: the model's call format is unknown, or the question alone exceeds its
+            ModelError: The model's call format is unknown, or the question alone exceeds its
             context.
-            DataError: the template cannot render the question, or an image cannot be read.
+            DataError: The template cannot render the question, or an image cannot be read.
         """
         if self.tools is None:
             with contextlib.closing(self.ask(text, images)) as pieces:
@@ -121,7 +121,7 @@ class Session:
         messages = self._fit([*self.messages, self._asked(text, images)])
         new: list[Message] = []
         steps = loop.converse(
-            lambda said: self._answer(self._fit(list(said))),
+            lambda conversation: self._answer(self._fit(list(conversation))),
             messages,
             tools=self.tools.box,
             family=family,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -27,14 +28,15 @@ class Terminal:
     """Where questions come from and answers go.
 
     Attributes:
-        read_line: returns the next line without its line end; raises EOFError at the end.
-        out: receives the answers, each followed by a line end.
-        notes: receives prompts and notes.
-        interactive: show prompts and notes.
-        streaming: print an answer while it is generated.
-        images: images attached to the first question of every conversation.
-        pending: images attached to the next question.
-        trusted: tools that run without asking.
+        read_line: Returns the next line without its line end; raises EOFError at the end.
+        out: Receives the answers, each followed by a line end.
+        notes: Receives prompts and notes.
+        interactive: Show prompts and notes.
+        streaming: Print an answer while it is generated.
+        images: Images attached to the first question of every conversation.
+        pending: Images attached to the next question.
+        trusted: Tools that run without asking.
+        waiting: Shows that something is done in its block, where nothing is printed.
     """
 
     read_line: Callable[[str], str]
@@ -45,12 +47,19 @@ class Terminal:
     images: tuple[str, ...] = ()
     pending: list[str] = field(default_factory=list)
     trusted: set[str] = field(default_factory=set)
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         self.pending.extend(self.images)
 
     @classmethod
-    def standard(cls, *, streaming: bool = True, images: tuple[str, ...] = ()) -> Terminal:
+    def standard(
+        cls,
+        *,
+        streaming: bool = True,
+        images: tuple[str, ...] = (),
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Terminal:
         """The terminal or pipe of this process."""
         interactive = sys.stdin.isatty()
         if interactive:
@@ -59,7 +68,7 @@ class Terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  adds history and editing keys to input()
         read = input if interactive else _read_from_pipe
-        return cls(read, sys.stdout, sys.stderr, interactive, streaming, images)
+        return cls(read, sys.stdout, sys.stderr, interactive, streaming, images, waiting=waiting)
 
     def answer(self, session: Session, question: str) -> None:
         """Ask and print the answer; KeyboardInterrupt stops it and is re-raised."""
@@ -69,31 +78,36 @@ class Terminal:
             return
         pieces = session.ask(question, images) if images else session.ask(question)
         try:
-            if self.streaming:
-                for piece in pieces:
-                    self.out.write(self._shown(piece))
-                    self.out.flush()
-            else:
-                self.out.write(self._shown("".join(pieces)))
+            with self.waiting():
+                text = next(pieces, "") if self.streaming else "".join(pieces)
+            self._write(text)
+            for piece in pieces:
+                self._write(piece)
         finally:
             pieces.close()
             self.out.write("\n")
             self.out.flush()
 
-    def _shown(self, text: str) -> str:
-        """`text` of the model; in a terminal, which would execute control characters, without
+    def _write(self, text: str) -> None:
+        """Print text of the model; in a terminal, which would execute control characters, without
         them."""
-        return visible(text) if self.out.isatty() else text
+        self.out.write(visible(text) if self.out.isatty() else text)
+        self.out.flush()
 
     def _act(self, session: Session, question: str, images: tuple[str, ...]) -> None:
         """Answer with tools: text goes to `out`, calls and results to `notes`."""
         steps = session.act(question, images)
         line_open = False
         try:
-            for event in steps:
+            while True:
+                # in a terminal, a call may ask whether it may run
+                quiet = nullcontext if self.interactive or line_open else self.waiting
+                with quiet():
+                    event = next(steps, None)
+                if event is None:
+                    break
                 if isinstance(event, loop.Text):
-                    self.out.write(self._shown(event.text))
-                    self.out.flush()
+                    self._write(event.text)
                     line_open = not event.text.endswith("\n")
                     continue
                 if line_open:
@@ -102,7 +116,7 @@ class Terminal:
                     line_open = False
                 # `allow` has shown the call
                 if not isinstance(event, loop.Called):
-                    print(_told(event), file=self.notes, flush=True)
+                    print(_as_text(event), file=self.notes, flush=True)
         finally:
             steps.close()
             if line_open:
@@ -212,7 +226,7 @@ def shown_call(call: Mapping[str, Any]) -> str:
     return _printable(f"{name_of(call)}({arguments_of(call)!r})")
 
 
-def _told(event: loop.Event) -> str:
+def _as_text(event: loop.Event) -> str:
     match event:
         case loop.Returned(result=result):
             return "← " + "\n  ".join(_printable(result.text).splitlines() or [""])

@@ -38,7 +38,7 @@ def read(data: str, dataset_format: str, *, note: Callable[[str], None]) -> Iter
     """Yield the usable conversations of `data`; `note` gets a line about the others.
 
     Raises:
-        DataError: the data cannot be read.
+        DataError: The data cannot be read.
     """
     settings = Settings(
         pretrained_model_name_or_path="", data_path=(data,), dataset_format=(dataset_format,)
@@ -68,7 +68,7 @@ def hold_out(
     """Split `records` by tool, write both parts to `folder`, and return the held-out one.
 
     Raises:
-        DataError: fewer than two tools are called.
+        DataError: Fewer than two tools are called.
     """
     names = ev.called_tools(record for _, record in records)
     if len(names) < 2:
@@ -97,10 +97,10 @@ def answer(
     """Generate the answers in batches of similar length, and compare them.
 
     Args:
-        session: with a model whose template has a tool family.
-        questions: of `tools.evaluation.questions_of`.
-        batch_size: answers generated at a time.
-        progress: called with the number of answers so far.
+        session: A session with a model whose template has a tool family.
+        questions: The result of `tools.evaluation.questions_of`.
+        batch_size: Number of answers generated at the same time.
+        progress: Called with the number of answers so far.
     """
     family = session.template.tool_family
     assert family is not None

@@ -1,4 +1,4 @@
-"""The tools of `xtuner chat`: its options, also those of XTuner 0.x, and what they open."""
+"""The options of `xtuner chat` for tools, including those of XTuner 0.x."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MaxRounds: TypeAlias = Annotated[
     int, typer.Option(min=1, help="Maximum number of answers with calls per question.")
 ]
 ToolTimeout: TypeAlias = Annotated[
-    float, typer.Option(min=0.1, help="Seconds that one call may take.")
+    float, typer.Option(min=0.1, help="Time limit for a call, in seconds.")
 ]
 Lagent: TypeAlias = Annotated[
     bool,
@@ -59,7 +59,7 @@ def names(
     """The tools that the options name, each once.
 
     Raises:
-        ConfigError: a plugin is unknown, or only a search was asked for.
+        ConfigError: A plugin is unknown, or only a search was asked for.
     """
     named = list(tools)
     if lagent:
@@ -84,12 +84,12 @@ def check(tools: Sequence[str], *, yes: bool, can_ask: bool) -> None:
     """Reject, before the model is loaded, unknown tools and tools whose calls nobody can allow.
 
     Args:
-        tools: names of tools.
-        yes: calls run without asking.
-        can_ask: somebody can be asked before a call.
+        tools: Names of tools.
+        yes: Calls run without asking.
+        can_ask: Somebody can be asked before a call.
 
     Raises:
-        ConfigError: a name is invalid, or calls must be allowed one by one, but the input is not a
+        ConfigError: A name is invalid, or calls must be allowed one by one, but the input is not a
             terminal; all problems are listed.
     """
     from xtuner.tools.toolbox import faults_of, refuse
@@ -118,7 +118,7 @@ def opened(
     """Give the session its tools inside the block.
 
     Raises:
-        ConfigError: a tool cannot be loaded.
+        ConfigError: A tool cannot be loaded.
     """
     with tool_use(tools, max_rounds=max_rounds, timeout=timeout) as use:
         if use is not None:
@@ -133,7 +133,7 @@ def tool_use(tools: Sequence[str], *, max_rounds: int, timeout: float) -> Iterat
     """The tools of conversations inside the block; None if none are named.
 
     Raises:
-        ConfigError: a tool cannot be loaded.
+        ConfigError: A tool cannot be loaded.
     """
     if not tools:
         yield None

@@ -1,4 +1,4 @@
-"""Checks of the commands that serve: packages and address."""
+"""Checks of `xtuner serve` and `xtuner web`: packages and address."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def require(extra: str, *packages: str) -> None:
     """Check that the packages of an extra are installed.
 
     Raises:
-        LaunchError: one is missing.
+        LaunchError: One is missing.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -26,7 +26,7 @@ def check_address(address: str, *, secret: str | None, flag: str) -> None:
     """Require a secret for addresses other than loopback, and warn about them.
 
     Raises:
-        ConfigError: there is no secret.
+        ConfigError: There is no secret.
     """
     from xtuner.serve.guard import is_loopback
 

@@ -1,4 +1,4 @@
-"""Shows that a command is alive while nothing else is written, where there is no progress bar."""
+"""Shows that a command is alive if it has no progress bar and nothing else is printed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Watched:
 
 class _Heart:
     """Writes dots to `stream` from a thread, at most one per `seconds` of silence, and the line
-    `first` if nothing at all was written soon."""
+    `first` if nothing was written at the beginning."""
 
     def __init__(self, stream: TextIO, seconds: float, first: str) -> None:
         self._stream, self._seconds, self._first = stream, seconds, first
@@ -76,7 +76,7 @@ class _Heart:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # the reader is gone
+        except (OSError, ValueError):  # the reader has closed the pipe
             self._stopped.set()
 
 
@@ -85,9 +85,9 @@ def heartbeat(*, on: bool = True, seconds: float = SILENCE, first: str = "") -> 
     """Write a dot to stderr whenever nothing was written for some seconds.
 
     Args:
-        on: whether to do so; False where a bar or spinner moves.
-        seconds: of silence before a dot.
-        first: a line that is written if the command has written nothing after `FIRST` seconds.
+        on: Whether to do so; False if there is a progress bar or spinner.
+        seconds: Seconds of silence before a dot.
+        first: A line that is written if the command has written nothing for `FIRST` seconds.
     """
     if not on:
         yield

@@ -30,7 +30,7 @@ MasterAddr = Annotated[
 MasterPort = Annotated[
     str | None,
     typer.Option(
-        envvar=["PORT", "MASTER_PORT"], metavar="PORT", help="Port of machine 0 [default: 29500]."
+        envvar=["PORT", "MASTER_PORT"], metavar="PORT", help="Port of machine 0. Default: 29500."
     ),
 ]
 LauncherOption = Annotated[
@@ -38,13 +38,14 @@ LauncherOption = Annotated[
     typer.Option(
         "--launcher",
         metavar="[none|pytorch|slurm]",
-        help="Who started the processes: srun (slurm), or torchrun (pytorch; detected).",
+        help="What started the processes: srun (slurm), or torchrun (pytorch; detected as well).",
     ),
 ]
 MaxRestarts = Annotated[
     int,
     typer.Option(
-        min=0, help="If a process dies, start all again from the last checkpoint, this many times."
+        min=0,
+        help="If a process dies, restart all from the last checkpoint, up to this many times.",
     ),
 ]
 
@@ -53,7 +54,7 @@ def join(launcher: str | None, cluster: Cluster) -> None:
     """Join the processes that a launcher started, if one started this process.
 
     Raises:
-        LaunchError: the named launcher did not start it, or an unnamed one did.
+        LaunchError: The named launcher did not start it, or an unnamed one did.
     """
     if launcher not in (None, "none", "pytorch", "slurm"):
         raise typer.BadParameter(f"--launcher {launcher}: must be none, pytorch or slurm")

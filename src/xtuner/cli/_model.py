@@ -1,4 +1,4 @@
-"""Options of the commands that load a model to ask it."""
+"""Options of the commands that load a model for questions."""
 
 from __future__ import annotations
 

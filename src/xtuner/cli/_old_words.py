@@ -1,4 +1,4 @@
-"""The command lines of XTuner 0.x, word for word, as those of this version.
+"""Translates command lines of XTuner 0.x.
 
     chat M --torch-dtype fp16   ──►   chat M --dtype float16
     train C --seed 3            ──►   train C --set seed=3
@@ -21,7 +21,7 @@ _RENAMED = {
     "chat": {"--command-stop-word": "--stop-words", "--answer-stop-word": "--stop-words"},
 }
 _NO_NAME = "the name of the assistant is part of the template or system message"
-_NO_OFFLOAD = "weights are not moved to disk; --bits 4 takes less memory"
+_NO_OFFLOAD = "weights are not offloaded to disk; --bits 4 takes less memory"
 _ONE_PROCESS = "this command runs in one process"
 _LEFT_OUT = {
     "chat": {"--bot-name": _NO_NAME, "--offload-folder": _NO_OFFLOAD},
@@ -32,13 +32,13 @@ _LEFT_OUT = {
         "--stop-words": "the template determines where answers end",
     },
     "test": {"--launcher": _ONE_PROCESS},
-    "train": {"--local_rank": "processes find their rank by themselves",
-              "--local-rank": "processes find their rank by themselves"},
+    "train": {"--local_rank": "processes determine their rank themselves",
+              "--local-rank": "processes determine their rank themselves"},
     "convert": {"--safe-serialization": "files are always safetensors"},
 }  # fmt: skip
 _FLAGS = ("--safe-serialization",)
 """Options without a value."""
-_GONE = {
+_REMOVED = {
     "dist_train": "use `xtuner train CONFIG --nproc GPUS`",
     "dist_test": "use `xtuner test CONFIG --checkpoint DIR`",
     "preprocess": "is not in this version. arXiv metadata: write rows with 'title' and 'abstract' "
@@ -49,15 +49,15 @@ _GONE = {
 
 
 def translated(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with the words of this version.
+    """`arguments` in the syntax of this version.
 
     Raises:
-        ConfigError: a command of old that does not exist any more.
+        ConfigError: A command that no longer exists.
     """
     given = _commands(list(arguments))
     command = given[0] if given else ""
-    if command in _GONE:
-        raise ConfigError(f"xtuner {command}: {_GONE[command]}")
+    if command in _REMOVED:
+        raise ConfigError(f"xtuner {command}: {_REMOVED[command]}")
     return [*given[:1], *_options(command, given[1:])]
 
 
@@ -129,7 +129,7 @@ def _system(value: str) -> list[str]:
     if value not in texts:
         raise ConfigError(f"--system-template {value}: must be one of {', '.join(texts)}")
     print(
-        f"Note: the system message {value!r} has xtuner's own words; --system TEXT takes yours.",
+        f"Note: the system message {value!r} has xtuner's own wording; --system TEXT sets yours.",
         file=sys.stderr,
     )
     return ["--system", str(texts[value]).strip()]
@@ -143,4 +143,4 @@ _VALUES: dict[tuple[str, str], Callable[[str], list[str]]] = {
     ("train", "--seed"): _seed,
     ("convert", "--save-format"): _save_format,
 }
-"""Options whose value changes too."""
+"""Options whose values are translated as well."""

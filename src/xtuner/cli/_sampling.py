@@ -1,4 +1,4 @@
-"""Options that say how answers are sampled."""
+"""Options that control how answers are sampled."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ Temperature: TypeAlias = Annotated[
         help="Sampling temperature; lower is more deterministic. Without it, decoding is greedy."
     ),
 ]
-TopK: TypeAlias = Annotated[int | None, typer.Option(help="Sample from the K most likely tokens.")]
+TopK: TypeAlias = Annotated[
+    int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens.")
+]
 TopP: TypeAlias = Annotated[
     float | None,
-    typer.Option(help="Sample from the most likely tokens with total probability P."),
+    typer.Option(metavar="P", help="Sample from the most likely tokens with total probability P."),
 ]
 RepetitionPenalty: TypeAlias = Annotated[
     float | None, typer.Option(help="Values above 1 reduce repetition.")
 ]
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="Seed for sampling.")]
 StopWords: TypeAlias = Annotated[
-    list[str] | None, typer.Option(help="Also end answers at this string; repeatable.")
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Also end answers at this string; repeatable."),
 ]
 
 

@@ -1,7 +1,7 @@
 """Settings as the commands load them; third-party code needs a flag.
 
 `trust_remote_code = True` in a settings file takes effect after ``--trust-remote-code`` was given
-for that model once on this machine. A settings file beside checkpoints that this user's runs did
+for that model once on this machine. A settings file next to checkpoints that this user's runs did
 not write may name Python files only with ``--trust-code``.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from xtuner import plugins
+from xtuner.cli import _complete
 from xtuner.config.load import LoadedSettings, load_settings
 from xtuner.config.schema import Settings
 from xtuner.errors import ConfigError, listed
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from xtuner.training.data_parts import DataParts
 
 Config: TypeAlias = Annotated[
-    str, typer.Argument(help="A settings file or the name of built-in settings.")
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A settings file or the name of built-in settings.",
+        autocompletion=_complete.configs,
+    ),
 ]
 Overrides: TypeAlias = Annotated[
     list[str] | None,
@@ -44,7 +50,7 @@ TrustRemoteCode: TypeAlias = Annotated[
 TrustCode: TypeAlias = Annotated[
     bool,
     typer.Option(
-        "--trust-code", help="Run Python files named in settings that lie beside checkpoints."
+        "--trust-code", help="Run Python files named by settings that lie next to checkpoints."
     ),
 ]
 _MARKS = ("run.yaml", "last_checkpoint", "adapter_config.json", "iter_*")
@@ -60,7 +66,7 @@ def load(
     """Load settings; refuse those that would run code the user has not agreed to.
 
     Raises:
-        ConfigError: as `load_settings`; or a flag is missing.
+        ConfigError: As `load_settings`; or a flag is missing.
     """
     loaded = load_settings(config, overrides=overrides or ())
     return _checked(
@@ -91,22 +97,18 @@ def load_any(
     text = ""
     if path.suffix in (".py", ".yaml", ".yml") and path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
-    if not (origin := foreign.origin(text, path.suffix)):
-        return load(
-            config,
-            overrides=overrides,
-            trust_remote_code=trust_remote_code,
-            trust_code=trust_code,
-        )
-    from xtuner.migrate import file
+    if origin := foreign.origin(text, path.suffix):
+        from xtuner.migrate import file
 
-    draft = file.read(path)
-    if draft.not_yet or draft.refused:
-        raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
-    if draft.files and reads_data:
-        raise ConfigError(foreign.offer(config, origin))
-    loaded = load_settings(draft.values, overrides=overrides or ())
-    loaded = replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
+        draft = file.read(path)
+        if draft.not_yet or draft.refused:
+            raise ConfigError(listed(f"{path} ({origin}) cannot be migrated:", [*draft.reasons()]))
+        if draft.files and reads_data:
+            raise ConfigError(foreign.offer(config, origin))
+        loaded = load_settings(draft.values, overrides=overrides or ())
+        loaded = replace(loaded, name=path.stem, folder=path.resolve().parent, path=path)
+    else:
+        loaded = load_settings(config, overrides=overrides or ())
     return _checked(
         loaded, overrides or (), trust_remote_code=trust_remote_code, trust_code=trust_code
     )
@@ -163,7 +165,7 @@ def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag
 
 
 def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
-    """Refuse Python files named by a settings file that lies beside third-party checkpoints."""
+    """Refuse Python files named by a settings file next to third-party checkpoints."""
     if loaded.path is None or not any(any(loaded.folder.glob(mark)) for mark in _MARKS):
         return
     if trust.is_remembered("work_dirs", str(loaded.folder)):
@@ -172,9 +174,9 @@ def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
     files = [f"{name} = {value!r}" for name, value in _python(loaded.settings) if name not in given]
     if files:
         raise ConfigError(
-            f"{loaded.path}: lies beside checkpoints that your runs on this machine did not write, "
-            f"and names Python files, which are not run: {', '.join(files)}. If you have read them "
-            "and trust them, add --trust-code"
+            f"{loaded.path}: lies next to checkpoints that your runs on this machine did not "
+            f"write, and names Python files, which are not run: {', '.join(files)}. If you have "
+            "read them and trust them, add --trust-code"
         )
 
 

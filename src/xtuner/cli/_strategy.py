@@ -30,7 +30,7 @@ def chosen(strategy: str | None, deepspeed: str | None) -> str | None:
     """The setting `strategy` that the options ask for.
 
     Raises:
-        typer.BadParameter: both are given, or `deepspeed` is not one of the names.
+        typer.BadParameter: Both are given, or `deepspeed` is not one of the names.
     """
     if strategy and deepspeed:
         raise typer.BadParameter("--strategy and --deepspeed cannot be combined")

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        arguments: the command-line arguments; None uses `sys.argv[1:]`.
+        arguments: The command-line arguments; None uses `sys.argv[1:]`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("XTUNER_DEBUG", "") not in ("", "0") or "--debug" in given
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or not plugins.user_location(error):
             raise
         sys.stdout.flush()
-        hint = "--debug shows the whole traceback"
+        hint = "--debug shows the full traceback"
         print(f"Your code raised {plugins.described(error)}; {hint}", file=sys.stderr)
         return 2
     except SystemExit as stop:

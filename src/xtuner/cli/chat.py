@@ -15,9 +15,10 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="A checkpoint (work_dirs/.../iter_N), a work dir (its newest checkpoint), an "
             "adapter, a model folder, or a name on the hub. Checkpoints record their base model "
-            "and template."
+            "and template.",
         ),
     ],
     adapter: _model.Adapter = None,
@@ -72,21 +73,21 @@ def command(
     """
     from xtuner.device.environment import set_up_threads
 
-    if sys.stderr.isatty():
-        typer.echo(f"Loading {model}...", err=True)
+    named = _chat_tools.names(tools or (), lagent=lagent, with_plugins=with_plugins or ())
+    _chat_tools.check(named, yes=yes, can_ask=sys.stdin.isatty())
+    typer.echo(f"Loading {model}...", err=True)
     set_up_threads()
 
-    from xtuner.chat.opening import open_chat
-    from xtuner.chat.terminal import Terminal
-    from xtuner.generation.generate import GenerationOptions
+    with heartbeat():
+        from xtuner.chat.opening import open_chat
+        from xtuner.chat.terminal import Terminal
+        from xtuner.generation.generate import GenerationOptions
 
     options = GenerationOptions(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop_words or ())
     )
-    named = _chat_tools.names(tools or (), lagent=lagent, with_plugins=with_plugins or ())
-    _chat_tools.check(named, yes=yes, can_ask=sys.stdin.isatty())
     _sampling.note_without_effect(options)
-    with heartbeat(on=sys.stderr.isatty()):
+    with heartbeat():
         session = open_chat(
             model,
             adapter=adapter,
@@ -101,7 +102,9 @@ def command(
             visual_encoder=visual_encoder,
             llava=llava,
         )
-    terminal = Terminal.standard(streaming=not no_streamer, images=tuple(image or ()))
+    terminal = Terminal.standard(
+        streaming=not no_streamer, images=tuple(image or ()), waiting=heartbeat
+    )
     with _chat_tools.opened(
         session, terminal, named, yes=yes, max_rounds=max_rounds, timeout=tool_timeout
     ):

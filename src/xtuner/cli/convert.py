@@ -34,16 +34,20 @@ class SaveFormat(StrEnum):
 @app.command("pth_to_hf")
 def pth_to_hf(
     config: Annotated[
-        str, typer.Argument(help="The settings of the run: a file or a built-in name.")
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="The settings of the run: a file or a built-in name."
+        ),
     ],
     checkpoint: Annotated[
         Path,
         typer.Argument(
+            metavar="CHECKPOINT",
             help="work_dirs/.../iter_N (iter_N.pth works too), or a work dir (its newest "
-            "checkpoint)."
+            "checkpoint).",
         ),
     ],
-    save_dir: Annotated[Path, typer.Argument(help="A new folder for the result.")],
+    save_dir: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the result.")],
     fp32: Annotated[
         bool, typer.Option("--fp32", help="Save in float32 instead of 16 bits.")
     ] = False,
@@ -160,13 +164,20 @@ def _write_llava(
 @app.command("merge")
 def merge(
     llm: Annotated[
-        str, typer.Argument(help="The base model: a folder, or a name as in a settings file.")
+        str,
+        typer.Argument(
+            metavar="LLM", help="The base model: a folder, or a name as in a settings file."
+        ),
     ],
     adapter: Annotated[
         Path,
-        typer.Argument(help="An adapter: the output of pth_to_hf, an iter_N, or a work dir."),
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter: the output of pth_to_hf, an iter_N, or a work dir."
+        ),
     ],
-    save_dir: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
+    save_dir: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder for the merged model.")
+    ],
     max_shard_size: Size = "2GB",
     device: _model.DeviceOption = _model.Device.auto,
     dtype: Annotated[
@@ -207,8 +218,8 @@ def merge(
 
 @app.command("split")
 def split(
-    src: Annotated[Path, typer.Argument(help="A model folder.")],
-    dst: Annotated[Path, typer.Argument(help="A new folder.")],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A model folder.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
     max_shard_size: Size = "2GB",
 ) -> None:
     """Re-shard a model.

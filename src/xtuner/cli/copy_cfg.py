@@ -7,10 +7,21 @@ from typing import Annotated
 
 import typer
 
+from xtuner.cli import _complete
+
 
 def command(
-    name: Annotated[str, typer.Argument(help="A name that `xtuner list-cfg` shows.")],
-    folder: Annotated[Path, typer.Argument(help="Folder for the file; created if missing.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A name that `xtuner list-cfg` shows.",
+            autocompletion=_complete.configs,
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder for the file; created if missing.")
+    ],
 ) -> None:
     """Copy built-in settings to a file.
 

@@ -14,19 +14,24 @@ from xtuner.cli import _model
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="What `xtuner chat` takes.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Anything that `xtuner chat` accepts.")
+    ],
     data: Annotated[
-        str, typer.Argument(help="Conversations with tools: a file, a folder, or a hub name.")
+        str,
+        typer.Argument(
+            metavar="DATA", help="Conversations with tools: a file, a folder, or a hub name."
+        ),
     ],
     dataset_format: Annotated[
-        str, typer.Option(metavar="F", help="As in a settings file.")
+        str, typer.Option(metavar="F", help="Dataset format, as in a settings file.")
     ] = "auto",
     train_data: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="The training data: shares are also given for the tools that these call, and for "
-            "the others (held-out tools).",
+            help="The training data: also report the shares separately for the tools that it "
+            "calls and for the others (held-out tools).",
         ),
     ] = None,
     split: Annotated[
@@ -46,7 +51,9 @@ def command(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every answer to this JSONL file.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated at a time.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Maximum number of answers generated at the same time.")
+    ] = 16,
     max_new_tokens: _model.MaxNewTokens = 256,
     adapter: _model.Adapter = None,
     prompt_template: _model.PromptTemplate = None,

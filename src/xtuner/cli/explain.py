@@ -6,9 +6,18 @@ from typing import Annotated
 
 import typer
 
+from xtuner.cli import _complete
+
 
 def command(
-    key: Annotated[str, typer.Argument(help="A setting; omit it to list all settings.")] = "",
+    key: Annotated[
+        str,
+        typer.Argument(
+            metavar="SETTING",
+            help="A setting; omit it to list all settings.",
+            autocompletion=_complete.settings,
+        ),
+    ] = "",
 ) -> None:
     """Describe a setting, or list all settings."""
     from xtuner.config import explain

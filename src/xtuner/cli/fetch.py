@@ -11,7 +11,8 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model of the catalog (smollm2_135m_instruct) or on the hub (org/model)."
+            metavar="NAME",
+            help="A model of the catalog (smollm2_135m_instruct) or on the hub (org/model).",
         ),
     ],
 ) -> None:

@@ -41,9 +41,8 @@ def fold(value: Any, *, width: int = _WIDTH - len(_INDENT), key: str = "") -> li
     """Format `value` as JSON lines; values that fit stay on one line, others are indented.
 
     Args:
-        value: the value.
-        width: available terminal columns.
-        key: the key of `value`, printed before it.
+        width: Available terminal columns.
+        key: The key of `value`, printed before it.
     """
     import json
 

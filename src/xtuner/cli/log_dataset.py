@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,10 +75,12 @@ def _print_pack(
 
     from xtuner.data.report.show_tokens import draw
 
-    samples = [
-        image_layout.without_cut_image(sample) if image_layout else sample
-        for sample in packs[number]
-    ]
+    samples = packs[number]
+    if image_layout:
+        samples = list(map(image_layout.without_cut_image, samples))
+    drawn = functools.partial(
+        draw, tokenizer=tokenizer, marks=not console.is_terminal, image_layout=image_layout
+    )
     tokens = sum(len(sample.input_ids) for sample in samples)
     title = f"pack {number + 1:,} of {len(packs):,}: {tokens:,} tokens"
     console.print(Rule(title, characters="═", style="none"))
@@ -89,9 +92,4 @@ def _print_pack(
         for what in _KINDS if show is Show.all else [show]:
             if show is Show.all:
                 console.print(f"{what.value}:")
-            marks = not console.is_terminal
-            console.print(
-                draw(
-                    sample, what.value, tokenizer=tokenizer, marks=marks, image_layout=image_layout
-                )
-            )
+            console.print(drawn(sample, what.value))

@@ -10,11 +10,15 @@ import typer
 
 def command(
     old: Annotated[
-        Path, typer.Argument(help="A config of XTuner 0.x, LLaMA-Factory or torchtune.")
+        Path,
+        typer.Argument(metavar="OLD", help="A config of XTuner 0.x, LLaMA-Factory or torchtune."),
     ],
     new: Annotated[
         Path | None,
-        typer.Argument(help="The settings file to write. Default: OLD_migrated.py in this folder."),
+        typer.Argument(
+            metavar="NEW",
+            help="The settings file to write. Default: OLD_migrated.py in the working directory.",
+        ),
     ] = None,
 ) -> None:
     """Convert a config of another trainer.

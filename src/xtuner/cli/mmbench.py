@@ -14,11 +14,12 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="A LLaVA model: a work dir or iter_N, a merged model, or with --llava its "
-            "language model."
+            "language model.",
         ),
     ],
-    data_path: Annotated[Path, typer.Option(metavar="TSV", help="A file of MMBench.")],
+    data_path: Annotated[Path, typer.Option(metavar="TSV", help="An MMBench file (TSV).")],
     visual_encoder: _model.VisualEncoder = None,
     llava: _model.Llava = None,
     prompt_template: _model.PromptTemplate = None,

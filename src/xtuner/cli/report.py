@@ -19,7 +19,7 @@ class Language(StrEnum):
 def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The work dir of a run.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write here, not to RUN/report.html.")
+        Path | None, typer.Option(metavar="FILE", help="Output file. Default: RUN/report.html.")
     ] = None,
     language: Annotated[Language, typer.Option(help="Language of the report.")] = Language.en,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from xtuner.cli import _model
+from xtuner.cli._heartbeat import heartbeat
 
 
 def command(
@@ -26,7 +27,7 @@ def command(
         ),
     ] = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 23333,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks any free port.")] = 23333,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -41,18 +42,24 @@ def command(
             metavar="URL", help="Allow web pages of this origin to send requests; repeatable."
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Answers generated at a time.")] = 8,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 64,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Maximum number of answers generated at the same time.")
+    ] = 8,
+    max_queue: Annotated[int, typer.Option(min=0, help="Maximum number of waiting requests.")] = 64,
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum length of an answer in tokens.")
     ] = 4096,
-    max_seconds: Annotated[float, typer.Option(min=1, help="Maximum time of an answer.")] = 600.0,
+    max_seconds: Annotated[
+        float, typer.Option(min=1, help="Time limit for an answer, in seconds.")
+    ] = 600.0,
     max_request_mb: Annotated[
-        float, typer.Option(min=0.01, help="Maximum size of a request.")
+        float, typer.Option(min=0.01, help="Maximum size of a request, in MB.")
     ] = 20.0,
     temperature: Annotated[
         float,
-        typer.Option(min=0, max=2, help="Temperature of requests that give none; OpenAI's is 1."),
+        typer.Option(
+            min=0, max=2, help="Temperature of requests that do not set one; OpenAI's default is 1."
+        ),
     ] = 1.0,
     prompt_template: _model.PromptTemplate = None,
     system: _model.System = None,
@@ -70,26 +77,29 @@ def command(
     from xtuner.cli import _extras
 
     _extras.require("serve", "fastapi", "uvicorn")
-    from xtuner.serve import listen
-    from xtuner.serve.app import Defaults, make_app
-    from xtuner.serve.engine import Engine
-    from xtuner.serve.guard import ApiKey, Guard
-    from xtuner.serve.job import Limits
-    from xtuner.serve.models import open_models
+    typer.echo(f"Loading {model}...", err=True)
+    with heartbeat():
+        from xtuner.serve import listen
+        from xtuner.serve.app import Defaults, make_app
+        from xtuner.serve.engine import Engine
+        from xtuner.serve.guard import ApiKey, Guard
+        from xtuner.serve.job import Limits
+        from xtuner.serve.models import open_models
 
     _extras.check_address(address, secret=api_key, flag="--api-key KEY")
     socket = listen.bind(address, port)
-    models = open_models(
-        model,
-        adapter or (),
-        prompt_template=prompt_template,
-        system=system,
-        bits=bits,
-        device=device.value,
-        dtype=dtype.value,
-        trust_remote_code=trust_remote_code,
-        trust_code=trust_code,
-    )
+    with heartbeat():
+        models = open_models(
+            model,
+            adapter or (),
+            prompt_template=prompt_template,
+            system=system,
+            bits=bits,
+            device=device.value,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            trust_code=trust_code,
+        )
     engine = Engine(Limits(max_batch, max_queue, max_seconds))
     app = Guard(
         make_app(models, engine, Defaults(max_tokens, temperature)),

@@ -12,7 +12,10 @@ from xtuner.cli import _settings
 
 def command(
     config: Annotated[
-        str, typer.Argument(help="The settings of the run: a file or a built-in name.")
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="The settings of the run: a file or a built-in name."
+        ),
     ],
     checkpoint: Annotated[
         Path | None,

@@ -18,7 +18,12 @@ from xtuner.parallel.cluster import Cluster, is_first_process
 
 def command(
     config: _settings.Config,
-    work_dir: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results. Default: the setting work_dir, otherwise work_dirs/NAME."
+        ),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -85,14 +90,16 @@ def command(
     if memory and not dry_run:
         raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
-        raise typer.Exit(0 if _fits(loaded, memory, processes=nproc) else 2)
+        with heartbeat(first="Loading..."):
+            fits = _fits(loaded, memory, processes=nproc)
+        raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
     folder = loaded.work_dir(work_dir)
     _check(loaded, _launch.world_size(cluster))
     if not _launch.started_by_launcher():
         if cluster.node_rank == 0 and not wait:
-            _check_folder(folder, goes_on=bool(resume or overwrite))
+            _check_folder(folder, continues=bool(resume or overwrite))
         print("Loading torch and transformers...", flush=True)
     _set_up(loaded)
     if not _launch.started_by_launcher():
@@ -110,7 +117,7 @@ def command(
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
     again += ["--trust-code"] if trust_code else []
     with heartbeat(on=not sys.stdout.isatty() and is_first_process()):
-        _train(loaded, work_dir, resume=resume, overwrite=overwrite, again=again)
+        _train(loaded, work_dir, resume=resume, overwrite=overwrite, wait=wait, again=again)
     if old is not None:
         _keep(old, folder)
 
@@ -121,6 +128,7 @@ def _train(
     *,
     resume: str | None,
     overwrite: bool,
+    wait: bool,
     again: list[str],
 ) -> None:
     """Train in this process; `again` is the command to continue after an interruption."""
@@ -128,7 +136,7 @@ def _train(
     from xtuner.training.run import train
 
     try:
-        train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite)
+        train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite, wait=wait)
     except Interrupted as stopped:
         command = [*again, *(["--resume"] if stopped.can_resume else [])]
         print(f"\n{stopped} Continue with:\n  {shlex.join(command)}", file=sys.stderr)
@@ -158,13 +166,13 @@ def _check(loaded: LoadedSettings, world_size: int) -> None:
     first_check(loaded)
 
 
-def _check_folder(folder: Path, *, goes_on: bool) -> None:
-    """Check that no other run uses the work dir, and that it is empty unless the run `goes_on`."""
+def _check_folder(folder: Path, *, continues: bool) -> None:
+    """Check that no other run uses the work dir, and that it is empty unless `continues`."""
     from xtuner.engine.earlier_run import refuse_earlier_run
     from xtuner.engine.run_lock import refuse_if_held
 
     refuse_if_held(folder)
-    if not goes_on:
+    if not continues:
         refuse_earlier_run(folder)
 
 
@@ -177,7 +185,7 @@ def _set_up(loaded: LoadedSettings) -> None:
 
 
 def _as_overrides(device: str | None, strategy: str | None, deepspeed: str | None) -> list[str]:
-    """The options that are short for ``--set``."""
+    """The options that are shorthand for ``--set``."""
     chosen = _strategy.chosen(strategy, deepspeed)
     given = {"device": device, "strategy": chosen or None}
     return [f"{name}={value}" for name, value in given.items() if value is not None]

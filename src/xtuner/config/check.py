@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,8 +18,11 @@ from xtuner.config.renames import no_counterpart, own_value, replaced_by, unknow
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import did_you_mean
 
-_FORMATS = "xtuner.data.formats"
-_STRATEGIES = "xtuner.engine.strategies"
+_PLUGINS = {
+    "algorithm": ALGORITHMS,
+    "dataset_format": "xtuner.data.formats",
+    "strategy": "xtuner.engine.strategies",
+}
 _TEMPLATES = "xtuner.templates"
 _MAX_UNKNOWN = 100
 """Up to this many unknown names are listed; a suggestion takes time for each."""
@@ -146,39 +149,37 @@ def _wrong_value(name: str, value: Any) -> str:
 
 def named_parts(name: str) -> list[str]:
     """Names of the plug-ins or templates that setting `name` accepts; empty for other settings."""
-    match name:
-        case "algorithm":
-            return plugins.names(ALGORITHMS)
-        case "strategy":
-            return plugins.names(_STRATEGIES)
-        case "dataset_format":
-            return ["auto", *plugins.names(_FORMATS)]
-        case "prompt_template":
-            # Templates are a higher layer, so this module may not import them statically.
-            templates: list[str] = importlib.import_module(_TEMPLATES).names()
-            return templates
+    if name in _PLUGINS:
+        return [*(["auto"] if name == "dataset_format" else []), *plugins.names(_PLUGINS[name])]
+    if name == "prompt_template":
+        # Templates are a higher layer, so this module may not import them statically.
+        return list(importlib.import_module(_TEMPLATES).names())
     return []
 
 
 def _wrong_names(settings: Settings, unusable: set[str]) -> Iterator[tuple[str, str]]:
     """Yield a problem for every setting that names an unknown plug-in or template."""
-    for setting in filter(lambda name: name not in unusable, Settings.paths()):
-        given = getattr(settings, setting)
-        for value in [given] if isinstance(given, str) else given or ():
-            if any(ord(sign) < 32 for sign in value):
-                yield setting, _CONTROL_SIGN
-    for setting in ("algorithm", "dataset_format", "prompt_template", "strategy"):
-        if setting in unusable:
-            continue
-        given = getattr(settings, setting)
+    for setting, value in _values(settings, Settings.paths(), unusable):
+        if any(ord(sign) < 32 for sign in value):
+            yield setting, _CONTROL_SIGN
+    for setting, value in _values(settings, (*_PLUGINS, "prompt_template"), unusable):
         known = named_parts(setting)
-        for value in [given] if isinstance(given, str) else given:
-            if setting == "algorithm" and value in _TUNINGS:
-                yield setting, f"{value!r} is a value of 'tuning'; set tuning = {value!r}"
-            elif setting == "strategy" and value.endswith(".json"):
-                continue
-            elif value not in known and not plugins.is_user_path(value):
-                yield setting, _wrong_name(setting, value, known)
+        if setting == "algorithm" and value in _TUNINGS:
+            yield setting, f"{value!r} is a value of 'tuning'; set tuning = {value!r}"
+        elif setting == "strategy" and value.endswith(".json"):
+            continue
+        elif value not in known and not plugins.is_user_path(value):
+            yield setting, _wrong_name(setting, value, known)
+
+
+def _values(
+    settings: Settings, names: Iterable[str], unusable: set[str]
+) -> Iterator[tuple[str, str]]:
+    """The usable ones of the settings `names`, each with every value that it has."""
+    for name in filter(lambda name: name not in unusable, names):
+        given = getattr(settings, name)
+        for value in [given] if isinstance(given, str) else given or ():
+            yield name, value
 
 
 def _wrong_name(setting: str, value: str, known: list[str]) -> str:

@@ -190,7 +190,7 @@ def _check_trackers(s: Settings) -> Iterator[tuple[str, str]]:
 def _check_single_layout(s: Settings) -> Iterator[tuple[str, str]]:
     """Options that need entire rows, or their own parameter groups."""
     if s.neftune_noise_alpha is not None and s.sequence_parallel_size > 1:
-        yield "neftune_noise_alpha", "needs whole rows: set sequence_parallel_size = 1"
+        yield "neftune_noise_alpha", "needs entire rows: set sequence_parallel_size = 1"
     if s.loraplus_lr_ratio is not None and s.strategy.startswith("deepspeed"):
         yield "loraplus_lr_ratio", "is not supported by DeepSpeed; set strategy = 'fsdp2'"
 

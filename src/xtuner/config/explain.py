@@ -31,7 +31,7 @@ def explain(name: str, kind: type[Settings] = Settings) -> str:
     """Describe setting `name`.
 
     Raises:
-        ConfigError: there is no such setting.
+        ConfigError: There is no such setting.
     """
     parts = field_parts(kind)
     name = ALIASES.get(name, name)

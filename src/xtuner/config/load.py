@@ -37,9 +37,9 @@ class LoadedSettings:
     """Settings and where they came from.
 
     Attributes:
-        name: the file name without its suffix, or the built-in name.
-        folder: the folder of the file; the working directory for a built-in.
-        path: the file; None for a built-in.
+        name: The file name without its suffix, or the built-in name.
+        folder: The folder of the file; the working directory for a built-in.
+        path: The file; None for a built-in.
     """
 
     settings: Settings
@@ -59,11 +59,11 @@ def load_settings(
     """Load the settings file or the built-in settings called `config`, or a dictionary.
 
     Args:
-        config: a .py, .yaml or .yml file, a name that `xtuner list-cfg` shows, or settings by name.
-        overrides: strings ``"name=value"``, or values by name, that override `config`.
+        config: A .py, .yaml or .yml file, a name that `xtuner list-cfg` shows, or settings by name.
+        overrides: Strings ``"name=value"``, or values by name, that override `config`.
 
     Raises:
-        ConfigError: there is no such file or name, or it has problems; all are listed.
+        ConfigError: There is no such file or name, or it has problems; all are listed.
     """
     problems: list[Problem] = []
     if isinstance(overrides, Mapping):
@@ -71,13 +71,10 @@ def load_settings(
     else:
         (values, problems), line = override_reader.read(overrides), OVERRIDE
     path = None if isinstance(config, Mapping) else _file(config)
-    if isinstance(config, Mapping):
-        name = "settings"
-        reading = Reading({key: Entry(value, BUILT_IN) for key, value in _plain(config).items()})
-    elif path is None:
-        name = str(config)
-        composed = catalog.compose(name)
-        reading = Reading({key: Entry(value, BUILT_IN) for key, value in composed.items()})
+    if path is None:
+        name = "settings" if isinstance(config, Mapping) else str(config)
+        given = _plain(config) if isinstance(config, Mapping) else catalog.compose(name)
+        reading = Reading({key: Entry(value, BUILT_IN) for key, value in given.items()})
     else:
         name = path.stem
         text = _text(path)

@@ -22,12 +22,12 @@ class Mark:
     """The marks of one setting.
 
     Attributes:
-        resume: how a resume treats a changed value.
-        is_path: the value is a file, a folder or a hub name; relative paths are made absolute when
+        resume: How a resume treats a changed value.
+        is_path: The value is a file, a folder or a hub name; relative paths are made absolute when
             the settings of a run are recorded.
-        comment: a short phrase. A setting with a comment appears in every copied settings file;
+        comment: A short phrase. A setting with a comment appears in every copied settings file;
             with an empty one it appears without a comment.
-        idle: returns whether the other settings leave this one without effect.
+        idle: Returns whether the other settings leave this one without effect.
     """
 
     resume: OnResume = "noted"

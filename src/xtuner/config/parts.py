@@ -211,23 +211,23 @@ class DataPart(Part):
     name on the hub, or a list of these."""
     dataset_format: Annotated[
         OneOrMore,
-        Mark("free", comment="'auto' decides by the columns; one, or one per source"),
+        Mark("free", comment="'auto' detects it; one for all sources, or a list"),
     ] = ("auto",)
-    """How rows are read; 'auto' decides by the columns and reports its choice. One for all sources
-    or a list with one per source. `xtuner list-dataset-format` lists them; your own is
+    """How rows are read; 'auto' detects the format by the columns and reports its choice. One for
+    all sources or a list with one per source. `xtuner list-dataset-format` lists them; your own is
     'my_format.py:to_messages'."""
     columns: Annotated[Names, Mark("free")] = ()
-    """What the columns of the data are, such as {'问题': 'user', '回答': 'assistant'}: 'user',
-    'assistant', 'system', or a column that a format reads. Usual names are recognised without
+    """The roles of the columns, such as {'问题': 'user', '回答': 'assistant'}: 'user',
+    'assistant', 'system', or a column that a format reads. Common names are recognized without
     it."""
     dataset_split: Annotated[str, Mark("free")] = "train"
-    """The split of a data set on the hub."""
+    """The split to use of a data set on the hub."""
     data_repeats: Floats | None = None
-    """How often each source is used per epoch: 2 is twice, 0.5 a random half (the same half in
+    """How often each source is used per epoch: 2 means twice, 0.5 a random half (the same half in
     every epoch). One number per source."""
     data_weights: Floats | None = None
     """Shares of the sources in the mix, one number per source: rows are repeated or left out so
-    that an epoch has as many rows as all sources have together. Cannot be combined with
+    that an epoch has as many rows as all sources together. Cannot be combined with
     data_repeats."""
     max_dataset_length: Positive | None = None
     """Use at most this many rows, drawn at random with `seed`."""
@@ -299,20 +299,20 @@ class OptimPart(Part):
     ] = "auto"
     """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
     * accumulative_counts * number of processes / sequence_parallel_size. 'auto' is 1 to 16: as many
-        as leave at least 64 steps per epoch."""
+    as leave at least 64 steps per epoch."""
     sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
     """Processes that share the tokens of each row (sequence parallelism, Ulysses): activations take
-    about this many times less memory in each. The number of processes must be a multiple of it; the
-    processes of a group count once in the effective batch."""
+    about this many times less memory in each process. The number of processes must be a multiple of
+    it; the processes of a group count once in the effective batch."""
     max_epochs: Annotated[
-        Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by the rows")
+        Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by number of rows")
     ] = "auto"
     """Passes over the data. 'auto' is 15 for up to 50 rows, 12 for 100, 6 for 1,000, 3 from 10,000,
     and 1 for more rows if an epoch has 1,000 optimizer steps."""
     max_steps: Annotated[
-        Positive | None, Mark(comment="stop after this many steps; None: max_epochs decides")
+        Positive | None, Mark(comment="stop after this many steps; None: after max_epochs")
     ] = None
-    """Stop after this many optimizer steps, even within an epoch. None: max_epochs decides."""
+    """Stop after this many optimizer steps, even within an epoch. None: after max_epochs."""
     steps_are: Annotated[Literal["optimizer_steps", "micro_batches"], Mark("fixed")] = (
         "optimizer_steps"
     )
@@ -320,7 +320,7 @@ class OptimPart(Part):
     count: 'optimizer_steps', or as in XTuner 0.x 'micro_batches' of one process, of which
     accumulative_counts make a step. iter_300 then holds the last step completed by 300."""
     optim_type: Annotated[
-        str, Mark("fixed", comment="of torch.optim, or 'PagedAdamW32bit', 'AdamW8bit', ...")
+        str, Mark("fixed", comment="from torch.optim, or 'PagedAdamW32bit', 'AdamW8bit', ...")
     ] = "AdamW"
     """An optimizer of torch.optim by name ('AdamW', 'SGD', ...), or one of bitsandbytes:
     'AdamW8bit', 'PagedAdamW', 'PagedAdamW32bit', 'PagedAdamW8bit', 'Lion8bit', ... 'Muon' takes
@@ -376,9 +376,9 @@ class EvaluationPart(Part):
     evaluation_system: Annotated[str | None, Mark("free", idle=_no_questions)] = None
     """System message of these questions; None is SYSTEM."""
     evaluation_rows: Annotated[Count, Mark("free", idle=lambda s: s.has_vision)] = 8
-    """At the end, ask this many rows of the training data and half as many of the validation split,
-    and three everyday questions, and report how many answers are reproduced or unchanged; 0 asks
-    none."""
+    """At the end, ask questions from this many rows of the training data and half as many of the
+    validation split, and three everyday questions, and report how many answers are reproduced or
+    unchanged; 0 asks none."""
     evaluation_stop_words: Annotated[Strings, Mark("free", idle=_no_questions)] = ()
     """Strings that end these answers, in addition to those of the template."""
 
@@ -386,20 +386,20 @@ class EvaluationPart(Part):
 class RuntimePart(Part):
     """PART 5  Runtime"""
 
-    save_steps: Annotated[Positive, Mark("free", comment="in {steps}; the end is always saved")] = (
-        500
-    )
-    """Save a checkpoint every this many steps; the end is always saved."""
+    save_steps: Annotated[
+        Positive, Mark("free", comment="in {steps}; the last step is always saved")
+    ] = 500
+    """Save a checkpoint every this many steps; the last step is always saved."""
     save_epochs: Annotated[Positive | None, Mark("free")] = None
     """Also save a checkpoint at the end of every this many epochs."""
     keep_best: Annotated[bool, Mark("free")] = False
-    """Save a checkpoint whenever `best_metric` is better than before, keep it, and name it in the
-    file `best_checkpoint` of the work dir."""
+    """Save a checkpoint whenever `best_metric` improves, keep it, and write its name to the file
+    `best_checkpoint` in the work dir."""
     early_stopping_patience: Annotated[Positive | None, Mark("free")] = None
-    """End the run after this many measurements of `best_metric` without a better one."""
+    """End the run after this many measurements of `best_metric` without an improvement."""
     best_metric: Annotated[str, Mark("free", idle=_no_best)] = "val_loss"
     """What `keep_best` and `early_stopping_patience` compare: 'val_loss', which is measured every
-    evaluation_freq steps, or a scalar that a hook of your own adds."""
+    evaluation_freq steps, or a scalar that one of your hooks adds."""
     best_metric_goal: Annotated[Literal["min", "max"], Mark("free", idle=_no_best)] = "min"
     """Whether a lower or a higher `best_metric` is better."""
     save_total_limit: Annotated[
@@ -421,7 +421,7 @@ class RuntimePart(Part):
     """Settings of the strategy itself, by name: for 'fsdp2' {'cpu_offload': True} keeps weights,
     gradients and optimizer state in CPU memory."""
     hang_timeout: Annotated[Literal["auto"] | Positive, Mark("free", comment="in seconds")] = "auto"
-    """Seconds without progress of any process, after which the run reports where each of them is.
+    """Seconds without progress in any process, after which the run reports where each process is.
     It then ends, unless one of them prepares the run, compiles, evaluates, writes a checkpoint or
     runs a hook. 'auto': within an optimizer step 10 times what its slowest part has taken so far,
     at least 45; elsewhere 600."""
@@ -430,8 +430,9 @@ class RuntimePart(Part):
     tensorboard: Annotated[bool, Mark("free")] = True
     """Write TensorBoard events."""
     report_to: Annotated[OneOrMore, Mark("free")] = ()
-    """Experiment trackers that get every scalar: 'tensorboard', 'wandb', 'mlflow', 'swanlab',
-    'trackio', or a list of these. Each needs its package: pip install 'xtuner[wandb]'."""
+    """Experiment trackers to which every scalar is sent: 'tensorboard', 'wandb', 'mlflow',
+    'swanlab', 'trackio', or a list of these. Each needs its package: pip install
+    'xtuner[wandb]'."""
     report_project: Annotated[str, Mark("free", idle=lambda s: not s.report_to)] = "xtuner"
     """The project or experiment in the trackers of `report_to`; runs are named after their work
     dirs."""

@@ -14,7 +14,7 @@ from typing import Any
 from xtuner.config.schema import Settings
 
 AUTOMATIC = ("lora_alpha", "pack_length", "accumulative_counts", "max_epochs")
-"""The settings that `resolved` decides where they are 'auto'."""
+"""The settings whose 'auto' `resolved` replaces."""
 EPOCH_PACKS = 32
 """Packs are shorter than `max_length` where an epoch would have fewer than this."""
 PACK_SAMPLES = 4
@@ -34,9 +34,9 @@ def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> in
     """Tokens of a pack.
 
     Args:
-        settings: `pack_length` and the size of a step are used.
-        lengths: tokens of each sample; the longest has to fit.
-        limit: tokens of a full pack.
+        settings: The settings; `pack_length` and the size of a step are used.
+        lengths: Tokens of each sample; the longest has to fit.
+        limit: Tokens of a full pack.
     """
     given = settings.pack_length
     if given == "auto" and settings.accumulative_counts != "auto":
@@ -53,10 +53,10 @@ def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: i
 
     Args:
         settings: The run's settings.
-        rows: samples of an epoch.
-        packs: packs (or samples that are not packed) of an epoch.
-        length: tokens of a pack.
-        ranks: processes that take different rows.
+        rows: Samples per epoch.
+        packs: Packs (or unpacked samples) per epoch.
+        length: Tokens per pack.
+        ranks: Number of processes that take different rows.
     """
     micro_batches = math.ceil(packs / (settings.batch_size * ranks))
     summed = min(MOST_ACCUMULATED, max(1, micro_batches // EPOCH_STEPS))
@@ -77,10 +77,10 @@ def epoch_steps(settings: Settings, *, packs: int, accumulated: int, ranks: int)
     """Optimizer steps of an epoch.
 
     Args:
-        settings: `batch_size` is used.
-        packs: packs (or samples that are not packed) of an epoch.
-        accumulated: micro-batches of a step.
-        ranks: processes that take different rows.
+        settings: The settings; `batch_size` is used.
+        packs: Packs (or unpacked samples) per epoch.
+        accumulated: Micro-batches per step.
+        ranks: Number of processes that take different rows.
     """
     return math.ceil(packs / (settings.batch_size * accumulated * ranks))
 
@@ -93,11 +93,11 @@ def chosen(settings: Settings) -> tuple[str, ...]:
 
 
 def as_before(settings: Settings, earlier: Mapping[str, Any]) -> Settings:
-    """`settings` with the numbers of an earlier run, which this one continues, instead of 'auto'.
+    """`settings` with the numbers of the resumed run instead of 'auto'.
 
     Args:
-        settings: of the continuing run.
-        earlier: settings by name, as the checkpoint has them.
+        settings: The settings of the resumed run.
+        earlier: The checkpoint's settings by name.
     """
     known = {**full_packs(earlier), **earlier}
     by_steps = settings.max_steps is not None or earlier.get("max_steps") is not None
@@ -112,7 +112,7 @@ def as_before(settings: Settings, earlier: Mapping[str, Any]) -> Settings:
 
 
 def full_packs(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The `pack_length` of a run from before that setting existed: packs were full."""
+    """The `pack_length` of a run that is older than this setting: packs were full."""
     return {"pack_length": values["max_length"]} if "max_length" in values else {}
 
 

@@ -72,7 +72,7 @@ def unknown_setting(name: str) -> str:
 
 
 def _spelled_like(name: str, known: Sequence[str]) -> str | None:
-    """The name of `known` that differs in capitals and underscores only."""
+    """The name in `known` that differs only in case and underscores."""
     return next((k for k in known if _letters(k) == _letters(name)), None)
 
 
@@ -89,7 +89,7 @@ def own_value(name: str, value: Any) -> Any:
     if name in _LISTS and isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",") if part.strip()]
     if name in _LISTS and isinstance(value, list) and len(value) == 1:
-        value = value[0]  # ["all"] and ["none"] mean what the word alone means
+        value = value[0]  # ["all"] and ["none"] mean the same as the word alone
     found = table("values").get(name, {}).get(_word(value), value)
     return None if found == "None" else found
 
@@ -105,7 +105,7 @@ def _word(value: Any) -> str:
 
 
 def dotted() -> dict[str, str]:
-    """Names in the tables of an mmengine config, as ``--cfg-options`` takes them, and settings."""
+    """Names of mmengine configs in the syntax of ``--cfg-options``, and the equivalent settings."""
     names: dict[str, str] = table("renamed")["dotted"]
     return names
 

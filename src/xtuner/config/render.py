@@ -22,9 +22,9 @@ def render(values: Mapping[str, Any], *, title: str, kind: type[Settings] = Sett
     """Write `values` as a settings file with the settings that users often change.
 
     Args:
-        values: settings by name; absent ones have their defaults.
-        title: the docstring of the file.
-        kind: the class of settings.
+        values: Settings by name; absent ones have their defaults.
+        title: The docstring of the file.
+        kind: The class of settings.
     """
     fields = kind.model_fields
     given = kind.model_construct(**values)

@@ -61,12 +61,13 @@ class Settings(ModelPart, VisionPart, DataPart, OptimPart, EvaluationPart, Runti
         """`lora_alpha` with 'auto' resolved: the scale of rank-stabilized LoRA."""
         if self.lora_alpha != "auto":
             return self.lora_alpha
-        divided = ("use_rslora", True) in self.lora_config  # by the root of the rank, in PEFT
+        # PEFT then divides by the square root of the rank
+        divided = ("use_rslora", True) in self.lora_config
         return 16.0 if divided else 16 * math.sqrt(self.lora_r)
 
     @property
     def accumulates(self) -> bool:
-        """Whether gradients of several micro-batches are summed; true until 'auto' is decided."""
+        """Whether gradients of several micro-batches are summed; true until 'auto' is resolved."""
         return self.accumulative_counts == "auto" or self.accumulative_counts > 1
 
     @property

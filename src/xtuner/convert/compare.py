@@ -22,11 +22,11 @@ from xtuner.models.vocabulary import num_embeddings, tokens_of_adapter
 _TEXT = "Question: Who are you, and what is the capital of France?\nAnswer: 我是一个小助手。Paris."
 
 TOLERANCE = 1e-4
-"""Accepted difference relative to the largest logit, beside that of rounding."""
+"""Accepted difference relative to the largest logit, in addition to that of rounding."""
 NOTABLE = 5e-2
-"""Difference by rounding, relative to the largest logit, from which the user is told."""
+"""Difference by rounding, relative to the largest logit, above which a warning is printed."""
 SPREAD = 3
-"""How much more than the measured rounding another way of rounding may change."""
+"""How much larger than the measured rounding another way of rounding may be."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Difference:
     """Largest differences of logits.
 
     Attributes:
-        of_merged: merged against base + adapter.
-        of_adapter: base against base + adapter, the effect of the adapter.
-        of_rounding: base + adapter with weights merged in memory and rounded to the number type of
+        of_merged: Merged against base + adapter.
+        of_adapter: Base against base + adapter, the effect of the adapter.
+        of_rounding: Base + adapter with weights merged in memory and rounded to the number type of
             the files, against base + adapter. It depends on depth and size of the model, so it is
             measured; None if PEFT cannot merge the adapter.
-        largest: the largest logit of base + adapter.
+        largest: The largest logit of base + adapter.
     """
 
     of_merged: float
@@ -96,14 +96,11 @@ def compare(
     weights and of `merged`, in this order.
 
     Args:
-        llm: the base model.
-        adapter: the folder of the adapter.
-        merged: the folder of the merged model.
-        dtype: of weights and computation, for all.
-        stored: the number type of the files of `merged`.
+        dtype: The dtype of weights and computation of all models.
+        stored: The number type of the files of `merged`.
         device: 'cpu' or 'cuda'.
-        trust_remote_code: run Python code that ships with the model.
-        rounding: the quantization of the base weights during training.
+        trust_remote_code: Run Python code that ships with the model.
+        rounding: The quantization of the base weights during training.
     """
     options: dict[str, Any] = {
         "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code
@@ -133,10 +130,10 @@ def compare(
 
 
 def _merge_rounded(model: Any, stored: torch.dtype) -> bool:
-    """Merge the adapter of `model` in place and round all weights to `stored`; whether PEFT can.
+    """Merge the adapter of `model` in place and round all weights to `stored`.
 
-    It cannot where the adapter changes a head that shares its weights with the embedding: merging
-    unties them.
+    Returns False if PEFT cannot merge it: if the adapter changes a head that shares its weights
+    with the embedding, merging unties them.
     """
     causal = model.get_base_model()
     if causal.config.tie_word_embeddings and hasattr(causal.get_output_embeddings(), "base_layer"):

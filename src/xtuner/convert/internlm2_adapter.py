@@ -36,12 +36,12 @@ def original_adapter(
 
     Args:
         config: adapter_config.json.
-        tensors: of the adapter, by Llama's names.
-        base: config.json of the base model.
+        tensors: The adapter's tensors by Llama's names.
+        base: Config.json of the base model.
 
     Returns:
-        None if the base model is no InternLM2 in its original layout, or if the adapter has more
-        than matrices of one rank for linear layers.
+        None if the base model is not an InternLM2 in its original layout, or if the adapter has
+        anything but matrices of one rank for linear layers.
     """
     others = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias")
     if base.get("model_type") != "internlm2" or any(config.get(name) for name in others):

@@ -56,7 +56,7 @@ def write_parts(
     """Write the parts in `source` to `save_dir` as safetensors, in 16 bits unless `fp32`.
 
     Raises:
-        ModelError: the weights of a part are missing or damaged.
+        ModelError: The weights of a part are missing or damaged.
         LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     max_bytes = parse_size(max_shard_size)
@@ -95,10 +95,10 @@ def models_of(source: Path, *, llm: str, visual_encoder: str, log: Log) -> tuple
     contains.
 
     Args:
-        source: a checkpoint of the run.
-        llm, visual_encoder: the values of the settings file; used if the checkpoint names none, or
+        source: A checkpoint of the run.
+        llm, visual_encoder: The values of the settings file; used if the checkpoint names none, or
             names a folder that no longer exists.
-        log: receives a warning if the two differ.
+        log: Receives a warning if the two differ.
     """
     info = RunInfo.read(source)
     llm = "" if any((source / n).exists() for n in (parts_of.LLM, "config.json")) else llm
@@ -137,17 +137,17 @@ def write_model(
     """Merge the parts in `source` and write them as one LlavaForConditionalGeneration.
 
     Args:
-        source: a folder of parts, written by this version or by xtuner 0.1.
-        save_dir: a new folder.
-        llm, visual_encoder: override those that `source` names.
-        fp32: save in float32 instead of 16 bits.
-        max_shard_size: maximum size of a file, such as '2GB'.
-        trust_remote_code: run Python code that ships with the language model.
-        trust_code: run the Python file that `source` names as its template.
-        log: receives progress messages.
+        source: A folder of parts, written by this version or by xtuner 0.1.
+        save_dir: A new folder.
+        llm, visual_encoder: Override those that `source` names.
+        fp32: Save in float32 instead of 16 bits.
+        max_shard_size: Maximum size of a file, such as '2GB'.
+        trust_remote_code: Run Python code that ships with the language model.
+        trust_code: Run the Python file that `source` names as its template.
+        log: Receives progress messages.
 
     Raises:
-        ModelError: a part is missing or does not fit.
+        ModelError: A part is missing or does not fit.
         LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     manifest.check(source)
@@ -198,7 +198,7 @@ def _self_contained(image_model: VisionLanguageModel) -> Any:
     """The model with a configuration for plain transformers and an embedding row for ``<image>``.
 
     Raises:
-        ModelError: it has weights that a LlavaForConditionalGeneration cannot store.
+        ModelError: It has weights that a LlavaForConditionalGeneration cannot store.
     """
     model = image_model.model
     embedding, head = model.get_input_embeddings(), model.lm_head

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,24 +38,16 @@ class NeedsModel(Exception):
     """The adapter cannot be merged file by file; the message says why."""
 
 
-class HasTensors(Protocol):
-    """Tensors by name."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor."""
-        ...
-
-
 @dataclass(frozen=True)
 class Change:
     """The change of one tensor.
 
     Attributes:
-        source: the tensor of the base model to change.
-        replacement: the tensor of the adapter that replaces it, if any.
-        down, up: names of A ``[r, in]`` and B ``[out, r]`` in the adapter.
-        scaling: factor of ``B A``.
-        transposed: the weight is an embedding, to which ``(B A)`` is added transposed.
+        source: The tensor of the base model to change.
+        replacement: The tensor of the adapter that replaces it, if any.
+        down, up: Names of A ``[r, in]`` and B ``[out, r]`` in the adapter.
+        scaling: Factor of ``B A``.
+        transposed: The weight is an embedding, to which ``(B A)`` is added transposed.
     """
 
     source: str
@@ -65,11 +57,12 @@ class Change:
     scaling: float = 1.0
     transposed: bool = False
 
-    def apply(self, base: HasTensors, adapter: Weights, *, device: str) -> Tensor:
-        """The changed tensor, computed in float32; the caller casts it."""
+    def apply(self, base: Callable[[str], Tensor], adapter: Weights, *, device: str) -> Tensor:
+        """The changed tensor, computed in float32; the caller casts it. `base` reads a tensor of
+        the base model."""
         if self.replacement:
             return adapter[self.replacement]
-        weight = base[self.source]
+        weight = base(self.source)
         if not self.down:
             return weight
         down, up = (adapter[name].to(device, torch.float32) for name in (self.down, self.up))
@@ -100,14 +93,14 @@ def changes(
     contains both.
 
     Args:
-        adapter: tensors of the adapter.
-        config: its adapter_config.json.
-        base: tensors in the base model's files.
-        base_config: the base model's config.json.
+        adapter: Tensors of the adapter.
+        config: Its adapter_config.json.
+        base: Tensors in the base model's files.
+        base_config: The base model's config.json.
 
     Raises:
-        NeedsModel: this module does not support the adapter or the base model.
-        ModelError: the adapter belongs to another model.
+        NeedsModel: This module does not support the adapter or the base model.
+        ModelError: The adapter belongs to another model.
     """
     _check_kind(config, base_config)
     found = {HEAD: Change(embedding)} if (embedding := _tied(adapter, base, base_config)) else {}

@@ -64,15 +64,15 @@ class MergeReport:
     """The verification of a merge.
 
     Attributes:
-        max_difference: largest logit difference from base + adapter; None if memory was
+        max_difference: Largest logit difference from base + adapter; None if memory was
             insufficient to compare.
-        relative: the same, relative to the largest logit.
-        how: file by file, or with the model in memory.
+        relative: The same, relative to the largest logit.
+        how: File by file, or with the model in memory.
     """
 
     max_difference: float | None
     relative: float | None
-    how: Literal["by shard", "in memory"]
+    how: Literal["shard by shard", "in memory"]
 
 
 def merge(
@@ -89,18 +89,18 @@ def merge(
     """Write the model `llm` with `adapter` merged into its weights to `save_dir`.
 
     Args:
-        llm: the base model: a folder, a fetched model, or a hub name.
-        adapter: a PEFT adapter: its folder, an ``iter_N``, or a work dir; for a LLaVA run, the
+        llm: The base model: a folder, a fetched model, or a hub name.
+        adapter: A PEFT adapter: its folder, an ``iter_N``, or a work dir; for a LLaVA run, the
             adapter of the language model is merged.
-        save_dir: a new folder.
-        max_shard_size: maximum size of a file, such as '2GB'.
-        device: where to merge.
-        dtype: of the result; 'auto' is that of the base model's files.
-        trust_remote_code: run Python code that ships with the base model.
-        log: receives progress messages and warnings.
+        save_dir: A new folder.
+        max_shard_size: Maximum size of a file, such as '2GB'.
+        device: Where to merge.
+        dtype: The dtype of the result; 'auto' is that of the base model's files.
+        trust_remote_code: Run Python code that ships with the base model.
+        log: Receives progress messages and warnings.
 
     Raises:
-        ModelError: the adapter does not fit, or the result differs from base + adapter.
+        ModelError: The adapter does not fit, or the result differs from base + adapter.
         LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     checkpoint = find_checkpoint(adapter)
@@ -159,14 +159,14 @@ class _Merge:
                 f"The adapter was trained on {self.rounding.quant_type} weights; merging it into "
                 "the dequantized weights."
             )
-        how: Literal["by shard", "in memory"] = "by shard"
+        how: Literal["shard by shard", "in memory"] = "shard by shard"
         try:
             base, plan, changes = self._plan(weights, config)
         except lora.NeedsModel as reason:
             self.log(f"Merging with the model in memory: {reason}.")
             how, plan = "in memory", self._expected_plan()
         with new_folder(save_dir, num_bytes=total_bytes(plan)) as draft:
-            if how == "by shard":
+            if how == "shard by shard":
                 self._write_shards(draft, base, weights, plan, changes)
             else:
                 self._merge_in_memory(draft, config)
@@ -222,18 +222,19 @@ class _Merge:
         self, draft: Path, base: Weights, adapter: Weights, plan: dict[str, Planned],
         changes: dict[str, lora.Change],
     ) -> None:  # fmt: skip
+        def weight(name: str) -> torch.Tensor:
+            """A weight of the base model, quantized and dequantized as in the training run."""
+            return self.rounding(base[name]) if self.rounding and name in rounded else base[name]
+
         def read(name: str) -> torch.Tensor:
             if name in changes:
-                return changes[name].apply(weights, adapter, device=self.device)
-            return weights[name]
+                return changes[name].apply(weight, adapter, device=self.device)
+            return weight(name)
 
-        weights: _Rounded | Weights = base
+        rounded: Collection[str] = ()
         if self.rounding:
-            config = located_config(self.source, trust_remote_code=self.trust_remote_code)
-            names = self.rounding.names(
-                meta_model(config, trust_remote_code=self.trust_remote_code)
-            )
-            weights = _Rounded(base, self.rounding, names)
+            trust: Any = {"trust_remote_code": self.trust_remote_code}
+            rounded = self.rounding.names(meta_model(located_config(self.source, **trust), **trust))
         write_shards(draft, plan, read, max_bytes=self.max_bytes, log=self.log)
         assert self.folder is not None
         write_config(self.folder, draft, dtype=main_dtype(plan), untie=lora.HEAD in changes)
@@ -291,7 +292,7 @@ class _Merge:
         """Compare the written model with base + adapter.
 
         Raises:
-            ModelError: they differ.
+            ModelError: They differ.
         """
         plan = cast_plan(Weights.of_model(draft).stored, None)
         stored = main_dtype(plan)
@@ -331,17 +332,6 @@ class _Merge:
                 "--dtype float32 avoids this."
             )
         return found
-
-
-class _Rounded:
-    """The weights of a model, quantized and dequantized as in the training run."""
-
-    def __init__(self, base: Weights, rounding: Rounding, names: Collection[str]) -> None:
-        self._base, self._rounding, self._names = base, rounding, names
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._base[name]
-        return self._rounding(weight) if name in self._names else weight
 
 
 def _untie(model: Any, adapter: Weights) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 from xtuner.config.schema import Settings
 from xtuner.errors import CheckpointError
 from xtuner.hub import old_pth
+from xtuner.hub.json_files import write_object
 from xtuner.models import original
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision import folder as layout
@@ -35,7 +36,7 @@ _LORA = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
 def as_folder(path: Path, settings: Settings, *, beside: Path) -> Iterator[Path]:
     """A temporary folder with the contents of the old checkpoint `path`; see `write_folder`.
 
-    It lies next to `beside`, whose disk has room for the result, unlike /tmp perhaps.
+    It is next to `beside`, whose disk has room for the result, unlike perhaps /tmp.
     """
     beside.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".xtuner-", dir=beside.absolute().parent) as name:
@@ -48,12 +49,12 @@ def write_folder(path: Path, settings: Settings, folder: Path) -> None:
     """Write the old checkpoint `path` to `folder`, in the layout of this version.
 
     Args:
-        path: a file or DeepSpeed's folder.
-        settings: of the run that wrote it.
-        folder: a new folder.
+        path: A file or DeepSpeed's folder.
+        settings: The settings of the run that wrote it.
+        folder: A new folder.
 
     Raises:
-        CheckpointError: it cannot be read, or does not fit the settings.
+        CheckpointError: It cannot be read, or does not fit the settings.
     """
     parts = old_pth.parts(old_pth.read(path))
     folder.mkdir(parents=True)
@@ -127,7 +128,7 @@ def _write_model(target: Path, s: Settings, tensors: dict[str, Tensor], path: Pa
             f"{s.pretrained_model_name_or_path}, which is not on this machine; fetch it first"
         )
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    original.write_json(target / "config.json", original.with_dtype(config, dtype))
+    write_object(target / "config.json", original.with_dtype(config, dtype))
     original.copy_code(base, target, config)
 
 
@@ -159,7 +160,7 @@ def _write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
     prefix = "base_model.model."
     named = {n if n.startswith(prefix) else f"{prefix}{n}": t for n, t in tensors.items()}
     write_tensors(folder, "adapter_model.safetensors", named)
-    original.write_json(folder / "adapter_config.json", config)
+    write_object(folder / "adapter_config.json", config)
 
 
 def _run_info(s: Settings) -> RunInfo:

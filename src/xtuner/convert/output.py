@@ -28,8 +28,8 @@ def new_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
     """Yield an empty hidden folder that is renamed to `target` if the block succeeds.
 
     Args:
-        target: must not exist, or be an empty folder.
-        num_bytes: size of the output, to check the free disk space.
+        target: A path that does not exist, or an empty folder.
+        num_bytes: Size of the output, to check the free disk space.
 
     Raises:
         LaunchError: `target` is not empty, or the disk space is insufficient. Partial output is
@@ -72,15 +72,14 @@ def check_free(target: Path) -> None:
 def copy_others(
     source: Path, draft: Path, *, only: Sequence[str] = ("*",), skip: Sequence[str] = ()
 ) -> None:
-    """Copy files of `source` and its subfolders to `draft`; existing files are kept.
+    """Copy files of `source` and its subfolders, except hidden ones, to `draft`; existing files are
+    kept.
 
     Args:
-        source: the source folder; hidden files and folders are skipped.
-        draft: the target folder.
-        only, skip: name patterns.
+        only, skip: Name patterns.
 
     Raises:
-        ModelError: a link in `source` leads out of it.
+        ModelError: A link in `source` leads out of it.
     """
     refuse_links_out(source)
     for path in sorted(source.rglob("*")):

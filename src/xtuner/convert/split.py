@@ -27,10 +27,10 @@ def split(
     compared.
 
     Args:
-        src: a model in Hugging Face format, safetensors or .bin.
-        dst: a new folder.
-        max_shard_size: such as '2GB'; a larger tensor gets a shard of its own.
-        log: receives progress messages.
+        src: A model in Hugging Face format, safetensors or .bin.
+        dst: A new folder.
+        max_shard_size: Such as '2GB'; a larger tensor gets a shard of its own.
+        log: Receives progress messages.
 
     Raises:
         ModelError: `src` contains no model or is damaged, or the written tensors differ.

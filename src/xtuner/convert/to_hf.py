@@ -24,6 +24,7 @@ from xtuner.convert.weights import (
 )
 from xtuner.device.select import DTYPES
 from xtuner.errors import CheckpointError
+from xtuner.hub.json_files import write_object
 from xtuner.hub.links import refuse_links_out
 from xtuner.hub.weight_files import tensors_of
 from xtuner.models import manifest, original
@@ -44,11 +45,11 @@ def find_checkpoint(path: Path) -> Path:
     """Resolve `path` to a checkpoint folder.
 
     Args:
-        path: an ``iter_N``, an ``iter_N.pth`` as in scripts of earlier versions, or a work dir (its
+        path: An ``iter_N``, an ``iter_N.pth`` as in scripts of earlier versions, or a work dir (its
             newest checkpoint).
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: There is no checkpoint.
     """
     folder, path = checkpoint_of(path), path.expanduser()
     if any((folder / name).exists() for name in (*_MARKS, PROJECTOR)):
@@ -78,17 +79,17 @@ def to_hf(
     time.
 
     Args:
-        checkpoint: see `find_checkpoint`.
-        save_dir: a new folder.
-        fp32: save in float32.
-        max_shard_size: maximum size of a file of a model, such as '2GB'.
-        log: receives progress messages.
+        checkpoint: See `find_checkpoint`.
+        save_dir: A new folder.
+        fp32: Save in float32.
+        max_shard_size: Maximum size of a file of a model, such as '2GB'.
+        log: Receives progress messages.
 
     Returns:
         The run.yaml of the checkpoint, if any.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
+        CheckpointError: There is no checkpoint, or it is damaged.
         LaunchError: `save_dir` is not empty, or the disk space is insufficient.
     """
     max_bytes = parse_size(max_shard_size)
@@ -131,7 +132,7 @@ def _restore_layers(folder: Path, info: RunInfo) -> None:
         return
     config, tensors = found
     save_file(tensors, str(file), metadata={"format": "pt"})
-    original.write_json(folder / "adapter_config.json", config)
+    write_object(folder / "adapter_config.json", config)
 
 
 def write_adapter(folder: Path, plan: Mapping[str, Planned], weights: Weights) -> None:

@@ -38,11 +38,11 @@ def merge_encoder(
 
     Args:
         visual_encoder: CLIP or SigLIP, folder or hub name.
-        adapter: a PEFT adapter, or a folder of parts, an ``iter_N`` or a work dir that contains
+        adapter: A PEFT adapter, or a folder of parts, an ``iter_N`` or a work dir that contains
             one.
-        save_dir: a new folder.
-        dtype: of the result; 'auto' is that of the vision tower's files.
-        device: where to merge.
+        save_dir: A new folder.
+        dtype: The dtype of the result; 'auto' is that of the vision tower's files.
+        device: Where to merge.
 
     Returns:
         The largest difference between the outputs before and after merging, in float32 on random

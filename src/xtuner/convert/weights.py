@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xtuner.errors import ConfigError, ModelError, first_line
-from xtuner.models.original import with_dtype, write_json
+from xtuner.errors import ConfigError, ModelError
+from xtuner.hub.json_files import write_object
+from xtuner.hub.weight_files import ADAPTER_FILES, adapter_file, unpickled
+from xtuner.models.original import with_dtype
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -61,7 +62,7 @@ class Weights:
         files: *.safetensors files, or *.bin files that contain only tensors.
 
     Raises:
-        ModelError: a file is missing or damaged, or contains other objects than tensors.
+        ModelError: A file is missing or damaged, or contains other objects than tensors.
     """
 
     def __init__(self, files: list[Path]):
@@ -76,7 +77,7 @@ class Weights:
         """The weights of the model in `folder`, from its safetensors or otherwise its .bin files.
 
         Raises:
-            ModelError: there are none, or they are damaged.
+            ModelError: There are none, or they are damaged.
         """
         for stem, suffix in _STEMS[:1] if safetensors_only else _STEMS:
             index = folder / f"{stem}.{suffix}.index.json"
@@ -109,14 +110,12 @@ class Weights:
         """The weights of the PEFT adapter in `folder`.
 
         Raises:
-            ModelError: there are none, or they are damaged.
+            ModelError: There are none, or they are damaged.
         """
-        for name in ("adapter_model.safetensors", "adapter_model.bin"):
-            if (folder / name).is_file():
-                return cls([folder / name])
+        if file := adapter_file(folder):
+            return cls([file])
         raise ModelError(
-            f"{folder}: is not an adapter: it contains no adapter_model.safetensors or "
-            "adapter_model.bin"
+            f"{folder}: is not an adapter: it contains no {' or '.join(ADAPTER_FILES)}"
         )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -148,22 +147,8 @@ class Weights:
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
         if self._bin is None or self._bin[0] != file:
             self._bin = None  # free it before reading the next
-            self._bin = file, _load_bin(file)
+            self._bin = file, unpickled(file)
         return self._bin[1]
-
-
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    try:
-        try:
-            found = torch.load(file, mmap=True, **options)
-        except RuntimeError:  # files in the format before torch 1.6 cannot be mapped
-            found = torch.load(file, **options)
-    except Exception as error:  # torch raises many types for a damaged or refused file
-        raise ModelError(f"{file}: cannot be read as weights: {first_line(error)}") from error
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ModelError(f"{file}: must contain a dict of tensors")
-    return found
 
 
 @dataclass(frozen=True)
@@ -212,19 +197,18 @@ def write_shards(
     """Write the tensors of `plan` as model*.safetensors, with an index if there are several files.
 
     Args:
-        folder: the target folder.
-        plan: the tensors to write, in order.
-        read: returns the tensor of a name; it is cast to the planned dtype.
-        max_bytes: maximum size of a shard; a larger tensor gets a shard of its own.
-        log: receives a message for each shard.
+        folder: The target folder.
+        plan: The tensors to write, in order.
+        read: Returns the tensor of a name; it is cast to the planned dtype.
+        max_bytes: Maximum size of a shard; a larger tensor gets a shard of its own.
+        log: Receives a message for each shard.
     """
     shards = _group(plan, max_bytes)
     count = len(shards)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = (
-            f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-        )
+        part = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+        file = f"model{part}.safetensors"
         tensors = {name: read(name).to(plan[name].dtype).cpu().contiguous() for name in names}
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
         del tensors
@@ -232,8 +216,7 @@ def write_shards(
         log(f"Shard {number} of {count}: {file}")
     if count > 1:
         index = {"metadata": {"total_size": total_bytes(plan)}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_object(folder / "model.safetensors.index.json", index)
 
 
 def _group(plan: Mapping[str, Planned], max_bytes: int) -> list[list[str]]:
@@ -252,13 +235,10 @@ def write_config(source: Path, folder: Path, *, dtype: torch.dtype, untie: bool 
     """Write `source`/config.json to `folder` for unquantized weights of type `dtype`.
 
     Args:
-        source: the folder of the original model.
-        folder: the target folder.
-        dtype: the dtype of the written weights.
-        untie: the output head is no longer tied to the input embedding.
+        untie: The output head is no longer tied to the input embedding.
 
     Raises:
-        ModelError: config.json cannot be read.
+        ModelError: ``config.json`` cannot be read.
     """
     file = source / "config.json"
     try:
@@ -271,4 +251,4 @@ def write_config(source: Path, folder: Path, *, dtype: torch.dtype, untie: bool 
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
-    write_json(folder / "config.json", config)
+    write_object(folder / "config.json", config)

@@ -77,19 +77,15 @@ def build(
     """Build the data of a run.
 
     Args:
-        settings: the data settings and `seed` are used.
-        template: renders conversations.
-        tokenizer: of the trained model.
-        folder: where relative paths are looked up first, the folder of the settings file.
-        algorithm: defines the accepted records and their sequences.
-        image_layout: how images are expanded to tokens; None for a model without a vision tower.
-        vocab_size: rows with token ids from here on cannot be used; None if there are none.
-        report_dir: folder for data_report.json; None writes none.
-        quiet: show no progress.
+        settings: The data settings and `seed` are used.
+        template, tokenizer, algorithm, image_layout, vocab_size: See `Encoder`.
+        folder: Where relative paths are looked up first, the folder of the settings file.
+        report_dir: Folder for data_report.json; None writes none.
+        quiet: Show no progress.
 
     Raises:
-        DataError: a source cannot be read, or has no usable row.
-        ConfigError: unknown format.
+        DataError: A source cannot be read, or has no usable row.
+        ConfigError: Unknown format.
     """
     sources = prepare(settings, folder=folder)
     encoding = Encoding(

@@ -29,16 +29,15 @@ class Loader:
     """The batches of one rank, step by step.
 
     Args:
-        dataset: the packs.
-        collate: combines samples to a batch.
-        batch_size: packs per micro-batch.
-        accumulative_counts: micro-batches per step and rank.
-        seed: determines the order of every epoch.
+        collate: Combines samples to a batch.
+        batch_size: Packs per micro-batch.
+        accumulative_counts: Micro-batches per step and rank.
+        seed: Determines the order of every epoch.
         shuffle: False keeps the order of the packs in every epoch.
-        rank, world_size: index of this process and the number of processes.
-        num_workers: processes that prepare batches; 0 prepares them in this process.
-        pin_memory: return batches in pinned memory.
-        grouped: group packs of the same modality and similar length into micro-batches.
+        rank, world_size: Index of this process and the number of processes.
+        num_workers: Processes that prepare batches; 0 prepares them in this process.
+        pin_memory: Return batches in pinned memory.
+        grouped: Group packs of the same modality and similar length into micro-batches.
 
     Raises:
         DataError: `dataset` is empty.

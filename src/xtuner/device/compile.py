@@ -32,14 +32,14 @@ def compile_library(folder: str, sources: Iterable[Path], command: list[str]) ->
     """Compile a shared library unless it is in the cache, and return its path.
 
     Args:
-        folder: subfolder of the cache.
-        sources: files that the result depends on.
-        command: the compiler and its arguments, without ``-o``.
+        folder: Subfolder of the cache.
+        sources: Files that the result depends on.
+        command: The compiler and its arguments, without ``-o``.
 
     Raises:
-        PermissionError: other users can write to the library or its folder.
-        subprocess.CalledProcessError: the compiler reports an error.
-        subprocess.TimeoutExpired: compiling takes more than two minutes.
+        PermissionError: Other users can write to the library or its folder.
+        subprocess.CalledProcessError: The compiler reports an error.
+        subprocess.TimeoutExpired: Compiling takes more than two minutes.
     """
     tool = Path(command[0]).resolve()
     version = f"{tool} {tool.stat().st_size} {tool.stat().st_mtime_ns}"

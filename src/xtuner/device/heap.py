@@ -26,8 +26,8 @@ class Growth:
     a level, not growth. Only what comes on top is returned.
 
     Attributes:
-        level: the resident memory after a pass, in bytes; it falls slowly when passes take less.
-        returned_at: the resident memory before memory was returned after the last pass, if it was.
+        level: The resident memory after a pass, in bytes; it falls slowly when passes take less.
+        returned_at: The resident memory before memory was returned after the last pass, if it was.
     """
 
     level: int = 0
@@ -35,7 +35,7 @@ class Growth:
 
     def exceeds(self, resident: int) -> bool:
         """Whether memory should be returned now, after a pass that leaves `resident` bytes."""
-        if not self.level or resident > 0.9 * self.returned_at > 0:  # one pass takes that much
+        if not self.level or resident > 0.9 * self.returned_at > 0:  # a single pass takes that much
             self.level = max(self.level, resident)
         elif resident < self.level:
             self.level = max(resident, int(0.98 * self.level))
@@ -59,7 +59,7 @@ def trim_if_grown() -> None:
 
 
 def _private_bytes() -> int:
-    """Resident memory that is no file."""
+    """Resident memory that is not backed by a file."""
     _, resident, shared, *_ = map(int, _STATM.read_text(encoding="ascii").split())
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 

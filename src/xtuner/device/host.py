@@ -17,8 +17,6 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP_BELOW = 2**30
 """Freed memory up to this size stays with the process."""
-RETURN_FROM = 16 * 2**20
-"""Size of blocks that `return_large_blocks` returns."""
 MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 IN_HUGE_PAGES = 3 * 600 * 2**20
 """Size of the heap with huge pages; below 2 GiB, where malloc starts to return memory."""
@@ -29,13 +27,14 @@ def keep_freed_memory() -> bool:
     return _set_malloc({M_MMAP_THRESHOLD: KEEP_BELOW, M_TRIM_THRESHOLD: 2**31 - 1})
 
 
-def return_large_blocks() -> bool:
-    """Make malloc return blocks of 16 MiB or more when they are freed; False if it is not glibc.
+def return_blocks_from(size: int) -> bool:
+    """Make malloc return blocks of `size` bytes or more when they are freed; False if it is not
+    glibc.
 
-    Engines that shard weights take and free flat buffers of hundreds of MiB, and the heap keeps
-    each of them without using it for the next (see `heap`). Call it after `keep_freed_memory`.
+    Engines that shard weights take and free large buffers, and the heap keeps each of them without
+    using it for the next (see `heap`). Call it after `keep_freed_memory`.
     """
-    return _set_malloc({M_MMAP_THRESHOLD: RETURN_FROM})
+    return _set_malloc({M_MMAP_THRESHOLD: size})
 
 
 def _set_malloc(values: dict[int, int]) -> bool:

@@ -11,11 +11,11 @@ def refuse_others(path: Path, *, use: str = "its code would be run") -> None:
     """Raise if a user other than this one and root can write `path`.
 
     Args:
-        path: a file or folder of the cache.
-        use: what the files are used for, for the message.
+        path: A file or folder of the cache.
+        use: What the files are used for; part of the message.
 
     Raises:
-        PermissionError: another user can write to it.
+        PermissionError: Another user can write to it.
     """
     if os.name != "posix":
         return

@@ -15,7 +15,6 @@ class BestMetric:
     """Tracks the best value of `best_metric`.
 
     Args:
-        settings: The run's settings.
         work_dir: Holds the file `best_checkpoint`, from which a resumed run reads the best value.
         processes: The process group; all ranks make the same decision.
 
@@ -29,7 +28,7 @@ class BestMetric:
         self.value: float | None = None
         self.waited = 0
         self._compared_at = -1
-        self._told = False
+        self._warned = False
 
     @property
     def wanted(self) -> bool:
@@ -69,9 +68,9 @@ class BestMetric:
 
     def never_measured(self, run: Run) -> str | None:
         """A note, once, that nothing has measured the metric so far; None if something has."""
-        if not self.wanted or self._compared_at >= 0 or self.value is not None or self._told:
+        if not self.wanted or self._compared_at >= 0 or self.value is not None or self._warned:
             return None
-        self._told = True
+        self._warned = True
         seen = ", ".join(run.scalars) or "nothing"
         return (
             f"best_metric = {self._s.best_metric!r} has not been measured by step {run.step}, so "

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,18 +23,18 @@ from safetensors import SafetensorError
 
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine.training_state import STATE_FILE
-from xtuner.errors import CheckpointError, LaunchError
+from xtuner.errors import CheckpointError, LaunchError, message_of
 from xtuner.models import manifest
 from xtuner.models.folder_swap import recover, replace_folder
+from xtuner.models.references import checkpoints_in
 from xtuner.models.save import flush, flush_tree
 from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
 
 LAST_FILE = "last_checkpoint"
 BEST_FILE = "best_checkpoint"
-_LITTLE_SPACE = 256 << 20
+_LOW_SPACE = 256 << 20
 """With fewer bytes free, an unknown write error is taken for a full disk."""
-_NAME = re.compile(r"iter_(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ class CheckpointStore:
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest step first."""
-        found = (p for p in self.work_dir.glob("iter_*") if _NAME.fullmatch(p.name) and p.is_dir())
-        return sorted(found, key=step_of)
+        return checkpoints_in(self.work_dir)
 
     def save(
         self, step: int, write: Callable[[Path], None], *, processes: Processes | None = None
@@ -118,8 +116,7 @@ class CheckpointStore:
         """The checkpoint that `mark_best` named; None if it does not exist."""
         pointer = self.work_dir / BEST_FILE
         words = pointer.read_text(encoding="utf-8").split() if pointer.is_file() else []
-        path = self.work_dir / words[0] if words else None
-        return path if path is not None and _NAME.fullmatch(path.name) and path.is_dir() else None
+        return next((path for path in self.all() if words[:1] == [path.name]), None)
 
     def mark_best(self, count: int, summary: str) -> None:
         """Keep checkpoint ``iter_<count>`` whatever `limit` is; write its name and `summary` to the
@@ -136,14 +133,7 @@ class CheckpointStore:
             _remove(path)
 
     def clear(self, *, keep: Path) -> None:
-        """Delete all checkpoints.
-
-        Args:
-            keep: A model that must not be deleted.
-
-        Raises:
-            CheckpointError: `keep` is one of the checkpoints.
-        """
+        """Delete all checkpoints; raise CheckpointError if the model `keep` is one of them."""
         base = keep.resolve()
         if any(base.is_relative_to(path.resolve()) for path in self.all()):
             raise CheckpointError(
@@ -189,8 +179,7 @@ class CheckpointStore:
 
 
 def _names_in(folder: Path) -> str:
-    steps = sorted(int(p.name[5:]) for p in folder.glob("iter_*") if p.name[5:].isdigit())
-    return ", ".join(f"iter_{step}" for step in steps) or "none"
+    return ", ".join(path.name for path in checkpoints_in(folder)) or "none"
 
 
 def folder_of(name: Path) -> Path:
@@ -208,12 +197,6 @@ def _remove(checkpoint: Path) -> None:
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     os.rename(checkpoint, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def step_of(path: Path) -> int:
-    """The step of ``iter_N``."""
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
 
 
 def _together(act: Callable[[], object], target: Path, processes: Processes | None) -> None:
@@ -246,7 +229,7 @@ def _fault(error: Exception, target: Path) -> str:
             f"close other programs or lower the settings that use memory (`xtuner train "
             f"--dry-run` lists them), and continue with --resume."
         )
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = message_of(error)
     free = shutil.disk_usage(target.parent).free
     if _is_full_disk(error, free):
         words, hint = f"{words} ({free / 2**20:,.0f} MiB free)", "free some disk space"
@@ -265,4 +248,4 @@ def _is_full_disk(error: Exception, free: int) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = str(error).lower()
-    return free < _LITTLE_SPACE or "no space left" in text or "quota" in text
+    return free < _LOW_SPACE or "no space left" in text or "quota" in text

@@ -10,25 +10,12 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from xtuner.config.schema import Settings
+from xtuner.data.loader import Loader
 
 Unit = Literal["optimizer_steps", "micro_batches"]
-
-
-class Epoch(Protocol):
-    """The length of an epoch, as a data loader gives it."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps."""
-        ...
-
-    @property
-    def micro_batches_per_epoch(self) -> int:
-        """Micro-batches of one process per epoch."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -94,15 +81,15 @@ class Counter:
 _SHOWN = 4
 
 
-def counting_of(s: Settings, epoch: Epoch) -> tuple[Counter, int]:
+def counting_of(s: Settings, loader: Loader) -> tuple[Counter, int]:
     """The run's counter and the optimizer step at which it ends."""
     if s.accumulative_counts == "auto" or s.max_epochs == "auto":
         raise ValueError("the settings are not resolved: see config.recipe")
     counter = Counter(
         unit=s.steps_are,
-        steps_per_epoch=epoch.steps_per_epoch,
-        micro_batches_per_epoch=epoch.micro_batches_per_epoch,
+        steps_per_epoch=loader.steps_per_epoch,
+        micro_batches_per_epoch=loader.micro_batches_per_epoch,
         accumulative_counts=s.accumulative_counts,
     )
-    total = epoch.steps_per_epoch * s.max_epochs
+    total = loader.steps_per_epoch * s.max_epochs
     return counter, counter.steps_for(s.max_steps, most=total) if s.max_steps else total

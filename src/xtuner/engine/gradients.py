@@ -22,7 +22,7 @@ from xtuner.engine.seeds import micro_seed
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.parallel import activity
-from xtuner.types import Algorithm, Batch
+from xtuner.types import Algorithm, Batch, LossOutput
 
 
 @dataclass(frozen=True)
@@ -117,19 +117,20 @@ class StepGradients:
             torch.manual_seed(micro_seed(self._seed, step, index, self.processes.rank))
             counts, last = index < len(group), index == len(batches) - 1
             activity.current.pace.begin(batch.num_tokens)
-            output = checked_loss(
-                self.algorithm, self.strategy.model, batch.to(self.processes.device)
-            )
+            output = self._loss(batch)
             loss = output.loss / divisor if counts else output.loss * 0.0
             self.strategy.backward(self.loss_scaler.scaled(loss), last=last)
             activity.current.progress()
             trim_if_grown()
-            if not counts:
-                continue
-            total = total + loss.detach()
-            for number, name in enumerate(self.algorithm.metrics):
-                metrics[number] = metrics[number] + output.metrics[name].detach()
+            if counts:
+                total = total + loss.detach()
+                values = [output.metrics[name].detach() for name in self.algorithm.metrics]
+                metrics = [sum(pair) for pair in zip(metrics, values, strict=True)]
         return float(total), [float(value) / divisor for value in metrics]
+
+    def _loss(self, batch: Batch) -> LossOutput:
+        device = self.processes.device
+        return checked_loss(self.algorithm, self.strategy.model, batch.to(device))
 
     def padded(self, batches: list[Batch]) -> list[Batch]:
         """`batches`, padded to the same number on all processes if a backward pass is collective;
@@ -148,9 +149,7 @@ class StepGradients:
         bad = []
         for index, sample in enumerate(self.padded(singles)):
             activity.current.progress()
-            output = checked_loss(
-                self.algorithm, self.strategy.model, sample.to(self.processes.device)
-            )
+            output = self._loss(sample)
             if index < len(singles) and sample.rows and not torch.isfinite(output.loss):
                 bad.append(str(sample.rows[0]))
         return bad

@@ -16,7 +16,6 @@ class HookCalls:
     Args:
         hooks: The run's hooks; those that are not collective are skipped outside the main process.
         run: The argument of each call.
-        processes: The process group.
     """
 
     def __init__(self, hooks: Sequence[BaseHook], run: Run, processes: Processes) -> None:

@@ -22,9 +22,7 @@ def identity_of(settings: Settings, dataset: str, *, processes: int, dtype: str)
     """The values that a resumed run should share.
 
     Args:
-        settings: The run's settings.
         dataset: Fingerprint of the training data.
-        processes: Number of processes.
         dtype: The dtype of the computation, which resolves 'auto' on this machine.
     """
     values = {name: _plain(getattr(settings, name)) for name in _compared(type(settings))}

@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from xtuner.errors import LaunchError
+from xtuner.parallel.activity import busy
 
 FILE_NAME = "run.lock"
 _POLL_SECONDS = 5.0
@@ -27,24 +28,25 @@ logger = logging.getLogger("xtuner.engine")
 
 
 @contextlib.contextmanager
-def hold(work_dir: Path, *, needed: bool = True) -> Iterator[None]:
+def hold(
+    work_dir: Path, *, needed: bool = True, wait: bool = False, poll_seconds: float = _POLL_SECONDS
+) -> Iterator[None]:
     """Hold the lock of `work_dir`, which is created if necessary.
 
     Args:
-        work_dir: The run's work dir.
         needed: False does nothing; only one process of a run holds the lock.
+        wait: Wait while another run holds the lock, and print which one. Of several runs that
+            wait, one gets the lock; the others wait for it in turn.
+        poll_seconds: How often a waiting run tries to take the lock.
 
     Raises:
-        LaunchError: Another run holds the lock; the message has its process, machine and start
-            time.
+        LaunchError: Another run holds the lock and `wait` is False; the message has its process,
+            machine and start time.
     """
     if not needed:
         yield
         return
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with (work_dir / FILE_NAME).open("a+", encoding="utf-8") as file:
-        if not _take(file):
-            raise _held(work_dir, file)
+    with _locked(work_dir, poll_seconds if wait else None) as file:
         file.truncate(0)
         json.dump(_own(), file)
         file.flush()
@@ -60,16 +62,12 @@ def refuse_if_held(work_dir: Path) -> None:
 
 
 def wait_until_free(work_dir: Path, *, poll_seconds: float = _POLL_SECONDS) -> None:
-    """Wait until no run holds the lock of `work_dir`, and print once which one does."""
-    path, announced = work_dir / FILE_NAME, False
-    while path.is_file():
-        with path.open("a+", encoding="utf-8") as file:
-            if _take(file):
-                return
-            if not announced:
-                print(f"Waiting for the run in {work_dir} ({_holder(file)}).", file=sys.stderr)
-                announced = True
-        time.sleep(poll_seconds)
+    """Wait until no run holds the lock of `work_dir`, and print which one does.
+
+    Another run may take the lock before this one does: `hold` must wait as well.
+    """
+    if (work_dir / FILE_NAME).is_file():
+        _locked(work_dir, poll_seconds).close()
 
 
 def is_held(work_dir: Path) -> bool:
@@ -88,10 +86,33 @@ def holder_pid(work_dir: Path) -> int | None:
     if not is_held(work_dir):
         return None
     try:
-        said = json.loads((work_dir / FILE_NAME).read_text(encoding="utf-8"))
-        return int(said["pid"]) if said["host"] == socket.gethostname() else None
+        holder = json.loads((work_dir / FILE_NAME).read_text(encoding="utf-8"))
+        return int(holder["pid"]) if holder["host"] == socket.gethostname() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _locked(work_dir: Path, poll_seconds: float | None) -> TextIO:
+    """The opened lock file, locked until it is closed.
+
+    While another process holds the lock, try again every `poll_seconds` seconds and print each
+    holder once; None raises a LaunchError.
+    """
+    announced = ""
+    while True:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        file = (work_dir / FILE_NAME).open("a+", encoding="utf-8")
+        if _take(file):
+            return file
+        with file:
+            if poll_seconds is None:
+                raise _held(work_dir, file)
+            holder = _holder(file)
+        if holder != announced:
+            print(f"Waiting for the run in {work_dir} ({holder}).", file=sys.stderr, flush=True)
+            announced = holder
+        with busy(f"waiting for the run in {work_dir}"):
+            time.sleep(poll_seconds)
 
 
 def _take(file: Any) -> bool:
@@ -132,7 +153,7 @@ def _holder(file: Any) -> str:
     """The process that holds the lock, according to the file."""
     file.seek(0)
     try:
-        said = dict(json.load(file))
-        return f"process {said['pid']} on {said['host']}, started {said['started']}"
+        holder = dict(json.load(file))
+        return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
     except (ValueError, KeyError, TypeError):
-        return "process unknown"
+        return "an unknown process"

@@ -31,8 +31,8 @@ class Spill:
     def keep(self, tensor: Tensor) -> Tensor:
         """Return a copy of `tensor` in CPU memory, or in a file if it is large.
 
-        Where that fails it returns an empty tensor, and `check` tells later: the other processes
-        are in the middle of gathering.
+        If this fails it returns an empty tensor, and `check` raises the error later, since the
+        other processes are still gathering.
         """
         if self._fault is None:
             try:
@@ -42,11 +42,11 @@ class Spill:
         return tensor.new_empty(0)
 
     def check(self) -> None:
-        """Raise what went wrong, after everything was gathered.
+        """Raise the first error of `keep`, after everything was gathered.
 
         Raises:
             OSError: The disk is full.
-            MemoryError, RuntimeError: memory is.
+            MemoryError, RuntimeError: Memory is exhausted.
         """
         if self._fault is not None:
             raise self._fault

@@ -13,10 +13,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from xtuner.data.loader import Loader
 from xtuner.device.host import memory_mb
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine import faults
@@ -32,24 +33,6 @@ from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
 from xtuner.parallel import activity
 from xtuner.parallel.collective import collective_layers
 from xtuner.types import Algorithm, Batch
-
-
-class Groups(Protocol):
-    """The data loader's interface that the trainer uses."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
-        ...
-
-    def groups(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each optimizer step."""
-        ...
-
-    def filler(self) -> Batch:
-        """A micro-batch with zero weight; used only if weights are sharded and this process has no
-        micro-batch in a step."""
-        ...
 
 
 class Trainer:
@@ -73,7 +56,7 @@ class Trainer:
         *,
         strategy: BaseStrategy,
         algorithm: Algorithm,
-        loader: Groups,
+        loader: Loader,
         run: Run,
         hooks: Sequence[BaseHook],
         save: Callable[[Run], None],
@@ -132,12 +115,10 @@ class Trainer:
                         self._step(group, started, fault)
                 except Interrupted:
                     self._save_once()
-                    if run.step == 0:
-                        raise Interrupted(
-                            "Stopped before the first step; nothing was saved."
-                        ) from None
-                    message = f"Stopped at step {run.step}; it is saved."
-                    raise Interrupted(message, can_resume=True) from None
+                    message = "Stopped before the first step; nothing was saved."
+                    if run.step:
+                        message = f"Stopped at step {run.step}; it is saved."
+                    raise Interrupted(message, can_resume=run.step > 0) from None
                 except DataError as error:
                     raise self._without_data(error) from fault
                 except TrainingError:
@@ -263,7 +244,7 @@ class Trainer:
         return (self.algorithm.count, lambda b: b.num_supervised, lambda b: b.num_tokens)
 
     def _learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         s, run = self.run.settings, self.run
         return learning_rate(
             run.step,
@@ -290,15 +271,14 @@ class Trainer:
             except LaunchError as error:
                 note = f"The last step is lost: {error} "
         elif not alone:
-            note = f"Process {self.processes.rank} ran out; the run ends without saving. "
-        text = faults.out_of_memory(
-            self.run.step + 1,
-            tokens=max((batch.num_tokens for batch in group), default=0),
-            note=note,
-            saved=max(self._saved_at, self.run.start_step) > 0,
-            advice=self.memory_advice(),
+            note = f"Process {self.processes.rank} ran out of memory; the run ends without saving. "
+        if max(self._saved_at, self.run.start_step) > 0:
+            note += "Checkpoints are intact; continue with --resume. "
+        tokens = max((batch.num_tokens for batch in group), default=0)
+        return TrainingError(
+            f"step {self.run.step + 1}: out of memory with a row of {tokens:,} tokens. "
+            f"{note}{self.memory_advice()}"
         )
-        return TrainingError(text)
 
     def _not_finite(self, group: list[Batch], found: Gradients) -> str:
         """Name the rows, on any process, whose own loss is non-finite; if there are none, all rows
@@ -307,9 +287,8 @@ class Trainer:
         rows = bad or self.processes.gather([str(r) for batch in group for r in batch.rows])
         return faults.not_finite(
             self.run.step,
-            loss=found.loss,
-            norm=found.norm,
-            rows=list(dict.fromkeys(rows)),
+            found,
+            list(dict.fromkeys(rows)),
             certain=bool(bad),
             float16=self.loss_scaler.enabled,
         )

@@ -32,15 +32,12 @@ def save_state(
     """Write the file.
 
     Args:
-        folder: The checkpoint.
         step: Optimizer steps completed.
         optimizer: The optimizer's state, in the format of `torch.optim.Optimizer.state_dict`.
         identity: Plain values that the resumed run must share (see `load_state`).
-        loss_scaler: The loss scaler; its state is saved.
     """
     state = {"step": step, "optimizer": dict(optimizer), "identity": dict(identity)}
-    if loss_scaler is not None:
-        state["loss_scaler"] = loss_scaler.state_dict()
+    state["loss_scaler"] = (loss_scaler or LossScaler(enabled=False)).state_dict()
     torch.save(state, folder / STATE_FILE)
 
 
@@ -55,10 +52,8 @@ def load_state(
     that wrote the checkpoint.
 
     Args:
-        folder: The checkpoint.
         load_optimizer: Loads the state that was passed to `save_state`.
-        identity: The identity of this run.
-        loss_scaler: The loss scaler to restore.
+        identity: That of this run.
 
     Raises:
         CheckpointError: The file is damaged or belongs to other trainable weights.

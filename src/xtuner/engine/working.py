@@ -39,7 +39,6 @@ def working(console: Console, text: str) -> Iterator[None]:
     """Show `text` while the block runs: with a spinner in a terminal, otherwise as a line.
 
     Args:
-        console: The run's console.
         text: What is being done, such as "Loading the model".
     """
     status = console.status(f"{text}...")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from xtuner.generation.detokenize import Detokenizer, StopWords
 
-Choose = Callable[[Tensor, Tensor], Tensor]
-"""From the ids so far ``[1, T]`` and logits ``[1, V]`` to the next id ``[1]``."""
+Choose = Callable[[Sequence[int], Tensor], Tensor]
+"""From the ids so far and logits ``[1, V]`` to the next id ``[1]``."""
 
 
 class TokenScore(NamedTuple):
@@ -27,21 +26,20 @@ class Answer:
     """An answer in progress to the prompt of ids `prompt`.
 
     Args:
-        prompt: token ids, with those of images.
-        tokenizer: of the model.
-        words: finds stop words.
-        ends: token ids that end the answer.
-        limit: maximum number of its tokens.
-        choose: selects the next token.
-        inputs: model inputs of a prompt with images; empty otherwise.
-        top_logprobs: how many alternatives `scores` keeps of each token; None keeps no scores.
-        keep: special tokens that are part of the text, such as those that mark tool calls.
+        prompt: Token ids, with those of images.
+        words: Finds stop words.
+        ends: Token ids that end the answer.
+        limit: Maximum number of its tokens.
+        choose: Selects the next token.
+        inputs: Model inputs of a prompt with images; empty otherwise.
+        top_logprobs: How many alternatives `scores` keeps of each token; None keeps no scores.
+        keep: Special tokens that are part of the text, such as those that mark tool calls.
 
     Attributes:
-        ids: the prompt and the tokens so far, without an end token.
-        num_generated: tokens generated, with an end token.
+        ids: The prompt and the tokens so far, without an end token.
+        num_generated: Tokens generated, with an end token.
         finish: '' until the end; then 'stop' or 'length'.
-        scores: of the tokens generated, if asked for; without an end token.
+        scores: Scores of the generated tokens, if requested; without an end token.
     """
 
     def __init__(
@@ -67,9 +65,7 @@ class Answer:
 
     def take(self, scores: Tensor) -> str:
         """Choose the next token by its logits `scores` ``[1, V]``; return the text to show."""
-        # The id of the image token may be outside the vocabulary; a penalty cannot look it up.
-        known = [i for i in self.ids if i < scores.shape[-1]] if self.inputs else self.ids
-        token_id = int(self._choose(torch.tensor([known], device=scores.device), scores))
+        token_id = int(self._choose(self.ids, scores))
         self.num_generated += 1
         if token_id in self.ends:
             self.finish = "stop"

@@ -29,16 +29,14 @@ def generate_batch(
     """The assistant's answers to `conversations`, in their order.
 
     Args:
-        model: a causal language model; its training mode is restored afterwards.
-        tokenizer: the tokenizer of the model.
-        template: the chat template.
-        conversations: messages without images.
-        options: options of every answer; with a seed each row has its own random generator.
-        tools: the tools of each conversation, if any.
+        model: A causal language model; its training mode is restored afterwards.
+        conversations: Messages without images.
+        options: Options of every answer; with a seed each row has its own random generator.
+        tools: The tools of each conversation, if any.
 
     Raises:
-        ModelError: a conversation leaves no room in the model's context.
-        DataError: the template does not support a conversation.
+        ModelError: A conversation leaves no room in the model's context.
+        DataError: The template does not support a conversation.
     """
     tools = tools or [()] * len(conversations)
     return continue_prompts(
@@ -67,17 +65,15 @@ def continue_prompts(
     """The answers to `prompts`, which are token ids, in their order.
 
     Args:
-        model: a causal language model; its training mode is restored afterwards.
-        tokenizer: the tokenizer of the model.
-        template: the chat template.
-        prompts: token ids, each up to where the answer begins.
-        options: options of every answer; with a seed each row has its own random generator.
-        keep: special tokens of each answer that are part of its text, if any.
-        agree: maps each chosen id ``[1]`` to the one that is taken: where several processes
+        model: A causal language model; its training mode is restored afterwards.
+        prompts: Token ids, each up to where the answer begins.
+        options: Options of every answer; with a seed each row has its own random generator.
+        keep: Special tokens of each answer that are part of its text, if any.
+        agree: Maps each chosen id ``[1]`` to the one that is taken: where several processes
             generate together, that of rank 0.
 
     Raises:
-        ModelError: a prompt leaves no room in the model's context.
+        ModelError: A prompt leaves no room in the model's context.
     """
     if not prompts:
         return []

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,14 +35,14 @@ class GenerationOptions:
     """Options of text generation.
 
     Attributes:
-        max_new_tokens: maximum length of the answer in tokens.
+        max_new_tokens: Maximum length of the answer in tokens.
         temperature: None or 0 for greedy decoding; above 0 tokens are sampled, and lower values are
             more deterministic.
-        top_k: sample from the `top_k` most likely tokens only.
-        top_p: sample from the smallest set of most likely tokens with this total probability.
-        repetition_penalty: values above 1 make tokens that already occurred less likely.
-        seed: the same seed gives the same sampled answer.
-        stop_words: texts that end the answer, in addition to those of the template.
+        top_k: Sample from the `top_k` most likely tokens only.
+        top_p: Sample from the smallest set of most likely tokens with this total probability.
+        repetition_penalty: Values above 1 make tokens that already occurred less likely.
+        seed: The same seed gives the same sampled answer.
+        stop_words: Texts that end the answer, in addition to those of the template.
     """
 
     max_new_tokens: int = 512
@@ -97,13 +97,13 @@ def stream(
 
     `model` may be in training mode: it is switched to evaluation mode and back. With `tools` the
     prompt shows them, and tokens that mark calls are part of the answer's text. `vision` embeds the
-    images of the messages. `agree` maps each chosen id ``[1]`` to the one that is taken: where
-    several processes generate together, that of rank 0. `within` calls what runs the model, inside
-    of whatever gathers sharded weights.
+    images of the messages. `agree` maps each chosen id ``[1]`` to the one to use: that of
+    rank 0 if several processes generate together. `within` runs each forward pass inside the module
+    that gathers sharded weights.
 
     Raises:
-        ModelError: the messages leave no room in the model's context.
-        DataError: the template does not support these messages.
+        ModelError: The messages leave no room in the model's context.
+        DataError: The template does not support these messages.
     """
     within = within or plainly
     prompt = template.prompt_ids(messages, tools=tools)
@@ -134,19 +134,18 @@ def begin(
     keep: Collection[str] = (),
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Answer:
-    """The answer of `model` to the prompt of ids `prompt`, still without a token.
+    """Start an answer of `model` to the token ids `prompt`; it has no token yet.
 
     Args:
-        model: will generate it.
-        tokenizer: of the model.
-        template: has tokens and words that end the answer.
-        prompt: token ids, with those of images.
-        options: of the answer; with a seed it has its own random generator.
-        inputs, top_logprobs, keep: see `Answer`.
-        agree: see `stream`.
+        model: The model that will generate the answer.
+        template: Determines the tokens and words that end the answer.
+        prompt: Token ids, with those of images.
+        options: Options of the answer; with a seed it has its own random generator.
+        inputs, top_logprobs, keep: See `Answer`.
+        agree: See `stream`.
 
     Raises:
-        ModelError: the prompt leaves no room in the model's context.
+        ModelError: The prompt leaves no room in the model's context.
     """
     choose = chooser(options, next(model.parameters()).device)
     return Answer(
@@ -155,7 +154,7 @@ def begin(
         words=StopWords([*template.stop_words, *options.stop_words]),
         ends=end_tokens(model, tokenizer, template, options),
         limit=min(options.max_new_tokens, room_for_answer(model, prompt)),
-        choose=(lambda seen, scores: agree(choose(seen, scores))) if agree else choose,
+        choose=(lambda ids, scores: agree(choose(ids, scores))) if agree else choose,
         inputs=inputs,
         top_logprobs=top_logprobs,
         keep=keep,
@@ -172,7 +171,7 @@ def room_for_answer(model: Any, prompt: Sequence[int]) -> int:
     """The number of tokens left for an answer to `prompt` in the context of `model`.
 
     Raises:
-        ModelError: no token is left.
+        ModelError: No token is left.
     """
     limit = context_length(model)
     if len(prompt) >= limit:
@@ -231,7 +230,7 @@ _LEAST_TEMPERATURE = 1e-4
 
 
 def chooser(options: GenerationOptions, device: torch.device) -> Choose:
-    """A function from (ids so far ``[1, T]``, logits ``[1, V]``) to the next id ``[1]``."""
+    """A function from the ids so far and logits ``[1, V]`` to the next id ``[1]``."""
     from transformers import (
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,
@@ -243,8 +242,14 @@ def chooser(options: GenerationOptions, device: torch.device) -> Choose:
     steps = LogitsProcessorList()
     if options.repetition_penalty is not None:
         steps.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+
+    def processed(ids: Sequence[int], scores: Tensor) -> Tensor:
+        # Only the repetition penalty reads the ids. That of an image is outside the vocabulary.
+        known = {i for i in ids if i < scores.shape[-1]} if options.repetition_penalty else ()
+        return cast(Tensor, steps(torch.tensor([[*known]], device=device).long(), scores))
+
     if not options.samples:
-        return lambda seen, scores: steps(seen, scores).argmax(dim=-1)
+        return lambda ids, scores: processed(ids, scores).argmax(dim=-1)
     temperature = max(float(options.temperature or 1.0), _LEAST_TEMPERATURE)
     steps.append(TemperatureLogitsWarper(temperature))
     if options.top_k is not None:
@@ -254,8 +259,8 @@ def chooser(options: GenerationOptions, device: torch.device) -> Choose:
     generator = torch.Generator(device)
     generator.manual_seed(options.seed) if options.seed is not None else generator.seed()
 
-    def draw(seen: Tensor, scores: Tensor) -> Tensor:
-        probabilities = steps(seen, scores).softmax(dim=-1)
+    def draw(ids: Sequence[int], scores: Tensor) -> Tensor:
+        probabilities = processed(ids, scores).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     return draw

@@ -26,8 +26,8 @@ class ImageInput:
     """Passes the images of messages to a model.
 
     Args:
-        model: with image input.
-        keep_features: compute the features of an image once, not again with every question of a
+        model: A model with image input.
+        keep_features: Compute the features of an image once, not again with every question of a
             conversation; not for a model in training, whose vision tower changes.
     """
 
@@ -41,8 +41,8 @@ class ImageInput:
         """`ids` of the prompt for `messages` with each ``<image>`` repeated for its image.
 
         Raises:
-            DataError: an image cannot be opened, or ``<image>`` stands for none.
-            ModelError: the template leaves images out.
+            DataError: An image cannot be opened, or ``<image>`` stands for none.
+            ModelError: The template leaves images out.
         """
         names, found = _names(messages), ids.count(self.model.image_token_id)
         if found and not names:
@@ -59,7 +59,7 @@ class ImageInput:
         """The model's inputs for the prompt of expanded `ids`; empty where it has no image.
 
         Raises:
-            DataError: an image cannot be opened.
+            DataError: An image cannot be opened.
         """
         names = _names(messages)
         if not names:
@@ -85,7 +85,7 @@ class ImageInput:
         """Check that images can be opened.
 
         Raises:
-            DataError: an image cannot be opened.
+            DataError: An image cannot be opened.
         """
         for name in names:
             self._image(name)
@@ -109,7 +109,7 @@ def question(text: str, images: Sequence[str] = ()) -> Message:
     """The user's message about `images`, which come before the text unless it contains ``<image>``.
 
     Raises:
-        DataError: the text has ``<image>`` for another number of images.
+        DataError: The text has ``<image>`` for another number of images.
     """
     count = text.count(IMAGE)
     if count not in (0, len(images)) or (count and not images):

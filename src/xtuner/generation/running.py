@@ -50,7 +50,7 @@ def takes(model: Any, argument: str) -> bool:
 
 
 def plainly(run: Callable[[], Any]) -> Any:
-    """`run()`, for a model that needs nothing around it."""
+    """Return `run()`, for a model whose weights are not sharded."""
     return run()
 
 
@@ -58,7 +58,7 @@ class RunningBatch:
     """Answers of one model in generation mode (`generate.generation_mode`).
 
     Attributes:
-        rows: the answers that have not ended.
+        rows: The answers that have not ended.
     """
 
     def __init__(self, model: Any) -> None:
@@ -166,11 +166,11 @@ class OneByOne:
     """Like `RunningBatch`, for a model that takes no batches: one answer after the other.
 
     Args:
-        model: in generation mode.
-        within: calls what runs the model, inside of whatever gathers sharded weights.
+        model: A model in generation mode.
+        within: Calls what runs the model, inside of whatever gathers sharded weights.
 
     Attributes:
-        rows: the answers that have not ended; the first one is being generated.
+        rows: The answers that have not ended; the first one is being generated.
     """
 
     def __init__(self, model: Any, within: Within = plainly) -> None:

@@ -47,7 +47,7 @@ def read(folder: Path, load: Load) -> dict[str, Tensor]:
     """The weights in `folder` by name.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the model was split by layers as well.
+        CheckpointError: A file is missing or damaged, or the model was split by layers as well.
     """
     models = sorted(folder.glob(_MODEL), key=_rank)
     split = {name[1] for p in models if (name := re.search(r"mp_rank_(\d+)_", p.name))}
@@ -85,7 +85,7 @@ def _check_ranks(folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
     if int(count) != len(states):
         raise CheckpointError(
             f"{folder}: {count} processes wrote it, and it has the optimizer files of "
-            f"{len(states)}; copy the others beside them"
+            f"{len(states)}; copy the others next to them"
         )
 
 
@@ -130,7 +130,7 @@ def _stage_3(
     if len(contents) != len(states):
         raise CheckpointError(
             f"{folder}: has {len(states)} optimizer files and {len(contents)} model files; copy "
-            "the others beside them"
+            "the others next to them"
         )
     found = tensors_in(contents[0].get("module", {}))
     for name, shape in (contents[0].get("frozen_param_shapes") or {}).items():

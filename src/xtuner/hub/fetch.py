@@ -59,11 +59,11 @@ def fetch(name: str) -> Path:
     """Return the folder of model `name`, downloading it on the first call.
 
     Args:
-        name: a name of the catalog ('smollm2_135m_instruct') or on the hub ('org/model').
+        name: A name of the catalog ('smollm2_135m_instruct') or on the hub ('org/model').
 
     Raises:
-        ModelError: the name is unknown, or the model cannot be downloaded.
-        LaunchError: the disk is full.
+        ModelError: The name is unknown, or the model cannot be downloaded.
+        LaunchError: The disk is full.
     """
     hub_name, key = _resolve(name)
     target = models_root() / key
@@ -255,7 +255,7 @@ def check_hash(file: Path, sha256: str) -> None:
     """Verify the SHA-256 of `file`.
 
     Raises:
-        ModelError: it differs.
+        ModelError: It differs.
     """
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()

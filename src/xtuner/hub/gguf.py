@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from xtuner.errors import ModelError, in_one_line
+from xtuner.hub.json_files import write_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,9 +84,9 @@ class GGUF:
     """An opened GGUF file.
 
     Attributes:
-        metadata: all keys of the header.
-        tensors: name to (shape in numpy order, type, offset in `data`).
-        data: the memory-mapped file.
+        metadata: All keys of the header.
+        tensors: Name to (shape in numpy order, type, offset in `data`).
+        data: The memory-mapped file.
     """
 
     metadata: dict[str, Any]
@@ -97,7 +98,7 @@ class GGUF:
         """Read the header of `path`.
 
         Raises:
-            ModelError: the file is not GGUF, or is truncated.
+            ModelError: The file is not GGUF, or is truncated.
         """
         data = np.memmap(path, dtype=np.uint8, mode="r")
         reader = _Reader(data.data)
@@ -125,7 +126,7 @@ class GGUF:
         """Return tensor `name` as float32.
 
         Raises:
-            ModelError: its type is not supported.
+            ModelError: Its type is not supported.
         """
         shape, kind, start = self.tensors[name]
         count = math.prod(shape)
@@ -170,7 +171,7 @@ def convert(path: Path, folder: Path) -> None:
     """Write the model and tokenizer of the GGUF file `path` into the existing `folder`.
 
     Raises:
-        ModelError: the file is damaged, or contains something that is not supported.
+        ModelError: The file is damaged, or contains something that is not supported.
     """
     try:
         _convert(path, folder)
@@ -191,8 +192,8 @@ def _convert(path: Path, folder: Path) -> None:
     _write_weights(file, folder)
     config = _config(file)
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation)
+    write_object(folder / "config.json", config)
+    write_object(folder / "generation_config.json", generation)
     _write_tokenizer(file, folder)
 
 
@@ -279,7 +280,7 @@ def _write_tokenizer(file: GGUF, folder: Path) -> None:
     )
     core.save(str(folder / "tokenizer.json"))
     special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    _write_json(
+    write_object(
         folder / "tokenizer_config.json",
         {
             **{
@@ -294,7 +295,3 @@ def _write_tokenizer(file: GGUF, folder: Path) -> None:
     template = values.get("tokenizer.chat_template")
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ def refuse_links_out(folder: Path) -> None:
     links to ``models--NAME/blobs``, which is allowed.
 
     Raises:
-        ModelError: names the link and where it leads.
+        ModelError: Names the link and its target.
     """
     allowed = list(_roots(folder))
     for path in sorted(folder.rglob("*")):

@@ -1,6 +1,6 @@
 """Read the checkpoints of XTuner 0.x: ``iter_N.pth``, a file, or a folder that DeepSpeed wrote.
 
-torch reads them with ``weights_only``. Beside the weights they hold objects of mmengine and numpy
+torch reads them with ``weights_only``. Besides weights they contain objects of mmengine and numpy
 (losses, settings): each class that torch does not know is replaced by one that does nothing, so no
 code of the file or of another package runs.
 """
@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """The tensors of the model in a checkpoint of XTuner 0.x, by their names there.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no weights.
+        CheckpointError: It cannot be read, or holds no weights.
     """
     if folder := deepspeed_files.folder_of(path):
         try:
@@ -106,7 +106,7 @@ def parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _as_saved_by_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under PEFT's names, without the frozen weights that DeepSpeed stores beside
+    """`tensors` under PEFT's names, without the frozen weights that DeepSpeed stores with
     an adapter."""
     if any(".base_layer." in name for name in tensors):
         trained = re.compile(r"\.lora_(?:embedding_)?[AB]\b|\.modules_to_save\.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,22 +27,37 @@ def tensors_of(
     """The tensors of `file` whose names `select` accepts; from safetensors only these are read.
 
     Raises:
-        ModelError: the file is damaged, or contains more than tensors.
+        ModelError: The file is damaged, or contains more than tensors.
     """
+    if file.suffix == ".safetensors":
+        with _readable(file), safe_open(str(file), framework="pt") as opened:
+            names = [name for name in opened.keys() if select(name)]  # noqa: SIM118
+            return {name: opened.get_tensor(name) for name in names}
+    return {name: tensor for name, tensor in unpickled(file).items() if select(name)}
+
+
+def unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped from disk if its format allows it.
+
+    Raises:
+        ModelError: See `tensors_of`.
+    """
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     with _readable(file):
-        if file.suffix == ".safetensors":
-            with safe_open(str(file), framework="pt") as opened:
-                names = [name for name in opened.keys() if select(name)]  # noqa: SIM118
-                return {name: opened.get_tensor(name) for name in names}
-        found = dict(torch.load(file, map_location="cpu", weights_only=True))
-        return {name: tensor for name, tensor in found.items() if select(name)}
+        try:
+            found = torch.load(file, mmap=True, **options)
+        except RuntimeError:  # files in the format before torch 1.6 cannot be mapped
+            found = torch.load(file, **options)
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ModelError(f"{file}: must contain a dict of tensors")
+    return found
 
 
 def names_of(file: Path) -> list[str]:
     """The names of the tensors of `file`.
 
     Raises:
-        ModelError: see `tensors_of`.
+        ModelError: See `tensors_of`.
     """
     if file.suffix != ".safetensors":
         return list(tensors_of(file))

@@ -29,7 +29,7 @@ class Words:
     """The strings of a language, English where it is unknown.
 
     Attributes:
-        language: one of `LANGUAGES`.
+        language: One of `LANGUAGES`.
     """
 
     def __init__(self, language: str) -> None:
@@ -44,8 +44,8 @@ class Words:
 
         Args:
             section: 'parts', 'values' or 'settings' of the table.
-            english: the text in English, which is the result if it has no translation.
-            key: of the translation; empty is the text itself.
+            english: The text in English, which is the result if it has no translation.
+            key: The key of the translation; the text itself if empty.
         """
         if self.language == "en":
             return english

@@ -175,8 +175,8 @@ def log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     """Compute the log-probability of each target, for an output head without bias.
 
     Args:
-        hidden: last hidden states of the supervised positions, ``[S, H]``.
-        weight: the head, ``[V, H]``; gets a gradient if it requires one.
+        hidden: Last hidden states of the supervised positions, ``[S, H]``.
+        weight: The head, ``[V, H]``; gets a gradient if it requires one.
         targets: int64 ``[S]``.
 
     Returns:

@@ -1,8 +1,8 @@
 """An input embedding that stays in CPU memory while the model is on a GPU.
 
-A step reads a few thousand of its rows, 16 MiB for 2,048 tokens of width 4,096, and takes part in
-no product. With a large vocabulary it is large: 723 MiB in InternLM2-7B, a tenth of the memory of a
-QLoRA run. Results are unchanged; a step waits for the copy of its rows.
+A step reads a few thousand of its rows, 16 MiB for 2,048 tokens of width 4,096, and multiplies
+nothing with it. With a large vocabulary it is large: 723 MiB in InternLM2-7B, a tenth of the memory
+of a QLoRA run. Results are unchanged; a step waits for the copy of its rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class HostEmbedding(nn.Module):
     """A frozen embedding in CPU memory that returns rows on the device of the ids.
 
     The weight is not a parameter: ``model.to(device)`` does not move it, it is neither trained nor
-    saved, and the model's first parameter still tells the device of the model.
+    saved, and the model's first parameter still has the device of the model.
     """
 
     def __init__(self, weight: Tensor):
@@ -43,8 +43,8 @@ def can_stay_on_cpu(model: Any, trained: Sequence[str] = ()) -> bool:
     """Whether the input embedding of `model` is a frozen `nn.Embedding` not tied to the head.
 
     Args:
-        model: a transformers model, before adapters are added.
-        trained: names of modules that get adapters or are trained in full.
+        model: A transformers model, before adapters are added.
+        trained: Names of modules that get adapters or are trained in full.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {n.rpartition(".")[2] for n, module in model.named_modules() if module is embedding}
@@ -67,7 +67,7 @@ def install(model: Any, trained: Sequence[str] = ()) -> None:
     """Replace the input embedding by a `HostEmbedding`; arguments as for `can_stay_on_cpu`.
 
     Raises:
-        ModelError: the embedding is of another class, trained, or tied to the output head.
+        ModelError: The embedding is of another class, trained, or tied to the output head.
     """
     if not can_stay_on_cpu(model, trained):
         raise ModelError(

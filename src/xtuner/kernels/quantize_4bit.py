@@ -21,7 +21,7 @@ _WIDEST = 4096
 
 @functools.cache
 def use_compiled() -> bool:
-    """Register the compiled function with torch, once; whether it is used."""
+    """Register the compiled function with torch, once; return whether it is used."""
     if not compiled.available() or not hasattr(torch.library, "get_kernel"):
         return False
     from bitsandbytes.functional import get_4bit_type
@@ -47,5 +47,5 @@ def use_compiled() -> bool:
 
 @functools.cache
 def _library() -> torch.library.Library:
-    """What is registered is forgotten with this object."""
+    """The torch library that holds the registration; it ends with this object."""
     return torch.library.Library("bitsandbytes", "IMPL")

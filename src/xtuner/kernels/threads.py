@@ -22,11 +22,11 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
     """Set the number of torch's CPU threads and return a line that gives the number and the reason.
 
     Args:
-        wanted: the user's choice; None measures torch's default (one per core) and half of it, and
+        wanted: The user's choice; None measures torch's default (one per core) and half of it, and
             takes the half only if it is clearly faster, because operations other than products
             profit from more threads.
-        dtype: dtype of the measured matrix products.
-        processes: processes that share the machine.
+        dtype: Dtype of the measured matrix products.
+        processes: Processes that share the machine.
     """
     if wanted is not None:
         torch.set_num_threads(wanted)

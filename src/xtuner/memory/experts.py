@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "xtuner_footprint"
 """Name in transformers' experts interface."""
@@ -17,10 +18,6 @@ NAME = "xtuner_footprint"
 def use_footprint(model: Any) -> None:
     """Make the experts of `model` (a transformers model on the meta device) countable, if it uses
     transformers' experts interface."""
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError:  # older versions of transformers loop over experts
-        return
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
     if model._can_set_experts_implementation():
         model.set_experts_implementation(NAME)

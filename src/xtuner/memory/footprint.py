@@ -43,8 +43,10 @@ class Footprint:
         parameters: Number of all parameters.
         width: Width of the hidden states.
         embedding: Bytes of the input embedding, part of `weights`, if it can stay on the CPU.
-        unit: bytes of the largest weights that are gathered together where they are divided: of a
-            layer, the embedding or the output head.
+        unit: Bytes of the largest unit of weights that is gathered at once if weights are sharded:
+            a layer, the embedding or the output head.
+        shared: Bytes of weights that several modules share, such as tied embeddings. They are in no
+            unit, and are gathered for the whole pass if weights are sharded.
     """
 
     weights: int
@@ -55,6 +57,7 @@ class Footprint:
     width: int = 0
     embedding: int = 0
     unit: int = 0
+    shared: int = 0
 
 
 def measure(
@@ -90,9 +93,18 @@ def measure(
     else:
         few, more = (measured.counts(count) for count in FEW_LAYERS)
         values = [line(FEW_LAYERS, pair, at=layers) for pair in zip(few, more, strict=True)]
-    weights, gradients, trainable, parameters, embedding, unit, *peaks = map(round, values)
+    weights, gradients, trainable, parameters, *others = map(round, values)
+    embedding, unit, shared, *peaks = others
     return Footprint(
-        weights, max(peaks), gradients, trainable, parameters, text.hidden_size, embedding, unit
+        weights,
+        max(peaks),
+        gradients,
+        trainable,
+        parameters,
+        width=text.hidden_size,
+        embedding=embedding,
+        unit=unit,
+        shared=shared,
     )
 
 
@@ -108,8 +120,8 @@ class _Measured:
     recompute: bool
 
     def counts(self, num_layers: int | None) -> list[float]:
-        """Weights, gradients, trainable, parameters, embedding, unit and peaks of the model with
-        `num_layers`, None for all."""
+        """Weights, gradients, trainable, parameters, embedding, unit, shared and peaks of the model
+        with `num_layers`, None for all."""
         s, on_gpu = self.settings, self.device == "cuda"
         saved = scratch = embedding = 0.0
 
@@ -147,7 +159,10 @@ class _Measured:
         trainable, parameters = adapters.count_parameters(model)
         held = [(p.nbytes, p.requires_grad) for p in model.parameters()]
         gradients = sum(size for size, trained in held if trained)
-        unit = max(_bytes_of(each) for each in units_of(wrapped))
+        units = units_of(wrapped)
+        unit = max(_bytes_of(each) for each in units)
+        inside = {id(p) for each in units for p in each.parameters()}
+        shared = sum(p.nbytes for p in wrapped.parameters() if id(p) not in inside)
         accumulate = s.keeps_gradients(self.device)
         peaks = peaks_of_step(
             wrapped.train(),
@@ -158,7 +173,7 @@ class _Measured:
         )
         beside = scratch + accumulate * gradients
         weights = sum(size for size, _ in held) - saved
-        counts = [weights, gradients, trainable, parameters, embedding, unit]
+        counts = [weights, gradients, trainable, parameters, embedding, unit, shared]
         return [*counts, *(peak + beside for peak in peaks)]
 
     def _few(self, model: Any) -> tuple[int, int] | None:
@@ -171,9 +186,7 @@ class _Measured:
         text = self.config.get_text_config()
         chunk = getattr(text, "chunk_size", None) or getattr(text, "mamba_chunk_size", None)
         if not isinstance(chunk, int):
-            chunk = (
-                64 if hasattr(text, "linear_key_head_dim") else 8
-            )  # 64 is hard-coded in these models
+            chunk = 64 if hasattr(text, "linear_key_head_dim") else 8  # hard-coded in these models
         return chunk, 2 * chunk
 
     def _reads_four_bits(self, model: nn.Module) -> bool:
@@ -186,9 +199,8 @@ class _Measured:
         kernels = kernels_for(torch.empty(0, dtype=self.dtype))
         if kernels is None or not kernels.multiplies(s.lora_r):
             return False
-        if list(s.lora_target_modules) != ["all-linear"]:
-            return False
-        return all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
+        all_linear = list(s.lora_target_modules) == ["all-linear"]
+        return all_linear and all(layer.in_features % 64 == 0 for layer in _quantised_layers(model))
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -62,7 +62,6 @@ def measure_vision(
     """Run vision tower and projector on `images` without weights.
 
     Args:
-        settings: The run's settings.
         images: Number of images in a micro-batch.
         width: Width of the language model.
         dtype: The dtype of the computation and of frozen weights.

@@ -47,10 +47,10 @@ class Forecast:
         paged: The optimizer state is in memory that the GPU driver moves to the CPU when necessary,
             outside torch's allocator.
         device: 'cpu' or 'cuda'.
-        recompute: whether activations are recomputed.
-        embedding_on_cpu: whether the input embedding stays in the CPU's memory.
+        recompute: Whether activations are recomputed.
+        embedding_on_cpu: Whether the input embedding stays in the CPU's memory.
         checkpoint: Size of a checkpoint on disk.
-        division: what of it this process holds.
+        division: The shares that this process holds.
         graphs: Whether the decoder can be recorded as CUDA graphs.
     """
 
@@ -75,7 +75,7 @@ class Forecast:
 
     @property
     def held_weights(self) -> int:
-        """Bytes of weights, and of float32 copies beside them, on the device of this process."""
+        """Bytes of weights, and of their float32 copies, on the device of this process."""
         copies = int(4 * self.footprint.trainable * self.division.master)
         on_device = not (self.division.weights_on_cpu and self.device == "cuda")
         copies_on_device = not (self.division.optimizer_on_cpu and self.device == "cuda")
@@ -83,12 +83,13 @@ class Forecast:
 
     @property
     def gathered(self) -> int:
-        """Bytes of weights that are gathered at once: the unit that computes, the next one, and
-        those that are kept."""
-        if self.division.weights == 1.0 and not self.division.weights_on_cpu:
+        """Bytes of weights that are gathered at once: the unit that computes, the next one, those
+        that are kept, and those that several modules share, such as tied embeddings."""
+        if not self.division.gathers:
             return 0
-        each = self.weights / max(1, self.footprint.parameters)
-        return int(min(self.weights, 2 * self.footprint.unit + self.division.live * each))
+        parts = self.footprint
+        kept = self.division.live * self.weights / max(1, parts.parameters)
+        return int(min(self.weights, parts.shared + 2 * parts.unit + kept))
 
     @property
     def step(self) -> int:
@@ -160,12 +161,9 @@ def forecast(
     """Forecast the peak memory of one process at `max_length`.
 
     Args:
-        settings: The run's settings.
         device: 'cpu' or 'cuda'.
-        recompute: whether activations are recomputed.
         paged: Whether the optimizer state is paged; None: if possible.
-        processes: number of processes that share the model, according to the strategy.
-        folder: of the settings file.
+        processes: Number of processes that share the model, according to the strategy.
 
     Raises:
         ModelError: The model's configuration is not available.

@@ -6,8 +6,9 @@ the run does not fit.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,10 @@ class MemoryPlan:
     Attributes:
         settings: The run's settings.
         device: 'cpu' or 'cuda'.
-        memory: bytes that one process may take.
-        forecast: of one process.
-        processes: how many train together.
-        folder: of the settings file.
+        memory: Bytes that one process may use.
+        forecast: The forecast for one process.
+        processes: Number of processes that train together.
+        folder: The folder of the settings file.
     """
 
     settings: Settings
@@ -105,14 +106,8 @@ class MemoryPlan:
             tried = settings.model_copy(update=changes)
             if next(check_combinations(tried), None) or not self._can_use(tried):
                 continue  # a run would reject it
-            found = forecast(
-                tried,
-                self.device,
-                recompute=_recomputes(tried, self.forecast),
-                paged=may_page(tried, self.device) and self._would_page(tried),
-                processes=self.processes,
-                folder=self.folder,
-            )
+            paged = may_page(tried, self.device) and self._would_page(tried)
+            found = self._with(tried, paged=paged)
             if self.forecast.embedding_on_cpu:
                 found = without_embedding(found, tried)
             peak = found.peak
@@ -136,11 +131,22 @@ class MemoryPlan:
             tried = settings.model_copy(update={"strategy": name})
             if not self._can_use(tried):
                 continue
-            recompute = _recomputes(tried, self.forecast)
-            found = forecast(tried, self.device, recompute=recompute, processes=self.processes)
-            if found.peak <= self.memory:
+            if self._with(tried).peak <= self.memory:
                 return [{"strategy": name}]
         return []
+
+    def _with(self, tried: Settings, *, paged: bool | None = None) -> Forecast:
+        """The forecast of a run with the settings `tried`; see `forecast`."""
+        wanted = tried.gradient_checkpointing
+        recompute = self.forecast.recompute if wanted == "auto" else wanted
+        return forecast(
+            tried,
+            self.device,
+            recompute=recompute,
+            paged=paged,
+            processes=self.processes,
+            folder=self.folder,
+        )
 
     def _can_use(self, tried: Settings) -> bool:
         return strategies.can_use(tried, folder=self.folder)
@@ -164,11 +170,9 @@ def plan_memory(
     is set, as in the tests.
 
     Args:
-        settings: The run's settings.
         device: 'cpu' or 'cuda'.
         memory: Bytes to plan for; None uses nine tenths of the free memory of `device`.
         processes: Number of processes; on a CPU they share the memory, on GPUs each has its own.
-        folder: of the settings file.
 
     Raises:
         ModelError: The model's configuration is not available.
@@ -180,52 +184,45 @@ def plan_memory(
     sharing = processes if device == "cpu" else 1
     room = int(ROOM * free_memory(device, sharing)) if memory is None else memory
     room //= sharing
-    sharing_model: dict[str, Any] = {"processes": processes, "folder": folder}
-    found = _expected(settings, device, room, **sharing_model)
-    return MemoryPlan(settings, device, room, found, **sharing_model)
+    estimate = functools.partial(forecast, device=device, processes=processes, folder=folder)
+    found = _expected(settings, device, room, estimate)
+    return MemoryPlan(settings, device, room, found, processes, folder)
 
 
 def _expected(
-    settings: Settings, device: str, room: int, *, processes: int, folder: Path
+    settings: Settings, device: str, room: int, estimate: Callable[..., Forecast]
 ) -> Forecast:
-    wanted = settings.gradient_checkpointing
     try:
-        for expected in _ways(settings, device, processes, folder):
+        for expected in _ways(settings, device, estimate):
             if expected.peak <= room:
                 break
     except Exception as error:  # model code may not support tensors without values
         if os.environ.get("XTUNER_STRICT"):
             raise
-        nothing = Footprint(0, 0, 0, 0, 0)
         words = in_one_line(error, plain=(XTunerError,))
-        return Forecast(nothing, 0, device, wanted is True, checkpoint=0, failure=words)
+        recompute = settings.gradient_checkpointing is True
+        return Forecast(Footprint(0, 0, 0, 0, 0), 0, device, recompute, checkpoint=0, failure=words)
     return expected
 
 
-def _ways(settings: Settings, device: str, processes: int, folder: Path) -> Iterator[Forecast]:
+def _ways(settings: Settings, device: str, estimate: Callable[..., Forecast]) -> Iterator[Forecast]:
     """Forecasts of the options that 'auto' leaves open, by increasing cost. No CUDA graphs: these
     keep gradients during a forward pass. An embedding on the CPU: some MiB to copy per micro-batch.
     Paging: the optimizer state that does not fit is copied back and forth once per step.
     Recomputation: a third more time per micro-batch."""
-    shared: dict[str, Any] = {"processes": processes, "folder": folder}
     wanted, pageable = settings.gradient_checkpointing, may_page(settings, device)
     pages = (False, True) if pageable and settings.paged_optimizer == "auto" else (pageable,)
     for recompute in (False, True) if wanted == "auto" else (wanted,):
         for paged in pages:
-            found = forecast(settings, device, **shared, recompute=recompute, paged=paged)
+            found = estimate(settings, recompute=recompute, paged=paged)
             yield found
             if settings.cuda_graphs == "auto" and found.graphs:
-                plain = settings.model_copy(update={"cuda_graphs": False})
-                found = forecast(plain, device, **shared, recompute=recompute, paged=paged)
+                eager = settings.model_copy(update={"cuda_graphs": False})
+                found = estimate(eager, recompute=recompute, paged=paged)
                 yield found
             without = without_embedding(found, settings)
             if settings.embedding_on_cpu == "auto" and without.embedding_on_cpu:
                 yield without
-
-
-def _recomputes(settings: Settings, before: Forecast) -> bool:
-    wanted = settings.gradient_checkpointing
-    return before.recompute if wanted == "auto" else wanted
 
 
 def _hints(settings: Settings, before: Forecast) -> Iterator[Mapping[str, Any]]:

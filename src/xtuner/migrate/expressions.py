@@ -47,7 +47,7 @@ class Budget:
         """Add `amount`, in characters and items created.
 
         Raises:
-            ConfigError: the limit is exceeded.
+            ConfigError: The limit is exceeded.
         """
         self.work += amount
         if self.work > _MAX_WORK:
@@ -58,7 +58,7 @@ class Expressions:
     """Evaluates expressions with the names defined so far.
 
     Args:
-        budget: limits the work.
+        budget: Limits the work.
     """
 
     def __init__(self, budget: Budget) -> None:

@@ -6,10 +6,12 @@ The format is detected from the content (`xtuner.config.read.foreign`), never fr
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from xtuner.config import renames
 from xtuner.config.check import check
 from xtuner.config.read import foreign
 from xtuner.errors import ConfigError, listed
@@ -21,14 +23,17 @@ from xtuner.migrate.yaml_trainers import llamafactory, torchtune
 
 _YAML = {foreign.LLAMA_FACTORY: llamafactory.migrate, foreign.TORCHTUNE: torchtune.migrate}
 
+_FEW = 3
+"""A file with this many names of another trainer is taken for its config."""
+
 
 @dataclass(frozen=True)
 class Migrated:
     """The result of a migration.
 
     Attributes:
-        path: the settings file.
-        draft: its contents and the report.
+        path: The settings file.
+        draft: Its contents and the report.
     """
 
     path: Path
@@ -39,15 +44,12 @@ def read(path: Path) -> Draft:
     """Translate the config `path` to settings and check them against the schema.
 
     Raises:
-        ConfigError: the file cannot be read, or its format is not supported.
+        ConfigError: The file cannot be read, or its format is not supported.
     """
     text = read_mmengine.read_text(path)
     origin = foreign.origin(text, path.suffix)
     if origin is None:
-        raise ConfigError(
-            f"{path}: is not a supported config of {', '.join(foreign.ORIGINS)}; a settings file "
-            "of this version needs no migration"
-        )
+        raise ConfigError(f"{path}: {_not_converted(path, text)}")
     try:
         draft = _translate(path, text, origin)
     except UnreadError as error:
@@ -63,6 +65,25 @@ def read(path: Path) -> Draft:
         draft.values.setdefault("work_dir", f"./work_dirs/{path.stem}")
         _check(draft)
     return draft
+
+
+def _not_converted(path: Path, text: str) -> str:
+    """Why no config is recognized in `text`, and what to do."""
+    known = f"only configs of {', '.join(foreign.ORIGINS)} are converted"
+    imports = re.findall(r"^(?:from|import) (trl|unsloth|transformers|peft|torch)\b", text, re.M)
+    if path.suffix == ".py" and imports:
+        return (
+            f"is a script (it imports {', '.join(sorted({*imports}))}), and {known}. Write its "
+            f"values into a settings file, which `xtuner copy-cfg` creates; `xtuner explain NAME` "
+            f"gives the name used here for a setting of another trainer"
+        )
+    names = re.findall(r"^([A-Za-z_]\w*) *[:=]", text, re.M)
+    if sum(renames.advice(name) is not None for name in names) >= _FEW:
+        return (
+            f"has settings of another trainer, and {known}. "
+            f"`xtuner train {shlex.quote(str(path))}` lists the name of each of them here"
+        )
+    return f"{known}; a settings file of this version needs no migration"
 
 
 def _translate(path: Path, text: str, origin: str) -> Draft:
@@ -84,8 +105,8 @@ def migrate(old: Path, new: Path | None = None) -> Migrated:
     """Write the settings file that is equivalent to `old`.
 
     Args:
-        old: the config.
-        new: the file to write; default: NAME_migrated.py in the working directory. An existing file
+        old: The config.
+        new: The file to write; default: NAME_migrated.py in the working directory. An existing file
             is accepted if it has exactly the text that would be written.
 
     Raises:

@@ -32,16 +32,16 @@ class Draft:
     """A settings file under construction.
 
     Attributes:
-        origin: the trainer that the config is for, such as 'XTuner 0.x'.
-        kind: what the config trains, such as 'sft qlora'.
-        values: settings by name.
-        lines: the line of the old config for each setting.
-        lost: what has no counterpart; training is the same without it, or nearly so.
-        notes: what works differently in xtuner.
-        refused: what cannot be translated faithfully.
-        not_yet: what this version of xtuner does not support.
-        files: contents of accompanying files, by the suffix of their name.
-        systems: texts of system messages in the old package, by name.
+        origin: The trainer that the config is for, such as 'XTuner 0.x'.
+        kind: What the config trains, such as 'sft qlora'.
+        values: Settings by name.
+        lines: The line of the old config for each setting.
+        lost: What has no counterpart; training is the same without it, or nearly so.
+        notes: What works differently in xtuner.
+        refused: What cannot be translated faithfully.
+        not_yet: What this version of xtuner does not support.
+        files: Contents of accompanying files, by the suffix of their name.
+        systems: Texts of system messages in the old package, by name.
     """
 
     origin: str
@@ -114,8 +114,8 @@ class Draft:
         """The text of the settings file.
 
         Args:
-            source: name of the old file, for the header.
-            command: the training command, for the header.
+            source: Name of the old file, for the header.
+            command: The training command, for the header.
         """
         head = [f"Migrated from {source} ({self.origin}, {self.kind}).", "", f"    {command}"]
         for title, items in (("Dropped:", self.lost), ("Different in xtuner:", self.notes)):

@@ -38,9 +38,9 @@ class Table(dict[str, Any]):
     """A dict of a config.
 
     Attributes:
-        line: its first line.
-        lines: the line of each key.
-        used: the keys that were read, so that the remaining keys can be reported.
+        line: The first line of the dict.
+        lines: The line of each key.
+        used: The keys that were read, so that the remaining keys can be reported.
     """
 
     def __init__(self, line: int = 0) -> None:
@@ -58,7 +58,7 @@ class Table(dict[str, Any]):
         """Return the value of `key` and mark the key as used.
 
         Raises:
-            UnreadError: the value could not be read.
+            UnreadError: The value could not be read.
         """
         self.used.add(key)
         value = self.get(key, default)
@@ -70,7 +70,7 @@ class Table(dict[str, Any]):
         """The table at `key`, or an empty table.
 
         Raises:
-            TypeError: the value is not a table.
+            TypeError: The value is not a table.
         """
         return self.optional(key) or Table(self.line_of(key))
 
@@ -78,7 +78,7 @@ class Table(dict[str, Any]):
         """The table at `key`, or None.
 
         Raises:
-            TypeError: the value is not a table.
+            TypeError: The value is not a table.
         """
         value = self.take(key)
         if value is None or isinstance(value, Table):
@@ -89,7 +89,7 @@ class Table(dict[str, Any]):
         """The list at `key`, or an empty list.
 
         Raises:
-            TypeError: the value is not a list.
+            TypeError: The value is not a list.
         """
         value = self.take(key)
         if value is None or isinstance(value, list | tuple):

@@ -13,7 +13,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read the ``adapter_config.json`` in `folder`.
 
     Raises:
-        ModelError: it is missing or cannot be read.
+        ModelError: It is missing or cannot be read.
     """
     file = folder / "adapter_config.json"
     try:

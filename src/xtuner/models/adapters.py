@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean, in_one_line
-from xtuner.hub.weight_files import tensors_of
+from xtuner.errors import ConfigError, ModelError, XTunerError, count, did_you_mean, in_one_line
+from xtuner.hub.weight_files import names_of, tensors_of
 from xtuner.kernels.lora.layers import layer_classes
 from xtuner.models.adapter_config import read_adapter_config
-from xtuner.models.check.training_pass import text_decoder
 from xtuner.models.old_adapters import fitting_llm_adapter
+from xtuner.models.text_path import named_outside_text, outside_text
 from xtuner.models.vocabulary import fit_to_adapter
 
 _FEW = 0.01
@@ -52,9 +53,7 @@ def add_adapter(
 
     Args:
         model: A transformers causal language model, quantized or not.
-        r: The rank.
         alpha: The adapters' output is scaled by ``alpha / r``.
-        dropout: Dropout probability of the adapters' inputs.
         target_modules: Names of layers, or 'all-linear' (all except the output head, those in
             `OUTSIDE_PEFT` and `unsuitable` ones).
         modules_to_save: Names of layers that are trained in full.
@@ -64,35 +63,33 @@ def add_adapter(
         further: Other fields of PEFT's LoraConfig.
 
     Raises:
-        ModelError: A name matches no layer.
+        ModelError: A name matches no layer, or none that text reaches.
         ConfigError: PEFT rejects `further`.
     """
     from peft import LoraConfig, get_peft_model
 
     all_linear = list(target_modules) == ["all-linear"]
     model_type: str = getattr(model.config, "model_type", "")
+    check_layers(model, target_modules, modules_to_save)
     outside = [*OUTSIDE_PEFT.get(model_type, ()), *unsuitable(model)] if all_linear else []
+    outside += named_outside_text(model, () if all_linear else target_modules)
     targets = list(target_modules)
     if all_linear and _by_layer(further):  # which PEFT combines with names only
         targets = _linear_names(model)
-    try:
-        config = LoraConfig(
-            r=r,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-            exclude_modules=outside or None,
-            modules_to_save=list(modules_to_save) or None,
-            task_type=task_type,
-            **(further or {}),
-        )
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"lora_config = {dict(further or {})}: {error}") from error
-    config._register_custom_module(layer_classes())
-    _check_layers(model, [*(() if all_linear else target_modules), *modules_to_save])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
+            config = LoraConfig(
+                r=r,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules="all-linear" if targets == ["all-linear"] else targets,
+                exclude_modules=outside or None,
+                modules_to_save=list(modules_to_save) or None,
+                task_type=task_type,
+                **(further or {}),
+            )
+            config._register_custom_module(layer_classes())
             adapted = get_peft_model(model, config)
         except (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
             if not further:
@@ -121,8 +118,16 @@ def _linear_names(model: nn.Module) -> list[str]:
     )
 
 
-def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse names that no layer of `model` has."""
+def check_layers(
+    model: nn.Module, target_modules: Sequence[str], modules_to_save: Sequence[str]
+) -> None:
+    """Check the names of layers that `add_adapter` gets.
+
+    Raises:
+        ModelError: A name matches no layer, or none that text reaches.
+    """
+    all_linear = list(target_modules) == ["all-linear"]
+    names = [*(() if all_linear else target_modules), *modules_to_save]
     layers = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
     known = {name for name, _ in layers}
     if wrong := [repr(name) for name in names if name.rpartition(".")[2] not in known]:
@@ -131,6 +136,7 @@ def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
             "lora_target_modules, lora_modules_to_save: the model has no layer "
             f"{', '.join(wrong)}; its linear layers are {', '.join(sorted(linear))}"
         )
+    named_outside_text(model, names)
 
 
 _OWN = {
@@ -165,9 +171,9 @@ def check_config(further: Mapping[str, Any]) -> None:
             )
         elif name == "init_lora_weights" and str(value).lower().startswith("pissa_niter"):
             problems.append(
-                f"{name} = {value!r}: draws random numbers to change the base weights, so who "
-                f"loads the checkpoint gets other base weights; use 'pissa', which computes the "
-                f"same ones again"
+                f"{name} = {value!r}: changes the base weights by random numbers, so "
+                f"loading the checkpoint gives different base weights; use 'pissa', which "
+                f"recomputes the same ones"
             )
     if problems:
         raise ConfigError(f"lora_config: {'; '.join(problems)}")
@@ -181,16 +187,14 @@ def unsuitable(model: Any) -> dict[str, str]:
     """Linear layers of `model` that 'all-linear' skips, by name, with the reason. A router's layers
     may return a tuple, and text does not reach image or audio modules.
     """
-    causal = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
-    decoder = text_decoder(model) if causal else model
-    reached = {id(module) for module in decoder.modules()} if decoder is not model else None
-    head = model.get_output_embeddings() if causal else None
+    outside = outside_text(model)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or module is head:
             continue
         kind = type(module)
-        if reached is not None and id(module) not in reached:
+        if name in outside:
             found[name] = "text does not reach them"
         elif kind.__module__.startswith("transformers") and not _is_plain(module):
             found[name] = f"a {kind.__name__} does more than a linear layer"
@@ -216,13 +220,14 @@ def _is_plain(layer: nn.Linear) -> bool:
 
 
 def notes_on_adapters(adapted: Any) -> Iterator[str]:
-    """Notes on what adapters on all linear layers do not cover; `adapted` is the result of
+    """Notes on what adapters do not cover; `adapted` is the result of
     `add_adapter`."""
     model, config = adapted.get_base_model(), next(iter(adapted.peft_config.values()))
     if config.exclude_modules:
-        left = collections.Counter(unsuitable(model).values())
-        for reason, count in left.items():
-            layers = "1 linear layer gets" if count == 1 else f"{count:,} linear layers get"
+        skipped = unsuitable(model).items()
+        left = collections.Counter(why for name, why in skipped if name in config.exclude_modules)
+        for reason, number in left.items():
+            layers = "1 linear layer gets" if number == 1 else f"{number:,} linear layers get"
             yield f"{layers} no adapter: {reason}"
     made = [m for m in adapted.modules() if hasattr(m, "adapted") and hasattr(m, "lora_A")]
     if slow := sum(layer.adapted() is None for layer in made):
@@ -247,7 +252,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     Args:
         model: A causal language model, or a result of this function, which gets another adapter.
             Its embeddings get as many rows as the adapter was trained with.
-        folder: The adapter's folder.
         name: The name by which `set_adapter` selects it.
 
     Raises:
@@ -256,16 +260,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     from peft import PeftModel
 
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        found = (
-            ", ".join(sorted(p.name for p in folder.glob("*")))
-            if folder.is_dir()
-            else "no such folder"
-        )
-        raise ModelError(
-            f"{folder}: is not an adapter: it lacks adapter_config.json (found: "
-            f"{found or 'nothing'})"
-        )
     read_adapter_config(folder)
     fit_to_adapter(model, folder)
     try:
@@ -274,7 +268,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
                 model.load_adapter(str(fitted), adapter_name=name)
                 loaded = model
             else:
-                loaded = PeftModel.from_pretrained(model, str(fitted), adapter_name=name)
+                with warnings.catch_warnings():  # `_check_complete` says what is missing
+                    warnings.filterwarnings("ignore", message="Found missing adapter keys")
+                    loaded = PeftModel.from_pretrained(model, str(fitted), adapter_name=name)
+            _check_complete(loaded, name, fitted, folder)
         _check_finite(loaded, name, folder)
         return loaded
     except SafetensorError as error:
@@ -287,6 +284,42 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
             f"{getattr(model, 'name_or_path', '')!r}, or its adapter_config.json is damaged: "
             f"{in_one_line(error, plain=(RuntimeError, ValueError, OSError))}"
         ) from error
+
+
+def _check_complete(adapted: Any, name: str, fitted: Path, folder: Path) -> None:
+    """Raise ModelError if PEFT left out weights of the adapter called `name`, or if some of its
+    layers got none; `fitted` holds the files of `folder` as they were loaded."""
+    from peft import get_peft_model_state_dict
+
+    file = fitted / "adapter_model.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on saving
+        expected = get_peft_model_state_dict(
+            adapted, adapter_name=name, save_embedding_layers=False
+        )
+    if not file.is_file() or set(names_of(file)) == set(expected):
+        return
+    result = adapted.load_adapter(str(fitted), adapter_name=name)  # PEFT may rename weights
+    _refuse_partial(folder, list(result.missing_keys), list(result.unexpected_keys))
+
+
+def _refuse_partial(folder: Path, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raise ModelError if an adapter's weights and the layers that have one differ."""
+    problems = []
+    if unexpected:
+        problems.append(
+            f"{count(len(unexpected), 'weight')} in it fit no layer, such as {unexpected[0]}"
+        )
+    if missing:
+        problems.append(
+            f"{count(len(missing), 'weight')} that adapter_config.json asks for are missing, such "
+            f"as {missing[0]}"
+        )
+    if problems:
+        raise ModelError(
+            f"{folder}: only a part of the adapter can be loaded: {'; '.join(problems)}. It was "
+            f"trained for another model, or its files come from different training runs"
+        )
 
 
 def _check_finite(adapted: Any, name: str, folder: Path) -> None:
@@ -321,6 +354,8 @@ def load_adapter_weights(adapted: Any, folder: Path) -> None:
             f"{file}: contains adapters for other layers, such as {result.unexpected_keys[0]}; "
             "lora_r and lora_target_modules must be those of the run that wrote it"
         )
+    trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
+    _refuse_partial(folder, [key for key in result.missing_keys if key in trained], [])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

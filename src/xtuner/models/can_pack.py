@@ -23,8 +23,8 @@ positions along the row."""
 
 
 def why_apart(model: Any) -> str | None:
-    """Why the transformers model `model` needs each sample alone; None if it does not. Weights are
-    not used."""
+    """Why the transformers model `model` must process samples separately; None if it need not.
+    Weights are not used."""
     if getattr(model, "_is_stateful", False):
         return "it carries a state from token to token"
     if not getattr(model, "_supports_attention_backend", False):

@@ -54,7 +54,7 @@ class PackedCausalLM(nn.Module):
     Attributes:
         always_embeds: Batches without images also run the image modules, so that all processes call
             the same modules if weights or gradients are sharded.
-        saw_images: a batch had images since this was last set to False.
+        saw_images: A batch had images since this was last set to False.
         noise: NEFTune noise in training; None disables it.
         apart: Each sample goes through the model alone, in a plain transformers call.
         graphs: Replays the decoder in training if possible; None disables it.

@@ -1,4 +1,4 @@
-"""Fill packed rows up to round numbers of tokens."""
+"""Pad packed rows to round numbers of tokens."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def missing_to_round(count: int, parts: int = 1) -> int:
 def filled(
     batch: Batch, *, tokens: int | None = None, longest: int | None = None, parts: int = 1
 ) -> Batch:
-    """`batch` with one more sample, without loss, if N is not a round number.
+    """Pad `batch` with one more sample, without loss, if N is not a round number.
 
-    The matrix library compiles code for every new N, and is some percent slower if N is not a
-    multiple of 16; so packs that are nearly full all get the same size.
+    The matrix library compiles code for every new N, and is a few percent slower if N is not
+    a multiple of 16; so packs that are nearly full all get the same size.
 
     Args:
-        batch: a packed row.
+        batch: A packed row.
         tokens: N of the result; None takes the next round number.
-        longest: most tokens of a sample that is added; more are added then. None adds one.
-        parts: processes that share it; each gets as many tokens.
+        longest: Maximum tokens of an added sample; several are added if necessary. None adds one.
+        parts: Number of processes that share the row; each gets the same number of tokens.
     """
     count = batch.num_tokens
     missing = missing_to_round(count, parts) if tokens is None else tokens - count

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from xtuner import plugins
 from xtuner.device.heap import trim_if_grown
 from xtuner.errors import ModelError, XTunerError, in_one_line, listed
 from xtuner.hub import fetch
+from xtuner.hub.json_files import read_object
 from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.models import sentencepiece
 from xtuner.models.quantize import Quantization, quantization_config
@@ -48,10 +48,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: It does not exist or cannot be read.
     """
-    source = located(path)
-    with readable_errors(path, "tokenizer"), quiet_transformers():
-        check_supported(str(path), read_config(source))  # before its tokenizer's code runs
-        register_family(source)
+    with _known(path, "tokenizer") as source, quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         sentencepiece.correct(tokenizer, source)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -72,7 +69,6 @@ def load_model(
     """Load the causal language model at `path` (a folder, a hub name, or a name that was fetched).
 
     Args:
-        path: Folder or name of the model.
         dtype: The dtype of the computation and of weights that are not quantized.
         device: 'cpu' or 'cuda'.
         quantization: How linear layers are quantized.
@@ -84,17 +80,13 @@ def load_model(
     Raises:
         ModelError: The model does not exist, cannot be read, or lacks weights.
     """
-    source = located(path)
-    with readable_errors(path, "model"):  # config.json may hold anything
-        check_supported(str(path), read_config(source))
-        register_family(source)
     options: dict[str, Any] = {}
     if quantization != "none":
         options["quantization_config"] = quantization_config(
             quantization, double_quant=double_quant, compute_dtype=dtype
         )
         options["device_map"] = {"": device}
-    with readable_errors(path, "model"), quiet_transformers():
+    with _known(path, "model") as source, quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -105,13 +97,10 @@ def load_model(
         )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ModelError(
-            listed(
-                f"{path}: {len(missing)} weights are missing from the checkpoint and would be "
-                "random",
-                [*missing[:8], *(["..."] if len(missing) > 8 else [])],
-            )
+        headline = (
+            f"{path}: {len(missing)} weights are missing from the checkpoint and would be random"
         )
+        raise ModelError(listed(headline, [*missing[:8], *(["..."] if len(missing) > 8 else [])]))
     fix_4bit_layers(model)
     model = model if quantization != "none" else model.to(device)
     check_remote_code(str(path), model)
@@ -125,10 +114,7 @@ def located_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: It does not exist or cannot be read.
     """
-    source = located(path)
-    with readable_errors(path, "model"):
-        check_supported(str(path), read_config(source))
-        register_family(source)
+    with _known(path, "model") as source:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -208,10 +194,7 @@ def read_config(source: str) -> dict[str, Any]:
             file = hf_hub_download(source, "config.json")
         except Exception:  # every failure is reported with its reason when the model is loaded
             return {}
-    try:
-        return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
+    return read_object(Path(str(file)))
 
 
 def register_family(source: str) -> None:
@@ -240,13 +223,24 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _known(path: str | Path, what: str) -> Iterator[str]:
+    """Locate the model at `path`; before its code runs, check that it is supported, and register
+    its architecture. config.json may hold anything."""
+    source = located(path)
+    with readable_errors(path, what):
+        check_supported(str(path), read_config(source))
+        register_family(source)
+        yield source
+
+
+@contextlib.contextmanager
 def readable_errors(path: str | Path, what: str) -> Iterator[None]:
     """Turn errors in loading `what` from `path` into a ModelError in plain words."""
     try:
         yield
     except (torch.OutOfMemoryError, XTunerError):
         raise
-    except Exception as error:  # damaged files cause whatever a library does not check
+    except Exception as error:  # damaged files cause errors that libraries do not check for
         words = in_one_line(error, plain=(OSError, ValueError, ImportError, RuntimeError))
         if "trust_remote_code=True" in words:
             raise ModelError(

@@ -10,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xtuner.errors import CheckpointError
+from xtuner.models.references import checkpoints_in
 
 FILE_NAME = "manifest.json"
 RESUME_ONLY = ("training_state.pt",)
 """Files that only `--resume` reads: they are not checked otherwise, and may be deleted."""
 _VERSION = 1
-_STEP = re.compile(r"iter_(\d+)$")
 
 
 def write(folder: Path) -> None:
@@ -95,11 +94,8 @@ def _first_problem(folder: Path, *, resuming: bool) -> tuple[Path, str] | None:
 
 def _intact_beside(checkpoint: Path, *, resuming: bool) -> Iterator[Path]:
     """Other checkpoints of the same run that are intact, newest first."""
-    found = [(match, path) for path in checkpoint.absolute().parent.glob("iter_*")
-             if (match := _STEP.match(path.name))]  # fmt: skip
-    for _, path in sorted(found, key=lambda each: -int(each[0][1])):
-        others = path.is_dir() and path != checkpoint.absolute()
-        if others and _first_problem(path, resuming=resuming) is None:
+    for path in reversed(checkpoints_in(checkpoint.absolute().parent)):
+        if path != checkpoint.absolute() and _first_problem(path, resuming=resuming) is None:
             yield path
 
 
@@ -114,7 +110,7 @@ def _read(folder: Path) -> dict[str, Mapping[str, Any]]:
                 raise ValueError(f"{name!r} is outside the folder")
             entries[name] = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"is no manifest ({error!r})") from None
+        raise ValueError(f"is not a manifest ({error!r})") from None
     return entries
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from xtuner.errors import ModelError
 from xtuner.hub import fetch
+from xtuner.hub.json_files import read_object, write_object
 from xtuner.hub.links import refuse_links_out
 from xtuner.models.load import quiet_transformers, register_family
 
@@ -51,8 +52,8 @@ def keep_config(base: Path, folder: Path) -> None:
     source = base / "config.json"
     if not source.is_file() or not _may_copy(base):
         return
-    original = _read(source)
-    written = _read(folder / "config.json")
+    original = read_object(source)
+    written = read_object(folder / "config.json")
     if original.get("model_type") != written.get("model_type"):
         return
     plain = _as_written_by_transformers(base, original)
@@ -64,7 +65,7 @@ def keep_config(base: Path, folder: Path) -> None:
     for name in _NUMBER_TYPE:
         changed.pop(name, None)
     config = with_dtype({**config, **changed}, str(written.get("dtype") or "float32"))
-    write_json(folder / "config.json", config)
+    write_object(folder / "config.json", config)
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
     copy_code(base, folder, config)
@@ -102,14 +103,6 @@ def has_tokenizer_of(folder: Path, base: Path) -> bool:
     return _tokens_of(folder) <= _tokens_of(base) and _chat_template(folder) == _chat_template(base)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` in the style of config.json."""
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    if any("\ud800" <= character <= "\udfff" for character in text):  # UTF-8 has none of them
-        text = json.dumps(values, indent=2) + "\n"
-    path.write_text(text, encoding="utf-8")
-
-
 def _may_copy(base: Path) -> bool:
     """Whether no symbolic link in `base` points outside it."""
     try:
@@ -135,11 +128,13 @@ def _as_written_by_transformers(base: Path, original: dict[str, Any]) -> dict[st
 
 def _tokens_of(folder: Path) -> set[str]:
     """The added and special tokens that the tokenizer files of `folder` declare."""
-    config = _read(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json")
     found = {str(token.get("content")) for token in config.get("added_tokens_decoder", {}).values()}
-    found |= set(_read(folder / "added_tokens.json"))
-    found |= {str(t["content"]) for t in _read(folder / "tokenizer.json").get("added_tokens", [])}
-    for values in (config, _read(folder / "special_tokens_map.json")):
+    found |= set(read_object(folder / "added_tokens.json"))
+    found |= {
+        str(t["content"]) for t in read_object(folder / "tokenizer.json").get("added_tokens", [])
+    }
+    for values in (config, read_object(folder / "special_tokens_map.json")):
         for name, value in values.items():
             if name.endswith(("_token", "_special_tokens")):
                 for token in value if isinstance(value, list) else [value]:
@@ -151,7 +146,7 @@ def _chat_template(folder: Path) -> Any:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    return _read(folder / "tokenizer_config.json").get("chat_template")
+    return read_object(folder / "tokenizer_config.json").get("chat_template")
 
 
 def copy_files(base: Path, folder: Path, patterns: tuple[str, ...]) -> None:
@@ -161,11 +156,3 @@ def copy_files(base: Path, folder: Path, patterns: tuple[str, ...]) -> None:
         if path.is_file() and any(fnmatch.fnmatch(str(inner), pattern) for pattern in patterns):
             (folder / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inner)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

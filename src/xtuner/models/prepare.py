@@ -21,6 +21,7 @@ from xtuner.kernels.fused import attention, decoder, norm_mlp
 from xtuner.models import adapters, vocabulary
 from xtuner.models.can_pack import training_implementation
 from xtuner.models.load import lasting_name, load_model
+from xtuner.models.text_path import freeze_outside_text
 from xtuner.models.vision.folder import LLM, LLM_ADAPTER
 
 
@@ -37,7 +38,6 @@ def make_trainable(
     """Load the language model of a run and prepare it for training.
 
     Args:
-        s: The run's settings.
         dtype: The dtype of the computation and of frozen weights.
         device: The model's device; for a meta model, the device it would have.
         recompute: Recompute activations in the backward pass instead of keeping them.
@@ -64,6 +64,8 @@ def make_trainable(
         decoder.install(model, check=not on_meta)
     if s.llm_training == "frozen":
         model.requires_grad_(False)
+    elif s.llm_training == "full":
+        freeze_outside_text(model)
     if recompute:
         _recompute(model, s)
     if not s.uses_adapter:

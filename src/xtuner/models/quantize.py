@@ -55,7 +55,6 @@ class Rounding:
         """The rounding of a run; None if its weights were not in 4 bits.
 
         Args:
-            settings: The run's settings.
             dtype: The dtype that the run computed in (`RunInfo.computed_in`); bfloat16 if unknown.
         """
         kind: Any = settings.get("quantization", "auto")

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from xtuner.hub import fetch
+
+_CHECKPOINT = re.compile(r"iter_(\d+)")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints ``iter_N`` in `folder`, oldest step first."""
+    found = [(int(match[1]), path) for path in folder.glob("iter_*")
+             if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()]  # fmt: skip
+    return [path for _, path in sorted(found)]
 
 
 def checkpoint_of(path: str | Path) -> Path:

@@ -19,14 +19,8 @@ def save_model(
     trained: Mapping[str, Tensor] | None = None,
     max_shard_size: str = "2GB",
 ) -> None:
-    """Write `model` (only the adapter of a PeftModel) to `folder` as safetensors.
-
-    Args:
-        model: A transformers model or a PeftModel.
-        folder: The folder of the files.
-        trained: Weights by name that replace the model's own; for adapters, all trained weights.
-        max_shard_size: Maximum size of a weight file.
-    """
+    """Write `model` (only the adapter of a PeftModel) to `folder` as safetensors. The weights
+    `trained`, by name, replace the model's own; for an adapter these are all."""
     with quiet_transformers():
         if hasattr(model, "get_base_model"):
             # "auto" would look up the base model to see whether its vocabulary grew, which it never

@@ -53,12 +53,12 @@ def check_remote_code(path: str, model: Any) -> None:
     are not tested.
 
     Raises:
-        ModelError: They are not.
+        ModelError: They are wrong.
     """
     if not type(model).__module__.startswith("transformers_modules"):
         return
-    wrong = next((n for n, b in model.named_buffers() if n.endswith("inv_freq") and not _falls(b)),
-                 None)  # fmt: skip
+    frequencies = [(n, b) for n, b in model.named_buffers() if n.endswith("inv_freq")]
+    wrong = next((name for name, buffer in frequencies if not _is_decreasing(buffer)), None)
     problem = f"its rotary frequencies ({wrong}) hold arbitrary values" if wrong else ""
     if not problem:
         size = model.get_input_embeddings().weight.shape[0]
@@ -77,7 +77,7 @@ def check_remote_code(path: str, model: Any) -> None:
         )
 
 
-def _falls(frequencies: torch.Tensor) -> bool:
+def _is_decreasing(frequencies: torch.Tensor) -> bool:
     values = frequencies.float().flatten()
     falling = bool((values[1:] <= values[:-1]).all())
     return bool(values.isfinite().all()) and falling and 0 < float(values[0]) <= 1.001

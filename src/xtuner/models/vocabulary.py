@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from xtuner.errors import ConfigError, ModelError, count
+from xtuner.errors import ConfigError, ModelError, count, message_of
 from xtuner.models.load import load_tokenizer, quiet_transformers
 
 _EMBEDDING = r"(?:embed_tokens|wte|embed_in|word_embeddings)"
@@ -89,7 +89,7 @@ def resize(model: Any, tokens: int) -> None:
     except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{type(model).__name__}: its embeddings cannot be resized from {old:,} to {tokens:,} "
-            f"rows: {' '.join(str(error).split())}"
+            f"rows: {message_of(error)}"
         ) from error
     if num_embeddings(model) != tokens:
         raise ModelError(

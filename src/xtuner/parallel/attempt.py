@@ -227,8 +227,8 @@ class Attempt:
         text = f"{self._describe(local)}."
         if rank:
             self._logs[local].seek(0)
-            said = self._logs[local].read().decode(errors="replace")[-_LAST:].strip()
-            text += f" Its last output:\n{said}" if said else " It printed nothing."
+            output = self._logs[local].read().decode(errors="replace")[-_LAST:].strip()
+            text += f" Its last output:\n{output}" if output else " It printed nothing."
         print(text, file=sys.stderr, flush=True)
 
     def _describe(self, local: int) -> str:

@@ -62,13 +62,6 @@ class RankLayout:
         """Which part of each row this process takes."""
         return self.rank % self.sequence_world_size
 
-    def data_groups(self) -> list[list[int]]:
-        """The ranks that take the same part of different rows, one list per sequence rank."""
-        return [
-            list(range(first, self.world_size, self.sequence_world_size))
-            for first in range(self.sequence_world_size)
-        ]
-
     def sequence_groups(self) -> list[list[int]]:
         """The ranks that share the tokens of their rows, one list per data rank."""
         size = self.sequence_world_size

@@ -61,7 +61,7 @@ class SeveralNodes(Nodes):
         self.is_first = cluster.node_rank == 0
         self._attempt = 0
         self._failed, self._lost = False, ""
-        self._next = self._beat = 0.0
+        self._next = 0.0
         self._seen: dict[int, tuple[bytes, float]] = {}
 
     def failed(self) -> bool:

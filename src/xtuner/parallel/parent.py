@@ -13,7 +13,7 @@ LAUNCHER = "XTUNER_LAUNCHER_PID"
 
 def end_with_parent() -> None:
     """Have Linux send SIGTERM to this process when its launcher dies, which torchrun's workers
-    would survive; exit immediately if our launcher is already gone."""
+    would survive; exit immediately if our launcher has already ended."""
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1

@@ -48,7 +48,6 @@ class Processes:
         world_size: Number of processes.
         layout: The rank as data rank and sequence rank.
         device: The device of this process.
-        data_group: The ranks that take the same part of different rows; None is all ranks.
         sequence: The ranks that share the tokens of their rows; None if each has its own rows.
         node: Index of this machine.
         nodes: Number of machines.
@@ -76,10 +75,8 @@ class Processes:
         self.device: torch.device = (
             self._state.device if self.world_size > 1 else torch.device(device)
         )
-        self.data_group: Any = None
         self.sequence: SequenceGroup | None = None
         if sequence_parallel_size > 1:
-            self.data_group = _own_group(self.layout.data_groups(), self.rank)
             self.sequence = SequenceGroup(
                 _own_group(self.layout.sequence_groups(), self.rank),
                 rank=self.layout.sequence_rank,
@@ -247,12 +244,7 @@ def _can_be_summed_alone(gradient: Tensor) -> bool:
 
 
 def _sum_bucket(gradients: list[Tensor]) -> None:
-    types = {gradient.dtype for gradient in gradients}
-    wide = torch.float64 if torch.float64 in types else torch.float32
-    if len(gradients) == 1 and wide in types and gradients[0].is_contiguous():
-        with waiting("the sum of gradients"):
-            dist.all_reduce(gradients[0])
-        return
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
     flat = torch.cat([g.reshape(-1).to(wide) for g in gradients])
     with waiting("the sum of gradients"):
         dist.all_reduce(flat)

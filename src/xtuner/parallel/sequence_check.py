@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from xtuner.config.schema import Settings
 from xtuner.errors import LaunchError
 from xtuner.hub import fetch
+from xtuner.hub.json_files import read_object
 from xtuner.parallel.layout import RankLayout
 
 
@@ -32,12 +31,7 @@ def check_sequence_parallel(settings: Settings, processes: int) -> None:
 
 def _heads(model: str) -> int | None:
     folder = Path(model) if Path(model).is_dir() else fetch.cached(model)
-    try:
-        config: Any = json.loads((Path(str(folder)) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(config, dict):
-        return None
+    config = read_object(folder / "config.json") if folder else {}
     text = config.get("text_config")
     heads = (text if isinstance(text, dict) else config).get("num_attention_heads")
     return heads if isinstance(heads, int) else None

@@ -105,7 +105,7 @@ class PretendedGroup(SequenceGroup):
         return flat.new_empty(sum(received))
 
     def sum(self, tensor: Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class _AllToAll(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """Detects that the processes of a run hang, and reports where each of them is. It works with every
 launcher.
 
-A thread of each process posts its status to the run's store. The first process that gives signs of
-life reads all of them once no process makes progress:
+A thread of each process posts its status to the run's store. The first process that is not
+silent reads all of them once no process makes progress:
 
     all in an optimizer step      the run ends after `limit_of_step`, the first step excepted
     a process reads data, saves,  the others wait and report what they wait for
@@ -29,7 +29,7 @@ HUNG = 1
 """Exit code of a process that hangs."""
 
 SILENT_SECONDS = 30.0
-"""A process that posts nothing for this long is stopped, or its machine is gone."""
+"""A process that posts nothing for this long is stopped, or its machine is lost."""
 
 WAITING_SECONDS = 600.0
 """How long the processes may wait for one another outside an optimizer step."""
@@ -59,7 +59,7 @@ class Verdict:
         seconds: How long no process has made progress.
         limit: How long that is allowed.
         patient: Ranks that the others wait for without a limit.
-        stuck: Ranks that the others wait for if the run hangs; empty if that cannot be told.
+        stuck: Ranks that the others wait for if the run hangs; empty if that cannot be determined.
     """
 
     seconds: float
@@ -131,7 +131,7 @@ class Watch:
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._connect = connect
         self._every = min(EVERY_SECONDS, (timeout or STEP_SECONDS) / 4)
-        self._told = False
+        self._reported = False
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="xtuner-watch", daemon=True)
@@ -158,7 +158,7 @@ class Watch:
                 elif own["quiet"] > (self._timeout or STEP_SECONDS) and self._is_first(store):
                     self._look(store)
         except RuntimeError:
-            return  # the store is gone, so the run has ended
+            return  # the store is closed, so the run has ended
 
     def _is_first(self, store: Any) -> bool:
         """Whether all processes before this one are silent."""
@@ -177,20 +177,20 @@ class Watch:
         statuses, silent = [status for status, _ in found], [age for _, age in found]
         verdict = judge(statuses, silent, self._timeout)
         if not verdict.late:
-            self._told = False
+            self._reported = False
             return
         if not verdict.patient:
             store.set(_END, json.dumps(verdict.stuck))
-        if not (verdict.patient and self._told):
+        if not (verdict.patient and self._reported):
             sys.stdout.flush()
             print(report(statuses, silent, verdict), file=sys.stderr, flush=True)
-        self._told = True
+        self._reported = True
         if not verdict.patient:
             alive = [rank for rank in verdict.stuck if silent[rank] <= SILENT_SECONDS]
             self._end(verdict.stuck if alive else [self._rank])
 
     def _end(self, stuck: Sequence[int]) -> None:
-        """End this process: at once if it is stuck, otherwise when those have said why."""
+        """End this process: at once if it is stuck, otherwise after the stuck ones have."""
         if self._rank in stuck:
             print(f"\nProcess {self._rank} made no progress. Its threads:", file=sys.stderr)
             sys.stderr.flush()
@@ -250,6 +250,6 @@ def _described(status: Status, silent: float) -> str:
         does = f"works, without progress for {status['quiet']:.0f} s"
     if silent > SILENT_SECONDS:
         does = (
-            f"no sign of life for {silent:.0f} s (stopped, or its machine is gone); before: {does}"
+            f"no sign of life for {silent:.0f} s (stopped, or its machine is lost); before: {does}"
         )
     return f"{stage}{does}: {status['at']}"

@@ -22,10 +22,10 @@ class Line:
     """One curve.
 
     Attributes:
-        label: shown in the legend.
+        label: Shown in the legend.
         points: (x, y), in order of x.
-        style: class of the style sheet: 'faint', 'main', 'second', ...
-        dots: mark the points; for few of them.
+        style: Class of the style sheet: 'faint', 'main', 'second', ...
+        dots: Mark the points; for few of them.
     """
 
     label: str
@@ -52,10 +52,10 @@ def draw(
     whole steps.
 
     Args:
-        lines: curves; points that are not finite are left out.
-        label: read out by screen readers.
-        x_label: the title of the x axis.
-        marks, marks_label: points of the x axis to mark, and what they are.
+        lines: Curves; points that are not finite are left out.
+        label: Read out by screen readers.
+        x_label: The title of the x axis.
+        marks, marks_label: Points of the x axis to mark, and what they are.
     """
     lines = [Line(line.label, _finite(line.points), line.style, line.dots) for line in lines]
     xs = [x for line in lines for x, _ in line.points]
@@ -108,7 +108,7 @@ class _Frame:
             yield f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             yield f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
             yield f"{_number(value)}</text>"
-        for value in _ticks(self.x_low, self.x_high, WIDTH // 100, whole=True):
+        for value in _ticks(self.x_low, self.x_high, WIDTH // 100, integers=True):
             x = self.x(value)
             yield f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
             yield f"{_number(value)}</text>"
@@ -144,13 +144,13 @@ def _thinned(points: Points) -> list[tuple[float, float]]:
     return kept
 
 
-def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """At most about `count` round values from `low` to `high`, whole numbers if `whole`."""
+def _ticks(low: float, high: float, count: int, *, integers: bool = False) -> list[float]:
+    """At most about `count` round values from `low` to `high`, integers if `integers`."""
     raw = (high - low) / max(1, count)
-    if whole:
+    if integers:
         raw = max(raw, 1.0)
     power = 10.0 ** math.floor(math.log10(raw))
-    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    factors = (1, 2, 5, 10) if integers else (1, 2, 2.5, 5, 10)
     step = next(power * factor for factor in factors if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -16,8 +16,8 @@ def parts(data: Mapping[str, Any], words: Words, *, details: bool = True) -> Ite
 
     Args:
         data: `DataReport.as_dict()`, or the file that a run writes.
-        words: strings.
-        details: also list which rows were lost or changed.
+        words: Strings.
+        details: Also list which rows were lost or changed.
     """
     head = "".join(
         f"<th{' class=number' if i > 1 else ''}>{words('data_' + column)}</th>"

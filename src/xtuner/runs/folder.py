@@ -21,6 +21,7 @@ from typing import Any
 from xtuner.engine import run_lock
 from xtuner.engine.hooks.evaluation import ANSWERS_FILE
 from xtuner.errors import CheckpointError
+from xtuner.models.references import checkpoints_in
 from xtuner.runs.record import RunRecord
 
 SCALARS_FILE = "scalars.jsonl"
@@ -30,7 +31,6 @@ MERGED = "merged_"
 RUNNING, KILLED = "running", "killed"
 
 _LOG_DIR = re.compile(r"\d{8}_\d{6}(-\d+)?")
-_CHECKPOINT = re.compile(r"iter_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Evaluation:
     """The sample answers at one step.
 
     Attributes:
-        step: optimizer steps done.
-        when: a description, such as 'before training'.
-        answers: rows with `question`, `images` and `answer`.
+        step: Optimizer steps done.
+        when: A description, such as 'before training'.
+        answers: Rows with `question`, `images` and `answer`.
     """
 
     step: int
@@ -137,12 +137,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest step first."""
-        found = [
-            (int(match[1]), path)
-            for path in self.work_dir.glob("iter_*")
-            if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
-        ]
-        return [path for _, path in sorted(found)]
+        return checkpoints_in(self.work_dir)
 
     def merged(self) -> list[Path]:
         """Models that were merged from checkpoints, by name."""

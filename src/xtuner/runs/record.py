@@ -25,20 +25,20 @@ class RunRecord:
     """Facts of one start of a run.
 
     Attributes:
-        name: of the settings.
-        settings: all of them, resolved.
-        changed: names of those that were given rather than left at their defaults.
-        versions: library name to version.
-        device, dtype: what the run computes on and in.
-        processes: how many take part.
-        total_steps, start_step: the steps at which the run ends and at which this start began.
-        lines: what the run printed before the first step.
-        forecast: bytes of the forecast by name (`peak`, `weights`, `optimizer`, `step`,
+        name: Name of the settings.
+        settings: All settings, resolved.
+        changed: Names of the settings that were given, not left at their defaults.
+        versions: Library name to version.
+        device, dtype: The device and the dtype of the computation.
+        processes: Number of processes.
+        total_steps, start_step: The steps at which the run ends and at which this start began.
+        lines: What the run printed before the first step.
+        forecast: Bytes of the forecast by name (`peak`, `weights`, `optimizer`, `step`,
             `libraries`, and `available`); empty if it failed.
-        started, ended: seconds since the epoch; 0 if it has not ended.
+        started, ended: Seconds since the epoch; 0 if it has not ended.
         outcome: 'finished', 'interrupted' or 'failed'; empty until the end.
-        message: the error of a failed run.
-        host, python: machine name and Python version.
+        message: The error of a failed run.
+        host, python: Machine name and Python version.
     """
 
     name: str

@@ -37,10 +37,10 @@ def write(
     """Write the report of the run in `work_dir` and return its path.
 
     Args:
-        work_dir: of the run.
+        work_dir: The work dir of the run.
         language: 'en' or 'zh'.
-        status: of the run; empty finds it out, which the process of the run itself must not do.
-        out: the file; None is ``work_dir/report.html``.
+        status: The run's status; empty determines it, which the run's own process must not do.
+        out: The file; None is ``work_dir/report.html``.
 
     Raises:
         CheckpointError: `work_dir` is not the work dir of a run.

@@ -2,7 +2,7 @@
 
     body ──requests──► prompt ids ──Job──► Engine ──events──► JSON, or server-sent events
 
-A client that goes away cancels its jobs, whose slots are free after the current token.
+A client that disconnects cancels its jobs, whose slots are free after the current token.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from xtuner.serve.requests import ChatRequest, CompletionRequest, read_tools
 from xtuner.types import Message
 
 _POLL_SECONDS = 0.5
-_CLIENT_GONE = 499
+_CLIENT_CLOSED = 499
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What applies where a request leaves something out.
+    """Defaults for parameters that a request does not set.
 
     Attributes:
-        max_tokens: limit for every answer, also where a request asks for more.
-        temperature: of requests that name none; OpenAI's is 1.
+        max_tokens: Limit for every answer, also where a request asks for more.
+        temperature: Temperature of requests that do not set one; OpenAI's default is 1.
     """
 
     max_tokens: int = 4096
@@ -203,7 +203,7 @@ class _Answering:
 
     def _deliver(self, loop: asyncio.AbstractEventLoop, index: int) -> Callable[[Event], None]:
         def deliver(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            with contextlib.suppress(RuntimeError):  # the loop is closed: no client is connected
                 loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return deliver
@@ -258,7 +258,7 @@ class _Answering:
     async def _stream(
         self, first: tuple[int, Event], resources: contextlib.ExitStack
     ) -> AsyncIterator[str]:
-        """Server-sent events until all answers are complete; cancelled when the client goes."""
+        """Server-sent events until all answers are complete; ends when the client disconnects."""
         done: dict[int, Done] = {}
         try:
             for index in range(len(self._jobs)):
@@ -296,13 +296,13 @@ class _Answering:
             resources.close()
 
     async def _next(self, request: Request) -> tuple[int, Event]:
-        """The next event; an error if the client goes away while it waits."""
+        """The next event; an error if the client disconnects in the meantime."""
         while True:
             try:
                 return await asyncio.wait_for(self._events.get(), _POLL_SECONDS)
             except TimeoutError:
                 if await request.is_disconnected():
-                    raise ApiError(_CLIENT_GONE, "the client went away") from None
+                    raise ApiError(_CLIENT_CLOSED, "the client closed the connection") from None
 
     def _cancel(self) -> None:
         for job in self._jobs:

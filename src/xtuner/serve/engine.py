@@ -51,7 +51,7 @@ class Engine:
     """Owns the models and one thread that generates.
 
     Args:
-        limits: what it accepts.
+        limits: What the engine accepts.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -69,8 +69,8 @@ class Engine:
         """Queue `job`.
 
         Raises:
-            OverloadedError: too many requests wait.
-            ModelError: the prompt fills the model's context.
+            OverloadedError: Too many requests wait.
+            ModelError: The prompt fills the model's context.
         """
         room_for_answer(job.model.weights.model, job.prompt)
         with self._lock:
@@ -259,7 +259,7 @@ class _Group:
 
 
 def _known(error: Exception) -> Exception:
-    """`error` as one that the client can be told; others are logged."""
+    """`error` as one that can be shown to the client; others are logged."""
     if is_out_of_memory(error):
         return LaunchError("there is not enough memory for these requests; send fewer")
     if not isinstance(error, XTunerError):
@@ -271,7 +271,7 @@ def _answer(job: Job) -> Answer:
     """The answer to be generated for `job`.
 
     Raises:
-        XTunerError: an image cannot be used, or the prompt leaves no room in the context.
+        XTunerError: An image cannot be used, or the prompt leaves no room in the context.
     """
     served = job.model
     prompt, inputs = job.prompt, dict[str, Any]()

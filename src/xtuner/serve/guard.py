@@ -96,8 +96,8 @@ class Token:
     """A token in the address, ``/?token=...``, that becomes a cookie of this browser.
 
     Attributes:
-        token: the secret.
-        cookie: its name. Servers on other ports of the machine get the same cookies, so each needs
+        token: The secret.
+        cookie: Its name. Servers on other ports of the machine get the same cookies, so each needs
             a name of its own.
     """
 
@@ -123,14 +123,14 @@ class Guard:
     """ASGI middleware that lets a request through to `app` or answers it.
 
     Args:
-        app: the application.
-        address: the server listens on it.
-        credentials: what a request must present; None accepts everyone on loopback.
-        max_body: bytes of a request.
-        origins: further origins that may send requests, such as ``https://chat.example``.
-        hosts: further names of this server.
-        headers: added to every response.
-        as_json: errors in OpenAI's form rather than as text.
+        app: The application.
+        address: The server listens on it.
+        credentials: What a request must present; None accepts everyone on loopback.
+        max_body: Bytes of a request.
+        origins: Further origins that may send requests, such as ``https://chat.example``.
+        hosts: Further names of this server.
+        headers: Headers that are added to every response.
+        as_json: Errors in OpenAI's form rather than as text.
     """
 
     def __init__(

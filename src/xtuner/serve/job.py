@@ -18,9 +18,9 @@ class Limits:
     """What the engine accepts.
 
     Attributes:
-        max_batch: answers that are generated at the same time.
-        max_queue: requests that wait; further ones are refused.
-        max_seconds: after which an answer is given up, counted from its request.
+        max_batch: Maximum number of answers generated at the same time.
+        max_queue: Maximum number of waiting requests; further ones are refused.
+        max_seconds: Time limit for an answer, measured from its request.
     """
 
     max_batch: int = 8
@@ -38,8 +38,8 @@ class TookTooLongError(XTunerError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that was generated, and the scores of its tokens if they were asked for. The first
-    piece of an answer may be empty: it tells that the prompt was read."""
+    """Generated text, and the scores of its tokens if requested. The first
+    piece of an answer may be empty: it signals that the prompt was read."""
 
     text: str
     scores: Sequence[TokenScore] = ()
@@ -51,7 +51,7 @@ class Done:
 
     Attributes:
         finish: 'stop' or 'length'.
-        num_prompt, num_generated: tokens.
+        num_prompt, num_generated: Tokens.
     """
 
     finish: str
@@ -74,14 +74,14 @@ class Job:
     """A request for one answer.
 
     Attributes:
-        model: answers.
-        prompt: token ids; with images, one image token for each.
-        options: of the generation.
-        deliver: called from the engine's thread with each event; must not block.
-        messages: of the prompt, where it has images.
-        top_logprobs: alternatives to report of each token; None reports no scores.
-        keep: special tokens that are part of the text: those that mark tool calls.
-        cancelled: the answer is no longer wanted.
+        model: The model that answers.
+        prompt: Token ids; with images, one image token for each.
+        options: Generation options.
+        deliver: Called from the engine's thread with each event; must not block.
+        messages: The messages of the prompt if it has images.
+        top_logprobs: Alternatives to report of each token; None reports no scores.
+        keep: Special tokens that are part of the text: those that mark tool calls.
+        cancelled: The answer is no longer wanted.
     """
 
     model: ServedModel

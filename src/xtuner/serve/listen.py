@@ -13,7 +13,7 @@ def bind(address: str, port: int) -> socket.socket:
     """A socket that listens; port 0 takes any that is free.
 
     Raises:
-        LaunchError: the address or port cannot be used.
+        LaunchError: The address or port cannot be used.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -30,7 +30,7 @@ from xtuner.templates.base import Template
 
 
 class Weights:
-    """A model in memory, with the adapters that lie on it."""
+    """A model in memory, with its adapters."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -53,12 +53,12 @@ class ServedModel:
     """A model under a name.
 
     Attributes:
-        name: what requests call it.
-        weights: shared by all models with the same base.
-        tokenizer, template: of the run that trained it.
-        adapter: its adapter on `weights`; None for the base model.
-        vision: takes images; None for a model of text.
-        created: seconds since the epoch.
+        name: What requests call it.
+        weights: Shared by all models with the same base.
+        tokenizer, template: The tokenizer and template of the run that trained it.
+        adapter: Its adapter on `weights`; None for the base model.
+        vision: The model's image input; None for a text model.
+        created: Seconds since the epoch.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ServedModel:
 
     @contextlib.contextmanager
     def tokenizing(self) -> Iterator[Template]:
-        """The template, for one thread at a time: tokenizers are not made for several."""
+        """The template, for one thread at a time: tokenizers are not thread-safe."""
         with self._tokenizing:
             yield self.template
 
@@ -88,13 +88,13 @@ def open_models(
     """Load `model` and `adapters` on it.
 
     Args:
-        model: what `open_chat` takes; of a run with an adapter the base model is served as well.
-        adapters: folders of further adapters, each as ``DIR`` or ``NAME=DIR``.
-        base_too: also serve the base model without an adapter, if the adapter has its vocabulary.
-        options: further arguments of `open_chat`.
+        model: What `open_chat` takes; of a run with an adapter the base model is served as well.
+        adapters: Folders of further adapters, each as ``DIR`` or ``NAME=DIR``.
+        base_too: Also serve the base model without an adapter, if the adapter has its vocabulary.
+        options: Further arguments of `open_chat`.
 
     Raises:
-        XTunerError: a model or adapter cannot be opened.
+        XTunerError: A model or adapter cannot be opened.
     """
     found = find(model)
     named = [_named(adapter) for adapter in adapters]
@@ -158,17 +158,17 @@ def _served(
 def add_model(
     weights: Weights, name: str, *, adapter: str, base: str, **options: Any
 ) -> ServedModel:
-    """Put another adapter on `weights`, and serve it as `name`.
+    """Load another adapter on `weights`, and serve it as `name`.
 
     Args:
-        weights: of the model `base`, with or without adapters; no answer may be in progress.
-        name: what requests call it.
-        adapter: folder of the adapter.
-        base: what `open_chat` calls the base model.
-        options: further arguments of `open_chat`; those about text count.
+        weights: Of the model `base`, with or without adapters; no answer may be in progress.
+        name: What requests call it.
+        adapter: Folder of the adapter.
+        base: What `open_chat` calls the base model.
+        options: Further arguments of `open_chat`; those about text count.
 
     Raises:
-        XTunerError: the adapter cannot be opened, or does not fit the base model.
+        XTunerError: The adapter cannot be opened, or does not fit the base model.
     """
     found = find(base, adapter=adapter)
     assert found.adapter is not None

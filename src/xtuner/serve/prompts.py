@@ -71,8 +71,8 @@ def messages_of(
     """The turns as messages.
 
     Raises:
-        DataError: an image cannot be used, or the model does not take images.
-        ConfigError: a turn is malformed, or a result has no call.
+        DataError: An image cannot be used, or the model does not take images.
+        ConfigError: A turn is malformed, or a result has no call.
     """
     conversation = Conversation(tuple(_message(turn, served, images) for turn in turns))
     if problem := next(call_problems(conversation), None):
@@ -94,8 +94,8 @@ def _message(turn: ChatMessage, served: ServedModel, images: ImageStore) -> Mess
     if isinstance(turn.content, str):
         text = turn.content
     if not names:
-        said = served.template.answer(text) if role == "assistant" else Message(role, text)
-        return replace(said, tool_calls=calls, name=turn.name, tool_call_id=turn.tool_call_id)
+        message = served.template.answer(text) if role == "assistant" else Message(role, text)
+        return replace(message, tool_calls=calls, name=turn.name, tool_call_id=turn.tool_call_id)
     if served.vision is None:
         raise DataError(f"the model {served.name} does not take images")
     if role != "user":
@@ -109,8 +109,8 @@ def prompt_ids(
     """The ids of a conversation's prompt: the beginning of those that training saw.
 
     Raises:
-        DataError: the template does not support these messages.
-        ConfigError: how the model writes tool calls is not known.
+        DataError: The template does not support these messages.
+        ConfigError: How the model writes tool calls is not known.
     """
     with served.tokenizing() as template:
         if tools and template.tool_family is None:
@@ -119,10 +119,10 @@ def prompt_ids(
 
 
 def text_ids(served: ServedModel, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a text that the model is to continue, as in pretraining.
+    """The ids of a text for the model to continue, as in pretraining.
 
     Raises:
-        DataError: an id is outside the vocabulary, or there is nothing to continue.
+        DataError: An id is outside the vocabulary, or the text is empty.
     """
     if isinstance(prompt, str):
         with served.tokenizing():

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from xtuner.calls.families.base import Family, Parser, Said
+from xtuner.calls.families.base import Family, Parser, Prose
 from xtuner.calls.read import arguments_of, name_of
 from xtuner.generation.answer import TokenScore
 from xtuner.serve.job import Done
@@ -31,8 +31,8 @@ class CallReader:
     """Separates the calls of the answers to one request from their text.
 
     Args:
-        family: how the model writes calls.
-        tools: the tools of the request.
+        family: How the model writes calls.
+        tools: The tools of the request.
     """
 
     def __init__(self, family: Family, tools: Sequence[Mapping[str, Any]]) -> None:
@@ -49,8 +49,8 @@ class CallReader:
         """The text and the calls of a complete answer; what cannot be read stays text."""
         reader = CallReader(self._family, self._tools)
         parts = [*reader.read(0, text), *reader.read(0, None)]
-        said = "".join(part for part, _, _ in parts)
-        return said.rstrip("\n"), [call for _, call, _ in parts if call is not None]
+        text = "".join(part for part, _, _ in parts)
+        return text.rstrip("\n"), [call for _, call, _ in parts if call is not None]
 
     def read(
         self, index: int, piece: str | None
@@ -59,7 +59,7 @@ class CallReader:
         number."""
         parser = self._parsers.setdefault(index, Parser(self._family, self._tools))
         for event in parser.finish() if piece is None else parser.add(piece):
-            if isinstance(event, Said) or event.call is None:
+            if isinstance(event, Prose) or event.call is None:
                 yield event.text, None, 0
             else:
                 number = self._counts.get(index, 0)
@@ -76,8 +76,8 @@ class Reply:
 
     Args:
         kind: 'chat' or 'text'.
-        model: the model's name.
-        tokenizer: decodes the tokens of log-probabilities.
+        model: The model's name.
+        tokenizer: Decodes the tokens of log-probabilities.
     """
 
     def __init__(self, kind: str, model: str, tokenizer: Any) -> None:

@@ -113,12 +113,12 @@ class _Request(_Strict):
         """Options of answer `number` of the request.
 
         Args:
-            limit: maximum tokens of an answer.
-            temperature: of requests that name none.
-            number: of several answers; each has a seed of its own.
+            limit: Maximum tokens of an answer.
+            temperature: Temperature of requests that do not set one.
+            number: Index among several answers, each of which has its own seed.
 
         Raises:
-            ConfigError: options contradict each other.
+            ConfigError: Options contradict each other.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return GenerationOptions(
@@ -169,7 +169,7 @@ def read_tools(body: ChatRequest) -> tuple[Mapping[str, Any], ...]:
     """The tools that the model may call.
 
     Raises:
-        ConfigError: one is not a tool.
+        ConfigError: One is not a tool.
     """
     if body.tool_choice == "none":
         return ()

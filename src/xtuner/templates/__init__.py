@@ -41,7 +41,7 @@ def of_run(
     model has no chat template.
 
     Raises:
-        ConfigError, ModelError: see `load`.
+        ConfigError, ModelError: See `load`.
     """
     name = settings.prompt_template
     if name == "auto" and algorithm.continues_text and not tokenizer.chat_template:
@@ -55,13 +55,12 @@ def load(name: str, tokenizer: Any, *, system: str = "", folder: Path | None = N
     Args:
         name: 'auto', 'plain', 'verbatim', a named template, or the user's own as
             ``"my_templates.py:MINE"`` (a `Spec`).
-        tokenizer: a transformers tokenizer.
-        system: the system message of conversations that have none.
-        folder: where to look for the user's file before the working directory.
+        system: The system message of conversations that have none.
+        folder: Where to look for the user's file before the working directory.
 
     Raises:
-        ConfigError: there is no such template, or the user's object is not a valid `Spec`.
-        ModelError: the template does not work with this tokenizer.
+        ConfigError: There is no such template, or the user's object is not a valid `Spec`.
+        ModelError: The template does not work with this tokenizer.
     """
     if name == "auto":
         from xtuner.templates.auto import ChatTemplate
@@ -98,20 +97,19 @@ def of_checkpoint(
     where: str,
     trust_code: bool = False,
 ) -> Template:
-    """The template that a checkpoint names. It may come from a stranger, so it runs no Python file
+    """The template that a checkpoint names. It may be untrusted, so it runs no Python file
     unless `trust_code` is set.
 
     Args:
-        name: as in `load`.
-        tokenizer: a tokenizer of transformers.
-        fields: of the `Spec`, if the template was the user's own: it is then made from them, and
-            the file that `name` names is not needed.
-        system: the system message of conversations that have none.
-        where: the checkpoint, for messages.
-        trust_code: run the Python file that `name` names, if there are no `fields`.
+        name: As in `load`.
+        fields: Fields of the `Spec` if the template was the user's own; the file that `name`
+            names is then not needed.
+        system: The system message of conversations that have none.
+        where: The checkpoint, for messages.
+        trust_code: Run the Python file that `name` names, if there are no `fields`.
 
     Raises:
-        ConfigError, ModelError: as `load`; or the file may not be run.
+        ConfigError, ModelError: As `load`; or the file may not be run.
     """
     if not plugins.is_user_path(name):
         return load(name, tokenizer, system=system)

@@ -173,8 +173,8 @@ class ChatTemplate(Template):
 
     def _check(self, turn: Mapping[str, Any], rendered: str) -> None:
         self._check_calls(turn, rendered)
-        said = str(turn.get("content") or "").strip() if turn.get("tool_calls") else ""
-        if said and split_thought(said)[1].strip() not in rendered:
+        text = str(turn.get("content") or "").strip() if turn.get("tool_calls") else ""
+        if text and split_thought(text)[1].strip() not in rendered:
             self._warn_once(NO_TEXT_BEFORE_CALLS)
         self._check_reasoning(turn, rendered)
 
@@ -240,10 +240,8 @@ class ChatTemplate(Template):
         system = turns[0][0]["content"]
         for index, (turn, message) in enumerate(turns[1:], start=1):
             if turn["role"] == "user":
-                asked = {
-                    **turn,
-                    "content": f"{system}\n\n{turn['content']}" if system else turn["content"],
-                }
+                content = f"{system}\n\n{turn['content']}" if system else turn["content"]
+                asked = {**turn, "content": content}
                 return [*turns[1:index], (asked, message), *turns[index + 1 :]]
         raise DataError(
             "the model's chat template does not support a system message without a user turn"

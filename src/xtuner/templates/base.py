@@ -54,10 +54,10 @@ class Template(ABC):
     """Renders messages to token ids, a loss mask and prompts.
 
     Attributes:
-        name: the value of the setting `prompt_template`.
-        system: the system message of conversations that have none; may be empty.
-        stop_words: strings that end an answer.
-        stop_token_ids: token ids that end an answer, including the tokenizer's EOS token.
+        name: The value of the setting `prompt_template`.
+        system: The system message of conversations that have none; may be empty.
+        stop_words: Strings that end an answer.
+        stop_token_ids: Token ids that end an answer, including the tokenizer's EOS token.
     """
 
     name: str
@@ -82,13 +82,12 @@ class Template(ABC):
         """Render messages to text.
 
         Args:
-            messages: the conversation.
             tools: JSON schemas of the tools that the assistant may call.
-            prompt: append the generation prompt, which opens the next assistant turn.
+            prompt: Append the generation prompt, which opens the next assistant turn.
 
         Raises:
-            DataError: the template does not support these messages.
-            ModelError: the assistant turns cannot be located exactly.
+            DataError: The template does not support these messages.
+            ModelError: The assistant turns cannot be located exactly.
         """
 
     @property
@@ -97,11 +96,11 @@ class Template(ABC):
         return load_family(DEFAULT)
 
     def answer(self, text: str) -> Message:
-        """The turn of an assistant that wrote `text` behind a prompt, as training data hold it."""
+        """The assistant turn with the generated `text`, as training data contain it."""
         return Message("assistant", text)
 
     def as_fields(self) -> dict[str, Any]:
-        """The template as plain values, where it was the user's own (a `Spec`); else empty."""
+        """The template as plain values if it is the user's own (a `Spec`); otherwise empty."""
         return {}
 
     @abstractmethod
@@ -115,7 +114,7 @@ class Template(ABC):
         is not.
 
         Raises:
-            DataError, ModelError: see `render`.
+            DataError, ModelError: See `render`.
         """
         if not conversation.messages:
             return Encoded([], [])
@@ -128,7 +127,7 @@ class Template(ABC):
         each ends with a turn and is rendered as in a chat at that moment.
 
         Raises:
-            DataError, ModelError: see `render`.
+            DataError, ModelError: See `render`.
         """
         return [self.encode(conversation)]
 
@@ -171,7 +170,7 @@ class Template(ABC):
         They are a prefix of the ids of the completed conversation.
 
         Raises:
-            DataError, ModelError: see `render`.
+            DataError, ModelError: See `render`.
         """
         return [
             i

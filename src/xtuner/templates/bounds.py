@@ -29,17 +29,17 @@ _before: tuple[int, int] | None = None
 
 
 class OutOfBoundsError(Exception):
-    """A template exceeds a bound; the text says which."""
+    """A template exceeds a bound; the message names it."""
 
 
 @contextlib.contextmanager
 def bounded(*, cpu_seconds: float = CPU_SECONDS, memory: int = MEMORY) -> Iterator[None]:
-    """Bound what the block takes.
+    """Limit the time and memory of the block.
 
     Systems without ``/proc`` or signals have fewer bounds.
 
     Raises:
-        OutOfBoundsError: it takes more.
+        OutOfBoundsError: A limit is exceeded.
     """
     try:
         with _memory_limit(memory), _time_limit(cpu_seconds):
@@ -51,7 +51,7 @@ def bounded(*, cpu_seconds: float = CPU_SECONDS, memory: int = MEMORY) -> Iterat
 
 
 def check_output(characters: int, *, given: int) -> None:
-    """Raise OutOfBoundsError if `characters` is too much to be made of `given` characters."""
+    """Raise OutOfBoundsError if `characters` is too much output for `given` characters."""
     if characters > SPARE_OUTPUT + MAX_GROWTH * given:
         raise OutOfBoundsError(f"writes {characters:,} characters where {given:,} are given")
 
@@ -125,7 +125,7 @@ def _thread_limit(seconds: float) -> Iterator[None]:
 def _raise_in(ident: int, error: type[Exception]) -> None:
     """Raise `error` in the thread `ident` at its next instruction.
 
-    It must not be withdrawn: CPython 3.11 looks for it forever then, and hangs under a debugger.
+    Do not withdraw it: CPython 3.11 would then look for it forever, and hang under a debugger.
     """
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error))
 
@@ -150,7 +150,7 @@ def _memory_limit(memory: int) -> Iterator[None]:
 
 
 def _lower_limit(memory: int) -> tuple[int, int] | None:
-    """Allow `memory` more than is in use; return the limit of before, None if it stays."""
+    """Allow `memory` more than is in use; return the previous limit, None if it is unchanged."""
     try:
         import resource
 

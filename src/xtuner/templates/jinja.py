@@ -23,7 +23,7 @@ def as_jinja(template: Template, tokenizer: Any) -> str:
 
     Args:
         template: 'auto', 'plain' or a named template.
-        tokenizer: has the chat template of 'auto'.
+        tokenizer: The tokenizer, which has the chat template of 'auto'.
     """
     if isinstance(template, NamedTemplate):
         return _MESSAGES + _system(template.system) + _named(template)

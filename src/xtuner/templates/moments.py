@@ -1,8 +1,8 @@
-"""A conversation at the moments of a chat: what the model is shown before each of its answers.
+"""A conversation at the moments of a chat: what the model sees before each of its answers.
 
 Chat templates that rewrite earlier turns render a turn of the assistant in one way while it is the
 last, and in another way later. One text can then show only some turns as a chat does. `Moments`
-renders the conversation up to each turn, so that every turn can be trained on behind its own
+renders the conversation up to each turn, so that every turn can be trained on after its own
 prompt.
 """
 
@@ -36,14 +36,14 @@ Render = Callable[[Dicts, bool], Text]
 
 
 class Completion(NamedTuple):
-    """A turn behind its prompt, put together where the template renders no such text.
+    """A turn after its prompt, assembled because the template renders no such text.
 
     Attributes:
-        prompt: what the chat shows.
-        answer: what the model writes, including the stop.
-        turn: the turn as the answer shows it; without its reasoning if this cannot follow the
+        prompt: What the chat shows.
+        answer: What the model writes, including the stop.
+        turn: The turn as the answer shows it; without its reasoning if this cannot follow the
             prompt.
-        left_out: whether reasoning is left out.
+        left_out: Whether reasoning is left out.
     """
 
     prompt: str
@@ -56,10 +56,10 @@ class Moments:
     """The conversation `dicts`, rendered up to each turn of the assistant; each text once.
 
     Args:
-        dicts: the messages, as the template takes them.
-        render: renders some of them.
-        reasoning_key: the key of the reasoning of a turn.
-        repaired: replaces the text of a turn with calls, if they cannot be read in it.
+        dicts: The messages, as the template takes them.
+        render: Renders some of them.
+        reasoning_key: The key of the reasoning of a turn.
+        repaired: Replaces the text of a turn with calls, if they cannot be read in it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Moments:
         """The complete conversation with the generation prompt.
 
         Raises:
-            DataError: the template rejects it.
+            DataError: The template rejects it.
         """
         return self._render(self.dicts, True)
 
@@ -99,7 +99,7 @@ class Moments:
         return self._after[index]
 
     def completion(self, index: int, end_of: Callable[[str, int], int]) -> Completion | str:
-        """Turn `index` behind its prompt, where `after` does not begin with `before`.
+        """Turn `index` after its prompt, if `after` does not begin with `before`.
 
         Prompts of reasoning models open a thought (``<think>``), or close an empty one, while the
         templates leave thoughts out of the turns that they render. The answer is then the reasoning
@@ -107,8 +107,8 @@ class Moments:
         the header of the turn.
 
         Args:
-            index: of the turn.
-            end_of: the end of the answer in a text in which it begins at a character.
+            index: Index of the turn.
+            end_of: The end of the answer in a text in which it begins at a character.
 
         Returns:
             The completion, or why there is none.
@@ -180,5 +180,5 @@ class Moments:
 
 
 def roles(dicts: Sequence[dict[str, Any]]) -> str:
-    """The roles of messages, for messages of errors."""
+    """The roles of messages, for error messages."""
     return ", ".join(turn["role"] for turn in dicts) or "none"

@@ -66,10 +66,10 @@ class NativeTools:
     """The tools of a chat template.
 
     Attributes:
-        form: how it takes calls.
-        family: how its calls are written; None if no family reads them.
-        lists_tools: whether it shows tools; DeepSeek's renders calls only.
-        renders_calls: whether it renders calls; SmolLM3's takes them in the content.
+        form: How it takes calls.
+        family: How its calls are written; None if no family reads them.
+        lists_tools: Whether it shows tools; DeepSeek's renders calls only.
+        renders_calls: Whether it renders calls; SmolLM3's takes them in the content.
     """
 
     form: CallForm

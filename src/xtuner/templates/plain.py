@@ -63,7 +63,7 @@ class PlainText(Template):
         return Rendered(text, turns)
 
     def _refuse_tools(self) -> None:
-        """Raise DataError if this template has no place for tools."""
+        """Raise DataError if this template does not support tools."""
 
     def fingerprint(self) -> str:
         """See `Template.fingerprint`."""

@@ -26,7 +26,7 @@ class Renderer:
     """Renders messages with the chat template of `tokenizer`.
 
     Attributes:
-        variables: what the template is given beside the messages.
+        variables: What the template gets in addition to the messages.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -43,8 +43,8 @@ class Renderer:
         `apply_chat_template` returns the marks only as tokens, so its renderer is called directly.
 
         Raises:
-            DataError: the template rejects the messages.
-            ModelError: the template is invalid, or exceeds its bounds.
+            DataError: The template rejects the messages.
+            ModelError: The template is invalid, or exceeds its bounds.
         """
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template

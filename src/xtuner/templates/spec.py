@@ -37,21 +37,21 @@ class Spec:
     """The pieces of a template. ``{bos}`` and ``{eos}`` are the tokenizer's BOS and EOS tokens.
 
     Attributes:
-        user: a user turn, with ``{content}``; ``{round}`` counts user turns from 1.
-        assistant: opens an assistant turn; every prompt ends with it.
-        answer: an answer with ``{content}`` and the stop; all of it is supervised.
-        stop: ends an answer; part of `answer` after ``{content}``.
-        after: text after an answer that is not supervised, such as a line break.
-        start: written once at the start.
-        system: a system message, with ``{content}``.
-        system_in_user: for models without system turns: combines the system message, ``{system}``,
+        user: A user turn, with ``{content}``; ``{round}`` counts user turns from 1.
+        assistant: Opens an assistant turn; every prompt ends with it.
+        answer: An answer with ``{content}`` and the stop; all of it is supervised.
+        stop: The string that ends an answer; part of `answer` after ``{content}``.
+        after: Text after an answer that is not supervised, such as a line break.
+        start: Written once at the start.
+        system: A system message, with ``{content}``.
+        system_in_user: For models without system turns: combines the system message, ``{system}``,
             with the first user message, ``{content}``. Cannot be combined with `system`.
-        default_system: the system message that the model was trained with, if any.
-        stop_words: further strings that end generation.
-        tokens: strings that should each be a single token of the model.
-        stop_opens_next: the stop is also the first token of a user turn and is written once.
-        tool_calls: how tool calls are written, a family of `xtuner.calls.families`.
-        further: a turn of any other role, with ``{role}`` and ``{content}``. If it is set, tools
+        default_system: The system message that the model was trained with, if any.
+        stop_words: Further strings that end generation.
+        tokens: Strings that should each be a single token of the model.
+        stop_opens_next: The stop is also the first token of a user turn and is written once.
+        tool_calls: How tool calls are written, a family of `xtuner.calls.families`.
+        further: A turn of any other role, with ``{role}`` and ``{content}``. If it is set, tools
             and results are such turns (InternLM2's protocol); otherwise they are parts of system
             and user turns.
     """
@@ -76,7 +76,7 @@ class Spec:
         """Make a template of plain values, such as those in a checkpoint's run.yaml.
 
         Raises:
-            ValueError: a field is unknown, missing, of another type, or longer than 20,000
+            ValueError: A field is unknown, missing, of another type, or longer than 20,000
                 characters; or the pieces do not fit each other.
         """
         kinds = {field.name: field.type for field in fields(cls)}
@@ -129,7 +129,7 @@ def _braced(names: set[str]) -> str:
 
 
 def _plain(name: str, kind: str, value: Any) -> Any:
-    """`value` as the type `kind` of field `name`; ValueError if it is none."""
+    """`value` as the type `kind` of field `name`; ValueError if it is not of that type."""
     texts = [value] if kind == "str" else value
     if kind == "bool":
         if isinstance(value, bool):

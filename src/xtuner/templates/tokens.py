@@ -27,8 +27,8 @@ class Tokens(Protocol):
         The first k lists depend only on ``text[:cuts[k - 1]]``, so prompts are prefixes.
 
         Args:
-            text: the text; no special tokens are added.
-            cuts: character positions in ascending order; equal ones give an empty list.
+            text: The text; no special tokens are added.
+            cuts: Character positions in ascending order; equal ones give an empty list.
         """
         ...
 

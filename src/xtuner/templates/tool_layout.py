@@ -2,12 +2,12 @@
 
 The default layout, with the family 'hermes':
 
-    system     ...the system message, then how to call tools and the tools as JSON, one a line
+    system     ...the system message, then how to call tools and the tools as JSON, one per line
     assistant  ...text <tool_call>{"name": ..., "arguments": {...}}</tool_call>
     user       <tool_response>...</tool_response>, one for each result
 
 InternLM2's own protocol has turns of further roles: ``system name=<|plugin|>`` lists the tools,
-``environment name=<|plugin|>`` holds a result, and ``name=<|interpreter|>`` stands for code.
+``environment name=<|plugin|>`` holds a result, and ``name=<|interpreter|>`` marks code.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class ToolLayout:
     """How tools, calls and results are written.
 
     Attributes:
-        family: the family of the calls.
-        further_roles: tools and results are turns of their own, as in InternLM2's protocol.
+        family: The family of the calls.
+        further_roles: Tools and results are turns of their own, as in InternLM2's protocol.
     """
 
     family: Family
@@ -70,8 +70,8 @@ class ToolLayout:
         listing = self.listing(tools)
         if not messages or messages[0].role != "system":
             return [Message("system", listing), *messages]
-        said = messages[0].content
-        content = f"{said}\n\n{listing}" if said.strip() else listing
+        system = messages[0].content
+        content = f"{system}\n\n{listing}" if system.strip() else listing
         return [replace(messages[0], content=content), *messages[1:]]
 
     def listing(self, tools: Sequence[Mapping[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """Find the assistant turns of a conversation in the texts that a chat template renders.
 
 A turn is found in a text if the text shows it as a chat does: it begins with the prompt that the
-chat shows before the turn, and the turn itself is the one rendered behind that prompt.
+chat shows before the turn, and the turn itself is the one rendered after that prompt.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Stops:
     """What ends an answer.
 
     Attributes:
-        text: what the template writes after an answer; may be empty.
-        openers: by role, the tokens that open the next turn, where these end an answer.
+        text: What the template writes after an answer; may be empty.
+        openers: The tokens that open the next turn, by role, if they end an answer.
     """
 
     text: str
@@ -49,8 +49,8 @@ class Stops:
         """`rendered` with the opener of the next turn as the end of each answer.
 
         Args:
-            rendered: a text and its turns.
-            last: the turn with which the text ends, if it is one of the assistant.
+            rendered: A text and its turns.
+            last: The turn with which the text ends, if it is one of the assistant.
         """
         text, turns = rendered
         if not self.openers or not turns:
@@ -71,12 +71,12 @@ class TurnFinder:
     """The turns of one conversation.
 
     Args:
-        moments: renders the conversation up to each turn.
-        messages: the message that each turn of `moments` shows; None for a turn of the template.
-        stops: what ends an answer.
-        has_tools: whether tools are shown.
-        repaired: replaces the text of a turn with calls, if they cannot be read in it.
-        check: called with each turn that is found and its text.
+        moments: Renders the conversation up to each turn.
+        messages: The message that each turn of `moments` shows; None for a turn of the template.
+        stops: What ends an answer.
+        has_tools: Whether tools are shown.
+        repaired: Replaces the text of a turn with calls, if they cannot be read in it.
+        check: Called with each turn that is found and its text.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TurnFinder:
         """The conversation with the generation prompt.
 
         Raises:
-            DataError: the template rejects it.
+            DataError: The template rejects it.
         """
         text = self._moments.prompt()
         turns = list(self._found(text, len(self._messages)).values())
@@ -206,7 +206,7 @@ class TurnFinder:
         return start, end
 
     def _completed(self, index: int) -> Rendered | str:
-        """Turn `index` behind its prompt, or why this is not possible."""
+        """Turn `index` after its prompt, or why this is not possible."""
         completion = self._moments.completion(index, self._stops.end_of)
         if isinstance(completion, str):
             return completion

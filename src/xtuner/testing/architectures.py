@@ -84,7 +84,7 @@ def tiny_config(model_type: str) -> Any:
     """The configuration of `model_type` with few layers of width 32, without dropout.
 
     Raises:
-        Exception: what transformers raises for sizes that do not fit each other.
+        Exception: Raised by transformers for sizes that do not fit each other.
     """
     own = _OWN.get(model_type, {})
     return AutoConfig.for_model(model_type, **{**_changes(AutoConfig.for_model(model_type)), **own})

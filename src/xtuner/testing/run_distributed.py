@@ -18,14 +18,14 @@ def run_distributed(
     """Call ``function(*args)`` in every process and return the results by rank.
 
     Args:
-        function: importable by name (not a lambda or a local function), like its arguments and
+        function: Importable by name (not a lambda or a local function), like its arguments and
             result.
-        args: arguments, the same for every process.
-        processes: number of processes.
-        timeout: seconds after which all processes are killed.
+        args: Arguments, the same for every process.
+        processes: Number of processes.
+        timeout: Seconds after which all processes are killed.
 
     Raises:
-        RuntimeError: a process raised (its traceback is the message), died, or took too long.
+        RuntimeError: A process raised (its traceback is the message), died, or took too long.
     """
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()

@@ -49,10 +49,10 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) ->
     weights.
 
     Args:
-        model_type: a model type that transformers knows ('llama', 'qwen3', 'gemma2', 'mistral',
+        model_type: A model type that transformers knows ('llama', 'qwen3', 'gemma2', 'mistral',
             ...).
-        seed: seed of the weights; the caller's random state does not change.
-        overrides: fields of the model configuration.
+        seed: Seed of the weights; the caller's random state does not change.
+        overrides: Fields of the model configuration.
     """
     sizes: dict[str, Any] = {
         "vocab_size": 261,

@@ -24,8 +24,8 @@ def tiny_vision_tower(kind: str = "clip", *, seed: int = 0, **overrides: Any) ->
 
     Args:
         kind: 'clip' or 'siglip'.
-        seed: seed of the weights; the caller's random state does not change.
-        overrides: fields of the configuration.
+        seed: Seed of the weights; the caller's random state does not change.
+        overrides: Fields of the configuration.
     """
     from transformers import (
         CLIPVisionConfig,

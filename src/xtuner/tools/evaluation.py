@@ -27,10 +27,10 @@ class Question:
     """An assistant turn for the model to write.
 
     Attributes:
-        messages: the conversation before it.
-        tools: the tools that are shown.
-        expected: the calls of the data; empty if the turn has none.
-        where: the row, for reports.
+        messages: The conversation before it.
+        tools: The tools that are shown.
+        expected: The calls of the data; empty if the turn has none.
+        where: The row, for reports.
     """
 
     messages: tuple[Message, ...]
@@ -49,9 +49,9 @@ class Outcome:
     """The model's answer to a question.
 
     Attributes:
-        called: the calls in it.
-        malformed: problems of text that should have been calls.
-        text: the answer.
+        called: The calls in it.
+        malformed: Problems of text that should have been calls.
+        text: The answer.
     """
 
     question: Question
@@ -91,15 +91,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares over questions, from 0 to 1; None where nothing was asked.
+    """Shares over questions, from 0 to 1; None without questions.
 
     Attributes:
-        num_calls: questions whose expected answer is a call.
-        right_function, right_arguments: of these, with the right calls.
-        valid_json: of answers that call, those in which every call can be read.
-        missing: of `num_calls`, answered without any call.
-        num_answers: questions whose expected answer is not a call.
-        needless: of these, answered with a call.
+        num_calls: Number of questions whose expected answer is a call.
+        right_function, right_arguments: Share of these with the right functions or calls.
+        valid_json: Share of answers with calls in which every call can be read.
+        missing: Share of `num_calls` answered without any call.
+        num_answers: Number of questions whose expected answer is not a call.
+        needless: Share of these answered with a call.
     """
 
     num_calls: int

@@ -23,11 +23,11 @@ _SPHINX = re.compile(r"^\s*:param\s+(?:[\w\[\], ]+\s+)?(\w+):\s*(.*)$")
 
 
 def schema_of(function: Callable[..., Any], *, name: str | None = None) -> dict[str, Any]:
-    """The tool that `function` is: its name, the first paragraph of its docstring, and its
+    """The schema of `function` as a tool: its name, the first paragraph of its docstring, and its
     parameters from its type hints, described by the docstring's ``Args:`` section.
 
     Raises:
-        ConfigError: a parameter has no type hint, or one without a JSON type.
+        ConfigError: A parameter has no type hint, or one without a JSON type.
     """
     called = name or function.__name__
     try:

@@ -25,7 +25,7 @@ class LocalTools:
     """The tools `names` in a worker process, which keeps their state until a call times out.
 
     Raises:
-        ConfigError: a tool cannot be loaded.
+        ConfigError: A tool cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xtuner.calls.check import call_id
-from xtuner.calls.families.base import Family, Found, Parser, Said
+from xtuner.calls.families.base import Family, Found, Parser, Prose
 from xtuner.calls.read import name_of
 from xtuner.tools.provider import Result
 from xtuner.tools.toolbox import ToolBox
@@ -49,7 +49,7 @@ class Returned:
 
 @dataclass(frozen=True)
 class Malformed:
-    """Text that should have been a call, and what is wrong with it; the model is told."""
+    """Text that should have been a call, and the problem, which is reported to the model."""
 
     text: str
     problem: str
@@ -84,20 +84,20 @@ def converse(
     """Answer a conversation with calls; yield events, and return the new messages.
 
     Args:
-        answer: generates an answer in pieces.
-        messages: the conversation, which ends with the question.
-        tools: run the calls.
-        family: how the model writes calls.
-        allow: asked before each call.
-        max_rounds: maximum number of answers with calls.
-        new: receives new messages as they are completed, so that they are kept if the caller stops
+        answer: Generates an answer in pieces.
+        messages: The conversation, which ends with the question.
+        tools: Run the calls.
+        family: How the model writes calls.
+        allow: Called before each call; returns whether it may run.
+        max_rounds: Maximum number of answers with calls.
+        new: Receives new messages as they are completed, so that they are kept if the caller stops
             the generator.
-        turn_of: makes an assistant turn of the model's text.
+        turn_of: Makes an assistant turn from the model's text.
     """
     new = [] if new is None else new
     first = 1 + sum(len(message.tool_calls) for message in messages)
     for _ in range(max_rounds):
-        said, found = yield from _answered(answer, [*messages, *new], tools, family)
+        written, found = yield from _answered(answer, [*messages, *new], tools, family)
         calls, wrong = [], []
         for each in found:
             if each.call is None:
@@ -106,9 +106,9 @@ def converse(
             calls.append({**each.call, "id": call_id(first)})
             first += 1
         if not found:
-            new.append(turn_of(said))
+            new.append(turn_of(written))
             return new
-        text = said if calls else said + "".join(each.text for each in wrong)
+        text = written if calls else written + "".join(each.text for each in wrong)
         new.append(replace(turn_of(text.rstrip()), tool_calls=tuple(calls)))
         for call in calls:
             yield Called(call)
@@ -129,15 +129,15 @@ def _answered(
 ) -> Generator[Event, None, tuple[str, list[Found]]]:
     """Generate one answer; yield its text in pieces."""
     parser = Parser(family, tools.schemas)
-    said, found = "", []
+    written, found = "", []
 
-    def taken(events: Sequence[Said | Found]) -> Generator[Event, None, None]:
-        nonlocal said
+    def taken(events: Sequence[Prose | Found]) -> Generator[Event, None, None]:
+        nonlocal written
         for event in events:
             if isinstance(event, Found):
                 found.append(event)
                 continue
-            said += event.text
+            written += event.text
             if event.text and not (found and not event.text.strip()):
                 yield Text(event.text)
 
@@ -145,4 +145,4 @@ def _answered(
         for piece in pieces:
             yield from taken(parser.add(piece))
     yield from taken(parser.finish())
-    return said, found
+    return written, found

@@ -23,7 +23,7 @@ class McpTools:
     """The tools of the server at `server`: a command, or an address that begins with http.
 
     Raises:
-        ConfigError: the package mcp is missing, or the server does not respond.
+        ConfigError: The package mcp is missing, or the server does not respond.
     """
 
     def __init__(self, server: str, *, timeout: float = 30.0) -> None:

@@ -5,9 +5,9 @@ limits its memory, CPU time, file sizes and descriptors, and then asks the kerne
 it ends: sockets, new processes and programs, signals to others, tracing, mounts (seccomp); and all
 files except Python's own, which it may read, and its folder (Landlock, Linux 5.13 or later).
 
-It does not protect from: faults of the kernel; reading Python's own files and system libraries;
-use of CPU, memory and disk up to the limits; and, where Landlock is missing, reading files of this
-user. It refuses to run code on other systems than Linux on x86-64 and ARM. It does not replace a
+It does not protect against: kernel vulnerabilities; reading Python's own files and system
+libraries; use of CPU, memory and disk up to the limits; and, without Landlock, reading this user's
+files. It refuses to run code on other systems than Linux on x86-64 and ARM. It does not replace a
 virtual machine if the code comes from attackers.
 """
 
@@ -37,7 +37,7 @@ def run_code(code: str, *, seconds: float = SECONDS) -> str:
         seconds: CPU time that it may take; it is stopped after twice as many seconds.
 
     Raises:
-        RuntimeError: it exceeds a limit, or this machine cannot enforce the limits.
+        RuntimeError: It exceeds a limit, or this machine cannot enforce the limits.
     """
     with (
         tempfile.TemporaryDirectory(prefix="xtuner-python-") as folder,

@@ -30,11 +30,11 @@ class ToolBox:
     """The tools of all providers.
 
     Args:
-        providers: their tools have different names.
-        timeout: seconds that a call may take.
+        providers: The providers, whose tools have different names.
+        timeout: Seconds that a call may take.
 
     Raises:
-        ConfigError: two tools have the same name, or there are no tools.
+        ConfigError: Two tools have the same name, or there are no tools.
     """
 
     def __init__(self, providers: Sequence[Provider], *, timeout: float = 30.0) -> None:
@@ -60,7 +60,7 @@ class ToolBox:
         return list(self._by_name)
 
     def call(self, call: Mapping[str, Any]) -> Result:
-        """Run a call; if it is wrong, the result says what."""
+        """Run a call; if it is wrong, the result describes the problem."""
         name, arguments = name_of(call), arguments_of(call)
         if name not in self._by_name:
             guess = did_you_mean(name, self.names)
@@ -90,7 +90,7 @@ def open_tools(names: Sequence[str], *, timeout: float = 30.0) -> ToolBox:
     """Open the tools with these names; see the module docstring.
 
     Raises:
-        ConfigError: a name is invalid, or a tool cannot be loaded; all problems are listed.
+        ConfigError: A name is invalid, or a tool cannot be loaded; all problems are listed.
     """
     refuse(faults_of(names))
     local = [name for name in names if not name.startswith("mcp:")]

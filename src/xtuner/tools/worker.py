@@ -30,7 +30,7 @@ def load(names: list[str]) -> tuple[Tools, list[dict[str, Any]]]:
     """The functions by name, and their schemas.
 
     Raises:
-        ConfigError: a file cannot be imported, or a function cannot be used as a tool.
+        ConfigError: A file cannot be imported, or a function cannot be used as a tool.
     """
     tools: Tools = {}
     schemas = []
@@ -81,11 +81,11 @@ def _of_file(name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 def _where(error: BaseException) -> str:
     """An exception with the innermost line of the user's code."""
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    described = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f"{frame.filename}, line {frame.lineno}" for frame in frames]
     outside = [line for line in lines if "xtuner/tools/" not in line and "importlib" not in line]
-    return f"{said} ({outside[-1]})" if outside else said
+    return f"{described} ({outside[-1]})" if outside else described
 
 
 def answer(tools: Tools, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class AskedRow:
     Attributes:
         prompt, expected: Token ids before the row's first answer, and of that answer.
         row: The row's location.
-        others: other answers of the data to the same prompt.
+        others: Other answers of the data to the same prompt.
     """
 
     prompt: list[int]

@@ -100,10 +100,6 @@ class DataParts:
     ) -> tuple[TrainingData, str]:
         """The packs, encoded by one process; the others then read them from the cache.
 
-        Args:
-            processes: The processes of the run.
-            report_dir: See `data.build.build`.
-
         Returns:
             The packs, and on several nodes where they were encoded.
         """

@@ -106,7 +106,7 @@ class SampleAnswers:
     Attributes:
         settings: The run's settings.
         model: The model in training; generation uses it without the wrapper for packed rows.
-        tokenizer, template: of the run.
+        tokenizer, template: The run's tokenizer and template.
         processes: The process group.
         sharded: All processes must make the same forward passes.
         vision: Adds images; None if the model takes none.

@@ -194,8 +194,8 @@ class FinalCheck(BaseHook):
         if findings.forgot and findings.everyday:
             texts.append(
                 "Most everyday answers changed: the model answers in the style of the data, or "
-                "forgets. If that matters, add general conversations (data_path takes a list), "
-                f"or lower {length} or lr (now {s.lr:g})."
+                "has forgotten what it knew. If that matters, add general conversations (data_path "
+                f"takes a list), or lower {length} or lr (now {s.lr:g})."
             )
         last = run.scalars.get("val_loss")
         if last is not None and last > 1.05 * self._lowest:

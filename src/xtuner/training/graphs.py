@@ -28,7 +28,6 @@ def use(
 
     Args:
         model: The model whose decoder is recorded.
-        settings: The run's settings.
         strategy: A prepared strategy.
         fits: Whether the forecast leaves memory for gradients during a forward pass.
         console: For a note on why graphs are not used.

@@ -89,7 +89,7 @@ def loss_note(
     Args:
         loss: The mean over their supervised tokens, before the first step.
         samples: The samples on which it was measured.
-        decode: token ids to text.
+        decode: Token ids to text.
     """
     ids = [token for sample in samples for token in _supervised(sample)]
     size = len(decode(ids).encode())
@@ -101,7 +101,7 @@ def loss_note(
     return (
         f"the loss before training is {loss:.2f} ({bits:.1f} bits per byte; text in a language "
         f"that a model knows takes about 1): the model hardly knows the language of these rows, "
-        f"or they are not text. Expect little"
+        f"or they are not text. Expect poor results"
     )
 
 

@@ -18,6 +18,7 @@ from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.facts import facts_of
 from xtuner.models.neftune import EmbeddingNoise
 from xtuner.models.prepare import llm_autocast, make_trainable
+from xtuner.models.text_path import note_on_frozen
 from xtuner.parallel.processes import Processes
 from xtuner.training.holdings import holdings
 from xtuner.training.vision import RunVision
@@ -37,14 +38,10 @@ def make_model(
     """Load and prepare the model, and verify that packed samples stay apart.
 
     Args:
-        s: The run's settings.
-        plan: The memory plan.
-        processes: The processes of the run.
         dtype: The dtype of the computation.
         vision: The parts of an image model; None for text.
         weights: A folder whose weights replace those of the base model.
         packing_asked: The user set `pack_to_max_length = True`.
-        console: For notes.
 
     Raises:
         ModelError: The model cannot be loaded or trained.
@@ -72,6 +69,8 @@ def make_model(
         console.print(f"Note: {vocabulary.growth(model.causal, facts_of(s).vocab_size)}.")
     for note in notes_on_adapters(llm) if s.uses_adapter else ():
         console.print(f"Note: {note}.", markup=False)
+    if s.llm_training == "full" and (frozen := note_on_frozen(llm)):
+        console.print(f"Note: {frozen}.", markup=False)
     for line in vision.trained() if vision else ():
         console.print(line, markup=False)
     if s.neftune_noise_alpha is not None:
@@ -93,9 +92,6 @@ def hand_over(
     Args:
         model: The model on the device of this process.
         strategy: A new strategy.
-        s: The run's settings.
-        plan: The memory plan.
-        console: For notes.
     """
 
     def make_optimizer(prepared: nn.Module) -> torch.optim.Optimizer:

@@ -31,28 +31,22 @@ def opening_lines(
     steps: tuple[int, Counter],
     data: Iterable[str],
     chosen: Sequence[str],
-    language: str,
     images: str | None,
     packing: str | None,
-    positions: str | None,
+    notes: Sequence[str | None],
     work_dir: Path,
 ) -> Iterator[str]:
     """Yield the first lines of a run.
 
     Args:
-        s: The run's settings.
-        plan: The memory plan.
         dtype: The dtype of the computation.
         computing: Lines on threads and kernels, and on attention.
-        layout: The layout of ranks.
         steps: Optimizer steps of the run, and how they are counted.
         data: Lines about the rows.
-        language: A note on the script of the rows; may be empty.
         chosen: The values of 'auto' settings that depend on the rows.
         images: Line about the vision tower.
         packing: Why the model's samples are not packed.
-        positions: Note on samples longer than the model's positions.
-        work_dir: The folder of the results.
+        notes: Notes on the rows.
     """
     yield from lines_of_model(s, plan, dtype)
     if images:
@@ -77,7 +71,7 @@ def opening_lines(
     if not plan.forecast.failure:
         yield check_disk(work_dir, plan.forecast.checkpoint, limit=s.save_total_limit)
     notes = [
-        *filter(None, [language, positions]),
+        *filter(None, notes),
         *_notes_on_steps(s, total, counter),
         *_notes_on_intervals(s, total, counter),
         *_notes_on_effect(s, plan.device),
@@ -155,7 +149,7 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
 
 def _notes_on_effect(s: Settings, device: str) -> Iterator[str]:
     if idle := s.without_effect():
-        yield f"without effect here: {', '.join(idle)}"
+        yield f"settings without effect in this run: {', '.join(idle)}"
     if device != "cpu":
         return
     if (plain := optim.unpaged(s.optim_type)) != s.optim_type:
@@ -166,23 +160,19 @@ def _notes_on_effect(s: Settings, device: str) -> Iterator[str]:
         yield "embedding_on_cpu has no effect: the entire model is in CPU memory"
 
 
-def _notes_on_steps(s: Settings, total: int, counter: Counter) -> list[str]:
+def _notes_on_steps(s: Settings, total: int, counter: Counter) -> Iterator[str]:
     """Notes on a number of steps that is unlikely to be intended."""
-    notes = []
     end = counter.done(total)
     if s.max_steps and s.max_steps > end:
-        notes.append(
+        yield (
             f"max_steps = {s.max_steps} will not be reached: max_epochs = {s.max_epochs} ends the "
             f"run at {end}; raise max_epochs"
         )
     elif s.max_steps and s.max_steps < end:
-        notes.append(
-            f"max_steps = {s.max_steps} micro-batches end within step {total}, which is completed, "
-            f"with {end}"
+        yield (
+            f"max_steps = {s.max_steps} micro-batches end within step {total}, which is completed "
+            f"at {end}"
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
-        notes.append(
-            f"only {total} steps, which is too few to learn much; set {hint}max_epochs = 'auto'"
-        )
-    return notes
+        yield f"only {total} steps, which is too few to learn much; set {hint}max_epochs = 'auto'"

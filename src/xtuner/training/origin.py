@@ -44,7 +44,6 @@ def open_origin(
 
     Args:
         resume: 'last', the name of a checkpoint in the work dir, or a .pth of XTuner 0.x.
-        settings: The run's settings.
         store: The checkpoints of the work dir.
         is_main: Whether this process checks that the checkpoint is complete.
         console: For a note.

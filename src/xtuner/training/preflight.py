@@ -17,7 +17,7 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.hooks.base import custom_classes
 from xtuner.engine.optimizer import optim
 from xtuner.errors import ConfigError, DataError, ModelError, XTunerError, did_you_mean, listed
-from xtuner.models.adapters import check_config
+from xtuner.models.adapters import check_config, check_layers
 from xtuner.models.facts import ModelFacts, facts_of
 from xtuner.templates.base import Template
 from xtuner.training.first_check import attention_problem
@@ -31,7 +31,6 @@ def check_run(settings: Settings, *, folder: Path | None = None) -> None:
     """Check what a run needs besides data; all problems are reported together.
 
     Args:
-        settings: The settings.
         folder: The folder of the settings file, where custom hooks are looked up first.
 
     Raises:
@@ -101,7 +100,10 @@ def _check_optimizer(s: Settings) -> None:
 
 
 def _check_adapters(s: Settings) -> None:
-    if s.uses_adapter and s.lora_config:
+    if not s.uses_adapter:
+        return
+    check_layers(facts_of(s).model, s.lora_target_modules, s.lora_modules_to_save)
+    if s.lora_config:
         check_config(thawed(s.lora_config))
 
 

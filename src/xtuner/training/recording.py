@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from xtuner.config.load import LoadedSettings
-from xtuner.config.schema import Settings
+from xtuner.engine.hooks.base import Run
 from xtuner.engine.signals import Interrupted
 from xtuner.memory.plan import MemoryPlan
 from xtuner.models.run_info import installed_versions
@@ -71,28 +71,19 @@ class Recording:
 
 def recording(
     loaded: LoadedSettings,
-    settings: Settings,
+    run: Run,
     plan: MemoryPlan,
     *,
     dtype: str,
     processes: int,
-    steps: tuple[int, int],
     lines: Sequence[str],
-    folders: tuple[Path, Path],
-    console: Console,
 ) -> Recording:
     """Create the recording of a run that is about to start.
 
     Args:
-        loaded: The run's settings, as given.
-        settings: Those with numbers in place of 'auto'.
-        plan: The memory plan.
+        loaded: The settings as given; those of `run` have numbers in place of 'auto'.
         dtype: The dtype of the computation.
-        processes: Number of processes.
-        steps: The first and the last step.
         lines: The printed lines.
-        folders: The log folder and the work dir.
-        console: Where the report's path is printed.
     """
     given = loaded.settings.model_fields_set
     expected = plan.forecast
@@ -106,16 +97,15 @@ def recording(
     }
     record = RunRecord(
         name=loaded.name,
-        settings=settings.model_dump(mode="json"),
-        changed=tuple(name for name in type(settings).model_fields if name in given),
+        settings=run.settings.model_dump(mode="json"),
+        changed=tuple(name for name in type(run.settings).model_fields if name in given),
         versions=installed_versions(),
         device=plan.device,
         dtype=dtype,
         processes=processes,
-        start_step=steps[0],
-        total_steps=steps[1],
+        start_step=run.step,
+        total_steps=run.total_steps,
         lines=tuple(line for text in lines for line in text.splitlines()),
         forecast={} if expected.failure else forecast,
     )
-    log_dir, work_dir = folders
-    return Recording(record, log_dir, work_dir, console)
+    return Recording(record, run.log_dir, run.work_dir, run.console)

@@ -58,6 +58,7 @@ def train(
     work_dir: Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
+    wait: bool = False,
 ) -> TrainResult:
     """Train with the settings `loaded`.
 
@@ -66,6 +67,7 @@ def train(
         work_dir: Overrides the setting.
         resume: 'last' or the name of a checkpoint in the work dir; None starts a new run.
         overwrite: Delete the checkpoints of an earlier run in the work dir.
+        wait: Wait while another run holds the work dir; False is an error then.
 
     Raises:
         XTunerError: A problem that the user can fix.
@@ -81,7 +83,8 @@ def train(
     )
     try:
         folder = loaded.work_dir(work_dir)
-        with without_cudnn(processes.device), run_lock.hold(folder, needed=processes.is_main):
+        lock = run_lock.hold(folder, needed=processes.is_main, wait=wait)
+        with without_cudnn(processes.device), lock:
             check_shared(processes, folder)
             result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:
@@ -115,13 +118,16 @@ class _TrainingRun:
 
     def train(self, resume: str | None, overwrite: bool) -> TrainResult:
         """Create all parts, then run the training loop."""
-        with open_origin(
-            resume,
-            self.settings,
-            self.store,
-            is_main=self.processes.is_main,
-            console=self.console,
-        ) as origin:
+        with (
+            contextlib.ExitStack() as self._closing,
+            open_origin(
+                resume,
+                self.settings,
+                self.store,
+                is_main=self.processes.is_main,
+                console=self.console,
+            ) as origin,
+        ):
             return self._train(origin, overwrite)
 
     def _train(self, origin: Origin, overwrite: bool) -> TrainResult:
@@ -131,7 +137,7 @@ class _TrainingRun:
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(self.settings, loader)
         self._forecast()
-        lines = self._tell(data, counter, total)
+        lines = self._print_opening(data, counter, total)
         model = self._make_model(origin)
         run = self._run(folders, model, data, counter, total)
         writer = self._writer(model, data)
@@ -160,8 +166,9 @@ class _TrainingRun:
         self.settings = settings = self.parts.settings
         preflight.check_run(settings, folder=self.loaded.folder)
         self.strategy = strategies.of_run(settings, self.processes, folder=self.loaded.folder)
-        if self.device == "cpu" and self.strategy.flat_buffers:
-            host.return_large_blocks()
+        self._closing.callback(self.strategy.close)
+        if self.device == "cpu" and (size := self.strategy.returns_from) is not None:
+            host.return_blocks_from(size)
         if settings.has_vision:
             self.vision = RunVision.of(settings, self.parts.tokenizer, folder=self.loaded.folder)
 
@@ -249,7 +256,7 @@ class _TrainingRun:
         self.console.print(text, markup=False)
 
     def _loaded(self, source: Path | None) -> LoadedSettings:
-        """The settings; where they leave something to xtuner, a resume takes what the run had."""
+        """The settings; a resumed run keeps the values that it had for 'auto'."""
         info = RunInfo.read(source) if source else None
         before = recipe.as_before(self.settings, info.settings if info else {})
         return replace(self.loaded, settings=before)
@@ -278,20 +285,11 @@ class _TrainingRun:
             self.console.print(f"Best so far: {summary}", markup=False)
 
     def _recording(self, run: Run, lines: list[str]) -> Recording:
-        return recording(
-            self.loaded,
-            self.settings,
-            self.plan,
-            dtype=name_of(self.dtype),
-            processes=self.processes.world_size,
-            steps=(run.step, run.total_steps),
-            lines=lines,
-            folders=(run.log_dir, self.work_dir),
-            console=self.console,
-        )
+        dtype, processes = name_of(self.dtype), self.processes.world_size
+        return recording(self.loaded, run, self.plan, dtype=dtype, processes=processes, lines=lines)
 
     def _note_language(self, data: TrainingData) -> None:
-        """Say so if the model cannot predict the answers that it will be trained on."""
+        """Print a note if the model cannot predict the answers that it will be trained on."""
         alone = self.processes.world_size == 1 and not self.vision
         samples = data.train[0][:FIRST_SAMPLES] if alone else []
         if not samples or any(sample.lengths for sample in samples):
@@ -374,29 +372,26 @@ class _TrainingRun:
         algorithm = self.parts.algorithm
         return self.vision.collate(algorithm) if self.vision else algorithm.collate
 
-    def _tell(self, data: TrainingData, counter: Counter, total: int) -> list[str]:
-        """Print a few lines on what will be done, and return them."""
+    def _print_opening(self, data: TrainingData, counter: Counter, total: int) -> list[str]:
+        """Print the first lines of the run, and return them."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        lines = [
-            *opening_lines(
-                self.settings,
-                self.plan,
-                dtype=self.dtype,
-                computing=(
-                    self.computing,
-                    choose_attention(self.settings, self.processes, self.dtype),
-                ),
-                layout=self.processes.layout,
-                steps=(total, counter),
-                data=data.report.lines(),
-                chosen=self.chosen,
-                language=script_note(data.train[0], self.parts.tokenizer.decode),
-                images=self.vision.line() if self.vision else None,
-                packing=self.parts.packing,
-                positions=preflight.note_on_positions(self.settings, data.train),
-                work_dir=self.work_dir,
-            )
-        ]
+        attention = choose_attention(self.settings, self.processes, self.dtype)
+        language = script_note(data.train[0], self.parts.tokenizer.decode)
+        opening = opening_lines(
+            self.settings,
+            self.plan,
+            dtype=self.dtype,
+            computing=(self.computing, attention),
+            layout=self.processes.layout,
+            steps=(total, counter),
+            data=data.report.lines(),
+            chosen=self.chosen,
+            images=self.vision.line() if self.vision else None,
+            packing=self.parts.packing,
+            notes=(language, preflight.note_on_positions(self.settings, data.train)),
+            work_dir=self.work_dir,
+        )
+        lines = list(opening)
         for line in lines:
             say(self.console, line)
         return lines

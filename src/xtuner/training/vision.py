@@ -30,7 +30,6 @@ def image_layout_of(settings: Settings, tokenizer: Any, *, folder: Path) -> Imag
     """How images are expanded to tokens; None for a run without image input.
 
     Args:
-        settings: The run's settings.
         tokenizer: Gets the token ``<image>`` if the model takes images.
         folder: The folder of the settings file.
 

@@ -23,7 +23,7 @@ Entry = dict[str, Any]
 """A message of gr.Chatbot."""
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)(</think>\s*|$)", re.S)
-_STRANGE = re.compile(r"[^\w.-]", re.ASCII)
+_UNSAFE = re.compile(r"[^\w.-]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Part:
     """A part of an answer.
 
     Attributes:
-        kind: what it is; 'fault' is text that should have been a call.
-        text: what is shown.
-        tool: name of the tool of a call or result.
+        kind: What it is; 'fault' is text that should have been a call.
+        text: What is shown.
+        tool: Name of the tool of a call or result.
     """
 
     kind: Literal["thought", "call", "result", "fault", "answer"]
@@ -110,7 +110,7 @@ def fenced(text: str) -> str:
 
 def plain_name(call: Mapping[str, Any]) -> str:
     """The name of a call's tool, without what a model could use as markup."""
-    return _STRANGE.sub("_", name_of(call))
+    return _UNSAFE.sub("_", name_of(call))
 
 
 def _turns(history: History) -> list[tuple[Message, ...]]:
@@ -143,7 +143,7 @@ def _of_message(message: Message) -> Iterator[Part]:
     else:
         if message.reasoning:
             yield Part("thought", message.reasoning)
-        yield from _said(text_of(message), called=bool(message.tool_calls))
+        yield from _prose(text_of(message), called=bool(message.tool_calls))
         yield from map(_called, message.tool_calls)
 
 
@@ -151,7 +151,7 @@ def _of_events(events: Sequence[loop.Event]) -> Iterator[Part]:
     for event, after in itertools.zip_longest(events, events[1:]):
         match event:
             case loop.Text(text):
-                yield from _said(text, called=isinstance(after, loop.Called))
+                yield from _prose(text, called=isinstance(after, loop.Called))
             case loop.Called(call):
                 yield _called(call)
             case loop.Returned(call, result):
@@ -160,7 +160,7 @@ def _of_events(events: Sequence[loop.Event]) -> Iterator[Part]:
                 yield Part("fault", f"{problem}\n{text}")
 
 
-def _said(text: str, *, called: bool) -> Iterator[Part]:
+def _prose(text: str, *, called: bool) -> Iterator[Part]:
     """Text as thought and answer; text before a call is a thought."""
     if found := _THOUGHT.match(text):
         if found[1].strip():
@@ -185,7 +185,7 @@ def _entry(part: Part, words: Words, *, plain: bool) -> Entry:
     text = fenced(part.text) if part.kind in ("result", "fault") else part.text
     entry: Entry = {"role": "assistant", "content": text}
     if not plain:
-        title = words(f"part_{part.kind}", tool=_STRANGE.sub("_", part.tool))
+        title = words(f"part_{part.kind}", tool=_UNSAFE.sub("_", part.tool))
         folded = {"status": "done"} if part.kind == "thought" else {}
         entry["metadata"] = {"title": title, **folded}
     return entry

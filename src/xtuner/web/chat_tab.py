@@ -243,8 +243,8 @@ class ChatTab:
             return
         message: Message = asked[number]
         earlier = tuple(bubbles.before(history, number) for history in histories)
-        said = bubbles.text_of(message) if text is None else text
-        yield from self._answer(said, message.images, earlier, settings, request)
+        question = bubbles.text_of(message) if text is None else text
+        yield from self._answer(question, message.images, earlier, settings, request)
 
     def _answer(
         self,
@@ -264,8 +264,8 @@ class ChatTab:
             yield {self.status: fault(error)}
             return
         earlier = [tuple(history) for history in histories][: len(served)]
-        said = [bubbles.of_history(history, self._words) for history in earlier]
-        shown = [[*entries, *bubbles.of_question(asked)] for entries in said]
+        before = [bubbles.of_history(history, self._words) for history in earlier]
+        shown = [[*entries, *bubbles.of_question(asked)] for entries in before]
         yield {**self._windows(shown), self.question: gr.update(value=None), self.note: ""}
         turn = self._site.turns.begin(request.session_hash or "")
         sides: list[Side] = []
@@ -275,7 +275,7 @@ class ChatTab:
             yield {**self._windows(now), **self._requested(sides)}
         if errors := "\n".join(side.error for side in sides if side.error):
             yield {
-                **self._windows(said),
+                **self._windows(before),
                 self.question: gr.update(value={"text": text, "files": list(images)}),
                 self.status: fault(ConfigError(errors)),
             }
@@ -317,7 +317,7 @@ class ChatTab:
         return dict(shown)
 
     def _noted(self, sides: Sequence[Side]) -> dict[Any, Any]:
-        """Lines about answers without tools, or that ended after too many rounds of calls."""
+        """Notes on answers without tools, and on those that had too many rounds of calls."""
         notes = ""
         if any(side.without_tools for side in sides):
             notes += hint(self._words("chat_without_tools"))

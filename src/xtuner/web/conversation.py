@@ -34,12 +34,12 @@ class Asked:
     """A question and how it is to be answered.
 
     Attributes:
-        text: of the user.
-        images: files that the question is about.
-        options: of the generation.
-        system: system prompt.
+        text: The user's text.
+        images: Files that the question is about.
+        options: Generation options.
+        system: System prompt.
         template: 'auto' for the one of the training, or a named template.
-        tools: that the model may call, if any.
+        tools: The tools that the model may call, if any.
     """
 
     text: str
@@ -55,11 +55,11 @@ class Side:
     """The state of one side while it is answered.
 
     Attributes:
-        events: what happened so far; pieces of text that follow each other are joined.
-        request: a call that waits to be allowed.
-        history: the conversation with the answer, at its end; None before.
-        error: why there is no answer.
-        without_tools: tools were given, but the template does not tell how the model calls them.
+        events: What happened so far; pieces of text that follow each other are joined.
+        request: A call that waits to be allowed.
+        history: The conversation with the answer, at its end; None before.
+        error: Why there is no answer.
+        without_tools: Tools were given, but the template does not tell how the model calls them.
     """
 
     events: tuple[loop.Event, ...] = ()
@@ -90,14 +90,16 @@ def answer(
     """Yield the states of all sides while they answer `asked`; the last one is complete.
 
     Args:
-        engine: generates.
-        models: one per side.
-        histories: the conversations so far, one per side.
-        asked: the question.
-        turn: ends the answers, and allows calls; what was said so far stays in the histories.
+        engine: The engine that generates the answers.
+        models: One per side.
+        histories: The conversations so far, one per side.
+        asked: The question.
+        turn: Ends the answers, and allows calls; what was generated so far stays in the histories.
     """
-    news: queue.SimpleQueue[tuple[int, Side]] = queue.SimpleQueue()
-    sides = [_Answering(engine, served, turn, _sender(news, i)) for i, served in enumerate(models)]
+    updates: queue.SimpleQueue[tuple[int, Side]] = queue.SimpleQueue()
+    sides = [
+        _Answering(engine, served, turn, _sender(updates, i)) for i, served in enumerate(models)
+    ]
     for side, history in zip(sides, histories, strict=True):
         threading.Thread(target=side.run, args=(history, asked), daemon=True).start()
     states = [Side() for _ in models]
@@ -105,9 +107,9 @@ def answer(
     try:
         while not all(state.error or state.history is not None for state in states):
             with contextlib.suppress(queue.Empty):
-                index, state = news.get(timeout=_SECONDS_BETWEEN_UPDATES if changed else None)
+                index, state = updates.get(timeout=_SECONDS_BETWEEN_UPDATES if changed else None)
                 states[index], changed = state, True
-                if not news.empty() or time.monotonic() - shown < _SECONDS_BETWEEN_UPDATES:
+                if not updates.empty() or time.monotonic() - shown < _SECONDS_BETWEEN_UPDATES:
                     continue
             shown, changed = time.monotonic(), False
             yield list(states)
@@ -116,8 +118,8 @@ def answer(
         turn.stopped.set()
 
 
-def _sender(news: queue.SimpleQueue[tuple[int, Side]], index: int) -> Callable[[Side], None]:
-    return lambda state: news.put((index, state))
+def _sender(updates: queue.SimpleQueue[tuple[int, Side]], index: int) -> Callable[[Side], None]:
+    return lambda state: updates.put((index, state))
 
 
 class _Answering:
@@ -179,7 +181,7 @@ def _template(served: ServedModel, asked: Asked) -> Template:
     """The template with the system prompt of the page.
 
     Raises:
-        ConfigError: there is no template of this name.
+        ConfigError: There is no template of this name.
     """
     if asked.template == AS_TRAINED:
         template = copy.copy(served.template)

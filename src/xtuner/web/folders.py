@@ -1,4 +1,4 @@
-"""The folders that the page may use: every path from the browser must lie in one of them."""
+"""The folders that the page may use: every path from the browser must be in one of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Folders:
     """Where the page may read and write.
 
     Attributes:
-        runs: work dirs are created here.
-        readable: folders with models and data.
+        runs: Work dirs are created here.
+        readable: Folders with models and data.
     """
 
     runs: Path
@@ -33,14 +33,14 @@ class Folders:
         return cls(Path(runs).expanduser().resolve(), tuple(resolved))
 
     def is_inside(self, path: Path) -> bool:
-        """Whether `path`, with links followed, lies in one of the folders."""
+        """Whether `path`, with links resolved, is in one of the folders."""
         return any(path.resolve().is_relative_to(root) for root in self.readable)
 
     def check(self, name: str) -> str:
         """Return `name` if it is a name on the hub, or a path inside the folders.
 
         Raises:
-            ConfigError: it is outside the folders.
+            ConfigError: It is outside the folders.
         """
         if "\0" in name:
             raise ConfigError("a name cannot contain a NUL")
@@ -60,7 +60,7 @@ class Folders:
         """The work dir of the run `name`.
 
         Raises:
-            ConfigError: the name is not that of a run, or is a link out of the folder.
+            ConfigError: The name is not that of a run, or is a link out of the folder.
         """
         path = self.runs / name
         if not _RUN_NAME.fullmatch(name) or path.resolve().parent != self.runs:

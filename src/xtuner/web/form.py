@@ -20,7 +20,7 @@ from xtuner.errors import ConfigError, listed
 from xtuner.web.folders import Folders
 
 Kind = Literal["switch", "choice", "text", "lines", "value"]
-"""A control: on or off; one of a few; a string; strings, one a line; any literal of Python."""
+"""A control: on or off; one of a few; a string; strings, one per line; any Python literal."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Field:
     """A setting in the form.
 
     Attributes:
-        name: of the setting.
-        part: heading of its group.
-        kind: its control.
-        help: its description and the values that it takes.
-        options: of a 'choice'.
-        common: it appears in copied settings files, and is shown first.
+        name: Name of the setting.
+        part: Heading of its group.
+        kind: Its kind of control.
+        help: Its description and the values that it takes.
+        options: The options of a 'choice'.
+        common: It appears in copied settings files, and is shown first.
     """
 
     name: str
@@ -117,7 +117,7 @@ def read(field: Field, given: Any) -> Any:
     """The value of `field` that its control shows as `given`.
 
     Raises:
-        ConfigError: it is not a literal.
+        ConfigError: It is not a literal.
     """
     if field.kind == "switch":
         return bool(given)
@@ -155,7 +155,7 @@ def values_of(given: Sequence[Any]) -> dict[str, Any]:
     defaults are left out.
 
     Raises:
-        ConfigError: controls have invalid values; all are listed.
+        ConfigError: Controls have invalid values; all are listed.
     """
     found, problems = {}, []
     for field, value in zip(fields(), given, strict=True):
@@ -183,10 +183,10 @@ def checked(values: Mapping[str, Any], folders: Folders) -> LoadedSettings:
     """The settings `values`, checked also for paths outside the folders and for code.
 
     Raises:
-        ConfigError: all problems are listed.
+        ConfigError: All problems are listed.
     """
     loaded = load_settings(values)
-    problems = [*_strange_paths(loaded.settings, folders), *_code(loaded.settings)]
+    problems = [*_outside_paths(loaded.settings, folders), *_code(loaded.settings)]
     if problems:
         raise ConfigError(listed("settings that the page does not accept:", problems))
     return loaded
@@ -196,7 +196,7 @@ _READS = ("image_folder", "evaluation_images", "strategy")
 """Settings that are not marked as paths, but may name files that a run reads."""
 
 
-def _strange_paths(settings: Settings, folders: Folders) -> list[str]:
+def _outside_paths(settings: Settings, folders: Folders) -> list[str]:
     """Settings that name something outside the folders."""
     problems = []
     for name in (*Settings.paths(), *_READS):
@@ -218,7 +218,7 @@ def _texts(settings: Settings, name: str) -> list[str]:
 
 
 def _code(settings: Settings) -> list[str]:
-    """Settings that would run code which neither xtuner nor this machine's user brings."""
+    """Settings that would run code that comes neither from xtuner nor from this machine's user."""
     elsewhere = "start that run with the command line"
     problems = []
     if settings.trust_remote_code:

@@ -25,8 +25,8 @@ class Jobs:
     """The processes that this server started.
 
     Args:
-        folders: work dirs lie in `folders.runs`.
-        most: how many may run at a time.
+        folders: Work dirs are in `folders.runs`.
+        most: How many may run at a time.
     """
 
     def __init__(self, folders: Folders, *, most: int = 1) -> None:
@@ -39,8 +39,8 @@ class Jobs:
         """Start the run `name` with the text of a settings file.
 
         Raises:
-            ConfigError: the name is taken, or not the name of a folder.
-            LaunchError: as many runs as allowed are running.
+            ConfigError: The name is taken, or not the name of a folder.
+            LaunchError: As many runs as allowed are running.
         """
         work_dir = self._folders.work_dir(name)
         with self._lock:
@@ -55,8 +55,8 @@ class Jobs:
         """Continue the run `name` from its newest checkpoint.
 
         Raises:
-            ConfigError: it has no settings file or is running.
-            LaunchError: as many runs as allowed are running.
+            ConfigError: It has no settings file or is running.
+            LaunchError: As many runs as allowed are running.
         """
         work_dir = self._folders.work_dir(name)
         with self._lock:
@@ -85,8 +85,8 @@ class Jobs:
         """Merge the adapter of `checkpoint` into its base model, in a process; return the folder.
 
         Raises:
-            ConfigError: there is no such checkpoint, or the folder exists.
-            LaunchError: as many runs as allowed are running.
+            ConfigError: There is no such checkpoint, or the folder exists.
+            LaunchError: As many runs as allowed are running.
         """
         work_dir = self._folders.work_dir(name)
         run = RunFolder(work_dir)

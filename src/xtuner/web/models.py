@@ -29,7 +29,7 @@ _KEPT_WEIGHTS = 2
 
 
 class Choice(NamedTuple):
-    """A model to choose: what is shown, and the path or name that is opened."""
+    """A model to choose: its label, and the path or name that is opened."""
 
     label: str
     value: str
@@ -40,10 +40,10 @@ class Opening:
     """A model that is loading or loaded.
 
     Attributes:
-        value: path or name.
-        served: the model, once it is loaded.
-        error: why it could not be loaded.
-        finished: set at the end.
+        value: Path or name.
+        served: The model, once it is loaded.
+        error: Why it could not be loaded.
+        finished: Set at the end.
     """
 
     value: str
@@ -66,7 +66,7 @@ class Opening:
         """The model; waits for it.
 
         Raises:
-            XTunerError: it cannot be loaded.
+            XTunerError: It cannot be loaded.
         """
         self.finished.wait()
         if self.served is None:
@@ -78,10 +78,10 @@ class ModelPool:
     """Loads models for the page.
 
     Args:
-        engine: answers.
-        folders: contain the models.
-        given: models named on the command line, offered first.
-        options: further arguments of `open_chat`.
+        engine: The engine that generates the answers.
+        folders: The folders of the models.
+        given: Models named on the command line, offered first.
+        options: Further arguments of `open_chat`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ModelPool:
         """Start to load the model `value`, unless it is loaded or loading.
 
         Raises:
-            ConfigError: the path is outside the folders.
+            ConfigError: The path is outside the folders.
         """
         if value not in self._given:
             self._folders.check(value)
@@ -124,7 +124,7 @@ class ModelPool:
 
     def _load(self, opening: Opening) -> None:
         try:
-            with self._loading:  # one at a time: the second may lie on the weights of the first
+            with self._loading:  # one at a time: the second may share the weights of the first
                 opening.served = self._loaded(opening.value)
         except XTunerError as error:
             opening.error = error

@@ -38,10 +38,10 @@ class DataView:
     """The data as understood.
 
     Attributes:
-        html: format, rows, the first sample with the supervised part marked, and every bad row.
-        steps: optimizer steps of the run.
-        questions: of the user in the first rows.
-        bad_rows: some rows cannot be used.
+        html: Format, rows, the first sample with the supervised part marked, and every bad row.
+        steps: Optimizer steps of the run.
+        questions: The user's questions in the first rows.
+        bad_rows: Some rows cannot be used.
     """
 
     html: str
@@ -54,7 +54,7 @@ def local_model(name: str) -> str:
     """The folder of a model of the catalog, fetched if needed; other names as they are.
 
     Raises:
-        ModelError: it cannot be fetched.
+        ModelError: It cannot be fetched.
     """
     return str(fetch.fetch(name)) if name in catalog.models() else name
 
@@ -63,7 +63,7 @@ def look_at_data(loaded: LoadedSettings, words: Words) -> DataView:
     """Read the data of `loaded` as training would.
 
     Raises:
-        XTunerError: the data or the model's tokenizer cannot be used.
+        XTunerError: The data or the model's tokenizer cannot be used.
     """
     parts = DataParts.open(loaded)
     rows = bad_rows(parts.settings, **parts.arguments, quiet=True)
@@ -148,8 +148,8 @@ class Method:
     """A method, and whether it fits.
 
     Attributes:
-        tuning: value of the setting.
-        fits: by the forecast.
+        tuning: Value of the setting.
+        fits: Whether it fits, according to the forecast.
         peak, available: MiB.
     """
 
@@ -163,7 +163,7 @@ def methods(loaded: LoadedSettings) -> list[Method]:
     """The methods, the recommended one first; one whose forecast fails is left out.
 
     Raises:
-        XTunerError: the model's configuration cannot be read.
+        XTunerError: The model's configuration cannot be read.
     """
     device = pick_device(loaded.settings.device)
     found = []

@@ -40,7 +40,7 @@ def view(jobs: Jobs, folders: Folders, names: Sequence[str], words: Words) -> st
 
 
 def _merge(jobs: Jobs, name: str, words: Words) -> Iterator[str]:
-    """How the last merge of the run goes."""
+    """The state of the last merge of the run."""
     if (found := jobs.merging(name)) is None:
         return
     state, out = found

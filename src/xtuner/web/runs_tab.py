@@ -75,7 +75,7 @@ class RunsTab:
         self.merge.click(self._merge, [self.run, self.checkpoint], self.message, **PRIVATE)
 
     def wire_chat(self, tabs: gr.Tabs, model: gr.Dropdown, other: gr.Dropdown) -> None:
-        """Let the button open the chosen checkpoint beside its base model in the tab Chat."""
+        """Let the button open the checkpoint and its base model side by side in the tab Chat."""
         self.chat.click(
             self._chat,
             [self.run, self.checkpoint],
@@ -154,10 +154,10 @@ class RunsTab:
             self._site.jobs.merge(run or "", name)
         except XTunerError as error:
             return fault(error)
-        return ""  # the view shows how it goes
+        return ""  # the view shows its progress
 
     def _chat(self, run: str | None, checkpoint: str) -> list[_Updates]:
-        """The checkpoint, beside the model that it started from."""
+        """The checkpoint and the model that it started from, side by side."""
         try:
             folder = RunFolder(self._site.folders.work_dir(run or ""))
             path = folder.work_dir / checkpoint if checkpoint else folder.checkpoints()[-1]

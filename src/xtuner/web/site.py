@@ -17,13 +17,13 @@ class Site:
     """Shared state of the page.
 
     Attributes:
-        engine: generates answers.
-        pool: the models.
-        folders: that the page may use.
-        jobs: runs as processes.
-        first: the models that are chosen when a page opens: one, or two side by side.
-        tools: that the models may call, if any.
-        turns: answers in progress, by browser tab.
+        engine: The engine that generates answers.
+        pool: The models.
+        folders: The folders that the page may use.
+        jobs: Runs as processes.
+        first: The models that are chosen when a page opens: one, or two side by side.
+        tools: The tools that the models may call, if any.
+        turns: Answers in progress, by browser tab.
     """
 
     engine: Engine

@@ -36,10 +36,10 @@ class TrainTab:
     """The components of the tab and what they do.
 
     Args:
-        site: parts behind the page.
-        words: strings.
-        started: called with the name of a started run; returns updates for `shows`.
-        shows: components that show the started run.
+        site: Parts behind the page.
+        words: Strings.
+        started: Called with the name of a started run; returns updates for `shows`.
+        shows: Components that show the started run.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class TrainTab:
         )
 
     def _keep(self, upload: str) -> str:
-        """Copy an uploaded file beside the runs, where it stays as long as they do."""
+        """Copy an uploaded file to the folder of the runs, where it stays as long as they do."""
         source = Path(upload)
         folder = self._site.folders.runs / "uploads"
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ class Request:
     """A call that waits to be allowed.
 
     Attributes:
-        number: names it in the reply.
-        call: what would run.
+        number: The number by which a reply refers to it.
+        call: What would run.
     """
 
     number: int
@@ -38,11 +38,11 @@ class Turn:
     """The answers to one question in a browser tab.
 
     Args:
-        always: run calls without asking.
-        trusted: tools that run without asking; 'always' adds to it.
+        always: Run calls without asking.
+        trusted: Tools that run without asking; 'always' adds to it.
 
     Attributes:
-        stopped: ends the answers when it is set.
+        stopped: Ends the answers when set.
     """
 
     def __init__(self, *, always: bool = False, trusted: set[str] | None = None) -> None:
@@ -56,8 +56,8 @@ class Turn:
         """Whether `call` may run; waits for the reply, or until the turn is stopped.
 
         Args:
-            call: of a tool.
-            ask: shows the request to the user.
+            call: Of a tool.
+            ask: Shows the request to the user.
         """
         if self._always or name_of(call) in self._trusted:
             return True
@@ -90,7 +90,7 @@ class Turns:
     """The turn in progress of each browser tab.
 
     Args:
-        always: run calls without asking.
+        always: Run calls without asking.
     """
 
     def __init__(self, *, always: bool = False) -> None:

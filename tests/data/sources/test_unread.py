@@ -38,6 +38,22 @@ def test_data_of_another_kind_is_refused_by_auto_and_noted_by_name(tmp_path, row
 
 
 @pytest.mark.parametrize(
+    "labels", [(0, 1), ("1", "0"), (1.0, -1.0, None), ("good", "bad"), ("bad",)]
+)
+def test_labels_of_good_and_bad_answers_may_be_numbers_or_words(tmp_path, labels):
+    rows = [{"messages": TURNS, "label": label} for label in labels]
+    with pytest.raises(DataError, match="'label' says which answers are good"):
+        notes(tmp_path, *rows)
+
+
+@pytest.mark.parametrize("labels", [(1, 1), (0, 1, 2), ("0", "sports"), (0.0, 0.5)])
+def test_other_labels_are_noted(tmp_path, labels):
+    rows = [{"messages": TURNS, "label": label} for label in labels]
+    (note,) = notes(tmp_path, *rows)
+    assert note.endswith("the column 'label' is not read")
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs"),
@@ -60,8 +76,8 @@ def test_columns_and_keys_that_are_not_read_are_noted_but_not_those_without_effe
 
 def test_placeholders_that_nothing_fills_are_noted(tmp_path):
     (media, blank) = notes(tmp_path, chat("Listen: <audio>", "I am {{name}}."))
-    assert "<audio> in a text is trained on as text" in media
-    assert "{{name}} in a text is trained on literally" in blank
+    assert "<audio> in a text is trained on as plain text" in media
+    assert "{{name}} in a text is not replaced by anything" in blank
 
 
 def test_nulls_that_a_schema_adds_are_not_trained_on(tmp_path):

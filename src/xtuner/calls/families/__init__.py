@@ -76,7 +76,7 @@ def load(name: str) -> Family:
     """The family `name`.
 
     Raises:
-        ConfigError: there is no such family.
+        ConfigError: There is no such family.
     """
     if name not in FAMILIES:
         allowed = ", ".join(FAMILIES)
@@ -120,8 +120,8 @@ def find(rendered: Callable[[Sequence[Mapping[str, Any]]], str | None]) -> Famil
     """The family that reads back what `rendered` makes of `PROBES`, or of simpler calls.
 
     Args:
-        rendered: the text of an assistant turn with these calls and no content, without its stop;
-            None if the template cannot render them (some take one call a turn).
+        rendered: The text of an assistant turn with these calls and no content, without its stop;
+            None if the template cannot render them (some take one call per turn).
     """
     for probes in (PROBES, SIMPLE_PROBES):
         texts = [rendered(calls) for calls in probes]

@@ -1,6 +1,6 @@
 """The interface of a family, and the parser that reads an answer as it streams.
 
-pieces of text ──Parser.add──► Said | Found, in order ──Parser.finish──► what was left open
+pieces of text ──Parser.add──► Prose | Found, in order ──Parser.finish──► what was left open
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CUT_OFF = "is incomplete: it is malformed, or the answer reached max_new_tokens"
 
 
 @dataclass(frozen=True)
-class Said:
+class Prose:
     """Text that is not part of a call."""
 
     text: str
@@ -27,9 +27,9 @@ class Found:
     """A call, or text that should have been one.
 
     Attributes:
-        call: the call; None if there is none.
-        text: the text of the section as written.
-        problem: why it is no call; empty if it is one.
+        call: The call; None if there is none.
+        text: The text of the section as written.
+        problem: Why it is not a call; empty if it is one.
     """
 
     call: Mapping[str, Any] | None
@@ -37,7 +37,7 @@ class Found:
     problem: str = ""
 
 
-Event = Said | Found
+Event = Prose | Found
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Family(Protocol):
     """How one family of models writes calls.
 
     Attributes:
-        name: its row in the table.
-        opens: strings that open a section of calls.
-        markers: strings that are tokens of their own; special tokens among them are kept when an
+        name: Its row in the table.
+        opens: Strings that open a section of calls.
+        markers: Strings that are tokens of their own; special tokens among them are kept when an
             answer is decoded.
-        only_at_start: a section can begin only where the answer does.
+        only_at_start: A section can begin only where the answer does.
     """
 
     @property
@@ -76,12 +76,12 @@ class Family(Protocol):
         """Read the section that `text` begins with.
 
         Returns:
-            None while it is not complete; a section that ends at 0 if it is no section after all.
+            None while it is incomplete; a section that ends at 0 if it turns out not to be one.
         """
         ...
 
     def ended(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Section | None:
-        """Read a section whose text does not go on; None if it is cut off."""
+        """Read a section at the end of the text; None if it is cut off."""
         ...
 
 
@@ -91,8 +91,8 @@ class Parser:
     Text that may open a section is held back until this is decided.
 
     Args:
-        family: how the model writes calls.
-        tools: the tools of the conversation; some families tell types and names by them.
+        family: How the model writes calls.
+        tools: The tools of the conversation; some families need them to recognize types and names.
     """
 
     def __init__(self, family: Family, tools: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -144,10 +144,10 @@ class Parser:
             self._begun = False
         self._held = self._held.lstrip("\n") if not self._held.strip() else self._held
 
-    def _release(self, count: int) -> Said:
+    def _release(self, count: int) -> Prose:
         text, self._held = self._held[:count], self._held[count:]
         self._begun = self._begun or bool(text.strip())
-        return Said(text)
+        return Prose(text)
 
     def _opened(self) -> bool:
         """Whether the held text begins with a complete opening."""
@@ -190,12 +190,12 @@ def parse(
     """The text and the calls of a complete answer."""
     parser = Parser(family, tools)
     events = [*parser.add(text), *parser.finish()]
-    said = "".join(event.text for event in events if isinstance(event, Said))
-    return said, [event for event in events if isinstance(event, Found)]
+    plain = "".join(event.text for event in events if isinstance(event, Prose))
+    return plain, [event for event in events if isinstance(event, Found)]
 
 
 def as_found(value: Any, text: str) -> Found:
-    """A parsed JSON value as a call, or why it is none."""
+    """A parsed JSON value as a call, or why it is not one."""
     try:
         call = read_call(value)
     except CallFormatError as error:

@@ -64,7 +64,7 @@ class TaggedJson:
         return None if stop is None else Section(read_json(text[start:end]), stop)
 
     def _without_json(self, text: str, start: int) -> Section | None:
-        """What stands between the tags is no JSON: it ends at the closing tag."""
+        """The text between the tags is not JSON: it ends at the closing tag."""
         if not self.closing:
             return Section((), 0)
         end = text.find(self.closing, start)

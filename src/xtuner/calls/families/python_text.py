@@ -56,7 +56,7 @@ def _call(node: ast.expr, text: str, tools: Sequence[Mapping[str, Any]]) -> Foun
         values = [ast.literal_eval(value) for value in node.args]
         named = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return Found(None, text, "has arguments that are no literals")
+        return Found(None, text, "has arguments that are not literals")
     if len(values) > len(positional):
         positional = (*positional, *(f"argument_{i}" for i in range(len(positional), len(values))))
     arguments = dict(zip(positional, values, strict=False))
@@ -132,7 +132,7 @@ class Pythonic:
 
 @dataclass(frozen=True)
 class Moss:
-    """MOSS: ``<|Commands|>: Calculate("2+3")<eoc>``; ``None`` is no command."""
+    """MOSS: ``<|Commands|>: Calculate("2+3")<eoc>``; ``None`` is not a command."""
 
     name: str
     only_at_start: bool = False

@@ -49,7 +49,7 @@ class React:
         return Section((self._found(head[1], text[start:end], text[:end]),), end)
 
     def _line(self, text: str, name: str, start: int, *, ended: bool) -> Section | None:
-        """An input that is no object, up to the end of its line."""
+        """An input that is not an object, up to the end of its line."""
         end = text.find("\n", start)
         if end < 0 and not ended:
             return None

@@ -1,4 +1,4 @@
-"""Calls whose arguments stand in tags of their own: Qwen3-Coder, GLM-4.5, DeepSeek-V3.2."""
+"""Calls whose arguments have their own tags: Qwen3-Coder, GLM-4.5, DeepSeek-V3.2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_text(value: Any) -> str:
 
 
 def from_text(text: str, schema: Mapping[str, Any] | None) -> Any:
-    """The value of an argument, by its type in the schema; without one, JSON that is no string.
+    """The value of an argument, by its type in the schema; without one, JSON that is not a string.
 
     Qwen's templates write the constants of a declared type as Python does.
     """
@@ -129,12 +129,12 @@ class QwenXml(_Tagged):
 
 @dataclass(frozen=True)
 class InvokeXml(_Tagged):
-    """``<invoke name="NAME">`` with a ``<parameter name="NAME">`` per argument; all calls stand
+    """``<invoke name="NAME">`` with a ``<parameter name="NAME">`` per argument; all calls are
     between two `markers`.
 
     Attributes:
-        prefix: of the names of the tags.
-        typed: parameters say whether their value is a string.
+        prefix: Prefix of the tag names.
+        typed: Whether parameters declare if their value is a string.
     """
 
     prefix: str = ""
@@ -186,7 +186,7 @@ class InvokeXml(_Tagged):
 
 
 def _inner(text: str, markers: Sequence[str], last: str) -> str | None:
-    """What stands between the markers in `text`, which begins with the first; None if cut off.
+    """The text between the markers in `text`, which begins with the first; None if cut off.
 
     A value may hold the closing marker: the section ends with the marker after `last`.
     """

@@ -5,7 +5,7 @@
                         │       └ datasets.toml
                         └ algorithms.toml
 
-The epochs of `custom` are decided by its rows; a name may give a number all the same.
+The number of rows determines the epochs of `custom`; a name may still give a number.
 The tables hold only data; adding a model or a data set adds one row. Names of XTuner 0.1 have the
 values of its configs (`catalog_xtuner0`).
 """
@@ -25,7 +25,7 @@ from xtuner.errors import ConfigError
 
 _DEFAULT_EPOCHS = 3
 AUTO = "auto"
-"""The epochs of a data set whose number of rows decides; a name may still give a number."""
+"""`epochs` of a data set whose number of rows determines them; a name may still give a number."""
 _ROW_KEYS = ("epochs", "aliases", "models", "note")
 """Keys of a data set row that are not settings."""
 
@@ -34,7 +34,7 @@ def names(pattern: str = "") -> list[str]:
     """List the built-in names.
 
     Args:
-        pattern: a substring, matched case-insensitively, or a pattern with ``*`` and ``?``. Aliases
+        pattern: A substring, matched case-insensitively, or a pattern with ``*`` and ``?``. Aliases
             of data sets match too.
     """
     matches = _matcher(pattern.lower())
@@ -56,29 +56,26 @@ def names(pattern: str = "") -> list[str]:
 
 
 def _suffix(epochs: int | str) -> str:
-    """The end of a name; empty if the rows decide the number of epochs."""
+    """The end of a name; empty if the number of rows determines the epochs."""
     return "" if epochs == AUTO else f"_e{epochs}"
 
 
 def is_name(name: str) -> bool:
     """Whether `name` is a built-in name, with any number of epochs."""
-    return (
-        catalog_xtuner0.listed_name(name) is not None
-        or _split(name) is not None
-        or catalog_llava.split(name, _llava_models()) is not None
-    )
+    found = catalog_xtuner0.listed_name(name) or _split(name)
+    return bool(found or catalog_llava.split(name, _llava_models()))
 
 
 def compose(name: str, *, suffix: str = "") -> dict[str, Any]:
     """Return the settings of the built-in `name`; absent settings have their defaults.
 
     Args:
-        name: one that `names` lists, with any number of epochs.
-        suffix: appended to the file name when the settings are copied to a file; the second stage
+        name: One that `names` lists, with any number of epochs.
+        suffix: Appended to the file name when the settings are copied to a file; the second stage
             of LLaVA needs it to find the work dir of the first.
 
     Raises:
-        ConfigError: unknown name; the message suggests close ones.
+        ConfigError: Unknown name; the message suggests close ones.
     """
     if (old := catalog_xtuner0.compose(name, suffix=suffix)) is not None:
         return old

@@ -52,9 +52,9 @@ def compose(name: Name, model: dict[str, Any], *, suffix: str = "") -> dict[str,
     """Return the settings of `name`.
 
     Args:
-        name: the parts of the name.
-        model: the settings of the language model.
-        suffix: appended to the name of the first stage's settings file, hence of its work dir.
+        name: The parts of the name.
+        model: The settings of the language model.
+        suffix: Appended to the name of the first stage's settings file, hence of its work dir.
     """
     encoder, stage = table("llava")["encoders"][name.encoder], table("llava")["stages"][name.stage]
     values = {

@@ -57,8 +57,8 @@ def compose(name: str, *, suffix: str = "") -> dict[str, Any] | None:
     """The settings of `name`; None if it is not a name of XTuner 0.1.
 
     Args:
-        name: one of `names`, with any number of epochs.
-        suffix: appended to the file name when the settings are copied to a file; the second stage
+        name: One of `names`, with any number of epochs.
+        suffix: Appended to the file name when the settings are copied to a file; the second stage
             of LLaVA needs it to find the work dir of the first.
     """
     known = listed_name(name)

@@ -53,7 +53,7 @@ def calculate(op: ast.operator, left: Any, right: Any) -> Any:
     """Return ``left op right``: arithmetic, or strings and lists joined or repeated.
 
     Raises:
-        RefusedError: the operands cannot be combined, or the result would be too large.
+        RefusedError: The operands cannot be combined, or the result would be too large.
     """
     numbers = _is_number(left) and _is_number(right)
     repeats = isinstance(op, ast.Mult) and isinstance(left, int) != isinstance(right, int)
@@ -84,7 +84,7 @@ def compare(op: ast.cmpop, left: Any, right: Any) -> bool:
     """Return ``left op right`` for a comparison.
 
     Raises:
-        RefusedError: the two cannot be compared.
+        RefusedError: The two cannot be compared.
     """
     try:
         return bool(_COMPARE[type(op)](left, right))
@@ -124,7 +124,7 @@ def check_size(value: Any, *, times: int = 1) -> int:
     """Return the number of characters and items in `value`.
 
     Raises:
-        RefusedError: that number, multiplied by `times`, is above MAX_SIZE.
+        RefusedError: That number, multiplied by `times`, is above MAX_SIZE.
     """
     total = 0
     pending = [value]

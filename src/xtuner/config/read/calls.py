@@ -71,7 +71,7 @@ def call(name: str, arguments: list[Any]) -> Any:
     """Return ``name(*arguments)``.
 
     Raises:
-        RefusedError: the arguments do not fit.
+        RefusedError: The arguments do not fit.
     """
     if name == "str" and any(not isinstance(a, str | int | float) for a in arguments):
         raise RefusedError("str takes a number or a string")

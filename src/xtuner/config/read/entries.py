@@ -62,10 +62,10 @@ class Reading:
     """The result of a reader.
 
     Attributes:
-        entries: the settings by name.
-        broken: names whose value could not be read; `problems` says why.
-        problems: all problems.
-        parsed: whether the text follows the syntax; if not, nothing else is known.
+        entries: The settings by name.
+        broken: Names whose value could not be read; `problems` says why.
+        problems: All problems.
+        parsed: Whether the text follows the syntax; if not, nothing else is known.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)

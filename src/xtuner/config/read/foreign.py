@@ -23,8 +23,8 @@ def origin(text: str, suffix: str) -> str | None:
     """The trainer that `text` is a config of; None for a settings file of this version.
 
     Args:
-        text: the content of the file. If it cannot be parsed, the result is None.
-        suffix: the suffix of the file name.
+        text: The content of the file. If it cannot be parsed, the result is None.
+        suffix: The suffix of the file name.
     """
     if suffix.lower() == ".py":
         return XTUNER_OLD if _is_old_config(text) else None

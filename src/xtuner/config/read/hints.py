@@ -28,7 +28,7 @@ def python_hint(line: str, message: str) -> str:
     """A hint about a syntax error in `line`; may be empty.
 
     Args:
-        line: the text of the line.
+        line: The text of the line.
         message: Python's message.
     """
     if conflict := _conflict(line):

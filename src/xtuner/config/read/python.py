@@ -55,8 +55,7 @@ def read(text: str, *, overrides: Mapping[str, Any] | None = None) -> Reading:
     """Read the settings in `text`.
 
     Args:
-        text: the content of the file.
-        overrides: values that replace what the file assigns to these names; values that the file
+        overrides: Values that replace what the file assigns to these names; values that the file
             computes from them change accordingly.
     """
     try:
@@ -155,10 +154,8 @@ class _Reader:
         names = [target.id for target in targets if isinstance(target, ast.Name)]
         if len(names) < len(targets):
             raise _Fault(node, "assign to one name at a time, as in lr = 2e-4")
-        if all(name in self._overrides for name in names):
-            given = None
-        else:
-            given = self._value(value)
+        all_overridden = all(name in self._overrides for name in names)
+        given = None if all_overridden else self._value(value)
         for name in names:
             overridden = name in self._overrides
             self._names[name] = self._overrides[name] if overridden else given

@@ -36,7 +36,7 @@ def load(name: str) -> Format:
     """Load a format by name.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: There is no such format.
     """
     found: Format = plugins.load(__name__, name, setting=_SETTING).FORMAT
     return found
@@ -58,16 +58,16 @@ def resolve(
     """Resolve the format of a data file.
 
     Args:
-        name: a format, 'auto', or ``"my_format.py:to_messages"``.
-        columns: the columns of the file.
-        folder: where a relative path of a user's file is looked up first.
-        sample: a row of the file. It lets 'auto' distinguish formats with the same columns, such as
+        name: A format, 'auto', or ``"my_format.py:to_messages"``.
+        columns: The columns of the file.
+        folder: Where a relative path of a user's file is looked up first.
+        sample: A row of the file. It lets 'auto' distinguish formats with the same columns, such as
             plain text and the dialogues of `oasst1`.
-        names: the setting `columns`: the meaning of columns of the file are, by their names.
+        names: The setting `columns`: the roles of the file's columns by name.
 
     Raises:
-        ConfigError: there is no such format, or `names` is wrong.
-        DataError: the columns do not match the format, or 'auto' finds no matching format.
+        ConfigError: There is no such format, or `names` is wrong.
+        DataError: The columns do not match the format, or 'auto' finds no matching format.
     """
     if plugins.is_user_path(name):
         from xtuner.data.formats import _own

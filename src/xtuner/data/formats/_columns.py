@@ -43,8 +43,8 @@ class Renamed(NamedTuple):
     """Columns under the names that formats use.
 
     Attributes:
-        columns: of the file, renamed.
-        names: the renamed columns of the file, and their new names.
+        columns: Of the file, renamed.
+        names: The renamed columns of the file, and their new names.
     """
 
     columns: tuple[str, ...]
@@ -55,12 +55,12 @@ def chosen(columns: Collection[str], names: Mapping[str, str], known: Collection
     """Rename `columns` according to the setting `columns`.
 
     Args:
-        columns: of the file.
-        names: the setting; names that the file lacks are ignored.
-        known: the columns that formats read.
+        columns: Of the file.
+        names: The setting; names that the file lacks are ignored.
+        known: The columns that formats read.
 
     Raises:
-        ConfigError: a column gets a name that no format has, or two get the same.
+        ConfigError: A column gets a name that no format has, or two get the same.
     """
     for column, role in names.items():
         if role not in ROLES and role not in known:
@@ -80,8 +80,8 @@ def by_usual_names(columns: Collection[str], fits: Callable[[tuple[str, ...]], b
     """Rename columns with common names, if a format fits then.
 
     Args:
-        columns: those of a file that no format fits.
-        fits: whether a format has such columns.
+        columns: Those of a file that no format fits.
+        fits: Whether a format has such columns.
 
     Returns:
         The renaming; empty if no format would fit or several columns compete.

@@ -29,7 +29,7 @@ def share_out(messages: Sequence[Message], names: Sequence[str], *, column: str)
     """Assign `names` in order to the placeholders in `messages` that have no image yet.
 
     Raises:
-        RowError: the numbers of placeholders and images differ, or an answer has a placeholder.
+        RowError: The numbers of placeholders and images differ, or an answer has a placeholder.
     """
     remaining = list(names)
     placeholders = 0

@@ -23,7 +23,7 @@ def load(name: str, *, setting: str, folder: Path | None) -> Format:
     """Create a format from the function `name`.
 
     Raises:
-        ConfigError: it cannot be loaded, or is not callable.
+        ConfigError: It cannot be loaded, or is not callable.
     """
     function = plugins.load_user_object(name, setting=setting, folder=folder)
     if not callable(function):

@@ -53,11 +53,11 @@ def read_react(
 def _assistant(message: Message, where: str) -> Message:
     if not is_action(message.content):
         return replace(message, content=_FINAL.sub("", message.content, count=1))
-    said, found = parse(families.load("react"), message.content)
+    text, found = parse(families.load("react"), message.content)
     if wrong := next((each for each in found if each.problem and each.call is None), None):
         raise RowError(where, f"its action {wrong.problem}", "write the Action Input as JSON")
     calls = tuple(each.call for each in found if each.call is not None)
-    return replace(message, content=_THOUGHT.sub("", said).strip(), tool_calls=calls)
+    return replace(message, content=_THOUGHT.sub("", text).strip(), tool_calls=calls)
 
 
 def _as_json(text: str) -> str:

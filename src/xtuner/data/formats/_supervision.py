@@ -33,7 +33,7 @@ def read_loss(turn: Mapping[str, Any], role: Role, path: str) -> Supervision:
     """Read whether a turn is supervised, None if it does not say, and its loss weight.
 
     Raises:
-        RowError: a value is not allowed, two of them disagree, or a turn that is not the
+        RowError: A value is not allowed, two of them disagree, or a turn that is not the
             assistant's is to be supervised.
     """
     given = {key: turn[key] for key in LOSS_KEYS if turn.get(key) is not None}
@@ -65,7 +65,7 @@ def read_reasoning(turn: Mapping[str, Any], role: Role, path: str) -> str:
     """Read the reasoning of an assistant turn; empty if there is none.
 
     Raises:
-        RowError: it is not text, is given twice, or belongs to a turn of another role.
+        RowError: It is not text, is given twice, or belongs to a turn of another role.
     """
     given = {key: optional_text(turn, key, within=path) for key in REASONING_KEYS}
     given = {key: value for key, value in given.items() if value.strip()}

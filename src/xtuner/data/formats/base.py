@@ -23,9 +23,9 @@ class RowError(DataError):
     """A row cannot be read.
 
     Attributes:
-        field: the faulty part of the row, such as ``messages[1].role``; empty for the row itself.
-        problem: the problem.
-        hint: how to fix it; may be empty.
+        field: The faulty part of the row, such as ``messages[1].role``; empty for the row itself.
+        problem: The problem.
+        hint: How to fix it; may be empty.
     """
 
     def __init__(self, field: str, problem: str, hint: str = "") -> None:
@@ -45,22 +45,22 @@ class Format:
     """The structure of the rows of a data set.
 
     Attributes:
-        name: the value of the setting `dataset_format`.
-        description: one line.
-        columns: required columns.
-        example: an example row.
-        convert: converts a row; raises `RowError`.
-        optional: optional columns.
-        aliases: alternative names of required columns.
-        priority: among formats that use the same number of columns, 'auto' prefers the highest.
-        by_row: another format has the same columns, so 'auto' selects this one only if it can read
+        name: The value of the setting `dataset_format`.
+        description: One line.
+        columns: Required columns.
+        example: An example row.
+        convert: Converts a row; raises `RowError`.
+        optional: Optional columns.
+        aliases: Alternative names of required columns.
+        priority: Among formats that use the same number of columns, 'auto' prefers the highest.
+        by_row: Another format has the same columns, so 'auto' selects this one only if it can read
             a row, and recognises it.
-        recognise: whether a row is of this format rather than another with the same columns, by
+        recognise: Whether a row is of this format rather than another with the same columns, by
             what its text contains; 'auto' then selects this one.
-        renames: columns that the file calls otherwise, and what the format calls them.
-        turn_keys: for a column that is a list of turns, the keys of a turn that are read; other
+        renames: Columns of the file with other names, and the format's names for them.
+        turn_keys: For a column that is a list of turns, the keys of a turn that are read; other
             keys are reported.
-        unlisted: columns that are read, but do not count when 'auto' compares formats.
+        unlisted: Columns that are read, but do not count when 'auto' compares formats.
     """
 
     name: str
@@ -108,9 +108,9 @@ def text(row: Row, column: str, *, within: str = "") -> str:
     """Read a required string that is not blank.
 
     Args:
-        row: the row, or an object in it.
-        column: the key.
-        within: the path of `row`, such as ``messages[1].``, for the message.
+        row: The row, or an object in it.
+        column: The key.
+        within: The path of `row`, such as ``messages[1].``, for the message.
     """
     if column not in row:
         raise RowError(within + column, "is missing", _FILL_IN)
@@ -185,10 +185,10 @@ def question_and_answer(
     """The `convert` of a format whose rows are one question and its answer.
 
     Args:
-        question: the column of the question.
-        answer: the column of the answer.
-        context: an optional column, whose text follows the question on the next line.
-        system: an optional column with the system message.
+        question: The column of the question.
+        answer: The column of the answer.
+        context: An optional column, whose text follows the question on the next line.
+        system: An optional column with the system message.
     """
     return partial(_exchange, question=question, answer=answer, context=context, system=system)
 

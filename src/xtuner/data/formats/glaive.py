@@ -49,11 +49,11 @@ def _message(role: Role, content: str) -> Message:
     content = content.replace(_END, "").strip()
     if role != "assistant" or _CALL not in content:
         return Message(role, content)
-    said, *calls = content.split(_CALL)
+    text, *calls = content.split(_CALL)
     read: tuple[Mapping[str, Any], ...] = ()
     for call in calls:
         read += read_calls(_as_json(call.strip()), where="chat")
-    return Message(role, said.strip(), tool_calls=read)
+    return Message(role, text.strip(), tool_calls=read)
 
 
 def _as_json(call: str) -> Any:

@@ -51,8 +51,8 @@ def _parts(turn: Message, where: str) -> Iterator[Message]:
         calls: tuple[Mapping[str, Any], ...] = ()
         for text in _CALL.findall(turn.content):
             calls += read_calls(text, where=where)
-        said = _CALL.sub("", turn.content).strip()
-        yield replace(turn, content=said, tool_calls=calls)
+        content = _CALL.sub("", turn.content).strip()
+        yield replace(turn, content=content, tool_calls=calls)
         return
     results = _RESULT.findall(turn.content) if turn.role in ("tool", "user") else []
     if not results:

@@ -28,8 +28,8 @@ def convert(row: Row) -> Conversation:
     for index, turn in enumerate(turns):
         if turn.role == "system" and (found := _plugins(turn.content)):
             tools = found
-            said = turn.content.partition(_LISTING)[0].strip()
-            messages += [replace(turn, content=said)] if said else []
+            text = turn.content.partition(_LISTING)[0].strip()
+            messages += [replace(turn, content=text)] if text else []
         else:
             messages += _parts(turn, f"conversations[{index}].value")
     return conversation(messages, tools=tools, column="conversations")
@@ -56,21 +56,21 @@ def _parts(turn: Message, where: str) -> Iterator[Message]:
     if turn.role != "assistant" or turn.tool_calls:
         yield turn
         return
-    said, at = "", 0
+    text, at = "", 0
     reasoning = turn.reasoning
     for part in _PART.finditer(turn.content):
-        said += turn.content[at : part.start()]
+        text += turn.content[at : part.start()]
         at = part.end()
         inner = _FENCE.sub("", part[2])
         if part[1] == "exec":
-            if said.strip():
-                yield replace(turn, content=said.strip(), reasoning=reasoning)
+            if text.strip():
+                yield replace(turn, content=text.strip(), reasoning=reasoning)
             yield Message("tool", inner)
         else:
             calls = read_calls(inner, where=where)
-            yield replace(turn, content=said.strip(), tool_calls=calls, reasoning=reasoning)
-        said = reasoning = ""
-    rest = said + turn.content[at:]
+            yield replace(turn, content=text.strip(), tool_calls=calls, reasoning=reasoning)
+        text = reasoning = ""
+    rest = text + turn.content[at:]
     if rest.strip():
         yield replace(turn, content=rest.strip() if at else rest, reasoning=reasoning)
 

@@ -32,9 +32,9 @@ def expand(
     """Repeat each image token as often as its image has tokens.
 
     Args:
-        input_ids: with one token per image.
-        token_id: the token ``<image>``.
-        counts: tokens of each image, in order; as many as there are image tokens.
+        input_ids: Token ids with one token per image.
+        token_id: The token ``<image>``.
+        counts: Tokens of each image, in order; as many as there are image tokens.
 
     Returns:
         The new ids, and how often each of `input_ids` occurs in them.
@@ -49,9 +49,9 @@ class ImageLayout:
     """What the data pipeline needs to know about a model with image input.
 
     Attributes:
-        folder: the folder of the images.
-        token_id: the token ``<image>``.
-        processor: returns the number of tokens of an image, and preprocesses its pixels.
+        folder: The folder of the images.
+        token_id: The token ``<image>``.
+        processor: Returns the number of tokens of an image, and preprocesses its pixels.
     """
 
     folder: ImageFolder
@@ -95,7 +95,7 @@ class ImageLayout:
         ]
         return Encoded(ids, mask, weights), tuple(images)
 
-    def is_sound(self, name: str) -> bool:
+    def is_usable(self, name: str) -> bool:
         """Whether an image can be used."""
         try:
             self.folder.check(name)
@@ -141,9 +141,9 @@ class ImageCollate:
     """Collates batches with the pixels of their images.
 
     Attributes:
-        collate: the algorithm's function, which lays out the tokens.
-        image_layout: where images are, and how they are preprocessed.
-        kept: returns the cached features of an image by the hash of its content, if any; None if
+        collate: The algorithm's function, which lays out the tokens.
+        image_layout: Where images are, and how they are preprocessed.
+        kept: Returns the cached features of an image by the hash of its content, if any; None if
             features are not cached.
     """
 
@@ -155,7 +155,7 @@ class ImageCollate:
         """See `Batch`.
 
         Raises:
-            DataError: an image can no longer be read, or has changed since the data were prepared;
+            DataError: An image can no longer be read, or has changed since the data were prepared;
                 names the row and the file.
         """
         samples = [self.image_layout.without_cut_image(sample) for sample in samples]
@@ -206,7 +206,7 @@ def open_image_folder(
     the settings file), and in the working directory.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: The folder does not exist.
     """
     roots = [*([folder / Path(data_root).expanduser(), Path(data_root)] if data_root else []),
              folder, Path.cwd()]  # fmt: skip

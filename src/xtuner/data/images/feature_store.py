@@ -34,8 +34,8 @@ class FeatureStore:
     """The features that one vision tower computed from images with one preprocessing.
 
     Attributes:
-        folder: the folder of the features; None before `open`.
-        shape: of the features of one image ``[T, C]``.
+        folder: The folder of the features; None before `open`.
+        shape: Shape of the features of one image, ``[T, C]``.
     """
 
     folder: Path | None = None
@@ -45,8 +45,8 @@ class FeatureStore:
         """Open the folder for everything that features depend on besides the image.
 
         Args:
-            facts: the encoder, its weights and the preprocessing.
-            shape: of the features of one image.
+            facts: The encoder, its weights and the preprocessing.
+            shape: Shape of the features of one image, ``[T, C]``.
         """
         text = json.dumps(dict(facts), sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]

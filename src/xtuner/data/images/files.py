@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from xtuner.errors import DataError
+from xtuner.errors import DataError, message_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +36,7 @@ class ImageError(DataError):
     """An image that cannot be used.
 
     Attributes:
-        problem: what is wrong and what to do, without the image's name.
+        problem: What is wrong and what to do, without the image's name.
     """
 
     def __init__(self, name: str, problem: str) -> None:
@@ -60,7 +60,7 @@ class ImageFolder:
         it must not lead out.
 
         Raises:
-            ImageError: it is outside the folder, or does not exist.
+            ImageError: It is outside the folder, or does not exist.
         """
         if "://" in name or name.startswith("data:"):
             raise ImageError(
@@ -91,7 +91,7 @@ class ImageFolder:
         its size.
 
         Raises:
-            ImageError: it cannot be found or decoded.
+            ImageError: It cannot be found or decoded.
         """
         with self.find(name).open("rb") as file:
             decode(file, name, small=True)
@@ -103,12 +103,10 @@ def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
     """Decode an image to RGB, rotated according to its EXIF data.
 
     Args:
-        file: the image file.
-        name: its name in error messages.
-        small: decode at the lowest resolution that the format allows, to check the file.
+        small: Decode at the lowest resolution that the format allows, to check the file.
 
     Raises:
-        ImageError: the file is not an image of a known format, or is damaged or too large.
+        ImageError: The file is not an image of a known format, or is damaged or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -128,14 +126,14 @@ def decode(file: BinaryIO, name: str, *, small: bool = False) -> Image.Image:
         problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
         raise ImageError(name, problem) from error
     except Exception as error:  # decoders raise many kinds for a damaged file
-        raise ImageError(name, f"is damaged: {' '.join(str(error).split())}") from error
+        raise ImageError(name, f"is damaged: {message_of(error)}") from error
 
 
 def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
     """Width and height of an image that `decode` would return, read from the file's header.
 
     Raises:
-        ImageError: the file is not an image, or its header is damaged.
+        ImageError: The file is not an image, or its header is damaged.
     """
     from PIL import Image
 
@@ -146,7 +144,7 @@ def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNS
     except Exception as error:  # decoders raise many kinds for a damaged file
-        raise ImageError(name, f"is damaged: {' '.join(str(error).split())}") from error
+        raise ImageError(name, f"is damaged: {message_of(error)}") from error
     return (height, width) if turned else (width, height)
 
 
@@ -154,7 +152,7 @@ def open_image(path: str | Path) -> Image.Image:
     """Decode the image at `path`, anywhere on disk: for images that the user names.
 
     Raises:
-        ImageError: it does not exist or cannot be decoded.
+        ImageError: It does not exist or cannot be decoded.
     """
     try:
         with Path(path).expanduser().open("rb") as file:

@@ -47,7 +47,7 @@ def fetched(url: str, *, seconds: float = SECONDS, most: int = MAX_BYTES) -> Pat
     """The file of the image at `url`; it is stored in the cache of data sets.
 
     Raises:
-        DataError: it cannot be downloaded in `seconds`, has more than `most` bytes, or is not an
+        DataError: It cannot be downloaded in `seconds`, has more than `most` bytes, or is not an
             image.
     """
     home = cache_dir() / "images"

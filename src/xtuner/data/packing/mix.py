@@ -21,11 +21,11 @@ def mixed_rows(
     """The row numbers of an epoch, in the order of the sources; repeated rows occur repeatedly.
 
     Args:
-        counts: usable rows of each source, at least 1; rows are numbered across all sources.
-        repeats: how often each source is used; a fraction selects a random part of it.
-        weights: shares of the sources in an epoch with as many rows as all sources together.
-        limit: maximum number of rows, drawn at random.
-        seed: determines the random draws.
+        counts: Usable rows of each source, at least 1; rows are numbered across all sources.
+        repeats: How often each source is used; a fraction selects a random part of it.
+        weights: Shares of the sources in an epoch with as many rows as all sources together.
+        limit: Maximum number of rows, drawn at random.
+        seed: Determines the random draws.
     """
     targets = list(counts)
     if repeats is not None:

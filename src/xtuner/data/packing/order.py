@@ -48,10 +48,10 @@ def grouped(
     The remainders of both modalities, less than `size` each, are at the end and may share a group.
 
     Args:
-        drawn: numbers in random order.
-        has_images, lengths: modality and length of every number.
-        size: size of a group.
-        key: key of the random order of the groups.
+        drawn: Numbers in random order.
+        has_images, lengths: Modality and length of every number.
+        size: Size of a group.
+        key: Key of the random order of the groups.
     """
     groups, rest = [], []
     for modality in (True, False):

@@ -23,9 +23,9 @@ class Fitted:
     """The samples of one source, and the rows that were too long for one sample.
 
     Attributes:
-        samples: the samples in the order of the rows.
-        overlong: numbers of the rows with more than max_length tokens.
-        lost: the overlong rows without a sample.
+        samples: The samples in the order of the rows.
+        overlong: Numbers of the rows with more than max_length tokens.
+        lost: The overlong rows without a sample.
     """
 
     samples: SampleTable

@@ -28,9 +28,9 @@ def pack(lengths: Ints | Ints32, capacity: int, *, order: Ints) -> tuple[Ints, I
     """Distribute samples over packs.
 
     Args:
-        lengths: tokens of each sample, from 1 to `capacity`; ``[S]``.
-        capacity: maximum tokens of a pack.
-        order: the sample numbers in the order of use; ``[S]``.
+        lengths: Tokens of each sample, from 1 to `capacity`; ``[S]``.
+        capacity: Maximum tokens of a pack.
+        order: The sample numbers in the order of use; ``[S]``.
 
     Returns:
         The sample numbers, pack by pack ``[S]``, and the start of each pack, then S ``[P + 1]``.
@@ -103,10 +103,10 @@ class PackedDataset:
     """Packs of samples, read from disk on access.
 
     Args:
-        stores: the encoded rows of each source.
-        samples: the samples, pack by pack.
-        starts: the start of each pack in `samples`, then S; ``[P + 1]``.
-        max_length: maximum tokens of each sequence of a row with several sequences.
+        stores: The encoded rows of each source.
+        samples: The samples, pack by pack.
+        starts: The start of each pack in `samples`, then S; ``[P + 1]``.
+        max_length: Maximum tokens of each sequence of a row with several sequences.
     """
 
     def __init__(

@@ -19,10 +19,10 @@ class SampleTable:
     """Samples as arrays ``[S]``, kept in memory: 20 bytes per sample.
 
     Attributes:
-        source: number of the source.
-        row: number of the row among the encoded rows of its source.
-        start, length: the range of tokens of the row.
-        supervised: number of supervised tokens.
+        source: Number of the source.
+        row: Number of the row among the encoded rows of its source.
+        start, length: The range of tokens of the row.
+        supervised: Number of supervised tokens.
     """
 
     source: Ints32

@@ -17,9 +17,9 @@ from xtuner.data.tokenize.store import RowStore
 from xtuner.errors import DataError, count, listed
 
 _OFTEN = 0.1
-"""The share of rows that are cut from which the user is told what that means."""
-SEVERAL = "samples, as the chat template rewrites earlier turns"
-"""What happens to rows whose turns one text cannot show as a chat does."""
+"""If more than this share of the rows is cut, the report says what follows from it."""
+SEVERAL = "samples, since the chat template rewrites earlier turns"
+"""What rows become if no single rendering matches the chat at every turn."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def refuse_unusable(encoded: Sequence[EncodedSource]) -> None:
     """Raise if a source has no usable row, or a row is too long and `overlong` is 'error'.
 
     Raises:
-        DataError: with the most frequent reasons and the first rows of each.
+        DataError: Lists the most frequent reasons and the first rows of each.
     """
     if any(each.policy == "error" for each in encoded):
         _refuse_overlong(encoded)

@@ -34,7 +34,7 @@ def bad_rows(
     source or file that cannot be read is one line, and the others are checked.
 
     Raises:
-        ConfigError: unknown format.
+        ConfigError: Unknown format.
     """
     encoding = Encoding(
         settings, algorithm=algorithm, folder=folder, image_layout=image_layout, **parts

@@ -55,14 +55,14 @@ class SourceReport:
     """The report on one source: ``rows_read == rows_used + rows_left_out + rows_lost``.
 
     Attributes:
-        formats: format name to the number of files in this format.
-        auto: whether the formats were selected by the columns.
-        rows_used: rows used for training or validation.
-        rows_left_out: usable rows that the mix or max_dataset_length leaves out.
-        lost: rows that cannot be used, by reason.
-        changed: rows that are several samples, or were cut or split to fit max_length; they are not
+        formats: Format name to the number of files in this format.
+        auto: Whether the formats were selected by the columns.
+        rows_used: Rows used for training or validation.
+        rows_left_out: Usable rows that the mix or max_dataset_length leaves out.
+        lost: Rows that cannot be used, by reason.
+        changed: Rows that are several samples, or were cut or split to fit max_length; they are not
             lost.
-        kept: rows that are used although their tool calls are wrong (tool_call_errors = 'keep'), by
+        kept: Rows that are used although their tool calls are wrong (tool_call_errors = 'keep'), by
             reason.
     """
 
@@ -161,9 +161,9 @@ class DataReport:
     """The report on all data of a run.
 
     Attributes:
-        packed: whether samples are packed to max_length tokens.
-        duplicates: used rows with the same tokens as an earlier row.
-        notes: further notes for the user.
+        packed: Whether samples are packed to max_length tokens.
+        duplicates: Used rows with the same tokens as an earlier row.
+        notes: Further notes for the user.
     """
 
     sources: tuple[SourceReport, ...]
@@ -178,7 +178,7 @@ class DataReport:
         """Raise if a source loses a larger share of its rows than `limit`.
 
         Raises:
-            DataError: with the reasons and what to do.
+            DataError: Lists the reasons and what to do.
         """
         problems = [problem for s in self.sources if (problem := s.too_many_lost(limit))]
         if problems:

@@ -30,13 +30,12 @@ def draw(
     """Render one sample.
 
     Args:
-        sample: the sample.
         show: 'text'; 'masked_text', which shows only the number of unsupervised tokens;
             'input_ids'; or 'labels' as passed to the loss.
-        tokenizer: decodes ids.
-        marks: put supervised tokens between « and », for output without colors. A loss weight other
+        tokenizer: Decodes ids.
+        marks: Put supervised tokens between « and », for output without colors. A loss weight other
             than 1 follows the tokens, such as ``(x0.5)``.
-        image_layout: how images are expanded to tokens; the tokens of an image are rendered as its
+        image_layout: How images are expanded to tokens; the tokens of an image are rendered as its
             name.
     """
     output, images = Text(), iter(sample.images)
@@ -86,11 +85,7 @@ def _spans(
     """(supervised, weight, start, stop) of each run of tokens that have these in common; image
     tokens are separate runs."""
     labels = concatenate([sample]).labels[0].numpy()
-    is_image = (
-        sample.input_ids == image_layout.token_id
-        if image_layout and sample.images
-        else labels > labels.max()
-    )
+    is_image = sample.input_ids == (image_layout.token_id if image_layout and sample.images else -1)
     start = 0
     supervised = labels != IGNORE_INDEX
     weights = np.where(supervised, 1.0 if sample.weights is None else sample.weights, 1.0)

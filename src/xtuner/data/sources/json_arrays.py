@@ -59,7 +59,7 @@ def json_rows(data: BinaryIO, layout: Layout, *, name: str) -> Iterator[Row | Fa
     objects over several lines.
 
     Raises:
-        DataError: the text is not complete JSON; the rest cannot be read then.
+        DataError: The text is not complete JSON; the rest cannot be read then.
     """
     text = _SlidingText(data, name)
     if layout == "objects":
@@ -100,8 +100,8 @@ class _SlidingText:
     """A window on the text of a file; the text before the position is dropped as more is read.
 
     Args:
-        data: the file, from its start.
-        name: its name in messages.
+        data: The file, from its start.
+        name: The file's name in messages.
     """
 
     def __init__(self, data: BinaryIO, name: str) -> None:
@@ -124,7 +124,7 @@ class _SlidingText:
         consumes it.
 
         Raises:
-            DataError: it is not a complete object.
+            DataError: It is not a complete object.
         """
         self.skip("{")
         if self.next() != "}":
@@ -169,7 +169,7 @@ class _SlidingText:
         """Consume the next JSON value; return it and its text.
 
         Raises:
-            DataError: there is none.
+            DataError: There is none.
         """
         self.next()
         for doubled in itertools.count():

@@ -34,7 +34,7 @@ def parquet_rows(path: Path, *, name: str) -> Iterator[tuple[Row | Fault, float]
     """Yield each row, or why it cannot be read, and the share of the file read.
 
     Raises:
-        DataError: the file is incomplete, or ends the process that reads it.
+        DataError: The file is incomplete, or ends the process that reads it.
     """
     child = _Child.get()
     try:
@@ -101,7 +101,7 @@ class _Child:
         """The answer to the oldest request; None at the end of the file.
 
         Raises:
-            DataError: the file `name` cannot be read.
+            DataError: The file `name` cannot be read.
         """
         assert self._process.stdout
         size = int.from_bytes(self._process.stdout.read(8), "little")

@@ -25,11 +25,11 @@ text shrinks to a tenth, and tables with repeated columns to a hundredth."""
 
 
 class _ExpansionError(Exception):
-    """A small file holds implausibly much."""
+    """A small file expands to implausibly many bytes."""
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles other than plain values as their text."""
+    """Pickles anything but plain values as text."""
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -66,7 +66,7 @@ def answers(path: str) -> Iterator[dict[str, Any]]:
         yield {"rows": [], "share": 1.0}
     except _ExpansionError as error:
         yield {"refused": str(error)}
-    except Exception as error:  # whatever a malformed file causes
+    except Exception as error:  # a malformed file can cause any error
         yield {"error": " ".join(str(error).split()) or repr(error)}
 
 

@@ -79,7 +79,7 @@ class LocalFile:
         """Iterate over the rows.
 
         Raises:
-            DataError: the file, or the rest of it, cannot be read.
+            DataError: The file, or the rest of it, cannot be read.
         """
         if self._kind in _TABLES:
             size = self.size

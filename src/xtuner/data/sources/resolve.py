@@ -25,10 +25,10 @@ class PreparedSource:
     """A source with its non-empty files and their formats.
 
     Attributes:
-        name: the entry of `data_path`.
-        requested_format: its value of `dataset_format`.
-        files, formats: aligned.
-        notes: notes for the user on how rows are read.
+        name: The entry of `data_path`.
+        requested_format: Its value of `dataset_format`.
+        files, formats: Aligned.
+        notes: Notes for the user on how rows are read.
     """
 
     name: str
@@ -65,8 +65,8 @@ def prepare(
     of each source and file that cannot be used, and the others are opened.
 
     Raises:
-        DataError: a source is missing or empty, or its format is unknown; all problems are listed.
-        ConfigError: unknown format.
+        DataError: A source is missing or empty, or its format is unknown; all problems are listed.
+        ConfigError: Unknown format.
     """
     requested = settings.dataset_format
     entries = zip(settings.data_path, requested * len(settings.data_path), strict=False)

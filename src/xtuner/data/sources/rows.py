@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from xtuner.errors import message_of
 from xtuner.types import Row
 
 Unit = Literal["line", "row"]
@@ -19,10 +20,10 @@ class Fault:
     """Why a row cannot be used.
 
     Attributes:
-        reason: the problem and how to fix it, worded the same for all rows with this fault.
-        field: the faulty part of the row, such as ``messages[1].role``; empty for the row itself.
-        detail: details of this row.
-        file: a referenced file that is faulty; when it is fixed, the row becomes usable.
+        reason: The problem and how to fix it, worded the same for all rows with this fault.
+        field: The faulty part of the row, such as ``messages[1].role``; empty for the row itself.
+        detail: Details of this row.
+        file: A referenced file that is faulty; when it is fixed, the row becomes usable.
     """
 
     reason: str
@@ -43,9 +44,9 @@ class RawRow(NamedTuple):
     """One row as read.
 
     Attributes:
-        line: its line or number, from 1.
-        value: an unparsed line of JSON, a row, or a fault.
-        end: bytes of the file on disk read so far.
+        line: Its line or number, from 1.
+        value: An unparsed line of JSON, a row, or a fault.
+        end: Bytes of the file on disk read so far.
     """
 
     line: int
@@ -91,7 +92,7 @@ def parse(raw: bytes) -> Row | Fault:
     except json.JSONDecodeError as error:
         return Fault("is not valid JSON", detail=f"column {error.colno}: {error.msg}")
     except (ValueError, RecursionError) as error:
-        return Fault("is not valid JSON", detail=" ".join(str(error).split()))
+        return Fault("is not valid JSON", detail=message_of(error))
 
 
 def as_row(value: Any, text: str) -> Row | Fault:

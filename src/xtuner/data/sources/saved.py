@@ -20,12 +20,11 @@ def saved_files(folder: Path, entry: str, *, split: str) -> list[Path] | None:
     such data set.
 
     Args:
-        folder: the folder.
-        entry: its name in messages.
-        split: the split to read, if the folder has several.
+        entry: Its name in messages.
+        split: The split to read, if the folder has several.
 
     Raises:
-        DataError: it has no such split, or lacks a file.
+        DataError: It has no such split, or lacks a file.
     """
     if (folder / _SPLITS).is_file():
         splits = _read(folder / _SPLITS, entry).get("splits")

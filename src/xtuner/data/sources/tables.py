@@ -38,7 +38,7 @@ def csv_rows(data: BinaryIO, *, name: str, delimiter: str) -> Iterator[tuple[int
     """Yield the first line of each row, and the row. The first line of the file is the header.
 
     Raises:
-        DataError: the header is invalid.
+        DataError: The header is invalid.
     """
     csv.field_size_limit(_MAX_CELL)
     # undecodable bytes become surrogates, so that a bad cell affects only its row

@@ -24,6 +24,8 @@ _HARMLESS = re.compile(
 """Names of metadata columns, which contain nothing to learn."""
 
 _LABELS = ("label", "kto_tag")
+_VERDICTS = {"true", "false", "good", "bad", "desirable", "undesirable"}
+_NUMBERS = ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}, {"-1.0", "1.0"})
 _MEDIA = {"audio": "audio", "audios": "audio", "video": "video", "videos": "video"}
 _MEDIA_TOKEN = re.compile(r"<(audio|video)>")
 _BLANKS = re.compile(r"\{\{\s*\w+\s*\}\}")
@@ -36,8 +38,8 @@ def other_kind(rows: Sequence[Row], unread: Sequence[str]) -> str:
     otherwise empty.
 
     Args:
-        rows: the first rows of the file.
-        unread: columns that the format does not read.
+        rows: The first rows of the file.
+        unread: Columns that the format does not read.
     """
     if all(column in unread for column in _BOTH):
         return (
@@ -62,7 +64,7 @@ def encoded_already(columns: Sequence[str]) -> str:
     if "input_ids" not in columns:
         return ""
     return (
-        "the column 'input_ids' holds token ids, of a tokenizer that the file does not name; give "
+        "the column 'input_ids' holds token ids of an unknown tokenizer; give "
         "the text or messages from which they were made"
     )
 
@@ -77,9 +79,9 @@ def notes(format: Format, rows: Sequence[Row], unread: Sequence[str]) -> Iterato
         yield f"the key{'s' * several} {_quoted(keys)} of turns {_are(several)} not read"
     text = "\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in rows)
     if found := _MEDIA_TOKEN.search(text):
-        yield f"{found[0]} in a text is trained on as text; xtuner does not read {found[1]}"
+        yield f"{found[0]} in a text is trained on as plain text; xtuner does not read {found[1]}"
     if found := _BLANKS.search(text):
-        yield f"{found[0]} in a text is trained on literally; nothing replaces it"
+        yield f"{found[0]} in a text is not replaced by anything, and is trained on literally"
 
 
 def _unread_keys(format: Format, rows: Sequence[Row]) -> Iterator[str]:
@@ -96,12 +98,11 @@ def _unread_keys(format: Format, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _is_label(values: Sequence[Any]) -> bool:
-    """Whether all values are true or false, as JSON or as text of a CSV file."""
-    given = [value for value in values if value is not None]
-    text = {"true", "false"}
-    return bool(given) and all(
-        isinstance(v, bool) or (isinstance(v, str) and v.strip().lower() in text) for v in given
-    )
+    """Whether all values say if an answer is good: true or false, words, or both of two numbers. A
+    column with one number for all rows distinguishes nothing.
+    """
+    given = {str(value).strip().lower() for value in values if value is not None} - {""}
+    return bool(given) and (given <= _VERDICTS or given in _NUMBERS)
 
 
 def _quoted(names: Sequence[str]) -> str:

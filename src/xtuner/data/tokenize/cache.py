@@ -39,7 +39,7 @@ def own_folder(folder: Path) -> None:
     """Create a folder of the cache that only this user can write to; reject one of another user.
 
     Raises:
-        PermissionError: another user owns it.
+        PermissionError: Another user owns it.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = folder.stat()
@@ -74,7 +74,7 @@ def load_or_make(
     """Open the store `key`; call `make` to write it if it is missing or not `usable`.
 
     Raises:
-        DataError: the cache folder cannot be written.
+        DataError: The cache folder cannot be written.
     """
     root = cache_root()
     try:

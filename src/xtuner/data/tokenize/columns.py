@@ -56,11 +56,10 @@ class Column:
     """A one-dimensional .npy file; processes and threads may read it concurrently.
 
     Args:
-        path: the file.
-        dtype: the expected dtype.
+        dtype: The expected dtype.
 
     Raises:
-        ValueError: the file is missing, damaged, or has another dtype or shape.
+        ValueError: The file is missing, damaged, or has another dtype or shape.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,9 @@ class Encoding:
     Args:
         settings: `algorithm`, its options, `tool_call_errors`, `thoughts` and `dataset_num_proc`
             are used.
-        template: renders conversations.
-        tokenizer: of the trained model.
-        folder: where relative paths are looked up first.
-        algorithm: defines the accepted records and their sequences.
-        image_layout: how images are expanded to tokens; None for a model without a vision tower.
-        vocab_size: rows with token ids from here on cannot be used; None if there are none.
-        quiet: show no progress.
+        template, tokenizer, algorithm, image_layout, vocab_size: See `Encoder`.
+        folder: Where relative paths are looked up first.
+        quiet: Show no progress.
     """
 
     def __init__(
@@ -56,12 +52,10 @@ class Encoding:
         vocab_size: int | None = None,
         quiet: bool = False,
     ) -> None:
-        self._image_layout, self._vocab_size = image_layout, vocab_size
-        self._template, self._tokenizer, self._folder = template, tokenizer, folder
-        self._algorithm, self._options = algorithm, settings.algorithm_options
-        self._calls = CallPolicy(settings.tool_call_errors, settings.thoughts)
-        self._processes = settings.dataset_num_proc
-        self._quiet = quiet
+        calls = CallPolicy(settings.tool_call_errors, settings.thoughts)
+        self._encoder = Encoder((), template, tokenizer, algorithm, image_layout, vocab_size, calls)
+        self._options, self._processes = settings.algorithm_options, settings.dataset_num_proc
+        self._folder, self._quiet = folder, quiet
 
     def store(self, source: PreparedSource) -> RowStore:
         """The encoded rows of `source`, from the cache if possible."""
@@ -80,24 +74,16 @@ class Encoding:
 
     def _usable(self, store: RowStore) -> bool:
         """Whether a cached store is still valid: a missing image may exist now."""
-        if self._image_layout is None:
+        if (layout := self._encoder.image_layout) is None:
             return True
         try:
-            return not any(self._image_layout.is_sound(name) for name in store.bad_files())
+            return not any(layout.is_usable(name) for name in store.bad_files())
         except (OSError, ValueError):
             return False
 
     def chunks(self, source: PreparedSource) -> Iterator[EncodedChunk]:
         """Encode all rows of `source`, with a progress bar."""
-        encoder = Encoder(
-            source.formats,
-            self._template,
-            self._tokenizer,
-            self._algorithm,
-            self._image_layout,
-            self._vocab_size,
-            self._calls,
-        )
+        encoder = replace(self._encoder, formats=source.formats)
         read = rows = 0
 
         def tracked() -> Iterator[Task]:
@@ -122,16 +108,17 @@ class Encoding:
         return 1 if source.size < _SMALL else min(cores, _MAX_PROCESSES)
 
     def _key(self, source: PreparedSource) -> str:
+        e = self._encoder
         names = [format.name for format in source.formats]
         renames = [sorted(format.renames.items()) for format in source.formats]
         return cache.key_of(
             {
-                **(self._image_layout.facts() if self._image_layout else {}),
-                **({"vocab_size": self._vocab_size} if self._vocab_size else {}),
-                "template": self._template.fingerprint(),
-                "tokenizer": cache.tokenizer_identity(self._tokenizer),
-                "calls": astuple(self._calls),
-                "algorithm": [_source_hash(self._algorithm), self._options],
+                **(e.image_layout.facts() if e.image_layout else {}),
+                **({"vocab_size": e.vocab_size} if e.vocab_size else {}),
+                "template": e.template.fingerprint(),
+                "tokenizer": cache.tokenizer_identity(e.tokenizer),
+                "calls": astuple(e.calls),
+                "algorithm": [_source_hash(e.algorithm), self._options],
                 "files": [file.digest() for file in source.files],
                 "formats": names,
                 **({"columns": renames} if any(renames) else {}),

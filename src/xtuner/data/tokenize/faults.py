@@ -1,4 +1,4 @@
-"""Rows that fail, or are kept although something is wrong with them, grouped by reason."""
+"""Failed rows, and rows that are kept despite a fault, grouped by reason."""
 
 from __future__ import annotations
 

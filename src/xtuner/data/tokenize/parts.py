@@ -16,10 +16,10 @@ class Parts(NamedTuple):
     """The samples of the rows that are several samples, in order; all arrays are ``[P]``.
 
     Attributes:
-        row: number of the row.
-        start, length: the range of tokens of the row.
-        supervised: number of supervised tokens.
-        images: number of images.
+        row: Number of the row.
+        start, length: The range of tokens of the row.
+        supervised: Number of supervised tokens.
+        images: Number of images.
     """
 
     row: npt.NDArray[np.int32]

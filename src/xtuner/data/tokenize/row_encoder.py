@@ -12,7 +12,7 @@ from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, Task
-from xtuner.errors import ConfigError, XTunerError
+from xtuner.errors import ConfigError, XTunerError, message_of
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm, Conversation, Encoded, ImageRef, Preference, Record, Row, Text
 
@@ -24,7 +24,7 @@ _NO_IMAGES = "are present, but the model does not take images; set visual_encode
 
 class EncodedRow(NamedTuple):
     """An encoded row: its sequences, the images of each, and what is wrong with its calls if it is
-    used all the same."""
+    used nevertheless."""
 
     parts: list[Encoded]
     images: tuple[tuple[ImageRef, ...], ...]
@@ -36,13 +36,13 @@ class Encoder:
     """Encodes the rows of a source.
 
     Attributes:
-        formats: the format of each file of the source.
-        template: renders conversations.
-        tokenizer: encodes plain text.
-        algorithm: defines the accepted records and their sequences.
-        image_layout: how images are expanded to tokens; None for a model without a vision tower.
-        vocab_size: rows with token ids from here on cannot be used; None if there are none.
-        calls: what happens to wrong tool calls and to thoughts.
+        formats: The format of each file of the source.
+        template: Renders conversations.
+        tokenizer: The tokenizer of the trained model; encodes plain text.
+        algorithm: Defines the accepted records and their sequences.
+        image_layout: How images are expanded to tokens; None for a model without a vision tower.
+        vocab_size: Rows with token ids from here on cannot be used; None if there are none.
+        calls: What happens to wrong tool calls and to thoughts.
     """
 
     formats: Sequence[Format]
@@ -120,7 +120,8 @@ class Encoder:
             )
         if any(part.weights is not None for part in parts):
             self._check_weights(parts)
-        if self.vocab_size is not None and (fault := self._without_embedding(parts)):
+        size = self.vocab_size
+        if size is not None and (fault := self._without_embedding(parts, size)):
             return fault
         if not all(any(part.loss_mask[1:]) for part in parts):
             return Fault("has no supervised tokens, so it has no effect on training")
@@ -141,19 +142,17 @@ class Encoder:
                     f"{len(part.input_ids)} tokens"
                 )
 
-    def _without_embedding(self, parts: Sequence[Encoded]) -> Fault | None:
-        """The fault of a row whose token ids exceed the model's embedding."""
-        for part in parts:
-            for token in part.input_ids:
-                image = self.image_layout and token == self.image_layout.token_id
-                if self.vocab_size is not None and token >= self.vocab_size and not image:
-                    name = self.tokenizer.convert_ids_to_tokens(token)
-                    return Fault(
-                        "has a token for which the model has no embedding; set resize_embeddings = "
-                        "True, remove it, or give the tokenizer that belongs to the model",
-                        detail=f"{name!r}, id {token}",
-                    )
-        return None
+    def _without_embedding(self, parts: Sequence[Encoded], size: int) -> Fault | None:
+        """The fault of a row whose token ids exceed the model's embedding of `size` rows."""
+        image = self.image_layout.token_id if self.image_layout else None
+        beyond = (id for part in parts for id in part.input_ids if id >= size and id != image)
+        if (token := next(beyond, None)) is None:
+            return None
+        return Fault(
+            "has a token for which the model has no embedding; set resize_embeddings = True, "
+            "remove it, or give the tokenizer that belongs to the model",
+            detail=f"{self.tokenizer.convert_ids_to_tokens(token)!r}, id {token}",
+        )
 
     def _converted(self, row: Row, format: Format) -> Record | Fault:
         try:
@@ -227,6 +226,5 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _one_line(error: Exception) -> str:
-    message = " ".join(str(error).split())
     known = isinstance(error, ValueError | XTunerError) and not plugins.user_location(error)
-    return message if known and message else plugins.described(error)
+    return message_of(error) if known else plugins.described(error)

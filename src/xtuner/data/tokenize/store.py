@@ -139,13 +139,13 @@ class RowStore:
     """The encoded rows of one source, read from `folder` on access.
 
     Args:
-        folder: a folder that `StoreWriter` finished.
-        key: the key of the store in the cache.
-        file_names: the names of the source's files, for messages.
-        units: what the row numbers of each file count; default 'line'.
+        folder: A folder that `StoreWriter` finished.
+        key: The key of the store in the cache.
+        file_names: The names of the source's files, for messages.
+        units: What the row numbers of each file count; default 'line'.
 
     Raises:
-        ValueError: the folder is incomplete or damaged.
+        ValueError: The folder is incomplete or damaged.
     """
 
     def __init__(

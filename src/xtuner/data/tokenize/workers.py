@@ -127,7 +127,7 @@ def encode_all(
     """Encode `chunks` in `processes` processes and yield the results in the order of the chunks.
 
     Raises:
-        DataError: a process was killed, for example because memory ran out.
+        DataError: A process was killed, for example because memory ran out.
     """
     if processes == 1 or not _CAN_FORK:
         yield from (encode_chunk(encoder, chunk) for chunk in chunks)

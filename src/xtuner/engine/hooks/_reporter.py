@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.engine.sharing import shareable
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, message_of
 
 
 class Reporter(BaseHook):
@@ -26,27 +26,28 @@ class Reporter(BaseHook):
 
     def __init__(self) -> None:
         self.module: Any = None
-        self._failed = False
+        self._open = self._failed = False
 
     def wanted(self, run: Run) -> bool:
-        """If `report_to` names the tracker."""
+        """Whether `report_to` names the tracker."""
         return self.package in run.settings.report_to
 
     def on_start(self, run: Run) -> None:
         """Open the run in the tracker.
 
         Raises:
-            ConfigError: The package is not installed.
+            ConfigError: The package is not installed or cannot be imported.
         """
         try:
             self.module = importlib.import_module(self.package)
-        except ImportError as error:
+        except Exception as error:  # packages of other versions raise many types
             raise ConfigError(
-                f"report_to = {self.package!r}: needs the package {self.package}: "
-                f"pip install 'xtuner[{self.package}]'"
+                f"report_to = {self.package!r}: the package {self.package} cannot be imported "
+                f"({message_of(error)}): pip install 'xtuner[{self.package}]'"
             ) from error
         config = shareable(run.settings.model_dump(mode="json"))
         self._try(run, "open the run", lambda: self.open(run, config))
+        self._open = not self._failed
         self.on_step(run)
 
     def on_step(self, run: Run) -> None:
@@ -62,9 +63,14 @@ class Reporter(BaseHook):
             self._try(run, "log", lambda: self.log(values, run.step))
 
     def close(self) -> None:
-        """Close the run in the tracker."""
-        if self.module is not None and not self._failed:
+        """Close the run in the tracker, also after it failed to log."""
+        if not self._open:
+            return
+        try:
             self.finish()
+        except Exception:
+            if not self._failed:
+                raise
 
     def open(self, run: Run, config: Mapping[str, Any]) -> None:
         """Open the run; `config` holds its settings."""
@@ -87,8 +93,6 @@ class Reporter(BaseHook):
             self._failed = True
             run.console.print(
                 f"Note: {self.package} could not {what}; it receives no more numbers from this "
-                f"run: "
-                f"{' '.join(str(error).split()) or type(error).__name__}. They are in "
-                f"scalars.jsonl.",
+                f"run: {message_of(error).rstrip('.')}. They are in scalars.jsonl.",
                 markup=False,
             )

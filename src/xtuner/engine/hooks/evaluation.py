@@ -26,7 +26,7 @@ class Hook(BaseHook):
         self._done_at = -1
 
     def wanted(self, run: Run) -> bool:
-        """If there are questions or a validation split."""
+        """Whether there are questions or a validation split."""
         return bool(run.settings.evaluation_inputs) or run.validate is not None
 
     def on_start(self, run: Run) -> None:

@@ -82,7 +82,6 @@ def draw(file: Path, losses: Points, validation: Points, answers: Sequence[int] 
     """Draw (step, loss) pairs as a PNG.
 
     Args:
-        file: The file to write.
         losses: The loss of each step; the thick line is its `running_mean`.
         validation: The validation loss at the steps at which it was measured.
         answers: The steps at which questions were asked.

@@ -12,6 +12,10 @@ from xtuner.engine.hooks.base import Run
 _MAX_TEXT = 500
 """Maximum length of a parameter that every server accepts."""
 
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Bounds the time that training waits for a server that does not answer; MLflow's own bounds allow
+minutes per step."""
+
 
 class Hook(Reporter):
     """Logs under the name of the work dir."""
@@ -20,6 +24,8 @@ class Hook(Reporter):
 
     def open(self, run: Run, config: Mapping[str, Any]) -> None:
         """See `Reporter.open`."""
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.settings.report_project
         self.module.set_experiment(experiment)
         self.module.start_run(run_name=run.work_dir.name)

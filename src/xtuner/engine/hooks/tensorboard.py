@@ -19,7 +19,7 @@ class Hook(BaseHook):
         self._writer: Any = None
 
     def wanted(self, run: Run) -> bool:
-        """If `tensorboard = True` or `report_to` names it, and the package is installed."""
+        """Whether settings enable it and the package is installed."""
         if not run.settings.tensorboard and "tensorboard" not in run.settings.report_to:
             return False
         if importlib.util.find_spec("tensorboard") is None:

@@ -21,10 +21,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """One optimizer with the state of two.
 
     Args:
-        named: the trained parameters by name.
-        lr: learning rate of both.
-        betas: of AdamW.
-        weight_decay: of parameters of two dimensions or more.
+        named: The trained parameters by name.
+        lr: Learning rate of both.
+        betas: The betas of AdamW.
+        weight_decay: Weight decay of parameters with two or more dimensions.
     """
 
     def __init__(

@@ -29,10 +29,7 @@ def make_optimizer(
 
     Args:
         name: Name of a class in torch.optim or bitsandbytes.optim.
-        model: The model; its parameters with `requires_grad` are trained.
-        lr: Learning rate of the first step.
         betas: Passed if the class accepts them.
-        weight_decay: Weight decay of all other parameters.
         loraplus_lr_ratio: Learning-rate factor of the adapters' B matrices (LoRA+,
             arXiv:2402.12354).
         paged: False replaces a paged optimizer by its unpaged version, which has the same
@@ -41,28 +38,22 @@ def make_optimizer(
     Raises:
         ConfigError: Neither torch.optim nor bitsandbytes has it, or it cannot be used here.
     """
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if name == "Muon":
         if loraplus_lr_ratio:
             raise ConfigError("loraplus_lr_ratio: Muon scales its own updates; set it to None")
-        trained_by_name = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        return MuonWithAdamW(trained_by_name, lr=lr, betas=betas, weight_decay=weight_decay)
+        return MuonWithAdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay)
     kind = _optimizer_class(name, paged=paged)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    faster = {id(p) for name, p in named if loraplus_lr_ratio and ".lora_B." in name}
-    trained = [p for _, p in named if id(p) not in faster]
+    faster = [p for n, p in trained if loraplus_lr_ratio and ".lora_B." in n]
+    others = [p for n, p in trained if not (loraplus_lr_ratio and ".lora_B." in n)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": faster, "weight_decay": weight_decay, "lr_scale": loraplus_lr_ratio},
     ]
-    if loraplus_lr_ratio:
-        plus = [p for _, p in named if id(p) in faster]
-        groups.append({"params": plus, "weight_decay": weight_decay, "lr_scale": loraplus_lr_ratio})
-    options: dict[str, Any] = {"lr": lr}
     accepted = inspect.signature(kind).parameters
-    if "betas" in accepted:
-        options["betas"] = betas
-    if "fused" in accepted:
-        options["fused"] = True
+    options = {"lr": lr, "betas": betas, "fused": True}
+    options = {option: value for option, value in options.items() if option in accepted}
     try:
         optimizer: torch.optim.Optimizer = kind([g for g in groups if g["params"]], **options)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -76,22 +67,13 @@ def check_name(name: str) -> None:
 
 
 def _optimizer_class(name: str, *, paged: bool) -> Any:
-    known = {
-        n: c
-        for n, c in vars(torch.optim).items()
-        if isinstance(c, type)
-        and issubclass(c, torch.optim.Optimizer)
-        and n not in ("Optimizer", "LBFGS", "SparseAdam")
-    }
+    unsupported = ("Optimizer", "LBFGS", "SparseAdam")
+    known = {n: c for n, c in _classes(torch.optim).items() if n not in unsupported}
     if name in known:
         return known[name]
     import bitsandbytes.optim
 
-    quantised = {
-        n: c
-        for n, c in vars(bitsandbytes.optim).items()
-        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
-    }
+    quantised = _classes(bitsandbytes.optim)
     if name not in quantised:
         allowed = sorted({*known, *quantised})
         raise ConfigError(
@@ -99,6 +81,12 @@ def _optimizer_class(name: str, *, paged: bool) -> Any:
             f"allowed: {', '.join(allowed)}"
         )
     return quantised[name if paged else unpaged(name)]
+
+
+def _classes(module: Any) -> dict[str, Any]:
+    """The optimizers of `module`, by name."""
+    base = torch.optim.Optimizer
+    return {n: c for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base)}
 
 
 def unpaged(name: str) -> str:
@@ -121,9 +109,8 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     if not getattr(optimizer, "is_paged", False):
         optimizer.load_state_dict(state)
         return
-    optimizer.load_state_dict(
-        state, move_to_device=False
-    )  # the first step moves state that is not paged
+    # The first step moves state that is not paged.
+    optimizer.load_state_dict(state, move_to_device=False)
     buffers = []
     for parameter, values in optimizer.state.items():
         for name in ("state1", "state2"):

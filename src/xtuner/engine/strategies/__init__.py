@@ -38,7 +38,7 @@ def check(settings: Settings, *, folder: Path) -> type[BaseStrategy]:
     """The class of the strategy that `settings` name.
 
     Raises:
-        ConfigError: see `of_run`.
+        ConfigError: See `of_run`.
     """
     kind = _class_of(settings.strategy, folder)
     if problems := [f"{name}: {problem}" for name, problem in kind.check(settings)]:
@@ -47,8 +47,8 @@ def check(settings: Settings, *, folder: Path) -> type[BaseStrategy]:
 
 
 def division_of(settings: Settings, processes: int, *, folder: Path) -> Division:
-    """What each of `processes` processes holds under the strategy that `settings` name; all, where
-    it cannot be found."""
+    """What each of `processes` processes holds under the strategy that `settings` name; everything
+    if it cannot be found."""
     try:
         return _class_of(settings.strategy, folder).division(settings, processes)
     except ConfigError:

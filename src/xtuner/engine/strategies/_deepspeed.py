@@ -35,7 +35,7 @@ class DeepSpeedStrategy(ShardedStrategy):
     """ZeRO with one configuration, which subclasses set."""
 
     config: ClassVar[DeepSpeedConfig]
-    flat_buffers = True
+    returns_from = 16 * 2**20  # flat buffers of all gradients or weights
 
     @classmethod
     def check(cls, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -65,6 +65,7 @@ class DeepSpeedStrategy(ShardedStrategy):
             gradients=part if config.stage >= 2 else 1.0,
             optimizer=part,
             master=part,
+            gathers=config.stage == 3,
             live=config.live if config.stage == 3 else 0,
             bucket=config.bucket,
             weights_on_cpu=config.weights_on_cpu,
@@ -91,7 +92,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         self.model = self.engine
         self.optimizer = self.zero = self.engine.optimizer
         if self.config.stage == 3:
-            _gather_whole_units(model)
+            _gather_units(model)
         self._state = ZeroState(
             self.zero,
             self._groups,
@@ -173,7 +174,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         trained = self._groups.parameters
         counts = self.processes.sum([float(p.grad is not None) for p in trained])
         if not any(counts):
-            self._pending = False  # nothing that is trained took part in the step
+            self._pending = False  # the step used no trained weight
             return
         for parameter, count in zip(trained, counts, strict=True):
             if count and parameter.grad is None:
@@ -227,8 +228,15 @@ class DeepSpeedStrategy(ShardedStrategy):
         """Load this process's shards of a full state."""
         self._state.load(state)
 
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks, and the model from what DeepSpeed keeps per process."""
+        if self.model is not None:
+            self.engine.destroy()
+            _forget(self._inner)
+        super().close()
 
-def _gather_whole_units(model: nn.Module) -> None:
+
+def _gather_units(model: nn.Module) -> None:
     """Have stage 3 gather all weights of a unit before it computes and keep them until it has.
 
     DeepSpeed gathers a module's weights when the module is called, but fused layers read weights of
@@ -242,6 +250,19 @@ def _gather_whole_units(model: nn.Module) -> None:
         for parameter in unit.parameters():
             if id(parameter) not in own:
                 register_external_parameter(unit, parameter)
+
+
+def _forget(model: nn.Module) -> None:
+    """Remove `model` from two global holders of stage 3: the stack of modules whose forward pass
+    runs, which it never leaves, and a cache without limit over the modules of all engines."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not model]
+    for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # a decorator hides the cache
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def strategy_of(config: DeepSpeedConfig) -> type[DeepSpeedStrategy]:

@@ -132,25 +132,25 @@ def read(name: str, *, folder: Path) -> DeepSpeedConfig:
     """
     candidates = [folder / Path(name).expanduser(), Path(name).expanduser()]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    said = f"strategy = {name!r}"
+    setting = f"strategy = {name!r}"
     if path is None:
         looked = ", ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
-        raise ConfigError(f"{said}: no such file (looked for {looked})")
+        raise ConfigError(f"{setting}: no such file (looked for {looked})")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{said}: {path} is not JSON: {error}") from error
+        raise ConfigError(f"{setting}: {path} is not JSON: {error}") from error
     zero = found.get("zero_optimization") if isinstance(found, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError(
-            f"{said}: {path} has no section zero_optimization with stage 1, 2 or 3; to train "
+            f"{setting}: {path} has no section zero_optimization with stage 1, 2 or 3; to train "
             f"without ZeRO, set strategy = 'replicated'"
         )
     if wrong := [f"{key} {why}" for key, why in _REFUSED.items() if zero.get(key) is True]:
-        raise ConfigError(f"{said}: zero_optimization in {path}: {'; '.join(wrong)}; remove it")
+        raise ConfigError(f"{setting}: zero_optimization in {path}: {'; '.join(wrong)}; remove it")
     if zero["stage"] == 1 and _device(zero, "offload_optimizer") != "none":
         raise ConfigError(
-            f"{said}: {path} offloads the optimizer state with stage 1; set stage to 2, which "
+            f"{setting}: {path} offloads the optimizer state with stage 1; set stage to 2, which "
             f"supports this"
         )
     decided = tuple(key for key in found if key in OF_SETTINGS and found[key] != "auto")

@@ -56,14 +56,14 @@ class Groups:
             optimizer.register_step_post_hook(self._give_back)
 
     def _hold(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """An optimizer steps over no parameter without a gradient."""
+        """Remove the gradients of groups that this step leaves alone: it then skips them."""
         for group in () if self.step_images else optimizer.param_groups:
             for parameter in group["params"] if group[_OF_IMAGES] else ():
                 self._held.append((parameter, parameter.grad))
                 parameter.grad = None
 
     def _give_back(self, *_: Any) -> None:
-        """DeepSpeed keeps gradients on the CPU in the same memory."""
+        """Restore the gradients: with offload, DeepSpeed reuses their memory."""
         for parameter, gradient in self._held:
             parameter.grad = gradient
         self._held.clear()

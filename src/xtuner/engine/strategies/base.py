@@ -4,6 +4,7 @@ state are.
     prepare ─► for each step: zero_grad ─► backward, one per micro-batch ─► reduce_gradients
             ─► unscale ─► clip_gradients ─► step
             ─► for each checkpoint: trained_weights, optimizer_state
+            ─► close
 
 All processes make these calls in the same order. The trainer keeps the policy: the loss divisor,
 the learning rate, the loss scale, and when a step is repeated or skipped.
@@ -40,6 +41,7 @@ class Division:
         gradients: Fraction of the gradients.
         optimizer: Fraction of the optimizer state.
         master: Fraction of an additional float32 copy of the trained weights.
+        gathers: Weights are gathered into memory of their own, on a single process too.
         live: Number of gathered elements that are kept for reuse, in addition to the current and
             the next unit.
         bucket: Number of float32 elements in gradient buffers.
@@ -51,6 +53,7 @@ class Division:
     gradients: float = 1.0
     optimizer: float = 1.0
     master: float = 0.0
+    gathers: bool = False
     live: int = 0
     bucket: int = 0
     weights_on_cpu: bool = False
@@ -71,7 +74,9 @@ class BaseStrategy(ABC):
             whenever `sharded` is.
         lockstep: A backward pass is a collective call: all processes must make the same number of
             them, through the same layers. True whenever `sharded` is.
-        flat_buffers: Each step takes and frees buffers of the size of all gradients or weights.
+        returns_from: Size in bytes from which a CPU process returns freed blocks to the system,
+            where steps take and free buffers that the heap would keep without reusing them; None
+            keeps all.
         options: The strategy's options with their defaults, set by `strategy_options`.
         model: The module that the algorithm calls; set by `prepare`, which may wrap or change it.
         optimizer: Holds the parameter groups; set by `prepare`.
@@ -81,7 +86,7 @@ class BaseStrategy(ABC):
     sharded: ClassVar[bool] = False
     lockstep: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
-    flat_buffers: ClassVar[bool] = False
+    returns_from: ClassVar[int | None] = None
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
@@ -207,3 +212,8 @@ class BaseStrategy(ABC):
         Raises:
             ValueError: It belongs to other parameters, or its values are invalid.
         """
+
+    def close(self) -> None:
+        """Release model and optimizer, and what would keep them in memory in a process that goes
+        on. Not a collective call; the strategy cannot be used afterwards."""
+        self.model = self.optimizer = None

@@ -26,6 +26,7 @@ class Strategy(ShardedStrategy):
     """Fully sharded data parallelism."""
 
     sharded = lockstep = True
+    returns_from = 2**20  # the weights and gradients of a layer, several times in each pass
     options: ClassVar[Mapping[str, Any]] = {"cpu_offload": False}
 
     @classmethod
@@ -45,7 +46,9 @@ class Strategy(ShardedStrategy):
         """A shard of everything, in CPU memory with cpu_offload."""
         part = 1 / processes
         offload = bool(dict(settings.strategy_options).get("cpu_offload", False))
-        return Division(part, part, part, weights_on_cpu=offload, optimizer_on_cpu=offload)
+        return Division(
+            part, part, part, gathers=True, weights_on_cpu=offload, optimizer_on_cpu=offload
+        )
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Any:
         """Shard the weights of `model` unit by unit, and create an optimizer for the shards."""
@@ -91,8 +94,8 @@ class Strategy(ShardedStrategy):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce_gradients(self) -> None:
-        """Every backward pass does; here gradients of an image that counts nothing are discarded,
-        where no process had another one in the step."""
+        """Discard gradients of dummy images if no process had an image in the step; all others
+        are reduced in the backward pass."""
         if not getattr(self.model, "always_embeds", False) or self._saw_images(self.model):
             return
         for parameter in self.model.embedder.weights():

@@ -1,4 +1,4 @@
-"""Every process holds all weights, gradients and optimizer state; gradients are summed once a step.
+"""Every process holds all weights, gradients and optimizer state; gradients are summed per step.
 
 On a single process nothing is summed. On a GPU, a bitsandbytes optimizer steps over flat buffers if
 this gives the same bits (`engine.optimizer.flat`).

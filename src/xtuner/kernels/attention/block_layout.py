@@ -28,11 +28,11 @@ class Blocks:
     """A batch of blocks of the same shape.
 
     Attributes:
-        part: slice of the blocks in the order of `Layout`.
-        width: number of keys of a block.
-        rows: indices of the keys into rows of ``[kv_heads * N, D]``, ``[n * kv_heads * w]``.
-        starts: the first key of each block.
-        within: the range of keys (first, last + 1), relative to `starts`, that each query attends
+        part: Slice of the blocks in the order of `Layout`.
+        width: Number of keys of a block.
+        rows: Indices of the keys into rows of ``[kv_heads * N, D]``, ``[n * kv_heads * w]``.
+        starts: The first key of each block.
+        within: The range of keys (first, last + 1), relative to `starts`, that each query attends
             to; int32 ``[n, b]``.
     """
 

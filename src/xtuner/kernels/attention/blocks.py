@@ -226,10 +226,10 @@ def block_attention(
         query: ``[N, heads, D]``.
         key: ``[N, kv_heads, D]``; query head h reads kv head ``h // (heads / kv_heads)``.
         value: ``[N, kv_heads, V]``.
-        cu_seqlens: the start of each sample, then N.
-        scale: factor of the scores.
-        window: a token attends to itself and the ``window - 1`` tokens before it in its sample.
-        rotation: rotary positions applied to queries and keys first.
+        cu_seqlens: The start of each sample, then N.
+        scale: Factor of the scores.
+        window: A token attends to itself and the ``window - 1`` tokens before it in its sample.
+        rotation: Rotary positions applied to queries and keys first.
 
     Returns:
         ``[N, heads, V]``.

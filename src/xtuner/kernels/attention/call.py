@@ -20,21 +20,21 @@ AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The parameters of a layer's attention, besides the tensors.
+    """The parameters of a layer's attention, except the tensors.
 
     Attributes:
-        device: device of the tensors.
-        dtype: dtype of the tensors.
-        heads: number of query heads.
-        kv_heads: number of key and value heads; query head h reads kv head
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads; query head h reads kv head
             ``h // (heads / kv_heads)``.
-        width: head size of queries and keys.
-        value_width: head size of values.
-        scale: factor of the scores.
-        window: a token attends to itself and the ``window - 1`` tokens before it; None: to all
+        width: Head size of queries and keys.
+        value_width: Head size of values.
+        scale: Factor of the scores.
+        window: A token attends to itself and the ``window - 1`` tokens before it; None: to all
             earlier tokens.
-        softcap: scores become ``softcap * tanh(scores / softcap)``.
-        dropout: probability that an attention weight is set to zero.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``.
+        dropout: Probability that an attention weight is set to zero.
     """
 
     device: torch.device
@@ -54,7 +54,7 @@ class Functions:
     """The attention functions of this installation; None if missing.
 
     Attributes:
-        capability: compute capability of the GPU.
+        capability: Compute capability of the GPU.
         flash: ``torch.ops.aten._flash_attention_forward.default``.
         varlen: ``torch.nn.attention.varlen.varlen_attn`` (torch 2.10 and later).
         package: ``flash_attn.flash_attn_varlen_func``.
@@ -119,8 +119,8 @@ class Kernel:
     """Variable-length causal attention.
 
     Attributes:
-        name: the name in console output.
-        family: the algorithm and library, for messages that hold for several functions.
+        name: The name in console output.
+        family: The algorithm and library, for messages that hold for several functions.
     """
 
     name: str
@@ -150,12 +150,12 @@ class Kernel:
         Heads are padded with zeros to `widths`, which changes no score and no other output.
 
         Args:
-            query: the queries of a packed row.
+            query: The queries of a packed row.
             key: ``[N, kv_heads, width]``.
             value: ``[N, kv_heads, value_width]``.
-            cu_seqlens: the start of each sample and the end of the last; int32, on the device.
-            longest: length of the longest sample.
-            call: the parameters of the layer.
+            cu_seqlens: The start of each sample and the end of the last; int32, on the device.
+            longest: Length of the longest sample.
+            call: The parameters of the layer.
         """
         width, value_width = self.widths(call)
         query, key, value = _padded(query, width), _padded(key, width), _padded(value, value_width)

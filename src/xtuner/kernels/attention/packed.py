@@ -67,11 +67,11 @@ def sample_attention(
     Args:
         query: ``[1, heads, T, head_dim]``.
         key: ``[1, kv_heads, T, head_dim]``; query head h reads kv head ``h // (heads / kv_heads)``.
-        value: as `key`.
-        scaling: factor of the scores.
-        dropout: probability that an attention weight is set to zero.
-        window: a token attends to itself and the ``window - 1`` tokens before it.
-        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        value: As `key`.
+        scaling: Factor of the scores.
+        dropout: Probability that an attention weight is set to zero.
+        window: A token attends to itself and the ``window - 1`` tokens before it.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``.
 
     Returns:
         ``[1, heads, T, head_dim]``.

@@ -18,9 +18,9 @@ def attention_line(
 
     Args:
         config: transformers configuration of the model.
-        device: device of the training run.
-        dtype: dtype of matrix products.
-        implementation: the setting `attn_implementation`.
+        device: Device of the training run.
+        dtype: Dtype of matrix products.
+        implementation: The setting `attn_implementation`.
     """
     if implementation not in ("auto", packed.NAME):
         return f"transformers' {implementation} (attn_implementation)"

@@ -42,8 +42,8 @@ class Choice:
     """The kernel for a call.
 
     Attributes:
-        kernel: the kernel, or None if there is none.
-        refused: why kernels that come before it were rejected.
+        kernel: The kernel, or None if there is none.
+        refused: Why kernels that come before it were rejected.
     """
 
     kernel: Kernel | None

@@ -52,10 +52,10 @@ def attention(
     Args:
         query: ``[N, heads, D]``.
         key: ``[N, kv_heads, D]``.
-        value: as `key`.
-        rotation: cosines and sines, float32 ``[N, D]``, or None.
-        rows: the attention pattern.
-        kernels: the functions for the dtype of `query`; `kernels.attends(D)` is True.
+        value: As `key`.
+        rotation: Cosines and sines, float32 ``[N, D]``, or None.
+        rows: The attention pattern.
+        kernels: The functions for the dtype of `query`; `kernels.attends(D)` is True.
 
     Returns:
         ``[N, heads, D]``.

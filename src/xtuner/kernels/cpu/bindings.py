@@ -44,9 +44,9 @@ class Rows:
     """The attention pattern of a packed row.
 
     Args:
-        cu_seqlens: the start of each sample, then the number of tokens.
-        window: a token attends to itself and the ``window - 1`` tokens before it in its sample.
-        scale: factor of the scores.
+        cu_seqlens: The start of each sample, then the number of tokens.
+        window: A token attends to itself and the ``window - 1`` tokens before it in its sample.
+        scale: Factor of the scores.
     """
 
     def __init__(self, cu_seqlens: tuple[int, ...], window: int | None, scale: float):
@@ -114,8 +114,8 @@ class Kernels:
 
         Args:
             scores: ``[n, kv_heads, group * b, w]``.
-            within: first key and last key + 1 of each query; int32 ``[n, b]``.
-            scale: factor of the scores.
+            within: First key and last key + 1 of each query; int32 ``[n, b]``.
+            scale: Factor of the scores.
         """
         self.call("softmax_within", scores, *within, *_score_sizes(scores, within), REAL(scale))
         return scores
@@ -136,10 +136,10 @@ class Kernels:
 
         Args:
             x: ``[N, heads, D]``, the last two dimensions contiguous.
-            rotation: cosines and sines, float32 ``[N, D]``, or None.
-            out: the destination.
+            rotation: Cosines and sines, float32 ``[N, D]``, or None.
+            out: The destination.
             offsets: int64 ``[N]``.
-            head_stride: elements from one head to the next.
+            head_stride: Elements from one head to the next.
         """
         cos, sin = rotation or (None, None)
         sizes = [NUMBER(n) for n in (*x.shape, x.stride(0), head_stride)]
@@ -180,8 +180,8 @@ class Kernels:
             q: ``[N, heads, D]``; the token stride is free, also of `k` and `v`.
             k: ``[N, kv_heads, D]``.
             v: ``[N, kv_heads, D]``.
-            rotation: cosines and sines, float32 ``[N, D]``, or None.
-            rows: the attention pattern.
+            rotation: Cosines and sines, float32 ``[N, D]``, or None.
+            rows: The attention pattern.
         """
         out, logs = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
         scratch = self.scratch("attention_scratch_bytes", *_sizes(q, rows), FLAG(False))
@@ -224,9 +224,9 @@ class Kernels:
         """Pack `x` as 4-bit values and return them with the scale of each block, in float32.
 
         Args:
-            x: any shape; its size is a multiple of `block`.
-            bounds: the 15 bounds between the values of the code, rising, in float32.
-            block: values that share a scale; even, at most 4,096.
+            x: Any shape; its size is a multiple of `block`.
+            bounds: The 15 bounds between the values of the code, rising, in float32.
+            block: Values that share a scale; even, at most 4,096.
         """
         packed = torch.empty(x.numel() // 2, 1, dtype=torch.uint8)
         scales = torch.empty(x.numel() // block, dtype=torch.float32)
@@ -237,7 +237,7 @@ class Kernels:
         """Loss of each row in float32; with `gradient`, logits are overwritten by their gradient.
 
         Raises:
-            IndexError: a target is outside the vocabulary.
+            IndexError: A target is outside the vocabulary.
         """
         rows, vocabulary = logits.shape
         if self._library is not None and rows:

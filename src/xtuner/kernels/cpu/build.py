@@ -95,6 +95,6 @@ def _compiled(compiler: str) -> Path:
     """The library for this machine, compiled unless it is cached.
 
     Raises:
-        PermissionError: other users can write to the cache.
+        PermissionError: Other users can write to the cache.
     """
     return compile_library("kernels", PARTS, [compiler, *_flags(), str(SOURCE), "-lm"])

@@ -30,12 +30,12 @@ class Layer(NamedTuple):
     """The parameters of a decoder layer; tensors are contiguous.
 
     Attributes:
-        norms: weights ``[H]`` of the norms before attention and before the MLP.
-        eps: epsilon of the norms.
-        groups: linear layers: queries, keys and values; the output of attention; gate and up; down.
-        rows: the attention pattern.
-        rotation: cosines and sines, float32 ``[N, D]``.
-        heads: number of query heads, number of key heads, and head size.
+        norms: Weights ``[H]`` of the norms before attention and before the MLP.
+        eps: Epsilon of the norms.
+        groups: Linear layers: queries, keys and values; the output of attention; gate and up; down.
+        rows: The attention pattern.
+        rotation: Cosines and sines, float32 ``[N, D]``.
+        heads: Number of query heads, number of key heads, and head size.
     """
 
     norms: tuple[Tensor, Tensor]
@@ -71,9 +71,8 @@ def forward(kernels: Kernels, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, 
     """Return the output ``[N, H]`` for ``x [N, H]``, and saved bytes and the call for `backward`.
 
     Args:
-        kernels: the bfloat16 functions.
+        kernels: The bfloat16 functions.
         x: bfloat16, contiguous.
-        layer: the layer.
     """
     out, call = torch.empty_like(x), _structure(x, layer)
     pointer = ctypes.byref(call)
@@ -97,13 +96,13 @@ def backward(
     """Gradients of `x`, if `grad_x`, and of all A and all B of each group, the latter in float32.
 
     Args:
-        kernels: as for `forward`.
-        x: as for `forward`.
-        layer: as for `forward`.
-        saved: returned by `forward`.
-        call: returned by `forward`.
-        grad: gradient of the output, contiguous.
-        grad_x: whether `x` needs a gradient.
+        kernels: As for `forward`.
+        x: As for `forward`.
+        layer: As for `forward`.
+        saved: Returned by `forward`.
+        call: Returned by `forward`.
+        grad: Gradient of the output, contiguous.
+        grad_x: Whether `x` needs a gradient.
     """
     grads = []
     call.norm[:] = [address(norm) for norm in layer.norms]  # weights may have moved since

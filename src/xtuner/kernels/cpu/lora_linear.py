@@ -61,8 +61,8 @@ class Layer(NamedTuple):
         bias: bfloat16 ``[out]``, or None.
         down: A of the adapter, float32 ``[rank, in]``.
         up: B of the adapter, float32 ``[out, rank]``.
-        scaling: factor of the adapter.
-        four: the quantization of a 4-bit weight.
+        scaling: Factor of the adapter.
+        four: The quantization of a 4-bit weight.
     """
 
     weight: Tensor
@@ -118,9 +118,9 @@ def forward(kernels: Kernels, x: Tensor, layers: Sequence[Layer]) -> tuple[list[
     """Return the outputs ``[N, out]`` of each layer and the inner activations ``[N, ranks]``.
 
     Args:
-        kernels: the bfloat16 functions.
+        kernels: The bfloat16 functions.
         x: bfloat16 ``[N, in]``, contiguous.
-        layers: at most `MAX_LAYERS`.
+        layers: At most `MAX_LAYERS`.
     """
     inner = x.new_empty(len(x), sum(len(layer.down) for layer in layers))
     outs = [x.new_empty(len(x), len(layer.up)) for layer in layers]
@@ -142,12 +142,12 @@ def backward(
     """Gradients of `x`, if `grad_x`, and of all A and then all B, the latter in float32.
 
     Args:
-        kernels: as for `forward`.
-        x: as for `forward`.
-        layers: as for `forward`.
-        inner: the inner activations returned by `forward`.
-        grad_outputs: gradients of the outputs, contiguous.
-        grad_x: whether `x` needs a gradient.
+        kernels: As for `forward`.
+        x: As for `forward`.
+        layers: As for `forward`.
+        inner: The inner activations returned by `forward`.
+        grad_outputs: Gradients of the outputs, contiguous.
+        grad_x: Whether `x` needs a gradient.
     """
     linears = _linears(x, layers, inner, grad_outputs)
     grads = linears.allocate_gradients(layers)

@@ -10,6 +10,8 @@ Only layers that give the same results on a fixed input are changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -195,28 +197,35 @@ def probe_inputs(layer: Any) -> tuple[Tensor, dict[str, Any]]:
     return hidden, inputs
 
 
-@torch.no_grad()
-def _change_if_same(layer: Any) -> bool:
-    hidden, inputs = probe_inputs(layer)
+@contextmanager
+def trial(layer: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; an error ends the block, as a layer may have another
+    signature."""
     was_training = layer.training
     layer.eval()
-    before = type(layer)
     try:
+        with torch.no_grad():
+            yield
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        pass
+    finally:
+        layer.train(was_training)
+
+
+def _change_if_same(layer: Any) -> bool:
+    hidden, inputs = probe_inputs(layer)
+    before, same = type(layer), False
+    with trial(layer):
         with packed.CallRecorder() as watch:
             wanted = layer(hidden, **inputs)[0]
         (call,) = watch.calls
-        unknown = [name for name in ("softcap", "s_aux", "position_bias") if call.get(name)]
-        if not unknown:
+        if not any(call.get(name) for name in ("softcap", "s_aux", "position_bias")):
             scale = layer.head_dim**-0.5 if call["scaling"] is None else call["scaling"]
             _change(layer, scale, call.get("sliding_window"))
-            if _close(layer(hidden, **inputs)[0], wanted):
-                return True
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-        pass  # the layer has another signature
-    finally:
-        layer.train(was_training)
-    layer.__class__ = before
-    return False
+            same = _close(layer(hidden, **inputs)[0], wanted)
+    if not same:
+        layer.__class__ = before
+    return same
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from xtuner.device.heap import trim_if_grown
 from xtuner.kernels.compiled import Kernels, decoder, kernels_for, rows_of
-from xtuner.kernels.fused.attention import RotaryBlockAttention, probe_inputs, rotation_of
+from xtuner.kernels.fused.attention import RotaryBlockAttention, probe_inputs, rotation_of, trial
 from xtuner.kernels.fused.forward_override import with_forward
 from xtuner.kernels.fused.norm_mlp import GatedMLP, RMSNorm
 from xtuner.kernels.lora import linear
@@ -132,18 +132,12 @@ def _has_same_structure(layer: Any) -> bool:
     )
 
 
-@torch.no_grad()
 def _is_sum_of_parts(layer: Any) -> bool:
     """Whether the layer is exactly the residual sum of its parts, without further operations."""
     hidden, inputs = probe_inputs(layer.self_attn)
-    was_training = layer.training
-    layer.eval()
-    try:
+    with trial(layer):
         y = hidden + layer.self_attn(layer.input_layernorm(hidden), **inputs)[0]
         wanted = y + layer.mlp(layer.post_attention_layernorm(y))
         found = layer(hidden, **inputs)
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-        return False  # the layer has another signature
-    finally:
-        layer.train(was_training)
-    return isinstance(found, Tensor) and torch.equal(found, wanted)
+        return isinstance(found, Tensor) and torch.equal(found, wanted)
+    return False

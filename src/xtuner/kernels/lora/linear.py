@@ -44,11 +44,11 @@ class Adapted:
     """A frozen linear layer with one adapter.
 
     Attributes:
-        layer: an `nn.Linear`, or bitsandbytes' `Linear4bit`; gets no gradient.
+        layer: An `nn.Linear`, or bitsandbytes' `Linear4bit`; gets no gradient.
         down: A, ``[r, in]``, of any dtype.
         up: B, ``[out, r]``.
         scaling: s, ``alpha / r``.
-        dropout: probability that an input of the adapter is set to zero.
+        dropout: Probability that an input of the adapter is set to zero.
     """
 
     layer: nn.Module
@@ -220,7 +220,7 @@ def lora_linears(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:
 
     Args:
         x: ``[..., in]``; cast to the autocast dtype if autocast is enabled.
-        parts: layers that all take `x`.
+        parts: Layers that all take `x`.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):

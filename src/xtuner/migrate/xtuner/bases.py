@@ -13,12 +13,12 @@ def module_path(module: str, level: int, config: Path, line: int) -> Path:
     """The file that ``from <dots><module> import *`` in `config` names.
 
     Args:
-        module: the dotted name, without leading dots.
-        level: number of leading dots; 0 is an absolute name, which is searched in the package that
+        module: The dotted name, without leading dots.
+        level: Number of leading dots; 0 is an absolute name, which is searched in the package that
             contains `config`.
 
     Raises:
-        ConfigError: the file does not exist.
+        ConfigError: The file does not exist.
     """
     parts = module.split(".") if module else []
     if level:
@@ -44,7 +44,7 @@ def base_paths(value: Any, config: Path) -> Iterator[Path]:
     """The files in ``_base_ = ...``, last first.
 
     Raises:
-        ConfigError: a file is missing, or ``_base_`` is not a string or a list of strings.
+        ConfigError: A file is missing, or ``_base_`` is not a string or a list of strings.
     """
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list | tuple) or not all(isinstance(e, str) for e in entries):

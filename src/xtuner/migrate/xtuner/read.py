@@ -32,7 +32,7 @@ def read(path: Path, *, budget: Budget | None = None) -> Table:
         `Unread`.
 
     Raises:
-        ConfigError: a file is missing, too large, not valid Python, or computes too much.
+        ConfigError: A file is missing, too large, not valid Python, or computes too much.
     """
     budget = budget or Budget()
     if path.resolve() in budget.files or len(budget.files) >= _MAX_FILES:
@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
     """The text of a config.
 
     Raises:
-        ConfigError: it is missing, too large, or not UTF-8.
+        ConfigError: It is missing, too large, or not UTF-8.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:

@@ -23,12 +23,12 @@ class Source:
     """One data set.
 
     Attributes:
-        entries: for `data_path`.
-        format: the dataset_format.
-        system: the system message that the dataset_map_fn adds to each conversation.
-        template: a table, a dotted name, or None.
-        limit: maximum number of rows, or None.
-        packed: whether samples are packed.
+        entries: Entries of `data_path`.
+        format: The dataset_format.
+        system: The system message that the dataset_map_fn adds to each conversation.
+        template: A table, a dotted name, or None.
+        limit: Maximum number of rows, or None.
+        packed: Whether samples are packed.
     """
 
     entries: tuple[str, ...]

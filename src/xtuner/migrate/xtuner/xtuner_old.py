@@ -33,8 +33,8 @@ def migrate(config: Table, *, systems: Mapping[str, str] | None = None) -> Draft
     """Translate `config` to settings.
 
     Args:
-        config: the old config.
-        systems: system messages of the old package, by name.
+        config: The old config.
+        systems: System messages of the old package, by name.
     """
     draft = Draft(foreign.XTUNER_OLD, systems=systems or {})
     if "model" not in config:

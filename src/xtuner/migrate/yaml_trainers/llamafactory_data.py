@@ -100,7 +100,7 @@ def _mix(table: Table, draft: Draft) -> None:
 
 def _find_info(where: Any, folder: Path, line: int, draft: Draft) -> Path | None:
     """The path of dataset_info.json, in the working directory or next to the file."""
-    candidates = [base / str(where) / _INFO for base in (Path.cwd(), folder)]
+    candidates = [base / str(where) / _INFO for base in dict.fromkeys((Path.cwd(), folder))]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         draft.refuse(
@@ -148,13 +148,13 @@ def _entry(name: str, info: Any, line: int, draft: Draft) -> tuple[str, str, boo
 def _format(name: str, info: dict[str, Any], line: int, draft: Draft) -> str | None:
     columns, tags = dict(info.get("columns") or {}), dict(info.get("tags") or {})
     kind = info.get("formatting", "alpaca")
-    strange = {k: v for k, v in columns.items() if _OWN_COLUMNS.get(k, v) != v}
+    unusual = {k: v for k, v in columns.items() if _OWN_COLUMNS.get(k, v) != v}
     given = {k: v for k, v in columns.items() if k not in _OWN_COLUMNS}
-    if kind == "alpaca" and not strange and all(_ALPACA.get(k) == v for k, v in given.items()):
+    if kind == "alpaca" and not unusual and all(_ALPACA.get(k) == v for k, v in given.items()):
         return "alpaca"
     if kind == "alpaca" and given == {"prompt": "text"}:
         return "pretrain"
-    if kind in ("sharegpt", "openai") and not strange and set(given) <= {"messages", "images"}:
+    if kind in ("sharegpt", "openai") and not unusual and set(given) <= {"messages", "images"}:
         messages = given.get("messages", "conversations")
         if messages == "conversations" and _fit(tags, _SHAREGPT_TAGS):
             return "sharegpt"

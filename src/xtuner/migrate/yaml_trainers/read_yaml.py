@@ -18,7 +18,7 @@ def read(text: str) -> Table:
     """Read `text`, a mapping.
 
     Raises:
-        ConfigError: it is no YAML, no mapping, or has aliases.
+        ConfigError: It is not YAML, not a mapping, or has aliases.
     """
     try:
         node = yaml.compose(text, Loader=NumberLoader)

@@ -23,7 +23,6 @@ class PlainPasses:
     Args:
         body: The decoder without its input embedding.
         module: Has all parameters that `body` reads.
-        row: The row.
         parameters: Parameters that may get gradients.
         autocast: The autocast context of the passes.
 

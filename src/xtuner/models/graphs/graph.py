@@ -114,7 +114,6 @@ def record(
         body: The decoder without its input embedding.
         module: Has all parameters that `body` reads.
         row: A row with the dtypes and shapes of the graph.
-        capacity: The graph's capacity.
         parameters: Parameters that get gradients.
         gradients: Memory for these gradients.
         recorder: A new recorder.

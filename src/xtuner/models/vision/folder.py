@@ -11,7 +11,6 @@ tower. Folders written by xtuner 0.1 have the same names and can be read, too.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from xtuner.errors import ModelError
 from xtuner.hub import old_pth
+from xtuner.hub.json_files import write_object
 from xtuner.hub.weight_files import tensors_of
 from xtuner.models.references import checkpoint_of
 from xtuner.models.run_info import RunInfo
@@ -59,15 +59,13 @@ def save_projector(
         "visual_select_layer": llava.config.vision_feature_layer,
         "depth": 2,
     }
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_object(folder / "config.json", config)
 
 
 def load_projector(llava: Any, folder: Path) -> None:
     """Load the projector in `folder` into `llava`.
 
     Args:
-        llava: The assembled model.
         folder: A projector, a folder of parts that has one, or a complete LLaVA model.
 
     Raises:
@@ -106,14 +104,13 @@ def read_projector(folder: Path) -> dict[str, Tensor]:
         names = ", ".join(sorted(p.name for p in path.glob("*"))[:8]) if path.is_dir() else ""
         raise ModelError(
             f"{folder}: contains no projector (found: {names or 'no such folder'}); give a "
-            f"checkpoint "
-            "iter_N of a run with a vision tower, or its folder projector/"
+            "checkpoint iter_N of a run with a vision tower, or its folder projector/"
         )
     return found
 
 
 def other_parts(folder: Path) -> list[str]:
-    """The parts beside the projector in `folder`, which `load_projector` leaves out."""
+    """The parts other than the projector in `folder`, which `load_projector` leaves out."""
     if old_pth.is_old(folder):
         return [name for name in old_pth.part_names(folder) if name != PROJECTOR]
     names = (LLM, LLM_ADAPTER, ENCODER, ENCODER_ADAPTER)

@@ -41,7 +41,7 @@ class LlavaImageProcessor:
             pad_to_square: Pad images to a square instead of cropping their longer side.
 
         Raises:
-            ModelError: the tower's configuration, or its preprocessor's, cannot be read or used.
+            ModelError: The tower's configuration, or its preprocessor's, cannot be read or used.
         """
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 

@@ -110,7 +110,6 @@ class LlavaEmbedder(nn.Module):
     """Computes the input embeddings of a LLaVA model (an `ImageEmbedder`).
 
     Args:
-        llava: the assembled model.
         train_encoder: Whether gradients reach the vision tower.
         autocast: Dtype of matmuls with float32 weights (projector, a fully trained tower).
         keep: Called with the features of every image that has a key.
@@ -165,7 +164,7 @@ class LlavaEmbedder(nn.Module):
         return (projected[0, 0] * 0.0).to(dtype)  # type: ignore[no-any-return]
 
     def weights(self) -> Iterator[nn.Parameter]:
-        """The weights that images alone enter: vision tower and projector."""
+        """The weights that only images use: vision tower and projector."""
         yield from self.llava.model.vision_tower.parameters()
         yield from self.llava.model.multi_modal_projector.parameters()
 

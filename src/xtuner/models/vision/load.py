@@ -72,7 +72,6 @@ class Sources:
         """The sources that the folder `parts` names.
 
         Args:
-            parts: The folder.
             llm: Replaces the language model that `parts` names; if `parts` contains a trained one,
                 that is used instead, with a warning.
             visual_encoder: Replaces the encoder that `parts` names.
@@ -82,7 +81,7 @@ class Sources:
             ConfigError: `visual_encoder` is given, but `parts` contains a trained one.
         """
         info = RunInfo.read(parts)
-        said = dict(info.settings) if info else {}
+        settings = dict(info.settings) if info else {}
         own_llm = parts / layout.LLM
         own_llm = parts if not own_llm.is_dir() and (parts / "config.json").is_file() else own_llm
         if own_llm.is_dir():
@@ -114,8 +113,8 @@ class Sources:
             llm,
             parts,
             encoder,
-            int(said.get("visual_select_layer", -2)),
-            bool(said.get("pad_image_to_square", True)),
+            int(settings.get("visual_select_layer", -2)),
+            bool(settings.get("pad_image_to_square", True)),
             adapter if adapter.is_dir() else None,
         )
 
@@ -175,7 +174,6 @@ def load_complete(
     """Load the folder of a complete `LlavaForConditionalGeneration`.
 
     Args:
-        folder: The model's folder.
         dtype: The dtype of weights and computation.
         device: 'cpu' or 'cuda'.
         quantization: How the language model is quantized.

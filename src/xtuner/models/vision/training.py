@@ -115,11 +115,9 @@ def make(
     """Connect `llm` (from `make_trainable`) to the vision tower according to `settings`.
 
     Args:
-        settings: The run's settings.
         llm: The language model, or a PeftModel around it.
-        image_token_id: the token ``<image>``.
+        image_token_id: The token ``<image>``.
         dtype: The dtype of the computation and of frozen weights.
-        device: The model's device.
         source: The checkpoint to resume from.
         projector: The projector to start from if there is no `source`.
         keep: Stores features of a frozen vision tower.
@@ -140,12 +138,10 @@ def make(
         seed=settings.seed,
     )
     encoder = make_tower_trainable(encoder, settings)
-    if source is not None:
-        layout.load_projector(llava, source)
-        if training == "adapter":
-            adapters.load_adapter_weights(encoder, source / layout.ENCODER_ADAPTER)
-    elif projector is not None:
-        layout.load_projector(llava, projector)
+    if (start := source or projector) is not None:
+        layout.load_projector(llava, start)
+    if source is not None and training == "adapter":
+        adapters.load_adapter_weights(encoder, source / layout.ENCODER_ADAPTER)
     embedder = LlavaEmbedder(
         llava, train_encoder=training != "frozen", autocast=autocast_dtype(dtype), keep=keep
     )

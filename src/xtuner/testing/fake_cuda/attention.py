@@ -20,12 +20,12 @@ class Rules:
     """Mask, scale and dropout of an attention call.
 
     Attributes:
-        scale: factor of the scores.
-        left: number of keys before its own that a query attends to, -1 for all; the last query is
+        scale: Factor of the scores.
+        left: Number of keys before its own that a query attends to, -1 for all; the last query is
             aligned with the last key.
-        right: number of keys after its own.
-        dropout: probability that a weight is dropped.
-        seed: determines which weights are dropped.
+        right: Number of keys after its own.
+        dropout: Probability that a weight is dropped.
+        seed: Determines which weights are dropped.
     """
 
     scale: float
