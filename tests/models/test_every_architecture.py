@@ -186,7 +186,7 @@ def write_table(kinds):
 
 Every causal architecture of transformers {transformers.__version__}, tiny and with random weights,
 trained in full and with LoRA on the CPU. What trains gives transformers' own loss and gradients.
-"packed" means that several samples share a row and cannot see each other; "one at a time" that
+"packed" means that several samples share a row, isolated from each other; "one at a time" that
 each sample goes through the model by itself, because it needs to.
 
 {count[PACKED]} are trained packed, {count[APART]} one sample at a time, {count[REFUSED]} are

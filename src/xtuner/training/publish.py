@@ -73,7 +73,7 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
 
     Raises:
         LaunchError: The upload fails; the checkpoint is untouched, and the files to upload are left
-            in a folder beside it.
+            in a folder next to it.
     """
     from huggingface_hub import HfApi
 

@@ -20,7 +20,7 @@ from xtuner.errors import ConfigError, listed
 from xtuner.web.folders import Folders
 
 Kind = Literal["switch", "choice", "text", "lines", "value"]
-"""A control: on or off; one of a few; a string; strings, one a line; any literal of Python."""
+"""A control: on or off; one of a few; a string; strings, one per line; any Python literal."""
 
 
 @dataclass(frozen=True)
