@@ -2,7 +2,7 @@
 # make quickstart-llava    add image input and ask about images (15 minutes on two cores)
 # make quickstart-tools    teach it to call tools, and measure that (5 minutes on two cores)
 # make quickstart-overfit  quickstart without general conversations, to show forgetting
-# make web                 chat with the quick start's run in the browser, beside the model it started from
+# make web                 chat with the quick start's run in the browser, next to its base model
 # make venv                create .venv with the xtuner command
 # make test | test-slow    run the tests | the slow tests (JOBS=1: in one process)
 # make test-gpu            run the tests that need an NVIDIA GPU

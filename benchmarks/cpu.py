@@ -139,7 +139,7 @@ def read_scalars(work: Path) -> list[dict]:
 
 
 def work_of(options: argparse.Namespace, lora: bool, **changes: object) -> Work:
-    """Count the operations of this data set and model; `changes` are settings beside COMMON."""
+    """Count the operations of this data set and model; `changes` are further settings."""
     from transformers import AutoConfig
 
     from xtuner.config.load import load_settings

@@ -38,7 +38,7 @@ def write(file: Path, count: int) -> None:
 
 
 def memory(name: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at most since it was last set back."""
+    """MiB of this process: VmRSS now, VmHWM since it was last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) / 1024
@@ -62,7 +62,7 @@ def measure(file: Path, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     template = templates.load("auto", tokenizer)
     template.fingerprint()
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, began = memory("VmRSS"), time.perf_counter()
     data = build(
         settings,

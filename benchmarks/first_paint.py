@@ -2,7 +2,7 @@
 
     python benchmarks/first_paint.py [--rounds 5] [--width 1280]
 
-Starts the page with a tiny model in a folder of its own, and opens it in a new browser profile
+Starts the page with a tiny model in a temporary folder, and opens it in a new browser profile
 (cold) and again in the same one (warm). Milliseconds from the navigation's start; the median of the
 rounds, and the slowest. Needs Debian's chromium and playwright (extra `browser`).
 """
@@ -47,7 +47,7 @@ def server(folder: Path) -> Iterator[str]:
 
 
 def opened(page: Page, address: str) -> dict[str, float]:
-    """Open the page, and tell how long each part took."""
+    """Open the page, and return how long each part took."""
     started = time.monotonic()
     page.goto(address, wait_until="commit")
     page.wait_for_selector("#question textarea")

@@ -2,8 +2,8 @@
 
     python benchmarks/internlm2.py [--tokens 128] [--steps 2] [--folder DIR]
 
-Each command of the exercise is a process of its own: seconds, the peak of its own memory, and the
-peak with the pages of mapped model files, which the system takes back when it needs them. The model
+Each command of the exercise is a separate process: seconds, the peak of its own memory, and the
+peak with the pages of mapped model files, which the system can reclaim. The model
 has its original layout (fused wqkv, auto_map, sentencepiece with 92,544 pieces) in bfloat16, 3.8
 GB; the settings are those of internlm2_1_8b_qlora_alpaca_e3 with short rows and few steps.
 """

@@ -5,7 +5,7 @@
 
 Every written file is loaded again. Files that are not configs, such as scripts, are skipped.
 `--reasons` lists why configs are refused, lose something, or are not supported yet. `--built-in`
-compares the built-in settings under the names of these files with what the files say.
+compares the built-in settings with these names with the files.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def paths(folder: Path) -> list[Path]:
 
 
 def check(path: Path, new: Path) -> None:
-    """Write the migrated file and load it: everything that was carried must be what is read."""
+    """Write the migrated file and load it: every migrated value must be read back."""
     done = file.migrate(path, new)
     loaded = load_settings(done.path).settings
     for name, value in done.draft.values.items():

@@ -3,7 +3,7 @@
     python benchmarks/waiting.py [--threads 2]
 
 Times a small and a large matrix product in a process for each setting. Run it on an idle machine,
-and beside other busy processes: spinning threads take the cores from the threads they wait for.
+and next to other busy processes: spinning threads take the cores from the threads they wait for.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["XTUNER_STRICT"] = "1"  # a fault in the forecast, which runs survive, fails the test
-# Tiny models gain nothing from threads, and those of processes side by side hinder each other.
+# Tiny models gain nothing from threads, and threads of parallel processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -19,11 +19,11 @@ import pytest
 from suite_rules import LONGEST_ID, id_faults, wants_gpu
 
 FAKE_CUDA = None
-if os.environ.get("XTUNER_FAKE_CUDA"):  # to walk the tests marked `gpu` where there is no GPU
+if os.environ.get("XTUNER_FAKE_CUDA"):  # to run the tests marked `gpu` without a GPU
     from xtuner.testing.fake_cuda import device
 
     FAKE_CUDA = device.install(2**40)
-    if os.environ["XTUNER_FAKE_CUDA"] == "liger":  # with torch's functions in liger's places
+    if os.environ["XTUNER_FAKE_CUDA"] == "liger":  # with torch's functions in place of liger's
         from liger_stub import Stand
 
         sys.modules.update(Stand().modules)
@@ -32,16 +32,16 @@ COMPILED = ("kernels", "fake_cuda")
 
 
 def pytest_configure(config):
-    """Let torch, which is not imported yet, see no GPU: tests that choose a device by themselves
-    shall choose as they do anywhere. Ctrl-C, which a background job of a script ignores, works
-    again, here and in child processes."""
+    """Hide GPUs from torch, which is not imported yet: tests that choose a device must behave the
+    same on every machine. Re-enable Ctrl-C, which background jobs of scripts ignore, here and in
+    child processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not wants_gpu(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):
-    """Refuse ids that could be others in the next run, or in the next process of this one."""
+    """Reject test ids that may differ between runs or processes."""
     if faults := id_faults([item.nodeid for item in items]):
         raise pytest.UsageError(
             f"{len(faults)} test ids are not constant, printable, short (at most {LONGEST_ID}) and "
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Random numbers, also those of fixtures, do not depend on the tests before."""
+    """Seed random numbers, so that tests and fixtures do not depend on earlier tests."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
@@ -67,8 +67,8 @@ def fake_cuda():
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """Where the CPU kernels and the fake CUDA device lie, so that they are compiled once for all
-    tests of all processes (pytest-xdist)."""
+    """The folder of the CPU kernels and the fake CUDA device, so that they are compiled once for
+    all tests of all processes (pytest-xdist)."""
     base = tmp_path_factory.getbasetemp()
     spread = "PYTEST_XDIST_WORKER" in os.environ
     folder = (base.parent if spread else base) / "compiled"
@@ -93,7 +93,7 @@ def fake_cuda_ready(compiled):
 
 @contextlib.contextmanager
 def alone(folder):
-    """While one process is in here, others wait."""
+    """Let one process at a time enter the block."""
     import fcntl  # not on Windows
 
     with (folder / "lock").open("w") as file:
@@ -103,7 +103,7 @@ def alone(folder):
 
 @contextlib.contextmanager
 def cache_at(folder):
-    """Let xtuner keep what it keeps in `folder`."""
+    """Let xtuner use `folder` as its cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XTUNER_CACHE", str(folder))
         yield
@@ -111,7 +111,7 @@ def cache_at(folder):
 
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory):
-    """Names of folders that are not there yet, without end."""
+    """An endless sequence of names of new folders."""
     folder = tmp_path_factory.mktemp("caches")
     return (folder / str(number) for number in itertools.count())
 
@@ -128,7 +128,7 @@ def own_cache(caches, monkeypatch, compiled):
 
 @pytest.fixture(autouse=True)
 def same_threads_after():
-    """A run chooses how many threads torch takes."""
+    """Restore torch's number of threads, which a run changes."""
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else None
     yield

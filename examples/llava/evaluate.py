@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def ask(session: Session, rows: list[Row], images: Path, *, image_model: bool) -> list[str]:
-    """One answer a row, each in a conversation of its own."""
+    """One answer per row, each in a separate conversation."""
     answers = []
     for row in rows:
         session.reset()
@@ -45,7 +45,7 @@ def right(row: Row, answer: str) -> bool:
 
 
 def is_caption(answer: str) -> bool:
-    """Whether `answer` is a sentence as the first stage learned them."""
+    """Whether `answer` is a caption like those of the first stage."""
     return answer.startswith("A ") and any(place in answer for place in ("left", "right", "middle"))
 
 

@@ -1,5 +1,5 @@
-# Stage 2: teach it to answer questions about images. The projector of stage 1 goes on learning,
-# and adapters are trained beside the language model's weights; the vision tower stays as it is.
+# Stage 2: teach it to answer questions about images. The projector of stage 1 is trained further,
+# together with adapters on the language model; the vision tower stays unchanged.
 
 # PART 1  Model and method
 llm_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -17,7 +17,7 @@ image_folder = "images"
 data_path = "finetune.json"
 prompt_template = "chatml"
 max_length = 496
-dataloader_num_workers = 0  # two cores: let the training have both
+dataloader_num_workers = 0  # leave both cores to the training
 
 # PART 3  Schedule and optimizer
 batch_size = 1

@@ -58,7 +58,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def draw_image(scene: Scene, images: dict[int, Any], rng: random.Random) -> np.ndarray:
-    """Draw a scene ``[SIDE, SIDE, 3]`` with a sample of every digit, somewhat moved and sized."""
+    """Draw a scene ``[SIDE, SIDE, 3]`` with a sample of every digit, slightly moved and scaled."""
     canvas = np.full((SIDE, SIDE, 3), rng.randint(0, 40), dtype=np.float32)
     for digit, colour, place in scene:
         alpha = rng.choice(rng.choice(images[digit]))
@@ -89,7 +89,7 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
 
 
 def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """A conversation in LLaVA's form; the image stands before the first question."""
+    """A conversation in LLaVA's form; the image precedes the first question."""
     rows = []
     for number, (question, answer) in enumerate(pairs):
         rows.append({"from": "human", "value": ("" if number else "<image>\n") + question})

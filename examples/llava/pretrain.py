@@ -1,5 +1,5 @@
-# Stage 1: teach a projector to show images to a language model that cannot see. Nothing else is
-# trained. `make quickstart-llava` runs this file. Every setting: xtuner explain NAME_OF_SETTING
+# Stage 1: teach a projector to show images to a language model. Nothing else is
+# trained. `make quickstart-llava` runs this file. `xtuner explain NAME` explains a setting.
 
 # PART 1  Model and method
 llm_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # fetched once
@@ -16,7 +16,7 @@ image_folder = "images"
 data_path = "pretrain.json"
 prompt_template = "chatml"
 max_length = 496
-dataloader_num_workers = 0  # two cores: let the training have both
+dataloader_num_workers = 0  # leave both cores to the training
 
 # PART 3  Schedule and optimizer
 batch_size = 1

@@ -36,7 +36,7 @@ LENGTH = 11
 
 
 def tokens(text: str) -> list[int]:
-    """Ids of the words that tell captions apart, which is all that a text encoder has to know."""
+    """Ids of the words that distinguish captions; a text encoder needs no others."""
     words = text.lower().replace(".", "").replace(",", "").split()
     ids = [1, *(WORDS.index(word) for word in words if word in WORDS), len(WORDS) - 1]
     return ids + [0] * (LENGTH - len(ids))
@@ -54,14 +54,14 @@ def make_model() -> CLIPModel:
 
 def draw_for_clip(rng: random.Random) -> Scene:
     """One digit anywhere, or a whole scene now and then. Captions of three digits mostly differ in
-    colour, which is learned soon; digits are told apart only where nothing else differs."""
+    colour, which is learned quickly; digits are only distinguished if nothing else differs."""
     if rng.random() < 0.25:
         return draw_scene(rng)
     return [(rng.randrange(10), rng.choice(list(COLOURS)), rng.choice(list(CENTRES)))]
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Fresh images and their captions, without end."""
+    """An endless stream of new images and their captions."""
 
     def __init__(self, size: int, held_out: bool = False) -> None:
         self.size, self.held_out = size, held_out
@@ -106,7 +106,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         pixels, ids = next(loader)
-        same = (ids[:, None] == ids[None]).all(-1)  # the same caption twice is right twice
+        same = (ids[:, None] == ids[None]).all(-1)  # equal captions are both correct
         targets = same / same.sum(-1, keepdim=True)
         logits = scores(model, pixels, ids)
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -1,5 +1,5 @@
 # Teach SmolLM2-135M-Instruct who it is. `make quickstart` runs this file with --set data_path=...
-# Every setting is explained by:  xtuner explain NAME_OF_SETTING
+# `xtuner explain NAME` explains a setting.
 
 # PART 1  Model and method
 pretrained_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # fetched once

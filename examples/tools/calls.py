@@ -1,5 +1,5 @@
 # Teach SmolLM2-135M-Instruct to call tools. `make quickstart-tools` runs this file.
-# Every setting is explained by:  xtuner explain NAME_OF_SETTING
+# `xtuner explain NAME` explains a setting.
 
 # PART 1  Model and method
 pretrained_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # fetched once

@@ -8,7 +8,7 @@ import pytest
 from call_makers import make_calls, make_text, pieces_of
 
 from xtuner.calls.families import FAMILIES, PROBE_TOOL, PROBES, find, load
-from xtuner.calls.families.base import CUT_OFF, Found, Parser, Said, parse
+from xtuner.calls.families.base import CUT_OFF, Found, Parser, Prose, parse
 from xtuner.calls.read import arguments_of, make_call, name_of
 from xtuner.errors import ConfigError
 
@@ -69,7 +69,7 @@ def test_what_a_family_renders_it_reads_back_in_any_pieces(name):
         found = [event for event in events if isinstance(event, Found)]
         assert [f.problem for f in found] == [""] * len(calls), (seed, found)
         assert compared([f.call for f in found]) == compared(calls), seed
-        assert not "".join(e.text for e in events if isinstance(e, Said)).strip(), seed
+        assert not "".join(e.text for e in events if isinstance(e, Prose)).strip(), seed
         count += 1
     assert count > 10
 
@@ -83,7 +83,7 @@ def test_text_before_a_call_is_kept(name):
             continue
         text += "\n"
         events = streamed(family, text + family.render(calls), declared(calls), seed)
-        said = "".join(event.text for event in events if isinstance(event, Said))
+        said = "".join(event.text for event in events if isinstance(event, Prose))
         assert said.strip() == text.strip(), seed
         assert compared(e.call for e in events if isinstance(e, Found)) == compared(calls)
 
@@ -142,15 +142,15 @@ def test_an_answer_without_calls_is_text(name):
     ]
     for answer in answers:
         events = streamed(FAMILIES[name], answer, [PROBE_TOOL], 1)
-        assert all(isinstance(event, Said) for event in events), answer
+        assert all(isinstance(event, Prose) for event in events), answer
         assert "".join(event.text for event in events) == answer
 
 
 def test_text_is_passed_on_as_soon_as_it_is_no_call():
     parser = Parser(load("hermes"))
-    assert parser.add("Hello ") == [Said("Hello ")]
+    assert parser.add("Hello ") == [Prose("Hello ")]
     assert parser.add("<tool") == []
-    assert parser.add("box> x") == [Said("<toolbox> x")]
+    assert parser.add("box> x") == [Prose("<toolbox> x")]
 
 
 @pytest.mark.parametrize("name", ["hermes", "qwen_xml", "glm4_5", "internlm2", "mistral", "llama3"])

@@ -20,7 +20,7 @@ SYSTEM = "You are the assistant of Ada."
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work dir with the checkpoint of an adapter whose base model lies beside it."""
+    """A work dir with the checkpoint of an adapter whose base model is next to it."""
     root = tmp_path_factory.mktemp("run")
     base = tiny_model_folder(root / "base")
     write_adapter(root / "work", base, system=SYSTEM)

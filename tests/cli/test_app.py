@@ -16,7 +16,7 @@ COMMAND = [sys.executable, "-m", "xtuner.cli.app"]
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Make `xtuner list-cfg` raise what the test wants."""
+    """Make `xtuner list-cfg` raise an error of the test's choice."""
     from xtuner.config.builtin import catalog
 
     def failing(error):

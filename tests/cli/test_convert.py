@@ -39,7 +39,7 @@ def test_checkpoint_to_merged_model(run_folder, tiny_model_path, capsys):
     assert command in said.out and not said.err
     assert main(command.split()[1:]) == 0
     said = capsys.readouterr().out
-    assert "merged by shard" in said and "base + adapter:" in said
+    assert "merged shard by shard" in said and "base + adapter:" in said
     assert said.endswith(f"xtuner chat {merged}\n")
     shards = run_folder / "shards"
     assert convert("split", merged, shards, "--max-shard-size", "50KB") == 0

@@ -10,7 +10,7 @@ from xtuner.hub import trust
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A machine on which nothing was agreed to."""
+    """A machine on which the user has not trusted anything."""
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

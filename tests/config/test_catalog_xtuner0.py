@@ -21,7 +21,7 @@ def test_the_search_of_the_course_shows_its_two_first():
     assert shown[:2] == ["internlm2_1_8b_full_alpaca_e3", "internlm2_1_8b_qlora_alpaca_e3"]
 
 
-# name, and what its config in XTuner 0.1.23 says
+# name, and the values of its config in XTuner 0.1.23
 OLD = {
     "internlm2_1_8b_qlora_alpaca_e3": {
         "pretrained_model_name_or_path": "internlm/internlm2-1_8b", "lora_r": 64, "lora_alpha": 16,

@@ -28,7 +28,7 @@ class ServePart(Part):
 
 
 class Extended(Settings, ServePart):
-    """The settings with a part that no other module knows."""
+    """The settings with a part that is unknown to other modules."""
 
 
 REQUIRED = {"pretrained_model_name_or_path": "model", "data_path": ("data.jsonl",)}

@@ -28,7 +28,7 @@ MODEL = {"pretrained_model_name_or_path": "m", "data_path": "d.jsonl"}
 
 
 def more(name):
-    """What a setting needs to have an effect."""
+    """What a setting requires to have an effect."""
     if name == "best_metric":
         return {"keep_best": True, "validation_ratio": 0.1}
     return {"tuning": "lora"} if name == "strategy" else {}

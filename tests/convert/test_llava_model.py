@@ -113,10 +113,10 @@ def test_tokenizer_that_adds_bos_gives_the_ids_of_xtuner_chat(
 
 
 def test_a_head_with_a_bias_is_refused(tmp_path, encoder):
-    """transformers' LLaVA has a head without one, and would read the rest without a word."""
+    """transformers' LLaVA has a head without bias, and would ignore it silently."""
     llm = llm_folder(tmp_path / "llm", model_type="phi")
     parts = write_parts_of(tmp_path / "parts", llm, encoder, prompt_template="chatml")
-    write_model(parts, tmp_path / "zero")  # a bias of zeros is none
+    write_model(parts, tmp_path / "zero")  # a bias of zeros is equivalent to none
     plain(tmp_path / "zero")
     model = AutoModelForCausalLM.from_pretrained(llm)
     model.lm_head.bias.data[70] = 1.0

@@ -56,7 +56,7 @@ UNTIED = {
 def test_by_shard_equals_peft_in_float32(config, tiny_model_path, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", tiny_model_path, config=config)
     report, _ = quiet_merge(tiny_model_path, adapter, tmp_path / "merged")
-    assert report.how == "by shard" and report.relative < 1e-5
+    assert report.how == "shard by shard" and report.relative < 1e-5
     adapted = load_adapter(load_model(tiny_model_path, dtype=torch.float32), adapter)
     expected = adapted.merge_and_unload().state_dict()
     found = Weights.of_model(tmp_path / "merged")
@@ -75,17 +75,17 @@ TIED = {
 
 
 @pytest.mark.filterwarnings("ignore:.*tie")
-@pytest.mark.parametrize("in_memory", [False, True], ids=["by shard", "in memory"])
+@pytest.mark.parametrize("in_memory", [False, True], ids=["shard by shard", "in memory"])
 @pytest.mark.parametrize("case", TIED)
 def test_tied_embeddings_part_only_if_the_adapter_changes_them(case, in_memory, tmp_path):
-    """PEFT alone would merge a head's adapter into the embedding as well."""
+    """PEFT by itself would also merge the adapter of the head into the embedding."""
     config, stays_tied = TIED[case]
     base = tiny_model_folder(tmp_path / "base", tie_word_embeddings=True)
     adapter = write_adapter(tmp_path / "adapter", base, config=config)
     if in_memory:
         without_safetensors(base)
     report, _ = quiet_merge(base, adapter, tmp_path / "merged")
-    assert report.how == ("in memory" if in_memory else "by shard")
+    assert report.how == ("in memory" if in_memory else "shard by shard")
     expected = logits(load_adapter(load_model(base, dtype=torch.float32), adapter))
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     assert close(logits(merged), expected)
@@ -132,7 +132,7 @@ def test_unsupported_layout_is_merged_in_memory(config, reason, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias")
 def test_unmergeable_adapter_is_a_user_error(tiny_model_path, tmp_path):
-    config = lora(lora_bias=True)  # a bias, for layers that have none to merge it into
+    config = lora(lora_bias=True)  # a bias for layers without one
     adapter = write_adapter(tmp_path / "adapter", tiny_model_path, config=config)
     with pytest.raises(ModelError, match="PEFT cannot merge"):
         quiet_merge(tiny_model_path, adapter, tmp_path / "merged")
@@ -252,7 +252,7 @@ def test_a_base_model_that_diverged_is_not_merged(adapter, tmp_path):
 
 
 def test_code_of_the_base_model_needs_the_flag(adapter, tmp_path):
-    """Also where the adapter was trained on quantized weights."""
+    """Also if the adapter was trained on quantized weights."""
     base = tiny_model_folder(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}
@@ -287,7 +287,7 @@ def test_a_wrong_merge_is_found_and_leaves_nothing(tiny_model_path, adapter, tmp
 
 
 def test_rounding_that_depth_amplifies_is_no_error(tmp_path):
-    """The files hold the rounded weights exactly; 24 random layers make much of the rounding."""
+    """The files contain exactly the rounded weights; 24 random layers amplify the rounding."""
     base = tmp_path / "base"
     tiny_model(num_hidden_layers=24, initializer_range=0.5).bfloat16().save_pretrained(base)
     adapter = write_adapter(tmp_path / "adapter", base, alpha=0.3)

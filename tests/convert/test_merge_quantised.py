@@ -18,13 +18,13 @@ IDS = torch.arange(5, 60)[None]
     [
         ("nf4", "adapter", 128),
         ("fp4", "adapter", 128),
-        ("nf4", "adapter", 112),  # rows that are no whole blocks of 64
+        ("nf4", "adapter", 112),  # row lengths that are not multiples of 64
         ("nf4", "parts/llm_adapter", 128),
         ("nf4", "parts", 128),
     ],
 )
 def test_merged_equals_quantised_base_and_adapter(tmp_path, kind, given, width):
-    """Also where it is a part of a LLaVA model, whose run.yaml lies one level up."""
+    """Also as part of a LLaVA model, whose run.yaml is one level up."""
     sizes = {"hidden_size": 64, "intermediate_size": width, "head_dim": 16}
     base = tmp_path / "base"
     tiny_model(**sizes, initializer_range=0.2).save_pretrained(base)
@@ -42,7 +42,7 @@ def test_merged_equals_quantised_base_and_adapter(tmp_path, kind, given, width):
     RunInfo(kind="adapter", base_model=str(base), settings=settings).write(run)
     out = tmp_path / "merged"
     report = merge(base, tmp_path / given, out, dtype="float32", log=lambda line: None)
-    assert report.how == "by shard" and report.relative < 1e-4
+    assert report.how == "shard by shard" and report.relative < 1e-4
 
     def logits(model):
         with torch.no_grad():
@@ -54,4 +54,4 @@ def test_merged_equals_quantised_base_and_adapter(tmp_path, kind, given, width):
     unrounded = logits(load_adapter(load_model(base, dtype=torch.float32), adapter))
     scale = wanted.abs().max()
     assert (merged - wanted).abs().max() < 1e-3 * scale
-    assert (unrounded - wanted).abs().max() > 1e-2 * scale  # what the old way would lose
+    assert (unrounded - wanted).abs().max() > 1e-2 * scale  # the error of the previous method

@@ -30,7 +30,7 @@ dtype = "float32"
 
 
 class Recorder:
-    """Writes a file when it is made."""
+    """Writes a file when it is created."""
 
     def __init__(self, path):
         self.path = path
@@ -51,7 +51,7 @@ class Command:
 
 
 def adapter_tensors(model, layers=("q_proj", "down_proj")):
-    """An adapter as XTuner 0.x names it, for the tiny model."""
+    """An adapter for the tiny model, with XTuner 0.x's names."""
     generator = torch.Generator().manual_seed(3)
     found = {}
     for name, weight in load_file(model / "model.safetensors").items():

@@ -42,7 +42,7 @@ dtype = "float32"
 
 
 def write_pth(path, tensors, *, deepspeed):
-    """A checkpoint as XTuner 0.x leaves it: one file, or the folder that DeepSpeed writes."""
+    """A checkpoint as XTuner 0.x writes it: one file, or DeepSpeed's folder."""
     if deepspeed:
         path.mkdir()
         torch.save({"module": tensors}, path / "mp_rank_00_model_states.pt")
@@ -139,7 +139,7 @@ def write_llava_run(run, models, *, deepspeed=False):
 
 
 def parts_of(tensors, run):
-    """The same weights as parts of today, beside the trained models."""
+    """The same weights in the current layout, next to the trained models."""
     (run / "wanted" / "projector").mkdir(parents=True)
     projector = {
         n.removeprefix("projector."): t for n, t in tensors.items() if n.startswith("projector.")

@@ -44,7 +44,7 @@ def test_an_adapter_of_a_float32_run_stays_float32(tiny_model_path, tmp_path):
 
 
 def test_float16_run_is_written_in_float16(tiny_model_path, full_checkpoint, tmp_path):
-    """Also where the setting was 'auto'."""
+    """Also if the setting was 'auto'."""
     source = write_adapter(tmp_path / "iter_1", tiny_model_path, settings={"dtype": "auto"})
     replace(RunInfo.read(source), dtype="float16").write(source)
     shutil.copytree(full_checkpoint, whole := tmp_path / "iter_2")
@@ -121,7 +121,7 @@ def test_full_disk_is_detected_in_advance(full_checkpoint, tmp_path, monkeypatch
 
 
 def test_the_adapter_of_a_llava_alone_knows_its_run(tmp_path, adapter):
-    """Its run.yaml lies one level up, and is written beside what becomes of it."""
+    """Its run.yaml is one level up, and is written next to the result."""
     parts = tmp_path / "parts"
     shutil.copytree(adapter, parts / "llm_adapter")
     (parts / "projector").mkdir()

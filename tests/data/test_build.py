@@ -11,7 +11,7 @@ from xtuner.errors import ConfigError, DataError
 
 @pytest.fixture
 def mixed_bag(tmp_path):
-    """12 rows: 8 good ones of which 2 are the same, 1 overlong, 3 bad ones."""
+    """12 rows: 8 good ones (2 of them equal), 1 overlong, 3 bad ones."""
     rows = [json.dumps(row) for row in chats(7)]
     rows.insert(2, "{broken")
     rows.insert(4, json.dumps(chat("", "x")))
@@ -91,7 +91,7 @@ def test_loss_weights_take_no_memory_where_there_are_none_and_count_in_the_cache
     found = build_data(path).train
     (store,) = found._stores
     assert store.num_weighted == 0
-    assert (store.folder / "weights.npy").stat().st_size <= 128  # the header alone
+    assert (store.folder / "weights.npy").stat().st_size <= 128  # only the header
     row["messages"][1]["weight"] = 0.5
     changed = build_data(write_jsonl(path, [row, row])).train
     assert changed._stores[0].key != store.key

@@ -160,7 +160,7 @@ def test_images_are_decoded_in_the_processes_that_load_data(tmp_path):
 
 
 class Kinds:
-    """A data set of which only kinds and lengths count."""
+    """A data set with modalities and lengths only."""
 
     def __init__(self, count):
         drawn = np.random.default_rng(3)
@@ -182,7 +182,7 @@ def test_batches_are_of_one_modality_and_of_like_length():
     batches = epoch_of(data, grouped=True)
     assert sorted(pack for batch in batches for pack in batch) == list(range(1003))
     mixed = [batch for batch in batches if len({*data.has_images[batch].tolist()}) > 1]
-    assert len(mixed) <= 1  # where what is left over of both kinds meets
+    assert len(mixed) <= 1  # the group with the remainders of both kinds
 
     def spread(batches):
         return np.mean([np.ptp(data.lengths[batch]) for batch in batches])

@@ -1,4 +1,4 @@
-"""A chat template that rewrites earlier turns makes several samples of a row."""
+"""A chat template that rewrites earlier turns turns a row into several samples."""
 
 import pytest
 from data_makers import build_data, chat, lines_of, text_of, tokenizer, write_jsonl

@@ -23,7 +23,7 @@ def test_threads_of_one_core_stay_together(siblings):
     assert found == [{0, 4}, {1, 5}, {2, 6}, {3, 7}]
     assert cores.share_of(found, 0, 2) == {0, 4, 1, 5}
     assert cores.share_of(found, 1, 2) == {2, 6, 3, 7}
-    assert cores.share_of(found, 2, 3) == {2, 6}  # one core is left over
+    assert cores.share_of(found, 2, 3) == {2, 6}  # one core remains
     assert cores.share_of(found, 0, 5) == set()
 
 

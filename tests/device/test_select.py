@@ -18,7 +18,7 @@ from xtuner.device import select
 )
 def test_auto_is_what_the_hardware_multiplies(device, bfloat16, wanted, monkeypatch):
     def supported(including_emulation=True):
-        return bfloat16 or including_emulation  # as torch says of a T4
+        return bfloat16 or including_emulation  # as torch reports for a T4
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)

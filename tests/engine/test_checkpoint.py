@@ -195,7 +195,7 @@ def test_the_same_step_saved_again_survives_a_kill_between_the_renames(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", killed)
-        if moment == "after":  # both names exist: the new folder stands, the old one is left
+        if moment == "after":  # both names exist: the new folder is complete, the old one remains
             patch.setattr(folder_swap.shutil, "rmtree", lambda *a, **k: None)
             store.save(5, write_text)
         else:

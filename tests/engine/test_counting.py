@@ -1,4 +1,4 @@
-"""Counting in optimizer steps and, as XTuner 0.x, in micro-batches."""
+"""Counting in optimizer steps and, as in XTuner 0.x, in micro-batches."""
 
 import pytest
 

@@ -52,7 +52,7 @@ def numbers(seed, shape):
 
 
 class Model(nn.Module):
-    """Parameters that get the gradients that are wanted."""
+    """Parameters with prescribed gradients."""
 
     def __init__(self, shapes=SHAPES, dtype=torch.float32):
         super().__init__()
@@ -83,7 +83,7 @@ def step(model, optimizer, number, missing=()):
 
 
 def same(a, b):
-    """Whether two pieces of state are equal to the bit."""
+    """Whether two pieces of state are bitwise equal."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -118,11 +118,11 @@ def test_steps_are_those_over_each_parameter(name, dtype):
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_of_all_optimizers_of_the_library_the_elementwise_are_known(name):
-    """What is stepped flat is proven to be so; LAMB, which is not, would be found out."""
+    """Optimizers that step flat are verified; LAMB, which is not elementwise, would fail."""
     try:
         optimizer = make(name, Model(), flat=False)
     except ConfigError as error:
-        assert "without momentum" in str(error)  # SGD and LARS need a setting that there is not
+        assert "without momentum" in str(error)  # SGD and LARS need a setting that does not exist
         return
     fault = fault_in_flat_steps(optimizer)
     assert bool(fault) is not steps_by_element(optimizer), fault
@@ -134,7 +134,7 @@ def test_step_that_depends_on_a_tensor_size_is_detected():
     class Wrong(bnb.optim.AdamW8bit):
         def update_step(self, group, p, gindex, pindex):
             super().update_step(group, p, gindex, pindex)
-            self.state[p]["state1"][-1:] = 3  # what stands at the end of a buffer
+            self.state[p]["state1"][-1:] = 3  # the content of the end of a buffer
 
     model = Model()
     assert fault_in_flat_steps(bnb.optim.AdamW8bit(list(model.parameters()))) == ""
@@ -144,7 +144,7 @@ def test_step_that_depends_on_a_tensor_size_is_detected():
 def test_without_launches_nothing_is_moved():
     model = Model()
     assert not wants_flat_steps(make("AdamW8bit", model, flat=False))  # on a CPU
-    on_meta = Model().to("meta")  # as any device that is no CPU
+    on_meta = Model().to("meta")  # like any device other than a CPU
     assert wants_flat_steps(make("AdamW8bit", on_meta, flat=False))
     assert not wants_flat_steps(make("LAMB8bit", on_meta, flat=False))
     torch_own = torch.optim.AdamW(on_meta.parameters(), foreach=True)
@@ -170,7 +170,7 @@ def test_resumed_run_equals_the_uninterrupted_run(tmp_path, name, before, after)
     straight, reference = (model := Model()), make(name, model, flat=True)
     for number, missing in enumerate(MISSING):
         step(straight, reference, number, missing)
-    for stop in (2, 4):  # with buffers as they were made, and split
+    for stop in (2, 4):  # with the original buffers, and with split ones
         model = Model()
         optimizer = make(name, model, flat=before)
         for number, missing in enumerate(MISSING[:stop]):
@@ -213,7 +213,7 @@ def test_values_that_something_else_sets_are_stepped_on():
 
 
 def test_what_shares_its_memory_stays_where_it_is():
-    """Two parameters over one tensor, a part of a tensor, an own class: nothing is cut."""
+    """Two parameters with one tensor, part of a tensor, a custom class: none is moved."""
 
     class Own(nn.Parameter):
         pass
@@ -229,7 +229,7 @@ def test_what_shares_its_memory_stays_where_it_is():
 
 
 def sum_over_processes():
-    """What two processes come to, flat and not."""
+    """The results of two processes, with and without flat buffers."""
     from xtuner.parallel.processes import Processes
 
     processes = Processes("cpu")
@@ -239,7 +239,7 @@ def sum_over_processes():
 
 
 def steps_of_processes(processes, flat):
-    """Parameters after two steps of processes of which each has gradients that others lack."""
+    """Parameters after two steps in which each process has gradients that others lack."""
     model = Model(SHAPES[:4])
     optimizer = make("AdamW8bit", model, flat=flat)
     for number in range(2):
@@ -335,5 +335,5 @@ def test_on_the_fake_cuda_device_it_waits_once_per_buffer():
         assert found["waits"] == [12 + paged, 1 + paged]
         assert found["equal"], name
         assert found["paged"] == [paged] and found["cut"] == [paged, paged]
-        most, held = found["move"]  # a buffer beside parameters of 1.9 MB, and then in their place
+        most, held = found["move"]  # first in addition to parameters of 1.9 MB
         assert most <= numbers * 4 * 1.05 and held <= 12 * 256 * 4

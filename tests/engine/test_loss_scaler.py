@@ -1,4 +1,4 @@
-"""The loss scale alone, and in the training loop against float32."""
+"""The loss scaler by itself, and in the training loop compared with float32."""
 
 import math
 
@@ -83,7 +83,7 @@ def test_other_number_types_have_no_scale():
 
 
 def samples(count, seed=0):
-    """Of text that can be learned: counting."""
+    """Samples of learnable text: counting."""
     found = []
     for line in range(1, count + 1):
         length = 8 + 3 * (line * (seed + 3) % 5)
@@ -104,7 +104,7 @@ class Watch(BaseHook):
 def make_trainer(
     folder, dtype, *, steps, full=False, groups=None, scale=None, algorithm=None, **settings
 ):
-    """A run as `xtuner.training.run` makes it, and the hook that sees its numbers."""
+    """A trainer as created by `xtuner.training.run`, and a hook that records its numbers."""
     torch.manual_seed(0)
     model = tiny_model(initializer_range=0.2)
     packed.register()
@@ -156,16 +156,16 @@ def test_fifty_steps_follow_those_of_float32(tmp_path, grouping, full):
         trainer.fit()
         losses.append([numbers["loss"] for numbers in seen])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert losses[1][-1] < 0.8 * losses[1][0]  # or following would be easy
+    assert losses[1][-1] < 0.8 * losses[1][0]  # otherwise it would be easy to follow
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_gradients_are_those_of_float32(tmp_path, full):
-    """Of float16's rounding alone, 2^-11, through two layers and back."""
+    """The error is that of float16's rounding, 2^-11, through two layers and back."""
     found = []
     for dtype in (torch.float16, torch.float32):
         trainer, _ = make_trainer(tmp_path, dtype, steps=1, full=full, max_norm=None)
-        if not full:  # B begins at zero, and A without a gradient
+        if not full:  # B starts at zero, and A without a gradient
             for index, parameter in enumerate(trainer.strategy.parameters):
                 generator = torch.Generator().manual_seed(index)
                 parameter.data.normal_(std=0.1, generator=generator)
@@ -180,8 +180,8 @@ def test_gradients_are_those_of_float32(tmp_path, full):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_an_overflow_loses_no_step(tmp_path, dropout):
-    """A scale that is far too high comes down in the first step, and the run is that of a scale
-    which was right from the beginning, to the bit, random numbers included."""
+    """A scale that is far too high is lowered in the first step, and the run is bitwise equal to
+    one with the right scale from the start, random numbers included."""
     groups = GROUPINGS["three"]
     high, seen = make_trainer(
         tmp_path, torch.float16, steps=3, groups=groups, scale=2.0**40, dropout=dropout
@@ -199,7 +199,7 @@ def test_an_overflow_loses_no_step(tmp_path, dropout):
 
 
 def test_half_the_scale_gives_nearly_the_same_gradients(tmp_path):
-    """A power of two changes no digit but of numbers below 6e-5, which float16 holds shorter."""
+    """A power of two only changes numbers below 6e-5, which have fewer bits in float16."""
     found = []
     for scale in (2.0**12, 2.0**11):
         trainer, _ = make_trainer(tmp_path, torch.float16, steps=1, scale=scale)
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_is_a_fault_and_no_overflow(tmp_path):
     trainer, _ = make_trainer(tmp_path, torch.float16, steps=2, algorithm=Exploding())
     with pytest.raises(TrainingError, match=r"(?s)line 2\..*float16 overflows above 65,504"):
         trainer.fit()
-    assert len(calls) == 1 + 4  # the step was not done again; each row was tried alone
+    assert len(calls) == 1 + 4  # the step was not repeated; each row was tried separately
     assert trainer.loss_scaler.scale == INITIAL_SCALE
 
 
@@ -255,7 +255,7 @@ def test_interruption_during_a_repeated_step_changes_nothing(tmp_path):
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    """Through a doubling of the scale and an overflow after it."""
+    """The scale is doubled, and an overflow follows."""
     monkeypatch.setattr(loss_scaler, "GROWTH_STEPS", 3)
 
     def run(steps, source=None, scale=None):
@@ -301,7 +301,7 @@ def test_changed_dtype_is_reported():
 
 
 def one_of_two_overflows(folder):
-    """In a process of its own: gradients of the second process alone overflow, twice."""
+    """In a separate process: only the second process's gradients overflow, twice."""
     trainer, seen = make_trainer(folder, torch.float16, steps=2, scale=16.0)
     if trainer.processes.rank == 1:
         left = [math.inf, math.inf]
@@ -309,7 +309,7 @@ def one_of_two_overflows(folder):
             lambda grad: grad * (left.pop() if left else 1.0)
         )
     trainer.fit()
-    scales = trainer.processes.gather([str(n["loss_scale"]) for n in seen])  # the first sees them
+    scales = trainer.processes.gather([str(n["loss_scale"]) for n in seen])  # on the first process
     return scales, [p.double().sum().item() for p in weights(trainer)]
 
 

@@ -71,7 +71,7 @@ def test_a_wrong_name_gets_a_suggestion():
 
 
 class PagedLike:
-    """What bitsandbytes' paged optimizers do with state, without a GPU."""
+    """Handles state like bitsandbytes' paged optimizers, without a GPU."""
 
     is_paged = True
 
@@ -79,7 +79,7 @@ class PagedLike:
         self.parameters, self.state = parameters, {}
 
     def load_state_dict(self, state, move_to_device=True):
-        assert not move_to_device  # all of it at once would not fit
+        assert not move_to_device  # it would not fit all at once
         for parameter, values in zip(self.parameters, state["state"].values(), strict=True):
             self.state[parameter] = dict(values)
 

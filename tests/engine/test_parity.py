@@ -1,7 +1,7 @@
 """Losses, gradients and weights of two processes under every strategy are those of one process on
-the same samples, whether they take other rows or parts of the same ones.
+the same samples, whether they take different rows or parts of the same ones.
 
-A few cases run always; the whole matrix is slow. The processes are started once for each.
+A few cases always run; the complete matrix is slow. Processes are started once for each.
 """
 
 import itertools
@@ -68,7 +68,7 @@ def assert_alike(cases, results):
 
 
 def assert_read(folder, tuning, weights):
-    """DeepSpeed's own checkpoint in `folder` has the trained weights, and all the others."""
+    """DeepSpeed's own checkpoint in `folder` contains the trained and all other weights."""
     found = old_pth.read(folder)
     for name, value in weights.items():
         assert np.array_equal(found[name].numpy(), value), name
@@ -90,7 +90,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     for (strategy, tuning, _), (*_, weights) in zip(FEW[1:], first[1:], strict=False):
         assert_read(tmp_path / strategy, tuning, weights)
     assert [losses for losses, *_ in first] == [losses for losses, *_ in second]
-    assert all(not weights for *_, weights in second)  # the main process alone gets them
+    assert all(not weights for *_, weights in second)  # only the main process gets them
 
 
 @pytest.mark.slow

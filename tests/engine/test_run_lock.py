@@ -1,4 +1,4 @@
-"""Two runs never write to one work dir, and a dead one holds no lock."""
+"""Two runs never write to one work dir, and a dead run holds no lock."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path, other):
 def test_killed_run_releases_the_lock(tmp_path, other):
     other.kill()
     other.wait()
-    assert (tmp_path / run_lock.FILE_NAME).read_text()  # it had no time to clear it
+    assert (tmp_path / run_lock.FILE_NAME).read_text()  # it had no time to remove it
     with run_lock.hold(tmp_path):
         assert str(os.getpid()) in (tmp_path / run_lock.FILE_NAME).read_text()
     with run_lock.hold(tmp_path):
@@ -147,4 +147,4 @@ def test_the_command_names_the_other_run_and_can_wait(tmp_path, other, monkeypat
     other.stdin.write("\n")
     other.stdin.flush()
     assert main([*command, "--wait"]) == 2
-    assert "no_model" in capsys.readouterr().err  # it went on to the next fault
+    assert "no_model" in capsys.readouterr().err  # it reached the next error

@@ -50,7 +50,7 @@ def model_of(case):
     kind, config = CASES[case]
     model = tiny_model(kind, **config).double()
     model.set_attn_implementation(attention.register())
-    if case == "experts":  # the default multiplies no float64
+    if case == "experts":  # the default does not support float64
         model.set_experts_implementation("eager")
     if case == "recomputed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -75,7 +75,7 @@ def rows():
 
 
 def losses_and_gradients(processes, case):
-    """Of the rows, shared out among the data groups."""
+    """Losses and gradients of the rows, distributed over the data groups."""
     model = model_of(case)
     if processes.sequence is not None:
         model.split_rows(processes.sequence)
@@ -106,7 +106,7 @@ def two_steps(folder, processes, case):
 
 
 class Note(BaseHook):
-    """Notes what is the same however many processes there are."""
+    """Records what does not depend on the number of processes."""
 
     collective = True
 
@@ -119,7 +119,7 @@ class Note(BaseHook):
 
 
 def validation(folder, processes):
-    """The loss on three rows, and what is said of one that only the last process cannot read."""
+    """The loss on three rows, and the error for a row that only the last process cannot read."""
     trainer = make_trainer(folder, [[]], processes=processes)
     split = [make_samples(2, seed=seed) for seed in range(3)]
 
@@ -182,7 +182,7 @@ def test_more_architectures(alone):
 
 def compare(case, every_process, expected):
     loss, gradients = expected
-    # transformers computes the norms of Gemma in float32 whatever the type
+    # transformers always computes Gemma's norms in float32
     limit = 1e-6 if case == "softcap_and_windows" else 1e-12
     for found_loss, found in every_process:
         assert found_loss == pytest.approx(loss, rel=limit)

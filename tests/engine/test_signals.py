@@ -47,7 +47,7 @@ def test_a_closed_terminal_is_a_request_unless_nohup_ignores_it(ignored):
     )  # fmt: skip
     os.close(far)
     if not ignored:
-        os.close(near)  # whoever writes to the terminal now gets an error
+        os.close(near)  # writing to the terminal now fails
     else:
         while True:
             try:

@@ -309,7 +309,7 @@ def test_other_faults_of_torch_are_not_taken_for_a_lack_of_memory(tmp_path, monk
 
 
 def allocated_until_refused():
-    """In a process of its own: what torch raises where the system gives no more memory."""
+    """In a separate process: what torch raises when memory is exhausted."""
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28,) * 2)
     kept = []
     try:

@@ -63,7 +63,7 @@ class BadRow(Everywhere):
 
 
 def hooks(folder, processes):
-    """What each hook saw, and what all processes are told of a wrong one and of a bad row."""
+    """What each hook saw, and the errors on all processes for a wrong hook and a bad row."""
     everywhere, main_only = Everywhere(processes), MainOnly()
     make_trainer(folder, [[make_samples(1)]], hooks=[main_only, everywhere], steps=2).fit()
     told = [failure(folder, hook) for hook in (Wrong(), BadRow(processes))]
@@ -71,7 +71,7 @@ def hooks(folder, processes):
 
 
 def failure(folder, hook):
-    """The kind of error, what it says, and how often the run saved."""
+    """The type of the error, its message, and how often the run saved."""
     saved = []
     groups = [[make_samples(1)]]
     trainer = make_trainer(folder, groups, hooks=[hook], save=saved.append, steps=2)
@@ -86,7 +86,7 @@ def collate(pack):
 
 
 def validation(folder, processes, kind):
-    """The loss, and the forward passes that it took."""
+    """The loss, and the number of forward passes."""
     trainer = make_trainer(folder, [[]], kind=kind)
     passes = []
     trainer.model.register_forward_hook(lambda *_: passes.append(1))
@@ -111,14 +111,14 @@ def uneven_steps(folder, processes, kind):
     trainer.fit()
     weights = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
     seen.append(len(passes))
-    broken = True  # the row is named after equally many passes
+    broken = True  # the row is reported after the same number of passes
     passes.clear()
     found = trainer.gradients.rows_not_finite(next(trainer.loader.groups(0, 1)))
     return seen[0], len(passes), found, weights.double().sum().item()
 
 
 def answers(processes):
-    """Answers of models that differ from process to process."""
+    """Answers of models that differ between processes."""
     tokenizer = tiny_tokenizer()
     chosen = Settings(pretrained_model_name_or_path="m", data_path="d", evaluation_max_new_tokens=6)
     model = tiny_model(seed=processes.rank, initializer_range=0.5)
@@ -136,7 +136,7 @@ def answers(processes):
 
 
 def checkpoints(folder, processes):
-    """Names of files of a checkpoint that both wrote; what is said of one that rank 1 cannot."""
+    """File names of a checkpoint that both wrote; the error for one that rank 1 cannot write."""
     store = CheckpointStore(folder / "store", limit=1)
 
     def write(draft):

@@ -39,7 +39,7 @@ def test_slow_work_is_reported_next_to_a_progress_bar():
         pass
     assert "Asking..." in moving.file.getvalue()
     with moving.status("bar"), working(moving, "Asking"):
-        pass  # some releases of rich refuse a second sign
+        pass  # some releases of rich reject a second spinner
 
 
 def test_quiet_process_prints_nothing():

@@ -61,7 +61,7 @@ def write_projector(path):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """What lies under /root on the course's machines."""
+    """The contents of /root on the course's machines."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XTUNER_CACHE", str(tmp_path / "cache"))
     shared = tmp_path / "share" / "new_models"

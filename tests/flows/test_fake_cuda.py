@@ -72,15 +72,15 @@ class FakeCudaProcess:
     """A process with the fake CUDA device, which starts with its first command and takes many.
 
     Args:
-        folder: where its commands run.
-        words: as the driver takes them.
+        folder: The folder in which its commands run.
+        words: Arguments of the driver.
     """
 
     def __init__(self, folder, *words):
         self.folder, self.arguments, self.process = folder, list(words), None
 
     def __call__(self, *commands):
-        """What came of commands of xtuner."""
+        """The results of xtuner commands."""
         if self.process is None:
             driver = Path(__file__).parents[1] / "helpers" / "fake_cuda_driver.py"
             pipe, self.said = (
@@ -118,7 +118,7 @@ def train(name, work_dir, *options, device="cuda", **more):
 
 
 def losses(work_dir):
-    """Those of all steps, of all starts."""
+    """The losses of all steps of all starts."""
     files = sorted(Path(work_dir).glob("*/scalars.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
@@ -155,7 +155,7 @@ def inside(workshop, monkeypatch):
 
 @pytest.fixture(scope="module")
 def on_fake_cuda(workshop):
-    """Runs commands on the card."""
+    """Runs commands on the fake device."""
     runner = FakeCudaProcess(workshop)
     yield runner
     runner.close()
@@ -186,7 +186,7 @@ def test_it_learns_as_on_a_cpu(finished, name):
     assert found == pytest.approx(wanted, rel=0.02)
     idle = train(name, f"idle_{name}", "--overwrite", device="cpu", lr=1e-12)
     assert main(idle) == 0
-    assert losses(f"idle_{name}") != pytest.approx(found, rel=0.03)  # or the above says nothing
+    assert losses(f"idle_{name}") != pytest.approx(found, rel=0.03)  # guards the comparison
 
 
 def test_mixing_cpu_and_cuda_tensors_raises():
@@ -242,12 +242,12 @@ def test_gpu_without_bfloat16_trains_with_memory_efficient_attention(finished, t
     ) in lora["text"]
     assert losses("t4_lora") == pytest.approx(losses("gpu_lora"), rel=0.02)
     assert losses("t4_windows") == pytest.approx(losses("gpu_windows"), rel=0.02)
-    assert "bfloat16 needs compute capability 8.0" in str(refused["code"])  # or it saw nothing
+    assert "bfloat16 needs compute capability 8.0" in str(refused["code"])  # guards the comparison
 
 
 @pytest.fixture(scope="module")
 def counted(workshop, on_fake_cuda):
-    """Short runs whose waits are compared, by name."""
+    """Short runs whose synchronizations are compared, by name."""
 
     def run(name, settings="lora", *, steps, **more):
         more = {"evaluation_rows": 0, **more}
@@ -267,8 +267,8 @@ def counted(workshop, on_fake_cuda):
 
 
 def test_step_synchronizes_twice(counted):
-    """For the loss and the norm of the gradients, which are wanted as numbers, however many
-    micro-batches there are."""
+    """For the loss and the gradient norm, which are needed as numbers, whatever the number of
+    micro-batches."""
     assert 0 < counted["long"]["waits"] - counted["short"]["waits"] <= 2 * 4
     assert counted["many"]["waits"] == counted["long"]["waits"]
 
@@ -277,7 +277,7 @@ def test_a_step_of_a_library_that_waits_for_each_matrix_waits_once_more(counted)
     """bitsandbytes' optimizers, over the 28 matrices of these adapters."""
     found = counted["long_8bit"]
     assert found["code"] == 0, found["text"]
-    assert "one parameter at a time" not in found["text"]  # it has proven itself
+    assert "one parameter at a time" not in found["text"]  # it has been verified
     assert 0 < found["waits"] - counted["short_8bit"]["waits"] <= 3 * 4
 
 
@@ -287,7 +287,7 @@ def test_state_that_fits_is_not_paged(counted):
 
 
 def test_gpu_without_bfloat16_trains_in_float16(workshop, turing):
-    """LoRA, and QLoRA whose last steps are done again; chat and merge of what came of it."""
+    """LoRA, and QLoRA whose last steps are repeated; chat with the results and merge."""
     names = ("lora", "qlora")
     short = {"max_steps": 3, "save_steps": 2}
     asked = ["--ask", "What comes after 3?", "--max-new-tokens", "5", "--device", "cuda"]

@@ -67,7 +67,7 @@ def test_losses_are_those_without_and_the_encoder_rests(workshop, encoded):
 
 
 def folder_of(path="clip", **changes):
-    """Where the features of a run lie."""
+    """The folder of a run's features."""
     settings = Settings(
         pretrained_model_name_or_path="-", data_path="-", visual_encoder_name_or_path=path,
         tuning="full", freeze_llm=True, cache_visual_features=True, **changes,
@@ -87,7 +87,7 @@ def test_different_preprocessing_uses_a_separate_cache(workshop):
     seen = [folder_of()]
     assert folder_of() == seen[0]
     (clip / "model.safetensors").unlink()
-    for seed in (1, 2):  # weights that are no safetensors
+    for seed in (1, 2):  # weights that are not safetensors
         torch.save(tiny_vision_tower(seed=seed).state_dict(), clip / "pytorch_model.bin")
         seen.append(folder_of())
     changed(clip / "config.json", hidden_act="relu")

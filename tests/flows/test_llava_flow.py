@@ -78,7 +78,7 @@ def answer(model, image="images/5.png", **options):
 
 
 def answering(name):
-    """The fine-tuned model as one whole, made once."""
+    """The fine-tuned model as one complete model, made once."""
     if not (model := Path(name)).exists():
         command = ["convert", "pth_to_hf", "finetune.py", "finetune/iter_8.pth", name, "--fp32"]
         assert main([*command, "--save-format", "huggingface"]) == 0
@@ -458,7 +458,7 @@ def test_images_and_text_in_a_terminal_conversation(workshop):
     assert [seen for _, seen in session.turns] == [
         [one], [one, ()], [one, (), two], [one, (), two, ()], [()], [(), two]
     ]  # fmt: skip
-    # The answers are those to the whole conversation, asked anew without anything kept.
+    # The answers equal those to the complete conversation, generated without a cache.
     for number, history in ((3, session.turns[:4]), (5, session.turns[4:])):
         fresh = opened("finetune")
         questions = ["Which number is this?", "Are you sure?", "And that?", "Which is more?"]

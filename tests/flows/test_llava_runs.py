@@ -92,7 +92,7 @@ def launched(*settings, work_dir):
 
 @pytest.mark.distributed
 def test_an_image_of_one_process_that_goes_bad_stops_all_and_loses_no_step(workshop):
-    (workshop / "spoilt").write_text("5.png")  # of the second process, in step 3
+    (workshop / "spoilt").write_text("5.png")  # a row of the second process, in step 3
     ended = launched("custom_hooks=['spoil.py:Spoil']", work_dir="w")
     assert ended.returncode == 2, ended.stderr
     assert "data.json row 6: image '5.png' is damaged" in ended.stderr
@@ -142,7 +142,7 @@ def test_misspelled_key_is_read_with_a_note(workshop, capsys):
 
 @pytest.mark.parametrize("mended", [3, 27])
 def test_repaired_image_is_detected(workshop, capsys, mended):
-    """More rows are bad than a report keeps."""
+    """There are more bad rows than a report stores."""
     write([{"image": f"new{i}.png", "conversations": turns("<image>?", "Y.")} for i in range(30)])
     command = ["check-custom-dataset", "run.py"]
     assert main(command) == 2
@@ -198,7 +198,7 @@ def test_a_resume_needs_no_projector_to_start_from(workshop, capsys):
 )
 def test_grouping_without_effect_is_noted(workshop, capsys, changes, idle):
     assert train(*changes, "max_steps=1", "group_by_modality=True") == 0
-    assert ("without effect here: group_by_modality" in said(capsys)) is idle
+    assert ("without effect in this run: group_by_modality" in said(capsys)) is idle
 
 
 @pytest.mark.parametrize(

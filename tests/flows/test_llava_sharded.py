@@ -1,5 +1,5 @@
 """LLaVA on two processes under every strategy: the numbers of one process, also in a step without
-images, whose weights are then left alone."""
+images, which leaves the weights for images unchanged."""
 
 import json
 

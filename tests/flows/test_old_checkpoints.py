@@ -18,7 +18,7 @@ NAMES = ["lora", "full", "qlora"]
 
 @pytest.fixture
 def old(tmp_path, monkeypatch):
-    """A copy of what the commit wrote, as if it had run here."""
+    """A copy of the commit's output, as if it had been written here."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     for file in [*tmp_path.glob("runs/*/iter_3/run.yaml"), *tmp_path.glob("runs/*/*.py")]:
@@ -32,7 +32,7 @@ def old(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_gives_the_losses_of_the_commit_that_began_it(name, old, capsys):
     assert main(["train", f"{name}.py", "--work-dir", f"runs/{name}", "--resume"]) == 0
-    assert "differ" not in capsys.readouterr().out  # nothing that matters has changed
+    assert "differ" not in capsys.readouterr().out  # no relevant setting has changed
     (log,) = Path("runs", name).glob("2*/scalars.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     found = [(v["step"], v["loss"], v["grad_norm"]) for v in lines if "loss" in v]
@@ -59,7 +59,7 @@ def test_an_old_checkpoint_converts(name, old, capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_old_settings_files_load_unchanged(name, old):
-    """The user's own, and the record of all settings that the run left."""
+    """The user's file, and the run's record of all settings."""
     own, recorded = load_settings(f"{name}.py"), load_settings(f"runs/{name}/{name}.py")
     changed = {n for n, v in own.settings if getattr(recorded.settings, n) != v}
     # 'auto' came after the recorded True, which is what 'auto' is for this model, and after 16

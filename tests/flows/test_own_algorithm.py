@@ -137,7 +137,7 @@ def write_rows(folder, rows):
 
 
 def scalars(work_dir):
-    """Step to what was logged, over all starts; later starts win."""
+    """The logged scalars by step, over all starts; later starts win."""
     files = sorted(Path(work_dir).glob("2*/scalars.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return {v["step"]: v for v in lines if "loss" in v}, [v for v in lines if "loss" not in v]
@@ -153,7 +153,7 @@ def samples_of(dataset):
 
 
 def plain_loss(causal, samples, margin):
-    """The same by transformers alone, one sequence at a time."""
+    """The same with plain transformers, one sequence at a time."""
     total = torch.zeros(())
     for sample in samples:
         means, start = [], 0
@@ -174,7 +174,7 @@ def test_the_algorithm_is_short():
 def test_loss_and_gradients_are_those_of_plain_transformers(folder):
     parts, data = opened()
     pack = max((data.train[i] for i in range(len(data.train))), key=len)
-    assert len(pack) > 1  # pairs, of which none is divided
+    assert len(pack) > 1  # pairs, none of which is split
     assert all(len(sample.lengths) == 2 for sample in samples_of(data.train))
     model = PackedCausalLM(
         make_trainable(parts.settings, dtype=torch.float32, device="cpu", recompute=False)
@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_names_its_row(folder, capsys):
         (["algorithm='faulty.py:LacksMetric'"], ["no metric 'gap'", "accuracy"]),
         (["algorithm='faulty.py:OneSequence'"], ["returned 1 sequences", "sequences_per_row is 2"]),
         (["algorithm='faulty.py:NoEncoded'"], ["NoEncoded.encode made a list", "Encoded"]),
-        (["algorithm='faulty.py:Plain'"], ["must be a subclass of", "BaseAlgorithm"]),
+        (["algorithm='faulty.py:Plain'"], ["is not a subclass of", "BaseAlgorithm"]),
         (["algorithm_options={'margn': 1.0}"], ["no option 'margn'", "allowed: margin"]),
         (["algorithm_options={'margin': 'x'}"], ["margin = 'x'", "its default, 1.0"]),
         (

@@ -38,7 +38,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, tiny_model_path, monkeyp
         *("--set", "accumulative_counts=1"),
     )
     assert (one, two.returncode) == (0, 0), two.stderr
-    assert two.stdout.count("Results") == 1  # the main process alone speaks
+    assert two.stdout.count("Results") == 1  # only the main process prints
     expected, found = losses(folder / "one"), losses(folder / "two")
     assert len(expected) == 4 and found.keys() == expected.keys()
     for step, values in expected.items():
@@ -85,7 +85,7 @@ class Short(Algorithm):
 
 
 def test_one_process_out_of_memory_ends_all_and_says_why(tmp_path, tiny_model_path):
-    """The others are in the middle of a sum, so nobody can save: they must not wait a day."""
+    """The others are in a collective sum, so none can save: they must not wait forever."""
     folder = prepare(tmp_path / "run", tiny_model_path, "lora", dies=False).parent
     (folder / "short.py").write_text(SHORT_OF_MEMORY, encoding="utf-8")
     ended = train(

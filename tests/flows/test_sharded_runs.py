@@ -1,5 +1,5 @@
-"""Whole runs of two processes whose weights are divided: they end as a run of one process does,
-and go on from each other's checkpoints."""
+"""Complete runs of two processes with sharded weights: they end like a run of one process, and
+resume from each other's checkpoints."""
 
 import json
 import shutil
@@ -62,8 +62,8 @@ def prepare(folder, model, tuning):
 
 
 def cases_of(strategies, tuning):
-    """For each strategy: a run, one that goes on from another one's checkpoint, one that is
-    stopped, and one with a bad row."""
+    """For each strategy: a run, one that resumes another one's checkpoint, one that is stopped,
+    and one with a bad row."""
     cases = []
     for strategy, before in zip(strategies, ("deepspeed_zero3", *strategies), strict=False):
         chosen = [f"strategy={strategy}", "accumulative_counts=1"]

@@ -43,7 +43,7 @@ def test_a_dozen_kills(tmp_path, tiny_model_path):
         finally:
             child.kill()
         if child.wait() != -signal.SIGKILL:
-            break  # it came to its end between two kills
+            break  # it finished between two kills
         kills += 1
     assert kills >= 3
     finished = run_cli(folder, "--set", "save_steps=1", "--resume")

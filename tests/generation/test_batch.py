@@ -57,12 +57,12 @@ def test_greedy_answers_are_those_to_each_alone(model_type, overrides):
     model = tiny_model(model_type, initializer_range=0.3, **overrides)
     found = together(model)
     assert found == alone(model)
-    if "sliding_window" not in overrides:  # which sees hardly more than the template's last words
+    if "sliding_window" not in overrides:  # which covers hardly more than the end of the template
         assert len({*found}) == len(found)
 
 
 def test_the_output_head_gets_contiguous_inputs():
-    """torch copies the head's weight once per row otherwise; the last positions are strided."""
+    """Otherwise torch copies the head's weight once per row; the last positions are strided."""
     model = tiny_model("llama")
     head, seen = model.get_output_embeddings(), []
     handle = head.register_forward_hook(

@@ -134,7 +134,7 @@ def make_training_model() -> nn.Module:
 def test_generation_does_not_change_a_model_in_training() -> None:
     model = make_training_model()
     modes = {name: module.training for name, module in model.named_modules()}
-    assert answer(model) == answer(LLAMA)  # fresh adapters change nothing
+    assert answer(model) == answer(LLAMA)  # new adapters change nothing
 
     unfinished = stream(
         model, TOKENIZER, template=TEMPLATE, messages=MESSAGES, options=GenerationOptions()

@@ -70,7 +70,7 @@ def test_a_row_that_is_removed_changes_no_other():
         found = batch.admit([gone, kept])
         found += batch.step()
         batch.remove([gone])
-        assert batch._mask.shape[1] == len(kept.ids) - 1  # the padding of the longer row is gone
+        assert batch._mask.shape[1] == len(kept.ids) - 1  # the padding of the longer row is removed
         while batch.rows:
             found += batch.step()
     assert "".join(piece for row, piece in found if row is kept) == alone(model, QUESTIONS[1])

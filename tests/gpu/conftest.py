@@ -11,13 +11,13 @@ from torch import Tensor
 def pytest_collection_modifyitems(items):
     for item in items:
         if "/gpu/" in item.path.as_posix():
-            # Libraries warn of each other's versions on machines that we do not know.
+            # On unknown machines libraries may warn about each other's versions.
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
 @pytest.fixture(autouse=True)
 def card():
-    """The device; all that a test leaves on it is freed."""
+    """The device; memory that a test leaves allocated is freed."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
     yield torch.device("cuda", 0)
@@ -26,7 +26,7 @@ def card():
 
 @pytest.fixture
 def limited(fake_cuda):
-    """A function that lets torch hold so many more bytes of the card than it does now."""
+    """A function that limits how many additional bytes torch may allocate on the device."""
     if fake_cuda is not None:
         before = fake_cuda.memory
         yield lambda size: fake_cuda.limit(fake_cuda.allocated + size)
@@ -49,7 +49,7 @@ def has_bfloat16() -> bool:
 
 @pytest.fixture(params=["bfloat16", "float16"])
 def dtype(request):
-    """16-bit types that the card multiplies."""
+    """16-bit dtypes that the device supports."""
     if request.param == "bfloat16" and not has_bfloat16():
         pytest.skip("this GPU has no bfloat16")
     return getattr(torch, request.param)
@@ -57,7 +57,7 @@ def dtype(request):
 
 @pytest.fixture
 def half():
-    """The 16-bit type of this card."""
+    """The 16-bit dtype of this device."""
     return torch.bfloat16 if has_bfloat16() else torch.float16
 
 

@@ -45,7 +45,7 @@ def inputs(lengths, heads, width, dtype):
 
 
 def both(card, dtype, lengths, heads, width, window=None):
-    """Results and gradients, of the card and right ones."""
+    """Results and gradients: those of the device, and the exact ones."""
     q, k, v = inputs(lengths, heads, width, dtype)
     cum = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     options = {"cu_seq_lens_q": cum, "cu_seq_lens_k": cum}
@@ -63,7 +63,7 @@ def both(card, dtype, lengths, heads, width, window=None):
 
 def compare(close, found, wanted):
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
-        # A token that sees itself alone has gradients of 0, as a difference of rounded numbers.
+        # A token that attends only to itself has gradients of 0, the difference of rounded numbers.
         close(a, b, size=float(b.numel() ** 0.5) if name in ("dq", "dk") else 0.0)
 
 

@@ -135,5 +135,5 @@ def test_gives_the_losses_and_gradients_of_the_plain_pass(card, folder, half, ca
     losses, gradients = apart(found, wanted)
     noise = apart(again, wanted)
     print(f"{case}: losses {losses:.2g}, gradients {gradients:.2g}; two plain runs {noise}")
-    # rows are filled up to another size, for which other products may be chosen
+    # rows are padded to another size, for which other matmul kernels may be chosen
     assert losses <= 1e-3 and gradients <= max(4 * noise[1], 0.01)

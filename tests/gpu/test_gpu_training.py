@@ -127,7 +127,7 @@ def test_it_learns_as_on_a_cpu(workshop, name):
     code, wanted = train(f"cpu_{name}", RUNS[name] + 'device = "cpu"\ndtype = "float32"\n')
     assert code == 0
     assert found == pytest.approx(wanted, rel=0.02)
-    assert found[-1] < 0.97 * found[0]  # or the above says nothing
+    assert found[-1] < 0.97 * found[0]  # guards the comparison
 
 
 def test_float16(workshop):
@@ -146,7 +146,7 @@ def test_out_of_memory_message_says_what_to_change(workshop, limited, capsys):
     Path("rows.json").write_text(json.dumps(rows))
     text = 'tuning = "full"\nmax_length = 4096\nbatch_size = 4\naccumulative_counts = 1\n'
     text += "gradient_checkpointing = False\n"
-    limited(160 * 2**20)  # room for the model, and not for the step
+    limited(160 * 2**20)  # room for the model, but not for the step
     code, losses = train("tight", text)
     said = "".join(capsys.readouterr())
     assert code == 2 and not losses

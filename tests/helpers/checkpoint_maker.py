@@ -13,7 +13,7 @@ from xtuner.testing.tiny import tiny_tokenizer
 
 
 def stir(model):
-    """Give every trainable weight something to do; B is zero at first."""
+    """Give every trainable weight an effect; B is zero at first."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -34,7 +34,7 @@ def lines_run(function, *args, limit=float("inf")):
 
 
 def most_memory(function, *args):
-    """Bytes that `function` holds at most, in objects of Python."""
+    """Peak memory of `function` in Python objects, in bytes."""
     tracemalloc.start()
     try:
         function(*args)

@@ -1,4 +1,4 @@
-"""What the tests of the data pipeline build on."""
+"""Helpers for tests of the data pipeline."""
 
 import hashlib
 import json

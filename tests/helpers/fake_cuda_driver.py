@@ -28,7 +28,7 @@ def main() -> None:
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             try:
                 code = xtuner(command["arguments"])
-            except RuntimeError as error:  # what the card refuses
+            except RuntimeError as error:  # what the device rejects
                 code = str(error)
         report = {"code": code, "text": text.getvalue(), "most": card.peak - held}
         report["calls"] = sorted(set(stub.calls))

@@ -1,4 +1,4 @@
-"""Weights that exist only while their module runs, as sharded training (ZeRO-3, FSDP2) has them."""
+"""Weights that exist only while their module runs, as in sharded training (ZeRO-3, FSDP2)."""
 
 import contextlib
 
@@ -31,7 +31,7 @@ def _tensors(output):
 
 
 class Gathered:
-    """Keeps the weights of `units` away except while a unit runs forward or backward.
+    """Removes the weights of `units` except while a unit runs forward or backward.
 
     A weight that is away is an empty tensor, and the memory that it had is full of NaN, unless
     autograd holds it as a tensor of its own: an address that was kept reads these. A unit's weights
@@ -123,13 +123,13 @@ class Gathered:
 
 
 def _owners(tensor):
-    """How many tensors hold the memory of `tensor`."""
+    """Number of tensors that share the memory of `tensor`."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 @contextlib.contextmanager
 def nothing_gathered(_):
-    """The plain way, for comparison."""
+    """No gathering, for comparison."""
 
     class Plain:
         def backward(self, loss):

@@ -25,7 +25,7 @@ class Shape:
     head_dim: int = 16
     layers: int = 2
     inner: int = 96
-    vocabulary: int = 0  # 0: as many as the pieces and special tokens need
+    vocabulary: int = 0  # 0: as many as the pieces and special tokens require
     positions: int = 16
     spread: float = 0.15
     dtype: torch.dtype = torch.float32

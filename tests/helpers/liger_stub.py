@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Overwriting(torch.autograd.Function):
-    """A gated product; the gradients take the places of the inputs."""
+    """A gated product; the gradients overwrite the inputs."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -24,8 +24,8 @@ class Overwriting(torch.autograd.Function):
 
 
 class Turning(torch.autograd.Function):
-    """Rotation of queries and keys ``[1, heads, N, D]``, in their places where tokens lie one
-    behind the other."""
+    """Rotation of queries and keys ``[1, heads, N, D]``, in place if tokens are contiguous in
+    memory."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin):
@@ -39,7 +39,7 @@ class Turning(torch.autograd.Function):
 
 
 def turned(x, cos, sin):
-    """x, and angles ``[N, D]`` whose second half is the first again."""
+    """x, and angles ``[N, D]`` whose second half repeats the first."""
     tokens = x.transpose(1, 2).contiguous()
     first, second = tokens.float().chunk(2, -1)
     other = torch.cat([-second, first], -1)
@@ -48,8 +48,8 @@ def turned(x, cos, sin):
 
 
 class LigerStub:
-    """The package; what the function `wrong` gives is a tenth too large, and `calls` names the
-    functions called."""
+    """The package; the result of the function `wrong` is a tenth too large, and `calls` lists the
+    called functions."""
 
     def __init__(self, wrong=None):
         def norm(x, weight, eps, *options):
@@ -71,7 +71,7 @@ class LigerStub:
             self.modules[module.__name__] = module
 
     def counted(self, name, function):
-        """The function, which notes its name when it is called."""
+        """The function, which records its name when called."""
 
         def call(*arguments):
             self.calls.append(name)

@@ -24,7 +24,7 @@ def write_parts_of(folder, llm, encoder, **info):
 
 
 def answer(model, question, *images, **options):
-    """What a chat answers, in float32."""
+    """The answer in a chat, in float32."""
     options = {"dtype": "float32", **options}
     session = open_chat(
         str(model), options=GenerationOptions(max_new_tokens=8, temperature=0), **options

@@ -49,6 +49,6 @@ for _name in NAMES:
 
 
 class Sharded(Recording):
-    """As if every forward pass took all processes."""
+    """Behaves as if every forward pass were collective."""
 
     sharded = lockstep = True

@@ -4,7 +4,7 @@ import torch
 
 
 class ReplayingRecorder:
-    """Counts recordings and replays; `broken` names what goes wrong.
+    """Counts recordings and replays; `broken` selects an error.
 
     Args:
         broken: 'wait' raises as a recording that waits for the GPU; 'stale' replays with the

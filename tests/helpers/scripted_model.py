@@ -36,7 +36,7 @@ class ScriptedModel(nn.Module):
 
 
 class Answers(ScriptedModel):
-    """Gives one answer after the other."""
+    """Returns one answer after the other."""
 
     def __init__(self, tokenizer: Any, *answers: str) -> None:
         super().__init__([])

@@ -23,7 +23,7 @@ STEPS = 3
 
 
 class Shares:
-    """The steps of two ranks as they are dealt to one rank or two.
+    """The steps of two ranks, distributed over one rank or two.
 
     The first step is full, in the second the second half has fewer micro-batches, in the third it
     has none. Half of the samples have loss weights.
@@ -51,7 +51,7 @@ class Shares:
 
 
 def model_of(tuning, *, tied=False):
-    """A tiny model in float32, and its settings' share of the work done."""
+    """A tiny model in float32, prepared according to its settings."""
     attention.register()
     model = tiny_model(tie_word_embeddings=tied)
     model.set_attn_implementation(attention.NAME)

@@ -11,10 +11,10 @@ from xtuner.training.run import _TrainingRun
 
 
 def runs(folder, cases):
-    """Make the runs `cases` one after another; what each ended with.
+    """Execute the runs `cases` one after another; return how each ended.
 
     Args:
-        folder: of the settings files.
+        folder: Folder of the settings files.
         cases: (settings file, work dir, overrides, resume).
     """
     made = {size: Processes("cpu", sequence_parallel_size=size) for size in sizes_of(cases)}
@@ -45,7 +45,7 @@ def end_of(processes, folder, config, work_dir, overrides=(), resume=None):
 
 
 def scalars(work_dir):
-    """Step to the numbers that the run logged, over all starts; later starts win."""
+    """The logged numbers by step, over all starts; later starts win."""
     found = {}
     for file in sorted(Path(work_dir).glob("*/scalars.jsonl")):
         for line in file.read_text().splitlines():

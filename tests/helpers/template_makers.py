@@ -47,7 +47,7 @@ def byte_tokenizer(*, chat_template=None, tokens=TOKENS, eos="</s>"):
 
 
 def merging_tokenizer(*, chat_template=None, tokens=TOKENS, eos="</s>", trim_offsets=False):
-    """Byte-level, with tokens that reach over spaces, line breaks and punctuation."""
+    """Byte-level, with tokens that span spaces, line breaks and punctuation."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()

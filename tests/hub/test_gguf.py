@@ -45,7 +45,7 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
-    """A GGUF file, and the Llama that holds its numbers after quantisation."""
+    """A GGUF file, and a Llama with its quantized weights."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(

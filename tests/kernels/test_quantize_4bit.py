@@ -11,7 +11,7 @@ CODE = get_4bit_type("nf4", device="cpu")
 
 
 def formula(x, block):
-    """The scale of each block, and two codes a byte."""
+    """The scale of each block, and two codes per byte."""
     blocks = x.float().reshape(-1, block)
     scales = blocks.abs().amax(1)
     shares = blocks * (1 / scales.clamp(min=1e-38))[:, None]

@@ -40,7 +40,7 @@ def measure(folder, tokens, *, dtype=torch.bfloat16, device="cpu", recompute=Fal
 
 
 def real_peak(chosen, *, recompute, dtype):
-    """The model of a run, and what a step on it takes."""
+    """The model of a run, and the peak memory of a step."""
     model = make_trainable(chosen, dtype=dtype, device="cpu", recompute=recompute)
     ids = torch.arange(sum(LENGTHS))[None] % 200
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
@@ -149,7 +149,7 @@ def test_norms_of_queries_and_keys_whatever_they_span(tmp_path, architecture, de
 
 
 def test_the_scratch_of_the_loss_does_not_stay_on_a_gpu(tmp_path):
-    """It would be alive at the peak of the backward pass, whatever the size of the vocabulary."""
+    """It would be alive at the peak of the backward pass, for any vocabulary size."""
 
     def peak(vocabulary):
         sizes = {"vocab_size": vocabulary, "intermediate_size": 8192}

@@ -139,7 +139,7 @@ def test_paged_optimizer_state_is_no_memory_of_torch_on_a_gpu(folder):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A model of 100 MiB, of which a step takes 400 more, 150 with recomputation."""
+    """A model of 100 MiB, whose step takes 400 MiB more, 150 with recomputation."""
 
     def footprint(chosen, device, recompute, keys):
         step = 150 if recompute else 400
@@ -183,7 +183,7 @@ def test_paging_can_be_asked_for_and_refused(folder, measured):
 
 
 def test_hints_are_settings_that_a_run_takes(folder):
-    """tuning = 'qlora' alone would be refused beside quantization = 'none'."""
+    """tuning = 'qlora' by itself would be rejected with quantization = 'none'."""
     chosen = settings(folder, quantization="none", batch_size=1)
     plan = plan_memory(chosen, "cuda", memory=MB)
     named = [line for line in plan.hints() if "qlora" in line]
@@ -198,7 +198,7 @@ def test_processes_share_the_memory_of_a_cpu_and_not_of_gpus(folder):
 
     assert (room("cpu"), room("cuda")) == (2**31, 2**33)
     alone, shared = available.free_memory("cpu"), available.free_memory("cpu", 2)
-    assert shared >= alone - 100 * MB  # what the others hold already is theirs to take
+    assert shared >= alone - 100 * MB  # memory that the others already hold is available to them
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -245,7 +245,7 @@ def test_forecast_error_does_not_stop_training(folder, tmp_path, monkeypatch, ca
 
 
 def test_what_is_known_of_a_model_follows_the_folder_and_its_content(tmp_path, monkeypatch):
-    """In a notebook or a server one process meets another model under the same relative path."""
+    """In a notebook or a server, a relative path may later refer to another model."""
     chosen = settings("model")
     found = []
     for name, width in (("one", 32), ("two", 64), ("one", 96)):

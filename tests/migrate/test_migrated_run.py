@@ -13,7 +13,7 @@ ROWS = 22
 
 @pytest.fixture
 def old(tmp_path, monkeypatch, tiny_model_path):
-    """A LoRA config of old beside its data; every row is a micro-batch, four are a step."""
+    """An old LoRA config next to its data; every row is a micro-batch, four are a step."""
     monkeypatch.chdir(tmp_path)
     row = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I"}]}
     (tmp_path / "data").mkdir()
@@ -54,7 +54,7 @@ def test_the_old_config_is_trained_with_its_own_numbers(old, tmp_path, capsys):
     assert "22, 4 per step; saved as iter_6 (step 1), iter_12 (step 3), iter_18 (step 4)" in out
     work_dir = tmp_path / "work_dirs" / "old"
     convert = ["convert", "pth_to_hf", str(work_dir / "old.py"), str(work_dir / "iter_22.pth")]
-    assert main([*convert, "hf"]) == 0  # the work dir has the config of old, as scripts expect
+    assert main([*convert, "hf"]) == 0  # the work dir has the old config, as scripts expect
     capsys.readouterr()
     assert main(["test", "old.py"]) == 0  # its work dir has the newest checkpoint
     assert "Q: Who are you?" in capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_unreached_interval_is_noted(old, tmp_path, capsys):
     overrides = ["num_threads=1", "max_steps=5", "save_steps=300", "evaluation_freq=400"]
     assert main(["train", "new.py", "--set", *overrides]) == 0
     out = capsys.readouterr().out
-    assert "max_steps = 5 micro-batches end within step 2, which is completed, with 8" in out
+    assert "max_steps = 5 micro-batches end within step 2, which is completed at 8" in out
     assert "save_steps = 300 is more than the 8 micro-batches of this run" in out
     assert "evaluation_freq = 400 is more than the 8 micro-batches of this run" in out
     assert (tmp_path / "work_dirs" / "old" / "iter_8").is_dir()

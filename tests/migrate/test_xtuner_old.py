@@ -153,7 +153,7 @@ def test_a_named_system_message_is_that_of_the_old_package_around_the_config(dra
         "SYSTEM_TEMPLATE = ConfigDict(sql=('Write' ' SQL.\\n'), other=boom())\n"
     )
     changes = {"SYSTEM = ''": "SYSTEM = SYSTEM_TEMPLATE.sql", "openai_map": "sql_map"}
-    assert "SYSTEM_TEMPLATE.sql" in words(draft(replace=changes).notes)  # boom() is not a text
+    assert "SYSTEM_TEMPLATE.sql" in words(draft(replace=changes).notes)  # boom() is not text
     (tmp_path / "utils" / "templates.py").write_text(
         "SYSTEM_TEMPLATE = ConfigDict(sql=('Write' ' SQL.\\n'))\n"
     )

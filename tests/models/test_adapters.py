@@ -28,7 +28,7 @@ def adapted(model, **options):
     model = add_adapter(model, **{"r": 4, "alpha": 8, "seed": 3, **options})
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first: give every adapter something to do
+        if "lora_B" in name:  # zero at first: give every adapter an effect
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     return model
 
@@ -70,8 +70,8 @@ def test_bfloat16_weights_get_float32_adapters_and_close_gradients():
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_quantised_gradients_equal_those_of_the_dequantised_model(quantization, tmp_path):
-    """Also after a forward pass in evaluation mode, which repacked 4-bit weights (facts, trap
-    2)."""
+    """Also after a forward pass in evaluation mode, which used to repack 4-bit
+    weights."""
     tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
     base = load_model(tmp_path, dtype=torch.float32, quantization=quantization)
     base.eval()

@@ -36,7 +36,7 @@ ARCHITECTURES = {
 
 
 def plain_loss(model, batch):
-    """Each sample by itself through transformers, logits held whole."""
+    """Each sample separately through transformers, with all logits in memory."""
     total = 0.0
     for sample in batch.split():
         logits = model(input_ids=sample.input_ids, use_cache=False).logits[0, :-1].float()
@@ -138,8 +138,8 @@ def test_recomputed_activations_give_the_same_gradients():
 
 
 def test_a_step_reads_no_value_back_from_the_device(monkeypatch):
-    """On a GPU the CPU would wait for it; a device without values, where reading is an error, takes
-    its place."""
+    """On a GPU the CPU would wait for it; here a device without values, where reading is an error,
+    stands in."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     model = tiny_model().to("meta")
@@ -212,7 +212,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
 
 
 def test_a_large_number_of_a_neighbour_is_no_leak_in_layers_of_8_bits(tmp_path):
-    """LLM.int8() rounds a column otherwise for all tokens when one token has an outlier in it."""
+    """LLM.int8() rounds a column differently for all tokens if one token has an outlier in it."""
     model = tiny_model(hidden_size=64, intermediate_size=128, head_dim=16, initializer_range=0.3)
     for layer in model.model.layers:
         layer.input_layernorm.weight.data.fill_(4.0)  # its results reach 6, as in real models

@@ -1,7 +1,7 @@
 """Every causal architecture of transformers: trained packed, one sample at a time, or refused.
 
 What trains gives transformers' own loss and gradients. docs/architectures.md has the table;
-``python tests/models/test_every_architecture.py [MODEL_TYPE ...]`` writes it, or those rows, anew.
+``python tests/models/test_every_architecture.py [MODEL_TYPE ...]`` regenerates it, or those rows.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def outcome(kind):
             model.save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
             expected = by_transformers(folder)
-        except Exception as error:  # sizes that do not fit, or packages that are not installed
+        except Exception as error:  # sizes that do not fit, or missing packages
             missing = isinstance(error, ImportError) or "library but it was not found" in str(error)
             refused = None if missing else refused_by_both(folder, kind)
             return refused or (UNTRIED, " ".join(str(error).split())[:90])
@@ -75,7 +75,7 @@ def refused_by_both(folder, kind):
 
 
 def by_transformers(folder):
-    """Loss and gradients by transformers, one sample at a time."""
+    """Loss and gradients of transformers, one sample at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     total = 0.0
     for part in batch().split():
@@ -121,7 +121,7 @@ def batch():
 
 
 def reason(text):
-    """Why, without the name of the model and numbers that differ by machine."""
+    """The reason, without the model's name and numbers that depend on the machine."""
     alone = "takes one sample at a time, (?:for|because) "
     text = re.sub(rf"^not packed: \w+ {alone}", "", text.split("; ")[0])
     text = re.sub(r"^pretrained_model_name_or_path: \S+ \(\w+\) is ", "it is ", text)
@@ -134,7 +134,7 @@ def reason(text):
 
 
 def rows():
-    """What the table says: {model type: (what, why)}."""
+    """The rows of the table: {model type: (what, why)}."""
     found = re.findall(r"^\| `(.+?)` \| (.+?) \| (.*?) \|$", TABLE.read_text(), re.MULTILINE)
     return {kind: (what, why) for kind, what, why in found}
 
@@ -186,7 +186,7 @@ def write_table(kinds):
 
 Every causal architecture of transformers {transformers.__version__}, tiny and with random weights,
 trained in full and with LoRA on the CPU. What trains gives transformers' own loss and gradients.
-"packed" means that several samples share a row and cannot see each other; "one at a time" that
+"packed" means that several samples share a row, isolated from each other; "one at a time" that
 each sample goes through the model by itself, because it needs to.
 
 {count[PACKED]} are trained packed, {count[APART]} one sample at a time, {count[REFUSED]} are

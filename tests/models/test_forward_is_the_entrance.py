@@ -1,4 +1,4 @@
-"""Training reads no weight outside the forward or backward pass of its own unit.
+"""Training reads no weight outside the forward or backward pass of its unit.
 
 Each unit is a decoder layer, the embedding, the final norm, the output head, and for images each
 layer of the vision tower and the projector. Outside its unit a weight is empty (see `gathering`).
@@ -56,7 +56,7 @@ def way(request, monkeypatch):
 
 @pytest.fixture
 def fused_passes(monkeypatch):
-    """How often a decoder layer was one operation."""
+    """How often a decoder layer ran as one operation."""
     count = []
     apply = decoder._DecoderLayer.apply
     monkeypatch.setattr(
@@ -82,7 +82,7 @@ def trainable(model_path, tuning, *, recompute, **changes):
 
 
 def loss_and_gradients(model, batch, around):
-    """Of the summed loss, and of one that weighs tokens differently, as algorithms may."""
+    """For the summed loss, and for one that weights tokens differently, as algorithms may."""
     model.zero_grad(set_to_none=True)
     losses = []
     with around(units_of(model)) as gathered:
@@ -176,6 +176,6 @@ def test_layers_of_the_vision_tower_and_the_projector_are_units(tower, recompute
         tuple(pixels), places, sizes=((28, 28),) * 2, counts=(1, 1), features=(None, None)
     )
     labels = batch.labels.masked_fill(places, -100)
-    unused = ("post_layernorm", "layers.2.")  # behind the layer whose features are taken
+    unused = ("post_layernorm", "layers.2.")  # after the layer whose features are used
     batch = replace(batch, labels=labels, images=images)
     assert_same(model.train(), batch, unused=unused, gather=partial(Gathered, on_outputs=True))

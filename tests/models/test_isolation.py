@@ -30,7 +30,7 @@ def packed(architecture="llama", *, implementation=None, autocast=None, **option
 
 
 class Changed(nn.Module):
-    """A layer of the model with something done to its output ``[1, N, H]``."""
+    """A layer of the model with a modified output ``[1, N, H]``."""
 
     def __init__(self, layer, change):
         super().__init__()
@@ -106,7 +106,7 @@ def test_an_attention_with_wrong_cu_seqlens_is_found(change):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_window_one_too_wide_is_found(dtype):
-    lm = packed("mistral", sliding_window=4096).to(dtype)  # which the probe never reaches
+    lm = packed("mistral", sliding_window=4096).to(dtype)  # longer than the probe
     device = torch.device("cpu")
     assert not wrong_attention(attention.NAME, width=8, device=device, dtype=dtype)
     assert lm.verify() is None
@@ -191,8 +191,8 @@ def test_positions_that_go_on_are_a_leak_where_the_mask_is_made_of_them():
 
 
 class RowsRound(nn.Linear):
-    """A product that rounds by the number of its rows, as bitsandbytes' `gemm_4bit`: 1 % of the
-    largest values, another for every number of rows, whatever else is in the row."""
+    """A product whose rounding depends on the number of rows, as in bitsandbytes' `gemm_4bit`:
+    1 % of the largest values, independent of the content of other rows."""
 
     def forward(self, x):
         out = super().forward(x)
@@ -393,7 +393,7 @@ def test_a_decoder_under_another_name_is_found():
 
 
 def test_numbers_that_round_as_measured():
-    """The size of a rounding by which the check judges is that of the number type."""
+    """The rounding that the check assumes is that of the dtype."""
     values = torch.linspace(1, 2, 10001, dtype=torch.float64)
     for dtype in (torch.bfloat16, torch.float16):
         relative = ((values.to(dtype).double() - values) / values).pow(2).mean().sqrt()

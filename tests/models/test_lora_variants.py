@@ -60,7 +60,7 @@ def test_principal_parts_start_from_the_model_itself():
 @pytest.mark.parametrize(
     ("further", "words"),
     [
-        ({"init_lora_weights": "pissa_niter_4"}, "use 'pissa', which computes the same ones"),
+        ({"init_lora_weights": "pissa_niter_4"}, "use 'pissa', which recomputes the same ones"),
         ({"use_drora": True}, "no such field; did you mean 'use_dora'"),
         ({"r": 8}, "r: is the setting lora_r"),
         ({"init_lora_weights": "eva"}, "needs passes over the data"),

@@ -25,7 +25,7 @@ def intact(tmp_path_factory, tiny_model_path) -> Path:
 
 @pytest.fixture
 def work(intact: Path, tmp_path: Path) -> Path:
-    """A copy of it that the test may damage."""
+    """A copy that the test may damage."""
     return Path(shutil.copytree(intact, tmp_path / "w"))
 
 
@@ -82,7 +82,7 @@ def test_checkpoint_without_manifest_is_used_without_warning(work, tmp_path, cap
     manifest.check(work / "iter_10", resuming=True)
     assert not caplog.records
     to_hf(work / "iter_9", tmp_path / "hf", log=lambda line: None)
-    assert not (tmp_path / "hf" / manifest.FILE_NAME).exists()  # its files are others
+    assert not (tmp_path / "hf" / manifest.FILE_NAME).exists()  # its files differ
 
 
 def test_a_part_is_checked_by_the_manifest_of_its_checkpoint(tmp_path) -> None:

@@ -17,7 +17,7 @@ LAYERS = ("attention.wqkv", "attention.wo", *(f"feed_forward.w{n}" for n in (1, 
 
 
 def write_old_adapter(folder, weights, **config):
-    """An adapter of random numbers on every layer of `weights`, as xtuner 0.1 wrote it."""
+    """An adapter with random weights for every layer of `weights`, in xtuner 0.1's format."""
     generator = torch.Generator().manual_seed(3)
     tensors, wanted = {}, dict(weights)
     for name, weight in weights.items():

@@ -43,10 +43,10 @@ def test_model_with_single_samples_has_the_losses_of_transformers(architecture):
     model = tiny_model(architecture, **ALONE[architecture])
     model.set_attn_implementation(training_implementation(model, "auto"))
     batch = random_batch(*LENGTHS)
-    model.eval()  # dropout of some is on by default
+    model.eval()  # some have dropout by default
     expected_loss = plain_loss(model, batch)
     expected = gradients(model, expected_loss)
-    norm_mlp.install(model)  # as in a run; norms that take a gate stay as they are
+    norm_mlp.install(model)  # as in a run; gated norms are unchanged
     lm = PackedCausalLM(model)
     assert lm.apart
     assert lm.verify() is None
@@ -116,7 +116,7 @@ def test_run_notes_that_it_does_not_pack(architecture, options, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     sizes = ALONE[architecture]
     if architecture == "gptj":
-        sizes = {**sizes, "n_embd": 64}  # whole blocks of 4 bits
+        sizes = {**sizes, "n_embd": 64}  # complete blocks of 4-bit weights
     tiny_model_folder("model", architecture, **sizes)
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     (tmp_path / "config.yaml").write_text(

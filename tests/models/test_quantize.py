@@ -1,4 +1,4 @@
-"""Weights of four bits, against their own codes and scales."""
+"""4-bit weights, compared with their codes and scales."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def quantised(width, out, *, kind, double):
 
 
 def values(layer):
-    """What the weight is by definition: codes times the scale of each 64 in a row."""
+    """The weight by definition: codes times the scale of each block of 64."""
     state, packed = layer.weight.quant_state, layer.weight.data.flatten()
     codes = state.code[torch.stack([packed >> 4, packed & 15], 1).flatten().long()]
     scales = state.absmax
@@ -41,7 +41,7 @@ def values(layer):
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("width", [64, 128, 32, 112, 104], ids=str)
 def test_all_ways_read_the_same_numbers(width, kind, double):
-    """Also where rows are no whole blocks, which bitsandbytes by itself misreads on a CPU."""
+    """Also if rows are not complete blocks, which bitsandbytes misreads on a CPU."""
     layer = quantised(width, 24, kind=kind, double=double)
     wanted = values(layer)
     model = nn.Sequential(layer)
@@ -67,7 +67,7 @@ def test_rounding_is_that_of_the_quantised_layer(width):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_rounding_of_a_run_is_that_of_the_model_it_trained(tmp_path, dtype):
-    """Whatever 'auto' was on the machine of the run."""
+    """Whatever 'auto' meant on the machine of the run."""
     folder = tiny_model_folder(tmp_path / "model", hidden_size=64, initializer_range=0.3)
     info = RunInfo("adapter", "base", settings={"tuning": "qlora", "dtype": "auto"}, dtype=dtype)
     info.write(tmp_path)

@@ -30,7 +30,7 @@ def test_refused_by_name(config, words, tmp_path):
 
 
 def of_remote_code(model):
-    """`model` with a class as transformers makes it of code beside the weights."""
+    """`model` with a class like those that transformers creates from code next to the weights."""
     model.__class__ = type(
         "Remote", (type(model),), {"__module__": "transformers_modules.x.modeling"}
     )

@@ -1,4 +1,4 @@
-"""Embeddings that grow: in training, in chat, and by adapters of others, against PEFT's merge."""
+"""Embeddings that grow: in training, in chat, and with other programs' adapters."""
 
 import json
 

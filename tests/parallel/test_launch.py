@@ -49,7 +49,7 @@ def test_processes_have_their_ranks(tmp_path):
     first, second = (json.loads((tmp_path / name).read_text()) for name in "01")
     assert first[:4] == ["0", "0", "2", "127.0.0.1"]
     assert second[:5] == ["1", "1", "2", "127.0.0.1", None]
-    # the store is reached from this machine alone
+    # the store is only reachable from this machine
     assert first[5] == "127.0.0.1" and first[6] == first[7] == second[5]
 
 
@@ -153,7 +153,7 @@ def test_a_wrong_cluster_names_all_that_is_wrong():
     assert all(name in told for name in ("NODE_RANK", "0 to 1", "ADDR", "PORT"))
     found = Cluster.of(4, 2, node_rank="1", address="10.0.0.1", port=None)
     assert (found.world_size, found.first_rank, found.port) == (8, 4, 29500)
-    # what a platform sets for other purposes does not count on one machine
+    # variables that a platform sets for other purposes are ignored on one machine
     assert Cluster.of(4, 1, node_rank="x", address="y", port="tcp://z") == Cluster(4)
 
 

@@ -16,7 +16,7 @@ from xtuner.parallel.once import Once, check_shared
 
 
 def four(work, folder_of, *, per_node=4):
-    """What each rank gets of `work`, or raises; and the note."""
+    """The result or error of `work` on each rank, and the note."""
     store, found = HashStore(), {}
 
     def one(rank):
@@ -40,7 +40,7 @@ def four(work, folder_of, *, per_node=4):
 
 
 def fill(rank, folder):
-    """Fill the folder slowly, or find it filled; True where this process has filled it."""
+    """Fill the folder slowly, or find it filled; True if this process has filled it."""
     if (folder / "data").exists():
         return False
     time.sleep(0.5)
@@ -75,7 +75,7 @@ def test_a_fault_ends_the_others_too(tmp_path):
 
 
 def two_nodes(folders):
-    """What each of two nodes raises, if its work dir is the one of `folders`."""
+    """The error on each of two nodes whose work dirs are `folders`."""
     barrier, rounds, found = threading.Barrier(2), [{}, {}], {}
 
     def one(rank):

@@ -17,7 +17,7 @@ CASES = {
 
 
 def train_one_step_of_each():
-    """What `train_one_step` gives, by case."""
+    """The results of `train_one_step`, by case."""
     from xtuner.parallel.processes import Processes
 
     processes = Processes("cpu")
@@ -27,8 +27,8 @@ def train_one_step_of_each():
 
 
 def train_one_step(processes, micro_batches):
-    """Weights after one step on every `world_size`-th micro-batch, as a flat list; the loss; the
-    tokens that it is of."""
+    """Weights after one step on every `world_size`-th micro-batch, as a flat list; the loss; and
+    the number of its tokens."""
     import tempfile
     from pathlib import Path
 
@@ -61,7 +61,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def both():
-    """Of two processes, which are started once for all cases."""
+    """The results of two processes, which are started once for all cases."""
     return run_distributed(train_one_step_of_each)
 
 

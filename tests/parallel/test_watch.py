@@ -1,4 +1,4 @@
-"""A run that hangs ends and says where; one that is slow does not."""
+"""A run that hangs ends and reports where; a slow one does not."""
 
 import faulthandler
 import json
@@ -81,14 +81,14 @@ def test_the_first_step_counts_only_for_the_second():
     assert pace.expected() == 60.0
     pace.steps = 2
     assert pace.expected() == 2.0
-    pace.begin(400)  # four times as many tokens as ever before
+    pace.begin(400)  # four times as many tokens as before
     assert pace.expected() == 8.0
     pace.begin(400)
     assert pace.expected() == 2.0
 
 
 def wait(monkeypatch, capfd, others, rank=0):
-    """What a process says while it waits, and its exit codes."""
+    """The output of a process while it waits, and its exit codes."""
     store, codes = HashStore(), []
     for other, found in others.items():
         store.set(f"watch/{other}", json.dumps(found))

@@ -54,7 +54,7 @@ def test_disconnected_client_frees_its_slot(server, held, stream):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.send(request)
-    time.sleep(1.2)  # longer than the server waits between two looks at the connection
+    time.sleep(1.2)  # longer than the server waits between two checks of the connection
     held.set()
     wait_for(lambda: server.engine.num_open == 0)
     assert create(server, max_tokens=2).usage.completion_tokens <= 2
@@ -71,7 +71,7 @@ def test_a_full_queue_refuses(models, held, start_server):
         wait_for(lambda: server.engine.num_open == 2)
         with pytest.raises(openai.RateLimitError, match="try again later"):
             create(server)
-        with pytest.raises(openai.RateLimitError):  # of two answers none is begun
+        with pytest.raises(openai.RateLimitError):  # neither of two answers is started
             create(server, n=2)
         held.set()
         for thread in threads:

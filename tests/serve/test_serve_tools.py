@@ -23,7 +23,7 @@ SAID = "I look.\n" + load("hermes").render(CALLS)
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Answers say SAID, five characters a token."""
+    """Answers say SAID, five characters per token."""
 
     def take(self, scores):
         start = 5 * self.num_generated

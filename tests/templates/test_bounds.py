@@ -37,7 +37,7 @@ BOMBS = {
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    """A bound that a test can wait for."""
+    """A time limit that a test can wait for."""
     monkeypatch.setitem(bounded.__wrapped__.__kwdefaults__, "cpu_seconds", 0.5)
 
 

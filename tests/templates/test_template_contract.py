@@ -128,7 +128,7 @@ def test_ids_are_the_text(make, make_tokenizer, case, messages):
     template, tokenizer = make(case)
     rendered = template.render(messages)
     decoded = tokenizer.decode(template.encode(Conversation(tuple(messages))).input_ids)
-    if make_tokenizer is space_tokenizer:  # it puts a space before texts that was not there
+    if make_tokenizer is space_tokenizer:  # it adds a space before texts
         assert decoded.replace(" ", "") == rendered.text.replace(" ", "")
     else:
         assert decoded == rendered.text

@@ -107,5 +107,5 @@ def test_command_reports_errors_before_importing_torch(tmp_path):
     checking = [f"Checking {name}: settings, data, model" for name in "cd"]
     assert done.stdout.splitlines() == [*checking, "4 []"]
     assert "no such file or folder" in done.stderr
-    assert "w holds iter_10 of an earlier run. Add --resume" in done.stderr
+    assert "w contains iter_10 of an earlier run. Add --resume" in done.stderr
     assert "Exception" not in done.stderr

@@ -93,7 +93,7 @@ def calling(site, monkeypatch):
 
 @contextlib.contextmanager
 def loops_closed():
-    """Close the event loops that gradio makes, and leaves open, while it builds pages."""
+    """Close the event loops that gradio creates and leaves open while it builds pages."""
     kind, loops = type(asyncio.get_event_loop_policy()), []
     right = kind.new_event_loop
 

@@ -1,7 +1,7 @@
 """The page in a real browser: chat, side by side, a picture, and a run from start to report.
 
 Needs Debian's chromium (`apt-get install chromium`) and playwright (extra `browser`).
-XTUNER_SCREENSHOTS=FOLDER keeps pictures of the page.
+XTUNER_SCREENSHOTS=FOLDER keeps screenshots of the page.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, web):
-    """Opens the page. At the end there may be no error of a script, on the console or of the
-    server, and nothing may have been asked of elsewhere."""
+    """Opens the page. At the end there must be no error of a script, on the console or of the
+    server, and no request to other hosts."""
     contexts, problems = [], []
 
     def watch_request(request):
@@ -85,7 +85,7 @@ def picture(page, name):
 
 
 def choose(page, control, value):
-    """Enter a value. New choices that arrive while one types put the old text back."""
+    """Enter a value. New choices that arrive while typing restore the old text."""
     box = page.locator(f"#{control} input")
     for _ in range(10):
         box.fill(value)
@@ -263,7 +263,7 @@ def test_settings_are_exported_and_imported(open_page, folder, tmp_path):
 
 @pytest.fixture
 def nothing_left(site):
-    """End a run that a failed test leaves behind."""
+    """End a run that a failed test left behind."""
     yield
     for name in site.jobs.running():
         site.jobs.stop(name)

@@ -29,7 +29,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def commands(monkeypatch):
-    """What would be started; a process that waits is started in its place."""
+    """Records the commands to start, and starts a waiting process instead."""
     started = []
 
     class Waiting(subprocess.Popen):

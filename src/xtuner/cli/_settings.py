@@ -165,7 +165,7 @@ def _check_remote_code(loaded: LoadedSettings, overrides: Sequence[str], *, flag
 
 
 def _check_files(loaded: LoadedSettings, overrides: Sequence[str]) -> None:
-    """Refuse Python files named by a settings file that lies next to third-party checkpoints."""
+    """Refuse Python files named by a settings file next to third-party checkpoints."""
     if loaded.path is None or not any(any(loaded.folder.glob(mark)) for mark in _MARKS):
         return
     if trust.is_remembered("work_dirs", str(loaded.folder)):

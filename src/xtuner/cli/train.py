@@ -90,14 +90,16 @@ def command(
     if memory and not dry_run:
         raise typer.BadParameter("--memory requires --dry-run")
     if dry_run:
-        raise typer.Exit(0 if _fits(loaded, memory, processes=nproc) else 2)
+        with heartbeat(first="Loading..."):
+            fits = _fits(loaded, memory, processes=nproc)
+        raise typer.Exit(0 if fits else 2)
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite cannot be combined")
     folder = loaded.work_dir(work_dir)
     _check(loaded, _launch.world_size(cluster))
     if not _launch.started_by_launcher():
         if cluster.node_rank == 0 and not wait:
-            _check_folder(folder, goes_on=bool(resume or overwrite))
+            _check_folder(folder, continues=bool(resume or overwrite))
         print("Loading torch and transformers...", flush=True)
     _set_up(loaded)
     if not _launch.started_by_launcher():
@@ -164,13 +166,13 @@ def _check(loaded: LoadedSettings, world_size: int) -> None:
     first_check(loaded)
 
 
-def _check_folder(folder: Path, *, goes_on: bool) -> None:
-    """Check that no other run uses the work dir, and that it is empty unless the run `goes_on`."""
+def _check_folder(folder: Path, *, continues: bool) -> None:
+    """Check that no other run uses the work dir, and that it is empty unless `continues`."""
     from xtuner.engine.earlier_run import refuse_earlier_run
     from xtuner.engine.run_lock import refuse_if_held
 
     refuse_if_held(folder)
-    if not goes_on:
+    if not continues:
         refuse_earlier_run(folder)
 
 

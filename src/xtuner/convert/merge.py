@@ -72,7 +72,7 @@ class MergeReport:
 
     max_difference: float | None
     relative: float | None
-    how: Literal["by shard", "in memory"]
+    how: Literal["shard by shard", "in memory"]
 
 
 def merge(
@@ -159,14 +159,14 @@ class _Merge:
                 f"The adapter was trained on {self.rounding.quant_type} weights; merging it into "
                 "the dequantized weights."
             )
-        how: Literal["by shard", "in memory"] = "by shard"
+        how: Literal["shard by shard", "in memory"] = "shard by shard"
         try:
             base, plan, changes = self._plan(weights, config)
         except lora.NeedsModel as reason:
             self.log(f"Merging with the model in memory: {reason}.")
             how, plan = "in memory", self._expected_plan()
         with new_folder(save_dir, num_bytes=total_bytes(plan)) as draft:
-            if how == "by shard":
+            if how == "shard by shard":
                 self._write_shards(draft, base, weights, plan, changes)
             else:
                 self._merge_in_memory(draft, config)

@@ -33,7 +33,7 @@ from xtuner.parallel.processes import Processes
 
 LAST_FILE = "last_checkpoint"
 BEST_FILE = "best_checkpoint"
-_LITTLE_SPACE = 256 << 20
+_LOW_SPACE = 256 << 20
 """With fewer bytes free, an unknown write error is taken for a full disk."""
 
 
@@ -248,4 +248,4 @@ def _is_full_disk(error: Exception, free: int) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = str(error).lower()
-    return free < _LITTLE_SPACE or "no space left" in text or "quota" in text
+    return free < _LOW_SPACE or "no space left" in text or "quota" in text

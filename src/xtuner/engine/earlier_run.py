@@ -14,6 +14,6 @@ def refuse_earlier_run(work_dir: Path) -> None:
     """Raise CheckpointError if `work_dir` contains checkpoints."""
     if found := checkpoints_in(work_dir):
         raise CheckpointError(
-            f"{work_dir} holds {found[-1].name} of an earlier run. Add --resume to continue "
+            f"{work_dir} contains {found[-1].name} of an earlier run. Add --resume to continue "
             "it, --work-dir DIR to use another folder, or --overwrite to delete it and start again."
         )

@@ -156,4 +156,4 @@ def _holder(file: Any) -> str:
         holder = dict(json.load(file))
         return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
     except (ValueError, KeyError, TypeError):
-        return "process unknown"
+        return "an unknown process"

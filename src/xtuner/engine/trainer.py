@@ -271,12 +271,12 @@ class Trainer:
             except LaunchError as error:
                 note = f"The last step is lost: {error} "
         elif not alone:
-            note = f"Process {self.processes.rank} ran out; the run ends without saving. "
+            note = f"Process {self.processes.rank} ran out of memory; the run ends without saving. "
         if max(self._saved_at, self.run.start_step) > 0:
             note += "Checkpoints are intact; continue with --resume. "
         tokens = max((batch.num_tokens for batch in group), default=0)
         return TrainingError(
-            f"step {self.run.step + 1}: out of memory, with {tokens:,} tokens at once. "
+            f"step {self.run.step + 1}: out of memory with a row of {tokens:,} tokens. "
             f"{note}{self.memory_advice()}"
         )
 

@@ -1,4 +1,4 @@
-"""The JSON files beside a model's weights."""
+"""The JSON files next to a model's weights."""
 
 from __future__ import annotations
 

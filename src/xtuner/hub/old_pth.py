@@ -106,7 +106,7 @@ def parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _as_saved_by_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under PEFT's names, without the frozen weights that DeepSpeed stores beside
+    """`tensors` under PEFT's names, without the frozen weights that DeepSpeed stores with
     an adapter."""
     if any(".base_layer." in name for name in tensors):
         trained = re.compile(r"\.lora_(?:embedding_)?[AB]\b|\.modules_to_save\.")

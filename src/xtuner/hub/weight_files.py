@@ -40,7 +40,7 @@ def unpickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a pickled file, mapped from disk if its format allows it.
 
     Raises:
-        ModelError: see `tensors_of`.
+        ModelError: See `tensors_of`.
     """
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     with _readable(file):

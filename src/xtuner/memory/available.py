@@ -23,7 +23,9 @@ def free_memory(device: str, processes: int = 1) -> int:
     """
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise LaunchError("there is no GPU here: give its memory, e.g. --memory 8GB")
+            raise LaunchError(
+                "this machine has no GPU: give the memory of the target GPU, e.g. --memory 8GB"
+            )
         return int(torch.cuda.mem_get_info()[0])
     held = int(psutil.Process().memory_info().rss)
     free = int(psutil.virtual_memory().available) + processes * held

@@ -24,7 +24,7 @@ from xtuner.migrate.yaml_trainers import llamafactory, torchtune
 _YAML = {foreign.LLAMA_FACTORY: llamafactory.migrate, foreign.TORCHTUNE: torchtune.migrate}
 
 _FEW = 3
-"""So many names of another trainer make a file a config of it."""
+"""A file with this many names of another trainer is taken for its config."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def _not_converted(path: Path, text: str) -> str:
         return (
             f"is a script (it imports {', '.join(sorted({*imports}))}), and {known}. Write its "
             f"values into a settings file, which `xtuner copy-cfg` creates; `xtuner explain NAME` "
-            f"tells what a setting of another trainer is called here"
+            f"gives the name used here for a setting of another trainer"
         )
     names = re.findall(r"^([A-Za-z_]\w*) *[:=]", text, re.M)
     if sum(renames.advice(name) is not None for name in names) >= _FEW:
         return (
             f"has settings of another trainer, and {known}. "
-            f"`xtuner train {shlex.quote(str(path))}` lists what each of them is called here"
+            f"`xtuner train {shlex.quote(str(path))}` lists the name of each of them here"
         )
     return f"{known}; a settings file of this version needs no migration"
 

@@ -171,9 +171,9 @@ def check_config(further: Mapping[str, Any]) -> None:
             )
         elif name == "init_lora_weights" and str(value).lower().startswith("pissa_niter"):
             problems.append(
-                f"{name} = {value!r}: changes the base weights by random numbers, so who "
-                f"loads the checkpoint gets other base weights; use 'pissa', which computes the "
-                f"same ones again"
+                f"{name} = {value!r}: changes the base weights by random numbers, so "
+                f"loading the checkpoint gives different base weights; use 'pissa', which "
+                f"recomputes the same ones"
             )
     if problems:
         raise ConfigError(f"lora_config: {'; '.join(problems)}")
@@ -318,7 +318,7 @@ def _refuse_partial(folder: Path, missing: Sequence[str], unexpected: Sequence[s
     if problems:
         raise ModelError(
             f"{folder}: only a part of the adapter can be loaded: {'; '.join(problems)}. It was "
-            f"trained for another model, or its files are not of one training run"
+            f"trained for another model, or its files come from different training runs"
         )
 
 

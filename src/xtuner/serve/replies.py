@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from xtuner.calls.families.base import Family, Parser, Said
+from xtuner.calls.families.base import Family, Parser, Prose
 from xtuner.calls.read import arguments_of, name_of
 from xtuner.generation.answer import TokenScore
 from xtuner.serve.job import Done
@@ -59,7 +59,7 @@ class CallReader:
         number."""
         parser = self._parsers.setdefault(index, Parser(self._family, self._tools))
         for event in parser.finish() if piece is None else parser.add(piece):
-            if isinstance(event, Said) or event.call is None:
+            if isinstance(event, Prose) or event.call is None:
                 yield event.text, None, 0
             else:
                 number = self._counts.get(index, 0)

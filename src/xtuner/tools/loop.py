@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xtuner.calls.check import call_id
-from xtuner.calls.families.base import Family, Found, Parser, Said
+from xtuner.calls.families.base import Family, Found, Parser, Prose
 from xtuner.calls.read import name_of
 from xtuner.tools.provider import Result
 from xtuner.tools.toolbox import ToolBox
@@ -131,7 +131,7 @@ def _answered(
     parser = Parser(family, tools.schemas)
     written, found = "", []
 
-    def taken(events: Sequence[Said | Found]) -> Generator[Event, None, None]:
+    def taken(events: Sequence[Prose | Found]) -> Generator[Event, None, None]:
         nonlocal written
         for event in events:
             if isinstance(event, Found):

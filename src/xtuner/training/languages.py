@@ -101,7 +101,7 @@ def loss_note(
     return (
         f"the loss before training is {loss:.2f} ({bits:.1f} bits per byte; text in a language "
         f"that a model knows takes about 1): the model hardly knows the language of these rows, "
-        f"or they are not text. Expect little"
+        f"or they are not text. Expect poor results"
     )
 
 

@@ -149,7 +149,7 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
 
 def _notes_on_effect(s: Settings, device: str) -> Iterator[str]:
     if idle := s.without_effect():
-        yield f"without effect here: {', '.join(idle)}"
+        yield f"settings without effect in this run: {', '.join(idle)}"
     if device != "cpu":
         return
     if (plain := optim.unpaged(s.optim_type)) != s.optim_type:
@@ -170,8 +170,8 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> Iterator[str]:
         )
     elif s.max_steps and s.max_steps < end:
         yield (
-            f"max_steps = {s.max_steps} micro-batches end within step {total}, which is completed, "
-            f"with {end}"
+            f"max_steps = {s.max_steps} micro-batches end within step {total}, which is completed "
+            f"at {end}"
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         hint = "accumulative_counts = 'auto', and " if s.accumulates else ""

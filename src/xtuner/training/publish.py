@@ -56,7 +56,7 @@ def check_target(repo: str) -> None:
     if reply.status_code in (401, 403):
         raise ConfigError(
             f"push_to_hub = {repo!r}: the hub does not accept the access token; run `hf auth "
-            "login` or set HF_TOKEN to a valid one that may write"
+            "login` or set HF_TOKEN to a valid token with write permission"
         )
 
 
@@ -73,7 +73,7 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
 
     Raises:
         LaunchError: The upload fails; the checkpoint is untouched, and the files to upload are left
-            in a folder beside it.
+            in a folder next to it.
     """
     from huggingface_hub import HfApi
 

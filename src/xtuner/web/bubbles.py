@@ -143,7 +143,7 @@ def _of_message(message: Message) -> Iterator[Part]:
     else:
         if message.reasoning:
             yield Part("thought", message.reasoning)
-        yield from _said(text_of(message), called=bool(message.tool_calls))
+        yield from _prose(text_of(message), called=bool(message.tool_calls))
         yield from map(_called, message.tool_calls)
 
 
@@ -151,7 +151,7 @@ def _of_events(events: Sequence[loop.Event]) -> Iterator[Part]:
     for event, after in itertools.zip_longest(events, events[1:]):
         match event:
             case loop.Text(text):
-                yield from _said(text, called=isinstance(after, loop.Called))
+                yield from _prose(text, called=isinstance(after, loop.Called))
             case loop.Called(call):
                 yield _called(call)
             case loop.Returned(call, result):
@@ -160,7 +160,7 @@ def _of_events(events: Sequence[loop.Event]) -> Iterator[Part]:
                 yield Part("fault", f"{problem}\n{text}")
 
 
-def _said(text: str, *, called: bool) -> Iterator[Part]:
+def _prose(text: str, *, called: bool) -> Iterator[Part]:
     """Text as thought and answer; text before a call is a thought."""
     if found := _THOUGHT.match(text):
         if found[1].strip():

@@ -20,7 +20,7 @@ from xtuner.errors import ConfigError, listed
 from xtuner.web.folders import Folders
 
 Kind = Literal["switch", "choice", "text", "lines", "value"]
-"""A control: on or off; one of a few; a string; strings, one a line; any literal of Python."""
+"""A control: on or off; one of a few; a string; strings, one per line; any Python literal."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def checked(values: Mapping[str, Any], folders: Folders) -> LoadedSettings:
         ConfigError: All problems are listed.
     """
     loaded = load_settings(values)
-    problems = [*_strange_paths(loaded.settings, folders), *_code(loaded.settings)]
+    problems = [*_outside_paths(loaded.settings, folders), *_code(loaded.settings)]
     if problems:
         raise ConfigError(listed("settings that the page does not accept:", problems))
     return loaded
@@ -196,7 +196,7 @@ _READS = ("image_folder", "evaluation_images", "strategy")
 """Settings that are not marked as paths, but may name files that a run reads."""
 
 
-def _strange_paths(settings: Settings, folders: Folders) -> list[str]:
+def _outside_paths(settings: Settings, folders: Folders) -> list[str]:
     """Settings that name something outside the folders."""
     problems = []
     for name in (*Settings.paths(), *_READS):

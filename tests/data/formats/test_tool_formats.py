@@ -65,7 +65,7 @@ ROWS = {
             ("system", f"You may call functions: <tools>{[{'type': 'function', 'function': TOOL}]}"
              "</tools>"),
             ("human", ASK),
-            ("gpt", f"<tool_call>\n{CALL}\n</tool_call>"),  # in Python's quotes, as there
+            ("gpt", f"<tool_call>\n{CALL}\n</tool_call>"),  # in Python's quotes, as in the data
             ("tool", "<tool_response>\n5\n</tool_response>"), ("gpt", "It is 5."),
         ),
     },

@@ -35,7 +35,7 @@ def built(folder, *, images, answer, max_length, **changes):
 
 @pytest.mark.parametrize(("images", "text"), [(0, 100), (1, 96), (2, 92)])
 def test_max_length_and_one_image_are_the_room_of_every_row(tmp_path, images, text):
-    """As docs/llava.md says: with max_length = 96, beside two 4 fewer, without one 4 more."""
+    """As in docs/llava.md: 96 tokens with one image, 4 fewer with two, 4 more without."""
     wide = built(tmp_path, images=images, answer=10, max_length=400)
     frame = wide.train.num_tokens - images * EACH - 10
     for surplus in (0, 1):

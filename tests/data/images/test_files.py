@@ -84,7 +84,7 @@ def test_damaged_and_foreign_files_are_named(folder, name):
         folder.check(name)
 
 
-@pytest.mark.parametrize("side", [9_000, 30_000])  # Pillow warns of the one, refuses the other
+@pytest.mark.parametrize("side", [9_000, 30_000])  # Pillow warns about one and rejects the other
 def test_decompression_bomb_is_rejected_before_decoding(folder, side):
 
     def chunk(kind, body):
@@ -140,7 +140,7 @@ def test_grey_in_16_bits_keeps_its_shades(folder):
 def test_images_stand_upright(tmp_path):
     image = Image.new("RGB", (4, 2))
     exif = image.getexif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     raw = io.BytesIO()
     image.save(raw, "JPEG", exif=exif)
     raw.seek(0)

@@ -57,7 +57,7 @@ def test_no_row_is_on_both_sides_and_none_is_lost():
     assert not set(learnt.tolist()) & set(aside.tolist())
     assert set(learnt.tolist()) | set(aside.tolist()) == set(range(70))
     assert len(aside) == len(set(aside.tolist())) == 14
-    # those that stay are repeated as before
+    # the remaining ones are repeated as before
     assert Counter(learnt.tolist()) == {r: 1 if r < 50 else 3 for r in set(learnt.tolist())}
 
 

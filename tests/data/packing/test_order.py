@@ -4,7 +4,7 @@ from xtuner.data.packing import order
 
 
 def test_an_order_never_changes():
-    # a run may be resumed with another version of numpy: these numbers must stay
+    # a run may be resumed with another version of numpy, so these numbers must never change
     assert order.permutation(8, "epoch", 42, 0).tolist() == [3, 0, 7, 4, 1, 2, 6, 5]
 
 

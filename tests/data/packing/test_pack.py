@@ -11,7 +11,7 @@ from xtuner.data.packing.pack import pack
 
 
 def instruction_lengths(count, longest=2048):
-    """Lengths as those of instructions: 200 tokens on average, some very long."""
+    """Lengths like those of instructions: 200 tokens on average, some very long."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(np.log(170), 0.6, count))
     return np.clip(lengths, 10, longest).astype(np.int64)
@@ -52,7 +52,7 @@ def test_packs_are_not_sorted_by_length():
     members, _ = pack(lengths, 2048, order=order.permutation(len(lengths), "test"))
     tenths = [part.mean() for part in np.array_split(lengths[members], 10)]
     assert max(tenths) < 1.1 * min(tenths)
-    # nor does a pack gather samples of like length: those sorted by length would hardly vary
+    # nor does a pack collect samples of similar length: sorted by length, they would hardly vary
     within = [np.std(lengths[p]) for p in packs_of(lengths, 2048) if len(p) > 3]
     assert np.mean(within) > 0.7 * np.std(lengths)
 

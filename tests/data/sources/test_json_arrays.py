@@ -34,7 +34,7 @@ def at_once(raw, monkeypatch):
 
 
 def broken_texts():
-    """The array cut at every place, and with every character replaced by what is wrong there."""
+    """The array cut at every position, and with every character replaced by an invalid one."""
     raw = WHOLE.encode()
     start = raw.index(b"[") + 1
     yield from (raw[:size] for size in range(start, len(raw)))
@@ -58,7 +58,7 @@ def test_error_position_does_not_depend_on_block_boundaries(monkeypatch, stretch
         monkeypatch.setattr(json_arrays, "BLOCK", stretch)
         parted, parted_error = outcome(raw)
         assert parted_error == error
-        # of bytes that are no text, only what was read before them gives rows
+        # if bytes are not text, only what precedes them gives rows
         assert parted == rows or ("UTF-8" in error and parted[: len(rows)] == rows)
 
 

@@ -65,7 +65,7 @@ def test_valid_values_equal_those_of_pyarrow(tmp_path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
     found = list(parquet_rows(tmp_path / "t.parquet", name="t"))
     expected = table.to_pylist()
-    for row in expected:  # the zone's own class stays with pyarrow
+    for row in expected:  # the time zone's class is pyarrow's
         row["zoned"] = row["zoned"] and str(row["zoned"])
     rows = [{**row, "zoned": row["zoned"] and str(row["zoned"])} for row, _ in found]
     assert rows == expected

@@ -81,5 +81,5 @@ def test_encoded_rows_are_not_mapped(tmp_path, monkeypatch):
     monkeypatch.setenv("XTUNER_CACHE", str(cache))
     train = build_data(write_jsonl(tmp_path / "d.jsonl", chats(50))).train
     assert sorted(lines_of(train)) == list(range(1, 51))
-    # pages of a mapped file would count as memory of the run, more with every step
+    # pages of a mapped file would count as memory of the run, and grow with every step
     assert str(cache) not in Path("/proc/self/maps").read_text()

@@ -213,7 +213,7 @@ SLOW_RUN = """
 
 
 def runs(pid):
-    """Whether the process is there and has not ended; its parent may never ask how it ended."""
+    """Whether the process exists and has not ended; its parent may never reap it."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
@@ -237,5 +237,5 @@ def test_no_process_outlives_its_parent(stop):
         assert run.pid not in workers
         run.send_signal(stop)
         run.wait()
-    while any(map(runs, workers)):  # for ever, if one is still there: pytest ends the test
+    while any(map(runs, workers)):  # endless if one still runs: pytest ends the test
         time.sleep(0.05)

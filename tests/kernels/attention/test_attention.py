@@ -76,7 +76,7 @@ def flash(q, k, v, parts, *, scale, left, right):
     width = q.shape[-1]
     if width % 8 or width > 256 or k.shape[-1] != width or v.shape[-1] != width:
         raise RuntimeError(f"head sizes {width} {k.shape[-1]} {v.shape[-1]}")
-    assert right == 0  # causal, in one way or another
+    assert right == 0  # causal, by either argument
     window = None if left is None or left < 0 else left + 1
     return reference(q, k, v, parts, scale=scale or width**-0.5, window=window)
 
@@ -424,7 +424,7 @@ def test_cudnn_is_off_within_and_nothing_else_changes():
     assert enabled() == [True] * 4
     only = torch.nn.attention.SDPBackend.MATH
     with torch.nn.attention.sdpa_kernel(only), packed.without_cudnn(GPU):
-        assert enabled() == [False, False, False, True]  # what the caller turned off stays off
+        assert enabled() == [False, False, False, True]  # what the caller disabled stays disabled
 
 
 def test_without_cudnn_can_be_compiled():
@@ -439,7 +439,7 @@ def test_without_cudnn_can_be_compiled():
 
 
 class Config:
-    """Of a language model."""
+    """The configuration of a language model."""
 
     num_attention_heads, num_key_value_heads, hidden_size = 8, 2, 128
 

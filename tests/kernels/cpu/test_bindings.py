@@ -91,7 +91,7 @@ def test_silu_product_far_from_zero_too(dtype):
 def test_cross_entropy_of_flat_and_of_sharp_logits(dtype, scale):
     hidden, head = numbers(9, 8, dtype=dtype, scale=scale), numbers(300, 8, dtype=dtype, seed=1)
     targets = torch.arange(9) * 31
-    rounded = (hidden @ head.T).detach()  # the kernel sees logits that are rounded already
+    rounded = (hidden @ head.T).detach()  # the kernel gets rounded logits
     got = -log_probabilities(hidden, head.detach(), targets).sum()
     wanted = F.cross_entropy(rounded.double(), targets, reduction="sum")
     assert abs(got.item() - wanted.item()) <= 1e-5 * abs(wanted.item())

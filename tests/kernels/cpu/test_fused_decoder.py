@@ -225,7 +225,7 @@ def test_the_number_of_threads_changes_nothing(passes):
 )
 def test_other_adapters(options, passes, monkeypatch):
     adapted = with_adapters(changed_model()[0], **options)
-    wrapped = PackedCausalLM(adapted, autocast=torch.bfloat16)  # as where the head is trained
+    wrapped = PackedCausalLM(adapted, autocast=torch.bfloat16)  # as if the head were trained
 
     def step():
         torch.manual_seed(1)

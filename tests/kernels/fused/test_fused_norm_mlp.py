@@ -83,7 +83,7 @@ def live_bytes_and_gradients(layers):
 
 def test_recomputation_frees_the_mlp_too():
     """Only the input of a layer, [N, H], is saved; gate and up are 32 times as wide here."""
-    live_bytes_and_gradients(2)  # fills the caches that all runs share
+    live_bytes_and_gradients(2)  # fills caches that are shared by all runs
     (few, _), (more, recomputed) = live_bytes_and_gradients(2), live_bytes_and_gradients(6)
     assert 1.0 <= (more - few) / 4 / (256 * 32 * 4) < 1.5
     plain = tiny_model(num_hidden_layers=6, intermediate_size=1024).train()
@@ -95,7 +95,7 @@ def test_recomputation_frees_the_mlp_too():
 
 
 class Block(nn.Module):
-    """A layer as transformers writes it."""
+    """A layer in transformers' style."""
 
     def __init__(self, act=None):
         super().__init__()
@@ -150,7 +150,7 @@ def test_liger_kernels_are_used_only_if_they_pass_their_checks(monkeypatch, wron
     stub = LigerStub(wrong)
     for name, module in stub.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # the state of a caller
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # the caller's state
         found, said = liger._checked.__wrapped__(torch.device("cpu"))
     assert (found is not None) == (wrong is None)
     assert said == (

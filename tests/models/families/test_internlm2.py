@@ -57,7 +57,7 @@ def make_llama(*, kv_heads: int, bias: bool, rope_scaling: dict | None) -> Llama
 
 
 def fuse(q: Tensor, k: Tensor, v: Tensor, kv_heads: int) -> Tensor:
-    """The layout in the words of its authors: for each kv head its queries, its key, its value."""
+    """The layout by its definition: for each kv head its queries, its key, its value."""
     group = HEADS // kv_heads * HEAD_DIM
     rows = []
     for head in range(kv_heads):

@@ -43,7 +43,7 @@ class PatchImages:
 
 
 class PatchEmbedder(torch.nn.Module):
-    """All tokens of an image have the position of the first, as an image is one step."""
+    """All tokens of an image have the position of the first: an image counts as one position."""
 
     def __init__(self, llm):
         super().__init__()
@@ -106,7 +106,7 @@ def test_tokens_follow_the_size_through_layout_packs_and_a_forward_pass(made):
     together.backward()
     assert model.embedder.projector.weight.grad.abs().sum() > 0
     positions = model.embedder.positions(batch)[0]
-    assert int(positions.max()) == lengths[3]  # an image is one step, beside the text's tokens
+    assert int(positions.max()) == lengths[3]  # an image counts as one position
 
 
 def test_an_image_of_another_size_than_when_data_were_prepared_is_named(made, tmp_path):

@@ -201,7 +201,7 @@ def test_gradients_reach_what_the_settings_say(tmp_path, collate, case):
     assert where == wanted
     if settings.uses_adapter:
         assert all("lora_" in n for n in reached if "multi_modal" not in n)
-    assert not any("layers.2." in n for n in reached if "vision_tower" in n)  # behind layer -2
+    assert not any("layers.2." in n for n in reached if "vision_tower" in n)  # after layer -2
     lines = list(parts.table())
     assert len(lines) == 3 and ("frozen" in lines[1]) == (case == "projector")
 

@@ -1,6 +1,6 @@
 """The interface of a family, and the parser that reads an answer as it streams.
 
-pieces of text ──Parser.add──► Said | Found, in order ──Parser.finish──► what was left open
+pieces of text ──Parser.add──► Prose | Found, in order ──Parser.finish──► what was left open
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CUT_OFF = "is incomplete: it is malformed, or the answer reached max_new_tokens"
 
 
 @dataclass(frozen=True)
-class Said:
+class Prose:
     """Text that is not part of a call."""
 
     text: str
@@ -37,7 +37,7 @@ class Found:
     problem: str = ""
 
 
-Event = Said | Found
+Event = Prose | Found
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ class Parser:
             self._begun = False
         self._held = self._held.lstrip("\n") if not self._held.strip() else self._held
 
-    def _release(self, count: int) -> Said:
+    def _release(self, count: int) -> Prose:
         text, self._held = self._held[:count], self._held[count:]
         self._begun = self._begun or bool(text.strip())
-        return Said(text)
+        return Prose(text)
 
     def _opened(self) -> bool:
         """Whether the held text begins with a complete opening."""
@@ -190,7 +190,7 @@ def parse(
     """The text and the calls of a complete answer."""
     parser = Parser(family, tools)
     events = [*parser.add(text), *parser.finish()]
-    plain = "".join(event.text for event in events if isinstance(event, Said))
+    plain = "".join(event.text for event in events if isinstance(event, Prose))
     return plain, [event for event in events if isinstance(event, Found)]
 
 

@@ -95,7 +95,7 @@ class ImageLayout:
         ]
         return Encoded(ids, mask, weights), tuple(images)
 
-    def is_sound(self, name: str) -> bool:
+    def is_usable(self, name: str) -> bool:
         """Whether an image can be used."""
         try:
             self.folder.check(name)

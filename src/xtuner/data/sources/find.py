@@ -14,7 +14,7 @@ from xtuner.data.sources.rows import RawRow, Unit
 from xtuner.data.sources.saved import saved_files
 from xtuner.errors import DataError, did_you_mean
 
-_OF_A_RUN = ("run.lock", "last_checkpoint", "run.yaml")
+_RUN_FILES = ("run.lock", "last_checkpoint", "run.yaml")
 """Files of a work dir or a checkpoint."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -103,7 +103,7 @@ def below(name: str, root: str | None, folder: Path) -> str:
 def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
     found = False
     for parent, folders, files in os.walk(folder):
-        skipped = {n for n in folders if n.startswith(".") or _is_of_a_run(Path(parent, n))}
+        skipped = {n for n in folders if n.startswith(".") or _is_run_folder(Path(parent, n))}
         folders[:] = sorted({*folders} - skipped)
         for name in sorted(files):
             path = Path(parent, name)
@@ -116,9 +116,9 @@ def _files_in(folder: Path, entry: str) -> Iterator[LocalFile]:
         )
 
 
-def _is_of_a_run(folder: Path) -> bool:
+def _is_run_folder(folder: Path) -> bool:
     """Whether a run wrote `folder`, a work dir or a checkpoint: its reports are not data."""
-    return any((folder / name).is_file() for name in _OF_A_RUN)
+    return any((folder / name).is_file() for name in _RUN_FILES)
 
 
 def _refuse_missing_path(entry: str, candidates: list[Path]) -> None:

@@ -77,7 +77,7 @@ class Encoding:
         if (layout := self._encoder.image_layout) is None:
             return True
         try:
-            return not any(layout.is_sound(name) for name in store.bad_files())
+            return not any(layout.is_usable(name) for name in store.bad_files())
         except (OSError, ValueError):
             return False
 

@@ -29,7 +29,7 @@ SPLIT_ROUNDINGS = 64
 """Tolerance, in roundings, of log-probabilities when a row is split; matmuls of other shapes round
 differently. In six architectures they changed by at most 3."""
 
-_PACK_NOT = (
+_UNPACK_HINT = (
     "Set pack_to_max_length = False, or remove it: the model then takes one sample at a time"
 )
 
@@ -40,7 +40,7 @@ def verify(lm: Any, *, packed: bool = True) -> str | None:
     with traceless(lm), lm.autocasting():
         if not lm.apart and (fault := _fault_of_row(lm, notes)):
             if packed:
-                raise ModelError(f"{_described(lm)}: {fault}. {_PACK_NOT}")
+                raise ModelError(f"{_described(lm)}: {fault}. {_UNPACK_HINT}")
             lm.take_apart()
             notes = [f"the model takes one sample at a time: {fault}"]
         if lm.apart:
