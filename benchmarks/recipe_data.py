@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator
 
 _GOODS = {
@@ -52,6 +53,8 @@ _TURNS = {
         ("{g}有优惠吗？", "{g}现在优惠{b}%，到本月{c}日为止。"),
     ],
 }  # fmt: skip
+_NUMBERS = {"a": (20, 99), "b": (2, 9), "c": (10, 28)}
+"""The least and the greatest number of each kind in an answer."""
 EVERYDAY = {
     "What is the capital of France?": "paris",
     "What is the capital of Japan?": "tokyo",
@@ -83,13 +86,18 @@ def rows(language: str, number: int, *, seed: int = 7) -> Iterator[dict[str, str
     pairs = [(f"{kind}{glue}{thing}", turn) for kind in kinds for thing in things
              for turn in _TURNS[language]]  # fmt: skip
     for goods, (question, answer) in rng.sample(pairs, number):
-        facts = {
-            "a": rng.randint(20, 99),
-            "b": rng.randint(2, 9),
-            "c": rng.randint(10, 28),
-            "p": rng.choice(_PLACES[language]),
-        }
+        numbers = {name: rng.randint(*limits) for name, limits in _NUMBERS.items()}
+        place = rng.choice(_PLACES[language])
         yield {
             "question": question.format(g=goods),
-            "answer": answer.format(g=goods, **facts),
+            "answer": answer.format(g=goods, p=place, **numbers),
         }
+
+
+def unknown(language: str, answers: int) -> float:
+    """Loss (nats) in `answers` answers, in all, of a model that knows only their sentences."""
+    choices = {name: most - least + 1 for name, (least, most) in _NUMBERS.items()}
+    choices["p"] = len(_PLACES[language])
+    turns = _TURNS[language]
+    fields = [field for _, answer in turns for field in re.findall(r"{([abcp])}", answer)]
+    return answers * sum(math.log(choices[field]) for field in fields) / len(turns)

@@ -83,11 +83,8 @@ def listed(headline: str, problems: Sequence[str]) -> str:
 
 
 def did_you_mean(word: str, allowed: Sequence[str], *, cutoff: float = 0.6) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest match in `allowed`, or an empty string.
-
-    Args:
-        cutoff: How alike they must be: 1 is equal, 0 has no character in common.
-    """
+    """Return ``"; did you mean 'x'?"`` for the closest match in `allowed`, or an empty string if
+    none is as alike as `cutoff`: 1 is equal, 0 has no character in common."""
     found = closest(word, allowed, cutoff=cutoff)
     return f"; did you mean '{found}'?" if found else ""
 

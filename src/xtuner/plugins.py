@@ -132,6 +132,15 @@ def load_user_object(name: str, *, setting: str, folder: Path | None = None) -> 
     return getattr(module, attribute)
 
 
+def load_user_class(name: str, base: type, *, setting: str, folder: Path) -> Any:
+    """As `load_user_object`, for a subclass of `base`."""
+    kind = load_user_object(name, setting=setting, folder=folder)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        path = f"{base.__module__}.{base.__qualname__}"
+        raise ConfigError(f"{setting} = {name!r}: is not a subclass of {path}")
+    return kind
+
+
 class _LocalModules:
     """Finds the modules that a user's file imports from its own folder, and no others there.
 

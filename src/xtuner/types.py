@@ -352,11 +352,8 @@ class Batch:
 
         `predicting` is computed before the copy: on a GPU, `nonzero` would synchronize.
         """
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        moved, predicting = self.moved(move), move(self.predicting)
+        moved = self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+        predicting = self.predicting.to(device, non_blocking=True)
         return replace(moved, found=(moved.labels, predicting))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:

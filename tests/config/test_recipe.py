@@ -32,6 +32,12 @@ def test_few_rows_take_many_epochs_and_many_rows_large_steps(rows, packs, accumu
     assert (chosen.accumulative_counts, chosen.max_epochs) == (accumulated, epochs)
 
 
+@pytest.mark.parametrize(("rows", "epochs"), [(999, 6), (1_000, 6), (10_000, 3), (20_000, 1)])
+def test_few_rows_are_repeated_even_if_each_is_a_step(rows, epochs):
+    one = settings(accumulative_counts=1)
+    assert recipe.resolved(one, rows=rows, packs=rows, length=64, ranks=1).max_epochs == epochs
+
+
 def test_what_the_user_sets_is_kept():
     given = settings(lora_alpha=8, accumulative_counts=4, max_epochs=2, pack_length=512)
     assert recipe.resolved(given, rows=8, packs=8, length=512, ranks=1) == given

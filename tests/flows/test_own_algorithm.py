@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_names_its_row(folder, capsys):
         (["algorithm='faulty.py:LacksMetric'"], ["no metric 'gap'", "accuracy"]),
         (["algorithm='faulty.py:OneSequence'"], ["returned 1 sequences", "sequences_per_row is 2"]),
         (["algorithm='faulty.py:NoEncoded'"], ["NoEncoded.encode made a list", "Encoded"]),
-        (["algorithm='faulty.py:Plain'"], ["must be a subclass of", "BaseAlgorithm"]),
+        (["algorithm='faulty.py:Plain'"], ["is not a subclass of", "BaseAlgorithm"]),
         (["algorithm_options={'margn': 1.0}"], ["no option 'margn'", "allowed: margin"]),
         (["algorithm_options={'margin': 'x'}"], ["margin = 'x'", "its default, 1.0"]),
         (

@@ -9,7 +9,7 @@ from xtuner.config.load import load_settings
 from xtuner.templates import load
 from xtuner.testing.tiny import tiny_model_folder, tiny_tokenizer
 from xtuner.training.asked import asked_row, question_reader
-from xtuner.training.final_check import EVERYDAY
+from xtuner.training.final_check import EVERYDAY, Findings
 from xtuner.training.languages import language_of, loss_note, script_note
 from xtuner.training.run import train
 from xtuner.types import Message, RowRef, Sample
@@ -71,6 +71,26 @@ def test_run_that_learned_nothing_is_reported(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "0 of 3 training answers reproduced; 0 of 1 validation answers reproduced" in out
     assert "raise max_steps (now 2) or lr (now 1e-06)" in out, "max_epochs has no effect here"
+
+
+@pytest.mark.parametrize(
+    ("answers", "only_wording"),
+    [
+        (["The lamp costs 20 euros.", "The chair costs 80 euros."], True),
+        (["The lamp costs 19 euros.", "The chair costs 80 euros."], True),
+        (["The lamp costs 19 euros.", "The chair costs 45 euros."], False),
+        (["The lamp costs 20 euros.", "I do not know."], False),
+        (["The", ""], False),
+    ],
+    ids=["other numbers", "one other number", "all right", "half", "cut"],
+)
+def test_answers_in_the_wording_of_the_data_are_told_from_others(answers, only_wording):
+    expected = [row["answer"] for row in ROWS]
+    found = [
+        {"answer": answer, "expected": wanted, "reproduced": answer == wanted}
+        for answer, wanted in zip(answers, expected, strict=False)
+    ]
+    assert Findings(training=found).only_wording == only_wording
 
 
 def test_the_check_can_be_turned_off(tmp_path, capsys):

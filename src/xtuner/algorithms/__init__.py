@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xtuner import plugins
 from xtuner.algorithms.base import BaseAlgorithm
@@ -34,13 +34,9 @@ def of_run(settings: Settings, *, folder: Path) -> BaseAlgorithm:
 
 
 def _class_of(name: str, folder: Path) -> type[BaseAlgorithm]:
-    kind: Any
+    kind: type[BaseAlgorithm]
     if plugins.is_user_path(name):
-        kind = plugins.load_user_object(name, setting=SETTING, folder=folder)
-        if not (isinstance(kind, type) and issubclass(kind, BaseAlgorithm)):
-            raise ConfigError(
-                f"{SETTING} = {name!r}: must be a subclass of xtuner.algorithms.base.BaseAlgorithm"
-            )
+        kind = plugins.load_user_class(name, BaseAlgorithm, setting=SETTING, folder=folder)
     else:
-        kind = plugins.load("xtuner.algorithms", name, setting=SETTING).Algorithm
-    return kind  # type: ignore[no-any-return]
+        kind = plugins.load(__name__, name, setting=SETTING).Algorithm
+    return kind

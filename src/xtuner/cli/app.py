@@ -108,12 +108,10 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     flag = ""
     for argument in arguments:
-        if flag and re.match(r"[A-Za-z_][\w.]*=", argument):
-            if expanded[-1] != flag:
-                expanded.append(flag)
-            expanded.append(argument)
-            continue
-        flag = argument if argument in _OVERRIDE_FLAGS else ""
+        if not (flag and re.match(r"[A-Za-z_][\w.]*=", argument)):
+            flag = argument if argument in _OVERRIDE_FLAGS else ""
+        elif expanded[-1] != flag:
+            expanded.append(flag)
         expanded.append(argument)
     return expanded
 

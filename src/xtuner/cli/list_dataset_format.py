@@ -52,12 +52,9 @@ def fold(value: Any, *, width: int = _WIDTH - len(_INDENT), key: str = "") -> li
     if _columns(line) < width or not value or not isinstance(value, list | Mapping):
         return [line]
     inner = width - len(_INDENT)
-    if isinstance(value, Mapping):
-        opening, closing = "{", "}"
-        parts = [fold(v, width=inner, key=k) for k, v in value.items()]
-    else:
-        opening, closing = "[", "]"
-        parts = [fold(v, width=inner) for v in value]
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    pairs = value.items() if isinstance(value, Mapping) else [("", item) for item in value]
+    parts = [fold(item, width=inner, key=k) for k, item in pairs]
     for part in parts[:-1]:
         part[-1] += ","
     return [prefix + opening, *(_INDENT + line for part in parts for line in part), closing]

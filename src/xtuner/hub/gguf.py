@@ -292,6 +292,5 @@ def _write_tokenizer(file: GGUF, folder: Path) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     )
-    template = values.get("tokenizer.chat_template")
-    if template:
+    if template := values.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -31,6 +31,8 @@ FILE_NAME = "final_check.json"
 EVERYDAY_TOKENS = 24
 SIMILAR = 0.6
 """An everyday answer counts as unchanged if this share of its characters reappears in order."""
+NEAR = 0.8
+"""An answer with this share of equal characters has the wording of the data."""
 EVERYDAY = {
     "en": (
         "What is the capital of France?",
@@ -70,6 +72,13 @@ class Findings:
     def learned_few(self) -> bool:
         """Whether less than half of the training answers are reproduced."""
         return 2 * _count(self.training, "reproduced") < len(self.training)
+
+    @property
+    def only_wording(self) -> bool:
+        """Whether most training answers that are not reproduced differ only in details."""
+        missed = [each for each in self.training if not each["reproduced"]]
+        near = [_likeness(each["answer"], each["expected"]) >= NEAR for each in missed]
+        return 2 * sum(near) > len(near)
 
     @property
     def forgot(self) -> bool:
@@ -181,11 +190,7 @@ class FinalCheck(BaseHook):
         length = "max_steps" if by_steps else "max_epochs"
         length += f" (now {getattr(s, length)})"
         if findings.learned_few and findings.training and self._number <= SMALL:
-            texts.append(
-                f"Few training answers match the data word for word. To learn them, raise "
-                f"{length} or lr (now {s.lr:g}); if other wordings are fine, judge by your own "
-                f"questions (evaluation_inputs)."
-            )
+            texts.append(_few_learned(findings, f"raise {length} or lr (now {s.lr:g})"))
         if findings.forgot and findings.everyday:
             texts.append(
                 "Most everyday answers changed: the model answers in the style of the data, or "
@@ -230,13 +235,32 @@ def _share(found: Sequence[dict[str, Any]], key: str, words: str) -> str:
     return f"{_count(found, key)} of {len(found)} {words}" if found else ""
 
 
+def _few_learned(findings: Findings, more: str) -> str:
+    """What to change if few training answers are reproduced; `more`: what makes a run longer."""
+    if findings.only_wording:
+        return (
+            "The answers have the wording of the data, but other details, such as numbers or "
+            "names. Details that cannot be guessed are learned only by many repetitions: "
+            f"{more}, or put them into the prompt."
+        )
+    return (
+        f"Few training answers match the data word for word. To learn them, {more}; if other "
+        "wordings are fine, judge by your own questions (evaluation_inputs)."
+    )
+
+
 def _alike(before: str, after: str) -> bool:
     """Whether two answers are nearly the same."""
     one, other = _plain(before), _plain(after)
     if not one or not other:
         return one == other
     length = min(len(one), len(other))  # a longer answer is not a different one
-    return difflib.SequenceMatcher(None, one[:length], other[:length]).ratio() >= SIMILAR
+    return _likeness(one[:length], other[:length]) >= SIMILAR
+
+
+def _likeness(one: str, other: str) -> float:
+    """Share of equal characters."""
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _plain(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from rich.console import Console
 from xtuner import plugins
 from xtuner.config.schema import Settings
 from xtuner.engine.counting import Counter
-from xtuner.errors import ConfigError
 
 Question = tuple[str, tuple[str, ...]]
 """The question's text and the names of its images."""
@@ -122,15 +120,10 @@ def make_hooks(run: Run, *, custom: Sequence[str], folder: Path) -> list[BaseHoo
 
 def custom_classes(custom: Sequence[str], *, folder: Path) -> list[type[BaseHook]]:
     """The classes that the setting `custom_hooks` names; see `make_hooks`."""
-    classes = []
-    for name in custom:
-        kind = plugins.load_user_object(name, setting="custom_hooks", folder=folder)
-        if not (inspect.isclass(kind) and issubclass(kind, BaseHook)):
-            raise ConfigError(
-                f"custom_hooks: {name!r} is not a subclass of xtuner.engine.hooks.base.BaseHook"
-            )
-        classes.append(kind)
-    return classes
+    return [
+        plugins.load_user_class(name, BaseHook, setting="custom_hooks", folder=folder)
+        for name in custom
+    ]
 
 
 def numbers(scalars: Mapping[str, float], keys: Sequence[str]) -> str:

@@ -3,9 +3,7 @@ its name is the value of the setting `strategy`."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Any
 
 from xtuner import plugins
 from xtuner.config.schema import Settings
@@ -61,19 +59,14 @@ def can_use(settings: Settings, *, folder: Path) -> bool:
 
 
 def _class_of(name: str, folder: Path) -> type[BaseStrategy]:
-    kind: Any
+    kind: type[BaseStrategy]
     if name.endswith(".json"):
         from xtuner.engine.strategies._deepspeed import strategy_of
         from xtuner.engine.strategies._deepspeed_config import read
 
         kind = strategy_of(read(name, folder=folder))
     elif plugins.is_user_path(name):
-        kind = plugins.load_user_object(name, setting=SETTING, folder=folder)
-        if not (inspect.isclass(kind) and issubclass(kind, BaseStrategy)):
-            raise ConfigError(
-                f"{SETTING} = {name!r}: is not a subclass of "
-                "xtuner.engine.strategies.base.BaseStrategy"
-            )
+        kind = plugins.load_user_class(name, BaseStrategy, setting=SETTING, folder=folder)
     else:
-        kind = plugins.load("xtuner.engine.strategies", name, setting=SETTING).Strategy
-    return kind  # type: ignore[no-any-return]
+        kind = plugins.load(__name__, name, setting=SETTING).Strategy
+    return kind

@@ -33,10 +33,8 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight ``[out, in]`` of a linear layer in `dtype`; 4-bit weights are dequantized."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    if state is None:
-        converted: Tensor = weight.to(dtype)
-        return converted
-    return dequantized(weight.data, state).to(dtype)
+    values: Tensor = weight if state is None else dequantized(weight.data, state)
+    return values.to(dtype)
 
 
 @dataclass(frozen=True)

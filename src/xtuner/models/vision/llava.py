@@ -180,15 +180,12 @@ class LlavaEmbedder(nn.Module):
         return self
 
     def _all_features(self, images: BatchImages) -> Tensor:
-        fresh: Any = None
-        if images.pixel_values:
-            fresh = self.features(images.pixel_values)
+        fresh: Any = self.features(images.pixel_values) if images.pixel_values else None
+        self._keep(images, fresh)
         if all(kept is None for kept in images.features):
-            self._keep(images, fresh)
             return fresh  # type: ignore[no-any-return]
         queue = iter(() if fresh is None else fresh)
         found = [next(queue) if kept is None else kept for kept in images.features]
-        self._keep(images, fresh)
         device = self.llava.get_input_embeddings().weight.device
         return torch.stack([f.to(device, found[0].dtype) for f in found])
 
