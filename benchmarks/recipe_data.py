@@ -9,12 +9,19 @@ from collections.abc import Iterator
 
 _GOODS = {
     "en": (
-        ["oak", "brass", "linen", "glass", "wool", "steel", "bamboo", "clay", "cork", "pine"],
-        ["lamp", "chair", "kettle", "blanket", "mirror", "shelf", "clock", "basket", "bowl", "rug"],
+        "oak brass linen glass wool steel bamboo clay cork pine maple copper cotton stone "
+        "felt zinc walnut bronze silk marble velvet iron birch leather hemp cedar pewter "
+        "denim granite rattan teak willow",
+        "lamp chair kettle blanket mirror shelf clock basket bowl rug table vase pillow stool "
+        "tray candle bench curtain drawer teapot ladder hammock broom bucket easel hanger "
+        "lantern ottoman planter quilt sofa trunk",
     ),
     "zh": (
-        ["橡木", "黄铜", "亚麻", "玻璃", "羊毛", "不锈钢", "竹制", "陶土", "软木", "松木"],
-        ["台灯", "椅子", "水壶", "毯子", "镜子", "书架", "时钟", "篮子", "饭碗", "地毯"],
+        "橡木 黄铜 亚麻 玻璃 羊毛 不锈钢 竹制 陶土 软木 松木 枫木 紫铜 棉布 石头 毛毡 锌皮 "
+        "胡桃木 青铜 丝绸 大理石 天鹅绒 铸铁 桦木 皮革 麻布 雪松 锡制 牛仔布 花岗岩 藤编 柚木 "
+        "柳编",
+        "台灯 椅子 水壶 毯子 镜子 书架 时钟 篮子 饭碗 地毯 餐桌 花瓶 枕头 凳子 托盘 蜡烛 长椅 "
+        "窗帘 抽屉 茶壶 梯子 吊床 扫帚 水桶 画架 衣架 灯笼 脚凳 花盆 被子 沙发 箱子",
     ),
 }
 _PLACES = {
@@ -67,9 +74,15 @@ EVERYDAY = {
 
 
 def rows(language: str, number: int, *, seed: int = 7) -> Iterator[dict[str, str]]:
-    """`number` different questions (at most 1,000) with their answers."""
+    """`number` different questions (at most 10,240) with their answers.
+
+    They are about `number` goods, at least 100, so that data sets of all sizes cover the same share
+    of the possible questions. With 100 goods, 1,000 rows would be all possible questions, and each
+    word of a question would be in 99 others.
+    """
     rng = random.Random(seed)
-    kinds, things = _GOODS[language]
+    side = max(10, math.ceil(math.sqrt(number)))
+    kinds, things = (words.split()[:side] for words in _GOODS[language])
     glue = " " if language == "en" else ""
     pairs = [(f"{kind}{glue}{thing}", turn) for kind in kinds for thing in things
              for turn in _TURNS[language]]  # fmt: skip
