@@ -282,7 +282,8 @@ class _TrainingRun:
     def _mark_best(self, run: Run, summary: str) -> None:
         if self.processes.is_main:
             self.store.mark_best(run.count, summary)
-            self.console.print(f"Best so far: {summary}", markup=False)
+            name = self.settings.best_metric
+            self.console.print(f"Best so far: {name} {run.scalars[name]:.4g}", markup=False)
 
     def _recording(self, run: Run, lines: list[str]) -> Recording:
         dtype, processes = name_of(self.dtype), self.processes.world_size
