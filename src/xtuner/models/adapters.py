@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -286,6 +287,11 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
         ) from error
 
 
+_WRITTEN_TWICE = re.compile(r"\.(modules_to_save|token_adapter)\.")
+"""Weights that PEFT writes a second time, under a name it does not read: those of saved embeddings
+and of a tied output head."""
+
+
 def _check_complete(adapted: Any, name: str, fitted: Path, folder: Path) -> None:
     """Raise ModelError if PEFT left out weights of the adapter called `name`, or if some of its
     layers got none; `fitted` holds the files of `folder` as they were loaded."""
@@ -300,7 +306,8 @@ def _check_complete(adapted: Any, name: str, fitted: Path, folder: Path) -> None
     if not file.is_file() or set(names_of(file)) == set(expected):
         return
     result = adapted.load_adapter(str(fitted), adapter_name=name)  # PEFT may rename weights
-    _refuse_partial(folder, list(result.missing_keys), list(result.unexpected_keys))
+    unexpected = [key for key in result.unexpected_keys if not _WRITTEN_TWICE.search(key)]
+    _refuse_partial(folder, list(result.missing_keys), unexpected)
 
 
 def _refuse_partial(folder: Path, missing: Sequence[str], unexpected: Sequence[str]) -> None:
