@@ -89,6 +89,15 @@ def test_tracker_that_cannot_be_opened_is_left_alone(tmp_path, monkeypatch):
     assert "swanlab could not open the run" in told and "no account.'. They are in" in told
 
 
+def test_a_run_that_mlflow_opened_in_part_is_closed(tmp_path, monkeypatch):
+    tracker = Tracker("mlflow")
+    tracker.log_params = lambda values: {}["too long"]
+    monkeypatch.setitem(sys.modules, "mlflow", tracker)
+    run = run_of(tmp_path, report_to="mlflow")
+    steps(make_hooks(run, custom=(), folder=tmp_path), run)
+    assert [name for name, *_ in tracker.calls] == ["set_experiment", "start_run", "end_run"]
+
+
 def test_tracker_without_its_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "swanlab", None)
     run = run_of(tmp_path, report_to="swanlab")

@@ -222,6 +222,11 @@ def test_adapter_that_fits_the_model_in_part_is_refused(tmp_path):
             load_adapter(tiny_model(), tmp_path / case)
         with pytest.raises(ModelError, match=r"other layers|only a part of the adapter"):
             load_adapter_weights(adapted(tiny_model()), tmp_path / case)
+    (tmp_path / "bin").mkdir()
+    shutil.copy(tmp_path / "whole" / "adapter_config.json", tmp_path / "bin")
+    torch.save(less, tmp_path / "bin" / "adapter_model.bin")
+    with pytest.raises(ModelError, match="only a part of the adapter"):
+        load_adapter(tiny_model(), tmp_path / "bin")
     both = load_adapter(
         load_adapter(tiny_model(), tmp_path / "whole"), tmp_path / "whole", name="b"
     )

@@ -15,7 +15,7 @@ from xtuner.parallel import once
 from xtuner.parallel.once import Once, check_shared
 
 
-def four(work, folder_of, *, per_node=4):
+def four(work, folder_of, *, per_node=4, call=lambda alone, work: alone.run(work)):
     """The result or error of `work` on each rank, and the note."""
     store, found = HashStore(), {}
 
@@ -27,7 +27,7 @@ def four(work, folder_of, *, per_node=4):
         )  # fmt: skip
         alone = Once(processes, folder_of(rank))
         try:
-            found[rank] = alone.run(lambda: work(rank, folder_of(rank))), alone.note
+            found[rank] = call(alone, lambda: work(rank, folder_of(rank))), alone.note
         except Exception as error:
             found[rank] = error, alone.note
 
@@ -110,3 +110,21 @@ def test_a_work_dir_that_a_node_does_not_see_is_refused(tmp_path, monkeypatch):
     told = two_nodes([shared, other])
     assert all("node 1 of 2 does not see the folder" in text for text in told.values())
     assert list(shared.iterdir()) == [] and not other.exists()
+
+
+def test_others_go_on_once_the_main_process_is_done(tmp_path):
+    def locked(alone, work):
+        alone.on_main("lock", work)
+        return (tmp_path / "data").exists()
+
+    found, _ = four(fill, lambda rank: tmp_path, call=locked)
+    assert found == [True] * 4
+
+    def held(rank, folder):
+        raise LaunchError(f"{folder.name}: another run is writing to it")
+
+    first, *others = four(held, lambda rank: tmp_path, call=locked)[0]
+    assert isinstance(first, LaunchError) and not isinstance(first, PeerLostError)
+    for error in others:
+        assert isinstance(error, PeerLostError)
+        assert "process 0 failed" in str(error) and "another run" in str(error)

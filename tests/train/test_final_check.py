@@ -93,6 +93,15 @@ def test_answers_in_the_wording_of_the_data_are_told_from_others(answers, only_w
     assert Findings(training=found).only_wording == only_wording
 
 
+def test_long_answers_in_the_wording_of_the_data_are_recognised():
+    expected = (
+        "The oak lamp costs 45 euros, and delivery to Ghent adds 7 euros if you live there. " * 3
+    )
+    answer = expected.replace("45", "81").replace("Ghent", "Osaka").replace("7", "3")
+    found = [{"answer": answer, "expected": expected, "reproduced": False}]
+    assert len(expected) > 200 and Findings(training=found).only_wording
+
+
 def test_the_check_can_be_turned_off(tmp_path, capsys):
     assert run(tmp_path, max_steps=1, evaluation_rows=0) is None
     assert "Learned" not in capsys.readouterr().out

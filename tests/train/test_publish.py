@@ -79,6 +79,14 @@ def test_failure_loses_nothing_and_says_how_to_upload(checkpoint, hub, tmp_path,
     assert "me/mine/run.yaml" in hub.files and not Path(words[3]).exists()
 
 
+def test_files_that_cannot_be_prepared_are_not_offered_for_upload(checkpoint, hub):
+    (checkpoint / "run.yaml").write_text("{")
+    with pytest.raises(LaunchError, match="cannot be prepared") as caught:
+        publish(checkpoint, "me/model", private=True)
+    assert "hf upload" not in str(caught.value)
+    assert [folder.name for folder in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
 def test_target_is_checked_before_a_run(hub, monkeypatch):
     check_target("me/mine")
     with pytest.raises(ConfigError, match="must be 'owner/name'"):

@@ -30,7 +30,7 @@ from xtuner.hub.weight_files import tensors_of
 from xtuner.models import manifest, original
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.load import read_config
-from xtuner.models.references import checkpoint_of, checkpoints_in
+from xtuner.models.references import checkpoint_of
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision.folder import LLM, LLM_ADAPTER, PROJECTOR, run_of
 
@@ -60,7 +60,7 @@ def find_checkpoint(path: Path) -> Path:
             f"xtuner convert pth_to_hf CONFIG {shlex.quote(str(path))} DIR"
         )
     parent = folder if folder.is_dir() else folder.parent
-    found = ", ".join(map(str, checkpoints_in(parent))) or "none"
+    found = ", ".join(sorted(str(p) for p in parent.glob("iter_*") if p.is_dir())) or "none"
     raise CheckpointError(f"{folder}: is not a checkpoint; checkpoints in {parent}: {found}")
 
 

@@ -29,12 +29,11 @@ logger = logging.getLogger("xtuner.engine")
 
 @contextlib.contextmanager
 def hold(
-    work_dir: Path, *, needed: bool = True, wait: bool = False, poll_seconds: float = _POLL_SECONDS
+    work_dir: Path, *, wait: bool = False, poll_seconds: float = _POLL_SECONDS
 ) -> Iterator[None]:
     """Hold the lock of `work_dir`, which is created if necessary.
 
     Args:
-        needed: False does nothing; only one process of a run holds the lock.
         wait: Wait while another run holds the lock, and print which one. Of several runs that
             wait, one gets the lock; the others wait for it in turn.
         poll_seconds: How often a waiting run tries to take the lock.
@@ -43,9 +42,6 @@ def hold(
         LaunchError: Another run holds the lock and `wait` is False; the message has its process,
             machine and start time.
     """
-    if not needed:
-        yield
-        return
     with _locked(work_dir, poll_seconds if wait else None) as file:
         file.truncate(0)
         json.dump(_own(), file)

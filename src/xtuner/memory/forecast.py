@@ -85,7 +85,8 @@ class Forecast:
     def gathered(self) -> int:
         """Bytes of weights that are gathered at once: the unit that computes, the next one, those
         that are kept, and those that several modules share, such as tied embeddings."""
-        if not self.division.gathers:
+        division = self.division
+        if not (division.gathers or division.weights < 1.0 or division.weights_on_cpu):
             return 0
         parts = self.footprint
         kept = self.division.live * self.weights / max(1, parts.parameters)

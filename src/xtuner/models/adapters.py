@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from xtuner.errors import ConfigError, ModelError, XTunerError, count, did_you_mean, in_one_line
-from xtuner.hub.weight_files import names_of, tensors_of
+from xtuner.hub.weight_files import adapter_file, names_of, tensors_of
 from xtuner.kernels.lora.layers import layer_classes
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.old_adapters import fitting_llm_adapter
@@ -297,13 +297,13 @@ def _check_complete(adapted: Any, name: str, fitted: Path, folder: Path) -> None
     layers got none; `fitted` holds the files of `folder` as they were loaded."""
     from peft import get_peft_model_state_dict
 
-    file = fitted / "adapter_model.safetensors"
+    file = adapter_file(fitted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on saving
         expected = get_peft_model_state_dict(
             adapted, adapter_name=name, save_embedding_layers=False
         )
-    if not file.is_file() or set(names_of(file)) == set(expected):
+    if file is None or set(names_of(file)) == set(expected):
         return
     result = adapted.load_adapter(str(fitted), adapter_name=name)  # PEFT may rename weights
     unexpected = [key for key in result.unexpected_keys if not _WRITTEN_TWICE.search(key)]

@@ -62,6 +62,28 @@ class Once:
                 self.note = self._describe()
             return done
 
+    def on_main(self, key: str, work: Callable[[], None]) -> None:
+        """Run `work` on the main process; the others go on once it is done.
+
+        Raises:
+            PeerLostError: It failed on the main process.
+            XTunerError: Raised by `work`.
+        """
+        if not self._processes.is_main:
+            if fault := self._read(key):
+                raise PeerLostError(f"process 0 failed, so this one ends: {fault}")
+            return
+        fault = "it was interrupted"
+        try:
+            work()
+            fault = ""
+        except Exception as error:
+            fault = brief(error)
+            raise
+        finally:
+            if self._processes.world_size > 1:
+                self._post(key, fault)
+
     def _worker(self, name: str) -> int:
         """The rank that does the work for this process."""
         node, leader = self._processes.node, self._processes.node_leader

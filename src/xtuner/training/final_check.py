@@ -260,7 +260,7 @@ def _alike(before: str, after: str) -> bool:
 
 def _likeness(one: str, other: str) -> float:
     """Share of equal characters."""
-    return difflib.SequenceMatcher(None, one, other).ratio()
+    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 
 def _plain(text: str) -> str:

@@ -82,6 +82,13 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
     shutil.rmtree(staged, ignore_errors=True)
     try:
         stage(checkpoint, staged)
+    except Exception as error:
+        shutil.rmtree(staged, ignore_errors=True)  # incomplete, perhaps with local paths
+        raise LaunchError(
+            f"push_to_hub = {repo!r}: the run is done and saved in {checkpoint}, but its files "
+            f"cannot be prepared for the upload: {_reason(error)}"
+        ) from error
+    try:
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repo,

@@ -34,7 +34,7 @@ from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.run_info import RunInfo
-from xtuner.parallel.once import check_shared
+from xtuner.parallel.once import Once, check_shared
 from xtuner.parallel.processes import Processes
 from xtuner.training import graphs, preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
@@ -83,8 +83,10 @@ def train(
     )
     try:
         folder = loaded.work_dir(work_dir)
-        lock = run_lock.hold(folder, needed=processes.is_main, wait=wait)
-        with without_cudnn(processes.device), lock:
+        with without_cudnn(processes.device), contextlib.ExitStack() as held:
+            lock = run_lock.hold(folder, wait=wait)
+            # What the others find in the work dir is what this run finds once it holds the lock.
+            Once(processes, folder).on_main("lock", lambda: held.enter_context(lock))
             check_shared(processes, folder)
             result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
     except Interrupted:

@@ -46,6 +46,16 @@ def test_labels_of_good_and_bad_answers_may_be_numbers_or_words(tmp_path, labels
         notes(tmp_path, *rows)
 
 
+@pytest.mark.parametrize("labels", [(0, 1), ("good", "bad")])
+def test_classes_of_texts_are_no_good_and_bad_answers(tmp_path, labels):
+    rows = [{"sentence": "It is late.", "label": label} for label in labels]
+    with pytest.raises(DataError, match=r"columns = \{") as caught:
+        notes(tmp_path, *rows)
+    assert "KTO" not in str(caught.value)
+    rows = [{"instruction": "a", "output": "b", "label": label} for label in labels]
+    assert notes(tmp_path, *rows)[0].endswith("the column 'label' is not read")
+
+
 @pytest.mark.parametrize("labels", [(1, 1), (0, 1, 2), ("0", "sports"), (0.0, 0.5)])
 def test_other_labels_are_noted(tmp_path, labels):
     rows = [{"messages": TURNS, "label": label} for label in labels]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from xtuner.data.formats.base import Format
 from xtuner.types import Row
@@ -25,6 +24,7 @@ _HARMLESS = re.compile(
 
 _LABELS = ("label", "kto_tag")
 _VERDICTS = {"true", "false", "good", "bad", "desirable", "undesirable"}
+_CONVERSATIONS = ({"messages"}, {"conversations"}, {"prompt", "completion"})
 _NUMBERS = ({"0", "1"}, {"-1", "1"}, {"0.0", "1.0"}, {"-1.0", "1.0"})
 _MEDIA = {"audio": "audio", "audios": "audio", "video": "video", "videos": "video"}
 _MEDIA_TOKEN = re.compile(r"<(audio|video)>")
@@ -47,7 +47,7 @@ def other_kind(rows: Sequence[Row], unread: Sequence[str]) -> str:
             "such as DPO learns from"
         )
     for column in _LABELS:
-        if column in unread and _is_label([row.get(column) for row in rows]):
+        if column in unread and _is_label(column, rows):
             return (
                 f"the column {column!r} says which answers are good and which are bad, which an "
                 "algorithm such as KTO learns from; as conversations, bad answers would be learned "
@@ -97,12 +97,17 @@ def _unread_keys(format: Format, rows: Sequence[Row]) -> Iterator[str]:
                         yield key
 
 
-def _is_label(values: Sequence[Any]) -> bool:
-    """Whether all values say if an answer is good: true or false, words, or both of two numbers. A
-    column with one number for all rows distinguishes nothing.
+def _is_label(column: str, rows: Sequence[Row]) -> bool:
+    """Whether `column` says if an answer is good: true or false in every row. Next to conversations
+    it may also be words, or both of two numbers, which elsewhere are classes of texts.
     """
-    given = {str(value).strip().lower() for value in values if value is not None} - {""}
-    return bool(given) and (given <= _VERDICTS or given in _NUMBERS)
+    values = [row[column] for row in rows if row.get(column) is not None]
+    given = {str(value).strip().lower() for value in values} - {""}
+    if not given or given <= {"true", "false"}:
+        return bool(given)
+    names = {name for row in rows for name in row}
+    answers = any(names >= columns for columns in _CONVERSATIONS)
+    return answers and (given <= _VERDICTS or given in _NUMBERS)
 
 
 def _quoted(names: Sequence[str]) -> str:

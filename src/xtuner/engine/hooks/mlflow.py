@@ -29,7 +29,11 @@ class Hook(Reporter):
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.settings.report_project
         self.module.set_experiment(experiment)
         self.module.start_run(run_name=run.work_dir.name)
-        self.module.log_params({name: str(value)[:_MAX_TEXT] for name, value in config.items()})
+        try:
+            self.module.log_params({name: str(value)[:_MAX_TEXT] for name, value in config.items()})
+        except Exception:
+            self.module.end_run("FAILED")  # or the next run of this process would log into it
+            raise
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """See `Reporter.log`."""

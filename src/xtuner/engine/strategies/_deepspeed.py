@@ -9,6 +9,7 @@ finite.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -231,7 +232,8 @@ class DeepSpeedStrategy(ShardedStrategy):
     def close(self) -> None:
         """Remove DeepSpeed's hooks, and the model from what DeepSpeed keeps per process."""
         if self.model is not None:
-            self.engine.destroy()
+            with contextlib.suppress(Exception):  # after a failed step; that error is reported
+                self.engine.destroy()
             _forget(self._inner)
         super().close()
 
