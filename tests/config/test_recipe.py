@@ -21,9 +21,11 @@ def steps(chosen, packs):
         (1, 1, 1, 15),
         (30, 8, 1, 15),
         (100, 25, 1, 12),
-        (1_000, 32, 1, 6),
-        (5_000, 130, 2, 4),
-        (50_000, 2_000, 16, 3),
+        (1_000, 130, 1, 10),
+        (1_000, 1_000, 7, 10),
+        (5_000, 260, 2, 4),
+        (10_000, 1_000, 7, 3),
+        (50_000, 2_000, 15, 3),
         (500_000, 20_000, 16, 1),
     ],
 )
@@ -32,10 +34,19 @@ def test_few_rows_take_many_epochs_and_many_rows_large_steps(rows, packs, accumu
     assert (chosen.accumulative_counts, chosen.max_epochs) == (accumulated, epochs)
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(999, 6), (1_000, 6), (10_000, 3), (20_000, 1)])
+@pytest.mark.parametrize(("rows", "epochs"), [(999, 10), (1_000, 10), (10_000, 3), (20_000, 1)])
 def test_few_rows_are_repeated_even_if_each_is_a_step(rows, epochs):
     one = settings(accumulative_counts=1)
     assert recipe.resolved(one, rows=rows, packs=rows, length=64, ranks=1).max_epochs == epochs
+
+
+def test_the_number_of_epochs_falls_with_the_rows():
+    def epochs(rows):
+        chosen = recipe.resolved(settings(), rows=rows, packs=rows, length=2048, ranks=1)
+        return chosen.max_epochs
+
+    found = [epochs(rows) for rows in (1, 50, 51, 70, 100, 500, 1_000, 1_001, 2_000, 9_999, 10_000)]
+    assert found == [15, 15, 15, 13, 12, 11, 10, 10, 7, 3, 3]
 
 
 def test_what_the_user_sets_is_kept():
@@ -52,7 +63,7 @@ def test_max_steps_is_reached():
 def test_processes_and_batches_count_as_larger_steps():
     alone = recipe.resolved(settings(), rows=9_000, packs=640, length=2048, ranks=1)
     four = recipe.resolved(settings(batch_size=2), rows=9_000, packs=640, length=2048, ranks=2)
-    assert (alone.accumulative_counts, four.accumulative_counts) == (10, 2)
+    assert (alone.accumulative_counts, four.accumulative_counts) == (5, 1)
 
 
 def test_the_scale_is_that_of_rank_stabilized_lora():
@@ -67,11 +78,11 @@ def test_packs_are_shorter_if_an_epoch_would_have_few():
         return recipe.pack_length(settings(**values), lengths=lengths, limit=2048)
 
     assert length(32, 50) == 200, "of 4 samples"
-    assert length(320, 50) == 500, "32 packs"
+    assert length(1_280, 50) == 500, "128 packs"
     assert length(32, 50, longest=900) == 900
     assert length(10_000, 50) == 2048
-    assert length(320, 50, batch_size=2) == 250, "32 micro-batches"
-    assert length(320, 50, pack_length=600) == 600
+    assert length(1_280, 50, batch_size=2) == 250, "128 micro-batches"
+    assert length(1_280, 50, pack_length=600) == 600
     assert length(1, 50) == 50
     assert length(32, 50, accumulative_counts=1) == 2048, "the user decides the size of a step"
 

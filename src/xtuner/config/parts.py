@@ -268,7 +268,7 @@ class DataPart(Part):
     at a time."""
     pack_length: Annotated[Literal["auto"] | Positive, Mark(idle=_not_packed)] = "auto"
     """Tokens of a pack, at most max_length. 'auto' is max_length; with few rows and
-    accumulative_counts = 'auto' it is less, so that an epoch has 32 packs, but at least 4 samples
+    accumulative_counts = 'auto' it is less, so that an epoch has 128 packs, but at least 4 samples
     per pack, and thus enough optimizer steps."""
     overlong: Literal["auto", "truncate", "drop", "error", "split"] = "auto"
     """What happens to a sample of more than max_length tokens: 'truncate' cuts its end, 'drop'
@@ -299,7 +299,7 @@ class OptimPart(Part):
     ] = "auto"
     """Micro-batches whose gradients are summed for one optimizer step. Effective batch = batch_size
     * accumulative_counts * number of processes / sequence_parallel_size. 'auto' is 1 to 16: as many
-    as leave at least 64 steps per epoch."""
+    as leave at least 128 steps per epoch."""
     sequence_parallel_size: Annotated[Positive, Mark("free")] = 1
     """Processes that share the tokens of each row (sequence parallelism, Ulysses): activations take
     about this many times less memory in each process. The number of processes must be a multiple of
@@ -307,8 +307,8 @@ class OptimPart(Part):
     max_epochs: Annotated[
         Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by number of rows")
     ] = "auto"
-    """Passes over the data. 'auto' is 15 for up to 50 rows, 12 for 100, 6 for 1,000, 3 from 10,000,
-    and 1 for more rows if an epoch has 1,000 optimizer steps."""
+    """Passes over the data. 'auto' is 15 for up to 50 rows, 12 for 100, 10 for 1,000, 3 from
+    10,000, and 1 for more rows if an epoch has 1,000 optimizer steps."""
     max_steps: Annotated[
         Positive | None, Mark(comment="stop after this many steps; None: after max_epochs")
     ] = None

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from xtuner.config.schema import Settings
 
 AUTOMATIC = ("lora_alpha", "pack_length", "accumulative_counts", "max_epochs")
 """The settings whose 'auto' `resolved` replaces."""
-EPOCH_PACKS = 32
-"""Packs are shorter than `max_length` where an epoch would have fewer than this."""
+EPOCH_STEPS = 128
+"""An epoch has this many steps if the data suffice: packs are shorter than `max_length` where there
+would be fewer, and gradients of several micro-batches are summed only if as many remain."""
 PACK_SAMPLES = 4
 """Packs are not so short that they hold fewer samples than this, on average."""
-EPOCH_STEPS = 64
-"""Gradients of several micro-batches are summed only if an epoch keeps this many steps."""
 MOST_ACCUMULATED = 16
-LEAST_EPOCHS, MOST_EPOCHS = 3, 15
-FEW_ROWS = 50
-"""Up to this many rows are repeated MOST_EPOCHS times; ten times as many rows, half as often."""
-_LESS_OFTEN = math.log10(2)
-LONG_EPOCH, MANY_ROWS = 1_000, 10_000
+EPOCHS = ((50, 15), (100, 12), (1_000, 10), (10_000, 3))
+"""Rows and epochs; between two points the logarithms are interpolated."""
+LONG_EPOCH, MANY_ROWS = 1_000, EPOCHS[-1][0]
 """More rows than MANY_ROWS are not repeated if an epoch has this many steps."""
 
 
@@ -44,7 +42,7 @@ def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> in
     if given != "auto" and given >= settings.max_length:
         return limit
     tokens = sum(lengths)
-    few = tokens / min(EPOCH_PACKS * settings.batch_size, max(1, len(lengths) // PACK_SAMPLES))
+    few = tokens / min(EPOCH_STEPS * settings.batch_size, max(1, len(lengths) // PACK_SAMPLES))
     return min(limit, max(*lengths, math.ceil(few) if given == "auto" else given))
 
 
@@ -122,5 +120,8 @@ def _epochs(rows: int, steps: int, max_steps: int | None) -> int:
         return math.ceil(max_steps / steps)
     if steps >= LONG_EPOCH and rows > MANY_ROWS:
         return 1
-    wanted = MOST_EPOCHS * math.pow(FEW_ROWS / rows, _LESS_OFTEN)
-    return min(MOST_EPOCHS, max(LEAST_EPOCHS, round(wanted)))
+    for (fewer, most), (more, least) in pairwise(EPOCHS):
+        if rows < more:
+            share = max(0.0, math.log(rows / fewer) / math.log(more / fewer))
+            return round(most * math.pow(least / most, share))
+    return EPOCHS[-1][1]
