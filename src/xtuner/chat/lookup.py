@@ -200,12 +200,12 @@ def _from_adapter(folder: Path, *, base: str = "") -> ChatSource:
         if not base:
             raise ModelError(
                 f"{folder}: neither run.yaml nor adapter_config.json names the base model; "
-                f"give it: xtuner chat MODEL --adapter {folder}"
+                f"give it: xtuner chat MODEL --adapter {shlex.quote(str(folder))}"
             )
         if folder_of(base) is None and _looks_like_path(base):
             raise ModelError(
                 f"{folder}: is an adapter on {base}, which no longer exists. Give the new path of "
-                f"the base model: xtuner chat MODEL --adapter {folder}"
+                f"the base model: xtuner chat MODEL --adapter {shlex.quote(str(folder))}"
             )
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     found = ChatSource(base, adapter=folder, tokenizer=str(folder) if own_tokenizer else base)

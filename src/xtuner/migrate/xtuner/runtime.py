@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, use_all
 from xtuner.migrate.xtuner.data import asked_system
@@ -123,12 +125,12 @@ def _checkpoints(hook: Table, draft: Draft) -> None:
 def _start(config: Table, draft: Draft) -> None:
     resume = config.take("resume", False)
     if weights := config.take("load_from"):
-        line = config.line_of("load_from")
+        line, quoted = config.line_of("load_from"), shlex.quote(str(weights))
         if resume:
             draft.lose(
                 line,
                 shown("load_from", weights),
-                f"`xtuner train --resume {weights}` takes its weights alone: step 0 and a new "
+                f"`xtuner train --resume {quoted}` takes its weights alone: step 0 and a new "
                 "optimizer",
             )
         else:
@@ -136,7 +138,7 @@ def _start(config: Table, draft: Draft) -> None:
                 line,
                 shown("load_from", weights),
                 "a settings file names no initial weights: take the line out, and add "
-                f"`--resume {weights}` to `xtuner train`",
+                f"`--resume {quoted}` to `xtuner train`",
             )
     elif resume:
         draft.note(config.line_of("resume"), "resume = True", "use `xtuner train --resume`")

@@ -8,6 +8,7 @@ projector/ ────────────────────┘
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class Sources:
             raise ModelError(
                 f"{parts}: does not say which language model and vision tower it was trained "
                 f"with ({lacks} is missing); give them: "
-                f"xtuner chat LLM --visual-encoder CLIP --llava {parts}"
+                f"xtuner chat LLM --visual-encoder CLIP --llava {shlex.quote(str(parts))}"
             )
         adapter = parts / layout.LLM_ADAPTER
         return cls(
