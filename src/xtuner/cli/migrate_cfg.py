@@ -28,10 +28,11 @@ def command(
     """
     import shlex
 
+    from xtuner.errors import count
     from xtuner.migrate.file import migrate
 
     done = migrate(old, new)
-    typer.echo(f"Wrote {done.path}: {done.draft.kind}, {len(done.draft.values)} settings")
+    typer.echo(f"Wrote {done.path}: {done.draft.kind}, {count(len(done.draft.values), 'setting')}")
     for line in done.draft.report():
         typer.echo(line)
     typer.echo(
