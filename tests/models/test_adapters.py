@@ -246,6 +246,21 @@ def test_parts_for_images_are_not_trained_instead_of_text():
     assert trained and all("language_model" in name or "lm_head" in name for name in trained)
 
 
+def test_an_adapter_of_another_shape_is_refused_with_the_whole_reason(tmp_path):
+    adapted(tiny_model()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_adapter(tiny_model(hidden_size=64, head_dim=16), tmp_path)
+    told = str(caught.value)
+    assert "the adapter does not fit the model" in told and "\n" not in told
+    assert "size mismatch for" in told and "torch.Size([4, 32])" in told
+
+
+def test_layer_of_mamba_that_peft_refuses_is_named_if_it_is_asked_for():
+    model = AutoModelForCausalLM.from_config(tiny_config("mamba"), dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"PEFT refuses them: .*out_proj"):
+        add_adapter(model, r=4, alpha=8, target_modules=["in_proj", "out_proj"])
+
+
 def test_adapter_that_fits_the_model_in_part_is_refused(tmp_path):
     made = adapted(tiny_model())
     made.save_pretrained(tmp_path / "whole")
@@ -257,9 +272,10 @@ def test_adapter_that_fits_the_model_in_part_is_refused(tmp_path):
         (
             "less",
             less,
-            f"1 weight that adapter_config.json asks for .*{first.removesuffix('.weight')}",
+            "1 weight is missing that adapter_config.json asks for, such as "
+            f"{first.removesuffix('.weight')}",
         ),
-        ("other", {**less, other: saved[first]}, "1 weight in it fit"),
+        ("other", {**less, other: saved[first]}, "1 weight in it fits no layer"),
     ]:
         shutil.copytree(tmp_path / "whole", tmp_path / case)
         save_file(weights, tmp_path / case / "adapter_model.safetensors")

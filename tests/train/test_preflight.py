@@ -106,7 +106,7 @@ def test_rows_beyond_the_positions_of_a_rotary_model_are_noted(llama):
     data = DataParts.open(given).build(quiet=True)
     note = note_on_positions(given.settings, data.train)
     assert note and note.startswith("1 sample is longer than the model's 128 positions")
-    assert "max_length = 128 cuts them" in note
+    assert "max_length = 128 cuts longer samples" in note
     short = loaded(llama, max_length=100)
     assert note_on_positions(short.settings, DataParts.open(short).build(quiet=True).train) is None
 

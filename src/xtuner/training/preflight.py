@@ -84,7 +84,7 @@ def note_on_positions(s: Settings, train: PackedDataset) -> str | None:
     samples = count(num_longer, "sample is", "samples are")
     return (
         f"{samples} longer than the model's {limit:,} positions (the longest has {longest:,} "
-        f"tokens); it may perform poorly beyond them. max_length = {limit} cuts them"
+        f"tokens); it may perform poorly beyond these. max_length = {limit} cuts longer samples"
     )
 
 
