@@ -29,7 +29,7 @@ from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.optimizer.optim import learning_rate
 from xtuner.engine.signals import Interrupted, StopRequest
 from xtuner.engine.strategies.base import BaseStrategy
-from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError, count
+from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
 from xtuner.parallel import activity
 from xtuner.parallel.collective import collective_layers
 from xtuner.types import Algorithm, Batch
@@ -163,11 +163,7 @@ class Trainer:
         if best.exhausted and run.step < run.total_steps:
             run.total_steps = run.step
             self._save_once()
-            name = run.settings.best_metric
-            run.console.print(
-                f"Stopped early at step {run.step}: {name} was best at {best.value:.4g} and has "
-                f"not improved in the last {count(best.waited, 'measurement')}."
-            )
+            run.console.print(f"Stopped early at step {run.step}: {best.reason()}.")
             return True
         return False
 

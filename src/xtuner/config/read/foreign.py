@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 import warnings
 from collections.abc import Iterator
+
+from xtuner.errors import shell_command
 
 XTUNER_OLD = "XTuner 0.x"
 LLAMA_FACTORY = "LLaMA-Factory"
@@ -37,12 +38,11 @@ def origin(text: str, suffix: str) -> str | None:
 
 def offer(path: str, origin: str) -> str:
     """The error message for a config of `origin` that is given as a settings file."""
-    quoted = shlex.quote(path)
     return (
         f"{path}: is a config of {origin}, not a settings file of this version.\n"
-        f"  `xtuner migrate-cfg {quoted}` writes an equivalent settings file, and lists what it "
-        "cannot convert;\n"
-        f"  `xtuner train --migrate {quoted}` does that and trains."
+        f"  `{shell_command('xtuner', 'migrate-cfg', path)}` writes an equivalent settings file, "
+        "and lists what it cannot convert;\n"
+        f"  `{shell_command('xtuner', 'train', '--migrate', path)}` does that and trains."
     )
 
 

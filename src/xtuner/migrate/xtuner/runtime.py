@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-
+from xtuner.errors import shell_command
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, use_all
 from xtuner.migrate.xtuner.data import asked_system
@@ -125,20 +124,20 @@ def _checkpoints(hook: Table, draft: Draft) -> None:
 def _start(config: Table, draft: Draft) -> None:
     resume = config.take("resume", False)
     if weights := config.take("load_from"):
-        line, quoted = config.line_of("load_from"), shlex.quote(str(weights))
+        line = config.line_of("load_from")
         if resume:
             draft.lose(
                 line,
                 shown("load_from", weights),
-                f"`xtuner train --resume {quoted}` takes its weights alone: step 0 and a new "
-                "optimizer",
+                f"`{shell_command('xtuner', 'train', '--resume', weights)}` takes its weights "
+                "alone: step 0 and a new optimizer",
             )
         else:
             draft.refuse(
                 line,
                 shown("load_from", weights),
                 "a settings file names no initial weights: take the line out, and add "
-                f"`--resume {quoted}` to `xtuner train`",
+                f"`{shell_command('--resume', weights)}` to `xtuner train`",
             )
     elif resume:
         draft.note(config.line_of("resume"), "resume = True", "use `xtuner train --resume`")
