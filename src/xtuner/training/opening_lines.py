@@ -172,8 +172,8 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> Iterator[str]:
         )
     elif s.max_steps and s.max_steps < end:
         yield (
-            f"max_steps = {s.max_steps} micro-batches end within step {total}, which is completed "
-            f"at {end}"
+            f"max_steps = {s.max_steps} ends within step {total}, which is completed at {end} "
+            f"micro-batches"
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
