@@ -191,7 +191,7 @@ def test_parts_for_images_get_no_adapter(targets):
 def test_layer_that_text_does_not_reach_is_not_saved_with_its_namesakes(tmp_path):
     gemma3_for_images().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    first, second = (load_model(tmp_path / "base", dtype=torch.float32) for _ in range(2))
+    first, second, third = (load_model(tmp_path / "base", dtype=torch.float32) for _ in range(3))
     names = {"target_modules": ["v_proj"], "modules_to_save": ["q_proj"]}
     model = add_adapter(first, r=4, alpha=8, **names)
     saved = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
@@ -207,6 +207,9 @@ def test_layer_that_text_does_not_reach_is_not_saved_with_its_namesakes(tmp_path
     model.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=False).logits
+        resumed = add_adapter(third, r=4, alpha=8, **names)
+        load_adapter_weights(resumed, tmp_path / "adapter")
+        assert torch.equal(resumed(input_ids=IDS, use_cache=False).logits, expected)
         loaded = load_adapter(second, tmp_path / "adapter")
         assert torch.equal(loaded(input_ids=IDS, use_cache=False).logits, expected)
         merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
