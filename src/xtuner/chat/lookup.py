@@ -114,7 +114,7 @@ def _with_adapter(image_model: ChatSource, adapter: ChatSource) -> ChatSource:
 def _find_model(model: str) -> ChatSource:
     folder = folder_of(model)
     if folder is None:
-        if _looks_like_path(model):
+        if _looks_like_path(model) or Path(model).exists():
             raise ModelError(f"{model}: {_contents(Path(model))}")
         if fetch.cached(model) is None and "/" not in model:
             raise ModelError(
@@ -257,4 +257,6 @@ def _contents(path: Path) -> str:
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     if folder == path:
         return f"{looked}; the folder contains {shown or 'nothing'}"
+    if path.is_file():
+        return f"is a file, and names no checkpoint; {folder.resolve()} contains {shown}"
     return f"no such folder; {folder.resolve()} contains {shown or 'nothing'}"

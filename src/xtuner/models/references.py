@@ -25,15 +25,19 @@ def pointer_words(file: Path) -> list[str]:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """The folder that `path` refers to, whether or not it exists: the newest checkpoint of a work
-    dir, the folder ``x`` of ``x.pth``, the checkpoint that a file `best_checkpoint` names."""
+    """The folder that `path` refers to, whether or not it exists: the checkpoint that
+    `last_checkpoint` of a work dir names, or else the newest one; the folder ``x`` of ``x.pth``;
+    the checkpoint that a file `best_checkpoint` names."""
     path = Path(path).expanduser()
     if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
         return path.parent / Path(pointer_words(path)[0]).name
     folder = path.with_suffix("") if path.suffix == ".pth" else path
     pointer = folder / "last_checkpoint"
     if pointer.is_file():
-        return folder / Path(pointer_words(pointer)[0]).name
+        named = folder / Path(pointer_words(pointer)[0]).name
+        if named != folder and named.exists():
+            return named
+        return next(reversed(checkpoints_in(folder)), named)
     return folder
 
 
