@@ -87,6 +87,31 @@ def test_incomparable_values_are_rejected(given, words):
         load_settings({**NEEDED, **given})
 
 
+def test_the_best_checkpoint_by_a_metric_of_a_users_hook(tmp_path):
+    (tmp_path / "score.py").write_text(
+        "from xtuner.engine.hooks.base import BaseHook\n\n"
+        "class Score(BaseHook):\n"
+        "    def on_step(self, run):\n"
+        "        run.scalars['score'] = -abs(run.step - 2)\n"
+    )
+    data = write_jsonl(tmp_path / "d.jsonl", chats(4))
+    loaded = load_settings(
+        {
+            "pretrained_model_name_or_path": str(tiny_model_folder(tmp_path / "model")),
+            "data_path": str(data), "tuning": "lora", "lora_r": 2, "max_steps": 4,
+            "max_length": 256, "pack_to_max_length": False, "accumulative_counts": 1,
+            "custom_hooks": [f"{tmp_path / 'score.py'}:Score"], "keep_best": True,
+            "best_metric": "score", "best_metric_goal": "max", "save_steps": 1,
+            "save_total_limit": 1, "dtype": "float32",
+        },
+        overrides={"work_dir": str(tmp_path / "run")},
+    )  # fmt: skip
+    train(loaded)
+    store = CheckpointStore(tmp_path / "run")
+    assert [path.name for path in store.all()] == ["iter_2", "iter_4"]
+    assert find_checkpoint(tmp_path / "run" / "best_checkpoint") == tmp_path / "run" / "iter_2"
+
+
 def test_a_run_stops_early_and_keeps_its_best(tmp_path, capsys):
     model = tiny_model_folder(tmp_path / "model")
     data = write_jsonl(tmp_path / "d.jsonl", chats(8))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xtuner.cli import _settings
+from xtuner.cli import _output, _settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def command(
         _print_pack(console, data.train, number, show, parts.tokenizer, parts.image_layout)
     console.print(Rule(characters="═", style="none"))
     for line in data.report.lines():
-        console.print(line)
+        _output.echo(line)
 
 
 def _print_pack(

@@ -1,4 +1,4 @@
-"""Checks the loss that an algorithm, possibly a user's own, returns."""
+"""Checks the loss and the count that an algorithm, possibly a user's own, returns."""
 
 from __future__ import annotations
 
@@ -38,3 +38,20 @@ def checked_loss(algorithm: Algorithm, model: Any, batch: Batch) -> LossOutput:
                 f"{name}: {what} is {seen}; it must be a scalar tensor, a sum over the batch"
             )
     return output
+
+
+def checked_count(algorithm: Algorithm, batch: Batch) -> float:
+    """Return the checked result of `algorithm.count(batch)`.
+
+    Raises:
+        ConfigError: It is not a number, or negative.
+    """
+    count: Any = algorithm.count(batch)
+    if isinstance(count, Tensor) and count.numel() == 1:
+        count = count.item()
+    if isinstance(count, bool) or not isinstance(count, int | float) or not count >= 0:
+        raise ConfigError(
+            f"{type(algorithm).__name__}.count returned {count!r:.100}; it must return a number, "
+            "0 or more: what the batch adds to the divisor of the loss"
+        )
+    return float(count)

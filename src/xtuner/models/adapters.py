@@ -133,9 +133,11 @@ def check_layers(
     known = {name for name, _ in layers}
     if wrong := [repr(name) for name in names if name.rpartition(".")[2] not in known]:
         linear = {name for name, module in layers if isinstance(module, nn.Linear)}
+        is_pattern = any(set("()[]*|\\") & set(name) for name in names)
+        patterns = ". Patterns are not supported: list the names" if is_pattern else ""
         raise ModelError(
             "lora_target_modules, lora_modules_to_save: the model has no layer "
-            f"{', '.join(wrong)}; its linear layers are {', '.join(sorted(linear))}"
+            f"{', '.join(wrong)}; its linear layers are {', '.join(sorted(linear))}{patterns}"
         )
     named_outside_text(model, names)
 

@@ -66,7 +66,7 @@ def look_at_data(loaded: LoadedSettings, words: Words) -> DataView:
         XTunerError: The data or the model's tokenizer cannot be used.
     """
     parts = DataParts.open(loaded)
-    rows = bad_rows(parts.settings, **parts.arguments, quiet=True)
+    rows = bad_rows(parts.settings, **parts.arguments, unusable=[], quiet=True)
     bad = list(itertools.islice(rows, _MOST_BAD_ROWS + 1))
     data = parts.build(quiet=True)
     sample = data.train[0][0]
