@@ -25,7 +25,10 @@ WRONG = {
         "    def on_step(self): pass",
         r"H.on_step\(self, run\) is called, but too many .*3\)$",
     ),
-    "init": ("    def __init__(self, every): pass", "H is created as BaseHook.*'every'.*line 3"),
+    "init": (
+        "    def __init__(self, every): pass",
+        "H is created like BaseHook.*, but missing .*'every'.*line 3",
+    ),
     "plural": ("    def on_steps(self, run): pass", "no such method; did you mean 'on_step'"),
     "other event": ("    def on_train_end(self, run): pass", "no such method; it has close, on_e"),
     "no method": ("    on_end = None", "H.on_end is None; it must be a method$"),

@@ -165,7 +165,7 @@ def _wrong_overrides(kind: type, base: type) -> Iterator[str]:
         _bind(kind, base)
     except TypeError as error:
         taken = inspect.signature(base)
-        yield f"{kind.__name__} is created as {base.__name__}{taken} is: {error}{_defined(kind)}"
+        yield f"{kind.__name__} is created like {base.__name__}{taken}, but {error}{_defined(kind)}"
     methods = [n for n in dir(base) if n[0] != "_" and callable(getattr(base, n))]
     for name in methods:
         own = getattr(kind, name)
@@ -210,7 +210,8 @@ def _plain(signature: inspect.Signature) -> str:
 
 def _defined(own: Any) -> str:
     """Where `own`, a function or class of a user, is defined."""
-    code = getattr(own if not isinstance(own, type) else own.__init__, "__code__", None)
+    function = getattr(own, "__init__", None) if isinstance(own, type) else own
+    code = getattr(function, "__code__", None)
     return f" ({code.co_filename} line {code.co_firstlineno})" if code else ""
 
 

@@ -122,6 +122,13 @@ def _convert(
         )
     _output.echo(f"Wrote {save_dir}.")
     if (save_dir / "adapter_config.json").is_file():
+        if info is not None and Path(info.base_model).is_absolute():
+            _output.echo(
+                f"The adapter names its base model by its folder on this machine, "
+                f"{info.base_model}. To share it, write the model's name on the hub into "
+                "adapter_config.json and run.yaml.",
+                err=True,
+            )
         model = info.base_model if info is not None else base
         merged = save_dir.with_name(f"{save_dir.absolute().name}_merged")
         _next("xtuner", "convert", "merge", model, str(save_dir), str(merged))
