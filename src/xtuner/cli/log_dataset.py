@@ -59,6 +59,9 @@ def command(
     for number in range(min(num, len(data.train))):
         _print_pack(console, data.train, number, show, parts.tokenizer, parts.image_layout)
     console.print(Rule(characters="═", style="none"))
+    if show in (Show.text, Show.all):
+        marked = "green" if console.is_terminal else "between « and »"
+        console.print(f"The tokens that are trained on are {marked}.")
     for line in data.report.lines():
         _output.echo(line)
 
