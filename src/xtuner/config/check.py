@@ -19,7 +19,7 @@ from xtuner.config.read import hints
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, parse_constant
 from xtuner.config.renames import no_counterpart, own_value, replaced_by, unknown_setting
 from xtuner.config.schema import ALIASES, Settings, field_parts
-from xtuner.errors import did_you_mean
+from xtuner.errors import did_you_mean, shell_command
 
 _PLUGINS = {
     "algorithm": ALGORITHMS,
@@ -210,7 +210,7 @@ def _wrong_name(setting: str, value: str, known: list[str]) -> str:
     instead = no_counterpart(setting, value)
     guess = f"; {instead}" if instead else did_you_mean(value, known)
     if len(known) > _MAX_LISTED:
-        rest = f"; `xtuner explain {setting}` lists all"
+        rest = f"; `{shell_command('xtuner', 'explain', setting)}` lists them"
         own = "; 'auto' is the template of the tokenizer" if setting == "prompt_template" else ""
         return f"unknown value {value!r}{guess or own or rest}"
     names = ", ".join(map(repr, known))
