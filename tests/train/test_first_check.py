@@ -51,6 +51,12 @@ def test_all_problems_are_listed(tmp_path, monkeypatch):
         assert text in message
 
 
+def test_a_missing_file_to_validate_on_is_named(tmp_path, monkeypatch):
+    checked(tmp_path, monkeypatch, validation_path="rows.csv")
+    with pytest.raises(DataError, match=r"^validation_path 'row.csv': no such file .*'rows.csv'"):
+        checked(tmp_path, monkeypatch, validation_path="row.csv")
+
+
 @pytest.mark.parametrize(
     ("files", "problem"),
     [

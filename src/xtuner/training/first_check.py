@@ -61,7 +61,8 @@ def _problems_of_data(loaded: LoadedSettings) -> Iterator[XTunerError]:
         try:
             prepare(settings, folder=loaded.folder, local=True)
         except XTunerError as error:
-            yield DataError(f"validation_path: {error}") if settings is validation else error
+            text = str(error).replace("data_path ", "validation_path ")
+            yield DataError(text) if settings is validation else error
 
 
 def _problems_of_models(settings: Settings) -> Iterator[str]:
