@@ -238,6 +238,7 @@ HEAVY = ("torch", "transformers", "peft", "numpy", "pyarrow", "matplotlib")
         (["list-cfg"], 0),
         (["copy-cfg", "smollm2_135m_instruct_qlora_alpaca_e3", "."], 0),
         (["copy-cfg", "nonsense", "."], 2),
+        (["chat", "nothing"], 2),
         (["train", "wrong.py"], 2),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,

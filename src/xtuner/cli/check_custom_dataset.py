@@ -31,13 +31,13 @@ def command(
     Prints each bad row with its line, the field, and how to fix it. Exits with 2 if there are bad
     rows or files, otherwise with 0.
     """
+    parts = _settings.open_data(
+        config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
+    )
     from xtuner.data.report.check import bad_rows, kept_rows
     from xtuner.data.report.show_tokens import visible
     from xtuner.errors import DataError
 
-    parts = _settings.open_data(
-        config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
-    )
     faults, unusable = 0, list[str]()
     with _written_to(out) as write:
         rows = bad_rows(parts.settings, **parts.arguments, unusable=unusable)
