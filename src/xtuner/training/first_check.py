@@ -14,6 +14,7 @@ from pathlib import Path
 
 from xtuner import plugins
 from xtuner.config.load import LoadedSettings
+from xtuner.config.renames import no_counterpart
 from xtuner.config.schema import Settings
 from xtuner.data.sources.resolve import of_validation, prepare
 from xtuner.errors import ConfigError, DataError, XTunerError, did_you_mean, listed
@@ -76,10 +77,9 @@ def _problems(settings: Settings) -> Iterator[str]:
     known = optimizer_names()
     name = settings.optim_type
     if known and name not in known and not plugins.is_user_path(name):
-        yield (
-            f"optim_type = {name!r}: unknown optimizer{did_you_mean(name, known)}; "
-            f"allowed: {', '.join(known)}"
-        )
+        instead = no_counterpart("optim_type", name)
+        guess = f"; {instead}" if instead else did_you_mean(name, known)
+        yield (f"optim_type = {name!r}: unknown optimizer{guess}; allowed: {', '.join(known)}")
     yield from attention_problem(settings.attn_implementation)
 
 
