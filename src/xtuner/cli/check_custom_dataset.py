@@ -62,8 +62,8 @@ def command(
             _output.echo(line)
     typer.echo(f"\n{_summary(faults - len(unusable), len(unusable))}.")
     if kept:
-        are = "row is" if kept == 1 else "rows are"
-        _output.echo(f"{kept:,} {are} used with wrong tool calls (tool_call_errors = 'keep').")
+        rows_are = count(kept, "row is", "rows are")
+        _output.echo(f"{rows_are} used with wrong tool calls (tool_call_errors = 'keep').")
     if faults:
         raise typer.Exit(2)
 
