@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import inspect
+import io
 import json
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from rich.console import Console
 import xtuner
 from xtuner import api
 from xtuner.config.schema import ALIASES
+from xtuner.engine import run_lock
 from xtuner.engine.hooks import progress
 from xtuner.errors import CheckpointError, ConfigError, DataError, LaunchError
 
@@ -124,6 +126,17 @@ def test_overrides_of_loaded_settings_and_contradictions_are_refused(settings):
         xtuner.train(xtuner.load_settings(settings), lr=1e-3)
     with pytest.raises(ConfigError, match="resume and overwrite"):
         xtuner.train(settings, resume=True, overwrite=True)
+
+
+def test_messages_name_arguments_instead_of_options(settings, tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist") as caught:
+        xtuner.train(settings, resume=True)
+    assert 'check work_dir, or start without resume=True. resume="auto" st' in str(caught.value)
+    held = run_lock._held(tmp_path, io.StringIO("{}"))
+    told = api._as_arguments(str(held))
+    assert told.endswith("with work_dir=DIR, or wait until it ends with wait=True")
+    told = api._as_arguments("use --resume-from, or `xtuner train --dry-run`")
+    assert told == "use --resume-from, or `xtuner train --dry-run`"
 
 
 def test_two_trainings_in_one_process_give_the_same_and_leave_no_model(settings, tmp_path):

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xtuner.config import load
 from xtuner.config.load import LoadedSettings
-from xtuner.errors import ConfigError, LaunchError, did_you_mean
+from xtuner.errors import ConfigError, LaunchError, XTunerError, did_you_mean
 from xtuner.training.result import TrainResult as TrainResult
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ if TYPE_CHECKING:
 _training = threading.Lock()
 _groups_left: list[str] = []
 """Ranks of this process in process groups of earlier runs; torch cannot join one again."""
+
+_ARGUMENTS = {
+    "`--resume auto`": 'resume="auto"',
+    "--resume": "resume=True",
+    "--overwrite": "overwrite=True",
+    "--wait": "wait=True",
+    "--work-dir DIR": "work_dir=DIR",
+    "--work-dir": "work_dir",
+}
+"""Options of `xtuner train` and the arguments of `train`; the former are in messages."""
 
 Config = str | Path | Mapping[str, Any]
 
@@ -85,7 +96,8 @@ def train(
     Args:
         config: What `load_settings` accepts or returns.
         work_dir: Folder of the results; overrides the setting.
-        resume: True continues from the newest checkpoint in the work dir, 'iter_N' from that one.
+        resume: True continues from the newest checkpoint in the work dir, 'iter_N' from that one;
+            'auto' starts from the beginning if there is none.
         overwrite: Delete the checkpoints of an earlier run in the work dir.
         wait: Wait while another run writes to the work dir; False is an error then.
         overrides: Settings that replace those of `config`.
@@ -121,6 +133,16 @@ def train(
             return run.train(loaded, work_dir=folder, resume=which, overwrite=overwrite, wait=wait)
         except Interrupted as stopped:
             raise TrainInterrupted(str(stopped), _result(folder)) from None
+        except XTunerError as error:
+            error.args = (_as_arguments(str(error)),)
+            raise
+
+
+def _as_arguments(message: str) -> str:
+    """`message` with the arguments of `train` in place of the options of the command line."""
+    for option, argument in _ARGUMENTS.items():
+        message = re.sub(rf"(?<![\w-]){option}(?![\w-])", argument, message)
+    return message
 
 
 class Chat:

@@ -13,6 +13,7 @@ Every message says where the error is, what was found, what is allowed and how t
 command line prints it without a traceback (``--debug`` shows one) and exits with code 2.
 """
 
+import shlex
 from collections.abc import Sequence
 
 _LONGEST_GUESS = 200
@@ -49,6 +50,11 @@ class PeerLostError(LaunchError):
 
 class TrainingError(XTunerError):
     """The run cannot continue: a loss or gradient is not finite, or memory ran out."""
+
+
+def shell_command(*words: object) -> str:
+    """A command for the user to copy: its words, quoted for a shell where necessary."""
+    return shlex.join(map(str, words))
 
 
 def brief(error: BaseException) -> str:

@@ -97,11 +97,11 @@ def test_a_copied_file_shows_it_with_its_comment():
 
 def test_the_record_of_a_run_has_all_and_absolute_paths(tmp_path):
     pytest.importorskip("torch")  # absent in `make test-python`
-    from xtuner.engine.work_dir import RunDirs
+    from xtuner.engine.kept_settings import keep_settings
 
     (tmp_path / "x.html").write_text("")
     loaded = LoadedSettings(extended(page="x.html", limits={"a": 1}), "run", tmp_path, None)
-    RunDirs(tmp_path, tmp_path).keep_settings(loaded)
+    keep_settings(loaded, tmp_path)
     text = (tmp_path / "run.py").read_text()
     assert f"page = {str(tmp_path / 'x.html')!r}" in text
     assert "limits = {'a': 1}" in text and "careful = 1" in text

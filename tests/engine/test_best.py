@@ -37,11 +37,13 @@ def alone():
 
 
 def test_lower_or_higher_is_better_and_steps_without_a_value_do_not_count(tmp_path, alone):
-    best = BestMetric(settings(early_stopping_patience=2), tmp_path, alone)
+    best = BestMetric(settings(early_stopping_patience=2), CheckpointStore(tmp_path), alone)
     assert measured(best, 3.0, None, 2.0, 2.0) == [True, False, True, False]
     assert not best.exhausted and best.waited == 1
     best = BestMetric(
-        settings(keep_best=True, best_metric="score", best_metric_goal="max"), tmp_path, alone
+        settings(keep_best=True, best_metric="score", best_metric_goal="max"),
+        CheckpointStore(tmp_path),
+        alone,
     )
     assert measured(best, 1.0, float("nan"), 0.5, 2.0) == [True, False, False, True]
     assert not best.exhausted
@@ -52,16 +54,58 @@ def test_best_checkpoint_is_not_pruned_and_its_value_is_resumed(tmp_path, alone)
     for step in (1, 2, 3):
         store.save(step, lambda folder: (folder / "config.json").write_text("{}"))
         if step == 1:
-            store.mark_best(1, "val_loss 1.5")
+            store.mark_best("iter_1", "val_loss 1.5")
     assert [path.name for path in store.all()] == ["iter_1", "iter_3"]
     assert find_checkpoint(tmp_path / "best_checkpoint") == store.best() == tmp_path / "iter_1"
-    best = BestMetric(settings(keep_best=True), tmp_path, alone)
-    best.resume()
+
+
+def test_an_old_checkpoint_has_its_best_value_in_the_file(tmp_path, alone):
+    store = CheckpointStore(tmp_path)
+    store.mark_best("iter_1", "val_loss 1.5")
+    best = BestMetric(settings(keep_best=True), store, alone)
+    best.load_state_dict({}, source=tmp_path / "iter_3")
     assert best.value == 1.5 and measured(best, 2.0, 1.0) == [False, True]
 
 
+@pytest.mark.parametrize("keep_best", [True, False], ids=["kept", "not-kept"])
+def test_the_state_of_a_run_continues(tmp_path, alone, keep_best):
+    store = CheckpointStore(tmp_path)
+    given = settings(keep_best=keep_best, early_stopping_patience=3)
+    best = BestMetric(given, store, alone)
+    assert measured(best, 2.0, 1.0, 3.0, 3.0) == [True, True, False, False]
+    for step in (2, 4):
+        store.save(step, lambda folder: (folder / "config.json").write_text("{}"))
+    again = BestMetric(given, store, alone)
+    again.load_state_dict(best.state_dict(), source=tmp_path / "iter_4")
+    assert again.state_dict() == best.state_dict()
+    # a run killed between the best checkpoint and the file that names it
+    assert store.best() == (tmp_path / "iter_2" if keep_best else None)
+    assert measured(again, 1.0) == [False] and again.exhausted
+    other = BestMetric(settings(keep_best=True, best_metric="score"), store, alone)
+    other.load_state_dict(best.state_dict(), source=tmp_path / "iter_4")
+    assert other.value is None and other.waited == 0
+
+
+def test_the_last_measurement_is_later_than_the_last_checkpoint(tmp_path, alone):
+    store = CheckpointStore(tmp_path)
+    best = BestMetric(settings(keep_best=True), store, alone)
+    measured(best, 2.0, 2.5)
+    store.save(3, lambda folder: (folder / "config.json").write_text("{}"))
+    store.mark_best("iter_3", "val_loss 1.0")
+    best.load_state_dict(best.state_dict(), source=tmp_path / "iter_3")
+    assert (best.value, best.waited) == (1.0, 0) and store.best() == tmp_path / "iter_3"
+
+
+def test_values_that_are_no_numbers_end_the_run(tmp_path, alone):
+    best = BestMetric(settings(early_stopping_patience=2), CheckpointStore(tmp_path), alone)
+    assert measured(best, float("nan"), float("nan")) == [False, False]
+    assert best.exhausted and best.reason() == "val_loss was not a number in 2 measurements"
+
+
 def test_a_metric_that_nothing_measures_is_noted_once(tmp_path, alone):
-    best = BestMetric(settings(keep_best=True, best_metric="acuracy"), tmp_path, alone)
+    best = BestMetric(
+        settings(keep_best=True, best_metric="acuracy"), CheckpointStore(tmp_path), alone
+    )
     run = Run(best._s, None, None, None, None, None, 99)
     run.step, run.scalars = 2, {"loss": 1.0, "accuracy": 0.5}
     assert not best.improves(run)
@@ -70,7 +114,9 @@ def test_a_metric_that_nothing_measures_is_noted_once(tmp_path, alone):
         "one. Measured: loss, accuracy."
     )
     assert best.never_measured(run) is None
-    found = BestMetric(settings(keep_best=True, best_metric="accuracy"), tmp_path, alone)
+    found = BestMetric(
+        settings(keep_best=True, best_metric="accuracy"), CheckpointStore(tmp_path), alone
+    )
     assert found.improves(run) and found.never_measured(run) is None
 
 
@@ -85,6 +131,64 @@ def test_a_metric_that_nothing_measures_is_noted_once(tmp_path, alone):
 def test_incomparable_values_are_rejected(given, words):
     with pytest.raises(ConfigError, match=words):
         load_settings({**NEEDED, **given})
+
+
+SCORES = """
+from xtuner.engine.hooks.base import BaseHook
+
+class Scores(BaseHook):
+    def on_step(self, run):
+        run.scalars["score"] = [0.1, 0.2, 0.9, 0.5, 0.4, 0.6, 0.7, 0.3, 0.2, 0.1][run.step - 1]
+
+class Dies(BaseHook):
+    order = 99
+
+    def on_step(self, run):
+        if run.step == 6:
+            raise RuntimeError("died on purpose")
+"""
+
+
+@pytest.mark.parametrize("keep_best", [True, False], ids=["kept", "not-kept"])
+def test_a_resumed_run_stops_where_the_uninterrupted_one_does(tmp_path, capsys, keep_best):
+    model = tiny_model_folder(tmp_path / "model")
+    data = write_jsonl(tmp_path / "d.jsonl", chats(4))
+    hooks = tmp_path / "hooks.py"
+    hooks.write_text(SCORES)
+
+    def run(work_dir, *names, resume=None):
+        loaded = load_settings(
+            {
+                "pretrained_model_name_or_path": str(model), "data_path": str(data), "lora_r": 2,
+                "max_length": 128, "pack_to_max_length": False, "accumulative_counts": 4,
+                "max_epochs": 10, "dtype": "float32", "save_steps": 5, "keep_best": keep_best,
+                "early_stopping_patience": 4, "best_metric": "score", "best_metric_goal": "max",
+                "custom_hooks": [f"{hooks}:{name}" for name in names],
+            },
+            overrides={"work_dir": str(work_dir)},
+        )  # fmt: skip
+        return train(loaded, resume=resume)
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert run(straight, "Scores").step == 7
+    with pytest.raises(RuntimeError, match="died on purpose"):
+        run(broken, "Scores", "Dies")
+    assert run(broken, "Scores", resume="last").step == 7
+    told = capsys.readouterr().out
+    early = "score was best at 0.9 and has not improved in the last 4 measurements"
+    assert told.count(f"Stopped early at step 7: {early}.") == 2
+    assert contents(broken) == contents(straight)
+    if not keep_best:
+        return
+    assert run(broken, "Scores", resume="last").step == 7
+    assert f"iter_7 ended early at step 7: {early}. To continue, raise" in capsys.readouterr().out
+
+
+def contents(work_dir):
+    """The checkpoints with their weights, and the file that names the best."""
+    store = CheckpointStore(work_dir)
+    weights = {p.name: (p / "adapter_model.safetensors").read_bytes() for p in store.all()}
+    return weights, store.best_entry()[:2]
 
 
 def test_a_run_stops_early_and_keeps_its_best(tmp_path, capsys):

@@ -179,6 +179,19 @@ def test_a_damaged_state_is_a_clear_error(tmp_path):
         load_state(tmp_path, load_optimizer=lambda state: None, identity={})
 
 
+def test_overwriting_deletes_checkpoints_and_failed_uploads_but_never_the_base_model(tmp_path):
+    store = CheckpointStore(tmp_path, alias=True)
+    store.save(5, write_text)
+    store.mark_best("iter_5", "val_loss 1.0")
+    (tmp_path / "upload_iter_5").mkdir()
+    (tmp_path / "run.log").touch()
+    for base in ("iter_5", "upload_iter_5"):
+        with pytest.raises(CheckpointError, match="the model that this run starts from"):
+            store.clear(keep=tmp_path / base)
+    store.clear(keep=tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.log"]
+
+
 @pytest.mark.parametrize("moment", ["between", "after"])
 def test_the_same_step_saved_again_survives_a_kill_between_the_renames(
     tmp_path, monkeypatch, moment

@@ -1,7 +1,7 @@
 """The settings of a run in its work dir."""
 
 from xtuner.config.load import load_settings
-from xtuner.engine.work_dir import RunDirs
+from xtuner.engine.kept_settings import keep_settings
 from xtuner.plugins import load_user_object
 
 
@@ -15,9 +15,9 @@ def test_python_files_of_the_user_are_copied_and_found_from_the_work_dir(tmp_pat
         "dataset_format = 'mine.py:A'\ncustom_hooks = ['sub/mine.py:B']\n"
     )
     loaded = load_settings(str(settings))
-    dirs = RunDirs.prepare(tmp_path / "run", resuming=False, overwrite=False)
+    (tmp_path / "run").mkdir()
     for _ in range(2):  # a second start makes no second copy
-        dirs.keep_settings(loaded)
+        keep_settings(loaded, tmp_path / "run")
     assert sorted(f.name for f in (tmp_path / "run" / "user_code").iterdir()) == [
         "mine.py", "mine_2.py",
     ]  # fmt: skip
@@ -37,11 +37,11 @@ def test_modules_that_a_file_imports_from_its_folder_are_copied_with_it(tmp_path
     (folder / "unrelated.py").write_text("")
     text = "pretrained_model_name_or_path = 'm'\ndata_path = 'd.jsonl'\n"
     (folder / "settings.py").write_text(f"{text}dataset_format = 'mine.py:A'\n")
-    dirs = RunDirs.prepare(tmp_path / "run", resuming=False, overwrite=False)
+    (tmp_path / "run").mkdir()
     kept = []
     for number in (1, 1, 2):  # a second start makes no second copy; a changed module makes one
         (folder / "words_of_mine" / "one.py").write_text(f"A = {number}\n")
-        dirs.keep_settings(load_settings(str(folder / "settings.py")))
+        keep_settings(load_settings(str(folder / "settings.py")), tmp_path / "run")
         found = load_settings(str(tmp_path / "run" / "settings.py"))
         kept.append((found.settings.dataset_format[0], found.folder))
     names = [name for name, _ in kept]

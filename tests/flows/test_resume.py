@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,26 @@ def test_kill_9_and_resume(tmp_path, tiny_model_path, monkeypatch, capsys):
     assert main(["train", "config.py", "--work-dir", "w", "--resume", "iter_5"]) == 0
     assert "Resuming from w/iter_5 at step 5" in capsys.readouterr().out
     assert losses(config.parent / "w") == losses(straight.parent / "w")
+
+
+def test_a_run_that_ended_before_its_first_save_starts_again(
+    tmp_path, tiny_model_path, monkeypatch, capsys
+):
+    config = prepare(tmp_path / "early", tiny_model_path, "lora", dies=True)
+    monkeypatch.chdir(config.parent)
+    command = ["train", "config.py", "--work-dir", "w", "--set", "save_steps=90", "max_steps=8"]
+    monkeypatch.setenv("HOW_TO_DIE", "error")
+    assert main(command) == 2
+    assert not list(Path("w").glob("iter_*"))
+    monkeypatch.setenv("HOW_TO_DIE", "SIGCONT")  # which does nothing
+    assert main(["train", "config.py", "--work-dir", "v", "--resume"]) == 2
+    assert "v does not exist, and no run of these settings has started" in capsys.readouterr().err
+    assert not Path("v").exists()
+    assert main([*command, "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert "w contains no checkpoint: starting from the beginning." in told
+    assert main([*command, "--resume", "auto"]) == 0
+    assert "Nothing to do: w/iter_8" in capsys.readouterr().out
 
 
 def test_sigterm_saves_and_prints_how_to_resume(tmp_path, tiny_model_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -193,6 +194,21 @@ def test_a_launcher_is_joined_and_tasks_that_nobody_joins_are_refused(monkeypatc
 )
 def test_the_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first
+
+
+def test_the_store_listens_on_the_given_address_only():
+    for cluster, host in [
+        (Cluster(2), "127.0.0.1"),
+        (Cluster(1, 2, 0, "127.0.0.2", 0), "127.0.0.2"),
+    ]:
+        with cluster.listen() as listener:
+            assert listener.getsockname()[0] == host
+            with (
+                pytest.raises(OSError),
+                socket.create_connection(("127.0.0.3", listener.getsockname()[1]), timeout=5),
+            ):
+                pass
+    assert Cluster(2).interface() == "lo"  # where gloo connects the processes
 
 
 def test_a_port_that_is_taken_is_named():

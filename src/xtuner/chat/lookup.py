@@ -7,13 +7,12 @@ work dir ─► iter_N ─► adapter ─► run.yaml: base model, template, sys
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xtuner.errors import ConfigError, ModelError
+from xtuner.errors import ConfigError, ModelError, shell_command
 from xtuner.hub import fetch
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.load import read_config
@@ -80,7 +79,7 @@ def find(
         raise ModelError(
             f"{model}: is itself an adapter (on {found.model}), so --adapter cannot add another; "
             f"to use {adapter} with that base model: "
-            + shlex.join(["xtuner", "chat", str(found.model), "--adapter", str(adapter)])
+            + shell_command("xtuner", "chat", found.model, "--adapter", adapter)
         )
     folder = folder_of(adapter)
     if folder is None or not _is_adapter(folder):
@@ -120,8 +119,8 @@ def _find_model(model: str) -> ChatSource:
         if fetch.cached(model) is None and "/" not in model:
             raise ModelError(
                 f"{model}: no such folder, and no fetched model of that name. "
-                f"`xtuner fetch {model}` fetches a model of the catalog; give a checkpoint as its "
-                "folder, such as work_dirs/my_run/iter_100"
+                f"`{shell_command('xtuner', 'fetch', model)}` fetches a model of the catalog; give "
+                "a checkpoint as its folder, such as work_dirs/my_run/iter_100"
             )
         return ChatSource(model, tokenizer=model)
     if is_llava_folder(folder):
@@ -200,12 +199,12 @@ def _from_adapter(folder: Path, *, base: str = "") -> ChatSource:
         if not base:
             raise ModelError(
                 f"{folder}: neither run.yaml nor adapter_config.json names the base model; "
-                f"give it: xtuner chat MODEL --adapter {folder}"
+                f"give it: {shell_command('xtuner', 'chat', 'MODEL', '--adapter', folder)}"
             )
         if folder_of(base) is None and _looks_like_path(base):
             raise ModelError(
                 f"{folder}: is an adapter on {base}, which no longer exists. Give the new path of "
-                f"the base model: xtuner chat MODEL --adapter {folder}"
+                f"the base model: {shell_command('xtuner', 'chat', 'MODEL', '--adapter', folder)}"
             )
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     found = ChatSource(base, adapter=folder, tokenizer=str(folder) if own_tokenizer else base)

@@ -119,13 +119,13 @@ def expand_overrides(arguments: Sequence[str]) -> list[str]:
 def complete_resume(arguments: Sequence[str]) -> list[str]:
     """Expand ``--resume`` without a value to ``--resume last``.
 
-    Only iter_N, files of XTuner 0.x, and a path with a slash to a folder count as its value.
+    Only iter_N, auto, files of XTuner 0.x, and a path with a slash to a folder count as its value.
     """
     completed: list[str] = []
     for position, argument in enumerate(arguments):
         completed.append(argument)
         following = arguments[position + 1] if position + 1 < len(arguments) else ""
-        named = re.search(r"(^|/)(iter_\d+|last|[^/]+\.pth)/?$", following)
+        named = re.search(r"(^|/)(iter_\d+|last|auto|[^/]+\.pth)/?$", following)
         is_folder = "/" in following and Path(following).expanduser().is_dir()
         if argument == "--resume" and not (named or is_folder):
             completed.append("last")

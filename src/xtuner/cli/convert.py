@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xtuner.cli import _model, _settings
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, shell_command
 
 if TYPE_CHECKING:
     from xtuner.config.schema import Settings
@@ -234,4 +233,4 @@ def split(
 
 
 def _next(*words: str) -> None:
-    typer.echo(f"Next:\n  {shlex.join(words)}")
+    typer.echo(f"Next:\n  {shell_command(*words)}")

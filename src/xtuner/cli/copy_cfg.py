@@ -27,17 +27,16 @@ def command(
 
     Writes FOLDER/NAME_copy.py, to edit and train.
     """
-    import shlex
     import textwrap
 
     from xtuner.config.builtin import catalog
     from xtuner.config.render import render
-    from xtuner.errors import ConfigError
+    from xtuner.errors import ConfigError, shell_command
 
     suffix = "_copy"
     values = catalog.compose(name, suffix=suffix)
     path = folder / f"{name}{suffix}.py"
-    train = f"xtuner train {shlex.quote(str(path))}"
+    train = shell_command("xtuner", "train", path)
     lines = [f"{name}: edit this file, then run", "", f"    {train}", ""]
     lines += textwrap.wrap(catalog.note(name), width=100, break_on_hyphens=False)
     lines += ["`xtuner explain` lists all settings; those not in this file have their defaults."]

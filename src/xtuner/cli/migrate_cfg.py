@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from xtuner.errors import shell_command
+
 
 def command(
     old: Annotated[
@@ -26,7 +28,6 @@ def command(
     The config is parsed, never executed. What cannot be converted is listed with its line and the
     reason; a config whose meaning would change is refused.
     """
-    import shlex
 
     from xtuner.migrate.file import migrate
 
@@ -36,5 +37,5 @@ def command(
         typer.echo(line)
     typer.echo(
         f"docs/migrating.md lists differences that affect every run. Train with:\n"
-        f"  xtuner train {shlex.quote(str(done.path))}"
+        f"  {shell_command('xtuner', 'train', done.path)}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from xtuner.cli import _launch, _settings, _strategy
 from xtuner.cli._heartbeat import heartbeat
 from xtuner.config.load import LoadedSettings
+from xtuner.errors import shell_command
 from xtuner.parallel.cluster import Cluster, is_first_process
 
 
@@ -27,8 +27,9 @@ def command(
     resume: Annotated[
         str | None,
         typer.Option(
-            metavar="[iter_N]",
-            help="Resume from the newest checkpoint of the work dir, or from this one.",
+            metavar="[iter_N|auto]",
+            help="Resume from the newest checkpoint of the work dir, or from this one; auto starts "
+            "from the beginning if there is none.",
         ),
     ] = None,
     overwrite: Annotated[
@@ -99,7 +100,7 @@ def command(
     _check(loaded, _launch.world_size(cluster))
     if not _launch.started_by_launcher():
         if cluster.node_rank == 0 and not wait:
-            _check_folder(folder, continues=bool(resume or overwrite))
+            _check_folder(folder, loaded, resume=resume, overwrite=overwrite)
         print("Loading torch and transformers...", flush=True)
     _set_up(loaded)
     if not _launch.started_by_launcher():
@@ -138,8 +139,8 @@ def _train(
     try:
         train(loaded, work_dir=work_dir, resume=resume, overwrite=overwrite, wait=wait)
     except Interrupted as stopped:
-        command = [*again, *(["--resume"] if stopped.can_resume else [])]
-        print(f"\n{stopped} Continue with:\n  {shlex.join(command)}", file=sys.stderr)
+        words = [*again, *(["--resume"] if stopped.can_resume else [])]
+        print(f"\n{stopped} Continue with:\n  {shell_command(*words)}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -166,14 +167,18 @@ def _check(loaded: LoadedSettings, world_size: int) -> None:
     first_check(loaded)
 
 
-def _check_folder(folder: Path, *, continues: bool) -> None:
-    """Check that no other run uses the work dir, and that it is empty unless `continues`."""
-    from xtuner.engine.earlier_run import refuse_earlier_run
+def _check_folder(
+    folder: Path, loaded: LoadedSettings, *, resume: str | None, overwrite: bool
+) -> None:
+    """Check that no other run uses the work dir, and what an earlier one left there."""
+    from xtuner.engine import earlier_run
     from xtuner.engine.run_lock import refuse_if_held
 
     refuse_if_held(folder)
-    if not continues:
-        refuse_earlier_run(folder)
+    if not resume and not overwrite:
+        earlier_run.refuse_earlier_run(folder)
+    if resume == earlier_run.LAST:
+        earlier_run.refuse_nothing_to_resume(folder, loaded)
 
 
 def _set_up(loaded: LoadedSettings) -> None:

@@ -16,7 +16,7 @@ from xtuner.config.describe import allowed, choices
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, parse_constant
 from xtuner.config.renames import no_counterpart, own_value, replaced_by, unknown_setting
 from xtuner.config.schema import ALIASES, Settings, field_parts
-from xtuner.errors import did_you_mean
+from xtuner.errors import did_you_mean, shell_command
 
 _PLUGINS = {
     "algorithm": ALGORITHMS,
@@ -186,7 +186,8 @@ def _wrong_name(setting: str, value: str, known: list[str]) -> str:
     instead = no_counterpart(setting, value)
     guess = f"; {instead}" if instead else did_you_mean(value, known)
     if len(known) > _MAX_LISTED:
-        return f"unknown value {value!r}{guess or f'; `xtuner explain {setting}` lists them'}"
+        lists = f"; `{shell_command('xtuner', 'explain', setting)}` lists them"
+        return f"unknown value {value!r}{guess or lists}"
     names = ", ".join(map(repr, known))
     return f"must be one of {names}, or your own 'my_file.py:object'{guess}"
 

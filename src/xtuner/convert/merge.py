@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shlex
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from xtuner.convert.weights import (
     write_shards,
 )
 from xtuner.device.select import DTYPES, pick_device
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, shell_command
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
 from xtuner.models import manifest, original, vocabulary
@@ -258,7 +257,7 @@ class _Merge:
                 raise ModelError(
                     f"{self.adapter}: PEFT cannot merge this type of adapter: {error}; "
                     "use it unmerged: "
-                    + shlex.join(["xtuner", "chat", self.llm, "--adapter", str(self.adapter)])
+                    + shell_command("xtuner", "chat", self.llm, "--adapter", self.adapter)
                 ) from error
         if untied:
             _tie_equal(merged)

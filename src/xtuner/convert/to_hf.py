@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from xtuner.convert.weights import (
     write_shards,
 )
 from xtuner.device.select import DTYPES
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, shell_command
 from xtuner.hub.json_files import write_object
 from xtuner.hub.links import refuse_links_out
 from xtuner.hub.weight_files import tensors_of
@@ -57,7 +56,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file():
         raise CheckpointError(
             f"{path}: is a checkpoint of XTuner 0.x; convert it first, with the config of its run: "
-            f"xtuner convert pth_to_hf CONFIG {shlex.quote(str(path))} DIR"
+            f"{shell_command('xtuner', 'convert', 'pth_to_hf', 'CONFIG', path, 'DIR')}"
         )
     parent = folder if folder.is_dir() else folder.parent
     found = ", ".join(sorted(str(p) for p in parent.glob("iter_*") if p.is_dir())) or "none"

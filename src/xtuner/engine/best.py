@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from xtuner.config.schema import Settings
-from xtuner.engine.checkpoint import BEST_FILE
+from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.hooks.base import Run
 from xtuner.parallel.processes import Processes
 
 
 class BestMetric:
-    """Tracks the best value of `best_metric`.
+    """Tracks the best value of `best_metric`. Its state is part of every checkpoint, so that a
+    resumed run stops where the uninterrupted one does.
 
     Args:
-        work_dir: Holds the file `best_checkpoint`, from which a resumed run reads the best value.
+        store: Keeps the best checkpoint, and the file that names it.
         processes: The process group; all ranks make the same decision.
 
     Attributes:
@@ -23,10 +26,11 @@ class BestMetric:
         waited: Measurements since the best one.
     """
 
-    def __init__(self, settings: Settings, work_dir: Path, processes: Processes) -> None:
-        self._s, self._file, self._processes = settings, work_dir / BEST_FILE, processes
+    def __init__(self, settings: Settings, store: CheckpointStore, processes: Processes) -> None:
+        self._s, self._store, self._processes = settings, store, processes
         self.value: float | None = None
         self.waited = 0
+        self._name = ""  # of the best checkpoint
         self._compared_at = -1
         self._warned = False
 
@@ -41,11 +45,43 @@ class BestMetric:
         patience = self._s.early_stopping_patience
         return patience is not None and self.waited >= patience
 
-    def resume(self) -> None:
-        """Restore the best value of the run that is resumed."""
-        words = self._file.read_text(encoding="utf-8").split() if self._file.is_file() else []
-        if len(words) == 3 and words[1] == self._s.best_metric:
-            self.value = float(words[2])
+    def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint."""
+        return {
+            **self._metric,
+            "value": self.value,
+            "name": self._name,
+            "waited": self.waited,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, source: Path) -> None:
+        """Restore the state of a run that is resumed, and let the file name its best checkpoint.
+
+        Args:
+            state: What `state_dict` returned; empty for a checkpoint that lacks it. That of another
+                metric is ignored.
+            source: The checkpoint.
+        """
+        if not self.wanted or (state and any(state[k] != v for k, v in self._metric.items())):
+            return
+        if state:
+            value, self._name = state["value"], str(state["name"])
+            self.value, self.waited = value if value is None else float(value), int(state["waited"])
+        if source.resolve().parent != self._store.work_dir.resolve():
+            return
+        named, metric, value = self._store.best_entry()
+        if metric == self._s.best_metric and (named == source.name or self.value is None):
+            # measured after the last step, when its checkpoint had been written
+            self.value, self._name, self.waited = value, named, 0
+            return
+        saved = any(path.name == self._name for path in self._store.all())
+        if self._s.keep_best and self._processes.is_main and saved and named != self._name:
+            # killed between the checkpoint and the file, or resumed from an earlier checkpoint
+            self._store.mark_best(self._name, self.summary())
+
+    @property
+    def _metric(self) -> dict[str, str]:
+        return {"metric": self._s.best_metric, "goal": self._s.best_metric_goal}
 
     def improves(self, run: Run) -> bool:
         """Return whether the metric was measured at this step and is the best so far.
@@ -63,7 +99,7 @@ class BestMetric:
         better = not math.isnan(value) and (self.value is None or sign * (value - self.value) < 0)
         self.waited = 0 if better else self.waited + 1
         if better:
-            self.value = value
+            self.value, self._name = value, f"iter_{run.counter.done(run.step)}"
         return better
 
     def never_measured(self, run: Run) -> str | None:
@@ -80,3 +116,12 @@ class BestMetric:
     def summary(self) -> str:
         """The text that follows the checkpoint's name in the file `best_checkpoint`."""
         return f"{self._s.best_metric} {self.value!r}"
+
+    def reason(self) -> str:
+        """Why the run stops early."""
+        if self.value is None:
+            return f"{self._s.best_metric} was not a number in {self.waited} measurements"
+        return (
+            f"{self._s.best_metric} was best at {self.value:.4g} and has not improved in the last "
+            f"{self.waited} measurements"
+        )

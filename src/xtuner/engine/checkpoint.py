@@ -13,6 +13,7 @@ leaves complete checkpoints and at most one hidden folder, which the next save r
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -26,13 +27,15 @@ from xtuner.engine.training_state import STATE_FILE
 from xtuner.errors import CheckpointError, LaunchError, message_of
 from xtuner.models import manifest
 from xtuner.models.folder_swap import recover, replace_folder
-from xtuner.models.references import checkpoints_in
+from xtuner.models.references import checkpoints_in, pointer_words
 from xtuner.models.save import flush, flush_tree
 from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
 
 LAST_FILE = "last_checkpoint"
 BEST_FILE = "best_checkpoint"
+UPLOAD = "upload_"
+"""Prefix of a folder with the files of a checkpoint whose upload failed."""
 _LOW_SPACE = 256 << 20
 """With fewer bytes free, an unknown write error is taken for a full disk."""
 
@@ -114,14 +117,22 @@ class CheckpointStore:
 
     def best(self) -> Path | None:
         """The checkpoint that `mark_best` named; None if it does not exist."""
-        pointer = self.work_dir / BEST_FILE
-        words = pointer.read_text(encoding="utf-8").split() if pointer.is_file() else []
-        return next((path for path in self.all() if words[:1] == [path.name]), None)
+        name = self.best_entry()[0]
+        return next((path for path in self.all() if path.name == name), None)
 
-    def mark_best(self, count: int, summary: str) -> None:
-        """Keep checkpoint ``iter_<count>`` whatever `limit` is; write its name and `summary` to the
-        file `best_checkpoint`."""
-        self._point_at(f"iter_{count} {summary}", BEST_FILE)
+    def best_entry(self) -> tuple[str, str, float]:
+        """What the file `best_checkpoint` says: the name of the checkpoint, the metric and its
+        value. Empty, and NaN, where it says nothing."""
+        name, metric, value = [*pointer_words(self.work_dir / BEST_FILE), "", ""][:3]
+        try:
+            return name, metric, float(value)
+        except ValueError:
+            return name, "", math.nan
+
+    def mark_best(self, name: str, summary: str) -> None:
+        """Keep checkpoint `name` whatever `limit` is; write its name and `summary` to the file
+        `best_checkpoint`."""
+        self._point_at(f"{name} {summary}", BEST_FILE)
         flush(self.work_dir)
 
     def _prune(self, keep: Path) -> None:
@@ -133,16 +144,18 @@ class CheckpointStore:
             _remove(path)
 
     def clear(self, *, keep: Path) -> None:
-        """Delete all checkpoints; raise CheckpointError if the model `keep` is one of them."""
+        """Delete all checkpoints, and what was to be uploaded; raise CheckpointError if the model
+        `keep` is one of them."""
         base = keep.resolve()
-        if any(base.is_relative_to(path.resolve()) for path in self.all()):
+        uploads = [path for path in self.work_dir.glob(f"{UPLOAD}iter_*") if path.is_dir()]
+        if any(base.is_relative_to(path.resolve()) for path in (*self.all(), *uploads)):
             raise CheckpointError(
                 f"--overwrite would delete {base}, the model that this run starts from: "
                 "train elsewhere with --work-dir DIR"
             )
         for pointer in (LAST_FILE, BEST_FILE):
             (self.work_dir / pointer).unlink(missing_ok=True)
-        for path in self.all():
+        for path in (*self.all(), *uploads):
             _remove(path)
 
     def find(self, which: str | None = None) -> Path:
@@ -159,8 +172,7 @@ class CheckpointStore:
                     f"{self.work_dir}: contains no checkpoint to resume from; start without "
                     f"--resume"
                 )
-            pointer = self.work_dir / LAST_FILE
-            newest = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+            newest = pointer_words(self.work_dir / LAST_FILE)[0]
             return next((path for path in found if path.name == newest), found[-1])
         given = Path(which).expanduser()
         given = given if given.is_dir() else folder_of(given)

@@ -163,11 +163,7 @@ class Trainer:
         if best.exhausted and run.step < run.total_steps:
             run.total_steps = run.step
             self._save_once()
-            name = run.settings.best_metric
-            run.console.print(
-                f"Stopped early at step {run.step}: {name} was best at {best.value:.4g} and has "
-                f"not improved in the last {best.waited} measurements."
-            )
+            run.console.print(f"Stopped early at step {run.step}: {best.reason()}.")
             return True
         return False
 

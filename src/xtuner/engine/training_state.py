@@ -1,8 +1,8 @@
 """What an exact resume needs besides the weights: ``training_state.pt`` in a checkpoint.
 
-Data order and dropout are functions of (seed, step), so the step, the optimizer state and the loss
-scale are sufficient. The file contains the state of each parameter as on a single process, whatever
-the strategy.
+Data order and dropout are functions of (seed, step), so the step, the optimizer state, the loss
+scale and the best metric so far are sufficient. The file contains the state of each parameter as on
+a single process, whatever the strategy.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def save_state(
     optimizer: Mapping[str, Any],
     identity: Mapping[str, Any],
     loss_scaler: LossScaler | None = None,
+    best: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the file.
 
@@ -35,9 +36,11 @@ def save_state(
         step: Optimizer steps completed.
         optimizer: The optimizer's state, in the format of `torch.optim.Optimizer.state_dict`.
         identity: Plain values that the resumed run must share (see `load_state`).
+        best: The state of a `BestMetric`.
     """
     state = {"step": step, "optimizer": dict(optimizer), "identity": dict(identity)}
     state["loss_scaler"] = (loss_scaler or LossScaler(enabled=False)).state_dict()
+    state["best"] = dict(best or {})
     torch.save(state, folder / STATE_FILE)
 
 
@@ -47,12 +50,14 @@ def load_state(
     load_optimizer: Callable[[dict[str, Any]], None],
     identity: Mapping[str, Any],
     loss_scaler: LossScaler | None = None,
+    load_best: Callable[[Mapping[str, Any]], None] = lambda state: None,
 ) -> tuple[int, list[str]]:
-    """Restore the optimizer and the loss scale; return the step and the differences from the run
-    that wrote the checkpoint.
+    """Restore the optimizer, the loss scale and the best metric; return the step and the
+    differences from the run that wrote the checkpoint.
 
     Args:
         load_optimizer: Loads the state that was passed to `save_state`.
+        load_best: Loads the state that was passed as `best`; empty in an older checkpoint.
         identity: That of this run.
 
     Raises:
@@ -66,6 +71,7 @@ def load_state(
         _check_step(step, folder)
         if loss_scaler is not None:
             loss_scaler.load_state_dict(state.get("loss_scaler", {}))
+        load_best(state.get("best", {}))
     except Exception as error:  # torch raises many error types for a damaged file
         raise CheckpointError(
             f"{file}: cannot be resumed from: {error}; try an earlier checkpoint"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner.config import renames
 from xtuner.config.check import check
 from xtuner.config.read import foreign
-from xtuner.errors import ConfigError, listed
+from xtuner.errors import ConfigError, listed, shell_command
 from xtuner.migrate.report import Draft
 from xtuner.migrate.values import UnreadError
 from xtuner.migrate.xtuner import read as read_mmengine
@@ -81,7 +80,7 @@ def _not_converted(path: Path, text: str) -> str:
     if sum(renames.advice(name) is not None for name in names) >= _FEW:
         return (
             f"has settings of another trainer, and {known}. "
-            f"`xtuner train {shlex.quote(str(path))}` lists the name of each of them here"
+            f"`{shell_command('xtuner', 'train', path)}` lists the name of each of them here"
         )
     return f"{known}; a settings file of this version needs no migration"
 
@@ -120,8 +119,8 @@ def migrate(old: Path, new: Path | None = None) -> Migrated:
         what = "cannot be migrated yet" if draft.not_yet else "cannot be migrated"
         raise ConfigError(listed(f"{old} ({draft.origin}) {what}:", list(draft.reasons())))
     _name_files(draft, new.stem)
-    command = f"xtuner train {shlex.quote(str(new))}"
-    _write(new, draft.text(source=old.name, command=command))
+    text = draft.text(source=old.name, command=shell_command("xtuner", "train", new))
+    _write(new, text)
     for end, text in draft.files.items():
         _write(new.with_name(f"{new.stem}{end}"), text)
     return Migrated(new, draft)

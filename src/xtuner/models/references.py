@@ -17,17 +17,23 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def pointer_words(file: Path) -> list[str]:
+    """The words of a file that names a checkpoint; one empty word if it is missing or empty. A
+    damaged file names a checkpoint that does not exist."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return text.split() or [""]
+
+
 def checkpoint_of(path: str | Path) -> Path:
     """The folder that `path` refers to, whether or not it exists: the newest checkpoint of a work
     dir, the folder ``x`` of ``x.pth``, the checkpoint that a file `best_checkpoint` names."""
     path = Path(path).expanduser()
     if path.name in ("best_checkpoint", "last_checkpoint") and path.is_file():
-        words = path.read_text(encoding="utf-8").split() or [""]
-        return path.parent / Path(words[0]).name
+        return path.parent / Path(pointer_words(path)[0]).name
     folder = path.with_suffix("") if path.suffix == ".pth" else path
     pointer = folder / "last_checkpoint"
     if pointer.is_file():
-        return folder / Path(pointer.read_text(encoding="utf-8").strip()).name
+        return folder / Path(pointer_words(pointer)[0]).name
     return folder
 
 

@@ -9,7 +9,6 @@ allows neither scripts nor anything from elsewhere.
 from __future__ import annotations
 
 import os
-import shlex
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from xtuner import i18n
 from xtuner.config.render import literal
 from xtuner.config.schema import Settings
 from xtuner.engine.sharing import shareable
+from xtuner.errors import shell_command
 from xtuner.i18n import Words
 from xtuner.runs import answers, chart, data_section
 from xtuner.runs.folder import REPORT_FILE, RunFolder
@@ -231,18 +231,17 @@ def next_commands(
     run: RunFolder, record: RunRecord | None, status: str
 ) -> Iterator[tuple[str, str]]:
     """Next steps for the user: the key of a heading, and a command."""
-    folder = shlex.quote(str(run.work_dir))
+    folder = run.work_dir
     if run.checkpoints():
-        yield "next_chat", f"xtuner chat {folder}"
+        yield "next_chat", shell_command("xtuner", "chat", folder)
     if record is None:
         return
     if status in ("interrupted", "failed", "killed") and run.checkpoints():
-        settings = shlex.quote(str(run.work_dir / f"{record.name}.py"))
-        yield "next_resume", f"xtuner train {settings} --work-dir {folder} --resume"
+        train = shell_command("xtuner", "train", folder / f"{record.name}.py", "--work-dir", folder)
+        yield "next_resume", f"{train} --resume"
     if run.checkpoints() and record.settings.get("tuning") != "full":
-        base = shlex.quote(record.base_model)
-        out = shlex.quote(str(run.work_dir / "merged"))
-        yield "next_merge", f"xtuner convert merge {base} {folder} {out}"
+        words = ("convert", "merge", record.base_model, folder, folder / "merged")
+        yield "next_merge", shell_command("xtuner", *words)
 
 
 def part_style(inside: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xtuner.config.schema import Settings
 from xtuner.device.select import name_of
+from xtuner.engine.best import BestMetric
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.hooks.base import Run
 from xtuner.engine.optimizer.loss_scaler import LossScaler
@@ -43,6 +44,7 @@ class CheckpointWriter:
         identity: Plain values that a resumed run should share.
         dtype: The dtype of the computation.
         loss_scaler: The loss scaler of a float16 run.
+        best: The best metric so far.
         vision: Holds the trained parts of an image model; None without image input.
         console: The console for messages.
     """
@@ -56,6 +58,7 @@ class CheckpointWriter:
     identity: Mapping[str, Any]
     dtype: torch.dtype
     loss_scaler: LossScaler
+    best: BestMetric
     vision: RunVision | None
     console: Console
 
@@ -75,7 +78,7 @@ class CheckpointWriter:
         self.console.print(f"Saved {path}", markup=False)
 
     def restore(self, source: Path, run: Run) -> None:
-        """Restore the optimizer and the step from checkpoint `source`.
+        """Restore optimizer, step and best metric from checkpoint `source`.
 
         Raises:
             CheckpointError: It is damaged or belongs to other trainable weights.
@@ -85,6 +88,7 @@ class CheckpointWriter:
             load_optimizer=self.strategy.load_optimizer_state,
             identity=self.identity,
             loss_scaler=self.loss_scaler,
+            load_best=lambda state: self.best.load_state_dict(state, source=source),
         )
         run.start_step = run.step
         self.console.print(f"Resuming from {source} at step {run.step}.", markup=False)
@@ -120,6 +124,7 @@ class CheckpointWriter:
             optimizer=optimizer,
             identity=self.identity,
             loss_scaler=self.loss_scaler,
+            best=self.best.state_dict(),
         )
 
     def _trained_weights(self, keep: Keep) -> dict[str, Tensor]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from xtuner.config.load import LoadedSettings
 from xtuner.config.schema import Settings
 from xtuner.convert import old_checkpoint
+from xtuner.engine import earlier_run, run_lock
 from xtuner.engine.checkpoint import CheckpointStore
+from xtuner.engine.earlier_run import AUTO, LAST, refuse_nothing_to_resume
 from xtuner.engine.resume import check_shape
 from xtuner.hub import old_pth
 from xtuner.models import manifest
+from xtuner.parallel.once import Once, check_shared
+from xtuner.parallel.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,46 @@ class Origin:
 
 
 @contextmanager
+def claimed_work_dir(
+    loaded: LoadedSettings,
+    work_dir: Path,
+    processes: Processes,
+    *,
+    resume: str | None,
+    overwrite: bool,
+    wait: bool,
+) -> Iterator[str | None]:
+    """Hold the lock of the work dir, and yield what the run resumes: `resume`, or None if it is
+    'last' or 'auto' and there is no checkpoint. The arguments are those of `run.train`.
+
+    Raises:
+        LaunchError: Another run holds the lock and `wait` is False.
+        CheckpointError: An earlier run is in the way, or there is nothing to resume.
+    """
+    is_empty = False
+    with ExitStack() as held:
+
+        def claim() -> None:
+            nonlocal is_empty
+            if resume == LAST and not work_dir.exists():
+                refuse_nothing_to_resume(work_dir, loaded)
+            held.enter_context(run_lock.hold(work_dir, wait=wait))
+            is_empty = earlier_run.claim(work_dir, loaded, resume=resume, overwrite=overwrite)
+
+        # What the others find in the work dir is what this run finds once it holds the lock.
+        Once(processes, work_dir).on_main("lock", claim)
+        check_shared(processes, work_dir)
+        # The others may see the folder of a network file system with a delay, so they do not look.
+        (anew,) = processes.sum([float(is_empty)])
+        if not anew or resume not in (LAST, AUTO):
+            yield resume
+            return
+        if processes.is_main:
+            print(f"{work_dir} contains no checkpoint: starting from the beginning.")
+        yield None
+
+
+@contextmanager
 def open_origin(
     resume: str | None,
     settings: Settings,
@@ -43,7 +88,7 @@ def open_origin(
     """Yield what the run starts from; weights of XTuner 0.x are in a temporary folder.
 
     Args:
-        resume: 'last', the name of a checkpoint in the work dir, or a .pth of XTuner 0.x.
+        resume: 'last', 'auto', the name of a checkpoint in the work dir, or a .pth of XTuner 0.x.
         store: The checkpoints of the work dir.
         is_main: Whether this process checks that the checkpoint is complete.
         console: For a note.
@@ -55,7 +100,7 @@ def open_origin(
         yield Origin()
         return
     if not old_pth.is_old(old := Path(resume).expanduser()):
-        source = store.find(None if resume == "last" else resume)
+        source = store.find(None if resume in (LAST, AUTO) else resume)
         if is_main:
             manifest.check(source, resuming=True)
         check_shape(source, settings)

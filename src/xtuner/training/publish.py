@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from xtuner.engine.checkpoint import UPLOAD
 from xtuner.engine.sharing import shareable
 from xtuner.engine.training_state import STATE_FILE
-from xtuner.errors import ConfigError, LaunchError, message_of
+from xtuner.errors import ConfigError, LaunchError, message_of, shell_command
 from xtuner.hub import fetch
 from xtuner.hub.json_files import write_object
 from xtuner.models import manifest
@@ -78,7 +78,7 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    staged = checkpoint.parent / f"upload_{checkpoint.name}"
+    staged = checkpoint.parent / f"{UPLOAD}{checkpoint.name}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
         stage(checkpoint, staged)
@@ -99,7 +99,7 @@ def publish(checkpoint: Path, repo: str, *, private: bool) -> str:
         again = ["hf", "upload", repo, str(staged), *(["--private"] if private else [])]
         raise LaunchError(
             f"push_to_hub = {repo!r}: the run is done and saved in {checkpoint}, but the upload "
-            f"failed: {_reason(error)}. Try again: {shlex.join(again)}"
+            f"failed: {_reason(error)}. Try again: {shell_command(*again)}"
         ) from error
     shutil.rmtree(staged, ignore_errors=True)
     return str(address)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,22 +18,23 @@ from xtuner.data.build import TrainingData
 from xtuner.data.loader import Collate, Loader
 from xtuner.device import host
 from xtuner.device.select import name_of, pick_device, resolve_dtype
-from xtuner.engine import run_lock, strategies
+from xtuner.engine import strategies
 from xtuner.engine.best import BestMetric
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.counting import Counter, counting_of
 from xtuner.engine.hooks.base import Run, make_hooks
+from xtuner.engine.kept_settings import keep_settings
 from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.resume import identity_of
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.trainer import Trainer
 from xtuner.engine.work_dir import RunDirs
 from xtuner.engine.working import say, working
+from xtuner.errors import shell_command
 from xtuner.kernels.attention.packed import without_cudnn
 from xtuner.memory.plan import plan_memory
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.run_info import RunInfo
-from xtuner.parallel.once import Once, check_shared
 from xtuner.parallel.processes import Processes
 from xtuner.training import graphs, preflight
 from xtuner.training.checkpoint_writer import CheckpointWriter
@@ -45,7 +45,7 @@ from xtuner.training.final_check import final_check
 from xtuner.training.languages import FIRST_SAMPLES, loss_note, mean_loss, script_note
 from xtuner.training.model_setup import hand_over, make_model
 from xtuner.training.opening_lines import opening_lines
-from xtuner.training.origin import Origin, open_origin
+from xtuner.training.origin import Origin, claimed_work_dir, open_origin
 from xtuner.training.publish import publish
 from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
@@ -65,7 +65,9 @@ def train(
     Args:
         loaded: Checked settings with their name.
         work_dir: Overrides the setting.
-        resume: 'last' or the name of a checkpoint in the work dir; None starts a new run.
+        resume: 'last' or the name of a checkpoint in the work dir; 'auto' is the last if there is
+            one, otherwise a new run, and so is 'last' for a run that ended before its first save;
+            None starts a new run.
         overwrite: Delete the checkpoints of an earlier run in the work dir.
         wait: Wait while another run holds the work dir; False is an error then.
 
@@ -83,12 +85,11 @@ def train(
     )
     try:
         folder = loaded.work_dir(work_dir)
-        with without_cudnn(processes.device), contextlib.ExitStack() as held:
-            lock = run_lock.hold(folder, wait=wait)
-            # What the others find in the work dir is what this run finds once it holds the lock.
-            Once(processes, folder).on_main("lock", lambda: held.enter_context(lock))
-            check_shared(processes, folder)
-            result = _TrainingRun(loaded, processes, work_dir).train(resume, overwrite)
+        claimed = claimed_work_dir(
+            loaded, folder, processes, resume=resume, overwrite=overwrite, wait=wait
+        )
+        with without_cudnn(processes.device), claimed as origin:
+            result = _TrainingRun(loaded, processes, work_dir).train(origin, overwrite)
     except Interrupted:
         processes.close()
         raise
@@ -145,13 +146,10 @@ class _TrainingRun:
         writer = self._writer(model, data)
         if origin.folder and origin.resuming:
             writer.restore(origin.folder, run)
-        if run.step >= total:
-            self._say(
-                f"Nothing to do: {origin.folder} is at step {run.step} of {total}. To continue, "
-                "raise max_epochs or max_steps."
-            )
+        if ended := self._ended(run, writer.best):
+            self._say(f"Nothing to do: {origin.folder} {ended}.")
             return self._result(run)
-        trainer = self._trainer(run, loader, data, writer, resuming=origin.folder is not None)
+        trainer = self._trainer(run, loader, data, writer)
         if origin.folder is None:
             self._note_language(data)
         if overwrite and self.processes.is_main:
@@ -160,6 +158,20 @@ class _TrainingRun:
         with recorded.running() if recorded else contextlib.nullcontext():
             trainer.fit()
         return self._finish(run, recorded)
+
+    def _ended(self, run: Run, best: BestMetric) -> str:
+        """Why a resumed run has nothing to do, and what would continue it; empty otherwise."""
+        if run.step >= run.total_steps:
+            return (
+                f"is at step {run.step} of {run.total_steps}. To continue, raise max_epochs or "
+                "max_steps"
+            )
+        if best.exhausted:
+            return (
+                f"ended early at step {run.step}: {best.reason()}. To continue, raise "
+                "early_stopping_patience"
+            )
+        return ""
 
     def _open(self, origin: Origin) -> None:
         """Tokenizer, template, algorithm, strategy and vision parts; check that they fit."""
@@ -218,8 +230,6 @@ class _TrainingRun:
         loader: Loader,
         data: TrainingData,
         writer: CheckpointWriter,
-        *,
-        resuming: bool,
     ) -> Trainer:
         settings = self.settings
         return Trainer(
@@ -234,7 +244,7 @@ class _TrainingRun:
             save=writer.save,
             memory_advice=lambda: "\n".join(self.plan.hints()),
             loss_scaler=self.loss_scaler,
-            best=self._best(resuming=resuming),
+            best=writer.best,
             mark_best=self._mark_best,
         )
 
@@ -243,7 +253,7 @@ class _TrainingRun:
         result = self._result(run)
         self._say(
             f"Done. The result is in {result.checkpoint}\n"
-            f"Talk to it:  {shlex.join(['xtuner', 'chat', str(self.work_dir)])}"
+            f"Talk to it:  {shell_command('xtuner', 'chat', self.work_dir)}"
         )
         if recorded:
             recorded.print_report()
@@ -276,15 +286,9 @@ class _TrainingRun:
         )
         self.parts = replace(self.parts, settings=self.settings)
 
-    def _best(self, *, resuming: bool) -> BestMetric:
-        best = BestMetric(self.settings, self.work_dir, self.processes)
-        if resuming:
-            best.resume()
-        return best
-
     def _mark_best(self, run: Run, summary: str) -> None:
         if self.processes.is_main:
-            self.store.mark_best(run.count, summary)
+            self.store.mark_best(f"iter_{run.count}", summary)
             name = self.settings.best_metric
             self.console.print(f"Best so far: {name} {run.scalars[name]:.4g}", markup=False)
 
@@ -360,6 +364,7 @@ class _TrainingRun:
             identity=identity,
             dtype=self.dtype,
             loss_scaler=self.loss_scaler,
+            best=BestMetric(self.settings, self.store, self.processes),
             vision=self.vision,
             console=self.console,
         )
@@ -369,7 +374,7 @@ class _TrainingRun:
         if not self.processes.is_main:
             return RunDirs(self.work_dir, self.work_dir)
         folders = RunDirs.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
-        folders.keep_settings(self.loaded)
+        keep_settings(self.loaded, self.work_dir)
         return folders
 
     def _collate(self) -> Collate:

@@ -15,7 +15,7 @@ from xtuner.data.images.expansion import ImageCollate, ImageLayout, open_image_f
 from xtuner.data.images.feature_store import FeatureStore
 from xtuner.data.images.url import fetched, image_path, is_url
 from xtuner.data.loader import Collate
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, shell_command
 from xtuner.generation.images import ImageInput, question
 from xtuner.hub.old_pth import is_old
 from xtuner.models.vision.folder import other_parts, projectors_beside
@@ -165,7 +165,8 @@ class RunVision:
         """What is trained of each part, for the terminal; after `join`."""
         if self.left_out:
             name = str(self.settings.pretrained_pth)
-            resume = f"; to start from all of them: --resume {name}" if is_old(Path(name)) else ""
+            resume = f"; to start from all of them: {shell_command('--resume', name)}"
+            resume = resume if is_old(Path(name)) else ""
             yield (
                 f"Note: {name} also holds weights of {', '.join(self.left_out)}; pretrained_pth "
                 f"takes its projector only{resume}"

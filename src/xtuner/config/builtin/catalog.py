@@ -21,7 +21,7 @@ from typing import Any
 
 from xtuner.config.builtin import catalog_llava, catalog_xtuner0
 from xtuner.config.table_files import table
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, shell_command
 
 _DEFAULT_EPOCHS = 3
 AUTO = "auto"
@@ -184,9 +184,9 @@ def _unknown(name: str) -> str:
     word = next((model for model in _models() if close and close[0].startswith(model)), "WORD")
     return (
         f"{name}: no settings file or built-in of that name{guess}\n"
-        f"  Search with `xtuner list-cfg -p {word}`. A name consists of a model, a recipe "
-        f"({', '.join(_recipes())}), a data set, and e followed by the number of epochs (not "
-        "needed after custom)"
+        f"  Search with `{shell_command('xtuner', 'list-cfg', '-p', word)}`. A name consists of a "
+        f"model, a recipe ({', '.join(_recipes())}), a data set, and e followed by the number of "
+        "epochs (not needed after custom)"
     )
 
 

@@ -7,6 +7,8 @@ import re
 import warnings
 from collections.abc import Iterator
 
+from xtuner.errors import shell_command
+
 XTUNER_OLD = "XTuner 0.x"
 LLAMA_FACTORY = "LLaMA-Factory"
 TORCHTUNE = "torchtune"
@@ -38,9 +40,9 @@ def offer(path: str, origin: str) -> str:
     """The error message for a config of `origin` that is given as a settings file."""
     return (
         f"{path}: is a config of {origin}, not a settings file of this version.\n"
-        f"  `xtuner migrate-cfg {path}` writes an equivalent settings file, and lists what it "
-        "cannot convert;\n"
-        f"  `xtuner train --migrate {path}` does that and trains."
+        f"  `{shell_command('xtuner', 'migrate-cfg', path)}` writes an equivalent settings file, "
+        "and lists what it cannot convert;\n"
+        f"  `{shell_command('xtuner', 'train', '--migrate', path)}` does that and trains."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xtuner.errors import shell_command
 from xtuner.migrate.report import Draft, shown
 from xtuner.migrate.values import Table, use_all
 from xtuner.migrate.xtuner.data import asked_system
@@ -128,15 +129,15 @@ def _start(config: Table, draft: Draft) -> None:
             draft.lose(
                 line,
                 shown("load_from", weights),
-                f"`xtuner train --resume {weights}` takes its weights alone: step 0 and a new "
-                "optimizer",
+                f"`{shell_command('xtuner', 'train', '--resume', weights)}` takes its weights "
+                "alone: step 0 and a new optimizer",
             )
         else:
             draft.refuse(
                 line,
                 shown("load_from", weights),
                 "a settings file names no initial weights: take the line out, and add "
-                f"`--resume {weights}` to `xtuner train`",
+                f"`{shell_command('--resume', weights)}` to `xtuner train`",
             )
     elif resume:
         draft.note(config.line_of("resume"), "resume = True", "use `xtuner train --resume`")

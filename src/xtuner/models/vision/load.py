@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from xtuner.errors import ConfigError, ModelError
+from xtuner.errors import ConfigError, ModelError, shell_command
 from xtuner.kernels.four_bit import fix_4bit_layers
 from xtuner.models.adapters import load_adapter
 from xtuner.models.load import load_model, quiet_transformers, readable_errors
@@ -106,7 +106,9 @@ class Sources:
             raise ModelError(
                 f"{parts}: does not say which language model and vision tower it was trained "
                 f"with ({lacks} is missing); give them: "
-                f"xtuner chat LLM --visual-encoder CLIP --llava {parts}"
+                + shell_command(
+                    "xtuner", "chat", "LLM", "--visual-encoder", "CLIP", "--llava", parts
+                )
             )
         adapter = parts / layout.LLM_ADAPTER
         return cls(
