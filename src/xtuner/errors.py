@@ -78,9 +78,9 @@ def in_one_line(error: BaseException, *, plain: tuple[type[BaseException], ...] 
     return words if words == name or isinstance(error, plain) else f"{name}: {words}"
 
 
-def count(number: int, noun: str) -> str:
-    """`number` with the singular or plural of `noun`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def count(number: int, one: str, several: str | None = None) -> str:
+    """`number` with the words for one, or for another number of things: by default `one` + 's'."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
 def listed(headline: str, problems: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from xtuner.config.load import load_settings
+from xtuner.config.read.foreign import offer
 from xtuner.errors import ConfigError
 
 NEEDED = "pretrained_model_name_or_path = 'm'\ndata_path = 'a.jsonl'\n"
@@ -243,6 +244,7 @@ def test_a_config_of_another_trainer_gets_the_command_that_migrates_it(load, tex
     assert f"is a config of {origin}" in message
     assert "xtuner migrate-cfg" in message and "xtuner train --migrate" in message
     assert "is missing" not in message
+    assert "`xtuner migrate-cfg 'my configs/a.yaml'`" in offer("my configs/a.yaml", origin)
 
 
 def test_settings_file_is_not_mistaken_for_another_trainers_config(load):

@@ -83,7 +83,7 @@ def test_unreached_interval_is_noted(old, tmp_path, capsys):
     overrides = ["num_threads=1", "max_steps=5", "save_steps=300", "evaluation_freq=400"]
     assert main(["train", "new.py", "--set", *overrides]) == 0
     out = capsys.readouterr().out
-    assert "max_steps = 5 micro-batches end within step 2, which is completed at 8" in out
+    assert "max_steps = 5 ends within step 2, which is completed at 8 micro-batches" in out
     assert "save_steps = 300 is more than the 8 micro-batches of this run" in out
     assert "evaluation_freq = 400 is more than the 8 micro-batches of this run" in out
     assert (tmp_path / "work_dirs" / "old" / "iter_8").is_dir()

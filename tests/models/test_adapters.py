@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from xtuner.convert.merge import merge
 from xtuner.errors import ModelError
 from xtuner.models.adapters import (
     add_adapter,
@@ -19,7 +20,7 @@ from xtuner.models.load import load_model
 from xtuner.models.save import save_model
 from xtuner.models.text_path import freeze_outside_text, note_on_frozen
 from xtuner.testing.architectures import tiny_config
-from xtuner.testing.tiny import tiny_model
+from xtuner.testing.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.arange(5, 45)[None]
 
@@ -184,7 +185,54 @@ def test_parts_for_images_get_no_adapter(targets):
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert names and all("language_model" in name for name in names)
     (note,) = notes_on_adapters(model)
-    assert note.endswith("linear layers get no adapter: text does not reach them")
+    assert note.endswith("linear layers get no adapter: not reached by text")
+
+
+def test_layer_that_text_does_not_reach_is_not_saved_with_its_namesakes(tmp_path):
+    gemma3_for_images().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    first, second, third = (load_model(tmp_path / "base", dtype=torch.float32) for _ in range(3))
+    names = {"target_modules": ["v_proj"], "modules_to_save": ["q_proj"]}
+    model = add_adapter(first, r=4, alpha=8, **names)
+    saved = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    name = "base_model.model.model.language_model.layers.{}.self_attn.q_proj.modules_to_save"
+    assert saved == {f"{name.format(layer)}.default.weight" for layer in (0, 1)}
+    adapters, layers = notes_on_adapters(model)
+    assert adapters == "1 linear layer gets no adapter: not reached by text"
+    assert layers == (
+        "lora_modules_to_save: 1 layer with such a name stays frozen: not reached by text"
+    )
+    for parameter in model.parameters():
+        parameter.data += 0.02 * parameter.requires_grad
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(input_ids=IDS, use_cache=False).logits
+        resumed = add_adapter(third, r=4, alpha=8, **names)
+        load_adapter_weights(resumed, tmp_path / "adapter")
+        assert torch.equal(resumed(input_ids=IDS, use_cache=False).logits, expected)
+        loaded = load_adapter(second, tmp_path / "adapter")
+        assert torch.equal(loaded(input_ids=IDS, use_cache=False).logits, expected)
+        merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+        merged = load_model(tmp_path / "merged", dtype=torch.float32)
+        assert torch.allclose(merged(input_ids=IDS, use_cache=False).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved", "words"),
+    [
+        (["layers.9.q_proj", "v_proj"], [], "no layer 'layers.9.q_proj'; its linear"),
+        (["q_proj"], ["layers.9.mlp"], "no layer 'layers.9.mlp'"),
+        (["q_proj"], [""], "no layer ''"),
+        (["q_proj", "mlp"], [], "'mlp' is a LlamaMLP, which cannot get an adapter; name linear"),
+        (["norm"], [], "'norm' is a LlamaRMSNorm, which cannot get an adapter"),
+        (["q_proj"], ["self_attn"], "lora_modules_to_save trains all of these layers completely"),
+        (["all-linear"], ["model"], "PEFT refuses them: .*No modules were targeted"),
+    ],
+    ids=["target", "saved", "empty", "block", "norm", "both", "everything"],
+)
+def test_names_that_peft_would_ignore_or_refuse_are_named(targets, saved, words):
+    with pytest.raises(ModelError, match=words):
+        add_adapter(tiny_model(), r=4, alpha=8, target_modules=targets, modules_to_save=saved)
 
 
 def test_parts_for_images_are_not_trained_instead_of_text():
@@ -196,9 +244,24 @@ def test_parts_for_images_are_not_trained_instead_of_text():
     all_of_it = sum(p.numel() for p in model.parameters())
     freeze_outside_text(model)
     left = all_of_it - sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert note_on_frozen(model).startswith(f"{left:,} weights are frozen")
+    assert note_on_frozen(model) == f"{left:,} weights are frozen: not reached by text"
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("language_model" in name or "lm_head" in name for name in trained)
+
+
+def test_an_adapter_of_another_shape_is_refused_with_the_whole_reason(tmp_path):
+    adapted(tiny_model()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_adapter(tiny_model(hidden_size=64, head_dim=16), tmp_path)
+    told = str(caught.value)
+    assert "the adapter does not fit the model" in told and "\n" not in told
+    assert "size mismatch for" in told and "torch.Size([4, 32])" in told
+
+
+def test_layer_of_mamba_that_peft_refuses_is_named_if_it_is_asked_for():
+    model = AutoModelForCausalLM.from_config(tiny_config("mamba"), dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"PEFT refuses them: .*out_proj"):
+        add_adapter(model, r=4, alpha=8, target_modules=["in_proj", "out_proj"])
 
 
 def test_adapter_that_fits_the_model_in_part_is_refused(tmp_path):
@@ -212,9 +275,10 @@ def test_adapter_that_fits_the_model_in_part_is_refused(tmp_path):
         (
             "less",
             less,
-            f"1 weight that adapter_config.json asks for .*{first.removesuffix('.weight')}",
+            "1 weight is missing that adapter_config.json asks for, such as "
+            f"{first.removesuffix('.weight')}",
         ),
-        ("other", {**less, other: saved[first]}, "1 weight in it fit"),
+        ("other", {**less, other: saved[first]}, "1 weight in it fits no layer"),
     ]:
         shutil.copytree(tmp_path / "whole", tmp_path / case)
         save_file(weights, tmp_path / case / "adapter_model.safetensors")

@@ -10,7 +10,8 @@ from xtuner.config.marks import as_nested, thawed
 from xtuner.config.render import render_all
 from xtuner.engine.optimizer import optim
 from xtuner.errors import ConfigError
-from xtuner.models.adapters import add_adapter, check_config, notes_on_adapters
+from xtuner.models.adapter_checks import config_problems
+from xtuner.models.adapters import add_adapter, notes_on_adapters
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.models.check.isolation import IsolationCheck
 from xtuner.models.load import located_config, meta_model
@@ -47,6 +48,11 @@ def test_adapters_computed_by_peft_are_noted_and_equal_peft(monkeypatch):
     ours = adapted(use_dora=True)
     (note,) = notes_on_adapters(ours)
     assert note.startswith("14 of 14 adapters are computed by PEFT because of lora_config")
+    one = {"use_dora": True, "layers_to_transform": [1]}
+    (note,) = notes_on_adapters(
+        add_adapter(tiny_model(), r=4, alpha=8, target_modules=["q_proj"], further=one)
+    )
+    assert note.startswith("1 of 1 adapter is computed by PEFT")
     monkeypatch.setattr("xtuner.models.adapters.layer_classes", dict)
     assert (logits(ours) - logits(adapted(use_dora=True))).abs().max() < 1e-5
 
@@ -68,8 +74,15 @@ def test_principal_parts_start_from_the_model_itself():
     ],
 )
 def test_wrong_fields_are_named(further, words):
-    with pytest.raises(ConfigError, match=words):
-        check_config(further)
+    (problem,) = config_problems(further)
+    assert problem.startswith("lora_config: ") and words in problem
+
+
+def test_all_wrong_fields_are_told_and_the_values_of_the_others():
+    further = {"r": 8, "use_drora": True, "layers_pattern": "layers"}
+    first, second, third = config_problems(further)
+    assert "r: is the setting lora_r" in first and "did you mean 'use_dora'" in second
+    assert third.startswith("lora_config = {'layers_pattern': 'layers'}: When `layers_pattern`")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])

@@ -140,7 +140,7 @@ def test_every_string_has_both_languages_and_the_same_values():
     for key, row in i18n.table().items():
         english, chinese = (row[language] for language in i18n.LANGUAGES)
         assert english and chinese, key
-        values = [set(re.findall(r"\{\w+\}", text)) for text in (english, chinese)]
+        values = [set(re.findall(r"\{(\w+)[}:]", text)) for text in (english, chinese)]
         assert values[0] == values[1], key
 
 

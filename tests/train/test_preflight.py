@@ -53,6 +53,32 @@ def test_layers_for_adapters_are_looked_up_before_data_are_read(llama):
         check_run(loaded(llama, **names).settings)
 
 
+def test_all_problems_with_adapters_are_told_before_data_are_read(llama):
+    given = {
+        "lora_target_modules": ["q_porj", "norm"],
+        "lora_config": {"use_drora": True, "init_lora_weights": "pissa_niter_4"},
+        "report_to": ["tensorboard", "swanlab"],
+        "custom_hooks": ["own.py:A", "other.py:B"],
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_run(loaded(llama, **given).settings)
+    told = str(caught.value)
+    for words in (
+        "no layer 'q_porj'", "'norm' is a LlamaRMSNorm", "did you mean 'use_dora'", "use 'pissa'",
+        "own.py", "other.py",
+    ):  # fmt: skip
+        assert words in told
+
+
+def test_what_only_peft_knows_of_adapters_is_told_before_data_are_read(llama):
+    given = {"lora_config": {"rank_pattern": {"q_proj": 0}}}
+    with pytest.raises(ConfigError, match=r"^lora_config = .*q_proj.*: .*rank|integer"):
+        check_run(loaded(llama, **given).settings)
+    check_run(loaded(llama, lora_config={"rank_pattern": {"q_proj": 2}}).settings)
+    assert all(p.is_meta for p in facts_of(loaded(llama).settings).model.parameters())
+    assert not hasattr(facts_of(loaded(llama).settings).model, "peft_config")
+
+
 def test_hooks_are_looked_at_before_data_are_read(llama, tmp_path):
     (tmp_path / "own.py").write_text("class Mine:\n    pass\n")
     for name, words in [("own.py:Mine", "not a subclass"), ("own.py:Min", "did you mean 'Mine'")]:
@@ -80,7 +106,7 @@ def test_rows_beyond_the_positions_of_a_rotary_model_are_noted(llama):
     data = DataParts.open(given).build(quiet=True)
     note = note_on_positions(given.settings, data.train)
     assert note and note.startswith("1 sample is longer than the model's 128 positions")
-    assert "max_length = 128 cuts them" in note
+    assert "max_length = 128 cuts longer samples" in note
     short = loaded(llama, max_length=100)
     assert note_on_positions(short.settings, DataParts.open(short).build(quiet=True).train) is None
 

@@ -17,7 +17,7 @@ from xtuner.calls.families.python_text import python_call
 from xtuner.calls.read import arguments_of, name_of
 from xtuner.chat.session import Session
 from xtuner.data.report.show_tokens import visible
-from xtuner.errors import DataError
+from xtuner.errors import DataError, count
 from xtuner.tools import loop
 
 EXIT, RESET, IMAGE = "EXIT", "RESET", "IMAGE "
@@ -233,7 +233,7 @@ def _as_text(event: loop.Event) -> str:
         case loop.Malformed(text=text, problem=problem):
             return f"! a call {problem}: {_printable(text)[:200]}"
         case loop.Stopped(rounds=rounds):
-            return f"(stopped after {rounds} rounds of calls; --max-rounds raises this)"
+            return f"(stopped after {count(rounds, 'round')} of calls; --max-rounds raises this)"
     return ""
 
 

@@ -16,7 +16,7 @@ from xtuner.config.schema import Settings
 from xtuner.data.formats.base import RowError
 from xtuner.data.sources.resolve import prepare
 from xtuner.data.sources.rows import Fault
-from xtuner.errors import DataError
+from xtuner.errors import DataError, count
 from xtuner.generation.batch import generate_batch
 from xtuner.tools import evaluation as ev
 from xtuner.types import Conversation
@@ -59,7 +59,7 @@ def read(data: str, dataset_format: str, *, note: Callable[[str], None]) -> Iter
             elif isinstance(record, Conversation):
                 yield where, record
     if lost:
-        note(f"Note: {len(lost)} rows cannot be used; the first: {lost[0]}")
+        note(f"Note: {count(len(lost), 'row')} cannot be used; the first: {lost[0]}")
 
 
 def hold_out(
@@ -81,7 +81,7 @@ def hold_out(
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     note(
         f"Held out {len(chosen)} of {len(names)} tools ({', '.join(sorted(chosen))}): "
-        f"{len(train)} conversations in {folder / 'train.jsonl'}, {len(held)} in "
+        f"{count(len(train), 'conversation')} in {folder / 'train.jsonl'}, {len(held)} in "
         f"{folder / 'held_out.jsonl'}"
     )
     return [(where, r) for where, r in records if ev.called_tools([r]) & chosen]

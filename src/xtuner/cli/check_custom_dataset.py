@@ -31,20 +31,20 @@ def command(
     """
     from xtuner.data.report.check import bad_rows, kept_rows
     from xtuner.data.report.show_tokens import visible
-    from xtuner.errors import DataError
+    from xtuner.errors import DataError, count
 
     parts = _settings.open_data(
         config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=trust_code
     )
-    count = 0
+    bad = 0
     with _written_to(out) as write:
         for row in bad_rows(parts.settings, **parts.arguments):
-            count += 1
-            if count <= _MAX_PRINTED:
+            bad += 1
+            if bad <= _MAX_PRINTED:
                 typer.echo(visible(row))
             write(row)
-    if count > _MAX_PRINTED:
-        rest = f"and {count - _MAX_PRINTED:,} more"
+    if bad > _MAX_PRINTED:
+        rest = f"and {bad - _MAX_PRINTED:,} more"
         typer.echo(f"{rest}; see {out}" if out else f"{rest}; --out FILE writes all of them")
     kept = 0
     for kept, row in enumerate(kept_rows(parts.settings, **parts.arguments), start=1):
@@ -53,16 +53,16 @@ def command(
     try:
         data = parts.build()
     except DataError:
-        if not count:
+        if not bad:
             raise
     else:
         for line in data.report.lines():
             typer.echo(line)
-    typer.echo(f"\n{count:,} bad {'row' if count == 1 else 'rows'}." if count else "\nNo bad rows.")
+    typer.echo(f"\n{count(bad, 'bad row')}." if bad else "\nNo bad rows.")
     if kept:
-        rows = "row is" if kept == 1 else "rows are"
-        typer.echo(f"{kept:,} {rows} used with wrong tool calls (tool_call_errors = 'keep').")
-    if count:
+        rows = count(kept, "row is", "rows are")
+        typer.echo(f"{rows} used with wrong tool calls (tool_call_errors = 'keep').")
+    if bad:
         raise typer.Exit(2)
 
 

@@ -19,7 +19,7 @@ def command(
 ) -> None:
     """List the built-in settings, one name per line."""
     from xtuner.config.builtin import catalog
-    from xtuner.errors import ConfigError
+    from xtuner.errors import ConfigError, count
 
     names = catalog.names(pattern)
     if not names:
@@ -29,5 +29,6 @@ def command(
         )
     typer.echo("\n".join(names))
     # On stderr, so that the names can be piped into another program.
-    count = f"{len(names):,} {'name' if len(names) == 1 else 'names'}"
-    typer.echo(f"{count}; copy one with `xtuner copy-cfg NAME FOLDER`", err=True)
+    typer.echo(
+        f"{count(len(names), 'name')}; copy one with `xtuner copy-cfg NAME FOLDER`", err=True
+    )

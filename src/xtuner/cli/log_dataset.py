@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xtuner.cli import _settings
+from xtuner.errors import count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,11 +83,11 @@ def _print_pack(
         draw, tokenizer=tokenizer, marks=not console.is_terminal, image_layout=image_layout
     )
     tokens = sum(len(sample.input_ids) for sample in samples)
-    title = f"pack {number + 1:,} of {len(packs):,}: {tokens:,} tokens"
+    title = f"pack {number + 1:,} of {len(packs):,}: {count(tokens, 'token')}"
     console.print(Rule(title, characters="═", style="none"))
     for index, sample in enumerate(samples, 1):
         supervised = int(sample.loss_mask[1:].sum())
-        counts = f"{len(sample.input_ids):,} tokens, {supervised:,} supervised"
+        counts = f"{count(len(sample.input_ids), 'token')}, {supervised:,} supervised"
         title = f"sample {index} of {len(samples)} · {sample.row} · {counts}"
         console.print(Rule(title, align="left", style="none"))
         for what in _KINDS if show is Show.all else [show]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xtuner.errors import shell_command
+from xtuner.errors import count, shell_command
 
 
 def command(
@@ -32,7 +32,7 @@ def command(
     from xtuner.migrate.file import migrate
 
     done = migrate(old, new)
-    typer.echo(f"Wrote {done.path}: {done.draft.kind}, {len(done.draft.values)} settings")
+    typer.echo(f"Wrote {done.path}: {done.draft.kind}, {count(len(done.draft.values), 'setting')}")
     for line in done.draft.report():
         typer.echo(line)
     typer.echo(

@@ -38,7 +38,7 @@ def command(
     """
     from xtuner.chat import mmbench
     from xtuner.chat.opening import open_chat
-    from xtuner.errors import ConfigError
+    from xtuner.errors import ConfigError, count
     from xtuner.generation.generate import GenerationOptions
 
     questions = mmbench.read_tsv(data_path)[:limit]
@@ -56,13 +56,16 @@ def command(
 
     def progress(done: int) -> None:
         if done % 50 == 0 or done == len(questions):
-            typer.echo(f"{done:,} of {len(questions):,} questions", err=True)
+            typer.echo(f"{done:,} of {count(len(questions), 'question')}", err=True)
 
     answered = list(mmbench.ask_all(session, questions, progress=progress))
     found = mmbench.write(work_dir, answered)
     unread = sum(not each.letter for each in answered)
     if unread:
-        typer.echo(f"Note: {unread:,} answers choose no option; they count as wrong.", err=True)
+        answers = count(
+            unread, "answer chooses no option and counts", "answers choose no option and count"
+        )
+        typer.echo(f"Note: {answers} as wrong.", err=True)
     for name, share in found.items():
         typer.echo(f"{name:<40} {share:7.2%}")
     typer.echo(f"Wrote {work_dir / 'mmbench_result.xlsx'}")

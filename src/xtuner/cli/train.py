@@ -116,6 +116,7 @@ def command(
     again += [word for override in overrides or () for word in ("--set", override)]
     again += ["--nproc", str(nproc)] if nproc > 1 else []
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
+    again += ["--launcher", launcher] if launcher else []
     again += ["--trust-code"] if trust_code else []
     with heartbeat(on=not sys.stdout.isatty() and is_first_process()):
         _train(loaded, work_dir, resume=resume, overwrite=overwrite, wait=wait, again=again)

@@ -16,7 +16,7 @@ from xtuner.config.describe import allowed, choices
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, parse_constant
 from xtuner.config.renames import no_counterpart, own_value, replaced_by, unknown_setting
 from xtuner.config.schema import ALIASES, Settings, field_parts
-from xtuner.errors import did_you_mean, shell_command
+from xtuner.errors import count, did_you_mean, shell_command
 
 _PLUGINS = {
     "algorithm": ALGORITHMS,
@@ -60,7 +60,8 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
         for name, entry in itertools.islice(unknown, _MAX_UNKNOWN)
     ]
     if more := sum(1 for _ in unknown):
-        problems.append(Problem("the file", f"{more:,} more names are not settings"))
+        rest = count(more, "more name is not a setting", "more names are not settings")
+        problems.append(Problem("the file", rest))
     invalid = _invalid_fields({name: entry.value for name, entry in known.items()})
     for name in filter(invalid.__contains__, field_parts()):
         if name in known:

@@ -8,7 +8,7 @@ from functools import partial
 from xtuner import plugins
 from xtuner.config.renames import no_counterpart
 from xtuner.config.schema import Settings
-from xtuner.errors import did_you_mean
+from xtuner.errors import count, did_you_mean
 from xtuner.types import IMAGE
 
 ALGORITHMS = "xtuner.algorithms"
@@ -153,7 +153,11 @@ def _check_shares(name: str, s: Settings) -> Iterator[tuple[str, str]]:
         return
     sources = len(s.data_path)
     if len(values) != sources:
-        yield name, f"has {len(values)} entries, but data_path has {sources}; give one per source"
+        yield (
+            name,
+            f"has {count(len(values), 'entry', 'entries')}, but data_path has {sources}; give one "
+            "per source",
+        )
     if any(v < 0 for v in values) or not any(values):
         yield name, "numbers must be 0 or more, and at least one above 0"
 

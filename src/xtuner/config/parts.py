@@ -439,7 +439,7 @@ class RuntimePart(Part):
     dirs."""
     push_to_hub: Annotated[str | None, Mark("free")] = None
     """Upload the result to the hub after training, as 'owner/name', without optimizer state and
-    local paths."""
+    local paths. With keep_best it is the best checkpoint."""
     hub_private_repo: Annotated[bool, Mark("free", idle=lambda s: s.push_to_hub is None)] = True
     """Whether a repository that `push_to_hub` creates is private."""
     custom_hooks: Annotated[Strings, Mark("free")] = ()

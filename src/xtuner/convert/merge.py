@@ -42,7 +42,13 @@ from xtuner.models import manifest, original, vocabulary
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.adapters import load_adapter
 from xtuner.models.families import internlm2
-from xtuner.models.load import load_tokenizer, located_config, meta_model, read_config
+from xtuner.models.load import (
+    load_tokenizer,
+    located_config,
+    meta_model,
+    read_config,
+    readable_errors,
+)
 from xtuner.models.quantize import Rounding
 from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
@@ -233,7 +239,9 @@ class _Merge:
         rounded: Collection[str] = ()
         if self.rounding:
             trust: Any = {"trust_remote_code": self.trust_remote_code}
-            rounded = self.rounding.names(meta_model(located_config(self.source, **trust), **trust))
+            config = located_config(self.source, **trust)
+            with readable_errors(self.source, "model"):
+                rounded = self.rounding.names(meta_model(config, **trust))
         write_shards(draft, plan, read, max_bytes=self.max_bytes, log=self.log)
         assert self.folder is not None
         write_config(self.folder, draft, dtype=main_dtype(plan), untie=lora.HEAD in changes)

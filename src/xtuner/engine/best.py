@@ -10,6 +10,7 @@ from typing import Any
 from xtuner.config.schema import Settings
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.hooks.base import Run
+from xtuner.errors import count
 from xtuner.parallel.processes import Processes
 
 
@@ -120,8 +121,8 @@ class BestMetric:
     def reason(self) -> str:
         """Why the run stops early."""
         if self.value is None:
-            return f"{self._s.best_metric} was not a number in {self.waited} measurements"
+            return f"{self._s.best_metric} was not a number in {count(self.waited, 'measurement')}"
         return (
             f"{self._s.best_metric} was best at {self.value:.4g} and has not improved in the last "
-            f"{self.waited} measurements"
+            f"{count(self.waited, 'measurement')}"
         )

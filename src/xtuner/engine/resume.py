@@ -59,9 +59,10 @@ def check_shape(source: Path, settings: Settings) -> None:
         and not (name == "pretrained_model_name_or_path" and _same_folder(base, now))
     ]
     if wrong:
+        them = "it" if len(wrong) == 1 else "them"
         raise CheckpointError(
             f"cannot resume from {source}: its weights were trained with other settings: "
-            f"{'; '.join(wrong)}. Restore them, or start a new run with --work-dir DIR"
+            f"{'; '.join(wrong)}. Restore {them}, or start a new run with --work-dir DIR"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xtuner.data.images.expansion import expand
 from xtuner.data.images.files import open_image
-from xtuner.errors import DataError, ModelError
+from xtuner.errors import DataError, ModelError, count
 from xtuner.models.vision.load import VisionLanguageModel
 from xtuner.types import IGNORE_INDEX, IMAGE, Batch, BatchImages, Message
 
@@ -111,13 +111,14 @@ def question(text: str, images: Sequence[str] = ()) -> Message:
     Raises:
         DataError: The text has ``<image>`` for another number of images.
     """
-    count = text.count(IMAGE)
-    if count not in (0, len(images)) or (count and not images):
+    placeholders = text.count(IMAGE)
+    if placeholders not in (0, len(images)) or (placeholders and not images):
         raise DataError(
-            f"the question contains {IMAGE} {count} times for {len(images)} images: write it once "
+            f"the question contains {IMAGE} {count(placeholders, 'time')} for "
+            f"{count(len(images), 'image')}: write it once "
             "per image, or omit it, which puts the images first"
         )
-    before = "" if count else f"{IMAGE}\n" * len(images)
+    before = "" if placeholders else f"{IMAGE}\n" * len(images)
     return Message("user", before + text, images=tuple(images))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, count
 
 Load = Callable[[Path], dict[str, Any]]
 """Reads a torch file without executing it."""
@@ -80,12 +80,12 @@ def _optimizer_of(content: Mapping[str, Any], folder: Path) -> Mapping[str, Any]
 
 
 def _check_ranks(folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
-    count = states[0].get("partition_count", len(states))
-    count = max(count) if isinstance(count, list | tuple) else count
-    if int(count) != len(states):
+    ranks = states[0].get("partition_count", len(states))
+    ranks = int(max(ranks) if isinstance(ranks, list | tuple) else ranks)
+    if ranks != len(states):
         raise CheckpointError(
-            f"{folder}: {count} processes wrote it, and it has the optimizer files of "
-            f"{len(states)}; copy the others next to them"
+            f"{folder}: {count(ranks, 'process', 'processes')} wrote it, and it has the optimizer "
+            f"files of {len(states)}; copy the others next to them"
         )
 
 
@@ -129,8 +129,8 @@ def _stage_3(
     """Each weight is cut into as many parts as there are processes, the last one padded."""
     if len(contents) != len(states):
         raise CheckpointError(
-            f"{folder}: has {len(states)} optimizer files and {len(contents)} model files; copy "
-            "the others next to them"
+            f"{folder}: has {count(len(states), 'optimizer file')} and "
+            f"{count(len(contents), 'model file')}; copy the others next to them"
         )
     found = tensors_in(contents[0].get("module", {}))
     for name, shape in (contents[0].get("frozen_param_shapes") or {}).items():

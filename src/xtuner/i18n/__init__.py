@@ -11,6 +11,8 @@ import functools
 import tomllib
 from pathlib import Path
 
+from xtuner.errors import count
+
 LANGUAGES = ("en", "zh")
 
 
@@ -25,6 +27,13 @@ def table() -> dict[str, dict[str, str]]:
     }
 
 
+class _Number(int):
+    """A number with the words for one or several things as its format."""
+
+    def __format__(self, spec: str) -> str:
+        return count(int(self), *spec.split("|")) if spec.strip(",") else format(int(self), spec)
+
+
 class Words:
     """The strings of a language, English where it is unknown.
 
@@ -36,8 +45,9 @@ class Words:
         self.language = language if language in LANGUAGES else LANGUAGES[0]
 
     def __call__(self, key: str, **values: object) -> str:
-        """The string `key`, with `values` in place of its ``{names}``."""
-        return table()[key][self.language].format(**values)
+        """The string `key`, with `values` in place of its ``{names}``; ``{rows:row}`` counts."""
+        filled = {name: _Number(v) if type(v) is int else v for name, v in values.items()}
+        return table()[key][self.language].format(**filled)
 
     def of_setting(self, section: str, english: str, *, key: str = "") -> str:
         """A text about settings.

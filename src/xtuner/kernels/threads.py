@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from xtuner.errors import count
 from xtuner.kernels.compiled import kernels_for
 
 MIN_RELATIVE_RATE = 0.75
@@ -30,17 +31,17 @@ def choose_threads(wanted: int | None, dtype: torch.dtype, processes: int = 1) -
     """
     if wanted is not None:
         torch.set_num_threads(wanted)
-        return f"{wanted} CPU thread(s), as configured"
+        return f"{count(wanted, 'CPU thread')}, as configured"
     cores = torch.get_num_threads()
     if processes > 1:  # the launcher divides the cores; all processes would measure at once
-        return f"{cores} CPU thread(s) per process"
+        return f"{count(cores, 'CPU thread')} per process"
     if cores == 1:
-        return "1 CPU thread"
-    rates = {count: matmul_rate(count, dtype) for count in {cores, max(1, cores // 2)}}
-    best = max(count for count in rates if rates[count] >= MIN_RELATIVE_RATE * max(rates.values()))
+        return count(1, "CPU thread")
+    rates = {n: matmul_rate(n, dtype) for n in {cores, max(1, cores // 2)}}
+    best = max(n for n in rates if rates[n] >= MIN_RELATIVE_RATE * max(rates.values()))
     torch.set_num_threads(best)
     measured = ", ".join(f"{rates[n] / 1e9:,.0f} GFLOP/s with {n}" for n in sorted(rates))
-    return f"{best} CPU thread(s) (measured: {measured})"
+    return f"{count(best, 'CPU thread')} (measured: {measured})"
 
 
 def matmul_rate(threads: int, dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:

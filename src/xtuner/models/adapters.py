@@ -6,7 +6,6 @@ PEFT creates, names and saves the adapters; their forward pass is `kernels.lora_
 from __future__ import annotations
 
 import collections
-import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +19,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from xtuner.errors import ConfigError, ModelError, XTunerError, count, did_you_mean, in_one_line
+from xtuner.errors import ModelError, XTunerError, count, in_one_line
 from xtuner.hub.weight_files import adapter_file, names_of, tensors_of
 from xtuner.kernels.lora.layers import layer_classes
+from xtuner.models.adapter_checks import layer_problems, refusal
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.old_adapters import fitting_llm_adapter
-from xtuner.models.text_path import named_outside_text, outside_text
+from xtuner.models.text_path import named_outside_text, outside_text, saved_within_text
 from xtuner.models.vocabulary import fit_to_adapter
 
 _FEW = 0.01
@@ -64,14 +64,16 @@ def add_adapter(
         further: Other fields of PEFT's LoraConfig.
 
     Raises:
-        ModelError: A name matches no layer, or none that text reaches.
+        ModelError: A name matches no layer, or none that can be trained.
         ConfigError: PEFT rejects `further`.
     """
     from peft import LoraConfig, get_peft_model
 
     all_linear = list(target_modules) == ["all-linear"]
+    on_meta = next(model.parameters()).is_meta
     model_type: str = getattr(model.config, "model_type", "")
-    check_layers(model, target_modules, modules_to_save)
+    if problems := list(layer_problems(model, target_modules, modules_to_save)):
+        raise ModelError("; ".join(problems))
     outside = [*OUTSIDE_PEFT.get(model_type, ()), *unsuitable(model)] if all_linear else []
     outside += named_outside_text(model, () if all_linear else target_modules)
     targets = list(target_modules)
@@ -86,16 +88,16 @@ def add_adapter(
                 lora_dropout=dropout,
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
                 exclude_modules=outside or None,
-                modules_to_save=list(modules_to_save) or None,
+                modules_to_save=saved_within_text(model, modules_to_save) or None,
                 task_type=task_type,
                 **(further or {}),
             )
             config._register_custom_module(layer_classes())
-            adapted = get_peft_model(model, config)
-        except (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
-            if not further:
-                raise
-            raise ConfigError(f"lora_config = {dict(further)}: {error}") from error
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # PEFT checks few of the values that a user can set
+            raise refusal(error, further) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -119,71 +121,6 @@ def _linear_names(model: nn.Module) -> list[str]:
     )
 
 
-def check_layers(
-    model: nn.Module, target_modules: Sequence[str], modules_to_save: Sequence[str]
-) -> None:
-    """Check the names of layers that `add_adapter` gets.
-
-    Raises:
-        ModelError: A name matches no layer, or none that text reaches.
-    """
-    all_linear = list(target_modules) == ["all-linear"]
-    names = [*(() if all_linear else target_modules), *modules_to_save]
-    layers = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-    known = {name for name, _ in layers}
-    if wrong := [repr(name) for name in names if name.rpartition(".")[2] not in known]:
-        linear = {name for name, module in layers if isinstance(module, nn.Linear)}
-        raise ModelError(
-            "lora_target_modules, lora_modules_to_save: the model has no layer "
-            f"{', '.join(wrong)}; its linear layers are {', '.join(sorted(linear))}"
-        )
-    named_outside_text(model, names)
-
-
-_OWN = {
-    "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save",
-}  # fmt: skip
-_NEED_DATA = ("eva", "corda", "lora_ga", "loftq")
-
-
-def check_config(further: Mapping[str, Any]) -> None:
-    """Check the setting `lora_config`.
-
-    Raises:
-        ConfigError: A field does not exist, has its own setting, or needs something that a run does
-            not provide.
-    """
-    from peft import LoraConfig
-
-    fields = [f.name for f in dataclasses.fields(LoraConfig)]
-    problems = []
-    for name, value in further.items():
-        if name in _OWN:
-            problems.append(f"{name}: is the setting {_OWN[name]}")
-        elif name in ("task_type", "peft_type", "base_model_name_or_path", "exclude_modules"):
-            problems.append(f"{name}: is set by xtuner; remove it")
-        elif name not in fields:
-            problems.append(f"{name}: LoraConfig has no such field{did_you_mean(name, fields)}")
-        elif name == "init_lora_weights" and str(value).lower() in _NEED_DATA:
-            problems.append(
-                f"{name} = {value!r}: needs passes over the data before training, which are not "
-                f"supported; use 'pissa', 'olora', 'gaussian' or 'orthogonal'"
-            )
-        elif name == "init_lora_weights" and str(value).lower().startswith("pissa_niter"):
-            problems.append(
-                f"{name} = {value!r}: changes the base weights by random numbers, so "
-                f"loading the checkpoint gives different base weights; use 'pissa', which "
-                f"recomputes the same ones"
-            )
-    if problems:
-        raise ConfigError(f"lora_config: {'; '.join(problems)}")
-    try:
-        LoraConfig(**further)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"lora_config = {dict(further)}: {error}") from error
-
-
 def unsuitable(model: Any) -> dict[str, str]:
     """Linear layers of `model` that 'all-linear' skips, by name, with the reason. A router's layers
     may return a tuple, and text does not reach image or audio modules.
@@ -196,7 +133,7 @@ def unsuitable(model: Any) -> dict[str, str]:
             continue
         kind = type(module)
         if name in outside:
-            found[name] = "text does not reach them"
+            found[name] = "not reached by text"
         elif kind.__module__.startswith("transformers") and not _is_plain(module):
             found[name] = f"a {kind.__name__} does more than a linear layer"
     return found
@@ -228,13 +165,18 @@ def notes_on_adapters(adapted: Any) -> Iterator[str]:
         skipped = unsuitable(model).items()
         left = collections.Counter(why for name, why in skipped if name in config.exclude_modules)
         for reason, number in left.items():
-            layers = "1 linear layer gets" if number == 1 else f"{number:,} linear layers get"
+            layers = count(number, "linear layer gets", "linear layers get")
             yield f"{layers} no adapter: {reason}"
+    ends = tuple({name.rpartition(".")[2] for name in config.modules_to_save or ()})
+    if alike := [n for n in outside_text(model) if ends and n.endswith(ends)]:
+        layers = count(len(alike), "layer with such a name stays", "layers with such names stay")
+        yield f"lora_modules_to_save: {layers} frozen: not reached by text"
     made = [m for m in adapted.modules() if hasattr(m, "adapted") and hasattr(m, "lora_A")]
     if slow := sum(layer.adapted() is None for layer in made):
         yield (
-            f"{slow:,} of {len(made):,} adapters are computed by PEFT because of lora_config, "
-            f"which takes more time and memory than xtuner's forward pass"
+            f"{slow:,} of {count(len(made), 'adapter')} {'is' if slow == 1 else 'are'} computed by "
+            f"PEFT because of lora_config, which takes more time and memory than xtuner's forward "
+            f"pass"
         )
     filters = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
     frozen = (p for p in model.parameters() if not p.requires_grad)
@@ -315,12 +257,13 @@ def _refuse_partial(folder: Path, missing: Sequence[str], unexpected: Sequence[s
     problems = []
     if unexpected:
         problems.append(
-            f"{count(len(unexpected), 'weight')} in it fit no layer, such as {unexpected[0]}"
+            f"{count(len(unexpected), 'weight in it fits', 'weights in it fit')} no layer, such as "
+            f"{unexpected[0]}"
         )
     if missing:
         problems.append(
-            f"{count(len(missing), 'weight')} that adapter_config.json asks for are missing, such "
-            f"as {missing[0]}"
+            f"{count(len(missing), 'weight is', 'weights are')} missing that adapter_config.json "
+            f"asks for, such as {missing[0]}"
         )
     if problems:
         raise ModelError(

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from xtuner.config.schema import Settings
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, count
 from xtuner.kernels.attention.packed import NAME, register
 from xtuner.models.facts import facts_of
 
@@ -56,7 +56,8 @@ def cannot_split(model: Any, size: int) -> str | None:
         )
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int) and heads < size:
-        return f"{type(model).__name__} has {heads} attention heads, so the maximum is {heads}"
+        held = count(heads, "attention head")
+        return f"{type(model).__name__} has {held}, so the maximum is {heads}"
     return None
 
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from xtuner import plugins
 from xtuner.device.heap import trim_if_grown
-from xtuner.errors import ModelError, XTunerError, in_one_line, listed
+from xtuner.errors import ModelError, XTunerError, count, in_one_line, listed
 from xtuner.hub import fetch
 from xtuner.hub.json_files import read_object
 from xtuner.kernels.four_bit import fix_4bit_layers
@@ -98,7 +98,8 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         headline = (
-            f"{path}: {len(missing)} weights are missing from the checkpoint and would be random"
+            f"{path}: {count(len(missing), 'weight is', 'weights are')} missing from the "
+            f"checkpoint and would be random"
         )
         raise ModelError(listed(headline, [*missing[:8], *(["..."] if len(missing) > 8 else [])]))
     fix_4bit_layers(model)

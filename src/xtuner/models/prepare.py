@@ -8,6 +8,8 @@ preparation is the same.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,15 @@ def make_trainable(
         _recompute(model, s)
     if not s.uses_adapter:
         return model
+    adapted = _add_adapters(model, s, new_rows)
+    if source is not None:
+        adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.has_vision else source)
+    return adapted
+
+
+def _add_adapters(model: Any, s: Settings, new_rows: range) -> Any:
+    """Freeze `model` and add the adapters of a run."""
+    on_meta = next(model.parameters()).is_meta
     adapted = adapters.add_adapter(
         model,
         r=s.lora_r,
@@ -82,9 +93,19 @@ def make_trainable(
     )
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = lasting_name(s.pretrained_model_name_or_path)
-    if source is not None:
-        adapters.load_adapter_weights(adapted, source / LLM_ADAPTER if s.has_vision else source)
     return adapted
+
+
+def try_adapters(model: Any, s: Settings) -> None:
+    """Add the adapters of a run to a copy of `model`, which is on the meta device.
+
+    Raises:
+        XTunerError: PEFT refuses a setting, or the model's embeddings cannot grow.
+    """
+    model = copy.deepcopy(model)
+    with warnings.catch_warnings():  # the run shows them
+        warnings.simplefilter("ignore")
+        _add_adapters(model, s, grow(model, s))
 
 
 def _recompute(model: Any, s: Settings) -> None:

@@ -4,13 +4,13 @@ language model is trained, such as Gemma 3's vision tower. They get no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from xtuner.errors import ModelError
+from xtuner.errors import count
 from xtuner.models.check.training_pass import text_decoder
 
 
@@ -27,24 +27,40 @@ def outside_text(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def named_outside_text(model: Any, names: Sequence[str]) -> list[str]:
-    """The modules of `outside_text` that `names` select, as PEFT does: by their last parts.
+def selected(model: Any, name: str) -> list[str]:
+    """The names of the modules of `model` that `name` selects as a target of adapters: those that
+    end with it, in entire parts between dots."""
+    return [n for n, _ in model.named_modules() if name and f".{n}".endswith(f".{name}")]
 
-    Raises:
-        ModelError: Text reaches none of the modules that a name selects.
-    """
+
+def named_outside_text(model: Any, names: Sequence[str]) -> list[str]:
+    """The modules of `outside_text` that `names` select."""
     outside = outside_text(model)
-    found: list[str] = []
+    return [n for name in names if outside for n in selected(model, name) if n in outside]
+
+
+def only_outside_text(model: Any, names: Sequence[str]) -> Iterator[str]:
+    """Yield a problem for each name that selects modules, and none that text reaches."""
+    outside = outside_text(model)
     for name in names if outside else ():
-        all_named = [n for n, _ in model.named_modules() if f".{n}".endswith(f".{name}")]
-        unreached = [n for n in all_named if n in outside]
-        if unreached and len(unreached) == len(all_named):
-            raise ModelError(
+        found = selected(model, name)
+        if found and all(n in outside for n in found):
+            yield (
                 f"lora_target_modules, lora_modules_to_save: {name!r} only names parts for images "
-                f"or audio ({unreached[0]}), which text does not reach, so they cannot be trained"
+                f"or audio ({found[0]}), which text does not reach, so they cannot be trained"
             )
-        found += unreached
-    return found
+
+
+def saved_within_text(model: Any, names: Sequence[str]) -> list[str]:
+    """Names for PEFT's `modules_to_save`, which selects modules by the ends of their names. A name
+    that also selects parts outside text is replaced by the full names of the others."""
+    outside = outside_text(model)
+    result: list[str] = []
+    for name in names:
+        found = [n for n, _ in model.named_modules() if n.endswith(name)]
+        kept = [n for n in found if not any(f"{o}.".startswith(f"{n}.") for o in outside)]
+        result += [name] if len(kept) == len(found) else kept
+    return result
 
 
 def freeze_outside_text(model: Any) -> None:
@@ -56,5 +72,6 @@ def freeze_outside_text(model: Any) -> None:
 def note_on_frozen(model: Any) -> str | None:
     """A note on the weights that `freeze_outside_text` freezes; None if there are none."""
     weights = {id(p): p for module in outside_text(model).values() for p in module.parameters()}
-    count = sum(parameter.numel() for parameter in weights.values())
-    return f"{count:,} weights are frozen, since text does not reach them" if count else None
+    number = sum(parameter.numel() for parameter in weights.values())
+    frozen = count(number, "weight is", "weights are")
+    return f"{frozen} frozen: not reached by text" if number else None

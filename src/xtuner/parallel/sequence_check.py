@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from xtuner.config.schema import Settings
-from xtuner.errors import LaunchError
+from xtuner.errors import LaunchError, count
 from xtuner.hub import fetch
 from xtuner.hub.json_files import read_object
 from xtuner.parallel.layout import RankLayout
@@ -25,7 +25,7 @@ def check_sequence_parallel(settings: Settings, processes: int) -> None:
     if heads is not None and heads < size:
         raise LaunchError(
             f"sequence_parallel_size = {size}: {settings.pretrained_model_name_or_path} has "
-            f"{heads} attention heads, so the maximum is {heads}"
+            f"{count(heads, 'attention head')}, so the maximum is {heads}"
         )
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xtuner.errors import count
 from xtuner.parallel.collective import waiting
 
 
@@ -46,7 +47,7 @@ def share_heads(heads: int, kv_heads: int, size: int) -> tuple[HeadShare, ...]:
         ValueError: There are fewer heads than shares.
     """
     if size > heads:
-        raise ValueError(f"{heads} attention heads cannot be shared by {size} processes")
+        raise ValueError(f"{count(heads, 'attention head')} cannot be shared by {size} processes")
     group = heads // kv_heads
     shares = []
     for rank in range(size):

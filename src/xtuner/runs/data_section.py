@@ -42,8 +42,8 @@ def _training(data: Mapping[str, Any], words: Words) -> str:
     part = data["train"]
     if not data.get("packed", True):
         return words("data_training_unpacked", **_counts(part))
-    packs, fill = f"{part['packs']:,}", f"{part['fill']:.0%}"
-    return words("data_training", **_counts(part), packs=packs, fill=fill)
+    fill = f"{part['fill']:.0%}"
+    return words("data_training", **_counts(part), packs=part["packs"], fill=fill)
 
 
 def _source_row(source: Mapping[str, Any]) -> str:
@@ -75,9 +75,9 @@ def _row(row: Mapping[str, Any]) -> str:
     return f"{row['file']} {row['unit']} {row['number']}{fault}"
 
 
-def _counts(part: Mapping[str, Any]) -> dict[str, str]:
+def _counts(part: Mapping[str, Any]) -> dict[str, int]:
     return {
-        "samples": f"{part['samples']:,}",
-        "tokens": f"{part['tokens']:,}",
-        "supervised": f"{part['supervised_tokens']:,}",
+        "samples": part["samples"],
+        "tokens": part["tokens"],
+        "supervised": part["supervised_tokens"],
     }

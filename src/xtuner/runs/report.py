@@ -175,7 +175,7 @@ class _Page:
                 "speed_line",
                 seconds=f"{statistics.median(v for _, v in steps):.3g}",
                 data=f"{waiting:.1%}",
-                tokens=f"{tokens:,.0f}",
+                tokens=round(tokens),
                 time=duration(_seconds(run)),
             ) + "</p>"  # fmt: skip
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from xtuner.device.out_of_memory import is_out_of_memory
-from xtuner.errors import LaunchError, ModelError, XTunerError
+from xtuner.errors import LaunchError, ModelError, XTunerError, count
 from xtuner.generation.answer import Answer
 from xtuner.generation.generate import (
     GenerationOptions,
@@ -76,7 +76,8 @@ class Engine:
         with self._lock:
             if self._num_open >= self.limits.max_batch + self.limits.max_queue:
                 raise OverloadedError(
-                    f"{self._num_open} requests are open and the queue is full; try again later"
+                    f"{count(self._num_open, 'request is', 'requests are')} open and the queue is "
+                    "full; try again later"
                 )
             self._num_open += 1
         self._inbox.put(job)

@@ -9,6 +9,7 @@ import torch
 from xtuner.config.schema import Settings
 from xtuner.device import host
 from xtuner.device.cores import bind_to_share
+from xtuner.errors import count
 from xtuner.kernels import compiled, threads
 from xtuner.kernels.attention.summary import attention_line
 from xtuner.kernels.fused import liger
@@ -29,7 +30,7 @@ def _prepared(settings: Settings, processes: Processes, dtype: torch.dtype) -> I
         host.ask_for_huge_pages()
     if on_cpu or wanted:  # a run on a GPU does not wait for measurements of CPU kernels
         line = threads.choose_threads(wanted, dtype, processes.world_size)
-        yield f"{line}, on {bound} core(s) of its own" if bound else line
+        yield f"{line}, on {count(bound, 'core')} of its own" if bound else line
     yield compiled.state() if on_cpu else liger.state(processes.device)
 
 

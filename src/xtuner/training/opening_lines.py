@@ -12,6 +12,7 @@ from xtuner.device.select import name_of
 from xtuner.engine.counting import Counter
 from xtuner.engine.optimizer import optim
 from xtuner.engine.optimizer.loss_scaler import INITIAL_SCALE
+from xtuner.errors import count
 from xtuner.memory.available import check_disk
 from xtuner.memory.plan import MemoryPlan
 from xtuner.parallel.layout import RankLayout
@@ -142,9 +143,10 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
             )
         )
     rows.append(("logging_steps", s.logging_steps, "only the last step is logged"))
+    of_run = count(end, counter.words.removesuffix("s"))
     for name, every, so in rows:
         if every > end:
-            yield f"{name} = {every:,} is more than the {end:,} {counter.words} of this run: {so}"
+            yield f"{name} = {every:,} is more than the {of_run} of this run: {so}"
 
 
 def _notes_on_effect(s: Settings, device: str) -> Iterator[str]:
@@ -170,9 +172,9 @@ def _notes_on_steps(s: Settings, total: int, counter: Counter) -> Iterator[str]:
         )
     elif s.max_steps and s.max_steps < end:
         yield (
-            f"max_steps = {s.max_steps} micro-batches end within step {total}, which is completed "
-            f"at {end}"
+            f"max_steps = {s.max_steps} ends within step {total}, which is completed at {end} "
+            f"micro-batches"
         )
     if total < FEW_STEPS and (s.max_steps is None or end < s.max_steps):
         hint = "accumulative_counts = 'auto', and " if s.accumulates else ""
-        yield f"only {total} steps, which is too few to learn much; set {hint}max_epochs = 'auto'"
+        yield f"only {count(total, 'step')}, too few to learn much; set {hint}max_epochs = 'auto'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,18 @@ from xtuner.config.schema import Settings
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.hooks.base import custom_classes
 from xtuner.engine.optimizer import optim
-from xtuner.errors import ConfigError, DataError, ModelError, XTunerError, did_you_mean, listed
-from xtuner.models.adapters import check_config, check_layers
+from xtuner.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    XTunerError,
+    count,
+    did_you_mean,
+    listed,
+)
+from xtuner.models.adapter_checks import config_problems, layer_problems
 from xtuner.models.facts import ModelFacts, facts_of
+from xtuner.models.prepare import try_adapters
 from xtuner.templates.base import Template
 from xtuner.training.first_check import attention_problem
 from xtuner.training.publish import check_target
@@ -39,13 +48,9 @@ def check_run(settings: Settings, *, folder: Path | None = None) -> None:
     """
     facts = facts_of(settings)
     problems = [*_stored_weights(settings, facts), *_positions(settings, facts)]
-    checks = (_check_attention, _check_optimizer, _check_adapters, _check_trackers, _check_push)
-    hooks = functools.partial(_check_hooks, folder=folder or Path.cwd())
-    for check in (*checks, hooks):
-        try:
-            check(settings)
-        except XTunerError as error:
-            problems.append(str(error))
+    hooks = functools.partial(_hooks, folder=folder or Path.cwd())
+    for check in (_attention, _optimizer, _adapters, _trackers, _push, hooks):
+        problems += check(settings)
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -76,53 +81,69 @@ def note_on_positions(s: Settings, train: PackedDataset) -> str | None:
     num_longer, longest = train.num_longer(limit) if limit and not s.has_vision else (0, 0)
     if not num_longer:
         return None
-    samples = "1 sample is" if num_longer == 1 else f"{num_longer:,} samples are"
+    samples = count(num_longer, "sample is", "samples are")
     return (
         f"{samples} longer than the model's {limit:,} positions (the longest has {longest:,} "
-        f"tokens); it may perform poorly beyond them. max_length = {limit} cuts them"
+        f"tokens); it may perform poorly beyond these. max_length = {limit} cuts longer samples"
     )
 
 
-def _check_attention(s: Settings) -> None:
+def _attention(s: Settings) -> Iterator[str]:
     name = s.attn_implementation
-    for problem in attention_problem(name):
-        raise ConfigError(problem)
+    yield from attention_problem(name)
     known = ["auto", "eager", *AttentionInterface().valid_keys()]
     if name not in known and "/" not in name:
-        raise ConfigError(
+        yield (
             f"attn_implementation = {name!r}: unknown attention; use 'auto', 'sdpa', "
             f"'eager' or 'flash_attention_2'{did_you_mean(name, known)}"
         )
 
 
-def _check_optimizer(s: Settings) -> None:
-    optim.check_name(s.optim_type)
+def _optimizer(s: Settings) -> Iterator[str]:
+    yield from _raised(lambda: optim.check_name(s.optim_type))
 
 
-def _check_adapters(s: Settings) -> None:
+def _adapters(s: Settings) -> Iterator[str]:
     if not s.uses_adapter:
         return
-    check_layers(facts_of(s).model, s.lora_target_modules, s.lora_modules_to_save)
-    if s.lora_config:
-        check_config(thawed(s.lora_config))
+    model, further = facts_of(s).model, thawed(s.lora_config) or {}
+    problems = [
+        *layer_problems(model, s.lora_target_modules, s.lora_modules_to_save),
+        *(config_problems(further) if further else ()),
+    ]
+    usual = s.lora_target_modules == ("all-linear",) and not s.lora_modules_to_save
+    if problems or (usual and not further and not s.resize_embeddings):
+        yield from problems
+    else:  # which takes up to some seconds
+        yield from _raised(lambda: try_adapters(model, s))
 
 
-def _check_hooks(s: Settings, *, folder: Path) -> None:
-    custom_classes(s.custom_hooks, folder=folder)
+def _hooks(s: Settings, *, folder: Path) -> Iterator[str]:
+    for name in s.custom_hooks:
+        yield from _raised(functools.partial(custom_classes, [name], folder=folder))
 
 
-def _check_trackers(s: Settings) -> None:
+def _trackers(s: Settings) -> Iterator[str]:
     for name in s.report_to:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise ConfigError(
+            yield (
                 f"report_to = {name!r}: the package {name} is not installed: "
                 f"pip install 'xtuner[{name}]'"
             )
 
 
-def _check_push(s: Settings) -> None:
-    if s.push_to_hub is not None:
-        check_target(s.push_to_hub)
+def _push(s: Settings) -> Iterator[str]:
+    target = s.push_to_hub
+    if target is not None:
+        yield from _raised(lambda: check_target(target))
+
+
+def _raised(check: Callable[[], object]) -> Iterator[str]:
+    """Run `check`, and yield the message of an error that the user can fix."""
+    try:
+        check()
+    except XTunerError as error:
+        yield str(error)
 
 
 def tokens_without_embedding(tokenizer: Any, facts: ModelFacts) -> dict[str, int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner.engine import run_lock
-from xtuner.errors import ConfigError, LaunchError
+from xtuner.errors import ConfigError, LaunchError, count
 from xtuner.runs.folder import MERGED, RUNNING, RunFolder
 from xtuner.web.folders import Folders
 
@@ -169,8 +169,8 @@ class Jobs:
         running = self.running()
         if len(running) >= self._most:
             raise LaunchError(
-                f"{', '.join(running)}: is running, and the page starts at most {self._most} runs "
-                "at a time (--max-runs); stop it, or wait until it ends"
+                f"{', '.join(running)}: is running, and the page starts at most "
+                f"{count(self._most, 'run')} at a time (--max-runs); stop it, or wait until it ends"
             )
 
     def _train(self, work_dir: Path) -> list[str]:

@@ -362,6 +362,11 @@ def test_a_hub_name_is_read_with_datasets(tmp_path, monkeypatch):
     assert asked == [("owner/name", "small", "test")]
     assert [(raw.line, raw.value) for raw in file.rows()] == list(enumerate(ROWS, 1))
     assert (file.digest(), file.size, file.unit) == ("abc", 100, "row")
+    nested = Table([{"turns": [{"role": "user", "calls": None, "at": {"x": 1, "y": None}}]}])
+    fake_datasets(monkeypatch, load_dataset=lambda *_, **__: nested)
+    (file,) = find("owner/name", folder=tmp_path).files
+    (raw,) = file.rows()
+    assert raw.value == {"turns": [{"role": "user", "at": {"x": 1}}]}
 
 
 def test_without_datasets_the_hint_is_named(tmp_path, monkeypatch):

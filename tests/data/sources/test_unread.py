@@ -109,9 +109,16 @@ def test_nulls_that_a_schema_adds_are_not_trained_on(tmp_path):
         row("wait", {"hours": 3, "at": [{"x": 1}, {"y": 2}]}, {"hours": {"enum": [1, 3]}}),
     ]
     lines = write_jsonl(tmp_path / "d.jsonl", rows)
-    table = tmp_path / "d.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
-    read = [raw.value for file in find(str(table), folder=tmp_path).files for raw in file.rows()]
-    assert [json.dumps(each, sort_keys=True) for each in read] == [
-        json.dumps(json.loads(line), sort_keys=True) for line in lines.read_text().splitlines()
-    ]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    for name in ("d.arrow", "saved/data.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as stream:
+            stream.write_table(table)
+    state = {"_data_files": [{"filename": "data.arrow"}], "_indices_data_files": None}
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    expected = [json.loads(line) for line in lines.read_text().splitlines()]
+    for name in ("d.parquet", "d.arrow", "saved"):
+        files = find(str(tmp_path / name), folder=tmp_path).files
+        assert [raw.value for file in files for raw in file.rows()] == expected, name

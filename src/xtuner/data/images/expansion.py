@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xtuner.data.images.files import ImageError, ImageFolder, decode, image_size
 from xtuner.data.sources.rows import Fault
-from xtuner.errors import DataError
+from xtuner.errors import DataError, count
 from xtuner.types import IMAGE, Batch, BatchImages, Encoded, ImageProcessor, ImageRef, Sample
 
 Collate = Callable[[Sequence[Sample]], Batch]
@@ -64,9 +64,10 @@ class ImageLayout:
         """`encoded` with each image token repeated and masked, and the images. A fault if the
         number of image tokens differs from that of `names`, or an image cannot be used.
         """
-        count = encoded.input_ids.count(self.token_id)
-        if count != len(names):
-            problem = f"contains {IMAGE} {count} times for {len(names)} images"
+        placeholders = encoded.input_ids.count(self.token_id)
+        if placeholders != len(names):
+            found = count(placeholders, "time")
+            problem = f"contains {IMAGE} {found} for {count(len(names), 'image')}"
             return Fault(f"{problem}; write one per image, where the image belongs")
         images: list[ImageRef] = []
         for name in names:
@@ -193,7 +194,7 @@ class ImageCollate:
             ) from error
         if (tokens := processor.num_tokens(size)) != image.num_tokens:
             raise DataError(
-                f"{sample.row}: image {image.name!r} takes {tokens} tokens, but took "
+                f"{sample.row}: image {image.name!r} takes {count(tokens, 'token')}, but took "
                 f"{image.num_tokens} when the data were prepared: restore the file"
             )
         return _Read(key, size, pixels, features)

@@ -160,7 +160,7 @@ def _refuse_overlong(encoded: Sequence[EncodedSource]) -> None:
         return
     first = [f"{location}: {length:,} tokens" for length, location in found[:10]]
     more = [f"and {len(found) - 10:,} more"] if len(found) > 10 else []
-    rows = "1 row has" if len(found) == 1 else f"{len(found):,} rows have"
+    rows = count(len(found), "row has", "rows have")
     headline = (
         f"{rows} more than {encoded[0].limit.in_tokens}; the longest has "
         f"{max(length for length, _ in found):,}. Raise max_length, or set overlong = 'truncate' "

@@ -12,7 +12,7 @@ from xtuner.calls.check import CallPolicy, Problem
 from xtuner.data.formats.base import Format, RowError
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.sources.rows import Fault, Task
-from xtuner.errors import ConfigError, XTunerError, message_of
+from xtuner.errors import ConfigError, XTunerError, count, message_of
 from xtuner.templates.base import Template
 from xtuner.types import Algorithm, Conversation, Encoded, ImageRef, Preference, Record, Row, Text
 
@@ -115,8 +115,8 @@ class Encoder:
             )
         if not parts or len(parts) != algorithm.sequences_per_row != 1:
             raise ConfigError(
-                f"{type(algorithm).__name__}.encode returned {len(parts)} sequences for a row, "
-                f"but its sequences_per_row is {algorithm.sequences_per_row}"
+                f"{type(algorithm).__name__}.encode returned {count(len(parts), 'sequence')} for a "
+                f"row, but its sequences_per_row is {algorithm.sequences_per_row}"
             )
         if any(part.weights is not None for part in parts):
             self._check_weights(parts)
@@ -138,8 +138,8 @@ class Encoder:
         for part in parts:
             if part.weights is not None and len(part.weights) != len(part.input_ids):
                 raise ConfigError(
-                    f"{name}.encode returned {len(part.weights)} weights for "
-                    f"{len(part.input_ids)} tokens"
+                    f"{name}.encode returned {count(len(part.weights), 'weight')} for "
+                    f"{count(len(part.input_ids), 'token')}"
                 )
 
     def _without_embedding(self, parts: Sequence[Encoded], size: int) -> Fault | None:

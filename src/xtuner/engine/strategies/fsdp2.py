@@ -17,7 +17,7 @@ from xtuner.engine.spill import as_it_is
 from xtuner.engine.strategies import _parts, _state
 from xtuner.engine.strategies._sharded import ShardedStrategy
 from xtuner.engine.strategies.base import Division, Keep, MakeOptimizer
-from xtuner.errors import LaunchError
+from xtuner.errors import LaunchError, count
 
 NAME = "fsdp2"
 
@@ -79,8 +79,9 @@ class Strategy(ShardedStrategy):
         unsharded = [n for n, p in self.model.named_parameters() if not isinstance(p, DTensor)]
         if unsharded:
             raise LaunchError(
-                f"strategy = {NAME!r} is not active: {len(unsharded)} weights are not sharded, "
-                f"{unsharded[0]} among them; set strategy = 'replicated'"
+                f"strategy = {NAME!r} is not active: "
+                f"{count(len(unsharded), 'weight is', 'weights are')} not sharded, such as "
+                f"{unsharded[0]}; set strategy = 'replicated'"
             )
 
     def held_weights(self) -> int:

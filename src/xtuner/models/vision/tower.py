@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xtuner.errors import ModelError, listed
+from xtuner.errors import ModelError, count, listed
 from xtuner.models.load import located, quiet_transformers, read_config, readable_errors
 from xtuner.types import IMAGE
 
@@ -47,7 +47,7 @@ def load_vision_tower(
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
-        headline = f"{path}: {len(missing)} weights of the vision tower are missing"
+        headline = f"{path}: the vision tower lacks {count(len(missing), 'weight')}"
         raise ModelError(listed(headline, missing[:8]))
     return model.to(device)  # type: ignore[no-any-return]
 
@@ -65,8 +65,8 @@ def check_layer(layer: int, *, layers: int, adapters: bool = False) -> None:
     """
     if not -layers - 1 <= layer <= layers:
         raise ModelError(
-            f"visual_select_layer = {layer}: the vision tower has {layers} layers, so it must be "
-            f"from {-layers - 1} to {layers}"
+            f"visual_select_layer = {layer}: the vision tower has {count(layers, 'layer')}, so it "
+            f"must be from {-layers - 1} to {layers}"
         )
     if adapters and layer in (0, -layers - 1):
         raise ModelError(
