@@ -88,7 +88,12 @@ def _steps(settings: Settings, data: TrainingData) -> int:
     """Optimizer steps of the run, in one process."""
     packs = len(data.train)
     found = recipe.resolved(
-        settings, rows=data.train.num_samples, packs=packs, length=data.pack_length, ranks=1
+        settings,
+        rows=data.train.num_samples,
+        packs=packs,
+        length=data.pack_length,
+        ranks=1,
+        duplicates=data.report.duplicates,
     )
     accumulated, epochs = found.accumulative_counts, found.max_epochs
     assert accumulated != "auto" and epochs != "auto"
