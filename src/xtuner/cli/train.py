@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -118,6 +119,8 @@ def command(
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
     again += ["--launcher", launcher] if launcher else []
     again += ["--trust-code"] if trust_code else []
+    with heartbeat(on=is_first_process()):
+        importlib.import_module("xtuner.training.run")
     with heartbeat(on=not sys.stdout.isatty() and is_first_process()):
         _train(loaded, work_dir, resume=resume, overwrite=overwrite, wait=wait, again=again)
     if old is not None:

@@ -307,8 +307,9 @@ class OptimPart(Part):
     max_epochs: Annotated[
         Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by number of rows")
     ] = "auto"
-    """Passes over the data. 'auto' is 15 for up to 50 rows, 12 for 100, 10 for 1,000, 3 from
-    10,000, and 1 for more rows if an epoch has 1,000 optimizer steps."""
+    """Passes over the data. 'auto' is 15 for up to 1,000 rows, 3 from 10,000, and 1 for more rows
+    if an epoch has 1,000 optimizer steps. Equal rows count once, and their repetitions as passes:
+    2,000 copies of one row are read once."""
     max_steps: Annotated[
         Positive | None, Mark(comment="stop after this many steps; None: after max_epochs")
     ] = None

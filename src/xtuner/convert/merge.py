@@ -38,6 +38,7 @@ from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import ModelError, shell_command
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
+from xtuner.hub.sharing import public_name
 from xtuner.models import manifest, original, vocabulary
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.adapters import load_adapter
@@ -186,13 +187,14 @@ class _Merge:
         base = str(self.folder.resolve()) if self.folder and Path(self.llm).is_dir() else self.llm
         info = run_of(self.adapter)
         if info is None:
-            return RunInfo(kind="model", base_model=base)
+            return RunInfo(kind="model", base_model=public_name(base))
         if not same_model(info.base_model, self.llm):
             self.log(
                 f"Warning: {self.adapter} was trained on {info.base_model}, "
                 f"but is merged into {self.llm}."
             )
-        return replace(info, kind="model", base_model=base, visual_encoder="")
+        merged = replace(info, kind="model", base_model=base, visual_encoder="")
+        return merged.without_local_paths()
 
     def _plan(
         self, adapter: Weights, config: dict[str, Any]

@@ -34,9 +34,12 @@ def layer_problems(
     targets = [] if list(target_modules) == ["all-linear"] else list(target_modules)
     found = {name: selected(model, name) for name in [*targets, *modules_to_save]}
     if wrong := [repr(name) for name, layers in found.items() if not layers]:
+        patterns = ". Patterns are not supported: list the names"
+        is_pattern = any(set("()[]*|\\") & set(name) for name in wrong)
         yield (
             "lora_target_modules, lora_modules_to_save: the model has no layer "
             f"{', '.join(wrong)}; its linear layers are {', '.join(_linear_layers(model))}"
+            f"{patterns if is_pattern else ''}"
         )
     for name in targets:
         layers = map(model.get_submodule, found[name])
