@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     changes = dict(_setting(text) for text in options.set)
-    known = {question for question, right in everyday_right(options.model).items() if right}
+    template = changes.get("prompt_template")  # a base model has none of its own
+    before = everyday_right(options.model, template)
+    known = {question for question, right in before.items() if right}
     print(f"{len(known)} of {len(EVERYDAY)} everyday answers are right before training")
     print(*COLUMNS)
     for number in options.rows:
@@ -107,23 +109,23 @@ def measure(
     }
 
 
-def everyday_right(model: Path | str) -> dict[str, bool]:
+def everyday_right(model: Path | str, prompt_template: str | None = None) -> dict[str, bool]:
     """Which everyday questions `model` answers correctly."""
-    answers = ask(model, list(EVERYDAY))
+    answers = ask(model, list(EVERYDAY), prompt_template)
     return {
         question: re.search(rf"\b({pattern})\b", answer.lower()) is not None
         for (question, pattern), answer in zip(EVERYDAY.items(), answers, strict=True)
     }
 
 
-def ask(model: Path | str, questions: list[str]) -> list[str]:
+def ask(model: Path | str, questions: list[str], prompt_template: str | None = None) -> list[str]:
     """Greedy answers, in one batch."""
     from xtuner.chat.opening import open_chat
     from xtuner.generation.batch import generate_batch
     from xtuner.generation.generate import GenerationOptions
     from xtuner.types import Message
 
-    session = open_chat(str(model))
+    session = open_chat(str(model), prompt_template=prompt_template)
     return generate_batch(
         session.model,
         session.tokenizer,

@@ -139,6 +139,15 @@ def test_messages_name_arguments_instead_of_options(settings, tmp_path):
     assert told == "use --resume-from, or `xtuner train --dry-run`"
 
 
+def test_logs_of_a_killed_run_may_end_anywhere(tmp_path):
+    (tmp_path / "1").mkdir()
+    whole = json.dumps({"step": 1, "epoch": 0.5, "loss": 2.0, "note": "字"}, ensure_ascii=False)
+    file = tmp_path / "1" / "scalars.jsonl"
+    for size in range(len(whole.encode())):
+        file.write_bytes(b'{"step": 1, "epoch": 0.5, "loss": 3.0}\n' + whole.encode()[:size])
+        assert api._last_metrics(tmp_path) == {"loss": 3.0}
+
+
 def test_two_trainings_in_one_process_give_the_same_and_leave_no_model(settings, tmp_path):
     import torch
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import re
 import threading
@@ -132,7 +131,8 @@ def train(
         try:
             return run.train(loaded, work_dir=folder, resume=which, overwrite=overwrite, wait=wait)
         except Interrupted as stopped:
-            raise TrainInterrupted(str(stopped), _result(folder)) from None
+            result = _result(folder, keep_best=loaded.settings.keep_best)
+            raise TrainInterrupted(str(stopped), result) from None
         except XTunerError as error:
             error.args = (_as_arguments(str(error)),)
             raise
@@ -263,7 +263,7 @@ def _options(options: GenerationOptions, changes: Mapping[str, Any]) -> Generati
     return replace(options, **{**changes, "stop_words": words})
 
 
-def _result(work_dir: Path) -> TrainResult:
+def _result(work_dir: Path, *, keep_best: bool) -> TrainResult:
     """The result of the last run in `work_dir`, from its files."""
     from xtuner.engine.checkpoint import CheckpointStore
     from xtuner.models.run_info import RunInfo
@@ -271,15 +271,17 @@ def _result(work_dir: Path) -> TrainResult:
     store = CheckpointStore(work_dir)
     checkpoint = store.find() if store.all() else None
     info = RunInfo.read(checkpoint) if checkpoint else None
-    return TrainResult(work_dir, checkpoint, info.step if info else 0, _last_metrics(work_dir))
+    step, best = info.step if info else 0, store.best() if keep_best else None
+    return TrainResult(work_dir, checkpoint, step, _last_metrics(work_dir), best)
 
 
 def _last_metrics(work_dir: Path) -> dict[str, float]:
     """The scalars of the last step that was logged in `work_dir`."""
+    from xtuner.runs.folder import json_lines
+
     logs = sorted(work_dir.glob("*/scalars.jsonl"), key=lambda file: file.stat().st_mtime_ns)
     for log in reversed(logs):
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        if lines:
+        if lines := list(json_lines(log)):
             last = [line for line in lines if line["step"] == lines[-1]["step"]]
             merged = {name: value for line in last for name, value in line.items()}
             return {n: float(v) for n, v in merged.items() if n not in ("step", "epoch")}

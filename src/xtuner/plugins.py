@@ -6,10 +6,12 @@ its file. A user's own object is named ``"my_file.py:object"``. Listing names im
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -30,31 +32,44 @@ def names(package: str) -> list[str]:
     return sorted(p.stem for p in files if not p.stem.startswith("_") and p.stem != "base")
 
 
+_OWN = Path(__file__).parent
 _USER_MODULE = "xtuner_user_"
 """Beginning of the names of modules that are users' files."""
 
 
-def described(error: BaseException) -> str:
-    """An exception of a user's code in one line, with the file and line of that code."""
+def described(error: BaseException, *, of: Any = None) -> str:
+    """An exception of a user's code in one line, with the file and line of that code.
+
+    Args:
+        of: The function that was called, to be named if it cannot be called like that.
+    """
     text = in_one_line(error)
     if isinstance(error, SyntaxError) and error.filename:
         return f"{text}, line {error.lineno}" if "line " not in text else text
     location = user_location(error)
+    if not location and (code := getattr(of, "__code__", None)):
+        location = f"{code.co_filename} line {code.co_firstlineno}"
     return f"{text} ({location})" if location else text
 
 
 def user_location(error: BaseException) -> str:
     """File and line of the innermost call in a user's file, or in a file next to it; empty if
-    there is none."""
+    there is none. Installed packages are not the user's, even if they are below such a folder."""
     files = [m.__file__ for n, m in list(sys.modules.items()) if n.startswith(_USER_MODULE)]
-    folders = {str(Path(file).parent) for file in files if file}
+    folders = {Path(file).parent for file in files if file}
     found, step = "", error.__traceback__
     while step is not None:
         code = step.tb_frame.f_code
-        if any(Path(code.co_filename).is_relative_to(folder) for folder in folders):
+        if _is_users(Path(code.co_filename), folders):
             found = f"{code.co_filename} line {step.tb_lineno}, in {code.co_name}"
         step = step.tb_next
     return found
+
+
+def _is_users(file: Path, folders: Iterable[Path]) -> bool:
+    if file.is_relative_to(_OWN) or {"site-packages", "dist-packages"} & {*file.parts}:
+        return False
+    return any(file.is_relative_to(folder) for folder in folders)
 
 
 def is_user_path(name: str) -> bool:
@@ -138,7 +153,66 @@ def load_user_class(name: str, base: type, *, setting: str, folder: Path) -> Any
     if not (isinstance(kind, type) and issubclass(kind, base)):
         path = f"{base.__module__}.{base.__qualname__}"
         raise ConfigError(f"{setting} = {name!r}: is not a subclass of {path}")
+    if problems := [*_wrong_overrides(kind, base)]:
+        raise ConfigError(f"{setting} = {name!r}: {'; '.join(problems)}")
     return kind
+
+
+def _wrong_overrides(kind: type, base: type) -> Iterator[str]:
+    """Yield the problems of the methods of `kind`, a user's subclass of `base`: names that `base`
+    does not call, and parameters other than those that it passes."""
+    try:
+        _bind(kind, base)
+    except TypeError as error:
+        taken = inspect.signature(base)
+        yield f"{kind.__name__} is created like {base.__name__}{taken}, but {error}{_defined(kind)}"
+    methods = [n for n in dir(base) if n[0] != "_" and callable(getattr(base, n))]
+    for name in methods:
+        own = getattr(kind, name)
+        if own is getattr(base, name):
+            continue
+        where = f"{kind.__name__}.{name}"
+        if not callable(own):
+            yield f"{where} is {own!r}; it must be a method"
+            continue
+        try:
+            _bind(own, getattr(base, name))
+        except TypeError as error:
+            takes = inspect.signature(getattr(base, name))
+            yield f"{where}{_plain(takes)} is called, but {error}{_defined(own)}"
+    events = any(name.startswith("on_") for name in methods)
+    for name in {n for c in kind.__mro__[: kind.__mro__.index(base)] for n in vars(c)}:
+        unknown = name[0] != "_" and not hasattr(base, name) and callable(getattr(kind, name))
+        guess = did_you_mean(name, methods, cutoff=0.85)
+        if unknown and (guess or (events and name.startswith("on_"))):
+            rest = guess or f"; it has {', '.join(methods)}"
+            yield f"{kind.__name__}.{name}: {base.__name__} has no such method{rest}"
+
+
+def _bind(own: Any, original: Any) -> None:
+    """Raise TypeError unless `own` takes the arguments of `original`, all or the required ones."""
+    given, taken = inspect.signature(original).parameters.values(), inspect.signature(own)
+    required = [p for p in given if p.default is p.empty]
+    for arguments in (given, required):
+        keywords = {p.name: None for p in arguments if p.kind is p.KEYWORD_ONLY}
+        positional = [
+            p for p in arguments if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        with contextlib.suppress(TypeError):
+            taken.bind(*positional, **keywords)
+            return
+    taken.bind(*positional, **keywords)
+
+
+def _plain(signature: inspect.Signature) -> str:
+    return f"({', '.join(signature.parameters)})"
+
+
+def _defined(own: Any) -> str:
+    """Where `own`, a function or class of a user, is defined."""
+    function = getattr(own, "__init__", None) if isinstance(own, type) else own
+    code = getattr(function, "__code__", None)
+    return f" ({code.co_filename} line {code.co_firstlineno})" if code else ""
 
 
 class _LocalModules:

@@ -79,6 +79,28 @@ def test_internal_error_shows_its_traceback(failing):
         app.main(["list-cfg"])
 
 
+def test_errors_wrap_in_a_terminal_and_nowhere_else(failing, capsys, monkeypatch):
+    failing(ConfigError("word " * 20 + "end"))
+    assert app.main(["list-cfg"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert app.main(["list-cfg"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 50 and lines[1].startswith("    word ")
+
+
+def test_user_code_that_exits_is_named(tmp_path, failing, capsys):
+    (tmp_path / "mine.py").write_text("def act():\n    raise SystemExit(3)\n")
+    act = plugins.load_user_object(str(tmp_path / "mine.py:act"), setting="s")
+    try:
+        act()
+    except SystemExit as error:
+        failing(error)
+    assert app.main(["list-cfg"]) == 2
+    assert "Your code raised SystemExit: 3 (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["--debug"]])
 def test_error_in_user_code_is_reported_with_its_line(tmp_path, failing, arguments, capsys):
     (tmp_path / "mine.py").write_text("def act(row):\n    x = 1\n    return row['none']\n")
@@ -216,6 +238,7 @@ HEAVY = ("torch", "transformers", "peft", "numpy", "pyarrow", "matplotlib")
         (["list-cfg"], 0),
         (["copy-cfg", "smollm2_135m_instruct_qlora_alpaca_e3", "."], 0),
         (["copy-cfg", "nonsense", "."], 2),
+        (["chat", "nothing"], 2),
         (["train", "wrong.py"], 2),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,

@@ -95,7 +95,7 @@ def test_questions_through_a_pipe(
 
 
 def test_every_flag_arrives(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     seen: list[tuple] = []
 
@@ -107,7 +107,7 @@ def test_every_flag_arrives(
     flags = "--adapter a --prompt-template t --system s --bits 4 --device cpu --dtype float16"
     flags += " --trust-remote-code --max-new-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.8"
     flags += " --repetition-penalty 1.1 --seed 7 --stop-words x --stop-words y --ask hey"
-    assert app.main(["chat", "m", *flags.split()]) == 0
+    assert app.main(["chat", str(tmp_path), *flags.split()]) == 0
     assert capsys.readouterr().out == "HEY\n"
     expected = {"adapter": Path("a"), "prompt_template": "t", "system": "s", "bits": 4}
     expected |= {"visual_encoder": None, "llava": None}
@@ -118,7 +118,7 @@ def test_every_flag_arrives(
         "trust_code": False,
     }
     options = GenerationOptions(9, 0.5, 3, 0.8, 1.1, 7, ("x", "y"))
-    assert seen == [("m", options, expected)]
+    assert seen == [(str(tmp_path), options, expected)]
 
 
 def test_an_option_without_effect_is_named(

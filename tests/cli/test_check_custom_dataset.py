@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_read_does_not_end_the_check(check, tmp_path):
     (folder / "c.json").write_text(f"[{good}, ", encoding="utf-8")
     (folder / "d.jsonl").write_text(f"{{}}\n{good}\n", encoding="utf-8")
     code, out, _ = check([], "--set", "data_path=['data', 'none.csv']")
-    assert code == 2 and out[-1] == "5 bad rows."
+    assert code == 2 and out[-1] == "2 bad rows, 3 files that cannot be read."
     for name in ("a.parquet", "b.jsonl line 2", "c.json", "d.jsonl line 1", "none.csv"):
         assert any(name in line for line in out), name
 
@@ -104,3 +104,11 @@ def test_rows_kept_with_wrong_calls_are_counted_and_named(check):
     code, out, _ = check(rows, *keep[:2])
     assert code == 2
     assert out[0].startswith(f"d.jsonl line 2  {problem}") and "1 row lost" in out[2]
+
+
+def test_data_of_which_nothing_can_be_read_are_reported_before_the_model_is(check, tmp_path):
+    wrong = ("--set", "pretrained_model_name_or_path=./no_model")
+    code, _, err = check([chat("Hi", "Hello")], "--set", "data_path=no.csv", *wrong)
+    assert code == 2 and err.startswith("DataError: data_path 'no.csv': no such file")
+    code, _, err = check([chat("Hi", "Hello")], *wrong)
+    assert code == 2 and "no_model': no such folder" in err

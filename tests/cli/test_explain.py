@@ -3,6 +3,7 @@
 import pytest
 
 from xtuner.cli.app import main
+from xtuner.config.explain import explain, table
 
 
 def test_one_setting(capsys):
@@ -35,10 +36,21 @@ def test_all_settings(capsys):
     assert max(map(len, shown.splitlines())) <= 100
 
 
-@pytest.mark.parametrize(
-    ("key", "hint"),
-    [("max_lenght", "did you mean 'max_length'"), ("fsdp", "strategy = 'fsdp2'")],
-)
-def test_an_unknown_setting(key, hint, capsys):
-    assert main(["explain", key]) == 2
-    assert hint in capsys.readouterr().err
+def test_an_unknown_setting(capsys):
+    assert main(["explain", "max_lenght"]) == 2
+    assert "did you mean 'max_length'" in capsys.readouterr().err
+
+
+def test_names_of_other_trainers_are_explained(capsys):
+    assert main(["explain", "fsdp"]) == 0
+    assert capsys.readouterr().out == (
+        "fsdp: is not a setting; strategy = 'fsdp2' shards weights\n"
+    )
+    assert main(["explain", "learning_rate"]) == 0
+    assert capsys.readouterr().out.startswith("learning_rate: use lr\n\nlr\n")
+
+
+def test_text_fits_the_terminal():
+    for text in (explain("prompt_template", width=60), explain("train_on_inputs", width=60)):
+        assert max(map(len, text.splitlines())) <= 60
+    assert max(map(len, table(width=70).splitlines())) == 70

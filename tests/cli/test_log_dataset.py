@@ -46,6 +46,7 @@ def test_the_text_shows_what_is_learnt_and_where_samples_begin(config, capsys):
     assert "sample 1 of 2 · d.jsonl line 1 · 35 tokens, 13 supervised" in out
     assert "sample 2 of 2 · d.jsonl line 3 · 57 tokens, 9 supervised" in out
     assert "1 row lost: messages[0].content: is empty" in out
+    assert "The tokens that are trained on are between « and »." in out
 
 
 def test_loss_weights_are_shown(config, capsys):

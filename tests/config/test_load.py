@@ -251,3 +251,22 @@ def test_settings_file_is_not_mistaken_for_another_trainers_config(load):
     assert load(NEEDED + "lora_r = 8\nwork_dir = 'mmengine'\n").settings.lora_r == 8
     yaml = "pretrained_model_name_or_path: m\ndata_path: a.jsonl\nmax_length: 64\n"
     assert load(yaml, ending=".yaml").settings.max_length == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("mine", "is no built-in name; did you mean the file mine.py"),
+        ("mine.yaml", "no such file .*; did you mean 'mine.py'"),
+        ("other.py", "no such file .*; `xtuner copy-cfg NAME FOLDER` creates one"),
+        ("notes.txt", "must end in .py, .yaml or .yml; rename it to .py if"),
+        ("gbk.py", "gbk.py line 2: is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch, given, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", "notes.txt"):
+        Path(name).write_text("lr = 1\n")
+    Path("gbk.py").write_bytes("lr = 1\nSYSTEM = '你好'\n".encode("gbk"))
+    with pytest.raises(ConfigError, match=words):
+        load_settings(given)

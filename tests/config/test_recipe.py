@@ -20,10 +20,10 @@ def steps(chosen, packs):
     [
         (1, 1, 1, 15),
         (30, 8, 1, 15),
-        (100, 25, 1, 12),
-        (1_000, 130, 1, 10),
-        (1_000, 1_000, 7, 10),
-        (5_000, 260, 2, 4),
+        (100, 25, 1, 15),
+        (1_000, 130, 1, 15),
+        (1_000, 1_000, 7, 15),
+        (5_000, 260, 2, 5),
         (10_000, 1_000, 7, 3),
         (50_000, 2_000, 15, 3),
         (500_000, 20_000, 16, 1),
@@ -34,7 +34,7 @@ def test_few_rows_take_many_epochs_and_many_rows_large_steps(rows, packs, accumu
     assert (chosen.accumulative_counts, chosen.max_epochs) == (accumulated, epochs)
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(999, 10), (1_000, 10), (10_000, 3), (20_000, 1)])
+@pytest.mark.parametrize(("rows", "epochs"), [(999, 15), (1_000, 15), (10_000, 3), (20_000, 1)])
 def test_few_rows_are_repeated_even_if_each_is_a_step(rows, epochs):
     one = settings(accumulative_counts=1)
     assert recipe.resolved(one, rows=rows, packs=rows, length=64, ranks=1).max_epochs == epochs
@@ -45,8 +45,26 @@ def test_the_number_of_epochs_falls_with_the_rows():
         chosen = recipe.resolved(settings(), rows=rows, packs=rows, length=2048, ranks=1)
         return chosen.max_epochs
 
-    found = [epochs(rows) for rows in (1, 50, 51, 70, 100, 500, 1_000, 1_001, 2_000, 9_999, 10_000)]
-    assert found == [15, 15, 15, 13, 12, 11, 10, 10, 7, 3, 3]
+    found = [epochs(rows) for rows in (1, 50, 1_000, 1_001, 2_000, 5_000, 9_999, 10_000)]
+    assert found == [15, 15, 15, 15, 9, 5, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "duplicates", "epochs"),
+    [
+        (30, 0, 15),
+        (30, 15, 8),
+        (2_000, 1_999, 1),
+        (2_000, 1_000, 8),
+        (20_000, 19_000, 1),
+        (5, 9, 3),
+    ],
+)
+def test_repetitions_within_the_data_count_as_epochs(rows, duplicates, epochs):
+    chosen = recipe.resolved(
+        settings(), rows=rows, packs=rows, length=64, ranks=1, duplicates=duplicates
+    )
+    assert chosen.max_epochs == epochs
 
 
 def test_what_the_user_sets_is_kept():

@@ -125,6 +125,15 @@ def test_misspelled_names_of_other_trainers_are_guessed(name, told):
         ("report_to", "all", "name each tracker"),
         ("gradient_checkpointing", "unsloth", "set True: layers are recomputed"),
         ("max_epochs", "3", "write it without quotes"),
+        ("warmup_steps", 0.1, "a share of the steps is warmup_ratio"),
+        ("save_steps", "epoch", "save_epochs = 1 saves at the end of each epoch"),
+        ("evaluation_freq", 0.1, "it counts steps; a share of them is not available"),
+        ("validation_ratio", 500, "it is a share of the rows; a file of your own is"),
+        ("max_epochs", 0.5, "max_steps ends a run within an epoch"),
+        ("tuning", "galore", "'galore' is not available; 'qlora' and an 8-bit"),
+        ("prompt_template", "deepseek3", "'auto' is the template of the tokenizer$"),
+        ("prompt_template", "qwen3", "'auto' is the template of the tokenizer$"),
+        ("dataset_format", "messages", "use 'openai', or 'auto'$"),
         ("gradient_checkpointing", "true", "write it without quotes"),
     ],
 )
@@ -163,11 +172,54 @@ def test_values_without_a_counterpart_say_what_to_do(name, value, told):
         ("lr", 1, 1),
         ("dtype", "bf16", "bfloat16"),
         ("lr_schedule", "constant_with_warmup", "constant"),
+        ("overlong", "raise", "error"),
+        ("algorithm", "cpt", "pretrain"),
     ],
 )
 def test_values_are_taken_for_what_they_mean(name, value, expected):
     assert getattr(load_settings({**MODEL, **more(name), name: value}).settings, name) == expected
     assert own_value("data_path", "a,b") == "a,b"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("adapter", None, "use tuning = 'full'"),
+        ("load_in_4bit", False, "use tuning = 'lora' or 'full'; 'qlora' is the default"),
+        ("load_in_4bit", True, "use tuning = 'qlora', or quantization = 'nf4'"),
+        ("lora_target_linear", False, "is off; remove it"),
+        ("use_dora", False, "is off; remove it"),
+        ("wandb_project", "", "is empty; remove it"),
+        ("special_tokens", None, "is empty; remove it"),
+        ("full_finetuning", False, "use tuning = 'lora' or 'qlora'"),
+        ("sample_packing", False, "use pack_to_max_length"),
+        ("disable_shuffling", False, "use shuffle = True, the default"),
+        ("train_on_inputs", False, "is not available: only assistant turns are trained on; alg"),
+        ("learning_rate", 0, "use lr"),
+    ],
+)
+def test_names_that_are_off_or_empty_are_not_taken_for_on(name, value, told):
+    assert unknown_setting(name, value).startswith(told)
+    with pytest.raises(ConfigError) as caught:
+        load_settings({**MODEL, name: value})
+    assert f"{name} = {value!r}   {told}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("max_iters", "optimizer steps"),
+        ("save_interval", "optimizer steps"),
+        ("evals_per_epoch", "counts steps: the steps of an epoch"),
+        ("saves_per_epoch", "counts steps: the steps of an epoch"),
+        ("max_samples", "all sources together"),
+        ("train_batch_size", "per device and micro-batch"),
+        ("min_lr", "a share of lr"),
+        ("finetune_language_layers", "its inverse"),
+    ],
+)
+def test_advice_names_the_unit_where_it_differs(name, unit):
+    assert unit in advice(name)
 
 
 def test_number_with_a_fraction_is_no_integer():
@@ -189,5 +241,4 @@ def test_explain_takes_names_of_other_trainers():
     text = explain("learning_rate")
     assert text.startswith("learning_rate: use lr\n\nlr\n") and "default" in text
     assert explained_as("fsdp") is None
-    with pytest.raises(ConfigError, match="fsdp: is not a setting; strategy = 'fsdp2'"):
-        explain("fsdp")
+    assert explain("fsdp") == "fsdp: is not a setting; strategy = 'fsdp2' shards weights"

@@ -6,9 +6,9 @@ from xtuner.config.load import load_settings
 from xtuner.errors import ConfigError
 
 
-def problem(tmp_path, text, suffix):
+def problem(tmp_path, text, suffix, *, given=""):
     file = tmp_path / f"settings{suffix}"
-    file.write_text(text, encoding="utf-8")
+    file.write_text(given + text, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         load_settings(file, overrides=["max_epochs=2"])
     return str(caught.value)
@@ -31,6 +31,17 @@ def problem(tmp_path, text, suffix):
         ("batch-size = 4", "write batch_size"),
         ("batch_size = 08", "write the number without leading zeros"),
         ("batch_size =", "write a value after ="),
+        ("columns = {'a': 'user' 'b': 'assistant'}", "write a comma between the two items"),
+        ("columns = {\n 'a': 'user'\n 'b': 'assistant'}", "write a comma between the two items"),
+        ("betas = (0.9, 0.99))", "each bracket needs one of the same kind"),
+        ("lr = １e-4", "write 1 instead of the full-width character １"),
+        ("data_path = `a`", "write ' instead of the backtick `"),
+        ("\u200blr = 1", "remove the invisible character U+200B"),
+        ("max_length = 2,048", "; write 2048"),
+        ("max_length = 2k", "write numbers in digits, and text in quotes"),
+        ("validation_ratio = 5%", "write the share as a number: 0.05"),
+        ("lr = 1 // the rate", "a comment begins with #"),
+        ("data_path = ./a.csv", "write the path in quotes"),
         ("<" * 7 + " HEAD\nlr = 1e-4", "a merge conflict marker"),
     ],
     ids=lambda value: None,
@@ -58,6 +69,12 @@ def test_hints_for_python_syntax_errors(tmp_path, text, hint):
         ("model: m\n lr: 1", "begin the line without spaces"),
         ("model: 'it's'", "write the value in quotes of the other kind"),
         ("model: @m", "write quotes around the value"),
+        ("columns:\n  问题：user\n  b: c", "line 2  问题：user   is not YAML"),
+        ("columns: {a: user b: assistant}", "write a comma between the two items"),
+        ("lr: 1\n- model: m", "write the settings without the leading -"),
+        ("data_path:\n-a.csv\n", "write a space after the -"),
+        ("data_path: *.csv", "write quotes around the value"),
+        ("a: 1\n---\nlr: 1", "a settings file is one document: remove the line"),
         ("a: 1\nlr： 1\n", "line 2  lr： 1   is not YAML: could not find expected ':'; write : in"),
     ],
     ids=lambda value: None,
@@ -65,6 +82,56 @@ def test_hints_for_python_syntax_errors(tmp_path, text, hint):
 def test_hints_for_yaml_syntax_errors(tmp_path, text, hint):
     message = problem(tmp_path, text, ".yaml")
     assert hint in message and message.startswith("1 problem in") and "is missing" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("columns: {问题：user}", "write ': ' instead of the full-width colon"),
+        ("betas: （0.9, 0.99）", r"; write [0.9, 0.99]"),
+        ("batch_size: ２", "; write 2"),
+        ("lr: 1e−4", "; write 1e-4"),
+        ("lr: 1e-4;", "; write 1e-4"),
+        ("max_length: 2,500", "; write 2500 without commas"),
+        ("seed: 010", "a number in base 8; write no leading zeros"),
+        ("SYSTEM: !you", "a tag in YAML; write quotes around it"),
+        ("validation_ratio: 5%", "write the share as a number: 0.05"),
+    ],
+    ids=lambda value: None,
+)
+def test_hints_for_values_in_yaml(tmp_path, line, hint):
+    given = "pretrained_model_name_or_path: m\ndata_path: d.jsonl\n"
+    assert hint in problem(tmp_path, line, ".yaml", given=given)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("data_path = ['a.csv' 'b.csv']", "two strings without a comma between them"),
+        ("data_path = [\n  'a.csv'\n  'b.csv'\n]", "two strings without a comma between them"),
+        ("data_path = 'a'\nmax_length = 2,500", "; write 2500 without commas"),
+        ("data_path: 'a.csv'", "write data_path = 'a.csv'; a file with  name: value  must end"),
+        ("data_path == 'a.csv'", "write one = to set a value"),
+    ],
+    ids=lambda value: None,
+)
+def test_hints_for_lines_that_python_reads(tmp_path, text, hint):
+    message = problem(tmp_path, text, ".py", given="pretrained_model_name_or_path = 'm'\n")
+    assert hint in message and message.startswith("1 problem in") and "is missing" not in message
+
+
+def test_long_texts_may_be_joined(tmp_path):
+    file = tmp_path / "s.py"
+    file.write_text(
+        "pretrained_model_name_or_path = 'm'\n"
+        "SYSTEM = ('one'\n 'two')\n"
+        "data_path = ['a, b', f'{SYSTEM}', 'c' + 'd', 'é ' \"it's\"]\n"
+        f"evaluation_inputs = ['Tell me '\n 'more', '{'a' * 80}'\n 'b']\n"
+    )
+    settings = load_settings(file).settings
+    assert settings.SYSTEM == "onetwo"
+    assert settings.data_path == ("a, b", "onetwo", "cd", "é it's")
+    assert settings.evaluation_inputs == ("Tell me more", "a" * 80 + "b")
 
 
 def test_chinese_quotes_in_yaml_are_reported(tmp_path):

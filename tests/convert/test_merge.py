@@ -185,7 +185,7 @@ def test_the_result_has_tokenizer_template_and_its_origin(tiny_model_path, adapt
     (own / "notes.txt").write_text("of the run")
     quiet_merge(tiny_model_path, own, tmp_path / "merged")
     info = RunInfo.read(tmp_path / "merged")
-    assert (info.kind, info.base_model) == ("model", str(tiny_model_path))
+    assert (info.kind, info.base_model) == ("model", tiny_model_path.name)
     assert (info.prompt_template, info.system, info.step) == ("qwen_chat", "Be brief.", 7)
     assert load_tokenizer(tmp_path / "merged").chat_template == "{{ 'own' }}"
     names = {path.name for path in (tmp_path / "merged").iterdir()}

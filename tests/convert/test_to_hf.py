@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,27 @@ def test_an_adapter_stays_one(fp32, adapter, tiny_model_path, tmp_path):
     assert {"adapter_config.json", "tokenizer.json", "run.yaml"} <= names
     assert "training_state.pt" not in names
     load_adapter(load_model(tiny_model_path, dtype=torch.float32), tmp_path / "hf")
+
+
+def test_the_result_names_no_local_folders(tiny_model_path, full_checkpoint, tmp_path):
+    """Except what an adapter needs to find its base model."""
+    given = {
+        "data_path": [str(Path.home() / "secret" / "d.jsonl"), "owner/data"],
+        "work_dir": "/data/me/run", "SYSTEM": "/no_think", "dtype": "float32",
+        "pretrained_model_name_or_path": str(tiny_model_path),
+    }  # fmt: skip
+    shared = {**given, "data_path": ["d.jsonl", "owner/data"], "work_dir": "run"}
+    source = write_adapter(tmp_path / "iter_1", tiny_model_path, settings=given)
+    convert(source, tmp_path / "adapter")
+    info = RunInfo.read(tmp_path / "adapter")
+    assert (info.base_model, info.settings) == (str(tiny_model_path), shared)
+    shutil.copytree(full_checkpoint, whole := tmp_path / "iter_2")
+    RunInfo("model", str(tiny_model_path), settings=given).write(whole)
+    convert(whole, tmp_path / "model")
+    info = RunInfo.read(tmp_path / "model")
+    name = tiny_model_path.name
+    assert info.base_model == name
+    assert info.settings == {**shared, "pretrained_model_name_or_path": name}
 
 
 def test_an_adapter_of_a_float32_run_stays_float32(tiny_model_path, tmp_path):

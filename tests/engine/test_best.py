@@ -12,6 +12,7 @@ from xtuner.engine.hooks.base import Run
 from xtuner.errors import ConfigError
 from xtuner.parallel.processes import Processes
 from xtuner.testing.tiny import tiny_model_folder
+from xtuner.training import preflight
 from xtuner.training.run import train
 
 NEEDED = {"pretrained_model_name_or_path": "m", "data_path": "d.jsonl"}
@@ -150,11 +151,19 @@ class Dies(BaseHook):
 
 
 @pytest.mark.parametrize("keep_best", [True, False], ids=["kept", "not-kept"])
-def test_a_resumed_run_stops_where_the_uninterrupted_one_does(tmp_path, capsys, keep_best):
+def test_a_resumed_run_stops_where_the_uninterrupted_one_does(
+    tmp_path, capsys, monkeypatch, keep_best
+):
     model = tiny_model_folder(tmp_path / "model")
     data = write_jsonl(tmp_path / "d.jsonl", chats(4))
     hooks = tmp_path / "hooks.py"
     hooks.write_text(SCORES)
+
+    uploaded = []
+    monkeypatch.setattr(preflight, "check_target", lambda repo: None)
+    monkeypatch.setattr(
+        "xtuner.training.run.publish", lambda folder, repo, **given: uploaded.append(folder.name)
+    )
 
     def run(work_dir, *names, resume=None):
         loaded = load_settings(
@@ -163,7 +172,7 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(tmp_path, capsys, 
                 "max_length": 128, "pack_to_max_length": False, "accumulative_counts": 4,
                 "max_epochs": 10, "dtype": "float32", "save_steps": 5, "keep_best": keep_best,
                 "early_stopping_patience": 4, "best_metric": "score", "best_metric_goal": "max",
-                "custom_hooks": [f"{hooks}:{name}" for name in names],
+                "push_to_hub": "me/mine", "custom_hooks": [f"{hooks}:{name}" for name in names],
             },
             overrides={"work_dir": str(work_dir)},
         )  # fmt: skip
@@ -178,6 +187,9 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(tmp_path, capsys, 
     early = "score was best at 0.9 and has not improved in the last 4 measurements"
     assert told.count(f"Stopped early at step 7: {early}.") == 2
     assert contents(broken) == contents(straight)
+    best = f"Best by score: {broken}/iter_3\nTalk to it:  xtuner chat {broken}/best_checkpoint\n"
+    assert (best in told) == keep_best
+    assert uploaded == (["iter_3"] * 2 if keep_best else ["iter_7"] * 2)
     if not keep_best:
         return
     assert run(broken, "Scores", resume="last").step == 7

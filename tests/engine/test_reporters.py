@@ -13,8 +13,8 @@ from xtuner.config.combinations import TRACKERS
 from xtuner.config.load import load_settings
 from xtuner.engine.hook_calls import HookCalls
 from xtuner.engine.hooks.base import BaseHook, Run, make_hooks
-from xtuner.engine.sharing import shareable
 from xtuner.errors import ConfigError
+from xtuner.hub.sharing import shareable
 from xtuner.parallel.processes import Processes
 
 NEEDED = {"pretrained_model_name_or_path": "m", "data_path": "d.jsonl", "tensorboard": False}

@@ -252,6 +252,7 @@ def test_the_folder_of_hooks_writes_what_it_promises(tmp_path):
         [[make_samples(2)], [make_samples(3)]],
         steps=4,
         lr=0.1,
+        warmup_steps=3,
         evaluation_inputs=["Who are you?"],
         evaluation_freq=2,
     )
@@ -266,6 +267,7 @@ def test_the_folder_of_hooks_writes_what_it_promises(tmp_path):
     wanted = {"lr", "loss", "grad_norm", "tokens_per_second", "supervised_tokens", "memory_mb"}
     assert wanted <= lines[1].keys() and lines[2]["val_loss"] == 1.25
     assert lines[2]["epoch"] == 1.0
+    assert [line["lr"] for line in lines[1:5]] == pytest.approx([0.025, 0.05, 0.075, 0.1])
     for step in (0, 2, 4):
         assert "A tiny model." in (tmp_path / f"eval_outputs_iter_{step}.txt").read_text()
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")

@@ -5,6 +5,7 @@ import io
 from rich.console import Console
 
 from xtuner.engine.working import say, working
+from xtuner.wrapping import columns, wrapped
 
 
 def console(*, terminal, width=50):
@@ -47,3 +48,23 @@ def test_quiet_process_prints_nothing():
     with working(quiet, "Loading"):
         say(quiet, LINE)
     assert quiet.file.getvalue() == ""
+
+
+def test_chinese_takes_two_columns_and_breaks_between_characters():
+    shown = console(terminal=True)
+    say(shown, "Note         " + "美丽的城市，" * 5 + "'问题的回答问题的回答'")
+    assert shown.file.getvalue().splitlines() == [
+        "Note         " + "美丽的城市，" * 3,
+        " " * 13 + "美丽的城市，" * 2,
+        " " * 13 + "'问题的回答问题的回答'",
+    ]
+    assert columns("a问é") == 4
+
+
+def test_commands_and_the_lines_of_a_narrow_terminal_are_kept_whole():
+    command = "  xtuner train my.py --work-dir somewhere --set max_steps=4 --resume"
+    assert wrapped(command, 50) == command
+    assert wrapped(LINE, 20) == LINE
+    assert wrapped("  one two three four five six seven eight nine", 40).splitlines()[1] == (
+        "      eight nine"
+    )

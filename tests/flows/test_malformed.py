@@ -13,7 +13,7 @@ from checkpoint_maker import write_adapter
 from xtuner.chat.opening import open_chat
 from xtuner.convert.merge import merge
 from xtuner.convert.to_hf import to_hf
-from xtuner.errors import XTunerError
+from xtuner.errors import ModelError, XTunerError
 from xtuner.generation.generate import GenerationOptions
 
 WILD = (
@@ -79,3 +79,17 @@ def test_wild_values_are_named(name, tmp_path, tiny_model_path):
                 named = False
             outcomes.append(named)
     assert any(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_key_value_heads", 0), ("hidden_act", "x"), ("vocab_size", 2**70)]
+)
+def test_merging_an_adapter_of_4_bit_weights_names_a_wrong_config(
+    name, value, tmp_path, tiny_model_path
+):
+    base = shutil.copytree(tiny_model_path, tmp_path / "base")
+    adapter = write_adapter(tmp_path / "iter_7", base, settings={"tuning": "qlora"})
+    config = json.loads((base / "config.json").read_text()) | {name: value}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="cannot load the model"):
+        merge(base, adapter, tmp_path / "out", log=str)

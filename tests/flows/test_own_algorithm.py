@@ -56,6 +56,20 @@ class GivesVector(Margin):
     def loss(self, model, batch):
         return replace(super().loss(model, batch), loss=-model(batch))
 
+class NoGradient(Margin):
+    def loss(self, model, batch):
+        made = super().loss(model, batch)
+        return replace(made, loss=made.loss.detach())
+
+class MoreMetrics(Margin):
+    def loss(self, model, batch):
+        made = super().loss(model, batch)
+        return replace(made, metrics={**made.metrics, "own": made.loss})
+
+class CountsNothing(Margin):
+    def count(self, batch):
+        return 0
+
 class LacksMetric(Margin):
     metrics = ("accuracy", "gap")
 
@@ -271,6 +285,9 @@ def test_a_loss_that_is_not_finite_names_its_row(folder, capsys):
             ["GivesTensor.loss returned a Tensor", "LossOutput"],
         ),
         (["algorithm='faulty.py:GivesVector'"], ["GivesVector.loss: loss is of shape"]),
+        (["algorithm='faulty.py:NoGradient'"], ["NoGradient.loss: the loss has no gradient"]),
+        (["algorithm='faulty.py:MoreMetrics'"], ["metric 'own'", "metrics = ('accuracy', 'own')"]),
+        (["algorithm='faulty.py:CountsNothing'"], ["CountsNothing.count returned 0 for every"]),
         (["algorithm='faulty.py:LacksMetric'"], ["no metric 'gap'", "accuracy"]),
         (["algorithm='faulty.py:OneSequence'"], ["returned 1 sequences", "sequences_per_row is 2"]),
         (["algorithm='faulty.py:NoEncoded'"], ["NoEncoded.encode made a list", "Encoded"]),

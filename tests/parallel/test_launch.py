@@ -166,6 +166,9 @@ def test_slurm_gives_each_task_its_rank(monkeypatch):
     expected |= {"MASTER_ADDR": "gpu07", "MASTER_PORT": "23456", "GROUP_RANK": "1"}
     assert joined_by_slurm(task) == expected
     assert joined_by_slurm(task | {"PORT": "1234"})["MASTER_PORT"] == "1234"
+    others = [{"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "123457"}]
+    ports = {joined_by_slurm(task | other)["MASTER_PORT"] for other in [{}, *others]}
+    assert len(ports) == 4
     with pytest.raises(LaunchError, match="not started by srun"):
         joined_by_slurm({})
 

@@ -167,12 +167,11 @@ def test_the_running_mean_of_a_chart_does_not_lag():
     assert chart.smoothed([]) == []
 
 
-def test_tokens_and_the_home_directory_are_not_in_the_report(tmp_path):
-    log_dir = start(tmp_path / "w", "20261128_100000", steps=[1])
-    (file,) = (f for f in log_dir.glob("*.json") if "rows.jsonl" in f.read_text())
-    file.write_text(
-        file.read_text().replace("rows.jsonl", f"{Path.home()}/rows.jsonl hf_{'a' * 30}")
-    )
-    page = report.page(RunFolder(tmp_path / "w"), status="finished")
-    assert "~/rows.jsonl &lt;token&gt;" in page
-    assert str(Path.home()) + "/rows" not in page and "hf_aaa" not in page
+def test_tokens_and_the_home_directory_are_not_in_the_report(run):
+    home = str(Path.home())
+    for file in run.rglob("*.json"):
+        text = file.read_text().replace("rows.jsonl", f"{home}/rows.jsonl hf_{'a' * 30}")
+        file.write_text(text.replace(json.dumps(SCRIPT)[1:-1], f"{home}/d.csv"))
+    page = report.page(RunFolder(run), status="finished")
+    assert "~/rows.jsonl &lt;token&gt;" in page and "<td>~/d.csv</td>" in page
+    assert home not in page.replace(f"{home}er", "") and "hf_aaa" not in page

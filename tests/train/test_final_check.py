@@ -102,6 +102,13 @@ def test_long_answers_in_the_wording_of_the_data_are_recognised():
     assert len(expected) > 200 and Findings(training=found).only_wording
 
 
+def test_copies_of_a_row_need_fewer_epochs(tmp_path, capsys):
+    run(tmp_path, ROWS[:1] * 8, evaluation_rows=0)
+    out = capsys.readouterr().out
+    assert "7 of 8 rows duplicate an earlier row" in out
+    assert "max_epochs 2 ('auto'" in out, "15 passes over one row, 8 of them in an epoch"
+
+
 def test_the_check_can_be_turned_off(tmp_path, capsys):
     assert run(tmp_path, max_steps=1, evaluation_rows=0) is None
     assert "Learned" not in capsys.readouterr().out

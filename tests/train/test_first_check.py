@@ -51,6 +51,18 @@ def test_all_problems_are_listed(tmp_path, monkeypatch):
         assert text in message
 
 
+def test_optimizers_of_other_trainers_get_no_lookalike(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="unknown optimizer; 'dion' is not available; 'AdamW'"):
+        checked(tmp_path, monkeypatch, optim_type="dion")
+    checked(tmp_path, monkeypatch, optim_type="lion_pytorch")
+
+
+def test_a_missing_file_to_validate_on_is_named(tmp_path, monkeypatch):
+    checked(tmp_path, monkeypatch, validation_path="rows.csv")
+    with pytest.raises(DataError, match=r"^validation_path 'row.csv': no such file .*'rows.csv'"):
+        checked(tmp_path, monkeypatch, validation_path="row.csv")
+
+
 @pytest.mark.parametrize(
     ("files", "problem"),
     [

@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xtuner.errors import ConfigError, ModelError, shell_command
-from xtuner.hub import fetch
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.load import read_config
 from xtuner.models.quantize import Quantization, Rounding
-from xtuner.models.references import checkpoint_of, same_model
+from xtuner.models.references import (
+    checkpoint_of,
+    contents,
+    looks_like_path,
+    refuse_missing,
+    same_model,
+)
 from xtuner.models.run_info import RunInfo
 from xtuner.models.vision.folder import LLM, is_llava_folder, run_of
 from xtuner.models.vision.load import Sources
@@ -83,7 +88,7 @@ def find(
         )
     folder = folder_of(adapter)
     if folder is None or not _is_adapter(folder):
-        raise ModelError(f"--adapter {adapter}: {_contents(folder or Path(adapter))}")
+        raise ModelError(f"--adapter {adapter}: {contents(folder or Path(adapter))}")
     with_adapter = _from_adapter(folder, base=found.model)
     info = run_of(folder)
     if info is not None and not same_model(info.base_model, found.model):
@@ -114,21 +119,14 @@ def _with_adapter(image_model: ChatSource, adapter: ChatSource) -> ChatSource:
 def _find_model(model: str) -> ChatSource:
     folder = folder_of(model)
     if folder is None:
-        if _looks_like_path(model):
-            raise ModelError(f"{model}: {_contents(Path(model))}")
-        if fetch.cached(model) is None and "/" not in model:
-            raise ModelError(
-                f"{model}: no such folder, and no fetched model of that name. "
-                f"`{shell_command('xtuner', 'fetch', model)}` fetches a model of the catalog; give "
-                "a checkpoint as its folder, such as work_dirs/my_run/iter_100"
-            )
+        refuse_missing(model)
         return ChatSource(model, tokenizer=model)
     if is_llava_folder(folder):
         return _from_parts(folder)
     if _is_adapter(folder):
         return _from_adapter(folder)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{model}: {_contents(folder)}")
+        raise ModelError(f"{model}: {contents(folder)}")
     llava: Literal["huggingface"] | None = (
         "huggingface" if read_config(str(folder)).get("model_type") == "llava" else None
     )
@@ -152,9 +150,9 @@ def with_parts(found: ChatSource, llava: str | None, visual_encoder: str) -> Cha
     else:
         given = folder_of(llava)
         if given is None or not is_llava_folder(given):
-            contents = _contents(given or Path(llava))
+            seen = contents(given or Path(llava))
             raise ModelError(
-                f"--llava {llava}: contains no parts of a LLaVA model (projector/): {contents}"
+                f"--llava {llava}: contains no parts of a LLaVA model (projector/): {seen}"
             )
         folder = given
         if found.llava == "huggingface" or (found.llava and found.llava.parts != folder):
@@ -201,7 +199,7 @@ def _from_adapter(folder: Path, *, base: str = "") -> ChatSource:
                 f"{folder}: neither run.yaml nor adapter_config.json names the base model; "
                 f"give it: {shell_command('xtuner', 'chat', 'MODEL', '--adapter', folder)}"
             )
-        if folder_of(base) is None and _looks_like_path(base):
+        if folder_of(base) is None and looks_like_path(base):
             raise ModelError(
                 f"{folder}: is an adapter on {base}, which no longer exists. Give the new path of "
                 f"the base model: {shell_command('xtuner', 'chat', 'MODEL', '--adapter', folder)}"
@@ -237,24 +235,3 @@ def _is_adapter(folder: Path) -> bool:
 
 def _declared_base(folder: Path) -> str:
     return str(read_adapter_config(folder).get("base_model_name_or_path") or "")
-
-
-def _looks_like_path(name: str) -> bool:
-    """Whether `name` cannot be a name on the hub, which has one slash at most."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".pth", "/"))
-
-
-def _contents(path: Path) -> str:
-    """Describe what was looked for at `path` and what was found."""
-    looked = (
-        "looked for config.json (a model), adapter_config.json (an adapter) and last_checkpoint "
-        "(a work dir)"
-    )
-    folder = path
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    names = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    if folder == path:
-        return f"{looked}; the folder contains {shown or 'nothing'}"
-    return f"no such folder; {folder.resolve()} contains {shown or 'nothing'}"

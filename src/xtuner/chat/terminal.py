@@ -7,6 +7,7 @@ everything else to `notes`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from xtuner.chat.session import Session
 from xtuner.data.report.show_tokens import visible
 from xtuner.errors import DataError, count
 from xtuner.tools import loop
+from xtuner.wrapping import wrapped
 
 EXIT, RESET, IMAGE = "EXIT", "RESET", "IMAGE "
 
@@ -216,7 +218,8 @@ class Terminal:
 
     def _note(self, text: str) -> None:
         if self.interactive:
-            print(text, file=self.notes, flush=True)
+            width = shutil.get_terminal_size().columns
+            print(wrapped(text, width, indent=0), file=self.notes, flush=True)
 
 
 def shown_call(call: Mapping[str, Any]) -> str:

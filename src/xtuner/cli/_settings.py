@@ -121,18 +121,21 @@ def open_data(
     trust_remote_code: bool,
     trust_code: bool,
 ) -> DataParts:
-    """Open the data of `config`, which may be one of another trainer; see `load_any`."""
+    """Open the data of `config`, which may be one of another trainer; see `load_any`.
+    Data of which nothing can be read are reported before torch is imported."""
+    from xtuner.training.first_check import check_any_data
+
+    loaded = load_any(
+        config,
+        overrides=overrides,
+        reads_data=True,
+        trust_remote_code=trust_remote_code,
+        trust_code=trust_code,
+    )
+    check_any_data(loaded)
     from xtuner.training.data_parts import DataParts
 
-    return DataParts.open(
-        load_any(
-            config,
-            overrides=overrides,
-            reads_data=True,
-            trust_remote_code=trust_remote_code,
-            trust_code=trust_code,
-        )
-    )
+    return DataParts.open(loaded)
 
 
 def _checked(

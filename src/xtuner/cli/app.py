@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 from xtuner import plugins
-from xtuner.cli import _old_words
+from xtuner.cli import _old_words, _output
 from xtuner.cli._heartbeat import heartbeat
 from xtuner.errors import PeerLostError, XTunerError
 from xtuner.parallel.attempt import PEER_LOST
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         sys.stdout.flush()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _output.echo(f"{type(error).__name__}: {error}", err=True)
         return PEER_LOST if isinstance(error, PeerLostError) else 2
     except OSError as error:
         if debug or error.errno not in _CANNOT_WRITE:
@@ -66,15 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        if debug or not plugins.user_location(error):
+    except (Exception, SystemExit) as error:
+        in_user_code = plugins.user_location(error)
+        if isinstance(error, SystemExit) and not in_user_code:
+            return _flushed(error.code)
+        if debug or not in_user_code:
             raise
         sys.stdout.flush()
         hint = "--debug shows the full traceback"
-        print(f"Your code raised {plugins.described(error)}; {hint}", file=sys.stderr)
+        _output.echo(f"Your code raised {plugins.described(error)}; {hint}", err=True)
         return 2
-    except SystemExit as stop:
-        return _flushed(stop.code)
     return _flushed(0)
 
 

@@ -72,9 +72,11 @@ def command(
     separated by blank lines.
     """
     from xtuner.device.environment import set_up_threads
+    from xtuner.models.references import refuse_missing
 
     named = _chat_tools.names(tools or (), lagent=lagent, with_plugins=with_plugins or ())
     _chat_tools.check(named, yes=yes, can_ask=sys.stdin.isatty())
+    refuse_missing(model)
     typer.echo(f"Loading {model}...", err=True)
     set_up_threads()
 

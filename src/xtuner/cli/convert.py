@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xtuner.cli import _model, _settings
+from xtuner.cli import _model, _output, _settings
 from xtuner.errors import ConfigError, shell_command
 
 if TYPE_CHECKING:
@@ -114,13 +114,20 @@ def _convert(
         )
     info = to_hf(checkpoint, save_dir, fp32=fp32, max_shard_size=max_shard_size)
     if info is not None and not same_model(info.base_model, base):
-        typer.echo(
+        _output.echo(
             f"Warning: {config} names the model {base}, but the checkpoint was trained on "
             f"{info.base_model}; chat and merge will use the latter.",
             err=True,
         )
-    typer.echo(f"Wrote {save_dir}.")
+    _output.echo(f"Wrote {save_dir}.")
     if (save_dir / "adapter_config.json").is_file():
+        if info is not None and Path(info.base_model).is_absolute():
+            _output.echo(
+                f"The adapter names its base model by its folder on this machine, "
+                f"{info.base_model}. To share it, write the model's name on the hub into "
+                "adapter_config.json and run.yaml.",
+                err=True,
+            )
         model = info.base_model if info is not None else base
         merged = save_dir.with_name(f"{save_dir.absolute().name}_merged")
         _next("xtuner", "convert", "merge", model, str(save_dir), str(merged))
@@ -144,7 +151,7 @@ def _write_llava(
         source,
         llm=settings.pretrained_model_name_or_path,
         visual_encoder=settings.visual_encoder_name_or_path or "",
-        log=functools.partial(typer.echo, err=True),
+        log=functools.partial(_output.echo, err=True),
     )
     if save_format is SaveFormat.xtuner:
         llava.write_parts(source, save_dir, fp32=fp32, max_shard_size=max_shard_size)
@@ -152,9 +159,9 @@ def _write_llava(
         llava.write_model(
             source, save_dir, llm=llm, visual_encoder=encoder, fp32=fp32,
             max_shard_size=max_shard_size, trust_remote_code=settings.trust_remote_code,
-            trust_code=trust_code, log=typer.echo,
+            trust_code=trust_code, log=_output.echo,
         )  # fmt: skip
-    typer.echo(f"Wrote {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
+    _output.echo(f"Wrote {save_dir}: {', '.join(sorted(p.name for p in save_dir.iterdir()))}")
     complete = save_format is SaveFormat.huggingface or (save_dir / "run.yaml").is_file()
     parts = () if complete else ("--visual-encoder", encoder, "--llava", str(save_dir))
     _next("xtuner", "chat", str(save_dir) if complete else llm, *parts, "--image", "FILE")
@@ -198,7 +205,7 @@ def merge(
         from xtuner.convert.vision_tower import merge_encoder
 
         difference = merge_encoder(llm, adapter, save_dir, dtype=dtype.value, device=device.value)
-        typer.echo(f"Wrote {save_dir}. Largest difference before rounding: {difference:.1e}.")
+        _output.echo(f"Wrote {save_dir}. Largest difference before rounding: {difference:.1e}.")
         return
     from xtuner.convert.merge import merge as run
 
@@ -206,9 +213,9 @@ def merge(
         llm, adapter, save_dir, max_shard_size=max_shard_size, device=device.value,
         dtype=dtype.value, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    typer.echo(f"Wrote {save_dir}, merged {report.how}.")
+    _output.echo(f"Wrote {save_dir}, merged {report.how}.")
     if report.max_difference is not None and report.relative is not None:
-        typer.echo(
+        _output.echo(
             f"Largest logit difference from base + adapter: {report.max_difference:.3g} "
             f"({report.relative:.3%} of the largest logit)."
         )
@@ -228,7 +235,7 @@ def split(
     from xtuner.convert.split import split as run
 
     run(src, dst, max_shard_size=max_shard_size)
-    typer.echo(f"Wrote {dst}; every tensor was read back and is identical.")
+    _output.echo(f"Wrote {dst}; every tensor was read back and is identical.")
     _next("xtuner", "chat", str(dst))
 
 

@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
-from xtuner.cli import _complete
+from xtuner.cli import _complete, _output
+
+_NARROWEST, _WIDEST = 40, 100
+"""Columns of the output."""
 
 
 def command(
@@ -19,7 +22,11 @@ def command(
         ),
     ] = "",
 ) -> None:
-    """Describe a setting, or list all settings."""
+    """Describe a setting, or list all settings.
+
+    A name of another trainer is explained as well.
+    """
     from xtuner.config import explain
 
-    typer.echo(explain.explain(key) if key else explain.table())
+    width = max(_NARROWEST, min(_WIDEST, _output.terminal_width() or _WIDEST))
+    typer.echo(explain.explain(key, width=width) if key else explain.table(width=width))

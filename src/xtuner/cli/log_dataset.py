@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xtuner.cli import _settings
+from xtuner.cli import _output, _settings
 from xtuner.errors import count
 
 if TYPE_CHECKING:
@@ -60,8 +60,11 @@ def command(
     for number in range(min(num, len(data.train))):
         _print_pack(console, data.train, number, show, parts.tokenizer, parts.image_layout)
     console.print(Rule(characters="═", style="none"))
+    if show in (Show.text, Show.all):
+        marked = "green" if console.is_terminal else "between « and »"
+        console.print(f"The tokens that are trained on are {marked}.")
     for line in data.report.lines():
-        console.print(line)
+        _output.echo(line)
 
 
 def _print_pack(

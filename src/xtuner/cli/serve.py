@@ -75,8 +75,10 @@ def command(
     Requests are batched. Conversations are rendered with the template of the training run.
     """
     from xtuner.cli import _extras
+    from xtuner.models.references import refuse_missing
 
     _extras.require("serve", "fastapi", "uvicorn")
+    refuse_missing(model)
     typer.echo(f"Loading {model}...", err=True)
     with heartbeat():
         from xtuner.serve import listen

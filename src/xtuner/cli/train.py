@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -116,7 +117,10 @@ def command(
     again += [word for override in overrides or () for word in ("--set", override)]
     again += ["--nproc", str(nproc)] if nproc > 1 else []
     again += ["--max-restarts", str(max_restarts)] if max_restarts else []
+    again += ["--launcher", launcher] if launcher else []
     again += ["--trust-code"] if trust_code else []
+    with heartbeat(on=is_first_process()):
+        importlib.import_module("xtuner.training.run")
     with heartbeat(on=not sys.stdout.isatty() and is_first_process()):
         _train(loaded, work_dir, resume=resume, overwrite=overwrite, wait=wait, again=again)
     if old is not None:

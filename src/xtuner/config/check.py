@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 from xtuner import plugins
 from xtuner.config.combinations import ALGORITHMS, CHECKS
 from xtuner.config.describe import allowed, choices
+from xtuner.config.read import hints
 from xtuner.config.read.entries import OVERRIDE, Entry, Problem, Reading, parse_constant
 from xtuner.config.renames import no_counterpart, own_value, replaced_by, unknown_setting
 from xtuner.config.schema import ALIASES, Settings, field_parts
@@ -56,7 +59,7 @@ def check(reading: Reading) -> tuple[Settings | None, list[Problem]]:
     replaced = {setting for name in given for setting in replaced_by(name)}
     unknown = ((n, e) for n, e in reading.entries.items() if n not in known)
     problems += [
-        entry.problem(name, unknown_setting(name))
+        entry.problem(name, unknown_setting(name, entry.value))
         for name, entry in itertools.islice(unknown, _MAX_UNKNOWN)
     ]
     if more := sum(1 for _ in unknown):
@@ -135,17 +138,38 @@ def _wrong_value(name: str, value: Any) -> str:
     message = f"must be {allowed(name)}"
     if instead := no_counterpart(name, value):
         return f"{message}; {instead}"
+    if (number := _spread_number(value)) and accepts(name, number):
+        return f"{message}; write {number} without commas"
     if not isinstance(value, str):
         return message
-    for unquote in (int, float, parse_constant):
-        try:
-            if accepts(name, unquote(value)):
-                return f"{message}; write it without quotes"
-        except ValueError:
-            continue
+    if (instead := hints.plain(value)) != value and _unquoted(name, instead):
+        return f"{message}; write {instead}"
+    if _unquoted(name, value):
+        return f"{message}; write it without quotes"
+    if re.fullmatch(r"\(.*\)", instead):
+        return f"{message}; write [{instead[1:-1]}]"
+    if share := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value):
+        return f"{message}; write the share as a number: {float(share[1]) / 100:g}"
     if name == "tuning" and value in plugins.names(ALGORITHMS):
         return f"{value!r} is a value of 'algorithm'; 'tuning' {message}"
     return message + did_you_mean(value, choices(name))
+
+
+def _unquoted(name: str, text: str) -> bool:
+    """Whether `text` is a number or constant that setting `name` accepts."""
+    for unquote in (int, float, parse_constant):
+        with contextlib.suppress(ValueError):
+            if accepts(name, unquote(text)):
+                return True
+    return False
+
+
+def _spread_number(value: Any) -> int | None:
+    """The number that was written with commas, as in 2,048; None for other values."""
+    if isinstance(value, tuple | list) and all(type(item) is int for item in value):
+        value = ",".join(map(str, value))
+    with_commas = isinstance(value, str) and re.fullmatch(r"\d{1,3}(,\d{3})+", value)
+    return int(value.replace(",", "")) if with_commas else None
 
 
 def named_parts(name: str) -> list[str]:
@@ -187,8 +211,9 @@ def _wrong_name(setting: str, value: str, known: list[str]) -> str:
     instead = no_counterpart(setting, value)
     guess = f"; {instead}" if instead else did_you_mean(value, known)
     if len(known) > _MAX_LISTED:
-        lists = f"; `{shell_command('xtuner', 'explain', setting)}` lists them"
-        return f"unknown value {value!r}{guess or lists}"
+        rest = f"; `{shell_command('xtuner', 'explain', setting)}` lists them"
+        own = "; 'auto' is the template of the tokenizer" if setting == "prompt_template" else ""
+        return f"unknown value {value!r}{guess or own or rest}"
     names = ", ".join(map(repr, known))
     return f"must be one of {names}, or your own 'my_file.py:object'{guess}"
 

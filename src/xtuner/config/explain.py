@@ -10,7 +10,7 @@ import textwrap
 from xtuner.config.check import named_parts
 from xtuner.config.describe import allowed
 from xtuner.config.parts import Part
-from xtuner.config.renames import explained_as, unknown_setting
+from xtuner.config.renames import advice, explained_as, unknown_setting
 from xtuner.config.render import literal
 from xtuner.config.schema import ALIASES, Settings, field_parts
 from xtuner.errors import ConfigError
@@ -27,8 +27,11 @@ line.
 """
 
 
-def explain(name: str, kind: type[Settings] = Settings) -> str:
-    """Describe setting `name`.
+def explain(name: str, kind: type[Settings] = Settings, *, width: int = _WIDTH) -> str:
+    """Describe setting `name`, or say what replaces a name of another trainer.
+
+    Args:
+        width: The columns of the terminal.
 
     Raises:
         ConfigError: There is no such setting.
@@ -36,30 +39,36 @@ def explain(name: str, kind: type[Settings] = Settings) -> str:
     parts = field_parts(kind)
     name = ALIASES.get(name, name)
     given, name = name, explained_as(name) or name
+    if name not in parts and (found := advice(name)):
+        return _wrapped("", f"{name}: {found}", width)
     if name not in parts:
         raise ConfigError(f"{name}: {unknown_setting(name)}")
     names = named_parts(name)
     lines = [
-        *([f"{given}: {unknown_setting(given)}", ""] if given != name else []),
+        *([_wrapped("", f"{given}: {unknown_setting(given)}", width), ""] if given != name else []),
         name,
         f"  type     {allowed(name, kind)}",
         f"  default  {_default(name, kind)}",
         f"  in       {parts[name].__doc__}",
-        *([_wrapped("  names    ", ", ".join(names))] if names else []),
+        *([_wrapped("  names    ", ", ".join(names), width)] if names else []),
         "",
-        _wrapped("  ", _description(name, kind)),
+        _wrapped("  ", _description(name, kind), width),
     ]
     return "\n".join(lines)
 
 
-def table() -> str:
-    """List all settings by part, with defaults and the first sentence of each description."""
+def table(*, width: int = _WIDTH) -> str:
+    """List all settings by part, with defaults and the first sentence of each description.
+
+    Args:
+        width: The columns of the terminal; longer lines are cut.
+    """
     sections = []
     for part in Settings.parts():
         rows = [(name, _default(name), _first_sentence(name)) for name in part.model_fields]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [
-            _cut(f"  {name:<{widths[0]}}  {default:<{widths[1]}}  {sentence}")
+            _cut(f"  {name:<{widths[0]}}  {default:<{widths[1]}}  {sentence}", width)
             for name, default, sentence in rows
         ]
         sections.append("\n".join([str(part.__doc__), *lines]))
@@ -102,13 +111,13 @@ def _default_in_page(name: str) -> str:
     return "none (required)" if required else f"`{_default(name)}`"
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= _WIDTH else line[: _WIDTH - 3].rstrip() + "..."
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 3].rstrip() + "..."
 
 
-def _wrapped(label: str, text: str) -> str:
+def _wrapped(label: str, text: str, width: int) -> str:
     indent = " " * len(label)
-    return textwrap.fill(text, _WIDTH, initial_indent=label, subsequent_indent=indent)
+    return textwrap.fill(text, width, initial_indent=label, subsequent_indent=indent)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from xtuner.config.read.entries import (
     report,
 )
 from xtuner.config.schema import Settings
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, did_you_mean
 
 _READERS = {".py": python.read, ".yaml": yaml.read, ".yml": yaml.read}
 _MAX_BYTES = 1_000_000
@@ -112,12 +112,20 @@ def _file(config: str | Path) -> Path | None:
     if path.is_dir() and not catalog.is_name(str(config)):
         raise ConfigError(f"{config}: is a folder; give the settings file in it")
     if path.is_file() and not known_suffix:
-        raise ConfigError(f"{config}: a settings file must end in .py, .yaml or .yml")
+        raise ConfigError(
+            f"{config}: a settings file must end in .py, .yaml or .yml; rename it to .py if its "
+            "lines are  name = value , to .yaml if they are  name: value"
+        )
+    others = path.parent.iterdir() if path.parent.is_dir() else ()
+    names = [file.name for file in others if file.suffix in _READERS]
     if known_suffix and not path.is_file():
         raise ConfigError(
-            f"{config}: no such file (looked in {Path.cwd()}); "
-            "`xtuner copy-cfg NAME FOLDER` creates one"
+            f"{config}: no such file (looked in {Path.cwd()})"
+            f"{did_you_mean(path.name, names) or '; `xtuner copy-cfg NAME FOLDER` creates one'}"
         )
+    same = [name for name in names if Path(name).stem == path.name]
+    if same and not known_suffix and not catalog.is_name(str(config)):
+        raise ConfigError(f"{config}: is no built-in name; did you mean the file {same[0]}?")
     return path if known_suffix else None
 
 
@@ -127,8 +135,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from None
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path} line {line}: is not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

@@ -307,8 +307,9 @@ class OptimPart(Part):
     max_epochs: Annotated[
         Literal["auto"] | Positive, Mark(comment="passes over the data; 'auto': by number of rows")
     ] = "auto"
-    """Passes over the data. 'auto' is 15 for up to 50 rows, 12 for 100, 10 for 1,000, 3 from
-    10,000, and 1 for more rows if an epoch has 1,000 optimizer steps."""
+    """Passes over the data. 'auto' is 15 for up to 1,000 rows, 3 from 10,000, and 1 for more rows
+    if an epoch has 1,000 optimizer steps. Equal rows count once, and their repetitions as passes:
+    2,000 copies of one row are read once."""
     max_steps: Annotated[
         Positive | None, Mark(comment="stop after this many steps; None: after max_epochs")
     ] = None
@@ -438,7 +439,7 @@ class RuntimePart(Part):
     dirs."""
     push_to_hub: Annotated[str | None, Mark("free")] = None
     """Upload the result to the hub after training, as 'owner/name', without optimizer state and
-    local paths."""
+    local paths. With keep_best it is the best checkpoint."""
     hub_private_repo: Annotated[bool, Mark("free", idle=lambda s: s.push_to_hub is None)] = True
     """Whether a repository that `push_to_hub` creates is private."""
     custom_hooks: Annotated[Strings, Mark("free")] = ()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from xtuner.config.schema import Settings
@@ -22,8 +21,9 @@ would be fewer, and gradients of several micro-batches are summed only if as man
 PACK_SAMPLES = 4
 """Packs are not so short that they hold fewer samples than this, on average."""
 MOST_ACCUMULATED = 16
-EPOCHS = ((50, 15), (100, 12), (1_000, 10), (10_000, 3))
-"""Rows and epochs; between two points the logarithms are interpolated."""
+EPOCHS = ((1_000, 15), (10_000, 3))
+"""Distinct rows, and how often a run repeats each; between the two points the logarithms are
+interpolated."""
 LONG_EPOCH, MANY_ROWS = 1_000, EPOCHS[-1][0]
 """More rows than MANY_ROWS are not repeated if an epoch has this many steps."""
 
@@ -46,7 +46,9 @@ def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> in
     return min(limit, max(*lengths, math.ceil(few) if given == "auto" else given))
 
 
-def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: int) -> Settings:
+def resolved(
+    settings: Settings, *, rows: int, packs: int, length: int, ranks: int, duplicates: int = 0
+) -> Settings:
     """`settings` with numbers instead of 'auto'.
 
     Args:
@@ -55,13 +57,14 @@ def resolved(settings: Settings, *, rows: int, packs: int, length: int, ranks: i
         packs: Packs (or unpacked samples) per epoch.
         length: Tokens per pack.
         ranks: Number of processes that take different rows.
+        duplicates: Samples equal to an earlier one; an epoch already repeats their rows.
     """
     micro_batches = math.ceil(packs / (settings.batch_size * ranks))
     summed = min(MOST_ACCUMULATED, max(1, micro_batches // EPOCH_STEPS))
     given = settings.accumulative_counts
     accumulated = summed if given == "auto" else given
     steps = epoch_steps(settings, packs=packs, accumulated=accumulated, ranks=ranks)
-    epochs = _epochs(rows, steps, settings.max_steps)
+    epochs = _epochs(rows, max(1, rows - duplicates), steps, settings.max_steps)
     values = {
         "lora_alpha": settings.effective_lora_alpha,
         "pack_length": length,
@@ -114,14 +117,12 @@ def full_packs(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"pack_length": values["max_length"]} if "max_length" in values else {}
 
 
-def _epochs(rows: int, steps: int, max_steps: int | None) -> int:
-    """Epochs of `rows` samples in `steps` optimizer steps."""
+def _epochs(rows: int, distinct: int, steps: int, max_steps: int | None) -> int:
+    """Epochs of `rows` samples, `distinct` of them different, in `steps` optimizer steps."""
     if max_steps is not None:
         return math.ceil(max_steps / steps)
-    if steps >= LONG_EPOCH and rows > MANY_ROWS:
+    if steps >= LONG_EPOCH and distinct > MANY_ROWS:
         return 1
-    for (fewer, most), (more, least) in pairwise(EPOCHS):
-        if rows < more:
-            share = max(0.0, math.log(rows / fewer) / math.log(more / fewer))
-            return round(most * math.pow(least / most, share))
-    return EPOCHS[-1][1]
+    (few, most), (many, least) = EPOCHS
+    share = math.log(min(max(distinct, few), many) / few) / math.log(many / few)
+    return max(1, round(most * math.pow(least / most, share) * distinct / rows))

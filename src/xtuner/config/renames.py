@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtuner.config.schema import field_parts
@@ -54,10 +54,14 @@ def explained_as(name: str) -> str | None:
     return next(iter(replaced_by(name)), None) if name not in settings else None
 
 
-def unknown_setting(name: str) -> str:
-    """Describe the replacement of a name that is not a setting."""
+def unknown_setting(name: str, value: Any = True) -> str:
+    """Describe the replacement of a name that is not a setting.
+
+    Args:
+        value: Its value. A name of another trainer that is off or empty may need no replacement.
+    """
     if found := advice(name):
-        return found
+        return _if_off(name, value, found) or found
     known, others = list(field_parts()), _advice_by_name()
     if same := _spelled_like(name, known):
         return f"unknown setting; did you mean '{same}'?"
@@ -69,6 +73,18 @@ def unknown_setting(name: str) -> str:
     if other := closest(name, list(others), cutoff=_MISSPELLED):
         return f"unknown setting; {other!r} of other trainers {_as_clause(others[other])}"
     return "unknown setting; `xtuner explain` lists all settings"
+
+
+def _if_off(name: str, value: Any, text: str) -> str | None:
+    """What to do about a name with advice `text` whose `value` is false or empty; None if it is
+    the same as for other values."""
+    empty = value is None or (isinstance(value, str | Sequence | Mapping) and not value)
+    if not empty and value is not False:
+        return None
+    if off := table("renamed")["off"].get(name):
+        return str(off)
+    switched_on = re.match(r"use \w+ = [^;]*$", text.partition(";")[0])
+    return f"is {'empty' if empty else 'off'}; remove it" if empty or switched_on else None
 
 
 def _spelled_like(name: str, known: Sequence[str]) -> str | None:
@@ -96,7 +112,10 @@ def own_value(name: str, value: Any) -> Any:
 
 def no_counterpart(name: str, value: Any) -> str | None:
     """What to do instead of a `value` of another trainer that setting `name` does not have."""
-    text: str | None = table("values")["not"].get(name, {}).get(_word(value))
+    texts: dict[str, str] = table("values")["not"].get(name, {})
+    text = texts.get(_word(value))
+    if text is None and isinstance(value, int | float) and not isinstance(value, bool):
+        text = texts.get("share" if 0 < value < 1 else "count" if value >= 1 else "")
     return f"{value!r} {text}" if text and text.startswith("is ") else text
 
 

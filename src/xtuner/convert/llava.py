@@ -78,6 +78,8 @@ def write_parts(
             if folder.name != parts_of.PROJECTOR:
                 write_config(folder, target, dtype=dtype)
         copy_others(source, draft, skip=LEFT_OUT)
+        if info is not None:
+            info.without_local_paths().write(draft)
 
 
 def _weights_in(folder: Path) -> Weights | None:
@@ -185,7 +187,7 @@ def write_model(
         save_processor(image_model, tokenizer, as_jinja(template, tokenizer), draft)
         compare_prompts(draft, image_model, template, log)
         if info is not None:
-            replace(info, kind="model").write(draft)
+            replace(info, kind="model").without_local_paths().write(draft)
 
 
 def _stored_type(info: RunInfo | None, fp32: bool) -> torch.dtype:

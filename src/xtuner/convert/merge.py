@@ -38,11 +38,18 @@ from xtuner.device.select import DTYPES, pick_device
 from xtuner.errors import ModelError, shell_command
 from xtuner.hub import fetch
 from xtuner.hub.links import refuse_links_out
+from xtuner.hub.sharing import public_name
 from xtuner.models import manifest, original, vocabulary
 from xtuner.models.adapter_config import read_adapter_config
 from xtuner.models.adapters import load_adapter
 from xtuner.models.families import internlm2
-from xtuner.models.load import load_tokenizer, located_config, meta_model, read_config
+from xtuner.models.load import (
+    load_tokenizer,
+    located_config,
+    meta_model,
+    read_config,
+    readable_errors,
+)
 from xtuner.models.quantize import Rounding
 from xtuner.models.references import same_model
 from xtuner.models.run_info import RunInfo
@@ -180,13 +187,14 @@ class _Merge:
         base = str(self.folder.resolve()) if self.folder and Path(self.llm).is_dir() else self.llm
         info = run_of(self.adapter)
         if info is None:
-            return RunInfo(kind="model", base_model=base)
+            return RunInfo(kind="model", base_model=public_name(base))
         if not same_model(info.base_model, self.llm):
             self.log(
                 f"Warning: {self.adapter} was trained on {info.base_model}, "
                 f"but is merged into {self.llm}."
             )
-        return replace(info, kind="model", base_model=base, visual_encoder="")
+        merged = replace(info, kind="model", base_model=base, visual_encoder="")
+        return merged.without_local_paths()
 
     def _plan(
         self, adapter: Weights, config: dict[str, Any]
@@ -233,7 +241,9 @@ class _Merge:
         rounded: Collection[str] = ()
         if self.rounding:
             trust: Any = {"trust_remote_code": self.trust_remote_code}
-            rounded = self.rounding.names(meta_model(located_config(self.source, **trust), **trust))
+            config = located_config(self.source, **trust)
+            with readable_errors(self.source, "model"):
+                rounded = self.rounding.names(meta_model(config, **trust))
         write_shards(draft, plan, read, max_bytes=self.max_bytes, log=self.log)
         assert self.folder is not None
         write_config(self.folder, draft, dtype=main_dtype(plan), untie=lora.HEAD in changes)

@@ -113,9 +113,12 @@ def to_hf(
         copy_others(source, draft, skip=LEFT_OUT)
         if is_adapter and info is not None:
             _restore_layers(draft, info)
-        if info is not None and source.name in (LLM, LLM_ADAPTER):  # part of a LLaVA model
-            kind: Any = "adapter" if is_adapter else "model"
-            replace(info, kind=kind, visual_encoder="").write(draft)
+        if info is not None:
+            written = info
+            if source.name in (LLM, LLM_ADAPTER):  # part of a LLaVA model
+                kind: Any = "adapter" if is_adapter else "model"
+                written = replace(info, kind=kind, visual_encoder="")
+            written.without_local_paths().write(draft)
     return info
 
 

@@ -1,10 +1,13 @@
-"""Checks the loss that an algorithm, possibly a user's own, returns."""
+"""Checks the loss and the count that an algorithm, possibly a user's own, returns."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from xtuner.errors import ConfigError
 from xtuner.types import Algorithm, Batch, LossOutput
@@ -17,12 +20,18 @@ def checked_loss(algorithm: Algorithm, model: Any, batch: Batch) -> LossOutput:
         ConfigError: The result is not a `LossOutput` with a scalar loss and the metrics that the
             algorithm declares.
     """
-    output: Any = algorithm.loss(model, batch)
+    with _gradients(model) as reached:
+        output: Any = algorithm.loss(model, batch)
     name = f"{type(algorithm).__name__}.loss"
     if not isinstance(output, LossOutput):
         raise ConfigError(
             f"{name} returned a {type(output).__name__}; it must return an "
             f"xtuner.types.LossOutput(loss, metrics) whose values are sums over the batch"
+        )
+    if undeclared := [key for key in output.metrics if key not in algorithm.metrics]:
+        raise ConfigError(
+            f"{name} returned the metric {undeclared[0]!r}, which `metrics` does not declare, so "
+            f"it would not be logged; declare it: metrics = {(*algorithm.metrics, *undeclared)}"
         )
     declared = {name: output.metrics.get(name) for name in algorithm.metrics}
     for what, value in {"loss": output.loss, **declared}.items():
@@ -37,4 +46,44 @@ def checked_loss(algorithm: Algorithm, model: Any, batch: Batch) -> LossOutput:
             raise ConfigError(
                 f"{name}: {what} is {seen}; it must be a scalar tensor, a sum over the batch"
             )
+    if reached and not output.loss.requires_grad and torch.is_grad_enabled():
+        raise ConfigError(
+            f"{name}: the loss has no gradient, although the model's output has; compute it from "
+            "that output without detach(), item() or torch.no_grad()"
+        )
     return output
+
+
+@contextmanager
+def _gradients(model: Any) -> Iterator[list[bool]]:
+    """Yield a list that is not empty once a call of `model` has returned a tensor with a gradient.
+    Without images a batch may reach nothing that is trained."""
+    reached: list[bool] = []
+
+    def note(_module: Any, _arguments: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            reached.append(True)
+
+    handle = model.register_forward_hook(note) if isinstance(model, nn.Module) else None
+    try:
+        yield reached
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def checked_count(algorithm: Algorithm, batch: Batch) -> float:
+    """Return the checked result of `algorithm.count(batch)`.
+
+    Raises:
+        ConfigError: It is not a number, or negative.
+    """
+    count: Any = algorithm.count(batch)
+    if isinstance(count, Tensor) and count.numel() == 1:
+        count = count.item()
+    if isinstance(count, bool) or not isinstance(count, int | float) or not count >= 0:
+        raise ConfigError(
+            f"{type(algorithm).__name__}.count returned {count!r:.100}; it must return a number, "
+            "0 or more: what the batch adds to the divisor of the loss"
+        )
+    return float(count)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.errors import DataError, LaunchError, XTunerError
+from xtuner.errors import ConfigError, DataError, LaunchError, XTunerError
 from xtuner.parallel.activity import busy
 from xtuner.parallel.processes import Processes
 
@@ -45,6 +46,9 @@ class HookCalls:
         alone = self._processes.without_others
         with (busy if hook.collective else alone)(f"hook {name}"):
             getattr(hook, event)(self._run)
+        for key, value in self._run.scalars.items():
+            if type(value) not in (float, int):
+                self._run.scalars[key] = _number(value, key, hook)
 
     def _raise(self, fault: XTunerError | None) -> None:
         """Raise the same type of error on all processes, so that they react alike."""
@@ -65,3 +69,22 @@ class HookCalls:
             self._run.console.print(
                 f"Note: {type(hook).__module__} could not finish: {error}", markup=False
             )
+
+
+def _number(value: Any, name: str, hook: BaseHook) -> float:
+    """The number `value` that `hook` assigned to ``run.scalars[name]``, as a float.
+
+    Raises:
+        ConfigError: It is not a number.
+    """
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = getattr(value, "shape", None)
+        seen = f"a {type(value).__name__} of shape {list(shape)}" if shape else f"{value!r}"
+        raise ConfigError(
+            f"hook {type(hook).__qualname__}: run.scalars[{name!r}] is {seen:.200}; it must be a "
+            "number"
+        ) from None

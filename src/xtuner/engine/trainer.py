@@ -9,6 +9,7 @@ weights, gradients and optimizer state are.
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from xtuner.device.host import memory_mb
 from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.engine import faults
 from xtuner.engine.best import BestMetric
+from xtuner.engine.checked_loss import checked_count
 from xtuner.engine.gradients import Gradients, StepGradients
 from xtuner.engine.hook_calls import HookCalls
 from xtuner.engine.hooks.base import BaseHook, Run
@@ -29,7 +31,7 @@ from xtuner.engine.optimizer.loss_scaler import LossScaler
 from xtuner.engine.optimizer.optim import learning_rate
 from xtuner.engine.signals import Interrupted, StopRequest
 from xtuner.engine.strategies.base import BaseStrategy
-from xtuner.errors import DataError, LaunchError, TrainingError, XTunerError
+from xtuner.errors import ConfigError, DataError, LaunchError, TrainingError, XTunerError
 from xtuner.parallel import activity
 from xtuner.parallel.collective import collective_layers
 from xtuner.types import Algorithm, Batch
@@ -206,6 +208,11 @@ class Trainer:
             raise DataError("; ".join(dict.fromkeys(messages)))
         if stops:
             raise Interrupted
+        if supervised and not divisor:
+            raise ConfigError(
+                f"{type(self.algorithm).__name__}.count returned 0 for every batch of a step with "
+                f"{supervised:,.0f} supervised tokens; the loss is divided by it"
+            )
         lr = self._learning_rate()
         self.strategy.set_learning_rate(lr)
         found = self.gradients.compute(group, divisor=divisor, step=run.step)
@@ -237,7 +244,8 @@ class Trainer:
 
     def _counts(self) -> tuple[Callable[[Batch], float], ...]:
         """The counts of each micro-batch: its share of the divisor, supervised tokens, tokens."""
-        return (self.algorithm.count, lambda b: b.num_supervised, lambda b: b.num_tokens)
+        count = functools.partial(checked_count, self.algorithm)
+        return (count, lambda b: b.num_supervised, lambda b: b.num_tokens)
 
     def _learning_rate(self) -> float:
         """The learning rate of the next step."""

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.errors import LiveError
 
+from xtuner.wrapping import wrapped
+
 LABEL = 13
 """Width of the label at the beginning of a line."""
-_NARROW = 40
 
 
 def say(console: Console, line: str) -> None:
     """Print a line that begins with a label. In a terminal it wraps between words, aligned with its
     text; paths and other long words are not broken, so that they can be copied.
     """
-    if console.is_terminal and console.width >= _NARROW:
-        parts = (
-            textwrap.wrap(
-                part,
-                console.width,
-                subsequent_indent=" " * LABEL,
-                break_long_words=False,
-                break_on_hyphens=False,
-                drop_whitespace=True,
-            )
-            for part in line.split("\n")
-        )
-        line = "\n".join("\n".join(part) for part in parts)
-    console.print(line, markup=False, soft_wrap=True)
+    console.print(fitted(console, line, indent=LABEL), markup=False, soft_wrap=True)
+
+
+def fitted(console: Console, text: str, *, indent: int) -> str:
+    """`text` wrapped between words for a terminal, unchanged for a file; see `wrapping.wrapped`."""
+    return wrapped(text, console.width, indent=indent) if console.is_terminal else text
 
 
 @contextlib.contextmanager

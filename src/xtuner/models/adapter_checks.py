@@ -35,9 +35,12 @@ def layer_problems(
     found = {name: selected(model, name) for name in [*targets, *modules_to_save]}
     outside = outside_text(model)
     if wrong := [repr(name) for name, layers in found.items() if not layers]:
+        patterns = ". Patterns are not supported: list the names"
+        is_pattern = any(set("()[]*|\\") & set(name) for name in wrong)
         yield (
             "lora_target_modules, lora_modules_to_save: the model has no layer "
             f"{', '.join(wrong)}; its linear layers are {', '.join(_linear_layers(model))}"
+            f"{patterns if is_pattern else ''}"
         )
     for name in targets:
         layers = [model.get_submodule(n) for n in found[name] if n not in outside]

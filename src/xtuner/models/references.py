@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from xtuner.errors import ModelError, did_you_mean, shell_command
 from xtuner.hub import fetch
 
 _CHECKPOINT = re.compile(r"iter_(\d+)")
@@ -50,3 +51,45 @@ def same_model(one: str, other: str) -> bool:
 def _folder_of(name: str) -> Path | None:
     folder = checkpoint_of(name)
     return folder if folder.is_dir() else fetch.cached(name)
+
+
+def refuse_missing(name: str) -> None:
+    """Check, without importing torch, that `name` can be a model: a folder, a fetched model or a
+    name on the hub.
+
+    Raises:
+        ModelError: It is none of these.
+    """
+    path = checkpoint_of(name)
+    if path.is_dir() or fetch.cached(name) is not None:
+        return
+    if looks_like_path(name):
+        raise ModelError(f"{name}: {contents(Path(name).expanduser())}")
+    if "/" not in name:
+        guess = did_you_mean(name, [entry.name for entry in Path().iterdir() if entry.is_dir()])
+        raise ModelError(
+            f"{name}: no such folder, and no fetched model of that name{guess or '.'} "
+            f"`{shell_command('xtuner', 'fetch', name)}` fetches a model of the catalog; give "
+            "a checkpoint as its folder, such as work_dirs/my_run/iter_100"
+        )
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether `name` cannot be a name on the hub, which has one slash at most."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".pth", "/"))
+
+
+def contents(path: Path) -> str:
+    """Describe what was looked for at `path` and what was found."""
+    looked = (
+        "looked for config.json (a model), adapter_config.json (an adapter) and last_checkpoint "
+        "(a work dir)"
+    )
+    folder = path
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    names = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    if folder == path:
+        return f"{looked}; the folder contains {shown or 'nothing'}"
+    return f"no such folder; {folder.resolve()} contains {shown or 'nothing'}"

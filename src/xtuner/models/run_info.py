@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from xtuner.errors import CheckpointError
+from xtuner.hub.sharing import last_parts, public_name, shareable
 from xtuner.version import __version__
 
 FILE_NAME = "run.yaml"
+_TEXTS = ("SYSTEM", "evaluation_system", "evaluation_inputs")
+"""Settings that are texts, which may begin like a path."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,16 @@ class RunInfo:
     def computed_in(self) -> str:
         """Name of the dtype that the run computed in; empty or 'auto' if unknown."""
         return self.dtype or str(self.settings.get("dtype", ""))
+
+    def without_local_paths(self) -> RunInfo:
+        """These facts without folders of this machine, for files that may be shared. What an
+        adapter needs to find its base model and what the model reads are kept."""
+        base = public_name(self.base_model) if self.kind == "model" else self.base_model
+        kept = {name: self.settings[name] for name in _TEXTS if name in self.settings}
+        settings = {name: last_parts(shareable(value)) for name, value in self.settings.items()}
+        if "pretrained_model_name_or_path" in settings:
+            kept["pretrained_model_name_or_path"] = base
+        return replace(self, base_model=base, settings={**settings, **kept})
 
     def write(self, folder: Path) -> None:
         """Write ``folder/run.yaml``."""

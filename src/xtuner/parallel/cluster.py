@@ -136,7 +136,12 @@ def joined_by_slurm(environment: Mapping[str, str]) -> dict[str, str]:
             "Start one task per GPU: srun --ntasks-per-node=8 xtuner train ... --launcher slurm"
         )
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
-    job = int(re.sub(r"\D", "", environment.get("SLURM_JOB_ID", "")) or 0)
+    # Another port for each step of a job, and for a start while an earlier one still shuts down.
+    number, restarts, step = (
+        int(re.sub(r"\D", "", environment.get(f"SLURM_{name}", "")) or 0)
+        for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")
+    )
+    number += 10_007 * restarts + 503 * step
     layout = environment.get("SLURM_STEP_TASKS_PER_NODE") or count
     per_node = re.match(r"\d+", layout)
     address = environment.get("ADDR") or environment.get("MASTER_ADDR") or first_host(nodes)
@@ -148,7 +153,7 @@ def joined_by_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "GROUP_RANK": environment.get("SLURM_NODEID", "0"),
         "LOCAL_WORLD_SIZE": per_node[0] if per_node else count,
         "MASTER_ADDR": address or LOOPBACK,
-        "MASTER_PORT": port or str(20000 + job % 30000),
+        "MASTER_PORT": port or str(20000 + number % 30000),
     }
 
 

@@ -95,7 +95,7 @@ class RunFolder:
         """The numbers of each step, in order, with `step` and `epoch`."""
         merged: dict[int, dict[str, float]] = {}
         for path in self.starts:
-            lines = list(_json_lines(path / SCALARS_FILE))
+            lines = list(json_lines(path / SCALARS_FILE))
             if not lines:
                 continue
             first = min(int(line["step"]) for line in lines)
@@ -118,7 +118,7 @@ class RunFolder:
         """The sample answers, in order of their steps."""
         found: dict[int, Evaluation] = {}
         for path in self.starts:
-            for line in _json_lines(path / ANSWERS_FILE):
+            for line in json_lines(path / ANSWERS_FILE):
                 step = int(line["step"])
                 answers = tuple(line["answers"])
                 found[step] = Evaluation(step, str(line["when"]), answers)
@@ -159,15 +159,16 @@ def _first_step(log_dir: Path) -> int | None:
     """The step at which the start in `log_dir` began; None while it is loading."""
     if record := RunRecord.read(log_dir):
         return record.start_step
-    first = next(_json_lines(log_dir / SCALARS_FILE), None)
+    first = next(json_lines(log_dir / SCALARS_FILE), None)
     return max(0, int(first["step"]) - ("loss" in first)) if first else None
 
 
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects in `file`; a line that is being written is left out."""
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in `file`; a line that is being written, or was when the run was killed, is left
+    out."""
     if not file.is_file():
         return
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 value = json.loads(line)

@@ -19,8 +19,8 @@ from typing import Any
 from xtuner import i18n
 from xtuner.config.render import literal
 from xtuner.config.schema import Settings
-from xtuner.engine.sharing import shareable
 from xtuner.errors import shell_command
+from xtuner.hub.sharing import shareable
 from xtuner.i18n import Words
 from xtuner.runs import answers, chart, data_section
 from xtuner.runs.folder import REPORT_FILE, RunFolder
@@ -56,7 +56,8 @@ def write(
 def page(run: RunFolder, *, language: str = "en", status: str = "") -> str:
     """The report as HTML; arguments as for `write`."""
     words = i18n.words(language)
-    body = "".join(_Page(run, words, status or run.status()).parts())
+    parts = _Page(run, words, status or run.status()).parts()
+    body = "".join(map(shareable, parts))
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = escape(words("report_of", name=run.name))
     return (
@@ -98,7 +99,7 @@ class _Page:
             started = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.record.started))
             yield f'<p class="sub">{words("started_at", time=started)}</p>'
             if self.record.message:
-                yield f'<pre class="warning">{escape(shareable(self.record.message))}</pre>'
+                yield f'<pre class="warning">{escape(self.record.message)}</pre>'
         yield '<div class="tiles">'
         for name, value, more in self._tiles():
             yield f'<div class="tile"><span>{words(name)}</span><b>{value}</b>'
@@ -205,7 +206,7 @@ class _Page:
         )
         yield f'<div class="scroll"><table>{cells}</table></div>'
         yield f"<details><summary>{self.words('section_log')}</summary>"
-        yield f"<pre>{escape(shareable(chr(10).join(record.lines).strip()))}</pre></details>"
+        yield f"<pre>{escape(chr(10).join(record.lines).strip())}</pre></details>"
 
 
 def loss_chart(run: RunFolder, words: Words) -> str:

@@ -15,6 +15,7 @@ from xtuner.data.build import TrainingData, build
 from xtuner.data.images.expansion import ImageLayout
 from xtuner.data.loader import Collate, Loader
 from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.sources.resolve import of_validation
 from xtuner.data.tokenize.cache import cache_root
 from xtuner.models.can_pack import resolve_packing
 from xtuner.models.facts import facts_of
@@ -83,16 +84,9 @@ class DataParts:
     def build(self, *, report_dir: Path | None = None, quiet: bool = False) -> TrainingData:
         """The packs of the training data and of `validation_path`; see `data.build.build`."""
         data = build(self.settings, **self.arguments, report_dir=report_dir, quiet=quiet)
-        if not self.settings.validation_path:
+        if (validation := of_validation(self.settings)) is None:
             return data
-        formats = self.settings.dataset_format
-        changes = {
-            "data_path": self.settings.validation_path,
-            "dataset_format": formats if len(formats) == 1 else ("auto",),
-            **dict.fromkeys(("data_repeats", "data_weights", "max_dataset_length")),
-            "shuffle": False,
-        }
-        held_out = build(self.settings.model_copy(update=changes), **self.arguments, quiet=quiet)
+        held_out = build(validation, **self.arguments, quiet=quiet)
         return data.with_validation(held_out, report_dir=report_dir)
 
     def build_once(

@@ -17,7 +17,7 @@ from torch import Tensor
 from xtuner.config.schema import Settings
 from xtuner.data.loader import Collate
 from xtuner.data.packing.pack import PackedDataset
-from xtuner.engine.checked_loss import checked_loss
+from xtuner.engine.checked_loss import checked_count, checked_loss
 from xtuner.engine.hooks.base import Question
 from xtuner.engine.strategies.base import BaseStrategy
 from xtuner.errors import DataError, XTunerError
@@ -64,7 +64,7 @@ class Validation:
             with torch.no_grad():
                 loss = checked_loss(self.algorithm, model, batch.to(processes.device)).loss
             if counts:
-                total, count = total + float(loss), count + self.algorithm.count(batch)
+                total, count = total + float(loss), count + checked_count(self.algorithm, batch)
         model.train()
         total, count = processes.of_rows([total, count])
         total, count, faults = processes.sum([total, count, float(fault is not None)])

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from xtuner import plugins
 from xtuner.config.load import LoadedSettings
+from xtuner.config.renames import no_counterpart
 from xtuner.config.schema import Settings
-from xtuner.data.sources.resolve import prepare
-from xtuner.errors import ConfigError, XTunerError, did_you_mean, listed
+from xtuner.data.sources.resolve import of_validation, prepare
+from xtuner.errors import ConfigError, DataError, XTunerError, did_you_mean, listed
 from xtuner.hub import fetch
 
 _PACKAGES = {
@@ -33,33 +34,52 @@ def first_check(loaded: LoadedSettings) -> None:
     Raises:
         XTunerError: A file, folder or name cannot be used; all problems are listed.
     """
-    settings, problems = loaded.settings, list[XTunerError]()
-    try:
-        prepare(settings, folder=loaded.folder, local=True)
-    except XTunerError as error:
-        problems.append(error)
-    problems += map(ConfigError, _problems(settings))
+    settings = loaded.settings
+    problems = [*_problems_of_data(loaded), *map(ConfigError, _problems(settings))]
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise ConfigError(listed(f"{len(problems)} problems:", [str(each) for each in problems]))
 
 
+def check_any_data(loaded: LoadedSettings) -> None:
+    """Check that some data can be read and the model's folder exists, without importing torch.
+
+    Raises:
+        XTunerError: There is nothing to read, or no model.
+    """
+    settings, unusable = loaded.settings, list[str]()
+    found = prepare(settings, folder=loaded.folder, local=True, unusable=unusable)
+    if unusable and not found:
+        raise DataError("\n".join(unusable))
+    for problem in _problems_of_models(settings):
+        raise ConfigError(problem)
+
+
+def _problems_of_data(loaded: LoadedSettings) -> Iterator[XTunerError]:
+    validation = of_validation(loaded.settings)
+    for settings in filter(None, (loaded.settings, validation)):
+        try:
+            prepare(settings, folder=loaded.folder, local=True)
+        except XTunerError as error:
+            text = str(error).replace("data_path ", "validation_path ")
+            yield DataError(text) if settings is validation else error
+
+
+def _problems_of_models(settings: Settings) -> Iterator[str]:
+    for name in ("pretrained_model_name_or_path", "visual_encoder_name_or_path"):
+        if (value := getattr(settings, name)) is not None:
+            yield from model_problem(name, value)
+
+
 def _problems(settings: Settings) -> Iterator[str]:
-    yield from model_problem(
-        "pretrained_model_name_or_path", settings.pretrained_model_name_or_path
-    )
-    if settings.visual_encoder_name_or_path is not None:
-        yield from model_problem(
-            "visual_encoder_name_or_path", settings.visual_encoder_name_or_path
-        )
+    yield from _problems_of_models(settings)
     known = optimizer_names()
     name = settings.optim_type
     if known and name not in known and not plugins.is_user_path(name):
-        yield (
-            f"optim_type = {name!r}: unknown optimizer{did_you_mean(name, known)}; "
-            f"allowed: {', '.join(known)}"
-        )
+        instead = no_counterpart("optim_type", name)
+        guess = f"; {instead}" if instead else did_you_mean(name, known)
+        yield (f"optim_type = {name!r}: unknown optimizer{guess}; allowed: {', '.join(known)}")
     yield from attention_problem(settings.attn_implementation)
 
 

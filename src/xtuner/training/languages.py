@@ -63,8 +63,8 @@ def script_note(samples: Sequence[Sample], decode: Callable[[Sequence[int]], str
     characters = max(1, len(text))
     return (
         f"the tokenizer needs {len(ids) / characters:.1f} tokens per character of these rows: "
-        f"this model hardly knows {_NAMES[code]} script, and will learn and answer poorly. Choose "
-        f"a model that knows it{_KNOWN.get(code, '')}"
+        f"this model hardly knows {_NAMES[code]} script. It may learn these rows by heart, but "
+        f"will answer other questions poorly. Choose a model that knows it{_KNOWN.get(code, '')}"
     )
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from xtuner.engine.checkpoint import UPLOAD
-from xtuner.engine.sharing import shareable
 from xtuner.engine.training_state import STATE_FILE
 from xtuner.errors import ConfigError, LaunchError, message_of, shell_command
 from xtuner.hub import fetch
 from xtuner.hub.json_files import write_object
+from xtuner.hub.sharing import last_parts, public_name, shareable
 from xtuner.models import manifest
 from xtuner.models.run_info import FILE_NAME as RUN_FILE
 
@@ -131,7 +131,7 @@ def stage(checkpoint: Path, target: Path) -> None:
         base = info["base_model"] = public_name(str(info.get("base_model") or ""))
         settings = info.get("settings") or {}
         settings["pretrained_model_name_or_path"] = base
-        info["settings"] = {name: _named(shareable(value)) for name, value in settings.items()}
+        info["settings"] = {name: last_parts(shareable(value)) for name, value in settings.items()}
         text = yaml.safe_dump(shareable(info), allow_unicode=True, sort_keys=False)
         file.write_text(text, encoding="utf-8")
     if not (target / "README.md").exists():
@@ -149,23 +149,6 @@ def _link_or_copy(source: str, target: str) -> None:
         else:
             return
     shutil.copy2(source, target)
-
-
-def public_name(base: str) -> str:
-    """The hub name of a base model that is a local folder: a fetched model's own name, otherwise
-    the folder's name."""
-    folder = Path(base).expanduser()
-    if not folder.is_absolute():
-        return base
-    return fetch.hub_name_of(folder) or folder.name
-
-
-def _named(value: Any) -> Any:
-    """The last part of a path, so that local folders stay private."""
-    if isinstance(value, list):
-        return [_named(item) for item in value]
-    local = isinstance(value, str) and value.startswith(("/", "~/"))
-    return Path(value).name if local else value
 
 
 def _card(base: str) -> str:

@@ -20,7 +20,7 @@ from xtuner.device import host
 from xtuner.device.select import name_of, pick_device, resolve_dtype
 from xtuner.engine import strategies
 from xtuner.engine.best import BestMetric
-from xtuner.engine.checkpoint import CheckpointStore
+from xtuner.engine.checkpoint import BEST_FILE, CheckpointStore
 from xtuner.engine.counting import Counter, counting_of
 from xtuner.engine.hooks.base import Run, make_hooks
 from xtuner.engine.kept_settings import keep_settings
@@ -251,17 +251,19 @@ class _TrainingRun:
     def _finish(self, run: Run, recorded: Recording | None) -> TrainResult:
         """Print where the result is, and upload it if asked to."""
         result = self._result(run)
-        self._say(
-            f"Done. The result is in {result.checkpoint}\n"
-            f"Talk to it:  {shell_command('xtuner', 'chat', self.work_dir)}"
-        )
+        best, model = result.best, self.work_dir
+        self._say(f"Done. The result is in {result.checkpoint}")
+        if best and best != result.checkpoint:
+            self._say(f"Best by {self.settings.best_metric}: {best}")
+            model = self.work_dir / BEST_FILE
+        self._say(f"Talk to it:  {shell_command('xtuner', 'chat', model)}")
         if recorded:
             recorded.print_report()
-        target = self.settings.push_to_hub
-        if target and result.checkpoint and self.processes.is_main:
-            self._say(f"Uploading to {target} ...")
+        target, shared = self.settings.push_to_hub, best or result.checkpoint
+        if target and shared and self.processes.is_main:
+            self._say(f"Uploading {shared.name} to {target} ...")
             private = self.settings.hub_private_repo
-            self._say(f"Uploaded to {publish(result.checkpoint, target, private=private)}")
+            self._say(f"Uploaded to {publish(shared, target, private=private)}")
         return result
 
     def _say(self, text: str) -> None:
@@ -282,6 +284,7 @@ class _TrainingRun:
             packs=len(data.train),
             length=data.pack_length,
             ranks=self.processes.data_world_size,
+            duplicates=data.report.duplicates,
         )
         self.parts = replace(self.parts, settings=self.settings)
 
@@ -308,7 +311,8 @@ class _TrainingRun:
 
     def _result(self, run: Run) -> TrainResult:
         saved = self.store.find() if self.store.all() else None
-        return TrainResult(self.work_dir, saved, run.step, dict(run.scalars))
+        best = self.store.best() if self.settings.keep_best else None
+        return TrainResult(self.work_dir, saved, run.step, dict(run.scalars), best)
 
     def _run(
         self,

@@ -66,7 +66,7 @@ def look_at_data(loaded: LoadedSettings, words: Words) -> DataView:
         XTunerError: The data or the model's tokenizer cannot be used.
     """
     parts = DataParts.open(loaded)
-    rows = bad_rows(parts.settings, **parts.arguments, quiet=True)
+    rows = bad_rows(parts.settings, **parts.arguments, unusable=[], quiet=True)
     bad = list(itertools.islice(rows, _MOST_BAD_ROWS + 1))
     data = parts.build(quiet=True)
     sample = data.train[0][0]
@@ -88,7 +88,12 @@ def _steps(settings: Settings, data: TrainingData) -> int:
     """Optimizer steps of the run, in one process."""
     packs = len(data.train)
     found = recipe.resolved(
-        settings, rows=data.train.num_samples, packs=packs, length=data.pack_length, ranks=1
+        settings,
+        rows=data.train.num_samples,
+        packs=packs,
+        length=data.pack_length,
+        ranks=1,
+        duplicates=data.report.duplicates,
     )
     accumulated, epochs = found.accumulative_counts, found.max_epochs
     assert accumulated != "auto" and epochs != "auto"

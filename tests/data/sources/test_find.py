@@ -252,7 +252,7 @@ def test_broken_table_rows_are_named_by_the_line_where_they_begin(tmp_path):
         (
             "d.csv",
             "问题,回答\n".encode("gbk"),
-            "is not UTF-8.*'CSV UTF-8'.*columns are '问题,回答'",
+            r"(?s)is not UTF-8.*'CSV UTF-8'.*columns are '问题,回答'.*d\.csv > .*d_utf8\.csv$",
         ),
         ("d.csv", b"gr\xfc\xdfe,\xff\n", "line 1: is not UTF-8.*'CSV UTF-8'"),
         ("d.json", b'[{"a": "\xff"}]', "line 1: is not UTF-8"),

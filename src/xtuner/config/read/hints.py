@@ -2,40 +2,74 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import re
+import tokenize
+import unicodedata
+from collections.abc import Callable
 
 _FULL_WIDTH = {
-    "“": '"', "”": '"', "‘": "'", "’": "'", "「": '"', "」": '"', "＂": '"', "＇": "'",
-    "，": ",", "、": ",", "：": ":", "；": ";", "＝": "=", "（": "(", "）": ")", "［": "[",
-    "］": "]", "【": "[", "】": "]", "｛": "{", "｝": "}", "＃": "#", "－": "-", "．": ".",
-    "−": "-", "–": "-", "\u3000": "a space", "\xa0": "a space",
+    "“": '"', "”": '"', "‘": "'", "’": "'", "「": '"', "」": '"', "『": '"', "』": '"',
+    "《": '"', "》": '"', "、": ",", "。": ".", "【": "[", "】": "]", "〔": "(", "〕": ")",
+    "−": "-", "–": "-", "—": "-", "\u3000": " ", "\xa0": " ", "`": "'",
 }  # fmt: skip
-"""Characters that Chinese input methods and word processors write, and their replacements."""
+"""Characters that Chinese input methods and word processors write, and their replacements; see
+`_replacement` for the others."""
 _NAMES = {
     "−": "the minus sign −",
     "–": "the dash –",
+    "—": "the dash —",
     "\u3000": "a full-width space",
     "\xa0": "a non-breaking space",
+    "`": "the backtick `",
 }
 _BACKSLASH = (
     "a backslash in quotes begins an escape such as \\n; write the path with / "
     "('C:/data/a.csv'), or double each backslash"
 )
-OPENING_QUOTES = "“‘「"
+_COMMA = "write a comma between the two items"
+_IN_YAML = "“”‘’「」＂＇，、：；［］｛｝【】＃\u3000\xa0"
+"""Those that stand where YAML takes another character; others are often part of a text."""
+OPENING_QUOTES = "“‘「『"
+
+_LONG_PART = 60
+"""Characters of a string from which it may be continued by the next one in a list."""
+_ASSIGNED = r"\s*\w+\s*=\s*"
+_LINES_OF_PYTHON: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"\s*\w+(?:-\w+)+\s*=", lambda found: f"write {found[0].strip(' =').replace('-', '_')}"),
+    (_ASSIGNED + r"(#.*)?$", "write a value after ="),
+    (r"\s*\w+\s*:=", "write name = value"),
+    (r"\s*[A-Za-z_]\w*\s+[^=\s][^=]*$", "write name = value"),
+    (_ASSIGNED + r"(\d{1,3}(?:,\d{3})+)\b", lambda found: f"write {found[1].replace(',', '')}"),
+    (
+        _ASSIGNED + r"(\d+(?:\.\d+)?)\s*%",
+        lambda found: f"write the share as a number: {float(found[1]) / 100:g}",
+    ),
+    (_ASSIGNED + r"0\d", "write the number without leading zeros"),
+    (_ASSIGNED + r"\d[\d.]*[A-Za-z]", "write numbers in digits, and text in quotes"),
+    (_ASSIGNED + r"(?:[A-Za-z]:)?[.~/\\]", "write the path in quotes, with / between its folders"),
+    (r"(?:[^'\"]|'[^']*'|\"[^\"]*\")*?\s*(//|/\*)", "a comment begins with #"),
+    (r".*?['\"\w)\]}]\s+['\"]", _COMMA),
+)
+"""Patterns of wrong lines of Python, and the hint or a function that makes it of the match."""
 
 
-def python_hint(line: str, message: str) -> str:
+def python_hint(line: str, message: str, before: str = "") -> str:
     """A hint about a syntax error in `line`; may be empty.
 
     Args:
         line: The text of the line.
         message: Python's message.
+        before: The text of the line before.
     """
     if conflict := _conflict(line):
         return conflict
-    if "unicodeescape" in message or ("unexpected character after line" in message):
+    if "unicodeescape" in message:
         return _BACKSLASH
-    if sign := _sign_in(message) or ("invalid" in message and _full_width(_outside(line))):
+    if hidden := re.search(r"non-printable character (U\+(?:200|206|FEF)\w)", message):
+        return f"remove the invisible character {hidden[1]}"
+    if sign := _sign_in(message) or ("invalid" in message and _first(_replacement, _outside(line))):
         return _replace(sign)
     if "unterminated" in message:
         if sign := next((sign for sign in "“”‘’" if sign in line), ""):
@@ -44,16 +78,15 @@ def python_hint(line: str, message: str) -> str:
         return _BACKSLASH if closing else "a quote is opened and not closed"
     if "was never closed" in message:
         return "add the closing bracket"
+    if "unmatched" in message or "does not match" in message:
+        return "each bracket needs one of the same kind: remove it, or add the other"
     if "indent" in message:
         return "begin the line without spaces or tabs"
-    if "leading zeros" in message:
-        return "write the number without leading zeros"
-    if found := re.match(r"\s*(\w+(?:-\w+)+)\s*=", line):
-        return f"write {found[1].replace('-', '_')}"
-    if re.match(r"\s*\w+\s*=\s*(#.*)?$", line):
-        return "write a value after ="
-    if re.match(r"\s*[A-Za-z_]\w*\s+[^=\s]", line) and "=" not in line:
-        return "write name = value"
+    if re.match(r"\s*['\"]", line) and re.search(r"['\"\w)\]}]\s*$", before):
+        return _COMMA
+    for pattern, hint in _LINES_OF_PYTHON:
+        if found := re.match(pattern, line):
+            return hint if isinstance(hint, str) else hint(found)
     return ""
 
 
@@ -65,13 +98,19 @@ def yaml_hint(line: str, message: str, context: str = "") -> str:
         return "the line has a tab; YAML takes spaces only"
     if "escape" in message:
         return _BACKSLASH
-    if sign := _full_width(line):
+    if "another document" in message:
+        return "a settings file is one document: remove the line"
+    if sign := _first(_IN_YAML.__contains__, line):
         return _replace(sign)
-    if "cannot start any token" in message:
+    if "cannot start any token" in message or re.match(r"\s*\w+:\s+[*&!|>%@]", line):
         return "write quotes around the value"
+    if re.match(r"\s*-\s+\w+:\s", line) and "block" in message:
+        return "write the settings without the leading -"
+    if re.match(r"\s*-[^\s-]", line):
+        return "write a space after the -"
     if re.match(r"[A-Za-z_]\w*:[^\s/]", line):
         return "write a space after the colon"
-    if re.match(r"\s+\w+:\s", line):
+    if "flow" not in context and re.match(r"\s+\w+:\s", line):
         return "begin the line without spaces"
     if "<scalar>" in message:
         return "a quote within quotes: write the value in quotes of the other kind"
@@ -80,8 +119,9 @@ def yaml_hint(line: str, message: str, context: str = "") -> str:
     if "quoted scalar" in context:
         return "a quote is opened and not closed"
     if "flow sequence" in context or "flow mapping" in context:
-        return f"add the closing bracket {']' if 'sequence' in context else '}'}"
-    if re.match(r"\s*[A-Za-z_]\w*\s*=", line):
+        bracket = "]" if "sequence" in context else "}"
+        return _COMMA if bracket in line else f"add the closing bracket {bracket}"
+    if re.match(_ASSIGNED, line):
         return "YAML takes  name: value ; a file with  name = value  must end in .py"
     return ""
 
@@ -89,7 +129,22 @@ def yaml_hint(line: str, message: str, context: str = "") -> str:
 def yaml_lines_hint(text: str) -> str:
     """A hint about a file whose lines are not ``key: value``."""
     first = next((line for line in text.split("\n") if line.strip() and line[0] != "#"), "")
-    return yaml_hint(first, "")
+    return yaml_hint(first, "block")
+
+
+def lacks_comma(source: str) -> bool:
+    """Whether the expression `source` is several strings that Python joins although none of them
+    is part of a text in several lines, which ends with a space or is long."""
+    tokens = tokenize.generate_tokens(io.StringIO(f"({source})").readline)
+    *parts, _last = [ast.literal_eval(t.string) for t in tokens if t.type == tokenize.STRING]
+    return any(len(part) < _LONG_PART and part == part.rstrip() for part in parts)
+
+
+def plain(text: str) -> str:
+    """`text` with the characters of keyboards in place of those of Chinese input methods and word
+    processors, and without punctuation at its end."""
+    written = "".join(_replacement(sign) or sign for sign in text)
+    return written.strip().rstrip(",;").rstrip()
 
 
 def _conflict(line: str) -> str:
@@ -102,7 +157,7 @@ def _sign_in(message: str) -> str:
     """The character that Python calls invalid."""
     found = re.search(r"invalid (?:non-printable )?character (?:'(.)' \()?U\+([0-9A-F]+)", message)
     sign = chr(int(found[2], 16)) if found else ""
-    return sign if sign in _FULL_WIDTH else ""
+    return sign if _replacement(sign) else ""
 
 
 def _outside(line: str) -> str:
@@ -110,10 +165,18 @@ def _outside(line: str) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
 
 
-def _full_width(line: str) -> str:
-    return next((sign for sign in line if sign in _FULL_WIDTH), "")
+def _first(is_wrong: Callable[[str], object], line: str) -> str:
+    return next(filter(is_wrong, line), "")
+
+
+def _replacement(sign: str) -> str:
+    """What to write instead of `sign`; empty if it is as on a keyboard."""
+    if "！" <= sign <= "～":  # the full-width forms of ASCII
+        return unicodedata.normalize("NFKC", sign)
+    return _FULL_WIDTH.get(sign, "")
 
 
 def _replace(sign: str) -> str:
     name = _NAMES.get(sign, f"the full-width character {sign}")
-    return f"write {_FULL_WIDTH[sign]} instead of {name}"
+    plain_sign = _replacement(sign)
+    return f"write {'a space' if plain_sign == ' ' else plain_sign} instead of {name}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from xtuner.config.read import arithmetic, calls, foreign, hints
@@ -91,8 +91,8 @@ class _Reader:
         self._kinds: dict[type[ast.AST], Callable[[Any], Any]] = {
             ast.Constant: self._constant,
             ast.Name: self._name,
-            ast.List: lambda node: [self._value(item) for item in node.elts],
-            ast.Tuple: lambda node: tuple(self._value(item) for item in node.elts),
+            ast.List: lambda node: self._items(node.elts),
+            ast.Tuple: lambda node: tuple(self._items(node.elts)),
             ast.Dict: self._dict,
             ast.BinOp: lambda node: arithmetic.calculate(
                 node.op, self._value(node.left), self._value(node.right)
@@ -141,6 +141,12 @@ class _Reader:
                 pass
             case ast.Expr(value=ast.Dict()):
                 raise _Fault(node, "write name = value, one per line, without braces")
+            case ast.AnnAssign(target=ast.Name(name), annotation=value):
+                text = f"{name} = {ast.unparse(value)}"
+                raise _Fault(node, f"write {text}; a file with  name: value  must end in .yaml")
+            case ast.Expr(value=ast.Compare(left=ast.Name(name), ops=[ast.Eq()])):
+                self.reading.broken.add(name)
+                raise _Fault(node, "write one = to set a value")
             case ast.Expr(value=value):
                 raise _Fault(node, _HINTS.get(type(value), "has no effect; write name = value"))
             case ast.Import() | ast.ImportFrom() if self._calls.take_import(node):
@@ -190,6 +196,22 @@ class _Reader:
             raise _Fault(node, "the file is too expensive to evaluate; write the values out")
         return value
 
+    def _items(self, nodes: Sequence[ast.expr]) -> list[Any]:
+        for node in nodes:
+            self._refuse_adjacent(node)
+        return [self._value(node) for node in nodes]
+
+    def _refuse_adjacent(self, node: ast.expr) -> None:
+        """Refuse two strings without a comma in a list, which Python joins."""
+        text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if not text or node.end_lineno is None:
+            return
+        lines = [line.encode() for line in self._lines[node.lineno - 1 : node.end_lineno]]
+        lines[-1] = lines[-1][: node.end_col_offset]
+        lines[0] = lines[0][node.col_offset :]
+        if hints.lacks_comma(b"\n".join(lines).decode()):
+            raise _Fault(node, "two strings without a comma between them; write one, or +")
+
     def _constant(self, node: ast.Constant) -> Any:
         if node.value is None or isinstance(node.value, str | bool | int | float):
             return node.value
@@ -210,6 +232,7 @@ class _Reader:
         for key, value in zip(node.keys, node.values, strict=True):
             if not isinstance(key, ast.Constant):
                 raise _Fault(node, "the keys of a dict must be string or number literals")
+            self._refuse_adjacent(value)
             pairs[self._value(key)] = self._value(value)
         return pairs
 
@@ -303,7 +326,8 @@ def _syntax_problem(error: Exception, text: str) -> Problem:
     if isinstance(error, SyntaxError):
         number, lines = error.lineno or 1, text.split("\n")
         line = lines[number - 1] if number <= len(lines) else error.text or ""
-        hint = hints.python_hint(line, error.msg)
+        before = next((text for text in lines[number - 2 :: -1] if text.strip()), "")
+        hint = hints.python_hint(line, error.msg, before if number > 1 else "")
         reason = f"is not Python: {error.msg}{f'; {hint}' if hint else ''}"
         return Problem(line.strip(), reason, line=number)
     if isinstance(error, ValueError):

@@ -82,8 +82,8 @@ def _read_pair(
     if name in overrides:
         reading.entries[name] = Entry(overrides[name], OVERRIDE)
         return
-    if quoted := _chinese_quotes(value):
-        reading.problems.append(Problem(f"{name}:", quoted, line=line))
+    if full_width := _chinese_quotes(value) or _full_width_colon(value):
+        reading.problems.append(Problem(f"{name}:", full_width, line=line))
         reading.broken.add(name)
         return
     try:
@@ -93,6 +93,8 @@ def _read_pair(
         reason = getattr(error, "problem", None) or str(error)
         if isinstance(error, LookupError | AttributeError | TypeError):
             reason = f"the value does not fit its tag {value.tag.replace(_TAGS, '!!')}"
+        if "could not determine a constructor" in reason:
+            reason = "a value that begins with ! is a tag in YAML; write quotes around it"
         reading.problems.append(Problem(f"{name}:", f"cannot be read: {reason}", line=line))
         reading.broken.add(name)
         return
@@ -106,6 +108,18 @@ def _chinese_quotes(node: yaml.Node) -> str:
     if not any(n.value[:1] in hints.OPENING_QUOTES for n in scalars if n.value):
         return ""
     return "is in Chinese quotes, which would be part of the value; write ' or \""
+
+
+def _full_width_colon(node: yaml.Node) -> str:
+    """The problem of a dict whose keys contain the colon that should end them; empty for others."""
+    keys = [key for key, value in node.value if not value.value] if _is_dict(node) else []
+    if any(isinstance(key, yaml.ScalarNode) and "：" in key.value for key in keys):
+        return "write ': ' instead of the full-width colon ："
+    return ""
+
+
+def _is_dict(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.MappingNode)
 
 
 def _construct(node: yaml.Node) -> Any:
@@ -125,6 +139,8 @@ def _refuse_odd_numbers(node: yaml.Node) -> None:
                 raise RefusedError(
                     f"YAML takes {item.value!r:.40} for a number in base 60; write quotes around it"
                 )
+            if re.match(r"[-+]?0[\d_]", item.value) and item.tag == f"{_TAGS}int":
+                raise RefusedError("YAML takes it for a number in base 8; write no leading zeros")
         elif isinstance(item, yaml.MappingNode):
             waiting += [part for pair in item.value for part in pair]
         else:
@@ -152,4 +168,4 @@ def _line_without_colon(lines: list[str], number: int) -> int:
     """The line before line `number` (both from 0) if it has a full-width colon instead of its
     colon: YAML notices this one line later. Otherwise `number`."""
     before = lines[number - 1] if 0 < number <= len(lines) else ""
-    return number - 1 if re.match(r"\w+\s*：", before) else number
+    return number - 1 if re.match(r"\s*\w+\s*：", before) else number

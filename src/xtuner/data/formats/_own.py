@@ -44,8 +44,8 @@ def _convert(function: Callable[[Row], Any], name: str, row: Row) -> Record:
         made = function(row)
     except RowError:
         raise
-    except Exception as error:  # a bad row is reported, rather than ending the run
-        raise RowError("", f"{name} raised {plugins.described(error)}") from error
+    except (Exception, SystemExit) as error:  # a bad row is reported, rather than ending the run
+        raise RowError("", f"{name} raised {plugins.described(error, of=function)}") from error
     if isinstance(made, Conversation):
         return conversation(made.messages, tools=made.tools, column=name)
     if isinstance(made, Preference):

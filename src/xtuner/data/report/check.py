@@ -26,12 +26,14 @@ def bad_rows(
     algorithm: Algorithm,
     folder: Path,
     image_layout: ImageLayout | None,
+    unusable: list[str],
     **parts: Any,
 ) -> Iterator[str]:
-    """Yield a line for each row or file that cannot be used: location, field and problem.
+    """Yield a line for each row that cannot be used: location, field and problem.
 
-    The arguments are those of `build`. Encoded sources are read from the cache and added to it. A
-    source or file that cannot be read is one line, and the others are checked.
+    The arguments are those of `build`. Encoded sources are read from the cache and added to it. The
+    problem of a source or file that cannot be read is added to `unusable`, and the others are
+    checked.
 
     Raises:
         ConfigError: Unknown format.
@@ -40,7 +42,6 @@ def bad_rows(
         settings, algorithm=algorithm, folder=folder, image_layout=image_layout, **parts
     )
     policy, limit = policy_of(settings, algorithm), length_limit(settings, image_layout)
-    unusable: list[str] = []
     for number, source in enumerate(prepare(settings, folder=folder, unusable=unusable)):
         for part, store in _stores(encoding, source, unusable):
             if store.faults:
@@ -50,7 +51,6 @@ def bad_rows(
             encoded = EncodedSource(part, store, fitted, limit, policy)
             for row_number in fitted.lost.tolist():
                 yield f"{encoded.location(row_number)}  {overlong_fault(policy, limit)}"
-    yield from unusable
 
 
 def kept_rows(settings: Settings, *, folder: Path, **parts: Any) -> Iterator[str]:

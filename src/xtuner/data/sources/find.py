@@ -135,5 +135,12 @@ def _refuse_missing_path(entry: str, candidates: list[Path]) -> None:
     raise DataError(
         f"data_path {entry!r}: no such file or folder "
         f"(looked for {', '.join(map(str, candidates))})"
-        f"{did_you_mean(Path(entry).name, siblings)}"
+        f"{_in_a_list(entry) or did_you_mean(Path(entry).name, siblings)}"
     )
+
+
+def _in_a_list(entry: str) -> str:
+    """How to write several files, if `entry` is such a text."""
+    if re.search(r"[，、【】]|, ?\S+\.\w+", entry):
+        return "; several files are written as ['a.csv', 'b.csv'], with the comma of the keyboard"
+    return ""

@@ -93,6 +93,20 @@ def prepare(
     return prepared
 
 
+def of_validation(settings: Settings) -> Settings | None:
+    """`settings` with the rows of `validation_path` as data; None without such rows."""
+    if not settings.validation_path:
+        return None
+    formats = settings.dataset_format
+    changes = {
+        "data_path": settings.validation_path,
+        "dataset_format": formats if len(formats) == 1 else ("auto",),
+        **dict.fromkeys(("data_repeats", "data_weights", "max_dataset_length")),
+        "shuffle": False,
+    }
+    return settings.model_copy(update=changes)
+
+
 def _refuse_unknown_columns(settings: Settings, prepared: Sequence[PreparedSource]) -> None:
     """Raise if no file has a column that the setting `columns` names."""
     kinds = [format for source in prepared for format in source.formats]

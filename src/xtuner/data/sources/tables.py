@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from xtuner.data.sources.rows import NOT_UTF8, Fault
@@ -65,20 +67,23 @@ def _header(table: Any, name: str) -> list[str]:
         raise DataError(f"{name} line 1: is not valid CSV: {error}") from error
     raw = ",".join(header).encode("utf-8", "surrogateescape")
     if not _is(raw, "utf-8"):
-        raise DataError(f"{name} line 1: {NOT_UTF8}{_other_encoding(raw)}")
+        raise DataError(f"{name} line 1: {NOT_UTF8}{_other_encoding(raw, name)}")
     duplicates = sorted({column for column in header if header.count(column) > 1})
     if duplicates:
         raise DataError(f"{name} line 1: duplicate columns in the header: {', '.join(duplicates)}")
     return header
 
 
-def _other_encoding(raw: bytes) -> str:
-    """How to save a table whose header `raw` is not UTF-8."""
-    save = " (in a spreadsheet: 'CSV UTF-8'"
+def _other_encoding(raw: bytes, name: str) -> str:
+    """How to save the table `name`, whose header `raw` is not UTF-8."""
+    save = " (in a spreadsheet: 'CSV UTF-8')"
     if not _is(raw, "gb18030"):
-        return f"{save})"
-    seen = raw.decode("gb18030")
-    return f"{save}; or: iconv -f GB18030 -t UTF-8 OLD > NEW). In GBK, the columns are {seen!r:.80}"
+        return save
+    new = Path(name).with_stem(f"{Path(name).stem}_utf8")
+    return (
+        f"{save}. In GBK, the columns are {raw.decode('gb18030')!r:.80}; to convert it:\n"
+        f"  iconv -f GB18030 -t UTF-8 {shlex.quote(name)} > {shlex.quote(str(new))}"
+    )
 
 
 def _is(raw: bytes, encoding: str) -> bool:

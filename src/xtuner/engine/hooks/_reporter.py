@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from xtuner.engine.hooks.base import BaseHook, Run
-from xtuner.engine.sharing import shareable
 from xtuner.errors import ConfigError, message_of
+from xtuner.hub.sharing import shareable
 
 
 class Reporter(BaseHook):

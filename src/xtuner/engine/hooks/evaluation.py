@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from xtuner.data.report.show_tokens import visible
 from xtuner.engine.hooks.base import BaseHook, Question, Run
-from xtuner.engine.working import working
+from xtuner.engine.working import fitted, working
 
 ANSWERS_FILE = "sample_answers.jsonl"
 """One line per evaluation: step, time, and for each answer its question, images and text."""
@@ -64,9 +64,12 @@ class Hook(BaseHook):
         lines = [f"Sample answers {when}", ""]
         for (question, images), answer in zip(questions, answers, strict=True):
             shown = "".join(f"  [magenta]Image[/magenta] {escape(name)}\n" for name in images)
+            asked, said = (
+                escape(fitted(run.console, f"  {mark} {text}", indent=4))[4:]
+                for mark, text in (("Q", question), ("A", visible(answer)))
+            )
             run.console.print(
-                f"{shown}  [cyan]Q[/cyan] {escape(question)}\n  [green]A[/green] "
-                f"{escape(visible(answer))}\n"
+                f"{shown}  [cyan]Q[/cyan] {asked}\n  [green]A[/green] {said}\n", soft_wrap=True
             )
             lines += [*(f"Image: {name}" for name in images), f"Q: {question}", f"A: {answer}", ""]
         number = run.counter.done(run.step) if count is None else count

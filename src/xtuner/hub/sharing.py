@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xtuner.hub import fetch
+
 _SECRET = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|glpat-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{16})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
@@ -29,5 +31,22 @@ def shareable(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     home = str(Path.home())
-    text = re.sub(re.escape(home) + r"(?=/|$)", "~", value) if len(home) > 1 else value
+    text = re.sub(re.escape(home) + r"(?![\w.-])", "~", value) if len(home) > 1 else value
     return _SECRET.sub("<token>", text)
+
+
+def public_name(base: str) -> str:
+    """The hub name of a base model that is a local folder: a fetched model's own name, otherwise
+    the folder's name."""
+    folder = Path(base).expanduser()
+    if not folder.is_absolute():
+        return base
+    return fetch.hub_name_of(folder) or folder.name
+
+
+def last_parts(value: Any) -> Any:
+    """The last part of a path, so that local folders stay private."""
+    if isinstance(value, list | tuple):
+        return [last_parts(item) for item in value]
+    local = isinstance(value, str) and value.startswith(("/", "~/"))
+    return Path(value).name if local else value
