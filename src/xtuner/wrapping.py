@@ -13,10 +13,10 @@ _INDENT = 4
 _LABEL = re.compile(r"[A-Z][a-z]+ {2,}")
 _COMMAND = re.compile(r" *(xtuner|pip|iconv|make) ")
 _PIECE = re.compile(
-    r" *(?:[^ ]*[/\\=][^ ]*|'[^']*'|\"[^\"]*\"|`[^`]*`|"
+    r" *(?:[^ ]*[/\\=][^ ]*|'[^' ]*'|\"[^\" ]*\"|`[^` ]*`|"
     r"[⺀-鿿가-힣][，。、；：？！）》”’」』,.;:]*|[^ '\"`⺀-鿿가-힣]+|[^ ])"
 )
-"""What is not broken: a path, a quotation, a Chinese, Japanese or Korean character with the
+"""What is not broken: a path, a quoted word, a Chinese, Japanese or Korean character with the
 punctuation after it, or what is between these."""
 
 

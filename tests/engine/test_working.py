@@ -68,3 +68,9 @@ def test_commands_and_the_lines_of_a_narrow_terminal_are_kept_whole():
     assert wrapped("  one two three four five six seven eight nine", 40).splitlines()[1] == (
         "      eight nine"
     )
+
+
+def test_an_apostrophe_begins_no_quotation():
+    text = "I'm here to help you share what you've learned. Whether it's a journey, I'm here."
+    lines = wrapped(text, 50, indent=0).splitlines()
+    assert max(map(len, lines)) <= 50 and " ".join(lines) == text and len(lines) == 2

@@ -238,6 +238,10 @@ def test_names_that_peft_would_ignore_or_refuse_are_named(targets, saved, words)
 def test_parts_for_images_are_not_trained_instead_of_text():
     with pytest.raises(ModelError, match=r"'fc1' only names parts for images.*vision_tower"):
         add_adapter(gemma3_for_images(), r=4, alpha=8, target_modules=["q_proj", "fc1"])
+    with pytest.raises(ModelError, match=r"no layer 'fc3'; .* are down_proj, gate_proj, k_proj"):
+        add_adapter(gemma3_for_images(), r=4, alpha=8, target_modules=["fc3"])
+    with pytest.raises(ModelError, match="'mlp' is a Gemma3MLP, which cannot get"):
+        add_adapter(gemma3_for_images(), r=4, alpha=8, target_modules=["mlp"])
     with pytest.raises(ModelError, match="'multi_modal_projector' only names"):
         add_adapter(gemma3_for_images(), r=4, alpha=8, modules_to_save=["multi_modal_projector"])
     model = gemma3_for_images()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from xtuner.errors import ConfigError, ModelError, XTunerError, did_you_mean, in_one_line
-from xtuner.models.text_path import only_outside_text, selected
+from xtuner.models.text_path import only_outside_text, outside_text, selected
 
 _OWN = {
     "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
@@ -33,6 +33,7 @@ def layer_problems(
     or none that text reaches or an adapter can be added to."""
     targets = [] if list(target_modules) == ["all-linear"] else list(target_modules)
     found = {name: selected(model, name) for name in [*targets, *modules_to_save]}
+    outside = outside_text(model)
     if wrong := [repr(name) for name, layers in found.items() if not layers]:
         patterns = ". Patterns are not supported: list the names"
         is_pattern = any(set("()[]*|\\") & set(name) for name in wrong)
@@ -42,7 +43,7 @@ def layer_problems(
             f"{patterns if is_pattern else ''}"
         )
     for name in targets:
-        layers = map(model.get_submodule, found[name])
+        layers = [model.get_submodule(n) for n in found[name] if n not in outside]
         if kind := next((type(la).__name__ for la in layers if not _can_have_adapter(la)), None):
             yield (
                 f"lora_target_modules: {name!r} is a {kind}, which cannot get an adapter; name "
@@ -59,9 +60,10 @@ def layer_problems(
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
-    """The last parts of the names of the linear layers."""
-    modules = model.named_modules()
-    return sorted({name.rpartition(".")[2] for name, m in modules if isinstance(m, nn.Linear)})
+    """The last parts of the names of the linear layers that text reaches."""
+    outside = outside_text(model)
+    linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in outside)
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def _is_within(name: str, modules: Iterable[str]) -> bool:
