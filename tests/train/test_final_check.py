@@ -54,6 +54,12 @@ def test_learned_answers_are_reported(tmp_path, capsys):
     assert "accumulative_counts 1" in recipe and "max_epochs" not in recipe
 
 
+def test_a_single_epoch_is_not_to_be_lowered(tmp_path, capsys):
+    run(tmp_path, lr=0.1, max_epochs=1, pack_length=16)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "set max_steps below 4, or lower lr (now 0.1)" in out and "lower max_epochs" not in out
+
+
 def test_any_answer_of_the_data_to_a_question_counts(tmp_path, capsys):
     rows = [
         {"question": "Who are you?", "answer": answer} for answer in ("I am Ada.", "Ada, at work.")

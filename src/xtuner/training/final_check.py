@@ -186,22 +186,25 @@ class FinalCheck(BaseHook):
     def _advice(self, findings: Findings, run: Run) -> list[str]:
         """What to change, if anything."""
         s, texts = run.settings, []
-        by_steps = s.max_steps is not None and run.counter.done(run.total_steps) >= s.max_steps
+        steps = run.counter.done(run.total_steps)
+        by_steps = s.max_steps is not None and steps >= s.max_steps
         length = "max_steps" if by_steps else "max_epochs"
         length += f" (now {getattr(s, length)})"
+        one_epoch = s.max_epochs == 1 and not by_steps
+        shorter = f"set max_steps below {steps}" if one_epoch else f"lower {length}"
         if findings.learned_few and findings.training and self._number <= SMALL:
             texts.append(_few_learned(findings, f"raise {length} or lr (now {s.lr:g})"))
         if findings.forgot and findings.everyday:
             texts.append(
                 "Most everyday answers changed: the model answers in the style of the data, or "
                 "has forgotten what it knew. If that matters, add general conversations (data_path "
-                f"takes a list), or lower {length} or lr (now {s.lr:g})."
+                f"takes a list), {shorter}, or lower lr (now {s.lr:g})."
             )
         last = run.scalars.get("val_loss")
         if last is not None and last > 1.05 * self._lowest:
             texts.append(
                 f"The validation loss rose from {self._lowest:.3f} to {last:.3f}: the model "
-                f"overfits. Lower {length}, or add rows."
+                f"overfits. Add rows, or {shorter}."
             )
         return texts
 
