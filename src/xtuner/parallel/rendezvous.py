@@ -66,6 +66,6 @@ def client(*, host: str | None = None) -> Any:
         wait_for_workers=False,
         master_listen_fd=None if host is None else int(host),
     )
-    # Keys of an earlier attempt in node 0's store would make this one hang. torchrun's restart count
-    # differs between nodes, so it is no prefix; `Processes` agree on one of their own.
+    # Keys of an earlier attempt in node 0's store would make this one hang. torchrun's restart
+    # count differs between nodes, so it is no prefix; `Processes` agree on one of their own.
     return PrefixStore(f"attempt_{os.environ.get(ATTEMPT, '0')}", store)
