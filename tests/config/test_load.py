@@ -270,3 +270,18 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch, given, words
     Path("gbk.py").write_bytes("lr = 1\nSYSTEM = '你好'\n".encode("gbk"))
     with pytest.raises(ConfigError, match=words):
         load_settings(given)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_fault_of_the_file_in_it(tmp_path, monkeypatch):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "mine.py").write_text(NEEDED)
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert load_settings(tmp_path / "mine.py").settings.data_path
+    for missing in ("other.py", "other"):
+        with pytest.raises(ConfigError, match=r"no such file|no settings file or built-in"):
+            load_settings(str(tmp_path / missing))
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(ConfigError, match="cannot be read: Permission denied"):
+        load_settings(tmp_path / "mine.py")

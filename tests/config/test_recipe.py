@@ -50,19 +50,12 @@ def test_the_number_of_epochs_falls_with_the_rows():
 
 
 @pytest.mark.parametrize(
-    ("rows", "duplicates", "epochs"),
-    [
-        (30, 0, 15),
-        (30, 15, 8),
-        (2_000, 1_999, 1),
-        (2_000, 1_000, 8),
-        (20_000, 19_000, 1),
-        (5, 9, 3),
-    ],
+    ("rows", "repetitions", "epochs"),
+    [(30, 1, 15), (30, 2, 8), (2_000, 2_000, 1), (2_000, 2, 8), (20_000, 20, 1), (20_000, 2, 2)],
 )
-def test_repetitions_within_the_data_count_as_epochs(rows, duplicates, epochs):
+def test_repetitions_within_the_data_count_as_epochs(rows, repetitions, epochs):
     chosen = recipe.resolved(
-        settings(), rows=rows, packs=rows, length=64, ranks=1, duplicates=duplicates
+        settings(), rows=rows, packs=rows, length=64, ranks=1, repetitions=repetitions
     )
     assert chosen.max_epochs == epochs
 

@@ -11,6 +11,7 @@ from xtuner.config.load import load_settings
 from xtuner.config.renames import (
     advice,
     explained_as,
+    no_counterpart,
     own_value,
     replaced_by,
     unknown_setting,
@@ -142,6 +143,14 @@ def test_values_without_a_counterpart_say_what_to_do(name, value, told):
         load_settings({**MODEL, name: value})
 
 
+def test_optimizers_without_a_counterpart_are_told_which_there_are():
+    for value in ("lomo", "GaLore_AdamW", "ao_adamw_fp8"):
+        told = no_counterpart("optim_type", value)
+        assert told.startswith(f"{value!r} is not available; 'AdamW', 'Muon', and the 8-bit")
+    assert "'AdamW8bit' is the smallest" in no_counterpart("optim_type", "ao_adamw_4bit")
+    assert no_counterpart("optim_type", "AdamW") is None
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -185,13 +194,16 @@ def test_values_are_taken_for_what_they_mean(name, value, expected):
     ("name", "value", "told"),
     [
         ("adapter", None, "use tuning = 'full'"),
-        ("load_in_4bit", False, "use tuning = 'lora' or 'full'; 'qlora' is the default"),
+        ("load_in_4bit", False, "use tuning = 'lora' or 'full' for weights that are not"),
+        ("load_in_8bit", False, "is off; remove it"),
+        ("quantization_bit", None, "is empty; remove it"),
+        ("use_qlora", False, "use tuning = 'lora' or 'full'; 'qlora' is the default"),
         ("load_in_4bit", True, "use tuning = 'qlora', or quantization = 'nf4'"),
         ("lora_target_linear", False, "is off; remove it"),
         ("use_dora", False, "is off; remove it"),
         ("wandb_project", "", "is empty; remove it"),
         ("special_tokens", None, "is empty; remove it"),
-        ("full_finetuning", False, "use tuning = 'lora' or 'qlora'"),
+        ("full_finetuning", False, "is off; remove it"),
         ("sample_packing", False, "use pack_to_max_length"),
         ("disable_shuffling", False, "use shuffle = True, the default"),
         ("train_on_inputs", False, "is not available: only assistant turns are trained on; alg"),

@@ -1,5 +1,7 @@
 """A syntax error is the only problem reported, with hints for common ones."""
 
+import ast
+
 import pytest
 
 from xtuner.config.load import load_settings
@@ -40,6 +42,10 @@ def problem(tmp_path, text, suffix, *, given=""):
         ("max_length = 2,048", "; write 2048"),
         ("max_length = 2k", "write numbers in digits, and text in quotes"),
         ("validation_ratio = 5%", "write the share as a number: 0.05"),
+        ("save_steps = 10%", "write a number without %"),
+        ("batch_size = 4\n# the rate\n'lr' = 1e-4", "write the name without quotes: lr ="),
+        ("x = [\n 'a' # it's\n # one (\n 'b']\ny z", "write name = value"),
+        ("columns = {\n 'a': 'user'  # a\n # b,\n 'b': 'assistant'}", "write a comma between"),
         ("lr = 1 // the rate", "a comment begins with #"),
         ("data_path = ./a.csv", "write the path in quotes"),
         ("<" * 7 + " HEAD\nlr = 1e-4", "a merge conflict marker"),
@@ -111,6 +117,10 @@ def test_hints_for_values_in_yaml(tmp_path, line, hint):
         ("data_path = [\n  'a.csv'\n  'b.csv'\n]", "two strings without a comma between them"),
         ("data_path = 'a'\nmax_length = 2,500", "; write 2500 without commas"),
         ("data_path: 'a.csv'", "write data_path = 'a.csv'; a file with  name: value  must end"),
+        ("data_path = ['Who are you?' 'Tell me a joke.']", "two strings without a comma"),
+        ("data_path = ['你好。'\n '介绍一下你自己。']", "two strings without a comma"),
+        ("data_path = ['Tell me a joke' 'Who are you']", "two strings without a comma"),
+        ("data_path = ['my data/a.csv' '/my data/b.csv']", "two strings without a comma"),
         ("data_path == 'a.csv'", "write one = to set a value"),
     ],
     ids=lambda value: None,
@@ -132,6 +142,35 @@ def test_long_texts_may_be_joined(tmp_path):
     assert settings.SYSTEM == "onetwo"
     assert settings.data_path == ("a, b", "onetwo", "cd", "é it's")
     assert settings.evaluation_inputs == ("Tell me more", "a" * 80 + "b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['请介绍一下你自己，'\n '并说明你会什么。']",
+        "['请用一句话介绍'\n '你自己。']",
+        "['Tell me a joke'\n ' about cats.']",
+        "['Tell me a joke,\\n'\n 'then explain it.']",
+        "['What is the capital of: '\n 'France?']",
+    ],
+)
+def test_a_text_in_two_lines_is_one_item(text, tmp_path):
+    file = tmp_path / "s.py"
+    needed = "pretrained_model_name_or_path = 'm'\ndata_path = 'd'\n"
+    file.write_text(f"{needed}evaluation_inputs = {text}\n", encoding="utf-8")
+    assert load_settings(file).settings.evaluation_inputs == tuple(ast.literal_eval(text))
+
+
+def test_an_exponent_is_written_in_digits(tmp_path):
+    assert "in digits" not in problem(tmp_path, "lr = 1e-4 2", ".py")
+
+
+def test_a_share_is_offered_only_to_a_setting_that_takes_one(tmp_path):
+    given = "pretrained_model_name_or_path = 'm'\ndata_path = 'd'\n"
+    for line in ("save_steps = '10%'", "max_length = '50%'", "save_steps = '500%'"):
+        assert "write the share" not in problem(tmp_path, line, ".py", given=given)
+    told = "write the share as a number: 0.05"
+    assert told in problem(tmp_path, "warmup_ratio = '5%'", ".py", given=given)
 
 
 def test_chinese_quotes_in_yaml_are_reported(tmp_path):

@@ -67,6 +67,18 @@ def test_identical_rows_are_noted(tmp_path):
     assert "10 of 10 validation rows are also in the training data" in report.notes[1]
 
 
+def test_repetitions_are_those_of_the_training_rows(tmp_path):
+    rows = [chat(f"Who are you, {n}?", "I am Mia.") for n in range(20)]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    assert build_data(path, validation_ratio=0.5).repetitions == 1
+    assert build_data(path, data_repeats=(2,)).repetitions == 2
+    path = write_jsonl(tmp_path / "d.jsonl", [*rows, *rows[:10]])
+    assert build_data(path).repetitions == 1.5
+    held_out = build_data(path, validation_ratio=0.5)
+    assert held_out.report.duplicates == 10, "most of them are copies of rows in the other part"
+    assert 1 <= held_out.repetitions < 1.5
+
+
 def test_loss_weights_reach_the_tokens_of_their_answer(tmp_path):
     rows = [chat("Hi", "abc" * 30), chat("Hi", "plain")]
     rows[0]["messages"] += [{"role": "user", "content": "?"},

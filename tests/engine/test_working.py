@@ -1,9 +1,13 @@
 """Lines of a run: wrapped in a terminal, unwrapped elsewhere; slow work is reported."""
 
 import io
+import re
+from types import SimpleNamespace
 
 from rich.console import Console
 
+from xtuner.engine.counting import Counter
+from xtuner.engine.hooks import evaluation
 from xtuner.engine.working import say, working
 from xtuner.wrapping import columns, wrapped
 
@@ -59,6 +63,18 @@ def test_chinese_takes_two_columns_and_breaks_between_characters():
         " " * 13 + "'问题的回答问题的回答'",
     ]
     assert columns("a问é") == 4
+
+
+def test_an_answer_that_is_wider_than_the_terminal_stays_apart_from_its_mark(tmp_path):
+    shown = console(terminal=True)
+    run = SimpleNamespace(
+        settings=SimpleNamespace(evaluation_inputs=[PATH], evaluation_images=()),
+        console=shown, counter=Counter(), step=0, validate=None, is_main=True,
+        answers=lambda questions: ["I know"], log_dir=tmp_path,
+    )  # fmt: skip
+    evaluation.Hook().on_start(run)
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.file.getvalue())
+    assert f"  Q\n    {PATH}\n  A I know\n" in text
 
 
 def test_commands_and_the_lines_of_a_narrow_terminal_are_kept_whole():

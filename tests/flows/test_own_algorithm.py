@@ -289,7 +289,10 @@ def test_a_loss_that_is_not_finite_names_its_row(folder, capsys):
         (["algorithm='faulty.py:MoreMetrics'"], ["metric 'own'", "metrics = ('accuracy', 'own')"]),
         (["algorithm='faulty.py:CountsNothing'"], ["CountsNothing.count returned 0 for every"]),
         (["algorithm='faulty.py:LacksMetric'"], ["no metric 'gap'", "accuracy"]),
-        (["algorithm='faulty.py:OneSequence'"], ["returned 1 sequences", "sequences_per_row is 2"]),
+        (
+            ["algorithm='faulty.py:OneSequence'"],
+            ["returned 1 sequence for", "sequences_per_row is 2"],
+        ),
         (["algorithm='faulty.py:NoEncoded'"], ["NoEncoded.encode made a list", "Encoded"]),
         (["algorithm='faulty.py:Plain'"], ["is not a subclass of", "BaseAlgorithm"]),
         (["algorithm_options={'margn': 1.0}"], ["no option 'margn'", "allowed: margin"]),

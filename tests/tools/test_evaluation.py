@@ -125,7 +125,7 @@ def test_the_command_measures_splits_and_writes(tmp_path, tiny_model_path, capsy
     assert main([*command, *split, "--out", str(tmp_path / "out.jsonl")]) == 0
     said = capsys.readouterr()
     assert "Held out 1 of 3 tools" in said.out and "turns with a call" in said.out
-    assert "1 rows cannot be used" in said.err and "data.jsonl line 7" in said.err
+    assert "1 row cannot be used" in said.err and "data.jsonl line 7" in said.err
     train = (tmp_path / "split" / "train.jsonl").read_text().splitlines()
     held = (tmp_path / "split" / "held_out.jsonl").read_text().splitlines()
     assert (len(train), len(held)) == (4, 2)

@@ -74,7 +74,7 @@ def _is_chinese(text):
 
 
 def _names(text):
-    return sorted(re.findall("[{](.*?)[}]", text))
+    return sorted(re.findall("[{](.*?)(?::.*?)?[}]", text))
 
 
 def test_what_the_form_shows_is_what_it_makes(tmp_path):

@@ -149,7 +149,11 @@ def _wrong_value(name: str, value: Any) -> str:
     if re.fullmatch(r"\(.*\)", instead):
         return f"{message}; write [{instead[1:-1]}]"
     if share := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value):
-        return f"{message}; write the share as a number: {float(share[1]) / 100:g}"
+        part = float(share[1]) / 100
+        if accepts(name, part):
+            return f"{message}; write the share as a number: {part:g}"
+        if instead := no_counterpart(name, part):
+            return f"{message}; {instead}"
     if name == "tuning" and value in plugins.names(ALGORITHMS):
         return f"{value!r} is a value of 'algorithm'; 'tuning' {message}"
     return message + did_you_mean(value, choices(name))

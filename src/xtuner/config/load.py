@@ -7,6 +7,7 @@ All problems are reported together, in one `ConfigError`, with their lines.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,13 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _file(config: str | Path) -> Path | None:
     """The path of the settings file, or None for a built-in name."""
-    path = Path(config).expanduser()
+    try:
+        return _named(config, Path(config).expanduser())
+    except OSError as error:
+        raise ConfigError(f"{config}: cannot be read: {error.strerror}") from None
+
+
+def _named(config: str | Path, path: Path) -> Path | None:
     known_suffix = path.suffix.lower() in _READERS
     if path.is_dir() and not catalog.is_name(str(config)):
         raise ConfigError(f"{config}: is a folder; give the settings file in it")
@@ -116,17 +123,28 @@ def _file(config: str | Path) -> Path | None:
             f"{config}: a settings file must end in .py, .yaml or .yml; rename it to .py if its "
             "lines are  name = value , to .yaml if they are  name: value"
         )
-    others = path.parent.iterdir() if path.parent.is_dir() else ()
-    names = [file.name for file in others if file.suffix in _READERS]
-    if known_suffix and not path.is_file():
+    if path.is_file():
+        return path
+    if known_suffix:
         raise ConfigError(
             f"{config}: no such file (looked in {Path.cwd()})"
-            f"{did_you_mean(path.name, names) or '; `xtuner copy-cfg NAME FOLDER` creates one'}"
+            + (
+                did_you_mean(path.name, _settings_files(path.parent))
+                or "; `xtuner copy-cfg NAME FOLDER` creates one"
+            )
         )
-    same = [name for name in names if Path(name).stem == path.name]
-    if same and not known_suffix and not catalog.is_name(str(config)):
+    if catalog.is_name(str(config)):
+        return None
+    if same := [name for name in _settings_files(path.parent) if Path(name).stem == path.name]:
         raise ConfigError(f"{config}: is no built-in name; did you mean the file {same[0]}?")
-    return path if known_suffix else None
+    return None
+
+
+def _settings_files(folder: Path) -> list[str]:
+    """The names of the files in `folder` that may be settings; empty if it cannot be listed."""
+    with contextlib.suppress(OSError):
+        return sorted(file.name for file in folder.iterdir() if file.suffix in _READERS)
+    return []
 
 
 def _text(path: Path) -> str:

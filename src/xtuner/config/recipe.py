@@ -47,7 +47,7 @@ def pack_length(settings: Settings, *, lengths: Sequence[int], limit: int) -> in
 
 
 def resolved(
-    settings: Settings, *, rows: int, packs: int, length: int, ranks: int, duplicates: int = 0
+    settings: Settings, *, rows: int, packs: int, length: int, ranks: int, repetitions: float = 1
 ) -> Settings:
     """`settings` with numbers instead of 'auto'.
 
@@ -57,14 +57,14 @@ def resolved(
         packs: Packs (or unpacked samples) per epoch.
         length: Tokens per pack.
         ranks: Number of processes that take different rows.
-        duplicates: Samples equal to an earlier one; an epoch already repeats their rows.
+        repetitions: How often an epoch reads each different row, on average.
     """
     micro_batches = math.ceil(packs / (settings.batch_size * ranks))
     summed = min(MOST_ACCUMULATED, max(1, micro_batches // EPOCH_STEPS))
     given = settings.accumulative_counts
     accumulated = summed if given == "auto" else given
     steps = epoch_steps(settings, packs=packs, accumulated=accumulated, ranks=ranks)
-    epochs = _epochs(rows, max(1, rows - duplicates), steps, settings.max_steps)
+    epochs = _epochs(rows, repetitions, steps, settings.max_steps)
     values = {
         "lora_alpha": settings.effective_lora_alpha,
         "pack_length": length,
@@ -117,12 +117,13 @@ def full_packs(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"pack_length": values["max_length"]} if "max_length" in values else {}
 
 
-def _epochs(rows: int, distinct: int, steps: int, max_steps: int | None) -> int:
-    """Epochs of `rows` samples, `distinct` of them different, in `steps` optimizer steps."""
+def _epochs(rows: int, repetitions: float, steps: int, max_steps: int | None) -> int:
+    """Epochs of `rows` samples, of which each occurs `repetitions` times, in `steps` steps."""
     if max_steps is not None:
         return math.ceil(max_steps / steps)
+    distinct = rows / repetitions
     if steps >= LONG_EPOCH and distinct > MANY_ROWS:
         return 1
     (few, most), (many, least) = EPOCHS
     share = math.log(min(max(distinct, few), many) / few) / math.log(many / few)
-    return max(1, round(most * math.pow(least / most, share) * distinct / rows))
+    return max(1, round(most * math.pow(least / most, share) / repetitions))

@@ -112,11 +112,20 @@ def own_value(name: str, value: Any) -> Any:
 
 def no_counterpart(name: str, value: Any) -> str | None:
     """What to do instead of a `value` of another trainer that setting `name` does not have."""
-    texts: dict[str, str] = table("values")["not"].get(name, {})
+    texts = _instead_of_values(name)
     text = texts.get(_word(value))
     if text is None and isinstance(value, int | float) and not isinstance(value, bool):
         text = texts.get("share" if 0 < value < 1 else "count" if value >= 1 else "")
     return f"{value!r} {text}" if text and text.startswith("is ") else text
+
+
+@functools.cache
+def _instead_of_values(name: str) -> dict[str, str]:
+    """What to do instead of each value that setting `name` does not have."""
+    tables = table("values")
+    alike = (row for row in tables["alike"] if row["setting"] == name)
+    shared = {value: row["text"] for row in alike for value in row["values"]}
+    return {**tables["not"].get(name, {}), **shared}
 
 
 def _word(value: Any) -> str:

@@ -40,13 +40,20 @@ from xtuner.types import Algorithm
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The packs for training and validation, the report on all rows, and the tokens of a pack of
-    the training data."""
+    """The data of a run.
+
+    Attributes:
+        train, validation: The packs.
+        report: The report on all rows.
+        pack_length: Tokens of a pack of the training data.
+        repetitions: How often an epoch reads each different training row, on average.
+    """
 
     train: PackedDataset
     validation: PackedDataset | None
     report: DataReport
     pack_length: int
+    repetitions: float
 
     def with_validation(self, held_out: TrainingData, *, report_dir: Path | None) -> TrainingData:
         """These data, with the training part of `held_out` for validation."""
@@ -59,7 +66,7 @@ class TrainingData:
         )
         if report_dir is not None:
             report.write(report_dir)
-        return TrainingData(self.train, held_out.train, report, self.pack_length)
+        return replace(self, validation=held_out.train, report=report)
 
 
 def build(
@@ -141,8 +148,10 @@ class _Assembly:
         length = self._pack_length(train_rows)
         train = self._packed(train_rows, length)
         validation = self._packed(validation_rows, self._capacity) if len(validation_rows) else None
-        report = self._report(train, validation, train_rows, validation_rows, length)
-        return TrainingData(train, validation, report, length)
+        hashes = self._hashes()
+        report = self._report(train, validation, hashes, train_rows, validation_rows, length)
+        distinct = len(train_rows) - num_duplicates(hashes[train_rows])
+        return TrainingData(train, validation, report, length, len(train_rows) / distinct)
 
     def _pack_length(self, rows: Ints) -> int:
         lengths = self._samples.take(samples_of(rows, self._starts)).length
@@ -208,6 +217,7 @@ class _Assembly:
         self,
         train: PackedDataset,
         validation: PackedDataset | None,
+        hashes: Any,
         train_rows: Ints,
         validation_rows: Ints,
         length: int,
@@ -215,7 +225,6 @@ class _Assembly:
         s = self._settings
         train_rows = np.flatnonzero(np.bincount(train_rows))  # unique
         used = self._rows_per_source(np.concatenate([train_rows, validation_rows]))
-        hashes = self._hashes()
         train_hashes, validation_hashes = hashes[train_rows], hashes[validation_rows]
         return DataReport(
             sources=tuple(

@@ -284,7 +284,7 @@ class _TrainingRun:
             packs=len(data.train),
             length=data.pack_length,
             ranks=self.processes.data_world_size,
-            duplicates=data.report.duplicates,
+            repetitions=data.repetitions,
         )
         self.parts = replace(self.parts, settings=self.settings)
 

@@ -93,7 +93,7 @@ def _steps(settings: Settings, data: TrainingData) -> int:
         packs=packs,
         length=data.pack_length,
         ranks=1,
-        duplicates=data.report.duplicates,
+        repetitions=data.repetitions,
     )
     accumulated, epochs = found.accumulative_counts, found.max_epochs
     assert accumulated != "auto" and epochs != "auto"

@@ -113,7 +113,7 @@ def test_an_image_of_another_size_than_when_data_were_prepared_is_named(made, tm
     packs, collate = made
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     (samples,) = list(packs)
-    with pytest.raises(DataError, match=r"line 2: image 'b.png' takes 1 tokens, but took 6"):
+    with pytest.raises(DataError, match=r"line 2: image 'b.png' takes 1 token, but took 6"):
         collate(samples)
 
 

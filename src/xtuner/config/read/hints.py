@@ -33,8 +33,19 @@ _IN_YAML = "“”‘’「」＂＇，、：；［］｛｝【】＃\u3000\xa0"
 """Those that stand where YAML takes another character; others are often part of a text."""
 OPENING_QUOTES = "“‘「『"
 
+_TEXTS = re.compile(
+    r"\'{3}.*?\'{3}|\"{3}.*?\"{3}|'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|#[^\n]*", re.DOTALL
+)
+"""The strings and comments of Python."""
 _LONG_PART = 60
 """Characters of a string from which it may be continued by the next one in a list."""
+_CONTINUED = re.compile(r"(^|[\s,，、：:；;\-–—(（/\\+=…])$")
+"""The end of a text that goes on in the next string."""
+_SENTENCE = re.compile(r"[.?!。？！…][\"'”’」』)）]*$")
+_BARE = re.compile(r"[^\s，、：；。？！]+")
+"""A word, name, path or address."""
+_LATIN_WORDS = re.compile(r"[^\W⺀-鿿가-힣]{2}")
+_FILE = re.compile(r"\.\w{1,8}$")
 _ASSIGNED = r"\s*\w+\s*=\s*"
 _LINES_OF_PYTHON: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\s*\w+(?:-\w+)+\s*=", lambda found: f"write {found[0].strip(' =').replace('-', '_')}"),
@@ -43,11 +54,12 @@ _LINES_OF_PYTHON: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] =
     (r"\s*[A-Za-z_]\w*\s+[^=\s][^=]*$", "write name = value"),
     (_ASSIGNED + r"(\d{1,3}(?:,\d{3})+)\b", lambda found: f"write {found[1].replace(',', '')}"),
     (
-        _ASSIGNED + r"(\d+(?:\.\d+)?)\s*%",
+        r"\s*\w*(?:ratio|dropout|decay)\w*\s*=\s*(\d+(?:\.\d+)?)\s*%",
         lambda found: f"write the share as a number: {float(found[1]) / 100:g}",
     ),
+    (_ASSIGNED + r"\d+(?:\.\d+)?\s*%", "write a number without %"),
     (_ASSIGNED + r"0\d", "write the number without leading zeros"),
-    (_ASSIGNED + r"\d[\d.]*[A-Za-z]", "write numbers in digits, and text in quotes"),
+    (_ASSIGNED + r"\d[\d.]*(?![eE][+-]?\d)[A-Za-z]", "write numbers in digits, and text in quotes"),
     (_ASSIGNED + r"(?:[A-Za-z]:)?[.~/\\]", "write the path in quotes, with / between its folders"),
     (r"(?:[^'\"]|'[^']*'|\"[^\"]*\")*?\s*(//|/\*)", "a comment begins with #"),
     (r".*?['\"\w)\]}]\s+['\"]", _COMMA),
@@ -61,7 +73,7 @@ def python_hint(line: str, message: str, before: str = "") -> str:
     Args:
         line: The text of the line.
         message: Python's message.
-        before: The text of the line before.
+        before: The text of the lines before.
     """
     if conflict := _conflict(line):
         return conflict
@@ -82,7 +94,9 @@ def python_hint(line: str, message: str, before: str = "") -> str:
         return "each bracket needs one of the same kind: remove it, or add the other"
     if "indent" in message:
         return "begin the line without spaces or tabs"
-    if re.match(r"\s*['\"]", line) and re.search(r"['\"\w)\]}]\s*$", before):
+    if found := re.match(r"\s*(?:'(\w+)'|\"(\w+)\")\s*=(?!=)", line):
+        return f"write the name without quotes: {found[1] or found[2]} ="
+    if re.match(r"\s*['\"]", line) and _is_open_item(before):
         return _COMMA
     for pattern, hint in _LINES_OF_PYTHON:
         if found := re.match(pattern, line):
@@ -133,11 +147,22 @@ def yaml_lines_hint(text: str) -> str:
 
 
 def lacks_comma(source: str) -> bool:
-    """Whether the expression `source` is several strings that Python joins although none of them
-    is part of a text in several lines, which ends with a space or is long."""
+    """Whether the expression `source` is several strings that Python joins although two of them
+    are items of their own rather than parts of one text."""
     tokens = tokenize.generate_tokens(io.StringIO(f"({source})").readline)
-    *parts, _last = [ast.literal_eval(t.string) for t in tokens if t.type == tokenize.STRING]
-    return any(len(part) < _LONG_PART and part == part.rstrip() for part in parts)
+    parts = [ast.literal_eval(t.string) for t in tokens if t.type == tokenize.STRING]
+    return any(map(_are_items, parts, parts[1:]))
+
+
+def _are_items(first: str, second: str) -> bool:
+    """Whether two strings are items of a list: words, paths or sentences that would be joined
+    without a space. A part of a longer text ends with a space or as in the middle of a sentence,
+    is long, or is followed by a space."""
+    if len(first) >= _LONG_PART or _CONTINUED.search(first) or not second or second[0].isspace():
+        return False
+    ends = _SENTENCE.search(first) or _FILE.search(first)
+    bare = _BARE.fullmatch(first) and _BARE.fullmatch(second)
+    return bool(ends or bare or _LATIN_WORDS.fullmatch(first[-1] + second[0]))
 
 
 def plain(text: str) -> str:
@@ -158,6 +183,13 @@ def _sign_in(message: str) -> str:
     found = re.search(r"invalid (?:non-printable )?character (?:'(.)' \()?U\+([0-9A-F]+)", message)
     sign = chr(int(found[2], 16)) if found else ""
     return sign if _replacement(sign) else ""
+
+
+def _is_open_item(before: str) -> bool:
+    """Whether the lines `before` end with an item within a bracket."""
+    code = _TEXTS.sub(lambda found: "" if found[0][0] == "#" else "''", before).rstrip()
+    depth = sum((sign in "([{") - (sign in ")]}") for sign in code)
+    return depth > 0 and bool(re.search(r"['\w)\]}]$", code))
 
 
 def _outside(line: str) -> str:

@@ -326,8 +326,7 @@ def _syntax_problem(error: Exception, text: str) -> Problem:
     if isinstance(error, SyntaxError):
         number, lines = error.lineno or 1, text.split("\n")
         line = lines[number - 1] if number <= len(lines) else error.text or ""
-        before = next((text for text in lines[number - 2 :: -1] if text.strip()), "")
-        hint = hints.python_hint(line, error.msg, before if number > 1 else "")
+        hint = hints.python_hint(line, error.msg, "\n".join(lines[: number - 1]))
         reason = f"is not Python: {error.msg}{f'; {hint}' if hint else ''}"
         return Problem(line.strip(), reason, line=number)
     if isinstance(error, ValueError):

@@ -65,11 +65,11 @@ class Hook(BaseHook):
         for (question, images), answer in zip(questions, answers, strict=True):
             shown = "".join(f"  [magenta]Image[/magenta] {escape(name)}\n" for name in images)
             asked, said = (
-                escape(fitted(run.console, f"  {mark} {text}", indent=4))[4:]
+                escape(fitted(run.console, f"  {mark} {text}", indent=4))[3:]
                 for mark, text in (("Q", question), ("A", visible(answer)))
             )
             run.console.print(
-                f"{shown}  [cyan]Q[/cyan] {asked}\n  [green]A[/green] {said}\n", soft_wrap=True
+                f"{shown}  [cyan]Q[/cyan]{asked}\n  [green]A[/green]{said}\n", soft_wrap=True
             )
             lines += [*(f"Image: {name}" for name in images), f"Q: {question}", f"A: {answer}", ""]
         number = run.counter.done(run.step) if count is None else count
