@@ -253,7 +253,7 @@ def test_errors_that_settings_of_adapters_do_not_cause_are_not_peft_s(error, mon
         add_adapter(tiny_model(), r=4, alpha=8)
     assert caught.value is error
     if isinstance(error, ImportError):
-        with pytest.raises(ConfigError, match="lora_config = .*no module named 'gptqmodel'"):
+        with pytest.raises(ConfigError, match=r"lora_config = .*no module named 'gptqmodel'"):
             add_adapter(tiny_model(), r=4, alpha=8, further={"use_rslora": True})
 
 
