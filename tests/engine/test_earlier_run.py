@@ -55,3 +55,24 @@ def test_a_new_run_does_not_touch_an_earlier_one(work_dir):
         claim(work_dir, settings(lr=1.0), resume=None, overwrite=False)
     assert not claim(work_dir, settings(lr=1.0), resume=None, overwrite=True)
     assert {p.name: p.read_bytes() for p in work_dir.iterdir() if p.is_file()} == before
+
+
+def test_a_look_at_an_earlier_run_writes_nothing(work_dir):
+    here = work_dir.parent
+    (here / "mine.py").write_text("A = 1\n")
+    (here / "sub").mkdir()
+    (here / "sub" / "mine.py").write_text("B = 2\n")
+    hooks = {"dataset_format": "mine.py:A", "custom_hooks": ["sub/mine.py:B"]}
+    lines = [f"{name} = {value!r}" for name, value in {**NEEDED, **hooks}.items()]
+    (here / "settings.py").write_text("\n".join(lines))
+    loaded = load_settings(str(here / "settings.py"))
+    (work_dir / "settings.py").write_text("of another run")
+    before = sorted(here.rglob("*"))
+    with pytest.raises(CheckpointError, match="no run of these settings has started there"):
+        refuse_nothing_to_resume(work_dir, loaded)
+    assert sorted(here.rglob("*")) == before
+    keep_settings(loaded, work_dir)
+    refuse_nothing_to_resume(work_dir, loaded)
+    (here / "mine.py").write_text("A = 3\n")
+    with pytest.raises(CheckpointError, match="no run of these settings has started there"):
+        refuse_nothing_to_resume(work_dir, loaded)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner.engine.checkpoint import CheckpointStore
-from xtuner.engine.earlier_run import refuse_earlier_run
 
 
 @dataclass(frozen=True)
@@ -19,15 +18,9 @@ class RunDirs:
     log_dir: Path
 
     @classmethod
-    def prepare(cls, work_dir: Path, *, resuming: bool, overwrite: bool) -> RunDirs:
-        """Create the folders.
-
-        Raises:
-            CheckpointError: There are checkpoints of an earlier run and neither flag is set.
-        """
+    def prepare(cls, work_dir: Path) -> RunDirs:
+        """Create the folders of a run that has claimed `work_dir` (see `earlier_run`)."""
         CheckpointStore(work_dir).tidy()
-        if not resuming and not overwrite:
-            refuse_earlier_run(work_dir)
         log_dir = work_dir / time.strftime("%Y%m%d_%H%M%S")
         for number in range(1, 1000):
             with contextlib.suppress(FileExistsError):

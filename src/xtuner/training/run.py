@@ -135,7 +135,7 @@ class _TrainingRun:
 
     def _train(self, origin: Origin, overwrite: bool) -> TrainResult:
         self._open(origin)
-        folders = self._prepare_folders(resuming=origin.resuming, overwrite=overwrite)
+        folders = self._prepare_folders()
         data = self._read_data(folders)
         loader = self.parts.loader(data.train, collate=self._collate(), processes=self.processes)
         counter, total = counting_of(self.settings, loader)
@@ -372,11 +372,11 @@ class _TrainingRun:
             console=self.console,
         )
 
-    def _prepare_folders(self, *, resuming: bool, overwrite: bool) -> RunDirs:
+    def _prepare_folders(self) -> RunDirs:
         """Only the main process creates the folders and reads them."""
         if not self.processes.is_main:
             return RunDirs(self.work_dir, self.work_dir)
-        folders = RunDirs.prepare(self.work_dir, resuming=resuming, overwrite=overwrite)
+        folders = RunDirs.prepare(self.work_dir)
         keep_settings(self.loaded, self.work_dir)
         return folders
 
