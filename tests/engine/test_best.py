@@ -1,5 +1,7 @@
 """The best checkpoint, early stopping, and checkpoints at the end of epochs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from data_makers import chats, write_jsonl
@@ -95,6 +97,37 @@ def test_the_last_measurement_is_later_than_the_last_checkpoint(tmp_path, alone)
     store.mark_best("iter_3", "val_loss 1.0")
     best.load_state_dict(best.state_dict(), source=tmp_path / "iter_3")
     assert (best.value, best.waited) == (1.0, 0) and store.best() == tmp_path / "iter_3"
+
+
+def test_other_processes_take_the_entry_of_the_main_process(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.mark_best("iter_2", "val_loss 2.0")  # rewritten by the main process in the meantime
+    other = SimpleNamespace(is_main=False, gather=lambda own: [*own, ("iter_3", "val_loss", 1.0)])
+    best = BestMetric(settings(keep_best=True), store, other)
+    state = {"metric": "val_loss", "goal": "min", "value": 2.0, "name": "iter_2", "waited": 1}
+    best.load_state_dict(state, source=tmp_path / "iter_3")
+    assert (best.value, best.waited) == (1.0, 0)
+
+
+@pytest.mark.parametrize("value", [2.0, None], ids=["pruned", "not-yet-measured"])
+def test_the_best_of_an_abandoned_branch_is_not_the_best_of_the_resumed_run(tmp_path, alone, value):
+    store = CheckpointStore(tmp_path)
+    for step in (2, 4):
+        store.save(step, lambda folder: (folder / "config.json").write_text("{}"))
+    store.mark_best("iter_4", "val_loss 1.0")
+    best = BestMetric(settings(keep_best=True), store, alone)
+    name = "iter_1" if value else ""  # which is deleted
+    state = {"metric": "val_loss", "goal": "min", "value": value, "name": name, "waited": 1}
+    best.load_state_dict(state, source=tmp_path / "iter_2")
+    assert best.value == value and store.best_entry()[0] == ""
+    store.save(5, lambda folder: (folder / "config.json").write_text("{}"))
+    assert store.best() is None
+
+
+def test_the_words_for_one_measurement(tmp_path, alone):
+    best = BestMetric(settings(early_stopping_patience=1), CheckpointStore(tmp_path), alone)
+    measured(best, 1.0, 2.0)
+    assert best.reason() == "val_loss was best at 1 and has not improved in the last measurement"
 
 
 def test_values_that_are_no_numbers_end_the_run(tmp_path, alone):

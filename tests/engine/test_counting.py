@@ -55,3 +55,9 @@ def test_a_run_given_in_micro_batches_takes_the_step_that_reaches_them():
     assert UNEVEN.steps_for(10, most=100) == 4
     assert UNEVEN.steps_of(9) == 3
     assert UNEVEN.steps_of(None) is None
+
+
+def test_counts_have_their_words():
+    assert [Counter().words(n) for n in (1, 2000)] == ["1 step", "2,000 steps"]
+    batches = Counter(unit="micro_batches")
+    assert [batches.words(n) for n in (1, 2)] == ["1 micro-batch", "2 micro-batches"]

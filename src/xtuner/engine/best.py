@@ -56,7 +56,8 @@ class BestMetric:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, source: Path) -> None:
-        """Restore the state of a run that is resumed, and let the file name its best checkpoint.
+        """Restore the state of a run that is resumed, and let the file name its best checkpoint; a
+        collective call.
 
         Args:
             state: What `state_dict` returned; empty for a checkpoint that lacks it. That of another
@@ -70,15 +71,19 @@ class BestMetric:
             self.value, self.waited = value if value is None else float(value), int(state["waited"])
         if source.resolve().parent != self._store.work_dir.resolve():
             return
-        named, metric, value = self._store.best_entry()
-        if metric == self._s.best_metric and (named == source.name or self.value is None):
+        # The others may see the file after the main process has rewritten it.
+        entries = [self._store.best_entry()] if self._processes.is_main else []
+        named, metric, value = self._processes.gather(entries)[0]
+        if metric == self._s.best_metric and (named == source.name or not state):
             # measured after the last step, when its checkpoint had been written
             self.value, self._name, self.waited = value, named, 0
-            return
-        saved = any(path.name == self._name for path in self._store.all())
-        if self._s.keep_best and self._processes.is_main and saved and named != self._name:
-            # killed between the checkpoint and the file, or resumed from an earlier checkpoint
-            self._store.mark_best(self._name, self.summary())
+        elif state and named != self._name and self._s.keep_best and self._processes.is_main:
+            # killed between the checkpoint and the file, or resumed from an earlier checkpoint,
+            # after which another one was the best, and this one may be deleted
+            if any(path.name == self._name for path in self._store.all()):
+                self._store.mark_best(self._name, self.summary())
+            else:
+                self._store.mark_none()
 
     @property
     def _metric(self) -> dict[str, str]:
@@ -122,7 +127,8 @@ class BestMetric:
         """Why the run stops early."""
         if self.value is None:
             return f"{self._s.best_metric} was not a number in {count(self.waited, 'measurement')}"
+        last = "measurement" if self.waited == 1 else count(self.waited, "measurement")
         return (
             f"{self._s.best_metric} was best at {self.value:.4g} and has not improved in the last "
-            f"{count(self.waited, 'measurement')}"
+            f"{last}"
         )

@@ -135,6 +135,10 @@ class CheckpointStore:
         self._point_at(f"{name} {summary}", BEST_FILE)
         flush(self.work_dir)
 
+    def mark_none(self) -> None:
+        """Delete the file `best_checkpoint`: no checkpoint is the best."""
+        (self.work_dir / BEST_FILE).unlink(missing_ok=True)
+
     def _prune(self, keep: Path) -> None:
         if self.limit < 0:
             return

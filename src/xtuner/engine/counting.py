@@ -14,6 +14,7 @@ from typing import Literal
 
 from xtuner.config.schema import Settings
 from xtuner.data.loader import Loader
+from xtuner.errors import count
 
 Unit = Literal["optimizer_steps", "micro_batches"]
 
@@ -72,10 +73,11 @@ class Counter:
                 break
         return [(count, step) for step, count in steps.items()] + [(end, total_steps)]
 
-    @property
-    def words(self) -> str:
-        """What is counted."""
-        return "steps" if self.unit == "optimizer_steps" else "micro-batches"
+    def words(self, number: int) -> str:
+        """`number` with the words for what is counted."""
+        if self.unit == "optimizer_steps":
+            return count(number, "step")
+        return count(number, "micro-batch", "micro-batches")
 
 
 _SHOWN = 4

@@ -143,10 +143,9 @@ def _notes_on_intervals(s: Settings, total: int, counter: Counter) -> Iterator[s
             )
         )
     rows.append(("logging_steps", s.logging_steps, "only the last step is logged"))
-    of_run = count(end, counter.words.removesuffix("s"))
     for name, every, so in rows:
         if every > end:
-            yield f"{name} = {every:,} is more than the {of_run} of this run: {so}"
+            yield f"{name} = {every:,} is more than the {counter.words(end)} of this run: {so}"
 
 
 def _notes_on_effect(s: Settings, device: str) -> Iterator[str]:
