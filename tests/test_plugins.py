@@ -1,5 +1,6 @@
 """Users' classes and functions: what does not fit is named with its file before the run."""
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -35,6 +36,11 @@ WRONG = {
     "no model": ("    def loss(self, batch): pass", r"H.loss\(self, model, batch\) is called"),
     "no collate": ("    collate = None", "H.collate is None; it must be a method"),
     "typo": ("    def losss(self, model, batch): pass", "did you mean 'loss'"),
+    "no batch": (
+        "    @staticmethod\n    def count(): pass",
+        r"H.count\(self, batch\) is called, but too many .*3\)$",
+    ),
+    "on the class": ("    def check(self, settings): pass", r"H.check\(settings\) is .* missing"),
 }
 
 
@@ -65,23 +71,57 @@ def test_methods_that_fit_are_taken(tmp_path):
     assert issubclass(loaded(tmp_path / "hook", HOOK + body, BaseHook), BaseHook)
 
 
+RIGHT = {
+    "static": "    @staticmethod\n    def count(batch): pass",
+    "class": "    @classmethod\n    def count(cls, batch): pass",
+    "cached": "    @functools.cache\n    def count(self, batch): pass",
+    "partial": "    def both(self, extra, batch): pass\n"
+    "    count = functools.partialmethod(both, 1)",
+    "unknown": "    count = staticmethod(dict.update)",
+    "other arguments": "    def counts(self): pass\n    def collated(self, a, b, c): pass",
+    "both": "    def count(self, batch): pass\n    def counts(self, batch): pass",
+    "called": "    def losses(self, model, batch): pass\n"
+    "    def loss(self, model, batch): return self.losses(model, batch)\n"
+    "    def collates(self, samples): pass\n"
+    "    def count(self, batch): return self.collates(batch)",
+    "nested": "    class encoder: pass",
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_own_helpers_and_other_kinds_of_methods_are_taken(tmp_path, case):
+    assert loaded(tmp_path, f"import functools\n{ALGORITHM}{RIGHT[case]}\n", BaseAlgorithm)
+
+
+def test_helpers_of_hooks_are_taken(tmp_path):
+    body = (
+        "    def on_main(self): pass\n"
+        "    def on_each(self, run): pass\n"
+        "    def on_step(self, run): self.on_each(run)\n"
+    )
+    assert loaded(tmp_path, HOOK + body, BaseHook)
+
+
 def test_errors_of_packages_below_a_users_folder_are_not_the_users(tmp_path, monkeypatch):
-    """A user's file may lie in the folder that holds xtuner or a virtual environment."""
+    """A user's file may lie in the folder that holds xtuner, a virtual environment or Python."""
     monkeypatch.setattr(plugins, "_OWN", tmp_path / "src" / "xtuner")
-    for path in ("src/xtuner/core.py", "venv/site-packages/lib.py", "own.py", "near/helper.py"):
+    monkeypatch.setattr(plugins, "_STANDARD_LIBRARY", (tmp_path / "python/lib",))
+    others = ("src/xtuner/core.py", "venv/site-packages/lib.py", "python/lib/json.py")
+    for path in (*others, "own.py", "near/helper.py"):
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("def f(*args):\n    return 1 / 0\n")
     act = plugins.load_user_object("own.py:f", setting="s", folder=tmp_path)
     assert "own.py line 2" in location(act)
-    for path, users in [
-        ("src/xtuner/core.py", False), ("venv/site-packages/lib.py", False),
-        ("near/helper.py", True),
-    ]:  # fmt: skip
+    for path, users in [*((path, False) for path in others), ("near/helper.py", True)]:
         code = compile((tmp_path / path).read_text(), str(tmp_path / path), "exec")
         names = {}
         exec(code, names)
         assert bool(location(names["f"])) is users, path
+
+
+def test_the_standard_library_is_known():
+    assert Path(inspect.__file__).parent in plugins._STANDARD_LIBRARY
 
 
 def location(function):

@@ -6,11 +6,12 @@ its file. A user's own object is named ``"my_file.py:object"``. Listing names im
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -33,6 +34,7 @@ def names(package: str) -> list[str]:
 
 
 _OWN = Path(__file__).parent
+_STANDARD_LIBRARY = tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")})
 _USER_MODULE = "xtuner_user_"
 """Beginning of the names of modules that are users' files."""
 
@@ -54,7 +56,8 @@ def described(error: BaseException, *, of: Any = None) -> str:
 
 def user_location(error: BaseException) -> str:
     """File and line of the innermost call in a user's file, or in a file next to it; empty if
-    there is none. Installed packages are not the user's, even if they are below such a folder."""
+    there is none. Installed packages and Python itself are not the user's, even if they are below
+    such a folder."""
     files = [m.__file__ for n, m in list(sys.modules.items()) if n.startswith(_USER_MODULE)]
     folders = {Path(file).parent for file in files if file}
     found, step = "", error.__traceback__
@@ -67,7 +70,8 @@ def user_location(error: BaseException) -> str:
 
 
 def _is_users(file: Path, folders: Iterable[Path]) -> bool:
-    if file.is_relative_to(_OWN) or {"site-packages", "dist-packages"} & {*file.parts}:
+    installed = {"site-packages", "dist-packages"} & {*file.parts}
+    if installed or any(file.is_relative_to(path) for path in (_OWN, *_STANDARD_LIBRARY)):
         return False
     return any(file.is_relative_to(folder) for folder in folders)
 
@@ -161,47 +165,73 @@ def load_user_class(name: str, base: type, *, setting: str, folder: Path) -> Any
 def _wrong_overrides(kind: type, base: type) -> Iterator[str]:
     """Yield the problems of the methods of `kind`, a user's subclass of `base`: names that `base`
     does not call, and parameters other than those that it passes."""
-    try:
-        _bind(kind, base)
-    except TypeError as error:
+    if problem := _misfit(kind, base):
         taken = inspect.signature(base)
-        yield f"{kind.__name__} is created like {base.__name__}{taken}, but {error}{_defined(kind)}"
+        yield f"{kind.__name__} is created like {base.__name__}{taken}, but {problem}"
     methods = [n for n in dir(base) if n[0] != "_" and callable(getattr(base, n))]
+    missing = []
     for name in methods:
-        own = getattr(kind, name)
-        if own is getattr(base, name):
-            continue
+        own, original = inspect.getattr_static(kind, name), inspect.getattr_static(base, name)
         where = f"{kind.__name__}.{name}"
-        if not callable(own):
+        if own is original:
+            missing.append(name)
+        elif not callable(own) and not isinstance(own, classmethod | functools.partialmethod):
             yield f"{where} is {own!r}; it must be a method"
-            continue
-        try:
-            _bind(own, getattr(base, name))
-        except TypeError as error:
+        elif problem := _misfit(_bound(own, original), _bound(original, original)):
             takes = inspect.signature(getattr(base, name))
-            yield f"{where}{_plain(takes)} is called, but {error}{_defined(own)}"
-    events = any(name.startswith("on_") for name in methods)
-    for name in {n for c in kind.__mro__[: kind.__mro__.index(base)] for n in vars(c)}:
-        unknown = name[0] != "_" and not hasattr(base, name) and callable(getattr(kind, name))
-        guess = did_you_mean(name, methods, cutoff=0.85)
-        if unknown and (guess or (events and name.startswith("on_"))):
+            yield f"{where}{_plain(takes)} is called, but {problem}"
+    yield from _misspelled(kind, base, methods, missing)
+
+
+def _misspelled(
+    kind: type, base: type, methods: Sequence[str], missing: Sequence[str]
+) -> Iterator[str]:
+    """Yield the functions of `kind` that look like one of `methods`, those of `base`: `kind` does
+    not call them itself, and they take the arguments of a method that `kind` lacks."""
+    classes = kind.__mro__[: kind.__mro__.index(base)]
+    functions = {n: f for c in classes for n, f in vars(c).items() if inspect.isfunction(f)}
+    for name, own in functions.items():
+        others = [f.__code__.co_names for f in functions.values() if f is not own]
+        if name[0] == "_" or hasattr(base, name) or any(name in names for names in others):
+            continue
+        originals = {n: inspect.getattr_static(base, n) for n in missing}
+        fitting = [n for n, f in originals.items() if not _misfit(_bound(own, f), _bound(f, f))]
+        events = [n for n in fitting if n.startswith("on_")]
+        guess = did_you_mean(name, fitting, cutoff=0.85)
+        if guess or (events and name.startswith("on_")):
             rest = guess or f"; it has {', '.join(methods)}"
             yield f"{kind.__name__}.{name}: {base.__name__} has no such method{rest}"
 
 
-def _bind(own: Any, original: Any) -> None:
-    """Raise TypeError unless `own` takes the arguments of `original`, all or the required ones."""
-    given, taken = inspect.signature(original).parameters.values(), inspect.signature(own)
-    required = [p for p in given if p.default is p.empty]
-    for arguments in (given, required):
-        keywords = {p.name: None for p in arguments if p.kind is p.KEYWORD_ONLY}
+def _bound(own: Any, original: Any) -> Any:
+    """`own`, an attribute of a class, as it is called where `original` is called: on an object, or
+    on the class if that is a class method."""
+    on_class = isinstance(original, classmethod | staticmethod)
+    bind = getattr(type(own), "__get__", None)
+    return bind(own, None if on_class else object(), object) if bind else own
+
+
+def _misfit(own: Any, original: Any) -> str:
+    """Why `own` does not take the arguments of `original`, neither all nor the required ones, and
+    where it is defined; empty if it does, or if its parameters are unknown."""
+    given = inspect.signature(original).parameters.values()
+    try:
+        taken = inspect.signature(own)
+    except ValueError:
+        return ""
+    problem = ""
+    for parameters in (given, [p for p in given if p.default is p.empty]):
+        keywords = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
         positional = [
-            p for p in arguments if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
-        with contextlib.suppress(TypeError):
+        try:
             taken.bind(*positional, **keywords)
-            return
-    taken.bind(*positional, **keywords)
+        except TypeError as error:
+            problem = f"{error}{_defined(own)}"
+        else:
+            return ""
+    return problem
 
 
 def _plain(signature: inspect.Signature) -> str:

@@ -2,6 +2,7 @@
 run."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -10,29 +11,33 @@ import signal
 import sys
 import weakref
 from dataclasses import replace
+from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 from trainer_parts import quiet_run
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.device.out_of_memory import is_out_of_memory
+from xtuner.engine.checked_loss import checked_count
 from xtuner.engine.hook_calls import HookCalls
 from xtuner.engine.hooks.base import BaseHook
 from xtuner.engine.seeds import micro_seed
 from xtuner.engine.signals import Interrupted
 from xtuner.engine.strategies.replicated import Strategy
 from xtuner.engine.trainer import Trainer
-from xtuner.errors import DataError, LaunchError, TrainingError
+from xtuner.errors import ConfigError, DataError, LaunchError, TrainingError
 from xtuner.kernels.attention import packed as attention
 from xtuner.models.causal_lm import PackedCausalLM
 from xtuner.parallel.processes import Processes
 from xtuner.testing.run_distributed import run_distributed
 from xtuner.testing.tiny import tiny_model
-from xtuner.types import RowRef, Sample
+from xtuner.types import LossOutput, RowRef, Sample
 
 
 def make_samples(count=8, seed=0):
@@ -170,6 +175,56 @@ def test_weights_that_sum_to_less_than_one_are_divided_by_their_sum(tmp_path):
     plain, scaled = (weights_after_one_step(tmp_path, [[group]]) for group in (samples, small))
     for name in plain:
         assert (plain[name] - scaled[name]).abs().max() < 1e-5, name
+
+
+def test_a_micro_batch_with_nothing_to_learn_needs_no_gradient(tmp_path):
+    class Picky(Algorithm):
+        def count(self, batch):
+            return np.int64(0 if 2 in {row.line for row in batch.rows} else batch.num_supervised)
+
+        def loss(self, model, batch):
+            output = super().loss(model, batch)
+            return output if self.count(batch) else LossOutput(torch.zeros(()))
+
+    first, second, third = ([sample] for sample in make_samples(3))
+    trainer = make_trainer(
+        tmp_path, [[first, second], [second], [third], [second]], steps=4, algorithm=Picky()
+    )
+    trainer.run.console = Console(file=io.StringIO(), width=200)
+    trainer.fit()  # the second and the fourth step have no divisor
+    assert trainer.run.step == 4 and trainer.run.scalars["loss"] == 0
+    printed = trainer.run.console.file.getvalue()
+    assert "step 2: Picky.count returned 0" in printed and printed.count("Picky") == 1
+    with pytest.raises(ConfigError, match=r"Picky\.count returned 0 for every batch of a step"):
+        make_trainer(tmp_path, [[second]], algorithm=Picky()).fit()
+
+
+def test_a_detached_loss_of_a_batch_that_counts_is_refused(tmp_path):
+    class Detached(Algorithm):
+        def loss(self, model, batch):
+            return LossOutput(super().loss(model, batch).loss.detach())
+
+    with pytest.raises(ConfigError, match=r"Detached\.loss: the loss has no gradient"):
+        make_trainer(tmp_path, [[make_samples(1)]], algorithm=Detached()).fit()
+
+
+NUMBERS = [(3, 3), (0.5, 0.5), (np.int64(3), 3), (np.float32(0.5), 0.5), (np.array([2]), 2)]
+NUMBERS += [(torch.tensor(3), 3), (torch.tensor([0.5]), 0.5), (Fraction(1, 2), 0.5)]
+
+
+@pytest.mark.parametrize(("given", "number"), NUMBERS, ids=repr)
+def test_a_count_is_any_number(given, number):
+    assert checked_count(SimpleNamespace(count=lambda batch: given), None) == number
+
+
+NO_COUNTS = [True, np.True_, torch.tensor(True), "3", np.str_("3"), None, -1, np.int64(-1)]
+NO_COUNTS += [math.nan, torch.ones(2), np.ones(2), 1j, 10**400]
+
+
+@pytest.mark.parametrize("given", NO_COUNTS, ids=lambda given: f"{given!r:.20}")
+def test_a_count_that_is_no_number_is_refused(given):
+    with pytest.raises(ConfigError, match=r"SimpleNamespace.count returned .* it must return a nu"):
+        checked_count(SimpleNamespace(count=lambda batch: given), None)
 
 
 def test_a_loss_that_is_not_finite_names_its_row_and_keeps_the_weights(tmp_path):

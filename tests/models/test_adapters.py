@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xtuner.convert.merge import merge
-from xtuner.errors import ModelError
+from xtuner.errors import ConfigError, LaunchError, ModelError
 from xtuner.models.adapters import (
     add_adapter,
     count_parameters,
@@ -233,6 +233,28 @@ def test_layer_that_text_does_not_reach_is_not_saved_with_its_namesakes(tmp_path
 def test_names_that_peft_would_ignore_or_refuse_are_named(targets, saved, words):
     with pytest.raises(ModelError, match=words):
         add_adapter(tiny_model(), r=4, alpha=8, target_modules=targets, modules_to_save=saved)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"), MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        ImportError("no module named 'gptqmodel'"), LaunchError("no disk space"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_errors_that_settings_of_adapters_do_not_cause_are_not_peft_s(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("peft.get_peft_model", fail)
+    with pytest.raises(type(error)) as caught:
+        add_adapter(tiny_model(), r=4, alpha=8)
+    assert caught.value is error
+    if isinstance(error, ImportError):
+        with pytest.raises(ConfigError, match=r"lora_config = .*no module named 'gptqmodel'"):
+            add_adapter(tiny_model(), r=4, alpha=8, further={"use_rslora": True})
 
 
 def test_parts_for_images_are_not_trained_instead_of_text():

@@ -8,12 +8,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import HashStore
 
 from xtuner.errors import DataError, LaunchError, PeerLostError
 from xtuner.parallel import once
 from xtuner.parallel.once import Once, check_shared
-from xtuner.parallel.rendezvous import client
 
 
 def four(work, folder_of, *, per_node=4, call=lambda alone, work: alone.run(work)):
@@ -129,16 +128,3 @@ def test_others_go_on_once_the_main_process_is_done(tmp_path):
     for error in others:
         assert isinstance(error, PeerLostError)
         assert "process 0 failed" in str(error) and "another run" in str(error)
-
-
-def test_a_restart_by_torchrun_finds_no_keys_of_the_attempt_before(monkeypatch):
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(server.port))
-    monkeypatch.delenv("XTUNER_ATTEMPT", raising=False)
-    found = []
-    for attempt in "01":
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        found.append(client().check(["once/lock"]))
-        client().set("once/lock", "")
-    assert found == [False, False] and client().check(["once/lock"])

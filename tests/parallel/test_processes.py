@@ -1,5 +1,7 @@
 """Two processes give the gradient that one process gives, also when their shares are uneven."""
 
+import os
+
 import pytest
 import torch
 
@@ -22,8 +24,20 @@ def train_one_step_of_each():
 
     processes = Processes("cpu")
     found = {case: train_one_step(processes, batches) for case, batches in CASES.items()}
+    if processes.world_size > 1:
+        found["store"] = look_into_stores(processes, Processes("cpu"))
     processes.close()
     return found
+
+
+def look_into_stores(processes, restarted):
+    """Whether this process finds what the main process puts into the store of `processes`, there
+    and in the store of `restarted`, if torchrun counts another number of restarts on each node."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(processes.rank)
+    if processes.is_main:
+        processes.store.set("key", "")
+    processes.gather([])
+    return processes.store.check(["key"]), restarted.store.check(["key"])
 
 
 def train_one_step(processes, micro_batches):
@@ -73,6 +87,10 @@ def test_two_processes_equal_one(case, alone, both):
         assert their_count == count
         assert abs(their_loss - loss) < 1e-5
         assert max(abs(a - b) for a, b in zip(their_weights, weights, strict=True)) < 1e-6
+
+
+def test_all_processes_share_one_store_that_has_no_keys_of_an_earlier_attempt(both):
+    assert [found["store"] for found in both] == [(True, False)] * 2
 
 
 def broken():

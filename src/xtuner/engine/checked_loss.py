@@ -18,7 +18,7 @@ def checked_loss(algorithm: Algorithm, model: Any, batch: Batch) -> LossOutput:
 
     Raises:
         ConfigError: The result is not a `LossOutput` with a scalar loss and the metrics that the
-            algorithm declares.
+            algorithm declares, or the loss of a batch that counts has no gradient.
     """
     with _gradients(model) as reached:
         output: Any = algorithm.loss(model, batch)
@@ -46,7 +46,8 @@ def checked_loss(algorithm: Algorithm, model: Any, batch: Batch) -> LossOutput:
             raise ConfigError(
                 f"{name}: {what} is {seen}; it must be a scalar tensor, a sum over the batch"
             )
-    if reached and not output.loss.requires_grad and torch.is_grad_enabled():
+    detached = reached and not output.loss.requires_grad and torch.is_grad_enabled()
+    if detached and checked_count(algorithm, batch) > 0:  # else there may be nothing to learn
         raise ConfigError(
             f"{name}: the loss has no gradient, although the model's output has; compute it from "
             "that output without detach(), item() or torch.no_grad()"
@@ -79,11 +80,22 @@ def checked_count(algorithm: Algorithm, batch: Batch) -> float:
         ConfigError: It is not a number, or negative.
     """
     count: Any = algorithm.count(batch)
-    if isinstance(count, Tensor) and count.numel() == 1:
-        count = count.item()
-    if isinstance(count, bool) or not isinstance(count, int | float) or not count >= 0:
+    number = as_number(count)
+    if number is None or isinstance(number, bool) or not number >= 0:
         raise ConfigError(
             f"{type(algorithm).__name__}.count returned {count!r:.100}; it must return a number, "
             "0 or more: what the batch adds to the divisor of the loss"
         )
-    return float(count)
+    return float(number)
+
+
+def as_number(value: Any) -> float | bool | None:
+    """The float or bool that `value` is, possibly of NumPy or as a tensor of one element; None if
+    it is something else."""
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+        if isinstance(plain, bool):
+            return plain
+        return None if isinstance(plain, str | bytes) else float(plain)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from xtuner.engine.checked_loss import as_number
 from xtuner.engine.hooks.base import BaseHook, Run
 from xtuner.errors import ConfigError, DataError, LaunchError, XTunerError
 from xtuner.parallel.activity import busy
@@ -77,14 +78,11 @@ def _number(value: Any, name: str, hook: BaseHook) -> float:
     Raises:
         ConfigError: It is not a number.
     """
-    try:
-        if isinstance(value, str):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    if (number := as_number(value)) is None:
         shape = getattr(value, "shape", None)
         seen = f"a {type(value).__name__} of shape {list(shape)}" if shape else f"{value!r}"
         raise ConfigError(
             f"hook {type(hook).__qualname__}: run.scalars[{name!r}] is {seen:.200}; it must be a "
             "number"
-        ) from None
+        )
+    return float(number)

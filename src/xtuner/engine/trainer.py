@@ -86,6 +86,7 @@ class Trainer:
             stopped=lambda: self._stop.made,
         )
         self._weights_are_consistent = True
+        self._noted_no_count = False
 
     def fit(self) -> None:
         """Train until the end or an interruption.
@@ -209,10 +210,7 @@ class Trainer:
         if stops:
             raise Interrupted
         if supervised and not divisor:
-            raise ConfigError(
-                f"{type(self.algorithm).__name__}.count returned 0 for every batch of a step with "
-                f"{supervised:,.0f} supervised tokens; the loss is divided by it"
-            )
+            self._counts_nothing(supervised)
         lr = self._learning_rate()
         self.strategy.set_learning_rate(lr)
         found = self.gradients.compute(group, divisor=divisor, step=run.step)
@@ -241,6 +239,19 @@ class Trainer:
         }
         if self.loss_scaler.enabled:
             run.scalars["loss_scale"] = scale
+
+    def _counts_nothing(self, supervised: float) -> None:
+        """Refuse a first step that has no divisor; note the first one of a later step."""
+        problem = (
+            f"{type(self.algorithm).__name__}.count returned 0 for every batch of a step with "
+            f"{supervised:,.0f} supervised tokens"
+        )
+        if not self.run.step:
+            raise ConfigError(f"{problem}; the loss is divided by it")
+        if not self._noted_no_count:
+            self._noted_no_count = True
+            note = f"Note: step {self.run.step + 1}: {problem}; such a step divides its loss by 1."
+            self.run.console.print(note, markup=False)
 
     def _counts(self) -> tuple[Callable[[Batch], float], ...]:
         """The counts of each micro-batch: its share of the divisor, supervised tokens, tokens."""

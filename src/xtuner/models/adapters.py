@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from xtuner.device.out_of_memory import is_out_of_memory
 from xtuner.errors import ModelError, XTunerError, count, in_one_line
 from xtuner.hub.weight_files import adapter_file, names_of, tensors_of
 from xtuner.kernels.lora.layers import layer_classes
@@ -94,9 +95,10 @@ def add_adapter(
             )
             config._register_custom_module(layer_classes())
             adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # PEFT checks few of the values that a user can set
+            needs_package = isinstance(error, ImportError) and not further
+            if isinstance(error, XTunerError) or needs_package or is_out_of_memory(error):
+                raise
             raise refusal(error, further) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -7,6 +7,7 @@ ranks.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -57,8 +58,6 @@ class Processes:
         LaunchError: The processes cannot be split into groups of `sequence_parallel_size`.
     """
 
-    _made = 0
-
     def __init__(
         self,
         device: str,
@@ -86,9 +85,9 @@ class Processes:
         self.node = int(os.environ.get("GROUP_RANK", "0")) if self.world_size > 1 else 0
         self.nodes = -(-self.world_size // int(on_node)) if on_node else 1
         self.node_leader = self.rank - int(local) if self.world_size > 1 else 0
-        self._number = Processes._made
-        Processes._made += 1
         self._alone: str | None = None
+        # Another launcher may keep its store over restarts, with the keys of the attempt before.
+        self._prefix: str = self.gather([secrets.token_hex(8)])[0]
         self._watch: Watch | None = None
         if self.world_size > 1:
             end_with_parent()
@@ -106,11 +105,11 @@ class Processes:
     @cached_property
     def store(self) -> Any:
         """The store that all processes can read and write at any time, over a separate
-        connection."""
+        connection. It is empty at first."""
         return self._connect()
 
     def _connect(self) -> Any:
-        return PrefixStore(f"processes_{self._number}", client())
+        return PrefixStore(self._prefix, client())
 
     @property
     def data_rank(self) -> int:

@@ -66,7 +66,6 @@ def client(*, host: str | None = None) -> Any:
         wait_for_workers=False,
         master_listen_fd=None if host is None else int(host),
     )
-    # Keys of an earlier attempt would make this one hang, or not wait: node 0's launcher and
-    # torchrun keep their store over restarts.
-    attempt = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"attempt_{attempt}", store)
+    # Keys of an earlier attempt in node 0's store would make this one hang. torchrun's restart
+    # count differs between nodes, so it is no prefix; `Processes` agree on one of their own.
+    return PrefixStore(f"attempt_{os.environ.get(ATTEMPT, '0')}", store)
