@@ -9,6 +9,7 @@ from pathlib import Path
 import xtuner
 from xtuner import cli
 from xtuner.errors import shell_command
+from xtuner.hub.sharing import shareable_command
 
 NAMES = [
     "plain",
@@ -42,6 +43,15 @@ def test_words_of_a_command_reach_the_program_unchanged():
     assert shell_command("xtuner", "chat", "MODEL", "--adapter", "iter_5") == (
         "xtuner chat MODEL --adapter iter_5"
     )
+
+
+def test_the_home_directory_of_a_shared_command_is_expanded_by_a_shell():
+    home = Path.home()
+    words = [home / "my runs" / "w", home / "w", home, "~/my runs", f"/gpfs{home}/w", *NAMES]
+    line = shareable_command("printf", "%s\\n", *words)
+    assert line.startswith("printf '%s\\n' ~/'my runs/w' ~/w ~ '~/my runs' ")
+    found = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
+    assert found.stdout.split("\n")[:-1] == list(map(str, words))
 
 
 def unquoted(source):

@@ -11,21 +11,41 @@ _NARROW = 40
 _INDENT = 4
 """Further lines are indented by this more than the first."""
 _LABEL = re.compile(r"[A-Z][a-z]+ {2,}")
-_COMMAND = re.compile(r" *(xtuner|pip|iconv|make) ")
-_PIECE = re.compile(
-    r" *(?:[^ ]*[/\\=][^ ]*|'[^' ]*'|\"[^\" ]*\"|`[^` ]*`|"
-    r"[⺀-鿿가-힣][，。、；：？！）》”’」』,.;:]*|[^ '\"`⺀-鿿가-힣]+|[^ ])"
+XTUNER_COMMANDS = (
+    "chat", "check-custom-dataset", "convert", "copy-cfg", "evaluate-tools", "explain", "fetch",
+    "list-cfg", "list-dataset-format", "log-dataset", "migrate-cfg", "mmbench", "report", "serve",
+    "test", "train", "web",
+)  # fmt: skip
+_A_COMMAND = (
+    rf"(?:xtuner (?:{'|'.join(XTUNER_COMMANDS)})|pip install|hf upload|iconv -f|srun --)(?![\w-])"
 )
-"""What is not broken: a path, a quoted word, a Chinese, Japanese or Korean character with the
-punctuation after it, or what is between these."""
+_COMMAND_LINE = re.compile(rf" *{_A_COMMAND}")
+_COMMAND_AT_END = re.compile(rf"(?<=[:：]) *{_A_COMMAND}")
+_WIDE = "⺀-鿿가-힣"
+_ENDS = "，、。；：？！"
+_CLOSING = "）》”’」』"
+_WHOLE = "|".join(
+    [
+        r"`[^`]*`",
+        rf"\({_A_COMMAND}[^()]*\)",
+        r"(?<![A-Za-z0-9'])'(?:[^' /\\]*'|[^'/\\]*[/\\][^']*')(?![A-Za-z0-9])",
+        r'(?<![A-Za-z0-9"])"(?:[^" /\\]*"|[^"/\\]*[/\\][^"]*")(?![A-Za-z0-9])',
+    ]
+)
+"""What is in backticks, a command in brackets, a quoted word, or a quoted path, which may contain
+spaces."""
+_WORD = re.compile(rf" *(?:(?:{_WHOLE}|[^ {_ENDS}])+[{_ENDS}{_CLOSING}]*|[{_ENDS}]+)| +")
+_PIECE = re.compile(rf" *(?:{_WHOLE}|[{_WIDE}][{_ENDS}{_CLOSING},.;:]*|[^ '\"`{_WIDE}]+|[^ ])| +")
+"""What is not broken in a word with Chinese, Japanese or Korean: one such character with the
+punctuation after it, what is in quotes, or what is between these."""
 
 
 def wrapped(text: str, width: int, *, indent: int | None = None) -> str:
     """Break the lines of `text` at spaces so that they fit into `width` columns.
 
-    Words longer than a line, such as paths, are kept whole, and so are lines with a command. Text
-    in Chinese, Japanese or Korean also breaks between characters, unless it is part of a path or
-    in quotes.
+    Words longer than a line, such as paths, are kept whole, and so are commands: a line that is
+    one, what follows a colon and is one, and what is in backticks. Text in Chinese, Japanese or
+    Korean also breaks between characters, unless it is part of a path or in quotes.
 
     Args:
         indent: The spaces before further lines; None: aligned with the text after a label, or
@@ -50,7 +70,7 @@ def _columns(sign: str) -> int:
 
 
 def _wrapped(line: str, width: int, indent: int | None) -> str:
-    if columns(line) <= width or _COMMAND.match(line):
+    if columns(line) <= width or _COMMAND_LINE.match(line):
         return line
     if indent is None:
         label = _LABEL.match(line)
@@ -68,13 +88,24 @@ def _wrapped(line: str, width: int, indent: int | None) -> str:
 
 
 def _pieces(line: str) -> Iterator[str]:
-    """`line` in the pieces between which it may break, each with the spaces before it. A piece
-    that is next to another one without a space belongs to it, unless it is Chinese, Japanese or
+    """`line` in the pieces between which it may break, each with the spaces before it."""
+    command = _COMMAND_AT_END.search(line)
+    for word in _WORD.findall(line[: command.start()] if command else line):
+        if any(sign in word for sign in "/\\=") or word.isascii():
+            yield word
+        else:
+            yield from _pieces_of_word(word)
+    if command:
+        yield line[command.start() :]
+
+
+def _pieces_of_word(word: str) -> Iterator[str]:
+    """A piece that is next to another one belongs to it, unless it is Chinese, Japanese or
     Korean."""
     held = ""
-    for piece in _PIECE.findall(line):
+    for piece in _PIECE.findall(word):
         wide = piece.lstrip() >= "⺀"
-        if held and (piece[0] == " " or wide or held.lstrip() >= "⺀"):
+        if held.strip() and (wide or held.lstrip() >= "⺀"):
             yield held
             held = ""
         held += piece

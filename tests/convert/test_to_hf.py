@@ -42,9 +42,14 @@ def test_the_result_names_no_local_folders(tiny_model_path, full_checkpoint, tmp
     given = {
         "data_path": [str(Path.home() / "secret" / "d.jsonl"), "owner/data"],
         "work_dir": "/data/me/run", "SYSTEM": "/no_think", "dtype": "float32",
+        "evaluation_stop_words": ["/s", "/end of"], "columns": {"/q": "user"}, "report_to": ["/x"],
+        "custom_hooks": ["/data/me/my.py:Hook"], "strategy": "/data/me/zero.json",
         "pretrained_model_name_or_path": str(tiny_model_path),
     }  # fmt: skip
-    shared = {**given, "data_path": ["d.jsonl", "owner/data"], "work_dir": "run"}
+    shared = {
+        **given, "data_path": ["d.jsonl", "owner/data"], "work_dir": "run",
+        "custom_hooks": ["my.py:Hook"], "strategy": "zero.json",
+    }  # fmt: skip
     source = write_adapter(tmp_path / "iter_1", tiny_model_path, settings=given)
     convert(source, tmp_path / "adapter")
     info = RunInfo.read(tmp_path / "adapter")
@@ -56,6 +61,16 @@ def test_the_result_names_no_local_folders(tiny_model_path, full_checkpoint, tmp
     name = tiny_model_path.name
     assert info.base_model == name
     assert info.settings == {**shared, "pretrained_model_name_or_path": name}
+
+
+def test_a_template_whose_fields_are_recorded_is_named_without_its_folder():
+    given = RunInfo(
+        "llava", "/m/base", prompt_template="/data/me/my.py:T", visual_encoder="/m/clip"
+    )
+    assert given.without_local_paths() == given  # chat needs all of them
+    whole = replace(given, kind="model", template={"prompt": "x"}).without_local_paths()
+    names = (whole.base_model, whole.prompt_template, whole.visual_encoder)
+    assert names == ("base", "my.py:T", "clip")
 
 
 def test_an_adapter_of_a_float32_run_stays_float32(tiny_model_path, tmp_path):

@@ -127,6 +127,9 @@ def test_nothing_of_the_home_directory_or_a_token_is_shared():
     assert shareable(given) == {
         "path": "~/data/x.jsonl", "list": ["~", "other"], "note": "use <token>",
     }  # fmt: skip
+    for text in (f"/gpfs{home}/w", f"~{home}", f"x{home}/w", f"{home}er"):
+        assert shareable(text) == text
+    assert shareable(f"file://{home}/w, '{home}/x y'") == "file://~/w, '~/x y'"
     given = {"api_key": "abc", "max_new_tokens": 9, "at": "https://me:pass@host/x", "token": None}
     assert shareable(given) == {
         "api_key": "<token>", "max_new_tokens": 9, "at": "https://<token>@host/x", "token": None,

@@ -2,14 +2,17 @@
 
 import io
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
+from xtuner import cli
 from xtuner.engine.counting import Counter
 from xtuner.engine.hooks import evaluation
 from xtuner.engine.working import say, working
-from xtuner.wrapping import columns, wrapped
+from xtuner.wrapping import XTUNER_COMMANDS, columns, wrapped
 
 
 def console(*, terminal, width=50):
@@ -84,6 +87,47 @@ def test_commands_and_the_lines_of_a_narrow_terminal_are_kept_whole():
     assert wrapped("  one two three four five six seven eight nine", 40).splitlines()[1] == (
         "      eight nine"
     )
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        "`xtuner train config.py --resume auto --work-dir somewhere`",
+        "'/home/ada/my data/first rows of all.jsonl'",
+        "(pip install 'xtuner[gpu]' --upgrade --no-cache-dir)",
+        "xtuner chat Qwen/Qwen2.5 --adapter 'my runs/b' --greedy",
+    ],
+    ids=["backticks", "path", "brackets", "command"],
+)
+def test_what_is_copied_stays_in_one_line(whole):
+    for before in (
+        "b is an adapter on a model that is not here; use it so: ",
+        "请先用另一个模型：",
+    ):
+        text = f"{before}{whole}"
+        lines = wrapped(text, 60).splitlines()
+        assert lines[-1].strip().endswith(whole) and len(lines) > 1
+        assert max(map(columns, lines[:-1])) <= 60
+    after = "" if whole.startswith("xtuner") else "，然后再试一次" * 6
+    assert whole in wrapped(f"请运行：{whole}{after}", 60)
+
+
+def test_prose_that_begins_like_a_command_is_wrapped():
+    for start in ("make sure that", "xtuner reads", "pip is"):
+        text = f"{start} " + "many words " * 10
+        assert max(map(len, wrapped(text, 50).splitlines())) <= 50
+
+
+def test_a_long_chinese_text_with_a_path_is_wrapped_after_its_punctuation():
+    text = "请检查文件/data/行.jsonl，" + "其中的每一行都应当是一个对象，" * 4
+    lines = wrapped(text, 50, indent=0).splitlines()
+    assert max(map(columns, lines)) <= 50 and "".join(lines) == text
+    assert "/data/行.jsonl" in lines[0]
+
+
+def test_every_command_of_xtuner_is_known_to_the_wrapping():
+    files = {file.stem for file in Path(cli.__file__).parent.glob("[!_]*.py")} - {"app"}
+    assert {name.replace("_", "-") for name in files} == {*XTUNER_COMMANDS}
 
 
 def test_an_apostrophe_begins_no_quotation():

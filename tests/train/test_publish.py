@@ -25,7 +25,10 @@ def checkpoint(tmp_path):
     (folder / "training_state.pt").write_bytes(b"state")
     settings = {"pretrained_model_name_or_path": base, "data_path": [str(tmp_path / "d.jsonl")]}
     settings["system"] = f"use {TOKEN}"
+    settings |= {"evaluation_stop_words": ["/s"], "custom_hooks": [f"{tmp_path}/my.py:Hook"]}
     info = {"kind": "adapter", "base_model": base, "settings": settings}
+    info |= {"prompt_template": f"{tmp_path}/my.py:T", "template": {"SYSTEM": "{system}"}}
+    info["visual_encoder"] = str(tmp_path / "clip")
     (folder / "run.yaml").write_text(yaml.safe_dump(info))
     manifest.write(folder)
     return folder
@@ -56,6 +59,9 @@ def test_result_is_uploaded_without_state_and_local_paths(checkpoint, hub, tmp_p
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "my_model"
     assert b"library_name: peft" in files["README.md"]
     assert b"hf_" not in files["run.yaml"]
+    info = yaml.safe_load(files["run.yaml"])
+    assert (info["prompt_template"], info["visual_encoder"]) == ("my.py:T", "clip")
+    assert info["settings"]["evaluation_stop_words"] == ["/s"]
     assert str(tmp_path) in (checkpoint / "run.yaml").read_text()  # the checkpoint is untouched
     listed = json.loads(files["manifest.json"])["files"]
     assert set(listed) == set(files) - {"manifest.json"}

@@ -68,6 +68,7 @@ def pth_to_hf(
     and run.yaml are kept, so that chat and merge find the base model and the template. Training
     state is left out.
     """
+    save_dir = save_dir.expanduser()
     settings = _settings.load_any(
         config, overrides=overrides, trust_remote_code=trust_remote_code, trust_code=True
     ).settings
@@ -201,6 +202,7 @@ def merge(
     adapter was trained with QLoRA: merging into 4-bit weights would round them again. Weights are
     merged file by file, which takes little memory; the verification loads the model.
     """
+    save_dir = save_dir.expanduser()
     if is_clip:
         from xtuner.convert.vision_tower import merge_encoder
 
@@ -234,7 +236,8 @@ def split(
     """
     from xtuner.convert.split import split as run
 
-    run(src, dst, max_shard_size=max_shard_size)
+    dst = dst.expanduser()
+    run(src.expanduser(), dst, max_shard_size=max_shard_size)
     _output.echo(f"Wrote {dst}; every tensor was read back and is identical.")
     _next("xtuner", "chat", str(dst))
 

@@ -35,7 +35,7 @@ def new_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
         LaunchError: `target` is not empty, or the disk space is insufficient. Partial output is
             removed.
     """
-    target = target.absolute()
+    target = target.expanduser().absolute()
     check_free(target)
     parents = [path for path in target.parents if not path.exists()]
     draft = target.with_name(f".{target.name}.writing")

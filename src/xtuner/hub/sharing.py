@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ _SECRET = re.compile(
 """Access tokens of hubs and services, and the user and password in an address."""
 _NAMES = re.compile(r"(.*_)?(token|secret|password|api_?key)", re.IGNORECASE)
 """Keys whose values are secret."""
+_BEFORE = r"(?:(?<![\w.~/-])|(?<=://)|(?<=\\n))"
+"""The home directory is not in the middle of a path; it may follow ``file://``."""
 
 
 def shareable(value: Any) -> Any:
@@ -31,8 +34,22 @@ def shareable(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     home = str(Path.home())
-    text = re.sub(re.escape(home) + r"(?![\w.-])", "~", value) if len(home) > 1 else value
+    path = _BEFORE + re.escape(home) + r"(?![\w.-])"
+    text = re.sub(path, "~", value) if len(home) > 1 else value
     return _SECRET.sub("<token>", text)
+
+
+def shareable_command(*words: object) -> str:
+    """A command for the user to copy, with ``~`` for the home directory where a shell expands it:
+    at the beginning of a word, before the quotes."""
+    return " ".join(map(_shareable_word, map(str, words)))
+
+
+def _shareable_word(word: str) -> str:
+    shown = str(shareable(word))
+    if shown == word or not re.match("~(/|$)", shown):
+        return shlex.quote(shown)
+    return "~/" + shlex.quote(shown[2:]) if shown[2:] else shown
 
 
 def public_name(base: str) -> str:

@@ -15,13 +15,17 @@ from typing import Any, Literal
 
 import yaml
 
+from xtuner import plugins
+from xtuner.config.schema import Settings
 from xtuner.errors import CheckpointError
 from xtuner.hub.sharing import last_parts, public_name, shareable
 from xtuner.version import __version__
 
 FILE_NAME = "run.yaml"
-_TEXTS = ("SYSTEM", "evaluation_system", "evaluation_inputs")
-"""Settings that are texts, which may begin like a path."""
+_TEXTS = ("SYSTEM", "evaluation_system", "evaluation_inputs", "evaluation_stop_words")
+"""Settings that are texts, which the model reads or writes."""
+_LOCAL = (*Settings.paths(), "work_dir", "image_folder", "evaluation_images", "strategy")
+"""Settings that may name a file or folder of this machine."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,22 @@ class RunInfo:
 
     def without_local_paths(self) -> RunInfo:
         """These facts without folders of this machine, for files that may be shared. What an
-        adapter needs to find its base model and what the model reads are kept."""
-        base = public_name(self.base_model) if self.kind == "model" else self.base_model
-        kept = {name: self.settings[name] for name in _TEXTS if name in self.settings}
-        settings = {name: last_parts(shareable(value)) for name, value in self.settings.items()}
+        adapter needs to find its base model, a LLaVA its base model and vision tower, and what the
+        model reads are kept."""
+        complete = self.kind == "model"
+        base = public_name(self.base_model) if complete else self.base_model
+        encoder = public_name(self.visual_encoder) if complete else self.visual_encoder
+        settings = without_folders(self.settings)
         if "pretrained_model_name_or_path" in settings:
-            kept["pretrained_model_name_or_path"] = base
-        return replace(self, base_model=base, settings={**settings, **kept})
+            settings["pretrained_model_name_or_path"] = base
+        template = last_parts(self.prompt_template) if self.template else self.prompt_template
+        return replace(
+            self,
+            base_model=base,
+            visual_encoder=encoder,
+            prompt_template=template,
+            settings=settings,
+        )
 
     def write(self, folder: Path) -> None:
         """Write ``folder/run.yaml``."""
@@ -112,6 +125,21 @@ class RunInfo:
             raise CheckpointError(f"{path}: is not an xtuner run file: {error}") from error
         except RecursionError as error:
             raise CheckpointError(f"{path}: is nested too deeply for a run file") from error
+
+
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with the last part of each path of this machine."""
+    return {
+        name: value if name in _TEXTS else _shared(name, shareable(value))
+        for name, value in settings.items()
+    }
+
+
+def _shared(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_shared(name, item) for item in value]
+    local = name in _LOCAL or (isinstance(value, str) and plugins.is_user_path(value))
+    return last_parts(value) if local else value
 
 
 def installed_versions() -> dict[str, str]:

@@ -19,8 +19,7 @@ from typing import Any
 from xtuner import i18n
 from xtuner.config.render import literal
 from xtuner.config.schema import Settings
-from xtuner.errors import shell_command
-from xtuner.hub.sharing import shareable
+from xtuner.hub.sharing import shareable, shareable_command
 from xtuner.i18n import Words
 from xtuner.runs import answers, chart, data_section
 from xtuner.runs.folder import REPORT_FILE, RunFolder
@@ -234,15 +233,16 @@ def next_commands(
     """Next steps for the user: the key of a heading, and a command."""
     folder = run.work_dir
     if run.checkpoints():
-        yield "next_chat", shell_command("xtuner", "chat", folder)
+        yield "next_chat", shareable_command("xtuner", "chat", folder)
     if record is None:
         return
     if status in ("interrupted", "failed", "killed") and run.checkpoints():
-        train = shell_command("xtuner", "train", folder / f"{record.name}.py", "--work-dir", folder)
-        yield "next_resume", f"{train} --resume"
+        file = folder / f"{record.name}.py"
+        words: tuple[object, ...] = ("train", file, "--work-dir", folder, "--resume")
+        yield "next_resume", shareable_command("xtuner", *words)
     if run.checkpoints() and record.settings.get("tuning") != "full":
         words = ("convert", "merge", record.base_model, folder, folder / "merged")
-        yield "next_merge", shell_command("xtuner", *words)
+        yield "next_merge", shareable_command("xtuner", *words)
 
 
 def part_style(inside: str) -> str:

@@ -19,6 +19,7 @@ from xtuner.hub.json_files import write_object
 from xtuner.hub.sharing import last_parts, public_name, shareable
 from xtuner.models import manifest
 from xtuner.models.run_info import FILE_NAME as RUN_FILE
+from xtuner.models.run_info import without_folders
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -131,7 +132,10 @@ def stage(checkpoint: Path, target: Path) -> None:
         base = info["base_model"] = public_name(str(info.get("base_model") or ""))
         settings = info.get("settings") or {}
         settings["pretrained_model_name_or_path"] = base
-        info["settings"] = {name: last_parts(shareable(value)) for name, value in settings.items()}
+        info["settings"] = without_folders(settings)
+        info["visual_encoder"] = public_name(str(info.get("visual_encoder") or ""))
+        if info.get("template"):
+            info["prompt_template"] = last_parts(info.get("prompt_template"))
         text = yaml.safe_dump(shareable(info), allow_unicode=True, sort_keys=False)
         file.write_text(text, encoding="utf-8")
     if not (target / "README.md").exists():
