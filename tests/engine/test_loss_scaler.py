@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from test_trainer import FixedGroups
-from trainer_parts import quiet_run
+from trainer_parts import FixedGroups, quiet_run
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from test_trainer import make_samples, make_trainer
+from trainer_parts import make_samples, make_trainer
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.engine.hooks.base import BaseHook

@@ -12,7 +12,7 @@ import pytest
 import sharded_cases
 import torch
 from recording_strategy import Recording
-from test_trainer import make_samples, make_trainer
+from trainer_parts import make_samples, make_trainer
 
 from xtuner import plugins
 from xtuner.config.schema import Settings

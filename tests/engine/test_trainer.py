@@ -20,7 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.nn import functional as F
-from trainer_parts import quiet_run
+from trainer_parts import make_samples, make_trainer, weighted
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.device.out_of_memory import is_out_of_memory
@@ -29,92 +29,16 @@ from xtuner.engine.hook_calls import HookCalls
 from xtuner.engine.hooks.base import BaseHook
 from xtuner.engine.seeds import micro_seed
 from xtuner.engine.signals import Interrupted
-from xtuner.engine.strategies.replicated import Strategy
-from xtuner.engine.trainer import Trainer
 from xtuner.errors import ConfigError, DataError, LaunchError, TrainingError
-from xtuner.kernels.attention import packed as attention
-from xtuner.models.causal_lm import PackedCausalLM
-from xtuner.parallel.processes import Processes
 from xtuner.testing.run_distributed import run_distributed
 from xtuner.testing.tiny import tiny_model
-from xtuner.types import LossOutput, RowRef, Sample
-
-
-def make_samples(count=8, seed=0):
-    generator = np.random.default_rng(seed)
-    samples = []
-    for line in range(1, count + 1):
-        length = int(generator.integers(4, 30))
-        mask = generator.random(length) < 0.5
-        mask[-1] = True
-        ids = generator.integers(5, 261, length)
-        samples.append(Sample(ids.astype(np.int64), mask, RowRef("rows.jsonl", line)))
-    return samples
-
-
-class FixedGroups:
-    """Gives the same groups of micro-batches in every epoch."""
-
-    def __init__(self, groups):
-        self._groups = groups
-        self.steps_per_epoch = len(groups)
-
-    def groups(self, start_step, stop_step):
-        for step in range(start_step, stop_step):
-            yield [Algorithm().collate(part) for part in self._groups[step % len(self._groups)]]
-
-    def filler(self):
-        return Algorithm().collate(make_samples(1, seed=99))
-
-
-def make_trainer(
-    tmp_path,
-    groups,
-    *,
-    steps=1,
-    hooks=(),
-    model=None,
-    save=None,
-    algorithm=None,
-    kind=Strategy,
-    processes=None,
-    **settings,
-):
-    attention.register()
-    model = model or tiny_model()
-    model.set_attn_implementation(attention.NAME)
-    packed = PackedCausalLM(model)
-    run = quiet_run(tmp_path, steps, **{"max_norm": None, "lr": 1.0, **settings})
-    strategy = kind(run.settings, processes or Processes("cpu"))
-    if strategy.processes.sequence is not None:
-        packed.split_rows(strategy.processes.sequence)
-    strategy.prepare(packed, lambda prepared: torch.optim.SGD(prepared.parameters(), lr=1.0))
-    run.is_main = strategy.processes.is_main
-    return Trainer(
-        strategy=strategy,
-        algorithm=algorithm or Algorithm(),
-        loader=FixedGroups(groups),
-        run=run,
-        hooks=hooks,
-        save=save or (lambda run: None),
-    )
+from xtuner.types import LossOutput
 
 
 def weights_after_one_step(tmp_path, groups):
     trainer = make_trainer(tmp_path, groups)
     trainer.fit()
     return {n: p.detach().clone() for n, p in trainer.model.model.named_parameters()}
-
-
-def weighted(samples, seed=0):
-    """Every other of `samples`, with random loss weights."""
-    generator = np.random.default_rng(seed)
-    return [
-        replace(s, weights=generator.uniform(0.01, 3, len(s.input_ids)).astype(np.float32))
-        if n % 2
-        else s
-        for n, s in enumerate(samples)
-    ]
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "weighted"])

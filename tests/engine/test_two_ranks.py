@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from recording_strategy import Sharded
-from test_trainer import make_samples, make_trainer
+from trainer_parts import make_samples, make_trainer
 
 from xtuner import templates
 from xtuner.algorithms.sft import Algorithm

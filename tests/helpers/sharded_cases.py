@@ -5,8 +5,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from test_trainer import make_samples, weighted
-from trainer_parts import quiet_run
+from trainer_parts import make_samples, quiet_run, weighted
 
 from xtuner.algorithms.sft import Algorithm
 from xtuner.config.schema import Settings

@@ -46,7 +46,7 @@ def train_one_step(processes, micro_batches):
     import tempfile
     from pathlib import Path
 
-    from test_trainer import make_samples, make_trainer
+    from trainer_parts import make_samples, make_trainer
 
     samples = make_samples(8)
     groups = [samples[start:end] for start, end in micro_batches]
