@@ -14,8 +14,10 @@ from xtuner.config.load import LoadedSettings
 from xtuner.config.schema import Settings
 from xtuner.convert import old_checkpoint
 from xtuner.engine import earlier_run, run_lock
+from xtuner.engine.best import BestMetric
 from xtuner.engine.checkpoint import CheckpointStore
 from xtuner.engine.earlier_run import AUTO, LAST, refuse_nothing_to_resume
+from xtuner.engine.hooks.base import Run
 from xtuner.engine.resume import check_shape
 from xtuner.hub import old_pth
 from xtuner.models import manifest
@@ -116,3 +118,18 @@ def open_origin(
             markup=False,
         )
         yield Origin(folder)
+
+
+def nothing_to_do(run: Run, best: BestMetric) -> str:
+    """Why a resumed run has ended already, and what continues it; empty if it has not."""
+    if run.step >= run.total_steps:
+        return (
+            f"is at step {run.step} of {run.total_steps}. To continue, raise max_epochs or "
+            "max_steps"
+        )
+    if best.exhausted:
+        return (
+            f"ended early at step {run.step}: {best.reason()}. To continue, raise "
+            "early_stopping_patience"
+        )
+    return ""

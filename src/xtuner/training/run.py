@@ -45,7 +45,7 @@ from xtuner.training.final_check import final_check
 from xtuner.training.languages import FIRST_SAMPLES, loss_note, mean_loss, script_note
 from xtuner.training.model_setup import hand_over, make_model
 from xtuner.training.opening_lines import opening_lines
-from xtuner.training.origin import Origin, claimed_work_dir, open_origin
+from xtuner.training.origin import Origin, claimed_work_dir, nothing_to_do, open_origin
 from xtuner.training.publish import publish
 from xtuner.training.recording import Recording, recording
 from xtuner.training.result import TrainResult
@@ -146,7 +146,7 @@ class _TrainingRun:
         writer = self._writer(model, data)
         if origin.folder and origin.resuming:
             writer.restore(origin.folder, run)
-        if ended := self._ended(run, writer.best):
+        if ended := nothing_to_do(run, writer.best):
             self._say(f"Nothing to do: {origin.folder} {ended}.")
             return self._result(run)
         trainer = self._trainer(run, loader, data, writer)
@@ -158,20 +158,6 @@ class _TrainingRun:
         with recorded.running() if recorded else contextlib.nullcontext():
             trainer.fit()
         return self._finish(run, recorded)
-
-    def _ended(self, run: Run, best: BestMetric) -> str:
-        """Why a resumed run has nothing to do, and what would continue it; empty otherwise."""
-        if run.step >= run.total_steps:
-            return (
-                f"is at step {run.step} of {run.total_steps}. To continue, raise max_epochs or "
-                "max_steps"
-            )
-        if best.exhausted:
-            return (
-                f"ended early at step {run.step}: {best.reason()}. To continue, raise "
-                "early_stopping_patience"
-            )
-        return ""
 
     def _open(self, origin: Origin) -> None:
         """Tokenizer, template, algorithm, strategy and vision parts; check that they fit."""
